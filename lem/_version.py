@@ -1,0 +1,3 @@
+"""The version of lem, and nothing else: read by the build without importing the package."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,25 @@
+"""The family of inference backends: one file each, one interface, chosen by the `backend` group.
+
+A new backend is a file here that passes the contract suite, its options in `lem.spec`, and a line below.
+"""
+
+from __future__ import annotations
+
+from lem.backends.base import Backend, Encoded, Generation
+from lem.spec import Experiment
+
+__all__ = ["Backend", "Encoded", "Generation", "backend_class", "make_backend"]
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Return the class of a backend; its module imports its engine only when a model is loaded."""
+    from lem.backends.pytorch import Pytorch
+    from lem.backends.simulated import Simulated
+
+    classes: dict[str, type[Backend]] = {"pytorch": Pytorch, "simulated": Simulated}
+    return classes[name]
+
+
+def make_backend(experiment: Experiment) -> Backend:
+    """Return the backend that the experiment names, not yet loaded."""
+    return backend_class(experiment.backend.name)(experiment)

@@ -1,0 +1,113 @@
+"""The interface of the inference backends.
+
+A backend turns prompts into tokens, loads a model, generates, and says exactly which tokens came out. It knows
+nothing of energy, windows, datasets or results; `lem.measure` calls it between the edges of a window.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lem.flops import Architecture
+from lem.host import Host
+from lem.models import Model
+from lem.objection import Objection
+from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
+from lem.spec import Experiment
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as token ids; `index` is its position among the experiment's prompts."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out for one prompt.
+
+    `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding. Times
+    are readings of `time.perf_counter_ns`.
+    """
+
+    index: int
+    batch: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    start_ns: int
+    end_ns: int
+
+
+class Backend(ABC):
+    """One engine in the worker process.
+
+    Contract, checked for each backend by `tests/test_backends.py`: `start` and `load` come first, once; `generate`
+    yields every prompt exactly once and can be called again; the same seed gives the same tokens; counts hold
+    neither padding nor anything after the end token.
+    """
+
+    @abstractmethod
+    def __init__(self, experiment: Experiment) -> None:
+        """Take note of the experiment; nothing is loaded or imported yet."""
+
+    @classmethod
+    @abstractmethod
+    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
+        """Return what speaks against the experiment on this host, without loading anything heavy.
+
+        `model` is None when none was found; that has been objected to already.
+        """
+
+    @classmethod
+    def gpus_used(cls, experiment: Experiment, host: Host) -> int:
+        """Return how many of the visible GPUs, from the first on, the engine will use."""
+        return 0
+
+    def start(self) -> None:
+        """Import the engine, so that its seconds are in no phase; nothing to do for an engine of our own."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the model and everything that generating needs."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Turn prompts into token ids: chat template and truncation included, padding not."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Generation]:
+        """Seed the sampling, run the prompts, and yield each as it is finished."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given; nothing to do for a synchronous engine."""
+
+    def reset_peak_memory(self) -> None:
+        """Forget the peak so far, where the engine can."""
+
+    @abstractmethod
+    def peak_memory(self) -> Memory:
+        """Return the peak memory since the reset, or as the engine can tell it."""
+
+    @abstractmethod
+    def model_info(self) -> ModelInfo | None:
+        """Describe the loaded model; None when no model runs."""
+
+    @abstractmethod
+    def engine_info(self) -> EngineInfo:
+        """Describe the engine and the settings it really uses."""
+
+    def architecture(self) -> Architecture | None:
+        """Return the sizes that decide the model's FLOPs, or None when they cannot be told."""
+        return None
+
+    def notes(self) -> list[Note]:
+        """Return what a reader of the numbers must know about the engine or the model."""
+        return []
+
+    def close(self) -> None:
+        """Release the model and the device."""

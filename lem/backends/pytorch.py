@@ -1,0 +1,426 @@
+"""transformers' `generate` on PyTorch, in this process.
+
+Prompts are padded on the left within a batch; the padding is masked and never counted. torch and transformers
+are imported when the model is loaded, not before: they take seconds.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lem.backends.architecture import architecture_of
+from lem.backends.base import Backend, Encoded, Generation
+from lem.batching import plan_batches
+from lem.errors import RunError
+from lem.flops import Architecture
+from lem.host import Host, cpu_model, versions
+from lem.models import Model, find
+from lem.objection import Objection
+from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
+from lem.spec import Experiment, PytorchBackend
+
+# Packages behind the attention kernels that do not come with PyTorch.
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+class Pytorch(Backend):
+    """See the module."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        assert isinstance(experiment.backend, PytorchBackend)
+        self._experiment = experiment
+        self._options = experiment.backend
+        self._device: Any = None
+        self._found: Model | None = None
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._generation_config: Any = None
+        self._end_tokens: frozenset[int] = frozenset()
+
+    # -------------------------------------------------------------- before the run
+    @classmethod
+    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
+        """Object to options that this host or this model cannot honour."""
+        assert isinstance(experiment.backend, PytorchBackend)
+        return [
+            *_device_objections(experiment.backend, host),
+            *_attention_objections(experiment.backend, experiment, host),
+            *_cache_objections(experiment.backend),
+            *_package_objections(experiment, host),
+            *_model_objections(experiment, model),
+            *_chat_template_objections(experiment, model),
+            *_precision_objections(experiment, host),
+        ]
+
+    @classmethod
+    def gpus_used(cls, experiment: Experiment, host: Host) -> int:
+        """Return 1 on a GPU, 0 on the CPU."""
+        assert isinstance(experiment.backend, PytorchBackend)
+        return int(bool(host.gpus) and experiment.backend.device != "cpu")
+
+    # -------------------------------------------------------------- loading
+    def start(self) -> None:
+        """Import torch and transformers with the parts that loading and generating use."""
+        import torch  # noqa: F401
+        import transformers
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 - lazy
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def load(self) -> None:
+        """Load tokenizer and weights, the adapter if there is one, and compile if asked to."""
+        import torch
+        import transformers
+
+        self._found = find(self._experiment.model or "", self._experiment.revision)
+        self._device = torch.device(_device_name(self._options, torch.cuda.is_available()))
+        self._tokenizer = self._load_tokenizer(transformers)
+        self._model = self._load_model(torch, transformers)
+        self._end_tokens = _end_tokens(self._model, self._tokenizer)
+        self._generation_config = self._make_generation_config(transformers)
+        if self._options.torch_compile:
+            self._model.forward = torch.compile(self._model.forward, mode=self._options.torch_compile_mode)
+
+    def _load_tokenizer(self, transformers: Any) -> Any:
+        assert self._found is not None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            self._found.path,
+            revision=self._found.revision,
+            padding_side="left",
+            trust_remote_code=self._experiment.trust_remote_code,
+        )
+        if tokenizer.pad_token_id is None:
+            # Any token will do: padding is masked out, and what follows the end token is cut off.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+    def _load_model(self, torch: Any, transformers: Any) -> Any:
+        assert self._found is not None
+        options: dict[str, Any] = {"dtype": self._dtype(torch), "device_map": {"": self._device}}
+        if self._options.attn_implementation != "auto":
+            options["attn_implementation"] = self._options.attn_implementation
+        if self._experiment.quantization.quantization:
+            options["quantization_config"] = self._quantization_config(torch, transformers)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            self._found.path,
+            revision=self._found.revision,
+            trust_remote_code=self._experiment.trust_remote_code,
+            **options,
+        )
+        if self._experiment.adapter is not None:
+            import peft
+
+            model = peft.PeftModel.from_pretrained(model, self._experiment.adapter)
+        return model.eval()
+
+    def _dtype(self, torch: Any) -> Any:
+        precision = self._experiment.fp_precision
+        if precision != "auto":
+            return getattr(torch, precision)
+        # On a GPU the checkpoint's own dtype; CPUs without half-precision units are slower in anything else.
+        return "auto" if self._device.type == "cuda" else torch.float32
+
+    def _quantization_config(self, torch: Any, transformers: Any) -> Any:
+        wanted = self._experiment.quantization
+        if wanted.load_in_8bit:
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=wanted.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=wanted.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, wanted.bnb_4bit_compute_dtype),
+        )
+
+    def _make_generation_config(self, transformers: Any) -> Any:
+        """Say how to generate, leaving nothing to defaults that ship with the model."""
+        wanted, decoder = self._experiment, self._experiment.decoder
+        special = {
+            "pad_token_id": self._tokenizer.pad_token_id,
+            "eos_token_id": sorted(self._end_tokens) or None,
+        }
+        # What is not set below is taken from the model's own config, which may sample or penalise.
+        self._model.generation_config = transformers.GenerationConfig(**special)
+        sampling = {}
+        if decoder.do_sample:
+            sampling = {
+                "temperature": decoder.temperature,
+                "top_k": decoder.top_k,
+                "top_p": decoder.top_p,
+                "min_p": decoder.min_p or None,
+            }
+        cache = self._options.cache_implementation
+        return transformers.GenerationConfig(
+            max_new_tokens=wanted.max_output_tokens,
+            min_new_tokens=wanted.min_output_tokens or None,
+            do_sample=decoder.do_sample,
+            repetition_penalty=decoder.repetition_penalty,
+            no_repeat_ngram_size=decoder.no_repeat_ngram_size,
+            num_beams=1,
+            use_cache=cache != "none",
+            cache_implementation="static" if cache == "static" else None,
+            # With a static cache transformers would compile by itself; here only torch_compile decides.
+            disable_compile=True,
+            **sampling,
+            **special,
+        )
+
+    # -------------------------------------------------------------- running
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenize each text by itself, with the model's own special tokens."""
+        limit = self._experiment.max_input_tokens
+        encoded = []
+        for index, text in enumerate(texts):
+            ids = self._token_ids(text)
+            encoded.append(Encoded(index, tuple(ids[:limit]), limit is not None and len(ids) > limit))
+        self._check_lengths(encoded)
+        return encoded
+
+    def _check_lengths(self, encoded: Sequence[Encoded]) -> None:
+        """Refuse prompts that do not fit into the model's positions, before anything is measured."""
+        empty = next((p for p in encoded if not p.token_ids), None)
+        if empty is not None:
+            raise RunError(f"Prompt {empty.index} has no tokens in this model's tokenizer; leave it out.")
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(encoded, key=lambda p: len(p.token_ids))
+        needed = len(longest.token_ids) + self._experiment.max_output_tokens
+        if positions is not None and needed > positions:
+            raise RunError(
+                f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with max_output_tokens "
+                f"{self._experiment.max_output_tokens} that is more than the model's {positions} positions. "
+                f"Set max_input_tokens={max(1, positions - self._experiment.max_output_tokens)} or less."
+            )
+
+    def _token_ids(self, text: str) -> list[int]:
+        if not self._experiment.chat_template:
+            return list(self._tokenizer(text)["input_ids"])
+        turns = [{"role": "user", "content": text}]
+        rendered = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        # The template writes the special tokens itself.
+        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Generation]:
+        """Run the prompts in batches; those of a batch are finished together."""
+        import torch
+
+        torch.manual_seed(self._experiment.seed)
+        batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
+        for number, positions in enumerate(batches):
+            members = [prompts[i] for i in positions]
+            start_ns = time.perf_counter_ns()
+            outputs = self._generate_batch(torch, members)
+            end_ns = time.perf_counter_ns()
+            for prompt, output in zip(members, outputs, strict=True):
+                tokens, reason = cut_after_end(output, self._end_tokens)
+                yield Generation(prompt.index, number, tokens, reason, start_ns, end_ns)
+
+    def _generate_batch(self, torch: Any, members: Sequence[Encoded]) -> list[list[int]]:
+        """Return the new tokens of each prompt, the rest of the batch's length included."""
+        longest = max(len(p.token_ids) for p in members)
+        pad = self._tokenizer.pad_token_id
+        ids = [[pad] * (longest - len(p.token_ids)) + list(p.token_ids) for p in members]
+        mask = [[0] * (longest - len(p.token_ids)) + [1] * len(p.token_ids) for p in members]
+        output = self._model.generate(
+            input_ids=torch.tensor(ids, device=self._device),
+            attention_mask=torch.tensor(mask, device=self._device),
+            generation_config=self._generation_config,
+        )
+        # Reading the tokens back waits for the device, so the batch's end is its real end.
+        new: list[list[int]] = output[:, longest:].tolist()
+        return new
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        if self._device is not None and self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+
+    # -------------------------------------------------------------- telling
+    def reset_peak_memory(self) -> None:
+        """Reset the CUDA allocator's peak; a process's own peak cannot be reset."""
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_memory(self) -> Memory:
+        """Return the CUDA allocator's peak since the reset, or on the CPU the process's."""
+        if self._device.type == "cuda":
+            import torch
+
+            return Memory(torch.cuda.max_memory_allocated(self._device), "GPU allocator, measured window")
+        return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process, since its start")
+
+    def model_info(self) -> ModelInfo | None:
+        """Describe the model as it was loaded."""
+        assert self._found is not None
+        return ModelInfo(
+            name=self._found.name,
+            revision=self._found.revision,
+            architecture=", ".join(self._found.config.get("architectures") or [type(self._model).__name__]),
+            parameters=self._model.num_parameters(),
+            random_weights=self._found.random_weights,
+            weights_bytes=sum(p.numel() * p.element_size() for p in self._model.parameters()),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            adapter=self._experiment.adapter,
+            quantization=_quantization_name(self._experiment),
+        )
+
+    def engine_info(self) -> EngineInfo:
+        """Describe PyTorch, transformers and the settings in use."""
+        import torch
+
+        on_gpu = self._device.type == "cuda"
+        return EngineInfo(
+            backend="pytorch",
+            version=f"transformers {versions()['transformers']}, torch {torch.__version__}",
+            device=str(self._device),
+            device_name=torch.cuda.get_device_name(self._device) if on_gpu else cpu_model(),
+            settings={
+                "attn_implementation": str(self._model.config._attn_implementation),
+                "cache_implementation": self._options.cache_implementation,
+                "torch_compile": self._options.torch_compile_mode if self._options.torch_compile else "off",
+                "torch_threads": str(torch.get_num_threads()),
+                "end_token_ids": ",".join(map(str, sorted(self._end_tokens))) or "none",
+                "chat_template": "on" if self._experiment.chat_template else "off",
+            },
+        )
+
+    def architecture(self) -> Architecture | None:
+        """Read the sizes off the loaded modules."""
+        return architecture_of(self._model)
+
+    def notes(self) -> list[Note]:
+        """Say so when the weights are random."""
+        if self._found is not None and self._found.random_weights:
+            return [Note("random_weights", f"{self._found.name} has random weights: its text has no meaning.")]
+        return []
+
+    def close(self) -> None:
+        """Drop the model and give the GPU's memory back."""
+        self._model = None
+        if self._device is not None and self._device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
+    """Cut a sequence after its first end token: what a batch still generates then is not output."""
+    for position, token in enumerate(tokens):
+        if token in end_tokens:
+            return tuple(tokens[: position + 1]), "stop"
+    return tuple(tokens), "length"
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a sequence, as the model's generation config has them, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _device_name(options: PytorchBackend, cuda: bool) -> str:
+    if options.device == "auto":
+        return "cuda:0" if cuda else "cpu"
+    return "cuda:0" if options.device == "cuda" else "cpu"
+
+
+def _quantization_name(experiment: Experiment) -> str | None:
+    wanted = experiment.quantization
+    if not wanted.quantization:
+        return None
+    return "bitsandbytes 8-bit" if wanted.load_in_8bit else f"bitsandbytes 4-bit {wanted.bnb_4bit_quant_type}"
+
+
+# ------------------------------------------------------------------ objections
+def _device_objections(options: PytorchBackend, host: Host) -> Iterator[Objection]:
+    if options.device == "cuda" and not host.gpus:
+        yield Objection("impossible", "backend.device", "no NVIDIA GPU is visible.", "Use backend.device=auto or cpu.")
+
+
+def _attention_objections(options: PytorchBackend, experiment: Experiment, host: Host) -> Iterator[Objection]:
+    kernel = options.attn_implementation
+    package = ATTENTION_PACKAGES.get(kernel)
+    if package is None:
+        return
+    path = "backend.attn_implementation"
+    if not host.has(package):
+        yield Objection("impossible", path, f"{kernel} needs the package {package}.", "Install it, or use sdpa.")
+    if not host.gpus or options.device == "cpu":
+        yield Objection("impossible", path, f"{kernel} runs on NVIDIA GPUs only.", "Use sdpa or eager.")
+    if experiment.fp_precision == "float32":
+        yield Objection("impossible", path, f"{kernel} has no float32.", "Use fp_precision float16 or bfloat16.")
+
+
+def _cache_objections(options: PytorchBackend) -> Iterator[Objection]:
+    if options.cache_implementation == "none":
+        yield Objection(
+            "warning",
+            "backend.cache_implementation",
+            "without a cache every step recomputes the whole sequence; FLOPs count each token once.",
+            "Use dynamic unless that is what you study.",
+        )
+
+
+def _package_objections(experiment: Experiment, host: Host) -> Iterator[Objection]:
+    if experiment.adapter is not None and not host.has("peft"):
+        yield Objection("impossible", "adapter", "LoRA adapters need the package peft.", "pip install 'lem[lora]'.")
+    if experiment.quantization.quantization and not host.has("bitsandbytes"):
+        yield Objection(
+            "impossible",
+            "quantization.quantization",
+            "quantized weights need the package bitsandbytes.",
+            "pip install 'lem[bitsandbytes]'.",
+        )
+
+
+def _model_objections(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
+    if model is None:
+        return
+    if model.config.get("is_encoder_decoder"):
+        yield Objection(
+            "impossible",
+            "model",
+            f"{model.name} is an encoder-decoder model; lem measures decoder-only models.",
+            "Choose a causal language model.",
+        )
+    if "auto_map" in model.config and not experiment.trust_remote_code and "model_type" not in model.config:
+        yield Objection(
+            "impossible",
+            "trust_remote_code",
+            f"{model.name} comes with its own code.",
+            "Set trust_remote_code=true if you trust its authors.",
+        )
+
+
+def _chat_template_objections(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
+    if model is None or not experiment.chat_template:
+        return
+    import transformers  # seconds, but only where a template is asked for
+
+    transformers.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
+    )
+    if not getattr(tokenizer, "chat_template", None):
+        yield Objection("impossible", "chat_template", f"{model.name} has no chat template.", "Leave it off.")
+
+
+def _precision_objections(experiment: Experiment, host: Host) -> Iterator[Objection]:
+    assert isinstance(experiment.backend, PytorchBackend)
+    on_cpu = not host.gpus or experiment.backend.device == "cpu"
+    if on_cpu and experiment.fp_precision == "float16":
+        yield Objection(
+            "warning",
+            "fp_precision",
+            "most CPUs emulate float16, which is slow.",
+            "Use float32 or bfloat16 for numbers that matter.",
+        )

@@ -1,0 +1,92 @@
+"""An engine with exactly known times and tokens, for trying grids and for tests. No model runs.
+
+A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. A prompt's
+tokens are its words; the output's length follows from the seed and the prompt's position.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Iterator, Sequence
+
+from lem._version import VERSION
+from lem.backends.base import Backend, Encoded, Generation
+from lem.batching import plan_batches
+from lem.errors import RunError
+from lem.host import Host
+from lem.models import Model
+from lem.objection import Objection
+from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
+from lem.spec import Experiment, SimulatedBackend
+
+END_TOKEN = 0
+
+
+class Simulated(Backend):
+    """See the module."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        assert isinstance(experiment.backend, SimulatedBackend)
+        self._experiment = experiment
+        self._options = experiment.backend
+
+    @classmethod
+    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
+        """Object to nothing: whatever is configured can be simulated."""
+        return []
+
+    def load(self) -> None:
+        """Do nothing: there is no model."""
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Take each word as a token."""
+        limit = self._experiment.max_input_tokens
+        encoded = []
+        for index, text in enumerate(texts):
+            ids = tuple(1 + len(word) for word in text.split())
+            encoded.append(Encoded(index, ids[:limit], limit is not None and len(ids) > limit))
+        return encoded
+
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Generation]:
+        """Sleep as long as the batch takes, then yield its prompts."""
+        batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
+        for number, positions in enumerate(batches):
+            members = [prompts[i] for i in positions]
+            if any(p.index == self._options.fail_at_request for p in members):
+                raise RunError(f"simulated failure at request {self._options.fail_at_request}")
+            outputs = [self._output(p) for p in members]
+            start_ns = time.perf_counter_ns()
+            time.sleep(self._duration_s(members, outputs))
+            end_ns = time.perf_counter_ns()
+            for prompt, output in zip(members, outputs, strict=True):
+                reason: FinishReason = "stop" if output[-1] == END_TOKEN else "length"
+                yield Generation(prompt.index, number, output, reason, start_ns, end_ns)
+
+    def peak_memory(self) -> Memory:
+        """Return this process's own peak."""
+        return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process, since its start")
+
+    def model_info(self) -> ModelInfo | None:
+        """Return None: no model runs."""
+        return None
+
+    def engine_info(self) -> EngineInfo:
+        """Describe the simulation."""
+        return EngineInfo("simulated", VERSION, "none", "none", {})
+
+    def notes(self) -> list[Note]:
+        """Say that nothing here was measured on a model."""
+        return [Note("simulated", "No model ran: times and tokens are simulated.")]
+
+    def _output(self, prompt: Encoded) -> tuple[int, ...]:
+        longest = self._experiment.max_output_tokens
+        shortest = min(max(1, self._experiment.min_output_tokens), longest)
+        wanted = random.Random(f"{self._experiment.seed}:{prompt.index}").randint(shortest, 2 * longest)
+        tokens = tuple(range(1, min(wanted, longest) + 1))
+        return (*tokens[:-1], END_TOKEN) if wanted < longest else tokens
+
+    def _duration_s(self, members: Sequence[Encoded], outputs: Sequence[tuple[int, ...]]) -> float:
+        prefill = sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
+        return prefill + max(map(len, outputs)) * self._options.decode_s_per_token

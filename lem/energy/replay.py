@@ -1,0 +1,100 @@
+"""Energy from a recorded power trace: for tests, and for replaying a measurement made elsewhere.
+
+The trace is a CSV file with the columns `t_s` and `power_w`, and optionally `component` (default gpu). Time 0 of
+the trace is the moment the meter is opened; between samples power is interpolated linearly. Knows no sensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from lem.energy.base import Meter
+from lem.errors import BadInput
+from lem.record import Component, EnergyReading
+from lem.units import NS_PER_S
+
+Trace = tuple[np.ndarray, np.ndarray]
+
+
+class ReplayMeter(Meter):
+    """Integrates a recorded trace over each window."""
+
+    def __init__(self, trace: str | None, clock_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self._path = trace
+        self._clock_ns = clock_ns
+        self._traces: dict[Component, Trace] = {}
+        self._opened_ns = 0
+        self._begun_ns = 0
+
+    def open(self) -> None:
+        """Read the trace and start its clock."""
+        if self._path is None:
+            raise BadInput("energy=replay needs energy.trace: a CSV file with the columns t_s and power_w.")
+        self._traces = read_trace(Path(self._path))
+        self._opened_ns = self._clock_ns()
+
+    def begin(self) -> None:
+        """Note the time."""
+        self._begun_ns = self._clock_ns()
+
+    def end(self) -> tuple[EnergyReading, ...]:
+        """Return the integral of the trace since `begin`, per component."""
+        start_s = (self._begun_ns - self._opened_ns) / NS_PER_S
+        end_s = (self._clock_ns() - self._opened_ns) / NS_PER_S
+        return tuple(self._reading(component, trace, start_s, end_s) for component, trace in self._traces.items())
+
+    def _reading(self, component: Component, trace: Trace, start_s: float, end_s: float) -> EnergyReading:
+        energy_j = integral_j(trace, start_s, end_s)
+        return EnergyReading(
+            component=component,
+            source="replay",
+            scope="device",
+            device=str(self._path),
+            energy_j=energy_j,
+            method="trapezoidal integral of a recorded trace",
+            reason=None if energy_j is not None else f"the trace ends before {end_s:.3f} s",
+        )
+
+
+def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
+    """Return the trapezoidal integral of power over [start_s, end_s], or None outside of the trace."""
+    t_s, power_w = trace
+    if start_s < t_s[0] or end_s > t_s[-1]:
+        return None
+    inside = t_s[(t_s > start_s) & (t_s < end_s)]
+    at = np.concatenate(([start_s], inside, [end_s]))
+    return float(np.trapezoid(np.interp(at, t_s, power_w), at))
+
+
+def read_trace(path: Path) -> dict[Component, Trace]:
+    """Read a trace; raises `BadInput` naming the file and what is wrong with it."""
+    import csv
+
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        samples: dict[Component, list[tuple[float, float]]] = {}
+        for row in rows:
+            component = row.get("component") or "gpu"
+            if component not in get_args(Component):
+                raise ValueError(f"unknown component '{component}'")
+            samples.setdefault(component, []).append((float(row["t_s"]), float(row["power_w"])))  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise BadInput(f"The power trace {path} does not exist.") from None
+    except KeyError as missing:
+        raise BadInput(f"The power trace {path} has no column {missing}.") from None
+    except (ValueError, TypeError, OSError) as error:
+        raise BadInput(f"The power trace {path} cannot be read: {error}.") from None
+    if not samples:
+        raise BadInput(f"The power trace {path} has no samples.")
+    return {component: _arrays(points) for component, points in samples.items()}
+
+
+def _arrays(points: list[tuple[float, float]]) -> Trace:
+    t_s, power_w = np.array(sorted(points)).T
+    return t_s, power_w

@@ -1,0 +1,43 @@
+"""The Hugging Face hub as a place that may be out of reach. Knows nothing of models or datasets.
+
+Without a network the hub's client retries for half a minute before it falls back on its cache. One look-up of
+the host's name tells at once; the client is then put in its offline mode, which uses the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+OFFLINE = "HF_HUB_OFFLINE"
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+CONNECTION_WORDS = (
+    "connect", "offline", "timeout", "timed out", "resolve", "network", "unreachable", "max retries",
+    "couldn't reach", "name or service",
+)  # fmt: skip
+
+
+def use_cache_if_unreachable() -> None:
+    """Put the hub's client, here and in child processes, in offline mode when the host has no address.
+
+    To be called before `huggingface_hub` is imported, which reads the variable once. Behind a proxy the name
+    need not resolve here, so nothing is changed.
+    """
+    if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
+    except OSError:
+        os.environ[OFFLINE] = "1"
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that led to it, is about the connection."""
+    while error is not None:
+        text = f"{type(error).__name__} {error}".lower()
+        if isinstance(error, (ConnectionError, TimeoutError)) or any(word in text for word in CONNECTION_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

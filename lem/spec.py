@@ -1,0 +1,312 @@
+"""What is measured: `Experiment` and its parts, the single source of the configuration.
+
+Each field carries its constraints and its description; the help of the command-line flags, the reference
+page, the JSON Schema and the checks all come from here. A value of these types is plain data: creating one
+asks no hub, sets no variable and probes no device. This module knows nothing of Hydra, of files or of how a
+value came about; `lem.apps.compose` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+def config(cls: type[T]) -> type[T]:
+    """Make a dataclass of configuration: keyword-only, no unknown keys, no silent conversion of types."""
+    checks = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    cls.__pydantic_config__ = checks  # type: ignore[attr-defined]
+    return dataclass(kw_only=True)(cls)
+
+
+def Env(variable: str) -> dict[str, str]:  # noqa: N802 - reads as part of a field's declaration
+    """Name the environment variable that gives a field's default (below every other source)."""
+    return {"env": variable}
+
+
+# ------------------------------------------------------------------ backends
+@config
+class PytorchBackend:
+    """transformers' `generate` on PyTorch, in the worker process."""
+
+    name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="Device to run on; auto is the first visible CUDA GPU, else the CPU."),
+    ] = "auto"
+    attn_implementation: Annotated[
+        Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
+        Field(description="Attention kernel; auto lets transformers choose for the model."),
+    ] = "auto"
+    cache_implementation: Annotated[
+        Literal["dynamic", "static", "none"],
+        Field(description="Key/value cache: growing, preallocated, or none (every step recomputes all)."),
+    ] = "dynamic"
+    torch_compile: Annotated[
+        bool, Field(description="Compile the model's forward pass with torch.compile; pays in warm-up.")
+    ] = False
+    torch_compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune"],
+        Field(description="Mode of torch.compile; read only when torch_compile is true."),
+    ] = "default"
+
+
+@config
+class SimulatedBackend:
+    """A stand-in engine with exactly known times: for trying grids and for tests. No model runs."""
+
+    name: Annotated[Literal["simulated"], Field(description="Inference backend.")] = "simulated"
+    prefill_s_per_token: Annotated[float, Field(ge=0, description="Time that one input token takes, in seconds.")] = (
+        1e-5
+    )
+    decode_s_per_token: Annotated[
+        float, Field(ge=0, description="Time that one output token takes, per batch step, in seconds.")
+    ] = 1e-4
+    fail_at_request: Annotated[
+        int | None, Field(ge=0, description="Fail when this request's batch is reached (null: never).")
+    ] = None
+
+
+Backend = Annotated[PytorchBackend | SimulatedBackend, Field(discriminator="name")]
+
+
+# ------------------------------------------------------------------ what goes in
+@config
+class Dataset:
+    """Where the prompts come from and which of them are used."""
+
+    name: Annotated[str, Field(description="Name of the dataset choice; a label.")] = "custom"
+    path: Annotated[
+        str | None,
+        Field(description="A hub id (owner/name), a local file (json, jsonl, csv, parquet, txt), or builtin:sample."),
+    ] = None
+    config: Annotated[str | None, Field(description="Configuration (subset) of a hub dataset.")] = None
+    files: Annotated[str | None, Field(description="One file of a hub dataset that has no loading configuration.")] = (
+        None
+    )
+    split: Annotated[str | None, Field(description="Split to read; null is the dataset's own default, else train.")] = (
+        None
+    )
+    column: Annotated[str | None, Field(description="Column that holds the prompts; null detects it by name.")] = None
+    sample_size: Annotated[
+        int | None,
+        Field(ge=1, description="Number of prompts, drawn with the seed after empty ones are dropped."),
+    ] = None
+
+
+@config
+class Decoder:
+    """How the next token is chosen."""
+
+    name: Annotated[str, Field(description="Name of the decoder choice; a label.")] = "deterministic"
+    do_sample: Annotated[bool, Field(description="Sample; false takes the most likely token (greedy).")] = False
+    temperature: Annotated[float, Field(gt=0, le=10, description="Sampling temperature.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0 is all.")] = 0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: smallest set of this mass.")] = 1.0
+    min_p: Annotated[
+        float, Field(ge=0, le=1, description="Drop tokens below this share of the most likely one; 0 is off.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Field(gt=0, le=10, description="Penalty on tokens already present; 1 is off.")
+    ] = 1.0
+    no_repeat_ngram_size: Annotated[
+        int, Field(ge=0, description="Forbid repeating n-grams of this size; 0 is off.")
+    ] = 0
+
+
+# ------------------------------------------------------------------ how it runs
+@config
+class Batching:
+    """How requests are put together."""
+
+    strategy: Annotated[
+        Literal["static", "dynamic", "sorted_static", "sorted_dynamic"],
+        Field(
+            description="static: batch_size requests in order; dynamic: as many as max_tokens_per_batch "
+            "and batch_size allow; sorted_*: the same, longest inputs first."
+        ),
+    ] = "static"
+    batch_size: Annotated[int, Field(ge=1, le=65536, description="Requests in a batch, at most.")] = 1
+    max_tokens_per_batch: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Input tokens in a batch, padding included, at most (dynamic strategies); "
+            "a longer single prompt is a batch of its own.",
+        ),
+    ] = None
+
+
+@config
+class Quantization:
+    """Weights in fewer bits, through bitsandbytes."""
+
+    quantization: Annotated[bool, Field(description="Quantize the weights at load.")] = False
+    load_in_8bit: Annotated[bool, Field(description="8-bit weights (LLM.int8).")] = False
+    load_in_4bit: Annotated[bool, Field(description="4-bit weights.")] = False
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], Field(description="4-bit number format.")] = "nf4"
+    bnb_4bit_use_double_quant: Annotated[bool, Field(description="Quantize the 4-bit scales as well.")] = False
+    bnb_4bit_compute_dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"], Field(description="Dtype of the 4-bit arithmetic.")
+    ] = "bfloat16"
+
+
+@config
+class Warmup:
+    """Work done before the measured window opens."""
+
+    prompts: Annotated[
+        int, Field(ge=0, le=10_000, description="Prompts run before the window, batched like the real ones.")
+    ] = 2
+
+
+@config
+class Energy:
+    """Which meter is read, and how joules become grams of CO2e."""
+
+    name: Annotated[
+        Literal["auto", "nvml", "codecarbon", "replay", "none"],
+        Field(description="Meter: auto takes the best available for each component."),
+    ] = "auto"
+    trace: Annotated[
+        str | None, Field(description="CSV of the replay meter: columns t_s, power_w and optional component.")
+    ] = None
+    country_iso_code: Annotated[
+        str | None,
+        Field(
+            pattern="^[A-Z]{3}$",
+            description="Country whose grid's mean carbon intensity applies (ISO 3166 alpha-3, DEU).",
+        ),
+    ] = None
+    carbon_intensity_g_per_kwh: Annotated[
+        float | None, Field(ge=0, description="Carbon intensity to use instead of a country's, gCO2e/kWh.")
+    ] = None
+
+
+@config
+class Io:
+    """Where results go."""
+
+    results_dir: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Results directory.",
+            json_schema_extra=dict(Env("LLM_ENERGY_RESULTS_DIR")),
+        ),
+    ] = "results"
+
+
+# ------------------------------------------------------------------ the whole
+@config
+class Experiment:
+    """One configuration of one model over one set of prompts: what a single run measures."""
+
+    model: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Model: a hub id, a local directory, or tiny (built in, random weights).",
+        ),
+    ] = None
+    revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
+    adapter: Annotated[str | None, Field(description="LoRA adapter: a hub id or a local directory.")] = None
+    trust_remote_code: Annotated[
+        bool, Field(description="Run Python code that comes with the model. Only for authors you trust.")
+    ] = False
+    fp_precision: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Field(description="Dtype of weights and arithmetic; auto: the checkpoint's on a GPU, float32 on a CPU."),
+    ] = "auto"
+    max_input_tokens: Annotated[
+        int | None, Field(ge=1, description="Cut prompts to this many tokens, keeping their beginning.")
+    ] = None
+    max_output_tokens: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Tokens to generate for a request, at most.")
+    ] = 128
+    min_output_tokens: Annotated[
+        int, Field(ge=0, description="Tokens to generate for a request, at least (holds off the end token).")
+    ] = 0
+    chat_template: Annotated[
+        bool, Field(description="Wrap each prompt as a user turn of the model's chat template.")
+    ] = False
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of the sampling of prompts and of tokens.")] = 42
+    backend: Backend = field(default_factory=PytorchBackend)
+    dataset: Dataset = field(default_factory=Dataset)
+    decoder: Decoder = field(default_factory=Decoder)
+    batching: Batching = field(default_factory=Batching)
+    quantization: Quantization = field(default_factory=Quantization)
+    warmup: Warmup = field(default_factory=Warmup)
+    energy: Energy = field(default_factory=Energy)
+    io: Io = field(default_factory=Io)
+
+
+BACKENDS: dict[str, type[Any]] = {"pytorch": PytorchBackend, "simulated": SimulatedBackend}
+
+# Parts that are chosen by name among the files of a folder of conf/.
+GROUPS = ("backend", "dataset", "decoder", "energy", "preset")
+
+
+# ------------------------------------------------------------------ reading the schema
+@dataclass(frozen=True)
+class Leaf:
+    """One configurable value: its dotted path, type, constraints, description and default."""
+
+    path: str
+    annotation: Any
+    info: FieldInfo
+    default: Any
+
+    @property
+    def description(self) -> str:
+        """The sentence that says what the value is for."""
+        return self.info.description or ""
+
+    @property
+    def env(self) -> str | None:
+        """The environment variable below the value's other sources, if it has one."""
+        extra = self.info.json_schema_extra
+        return str(extra["env"]) if isinstance(extra, dict) and "env" in extra else None
+
+
+def leaves(cls: type[Any] = Experiment, prefix: str = "") -> Iterator[Leaf]:
+    """Walk all values of a configuration type, depth first; `backend` yields those of every backend."""
+    hints = get_type_hints(cls, include_extras=True)
+    for f in fields(cls):
+        annotation, path = hints[f.name], prefix + f.name
+        parts = [t for t in _flatten(annotation) if is_dataclass(t)]
+        if parts:
+            for part in parts:
+                yield from leaves(part, f"{path}.")  # type: ignore[arg-type]
+        else:
+            yield Leaf(path, annotation, _field_info(annotation), f.default)
+
+
+def leaf(path: str) -> Leaf:
+    """Return the leaf at a dotted path; KeyError when there is none."""
+    for candidate in leaves():
+        if candidate.path == path:
+            return candidate
+    raise KeyError(path)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    """Return an annotation's member types: of an Annotated its first, of a union all."""
+    if get_origin(annotation) is Annotated:
+        return _flatten(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return []
+    members = get_args(annotation)
+    return [t for member in members for t in _flatten(member)] if members else [annotation]
+
+
+def _field_info(annotation: Any) -> FieldInfo:
+    found = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, FieldInfo)]
+    return found[0] if found else FieldInfo(annotation=annotation)

@@ -1,0 +1,60 @@
+"""Units: their symbols, their factors, and how a number with a unit is written for people.
+
+Numbers in records are in SI base units of their kind (joules, watts, seconds, bytes) unless the field's name
+says otherwise. This module knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+J_PER_WH = 3600.0
+J_PER_KWH = 3.6e6
+NS_PER_S = 1e9
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Marks a record's field with its unit, for the Arrow schema and the reference page."""
+
+    symbol: str
+
+
+JOULE = Unit("J")
+JOULE_PER_TOKEN = Unit("J/token")
+JOULE_PER_REQUEST = Unit("J/request")
+WATT_HOUR = Unit("Wh")
+WATT = Unit("W")
+SECOND = Unit("s")
+BYTE = Unit("B")
+TOKEN = Unit("token")
+TOKEN_PER_SECOND = Unit("token/s")
+REQUEST = Unit("request")
+REQUEST_PER_SECOND = Unit("request/s")
+FLOP = Unit("FLOP")
+FLOP_PER_SECOND = Unit("FLOP/s")
+FLOP_PER_TOKEN = Unit("FLOP/token")
+GRAM_CO2E = Unit("gCO2e")
+GRAM_CO2E_PER_KWH = Unit("gCO2e/kWh")
+
+_PREFIXES = (
+    (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"),
+    (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"),
+)  # fmt: skip
+
+
+def quantity(value: float | None, unit: str, digits: int = 4) -> str:
+    """Write a value for people: `1.234 kJ`, `56.7 mJ/token`, or `–` when it was not measured."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return f"0 {unit}"
+    factor, prefix = next(((f, p) for f, p in _PREFIXES if abs(value) >= f), _PREFIXES[-1])
+    return f"{value / factor:.{digits}g} {prefix}{unit}"
+
+
+def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
+    """Write a value without scaling its unit: `12.3 gCO2e`, or `–` when it was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g} {unit}".rstrip()
