@@ -65,7 +65,7 @@ def experiment(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [KEY=VALUE]…",
+            metavar="CONFIG.yaml | KEY=VALUE",
             help="A config file, and Hydra overrides such as batching.batch_size=4.",
             show_default=False,
         ),

@@ -64,14 +64,13 @@ def measure(
 
     Args:
         texts: the prompts of this process.
-        backend: not yet loaded; it stays loaded.
+        backend: started, not yet loaded; it stays loaded.
         meter: opened already.
         warmup_prompts: prompts to run before the window; the first of `texts`, repeated if there are fewer.
         report: is told how far the work is.
         into: filled phase by phase and request by request.
     """
     report(Event("load"))
-    backend.start()
     with phase("load", backend, meter, into):
         backend.load()
     prompts = backend.encode(texts)

@@ -160,7 +160,7 @@ def _energy_objections(experiment: Experiment, host: Host) -> Iterator[Objection
         yield Objection("impossible", "energy.country_iso_code", str(error).partition(": ")[2], "")
     if energy.name == "nvml" and not host.gpus:
         yield Objection("impossible", "energy", "nvml needs a visible NVIDIA GPU.", "Use energy=auto.")
-    if energy.name == "nvml" and host.gpus and not backend_class(experiment.backend.name).gpus_used(experiment, host):
+    if energy.name == "nvml" and host.gpus and not backend_class(experiment.backend.name).wants_gpu(experiment, host):
         yield Objection("impossible", "energy", "nvml meters GPUs, and none is used.", "Use energy=auto.")
     if energy.name == "replay":
         yield from _trace_objections(energy.trace)

@@ -143,8 +143,8 @@ def _phase_rows(table: Table, phase: Any) -> None:
 
 
 # ------------------------------------------------------------------ many experiments
-def show_rows(rows: Sequence[ExperimentRow], pending: Sequence[str] = ()) -> None:
-    """Print a line for each experiment."""
+def show_rows(rows: Sequence[ExperimentRow], pending: Sequence[str] = (), labels: Sequence[str] | None = None) -> None:
+    """Print a line for each experiment; in a sweep with the label that tells it from the others."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -154,7 +154,9 @@ def show_rows(rows: Sequence[ExperimentRow], pending: Sequence[str] = ()) -> Non
     for name in ("requests", "tokens/s", "energy", "J/token"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("energy from", no_wrap=True)
-    for row in rows:
+    if labels:
+        table.add_column("overrides", overflow="fold")
+    for i, row in enumerate(rows):
         style = STATUS_STYLE[row.status]
         source = f"{row.energy_components} {row.energy_source}" if row.energy_components else "–"
         table.add_row(
@@ -169,6 +171,7 @@ def show_rows(rows: Sequence[ExperimentRow], pending: Sequence[str] = ()) -> Non
             quantity(row.energy_j, "J"),
             quantity(row.energy_per_output_token_j, "J"),
             source,
+            *([escape(labels[i])] if labels else []),
         )
     for experiment_id in pending:
         table.add_row(experiment_id, "[cyan]pending[/cyan]")

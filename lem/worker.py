@@ -20,11 +20,11 @@ from lem import flops, host
 from lem._version import VERSION
 from lem.backends import Backend, make_backend
 from lem.carbon import carbon_intensity
-from lem.energy import Meter, make_meter
+from lem.energy import Meter, NoMeter, make_meter
 from lem.errors import Interrupted, LemError
 from lem.measure import MeasuredRequest, Measurement, measure
 from lem.plan import Plan, timestamp
-from lem.progress import PipeReport, Report, silent
+from lem.progress import Event, PipeReport, Report, silent
 from lem.record import FORMAT_VERSION, ErrorInfo, Flops, Note, ProcessRecord, RequestRecord, Status
 from lem.store import ExperimentDir
 
@@ -53,8 +53,11 @@ def run(directory: ExperimentDir, rank: int, report: Report) -> ProcessRecord:
     status: Status = "completed"
     error: ErrorInfo | None = None
     backend = make_backend(experiment)
-    meter = make_meter(experiment.energy, here.gpus[: type(backend).gpus_used(experiment, here)])
+    meter: Meter = NoMeter()
     try:
+        report(Event("load"))
+        backend.start()
+        meter = make_meter(experiment.energy, backend.gpus_in_use(here))
         meter.open()
         measure(
             directory.prompts(),
@@ -108,7 +111,7 @@ def _record(
         flops=_flops(backend, requests) if loaded else None,
         carbon=carbon_intensity(plan.experiment.energy),
         environment=host.environment(here),
-        notes=tuple(_notes(plan, backend, requests)) if loaded else (),
+        notes=tuple(_notes(plan, backend, requests, here)) if loaded else (),
     )
 
 
@@ -120,8 +123,10 @@ def _flops(backend: Backend, requests: Sequence[MeasuredRequest]) -> Flops | Non
     return Flops(flops.total_flops(arch, sizes), flops.METHOD)
 
 
-def _notes(plan: Plan, backend: Backend, requests: Sequence[MeasuredRequest]) -> list[Note]:
+def _notes(plan: Plan, backend: Backend, requests: Sequence[MeasuredRequest], here: host.Host) -> list[Note]:
     notes = backend.notes()
+    if type(backend).wants_gpu(plan.experiment, here) and not backend.gpus_in_use(here):
+        notes.append(Note("gpu_unused", "A GPU is visible, but the engine was built without CUDA and ran on the CPU."))
     truncated = sum(r.prompt.truncated for r in requests)
     if truncated:
         text = f"{truncated} of {len(requests)} prompts were cut to {plan.experiment.max_input_tokens} tokens."

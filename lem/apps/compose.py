@@ -8,6 +8,7 @@ whole: all problems are reported in one go, each with its path.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -105,7 +106,20 @@ def _normalised(text: str) -> list[str]:
     if name in GROUPS and equals:
         return _chosen(name, value.strip("'\""))
     _check_key(name)
+    _check_grammar(text)
     return [text]
+
+
+def _check_grammar(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"The override {text!r} cannot be read: {_first_sentence(error)}. Quote the value if it is text."
+        ) from None
 
 
 def _chosen(group: str, value: str) -> list[str]:
@@ -232,9 +246,13 @@ class _hydra_errors:  # noqa: N801 - reads as a statement
 
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if "Ambiguous value for argument" in text or "sweep" in text.lower():
-        return f"{text.partition('1. ')[0].strip()} To run each of several values, add --multirun."
-    return text
+    several = re.search(r"Ambiguous value for argument '([^']+)'", text)
+    if several:
+        return f"{several[1]}: these are several values; add --multirun to run each, or write a list as [a,b]."
+    missing = re.search(r"Could not override '([^']+)'", text)
+    if missing:
+        return f"{missing[1]}: the chosen options have no such key."
+    return text.partition(" See https://hydra.cc")[0]
 
 
 def to_experiment(composed: Any) -> Experiment:

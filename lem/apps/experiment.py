@@ -116,10 +116,11 @@ def _show(outcome: Outcome, options: Options) -> None:
 # ------------------------------------------------------------------ many
 def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
     cells = _cells(request)
-    prompts_and_models = [_checked_cell(cell, options) for cell in cells]
-    labels = [_label(cell, cells) for cell in cells]
+    checked = [_checked_cell(cell, options) for cell in cells]
+    varied = [_varied(cell, cells) for cell in cells]
+    labels = [" ".join(parts) or "nothing varied" for parts in varied]
     if options.dry_run:
-        for number, (label, ready) in enumerate(zip(labels, prompts_and_models, strict=True), start=1):
+        for number, (label, ready) in enumerate(zip(labels, checked, strict=True), start=1):
             print(f"[{number}/{len(cells)}] {label}: {_words(ready)}")
         return 0
     if not (options.yes or _confirmed(f"Run {len(cells)} experiments?")):
@@ -134,7 +135,7 @@ def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
         ready = preflight(to_experiment(composed), host.look(), force=options.force)
         _warn(ready)
         try:
-            outcomes.append(_run(ready, labels[number].split(), config_file, options))
+            outcomes.append(_run(ready, varied[number], config_file, options))
         except Interrupted as stop:
             # Hydra goes on after an Exception; only this ends the sweep.
             raise KeyboardInterrupt(str(stop)) from None
@@ -146,7 +147,7 @@ def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
         raise Interrupted(str(stop) or "The sweep was interrupted.") from None
     finally:
         _write_sweep(sweep_dir, labels, outcomes)
-    report.show_rows([outcome.row for outcome in outcomes])
+        report.show_rows([outcome.row for outcome in outcomes], labels=labels)
     return 0 if all(outcome.row.status == "completed" for outcome in outcomes) else 1
 
 
@@ -172,10 +173,9 @@ def _checked_cell(cell: tuple[str, ...], options: Options) -> Ready:
         raise ConfigError(*(f"{problem} [in {shown}]" for problem in str(error).splitlines())) from None
 
 
-def _label(cell: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> str:
+def _varied(cell: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str]:
     """Return the overrides in which a cell differs from others."""
-    varied = [part for i, part in enumerate(cell) if any(other[i] != part for other in cells)]
-    return " ".join(varied) or "the only one"
+    return [part for i, part in enumerate(cell) if any(other[i] != part for other in cells)]
 
 
 def _sweep_dir(request: Request) -> Path:

@@ -97,13 +97,14 @@ def aggregate_experiments(
         ids = [store.find(experiment_id or "").id]
     failed = 0
     for name in ids:
+        had_row = store.is_aggregated(name) and not force
         try:
             row = aggregate(store, store.find(name), strict=strict, force=force)
         except ResultsError as error:
             report.console(stderr=True).print(str(error), markup=False, style="red")
             failed += 1
         else:
-            print(f"{row.experiment_id}: {row.status}")
+            print(f"{name}: {row.status}{', has its row already' if had_row else ''}")
     if not ids:
         print("Nothing to aggregate.")
     return 1 if failed else 0

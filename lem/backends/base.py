@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lem.flops import Architecture
+from lem.gpu import Gpu
 from lem.host import Host
 from lem.models import Model
 from lem.objection import Objection
@@ -64,9 +65,13 @@ class Backend(ABC):
         """
 
     @classmethod
-    def gpus_used(cls, experiment: Experiment, host: Host) -> int:
-        """Return how many of the visible GPUs, from the first on, the engine will use."""
-        return 0
+    def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
+        """Tell whether the engine means to run on a GPU of this host, as far as is known without importing it."""
+        return False
+
+    def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
+        """Return the physical GPUs that the engine will use; asked after `start`. Only these are metered."""
+        return ()
 
     def start(self) -> None:
         """Import the engine, so that its seconds are in no phase; nothing to do for an engine of our own."""

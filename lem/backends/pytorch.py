@@ -16,6 +16,7 @@ from lem.backends.base import Backend, Encoded, Generation
 from lem.batching import plan_batches
 from lem.errors import RunError
 from lem.flops import Architecture
+from lem.gpu import Gpu
 from lem.host import Host, cpu_model, versions
 from lem.models import Model, find
 from lem.objection import Objection
@@ -56,10 +57,19 @@ class Pytorch(Backend):
         ]
 
     @classmethod
-    def gpus_used(cls, experiment: Experiment, host: Host) -> int:
-        """Return 1 on a GPU, 0 on the CPU."""
+    def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
+        """Return True unless the CPU is asked for or there is no GPU."""
         assert isinstance(experiment.backend, PytorchBackend)
-        return int(bool(host.gpus) and experiment.backend.device != "cpu")
+        return bool(host.gpus) and experiment.backend.device != "cpu"
+
+    def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
+        """Return the GPU behind PyTorch's device, found by its UUID: CUDA may number GPUs in its own order."""
+        import torch
+
+        if self._device_type(torch.cuda.is_available()) == "cpu":
+            return ()
+        uuid = str(torch.cuda.get_device_properties(0).uuid)
+        return [gpu for gpu in host.gpus if uuid in gpu.uuid] or host.gpus[:1]
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
@@ -77,13 +87,17 @@ class Pytorch(Backend):
         import transformers
 
         self._found = find(self._experiment.model or "", self._experiment.revision)
-        self._device = torch.device(_device_name(self._options, torch.cuda.is_available()))
+        self._device = torch.device(self._device_type(torch.cuda.is_available()))
         self._tokenizer = self._load_tokenizer(transformers)
         self._model = self._load_model(torch, transformers)
         self._end_tokens = _end_tokens(self._model, self._tokenizer)
         self._generation_config = self._make_generation_config(transformers)
         if self._options.torch_compile:
             self._model.forward = torch.compile(self._model.forward, mode=self._options.torch_compile_mode)
+
+    def _device_type(self, cuda: bool) -> str:
+        wanted = self._options.device
+        return ("cuda:0" if cuda else "cpu") if wanted == "auto" else wanted.replace("cuda", "cuda:0")
 
     def _load_tokenizer(self, transformers: Any) -> Any:
         assert self._found is not None
@@ -325,12 +339,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def _device_name(options: PytorchBackend, cuda: bool) -> str:
-    if options.device == "auto":
-        return "cuda:0" if cuda else "cpu"
-    return "cuda:0" if options.device == "cuda" else "cpu"
 
 
 def _quantization_name(experiment: Experiment) -> str | None:

@@ -11,7 +11,7 @@ from lem.energy.base import CombinedMeter, Meter, NoMeter
 from lem.gpu import Gpu
 from lem.spec import Energy
 
-__all__ = ["Meter", "make_meter"]
+__all__ = ["Meter", "NoMeter", "make_meter"]
 
 
 def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:

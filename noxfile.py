@@ -1,0 +1,76 @@
+"""The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
+
+Every session makes its own environment with the versions of constraints.txt. None needs a network beyond the
+package registry.
+"""
+
+from __future__ import annotations
+
+import os
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+
+CONSTRAINTS = "constraints.txt"
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install requirements at the pinned versions."""
+    session.install("--constraint", CONSTRAINTS, *requirements)
+
+
+def install_lem(session: nox.Session, *how: str) -> None:
+    """Install lem and what it needs; torch first, so that nothing else pulls in another build of it."""
+    install(session, "torch")
+    install(session, *how)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Install lem and run a real experiment on the built-in model and prompts, on the CPU, without a network."""
+    install_lem(session, ".")
+    # Outside of the checkout, to show that the installed package is all that is needed.
+    session.chdir(session.create_tmp())
+    session.run(
+        "lem", "experiment", "--preset", "quick-test", "--model", "tiny", "-d", "sample", "-n", "10", "-y",
+        "-o", os.path.join(session.invoked_from, "demo-results"),
+        env={"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the quick suite; arguments after -- go to pytest."""
+    install_lem(session, "-e", ".[dev]")
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check format and rules with ruff; `nox -s lint -- --fix` mends what it can."""
+    install(session, "ruff")
+    if "--fix" in session.posargs:
+        session.run("ruff", "format")
+        session.run("ruff", "check", "--fix")
+    session.run("ruff", "format", "--check")
+    session.run("ruff", "check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of lem/ with mypy, strictly."""
+    # The heavy libraries are taken as untyped anyway (see pyproject.toml), so they need not be here.
+    install(session, "mypy", "pydantic", "typer", "rich", "pyyaml", "types-PyYAML", "types-psutil", "numpy",
+            "platformdirs", "python-dotenv", "omegaconf")  # fmt: skip
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Write the generated reference pages anew and build the docs into site/."""
+    install_lem(session, "-e", ".[dev]")
+    session.run("python", "docs/generate.py")
+    session.run("mkdocs", "build", "--strict", "--quiet")
