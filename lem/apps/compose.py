@@ -50,8 +50,11 @@ def dataset_overrides(source: str) -> list[str]:
 
 
 def quoted(value: str) -> str:
-    """Write a text so that Hydra's override grammar reads exactly that text."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """Write a text so that Hydra's override grammar reads exactly that text.
+
+    In that grammar a backslash is special only before a quote, so only those are doubled.
+    """
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 # ------------------------------------------------------------------ the request
@@ -87,8 +90,8 @@ def prepare(config_file: Path | None, overrides: Sequence[str]) -> Request:
     for group in chosen:
         if _option_of(given, group) != file.choices.pop(group, None):
             file.forget_values_of(group)
-    _register_file(file)
     from_file = [part for group, option in file.choices.items() for part in _file_choice(group, option, file)]
+    _register_file(file)
     appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"] if config_file else []
     return Request((*from_file, *appended, *given))
 
@@ -178,19 +181,13 @@ def _option_of(overrides: Sequence[str], group: str) -> str | None:
 
 
 def _file_choice(group: str, option: str, file: UserFile) -> list[str]:
+    """Return the override for an option that a file names; a dataset's hub id or path becomes a value of the file."""
     if group == "dataset" and option not in options(group):
-        # The file's values, merged later, stay above these.
-        return dataset_overrides(option)[:1] if _adopt_path(option, file) else []
+        choice, *_ = dataset_overrides(option)  # raises when it is neither a hub id nor a file
+        file.values["dataset"] = {"path": option, "name": option} | (file.values.get("dataset") or {})
+        return [choice]
     _check_option(group, option)
     return [f"{group}={option}"]
-
-
-def _adopt_path(source: str, file: UserFile) -> bool:
-    dataset_overrides(source)  # raises when it is neither a hub id nor a file
-    own = file.values.setdefault("dataset", {})
-    own.setdefault("path", source)
-    own.setdefault("name", source)
-    return True
 
 
 # ------------------------------------------------------------------ what Hydra knows of us

@@ -1,0 +1,238 @@
+"""The contract of lem/backends/base.py. A new backend joins by a line in MEMBERS."""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+
+import pytest
+
+from lem import tiny
+from lem.backends import make_backend
+from lem.datasets import builtin
+from lem.errors import RunError
+from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend
+
+STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
+MEMBERS = ("simulated", "pytorch")
+SAMPLING = Decoder(name="sampling", do_sample=True)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A backend under test: an experiment that uses it, and the tokens that end its outputs."""
+
+    experiment: Experiment
+    end_tokens: frozenset[int]
+
+    def loaded(self, **changes):
+        backend = make_backend(replace(self.experiment, **changes))
+        backend.start()
+        backend.load()
+        return backend
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return tiny.path()
+
+
+@pytest.fixture(scope="session")
+def tiny_that_ends(tiny_folder, tmp_path_factory):
+    # Random weights hit the one end token of 4096 hardly ever; with 400 of them about every other output ends.
+    folder = tmp_path_factory.mktemp("tiny") / "that-ends"
+    shutil.copytree(tiny_folder, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(2, 402))}))
+    return folder
+
+
+@pytest.fixture(params=MEMBERS)
+def member(request, tiny_that_ends):
+    if request.param == "simulated":
+        fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4)
+        return Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]))
+    experiment = Experiment(model=str(tiny_that_ends), backend=PytorchBackend(device="cpu"), max_output_tokens=12)
+    return Member(experiment, frozenset(range(2, 402)))
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return [row["text"] for row in builtin.read("builtin:sample")][:11]
+
+
+def run(backend, texts):
+    return list(backend.generate(backend.encode(texts)))
+
+
+def tokens(generations):
+    return {g.index: g.token_ids for g in generations}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_prompt_comes_out_exactly_once(member, texts, strategy, batch_size):
+    batching = Batching(strategy=strategy, batch_size=batch_size, max_tokens_per_batch=150)
+    generations = run(member.loaded(batching=batching), texts)
+    assert sorted(g.index for g in generations) == list(range(len(texts)))
+
+
+def test_batches_are_numbered_in_order_and_no_larger_than_asked_for(member, texts):
+    numbers = [g.batch for g in run(member.loaded(batching=Batching(batch_size=4)), texts)]
+    assert numbers == [0] * 4 + [1] * 4 + [2] * 3
+
+
+def test_prompts_may_be_a_part_or_repeated_as_in_a_warm_up(member, texts):
+    backend = member.loaded(batching=Batching(batch_size=2))
+    prompts = backend.encode(texts)
+    asked_for = [prompts[7], prompts[2], prompts[7]]
+    assert [g.index for g in backend.generate(asked_for)] == [7, 2, 7]
+
+
+@pytest.mark.parametrize("decoder", [Decoder(), SAMPLING], ids=["greedy", "sampling"])
+def test_generate_can_be_called_again_with_the_same_result(member, texts, decoder):
+    backend = member.loaded(decoder=decoder, batching=Batching(batch_size=4))
+    assert tokens(run(backend, texts)) == tokens(run(backend, texts))
+
+
+def test_same_seed_gives_same_tokens_and_another_seed_gives_others(member, texts):
+    first, again, other = (tokens(run(member.loaded(decoder=SAMPLING, seed=seed), texts)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_end_token_is_the_last_or_there_is_none(member, texts):
+    generations = run(member.loaded(batching=Batching(batch_size=4)), texts)
+    assert {g.finish_reason for g in generations} == {"stop", "length"}
+    for g in generations:
+        assert not member.end_tokens.intersection(g.token_ids[:-1])
+        assert (g.finish_reason == "stop") == (g.token_ids[-1] in member.end_tokens)
+
+
+def test_only_outputs_without_an_end_token_use_up_the_limit(member, texts):
+    lengths = {"stop": set(), "length": set()}
+    for g in run(member.loaded(batching=Batching(batch_size=4)), texts):
+        lengths[g.finish_reason].add(len(g.token_ids))
+    assert lengths["length"] == {12}
+    # Were padding counted, every output of a batch would be as long as its longest.
+    assert len(lengths["stop"]) > 1
+    assert max(lengths["stop"]) <= 12
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_no_output_is_longer_than_max_output_tokens(member, texts, limit):
+    generations = run(member.loaded(max_output_tokens=limit), texts)
+    assert max(len(g.token_ids) for g in generations) == limit
+
+
+def test_no_output_is_shorter_than_min_output_tokens(member, texts):
+    freely = run(member.loaded(batching=Batching(batch_size=4)), texts)
+    held_off = run(member.loaded(batching=Batching(batch_size=4), min_output_tokens=9), texts)
+    assert min(len(g.token_ids) for g in freely) < 9
+    assert min(len(g.token_ids) for g in held_off) >= 9
+
+
+def test_encoding_keeps_order_and_numbers_the_prompts(member, texts):
+    backend = member.loaded()
+    encoded, backwards = backend.encode(texts), backend.encode(texts[::-1])
+    assert [p.index for p in encoded] == list(range(len(texts)))
+    assert [p.token_ids for p in encoded] == [p.token_ids for p in reversed(backwards)]
+
+
+def test_inputs_hold_no_padding(member, texts):
+    backend = member.loaded()
+    encoded = backend.encode(texts)
+    assert [p.token_ids for p in encoded] == [backend.encode([text])[0].token_ids for text in texts]
+    assert len({len(p.token_ids) for p in encoded}) > 3
+
+
+def test_long_inputs_are_cut_to_their_beginning_and_marked(member, texts):
+    whole = member.loaded().encode(texts)
+    limit = sorted(len(p.token_ids) for p in whole)[len(whole) // 2]
+    cut = member.loaded(max_input_tokens=limit).encode(texts)
+    assert [p.token_ids for p in cut] == [p.token_ids[:limit] for p in whole]
+    # A prompt of exactly the limit is whole.
+    assert [p.truncated for p in cut] == [len(p.token_ids) > limit for p in whole]
+    assert not any(p.truncated for p in whole)
+    assert 0 < sum(p.truncated for p in cut) < len(cut)
+
+
+def test_times_lie_within_the_call_and_batches_do_not_overlap(member, texts):
+    backend = member.loaded(batching=Batching(batch_size=4))
+    prompts = backend.encode(texts)
+    before = time.perf_counter_ns()
+    generations = list(backend.generate(prompts))
+    after = time.perf_counter_ns()
+    edges = dict.fromkeys((g.batch, g.start_ns, g.end_ns) for g in generations)
+    times = [ns for _, start, end in sorted(edges) for ns in (start, end)]
+    assert len(edges) == 3  # the requests of a batch share their times
+    assert times == sorted(times)
+    assert before <= times[0]
+    assert times[-1] <= after
+    assert all(g.end_ns > g.start_ns for g in generations)
+
+
+def test_each_batch_is_handed_over_before_the_next_begins(member, texts):
+    backend = member.loaded()
+    generations = backend.generate(backend.encode(texts[:2]))
+    first = next(generations)
+    between = time.perf_counter_ns()
+    second = next(generations)
+    assert first.end_ns <= between <= second.start_ns
+
+
+def test_an_engine_describes_itself(member, texts):
+    backend = member.loaded()
+    run(backend, texts[:1])
+    engine = backend.engine_info()
+    assert engine.backend == member.experiment.backend.name
+    assert all([engine.version, engine.device, engine.device_name])
+    backend.reset_peak_memory()
+    memory = backend.peak_memory()
+    assert memory.peak_bytes > 2**20
+    assert memory.scope
+    backend.synchronize()
+    backend.close()
+
+
+def test_simulation_has_no_model_and_says_so():
+    backend = make_backend(Experiment(model="any", backend=SimulatedBackend()))
+    backend.load()
+    assert backend.model_info() is None
+    assert backend.architecture() is None
+    assert [note.code for note in backend.notes()] == ["simulated"]
+
+
+def test_tiny_is_described_as_loaded(tiny_folder, monkeypatch):
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tiny_folder.parents[1]))
+    backend = make_backend(Experiment(model="tiny", backend=PytorchBackend(device="cpu")))
+    backend.start()
+    backend.load()
+    info = backend.model_info()
+    assert (info.name, info.architecture, info.dtype) == ("tiny", "LlamaForCausalLM", "float32")
+    assert info.weights_bytes == 4 * info.parameters
+    assert info.random_weights
+    assert (info.revision, info.adapter, info.quantization) == (None, None, None)
+    assert [note.code for note in backend.notes()] == ["random_weights"]
+
+
+def test_simulated_time_is_that_of_its_tokens(texts):
+    options = SimulatedBackend(prefill_s_per_token=1e-3, decode_s_per_token=2e-3)
+    experiment = Experiment(model="any", backend=options, max_output_tokens=10, batching=Batching(batch_size=3))
+    backend = make_backend(experiment)
+    prompts = backend.encode(texts[:3])
+    generations = list(backend.generate(prompts))
+    steps = max(len(g.token_ids) for g in generations)
+    expected_s = sum(len(p.token_ids) for p in prompts) * 1e-3 + steps * 2e-3
+    took_s = (generations[0].end_ns - generations[0].start_ns) / 1e9
+    assert expected_s <= took_s < expected_s + 0.1
+
+
+def test_simulated_failure_comes_at_its_request(texts):
+    backend = make_backend(Experiment(model="any", backend=SimulatedBackend(fail_at_request=2)))
+    generations = backend.generate(backend.encode(texts))
+    assert [next(generations).index, next(generations).index] == [0, 1]
+    with pytest.raises(RunError, match="request 2"):
+        next(generations)

@@ -1,0 +1,257 @@
+"""From files and overrides to an `Experiment`: precedence, inheritance, choices, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from lem.apps.compose import check, options, prepare, quoted
+from lem.errors import BadInput, ConfigError
+from lem.spec import Experiment, PytorchBackend, SimulatedBackend, leaves
+from lem.store import from_json, to_json
+
+
+@pytest.fixture
+def compose(tmp_path):
+    """Compose from files given as texts; the last one is the user's."""
+
+    def run(*overrides: str, **files: str) -> Experiment:
+        for name, text in files.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        last = tmp_path / f"{list(files)[-1]}.yaml" if files else None
+        return prepare(last, overrides).experiment()
+
+    return run
+
+
+# ------------------------------------------------------------------ defaults
+def test_without_anything_the_defaults_are_those_of_the_schema(compose):
+    composed = compose()
+    for leaf in leaves():
+        if leaf.path.startswith(("backend.", "dataset.", "decoder.", "energy.")):
+            continue  # chosen by options of groups
+        value = composed
+        for part in leaf.path.split("."):
+            value = getattr(value, part)
+        assert value == leaf.default, leaf.path
+
+
+def test_the_default_dataset_is_that_of_the_ai_energy_score(compose):
+    assert (compose().dataset.path, compose().dataset.column) == ("AIEnergyScore/text_generation", "text")
+
+
+def test_every_option_of_every_group_composes(compose):
+    for group in ("backend", "dataset", "decoder", "energy", "preset"):
+        for option in options(group):
+            compose(f"{group}={option}")
+
+
+def test_options_carry_their_own_name(compose):
+    for group in ("backend", "dataset", "decoder", "energy"):
+        for option in options(group):
+            assert getattr(compose(f"{group}={option}"), group).name == option
+
+
+# ------------------------------------------------------------------ precedence
+def test_command_line_over_file(compose):
+    assert compose("max_output_tokens=7", a="max_output_tokens: 6").max_output_tokens == 7
+
+
+def test_file_over_preset(compose):
+    assert compose("preset=quick-test", a="max_output_tokens: 6").max_output_tokens == 6
+
+
+def test_preset_over_default(compose):
+    assert compose("preset=quick-test").max_output_tokens == 32
+
+
+def test_a_preset_named_in_the_file_is_below_the_files_values(compose):
+    composed = compose(a="preset: quick-test\nwarmup: {prompts: 9}")
+    assert (composed.max_output_tokens, composed.warmup.prompts) == (32, 9)
+
+
+def test_preset_on_the_command_line_replaces_the_one_in_the_file(compose):
+    assert compose("preset=throughput", a="preset: quick-test").batching.strategy == "dynamic"
+
+
+def test_environment_over_default_and_below_everything_else(compose, monkeypatch):
+    monkeypatch.setenv("LLM_ENERGY_RESULTS_DIR", "/data/some where, else")
+    assert compose().io.results_dir == "/data/some where, else"
+    assert compose(a="io: {results_dir: from-file}").io.results_dir == "from-file"
+    assert compose("io.results_dir=from-cli", a="io: {results_dir: from-file}").io.results_dir == "from-cli"
+
+
+def test_a_preset_is_above_the_environment(compose, monkeypatch, tmp_path):
+    # No shipped preset sets the directory, so a user's file stands for the preset's place in the order.
+    monkeypatch.setenv("LLM_ENERGY_RESULTS_DIR", "from-environment")
+    assert compose(base="io: {results_dir: from-parent}", a="defaults: [base]").io.results_dir == "from-parent"
+
+
+# ------------------------------------------------------------------ choosing options
+@pytest.mark.parametrize("text", ["backend: simulated", "backend: {name: simulated}"])
+def test_a_file_chooses_an_option_by_name(compose, text):
+    assert isinstance(compose(a=text).backend, SimulatedBackend)
+
+
+def test_a_files_values_adjust_the_option_it_chooses(compose):
+    decoder = compose(a="decoder: {name: creative, temperature: 0.4}").decoder
+    assert (decoder.name, decoder.temperature, decoder.top_p) == ("creative", 0.4, 0.95)
+
+
+def test_a_files_dataset_may_be_a_hub_id_or_a_path_without_more(compose, tmp_path):
+    hub = compose(a="dataset: owner/name").dataset
+    assert (hub.path, hub.column, hub.split) == ("owner/name", None, None)
+    assert compose(a="dataset: {path: some/file.jsonl, column: q}").dataset.column == "q"
+
+
+def test_another_option_on_the_command_line_drops_what_belonged_to_the_files(compose):
+    text = "backend: {name: pytorch, torch_compile: true}\ndataset: {path: a/b, column: c, sample_size: 5}\n"
+    composed = compose("backend=simulated", "dataset=sample", a=text)
+    assert isinstance(composed.backend, SimulatedBackend)
+    assert (composed.dataset.path, composed.dataset.column, composed.dataset.sample_size) == (
+        "builtin:sample",
+        "text",
+        5,
+    )
+
+
+def test_naming_the_same_option_again_keeps_the_files_values(compose):
+    composed = compose("backend=pytorch", a="backend: {name: pytorch, torch_compile: true}")
+    assert isinstance(composed.backend, PytorchBackend)
+    assert composed.backend.torch_compile
+
+
+def test_choosing_a_meter_keeps_the_country(compose):
+    composed = compose("energy=codecarbon", a="energy: {name: auto, country_iso_code: DEU}")
+    assert (composed.energy.name, composed.energy.country_iso_code) == ("codecarbon", "DEU")
+
+
+# ------------------------------------------------------------------ inheritance
+def test_a_file_inherits_from_its_parents_in_order(compose):
+    composed = compose(
+        grandparent="max_output_tokens: 1\nseed: 1\nmodel: g",
+        parent="defaults: [grandparent]\nseed: 2\nbatching: {batch_size: 2, strategy: sorted_static}",
+        child="defaults: [parent, _self_]\nbatching: {batch_size: 3}",
+    )
+    assert (composed.model, composed.max_output_tokens, composed.seed) == ("g", 1, 2)
+    assert (composed.batching.batch_size, composed.batching.strategy) == (3, "sorted_static")
+
+
+def test_a_childs_option_replaces_its_parents_with_what_belonged_to_it(compose):
+    composed = compose(parent="dataset: {path: a/b, column: c}", child="defaults: [parent]\ndataset: gsm8k")
+    assert (composed.dataset.path, composed.dataset.column) == ("openai/gsm8k", "question")
+
+
+def test_defaults_may_name_options_as_hydra_does(compose):
+    composed = compose(a="defaults:\n  - override /decoder: factual\n  - energy: none\n")
+    assert (composed.decoder.name, composed.energy.name) == ("factual", "none")
+
+
+def test_parents_are_found_from_the_files_own_directory(compose, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "base.yaml").write_text("seed: 9")
+    (tmp_path / "sub" / "child.yaml").write_text("defaults: [base]")
+    monkeypatch.chdir(tmp_path)
+    from pathlib import Path
+
+    assert prepare(Path("sub/child.yaml"), []).experiment().seed == 9
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "defaults: [nowhere]"}, "inherits from 'nowhere'"),
+        ({"a": "defaults: [a]"}, "inherits from itself"),
+        ({"b": "defaults: [a]", "a": "defaults: [b]"}, r"itself \(a.yaml -> b.yaml -> a.yaml\)"),
+        ({"a": "defaults: base"}, "defaults is a list"),
+        ({"a": "defaults:\n  - planet: mars"}, "'planet', which is not a group"),
+    ],
+)
+def test_faulty_inheritance_is_named(compose, files, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(**files)
+
+
+# ------------------------------------------------------------------ what is refused
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=4", "unknown key. Did you mean 'batching.batch_size'"),
+        ("batching.batchsize=4", "'batching.batch_size'"),
+        ("+invented=1", "invented: unknown key"),
+        ("backend=pytorc", "Did you mean 'pytorch'"),
+        ("preset=quicktest", "Did you mean 'quick-test'"),
+        ("dataset=alpacca", "Did you mean 'alpaca'"),
+        ("dataset=nowhere.jsonl", "There is no file|nowhere"),
+        ("batching.batch_size=0", "greater than or equal to 1, not 0"),
+        ("batching.batch_size=1.5", "integer"),
+        ("batching.batch_size='4'", 'not "4"'),
+        ("batching.batch_size=true", "not true"),
+        ("batching.batch_size=1,2", "several values; add --multirun"),
+        ("batching.batch_size=[1", "cannot be read"),
+        ("model=3", "string"),
+        ("decoder.temperature=nan", "finite"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("energy.country_iso_code=Germany", "pattern"),
+        ("batching=4", "batching"),
+        ("nonsense", "neither an option, a config file"),
+    ],
+)
+def test_a_faulty_override_is_one_sentence_with_the_remedy(compose, override, message):
+    if override.startswith("dataset=nowhere"):
+        assert compose(override).dataset.path == "nowhere.jsonl"  # whether it exists is asked when it is read
+        return
+    with pytest.raises(BadInput, match=message):
+        compose(override)
+
+
+def test_all_problems_of_a_file_are_told_at_once(compose):
+    with pytest.raises(ConfigError) as caught:
+        compose(a="modl: x\nbatching: {batch_size: four, stratgy: static}\nfp_precision: fp16\n")
+    text = str(caught.value)
+    for path in ("modl", "batching.batch_size", "batching.stratgy", "fp_precision"):
+        assert path in text
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"batching: {batch_size: 4\nx: 1\n", r"a.yaml:3:1|a.yaml:2:\d+: broken YAML"),
+        (b"- a\n- b\n", "a mapping of keys to values, not a list"),
+        (b"just words\n", "just words: unknown key"),
+        (b"\xff\xfe\x00bad", "cannot be read as a config"),
+        (b"seed: 1\nseed: 2\n", "found duplicate key"),
+        (b"1: x\n", "not a word"),
+        (b"model: !!python/object/apply:os.system ['touch ran']\n", "broken YAML"),
+        (b"model: ${nowhere.at.all}\n", "nowhere"),
+    ],
+)
+def test_a_faulty_file_is_named_with_the_place(tmp_path, content, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "a.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        prepare(file, []).experiment()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_target_in_a_config_runs_nothing_and_is_an_unknown_key(compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="unknown key"):
+        compose(a="model: {_target_: os.system, command: touch ran}\nbatching: {_target_: os.system}\n")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_quoting_survives_hydras_grammar(compose):
+    for text in ("it's", "a\\b", "a,b", "a\\\\", "a\\'b", "x=y", "[1]", " lead", "ünï"):
+        assert compose(f"model={quoted(text)}").model == text
+
+
+def test_a_configuration_survives_json(compose):
+    composed = compose("preset=benchmark", "decoder=creative", "backend=simulated")
+    assert from_json(Experiment, to_json(composed)) == composed
+
+
+def test_a_library_user_gets_the_same_checks():
+    with pytest.raises(ConfigError, match="batch_size"):
+        check({"batching": {"batch_size": 0}})

@@ -1,0 +1,425 @@
+"""The pytorch backend against transformers used directly, on models that are no Llama and really end their outputs."""
+
+import json
+import shutil
+from dataclasses import replace
+from importlib import util
+from itertools import product
+from pathlib import Path
+
+import pytest
+from models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mixed_prompts, mixtral, qwen2, write_prompts
+
+from lem import models
+from lem.backends import make_backend
+from lem.backends.pytorch import Pytorch
+from lem.datasets import load_prompts
+from lem.errors import RunError
+from lem.gpu import Gpu
+from lem.host import Host
+from lem.spec import Batching, Dataset, Decoder, Experiment, PytorchBackend, Quantization
+
+NO_GPU = Host(gpus=())
+ONE_GPU = Host(gpus=(Gpu(0, "GPU-0", "NVIDIA", 80 * 2**30),))
+NEUTRAL = Decoder()
+SAMPLING = Decoder(do_sample=True)
+BUILDERS = {"gpt2": gpt2, "qwen2": qwen2, "mixtral": mixtral}
+STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
+
+
+# ------------------------------------------------------------------ models and prompts
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return {name: build(tmp_path_factory.mktemp("models") / name) for name, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    file = write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", mixed_prompts(50))
+    return load_prompts(Dataset(path=str(file)), seed=0).texts
+
+
+@pytest.fixture(scope="session")
+def alone(folders, texts):
+    """What plain transformers writes for each prompt by itself."""
+    return {name: generate_alone(folder, texts) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def adapter(folders, tmp_path_factory):
+    import peft
+    import torch
+
+    torch.manual_seed(5)
+    # Without the usual initialisation, under which an untrained adapter changes nothing.
+    lora = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    peft.get_peft_model(_model(folders["gpt2"]), lora).save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------ both ways of generating
+def generate_alone(folder, texts, *, seed=None, adapter=None, **options):
+    """Return each prompt's new tokens from transformers' own loop: no batch, no padding, no line of lem."""
+    import torch
+    from transformers import AutoTokenizer
+
+    model, tokenizer = _model(folder), AutoTokenizer.from_pretrained(folder)
+    if adapter is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    if seed is not None:
+        torch.manual_seed(seed)
+    outputs = []
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt")
+        new = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False} | options)
+        outputs.append(tuple(new[0, inputs["input_ids"].shape[1] :].tolist()))
+    return outputs
+
+
+def _model(folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def experiment(folder, *, batch_size=4, **changes):
+    options = {"backend": PytorchBackend(device="cpu"), "max_output_tokens": NEW_TOKENS}
+    options["batching"] = Batching(batch_size=batch_size)
+    return Experiment(model=str(folder), **options | changes)
+
+
+def load(wanted):
+    backend = make_backend(wanted)
+    backend.start()
+    backend.load()
+    return backend
+
+
+def run(wanted, texts):
+    backend = load(wanted)
+    generations = sorted(backend.generate(backend.encode(texts)), key=lambda g: g.index)
+    assert [g.index for g in generations] == list(range(len(texts)))
+    return generations
+
+
+def outputs(wanted, texts):
+    return [g.token_ids for g in run(wanted, texts)]
+
+
+def forward_calls(backend, texts):
+    """Return, for each forward pass, how many tokens went in and the kind of cache."""
+    calls = []
+
+    def note(module, args, options):
+        calls.append((options["input_ids"].shape[1], type(options.get("past_key_values")).__name__))
+
+    hook = backend._model.register_forward_pre_hook(note, with_kwargs=True)
+    list(backend.generate(backend.encode(texts)))
+    hook.remove()
+    return calls
+
+
+# ------------------------------------------------------------------ tokens and counts
+@pytest.mark.parametrize(("name", "strategy"), product(BUILDERS, STRATEGIES))
+def test_batches_write_what_each_prompt_alone_writes(folders, texts, alone, name, strategy):
+    batching = Batching(strategy=strategy, batch_size=4, max_tokens_per_batch=120)
+    generations = run(experiment(folders[name], batching=batching), texts)
+    assert [g.token_ids for g in generations] == alone[name]
+    assert [len(g.token_ids) for g in generations] == [len(output) for output in alone[name]]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_outputs_end_by_one_end_token_or_by_the_limit(folders, texts, name):
+    ends = _model(folders[name]).generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends)
+    generations = run(experiment(folders[name]), texts)
+    stopped = [g.token_ids for g in generations if g.finish_reason == "stop"]
+    limited = [g.token_ids for g in generations if g.finish_reason == "length"]
+    assert min(len(stopped), len(limited)) > 10
+    assert all(output[-1] in ends and not ends.intersection(output[:-1]) for output in stopped)
+    assert all(len(output) == NEW_TOKENS and not ends.intersection(output) for output in limited)
+    assert len({len(output) for output in stopped}) > 5
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_inputs_are_the_tokenizers_own_without_padding(folders, texts, name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    encoded = load(experiment(folders[name])).encode(texts)
+    assert [list(p.token_ids) for p in encoded] == [tokenizer(text)["input_ids"] for text in texts]
+
+
+def test_model_without_an_end_token_runs_to_the_limit(folders, texts, tmp_path):
+    folder = with_generation_config(folders["qwen2"], tmp_path / "endless", eos_token_id=None)
+    change_json(folder / "config.json", eos_token_id=None)
+    change_json(folder / "tokenizer_config.json", eos_token=None)
+    generations = run(experiment(folder), texts[:8])
+    assert {(g.finish_reason, len(g.token_ids)) for g in generations} == {("length", NEW_TOKENS)}
+
+
+# ------------------------------------------------------------------ decoder
+DETERMINISTIC = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
+DRAWN = {"temperature": 0.4, "top_k": 3, "top_p": 0.5, "min_p": 0.3, **DETERMINISTIC}
+
+
+@pytest.mark.parametrize("option", DETERMINISTIC)
+def test_option_of_the_greedy_decoder_arrives(folders, texts, alone, option):
+    wanted = {option: DETERMINISTIC[option]}
+    expected = generate_alone(folders["gpt2"], texts, **wanted)
+    assert expected != alone["gpt2"]
+    assert outputs(experiment(folders["gpt2"], batch_size=1, decoder=Decoder(**wanted)), texts) == expected
+
+
+@pytest.mark.parametrize(("name", "option"), product(BUILDERS, DETERMINISTIC))
+def test_option_of_the_greedy_decoder_does_not_take_padding_for_text(folders, texts, name, option):
+    # Padding lies before a prompt like text; where the end token pads, a penalty on it would hold off the end.
+    wanted = {option: DETERMINISTIC[option]}
+    expected = generate_alone(folders[name], texts, **wanted)
+    assert outputs(experiment(folders[name], decoder=Decoder(**wanted)), texts) == expected
+
+
+@pytest.mark.parametrize("option", DRAWN)
+def test_option_of_the_sampling_decoder_arrives(folders, texts, option):
+    neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    wanted = neutral | {option: DRAWN[option]}
+    expected = generate_alone(folders["gpt2"], texts[:12], seed=3, **wanted)
+    assert expected != generate_alone(folders["gpt2"], texts[:12], seed=3, **neutral)
+    assert outputs(experiment(folders["gpt2"], batch_size=1, seed=3, decoder=Decoder(**wanted)), texts[:12]) == expected
+
+
+def test_neutral_sampling_is_from_the_whole_distribution(folders, texts):
+    # transformers' own default is top_k=50.
+    expected = generate_alone(folders["gpt2"], texts[:12], seed=3, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    assert outputs(experiment(folders["gpt2"], batch_size=1, seed=3, decoder=SAMPLING), texts[:12]) == expected
+
+
+@pytest.mark.parametrize("decoder", [NEUTRAL, SAMPLING], ids=["greedy", "sampling"])
+def test_defaults_that_ship_with_a_model_change_nothing(folders, texts, tmp_path, decoder):
+    shipped = {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "min_p": 0.2}
+    shipped |= {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2, "max_length": 20, "min_length": 19}
+    opinionated = with_generation_config(folders["gpt2"], tmp_path / "opinionated", **shipped)
+    assert generate_alone(opinionated, texts[:8]) != generate_alone(folders["gpt2"], texts[:8])
+    plain, changed = (outputs(experiment(f, decoder=decoder), texts) for f in (folders["gpt2"], opinionated))
+    assert changed == plain
+
+
+def with_generation_config(folder, copy, **changes):
+    shutil.copytree(folder, copy)
+    change_json(copy / "generation_config.json", **changes)
+    return copy
+
+
+def change_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ------------------------------------------------------------------ engine options
+def test_growing_cache_takes_one_token_a_step(folders, texts):
+    calls = forward_calls(load(experiment(folders["gpt2"])), texts[:4])
+    assert [tokens for tokens, _ in calls[1:]] == [1] * (len(calls) - 1)
+    assert {cache for _, cache in calls} == {"DynamicCache"}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_static_cache_is_used_and_writes_the_same(folders, texts, alone, name):
+    wanted = experiment(folders[name], backend=PytorchBackend(device="cpu", cache_implementation="static"))
+    assert {cache for _, cache in forward_calls(load(wanted), texts[:4])} == {"StaticCache"}
+    assert outputs(wanted, texts) == alone[name]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_without_a_cache_each_step_takes_the_whole_sequence_and_writes_the_same(folders, texts, alone, name):
+    wanted = experiment(folders[name], backend=PytorchBackend(device="cpu", cache_implementation="none"))
+    calls = forward_calls(load(wanted), texts[:4])
+    assert [tokens - calls[0][0] for tokens, _ in calls] == list(range(len(calls)))
+    assert {cache for _, cache in calls} == {"NoneType"}
+    assert outputs(wanted, texts) == alone[name]
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_attention_kernel_is_used_and_writes_the_same(folders, texts, alone, kernel):
+    wanted = experiment(folders["gpt2"], backend=PytorchBackend(device="cpu", attn_implementation=kernel))
+    assert load(wanted).engine_info().settings["attn_implementation"] == kernel
+    assert outputs(wanted, texts) == alone["gpt2"]
+
+
+@pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
+def test_precision_arrives_in_the_weights(folders, texts, precision, size):
+    wanted = experiment(folders["gpt2"], fp_precision=precision)
+    backend = load(wanted)
+    info = backend.model_info()
+    assert info.dtype == precision
+    assert info.weights_bytes == size * info.parameters
+    assert len(list(backend.generate(backend.encode(texts[:4])))) == 4
+
+
+def test_automatic_precision_on_a_cpu_is_float32_whatever_the_checkpoint(folders, tmp_path):
+    import torch
+
+    half = tmp_path / "half"
+    shutil.copytree(folders["gpt2"], half)
+    _model(half).to(torch.bfloat16).save_pretrained(half)
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load(experiment(half)).model_info().dtype == "float32"
+
+
+def test_compiled_model_writes_the_same(folders, texts, alone):
+    graphs, compiled = compiled_graphs(experiment(folders["gpt2"], batch_size=1), texts[:1])
+    assert graphs > 0
+    assert compiled == [alone["gpt2"][0][:2]]
+
+
+def test_model_with_an_adapter_is_compiled_too(folders, texts, adapter):
+    graphs, _ = compiled_graphs(experiment(folders["gpt2"], batch_size=1, adapter=str(adapter)), texts[:1])
+    assert graphs > 0
+
+
+def compiled_graphs(wanted, texts):
+    """Run two steps compiled; return the number of graphs that the compiler made, and the outputs."""
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    reset()
+    counters.clear()
+    compiling = PytorchBackend(device="cpu", torch_compile=True)
+    written = outputs(replace(wanted, backend=compiling, max_output_tokens=2), texts)
+    return counters["stats"]["unique_graphs"], written
+
+
+# ------------------------------------------------------------------ LoRA
+def test_adapter_changes_the_outputs_as_it_does_in_transformers(folders, texts, alone, adapter):
+    expected = generate_alone(folders["gpt2"], texts, adapter=adapter)
+    different = sum(a != b for a, b in zip(expected, alone["gpt2"], strict=True))
+    assert different > 40
+    assert outputs(experiment(folders["gpt2"], adapter=str(adapter)), texts) == expected
+
+
+def test_adapter_is_recorded_and_its_parameters_are_counted(folders, adapter):
+    plain = load(experiment(folders["gpt2"])).model_info()
+    adapted = load(experiment(folders["gpt2"], adapter=str(adapter))).model_info()
+    assert (plain.adapter, adapted.adapter) == (None, str(adapter))
+    # Two layers, rank 4, from 64 to 3·64.
+    assert adapted.parameters - plain.parameters == 2 * 4 * (64 + 3 * 64)
+    assert adapted.architecture == "GPT2LMHeadModel"
+
+
+# ------------------------------------------------------------------ inputs
+def test_chat_template_wraps_each_prompt_as_the_tokenizer_does(folders, texts):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders["mixtral"])
+    encoded = load(experiment(folders["mixtral"], chat_template=True)).encode(texts)
+    for prompt, text in zip(encoded, texts, strict=True):
+        turns = [{"role": "user", "content": text}]
+        wrapped = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+        assert list(prompt.token_ids) == wrapped["input_ids"]
+        assert prompt.token_ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(encoded[0].token_ids) == f"<s>[user] {texts[0]}\n[assistant]"
+
+
+def test_without_chat_template_the_text_gets_only_the_tokenizers_beginning(folders, texts):
+    first = load(experiment(folders["mixtral"])).encode(texts[:1])[0]
+    assert first.token_ids[0] == 1
+    assert first.token_ids.count(1) == 1
+
+
+def test_prompt_beyond_the_models_positions_is_refused_with_the_length_that_fits(folders, texts):
+    backend = load(experiment(folders["gpt2"]))
+    too_long = " ".join(["river"] * POSITIONS)
+    with pytest.raises(RunError, match=rf"Prompt 1 has .* max_input_tokens={POSITIONS - NEW_TOKENS} "):
+        backend.encode([texts[0], too_long])
+
+
+def test_prompt_cut_to_the_length_that_fits_runs(folders):
+    wanted = experiment(folders["gpt2"], max_input_tokens=POSITIONS - NEW_TOKENS, min_output_tokens=NEW_TOKENS)
+    assert [len(output) for output in outputs(wanted, [" ".join(["river"] * POSITIONS)])] == [NEW_TOKENS]
+
+
+def test_prompt_without_tokens_is_refused(folders, texts):
+    with pytest.raises(RunError, match="Prompt 1 has no tokens"):
+        load(experiment(folders["gpt2"])).encode([texts[0], ""])
+
+
+# ------------------------------------------------------------------ objections
+def objections(wanted, host=NO_GPU):
+    found = Pytorch.objections(wanted, models.find(wanted.model), host)
+    return [(o.severity, o.path) for o in found], " ".join(map(str, found))
+
+
+def test_nothing_speaks_against_the_defaults(folders):
+    assert objections(experiment(folders["gpt2"], backend=PytorchBackend())) == ([], "")
+    assert objections(experiment(folders["gpt2"], backend=PytorchBackend()), ONE_GPU) == ([], "")
+
+
+def test_cuda_without_a_gpu_is_impossible(folders):
+    wanted = experiment(folders["gpt2"], backend=PytorchBackend(device="cuda"))
+    assert objections(wanted)[0] == [("impossible", "backend.device")]
+    assert objections(wanted, ONE_GPU)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "package"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
+)
+def test_flash_attention_without_its_package_is_impossible(folders, kernel, package):
+    if util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    wanted = experiment(
+        folders["gpt2"], fp_precision="bfloat16", backend=PytorchBackend(attn_implementation=kernel)
+    )
+    found, text = objections(wanted, ONE_GPU)
+    assert found == [("impossible", "backend.attn_implementation")]
+    assert package in text
+
+
+def test_flash_attention_on_a_cpu_or_in_float32_is_impossible(folders):
+    options = PytorchBackend(attn_implementation="flash_attention_2")
+    assert "NVIDIA GPUs only" in objections(experiment(folders["gpt2"], backend=options))[1]
+    in_float32 = experiment(folders["gpt2"], backend=options, fp_precision="float32")
+    assert "no float32" in objections(in_float32, ONE_GPU)[1]
+
+
+def test_quantization_without_its_package_is_impossible(folders):
+    if util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    wanted = experiment(folders["gpt2"], quantization=Quantization(quantization=True, load_in_8bit=True))
+    found, text = objections(wanted)
+    assert found == [("impossible", "quantization.quantization")]
+    assert "lem[bitsandbytes]" in text
+
+
+def test_encoder_decoder_model_is_impossible(folders, tmp_path):
+    Path(tmp_path, "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    assert objections(experiment(tmp_path))[0] == [("impossible", "model")]
+
+
+def test_chat_template_is_impossible_only_where_the_tokenizer_has_none(folders):
+    assert objections(experiment(folders["gpt2"], chat_template=True))[0] == [("impossible", "chat_template")]
+    assert objections(experiment(folders["mixtral"], chat_template=True))[0] == []
+
+
+def test_chat_template_of_a_model_without_a_tokenizer_is_impossible(folders, tmp_path):
+    shutil.copy(folders["gpt2"] / "config.json", tmp_path)
+    assert objections(experiment(tmp_path, chat_template=True))[0] == [("impossible", "chat_template")]
+
+
+def test_half_precision_on_a_cpu_is_only_warned_about(folders):
+    wanted = experiment(folders["gpt2"], fp_precision="float16", backend=PytorchBackend())
+    assert objections(wanted)[0] == [("warning", "fp_precision")]
+    assert objections(wanted, ONE_GPU)[0] == []
+
+
+def test_running_without_a_cache_is_only_warned_about(folders):
+    wanted = experiment(folders["gpt2"], backend=PytorchBackend(cache_implementation="none"))
+    assert objections(wanted)[0] == [("warning", "backend.cache_implementation")]
