@@ -64,8 +64,9 @@ class Display(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def display(stream: TextIO = sys.stderr) -> Display:
-    """Return bars for a terminal, plain lines for anything else."""
+def display() -> Display:
+    """Return bars where stderr is a terminal, plain lines where it is anything else."""
+    stream = sys.stderr
     return Bars() if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines(stream)
 
 

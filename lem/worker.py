@@ -184,6 +184,9 @@ def _close(meter: Meter, backend: Backend) -> None:
 
 def _interrupt_on_signals() -> None:
     def interrupt(number: int, _frame: FrameType | None) -> None:
+        # Ctrl-C reaches the worker twice, from the terminal and from the parent: the second must not break
+        # off the writing of the record.
+        _ignore_signals()
         raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -191,7 +194,7 @@ def _interrupt_on_signals() -> None:
 
 
 def _ignore_signals() -> None:
-    """Let nothing come between an interrupted run and its record."""
+    """Let nothing come between a run that ended early and its record."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -31,6 +31,7 @@ def lem(tmp_path, monkeypatch, capfd):
     from lem import cli
 
     monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
 
     def run(*arguments: str) -> Finished:
         monkeypatch.setattr(sys, "argv", ["lem", *arguments])
@@ -41,7 +42,10 @@ def lem(tmp_path, monkeypatch, capfd):
         assert "Traceback" not in err
         return Finished(int(stop.value.code or 0), out, err)
 
-    return run
+    yield run
+    # The command reads .env files into this process's environment.
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def command(*arguments: str, cwd: Path, **env: str) -> Finished:

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mixed_prompts, mixtral, qwen2, write_prompts
+from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mixed_prompts, mixtral, qwen2, write_prompts
 
 from lem import models
 from lem.backends import make_backend
@@ -131,7 +131,7 @@ def forward_calls(backend, texts):
 
 
 # ------------------------------------------------------------------ tokens and counts
-@pytest.mark.parametrize(("name", "strategy"), product(BUILDERS, STRATEGIES))
+@pytest.mark.parametrize(("name", "strategy"), list(product(BUILDERS, STRATEGIES)))
 def test_batches_write_what_each_prompt_alone_writes(folders, texts, alone, name, strategy):
     batching = Batching(strategy=strategy, batch_size=4, max_tokens_per_batch=120)
     generations = run(experiment(folders[name], batching=batching), texts)
@@ -182,7 +182,7 @@ def test_option_of_the_greedy_decoder_arrives(folders, texts, alone, option):
     assert outputs(experiment(folders["gpt2"], batch_size=1, decoder=Decoder(**wanted)), texts) == expected
 
 
-@pytest.mark.parametrize(("name", "option"), product(BUILDERS, DETERMINISTIC))
+@pytest.mark.parametrize(("name", "option"), list(product(BUILDERS, DETERMINISTIC)))
 def test_option_of_the_greedy_decoder_does_not_take_padding_for_text(folders, texts, name, option):
     # Padding lies before a prompt like text; where the end token pads, a penalty on it would hold off the end.
     wanted = {option: DETERMINISTIC[option]}
@@ -375,9 +375,7 @@ def test_cuda_without_a_gpu_is_impossible(folders):
 def test_flash_attention_without_its_package_is_impossible(folders, kernel, package):
     if util.find_spec(package):
         pytest.skip(f"{package} is installed")
-    wanted = experiment(
-        folders["gpt2"], fp_precision="bfloat16", backend=PytorchBackend(attn_implementation=kernel)
-    )
+    wanted = experiment(folders["gpt2"], fp_precision="bfloat16", backend=PytorchBackend(attn_implementation=kernel))
     found, text = objections(wanted, ONE_GPU)
     assert found == [("impossible", "backend.attn_implementation")]
     assert package in text
