@@ -1,0 +1,177 @@
+"""Writes the reference pages from their sources: the schema, the records, the command line, conf/.
+
+`python docs/generate.py` writes them anew; a test compares what it would write with what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from lem.apps.inventory import choices
+from lem.cli import app
+from lem.parquet import Column, columns
+from lem.record import ExperimentRow, RequestRecord
+from lem.spec import BACKENDS, GROUPS, Experiment, Leaf, leaves
+
+REFERENCE = Path(__file__).parent / "reference"
+GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"
+
+
+def pages() -> dict[Path, str]:
+    """Return every generated page with its content."""
+    return {
+        REFERENCE / "configuration.md": GENERATED + configuration(),
+        REFERENCE / "results.md": GENERATED + results(),
+        REFERENCE / "cli.md": GENERATED + command_line(),
+    }
+
+
+# ------------------------------------------------------------------ configuration
+def configuration() -> str:
+    """Return the page on every configuration value."""
+    parts = [
+        "# Configuration\n",
+        "Each value below can stand in a config file (as nested YAML), and on the command line as an override "
+        "(`batching.batch_size=4`). See [configuring](../configuring.md) for files, presets and precedence.\n",
+    ]
+    own = [leaf for leaf in leaves() if "." not in leaf.path]
+    parts += ["## Experiment\n", _values_table(own)]
+    for group in dict.fromkeys(leaf.path.split(".")[0] for leaf in leaves() if "." in leaf.path):
+        parts += list(_group_section(group))
+    parts += ["## preset\n", _choices_table("preset")]
+    return "\n".join(parts)
+
+
+def _group_section(group: str) -> Iterator[str]:
+    yield f"## {group}\n"
+    if group in GROUPS:
+        yield f"Choose one with `{group}=<name>`, or `{group}: <name>` in a file:\n"
+        yield _choices_table(group)
+    if group == "backend":
+        for name, backend in BACKENDS.items():
+            yield f"### {name}\n"
+            yield _values_table(list(leaves(backend, f"{group}.")))
+    else:
+        yield _values_table([leaf for leaf in leaves() if leaf.path.startswith(f"{group}.")])
+
+
+def _choices_table(group: str) -> str:
+    rows = [f"| `{choice.name}` | {choice.purpose} |" for choice in choices(group)]
+    return "\n".join([f"| {group} | what it is |", "|---|---|", *rows]) + "\n"
+
+
+def _values_table(values: list[Leaf]) -> str:
+    rows = [
+        f"| `{leaf.path}` | {_type(leaf.annotation)} | {_default(leaf)} | {_cell(leaf.description)} |"
+        for leaf in values
+    ]
+    return "\n".join(["| value | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _type(annotation: Any) -> str:
+    constraints = ""
+    if get_origin(annotation) is Annotated:
+        annotation, info = get_args(annotation)
+        constraints = "".join(f", {_constraint(item)}" for item in info.metadata if _constraint(item))
+    if get_origin(annotation) is Literal:
+        return _cell(" | ".join(f"`{value}`" for value in get_args(annotation)))
+    if get_origin(annotation) in (Union, types.UnionType):
+        names = ["null" if member is type(None) else member.__name__ for member in get_args(annotation)]
+        return _cell(" | ".join(names)) + constraints
+    return f"{annotation.__name__}{constraints}"
+
+
+def _constraint(item: Any) -> str:
+    for name, symbol in {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}.items():
+        if hasattr(item, name):
+            return f"{symbol} {getattr(item, name)}"
+    return ""
+
+
+def _default(leaf: Leaf) -> str:
+    plain = leaf.default is None or isinstance(leaf.default, bool)
+    return f"`{json.dumps(leaf.default) if plain else leaf.default}`" + (f" or `${leaf.env}`" if leaf.env else "")
+
+
+# ------------------------------------------------------------------ results
+def results() -> str:
+    """Return the page on the columns of the tables."""
+    return "\n".join(
+        [
+            "# Results\n",
+            "Units stand in the columns' names here and in the Arrow metadata of the files "
+            "(`pyarrow.parquet.read_schema(file).field(name).metadata`). A number that was not measured is null. "
+            "See [reading results](../results.md) for the files.\n",
+            "## Table `experiments`\n",
+            "A row for each experiment.\n",
+            _columns_table(ExperimentRow),
+            "## Table `requests`\n",
+            "A row for each request of the measured window.\n",
+            _columns_table(RequestRecord),
+        ]
+    )
+
+
+def _columns_table(record_type: type[Any]) -> str:
+    rows = [
+        f"| `{c.name}` | {_column_type(c)} | {_cell(c.unit or '')} | {_cell(c.description or '')} |"
+        for c in columns(record_type)
+    ]
+    return "\n".join(["| column | type | unit | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _column_type(column: Column) -> str:
+    name = "list of text" if column.python_type == list[str] else column.python_type.__name__
+    return name + (" or null" if column.nullable else "")
+
+
+# ------------------------------------------------------------------ command line
+def command_line() -> str:
+    """Return the page on the commands and their options."""
+    root = typer.main.get_command(app)
+    parts = ["# Command line\n", f"{root.help}\n"]
+    for path, command in _commands(root, ("lem",)):
+        parts += [f"## {' '.join(path)}\n", f"{command.help}\n", _options_table(command)]
+    return "\n".join(parts)
+
+
+def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, child in command.commands.items():
+        yield from _commands(child, (*path, name))
+
+
+def _options_table(command: Any) -> str:
+    rows = []
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            rows.append(f"| `{_cell(parameter.metavar or parameter.name)}` | {_cell(parameter.help or '')} |")
+        else:
+            names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+            rows.append(f"| {names} | {_cell(parameter.help or '')} |")
+    if not rows:
+        return ""
+    return "\n".join(["| option | meaning |", "|---|---|", *rows]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main() -> None:
+    """Write the pages."""
+    for path, content in pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The generated pages are fresh, and what the pages say can be done can be done."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_fresh():
+    for path, content in generator().pages().items():
+        assert path.read_text(encoding="utf-8") == content, f"{path.name} is stale: run `python docs/generate.py`"
+
+
+def test_every_note_code_is_explained():
+    codes = set()
+    for path in (ROOT / "lem").rglob("*.py"):
+        text = path.read_text()
+        codes |= set(re.findall(r'Note\("(\w+)"', text)) | set(re.findall(r'f?"((?:energy)_\w+): ', text))
+    explained = (ROOT / "docs" / "results.md").read_text()
+    assert codes
+    for code in codes:
+        assert f"`{code}`" in explained
+
+
+def test_every_column_named_in_the_docs_exists():
+    from lem.parquet import columns
+    from lem.record import ExperimentRow
+
+    names = {column.name for column in columns(ExperimentRow)}
+    (listed,) = re.findall(r"runs\[\[(.*)\]\]", (ROOT / "docs" / "results.md").read_text())
+    assert set(re.findall(r'"(\w+)"', listed)) <= names
+
+
+README_FILE = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+def test_the_readmes_config_file_composes(tmp_path):
+    from lem.apps.compose import prepare
+
+    (tmp_path / "my.yaml").write_text(README_FILE)
+    composed = prepare(tmp_path / "my.yaml", []).experiment()
+    assert (composed.dataset.name, composed.dataset.sample_size) == ("gsm8k", 200)
+    assert composed.fp_precision == "float16"
+
+
+@pytest.mark.parametrize("session", ["demo", "tests"])
+def test_the_readme_begins_with_the_two_commands(session):
+    assert f"python -m pip install nox && python -m nox -s {session}\n" in (ROOT / "README.md").read_text()
