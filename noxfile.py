@@ -74,3 +74,10 @@ def docs(session: nox.Session) -> None:
     install_lem(session, "-e", ".[dev]")
     session.run("python", "docs/generate.py")
     session.run("mkdocs", "build", "--strict", "--quiet")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what starting up costs, as multiples of an empty interpreter in the same run."""
+    install_lem(session, "-e", ".")
+    session.run("python", "bench/startup.py")

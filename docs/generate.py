@@ -17,7 +17,7 @@ from lem.apps.inventory import choices
 from lem.cli import app
 from lem.parquet import Column, columns
 from lem.record import ExperimentRow, RequestRecord
-from lem.spec import BACKENDS, GROUPS, Experiment, Leaf, leaves
+from lem.spec import BACKENDS, GROUPS, Leaf, leaves
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"

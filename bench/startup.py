@@ -1,0 +1,47 @@
+"""What starting up costs, in CPU seconds of one run, and as a multiple of an interpreter that does nothing.
+
+`python -m nox -s bench`. Prints a table; fails when `lem --help` takes more than its limit.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+
+REPEATS = 7
+HELP_LIMIT_CPU_S = 0.4
+COMMANDS = {
+    "python -c pass": ["-c", "pass"],
+    "import lem": ["-c", "import lem"],
+    "lem --help": ["-m", "lem.cli", "--help"],
+    "lem presets": ["-m", "lem.cli", "presets"],
+    "lem experiment --dry-run": [
+        "-m", "lem.cli", "experiment", "--model", "tiny", "-d", "sample", "-n", "3", "--dry-run",
+    ],
+}  # fmt: skip
+
+
+def cpu_s(arguments: list[str]) -> float:
+    """Return the CPU time of one run of Python with these arguments."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> int:
+    """Measure and print; return 1 when a limit is exceeded."""
+    medians = {}
+    for name, arguments in COMMANDS.items():
+        cpu_s(arguments)  # compiles bytecode, warms the disk's cache
+        medians[name] = statistics.median(cpu_s(arguments) for _ in range(REPEATS))
+    nothing = medians["python -c pass"]
+    for name, seconds in medians.items():
+        print(f"{name:<26} {seconds:7.3f} s CPU  {seconds / nothing:6.1f} x an empty interpreter")
+    return int(medians["lem --help"] > HELP_LIMIT_CPU_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

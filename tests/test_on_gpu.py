@@ -1,0 +1,30 @@
+"""The real thing, where an NVIDIA GPU is at hand: `pytest -m gpu`; skipped, with the reason, elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lem import gpu
+from tests.conftest import command, raw_record
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not gpu.visible(), reason="no NVIDIA GPU is visible"),
+]
+
+
+def test_a_run_on_the_gpu_is_metered_by_its_counter(tmp_path):
+    done = command(
+        "experiment", "-m", "tiny", "-d", "sample", "-n", "200", "--max-tokens", "64", "batching.batch_size=8", "-y",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.out + done.err
+    (row,) = json.loads(command("results", "list", "--json", cwd=tmp_path).out)
+    assert (row["energy_components"], row["energy_source"]) == ("gpu", "counter")
+    assert row["gpu_energy_j"] == row["energy_j"] > 0
+    assert 20 < row["average_power_w"] < 1500
+    assert row["peak_memory_scope"] == "GPU allocator, measured window"
+    readings = raw_record(tmp_path / "results")["phases"][-1]["energy"]
+    assert [r["device"] for r in readings if r["component"] == "gpu"] == [gpu.visible()[0].uuid]
