@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 STATUS_STYLE = {"completed": "green", "failed": "red", "interrupted": "yellow", "pending": "cyan"}
 # Tables that are piped are not to be cut at the width of a terminal that is not there.
 WIDTH_WITHOUT_TERMINAL = 240
+WIDE = 110
+ESTIMATE = "≈"
 
 
 def console(stderr: bool = False) -> Console:
@@ -99,13 +101,13 @@ def _model(row: ExperimentRow) -> str:
 
 def _energy_lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
     label = f" ({row.energy_components}, {row.energy_source}, {row.energy_scope})" if row.energy_components else ""
-    yield "Energy", f"{quantity(row.energy_j, 'J')} = {quantity(row.energy_wh, 'Wh')}{label}"
-    yield "Average power", quantity(row.average_power_w, "W")
-    yield "Energy per output token", quantity(row.energy_per_output_token_j, "J/token")
-    yield "Energy per request", quantity(row.energy_per_request_j, "J/request")
+    yield "Energy", f"{_energy(row)} = {quantity(row.energy_wh, 'Wh')}{label}"
+    yield "Average power", _marked(row, quantity(row.average_power_w, "W"))
+    yield "Energy per output token", _marked(row, quantity(row.energy_per_output_token_j, "J/token"))
+    yield "Energy per request", _marked(row, quantity(row.energy_per_request_j, "J/request"))
     if row.co2e_g is not None:
         grid = f"{plain(row.carbon_intensity_g_per_kwh)} gCO2e/kWh, {row.carbon_intensity_source}"
-        yield "CO2e", f"{quantity(row.co2e_g, 'gCO2e')} ({grid})"
+        yield "CO2e", f"{_marked(row, quantity(row.co2e_g, 'gCO2e'))} ({grid})"
     else:
         yield "CO2e", "– (give energy.country_iso_code or energy.carbon_intensity_g_per_kwh)"
 
@@ -144,41 +146,68 @@ def _phase_rows(table: Table, phase: Any) -> None:
 
 # ------------------------------------------------------------------ many experiments
 def show_rows(rows: Sequence[ExperimentRow], pending: Sequence[str] = (), labels: Sequence[str] | None = None) -> None:
-    """Print a line for each experiment; in a sweep with the label that tells it from the others."""
+    """Print a line for each experiment: what it ran, or in a sweep the label that tells it from the others."""
     from rich.markup import escape
     from rich.table import Table
 
+    wide = console().width >= WIDE
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("experiment", "status", "model", "backend", "dataset", "batch"):
-        table.add_column(name, no_wrap=True)
-    for name in ("requests", "tokens/s", "energy", "J/token"):
+    table.add_column("experiment", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    # In a narrow terminal words wrap; ids and numbers are never cut.
+    table.add_column(
+        "overrides" if labels else "model, backend, dataset, batching" if wide else "model", overflow="fold"
+    )
+    numbers = {"requests": _requests, "of": _components} if wide else {}
+    numbers |= {"tokens/s": _speed, "energy": _energy, "per token": _energy_per_token}
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("energy from", no_wrap=True)
-    if labels:
-        table.add_column("overrides", overflow="fold")
     for i, row in enumerate(rows):
         style = STATUS_STYLE[row.status]
-        source = f"{row.energy_components} {row.energy_source}" if row.energy_components else "–"
+        what = labels[i] if labels else _what(row, wide)
         table.add_row(
             row.experiment_id,
             f"[{style}]{row.status}[/{style}]",
-            escape(row.model) + (" (random)" if row.random_weights else ""),
-            row.backend,
-            escape(row.dataset),
-            str(row.batch_size),
-            f"{row.requests_completed}/{row.requests_planned}",
-            plain(row.output_tokens_per_s),
-            quantity(row.energy_j, "J"),
-            quantity(row.energy_per_output_token_j, "J"),
-            source,
-            *([escape(labels[i])] if labels else []),
+            escape(what),
+            *(show(row) for show in numbers.values()),
         )
     for experiment_id in pending:
         table.add_row(experiment_id, "[cyan]pending[/cyan]")
     print_table(table)
+    if any(row.energy_source == "estimate" for row in rows):
+        print(f"{ESTIMATE} an estimate, not a measurement")
     for row in rows:
         if row.error:
             print(f"{row.experiment_id}: {row.error}")
+
+
+def _what(row: ExperimentRow, wide: bool) -> str:
+    model = f"{row.model} (random)" if row.random_weights else row.model
+    return f"{model} {row.backend} {row.dataset} {row.batching_strategy}/{row.batch_size}" if wide else model
+
+
+def _requests(row: ExperimentRow) -> str:
+    return f"{row.requests_completed}/{row.requests_planned}"
+
+
+def _components(row: ExperimentRow) -> str:
+    return row.energy_components or "–"
+
+
+def _speed(row: ExperimentRow) -> str:
+    return plain(row.output_tokens_per_s)
+
+
+def _energy(row: ExperimentRow) -> str:
+    return _marked(row, quantity(row.energy_j, "J"))
+
+
+def _energy_per_token(row: ExperimentRow) -> str:
+    return _marked(row, quantity(row.energy_per_output_token_j, "J"))
+
+
+def _marked(row: ExperimentRow, text: str) -> str:
+    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and row.energy_j is not None else text
 
 
 # ------------------------------------------------------------------ for programs

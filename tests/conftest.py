@@ -14,6 +14,8 @@ import pytest
 # No test may wait for a hub that it cannot reach.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)
+# Tests run side by side: OpenMP's threads would spin against each other for the same cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @dataclass

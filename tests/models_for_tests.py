@@ -7,8 +7,13 @@ depend on the last bits of a sum. Their end token is one that greedy decoding re
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
+
+# Threads that wait for each other cost ten times the work itself as soon as two processes share few cores. Read when
+# torch is imported, which no test does before it runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = (
     "the river carries small stones to the sea and leaves them where water slows every winter snow covers "

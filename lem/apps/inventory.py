@@ -71,7 +71,9 @@ def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
-    table = Table(*headers, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        table.add_column(header, overflow="fold")
     for row in rows:
         table.add_row(*row)
     report.print_table(table)
