@@ -136,6 +136,9 @@ def _loaded(record: ProcessRecord) -> dict[str, Any]:
         "random_weights": model.random_weights if model else None,
         "parameters": model.parameters if model else None,
         "dtype": model.dtype if model else None,
+        "quantization": model.quantization if model else None,
+        "adapter": model.adapter if model else None,
+        "weights_bytes": model.weights_bytes if model else None,
         "engine_version": engine.version if engine else None,
         "device": engine.device_name if engine else None,
     }

@@ -96,7 +96,9 @@ def _lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
 
 def _model(row: ExperimentRow) -> str:
     size = f", {quantity(row.parameters, ' parameters', 3)}" if row.parameters else ""
-    return f"{row.model}{size}{' — random weights' if row.random_weights else ''}"
+    extras = [row.quantization, f"adapter {row.adapter}" if row.adapter else None]
+    extras += ["random weights" if row.random_weights else None]
+    return " — ".join([row.model + size, *filter(None, extras)])
 
 
 def _energy_lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
@@ -207,7 +209,7 @@ def _energy_per_token(row: ExperimentRow) -> str:
 
 
 def _marked(row: ExperimentRow, text: str) -> str:
-    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and row.energy_j is not None else text
+    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text[0].isdigit() else text
 
 
 # ------------------------------------------------------------------ for programs

@@ -7,18 +7,13 @@ depend on the last bits of a sum. Their end token is one that greedy decoding re
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 
-# Threads that wait for each other cost ten times the work itself as soon as two processes share few cores. Read when
-# torch is imported, which no test does before it runs.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-WORDS = (
+TEXT = (
     "the river carries small stones to the sea and leaves them where water slows every winter snow covers "
     "a narrow road above old mills people count barrels of apples before frost comes back again without warning"
-).split()
+)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -29,7 +24,7 @@ NEW_TOKENS = 24
 
 def mixed_prompts(count=50, seed=11):
     draw = random.Random(seed)
-    return [f"{i}: " + " ".join(draw.choices(WORDS, k=draw.randint(1, 40))) for i in range(count)]
+    return [f"{i}: " + " ".join(draw.choices(TEXT.split(), k=draw.randint(1, 40))) for i in range(count)]
 
 
 def write_prompts(file, prompts):

@@ -7,11 +7,11 @@ angles (head_dim a position), which is no weight's and no attention's work; it i
 """
 
 import pytest
-from tests.models_for_tests import gpt2, mixtral, qwen2
 
 from lem import tiny
 from lem.backends.architecture import architecture_of
 from lem.flops import Architecture, forward_flops, total_flops
+from tests.models_for_tests import gpt2, mixtral, qwen2
 
 PROMPT, OUTPUT = 80, 12
 NAMES = ("gpt2", "qwen2", "mixtral", "tiny")

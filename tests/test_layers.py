@@ -23,6 +23,7 @@ LAYERS = [
     {"worker", "job"},
     {"apps"},
     {"cli"},
+    {"__main__"},
 ]
 ONLY_IN_APPS = {"hydra", "omegaconf", "submitit"}
 

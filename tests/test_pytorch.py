@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mixed_prompts, mixtral, qwen2, write_prompts
 
 from lem import models
 from lem.backends import make_backend
@@ -18,6 +17,7 @@ from lem.errors import RunError
 from lem.gpu import Gpu
 from lem.host import Host
 from lem.spec import Batching, Dataset, Decoder, Experiment, PytorchBackend, Quantization
+from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mixed_prompts, mixtral, qwen2, write_prompts
 
 NO_GPU = Host(gpus=())
 ONE_GPU = Host(gpus=(Gpu(0, "GPU-0", "NVIDIA", 80 * 2**30),))
