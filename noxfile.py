@@ -80,4 +80,11 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure what starting up costs, as multiples of an empty interpreter in the same run."""
     install_lem(session, "-e", ".")
-    session.run("python", "bench/startup.py")
+    session.run("python", "-m", "bench.startup")
+
+
+@nox.session
+def accuracy(session: nox.Session) -> None:
+    """Compare the GPU meter's joules with power curves of known integral, and measure what metering costs."""
+    install_lem(session, "-e", ".", "pytest")
+    session.run("python", "-m", "bench.accuracy")

@@ -15,6 +15,7 @@ import typer
 
 from lem.apps.inventory import choices
 from lem.cli import app
+from lem.doubts import CATALOGUE
 from lem.parquet import Column, columns
 from lem.record import ExperimentRow, RequestRecord
 from lem.spec import BACKENDS, GROUPS, Leaf, leaves
@@ -29,6 +30,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "configuration.md": GENERATED + configuration(),
         REFERENCE / "results.md": GENERATED + results(),
         REFERENCE / "cli.md": GENERATED + command_line(),
+        REFERENCE / "warnings.md": GENERATED + warnings(),
     }
 
 
@@ -129,6 +131,23 @@ def _columns_table(record_type: type[Any]) -> str:
 def _column_type(column: Column) -> str:
     name = "list of text" if column.python_type == list[str] else column.python_type.__name__
     return name + (" or null" if column.nullable else "")
+
+
+# ------------------------------------------------------------------ warnings
+def warnings() -> str:
+    """Return the page on what each warning means and what to do about it."""
+    rows = [f"| `{code}` | {_cell(doubt.meaning)} | {_cell(doubt.remedy)} |" for code, doubt in CATALOGUE.items()]
+    return "\n".join(
+        [
+            "# Warnings\n",
+            "The tool doubts itself aloud: each warning is on the raw record, in the row's `warnings` as "
+            "`code: sentence`, and in `lem results show`. Codes are stable.\n",
+            "| code | what it means | what to do |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 # ------------------------------------------------------------------ command line

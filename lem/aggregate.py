@@ -8,10 +8,12 @@ records and the store, not how anything was measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lem import doubts
 from lem.errors import ResultsError
+from lem.peaks import peak_flops_per_s
 from lem.plan import Plan
 from lem.record import (
     Carbon,
@@ -76,7 +78,7 @@ def experiment_row(plan: Plan, records: Sequence[ProcessRecord], requests: Seque
     complete = status == "completed"
     output_tokens = sum(r.output_tokens for r in requests)
     duration_s = _duration_s(records, "measured")
-    return ExperimentRow(
+    row = ExperimentRow(
         experiment_id=plan.experiment_id,
         status=status,
         error=next((r.error.message for r in records if r.error), None),
@@ -95,12 +97,14 @@ def experiment_row(plan: Plan, records: Sequence[ProcessRecord], requests: Seque
         **_latencies([r.latency_s for r in requests]),
         **_phases(records),
         **_energies(owner, len(requests), output_tokens, duration_s, complete),
+        **_parts(owner, duration_s),
+        **_warmup(owner),
         **_flops(records, requests, duration_s if complete else None),
         **_memory(records),
-        notes=_notes(records),
         overrides=list(plan.overrides),
         config_json=to_json(plan.experiment),
     )
+    return replace(row, warnings=_warnings(row, records))
 
 
 def _status(records: Sequence[ProcessRecord]) -> Status:
@@ -220,6 +224,61 @@ def _flops(
         "flops_per_token": _ratio(total, tokens),
         "flops_per_s": _ratio(total, duration_s),
         "flops_method": parts[0].method if total is not None else None,
+        **_utilisation(records, _ratio(total, duration_s)),
+    }
+
+
+def _utilisation(records: Sequence[ProcessRecord], flops_per_s: float | None) -> dict[str, Any]:
+    """Return model FLOPs utilisation against the datasheet's peak; the dtype counts, not the quantized weights."""
+    owner = records[0]
+    peak = None
+    if owner.engine and owner.model and owner.engine.device.startswith("cuda"):
+        peak = peak_flops_per_s(owner.engine.device_name, owner.model.dtype)
+    return {
+        "peak_flops_per_s": peak.flops_per_s if peak else None,
+        "peak_flops_source": peak.source if peak else None,
+        "mfu": _ratio(flops_per_s, peak.flops_per_s) if peak else None,
+    }
+
+
+def _parts(owner: ProcessRecord, duration_s: float | None) -> dict[str, Any]:
+    """Return idle power, idle-adjusted energy, the trace beside the counter, and prefill against decode."""
+    window = owner.phase("measured")
+    readings = window.energy if window else ()
+    head = headline(readings)
+    energy_j = head.energy_j if head else None
+    idle_w = {name: _idle_power_w(owner, name) for name in ("idle_before", "idle_loaded")}
+    adjusted = _product(idle_w["idle_loaded"], duration_s)
+    traces = [r.trace_energy_j for r in readings if r.component == "gpu"]
+    prefill = owner.prefill
+    return {
+        "idle_power_before_w": idle_w["idle_before"],
+        "idle_power_loaded_w": idle_w["idle_loaded"],
+        "energy_idle_adjusted_j": _difference(energy_j, adjusted),
+        "trace_energy_j": sum(t for t in traces if t is not None) if traces and None not in traces else None,
+        "counter_tick_s": max(
+            (r.resolution_s for r in readings if r.source == "counter" and r.resolution_s), default=None
+        ),
+        "prefill_duration_s": prefill.duration_s if prefill else None,
+        "decode_duration_s": _difference(duration_s, prefill.duration_s if prefill else None),
+        "prefill_energy_j": prefill.energy_j if prefill else None,
+        "decode_energy_j": _difference(energy_j, prefill.energy_j if prefill else None),
+        "prefill_energy_uncertainty_j": prefill.uncertainty_j if prefill else None,
+    }
+
+
+def _idle_power_w(owner: ProcessRecord, name: Any) -> float | None:
+    phase = owner.phase(name)
+    energy = headline(phase.energy) if phase else None
+    return _ratio(energy.energy_j, phase.duration_s) if energy and phase else None
+
+
+def _warmup(owner: ProcessRecord) -> dict[str, Any]:
+    warmup = owner.warmup
+    return {
+        "warmup_prompts": warmup.prompts if warmup else None,
+        "warmup_ended": warmup.ended if warmup else None,
+        "warmup_cv": warmup.cv if warmup else None,
     }
 
 
@@ -229,27 +288,24 @@ def _memory(records: Sequence[ProcessRecord]) -> dict[str, Any]:
     return {
         "peak_memory_bytes": peak.peak_bytes if peak else None,
         "peak_memory_scope": peak.scope if peak else None,
+        "kv_cache_bytes": max(
+            (r.memory.kv_cache_bytes for r in records if r.memory and r.memory.kv_cache_bytes), default=None
+        ),
     }
 
 
-def _notes(records: Sequence[ProcessRecord]) -> list[str]:
-    """Return what a reader must know, each once, as `code: sentence`."""
-    notes = [f"{note.code}: {note.text}" for record in records for note in record.notes]
-    window = records[0].phase("measured")
-    readings = window.energy if window else ()
-    if any(r.source == "estimate" for r in readings):
-        methods = "; ".join(_distinct(r.method for r in readings if r.source == "estimate"))
-        notes.append(f"energy_estimated: the {_names(readings)} energy is an estimate, not a measurement ({methods}).")
-    if any(r.scope == "shared_device" for r in readings):
-        notes.append("energy_shared: a MIG instance has no counter; the energy is that of its whole GPU.")
-    notes += [f"energy_missing: {r.component}: {r.reason}." for r in readings if r.energy_j is None]
-    if window and not readings:
-        notes.append("energy_missing: no meter was used.")
-    return _distinct(notes)
+def _warnings(row: ExperimentRow, records: Sequence[ProcessRecord]) -> list[str]:
+    """Return what is to be doubted, each once, as `code: sentence`."""
+    notes = [note for record in records for note in record.warnings] + doubts.of_row(row, records)
+    return _distinct(f"{note.code}: {note.text}" for note in notes)
 
 
-def _names(readings: Sequence[EnergyReading]) -> str:
-    return " and ".join(_distinct(r.component for r in readings if r.source == "estimate"))
+def _product(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one * other
+
+
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
 
 
 def _ratio(value: float | None, by: float | None) -> float | None:

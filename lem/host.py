@@ -6,21 +6,32 @@ that no secret can end up in a record.
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
 from lem import gpu
-from lem.record import Environment
+from lem.record import DeviceState, Environment
 
 # Packages whose version can change a number.
 REPORTED = (
     "torch", "transformers", "tokenizers", "accelerate", "peft", "bitsandbytes", "flash-attn", "vllm",
     "tensorrt-llm", "codecarbon", "nvidia-ml-py", "numpy", "datasets",
 )  # fmt: skip
+
+
+# Ids only: other variables of the scheduler may hold what is nobody's business.
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME",
+)  # fmt: skip
+CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGULARITY_CONTAINER", "oci": "container"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,16 @@ def look() -> Host:
     return Host(gpus=tuple(gpu.visible()))
 
 
-def environment(host: Host) -> Environment:
-    """Return the snapshot that goes into a record."""
+def device_states(gpus: Sequence[gpu.Gpu]) -> tuple[DeviceState, ...]:
+    """Return the state of GPUs at this moment, each physical one once."""
+    return tuple(gpu.state(uuid) for uuid in dict.fromkeys(device.uuid for device in gpus))
+
+
+def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[DeviceState, ...] = ()) -> Environment:
+    """Return the snapshot that goes into a record, with the states of the devices before and after the run."""
     import psutil
 
+    commit, dirty = git_state()
     return Environment(
         hostname=socket.gethostname(),
         os=platform.platform(),
@@ -51,7 +68,51 @@ def environment(host: Host) -> Environment:
         memory_bytes=psutil.virtual_memory().total,
         gpus=tuple(f"{device.name} ({device.uuid})" for device in host.gpus),
         versions={"python": platform.python_version(), **versions()},
+        cpu_governor=_first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        driver_version=driver_version(),
+        git_commit=commit,
+        git_dirty=dirty,
+        container=container(),
+        slurm={name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+        devices_before=before,
+        devices_after=after,
     )
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, or None without one."""
+    with gpu.nvml() as lib:
+        return None if lib is None else str(lib.nvmlSystemGetDriverVersion())
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Return the commit of the working directory and whether it has changes; None, None outside of a checkout."""
+    commit = _git("rev-parse", "HEAD")
+    return (commit.strip(), bool(_git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, None)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def container() -> str | None:
+    """Return the kind of container that this process runs in, or None."""
+    if Path("/.dockerenv").exists():
+        return "docker"
+    if Path("/run/.containerenv").exists():
+        return "podman"
+    return next((kind for kind, variable in CONTAINER_VARIABLES.items() if variable in os.environ), None)
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip() or None
+    except OSError:
+        return None
 
 
 @cache

@@ -14,7 +14,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TextIO
 
-TITLES = {"load": "Loading the model", "warmup": "Warm-up", "measured": "Prompts"}
+TITLES = {
+    "cooldown": "Cooling down",
+    "idle_before": "Idle, unloaded",
+    "load": "Loading the model",
+    "idle_loaded": "Idle, loaded",
+    "warmup": "Warm-up",
+    "measured": "Prompts",
+}
 
 
 @dataclass(frozen=True)

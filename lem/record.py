@@ -21,7 +21,8 @@ Status = Literal["completed", "failed", "interrupted"]
 Component = Literal["gpu", "cpu", "dram", "module"]
 Source = Literal["counter", "integral", "estimate", "replay"]
 Scope = Literal["device", "package", "machine", "process", "shared_device"]
-PhaseName = Literal["load", "warmup", "measured"]
+PhaseName = Literal["idle_before", "load", "idle_loaded", "warmup", "measured"]
+WarmupEnd = Literal["fixed", "converged", "max_prompts", "max_s"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -29,7 +30,8 @@ FinishReason = Literal["stop", "length"]
 class EnergyReading:
     """Energy of one component over one window, and how far it can be trusted.
 
-    `energy_j` is None when it could not be read; `reason` then says why.
+    `energy_j` is None when it could not be read; `reason` then says why. `resolution_s` is the tick of a counter or
+    the period of the samples, `trace_energy_j` the integral of a power trace over the same window, where there is one.
     """
 
     component: Component
@@ -39,6 +41,8 @@ class EnergyReading:
     energy_j: Annotated[float | None, units.JOULE]
     method: str
     resolution_j: Annotated[float | None, units.JOULE] = None
+    resolution_s: Annotated[float | None, units.SECOND] = None
+    trace_energy_j: Annotated[float | None, units.JOULE] = None
     reason: str | None = None
 
 
@@ -49,6 +53,51 @@ class Phase:
     name: PhaseName
     duration_s: Annotated[float, units.SECOND]
     energy: tuple[EnergyReading, ...] = ()
+
+
+@dataclass(frozen=True)
+class PowerSample:
+    """One sample of a power trace; `t_ns` is a reading of `time.perf_counter_ns`."""
+
+    t_ns: int
+    component: Component
+    device: str
+    power_w: Annotated[float, units.WATT]
+
+
+@dataclass(frozen=True)
+class PowerRecord:
+    """One sample of a power trace, as it is written (t = 0 where the measured window opens)."""
+
+    experiment_id: str
+    rank: int
+    t_s: Annotated[float, units.SECOND, "Time of the sample; negative before the measured window."]
+    component: Annotated[str, "Component, such as gpu."]
+    device: Annotated[str, "Device, by UUID."]
+    power_w: Annotated[float, units.WATT, "Power as the driver told it at that moment."]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The part of the measured window in which prompts were taken in, until each batch's first token.
+
+    Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
+    `uncertainty_j` bounds what the samples' period leaves open, and holds for the decode part, which is the rest of
+    the window, as well.
+    """
+
+    duration_s: Annotated[float, units.SECOND]
+    energy_j: Annotated[float | None, units.JOULE] = None
+    uncertainty_j: Annotated[float | None, units.JOULE] = None
+
+
+@dataclass(frozen=True)
+class WarmupInfo:
+    """What the warm-up did and why it ended."""
+
+    prompts: int
+    ended: WarmupEnd
+    cv: float | None
 
 
 @dataclass(frozen=True)
@@ -96,10 +145,11 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory; None where nothing could be read."""
+    """Peak memory, and the key/value cache of the largest batch by formula; None where it cannot be told."""
 
     peak_bytes: Annotated[int | None, units.BYTE]
     scope: str
+    kv_cache_bytes: Annotated[int | None, units.BYTE] = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +169,33 @@ class Carbon:
 
 
 @dataclass(frozen=True)
+class ForeignProcess:
+    """A process other than ours that computes on a GPU."""
+
+    pid: int
+    used_bytes: Annotated[int | None, units.BYTE]
+    name: str | None
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """A GPU at one moment; a field is None where the driver does not tell."""
+
+    uuid: str
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    max_sm_clock_mhz: int | None = None
+    temperature_c: int | None = None
+    power_limit_w: Annotated[float | None, units.WATT] = None
+    default_power_limit_w: Annotated[float | None, units.WATT] = None
+    persistence: bool | None = None
+    ecc: bool | None = None
+    mig: bool | None = None
+    throttle_reasons: tuple[str, ...] | None = None
+    foreign_processes: tuple[ForeignProcess, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Environment:
     """The machine and the software; never holds a secret."""
 
@@ -129,6 +206,22 @@ class Environment:
     memory_bytes: Annotated[int, units.BYTE]
     gpus: tuple[str, ...]
     versions: dict[str, str]
+    cpu_governor: str | None = None
+    driver_version: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    container: str | None = None
+    slurm: dict[str, str] = field(default_factory=dict)
+    devices_before: tuple[DeviceState, ...] = ()
+    devices_after: tuple[DeviceState, ...] = ()
+
+
+@dataclass(frozen=True)
+class CpuLoad:
+    """Processor time during the measured window, in busy cores: of the whole machine, and of this process."""
+
+    machine_cores: float
+    process_cores: float
 
 
 @dataclass(frozen=True)
@@ -146,6 +239,9 @@ class RequestRecord:
     start_s: Annotated[float, units.SECOND, "When the engine took the request."]
     end_s: Annotated[float, units.SECOND, "When its last token was there."]
     latency_s: Annotated[float, units.SECOND, "end_s - start_s; requests of a static batch share it."]
+    prefill_s: Annotated[
+        float | None, units.SECOND, "From start_s to the first token's logits; null where the engine cannot tell."
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -171,8 +267,11 @@ class ProcessRecord:
     memory: Memory | None = None
     flops: Flops | None = None
     carbon: Carbon | None = None
+    prefill: Prefill | None = None
+    warmup: WarmupInfo | None = None
+    cpu_load: CpuLoad | None = None
     environment: Environment | None = None
-    notes: tuple[Note, ...] = ()
+    warnings: tuple[Note, ...] = ()
 
     def phase(self, name: PhaseName) -> Phase | None:
         """Return the phase of that name, or None when the process did not get there."""
@@ -240,6 +339,20 @@ class ExperimentRow:
     dram_energy_source: Annotated[str | None, "Source of dram_energy_j."]
     load_energy_j: Annotated[float | None, units.JOULE, "As energy_j, while the model was loaded."]
     warmup_energy_j: Annotated[float | None, units.JOULE, "As energy_j, during warm-up."]
+    idle_power_before_w: Annotated[float | None, units.WATT, "Power before anything was loaded, headline components."]
+    idle_power_loaded_w: Annotated[float | None, units.WATT, "Power with the model resident and nothing running."]
+    energy_idle_adjusted_j: Annotated[
+        float | None, units.JOULE, "energy_j less idle_power_loaded_w times duration_s; negative if so."
+    ]
+    trace_energy_j: Annotated[float | None, units.JOULE, "Integral of the GPU power trace, beside the counter."]
+    counter_tick_s: Annotated[float | None, units.SECOND, "Coarsest tick of the GPU energy counters."]
+    prefill_duration_s: Annotated[float | None, units.SECOND, "Time until each batch's first token, summed."]
+    decode_duration_s: Annotated[float | None, units.SECOND, "The rest of the window."]
+    prefill_energy_j: Annotated[float | None, units.JOULE, "Power trace over the prefill spans (integral)."]
+    decode_energy_j: Annotated[float | None, units.JOULE, "energy_j less prefill_energy_j; negative if so."]
+    prefill_energy_uncertainty_j: Annotated[
+        float | None, units.JOULE, "Bound on what the trace's period leaves open, of prefill and of decode."
+    ]
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
     average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
@@ -254,8 +367,17 @@ class ExperimentRow:
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
     flops_method: Annotated[str | None, "How the FLOPs were had."]
+    peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
+    peak_flops_source: Annotated[str | None, "Where the peak is from."]
+    mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
+    kv_cache_bytes: Annotated[
+        int | None, units.BYTE, "Keys and values of the largest batch, padding included, by formula."
+    ]
+    warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
+    warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
+    warmup_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of its last latencies."]
     # for the record
-    notes: Annotated[list[str], "Codes and sentences that a reader of the numbers must know."] = field(
+    warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = field(
         default_factory=list
     )
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = field(default_factory=list)

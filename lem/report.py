@@ -90,8 +90,8 @@ def _lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
         "Outside",
         f"loading {quantity(row.load_duration_s, 's')}, warm-up {quantity(row.warmup_duration_s, 's')}",
     )
-    for note in row.notes:
-        yield "Note", note
+    for warning in row.warnings:
+        yield "Warning", warning
 
 
 def _model(row: ExperimentRow) -> str:

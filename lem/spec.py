@@ -165,6 +165,36 @@ class Warmup:
     prompts: Annotated[
         int, Field(ge=0, le=10_000, description="Prompts run before the window, batched like the real ones.")
     ] = 2
+    until_cv: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="Instead of a fixed number: repeat the first batch until the coefficient of variation of the "
+            "last cv_batches latencies is below this.",
+        ),
+    ] = None
+    cv_batches: Annotated[
+        int, Field(ge=2, le=100, description="Latencies that until_cv looks at; read only with until_cv.")
+    ] = 5
+    max_prompts: Annotated[
+        int, Field(ge=1, le=100_000, description="Prompts after which until_cv gives up; read only with until_cv.")
+    ] = 200
+    max_s: Annotated[
+        float, Field(gt=0, description="Seconds after which until_cv gives up; read only with until_cv.")
+    ] = 120.0
+
+
+@config
+class Cooldown:
+    """Waiting before anything is measured, so that runs begin alike."""
+
+    wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait.")] = 0.0
+    to_c: Annotated[
+        float | None,
+        Field(gt=0, lt=120, description="Wait until the GPUs in use are at or below this temperature, °C."),
+    ] = None
+    max_s: Annotated[float, Field(gt=0, description="Seconds after which waiting for to_c ends all the same.")] = 600.0
 
 
 @config
@@ -172,9 +202,24 @@ class Energy:
     """Which meter is read, and how joules become grams of CO2e."""
 
     name: Annotated[
-        Literal["auto", "nvml", "codecarbon", "replay", "none"],
+        Literal["auto", "nvml", "rapl", "codecarbon", "replay", "none"],
         Field(description="Meter: auto takes the best available for each component."),
     ] = "auto"
+    idle_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=3600,
+            description="Length of each of the two idle measurements, before loading and with the model resident; "
+            "0 leaves them out.",
+        ),
+    ] = 3.0
+    power_hz: Annotated[
+        float, Field(gt=0, le=100, description="Samples a second of the GPU power trace beside the counter.")
+    ] = 20.0
+    powercap_dir: Annotated[
+        str, Field(min_length=1, description="The kernel's powercap tree, which the rapl meter reads.")
+    ] = "/sys/class/powercap"
     trace: Annotated[
         str | None, Field(description="CSV of the replay meter: columns t_s, power_w and optional component.")
     ] = None
@@ -244,6 +289,7 @@ class Experiment:
     batching: Batching = field(default_factory=Batching)
     quantization: Quantization = field(default_factory=Quantization)
     warmup: Warmup = field(default_factory=Warmup)
+    cooldown: Cooldown = field(default_factory=Cooldown)
     energy: Energy = field(default_factory=Energy)
     io: Io = field(default_factory=Io)
 

@@ -101,6 +101,10 @@ class ExperimentDir:
         """Return where a rank's request rows lie."""
         return self.path / f"requests_{rank}.parquet"
 
+    def power_file(self, rank: int) -> Path:
+        """Return where a rank's power trace lies."""
+        return self.path / f"power_{rank}.parquet"
+
     def log_file(self, rank: int) -> Path:
         """Return where a rank's output goes."""
         return self.path / f"worker_{rank}.log"

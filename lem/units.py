@@ -34,6 +34,7 @@ REQUEST_PER_SECOND = Unit("request/s")
 FLOP = Unit("FLOP")
 FLOP_PER_SECOND = Unit("FLOP/s")
 FLOP_PER_TOKEN = Unit("FLOP/token")
+RATIO = Unit("1")
 GRAM_CO2E = Unit("gCO2e")
 GRAM_CO2E_PER_KWH = Unit("gCO2e/kWh")
 

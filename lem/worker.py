@@ -11,22 +11,45 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from lem import flops, host
+from lem import doubts, flops, host
 from lem._version import VERSION
 from lem.backends import Backend, make_backend
 from lem.carbon import carbon_intensity
+from lem.doubts import note
 from lem.energy import Meter, NoMeter, make_meter
+from lem.energy.trace import integral_j
 from lem.errors import Interrupted, LemError
+from lem.gpu import Gpu
 from lem.measure import MeasuredRequest, Measurement, measure
 from lem.plan import Plan, timestamp
 from lem.progress import Event, PipeReport, Report, silent
-from lem.record import FORMAT_VERSION, ErrorInfo, Flops, Note, ProcessRecord, RequestRecord, Status
+from lem.record import (
+    FORMAT_VERSION,
+    DeviceState,
+    Environment,
+    ErrorInfo,
+    Flops,
+    Memory,
+    Note,
+    PowerRecord,
+    PowerSample,
+    Prefill,
+    ProcessRecord,
+    RequestRecord,
+    Status,
+)
+from lem.spec import Cooldown
 from lem.store import ExperimentDir
+from lem.units import NS_PER_S
+
+COOLDOWN_POLL_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,16 +77,23 @@ def run(directory: ExperimentDir, rank: int, report: Report) -> ProcessRecord:
     error: ErrorInfo | None = None
     backend = make_backend(experiment)
     meter: Meter = NoMeter()
+    gpus: tuple[Gpu, ...] = ()
+    before: tuple[DeviceState, ...] = ()
     try:
         report(Event("load"))
         backend.start()
-        meter = make_meter(experiment.energy, backend.gpus_in_use(here))
+        gpus = tuple(backend.gpus_in_use(here))
+        cool_down(experiment.cooldown, gpus, report)
+        before = host.device_states(gpus)
+        meter = make_meter(experiment.energy, gpus)
         meter.open()
         measure(
             directory.prompts(),
             backend=backend,
             meter=meter,
-            warmup_prompts=experiment.warmup.prompts,
+            warmup=experiment.warmup,
+            idle_s=0.0 if experiment.energy.name == "none" else experiment.energy.idle_s,
+            batch_size=experiment.batching.batch_size,
             report=report,
             into=measurement,
         )
@@ -72,8 +102,11 @@ def run(directory: ExperimentDir, rank: int, report: Report) -> ProcessRecord:
         status = "interrupted" if isinstance(caught, (Interrupted, KeyboardInterrupt)) else "failed"
         error = _error_info(caught, measurement)
         traceback.print_exc()
-    record = _record(plan, rank, started_at, here, status, error, measurement, backend)
-    _write(directory, record, measurement)
+    environment = host.environment(here, before, host.device_states(gpus))
+    trace = meter.trace()
+    record = _record(plan, rank, started_at, environment, status, error, measurement, backend, trace)
+    unused = type(backend).wants_gpu(experiment, here) and error is None and not gpus
+    record = _write(directory, record, measurement, trace, _warnings(plan, backend, record, unused))
     _close(meter, backend)
     return record
 
@@ -82,11 +115,12 @@ def _record(
     plan: Plan,
     rank: int,
     started_at: str,
-    here: host.Host,
+    environment: Environment,
     status: Status,
     error: ErrorInfo | None,
     measurement: Measurement,
     backend: Backend,
+    trace: Sequence[PowerSample],
 ) -> ProcessRecord:
     requests = measurement.requests
     loaded = any(phase.name == "load" for phase in measurement.phases) and measurement.current != "load"
@@ -107,12 +141,68 @@ def _record(
         requests_completed=len(requests),
         input_tokens=sum(len(r.prompt.token_ids) for r in requests),
         output_tokens=sum(len(r.generation.token_ids) for r in requests),
-        memory=backend.peak_memory() if loaded else None,
+        memory=_memory(backend, requests) if loaded else None,
         flops=_flops(backend, requests) if loaded else None,
         carbon=carbon_intensity(plan.experiment.energy),
-        environment=host.environment(here),
-        notes=tuple(_notes(plan, backend, requests, here)) if loaded else (),
+        prefill=prefill_of(measurement, trace),
+        warmup=measurement.warmup,
+        cpu_load=measurement.cpu_load,
+        environment=environment,
     )
+
+
+def _memory(backend: Backend, requests: Sequence[MeasuredRequest]) -> Memory:
+    """Return the peak memory, with the cache that the largest batch needs at its end."""
+    memory = backend.peak_memory()
+    per_token = backend.kv_cache_bytes_per_token()
+    if per_token is None or not requests:
+        return memory
+    batches: dict[int, list[MeasuredRequest]] = {}
+    for request in requests:
+        batches.setdefault(request.generation.batch, []).append(request)
+    slots = max(
+        len(members)
+        * (max(len(m.prompt.token_ids) for m in members) + max(len(m.generation.token_ids) for m in members))
+        for members in batches.values()
+    )
+    return replace(memory, kv_cache_bytes=slots * per_token)
+
+
+def prefill_of(measurement: Measurement, trace: Sequence[PowerSample]) -> Prefill | None:
+    """Return the prefill's share of the window, or None when the backend cannot tell where it ends."""
+    spans = sorted(
+        {
+            (r.generation.start_ns, r.generation.prefill_end_ns)
+            for r in measurement.requests
+            if r.generation.prefill_end_ns is not None
+        }
+    )
+    if not spans:
+        return None
+    duration_s = sum(end - start for start, end in spans) / NS_PER_S
+    by_device: dict[str, list[PowerSample]] = {}
+    for sample in trace:
+        if sample.component == "gpu":
+            by_device.setdefault(sample.device, []).append(sample)
+    if not by_device:
+        return Prefill(duration_s)
+    pieces = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
+    if any(piece is None for piece in pieces):
+        return Prefill(duration_s)
+    energy_j = sum(piece for piece in pieces if piece is not None)
+    return Prefill(duration_s, energy_j, _trace_uncertainty_j(by_device, spans))
+
+
+def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequence[tuple[int, int]]) -> float:
+    """Bound what lies between samples: half a period at each edge of each span, at the range of power seen."""
+    total = 0.0
+    for samples in by_device.values():
+        inside = [s for s in samples if spans[0][0] <= s.t_ns <= spans[-1][1]]
+        if len(inside) > 1:
+            period_s = (inside[-1].t_ns - inside[0].t_ns) / NS_PER_S / (len(inside) - 1)
+            powers = [s.power_w for s in inside]
+            total += len(spans) * period_s * (max(powers) - min(powers))
+    return total
 
 
 def _flops(backend: Backend, requests: Sequence[MeasuredRequest]) -> Flops | None:
@@ -123,28 +213,52 @@ def _flops(backend: Backend, requests: Sequence[MeasuredRequest]) -> Flops | Non
     return Flops(flops.total_flops(arch, sizes), flops.METHOD)
 
 
-def _notes(plan: Plan, backend: Backend, requests: Sequence[MeasuredRequest], here: host.Host) -> list[Note]:
+def _warnings(plan: Plan, backend: Backend, record: ProcessRecord, gpu_unused: bool) -> list[Note]:
+    """Return what is to be doubted apart from the numbers themselves: about the model, the engine, the prompts."""
+    if record.model is None and record.engine is None:
+        return []
     notes = backend.notes()
-    if type(backend).wants_gpu(plan.experiment, here) and not backend.gpus_in_use(here):
-        notes.append(Note("gpu_unused", "A GPU is visible, but the engine was built without CUDA and ran on the CPU."))
-    truncated = sum(r.prompt.truncated for r in requests)
-    if truncated:
-        text = f"{truncated} of {len(requests)} prompts were cut to {plan.experiment.max_input_tokens} tokens."
-        notes.append(Note("input_truncated", text))
+    if gpu_unused:
+        notes.append(note("gpu_unused", "a GPU is visible, but the engine was built without CUDA and ran on the CPU."))
     wanted = plan.experiment.dataset.sample_size
     if wanted is not None and plan.prompts.count < wanted:
         text = f"{wanted} prompts were asked for, the dataset holds {plan.prompts.count} that are not empty."
-        notes.append(Note("fewer_prompts", text))
+        notes.append(note("fewer_prompts", text))
     return notes
 
 
-def _write(directory: ExperimentDir, record: ProcessRecord, measurement: Measurement) -> None:
-    """Write the request rows, then the record: a record says that its rows are there."""
+def _write(
+    directory: ExperimentDir,
+    record: ProcessRecord,
+    measurement: Measurement,
+    trace: Sequence[PowerSample],
+    warnings: Sequence[Note],
+) -> ProcessRecord:
+    """Write the rows, then the record with its warnings: a record says that its rows are there."""
     from lem import parquet
 
     rows = [_request_row(record, request) for request in measurement.requests]
+    truncated = sum(row.input_truncated for row in rows)
+    cut = [note("input_truncated", f"{truncated} of {len(rows)} prompts were cut.")] if truncated else []
+    record = replace(record, warnings=(*warnings, *cut, *doubts.of_record(record, rows)))
     parquet.write_rows(directory.requests_file(record.rank), RequestRecord, rows)
+    if trace:
+        parquet.write_rows(directory.power_file(record.rank), PowerRecord, _power_rows(record, measurement, trace))
     directory.write_record(record)
+    return record
+
+
+def _power_rows(record: ProcessRecord, measurement: Measurement, trace: Sequence[PowerSample]) -> Iterator[PowerRecord]:
+    zero_ns = measurement.window_opened_ns or trace[0].t_ns
+    for sample in trace:
+        yield PowerRecord(
+            experiment_id=record.experiment_id,
+            rank=record.rank,
+            t_s=(sample.t_ns - zero_ns) / NS_PER_S,
+            component=sample.component,
+            device=sample.device,
+            power_w=sample.power_w,
+        )
 
 
 def _request_row(record: ProcessRecord, request: MeasuredRequest) -> RequestRecord:
@@ -160,7 +274,31 @@ def _request_row(record: ProcessRecord, request: MeasuredRequest) -> RequestReco
         start_s=request.start_s,
         end_s=request.end_s,
         latency_s=request.end_s - request.start_s,
+        prefill_s=_prefill_s(request),
     )
+
+
+def _prefill_s(request: MeasuredRequest) -> float | None:
+    generation = request.generation
+    if generation.prefill_end_ns is None:
+        return None
+    return (generation.prefill_end_ns - generation.start_ns) / NS_PER_S
+
+
+# ------------------------------------------------------------------ before the run
+def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> None:
+    """Wait for a time, and until the GPUs in use are cool enough or the patience for it is spent."""
+    if cooldown.wait_s or (cooldown.to_c is not None and gpus):
+        report(Event("cooldown"))
+    time.sleep(cooldown.wait_s)
+    if cooldown.to_c is None:
+        return
+    until_s = time.monotonic() + cooldown.max_s
+    while time.monotonic() < until_s:
+        known = [s.temperature_c for s in host.device_states(gpus) if s.temperature_c is not None]
+        if all(temperature <= cooldown.to_c for temperature in known):
+            return
+        time.sleep(COOLDOWN_POLL_S)
 
 
 def _error_info(caught: BaseException, measurement: Measurement) -> ErrorInfo:

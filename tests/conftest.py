@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.standin import driver, standin  # noqa: F401 - fixtures
+
 # No test may wait for a hub that it cannot reach.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)

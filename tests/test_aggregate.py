@@ -15,10 +15,13 @@ from lem.plan import Plan, PromptsInfo
 from lem.record import (
     Carbon,
     EnergyReading,
+    EngineInfo,
     ErrorInfo,
     ExperimentRow,
     Flops,
+    ModelInfo,
     Phase,
+    Prefill,
     ProcessRecord,
     RequestRecord,
 )
@@ -63,6 +66,8 @@ def record(energy=(GPU,), status="completed", rank=0, **more):
         ),
         "requests_planned": 3,
         "requests_completed": 3,
+        "input_tokens": 33,
+        "output_tokens": 60,
     }
     return ProcessRecord(**(values | more))
 
@@ -119,28 +124,66 @@ def test_estimates_are_summed_only_among_themselves_and_labelled():
 
 
 def test_one_unreadable_gpu_makes_the_sum_null_and_not_smaller():
-    made = row(record(energy=[reading(energy_j=100.0), reading(device="GPU-1", energy_j=None, reason="it is lost")]))
+    readings = [reading(energy_j=100.0), reading(device="GPU-1", energy_j=None, reason="it is lost")]
+    made = row(record(energy=readings))
     assert made.energy_j is None
     assert made.average_power_w is None
     assert made.energy_per_output_token_j is None
     assert made.co2e_g is None
-    assert any("it is lost" in note for note in made.notes)
 
 
-def test_no_meter_means_null_everywhere_and_a_note():
+def test_no_meter_means_null_everywhere():
     made = row(record(energy=()))
     assert made.energy_j is made.energy_wh is made.average_power_w is made.energy_per_request_j is None
     assert made.energy_source is None
-    assert any(note.startswith("energy_missing") for note in made.notes)
 
 
-def test_an_estimate_says_so_in_a_note():
-    made = row(record(energy=[reading("cpu", "estimate", 3.0, "cpu", "machine")]))
-    assert any(note.startswith("energy_estimated") for note in made.notes)
+def test_idle_power_and_what_is_left_without_it():
+    phases = (
+        Phase("idle_before", 2.0, (reading(energy_j=20.0),)),
+        Phase("load", 5.0, (reading(energy_j=40.0),)),
+        Phase("idle_loaded", 2.0, (reading(energy_j=30.0),)),
+        Phase("measured", 4.0, (reading(energy_j=100.0),)),
+    )
+    made = row(record(phases=phases))
+    assert (made.idle_power_before_w, made.idle_power_loaded_w) == (10.0, 15.0)
+    assert made.energy_idle_adjusted_j == pytest.approx(100 - 15 * 4)
 
 
-def test_a_mig_instance_is_noted_as_shared():
-    assert any(n.startswith("energy_shared") for n in row(record(energy=[reading(scope="shared_device")])).notes)
+def test_a_run_below_idle_is_negative_and_says_so():
+    phases = (Phase("idle_loaded", 1.0, (reading(energy_j=50.0),)), Phase("measured", 4.0, (reading(energy_j=100.0),)))
+    made = row(record(phases=phases))
+    assert made.energy_idle_adjusted_j == pytest.approx(-100)
+    assert any(w.startswith("idle_adjusted_negative") for w in made.warnings)
+
+
+def test_prefill_and_decode_share_the_window():
+    made = row(record(prefill=Prefill(1.0, 30.0, 2.0)))
+    assert made.prefill_duration_s + made.decode_duration_s == made.duration_s
+    assert made.prefill_energy_j + made.decode_energy_j == made.energy_j
+    assert made.prefill_energy_uncertainty_j == 2.0
+
+
+def test_a_negative_decode_energy_is_reported_as_such():
+    made = row(record(prefill=Prefill(1.0, 130.0, 50.0)))
+    assert made.decode_energy_j == -30.0
+    assert any(w.startswith("decode_negative") for w in made.warnings)
+
+
+def test_utilisation_is_against_the_datasheets_peak_of_the_dtype():
+    model = ModelInfo("m", None, "A", 1, False, 1, "bfloat16")
+    engine = EngineInfo("pytorch", "1", "cuda:0", "NVIDIA H100 80GB HBM3", {})
+    made = row(record(model=model, engine=engine, flops=Flops(4e14, "m")))
+    assert made.mfu == pytest.approx(4e14 / 4.0 / made.peak_flops_per_s)
+    assert 0.9e15 < made.peak_flops_per_s < 1.0e15
+    assert row(record(model=model, flops=Flops(4e14, "m"))).mfu is None
+
+
+def test_numbers_that_do_not_agree_are_a_warning():
+    made = row(record(requests_completed=3, output_tokens=60, input_tokens=33))
+    assert not any(w.startswith("identity_violated") for w in made.warnings)
+    made = row(record(requests_completed=3, output_tokens=61, input_tokens=33))
+    assert any(w.startswith("identity_violated: output tokens") for w in made.warnings)
 
 
 def test_co2e_is_null_without_a_carbon_intensity():

@@ -120,3 +120,19 @@ def test_a_faulty_trace_is_named_with_what_is_wrong(tmp_path, content, message):
         file.write_text(content)
     with pytest.raises(BadInput, match=message):
         read_trace(file)
+
+
+def test_auto_takes_rapl_where_it_can_be_read_and_estimates_only_what_is_left(tmp_path):
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    for name, content in {"name": "package-0", "energy_uj": "1000", "max_energy_range_uj": "262143328850"}.items():
+        (zone / name).write_text(content + "\n")
+    meter = make_meter(Energy(powercap_dir=str(tmp_path)), [])
+    meter.open()
+    meter.begin()
+    (zone / "energy_uj").write_text("5001000\n")
+    time.sleep(0.2)
+    readings = meter.end()
+    meter.close()
+    assert [(r.component, r.source) for r in readings] == [("cpu", "counter"), ("dram", "estimate")]
+    assert readings[0].energy_j == pytest.approx(5.0)

@@ -65,7 +65,7 @@ def test_requests_fill_the_window_one_after_another(quick_test, row):
 
 def test_the_energy_says_what_it_is(row, quick_test):
     record = raw_record(quick_test[0] / "out")
-    assert [phase["name"] for phase in record["phases"]] == ["load", "warmup", "measured"]
+    assert [phase["name"] for phase in record["phases"]] == ["idle_before", "load", "idle_loaded", "warmup", "measured"]
     if row["energy_components"] == "gpu":
         assert row["energy_source"] == "counter"
     else:

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory):
-    """Build the stand-in and return a function that runs Python code on it and returns what it prints as JSON."""
-    folder = tmp_path_factory.mktemp("driver")
-    library = folder / "libnvidia-ml.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(HERE / "nvml_standin.c")], check=True)
-
-    def run(code: str, **env: str):
-        clean = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**clean, "LD_LIBRARY_PATH": str(folder), **env},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout)
-
-    return run
-
 
 VISIBLE = """
 import json
@@ -41,22 +15,29 @@ print(json.dumps([[g.index, g.uuid, g.mig_uuid] for g in gpu.visible()]))
 """
 
 WINDOW = """
-import json, time
+import json, os, time
 from dataclasses import asdict
 from lem import gpu
 from lem.energy.nvml import NvmlMeter
 meter = NvmlMeter(gpu.visible())
 meter.open()
 meter.begin(); start = time.perf_counter()
-time.sleep(0.5)
+time.sleep(float(os.environ.get("WINDOW_S", 0.5)))
 readings = meter.end(); seconds = time.perf_counter() - start
 meter.close()
 print(json.dumps({"readings": [asdict(r) for r in readings], "seconds": seconds}))
 """
 
+NO_READING = """
+devices 2
+device 1 no_counter
+device 1 no_power
+device 1 no_instant
+"""
+
 
 def test_all_gpus_are_visible_without_the_variable(driver):
-    assert driver(VISIBLE, STANDIN_GPUS="3") == [[i, f"GPU-{i:08d}", None] for i in range(3)]
+    assert driver(VISIBLE, "devices 3") == [[i, f"GPU-{i:08d}", None] for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -71,15 +52,16 @@ def test_all_gpus_are_visible_without_the_variable(driver):
     ],
 )
 def test_the_variable_chooses_and_orders_gpus(driver, variable, indices):
-    assert [index for index, *_ in driver(VISIBLE, STANDIN_GPUS="4", CUDA_VISIBLE_DEVICES=variable)] == indices
+    assert [index for index, *_ in driver(VISIBLE, "devices 4", CUDA_VISIBLE_DEVICES=variable)] == indices
 
 
 def test_a_mig_uuid_stands_for_its_parent_and_is_remembered(driver):
-    assert driver(VISIBLE, STANDIN_GPUS="2", CUDA_VISIBLE_DEVICES="MIG-0") == [[0, "GPU-00000000", "MIG-0"]]
+    scenario = "devices 2\ndevice 1 mig 1g.10gb 9728\ndevice 1 mig 2g.20gb 19968"
+    assert driver(VISIBLE, scenario, CUDA_VISIBLE_DEVICES="MIG-1-1") == [[1, "GPU-00000001", "MIG-1-1"]]
 
 
 def test_a_window_is_power_times_time_for_each_gpu(driver):
-    window = driver(WINDOW, STANDIN_GPUS="2", STANDIN_POWER_W="300")
+    window = driver(WINDOW, "devices 2\ndevice 0 power constant 300\ndevice 1 power constant 300")
     assert [r["device"] for r in window["readings"]] == ["GPU-00000000", "GPU-00000001"]
     for reading in window["readings"]:
         assert reading["energy_j"] == pytest.approx(300 * window["seconds"], rel=0.02)
@@ -87,24 +69,25 @@ def test_a_window_is_power_times_time_for_each_gpu(driver):
 
 
 def test_only_visible_gpus_are_metered(driver):
-    window = driver(WINDOW, STANDIN_GPUS="8", CUDA_VISIBLE_DEVICES="5,6")
+    window = driver(WINDOW, "devices 8", CUDA_VISIBLE_DEVICES="5,6")
     assert [r["device"] for r in window["readings"]] == ["GPU-00000005", "GPU-00000006"]
 
 
 def test_two_instances_of_one_gpu_are_one_counter_labelled_as_shared(driver):
-    (reading,) = driver(WINDOW, STANDIN_GPUS="1", CUDA_VISIBLE_DEVICES="MIG-0,MIG-0")["readings"]
+    scenario = "device 0 mig 1g.10gb 9728\ndevice 0 mig 1g.10gb 9728"
+    (reading,) = driver(WINDOW, scenario, CUDA_VISIBLE_DEVICES="MIG-0-0,MIG-0-1")["readings"]
     assert reading["scope"] == "shared_device"
 
 
-def test_a_gpu_without_a_counter_is_null_with_a_reason_and_not_zero(driver):
-    first, second = driver(WINDOW, STANDIN_GPUS="2", STANDIN_NO_COUNTER="1")["readings"]
+def test_a_gpu_without_any_reading_is_null_with_a_reason_and_not_zero(driver):
+    first, second = driver(WINDOW, NO_READING)["readings"]
     assert first["energy_j"] > 0
     assert second["energy_j"] is None
     assert "Not Supported" in second["reason"]
 
 
 def test_a_gpu_lost_during_the_window_is_null_with_a_reason(driver):
-    (reading,) = driver(WINDOW, STANDIN_GPUS="1", STANDIN_LOST_AFTER_S="0")["readings"]
+    (reading,) = driver(WINDOW, "device 0 lost_after_s 1.5", WINDOW_S="1.7")["readings"]
     assert reading["energy_j"] is None
     assert "lost" in reading["reason"]
 
@@ -119,8 +102,7 @@ from lem.spec import Energy
 meter = make_meter(Energy(), gpu.visible())
 meter.open(); meter.begin(); time.sleep(1.2); readings = meter.end(); meter.close()
 print(json.dumps([[r.component, r.source] for r in readings]))
-""",
-        STANDIN_GPUS="1",
+"""
     )
     assert components[0] == ["gpu", "counter"]
     assert [component for component, _ in components] == ["gpu", "cpu", "dram"]
@@ -137,3 +119,64 @@ def test_without_a_driver_there_are_no_gpus():
     if "GPU-" in done.stdout:
         pytest.skip("this machine has an NVIDIA driver")
     assert done.stdout.strip() == "[]"
+
+
+LONG_WINDOW = """
+import json, time
+from lem import gpu
+from lem.energy.nvml import NvmlMeter
+meter = NvmlMeter(gpu.visible())
+meter.open()
+meter.begin()
+start_s = time.monotonic()
+time.sleep(5)
+end_s = time.monotonic()
+readings = meter.end()
+meter.close()
+print(json.dumps({
+    "span": [start_s, end_s],
+    "joules": [[r.energy_j, r.trace_energy_j, r.resolution_s] for r in readings],
+    "samples": len(meter.trace()),
+}))
+"""
+
+
+def square_j(t_s, low_w, high_w, hz):
+    whole, part = divmod(t_s * hz, 1.0)
+    return (whole * (low_w + high_w) / 2 + low_w * min(part, 0.5) + high_w * max(part - 0.5, 0.0)) / hz
+
+
+def test_counter_and_trace_agree_with_the_analytic_integral(driver):
+    scenario = "devices 4\n"
+    for i, tick_ms in enumerate((100, 10, 100, 10)):
+        power = "constant 300" if i < 2 else "square 100 400 1"
+        scenario += f"device {i} tick_ms {tick_ms}\ndevice {i} power {power}\n"
+    window = driver(LONG_WINDOW, scenario)
+    start_s, end_s = window["span"]
+    constant = 300 * (end_s - start_s)
+    square = square_j(end_s, 100, 400, 1) - square_j(start_s, 100, 400, 1)
+    for i, (counter_j, trace_j, tick_s) in enumerate(window["joules"]):
+        truth = constant if i < 2 else square
+        assert counter_j == pytest.approx(truth, rel=0.02)
+        assert trace_j == pytest.approx(truth, rel=0.02)
+        assert tick_s == pytest.approx((0.1, 0.01)[i % 2], rel=0.2)
+    assert window["samples"] > 4 * 5 * 15
+
+
+def test_without_a_counter_the_trace_is_integrated_and_labelled_so(driver):
+    window = driver(WINDOW, "devices 1\ndevice 0 no_counter\ndevice 0 power constant 200")
+    (reading,) = window["readings"]
+    assert reading["source"] == "integral"
+    assert "no energy counter" in reading["method"]
+    assert reading["energy_j"] == pytest.approx(200 * window["seconds"], rel=0.05)
+
+
+def test_averaged_power_is_named_as_what_it_is(driver):
+    (reading,) = driver(WINDOW, "device 0 no_counter\ndevice 0 no_instant")["readings"]
+    assert "nvmlDeviceGetPowerUsage" in reading["method"]
+
+
+def test_a_counter_that_restarts_is_null_with_a_reason(driver):
+    (reading,) = driver(WINDOW, "device 0 tick_ms 100\ncounter_reset_after_s 0.9")["readings"]
+    assert reading["energy_j"] is None
+    assert "backwards" in reading["reason"]

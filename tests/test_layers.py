@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lem"
 LAYERS = [
     {"_version", "errors", "units"},
     {"spec", "record", "objection", "hub"},
-    {"flops", "batching", "gpu", "plan", "carbon"},
+    {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts"},
     {"host", "store", "progress"},
     {"datasets", "energy", "parquet"},
     {"tiny"},

@@ -12,8 +12,8 @@ from lem.energy.base import Meter
 from lem.errors import RunError
 from lem.measure import Measurement, measure
 from lem.progress import silent
-from lem.record import EnergyReading
-from lem.spec import Batching, Experiment, SimulatedBackend
+from lem.record import EnergyReading, WarmupInfo
+from lem.spec import Batching, Experiment, SimulatedBackend, Warmup
 
 TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
 
@@ -53,7 +53,7 @@ class SlowLoad:
         return self._backend.encode(texts)
 
 
-def run(into=None, *, slow=False, warmup=3, **options):
+def run(into=None, *, slow=False, warmup=3, idle_s=0.0, **options):
     experiment = Experiment(
         model="any",
         max_output_tokens=20,
@@ -66,7 +66,9 @@ def run(into=None, *, slow=False, warmup=3, **options):
         TEXTS,
         backend=SlowLoad(backend) if slow else backend,
         meter=ConstantPower(),
-        warmup_prompts=warmup,
+        warmup=warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup),
+        idle_s=idle_s,
+        batch_size=4,
         report=silent,
         into=into,
     )
@@ -119,3 +121,33 @@ def test_a_failure_keeps_what_was_measured_until_then():
     assert len(measurement.requests) == 8
     assert measurement.phases[-1].name == "measured"
     assert measurement.phases[-1].energy[0].energy_j > 0
+
+
+def test_idle_is_measured_before_loading_and_with_the_model_resident():
+    phases = run(idle_s=0.1, warmup=0).phases
+    assert [phase.name for phase in phases] == ["idle_before", "load", "idle_loaded", "measured"]
+    for phase in phases[0], phases[2]:
+        assert phase.duration_s == pytest.approx(0.1, rel=0.2)
+
+
+def test_a_warmup_of_fixed_length_says_so():
+    assert run(warmup=3).warmup == WarmupInfo(3, "fixed", None)
+
+
+def test_a_warmup_ends_when_latencies_are_steady():
+    ended = run(warmup=Warmup(until_cv=0.2, cv_batches=3)).warmup
+    assert ended.ended == "converged"
+    assert ended.prompts == 12
+    assert ended.cv < 0.2
+
+
+@pytest.mark.parametrize(("limit", "name"), [({"max_prompts": 20}, "max_prompts"), ({"max_s": 0.2}, "max_s")])
+def test_a_warmup_that_never_steadies_ends_at_its_limit(limit, name):
+    ended = run(warmup=Warmup(until_cv=1e-9, cv_batches=3, **limit)).warmup
+    assert ended.ended == name
+    assert ended.cv > 0
+
+
+def test_the_processor_time_of_the_window_is_known():
+    load = run().cpu_load
+    assert 0 <= load.process_cores <= load.machine_cores + 0.5

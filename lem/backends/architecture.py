@@ -22,8 +22,10 @@ def architecture_of(model: Any) -> Architecture | None:
     head = model.get_output_embeddings()
     share = _active_share_of_experts(config)
     body = 0.0
+    # An adapter on the output projection is a part of it: it is met where the projection is.
+    of_head = set(head.modules()) if head is not None else set()
     for name, module in model.named_modules():
-        if module is head:
+        if module in of_head:
             continue
         weights = _matrix_weights(torch, module)
         body += weights * (share if _is_expert(name) else 1.0)
@@ -31,7 +33,9 @@ def architecture_of(model: Any) -> Architecture | None:
     if body == 0 or head is None or attention_width is None:
         return None
     return Architecture(
-        body_weights=round(body), head_weights=_matrix_weights(torch, head), attention_width=attention_width
+        body_weights=round(body),
+        head_weights=sum(_matrix_weights(torch, module) for module in of_head),
+        attention_width=attention_width,
     )
 
 
@@ -68,3 +72,13 @@ def _attention_width(config: Any) -> int | None:
     if kinds:
         layers = sum(not any(word in kind for word in NOT_SOFTMAX_ATTENTION) for kind in kinds)
     return int(heads * head_dim * layers)
+
+
+def kv_bytes_per_token(config: Any, bytes_per_value: int) -> int | None:
+    """Return the bytes that one token's keys and values take in all attention layers, or None when unknown."""
+    width = _attention_width(config)
+    heads = getattr(config, "num_attention_heads", None)
+    if width is None or not heads:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * width * kv_heads // heads * bytes_per_value)

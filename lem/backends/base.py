@@ -33,7 +33,8 @@ class Generation:
     """What came out for one prompt.
 
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding. Times
-    are readings of `time.perf_counter_ns`.
+    are readings of `time.perf_counter_ns`; `prefill_end_ns` is when the first token's logits were there, None where
+    the engine cannot tell.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Generation:
     finish_reason: FinishReason
     start_ns: int
     end_ns: int
+    prefill_end_ns: int | None = None
 
 
 class Backend(ABC):
@@ -108,6 +110,10 @@ class Backend(ABC):
 
     def architecture(self) -> Architecture | None:
         """Return the sizes that decide the model's FLOPs, or None when they cannot be told."""
+        return None
+
+    def kv_cache_bytes_per_token(self) -> int | None:
+        """Return the size of one token's keys and values, or None when it cannot be told or nothing is cached."""
         return None
 
     def notes(self) -> list[Note]:

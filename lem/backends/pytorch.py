@@ -9,11 +9,13 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from lem.backends.architecture import architecture_of
+from lem.backends.architecture import architecture_of, kv_bytes_per_token
 from lem.backends.base import Backend, Encoded, Generation
 from lem.batching import plan_batches
+from lem.doubts import note
 from lem.errors import RunError
 from lem.flops import Architecture
 from lem.gpu import Gpu
@@ -23,6 +25,8 @@ from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
 from lem.spec import Experiment, PytorchBackend
 
+# Any of these is a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Packages behind the attention kernels that do not come with PyTorch.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -40,6 +44,8 @@ class Pytorch(Backend):
         self._tokenizer: Any = None
         self._generation_config: Any = None
         self._end_tokens: frozenset[int] = frozenset()
+        self._prefill_end_ns: int | None = None
+        self._expected: Sequence[Gpu] = ()
 
     # -------------------------------------------------------------- before the run
     @classmethod
@@ -63,13 +69,15 @@ class Pytorch(Backend):
         return bool(host.gpus) and experiment.backend.device != "cpu"
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPU behind PyTorch's device, found by its UUID: CUDA may number GPUs in its own order."""
+        """Return the first visible GPU, or none when PyTorch runs on the CPU."""
         import torch
 
         if self._device_type(torch.cuda.is_available()) == "cpu":
             return ()
-        uuid = str(torch.cuda.get_device_properties(0).uuid)
-        return [gpu for gpu in host.gpus if uuid in gpu.uuid] or host.gpus[:1]
+        # By the order of CUDA_VISIBLE_DEVICES: asking CUDA would open its context before idle power is measured.
+        # `load` checks that CUDA agrees.
+        self._expected = host.gpus[:1]
+        return self._expected
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
@@ -88,12 +96,40 @@ class Pytorch(Backend):
 
         self._found = find(self._experiment.model or "", self._experiment.revision)
         self._device = torch.device(self._device_type(torch.cuda.is_available()))
+        self._check_device(torch)
         self._tokenizer = self._load_tokenizer(transformers)
         self._model = self._load_model(torch, transformers)
         self._end_tokens = _end_tokens(self._model, self._tokenizer)
         self._generation_config = self._make_generation_config(transformers)
+        self._watch_prefill()
         if self._options.torch_compile:
-            self._model.forward = torch.compile(self._model.forward, mode=self._options.torch_compile_mode)
+            inner = self._inner_model()
+            inner.forward = torch.compile(inner.forward, mode=self._options.torch_compile_mode)
+
+    def _check_device(self, torch: Any) -> None:
+        """Make sure that the GPU that is metered is the one that computes; CUDA may number GPUs in its own order."""
+        if self._device.type != "cuda" or not self._expected or self._expected[0].mig_uuid:
+            return
+        uuid = str(torch.cuda.get_device_properties(self._device).uuid)
+        if uuid not in self._expected[0].uuid:
+            raise RunError(
+                f"CUDA's first GPU is {uuid}, the driver's is {self._expected[0].uuid}. "
+                "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."
+            )
+
+    def _watch_prefill(self) -> None:
+        """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation a batch."""
+
+        def after_forward(*_: Any) -> None:
+            if self._prefill_end_ns is None:
+                self.synchronize()
+                self._prefill_end_ns = time.perf_counter_ns()
+
+        self._inner_model().register_forward_hook(after_forward)
+
+    def _inner_model(self) -> Any:
+        """Return the model whose forward pass `generate` calls: with an adapter, the one inside of peft's wrapper."""
+        return self._model.get_base_model() if self._experiment.adapter is not None else self._model
 
     def _device_type(self, cuda: bool) -> str:
         wanted = self._options.device
@@ -172,7 +208,6 @@ class Pytorch(Backend):
             min_new_tokens=wanted.min_output_tokens or None,
             do_sample=decoder.do_sample,
             repetition_penalty=decoder.repetition_penalty,
-            no_repeat_ngram_size=decoder.no_repeat_ngram_size,
             num_beams=1,
             use_cache=cache != "none",
             cache_implementation="static" if cache == "static" else None,
@@ -224,12 +259,13 @@ class Pytorch(Backend):
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
+            self._prefill_end_ns = None
             start_ns = time.perf_counter_ns()
             outputs = self._generate_batch(torch, members)
             end_ns = time.perf_counter_ns()
             for prompt, output in zip(members, outputs, strict=True):
                 tokens, reason = cut_after_end(output, self._end_tokens)
-                yield Generation(prompt.index, number, tokens, reason, start_ns, end_ns)
+                yield Generation(prompt.index, number, tokens, reason, start_ns, end_ns, self._prefill_end_ns)
 
     def _generate_batch(self, torch: Any, members: Sequence[Encoded]) -> list[list[int]]:
         """Return the new tokens of each prompt, the rest of the batch's length included."""
@@ -241,10 +277,27 @@ class Pytorch(Backend):
             input_ids=torch.tensor(ids, device=self._device),
             attention_mask=torch.tensor(mask, device=self._device),
             generation_config=self._generation_config,
+            logits_processor=self._logits_processors([longest - len(p.token_ids) for p in members]),
         )
         # Reading the tokens back waits for the device, so the batch's end is its real end.
         new: list[list[int]] = output[:, longest:].tolist()
         return new
+
+    def _logits_processors(self, padding: list[int]) -> Any:
+        """Ban repeated n-grams in each row's own text: transformers' option would take padding for text."""
+        import transformers
+
+        size = self._experiment.decoder.no_repeat_ngram_size
+        if not size:
+            return None
+        ban = transformers.NoRepeatNGramLogitsProcessor(size)
+
+        def each_row(ids: Any, scores: Any) -> Any:
+            for row, skipped in enumerate(padding):
+                scores[row : row + 1] = ban(ids[row : row + 1, skipped:], scores[row : row + 1])
+            return scores
+
+        return transformers.LogitsProcessorList([each_row])
 
     def synchronize(self) -> None:
         """Wait for the GPU."""
@@ -308,10 +361,16 @@ class Pytorch(Backend):
         """Read the sizes off the loaded modules."""
         return architecture_of(self._model)
 
+    def kv_cache_bytes_per_token(self) -> int | None:
+        """Return 2 (keys, values) · layers · key/value heads · head dimension · bytes of the dtype."""
+        if self._options.cache_implementation == "none":
+            return None
+        return kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype.itemsize)
+
     def notes(self) -> list[Note]:
         """Say so when the weights are random."""
         if self._found is not None and self._found.random_weights:
-            return [Note("random_weights", f"{self._found.name} has random weights: its text has no meaning.")]
+            return [note("random_weights", f"{self._found.name} has random weights: its text has no meaning.")]
         return []
 
     def close(self) -> None:
@@ -379,6 +438,13 @@ def _cache_objections(options: PytorchBackend) -> Iterator[Objection]:
 
 
 def _package_objections(experiment: Experiment, host: Host) -> Iterator[Objection]:
+    if experiment.adapter is not None and _is_missing_adapter(experiment.adapter):
+        yield Objection(
+            "impossible",
+            "adapter",
+            f"there is no LoRA adapter at {experiment.adapter}.",
+            "Name a directory with an adapter_config.json, or a hub id.",
+        )
     if experiment.adapter is not None and not host.has("peft"):
         yield Objection("impossible", "adapter", "LoRA adapters need the package peft.", "pip install 'lem[lora]'.")
     if experiment.quantization.quantization and not host.has("bitsandbytes"):
@@ -390,9 +456,27 @@ def _package_objections(experiment: Experiment, host: Host) -> Iterator[Objectio
         )
 
 
+def _is_missing_adapter(adapter: str) -> bool:
+    local = Path(adapter).expanduser()
+    if local.is_dir():
+        return not (local / "adapter_config.json").is_file()
+    return adapter.startswith(("/", ".", "~")) or adapter.count("/") != 1
+
+
 def _model_objections(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
     if model is None:
         return
+    folder = Path(model.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield Objection("impossible", "model", f"{model.path} has no tokenizer.", "Save one beside the weights.")
+    positions = model.config.get("max_position_embeddings", model.config.get("n_positions"))
+    if isinstance(positions, int) and experiment.max_output_tokens >= positions:
+        yield Objection(
+            "impossible",
+            "max_output_tokens",
+            f"{experiment.max_output_tokens} leave no room for a prompt in the model's {positions} positions.",
+            "Lower it.",
+        )
     if model.config.get("is_encoder_decoder"):
         yield Objection(
             "impossible",

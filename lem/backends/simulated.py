@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from lem._version import VERSION
 from lem.backends.base import Backend, Encoded, Generation
 from lem.batching import plan_batches
+from lem.doubts import note
 from lem.errors import RunError
 from lem.host import Host
 from lem.models import Model
@@ -58,11 +59,13 @@ class Simulated(Backend):
                 raise RunError(f"simulated failure at request {self._options.fail_at_request}")
             outputs = [self._output(p) for p in members]
             start_ns = time.perf_counter_ns()
-            time.sleep(self._duration_s(members, outputs))
+            time.sleep(self._prefill_s(members))
+            prefill_end_ns = time.perf_counter_ns()
+            time.sleep(max(map(len, outputs)) * self._options.decode_s_per_token)
             end_ns = time.perf_counter_ns()
             for prompt, output in zip(members, outputs, strict=True):
                 reason: FinishReason = "stop" if output[-1] == END_TOKEN else "length"
-                yield Generation(prompt.index, number, output, reason, start_ns, end_ns)
+                yield Generation(prompt.index, number, output, reason, start_ns, end_ns, prefill_end_ns)
 
     def peak_memory(self) -> Memory:
         """Return this process's own peak."""
@@ -78,7 +81,7 @@ class Simulated(Backend):
 
     def notes(self) -> list[Note]:
         """Say that nothing here was measured on a model."""
-        return [Note("simulated", "No model ran: times and tokens are simulated.")]
+        return [note("simulated", "No model ran: times and tokens are simulated.")]
 
     def _output(self, prompt: Encoded) -> tuple[int, ...]:
         longest = self._experiment.max_output_tokens
@@ -87,6 +90,5 @@ class Simulated(Backend):
         tokens = tuple(range(1, min(wanted, longest) + 1))
         return (*tokens[:-1], END_TOKEN) if wanted < longest else tokens
 
-    def _duration_s(self, members: Sequence[Encoded], outputs: Sequence[tuple[int, ...]]) -> float:
-        prefill = sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
-        return prefill + max(map(len, outputs)) * self._options.decode_s_per_token
+    def _prefill_s(self, members: Sequence[Encoded]) -> float:
+        return sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token

@@ -125,6 +125,10 @@ def text_of(value: Any) -> str | None:
 def _user_text(turn: Row) -> str | None:
     role = turn.get("from", turn.get("role"))
     text = turn.get("value", turn.get("content"))
+    if isinstance(text, (list, tuple)):
+        # Content in parts: text, and perhaps images, which a language model does not take.
+        parts = [part.get("text") for part in text if isinstance(part, Mapping)]
+        text = "\n".join(part for part in parts if isinstance(part, str))
     return text if role in USER_ROLES and isinstance(text, str) else None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lem.datasets.base import Row
 from lem.datasets.hub import quiet
@@ -35,13 +36,24 @@ def read(path: Path) -> Iterator[Row]:
     quiet(datasets)
     try:
         # A pattern in the file's name (such as [1]) must not be read as one.
-        rows = datasets.load_dataset(builder, data_files=_literal(path), split="train", streaming=True)
-        yield from rows
+        options = _options(builder, path)
+        yield from datasets.load_dataset(builder, data_files=_literal(path), split="train", streaming=True, **options)
     except DatasetError:
         raise
     except Exception as error:  # each builder raises the errors of the parser behind it
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise DatasetError(f"{path} cannot be read as {builder}: {reason}") from None
+
+
+def _options(builder: str, path: Path) -> dict[str, Any]:
+    """Return what a builder needs so that it changes nothing in the prompts."""
+    if builder == "json":
+        # The columns are those of the first chunk, so the whole file is one.
+        return {"chunksize": max(10 << 20, path.stat().st_size + 1)}
+    if builder == "csv":
+        # Words such as None and NA are text here, not missing numbers.
+        return {"keep_default_na": False, "encoding": "utf-8-sig"}
+    return {"encoding": "utf-8-sig"} if builder == "text" else {}
 
 
 def _literal(path: Path) -> str:

@@ -32,7 +32,14 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
 
     quiet(datasets)
     try:
-        yield from datasets.load_dataset(path, config, data_files=files, split=split or DEFAULT_SPLIT)
+        yield from datasets.load_dataset(
+            path,
+            config,
+            data_files=files,
+            split=split or DEFAULT_SPLIT,
+            # The library's cache tells local directories apart by their last name only, and does not see changes.
+            streaming=Path(path).is_dir(),
+        )
     except DatasetError:
         raise
     except Exception as error:  # the library and the hub client raise a dozen kinds

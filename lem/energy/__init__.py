@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lem.energy.base import CombinedMeter, Meter, NoMeter
+from lem.energy.base import CombinedMeter, Meter, NoMeter, OnlyComponents
 from lem.gpu import Gpu
 from lem.spec import Energy
 
@@ -15,13 +15,11 @@ __all__ = ["Meter", "NoMeter", "make_meter"]
 
 
 def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
-    """Return the meter that the configuration names, for the physical GPUs in use (none: no GPU is read).
-
-    `auto` reads the GPUs in use from their counters and adds codecarbon's CPU and memory energy.
-    """
+    """Return the meter that the configuration names, for the physical GPUs in use (none: no GPU is read)."""
     # Each meter's library is imported by its own module, and only when that meter is chosen.
     from lem.energy.codecarbon import CodecarbonMeter
     from lem.energy.nvml import NvmlMeter
+    from lem.energy.rapl import RaplMeter
     from lem.energy.replay import ReplayMeter
 
     match energy.name:
@@ -30,8 +28,25 @@ def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
         case "replay":
             return ReplayMeter(energy.trace)
         case "nvml":
-            return NvmlMeter(gpus)
+            return NvmlMeter(gpus, energy.power_hz)
+        case "rapl":
+            return RaplMeter(energy.powercap_dir)
         case "codecarbon":
             return CodecarbonMeter()
         case "auto":
-            return CombinedMeter(NvmlMeter(gpus), CodecarbonMeter()) if gpus else CodecarbonMeter()
+            return _best_of_each(energy, gpus)
+
+
+def _best_of_each(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
+    """Combine the best available for each component: counters before estimates."""
+    from lem.energy import rapl
+    from lem.energy.codecarbon import CodecarbonMeter
+    from lem.energy.nvml import NvmlMeter
+
+    meters: list[Meter] = [NvmlMeter(gpus, energy.power_hz)] if gpus else []
+    if not rapl.readable(energy.powercap_dir):
+        return CombinedMeter(*meters, CodecarbonMeter())
+    meters.append(rapl.RaplMeter(energy.powercap_dir))
+    if not any(zone.component == "dram" for zone in rapl.find_zones(energy.powercap_dir)):
+        meters.append(OnlyComponents(CodecarbonMeter(), "dram"))
+    return CombinedMeter(*meters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from lem.record import EnergyReading
+from lem.record import Component, EnergyReading, PowerSample
 
 
 class Meter(ABC):
@@ -29,6 +29,10 @@ class Meter(ABC):
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
         """Close the window and return what it took, in joules."""
+
+    def trace(self) -> list[PowerSample]:
+        """Return the power samples taken so far, where the meter takes any."""
+        return []
 
     def close(self) -> None:
         """Release the sensors; the meter is not used afterwards."""
@@ -65,7 +69,39 @@ class CombinedMeter(Meter):
         """End in order: the first meter's window closes first."""
         return tuple(reading for meter in self._meters for reading in meter.end())
 
+    def trace(self) -> list[PowerSample]:
+        """Return the samples of all."""
+        return [sample for meter in self._meters for sample in meter.trace()]
+
     def close(self) -> None:
         """Close all."""
         for meter in self._meters:
             meter.close()
+
+
+class OnlyComponents(Meter):
+    """Another meter without the components that a better one reads."""
+
+    def __init__(self, meter: Meter, *components: Component) -> None:
+        self._meter = meter
+        self._components = components
+
+    def open(self) -> None:
+        """Open the meter."""
+        self._meter.open()
+
+    def begin(self) -> None:
+        """Begin the meter's window."""
+        self._meter.begin()
+
+    def end(self) -> tuple[EnergyReading, ...]:
+        """Return the readings of the wanted components."""
+        return tuple(reading for reading in self._meter.end() if reading.component in self._components)
+
+    def trace(self) -> list[PowerSample]:
+        """Return the meter's samples."""
+        return self._meter.trace()
+
+    def close(self) -> None:
+        """Close the meter."""
+        self._meter.close()

@@ -1,82 +1,271 @@
-"""GPU energy from the driver's own counter (NVML), per physical GPU.
+"""GPU energy from the driver (NVML), per physical GPU: its energy counter, and a power trace beside it.
 
 `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded, on Volta and newer, and
-advances in ticks of some 100 ms (NVML API reference). A MIG instance has no counter: the parent's value is
-given and labelled as shared. Opens no CUDA context.
+advances in ticks of some 100 ms (NVML API reference; ML.ENERGY, 2026-03). The tick is learnt when the meter is
+opened; a window is corrected for the part of a tick at each of its edges, which leaves a second-order error where
+a bare difference is off by up to a tick. Power is the instant value where the driver has it (field 186), else
+`nvmlDeviceGetPowerUsage`, a one-second average on Ampere and newer. A GPU without a counter is read by integrating
+the trace, and labelled so. A MIG instance has neither: its parent's value is given and labelled as shared. Opens no
+CUDA context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lem.energy.base import Meter
+from lem.energy.trace import Sampler, integral_j
 from lem.errors import BadInput
 from lem.gpu import Gpu
-from lem.record import EnergyReading
+from lem.record import EnergyReading, PowerSample
+from lem.units import NS_PER_S
 
-METHOD = "nvmlDeviceGetTotalEnergyConsumption"
-COUNTER_UNIT_J = 1e-3
+COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
+INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
+J_PER_MJ = 1e-3
+W_PER_MW = 1e-3
+# Long enough for five ticks of 100 ms.
+LEARN_TICK_S = 0.6
+# Longest wait for a tick at a window's edge; counters without a known tick are not waited for.
+EDGE_WAIT_S = 0.3
+POLL_S = 0.001
+
+
+@dataclass
+class Edge:
+    """The counter at a moment: interpolated between ticks where the tick is known."""
+
+    energy_mj: float | None
+    reason: str | None = None
 
 
 class NvmlMeter(Meter):
-    """Differences of the energy counters of the given GPUs, each physical GPU once."""
+    """Counters and power traces of the given GPUs, each physical GPU once."""
 
-    def __init__(self, gpus: Sequence[Gpu]) -> None:
+    def __init__(self, gpus: Sequence[Gpu], power_hz: float = 20.0) -> None:
         # Two MIG instances of one GPU share its counter: the first stands for both.
         self._gpus = list({gpu.uuid: gpu for gpu in reversed(gpus)}.values())[::-1]
+        self._power_hz = power_hz
         self._lib: Any = None
-        self._handles: list[Any] = []
-        self._before: list[int | str] = []
+        self._devices: list[Device] = []
+        self._sampler: Sampler | None = None
+        self._begun: list[Edge] = []
+        self._begun_ns = 0
 
     def open(self) -> None:
-        """Initialise NVML and find the GPUs by UUID."""
+        """Initialise NVML, find the GPUs by UUID, learn their counters' ticks, start the power trace."""
         if not self._gpus:
-            raise BadInput("energy=nvml needs a visible NVIDIA GPU and its driver; use energy=auto instead.")
+            raise BadInput("energy=nvml needs an NVIDIA GPU in use; use energy=auto instead.")
         import pynvml
 
         pynvml.nvmlInit()
         self._lib = pynvml
-        self._handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in self._gpus]
+        self._devices = [Device(pynvml, gpu) for gpu in self._gpus]
+        learn_ticks(self._devices)
+        self._sampler = Sampler(self._sample, self._power_hz)
+        self._sampler.start()
 
     def begin(self) -> None:
-        """Note the counters."""
-        self._before = [self._counter_mj(handle) for handle in self._handles]
+        """Wait for each counter's next tick, so that the window begins where its counter is known."""
+        assert self._sampler is not None
+        wait_for_ticks(self._devices, go_on=True)
+        self._sampler.sample_now()
+        self._begun_ns = time.perf_counter_ns()
+        self._begun = [device.extrapolated(self._begun_ns) for device in self._devices]
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Return the counters' increase."""
-        after = [self._counter_mj(handle) for handle in self._handles]
-        return tuple(map(self._reading, self._gpus, self._before, after))
+        """Return what each GPU took since `begin`; waits for the next tick to interpolate, after the window."""
+        assert self._sampler is not None
+        ended_ns = time.perf_counter_ns()
+        for device in self._devices:
+            device.poll()
+        self._sampler.sample_now()
+        wait_for_ticks(self._devices, go_on=False)
+        samples = self._sampler.samples()
+        return tuple(
+            self._reading(device, begun, device.interpolated(ended_ns), samples, ended_ns)
+            for device, begun in zip(self._devices, self._begun, strict=True)
+        )
+
+    def trace(self) -> list[PowerSample]:
+        """Return all power samples so far."""
+        return self._sampler.samples() if self._sampler is not None else []
 
     def close(self) -> None:
-        """Release NVML."""
+        """Stop the trace and release NVML."""
+        if self._sampler is not None:
+            self._sampler.stop()
         if self._lib is not None:
             self._lib.nvmlShutdown()
             self._lib = None
 
-    def _counter_mj(self, handle: Any) -> int | str:
-        """Return the counter in mJ, or the driver's reason for having none."""
-        try:
-            return int(self._lib.nvmlDeviceGetTotalEnergyConsumption(handle))
-        except self._lib.NVMLError as error:
-            return str(error)
+    def _sample(self) -> Iterable[PowerSample]:
+        for device in self._devices:
+            power_w = device.power_w()
+            if power_w is not None:
+                yield PowerSample(time.perf_counter_ns(), "gpu", device.gpu.uuid, power_w)
 
-    def _reading(self, gpu: Gpu, before: int | str, after: int | str) -> EnergyReading:
-        energy_j, reason = None, None
-        if isinstance(before, int) and isinstance(after, int):
-            energy_j = (after - before) * COUNTER_UNIT_J
-        else:
-            failure = before if isinstance(before, str) else after
-            reason = f"the energy counter of {gpu.uuid} could not be read: {failure}"
+    def _reading(
+        self, device: Device, begun: Edge, ended: Edge, samples: Sequence[PowerSample], ended_ns: int
+    ) -> EnergyReading:
+        own = [sample for sample in samples if sample.device == device.gpu.uuid]
+        trace_j = integral_j(own, self._begun_ns, ended_ns)
+        reason = begun.reason or ended.reason
+        energy_j = None
+        if begun.energy_mj is not None and ended.energy_mj is not None:
+            energy_j = (ended.energy_mj - begun.energy_mj) * J_PER_MJ
         if energy_j is not None and energy_j < 0:
-            energy_j, reason = None, f"the energy counter of {gpu.uuid} went backwards (driver reloaded?)"
+            energy_j, reason = None, "the counter went backwards (driver reloaded?)"
+        if not device.has_counter and trace_j is not None:
+            return self._integral(device, trace_j)
         return EnergyReading(
             component="gpu",
             source="counter",
-            scope="shared_device" if gpu.mig_uuid else "device",
-            device=gpu.uuid,
+            scope=device.scope,
+            device=device.gpu.uuid,
             energy_j=energy_j,
-            method=METHOD,
-            resolution_j=COUNTER_UNIT_J,
-            reason=reason,
+            method=COUNTER,
+            resolution_j=J_PER_MJ,
+            resolution_s=device.tick_s,
+            trace_energy_j=trace_j,
+            reason=None if energy_j is not None else f"the energy counter of {device.gpu.uuid}: {reason}",
         )
+
+    def _integral(self, device: Device, trace_j: float) -> EnergyReading:
+        return EnergyReading(
+            component="gpu",
+            source="integral",
+            scope=device.scope,
+            device=device.gpu.uuid,
+            energy_j=trace_j,
+            method=f"integral of {device.power_method}, {self._power_hz:g} Hz: this GPU has no energy counter",
+            resolution_s=1 / self._power_hz,
+            trace_energy_j=trace_j,
+        )
+
+
+class Device:
+    """One GPU's counter and power, and the last two ticks that were seen of the counter."""
+
+    def __init__(self, lib: Any, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.tick_s: float | None = None
+        self._lib = lib
+        self._handle = lib.nvmlDeviceGetHandleByUUID(gpu.uuid)
+        self._value_mj: int | None = None
+        self._before_mj: int | None = None
+        self._ticked_ns: int | None = None
+        self._polled_ns = 0
+        self._polled_mj: int | None = None
+        self._reason: str | None = None
+        self.has_counter = self._counter_exists()
+        self._instant = self._instant_power_w() is not None
+
+    @property
+    def scope(self) -> Any:
+        """`shared_device` where only an instance of the GPU is ours."""
+        return "shared_device" if self.gpu.mig_uuid else "device"
+
+    @property
+    def power_method(self) -> str:
+        """Which of the driver's power values is read."""
+        return "NVML_FI_DEV_POWER_INSTANT" if self._instant else "nvmlDeviceGetPowerUsage"
+
+    def _counter_exists(self) -> bool:
+        try:
+            self._value_mj = int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._lib.NVMLError as error:
+            self._reason = str(error)
+            return not isinstance(error, self._lib.NVMLError_NotSupported)
+        return True
+
+    def poll(self) -> bool:
+        """Read the counter; return whether it has advanced, and remember when."""
+        try:
+            value = int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._lib.NVMLError as error:
+            self._reason, self._polled_mj = str(error), None
+            return False
+        now_ns = time.perf_counter_ns()
+        self._reason, self._polled_ns, self._polled_mj = None, now_ns, value
+        if value == self._value_mj:
+            return False
+        self._before_mj, self._value_mj, self._ticked_ns = self._value_mj, value, now_ns
+        return True
+
+    @property
+    def readable(self) -> bool:
+        """The last reading succeeded."""
+        return self._reason is None
+
+    def extrapolated(self, at_ns: int) -> Edge:
+        """Return the counter just after a tick: the tick's value, and the little since at the rate before it."""
+        if self._polled_mj is None or self._value_mj is None:
+            return Edge(None, self._reason or "it was not read")
+        if not self.tick_s or self._before_mj is None or self._ticked_ns is None:
+            return Edge(float(self._value_mj))
+        rate = (self._value_mj - self._before_mj) / self.tick_s
+        since_s = min((at_ns - self._ticked_ns) / NS_PER_S, self.tick_s)
+        return Edge(self._value_mj + rate * since_s)
+
+    def interpolated(self, at_ns: int) -> Edge:
+        """Return the counter at a moment within the tick that has just ended."""
+        if self._polled_mj is None or self._value_mj is None:
+            return Edge(None, self._reason or "it was not read")
+        if not self.tick_s or self._before_mj is None or self._ticked_ns is None:
+            return Edge(float(self._value_mj))
+        share = 1 - (self._ticked_ns - at_ns) / NS_PER_S / self.tick_s
+        return Edge(self._before_mj + (self._value_mj - self._before_mj) * min(max(share, 0.0), 1.0))
+
+    def power_w(self) -> float | None:
+        """Return the power at this moment, or None when it cannot be read."""
+        if self._instant:
+            return self._instant_power_w()
+        try:
+            return float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * W_PER_MW
+        except self._lib.NVMLError:
+            return None
+
+    def _instant_power_w(self) -> float | None:
+        try:
+            (value,) = self._lib.nvmlDeviceGetFieldValues(self._handle, [INSTANT_POWER_FIELD])
+        except self._lib.NVMLError:
+            return None
+        return float(value.value.uiVal) * W_PER_MW if value.nvmlReturn == 0 else None
+
+
+def learn_ticks(devices: Sequence[Device]) -> None:
+    """Watch the counters for a moment and set each device's tick to the median time between its advances."""
+    seen: dict[str, list[int]] = {device.gpu.uuid: [] for device in devices}
+    until_ns = time.perf_counter_ns() + int(LEARN_TICK_S * NS_PER_S)
+    while time.perf_counter_ns() < until_ns:
+        for device in devices:
+            if device.has_counter and device.poll():
+                seen[device.gpu.uuid].append(time.perf_counter_ns())
+        time.sleep(POLL_S)
+    for device in devices:
+        times = seen[device.gpu.uuid]
+        gaps = [(later - earlier) / NS_PER_S for earlier, later in itertools.pairwise(times)]
+        device.tick_s = statistics.median(gaps) if len(gaps) >= 2 else None
+
+
+def wait_for_ticks(devices: Sequence[Device], *, go_on: bool) -> None:
+    """Poll until each counter with a known tick has advanced once.
+
+    With `go_on` those that have are followed further, so that all are known at the end; without it each stays at
+    its first advance.
+    """
+    for device in devices:
+        device.poll()
+    waiting = {device for device in devices if device.tick_s and device.readable}
+    until_ns = time.perf_counter_ns() + int(EDGE_WAIT_S * NS_PER_S)
+    while waiting and time.perf_counter_ns() < until_ns:
+        time.sleep(POLL_S)
+        for device in devices if go_on else list(waiting):
+            if device.poll() or not device.readable:
+                waiting.discard(device)

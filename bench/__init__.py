@@ -1,0 +1,1 @@
+"""Measurements of lem itself: what it costs, and how far off it is. Run through nox."""

@@ -1,0 +1,266 @@
+"""When not to believe a number: coded warnings, what each means, and what to do about it.
+
+The catalogue is the single source of the codes: a warning with any other code cannot be made, and the page
+`docs/reference/warnings.md` is generated from it. Knows records and rows, not how they were measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lem.record import DeviceState, EnergyReading, ExperimentRow, Note, ProcessRecord, RequestRecord
+
+SHORT_WINDOW_S = 5.0
+FEW_TICKS = 50
+TRACE_TOLERANCE = 0.05
+TRACE_LEAST_S = 2.0
+TEMPERATURE_DRIFT_C = 10
+BUSY_SHARE = 0.10
+HIGH_CV = 0.2
+CV_LEAST_BATCHES = 5
+IDENTITY_TOLERANCE = 0.01
+# Limits that the user or the operator has set are no slowdown.
+NOT_THROTTLING = frozenset({"applications_clocks_setting", "sync_boost"})
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A kind of warning: what it means, and what to do about it."""
+
+    meaning: str
+    remedy: str
+
+
+CATALOGUE: dict[str, Doubt] = {
+    "short_window": Doubt(
+        f"The measured window was shorter than {SHORT_WINDOW_S:g} s: sensors and one-time costs weigh too much.",
+        "Run more prompts or longer outputs; 30 s and more is better.",
+    ),
+    "few_ticks": Doubt(
+        f"The energy counter advanced fewer than {FEW_TICKS} times in the window.",
+        "Run longer: what is lost at the edges becomes smaller.",
+    ),
+    "counter_trace_mismatch": Doubt(
+        "The energy counter and the integral of the power trace differ by more than 5 %.",
+        "Look at the trace for a changing load; repeat; on a module (GH200) the two may cover different things.",
+    ),
+    "throttled": Doubt(
+        "The driver reported a slowdown of the GPU's clocks before or after the window.",
+        "Cool the machine, raise the power limit, or lock the clocks lower.",
+    ),
+    "foreign_process": Doubt(
+        "Another process was on a GPU in use: its energy is in the numbers.",
+        "Wait for it to end, or use another GPU.",
+    ),
+    "temperature_drift": Doubt(
+        f"A GPU became more than {TEMPERATURE_DRIFT_C} °C warmer or colder over the run: leakage changes with it.",
+        "Warm up longer (warmup.until_cv), or cool down first (cooldown.to_c).",
+    ),
+    "busy_host": Doubt(
+        f"Other processes kept more than {BUSY_SHARE:.0%} of the machine's cores busy during the window.",
+        "Measure on an idle machine; whole-machine energy includes their work, and they slow this one.",
+    ),
+    "high_variation": Doubt(
+        f"The time for an output token varied between batches by more than {HIGH_CV:.0%} (coefficient of variation).",
+        "Warm up longer; look for other load; repeat.",
+    ),
+    "warmup_not_steady": Doubt(
+        "The warm-up ended at its limit, not because latencies were steady.",
+        "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
+    ),
+    "few_cycles": Doubt(
+        "One measurement has no confidence interval.",
+        "Repeat it; two are the least for an interval, ten are common.",
+    ),
+    "energy_estimated": Doubt(
+        "The energy of some components is an estimate, not a measurement.",
+        "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
+    ),
+    "energy_missing": Doubt("Some energy is null; the sentence says why.", "As the sentence says."),
+    "energy_shared": Doubt(
+        "A MIG instance has no counter: the energy is that of its whole GPU.",
+        "Leave the other instances idle, or turn MIG off.",
+    ),
+    "energy_integrated": Doubt(
+        "A GPU has no energy counter: its energy is the integral of sampled power.",
+        "Expect a few percent more uncertainty, more for loads that change fast.",
+    ),
+    "idle_adjusted_negative": Doubt(
+        "The run took less than the idle power times its duration.",
+        "Idle was measured while something else ran; repeat on a quiet machine.",
+    ),
+    "decode_negative": Doubt(
+        "Decode energy, the window's less the prefill's, is negative.",
+        "The window is too short for the trace; run longer.",
+    ),
+    "identity_violated": Doubt(
+        "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or tokens against their request rows.",
+        "This is a fault in lem or in the files; please report it with the raw record.",
+    ),
+    "random_weights": Doubt(
+        "The model is built in with random weights.", "Nothing, if you know; its text means nothing."
+    ),
+    "simulated": Doubt("No model ran: the backend is simulated.", "Choose another backend for real numbers."),
+    "gpu_unused": Doubt(
+        "A GPU is visible, but the engine was built without CUDA and ran on the CPU.",
+        "Install the engine's CUDA build, or set backend.device=cpu.",
+    ),
+    "input_truncated": Doubt("Prompts were cut to max_input_tokens.", "Raise it, if the model has the positions."),
+    "fewer_prompts": Doubt("The dataset holds fewer prompts than were asked for.", "Lower --sample-size."),
+}
+
+
+def note(code: str, text: str) -> Note:
+    """Make a warning; KeyError for a code that the catalogue does not know."""
+    CATALOGUE[code]
+    return Note(code, text)
+
+
+# ------------------------------------------------------------------ of one process
+def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[Note]:
+    """Return what there is to doubt about the measured window of one process."""
+    window = record.phase("measured")
+    if window is None:
+        return []
+    return [
+        *_of_window(window.duration_s, window.energy),
+        *_of_energy(window.energy),
+        *_of_devices(record),
+        *_of_host(record),
+        *_of_latencies(requests),
+        *_of_warmup(record),
+        note("few_cycles", "one measurement has no confidence interval; repeat it."),
+    ]
+
+
+def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator[Note]:
+    if duration_s < SHORT_WINDOW_S:
+        yield note("short_window", f"the window is {duration_s:.3g} s; {SHORT_WINDOW_S:g} s is the least to trust.")
+    ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
+    if ticks and min(ticks) < FEW_TICKS:
+        yield note("few_ticks", f"the energy counter advanced about {min(ticks):.0f} times; {FEW_TICKS} is the least.")
+    for r in readings:
+        if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
+            continue
+        ratio = r.trace_energy_j / r.energy_j
+        if abs(ratio - 1) > TRACE_TOLERANCE:
+            yield note("counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter.")
+
+
+def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[Note]:
+    if not readings:
+        yield note("energy_missing", "no meter was used.")
+    estimates = [r for r in readings if r.source == "estimate"]
+    if estimates:
+        names = " and ".join(dict.fromkeys(r.component for r in estimates))
+        methods = "; ".join(dict.fromkeys(r.method for r in estimates))
+        yield note("energy_estimated", f"the {names} energy is an estimate, not a measurement ({methods}).")
+    if any(r.scope == "shared_device" for r in readings):
+        yield note("energy_shared", "a MIG instance has no counter; the energy is that of its whole GPU.")
+    for r in readings:
+        if r.energy_j is None:
+            yield note("energy_missing", f"{r.component}: {r.reason}.")
+        if r.component == "gpu" and r.source == "integral":
+            yield note("energy_integrated", f"{r.device}: {r.method}.")
+
+
+def _of_devices(record: ProcessRecord) -> Iterator[Note]:
+    if record.environment is None:
+        return
+    before, after = record.environment.devices_before, record.environment.devices_after
+    for state in (*before, *after):
+        reasons = [reason for reason in state.throttle_reasons or () if reason not in NOT_THROTTLING]
+        if reasons:
+            yield note("throttled", f"{state.uuid}: {', '.join(reasons)}.")
+        for process in state.foreign_processes or ():
+            yield note("foreign_process", f"{state.uuid}: process {process.pid} ({process.name or 'unnamed'}).")
+    yield from _of_temperatures(before, after)
+
+
+def _of_temperatures(before: Sequence[DeviceState], after: Sequence[DeviceState]) -> Iterator[Note]:
+    for first, last in zip(before, after, strict=False):
+        if first.temperature_c is None or last.temperature_c is None:
+            continue
+        drift = last.temperature_c - first.temperature_c
+        if abs(drift) > TEMPERATURE_DRIFT_C:
+            yield note(
+                "temperature_drift", f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
+            )
+
+
+def _of_host(record: ProcessRecord) -> Iterator[Note]:
+    load, here = record.cpu_load, record.environment
+    if load is None or here is None or not here.cpu_threads:
+        return
+    foreign = load.machine_cores - load.process_cores
+    if foreign > BUSY_SHARE * here.cpu_threads:
+        yield note("busy_host", f"other processes used {foreign:.2g} of {here.cpu_threads} cores during the window.")
+
+
+def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[Note]:
+    longest: dict[int, RequestRecord] = {}
+    for request in requests:
+        if request.batch not in longest or request.output_tokens > longest[request.batch].output_tokens:
+            longest[request.batch] = request
+    per_token_s = [r.latency_s / r.output_tokens for r in longest.values() if r.output_tokens]
+    if len(per_token_s) < CV_LEAST_BATCHES or statistics.fmean(per_token_s) == 0:
+        return
+    cv = statistics.stdev(per_token_s) / statistics.fmean(per_token_s)
+    if cv > HIGH_CV:
+        yield note("high_variation", f"the time for an output token varied by {cv:.0%} between batches.")
+
+
+def _of_warmup(record: ProcessRecord) -> Iterator[Note]:
+    if record.warmup is not None and record.warmup.ended in ("max_prompts", "max_s"):
+        cv = "unknown" if record.warmup.cv is None else f"{record.warmup.cv:.3f}"
+        yield note("warmup_not_steady", f"it ended at {record.warmup.ended} with a coefficient of variation of {cv}.")
+
+
+# ------------------------------------------------------------------ of a row
+def of_row(row: ExperimentRow, records: Sequence[ProcessRecord]) -> list[Note]:
+    """Return what there is to doubt about derived numbers: identities that do not hold, negative differences."""
+    return [*_identities(row, records), *_negatives(row)]
+
+
+def _identities(row: ExperimentRow, records: Sequence[ProcessRecord]) -> Iterator[Note]:
+    pairs = {
+        "J = W·t": (row.energy_j, _product(row.average_power_w, row.duration_s)),
+        "J/token = W/(tokens/s)": (
+            row.energy_per_output_token_j,
+            _quotient(row.average_power_w, row.output_tokens_per_s),
+        ),
+        "J = Σ J/request": (row.energy_j, _product(row.energy_per_request_j, row.requests_completed)),
+        "Wh = J/3600": (row.energy_wh, _quotient(row.energy_j, 3600.0)),
+        "output tokens = Σ over requests": (sum(r.output_tokens for r in records), row.output_tokens),
+        "input tokens = Σ over requests": (sum(r.input_tokens for r in records), row.input_tokens),
+        "requests = Σ over processes": (sum(r.requests_completed for r in records), row.requests_completed),
+        "prefill + decode = window": (row.duration_s, _sum(row.prefill_duration_s, row.decode_duration_s)),
+    }
+    for name, (one, other) in pairs.items():
+        if one is None or other is None:
+            continue
+        if abs(one - other) > IDENTITY_TOLERANCE * max(abs(one), abs(other)):
+            yield note("identity_violated", f"{name} does not hold: {one:.6g} against {other:.6g}.")
+
+
+def _negatives(row: ExperimentRow) -> Iterator[Note]:
+    if row.energy_idle_adjusted_j is not None and row.energy_idle_adjusted_j < 0:
+        yield note(
+            "idle_adjusted_negative", f"{row.energy_idle_adjusted_j:.4g} J remain after idle power is taken off."
+        )
+    if row.decode_energy_j is not None and row.decode_energy_j < 0:
+        yield note("decode_negative", f"it is {row.decode_energy_j:.4g} J.")
+
+
+def _product(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one * other
+
+
+def _quotient(one: float | None, other: float | None) -> float | None:
+    return None if one is None or not other else one / other
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other

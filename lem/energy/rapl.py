@@ -1,0 +1,267 @@
+"""CPU and memory energy from the processor's own counters (RAPL), read through Linux's powercap tree.
+
+Read are the packages (`intel-rapl:N`; AMD's appear under the same driver) and the DRAM zones inside of them
+(`intel-rapl:N:M`). Left out is whatever would be counted twice: core and uncore are parts of their package,
+psys is the whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package counts all
+that runs on it, whoever started it. On client processors memory often has no zone; it is then not in the
+readings at all. Knows no GPU and estimates nothing.
+
+A counter has 32 bits and wraps around after some 65 to 262 kJ, minutes to an hour of load. A thread reads it now
+and then while a window is open, so that a window may be longer than that.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lem.energy.base import Meter
+from lem.errors import BadInput
+from lem.record import Component, EnergyReading
+from lem.units import NS_PER_S
+
+POWERCAP_DIR = "/sys/class/powercap"
+UJ_PER_J = 1e6
+# More than any one package or its memory draws for long: a counter that was left alone for less time than this
+# power needs to fill it has wrapped at most once.
+MAX_POWER_W = 1000.0
+COUNTER_MAX = 2**32 - 1
+
+_PACKAGE_ZONE = re.compile(r"intel-rapl:\d+")
+_SUBZONE = re.compile(r"(intel-rapl:\d+):\d+")
+# A package of several dies has a zone for each: package-0-die-1.
+_PACKAGE_NAME = re.compile(r"package-\d+(-die-\d+)?")
+
+
+@dataclass(frozen=True)
+class Zone:
+    """A zone of the powercap tree that is counted, such as `intel-rapl:0 package-0`."""
+
+    directory: Path
+    name: str
+    component: Component
+
+    @property
+    def label(self) -> str:
+        """The zone's id and name, as a reading's device."""
+        return f"{self.directory.name} {self.name}"
+
+    def energy_uj(self) -> int:
+        """Return the counter; raises OSError or ValueError when there is nothing to be read."""
+        return int((self.directory / "energy_uj").read_text())
+
+    def range_uj(self) -> int:
+        """Return the counter's largest value; raises OSError or ValueError when there is nothing to be read."""
+        return int((self.directory / "max_energy_range_uj").read_text())
+
+
+class RaplMeter(Meter):
+    """Increase of the energy counters of all packages and their DRAM zones.
+
+    `poll_s` is the time between two looks at the counters while a window is open; it must be shorter than a
+    counter takes to wrap around.
+    """
+
+    def __init__(
+        self,
+        powercap_dir: str = POWERCAP_DIR,
+        poll_s: float = 30.0,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        self._powercap_dir = powercap_dir
+        self._poll_s = poll_s
+        self._clock_ns = clock_ns
+        self._counters: list[_Counter] = []
+        self._window_is_open = False
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Find the zones and start the thread that watches for wrap-arounds."""
+        zones = find_zones(self._powercap_dir)
+        _check(zones, self._powercap_dir)
+        self._counters = [_Counter(zone, self._clock_ns) for zone in zones]
+        self._closing.clear()
+        self._thread = threading.Thread(target=self._poll, name="lem-rapl", daemon=True)
+        self._thread.start()
+
+    def begin(self) -> None:
+        """Note the counters."""
+        with self._lock:
+            self._window_is_open = True
+            for counter in self._counters:
+                counter.start()
+
+    def end(self) -> tuple[EnergyReading, ...]:
+        """Return the counters' increase since `begin`, packages first."""
+        with self._lock:
+            self._window_is_open = False
+            for counter in self._counters:
+                counter.advance()
+            return tuple(counter.reading() for counter in self._counters)
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._closing.set()
+            self._thread.join()
+            self._thread = None
+
+    def _poll(self) -> None:
+        while not self._closing.wait(self._poll_s):
+            with self._lock:
+                if self._window_is_open:
+                    for counter in self._counters:
+                        counter.advance()
+
+
+class _Counter:
+    """A zone's energy over one window, gathered over any number of looks at its counter."""
+
+    def __init__(self, zone: Zone, clock_ns: Callable[[], int]) -> None:
+        self._zone = zone
+        self._clock_ns = clock_ns
+        self._range_uj = 0
+        self._last_uj = 0
+        self._last_ns = 0
+        self._total_uj = 0
+        self._failure: str | None = None
+
+    def start(self) -> None:
+        """Begin a window here."""
+        self._total_uj, self._failure = 0, None
+        try:
+            self._range_uj = self._zone.range_uj()
+            self._last_uj = self._zone.energy_uj()
+        except (OSError, ValueError) as error:
+            self._fail(error)
+        self._last_ns = self._clock_ns()
+
+    def advance(self) -> None:
+        """Add what was counted since the last look. After a failure the window stays without a value."""
+        if self._failure is not None:
+            return
+        try:
+            now_uj = self._zone.energy_uj()
+        except (OSError, ValueError) as error:
+            self._fail(error)
+            return
+        now_ns = self._clock_ns()
+        self._check_gap((now_ns - self._last_ns) / NS_PER_S)
+        self._total_uj += increase_uj(self._last_uj, now_uj, self._range_uj)
+        self._last_uj, self._last_ns = now_uj, now_ns
+
+    def reading(self) -> EnergyReading:
+        """Return the window's energy."""
+        # Firmware and virtual machines that offer a zone without counting show a constant.
+        reason = self._failure or (None if self._total_uj else f"the counter of {self._zone.label} did not advance")
+        return EnergyReading(
+            component=self._zone.component,
+            source="counter",
+            scope="package",
+            device=self._zone.label,
+            energy_j=None if reason else self._total_uj / UJ_PER_J,
+            method=f"RAPL counter of zone {self._zone.label}, powercap energy_uj",
+            resolution_j=step_uj(self._range_uj) / UJ_PER_J,
+            reason=reason,
+        )
+
+    def _fail(self, error: OSError | ValueError) -> None:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        self._failure = f"the counter of {self._zone.label} could not be read: {why}"
+
+    def _check_gap(self, gap_s: float) -> None:
+        """Refuse a gap in which the counter may have wrapped more than once: the process was stopped, say."""
+        if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
+            self._failure = (
+                f"the counter of {self._zone.label} was not read for {gap_s:.0f} s, in which it may have wrapped unseen"
+            )
+
+
+def step_uj(range_uj: int) -> int:
+    """Return a counter's step in µJ from its largest value, which is 2^32 - 1 steps.
+
+    The steps of real counters are 15.3 and 61 µJ; a smaller range says nothing and is taken as counted in µJ,
+    the granularity of the file.
+    """
+    return max(1, round(range_uj / COUNTER_MAX))
+
+
+def increase_uj(before_uj: int, after_uj: int, range_uj: int) -> int:
+    """Return what a counter gained between two looks with at most one wrap-around between them.
+
+    From its largest value one step more leads to 0, so a whole turn is the range and a step.
+    """
+    gained_uj = after_uj - before_uj
+    return gained_uj if gained_uj >= 0 else gained_uj + range_uj + step_uj(range_uj)
+
+
+def find_zones(powercap_dir: str = POWERCAP_DIR) -> tuple[Zone, ...]:
+    """Return the zones to be counted, packages first, in the kernel's order; empty when there is no RAPL."""
+    directories = {path.name: path for path in _directories(Path(powercap_dir))}
+    packages = [
+        Zone(path, name, "cpu")
+        for path in _in_order(directories, _PACKAGE_ZONE)
+        if _PACKAGE_NAME.fullmatch(name := _name(path))
+    ]
+    parents = {zone.directory.name for zone in packages}
+    dram = [
+        Zone(path, "dram", "dram")
+        for path in _in_order(directories, _SUBZONE)
+        if path.name.rpartition(":")[0] in parents and _name(path) == "dram"
+    ]
+    return (*packages, *dram)
+
+
+def readable(powercap_dir: str = POWERCAP_DIR) -> bool:
+    """Tell whether at least one package's counter can be read here."""
+    return any(zone.component == "cpu" and _is_readable(zone) for zone in find_zones(powercap_dir))
+
+
+def _directories(root: Path) -> Iterator[Path]:
+    """Yield all zones' directories; /sys/class/powercap shows a subzone both beside and inside of its package."""
+    for pattern in ("intel-rapl:*/intel-rapl:*", "intel-rapl:*"):
+        try:
+            yield from sorted(root.glob(pattern))
+        except OSError:
+            continue
+
+
+def _in_order(directories: dict[str, Path], zone_id: re.Pattern[str]) -> list[Path]:
+    found = [path for name, path in directories.items() if zone_id.fullmatch(name)]
+    return sorted(found, key=lambda path: [int(number) for number in path.name.split(":")[1:]])
+
+
+def _name(directory: Path) -> str:
+    try:
+        return (directory / "name").read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _is_readable(zone: Zone) -> bool:
+    try:
+        zone.energy_uj()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check(zones: tuple[Zone, ...], powercap_dir: str) -> None:
+    """Raise `BadInput` with the remedy unless some package can be read."""
+    packages = [zone for zone in zones if zone.component == "cpu"]
+    if not packages:
+        raise BadInput(
+            f"This machine has no RAPL counters (no package zone in {powercap_dir}; virtual machines and containers "
+            "rarely have one); use energy=codecarbon for an estimate."
+        )
+    if not any(_is_readable(zone) for zone in packages):
+        raise BadInput(
+            f"The RAPL counters in {powercap_dir} cannot be read: since CVE-2020-8694 the kernel gives them to root "
+            f"only; run as root or, until the next boot, sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj"
+        )
