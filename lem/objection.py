@@ -19,4 +19,4 @@ class Objection:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason} {self.remedy}"
+        return f"{self.path}: {self.reason} {self.remedy}".rstrip()

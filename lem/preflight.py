@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lem.backends import backend_class
 from lem.carbon import carbon_intensity
 from lem.datasets import Prompts, load_prompts
+from lem.energy.rapl import RaplMeter
 from lem.energy.replay import read_trace
 from lem.errors import BadInput, ConfigError
 from lem.host import Host
@@ -162,8 +163,23 @@ def _energy_objections(experiment: Experiment, host: Host) -> Iterator[Objection
         yield Objection("impossible", "energy", "nvml needs a visible NVIDIA GPU.", "Use energy=auto.")
     if energy.name == "nvml" and host.gpus and not backend_class(experiment.backend.name).wants_gpu(experiment, host):
         yield Objection("impossible", "energy", "nvml meters GPUs, and none is used.", "Use energy=auto.")
+    if energy.name == "zeus" and not host.has("zeus"):
+        yield Objection("impossible", "energy", "the zeus meter needs the package zeus.", "pip install 'lem[zeus]'.")
+    if energy.name == "rapl":
+        yield from _rapl_objections(energy.powercap_dir)
     if energy.name == "replay":
         yield from _trace_objections(energy.trace)
+
+
+def _rapl_objections(powercap_dir: str) -> Iterator[Objection]:
+    """Open the meter once: it says best what is missing, and reading its counters costs nothing."""
+    meter = RaplMeter(powercap_dir)
+    try:
+        meter.open()
+    except BadInput as error:
+        yield Objection("impossible", "energy", str(error), "")
+    finally:
+        meter.close()
 
 
 def _trace_objections(trace: str | None) -> Iterator[Objection]:

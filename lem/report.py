@@ -83,9 +83,16 @@ def _lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
             f"p95 {quantity(row.latency_p95_s, 's')} · p99 {quantity(row.latency_p99_s, 's')}"
         ),
     )
+    if row.prefill_duration_s is not None:
+        yield (
+            "Prefill, decode",
+            f"{_part(row.prefill_duration_s, row.prefill_energy_j)}, "
+            + _part(row.decode_duration_s, row.decode_energy_j),
+        )
     yield from _energy_lines(row)
     yield "Peak memory", _memory(row)
-    yield "FLOPs", f"{quantity(row.flops, 'FLOP')} · {quantity(row.flops_per_s, 'FLOP/s')}"
+    utilisation = f" · {row.mfu:.1%} of the datasheet's peak (MFU)" if row.mfu is not None else ""
+    yield "FLOPs", f"{quantity(row.flops, 'FLOP')} · {quantity(row.flops_per_s, 'FLOP/s')}{utilisation}"
     yield (
         "Outside",
         f"loading {quantity(row.load_duration_s, 's')}, warm-up {quantity(row.warmup_duration_s, 's')}",
@@ -106,6 +113,15 @@ def _energy_lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
     yield "Energy", f"{_energy(row)} = {quantity(row.energy_wh, 'Wh')}{label}"
     yield "Average power", _marked(row, quantity(row.average_power_w, "W"))
     yield "Energy per output token", _marked(row, quantity(row.energy_per_output_token_j, "J/token"))
+    if row.idle_power_loaded_w is not None:
+        yield (
+            "Idle power",
+            (
+                f"{_marked(row, quantity(row.idle_power_before_w, 'W'))} before loading, "
+                f"{_marked(row, quantity(row.idle_power_loaded_w, 'W'))} loaded · "
+                f"without it {_marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
+            ),
+        )
     yield "Energy per request", _marked(row, quantity(row.energy_per_request_j, "J/request"))
     if row.co2e_g is not None:
         grid = f"{plain(row.carbon_intensity_g_per_kwh)} gCO2e/kWh, {row.carbon_intensity_source}"
@@ -114,10 +130,16 @@ def _energy_lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
         yield "CO2e", "– (give energy.country_iso_code or energy.carbon_intensity_g_per_kwh)"
 
 
+def _part(duration_s: float | None, energy_j: float | None) -> str:
+    return quantity(duration_s, "s") + (f" ({quantity(energy_j, 'J')})" if energy_j is not None else "")
+
+
 def _memory(row: ExperimentRow) -> str:
     if row.peak_memory_bytes is None:
         return "–"
-    return f"{row.peak_memory_bytes / 2**20:.4g} MiB ({row.peak_memory_scope})"
+    sizes = {"weights": row.weights_bytes, "key/value cache": row.kv_cache_bytes}
+    parts = [f"{name} {size / 2**20:.4g} MiB" for name, size in sizes.items() if size is not None]
+    return " · ".join([f"{row.peak_memory_bytes / 2**20:.4g} MiB ({row.peak_memory_scope})", *parts])
 
 
 def show_records(records: Sequence[ProcessRecord]) -> None:

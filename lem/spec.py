@@ -69,6 +69,10 @@ class SimulatedBackend:
     decode_s_per_token: Annotated[
         float, Field(ge=0, description="Time that one output token takes, per batch step, in seconds.")
     ] = 1e-4
+    gpus: Annotated[
+        int,
+        Field(ge=0, le=1024, description="Visible GPUs that it claims: they are metered, though nothing runs on them."),
+    ] = 0
     fail_at_request: Annotated[
         int | None, Field(ge=0, description="Fail when this request's batch is reached (null: never).")
     ] = None
@@ -202,7 +206,7 @@ class Energy:
     """Which meter is read, and how joules become grams of CO2e."""
 
     name: Annotated[
-        Literal["auto", "nvml", "rapl", "codecarbon", "replay", "none"],
+        Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "none"],
         Field(description="Meter: auto takes the best available for each component."),
     ] = "auto"
     idle_s: Annotated[

@@ -350,6 +350,12 @@ int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(device_t *instance, device_t **
 int nvmlDeviceGetIndex(device_t *device, unsigned *index) { ANY(device); *index = device->index; return SUCCESS; }
 int nvmlDeviceGetUUID(device_t *device, char *to, unsigned size) { ANY(device); return copied(to, size, device->uuid); }
 int nvmlDeviceGetName(device_t *device, char *to, unsigned size) { ANY(device); return copied(to, size, device->name); }
+/* The architecture follows from the compute capability: 5 is Volta, 9 Hopper; enough for "Volta and newer". */
+int nvmlDeviceGetArchitecture(device_t *device, unsigned *architecture) {
+    ANY(device);
+    *architecture = device->major >= 9 ? 9 : device->major >= 8 ? 7 : device->major >= 7 ? 5 : 4;
+    return SUCCESS;
+}
 int nvmlDeviceGetCudaComputeCapability(device_t *device, int *major, int *minor) {
     ANY(device);
     *major = device->parent ? device->parent->major : device->major;

@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from lem import gpu
+from lem.energy.zeus import ZeusMeter
+from lem.errors import BadInput
+
 VISIBLE = """
 import json
 from lem import gpu
@@ -180,3 +184,22 @@ def test_a_counter_that_restarts_is_null_with_a_reason(driver):
     (reading,) = driver(WINDOW, "device 0 tick_ms 100\ncounter_reset_after_s 0.9")["readings"]
     assert reading["energy_j"] is None
     assert "backwards" in reading["reason"]
+
+
+def test_zeus_reads_the_same_joules(driver):
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    code = WINDOW.replace("from lem.energy.nvml import NvmlMeter", "from lem.energy.zeus import ZeusMeter as NvmlMeter")
+    scenario = "devices 2\ndevice 0 power constant 300\ndevice 1 power constant 300"
+    window = driver(code.replace("time.sleep(0.5)", "time.sleep(2)"), scenario)
+    assert len(window["readings"]) == 2
+    for reading in window["readings"]:
+        assert reading["source"] == "counter"
+        assert reading["energy_j"] == pytest.approx(300 * window["seconds"], rel=0.05)
+
+
+def test_zeus_without_a_gpu_says_so():
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    if gpu.visible():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BadInput, match="found no GPU"):
+        ZeusMeter([]).open()

@@ -16,6 +16,7 @@ from lem.backends.base import Backend, Encoded, Generation
 from lem.batching import plan_batches
 from lem.doubts import note
 from lem.errors import RunError
+from lem.gpu import Gpu
 from lem.host import Host
 from lem.models import Model
 from lem.objection import Objection
@@ -35,8 +36,23 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to nothing: whatever is configured can be simulated."""
-        return []
+        """Object only to more GPUs than there are: whatever else is configured can be simulated."""
+        assert isinstance(experiment.backend, SimulatedBackend)
+        wanted = experiment.backend.gpus
+        if wanted <= len(host.gpus):
+            return []
+        reason = f"{wanted} GPUs are asked for, {len(host.gpus)} are visible."
+        return [Objection("impossible", "backend.gpus", reason, "Lower it.")]
+
+    @classmethod
+    def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
+        """Return whether GPUs are claimed."""
+        assert isinstance(experiment.backend, SimulatedBackend)
+        return experiment.backend.gpus > 0
+
+    def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
+        """Return the first visible GPUs, as many as are claimed."""
+        return host.gpus[: self._options.gpus]
 
     def load(self) -> None:
         """Do nothing: there is no model."""

@@ -21,6 +21,7 @@ def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
     from lem.energy.nvml import NvmlMeter
     from lem.energy.rapl import RaplMeter
     from lem.energy.replay import ReplayMeter
+    from lem.energy.zeus import ZeusMeter
 
     match energy.name:
         case "none":
@@ -33,6 +34,8 @@ def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
             return RaplMeter(energy.powercap_dir)
         case "codecarbon":
             return CodecarbonMeter()
+        case "zeus":
+            return ZeusMeter(gpus)
         case "auto":
             return _best_of_each(energy, gpus)
 
