@@ -6,10 +6,8 @@ there is none, and CO2e stays null: no country is ever assumed. Knows nothing of
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 from lem.errors import ConfigError, did_you_mean
+from lem.quiet import quiet_stdout
 from lem.record import Carbon
 from lem.spec import Energy
 
@@ -33,8 +31,7 @@ def carbon_intensity(energy: Energy) -> Carbon | None:
 
 
 def _country_intensity(country: str) -> float:
-    # Libraries that codecarbon probes for say on stdout when theirs is missing; our stdout may be read by a program.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet_stdout():
         from codecarbon.core.emissions import Emissions
         from codecarbon.core.units import Energy as KilowattHours
         from codecarbon.external.geography import GeoMetadata

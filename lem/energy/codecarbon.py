@@ -13,6 +13,7 @@ from typing import Any
 
 from lem.energy.base import Meter
 from lem.errors import BadInput
+from lem.quiet import quiet_stdout
 from lem.record import Component, EnergyReading, Scope, Source
 from lem.units import J_PER_KWH
 
@@ -81,7 +82,8 @@ class CodecarbonMeter(Meter):
 
 
 def _offline_tracker() -> Any:
-    from codecarbon import OfflineEmissionsTracker
+    with quiet_stdout():
+        from codecarbon import OfflineEmissionsTracker
 
     level = os.environ.get("CODECARBON_LOG_LEVEL", "error").lower()
     logging.getLogger("codecarbon").setLevel(level.upper())

@@ -14,6 +14,7 @@ from typing import Any
 from lem.energy.base import Meter
 from lem.errors import BadInput
 from lem.gpu import Gpu
+from lem.quiet import quiet_stdout
 from lem.record import EnergyReading, Source
 
 WINDOW = "lem"
@@ -30,7 +31,8 @@ class ZeusMeter(Meter):
 
     def open(self) -> None:
         """Find the GPUs; raises `BadInput` where zeus finds none."""
-        from zeus.monitor import ZeusMonitor
+        with quiet_stdout():
+            from zeus.monitor import ZeusMonitor
 
         logging.getLogger("zeus").setLevel(logging.ERROR)
         self._monitor = ZeusMonitor(gpu_indices=self._indices, cpu_indices=[])
