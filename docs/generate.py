@@ -30,7 +30,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "configuration.md": GENERATED + configuration(),
         REFERENCE / "results.md": GENERATED + results(),
         REFERENCE / "cli.md": GENERATED + command_line(),
-        REFERENCE / "warnings.md": GENERATED + warnings(),
+        REFERENCE.parent / "warnings.md": GENERATED + warnings(),
     }
 
 

@@ -1,7 +1,7 @@
 """When not to believe a number: coded warnings, what each means, and what to do about it.
 
 The catalogue is the single source of the codes: a warning with any other code cannot be made, and the page
-`docs/reference/warnings.md` is generated from it. Knows records and rows, not how they were measured.
+`docs/warnings.md` is generated from it. Knows records and rows, not how they were measured.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ CATALOGUE: dict[str, Doubt] = {
     "warmup_not_steady": Doubt(
         "The warm-up ended at its limit, not because latencies were steady.",
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
+    ),
+    "not_cooled_down": Doubt(
+        "A GPU was still warmer than cooldown.to_c when the run began.",
+        "Raise cooldown.max_s, or the temperature to wait for.",
     ),
     "few_cycles": Doubt(
         "One measurement has no confidence interval.",

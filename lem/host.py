@@ -60,6 +60,7 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
     import psutil
 
     commit, dirty = git_state()
+    nvidia = gpu.topology()
     return Environment(
         hostname=socket.gethostname(),
         os=platform.platform(),
@@ -69,7 +70,8 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
         gpus=tuple(f"{device.name} ({device.uuid})" for device in host.gpus),
         versions={"python": platform.python_version(), **versions()},
         cpu_governor=_first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        driver_version=driver_version(),
+        driver_version=nvidia.driver_version if nvidia else None,
+        cuda_version=nvidia.cuda_version if nvidia else None,
         git_commit=commit,
         git_dirty=dirty,
         container=container(),
@@ -77,12 +79,6 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
         devices_before=before,
         devices_after=after,
     )
-
-
-def driver_version() -> str | None:
-    """Return the version of the NVIDIA driver, or None without one."""
-    with gpu.nvml() as lib:
-        return None if lib is None else str(lib.nvmlSystemGetDriverVersion())
 
 
 def git_state() -> tuple[str | None, bool | None]:

@@ -34,8 +34,12 @@ class MeasuredRequest:
 
 @dataclass
 class Measurement:
-    """What has been measured so far; filled as the run goes, so that nothing is lost when it ends early."""
+    """What has been measured so far; filled as the run goes, so that nothing is lost when it ends early.
 
+    `indices` are the positions of this process's prompts among the experiment's.
+    """
+
+    indices: list[int] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     requests: list[MeasuredRequest] = field(default_factory=list)
     warmup: WarmupInfo | None = None

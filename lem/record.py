@@ -208,6 +208,7 @@ class Environment:
     versions: dict[str, str]
     cpu_governor: str | None = None
     driver_version: str | None = None
+    cuda_version: str | None = None
     git_commit: str | None = None
     git_dirty: bool | None = None
     container: str | None = None

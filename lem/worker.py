@@ -50,6 +50,8 @@ from lem.store import ExperimentDir
 from lem.units import NS_PER_S
 
 COOLDOWN_POLL_S = 1.0
+# One process meters the node, however many there are: each would see all of its energy.
+ENERGY_OWNER = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,17 +80,21 @@ def run(directory: ExperimentDir, rank: int, report: Report) -> ProcessRecord:
     backend = make_backend(experiment)
     meter: Meter = NoMeter()
     gpus: tuple[Gpu, ...] = ()
+    is_cool = True
     before: tuple[DeviceState, ...] = ()
     try:
         report(Event("load"))
         backend.start()
         gpus = tuple(backend.gpus_in_use(here))
-        cool_down(experiment.cooldown, gpus, report)
+        is_cool = cool_down(experiment.cooldown, gpus, report)
         before = host.device_states(gpus)
-        meter = make_meter(experiment.energy, gpus)
+        if rank == ENERGY_OWNER:
+            meter = make_meter(experiment.energy, gpus)
         meter.open()
+        texts = directory.prompts()
+        measurement.indices = list(range(rank, len(texts), plan.processes))
         measure(
-            directory.prompts(),
+            [texts[i] for i in measurement.indices],
             backend=backend,
             meter=meter,
             warmup=experiment.warmup,
@@ -106,7 +112,10 @@ def run(directory: ExperimentDir, rank: int, report: Report) -> ProcessRecord:
     trace = meter.trace()
     record = _record(plan, rank, started_at, environment, status, error, measurement, backend, trace)
     unused = type(backend).wants_gpu(experiment, here) and error is None and not gpus
-    record = _write(directory, record, measurement, trace, _warnings(plan, backend, record, unused))
+    warnings = _warnings(plan, backend, record, unused)
+    if not is_cool:
+        warnings.append(note("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
+    record = _write(directory, record, measurement, trace, warnings)
     _close(meter, backend)
     return record
 
@@ -137,7 +146,7 @@ def _record(
         model=backend.model_info() if loaded else None,
         engine=backend.engine_info() if loaded else None,
         phases=tuple(measurement.phases),
-        requests_planned=plan.prompts.count,
+        requests_planned=len(measurement.indices),
         requests_completed=len(requests),
         input_tokens=sum(len(r.prompt.token_ids) for r in requests),
         output_tokens=sum(len(r.generation.token_ids) for r in requests),
@@ -237,7 +246,7 @@ def _write(
     """Write the rows, then the record with its warnings: a record says that its rows are there."""
     from lem import parquet
 
-    rows = [_request_row(record, request) for request in measurement.requests]
+    rows = [_request_row(record, request, measurement.indices) for request in measurement.requests]
     truncated = sum(row.input_truncated for row in rows)
     cut = [note("input_truncated", f"{truncated} of {len(rows)} prompts were cut.")] if truncated else []
     record = replace(record, warnings=(*warnings, *cut, *doubts.of_record(record, rows)))
@@ -261,11 +270,11 @@ def _power_rows(record: ProcessRecord, measurement: Measurement, trace: Sequence
         )
 
 
-def _request_row(record: ProcessRecord, request: MeasuredRequest) -> RequestRecord:
+def _request_row(record: ProcessRecord, request: MeasuredRequest, indices: Sequence[int]) -> RequestRecord:
     return RequestRecord(
         experiment_id=record.experiment_id,
         rank=record.rank,
-        request=request.generation.index,
+        request=indices[request.generation.index],
         batch=request.generation.batch,
         input_tokens=len(request.prompt.token_ids),
         output_tokens=len(request.generation.token_ids),
@@ -286,19 +295,20 @@ def _prefill_s(request: MeasuredRequest) -> float | None:
 
 
 # ------------------------------------------------------------------ before the run
-def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> None:
-    """Wait for a time, and until the GPUs in use are cool enough or the patience for it is spent."""
+def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> bool:
+    """Wait for a time, and until the GPUs in use are cool enough; False when the patience for it was spent."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     time.sleep(cooldown.wait_s)
     if cooldown.to_c is None:
-        return
+        return True
     until_s = time.monotonic() + cooldown.max_s
     while time.monotonic() < until_s:
         known = [s.temperature_c for s in host.device_states(gpus) if s.temperature_c is not None]
         if all(temperature <= cooldown.to_c for temperature in known):
-            return
+            return True
         time.sleep(COOLDOWN_POLL_S)
+    return False
 
 
 def _error_info(caught: BaseException, measurement: Measurement) -> ErrorInfo:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 
+from lem.aggregate import read_row
+from lem.plan import Plan, PromptsInfo, timestamp
+from lem.spec import Energy, Experiment, SimulatedBackend
+from lem.store import Store
 from tests.conftest import command, raw_record
 from tests.standin import environment, scenario
 
@@ -88,6 +95,28 @@ def test_the_state_of_the_machine_becomes_doubts(run):
 def test_a_hot_gpu_is_waited_for_until_patience_ends(run):
     row, _ = run("devices 1\ndevice 0 temperature 80", "backend.gpus=1", "cooldown.to_c=50", "cooldown.max_s=1")
     assert row["status"] == "completed"
+    assert "not_cooled_down" in codes(row)
+
+
+def test_two_processes_share_the_prompts_and_one_of_them_meters(standin, tmp_path):
+    prompts = [f"prompt {i}" for i in range(7)]
+    store = Store(tmp_path)
+    directory = store.claim()
+    experiment = Experiment(
+        model="any", backend=SimulatedBackend(gpus=1, decode_s_per_token=0.001), energy=Energy(name="nvml", idle_s=0)
+    )
+    info = PromptsInfo(7, "0" * 64, "p", None, None, 7, 0)
+    directory.write_plan(Plan(directory.id, timestamp(), experiment, info, processes=2), prompts)
+    variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\ndevice 0 power constant 300"))
+    worker = [sys.executable, "-m", "lem.worker", str(directory.path), "--rank"]
+    both = [subprocess.Popen([*worker, rank], env=variables) for rank in "01"]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    row, requests = read_row(directory)
+    assert sorted(request.request for request in requests) == list(range(7))
+    assert row.requests_completed == row.requests_planned == 7
+    assert [len(record.phases[-1].energy) for record in directory.records()] == [1, 0]
+    owner = directory.records()[0].phases[-1]
+    assert row.energy_j == pytest.approx(300 * owner.duration_s, rel=0.05)
 
 
 def test_more_gpus_than_there_are_is_refused(standin, tmp_path):

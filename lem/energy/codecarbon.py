@@ -62,6 +62,7 @@ class CodecarbonMeter(Meter):
             device=component,
             energy_j=energy_j,
             method=method,
+            resolution_s=SAMPLING_PERIOD_S,
             reason=None if energy_j is not None else "codecarbon returned no energy for this window",
         )
 

@@ -57,8 +57,15 @@ class ReplayMeter(Meter):
             device=str(self._path),
             energy_j=energy_j,
             method="trapezoidal integral of a recorded trace",
+            resolution_s=_spacing_s(trace),
             reason=None if energy_j is not None else f"the trace ends before {end_s:.3f} s",
         )
+
+
+def _spacing_s(trace: Trace) -> float | None:
+    """Return the longest time between two samples."""
+    t_s, _ = trace
+    return float(np.diff(t_s).max()) if len(t_s) > 1 else None
 
 
 def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
