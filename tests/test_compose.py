@@ -247,6 +247,14 @@ def test_quoting_survives_hydras_grammar(compose):
         assert compose(f"model={quoted(text)}").model == text
 
 
+def test_a_token_cannot_get_into_a_configuration(compose, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_SomethingSecret123")
+    for override in ("model=${oc.env:HF_TOKEN}", "model=hf_SomethingSecret123"):
+        with pytest.raises(ConfigError, match="holds your HF_TOKEN") as caught:
+            compose(override)
+        assert "Secret" not in str(caught.value)
+
+
 def test_a_configuration_survives_json(compose):
     composed = compose("preset=benchmark", "decoder=creative", "backend=simulated")
     assert from_json(Experiment, to_json(composed)) == composed

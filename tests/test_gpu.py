@@ -190,7 +190,7 @@ def test_zeus_reads_the_same_joules(driver):
     pytest.importorskip("zeus", reason="the extra zeus is not installed")
     code = WINDOW.replace("from lem.energy.nvml import NvmlMeter", "from lem.energy.zeus import ZeusMeter as NvmlMeter")
     scenario = "devices 2\ndevice 0 power constant 300\ndevice 1 power constant 300"
-    window = driver(code.replace("time.sleep(0.5)", "time.sleep(2)"), scenario)
+    window = driver(code, scenario, WINDOW_S="2")
     assert len(window["readings"]) == 2
     for reading in window["readings"]:
         assert reading["source"] == "counter"

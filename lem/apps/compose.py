@@ -8,6 +8,7 @@ whole: all problems are reported in one go, each with its path.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -260,7 +261,15 @@ def to_experiment(composed: Any) -> Experiment:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
+    _refuse_secrets(plain)
     return check(plain)
+
+
+def _refuse_secrets(values: dict[Any, Any]) -> None:
+    """Refuse a configuration that holds the hub's token: it is written to files that people publish."""
+    token = os.environ.get("HF_TOKEN")
+    if token and token in json.dumps(values, default=str):
+        raise ConfigError("A value holds your HF_TOKEN; leave it out, the hub's client reads it from the environment.")
 
 
 def check(values: dict[Any, Any]) -> Experiment:
