@@ -70,6 +70,10 @@ CATALOGUE: dict[str, Doubt] = {
         "The warm-up ended at its limit, not because latencies were steady.",
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
     ),
+    "compiled_in_window": Doubt(
+        "Code was compiled inside the measured window: seconds and joules that later prompts do not pay.",
+        "Warm up on more prompts (warmup.prompts), so that every length is met before, or turn compilation off.",
+    ),
     "not_cooled_down": Doubt(
         "A GPU was still warmer than cooldown.to_c when the run began.",
         "Raise cooldown.max_s, or the temperature to wait for.",

@@ -300,6 +300,19 @@ def test_model_with_an_adapter_is_compiled_too(folders, texts, adapter):
     assert graphs > 0
 
 
+def test_compiling_in_the_window_is_doubted_and_having_compiled_before_is_not(folders, texts):
+    from torch._dynamo import reset
+
+    reset()
+    wanted = experiment(folders["gpt2"], max_output_tokens=1)
+    backend = load(replace(wanted, backend=PytorchBackend(device="cpu", torch_compile=True)))
+    doubted = []
+    for _ in range(2):
+        list(backend.generate(backend.encode(texts[:1])))
+        doubted.append("compiled_in_window" in [note.code for note in backend.notes()])
+    assert doubted == [True, False]
+
+
 def run_compiled(wanted, texts):
     """Return how many graphs the compiler made, and the outputs. Each step of another shape costs seconds."""
     from torch._dynamo import reset

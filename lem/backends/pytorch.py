@@ -7,6 +7,7 @@ are imported when the model is loaded, not before: they take seconds.
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class Pytorch(Backend):
         self._generation_config: Any = None
         self._end_tokens: frozenset[int] = frozenset()
         self._prefill_end_ns: int | None = None
+        self._graphs_compiled = 0
         self._expected: Sequence[Gpu] = ()
 
     # -------------------------------------------------------------- before the run
@@ -243,6 +245,7 @@ class Pytorch(Backend):
         import torch
 
         torch.manual_seed(self._experiment.seed)
+        graphs_before = compiled_graphs()
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
@@ -253,6 +256,7 @@ class Pytorch(Backend):
             for prompt, output in zip(members, outputs, strict=True):
                 tokens, reason = cut_after_end(output, self._end_tokens)
                 yield Generation(prompt.index, number, tokens, reason, start_ns, end_ns, self._prefill_end_ns)
+            self._graphs_compiled = compiled_graphs() - graphs_before
 
     def _generate_batch(self, torch: Any, members: Sequence[Encoded]) -> list[list[int]]:
         """Return the new tokens of each prompt, the rest of the batch's length included."""
@@ -355,10 +359,13 @@ class Pytorch(Backend):
         return kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype.itemsize)
 
     def notes(self) -> list[Note]:
-        """Say so when the weights are random."""
+        """Say so when the weights are random, and when the last call of `generate` still compiled."""
+        notes = []
         if self._found is not None and self._found.random_weights:
-            return [note("random_weights", f"{self._found.name} has random weights: its text has no meaning.")]
-        return []
+            notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
+        if self._graphs_compiled:
+            notes.append(note("compiled_in_window", f"{self._graphs_compiled} graphs were compiled in the window."))
+        return notes
 
     def close(self) -> None:
         """Drop the model and give the GPU's memory back."""
@@ -367,6 +374,12 @@ class Pytorch(Backend):
             import torch
 
             torch.cuda.empty_cache()
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs this process has compiled so far with torch.compile, by whoever asked for it."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
