@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -33,7 +33,6 @@ from lem.progress import Event, PipeReport, Report, silent
 from lem.record import (
     FORMAT_VERSION,
     DeviceState,
-    Environment,
     ErrorInfo,
     Flops,
     Memory,
@@ -68,81 +67,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if record.status == "completed" else Interrupted.exit_code if record.status == "interrupted" else 1
 
 
+@dataclass
+class Run:
+    """One rank's run while it goes on: what it works with, and what has become of it."""
+
+    plan: Plan
+    rank: int
+    here: host.Host
+    backend: Backend
+    started_at: str = field(default_factory=timestamp)
+    meter: Meter = field(default_factory=NoMeter)
+    gpus: tuple[Gpu, ...] = ()
+    devices_before: tuple[DeviceState, ...] = ()
+    is_cool: bool = True
+    measurement: Measurement = field(default_factory=Measurement)
+    status: Status = "completed"
+    error: ErrorInfo | None = None
+
+
 def run(directory: ExperimentDir, rank: int, report: Report) -> ProcessRecord:
     """Run one rank of a planned experiment, write its records, and return the process's."""
     plan = directory.plan()
-    started_at = timestamp()
-    here = host.look()
-    experiment = plan.experiment
-    measurement = Measurement()
-    status: Status = "completed"
-    error: ErrorInfo | None = None
-    backend = make_backend(experiment)
-    meter: Meter = NoMeter()
-    gpus: tuple[Gpu, ...] = ()
-    is_cool = True
-    before: tuple[DeviceState, ...] = ()
+    this = Run(plan, rank, host.look(), make_backend(plan.experiment))
     try:
-        report(Event("load"))
-        backend.start()
-        gpus = tuple(backend.gpus_in_use(here))
-        is_cool = cool_down(experiment.cooldown, gpus, report)
-        before = host.device_states(gpus)
-        if rank == ENERGY_OWNER:
-            meter = make_meter(experiment.energy, gpus)
-        meter.open()
-        texts = directory.prompts()
-        measurement.indices = list(range(rank, len(texts), plan.processes))
-        measure(
-            [texts[i] for i in measurement.indices],
-            backend=backend,
-            meter=meter,
-            warmup=experiment.warmup,
-            idle_s=0.0 if experiment.energy.name == "none" else experiment.energy.idle_s,
-            batch_size=experiment.batching.batch_size,
-            report=report,
-            into=measurement,
-        )
+        _attempt(this, directory.prompts(), report)
     except BaseException as caught:
         _ignore_signals()
-        status = "interrupted" if isinstance(caught, (Interrupted, KeyboardInterrupt)) else "failed"
-        error = _error_info(caught, measurement)
+        this.status = "interrupted" if isinstance(caught, (Interrupted, KeyboardInterrupt)) else "failed"
+        this.error = _error_info(caught, this.measurement)
         traceback.print_exc()
-    environment = host.environment(here, before, host.device_states(gpus))
-    trace = meter.trace()
-    record = _record(plan, rank, started_at, environment, status, error, measurement, backend, trace)
-    unused = type(backend).wants_gpu(experiment, here) and error is None and not gpus
-    warnings = _warnings(plan, backend, record, unused)
-    if not is_cool:
-        warnings.append(note("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
-    record = _write(directory, record, measurement, trace, warnings)
-    _close(meter, backend)
+    record = _write(directory, this)
+    _close(this.meter, this.backend)
     return record
 
 
-def _record(
-    plan: Plan,
-    rank: int,
-    started_at: str,
-    environment: Environment,
-    status: Status,
-    error: ErrorInfo | None,
-    measurement: Measurement,
-    backend: Backend,
-    trace: Sequence[PowerSample],
-) -> ProcessRecord:
-    requests = measurement.requests
+def _attempt(this: Run, texts: Sequence[str], report: Report) -> None:
+    """Start the engine, wait until the machine is ready, and measure."""
+    experiment = this.plan.experiment
+    report(Event("load"))
+    this.backend.start()
+    this.gpus = tuple(this.backend.gpus_in_use(this.here))
+    this.is_cool = cool_down(experiment.cooldown, this.gpus, report)
+    this.devices_before = host.device_states(this.gpus)
+    if this.rank == ENERGY_OWNER:
+        this.meter = make_meter(experiment.energy, this.gpus)
+    this.meter.open()
+    this.measurement.indices = list(range(this.rank, len(texts), this.plan.processes))
+    measure(
+        [texts[i] for i in this.measurement.indices],
+        backend=this.backend,
+        meter=this.meter,
+        warmup=experiment.warmup,
+        idle_s=0.0 if experiment.energy.name == "none" else experiment.energy.idle_s,
+        batch_size=experiment.batching.batch_size,
+        report=report,
+        into=this.measurement,
+    )
+
+
+# ------------------------------------------------------------------ the record
+def _record(this: Run) -> ProcessRecord:
+    measurement, backend, requests = this.measurement, this.backend, this.measurement.requests
     loaded = any(phase.name == "load" for phase in measurement.phases) and measurement.current != "load"
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=VERSION,
-        experiment_id=plan.experiment_id,
-        rank=rank,
-        world_size=plan.processes,
-        status=status,
-        started_at=started_at,
+        experiment_id=this.plan.experiment_id,
+        rank=this.rank,
+        world_size=this.plan.processes,
+        status=this.status,
+        started_at=this.started_at,
         hostname=socket.gethostname(),
-        error=error,
+        error=this.error,
         model=backend.model_info() if loaded else None,
         engine=backend.engine_info() if loaded else None,
         phases=tuple(measurement.phases),
@@ -152,11 +148,12 @@ def _record(
         output_tokens=sum(len(r.generation.token_ids) for r in requests),
         memory=_memory(backend, requests) if loaded else None,
         flops=_flops(backend, requests) if loaded else None,
-        carbon=carbon_intensity(plan.experiment.energy),
-        prefill=prefill_of(measurement, trace),
+        carbon=carbon_intensity(this.plan.experiment.energy),
+        prefill=prefill_of(measurement, this.meter.trace()),
         warmup=measurement.warmup,
         cpu_load=measurement.cpu_load,
-        environment=environment,
+        environment=host.environment(this.here, this.devices_before, host.device_states(this.gpus)),
+        warnings=tuple(_warnings(this)) if loaded else (),
     )
 
 
@@ -222,37 +219,35 @@ def _flops(backend: Backend, requests: Sequence[MeasuredRequest]) -> Flops | Non
     return Flops(flops.total_flops(arch, sizes), flops.METHOD)
 
 
-def _warnings(plan: Plan, backend: Backend, record: ProcessRecord, gpu_unused: bool) -> list[Note]:
-    """Return what is to be doubted apart from the numbers themselves: about the model, the engine, the prompts."""
-    if record.model is None and record.engine is None:
-        return []
-    notes = backend.notes()
-    if gpu_unused:
+def _warnings(this: Run) -> list[Note]:
+    """Return what is to be doubted apart from the numbers themselves: the engine, the machine, the prompts."""
+    notes, experiment = this.backend.notes(), this.plan.experiment
+    if type(this.backend).wants_gpu(experiment, this.here) and not this.gpus:
         notes.append(note("gpu_unused", "a GPU is visible, but the engine was built without CUDA and ran on the CPU."))
-    wanted = plan.experiment.dataset.sample_size
-    if wanted is not None and plan.prompts.count < wanted:
-        text = f"{wanted} prompts were asked for, the dataset holds {plan.prompts.count} that are not empty."
+    if not this.is_cool:
+        notes.append(note("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
+    wanted, there = experiment.dataset.sample_size, this.plan.prompts.count
+    if wanted is not None and there < wanted:
+        text = f"{wanted} prompts were asked for, the dataset holds {there} that are not empty."
         notes.append(note("fewer_prompts", text))
+    requests = this.measurement.requests
+    truncated = sum(r.prompt.truncated for r in requests)
+    if truncated:
+        notes.append(note("input_truncated", f"{truncated} of {len(requests)} prompts were cut."))
     return notes
 
 
-def _write(
-    directory: ExperimentDir,
-    record: ProcessRecord,
-    measurement: Measurement,
-    trace: Sequence[PowerSample],
-    warnings: Sequence[Note],
-) -> ProcessRecord:
-    """Write the rows, then the record with its warnings: a record says that its rows are there."""
+# ------------------------------------------------------------------ the files
+def _write(directory: ExperimentDir, this: Run) -> ProcessRecord:
+    """Write the rows, then the record with its doubts: a record says that its rows are there."""
     from lem import parquet
 
-    rows = [_request_row(record, request, measurement.indices) for request in measurement.requests]
-    truncated = sum(row.input_truncated for row in rows)
-    cut = [note("input_truncated", f"{truncated} of {len(rows)} prompts were cut.")] if truncated else []
-    record = replace(record, warnings=(*warnings, *cut, *doubts.of_record(record, rows)))
+    record, trace = _record(this), this.meter.trace()
+    rows = [_request_row(record, request, this.measurement.indices) for request in this.measurement.requests]
+    record = replace(record, warnings=(*record.warnings, *doubts.of_record(record, rows)))
     parquet.write_rows(directory.requests_file(record.rank), RequestRecord, rows)
     if trace:
-        parquet.write_rows(directory.power_file(record.rank), PowerRecord, _power_rows(record, measurement, trace))
+        parquet.write_rows(directory.power_file(record.rank), PowerRecord, _power_rows(record, this.measurement, trace))
     directory.write_record(record)
     return record
 
