@@ -270,6 +270,8 @@ def test_a_multirun_runs_every_combination_and_remembers_what_it_made(lem, tmp_p
     made = json.loads(file.read_text())
     assert made[0]["overrides"] == "batching.batch_size=1 seed=0"
     assert {m["experiment_id"] for m in made} == {row["experiment_id"] for row in rows}
+    assert "dataset.sample_size=4" in rows[0]["overrides"]
+    assert "seed=0" in rows[0]["overrides"]
 
 
 def test_a_failing_cell_ends_nothing(lem):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lem import host, report
-from lem.apps.compose import CONFIG_MODULE, CONFIG_NAME, Request, prepare, to_experiment
+from lem.apps.compose import CONFIG_MODULE, CONFIG_NAME, FILE_GROUP, Request, prepare, to_experiment
 from lem.errors import BadInput, ConfigError, Interrupted, LemError
 from lem.job import Outcome, run_ready
 from lem.preflight import Ready, preflight
@@ -116,12 +116,12 @@ def _show(outcome: Outcome, options: Options) -> None:
 # ------------------------------------------------------------------ many
 def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
     cells = _cells(request)
-    checked = [_checked_cell(cell, options) for cell in cells]
-    varied = [_varied(cell, cells) for cell in cells]
-    labels = [" ".join(parts) or "nothing varied" for parts in varied]
+    # Only the words are kept: the prompts of a hundred cells would fill the memory.
+    checked = [_words(_checked_cell(cell, options)) for cell in cells]
+    labels = [" ".join(_varied(cell, cells)) or "nothing varied" for cell in cells]
     if options.dry_run:
-        for number, (label, ready) in enumerate(zip(labels, checked, strict=True), start=1):
-            print(f"[{number}/{len(cells)}] {label}: {_words(ready)}")
+        for number, (label, words) in enumerate(zip(labels, checked, strict=True), start=1):
+            print(f"[{number}/{len(cells)}] {label}: {words}")
         return 0
     if not (options.yes or _confirmed(f"Run {len(cells)} experiments?")):
         return 0
@@ -135,7 +135,7 @@ def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
         ready = preflight(to_experiment(composed), host.look(), force=options.force)
         _warn(ready)
         try:
-            outcomes.append(_run(ready, varied[number], config_file, options))
+            outcomes.append(_run(ready, _visible(cells[number]), config_file, options))
         except Interrupted as stop:
             # Hydra goes on after an Exception; only this ends the sweep.
             raise KeyboardInterrupt(str(stop)) from None
@@ -169,8 +169,14 @@ def _checked_cell(cell: tuple[str, ...], options: Options) -> Ready:
     try:
         return preflight(Request(cell).experiment(), host.look(), force=options.force)
     except BadInput as error:
-        shown = " ".join(part for part in cell if not part.startswith("+user_file"))
-        raise ConfigError(*(f"{problem} [in {shown}]" for problem in str(error).splitlines())) from None
+        raise ConfigError(
+            *(f"{problem} [in {' '.join(_visible(cell))}]" for problem in str(error).splitlines())
+        ) from None
+
+
+def _visible(cell: Sequence[str]) -> list[str]:
+    """Return a cell's overrides without the one that stands for the user's file."""
+    return [part for part in cell if not part.startswith(f"+{FILE_GROUP}@")]
 
 
 def _varied(cell: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str]:
