@@ -204,6 +204,21 @@ def test_a_faulty_override_is_one_sentence_with_the_remedy(compose, override, me
         compose(override)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batching: [1]", "batching: it holds named values, not a list"),
+        ("batching: null", "batching: it should be an object, not null"),
+        ("batching: 4", "batching"),
+        ("batching.batch_size: 4", r"written nested, batching: \{batch_size: …\}"),
+        ("a: &x {batch_size: 3}\nbatching: *x", "a: unknown key"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_named(compose, text, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(a=text)
+
+
 def test_all_problems_of_a_file_are_told_at_once(compose):
     with pytest.raises(ConfigError) as caught:
         compose(a="modl: x\nbatching: {batch_size: four, stratgy: static}\nfp_precision: fp16\n")

@@ -88,6 +88,7 @@ def prepare(config_file: Path | None, overrides: Sequence[str]) -> Request:
     given = [part for text in overrides for part in _normalised(text)]
     chosen = {key for key in map(_key, given) if key in GROUPS}
     file = userfile.read(config_file) if config_file else UserFile()
+    _check_mappings(file)
     for group in chosen:
         if _option_of(given, group) != file.choices.pop(group, None):
             file.forget_values_of(group)
@@ -97,12 +98,22 @@ def prepare(config_file: Path | None, overrides: Sequence[str]) -> Request:
     return Request((*from_file, *appended, *given))
 
 
+def _check_mappings(file: UserFile) -> None:
+    """Refuse a list where the schema has named values: Hydra could not merge it."""
+    parts = {path.partition(".")[0] for path in known_keys() if "." in path}
+    problems = [f"{key}: it holds named values, not a list." for key in parts if isinstance(file.values.get(key), list)]
+    if problems:
+        raise ConfigError(*sorted(problems))
+
+
 def _normalised(text: str) -> list[str]:
     """Check one override's key and option and bring it into Hydra's form."""
     if text.startswith(("hydra.", "hydra/", "+hydra", "~hydra")):
         return [text]
     key, equals, value = text.partition("=")
     name = key.lstrip("+~").split("@")[0]
+    if equals and not name:
+        raise ConfigError(f"The override {text!r} names no key.")
     if not equals and not text.startswith("~"):
         raise ConfigError(f"'{text}' is neither an option, a config file (.yaml) nor an override (key=value).")
     if name.endswith(".name") and name.removesuffix(".name") in GROUPS:
@@ -160,6 +171,9 @@ def _check_key(name: str) -> None:
 def unknown_key(name: str, known: Iterable[str] | None = None) -> str:
     """Return the sentence about a key that does not exist, with the nearest ones that do."""
     paths = sorted(known_keys() if known is None else known)
+    if name in paths:
+        outer, _, inner = name.partition(".")
+        return f"{name}: in a file this is written nested, {outer}: {{{inner}: …}}."
     # A leaf's own name is what people remember: batch_size, temperature.
     by_leaf = [path for path in paths if path.split(".")[-1] == name.split(".")[-1]]
     hint = f" Did you mean '{by_leaf[0]}'?" if len(by_leaf) == 1 else did_you_mean(name, paths)
