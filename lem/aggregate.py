@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lem import doubts
@@ -319,8 +320,6 @@ def read_row(directory: ExperimentDir, *, strict: bool = True) -> tuple[Experime
     Raises:
         ResultsError: no record, a damaged one, or, when strict, fewer than the plan expects.
     """
-    from lem import parquet
-
     plan, records = directory.plan(), directory.records()
     missing = sorted(set(range(plan.processes)) - {r.rank for r in records})
     if not records or (missing and strict):
@@ -328,10 +327,28 @@ def read_row(directory: ExperimentDir, *, strict: bool = True) -> tuple[Experime
         raise ResultsError(f"{directory.id} is incomplete: no record of process {ranks} of {plan.processes}.")
     requests: list[RequestRecord] = []
     for record in records:
-        file = directory.requests_file(record.rank)
-        if file.exists():
-            requests += parquet.read_rows(file, RequestRecord)
+        requests += _request_rows(directory, record)
     return experiment_row(plan, records, requests), requests
+
+
+def _request_rows(directory: ExperimentDir, record: ProcessRecord) -> list[RequestRecord]:
+    """Read a process's request rows; they must be there, as many as its record counts."""
+    file = directory.requests_file(record.rank)
+    if not record.requests_completed and not file.exists():
+        return []
+    rows = _read(file, RequestRecord)
+    if len(rows) != record.requests_completed:
+        raise ResultsError(f"{file} has {len(rows)} rows, its process's record counts {record.requests_completed}.")
+    return rows
+
+
+def _read(file: Path, record_type: type[Any]) -> list[Any]:
+    from lem import parquet
+
+    try:
+        return parquet.read_rows(file, record_type)
+    except (OSError, ValueError, TypeError) as error:
+        raise ResultsError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}.") from None
 
 
 def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, force: bool = False) -> ExperimentRow:
@@ -343,7 +360,10 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
 
     file = store.experiments_table / f"{directory.id}.parquet"
     if file.is_file() and not force:
-        row: ExperimentRow = parquet.read_rows(file, ExperimentRow)[0]
+        rows = _read(file, ExperimentRow)
+        if not rows:
+            raise ResultsError(f"{file} is empty; lem aggregate {directory.id} --force makes it anew.")
+        row: ExperimentRow = rows[0]
         return row
     row, requests = read_row(directory, strict=strict)
     # The experiment's row comes last: where it stands, its requests stand as well.

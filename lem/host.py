@@ -123,6 +123,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def peak_memory_bytes() -> int | None:
+    """Return this process's own peak of resident memory, or None where the kernel does not tell.
+
+    Not getrusage's: on Linux that begins with what the parent process had when it started this one.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
 def cpu_model() -> str:
     """Return the processor's name as the kernel gives it."""
     try:

@@ -17,7 +17,7 @@ from lem._version import VERSION
 from lem.errors import Interrupted
 from lem.plan import timestamp
 from lem.progress import Event, Report
-from lem.record import FORMAT_VERSION, ErrorInfo, ProcessRecord
+from lem.record import FORMAT_VERSION, ErrorInfo, ProcessRecord, Status
 from lem.store import ExperimentDir
 
 # How long an interrupted worker has to write its record before it is killed.
@@ -33,7 +33,7 @@ def launch(directory: ExperimentDir, report: Report) -> None:
     """
     rank = 0
     reading, writing = os.pipe()
-    with directory.log_file(rank).open("wb") as log, _sigterm_interrupts():
+    with directory.log_file(rank).open("wb") as log, _signals_interrupt():
         # -P: a file of the user's working directory must not stand in for a library.
         command = [sys.executable, "-P", "-m", "lem.worker", str(directory.path)]
         command += ["--rank", str(rank), "--progress-fd", str(writing)]
@@ -44,9 +44,10 @@ def launch(directory: ExperimentDir, report: Report) -> None:
             worker.wait()
         except (KeyboardInterrupt, Interrupted):
             _stop(worker)
-            _ensure_record(directory, rank, worker.returncode)
-            raise Interrupted("The run was interrupted; what was measured is kept.") from None
-    _ensure_record(directory, rank, worker.returncode)
+            if _ensure_record(directory, rank, worker.returncode, "interrupted"):
+                raise Interrupted("The run was interrupted; what was measured is kept.") from None
+            raise Interrupted("The run was interrupted before its worker could write what it had measured.") from None
+    _ensure_record(directory, rank, worker.returncode, "failed")
 
 
 def _relay(descriptor: int, report: Report) -> None:
@@ -66,10 +67,10 @@ def _stop(worker: subprocess.Popen[bytes]) -> None:
         worker.wait()
 
 
-def _ensure_record(directory: ExperimentDir, rank: int, code: int) -> None:
-    """Write a record in the name of a worker that ended without one."""
+def _ensure_record(directory: ExperimentDir, rank: int, code: int, status: Status) -> bool:
+    """Write a record in the name of a worker that ended without one; return whether it had written its own."""
     if directory.process_file(rank).exists():
-        return
+        return True
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     plan = directory.plan()
     directory.write_record(
@@ -79,13 +80,14 @@ def _ensure_record(directory: ExperimentDir, rank: int, code: int) -> None:
             experiment_id=directory.id,
             rank=rank,
             world_size=plan.processes,
-            status="failed",
+            status=status,
             started_at=timestamp(),
             hostname=socket.gethostname(),
             error=ErrorInfo("WorkerDied", f"The worker {how} and left no record.{_last_words(directory, rank)}"),
             requests_planned=plan.prompts.count,
         )
     )
+    return False
 
 
 def _last_words(directory: ExperimentDir, rank: int) -> str:
@@ -94,17 +96,21 @@ def _last_words(directory: ExperimentDir, rank: int) -> str:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM (a scheduler's, a service manager's) like Ctrl-C while a worker runs."""
+def _signals_interrupt() -> Iterator[None]:
+    """Treat SIGTERM (a scheduler's) and SIGHUP (a closed terminal's) like Ctrl-C while a worker runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise Interrupted("SIGTERM")
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(signal.Signals(number).name)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup asks to be left alone
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -84,5 +84,7 @@ def read_rows(path: Path, record_type: type[Any]) -> list[Any]:
     import pyarrow.parquet as pq
 
     known = {c.name for c in columns(record_type)}
-    rows = pq.read_table(path, partitioning=None).to_pylist()
+    # As an open file: a path's text could be taken for a URI.
+    with path.open("rb") as file:
+        rows = pq.ParquetFile(file).read().to_pylist()
     return [record_type(**{k: v for k, v in row.items() if k in known}) for row in rows]

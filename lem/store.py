@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from datetime import datetime
@@ -24,6 +25,7 @@ from lem.record import ProcessRecord
 T = TypeVar("T")
 RESULTS_DIR_VARIABLE = "LLM_ENERGY_RESULTS_DIR"
 DEFAULT_RESULTS_DIR = "results"
+ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
 # Building one takes milliseconds; they are kept for the types that are read and written.
 _ADAPTERS: dict[Any, Any] = {}
 
@@ -147,7 +149,7 @@ class Store:
     """One results directory."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = root.expanduser()
 
     @property
     def experiments_table(self) -> Path:
@@ -185,7 +187,7 @@ class Store:
         raw = self.root / "raw"
         if not raw.is_dir():
             return []
-        return sorted((e.name for e in os.scandir(raw) if e.is_dir() and e.name.startswith("exp_")), key=_age)
+        return sorted((e.name for e in os.scandir(raw) if e.is_dir() and ID.fullmatch(e.name)), key=_age)
 
     def find(self, text: str) -> ExperimentDir:
         """Return the experiment with an id or the beginning of one; raises `ResultsError` if not unique."""

@@ -49,6 +49,7 @@ from lem.store import ExperimentDir
 from lem.units import NS_PER_S
 
 COOLDOWN_POLL_S = 1.0
+INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One process meters the node, however many there are: each would see all of its energy.
 ENERGY_OWNER = 0
 
@@ -332,13 +333,14 @@ def _interrupt_on_signals() -> None:
         _ignore_signals()
         raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in INTERRUPTING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def _ignore_signals() -> None:
     """Let nothing come between a run that ended early and its record."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTING:
         signal.signal(number, signal.SIG_IGN)
 
 

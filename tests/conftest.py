@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from tests.standin import driver, standin  # noqa: F401 - fixtures
 # No test may wait for a hub that it cannot reach.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)
+# Started in the background of a script, this process ignores Ctrl-C, and so would the commands that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run side by side: OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -245,6 +245,7 @@ def test_strict_names_the_missing_process(tmp_path):
     directory = store.claim()
     directory.write_plan(plan(processes=3, experiment_id=directory.id), ["a"])
     directory.write_record(record())
+    write_rows(directory.requests_file(0), RequestRecord, requests())
     with pytest.raises(ResultsError, match="no record of process 1, 2 of 3"):
         aggregate(store, directory)
     assert not store.is_aggregated(directory.id)

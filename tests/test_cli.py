@@ -375,3 +375,53 @@ def test_quantities_are_written_with_their_prefix(value, text):
 def test_plain_values_keep_their_unit():
     assert plain(1234.5678, "tokens/s") == "1235 tokens/s"
     assert plain(None, "W") == "–"
+
+
+# ------------------------------------------------------------------ found by trying
+def test_peak_memory_is_the_workers_and_not_what_its_parent_had(lem, tmp_path):
+    ballast = bytearray(400 * 2**20)
+    lem("experiment", *SIMULATED, "-n", "1")
+    assert len(ballast) == 400 * 2**20
+    assert raw_record(tmp_path / "results")["memory"]["peak_bytes"] < 300 * 2**20
+
+
+def test_a_results_directory_may_begin_with_a_tilde_or_look_like_a_uri(lem, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert lem("experiment", *SIMULATED, "-n", "1", "io.results_dir='~/out'").code == 0
+    assert (tmp_path / "home" / "out" / "experiments").is_dir()
+    assert lem("experiment", *SIMULATED, "-n", "1", "-o", "gs:/x").code == 0
+    assert "completed" in lem("results", "list", "-o", "gs:/x").out
+
+
+def test_preset_null_removes_the_files_preset(lem, tmp_path):
+    (tmp_path / "a.yaml").write_text("preset: quick-test\n")
+    shown = lem("experiment", "a.yaml", *SIMULATED, "preset=null", "--dry-run")
+    assert shown.code == 0
+    assert "max_output_tokens: 128" in shown.out
+
+
+def test_foreign_folders_in_a_results_directory_are_left_alone(lem, tmp_path):
+    lem("experiment", *SIMULATED, "-n", "1")
+    (tmp_path / "results" / "raw" / "exp_of_mine").mkdir()
+    assert lem("results", "list", "--all").code == 0
+    assert lem("aggregate", "--all").code == 0
+
+
+@pytest.mark.parametrize("content", [None, b"no parquet"])
+def test_lost_request_rows_never_overwrite_a_good_row(lem, tmp_path, content):
+    lem("experiment", *SIMULATED, "-n", "2")
+    (rows,) = tmp_path.glob("results/raw/*/requests_0.parquet")
+    rows.unlink() if content is None else rows.write_bytes(content)
+    forced = lem("aggregate", rows.parent.name, "--force")
+    assert forced.code == 1
+    assert "requests_0.parquet" in forced.err
+    (row,) = json.loads(lem("results", "list", "--json").out)
+    assert row["requests_completed"] == 2
+
+
+def test_a_sweeps_labels_stay_with_their_experiments_when_a_cell_cannot_start(lem, tmp_path):
+    (tmp_path / "file").write_text("")
+    lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=file,good")
+    (file,) = tmp_path.glob("multirun/*/experiments.json")
+    (made,) = json.loads(file.read_text())
+    assert made["overrides"] == "io.results_dir=good"

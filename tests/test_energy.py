@@ -110,6 +110,8 @@ def test_a_step_in_the_trace_is_integrated_at_its_samples(tmp_path):
         (None, "does not exist"),
         ("time,power_w\n0,1\n", "no column 't_s'"),
         ("t_s,power_w\n0,much\n", "cannot be read"),
+        ("t_s,power_w\n0,nan\n", "no power"),
+        ("t_s,power_w\n0,-5\n", "no power"),
         ("t_s,power_w\n", "no samples"),
         ("t_s,power_w,component\n0,1,fan\n", "unknown component 'fan'"),
     ],

@@ -47,11 +47,11 @@ def kept(tmp_path):
     return record, row
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, tmp_path, how):
     process, worker = running
-    if how == signal.SIGINT:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all at once
+    if how != signal.SIGTERM:
+        os.killpg(process.pid, how)  # as a terminal does it: to all at once
     else:
         process.send_signal(how)
     _, err = process.communicate(timeout=20)

@@ -24,6 +24,8 @@ from lem.spec import BACKENDS, GROUPS, Experiment, leaves
 
 CONFIG_MODULE = "lem.conf"
 CONFIG_NAME = "config"
+# Removes a preset that the file names; Hydra itself has no way to say so.
+NO_PRESET = "preset=null"
 # The user's file becomes this option of a group of its own, appended to the end of the defaults list.
 FILE_GROUP, FILE_OPTION = "user_file", "this"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -95,7 +97,7 @@ def prepare(config_file: Path | None, overrides: Sequence[str]) -> Request:
     from_file = [part for group, option in file.choices.items() for part in _file_choice(group, option, file)]
     _register_file(file)
     appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"] if config_file else []
-    return Request((*from_file, *appended, *given))
+    return Request((*from_file, *appended, *(text for text in given if text != NO_PRESET)))
 
 
 def _check_mappings(file: UserFile) -> None:
@@ -139,7 +141,7 @@ def _check_grammar(text: str) -> None:
 
 def _chosen(group: str, value: str) -> list[str]:
     if value == "null" and group == "preset":
-        return ["preset=null"]
+        return [NO_PRESET]
     if _is_sweep(value):
         for option in value.split(","):
             _check_option(group, option.strip())

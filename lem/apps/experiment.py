@@ -125,7 +125,7 @@ def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
         return 0
     if not (options.yes or _confirmed(f"Run {len(cells)} experiments?")):
         return 0
-    outcomes: list[Outcome] = []
+    outcomes: dict[int, Outcome] = {}
 
     def task(composed: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -135,7 +135,7 @@ def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
         ready = preflight(to_experiment(composed), host.look(), force=options.force)
         _warn(ready)
         try:
-            outcomes.append(_run(ready, _visible(cells[number]), config_file, options))
+            outcomes[number] = _run(ready, _visible(cells[number]), config_file, options)
         except Interrupted as stop:
             # Hydra goes on after an Exception; only this ends the sweep.
             raise KeyboardInterrupt(str(stop)) from None
@@ -146,9 +146,10 @@ def _sweep(request: Request, config_file: Path | None, options: Options) -> int:
     except KeyboardInterrupt as stop:
         raise Interrupted(str(stop) or "The sweep was interrupted.") from None
     finally:
-        _write_sweep(sweep_dir, labels, outcomes)
-        report.show_rows([outcome.row for outcome in outcomes], labels=labels)
-    return 0 if all(outcome.row.status == "completed" for outcome in outcomes) else 1
+        made = [(labels[number], outcome) for number, outcome in sorted(outcomes.items())]
+        _write_sweep(sweep_dir, made)
+        report.show_rows([outcome.row for _, outcome in made], labels=[label for label, _ in made])
+    return 0 if all(outcome.row.status == "completed" for outcome in outcomes.values()) else 1
 
 
 def _cells(request: Request) -> list[tuple[str, ...]]:
@@ -202,7 +203,7 @@ def _hydra_multirun(request: Request, sweep_dir: Path, task: Any) -> None:
         GlobalHydra.instance().clear()
 
 
-def _write_sweep(sweep_dir: Path, labels: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+def _write_sweep(sweep_dir: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
     made = [
         {
             "experiment_id": outcome.row.experiment_id,
@@ -210,7 +211,7 @@ def _write_sweep(sweep_dir: Path, labels: Sequence[str], outcomes: Sequence[Outc
             "status": outcome.row.status,
             "directory": str(outcome.directory.path.resolve()),
         }
-        for label, outcome in zip(labels, outcomes, strict=False)
+        for label, outcome in outcomes
     ]
     if sweep_dir.is_dir():
         (sweep_dir / SWEEP_FILE).write_text(report.as_json(made) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ are imported when the model is loaded, not before: they take seconds.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from lem.doubts import note
 from lem.errors import RunError
 from lem.flops import Architecture
 from lem.gpu import Gpu
-from lem.host import Host, cpu_model, versions
+from lem.host import Host, cpu_model, peak_memory_bytes, versions
 from lem.models import Model, find
 from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
@@ -311,7 +310,7 @@ class Pytorch(Backend):
             import torch
 
             return Memory(torch.cuda.max_memory_allocated(self._device), "GPU allocator, measured window")
-        return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process, since its start")
+        return Memory(peak_memory_bytes(), "process, since its start")
 
     def model_info(self) -> ModelInfo | None:
         """Describe the model as it was loaded."""

@@ -7,7 +7,6 @@ tokens are its words; the output's length follows from the seed and the prompt's
 from __future__ import annotations
 
 import random
-import resource
 import time
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +16,7 @@ from lem.batching import plan_batches
 from lem.doubts import note
 from lem.errors import RunError
 from lem.gpu import Gpu
-from lem.host import Host
+from lem.host import Host, peak_memory_bytes
 from lem.models import Model
 from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
@@ -85,7 +84,7 @@ class Simulated(Backend):
 
     def peak_memory(self) -> Memory:
         """Return this process's own peak."""
-        return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process, since its start")
+        return Memory(peak_memory_bytes(), "process, since its start")
 
     def model_info(self) -> ModelInfo | None:
         """Return None: no model runs."""

@@ -90,7 +90,10 @@ def read_trace(path: Path) -> dict[Component, Trace]:
             component = row.get("component") or "gpu"
             if component not in get_args(Component):
                 raise ValueError(f"unknown component '{component}'")
-            samples.setdefault(component, []).append((float(row["t_s"]), float(row["power_w"])))  # type: ignore[arg-type]
+            sample = (float(row["t_s"]), float(row["power_w"]))
+            if not np.isfinite(sample).all() or sample[1] < 0:
+                raise ValueError(f"{sample[1]} W at {sample[0]} s is no power")
+            samples.setdefault(component, []).append(sample)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise BadInput(f"The power trace {path} does not exist.") from None
     except KeyError as missing:
