@@ -114,6 +114,17 @@ def test_another_option_on_the_command_line_drops_what_belonged_to_the_files(com
     )
 
 
+def test_values_without_an_option_are_for_whichever_is_chosen(compose):
+    text = "backend: {decode_s_per_token: 0.5}\nenergy: {idle_s: 9}"
+    composed = compose("backend=simulated", "energy=codecarbon", a=text)
+    assert (composed.backend.decode_s_per_token, composed.energy.idle_s) == (0.5, 9)
+
+
+def test_another_local_file_does_not_inherit_the_first_ones_column(compose):
+    dataset = compose("dataset=q2.csv", a="dataset: {path: q1.csv, column: q, sample_size: 4}").dataset
+    assert (dataset.path, dataset.column, dataset.sample_size) == ("q2.csv", None, 4)
+
+
 def test_naming_the_same_option_again_keeps_the_files_values(compose):
     composed = compose("backend=pytorch", a="backend: {name: pytorch, torch_compile: true}")
     assert isinstance(composed.backend, PytorchBackend)

@@ -92,7 +92,10 @@ def prepare(config_file: Path | None, overrides: Sequence[str]) -> Request:
     file = userfile.read(config_file) if config_file else UserFile()
     _check_mappings(file)
     for group in chosen:
-        if _option_of(given, group) != file.choices.pop(group, None):
+        named = file.choices.pop(group, None)
+        other_path = group == "dataset" and any(_key(text) == "dataset.path" for text in given)
+        # Values of a file that names no option are meant for whichever is chosen.
+        if named is not None and (other_path or named != _option_of(given, group)):
             file.forget_values_of(group)
     from_file = [part for group, option in file.choices.items() for part in _file_choice(group, option, file)]
     _register_file(file)
