@@ -149,6 +149,20 @@ class Batching:
 
 
 @config
+class Parallelism:
+    """How one model is spread over devices, or repeated on them."""
+
+    strategy: Annotated[
+        Literal["none", "data_parallel", "tensor_parallel", "pipeline_parallel"],
+        Field(
+            description="data_parallel: a whole model in each process, prompts shared out; tensor_parallel: each "
+            "layer split over the processes; pipeline_parallel: the layers spread over the GPUs of one process."
+        ),
+    ] = "none"
+    degree: Annotated[int, Field(ge=1, le=1024, description="Processes (pipeline_parallel: GPUs) of the strategy.")] = 1
+
+
+@config
 class Quantization:
     """Weights in fewer bits, through bitsandbytes."""
 
@@ -287,10 +301,25 @@ class Experiment:
         bool, Field(description="Wrap each prompt as a user turn of the model's chat template.")
     ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of the sampling of prompts and of tokens.")] = 42
+    cycles: Annotated[
+        int, Field(ge=1, le=10, description="Times to measure the same prompts, the model staying loaded.")
+    ] = 1
+    num_processes: Annotated[
+        int,
+        Field(ge=1, le=1024, description="Worker processes on this node that share the prompts, each on its own GPU."),
+    ] = 1
+    gpus: Annotated[
+        list[int | str] | None,
+        Field(
+            min_length=1,
+            description="GPUs to use, by index among the visible ones or by UUID (GPU-…, MIG-…); null is all visible.",
+        ),
+    ] = None
     backend: Backend = field(default_factory=PytorchBackend)
     dataset: Dataset = field(default_factory=Dataset)
     decoder: Decoder = field(default_factory=Decoder)
     batching: Batching = field(default_factory=Batching)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     quantization: Quantization = field(default_factory=Quantization)
     warmup: Warmup = field(default_factory=Warmup)
     cooldown: Cooldown = field(default_factory=Cooldown)

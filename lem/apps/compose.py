@@ -69,10 +69,14 @@ class Request:
 
     def experiment(self) -> Experiment:
         """Compose and check; raises `ConfigError` with all problems."""
+        return check(self.values())
+
+    def values(self) -> dict[Any, Any]:
+        """Compose and resolve, without a check; raises `ConfigError` when Hydra cannot."""
         from hydra import compose, initialize_config_module
 
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors():
-            return to_experiment(compose(CONFIG_NAME, overrides=list(self.overrides)))
+            return to_values(compose(CONFIG_NAME, overrides=list(self.overrides)))
 
 
 def prepare(config_file: Path | None, overrides: Sequence[str]) -> Request:
@@ -274,6 +278,11 @@ def _first_sentence(error: BaseException) -> str:
 
 def to_experiment(composed: Any) -> Experiment:
     """Turn a composed config into a checked `Experiment`; raises `ConfigError` with all problems."""
+    return check(to_values(composed))
+
+
+def to_values(composed: Any) -> dict[Any, Any]:
+    """Turn a composed config into plain data, interpolations resolved."""
     from omegaconf import OmegaConf
 
     with _hydra_errors():
@@ -281,7 +290,7 @@ def to_experiment(composed: Any) -> Experiment:
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
     _refuse_secrets(plain)
-    return check(plain)
+    return plain
 
 
 def _refuse_secrets(values: dict[Any, Any]) -> None:

@@ -1,0 +1,5 @@
+"""`python -m lem.cli`."""
+
+from lem.cli import main
+
+main()
