@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lem.record import DeviceState, EnergyReading, ExperimentRow, Note, ProcessRecord, RequestRecord
+from lem.record import ENERGY_OWNER, DeviceState, EnergyReading, ExperimentRow, Note, ProcessRecord, RequestRecord
 
 SHORT_WINDOW_S = 5.0
 FEW_TICKS = 50
@@ -21,6 +21,11 @@ BUSY_SHARE = 0.10
 HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
+LEAST_CYCLES = 2
+# Counter and power trace of a sound run agree within this share; closer to zero a difference says nothing.
+IDLE_TOLERANCE = 0.01
+# A window is uncertain by up to a tick at each of its edges.
+EDGE_TICKS = 2
 # Limits that the user or the operator has set are no slowdown.
 NOT_THROTTLING = frozenset({"applications_clocks_setting", "sync_boost"})
 
@@ -63,7 +68,8 @@ CATALOGUE: dict[str, Doubt] = {
         "Measure on an idle machine; whole-machine energy includes their work, and they slow this one.",
     ),
     "high_variation": Doubt(
-        f"The time for an output token varied between batches by more than {HIGH_CV:.0%} (coefficient of variation).",
+        f"The time for an output token, without prefill where that is known, varied between batches by more than "
+        f"{HIGH_CV:.0%} (coefficient of variation).",
         "Warm up longer; look for other load; repeat.",
     ),
     "warmup_not_steady": Doubt(
@@ -79,8 +85,29 @@ CATALOGUE: dict[str, Doubt] = {
         "Raise cooldown.max_s, or the temperature to wait for.",
     ),
     "few_cycles": Doubt(
-        "One measurement has no confidence interval.",
-        "Repeat it; two are the least for an interval, ten are common.",
+        f"Fewer than {LEAST_CYCLES} cycles: a single measurement has no confidence interval.",
+        "Measure several times (--cycles); two are the least, five and more give a narrow interval.",
+    ),
+    "window_cut": Doubt(
+        "The run ended inside the measured window, which is counted up to its last finished batch.",
+        "Nothing, if the loss is small beside the window (the sentence says how much); else measure anew (--fresh).",
+    ),
+    "resumed": Doubt(
+        "The run was interrupted and continued: its windows were measured at different times, each after a warm-up.",
+        "Compare with an uninterrupted run where small differences matter.",
+    ),
+    "ranks_apart": Doubt(
+        "The windows of processes that should have run together do not overlap: they did not share the work.",
+        "Measure anew (--fresh); if it happens again, look at the logs of the processes.",
+    ),
+    "mixed_backends": Doubt(
+        "The processes ran on different backends (--allow-mixed-backends): their numbers are of different engines.",
+        "Use the row for nothing that is compared; measure with one backend.",
+    ),
+    "shared_hardware": Doubt(
+        "Other experiments ran on this machine at the same time: energy that is not of one GPU alone includes theirs, "
+        "and they slow each other.",
+        "Run one after another (without --parallel) for numbers that matter.",
     ),
     "energy_estimated": Doubt(
         "The energy of some components is an estimate, not a measurement.",
@@ -96,7 +123,8 @@ CATALOGUE: dict[str, Doubt] = {
         "Expect a few percent more uncertainty, more for loads that change fast.",
     ),
     "idle_adjusted_negative": Doubt(
-        "The run took less than the idle power times its duration.",
+        f"The run took less than the idle power times its duration, by more than {IDLE_TOLERANCE:.0%} of its energy "
+        f"and more than the idle power times {EDGE_TICKS} ticks of the counter, which the window's edges leave open.",
         "Idle was measured while something else ran; repeat on a quiet machine.",
     ),
     "decode_negative": Doubt(
@@ -116,6 +144,15 @@ CATALOGUE: dict[str, Doubt] = {
         "Install the engine's CUDA build, or set backend.device=cpu.",
     ),
     "input_truncated": Doubt("Prompts were cut to max_input_tokens.", "Raise it, if the model has the positions."),
+    "prefix_cached": Doubt(
+        "Prompts that began like earlier ones in the window were not computed anew up to there, for the engine had "
+        "cached it; FLOPs and tokens count it all the same.",
+        "Nothing, if it is what you study; else backend.enable_prefix_caching=false.",
+    ),
+    "preempted": Doubt(
+        "The engine's cache was too small for all requests that ran: some were put off and computed anew.",
+        "Lower batching.batch_size, or give the cache more memory.",
+    ),
     "fewer_prompts": Doubt("The dataset holds fewer prompts than were asked for.", "Lower --sample-size."),
 }
 
@@ -134,12 +171,11 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
         return []
     return [
         *_of_window(window.duration_s, window.energy),
-        *_of_energy(window.energy),
+        *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the others meter nothing
         *_of_devices(record),
-        *_of_host(record),
+        *_of_host([record]),
         *_of_latencies(requests),
         *_of_warmup(record),
-        note("few_cycles", "one measurement has no confidence interval; repeat it."),
     ]
 
 
@@ -170,7 +206,7 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[Note]:
     for r in readings:
         if r.energy_j is None:
             yield note("energy_missing", f"{r.component}: {r.reason}.")
-        if r.component == "gpu" and r.source == "integral":
+        elif r.source == "integral":
             yield note("energy_integrated", f"{r.device}: {r.method}.")
 
 
@@ -198,11 +234,13 @@ def _of_temperatures(before: Sequence[DeviceState], after: Sequence[DeviceState]
             )
 
 
-def _of_host(record: ProcessRecord) -> Iterator[Note]:
-    load, here = record.cpu_load, record.environment
-    if load is None or here is None or not here.cpu_threads:
+def _of_host(records: Sequence[ProcessRecord]) -> Iterator[Note]:
+    """Yield what other processes than these, all that ran together, took of the machine."""
+    loads = [record.cpu_load for record in records if record.cpu_load is not None]
+    here = records[0].environment
+    if not loads or len(loads) < records[0].world_size or here is None or not here.cpu_threads:
         return
-    foreign = load.machine_cores - load.process_cores
+    foreign = loads[0].machine_cores - sum(load.process_cores for load in loads)
     if foreign > BUSY_SHARE * here.cpu_threads:
         yield note("busy_host", f"other processes used {foreign:.2g} of {here.cpu_threads} cores during the window.")
 
@@ -212,12 +250,24 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[Note]:
     for request in requests:
         if request.batch not in longest or request.output_tokens > longest[request.batch].output_tokens:
             longest[request.batch] = request
-    per_token_s = [r.latency_s / r.output_tokens for r in longest.values() if r.output_tokens]
+    per_token_s = _per_token_s(list(longest.values()))
     if len(per_token_s) < CV_LEAST_BATCHES or statistics.fmean(per_token_s) == 0:
         return
     cv = statistics.stdev(per_token_s) / statistics.fmean(per_token_s)
     if cv > HIGH_CV:
         yield note("high_variation", f"the time for an output token varied by {cv:.0%} between batches.")
+
+
+def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
+    """Return the time for an output token in decoding; with prefill in all of them where too few tell it."""
+    decode_s = [
+        (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
+        for r in requests
+        if r.prefill_s is not None and r.output_tokens > 1
+    ]
+    if len(decode_s) >= CV_LEAST_BATCHES:
+        return decode_s
+    return [(r.end_s - r.start_s) / r.output_tokens for r in requests if r.output_tokens]
 
 
 def _of_warmup(record: ProcessRecord) -> Iterator[Note]:
@@ -229,7 +279,16 @@ def _of_warmup(record: ProcessRecord) -> Iterator[Note]:
 # ------------------------------------------------------------------ of a row
 def of_row(row: ExperimentRow, records: Sequence[ProcessRecord]) -> list[Note]:
     """Return what there is to doubt about derived numbers: identities that do not hold, negative differences."""
-    return [*_identities(row, records), *_negatives(row)]
+    together = _of_host(records) if len(records) > 1 else ()
+    return [*together, *_identities(row, records), *_negatives(row)]
+
+
+def of_experiment(row: ExperimentRow) -> Iterator[Note]:
+    """Yield what there is to doubt about an experiment as a whole."""
+    if row.cycles_completed < LEAST_CYCLES:
+        yield note("few_cycles", f"{row.cycles_completed} finished; {LEAST_CYCLES} are the least for an interval.")
+    if row.resumed:
+        yield note("resumed", f"it was interrupted and resumed {row.resumed} time{'s' if row.resumed > 1 else ''}.")
 
 
 def _identities(row: ExperimentRow, records: Sequence[ProcessRecord]) -> Iterator[Note]:
@@ -254,12 +313,17 @@ def _identities(row: ExperimentRow, records: Sequence[ProcessRecord]) -> Iterato
 
 
 def _negatives(row: ExperimentRow) -> Iterator[Note]:
-    if row.energy_idle_adjusted_j is not None and row.energy_idle_adjusted_j < 0:
+    if row.energy_idle_adjusted_j is not None and row.energy_idle_adjusted_j < -_idle_tolerance_j(row):
         yield note(
             "idle_adjusted_negative", f"{row.energy_idle_adjusted_j:.4g} J remain after idle power is taken off."
         )
     if row.decode_energy_j is not None and row.decode_energy_j < 0:
         yield note("decode_negative", f"it is {row.decode_energy_j:.4g} J.")
+
+
+def _idle_tolerance_j(row: ExperimentRow) -> float:
+    of_ticks_j = EDGE_TICKS * (row.idle_power_loaded_w or 0.0) * (row.counter_tick_s or 0.0)
+    return max(IDLE_TOLERANCE * (row.energy_j or 0.0), of_ticks_j)
 
 
 def _product(one: float | None, other: float | None) -> float | None:

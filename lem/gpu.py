@@ -8,9 +8,9 @@ Opens no CUDA context, so it can be asked from any process. Without a driver the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.record import DeviceState, ForeignProcess
@@ -33,6 +33,7 @@ class Gpu:
     """A physical GPU; `mig_uuid` is set where only one MIG instance of it is visible to CUDA.
 
     `memory_bytes` is None where the driver does not tell, as of the parent of the only MIG instance that is allowed.
+    `compute_capability` is CUDA's (major, minor), by which kernels choose; None where the driver does not tell.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Gpu:
     name: str
     memory_bytes: int | None
     mig_uuid: str | None = None
+    compute_capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,18 @@ def visible(environ: Mapping[str, str] = os.environ) -> list[Gpu]:
     return _chosen(installed(), environ)
 
 
+def pick(entry: int | str, among: Sequence[Gpu]) -> Gpu | None:
+    """Return the visible GPU that an index among them or a UUID (`GPU-…`, `MIG-…`) means; None if none or several."""
+    if isinstance(entry, int):
+        return among[entry] if 0 <= entry < len(among) else None
+    matches = [gpu for gpu in among if entry in (gpu.mig_uuid, gpu.uuid) or _begins(gpu.uuid, entry)]
+    if matches or not entry.startswith("MIG-"):
+        return matches[0] if len(matches) == 1 else None
+    parent = _parent_of(entry)
+    whole = parent is not None and any(gpu.uuid == parent.uuid and gpu.mig_uuid is None for gpu in among)
+    return parent if whole else None
+
+
 def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
     """Return the driver's GPUs and their MIG instances, or None where there is no NVIDIA driver."""
     with nvml() as lib:
@@ -177,11 +191,15 @@ def _named(entry: str, everything: list[Gpu]) -> Gpu | None:
     if entry.isdecimal():
         return next((gpu for gpu in everything if gpu.index == int(entry)), None)
     if entry.startswith("GPU-"):
-        matches = [gpu for gpu in everything if gpu.uuid.startswith(entry)]
+        matches = [gpu for gpu in everything if _begins(gpu.uuid, entry)]
         return matches[0] if len(matches) == 1 else None
     if entry.startswith("MIG-"):
         return _parent_of(entry)
     return None
+
+
+def _begins(uuid: str, entry: str) -> bool:
+    return entry.startswith("GPU-") and uuid.startswith(entry)
 
 
 def _parent_of(mig_uuid: str) -> Gpu | None:
@@ -194,7 +212,7 @@ def _parent_of(mig_uuid: str) -> Gpu | None:
             gpu = _gpu(lib, lib.nvmlDeviceGetIndex(parent))
         except lib.NVMLError:
             return None
-        return Gpu(gpu.index, gpu.uuid, gpu.name, gpu.memory_bytes, mig_uuid)
+        return replace(gpu, mig_uuid=mig_uuid)
 
 
 # ------------------------------------------------------------------ asking the driver
@@ -213,6 +231,7 @@ def _gpu(lib: Any, index: int) -> Gpu:
         uuid=_text(lib.nvmlDeviceGetUUID(handle)),
         name=_text(lib.nvmlDeviceGetName(handle)),
         memory_bytes=_memory(lib, handle),
+        compute_capability=_told(lib, "nvmlDeviceGetCudaComputeCapability", handle),
     )
 
 
@@ -278,11 +297,19 @@ def _foreign_processes(lib: Any, handle: Any) -> tuple[ForeignProcess, ...] | No
     processes = _told(lib, "nvmlDeviceGetComputeRunningProcesses", handle)
     if processes is None:
         return None
+    own = _own_processes()
     return tuple(
         ForeignProcess(pid=p.pid, used_bytes=p.usedGpuMemory, name=_process_name(lib, p.pid))
         for p in processes
-        if p.pid != os.getpid()
+        if p.pid not in own
     )
+
+
+def _own_processes() -> frozenset[int]:
+    """Return this process and those that it has started: an engine's workers."""
+    import psutil
+
+    return frozenset([os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))])
 
 
 def _process_name(lib: Any, pid: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -12,6 +12,7 @@ from lem.record import (
     DeviceState,
     EnergyReading,
     Environment,
+    ExperimentRow,
     ForeignProcess,
     Phase,
     ProcessRecord,
@@ -46,15 +47,32 @@ def record(readings=(GPU,), duration_s=20.0, **more):
 
 
 def requests(latencies_s):
-    return [RequestRecord("e", 0, i, i, 5, 10, False, "length", 0.0, s, s) for i, s in enumerate(latencies_s)]
+    return [
+        RequestRecord(
+            experiment_id="e",
+            rank=0,
+            cycle=1,
+            attempt=1,
+            request=i,
+            batch=i,
+            input_tokens=5,
+            output_tokens=10,
+            input_truncated=False,
+            finish_reason="length",
+            start_s=0.0,
+            end_s=latency_s,
+            latency_s=latency_s,
+        )
+        for i, latency_s in enumerate(latencies_s)
+    ]
 
 
 def codes(made, latencies_s=(1.0,) * 10):
     return [note.code for note in doubts.of_record(made, requests(latencies_s))]
 
 
-def test_a_sound_measurement_is_doubted_only_for_being_one():
-    assert codes(record()) == ["few_cycles"]
+def test_a_sound_measurement_is_not_doubted():
+    assert codes(record()) == []
 
 
 @pytest.mark.parametrize(
@@ -89,11 +107,84 @@ def test_a_limit_that_somebody_set_is_no_throttling():
     assert "throttled" not in codes(record(environment=environment(after=after)))
 
 
+def decoded(prefills_s, per_token_s):
+    """Batches of eleven output tokens each, with these prefill times and times for a token after the first."""
+    return [
+        replace(
+            made,
+            output_tokens=11,
+            prefill_s=prefill_s,
+            latency_s=prefill_s + 10 * token_s,
+            end_s=made.start_s + prefill_s + 10 * token_s,
+        )
+        for made, prefill_s, token_s in zip(requests([1.0] * len(prefills_s)), prefills_s, per_token_s, strict=True)
+    ]
+
+
+def test_prompts_of_different_lengths_are_no_variation_and_a_slower_decode_is():
+    lengths = [0.1, 2.0, 0.1, 3.0, 0.5, 2.5]
+    steady, slower = decoded(lengths, [0.05] * 6), decoded([0.5] * 6, [0.05, 0.05, 0.1, 0.05, 0.1, 0.05])
+    assert "high_variation" not in [n.code for n in doubts.of_record(record(), steady)]
+    assert "high_variation" in [n.code for n in doubts.of_record(record(), slower)]
+    # Where prefill is not known it cannot be left out.
+    unknown = [replace(r, prefill_s=None) for r in steady]
+    assert "high_variation" in [n.code for n in doubts.of_record(record(), unknown)]
+
+
+def test_batches_of_one_token_are_not_mixed_with_those_that_decode():
+    one = [replace(r, batch=10 + r.batch, output_tokens=1) for r in decoded([2.0] * 3, [0.0] * 3)]
+    assert "high_variation" not in [n.code for n in doubts.of_record(record(), decoded([2.0] * 6, [0.05] * 6) + one)]
+
+
+def row(**known):
+    """A row of which only this is known."""
+    return ExperimentRow(**{f.name: None for f in fields(ExperimentRow)} | known)
+
+
+@pytest.mark.parametrize(
+    ("cycles", "resumed", "expected"),
+    [(1, 0, ["few_cycles"]), (2, 0, []), (1, 1, ["few_cycles", "resumed"]), (3, 2, ["resumed"])],
+)
+def test_one_cycle_and_a_resumed_run_are_doubted(cycles, resumed, expected):
+    assert [n.code for n in doubts.of_experiment(row(cycles_completed=cycles, resumed=resumed))] == expected
+
+
+class TestBelowIdle:
+    def found(self, adjusted_j, tick_s=None):
+        made = row(
+            energy_j=100.0,
+            energy_idle_adjusted_j=adjusted_j,
+            idle_power_loaded_w=50.0,
+            counter_tick_s=tick_s,
+            output_tokens=0,
+            input_tokens=0,
+        )
+        return [n.code for n in doubts.of_row(made, [])]
+
+    @pytest.mark.parametrize("adjusted_j", [20.0, 0.0, -0.01, -0.99])
+    def test_a_hundredth_of_the_energy_is_noise(self, adjusted_j):
+        assert "idle_adjusted_negative" not in self.found(adjusted_j)
+
+    def test_more_is_not(self):
+        assert "idle_adjusted_negative" in self.found(-1.01)
+
+    def test_two_ticks_of_idle_power_are_noise_where_they_are_more(self):
+        assert "idle_adjusted_negative" not in self.found(-9.9, tick_s=0.1)
+        assert "idle_adjusted_negative" in self.found(-10.1, tick_s=0.1)
+        assert "idle_adjusted_negative" in self.found(-1.01, tick_s=0.001)
+
+
+def test_an_integral_that_failed_is_missing_and_not_integrated():
+    made = codes(record([replace(GPU, source="integral", energy_j=None, reason="it is lost")]))
+    assert "energy_missing" in made
+    assert "energy_integrated" not in made
+
+
 def test_varying_batches_are_doubted_and_long_ones_among_equals_are_not():
     assert "high_variation" in codes(record(), [1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
     assert "high_variation" not in codes(record(), [1.0, 1.05, 1.0, 1.02, 1.0])
     longer = requests([1.0] * 9)
-    longer.append(replace(longer[0], batch=9, output_tokens=40, latency_s=4.0))
+    longer.append(replace(longer[0], batch=9, output_tokens=40, latency_s=4.0, end_s=longer[0].start_s + 4.0))
     assert "high_variation" not in [n.code for n in doubts.of_record(record(), longer)]
 
 

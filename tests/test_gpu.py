@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from lem import gpu
+from lem.energy.nvml import Device
 from lem.energy.zeus import ZeusMeter
 from lem.errors import BadInput
+from tests.test_rapl import USUAL_RANGE_UJ, counting
 
 VISIBLE = """
 import json
@@ -125,6 +130,95 @@ def test_without_a_driver_there_are_no_gpus():
     assert done.stdout.strip() == "[]"
 
 
+SETTLED = """
+import json, os, time
+from lem import gpu
+from lem.energy import make_meter
+from lem.spec import Energy
+meter = make_meter(Energy(powercap_dir=os.environ["POWERCAP"]), gpu.visible())
+meter.open()
+windows = []
+for _ in range(3):
+    meter.begin(); start = time.perf_counter()
+    time.sleep(0.5)
+    seconds = time.perf_counter() - start; readings = meter.end()
+    windows.append([seconds, {r.device: r.energy_j for r in readings}])
+meter.close()
+print(json.dumps(windows))
+"""
+
+
+def test_no_meter_counts_what_another_waits_for(driver, tmp_path):
+    with counting(tmp_path / "powercap", USUAL_RANGE_UJ) as (tree, _):
+        windows = driver(SETTLED, "device 0 power constant 300\ndevice 0 tick_ms 100", POWERCAP=str(tree))
+    # The GPU's counter is waited for at both edges, for some 50 ms on average: a tenth of the window each.
+    for device, power_w in (("GPU-00000000", 300), ("intel-rapl:0 package-0", 600)):
+        powers_w = [joules[device] / seconds for seconds, joules in windows]
+        assert statistics.median(powers_w) == pytest.approx(power_w, rel=0.05)
+
+
+SO_FAR = """
+import json, time
+from dataclasses import asdict
+from lem import gpu
+from lem.energy.nvml import NvmlMeter
+meter = NvmlMeter(gpu.visible())
+meter.open()
+meter.begin(); start = time.perf_counter()
+looks = []
+while time.perf_counter() - start < 1.6:
+    looks.append([time.perf_counter() - start, [asdict(r) for r in meter.so_far()]])
+    time.sleep(0.05)
+readings = [asdict(r) for r in meter.end()]
+meter.close()
+print(json.dumps({"looks": looks, "end": readings}))
+"""
+
+
+def test_so_far_is_behind_by_at_most_a_tick_and_its_trace_agrees(driver):
+    scenario = "devices 2\ndevice 0 power constant 300\ndevice 0 tick_ms 100\n"
+    looks = driver(SO_FAR, scenario + "device 1 no_counter\ndevice 1 power constant 200")["looks"]
+    for seconds, (counted, integrated) in looks[-10:]:
+        assert 300 * (seconds - 0.2) < counted["energy_j"] < 300 * (seconds + 0.05)
+        assert 300 * (seconds - 0.2) < counted["trace_energy_j"] < 300 * (seconds + 0.05)
+        assert 200 * (seconds - 0.2) < integrated["energy_j"] < 200 * (seconds + 0.05)
+        assert integrated["trace_energy_j"] == integrated["energy_j"]
+        assert (counted["source"], integrated["source"]) == ("counter", "integral")
+
+
+def test_a_gpu_lost_in_the_window_is_null_so_far_and_the_other_goes_on(driver):
+    scenario = "devices 3\ndevice 0 lost_after_s 1.2\ndevice 1 lost_after_s 1.2\ndevice 1 no_counter"
+    found = driver(SO_FAR, scenario)
+    early = [look for seconds, look in found["looks"] if 0.15 < seconds < 0.3]
+    assert all(reading["energy_j"] > 0 for look in early for reading in look)
+    for readings in (found["looks"][-1][1], found["end"]):
+        assert [reading["energy_j"] is None for reading in readings] == [True, True, False]
+        assert all("GPU is lost" in reading["reason"] for reading in readings[:2])
+
+
+def test_a_counter_that_stands_still_is_null_and_not_zero(driver):
+    (reading,) = driver(WINDOW, "device 0 power constant 0")["readings"]
+    assert reading["energy_j"] is None
+    assert "did not advance" in reading["reason"]
+
+
+def test_a_tick_that_does_not_come_is_not_extrapolated_from_an_old_one():
+    counter_mj = [0]
+    library = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda _: counter_mj[0],
+        nvmlDeviceGetFieldValues=lambda *_: [SimpleNamespace(nvmlReturn=3)],
+    )
+    device = Device(library, gpu.Gpu(0, "GPU-0", "", None))
+    device.tick_s = 0.05
+    device.poll()
+    time.sleep(0.2)
+    counter_mj[0] = 1_000_000  # all that the GPU took between two windows
+    device.poll()
+    assert device.extrapolated(time.perf_counter_ns() + 50_000_000).energy_mj == 1_000_000
+
+
 LONG_WINDOW = """
 import json, time
 from lem import gpu
@@ -167,6 +261,11 @@ def test_counter_and_trace_agree_with_the_analytic_integral(driver):
     assert window["samples"] > 4 * 5 * 15
 
 
+def test_on_a_module_the_counter_is_the_modules(driver):
+    scenario = "devices 2\ndevice 0 name NVIDIA GH200 480GB\ndevice 1 name NVIDIA H200"
+    assert [reading["component"] for reading in driver(WINDOW, scenario)["readings"]] == ["module", "gpu"]
+
+
 def test_without_a_counter_the_trace_is_integrated_and_labelled_so(driver):
     window = driver(WINDOW, "devices 1\ndevice 0 no_counter\ndevice 0 power constant 200")
     (reading,) = window["readings"]
@@ -195,6 +294,36 @@ def test_zeus_reads_the_same_joules(driver):
     for reading in window["readings"]:
         assert reading["source"] == "counter"
         assert reading["energy_j"] == pytest.approx(300 * window["seconds"], rel=0.05)
+
+
+def test_zeus_with_a_lost_gpu_is_null_with_a_reason(driver):
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    code = SO_FAR.replace("from lem.energy.nvml import NvmlMeter", "from lem.energy.zeus import ZeusMeter as NvmlMeter")
+    code = "import zeus.monitor" + code  # takes longer than the GPU lives
+    found = driver(code, "devices 2\ndevice 0 lost_after_s 1.0")
+    assert found["looks"][2][1][0]["energy_j"] > 0
+    assert [reading["energy_j"] is None for reading in found["looks"][-1][1]] == [True, False]
+    for reading in found["end"]:
+        assert reading["energy_j"] is None
+        assert "GPU is lost" in reading["reason"]
+
+
+@pytest.mark.parametrize("variable", ["GPU-00000001", "MIG-0-0"])
+def test_zeus_with_visible_devices_that_it_does_not_understand_says_so(driver, variable):
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    code = """
+import json
+from lem import gpu
+from lem.energy.zeus import ZeusMeter
+from lem.errors import BadInput
+try:
+    ZeusMeter(gpu.visible()).open()
+except BadInput as error:
+    print(json.dumps(str(error)))
+"""
+    said = driver(code, "devices 2\ndevice 0 mig 1g.10gb 9728", CUDA_VISIBLE_DEVICES=variable)
+    assert said.startswith("energy=zeus")
+    assert "use energy=auto instead" in said
 
 
 def test_zeus_without_a_gpu_says_so():

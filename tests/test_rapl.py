@@ -1,4 +1,7 @@
-"""The RAPL meter on a tree like the kernel's: the family's contract, wrap-arounds, and what must not be counted."""
+"""The RAPL meter on a tree like the kernel's: wrap-arounds, and what must not be counted.
+
+The family's contract is in test_energy.py, on the same tree.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lem.energy.rapl import RaplMeter, find_zones, increase_uj, readable, step_uj
 from lem.errors import BadInput
-from tests import test_energy as contract
 
 # Zone, its name, and its power in the tests with a writer. Two packages with memory; what lies inside of a package
 # or shows it once more has a power of its own, so that it would be seen in the sum.
@@ -33,6 +37,8 @@ ZONES = {
     "intel-rapl-mmio/intel-rapl-mmio:0/intel-rapl-mmio:0:0": ("dram", 60),
 }
 COUNTED = ["intel-rapl:0 package-0", "intel-rapl:1 package-1", "intel-rapl:0:2 dram", "intel-rapl:1:1 dram"]
+# Intel's usual one: 262 kJ.
+USUAL_RANGE_UJ = 262_143_328_850
 # 500 J: the first package wraps at least twice in 2 s, and the meter may look away for 0.5 s.
 RANGE_UJ = 500_000_000
 START_UJ = 450_000_000
@@ -79,18 +85,25 @@ def tree(tmp_path):
     return build(tmp_path)
 
 
-@pytest.fixture
-def running(tmp_path):
-    """A tree that counts, and a function that tells for how many seconds it has done so."""
-    flat, truth = build(tmp_path), tmp_path / "truth"
-    powers_w = {str(tmp_path / "devices/virtual/powercap" / path): power_w for path, (_, power_w) in ZONES.items()}
-    arguments = [str(truth), str(RANGE_UJ + 1), str(START_UJ), json.dumps(powers_w)]
+@contextmanager
+def counting(root: Path, range_uj: int = RANGE_UJ) -> Iterator[tuple[Path, Callable[[], float]]]:
+    """Make a tree that counts; yield it and a function that tells for how many seconds it has done so."""
+    flat, truth = build(root, range_uj), root / "truth"
+    powers_w = {str(root / "devices/virtual/powercap" / path): power_w for path, (_, power_w) in ZONES.items()}
+    arguments = [str(truth), str(range_uj + step_uj(range_uj)), str(START_UJ), json.dumps(powers_w)]
     with subprocess.Popen([sys.executable, "-c", WRITER, *arguments], stdin=subprocess.PIPE) as writer:
         while not truth.exists():
             assert writer.poll() is None
             time.sleep(0.01)
         yield flat, lambda: float(truth.read_text())
         writer.stdin.close()
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A tree that counts, and a function that tells for how many seconds it has done so."""
+    with counting(tmp_path) as tree_and_seconds:
+        yield tree_and_seconds
 
 
 @pytest.fixture
@@ -118,16 +131,16 @@ def advance_all(tree: Path, by_uj: int) -> None:
         advance(tree, Path(path).name, by_uj)
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        contract.test_windows_follow_one_another_with_the_same_devices,
-        contract.test_every_reading_is_a_positive_number_or_has_a_reason,
-        contract.test_a_longer_window_takes_more,
-    ],
-)
-def test_the_contract_of_the_family(running, opened, check):
-    check(opened(running[0], poll_s=0.05))
+def test_so_far_is_exact_and_changes_nothing(tree, opened):
+    meter = opened(tree)
+    meter.begin()
+    assert [r.energy_j for r in meter.so_far()] == [None] * 4
+    for _ in range(3):
+        advance_all(tree, RANGE_UJ - 1)  # two wrap-arounds
+        meter.so_far()
+    assert [r.energy_j for r in meter.so_far()] == [3 * (RANGE_UJ - 1) / 1e6] * 4
+    advance_all(tree, 1_000_000)
+    assert [r.energy_j for r in meter.end()] == [3 * (RANGE_UJ - 1) / 1e6 + 1] * 4
 
 
 def test_joules_over_several_wrap_arounds_are_the_writers(running, opened):
@@ -196,6 +209,18 @@ def test_a_whole_turn_of_a_counter_is_its_range_and_a_step(range_uj, step):
     assert increase_uj(range_uj, 0, range_uj) == step
     assert increase_uj(range_uj - 10 * step, 4 * step, range_uj) == 15 * step
     assert increase_uj(7, 7, range_uj) == 0
+
+
+def test_a_counter_that_begins_anew_is_null_and_not_almost_a_whole_turn(tmp_path, opened):
+    tree = build(tmp_path, USUAL_RANGE_UJ)
+    meter = opened(tree)
+    meter.begin()
+    for zone in ("intel-rapl:0", "intel-rapl:1"):
+        (tree / zone / "energy_uj").write_text(f"{START_UJ + 5_000_000 if zone.endswith('1') else 1000}\n")
+    anew, sound, *_ = meter.end()
+    assert anew.energy_j is None
+    assert "began anew" in anew.reason
+    assert sound.energy_j == 5.0
 
 
 def test_core_uncore_psys_and_the_second_tree_are_not_zones(tree):

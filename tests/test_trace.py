@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lem.energy.trace import Sampler, integral_j
+from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.record import PowerSample
 
 S = 10**9
@@ -48,6 +48,30 @@ def test_windows_side_by_side_add_up(powers, one, two, three):
     whole = integral_j(trace, a, c)
     assert whole == pytest.approx(integral_j(trace, a, b) + integral_j(trace, b, c), abs=1e-6)
     assert -1e-6 <= whole <= max(powers) * (c - a) / S + 1e-6
+
+
+@given(st.lists(st.floats(0, 1000), min_size=4, max_size=30), st.floats(0, 0.9), st.integers(1, 29))
+def test_the_running_integral_is_the_integral_up_to_the_last_sample(powers, start, steps):
+    trace = samples(*((i * 0.05, power_w) for i, power_w in enumerate(powers)))
+    given_out = iter(trace)
+    sampler = Sampler(lambda: [next(given_out)], hz=1)
+    start_ns = int(start * trace[-1].t_ns)
+    running = RunningIntegral(sampler, 0, start_ns)
+    for i in range(len(trace)):
+        sampler.sample_now()
+        if i % steps == 0 or i == len(trace) - 1:  # brought up to date now and then
+            joules = running.up_to_now()["GPU-0"]
+            expected = integral_j(trace[: i + 1], start_ns, trace[i].t_ns) if trace[i].t_ns > start_ns else 0
+            assert joules == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_device_without_a_sample_before_the_start_has_no_running_integral():
+    late = iter(samples((1, 5), (2, 5)))
+    sampler = Sampler(lambda: [next(late)], hz=1)
+    running = RunningIntegral(sampler, 0, S // 2)
+    for _ in range(2):
+        sampler.sample_now()
+    assert running.up_to_now() == {}
 
 
 def test_the_sampler_keeps_its_rate_and_stops():

@@ -16,19 +16,35 @@ class Meter(ABC):
 
     Contract, checked for each meter by `tests/test_energy.py`: `begin` and `end` alternate; `end` returns a
     reading for each device the meter watches, in the same order each time; what cannot be read has
-    `energy_j=None` and a reason; nothing is read as 0 for lack of a sensor.
+    `energy_j=None` and a reason; nothing is read as 0 for lack of a sensor. All calls come from one thread.
     """
 
     def open(self) -> None:
         """Acquire the sensors and pay all one-time costs. Raises `BadInput` when there is nothing to read."""
 
+    def settle(self) -> None:
+        """Wait for the moment at which a window is best begun, for a meter that has one; `begin` follows at once."""
+
     @abstractmethod
     def begin(self) -> None:
         """Open a window."""
 
+    def mark(self) -> None:
+        """Fix the end of the window, for a meter whose `end` has to wait before it can tell; `end` follows at once."""
+
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
-        """Close the window and return what it took, in joules."""
+        """Close the window, where it was marked if it was, and return what it took, in joules."""
+
+    def so_far(self) -> tuple[EnergyReading, ...] | None:
+        """Return what the open window has taken until now, or None where that cannot be told without closing it.
+
+        For keeping the energy of a run that may be killed: called between batches, inside of the measured window, so
+        it never waits, costs well under a millisecond, raises for no lost device, and changes nothing of what `end`
+        will return. The readings are `end`'s, device by device. Their energy only grows and is at most `end`'s: it
+        is that of the sensor's last tick or sample, null with a reason before the first.
+        """
+        return None
 
     def trace(self) -> list[PowerSample]:
         """Return the power samples taken so far, where the meter takes any."""
@@ -48,6 +64,10 @@ class NoMeter(Meter):
         """Return no readings."""
         return ()
 
+    def so_far(self) -> tuple[EnergyReading, ...]:
+        """Return no readings."""
+        return ()
+
 
 class CombinedMeter(Meter):
     """Several meters over the same windows, for different components."""
@@ -60,14 +80,32 @@ class CombinedMeter(Meter):
         for meter in self._meters:
             meter.open()
 
+    def settle(self) -> None:
+        """Settle all."""
+        for meter in self._meters:
+            meter.settle()
+
     def begin(self) -> None:
-        """Begin in reverse order, so that the first meter's window is the tightest."""
+        """Begin in reverse order, so that the first meter's window is the tightest; none waits for another."""
+        self.settle()
         for meter in reversed(self._meters):
             meter.begin()
 
+    def mark(self) -> None:
+        """Fix the end for all, the first meter's first."""
+        for meter in self._meters:
+            meter.mark()
+
     def end(self) -> tuple[EnergyReading, ...]:
-        """End in order: the first meter's window closes first."""
-        return tuple(reading for meter in self._meters for reading in meter.end())
+        """End in reverse order after marking: what the first meter waits for is in no other one's window."""
+        self.mark()
+        parts = [meter.end() for meter in reversed(self._meters)]
+        return tuple(reading for part in reversed(parts) for reading in part)
+
+    def so_far(self) -> tuple[EnergyReading, ...] | None:
+        """Return the readings of all; None when one cannot tell, since some devices would look like all of them."""
+        parts = [meter.so_far() for meter in self._meters]
+        return None if None in parts else tuple(reading for part in parts for reading in part or ())
 
     def trace(self) -> list[PowerSample]:
         """Return the samples of all."""
@@ -90,13 +128,29 @@ class OnlyComponents(Meter):
         """Open the meter."""
         self._meter.open()
 
+    def settle(self) -> None:
+        """Settle the meter."""
+        self._meter.settle()
+
     def begin(self) -> None:
         """Begin the meter's window."""
         self._meter.begin()
 
+    def mark(self) -> None:
+        """Mark the meter's window."""
+        self._meter.mark()
+
     def end(self) -> tuple[EnergyReading, ...]:
         """Return the readings of the wanted components."""
-        return tuple(reading for reading in self._meter.end() if reading.component in self._components)
+        return self._wanted(self._meter.end())
+
+    def so_far(self) -> tuple[EnergyReading, ...] | None:
+        """Return the readings of the wanted components, or None as the meter does."""
+        readings = self._meter.so_far()
+        return None if readings is None else self._wanted(readings)
+
+    def _wanted(self, readings: tuple[EnergyReading, ...]) -> tuple[EnergyReading, ...]:
+        return tuple(reading for reading in readings if reading.component in self._components)
 
     def trace(self) -> list[PowerSample]:
         """Return the meter's samples."""

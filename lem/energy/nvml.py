@@ -5,8 +5,8 @@ advances in ticks of some 100 ms (NVML API reference; ML.ENERGY, 2026-03). The t
 opened; a window is corrected for the part of a tick at each of its edges, which leaves a second-order error where
 a bare difference is off by up to a tick. Power is the instant value where the driver has it (field 186), else
 `nvmlDeviceGetPowerUsage`, a one-second average on Ampere and newer. A GPU without a counter is read by integrating
-the trace, and labelled so. A MIG instance has neither: its parent's value is given and labelled as shared. Opens no
-CUDA context.
+the trace, and labelled so. A MIG instance has neither: its parent's value is given and labelled as shared. On a GH200
+the driver's values are those of the whole module, and labelled so. Opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.energy.base import Meter
-from lem.energy.trace import Sampler, integral_j
+from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.errors import BadInput
 from lem.gpu import Gpu
-from lem.record import EnergyReading, PowerSample
+from lem.record import Component, EnergyReading, PowerSample
 from lem.units import NS_PER_S
 
 COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 J_PER_MJ = 1e-3
+MODULES = ("GH200",)
 W_PER_MW = 1e-3
 # Long enough for five ticks of 100 ms.
 LEARN_TICK_S = 0.6
@@ -36,12 +37,13 @@ EDGE_WAIT_S = 0.3
 POLL_S = 0.001
 
 
-@dataclass
+@dataclass(frozen=True)
 class Edge:
-    """The counter at a moment: interpolated between ticks where the tick is known."""
+    """The counter at a moment: interpolated between ticks where the tick is known; `counter_mj` is what it showed."""
 
     energy_mj: float | None
     reason: str | None = None
+    counter_mj: int | None = None
 
 
 class NvmlMeter(Meter):
@@ -56,6 +58,9 @@ class NvmlMeter(Meter):
         self._sampler: Sampler | None = None
         self._begun: list[Edge] = []
         self._begun_ns = 0
+        self._traced: RunningIntegral | None = None
+        self._is_settled = False
+        self._marked_ns: int | None = None
 
     def open(self) -> None:
         """Initialise NVML, find the GPUs by UUID, learn their counters' ticks, start the power trace."""
@@ -63,34 +68,73 @@ class NvmlMeter(Meter):
             raise BadInput("energy=nvml needs an NVIDIA GPU in use; use energy=auto instead.")
         import pynvml
 
-        pynvml.nvmlInit()
-        self._lib = pynvml
-        self._devices = [Device(pynvml, gpu) for gpu in self._gpus]
+        try:
+            pynvml.nvmlInit()
+            self._lib = pynvml
+            self._devices = [Device(pynvml, gpu) for gpu in self._gpus]
+        except pynvml.NVMLError as error:
+            raise BadInput(f"The NVIDIA driver does not answer ({error}); see what nvidia-smi says.") from None
         learn_ticks(self._devices)
         self._sampler = Sampler(self._sample, self._power_hz)
         self._sampler.start()
 
-    def begin(self) -> None:
+    def settle(self) -> None:
         """Wait for each counter's next tick, so that the window begins where its counter is known."""
-        assert self._sampler is not None
         wait_for_ticks(self._devices, go_on=True)
+        self._is_settled = True
+
+    def begin(self) -> None:
+        """Note the counters, just after a tick of each."""
+        assert self._sampler is not None
+        if not self._is_settled:
+            self.settle()
+        for device in self._devices:
+            device.poll()  # others may have begun in between
+        self._is_settled, self._marked_ns = False, None
+        seen = self._sampler.count
         self._sampler.sample_now()
         self._begun_ns = time.perf_counter_ns()
         self._begun = [device.extrapolated(self._begun_ns) for device in self._devices]
+        self._traced = RunningIntegral(self._sampler, seen, self._begun_ns)
+
+    def mark(self) -> None:
+        """Note the time, the counters and the power."""
+        assert self._sampler is not None
+        self._marked_ns = time.perf_counter_ns()
+        for device in self._devices:
+            device.poll()
+        self._sampler.sample_now()
 
     def end(self) -> tuple[EnergyReading, ...]:
         """Return what each GPU took since `begin`; waits for the next tick to interpolate, after the window."""
         assert self._sampler is not None
-        ended_ns = time.perf_counter_ns()
-        for device in self._devices:
-            device.poll()
-        self._sampler.sample_now()
+        if self._marked_ns is None:
+            self.mark()
+        assert self._marked_ns is not None
         wait_for_ticks(self._devices, go_on=False)
         samples = self._sampler.samples()
+        traces = [[sample for sample in samples if sample.device == gpu.uuid] for gpu in self._gpus]
         return tuple(
-            self._reading(device, begun, device.interpolated(ended_ns), samples, ended_ns)
-            for device, begun in zip(self._devices, self._begun, strict=True)
+            self._reading(
+                device, begun, device.interpolated(self._marked_ns), integral_j(own, self._begun_ns, self._marked_ns)
+            )
+            for device, begun, own in zip(self._devices, self._begun, traces, strict=True)
         )
+
+    def so_far(self) -> tuple[EnergyReading, ...]:
+        """Return each counter's increase up to its last tick, and the trace's integral up to its last sample.
+
+        Asks the driver once for each GPU that has a counter, for nothing else; does not wait for a tick.
+        """
+        assert self._traced is not None
+        traced_j = self._traced.up_to_now()
+        readings = []
+        for device, begun in zip(self._devices, self._begun, strict=True):
+            device.poll()
+            # A trace whose GPU has stopped answering ends in the past.
+            trace_j = None if device.power_reason else traced_j.get(device.gpu.uuid) or None
+            readings.append(self._reading(device, begun, device.ticked_since(begun), trace_j))
+        return tuple(readings)
 
     def trace(self) -> list[PowerSample]:
         """Return all power samples so far."""
@@ -110,21 +154,12 @@ class NvmlMeter(Meter):
             if power_w is not None:
                 yield PowerSample(time.perf_counter_ns(), "gpu", device.gpu.uuid, power_w)
 
-    def _reading(
-        self, device: Device, begun: Edge, ended: Edge, samples: Sequence[PowerSample], ended_ns: int
-    ) -> EnergyReading:
-        own = [sample for sample in samples if sample.device == device.gpu.uuid]
-        trace_j = integral_j(own, self._begun_ns, ended_ns)
-        reason = begun.reason or ended.reason
-        energy_j = None
-        if begun.energy_mj is not None and ended.energy_mj is not None:
-            energy_j = (ended.energy_mj - begun.energy_mj) * J_PER_MJ
-        if energy_j is not None and energy_j < 0:
-            energy_j, reason = None, "the counter went backwards (driver reloaded?)"
-        if not device.has_counter and trace_j is not None:
-            return self._integral(device, trace_j)
+    def _reading(self, device: Device, begun: Edge, ended: Edge, trace_j: float | None) -> EnergyReading:
+        if not device.has_counter:
+            return self._integral(device, begun, trace_j)
+        energy_j, reason = _increase_j(begun, ended)
         return EnergyReading(
-            component="gpu",
+            component=device.component,
             source="counter",
             scope=device.scope,
             device=device.gpu.uuid,
@@ -136,9 +171,10 @@ class NvmlMeter(Meter):
             reason=None if energy_j is not None else f"the energy counter of {device.gpu.uuid}: {reason}",
         )
 
-    def _integral(self, device: Device, trace_j: float) -> EnergyReading:
+    def _integral(self, device: Device, begun: Edge, trace_j: float | None) -> EnergyReading:
+        unread = device.power_reason or "no sample at an edge of the window"
         return EnergyReading(
-            component="gpu",
+            component=device.component,
             source="integral",
             scope=device.scope,
             device=device.gpu.uuid,
@@ -146,7 +182,21 @@ class NvmlMeter(Meter):
             method=f"integral of {device.power_method}, {self._power_hz:g} Hz: this GPU has no energy counter",
             resolution_s=1 / self._power_hz,
             trace_energy_j=trace_j,
+            reason=None
+            if trace_j is not None
+            else f"{device.gpu.uuid}: no counter ({begun.reason}), no power ({unread})",
         )
+
+
+def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
+    """Return what the counter gained between two edges, or None and why that is not known."""
+    if begun.energy_mj is None or ended.energy_mj is None:
+        return None, begun.reason or ended.reason
+    gained_mj = ended.energy_mj - begun.energy_mj
+    if gained_mj < 0:
+        return None, "it went backwards (driver reloaded?)"
+    # A GPU that takes nothing does not exist; a counter that stands still is one that does not count.
+    return (gained_mj * J_PER_MJ, None) if gained_mj else (None, "it did not advance")
 
 
 class Device:
@@ -162,14 +212,21 @@ class Device:
         self._ticked_ns: int | None = None
         self._polled_ns = 0
         self._polled_mj: int | None = None
+        self._looked_away_s = 0.0
         self._reason: str | None = None
+        self.power_reason: str | None = None
         self.has_counter = self._counter_exists()
-        self._instant = self._instant_power_w() is not None
+        self._instant = self._has_instant_power()
 
     @property
     def scope(self) -> Any:
         """`shared_device` where only an instance of the GPU is ours."""
         return "shared_device" if self.gpu.mig_uuid else "device"
+
+    @property
+    def component(self) -> Component:
+        """`module` where the driver's values cover more than the GPU (a note in zeus's NVIDIA device layer)."""
+        return "module" if any(name in self.gpu.name for name in MODULES) else "gpu"
 
     @property
     def power_method(self) -> str:
@@ -186,16 +243,20 @@ class Device:
 
     def poll(self) -> bool:
         """Read the counter; return whether it has advanced, and remember when."""
+        if not self.has_counter:
+            return False
         try:
             value = int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
         except self._lib.NVMLError as error:
             self._reason, self._polled_mj = str(error), None
             return False
         now_ns = time.perf_counter_ns()
+        away_s = (now_ns - self._polled_ns) / NS_PER_S
         self._reason, self._polled_ns, self._polled_mj = None, now_ns, value
         if value == self._value_mj:
             return False
         self._before_mj, self._value_mj, self._ticked_ns = self._value_mj, value, now_ns
+        self._looked_away_s = away_s
         return True
 
     @property
@@ -207,11 +268,12 @@ class Device:
         """Return the counter just after a tick: the tick's value, and the little since at the rate before it."""
         if self._polled_mj is None or self._value_mj is None:
             return Edge(None, self._reason or "it was not read")
-        if not self.tick_s or self._before_mj is None or self._ticked_ns is None:
-            return Edge(float(self._value_mj))
+        if not self.tick_s or self._before_mj is None or self._ticked_ns is None or self._looked_away_s > self.tick_s:
+            # The last step is not known to be one tick's: no tick came while it was waited for.
+            return Edge(float(self._value_mj), counter_mj=self._value_mj)
         rate = (self._value_mj - self._before_mj) / self.tick_s
         since_s = min((at_ns - self._ticked_ns) / NS_PER_S, self.tick_s)
-        return Edge(self._value_mj + rate * since_s)
+        return Edge(self._value_mj + rate * since_s, counter_mj=self._value_mj)
 
     def interpolated(self, at_ns: int) -> Edge:
         """Return the counter at a moment within the tick that has just ended."""
@@ -222,21 +284,39 @@ class Device:
         share = 1 - (self._ticked_ns - at_ns) / NS_PER_S / self.tick_s
         return Edge(self._before_mj + (self._value_mj - self._before_mj) * min(max(share, 0.0), 1.0))
 
-    def power_w(self) -> float | None:
-        """Return the power at this moment, or None when it cannot be read."""
-        if self._instant:
-            return self._instant_power_w()
-        try:
-            return float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * W_PER_MW
-        except self._lib.NVMLError:
-            return None
+    def ticked_since(self, begun: Edge) -> Edge:
+        """Return the counter as it was last read, without a value until it has advanced since `begun`."""
+        if self._polled_mj is None or self._value_mj is None:
+            return Edge(None, self._reason or "it was not read")
+        if self._value_mj == begun.counter_mj:
+            return Edge(None, "it has not advanced yet")
+        return Edge(float(self._value_mj))
 
-    def _instant_power_w(self) -> float | None:
+    def power_w(self) -> float | None:
+        """Return the power at this moment, or None when it cannot be read; `power_reason` then says why."""
         try:
-            (value,) = self._lib.nvmlDeviceGetFieldValues(self._handle, [INSTANT_POWER_FIELD])
-        except self._lib.NVMLError:
+            power_w = self._instant_power_w() if self._instant else self._power_usage_w()
+        except self._lib.NVMLError as error:
+            self.power_reason = str(error)
             return None
-        return float(value.value.uiVal) * W_PER_MW if value.nvmlReturn == 0 else None
+        self.power_reason = None
+        return power_w
+
+    def _power_usage_w(self) -> float:
+        return float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * W_PER_MW
+
+    def _instant_power_w(self) -> float:
+        (value,) = self._lib.nvmlDeviceGetFieldValues(self._handle, [INSTANT_POWER_FIELD])
+        if value.nvmlReturn != 0:
+            raise self._lib.NVMLError(value.nvmlReturn)
+        return float(value.value.uiVal) * W_PER_MW
+
+    def _has_instant_power(self) -> bool:
+        try:
+            self._instant_power_w()
+        except self._lib.NVMLError:
+            return False
+        return True
 
 
 def learn_ticks(devices: Sequence[Device]) -> None:

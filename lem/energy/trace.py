@@ -41,6 +41,32 @@ def _piece_j(left: PowerSample, right: PowerSample, start_ns: int, end_ns: int) 
     return (left.power_w + slope * middle_ns) * (end_ns - start_ns) / NS_PER_S
 
 
+class RunningIntegral:
+    """The integral of each device's samples since a moment; bringing it up to date costs only the new samples."""
+
+    def __init__(self, sampler: Sampler, seen: int, start_ns: int) -> None:
+        # The first samples after those `seen` lie before the start: the meter has taken one of each device there.
+        self._sampler = sampler
+        self._seen = seen
+        self._start_ns = start_ns
+        self._last: dict[str, PowerSample] = {}
+        self._total_j: dict[str, float] = {}
+
+    def up_to_now(self) -> dict[str, float]:
+        """Return each device's joules up to its last sample; without those that have no sample before the start."""
+        new = self._sampler.samples(self._seen)
+        self._seen += len(new)
+        for sample in new:
+            before = self._last.get(sample.device)
+            self._last[sample.device] = sample
+            if before is None and sample.t_ns <= self._start_ns:
+                self._total_j[sample.device] = 0.0
+            elif before is not None and sample.device in self._total_j and sample.t_ns > self._start_ns:
+                piece_j = _piece_j(before, sample, max(before.t_ns, self._start_ns), sample.t_ns)
+                self._total_j[sample.device] += piece_j
+        return dict(self._total_j)
+
+
 class Sampler:
     """Takes samples at a fixed rate in a thread, from `start` to `stop`."""
 
@@ -68,10 +94,16 @@ class Sampler:
         with self._lock:
             self._samples.extend(self._take())
 
-    def samples(self) -> list[PowerSample]:
-        """Return all samples so far, in order of time."""
+    def samples(self, first: int = 0) -> list[PowerSample]:
+        """Return the samples so far from the `first` on, in order of time."""
         with self._lock:
-            return list(self._samples)
+            return self._samples[first:]
+
+    @property
+    def count(self) -> int:
+        """Number of samples so far."""
+        with self._lock:
+            return len(self._samples)
 
     def _run(self) -> None:
         due_s = time.monotonic()

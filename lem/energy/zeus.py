@@ -1,14 +1,14 @@
 """GPU energy through zeus: for AMD GPUs and others that its device layer knows and NVML does not.
 
 zeus reads the energy counter where the GPU has one, else it integrates sampled power; the reading says which. GPUs
-are those that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by zeus's own numbering. Processors are
-left to the RAPL meter. Needs the extra `zeus`.
+are those that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by zeus's numbering; of UUIDs and MIG
+instances it knows nothing. Processors are left to the RAPL meter. Needs the extra `zeus`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lem.energy.base import Meter
@@ -18,6 +18,7 @@ from lem.quiet import quiet_stdout
 from lem.record import EnergyReading, Source
 
 WINDOW = "lem"
+J_PER_MJ = 1e-3
 
 
 class ZeusMeter(Meter):
@@ -27,36 +28,89 @@ class ZeusMeter(Meter):
         # Where NVML knows the GPUs in use, they are the first visible ones; elsewhere all visible ones are read.
         self._indices = list(range(len(gpus))) if gpus else None
         self._monitor: Any = None
-        self._scope_is_shared = any(gpu.mig_uuid for gpu in gpus)
+        self._errors: tuple[type[Exception], ...] = ()
+        self._labels: dict[int, tuple[Source, str]] = {}
+        self._begun_j: dict[int, float | None] = {}
+        self._failure: str | None = None
 
     def open(self) -> None:
         """Find the GPUs; raises `BadInput` where zeus finds none."""
         with quiet_stdout():
+            from zeus.device import get_gpus
+            from zeus.device.exception import ZeusBaseGPUError
+            from zeus.device.gpu import ZeusGPUInitError
             from zeus.monitor import ZeusMonitor
 
         logging.getLogger("zeus").setLevel(logging.ERROR)
-        self._monitor = ZeusMonitor(gpu_indices=self._indices, cpu_indices=[])
-        if not self._monitor.gpu_indices:
+        self._errors = (ZeusBaseGPUError,)
+        try:
+            gpus = get_gpus()
+            self._monitor = ZeusMonitor(gpu_indices=self._indices, cpu_indices=[])
+            self._labels = {index: _label(gpus, index) for index in self._monitor.gpu_indices}
+        except ZeusGPUInitError as error:
+            raise BadInput(f"energy=zeus found no GPU that it can read ({error}); use energy=auto instead.") from None
+        except ZeusBaseGPUError as error:
+            raise BadInput(f"energy=zeus cannot read the visible GPUs ({error}); use energy=auto instead.") from None
+        except ValueError:
+            raise BadInput(
+                "energy=zeus knows the numbers of GPUs only, and CUDA_VISIBLE_DEVICES names others; "
+                "name them by number, or use energy=auto instead."
+            ) from None
+        if not self._labels:
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
 
     def begin(self) -> None:
         """Begin a window; the device was synchronised by the caller."""
-        self._monitor.begin_window(WINDOW, sync_execution=False)
+        _, self._failure = self._tried(lambda: self._monitor.begin_window(WINDOW, sync_execution=False, restart=True))
+        self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """End the window and return each GPU's energy."""
-        measured = self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy
-        return tuple(self._reading(index, measured.get(index)) for index in self._monitor.gpu_indices)
+        """End the window and return each GPU's energy; of none when one of them is lost, as zeus does it."""
+        measured, failure = None, self._failure
+        if failure is None:
+            measured, failure = self._tried(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
+        reason = failure or "zeus saw no energy in this window"
+        return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
-    def _reading(self, index: int, energy_j: float | None) -> EnergyReading:
-        counted = self._monitor.gpus.supports_get_total_energy_consumption(index)
-        source: Source = "counter" if counted else "integral"
+    def so_far(self) -> tuple[EnergyReading, ...]:
+        """Read each counter once, beside zeus's window; zeus integrates power at the end of a window only."""
+        return tuple(self._so_far_of(index) for index in self._labels)
+
+    def _so_far_of(self, index: int) -> EnergyReading:
+        before_j, (now_j, failure) = self._begun_j[index], self._counter_j(index)
+        if before_j is None or now_j is None:
+            return self._reading(index, None, failure or self._failure or "zeus integrates power at the end only")
+        return self._reading(index, now_j - before_j, "its counter has not advanced yet")
+
+    def _counter_j(self, index: int) -> tuple[float | None, str | None]:
+        if self._labels[index][0] != "counter":
+            return None, None
+        value_mj, failure = self._tried(lambda: self._monitor.gpus.get_total_energy_consumption(index))
+        return None if value_mj is None else value_mj * J_PER_MJ, failure
+
+    def _tried(self, call: Callable[[], Any]) -> tuple[Any, str | None]:
+        """Return what zeus answers, or None and why it did not."""
+        try:
+            return call(), None
+        except self._errors as error:
+            return None, f"zeus: {error}"
+        except KeyError:
+            return None, "zeus: no power was sampled in this window"
+
+    def _reading(self, index: int, energy_j: float | None, reason: str) -> EnergyReading:
+        source, name = self._labels[index]
+        is_known = energy_j is not None and energy_j > 0
         return EnergyReading(
             component="gpu",
             source=source,
-            scope="shared_device" if self._scope_is_shared else "device",
-            device=f"zeus GPU {index}: {self._monitor.gpus.get_name(index)}",
-            energy_j=energy_j,
-            method=f"zeus: {'the energy counter' if counted else 'the integral of sampled power'}",
-            reason=None if energy_j is not None else "zeus returned no energy for this GPU",
+            scope="device",
+            device=f"zeus GPU {index}: {name}",
+            energy_j=energy_j if is_known else None,
+            method=f"zeus: {'the energy counter' if source == 'counter' else 'the integral of sampled power'}",
+            reason=None if is_known else reason,
         )
+
+
+def _label(gpus: Any, index: int) -> tuple[Source, str]:
+    """Return what zeus reads of a GPU, and the GPU's name."""
+    return "counter" if gpus.supports_get_total_energy_consumption(index) else "integral", gpus.get_name(index)
