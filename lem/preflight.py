@@ -1,23 +1,34 @@
 """Everything that can be known to be wrong before the first joule: (experiment, host) -> objections and prompts.
 
-Finds the model, loads the prompts, asks the backend, and checks the options against each other. Loads no weights.
+Finds the model, loads the prompts, asks the backend, and holds the options against this machine and its files; those
+against each other are `lem.conflicts`'. Loads no weights and leaves nothing behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from lem import tiny
 from lem.backends import backend_class
-from lem.carbon import carbon_intensity
-from lem.datasets import Prompts, load_prompts
+from lem.conflicts import changed, conflicts, gpus_needed
+from lem.datasets import Prompts, builtin, load_prompts
 from lem.energy.rapl import RaplMeter
 from lem.energy.replay import read_trace
 from lem.errors import BadInput, ConfigError
+from lem.gpu import Gpu, pick
 from lem.host import Host
 from lem.models import Model, find
-from lem.objection import Objection
-from lem.spec import Decoder, Experiment, PytorchBackend, Quantization
+from lem.objection import Objection, without_effect
+from lem.quiet import quiet_stdout
+from lem.spec import Dataset, Energy, Experiment, Traffic
+from lem.store import Store
+from lem.traffic import arrival_times_s
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,37 +41,90 @@ class Ready:
     warnings: tuple[Objection, ...]
 
 
-def preflight(experiment: Experiment, host: Host, *, force: bool = False) -> Ready:
+def preflight(
+    experiment: Experiment,
+    host: Host,
+    *,
+    force: bool = False,
+    load: Callable[[Dataset, int], Prompts] = load_prompts,
+) -> Ready:
     """Check an experiment against this machine.
 
     Args:
         experiment: already checked by itself (types, ranges).
         host: the machine.
         force: run despite objections that are only inadvisable.
+        load: loads the prompts; whoever checks many experiments may remember them.
 
     Raises:
         ConfigError: all the reasons why it cannot run, or should not.
     """
+    prompts = None
+    model, problems, warnings = _without_prompts(experiment, host, force=force)
+    try:
+        prompts = load(experiment.dataset, experiment.seed)
+        if experiment.traffic.pattern == "trace" and experiment.traffic.trace is not None:
+            arrival_times_s(experiment.traffic, len(prompts.texts), experiment.seed)
+    except BadInput as error:
+        problems.append(str(error))
+    if problems or prompts is None:
+        raise ConfigError(*dict.fromkeys(problems))
+    log.debug("prompts: %d of %d from %s", len(prompts.texts), prompts.available, prompts.source)
+    return Ready(experiment, model, prompts, warnings)
+
+
+def check_again(experiment: Experiment, host: Host, *, force: bool = False) -> tuple[Objection, ...]:
+    """Check an experiment that was begun before, whose prompts are written down; return the warnings.
+
+    Raises:
+        ConfigError: all the reasons why it cannot run here and now, or should not.
+    """
+    _, problems, warnings = _without_prompts(experiment, host, force=force)
+    if problems:
+        raise ConfigError(*problems)
+    return warnings
+
+
+def _without_prompts(
+    experiment: Experiment, host: Host, *, force: bool
+) -> tuple[Model | None, list[str], tuple[Objection, ...]]:
+    """Return the model, what speaks against a run, and what is only to be warned of."""
     problems: list[str] = []
-    model, prompts = None, None
+    model = None
     try:
         model = _model(experiment)
     except BadInput as error:
         problems.append(str(error))
-    objections = [
-        *option_objections(experiment),
-        *backend_class(experiment.backend.name).objections(experiment, model, host),
-        *_energy_objections(experiment, host),
-    ]
-    blocking = [o for o in objections if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
+    found = objections(experiment, host, model)
+    log.debug("model: %s; objections: %s", model, [o.code for o in found])
+    blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
     problems += [str(o) if o.severity == "impossible" else f"{o} (--force runs it all the same)" for o in blocking]
-    try:
-        prompts = load_prompts(experiment.dataset, experiment.seed)
-    except BadInput as error:
-        problems.append(str(error))
-    if problems or prompts is None:
-        raise ConfigError(*problems)
-    return Ready(experiment, model, prompts, tuple(o for o in objections if o not in blocking))
+    return model, problems, tuple(o for o in found if o not in blocking)
+
+
+def objections(experiment: Experiment, host: Host, model: Model | None = None) -> list[Objection]:
+    """Return all that speaks against an experiment on a machine, without looking for the model or loading prompts.
+
+    Args:
+        experiment: already checked by itself (types, ranges).
+        host: the machine.
+        model: where it has been found; without it nothing is said about its config.
+    """
+    wrong = list(_wrong_gpus(experiment, host))
+    if wrong:  # what else there is to say is said of the GPUs that there are
+        experiment = replace(experiment, gpus=None)
+    chosen = host.only(experiment.gpus)
+    return [
+        *conflicts(experiment),
+        *wrong,
+        *_too_few_gpus(experiment, chosen),
+        *_without_gpu(experiment, chosen),
+        *backend_class(experiment.backend.name).objections(experiment, model, chosen),
+        *_meter(experiment, chosen),
+        *_arrivals(experiment.traffic),
+        *_sources(experiment),
+        *_results(experiment.io.results_dir),
+    ]
 
 
 def _model(experiment: Experiment) -> Model | None:
@@ -71,124 +135,148 @@ def _model(experiment: Experiment) -> Model | None:
     return find(experiment.model, experiment.revision)
 
 
-# ------------------------------------------------------------------ options against each other
-def option_objections(experiment: Experiment) -> Iterator[Objection]:
-    """Yield what is wrong between options, whatever the machine."""
-    if experiment.min_output_tokens > experiment.max_output_tokens:
-        yield Objection(
-            "impossible",
-            "min_output_tokens",
-            f"{experiment.min_output_tokens} is more than max_output_tokens ({experiment.max_output_tokens}).",
-            "Lower it, or raise the other.",
-        )
-    yield from _batching_objections(experiment)
-    yield from _decoder_objections(experiment.decoder)
-    yield from _quantization_objections(experiment.quantization)
-    yield from _compile_objections(experiment)
-    if experiment.energy.trace is not None and experiment.energy.name != "replay":
-        yield _without_effect("energy.trace", "only the replay meter reads a trace.", "Use energy=replay.")
+# ------------------------------------------------------------------ GPUs
+def _wants_gpu(experiment: Experiment, host: Host) -> bool:
+    return backend_class(experiment.backend.name).wants_gpu(experiment, host)
 
 
-def _batching_objections(experiment: Experiment) -> Iterator[Objection]:
-    batching = experiment.batching
-    is_dynamic, budget = batching.strategy.endswith("dynamic"), batching.max_tokens_per_batch
-    if is_dynamic and budget is None:
-        yield Objection(
-            "impossible",
-            "batching.max_tokens_per_batch",
-            f"{batching.strategy} batching needs a token budget.",
-            "Set it, for example to 8192, or use static batching.",
-        )
-    if not is_dynamic and budget is not None:
-        yield _without_effect(
-            "batching.max_tokens_per_batch",
-            f"{batching.strategy} batching has no token budget.",
-            "Use batching.strategy=dynamic.",
-        )
-
-
-def _decoder_objections(decoder: Decoder) -> Iterator[Objection]:
-    if decoder.do_sample:
+def _wrong_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
+    """Object to entries of `gpus` that mean no visible GPU, or one that was named before."""
+    if experiment.gpus is None:
         return
-    neutral = Decoder()
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        if getattr(decoder, name) != getattr(neutral, name):
-            yield _without_effect(
-                f"decoder.{name}",
-                "it is not used without sampling.",
-                "Set decoder.do_sample=true, or leave it out.",
-            )
-
-
-def _quantization_objections(wanted: Quantization) -> Iterator[Objection]:
-    path = "quantization.quantization"
-    if wanted.load_in_4bit and wanted.load_in_8bit:
-        yield Objection("impossible", path, "4-bit and 8-bit exclude each other.", "Choose one.")
-    elif wanted.quantization and not (wanted.load_in_4bit or wanted.load_in_8bit):
-        yield Objection(
-            "impossible",
-            path,
-            "it does not say to how many bits.",
-            "Set quantization.load_in_8bit or quantization.load_in_4bit to true.",
-        )
-    elif not wanted.quantization and (wanted.load_in_4bit or wanted.load_in_8bit):
-        yield _without_effect(path, "load_in_… is set but quantization is off.", "Set it to true.")
-    neutral = Quantization()
-    if not (wanted.quantization and wanted.load_in_4bit):
-        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
-            if getattr(wanted, name) != getattr(neutral, name):
-                yield _without_effect(f"quantization.{name}", "it belongs to 4-bit weights.", "Leave it out.")
-
-
-def _compile_objections(experiment: Experiment) -> Iterator[Objection]:
-    options = experiment.backend
-    if not isinstance(options, PytorchBackend) or options.torch_compile:
+    if not host.gpus:
+        yield Objection("no_gpu", "gpus", "no NVIDIA GPU is visible.", "Leave gpus out; lem gpus shows what is there.")
         return
-    if options.torch_compile_mode != PytorchBackend().torch_compile_mode:
-        yield _without_effect("backend.torch_compile_mode", "torch_compile is off.", "Set backend.torch_compile=true.")
+    seen: list[Gpu] = []
+    for entry in experiment.gpus:
+        gpu = pick(entry, host.gpus)
+        if gpu is None:
+            reason = f"{entry} is not one of the visible GPUs, {_indices(host)}."
+            yield Objection("unknown_gpu", "gpus", reason, "lem gpus shows them and their UUIDs.")
+        elif gpu in seen:
+            yield Objection("repeated_gpu", "gpus", f"{entry} means a GPU that is named before it.", "Name each once.")
+        else:
+            seen.append(gpu)
 
 
-def _without_effect(path: str, reason: str, remedy: str) -> Objection:
-    return Objection("inadvisable", path, f"it would have no effect: {reason}", remedy)
+def _indices(host: Host) -> str:
+    return "0" if len(host.gpus) == 1 else f"0 to {len(host.gpus) - 1}"
+
+
+def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
+    needed, there = gpus_needed(experiment), len(host.gpus)
+    if not _wants_gpu(experiment, host) or needed <= there:
+        return
+    path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
+    where = "visible" if experiment.gpus is None else "named in gpus"
+    yield Objection("too_few_gpus", path, f"GPUs needed: {needed}, {where}: {there}.", "Lower it.")
+
+
+def _without_gpu(experiment: Experiment, host: Host) -> Iterator[Objection]:
+    """Object to options about GPUs where the run is on the CPU."""
+    if _wants_gpu(experiment, host):
+        return
+    if experiment.gpus is not None and host.gpus:
+        yield without_effect("no_effect_gpus", "gpus", "the run uses no GPU.", "Leave it out, or run on a GPU.")
+    if experiment.cooldown.to_c is not None:
+        yield without_effect("no_effect_without_gpu", "cooldown.to_c", "the run uses no GPU.", "Use cooldown.wait_s.")
+    if experiment.energy.name == "auto" and changed(experiment.energy, "power_hz"):
+        yield without_effect("no_effect_without_gpu", "energy.power_hz", "the run uses no GPU.", "Leave it out.")
 
 
 # ------------------------------------------------------------------ meters
-def _energy_objections(experiment: Experiment, host: Host) -> Iterator[Objection]:
+def _meter(experiment: Experiment, host: Host) -> Iterator[Objection]:
     energy = experiment.energy
-    try:
-        carbon_intensity(energy)
-    except ConfigError as error:
-        yield Objection("impossible", "energy.country_iso_code", str(error).partition(": ")[2], "")
     if energy.name == "nvml" and not host.gpus:
-        yield Objection("impossible", "energy", "nvml needs a visible NVIDIA GPU.", "Use energy=auto.")
-    if energy.name == "nvml" and host.gpus and not backend_class(experiment.backend.name).wants_gpu(experiment, host):
-        yield Objection("impossible", "energy", "nvml meters GPUs, and none is used.", "Use energy=auto.")
-    if energy.name == "zeus" and not host.has("zeus"):
-        yield Objection("impossible", "energy", "the zeus meter needs the package zeus.", "pip install 'lem[zeus]'.")
+        yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.", "Use energy=auto.")
+    elif energy.name == "nvml" and not _wants_gpu(experiment, host):
+        yield Objection("no_gpu_in_use", "energy", "nvml meters GPUs, and none is used.", "Use energy=auto.")
+    if energy.name == "zeus":
+        yield from _zeus(experiment, host)
     if energy.name == "rapl":
-        yield from _rapl_objections(energy.powercap_dir)
+        yield from _rapl(energy)
     if energy.name == "replay":
-        yield from _trace_objections(energy.trace)
+        yield from _trace(energy)
 
 
-def _rapl_objections(powercap_dir: str) -> Iterator[Objection]:
+def _zeus(experiment: Experiment, host: Host) -> Iterator[Objection]:
+    """Ask zeus itself where NVML knows no GPU: it knows other makers'."""
+    if not host.has("zeus"):
+        yield Objection(
+            "missing_package", "energy", "the zeus meter needs the package zeus.", "pip install 'lem[zeus]'."
+        )
+    elif not (_wants_gpu(experiment, host) if host.gpus else _zeus_finds_a_gpu()):
+        yield Objection("no_gpu_in_use", "energy", "zeus meters GPUs, and none is used.", "Use energy=auto.")
+
+
+def _zeus_finds_a_gpu() -> bool:
+    with quiet_stdout():
+        from zeus.device import get_gpus
+        from zeus.device.exception import ZeusBaseGPUError
+    try:
+        return len(get_gpus()) > 0
+    except ZeusBaseGPUError:
+        return False
+
+
+def _rapl(energy: Energy) -> Iterator[Objection]:
     """Open the meter once: it says best what is missing, and reading its counters costs nothing."""
-    meter = RaplMeter(powercap_dir)
+    meter = RaplMeter(energy.powercap_dir)
     try:
         meter.open()
     except BadInput as error:
-        yield Objection("impossible", "energy", str(error), "")
+        yield Objection("rapl_unreadable", "energy", str(error), "")
     finally:
         meter.close()
 
 
-def _trace_objections(trace: str | None) -> Iterator[Objection]:
-    from pathlib import Path
-
-    if trace is None:
-        yield Objection("impossible", "energy.trace", "the replay meter needs a trace.", "Name a CSV file.")
+def _trace(energy: Energy) -> Iterator[Objection]:
+    if energy.trace is None:
+        yield Objection("bad_trace", "energy.trace", "the replay meter needs a trace.", "Name a CSV file.")
         return
     try:
-        read_trace(Path(trace))
+        read_trace(Path(energy.trace))
     except BadInput as error:
-        yield Objection("impossible", "energy.trace", str(error), "")
+        yield Objection("bad_trace", "energy.trace", str(error), "")
+
+
+# ------------------------------------------------------------------ files
+def _arrivals(traffic: Traffic) -> Iterator[Objection]:
+    if traffic.pattern != "trace" or traffic.trace is None:
+        return
+    try:
+        arrival_times_s(traffic, 0, 0)
+    except BadInput as error:
+        yield Objection("traffic_trace", "traffic.trace", str(error), "")
+
+
+def _sources(experiment: Experiment) -> Iterator[Objection]:
+    """Object to options of the hub where model or prompts do not come from it."""
+    model, dataset = experiment.model or "", experiment.dataset
+    is_local = model == tiny.NAME or (bool(model) and Path(model).expanduser().is_dir())
+    if experiment.revision is not None and is_local and experiment.backend.name != "simulated":
+        yield without_effect("no_effect_revision", "revision", f"{model} does not come from the hub.", "Leave it out.")
+    path = dataset.path or ""
+    if path.startswith(builtin.PREFIX) or Path(path).expanduser().is_file():
+        for name in changed(dataset, "config", "files"):
+            yield without_effect(
+                "no_effect_dataset_option",
+                f"dataset.{name}",
+                f"{path} does not come from the hub.",
+                "Leave it out.",
+            )
+
+
+def _results(results_dir: str) -> Iterator[Objection]:
+    store = Store(Path(results_dir))
+    for folder in (store.root / "raw", store.experiments_table, store.requests_table):
+        # Not Path.exists, which raises where a parent may not be read.
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+        if not os.path.isdir(there):
+            reason = f"{there} is a file"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            reason = f"{there} cannot be written to"
+        else:
+            continue
+        yield Objection("results_unwritable", "io.results_dir", f"it cannot be used: {reason}.", "Choose another.")
+        return

@@ -1,144 +1,152 @@
 """What speaks against an experiment on the pytorch backend, found before anything heavy is loaded.
 
-Looks at the options, the host, and the model's config.json; loads no weights. Only where a chat template is asked
-for is the tokenizer loaded, to see whether it has one.
+Looks at the options, the host, and the model's config.json; loads no weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import os
+from collections.abc import Iterator, Sequence
 
+from lem.backends.model_objections import checkpoint_dtype, model_objections, unused_gpus
+from lem.conflicts import gpus_needed
+from lem.gpu import Gpu
 from lem.host import Host
 from lem.models import Model
 from lem.objection import Objection
+from lem.plan import process_counts
 from lem.spec import Experiment, PytorchBackend
 
-# Any of these is a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# Packages behind the attention kernels that do not come with PyTorch.
+# Packages behind the attention kernels that do not come with PyTorch, and the oldest GPUs that they run on.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+ATTENTION_CAPABILITY = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
+BFLOAT16_CAPABILITY = (8, 0)
+COMPILE_CAPABILITY = (7, 0)
 
 
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
     """Return all objections; `model` is None when none was found, which has been objected to already."""
     options = experiment.backend
     assert isinstance(options, PytorchBackend)
+    gpus = host.gpus if options.device != "cpu" else ()
+    used = gpus[: gpus_needed(experiment)]
     return [
         *_device_objections(options, host),
-        *_attention_objections(options, experiment, host),
+        *_parallelism_objections(experiment, gpus),
+        *_attention_objections(options, experiment, model, host, used),
+        *_compile_objections(options, used),
         *_cache_objections(options),
         *_package_objections(experiment, host),
-        *_model_objections(experiment, model),
-        *_chat_template_objections(experiment, model),
-        *_precision_objections(options, experiment, host),
+        *model_objections(experiment, model),
+        *_precision_objections(experiment, model, used),
     ]
 
 
 def _device_objections(options: PytorchBackend, host: Host) -> Iterator[Objection]:
     if options.device == "cuda" and not host.gpus:
-        yield Objection("impossible", "backend.device", "no NVIDIA GPU is visible.", "Use backend.device=auto or cpu.")
+        yield Objection("no_gpu", "backend.device", "no NVIDIA GPU is visible.", "Use backend.device=auto or cpu.")
 
 
-def _attention_objections(options: PytorchBackend, experiment: Experiment, host: Host) -> Iterator[Objection]:
-    kernel = options.attn_implementation
+def _parallelism_objections(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
+    strategy, (processes, _) = experiment.parallelism.strategy, process_counts(experiment)
+    if strategy == "tensor_parallel" and experiment.quantization.quantization:
+        yield Objection(
+            "tensor_parallel_quantized",
+            "quantization.quantization",
+            "bitsandbytes' weights cannot be split over processes.",
+            "Use pipeline_parallel or data_parallel, or leave quantization off.",
+        )
+    if strategy == "pipeline_parallel" and not gpus:
+        reason = "pipeline_parallel spreads the layers over GPUs, and the run is on the CPU."
+        yield Objection("pipeline_needs_gpus", "parallelism.strategy", reason, "Choose another strategy.")
+    if not gpus and processes > _cores():
+        path = "num_processes" if strategy == "none" else "parallelism.degree"
+        reason = f"{processes} processes share {_cores()} processor cores and slow each other."
+        yield Objection("more_processes_than_cores", path, reason, "Lower it.")
+    yield from unused_gpus(experiment, gpus)
+
+
+def _cores() -> int:
+    """Return the processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------ what a GPU can do
+def _older_than(capability: tuple[int, int], gpus: Sequence[Gpu]) -> str | None:
+    """Return the name of a GPU of a lesser compute capability, with it; None when there is none or it is not known."""
+    for gpu in gpus:
+        if gpu.compute_capability is not None and gpu.compute_capability < capability:
+            return f"{gpu.name} (compute capability {_dotted(gpu.compute_capability)})"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _attention_objections(
+    options: PytorchBackend, experiment: Experiment, model: Model | None, host: Host, used: Sequence[Gpu]
+) -> Iterator[Objection]:
+    kernel, path = options.attn_implementation, "backend.attn_implementation"
     package = ATTENTION_PACKAGES.get(kernel)
     if package is None:
         return
-    path = "backend.attn_implementation"
     if not host.has(package):
-        yield Objection("impossible", path, f"{kernel} needs the package {package}.", "Install it, or use sdpa.")
-    if not host.gpus or options.device == "cpu":
-        yield Objection("impossible", path, f"{kernel} runs on NVIDIA GPUs only.", "Use sdpa or eager.")
-    if experiment.fp_precision == "float32":
-        yield Objection("impossible", path, f"{kernel} has no float32.", "Use fp_precision float16 or bfloat16.")
+        reason = f"{kernel} needs the package {package}."
+        yield Objection("missing_package", path, reason, "Install it, or use sdpa.")
+    if not used:
+        yield Objection("attention_needs_gpu", path, f"{kernel} runs on NVIDIA GPUs only.", "Use sdpa or eager.")
+    elif old := _older_than(ATTENTION_CAPABILITY[kernel], used):
+        reason = f"{kernel} needs compute capability {_dotted(ATTENTION_CAPABILITY[kernel])}, the GPU is a {old}."
+        yield Objection("attention_unsupported", path, reason, "Use sdpa.")
+    if checkpoint_dtype(experiment, model) == "float32":
+        yield Objection("attention_float32", path, f"{kernel} has no float32.", "Use fp_precision float16 or bfloat16.")
+
+
+def _compile_objections(options: PytorchBackend, used: Sequence[Gpu]) -> Iterator[Objection]:
+    if options.torch_compile and (old := _older_than(COMPILE_CAPABILITY, used)):
+        reason = f"torch.compile needs compute capability {_dotted(COMPILE_CAPABILITY)}, the GPU is a {old}."
+        yield Objection("compile_unsupported", "backend.torch_compile", reason, "Leave it off.")
+
+
+def _precision_objections(experiment: Experiment, model: Model | None, used: Sequence[Gpu]) -> Iterator[Objection]:
+    quantization = experiment.quantization
+    if not used and experiment.fp_precision == "float16":
+        yield Objection(
+            "float16_on_cpu",
+            "fp_precision",
+            "most CPUs emulate float16, which is slow.",
+            "Use float32 or bfloat16 for numbers that matter.",
+        )
+    old = _older_than(BFLOAT16_CAPABILITY, used)
+    if old is None:
+        return
+    reason = f"a {old} has no bfloat16 arithmetic."
+    if checkpoint_dtype(experiment, model) == "bfloat16":
+        yield Objection("bfloat16_emulated", "fp_precision", reason, "Use float16.")
+    if quantization.quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype == "bfloat16":
+        yield Objection("bfloat16_emulated", "quantization.bnb_4bit_compute_dtype", reason, "Use float16.")
 
 
 def _cache_objections(options: PytorchBackend) -> Iterator[Objection]:
     if options.cache_implementation == "none":
         yield Objection(
-            "warning",
+            "no_cache",
             "backend.cache_implementation",
             "without a cache every step recomputes the whole sequence; FLOPs count each token once.",
             "Use dynamic unless that is what you study.",
         )
 
 
+# ------------------------------------------------------------------ packages and adapters
 def _package_objections(experiment: Experiment, host: Host) -> Iterator[Objection]:
-    if experiment.adapter is not None and _is_missing_adapter(experiment.adapter):
-        yield Objection(
-            "impossible",
-            "adapter",
-            f"there is no LoRA adapter at {experiment.adapter}.",
-            "Name a directory with an adapter_config.json, or a hub id.",
-        )
     if experiment.adapter is not None and not host.has("peft"):
-        yield Objection("impossible", "adapter", "LoRA adapters need the package peft.", "pip install 'lem[lora]'.")
+        reason = "LoRA adapters need the package peft."
+        yield Objection("missing_package", "adapter", reason, "pip install 'lem[lora]'.")
     if experiment.quantization.quantization and not host.has("bitsandbytes"):
         yield Objection(
-            "impossible",
+            "missing_package",
             "quantization.quantization",
             "quantized weights need the package bitsandbytes.",
             "pip install 'lem[bitsandbytes]'.",
-        )
-
-
-def _is_missing_adapter(adapter: str) -> bool:
-    local = Path(adapter).expanduser()
-    if local.is_dir():
-        return not (local / "adapter_config.json").is_file()
-    return adapter.startswith(("/", ".", "~")) or adapter.count("/") != 1
-
-
-def _model_objections(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
-    if model is None:
-        return
-    folder = Path(model.path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        yield Objection("impossible", "model", f"{model.path} has no tokenizer.", "Save one beside the weights.")
-    positions = model.config.get("max_position_embeddings", model.config.get("n_positions"))
-    if isinstance(positions, int) and experiment.max_output_tokens >= positions:
-        yield Objection(
-            "impossible",
-            "max_output_tokens",
-            f"{experiment.max_output_tokens} leave no room for a prompt in the model's {positions} positions.",
-            "Lower it.",
-        )
-    if model.config.get("is_encoder_decoder"):
-        yield Objection(
-            "impossible",
-            "model",
-            f"{model.name} is an encoder-decoder model; lem measures decoder-only models.",
-            "Choose a causal language model.",
-        )
-    if "auto_map" in model.config and not experiment.trust_remote_code and "model_type" not in model.config:
-        yield Objection(
-            "impossible",
-            "trust_remote_code",
-            f"{model.name} comes with its own code.",
-            "Set trust_remote_code=true if you trust its authors.",
-        )
-
-
-def _chat_template_objections(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
-    if model is None or not experiment.chat_template:
-        return
-    import transformers  # seconds, but only where a template is asked for
-
-    transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
-    )
-    if not getattr(tokenizer, "chat_template", None):
-        yield Objection("impossible", "chat_template", f"{model.name} has no chat template.", "Leave it off.")
-
-
-def _precision_objections(options: PytorchBackend, experiment: Experiment, host: Host) -> Iterator[Objection]:
-    on_cpu = not host.gpus or options.device == "cpu"
-    if on_cpu and experiment.fp_precision == "float16":
-        yield Objection(
-            "warning",
-            "fp_precision",
-            "most CPUs emulate float16, which is slow.",
-            "Use float32 or bfloat16 for numbers that matter.",
         )

