@@ -136,6 +136,122 @@ def test_choosing_a_meter_keeps_the_country(compose):
     assert (composed.energy.name, composed.energy.country_iso_code) == ("codecarbon", "DEU")
 
 
+def test_a_childs_other_file_does_not_keep_its_parents_column(compose):
+    files = {"parent": "dataset: {path: q1.csv, column: q, sample_size: 4}"}
+    dataset = compose(**files, child="defaults: [parent]\ndataset: {path: q2.csv}").dataset
+    assert (dataset.path, dataset.name, dataset.column, dataset.sample_size) == ("q2.csv", "q2.csv", None, 4)
+    assert compose(**files, child="defaults: [parent]\ndataset: q2.csv").dataset.column is None
+    assert compose(**files, child="defaults: [parent]\ndataset: {path: q1.csv}").dataset.column == "q"
+    assert compose(**files, child="defaults: [parent]\ndataset: {split: x}").dataset.column == "q"
+    assert compose("dataset=q1.csv", **files).dataset.column == "q"
+
+
+def test_null_takes_back_a_preset(compose):
+    parent = "preset: benchmark\nseed: 5"
+    assert compose(parent=parent, child="defaults: [parent]").fp_precision == "float16"
+    composed = compose(parent=parent, child="defaults: [parent]\npreset: null")
+    assert (composed.fp_precision, composed.seed) == ("auto", 5)
+    assert compose("preset=null", a=parent).fp_precision == "auto"
+    assert compose("preset=throughput", "preset=null", a=parent).batching.strategy == "static"
+
+
+def test_of_several_choices_on_the_command_line_the_last_holds(compose):
+    assert compose("preset=benchmark", "preset=quick-test").max_output_tokens == 32
+
+
+def test_a_decoder_with_all_its_values_needs_no_option(compose):
+    import json
+    from dataclasses import asdict
+
+    whole = asdict(compose("decoder=creative").decoder) | {"name": "label", "top_k": 3}
+    decoder = compose(a=f"decoder: {json.dumps(whole)}\npreset: benchmark").decoder
+    assert (decoder.name, decoder.top_k, decoder.top_p) == ("label", 3, 0.95)
+
+
+@pytest.mark.parametrize(
+    "name", ["it's.txt", "a, b.txt", "a=b.txt", "with space.txt", "null", "1e5", "x.yaml", "sub/q.txt"]
+)
+def test_a_file_may_have_any_name(compose, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / name).write_text("a prompt\n")
+    assert compose(f"dataset={name}").dataset.path == name
+    assert compose(f"dataset={quoted(name)}").dataset.path == name
+
+
+# ------------------------------------------------------------------ sweeps
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    """Compose each point of a sweep over a file's configuration."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, *overrides: str) -> dict[str, Experiment]:
+        (tmp_path / "a.yaml").write_text(text)
+        request = prepare(tmp_path / "a.yaml", overrides)
+        parsed = OverridesParser.create().parse_overrides(list(request.overrides))
+        points = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        swept = {override.partition("=")[0].removesuffix(".name") for override in overrides}
+        return {
+            " ".join(part for part in request.visible(point) if part.partition("=")[0] in swept): request.cell(
+                point
+            ).experiment()
+            for point in points
+        }
+
+    return run
+
+
+def test_presets_and_no_preset_among_swept_values(cells):
+    found = cells("preset: benchmark", "preset=quick-test,null")
+    assert {label: e.max_output_tokens for label, e in found.items()} == {"preset=quick-test": 32, "preset=null": 128}
+    assert {e.fp_precision for e in found.values()} == {"auto"}
+
+
+def test_hub_ids_and_files_among_swept_datasets(cells, tmp_path):
+    (tmp_path / "it's.txt").write_text("x\n")
+    assert len(cells("seed: 1", "dataset=sample,it's.txt")) == 2
+    found = cells("seed: 1", 'dataset=sample,p.txt,owner/name,"it\'s.txt"')
+    assert {label: e.dataset.path for label, e in found.items()} == {
+        "dataset=sample": "builtin:sample",
+        "dataset=p.txt": "p.txt",
+        "dataset=owner/name": "owner/name",
+        "dataset=it's.txt": "it's.txt",
+    }
+
+
+def test_a_files_values_for_its_own_option_hold_for_that_point_of_a_sweep_only(cells):
+    text = "dataset: {name: alpaca, column: output, sample_size: 3}\nenergy: {name: none, idle_s: 9}\npreset: benchmark"
+    found = cells(text, "dataset=alpaca,gsm8k", "energy=none,auto")
+    assert {label: (e.dataset.column, e.dataset.sample_size, e.energy.idle_s) for label, e in found.items()} == {
+        "dataset=alpaca energy=none": ("output", 3, 9),
+        "dataset=alpaca energy=auto": ("output", 3, 10),
+        "dataset=gsm8k energy=none": ("question", 3, 9),
+        "dataset=gsm8k energy=auto": ("question", 3, 10),
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("decoder=glob(*)", {"creative", "deterministic", "factual", "standard"}),
+        ("decoder=glob([c*,f*])", {"creative", "factual"}),
+        ("decoder=choice(creative,factual)", {"creative", "factual"}),
+        ("decoder.name=creative,factual", {"creative", "factual"}),
+    ],
+)
+def test_options_may_be_swept_by_any_list_of_names(cells, override, names):
+    assert {e.decoder.name for e in cells("seed: 1", override).values()} == names
+
+
+def test_several_values_need_a_multirun(compose):
+    for override in ("decoder=creative,factual", "seed=range(1,3)", "decoder=glob(*)"):
+        with pytest.raises(ConfigError, match="several values; add --multirun"):
+            compose(override)
+
+
 # ------------------------------------------------------------------ inheritance
 def test_a_file_inherits_from_its_parents_in_order(compose):
     composed = compose(
@@ -205,6 +321,24 @@ def test_faulty_inheritance_is_named(compose, files, message):
         ("energy.country_iso_code=Germany", "pattern"),
         ("batching=4", "batching"),
         ("nonsense", "neither an option, a config file"),
+        ("decoder@x=creative", "names a package"),
+        ("~backend", "removes a value, and each has one"),
+        ("~seed", "removes a value"),
+        ("decoder={name: creative}", "chosen by name.*decoder.do_sample="),
+        ("decoder=3", "chosen by name"),
+        ("backend=null", "chosen by name"),
+        ("preset=[benchmark]", "chosen by name"),
+        ("decoder=glob(x*)", "matches none"),
+        ("decoder=range(1,3)", "chosen by name"),
+        ("seed=interval(0,1)", "list them"),
+        ("batching=null", "named values; set one of them"),
+        ("model=???", "has to be given"),
+        ("model=${nowhere}", "cannot be resolved"),
+        ("model=${model}", "refers to itself"),
+        ("backend.decode_s_per_token=1", "the chosen options have no such key"),
+        ("seed=" + "[" * 3000, "cannot be read|too deep"),
+        ("=3", "names no key"),
+        ("hydra=3", "unknown key"),
     ],
 )
 def test_a_faulty_override_is_one_sentence_with_the_remedy(compose, override, message):
@@ -219,7 +353,7 @@ def test_a_faulty_override_is_one_sentence_with_the_remedy(compose, override, me
     ("text", "message"),
     [
         ("batching: [1]", "batching: it holds named values, not a list"),
-        ("batching: null", "batching: it should be an object, not null"),
+        ("batching: null", "a.yaml:1: batching: it holds named values, not null"),
         ("batching: 4", "batching"),
         ("batching.batch_size: 4", r"written nested, batching: \{batch_size: …\}"),
         ("a: &x {batch_size: 3}\nbatching: *x", "a: unknown key"),
@@ -244,11 +378,11 @@ def test_all_problems_of_a_file_are_told_at_once(compose):
     [
         (b"batching: {batch_size: 4\nx: 1\n", r"a.yaml:3:1|a.yaml:2:\d+: broken YAML"),
         (b"- a\n- b\n", "a mapping of keys to values, not a list"),
-        (b"just words\n", "just words: unknown key"),
-        (b"\xff\xfe\x00bad", "cannot be read as a config"),
-        (b"seed: 1\nseed: 2\n", "found duplicate key"),
+        (b"just words\n", "a mapping of keys to values, not a text"),
+        (b"\xff\xfe\x00bad", "UTF-16"),
+        (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key stands here a second time, first in line 1"),
         (b"1: x\n", "not a word"),
-        (b"model: !!python/object/apply:os.system ['touch ran']\n", "broken YAML"),
+        (b"model: !!python/object/apply:os.system ['touch ran']\n", "a.yaml:1: model: the tag"),
         (b"model: ${nowhere.at.all}\n", "nowhere"),
     ],
 )

@@ -2,62 +2,146 @@
 
 The order of the sources is that of Hydra's defaults list: schema (environment variables included), group
 options, preset, config file, command line; the later wins. What comes out is a plain dataclass, checked as a
-whole: all problems are reported in one go, each with its path.
+whole: all problems are reported in one go, each with its path and, if it stands in a file, its line.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from functools import cache
-from importlib import resources
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.apps import userfile
-from lem.apps.userfile import UserFile
-from lem.errors import ConfigError, DatasetError, did_you_mean
-from lem.spec import BACKENDS, GROUPS, Experiment, leaves
+from lem.apps.check import Found, check, examine, resolved, secrets
+from lem.apps.layers import (
+    Layer,
+    Sources,
+    Values,
+    flattened,
+    holds,
+    layers_of,
+    nested,
+    option,
+    schema_defaults,
+    schema_layers,
+)
+from lem.apps.options import CONFIG_MODULE, CUSTOM, Options, builtin
+from lem.apps.overrides import NO_PRESET, Override, first_sentence, hydra_name, parse, quoted
+from lem.apps.problem import Faults, Place, Problem
+from lem.apps.userfile import Choice, UserFile, find_options
+from lem.apps.userfile import examine as examine_file
+from lem.apps.yamlfile import Path_
+from lem.errors import ConfigError
+from lem.spec import BACKENDS, Experiment
 
-CONFIG_MODULE = "lem.conf"
+__all__ = [
+    "CONFIG_MODULE",
+    "CONFIG_NAME",
+    "FILE_GROUP",
+    "Request",
+    "check",
+    "options",
+    "plain_values",
+    "prepare",
+    "quoted",
+    "to_experiment",
+]
+
 CONFIG_NAME = "config"
-# Removes a preset that the file names; Hydra itself has no way to say so.
-NO_PRESET = "preset=null"
-# The user's file becomes this option of a group of its own, appended to the end of the defaults list.
+# The user's file becomes this option of a group of its own, appended to the end of the defaults list; in a sweep
+# over a group its values for one of the options become options of user_file_<group>.
 FILE_GROUP, FILE_OPTION = "user_file", "this"
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
-# ------------------------------------------------------------------ options of the groups
-@cache
 def options(group: str) -> tuple[str, ...]:
-    """Return the names of a group's options: the YAML files in its folder of conf/."""
-    folder = resources.files(CONFIG_MODULE) / group
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+    """Return the names of a group's built-in options."""
+    return tuple(builtin(group))
 
 
-def dataset_overrides(source: str) -> list[str]:
-    """Return the overrides that select a dataset by what a user calls it: an option, a hub id or a file."""
-    if source in options("dataset"):
-        return [f"dataset={source}"]
-    if "/" not in source and not source.endswith(DATA_SUFFIXES) and not Path(source).exists():
-        known = [name for name in options("dataset") if name != "custom"]
-        raise DatasetError(
-            f"Unknown dataset '{source}'.{did_you_mean(source, known)} Built in: {', '.join(known)}; "
-            "or give a hub id (owner/name) or a local file."
-        )
-    return ["dataset=custom", f"dataset.path={quoted(source)}", f"dataset.name={quoted(source)}"]
+# ------------------------------------------------------------------ what is asked for
+@dataclass(frozen=True)
+class Asked:
+    """A config file and overrides, read and parsed, with what is wrong so far."""
+
+    sources: Sources
+    overrides: tuple[Override, ...]
+    problems: tuple[Problem, ...]
+
+    def faults(self) -> list[Problem]:
+        """Return all that is wrong, values included."""
+        _, found = values_of(self.sources)
+        return without_echoes(self.problems, located(self.sources, found))
 
 
-def quoted(value: str) -> str:
-    """Write a text so that Hydra's override grammar reads exactly that text.
+def ask(
+    config_file: Path | None,
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    groups_in: Path | None = None,
+) -> Asked:
+    """Read a config file and parse overrides; what is wrong with them is told in the result."""
+    known = find_options(config_file, config_dir)
+    file = examine_file(config_file, known) if config_file else UserFile(known)
+    parsed, problems = parse(overrides, known, groups_in)
+    chosen = [*file.choices.items(), *((o.key, c) for o in parsed for c in o.choices)]
+    for group, choice in chosen:
+        if faults := _option_problems(known, [(group, choice)]):
+            problems += faults
+            # The rest can be checked without it.
+            file = file.without_group(group)
+            parsed = [override for override in parsed if override.key != group]
+    return Asked(_with_overrides(file, parsed), tuple(parsed), (*file.problems, *problems))
 
-    In that grammar a backslash is special only before a quote, so only those are doubled.
-    """
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+def _option_problems(known: Options, chosen: Iterable[tuple[str, Choice]]) -> list[Problem]:
+    """Read the options that are chosen, and those that a preset chooses; a user's may be at fault."""
+    problems: list[Problem] = []
+    for group, choice in chosen:
+        if choice.name is None:
+            continue
+        try:
+            found = option(known, group, choice.name, choice.source)
+        except Faults as faults:
+            problems += faults.found
+        else:
+            problems += _option_problems(known, found.choices.items())
+    return problems
+
+
+def values_of(sources: Sources) -> tuple[Values, Found]:
+    """Compose in plain dictionaries, resolve and check; return the values and what is wrong with them."""
+    try:
+        values, found = resolved(sources.values())
+    except Faults:
+        return {}, []  # an option at fault, which has been told of
+    faulty = {path for path, _ in found}
+    return values, found + [(path, problem) for path, problem in examine(values)[1] if path not in faulty]
+
+
+def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Problem]:
+    """Return problems without those that only follow from another with the same path."""
+    first = list(first)
+    paths = {problem.path for problem in first if problem.path}
+    return first + [problem for problem in then if problem.path not in paths]
+
+
+def located(sources: Sources, found: Found) -> list[Problem]:
+    """Return problems with the places where their values stand."""
+    layers = sources.layers() if found else []
+    return [replace(problem, place=locate(sources, layers, path)) for path, problem in found]
+
+
+def locate(sources: Sources, layers: Sequence[Layer], path: Path_) -> Place | None:
+    """Return where the value at a path stands, or what chose it or holds it; None if that is no file."""
+    for end in range(len(path), 0, -1):
+        for layer in reversed(layers):
+            if layer.kind == "command line" and holds(layer.values, path[:end]):
+                return None
+            if (place := layer.places.get(path[:end])) and holds(layer.values, path[:end]):
+                return place
+    chosen = sources.file.choices.get(str(path[0])) if path else None
+    return chosen.place if chosen else None
 
 
 # ------------------------------------------------------------------ the request
@@ -66,214 +150,206 @@ class Request:
     """What Hydra is asked to compose: overrides in the order of their precedence."""
 
     overrides: tuple[str, ...]
+    sources: Sources = field(default_factory=Sources)
+    # What the overrides in Hydra's form say: a choice has a name for Hydra that is not always the user's.
+    asked: tuple[Override, ...] = ()
 
     def experiment(self) -> Experiment:
         """Compose and check; raises `ConfigError` with all problems."""
-        return check(self.values())
+        experiment, found = examine(self.values())
+        if experiment is None:
+            raise Faults(located(self.sources, found))
+        return experiment
 
-    def values(self) -> dict[Any, Any]:
+    def values(self) -> Values:
         """Compose and resolve, without a check; raises `ConfigError` when Hydra cannot."""
         from hydra import compose, initialize_config_module
 
-        with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors():
-            return to_values(compose(CONFIG_NAME, overrides=list(self.overrides)))
+        if swept := next((override for override in self.asked if override.is_sweep), None):
+            several = "these are several values; add --multirun to run each, or write a list as [a,b]."
+            raise ConfigError(f"{swept.text}: {several}")
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
+            composed = compose(CONFIG_NAME, overrides=list(self.overrides))
+        return to_values(composed, self.sources)
+
+    def cell(self, overrides: Sequence[str]) -> Request:
+        """Return the request for one point of a sweep, given its overrides as Hydra's sweeper writes them."""
+        known = self.sources.file.options
+        chosen = {text: choice for _, text, choice in self._choices()}
+        asked: list[Override] = []
+        for text in filter(_is_visible, overrides):
+            if text in chosen:
+                asked.append(Override(text, text.partition("=")[0], choices=(chosen[text],)))
+            else:
+                asked += parse([text], known)[0]
+        sources = _with_overrides(self.sources.file, asked)
+        return Request(tuple(overrides), sources, tuple(asked))
+
+    def visible(self, overrides: Sequence[str]) -> list[str]:
+        """Return overrides as a user would write them: without the file's, and with the user's names for choices."""
+        names = {text: f"{key}={choice.source or choice.name or 'null'}" for key, text, choice in self._choices()}
+        return [names.get(text, text) for text in overrides if _is_visible(text)]
+
+    def _choices(self) -> Iterator[tuple[str, str, Choice]]:
+        """Yield the choices of the command line: the group, the override in Hydra's form, the choice."""
+        for override in self.asked:
+            for choice in override.choices:
+                name = hydra_name(override.key, choice, self.sources.file.options)
+                yield override.key, f"{override.key}={name}", choice
 
 
-def prepare(config_file: Path | None, overrides: Sequence[str]) -> Request:
-    """Register the schema and the user's file with Hydra and return what to compose.
+def _is_visible(override: str) -> bool:
+    return not override.startswith(f"+{FILE_GROUP}")
+
+
+def _with_overrides(file: UserFile, overrides: Iterable[Override]) -> Sources:
+    overrides = list(overrides)
+    return Sources(
+        file,
+        {override.key: override.choices[0] for override in overrides if override.choices},
+        tuple(override.layer() for override in overrides if override.values),
+    )
+
+
+def prepare(
+    config_file: Path | None,
+    overrides: Sequence[str],
+    *,
+    config_dir: Path | None = None,
+    groups_in: Path | None = None,
+) -> Request:
+    """Register the schema, the chosen options and the user's file with Hydra and return what to compose.
 
     Args:
         config_file: a user's config file, or None.
         overrides: Hydra overrides from the command line; `group=option`, `group.name=option` and
             `dataset=<hub id or file>` choose options.
+        config_dir: a directory of the user's own options; None looks for `conf/` beside the file.
+        groups_in: a config directory that Hydra itself has been given (as a plain Hydra app, by --config-dir).
 
     Raises:
         ConfigError: an unknown key or option, an override that cannot be parsed, or a faulty file.
     """
-    register_schema()
-    given = [part for text in overrides for part in _normalised(text)]
-    chosen = {key for key in map(_key, given) if key in GROUPS}
-    file = userfile.read(config_file) if config_file else UserFile()
-    _check_mappings(file)
-    for group in chosen:
-        named = file.choices.pop(group, None)
-        other_path = group == "dataset" and any(_key(text) == "dataset.path" for text in given)
-        # Values of a file that names no option are meant for whichever is chosen.
-        if named is not None and (other_path or named != _option_of(given, group)):
-            file.forget_values_of(group)
-    from_file = [part for group, option in file.choices.items() for part in _file_choice(group, option, file)]
-    _register_file(file)
-    appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"] if config_file else []
-    return Request((*from_file, *appended, *(text for text in given if text != NO_PRESET)))
+    asked = ask(config_file, overrides, config_dir, groups_in)
+    if any(problem.severity == "impossible" for problem in asked.problems):
+        raise Faults(problem for problem in asked.faults() if problem.severity == "impossible")
+    file, given = asked.sources.settled().file, {override.key for override in asked.overrides}
+    known = file.options
+    chosen = [(group, choice) for group, choice in file.choices.items() if choice.name and group not in given]
+    from_file = [f"{group}={hydra_name(group, choice, known)}" for group, choice in chosen]
+    with _hydra_errors(asked.sources):
+        register_schema()
+        _register_options(known, [*chosen, *((o.key, c) for o in asked.overrides for c in o.choices)])
+        appended = _register_file(asked) if config_file else []
+    texts = (*from_file, *appended, *(override.text for override in asked.overrides))
+    return Request(texts, asked.sources, asked.overrides)
 
 
-def _check_mappings(file: UserFile) -> None:
-    """Refuse a list where the schema has named values: Hydra could not merge it."""
-    parts = {path.partition(".")[0] for path in known_keys() if "." in path}
-    problems = [f"{key}: it holds named values, not a list." for key in parts if isinstance(file.values.get(key), list)]
-    if problems:
-        raise ConfigError(*sorted(problems))
+def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapping[str, Any]) -> Values:
+    """Compose in plain dictionaries what `prepare(…).values()` composes by Hydra, a thousand times as fast.
+
+    Args:
+        file: a config file that has been read, or `UserFile()`.
+        choices: options by group; a dataset also by hub id or local file, no preset as None.
+        values: plain values by dotted path.
+
+    Returns:
+        The values, interpolations resolved, not yet checked. Parts may be shared with other results.
+
+    Raises:
+        Faults: an option that does not exist or is at fault, an interpolation that cannot be resolved.
+    """
+    named = {group: _choice(file.options, group, name) for group, name in choices.items()}
+    given = tuple(Layer("command line", path, nested(path, value)) for path, value in values.items())
+    sources = Sources(file, named, given)
+    plain, found = resolved(sources.values())
+    if found:
+        raise Faults(located(sources, found))
+    return plain
 
 
-def _normalised(text: str) -> list[str]:
-    """Check one override's key and option and bring it into Hydra's form."""
-    if text.startswith(("hydra.", "hydra/", "+hydra", "~hydra")):
-        return [text]
-    key, equals, value = text.partition("=")
-    name = key.lstrip("+~").split("@")[0]
-    if equals and not name:
-        raise ConfigError(f"The override {text!r} names no key.")
-    if not equals and not text.startswith("~"):
-        raise ConfigError(f"'{text}' is neither an option, a config file (.yaml) nor an override (key=value).")
-    if name.endswith(".name") and name.removesuffix(".name") in GROUPS:
-        key = name = name.removesuffix(".name")
-    if name in GROUPS and equals:
-        return _chosen(name, value.strip("'\""))
-    _check_key(name)
-    _check_grammar(text)
-    return [text]
-
-
-def _check_grammar(text: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        raise ConfigError(
-            f"The override {text!r} cannot be read: {_first_sentence(error)}. Quote the value if it is text."
-        ) from None
-
-
-def _chosen(group: str, value: str) -> list[str]:
-    if value == "null" and group == "preset":
-        return [NO_PRESET]
-    if _is_sweep(value):
-        for option in value.split(","):
-            _check_option(group, option.strip())
-        return [f"{group}={value}"]
-    if group == "dataset":
-        return dataset_overrides(value)
-    _check_option(group, value)
-    return [f"{group}={value}"]
-
-
-def _is_sweep(value: str) -> bool:
-    return "," in value and not Path(value).exists()
-
-
-def _check_option(group: str, option: str) -> None:
-    if option not in options(group):
-        raise ConfigError(
-            f"{group}: there is no '{option}'.{did_you_mean(option, options(group))} "
-            f"Choose one of {', '.join(options(group))}."
-        )
-
-
-def _check_key(name: str) -> None:
-    known = known_keys()
-    if name not in known:
-        raise ConfigError(unknown_key(name, known))
-
-
-def unknown_key(name: str, known: Iterable[str] | None = None) -> str:
-    """Return the sentence about a key that does not exist, with the nearest ones that do."""
-    paths = sorted(known_keys() if known is None else known)
-    if name in paths:
-        outer, _, inner = name.partition(".")
-        return f"{name}: in a file this is written nested, {outer}: {{{inner}: …}}."
-    # A leaf's own name is what people remember: batch_size, temperature.
-    by_leaf = [path for path in paths if path.split(".")[-1] == name.split(".")[-1]]
-    hint = f" Did you mean '{by_leaf[0]}'?" if len(by_leaf) == 1 else did_you_mean(name, paths)
-    return f"{name}: unknown key.{hint}"
-
-
-@cache
-def known_keys() -> frozenset[str]:
-    """Return the dotted paths of all values and of the mappings that hold them."""
-    paths = {leaf.path for leaf in leaves()}
-    return frozenset(paths | {path.rpartition(".")[0] for path in paths if "." in path} | {"preset"})
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~").split("@")[0]
-
-
-def _option_of(overrides: Sequence[str], group: str) -> str | None:
-    return next((text.partition("=")[2] for text in overrides if _key(text) == group), None)
-
-
-def _file_choice(group: str, option: str, file: UserFile) -> list[str]:
-    """Return the override for an option that a file names; a dataset's hub id or path becomes a value of the file."""
-    if group == "dataset" and option not in options(group):
-        choice, *_ = dataset_overrides(option)  # raises when it is neither a hub id nor a file
-        file.values["dataset"] = {"path": option, "name": option} | (file.values.get("dataset") or {})
-        return [choice]
-    _check_option(group, option)
-    return [f"{group}={option}"]
+def _choice(known: Options, group: str, name: str | None) -> Choice:
+    if name is None or known.get(group, name):
+        return Choice(name)
+    if group == "dataset" and known.is_source(name):
+        return Choice(CUSTOM, name)
+    raise Faults([Problem("unknown_option", group, known.unknown(group, name))])
 
 
 # ------------------------------------------------------------------ what Hydra knows of us
-@cache
 def register_schema() -> None:
-    """Give Hydra the schema's defaults as config nodes; environment variables become `${oc.env:…}`."""
+    """Give Hydra the schema's defaults as config nodes, with the environment's values in their place."""
+    for name in BACKENDS:
+        _store("schema/backend", name, None, schema_defaults(name))
+    _store("schema", "experiment", "_global_", flattened(schema_layers()))
+    _store("preset", NO_PRESET, "_global_", {})
+    _store("preset/user", NO_PRESET, "_global_", {})
+
+
+def _store(group: str, name: str, package: str | None, node: Values) -> None:
+    """Store a config node; a name may hold slashes, which for Hydra are folders."""
     from hydra.core.config_store import ConfigStore
 
-    store = ConfigStore.instance()
-    store.store(group="schema", name="experiment", package="_global_", node=_defaults_node(Experiment))
-    for name, backend in BACKENDS.items():
-        store.store(group="schema/backend", name=name, node=_defaults_node(backend))
+    *folders, last = name.split("/")
+    ConfigStore.instance().store(group="/".join([group, *folders]), name=last, package=package, node=node)
 
 
-def _defaults_node(cls: type[Any]) -> dict[str, Any]:
-    """Return a configuration type's defaults as a plain mapping; `backend` comes from its own group."""
-    variables = {leaf.path: leaf.env for leaf in leaves(cls) if leaf.env}
-    node: dict[str, Any] = {}
-    for f in fields(cls):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        node[f.name] = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
-    if cls is Experiment:
-        del node["backend"]
-    for path, variable in variables.items():
-        *parents, last = path.split(".")
-        target = node
-        for parent in parents:
-            target = target[parent]
-        target[last] = f"${{oc.env:{variable},{json.dumps(target[last])}}}"
-    return node
+def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> None:
+    """Store the options that are no files of conf/: a user's, and datasets that are hub ids or local files."""
+    for group, choice in chosen:
+        if choice.name is None:
+            continue
+        found = option(known, group, choice.name, choice.source)
+        _register_options(known, found.choices.items())
+        is_named = choice.source is None or choice.name != CUSTOM
+        if not found.file.is_users and is_named and choice.preset is None:
+            continue
+        values = flattened(layers_of(known, group, choice))
+        if group == "preset":
+            overrides = [
+                {f"override /{inner}": hydra_name(inner, c, known)} for inner, c in found.choices.items() if c.name
+            ]
+            node, package = {"defaults": [*overrides, "_self_"], **values}, "_global_"
+        else:
+            node, package = values[group], group
+        _store(group, hydra_name(group, choice, known), package, node)
 
 
-def _register_file(file: UserFile) -> None:
-    from hydra.core.config_store import ConfigStore
+def _register_file(asked: Asked) -> list[str]:
+    """Store the values of the user's file; return the overrides that append them to the defaults list.
 
-    ConfigStore.instance().store(group=FILE_GROUP, name=FILE_OPTION, node=file.values)
+    In a sweep over a group the file's values for its own option hold for that one point only.
+    """
+    file, known = asked.sources.file, asked.sources.file.options
+    appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"]
+    for override in asked.overrides:
+        group, named = override.key, file.choices.get(override.key)
+        if not override.choices or named is None or group == "preset":
+            continue
+        own = file.values.get(group, {})
+        file = file.without_values_of(group)
+        appended.append(f"+{FILE_GROUP}_{group}@_global_=${{{group}}}")
+        for choice in override.choices:
+            node = {group: own} if choice.is_same(named) else {}
+            _store(f"{FILE_GROUP}_{group}", hydra_name(group, choice, known), "_global_", node)
+    _store(FILE_GROUP, FILE_OPTION, "_global_", file.values)
+    return appended
 
 
 # ------------------------------------------------------------------ out of Hydra
-class _hydra_errors:  # noqa: N801 - reads as a statement
-    """Turn Hydra's errors into one sentence each."""
+@contextmanager
+def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
+    """Turn what Hydra says into one sentence each, located where the plain composition finds the same fault."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-
-        if isinstance(error, (HydraException, OmegaConfBaseException)):
-            raise ConfigError(_first_sentence(error)) from None
-
-
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    several = re.search(r"Ambiguous value for argument '([^']+)'", text)
-    if several:
-        return f"{several[1]}: these are several values; add --multirun to run each, or write a list as [a,b]."
-    missing = re.search(r"Could not override '([^']+)'", text)
-    if missing:
-        return f"{missing[1]}: the chosen options have no such key."
-    return text.partition(" See https://hydra.cc")[0]
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        found = values_of(sources)[1] if sources else []
+        if sources and found:
+            raise Faults(located(sources, found)) from None
+        raise ConfigError(first_sentence(error)) from None
 
 
 def to_experiment(composed: Any) -> Experiment:
@@ -281,54 +357,14 @@ def to_experiment(composed: Any) -> Experiment:
     return check(to_values(composed))
 
 
-def to_values(composed: Any) -> dict[Any, Any]:
+def to_values(composed: Any, sources: Sources | None = None) -> Values:
     """Turn a composed config into plain data, interpolations resolved."""
     from omegaconf import OmegaConf
 
-    with _hydra_errors():
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
+    with _hydra_errors(sources):
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     plain.pop("hydra", None)
-    _refuse_secrets(plain)
-    return plain
-
-
-def _refuse_secrets(values: dict[Any, Any]) -> None:
-    """Refuse a configuration that holds the hub's token: it is written to files that people publish."""
-    token = os.environ.get("HF_TOKEN")
-    if token and token in json.dumps(values, default=str):
-        raise ConfigError("A value holds your HF_TOKEN; leave it out, the hub's client reads it from the environment.")
-
-
-def check(values: dict[Any, Any]) -> Experiment:
-    """Check a plain mapping against the schema; raises `ConfigError` with all problems."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        text = json.dumps(values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"The configuration holds a value that is not plain data: {error}.") from None
-    try:
-        # As JSON: strict about types, but a mapping may become a dataclass.
-        return TypeAdapter(Experiment).validate_json(text)
-    except ValidationError as error:
-        raise ConfigError(*map(_problem, error.errors(include_url=False))) from None
-
-
-def _problem(detail: Any) -> str:
-    # The discriminator's tag stands in the location of a union's member: backend.pytorch.device.
-    location = [str(part) for part in detail["loc"]]
-    if len(location) > 1 and location[0] == "backend" and location[1] in BACKENDS:
-        del location[1]
-    path = ".".join(location)
-    if detail["type"] == "unexpected_keyword_argument":
-        return unknown_key(path)
-    if detail["type"] == "union_tag_invalid":
-        return f"{path}.name: there is no {detail['ctx']['tag']!r}; choose one of {', '.join(BACKENDS)}."
-    message = str(detail["msg"]).replace("Input should be", "it should be", 1)
-    return f"{path}: {message}, not {_shown(detail['input'])}."
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    if found := secrets(plain):
+        raise Faults(located(sources or Sources(), found))
+    values: Values = plain
+    return values

@@ -2,9 +2,139 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from lem.cli.base import app
+from lem.cli.base import ConfigDir, ResultsDir, app
 
 config_app = typer.Typer(help="Check, show and make configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+
+
+@config_app.command("validate")
+def validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Config files.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Let pass what is inadvisable (not what is impossible).")
+    ] = False,
+    any_machine: Annotated[
+        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
+    ] = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Check config files: text, keys, types, ranges, inheritance, rules; all problems of each at once."""
+    from lem.apps import config
+
+    raise typer.Exit(
+        config.validate(files, config_dir=config_dir, force=force, any_machine=any_machine, as_json=as_json)
+    )
+
+
+@config_app.command("show", context_settings={"allow_interspersed_args": True})
+def show(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG.yaml | KEY=VALUE",
+            help="A config file, and overrides such as batching.batch_size=4.",
+            show_default=False,
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from a preset.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Dataset: a name, a hub id or a local file.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Inference backend.")] = None,
+    results_dir: ResultsDir = None,
+    origin: Annotated[
+        bool, typer.Option("--origin", help="Say of each value where it comes from: file and line, preset, …")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Show what a config file and overrides resolve to, as a config file itself."""
+    from lem.apps import config
+    from lem.cli.experiment import _split_arguments
+    from lem.cli.flags import value_flags
+
+    config_file, overrides = _split_arguments(arguments or [])
+    choices = {"preset": preset, "dataset": dataset, "backend": backend}
+    flags = [f"{group}={option}" for group, option in choices.items() if option is not None]
+    values = {"model": model, "io.results_dir": results_dir}
+    flags += value_flags(values)
+    raise typer.Exit(
+        config.show(config_file, [*flags, *overrides], config_dir=config_dir, with_origin=origin, as_json=as_json)
+    )
+
+
+@config_app.command("generate-grid")
+def generate_grid(
+    base: Annotated[
+        Path, typer.Argument(metavar="BASE.yaml", help="The config file that all inherit from.", show_default=False)
+    ],
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            "--vary",
+            metavar="KEY=VALUES",
+            help="Values to combine with the others: batch_size=1,2,4; seed=range(1,9); backend=pytorch,simulated. "
+            "Repeat for each key; the last varies fastest.",
+            show_default=False,
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the files go.")] = Path("configs/grid"),
+    validate: Annotated[bool, typer.Option("--validate", help="Write only the valid ones.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any is invalid.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier grid in that directory; other files stay.")
+    ] = False,
+    any_machine: Annotated[
+        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
+    ] = False,
+    as_group: Annotated[
+        bool, typer.Option("--as-group", help="Write whole configs, which plain Hydra reads as options of a group.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Write a config file for each combination of some values, and check them all."""
+    from lem.apps import grid
+
+    how = grid.How(
+        validate=validate, strict=strict, force=force, any_machine=any_machine, as_group=as_group, as_json=as_json
+    )
+    raise typer.Exit(grid.generate(base, vary, output_dir, how, config_dir))
+
+
+@config_app.command("schema")
+def schema(config_dir: ConfigDir = None) -> None:
+    """Print the JSON Schema of config files, with which editors check and complete them."""
+    from lem.apps import file_schema
+    from lem.apps.options import Options
+
+    print(file_schema.as_text(Options.find(config_dir)), end="")
+
+
+@config_app.command("new")
+def new(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The file to write; without it experiment.yaml on a terminal, else it is printed."
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from a preset; lem presets lists them.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing; write a template with every value explained.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Make a config file: by questions on a terminal, else a commented template."""
+    from lem.apps import template
+
+    raise typer.Exit(template.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

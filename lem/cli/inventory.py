@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lem.cli.base import app
+from lem.cli.base import ConfigDir, app
 
 
 @app.command()
@@ -18,16 +18,20 @@ def gpus(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 
 
 @app.command()
-def datasets() -> None:
-    """List the datasets that can be named with --dataset."""
+def datasets(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False, config_dir: ConfigDir = None
+) -> None:
+    """List the datasets that can be named with --dataset: built-in ones and your own."""
     from lem.apps import inventory
 
-    raise typer.Exit(inventory.show_datasets())
+    raise typer.Exit(inventory.show_datasets(config_dir, as_json=as_json))
 
 
 @app.command()
-def presets() -> None:
-    """List the presets that can be named with --preset."""
+def presets(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False, config_dir: ConfigDir = None
+) -> None:
+    """List the presets that can be named with --preset: built-in ones and your own."""
     from lem.apps import inventory
 
-    raise typer.Exit(inventory.show_presets())
+    raise typer.Exit(inventory.show_presets(config_dir, as_json=as_json))

@@ -1,0 +1,57 @@
+"""What a grid of 10,000 points costs in CPU time, validated and written; beside it what Hydra would take to compose it.
+
+`python -m nox -s bench`. Fails when the grid takes more than its limit, which is for a machine of today.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lem.apps import grid
+from lem.apps.compose import prepare
+
+BASE = "model: tiny\nbackend: simulated\ndataset: {name: sample, sample_size: 10}\npreset: quick-test\n"
+VARY = ["batching.batch_size=range(1,101)", "seed=range(0,50)", "decoder=deterministic,creative"]
+POINTS = 10_000
+LIMIT_CPU_S = 15.0
+COMPOSED_BY_HYDRA = 20
+
+
+def generate(base: Path, folder: Path) -> float:
+    """Return the CPU time of making and writing the grid."""
+    began = time.process_time()
+    made = grid.make(base, VARY)
+    assert len(made.valid) == POINTS, f"{len(made.valid)} valid points"
+    grid.write(made, folder, made.valid)
+    took = time.process_time() - began
+    assert len(list(folder.glob("batch_size-*.yaml"))) == POINTS
+    return took
+
+
+def compose_by_hydra(base: Path) -> float:
+    """Return the CPU time of one composition by Hydra, in the mean."""
+    request = prepare(base, ["batching.batch_size=2", "seed=3", "decoder=creative"])
+    request.values()  # imports, antlr's tables
+    began = time.process_time()
+    for _ in range(COMPOSED_BY_HYDRA):
+        request.values()
+    return (time.process_time() - began) / COMPOSED_BY_HYDRA
+
+
+def main() -> int:
+    """Measure and print; return 1 when the limit is exceeded."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base.yaml"
+        base.write_text(BASE, encoding="utf-8")
+        took, by_hydra = generate(base, Path(folder) / "grid"), compose_by_hydra(base)
+    print(f"grid of {POINTS} points, validated and written  {took:8.1f} s CPU  (limit {LIMIT_CPU_S:g})")
+    print(f"one composition by Hydra                    {by_hydra * 1e3:8.1f} ms CPU ({COMPOSED_BY_HYDRA} composed)")
+    print(f"all of them composed by Hydra               {by_hydra * POINTS:8.0f} s CPU  (extrapolated)")
+    return int(took > LIMIT_CPU_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Writes plain data as YAML text, fast enough for ten thousand files; what reads it gets the same data.
+
+Texts are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might take them for something else. Knows no schema.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+
+def flow(value: Any) -> str:
+    """Write plain data as YAML on one line; what reads it, by YAML 1.1 or 1.2, gets the same data."""
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(flow, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{flow(key)}: {flow(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, float):
+        from yaml.representer import SafeRepresenter
+
+        return str(SafeRepresenter().represent_float(value).value)
+    return json.dumps(value)
+
+
+@lru_cache(maxsize=4096)
+def _quoted(text: str) -> str:
+    import yaml
+
+    is_word = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", text) and text.lower() not in (
+        "true", "false", "null", "yes", "no", "on", "off", "y", "n",
+    )  # fmt: skip
+    if is_word:
+        return text
+    return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).strip()
+
+
+def block(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield the lines of a mapping as YAML, a line for each value."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{flow(key)}:"
+            yield from block(value, indent + "  ")
+        else:
+            yield f"{indent}{flow(key)}: {flow(value)}"
