@@ -1,3 +1,65 @@
 """`lem batch`: many config files, one after another or several at a time."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lem.cli.base import ConfigDir, ResultsDir, app
+from lem.cli.flags import (
+    DatasetFlag,
+    ForceFlag,
+    ModelFlag,
+    NoAggregateFlag,
+    PresetFlag,
+    PromptsFlag,
+    SampleSizeFlag,
+    dataset_flags,
+    is_override,
+    value_flags,
+)
+from lem.errors import ConfigError
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def batch(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATTERN… | KEY=VALUE",
+            help="Config files, folders or quoted patterns ('configs/**/*.yaml'), and Hydra overrides for all.",
+            show_default=False,
+        ),
+    ],
+    dataset: DatasetFlag = None,
+    prompts: PromptsFlag = None,
+    sample_size: SampleSizeFlag = None,
+    preset: PresetFlag = None,
+    model: ModelFlag = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Experiments at a time, each with GPUs of its own.")] = 1,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Begin no other experiment after one failed.")] = False,
+    config_dir: ConfigDir = None,
+    no_aggregate: NoAggregateFlag = False,
+    results_dir: ResultsDir = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before running.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
+    force: ForceFlag = False,
+) -> None:
+    """Run many config files, each an experiment, after all of them have been checked."""
+    from lem.apps import batch as batch_app
+    from lem.apps.experiment import Options
+
+    overrides = [text for text in arguments if is_override(text)]
+    patterns = [text for text in arguments if text not in overrides]
+    if not patterns:
+        raise ConfigError("A batch needs config files: name them, their folder, or a pattern such as 'configs/*.yaml'.")
+    flags = [] if preset is None else [f"preset={preset}"]
+    flags += dataset_flags(dataset, prompts)
+    flags += value_flags({"model": model, "dataset.sample_size": sample_size, "io.results_dir": results_dir})
+    options = Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate)
+    raise typer.Exit(
+        batch_app.main(
+            patterns, [*flags, *overrides], options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir
+        )
+    )

@@ -1,0 +1,70 @@
+"""Flags that several commands have, and how they become overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lem.cli import complete
+from lem.errors import DatasetError
+from lem.spec import leaf
+
+DatasetFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        "-d",
+        help="Dataset: a built-in name, a hub id or a local file.",
+        autocompletion=complete.datasets,
+    ),
+]
+PromptsFlag = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one on each line.")]
+SampleSizeFlag = Annotated[
+    int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)
+]
+PresetFlag = Annotated[
+    str | None, typer.Option(help="Start from a preset; lem presets lists them.", autocompletion=complete.presets)
+]
+ModelFlag = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
+NoAggregateFlag = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
+
+# A key of Hydra's grammar. A path is none, but for hydra/launcher and the like.
+OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
+
+
+def is_override(text: str) -> bool:
+    """Tell an override (key=value) from a file or a pattern; a file that exists is a file."""
+    return OVERRIDE.match(text) is not None and not Path(text).expanduser().exists()
+
+
+def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
+    """Return the overrides that select the prompts."""
+    from lem.apps.compose import quoted
+
+    if dataset is not None and prompts is not None:
+        raise DatasetError("--dataset and --prompts exclude each other; give one of them.")
+    if dataset is not None:
+        return [f"dataset={dataset}"]
+    if prompts is None:
+        return []
+    if not prompts.is_file():
+        raise DatasetError(f"There is no prompts file {prompts}.")
+    path = quoted(str(prompts))
+    return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
+
+
+def value_flags(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
+    """Return the overrides of the values that were given; None was not."""
+    return [override(path, value) for path, value in values.items() if value is not None]
+
+
+def override(path: str, value: str | int | float | Path) -> str:
+    """Write a value as an override."""
+    from lem.apps.compose import quoted
+
+    return f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"
