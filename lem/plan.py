@@ -10,7 +10,8 @@ from lem.spec import Experiment
 
 # History of spec.json's format:
 # 1  first version
-FORMAT_VERSION = 1
+# 2  replicas, shared_with and the configuration's digest
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,47 @@ class PromptsInfo:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run: the checked configuration, the prompts, and how many processes share them."""
+    """What is to be run: the checked configuration, the prompts, and how many processes share them.
+
+    `replicas` is the number of shares of the prompts: the processes of one replica run the same prompts together
+    (tensor parallelism). `shared_with` counts the other runs that were meant to be on this machine at the same time.
+    """
 
     experiment_id: str
     created_at: str
     experiment: Experiment
     prompts: PromptsInfo
+    config_sha256: str = ""
     processes: int = 1
+    replicas: int = 1
+    shared_with: int = 0
     overrides: tuple[str, ...] = ()
     config_file: str | None = None
     lem_version: str = VERSION
     format_version: int = field(default=FORMAT_VERSION)
+
+    def share(self, rank: int) -> range:
+        """Return the positions of the prompts that a process runs."""
+        return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
+
+    def counts(self, rank: int) -> bool:
+        """Tell whether the process counts its prompts: of those that run the same ones, the first does."""
+        return rank % (self.processes // self.replicas) == 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what makes two experiments the same: the configuration, and the prompts in order."""
+        return f"{self.config_sha256[:16]}-{self.prompts.sha256[:16]}"
+
+
+def process_counts(experiment: Experiment) -> tuple[int, int]:
+    """Return how many processes an experiment starts, and how many shares of the prompts they have."""
+    strategy, degree = experiment.parallelism.strategy, experiment.parallelism.degree
+    if strategy == "tensor_parallel" and not experiment.backend.spreads_a_model_itself:
+        return degree, 1
+    if strategy == "data_parallel":
+        return degree, degree
+    return experiment.num_processes, experiment.num_processes
 
 
 def timestamp(now: datetime | None = None) -> str:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TextIO
 
 TITLES = {
+    "cycle": "Cycle",
     "cooldown": "Cooling down",
     "idle_before": "Idle, unloaded",
     "load": "Loading the model",
@@ -26,12 +27,16 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Event:
-    """Work done in a phase; `total` 0 means that it cannot be counted."""
+    """Work done in a phase by one process; `total` 0 means that it cannot be counted.
+
+    The phase `cycle` says which cycle of how many begins; what follows belongs to it.
+    """
 
     phase: str
     done: int = 0
     total: int = 0
     output_tokens: int = 0
+    rank: int = 0
 
 
 Report = Callable[[Event], None]
@@ -44,8 +49,9 @@ def silent(event: Event) -> None:
 class PipeReport:
     """Writes events as JSON lines to a file descriptor, at most one in `period_s` within a phase."""
 
-    def __init__(self, descriptor: int, period_s: float = 0.5) -> None:
+    def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
         self._descriptor: int | None = descriptor
+        self._rank = rank
         self._period_s = period_s
         self._phase = ""
         self._last_s = 0.0
@@ -58,9 +64,29 @@ class PipeReport:
             return
         self._phase, self._last_s = event.phase, now_s
         try:
-            os.write(self._descriptor, json.dumps(asdict(event)).encode() + b"\n")
+            os.write(self._descriptor, json.dumps(asdict(event) | {"rank": self._rank}).encode() + b"\n")
+        except BlockingIOError:
+            return  # whoever listens is busy; a measurement waits for nobody
         except OSError:
             self._descriptor = None  # nobody listens any more; the measurement goes on
+
+
+class Together:
+    """Puts the events of several processes together: the first says which phase it is, all add to its work."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._last: dict[int, Event] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Pass the sum on."""
+        self._last[event.rank] = event
+        lead = self._last.get(0)
+        if lead is None or (event.rank and event.phase != lead.phase) or (event.rank and event.phase == "cycle"):
+            return
+        same = [e for e in self._last.values() if e.phase == lead.phase] if lead.phase == "measured" else [lead]
+        done, total = sum(e.done for e in same), sum(e.total for e in same)
+        self._report(Event(lead.phase, done, total, sum(e.output_tokens for e in same)))
 
 
 class Display(Protocol):
@@ -81,63 +107,216 @@ class Bars:
     """rich's progress bars on stderr; drawn when an event arrives, not by a clock of their own."""
 
     def __enter__(self) -> Report:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            auto_refresh=False,
-        )
-        self._tasks: dict[str, Any] = {}
-        self._rate = Rate()
+        self._progress = _bars()
+        self._phases = _Phases(self._progress)
         self._progress.start()
-        return self._show
-
-    def _show(self, event: Event) -> None:
-        if event.phase not in self._tasks:
-            self._finish_previous()
-            title = TITLES.get(event.phase, event.phase)
-            self._tasks[event.phase] = self._progress.add_task(title, total=event.total or None, note="")
-        self._progress.update(
-            self._tasks[event.phase], completed=event.done, total=event.total or None, note=self._rate(event)
-        )
-        self._progress.refresh()
-
-    def _finish_previous(self) -> None:
-        for task in self._progress.tasks:
-            if task.total is None:
-                self._progress.update(task.id, total=1, completed=1)
-            self._progress.stop_task(task.id)
+        return self._phases
 
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
-            self._finish_previous()
+            self._phases.finish()
         self._progress.stop()
+
+
+class _Phases:
+    """One bar for each phase of a run."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+        self._cycle = ""
+        self._rate = Rate()
+
+    def __call__(self, event: Event) -> None:
+        if event.phase == "cycle":
+            self._cycle = f" {event.done}/{event.total}" if event.total > 1 else ""
+            return
+        title = TITLES.get(event.phase, event.phase) + self._cycle
+        if title not in self._tasks:
+            self.finish()
+            self._tasks[title] = self._progress.add_task(title, total=event.total or None, note="")
+        self._progress.update(
+            self._tasks[title], completed=event.done, total=event.total or None, note=self._rate(event)
+        )
+        self._progress.refresh()
+
+    def finish(self) -> None:
+        """Fill and stop the bars of phases that could not be counted."""
+        for task in self._progress.tasks:
+            if task.id in self._tasks.values():
+                if task.total is None:
+                    self._progress.update(task.id, total=1, completed=1)
+                self._progress.stop_task(task.id)
+
+    def clear(self) -> None:
+        """Take the bars away."""
+        for task in self._tasks.values():
+            self._progress.remove_task(task)
+
+
+def _bars(bar_width: int = 30) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description:<18}", markup=False),
+        BarColumn(bar_width=bar_width),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    )
 
 
 class Lines:
     """A line at the start of each phase, at each tenth of the prompts, and at the end."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, prefix: str = "") -> None:
         self._stream = stream
+        self._prefix = prefix
 
     def __enter__(self) -> Report:
-        self._phase, self._tenth, self._rate = "", -1, Rate()
+        self._phase, self._tenth, self._rate, self._cycle = "", -1, Rate(), ""
         return self._show
 
     def _show(self, event: Event) -> None:
+        if event.phase == "cycle":
+            self._cycle = f" in cycle {event.done}/{event.total}" if event.total > 1 else ""
+            return
         tenth = event.done * 10 // event.total if event.total else 0
         note = self._rate(event)
         if event.phase == self._phase and tenth == self._tenth:
             return
         self._phase, self._tenth = event.phase, tenth
         count = f" {event.done}/{event.total}" if event.total else ""
-        print(f"{TITLES.get(event.phase, event.phase)}{count} {note}".rstrip(), file=self._stream, flush=True)
+        title = TITLES.get(event.phase, event.phase)
+        print(f"{self._prefix}{title}{count}{self._cycle} {note}".rstrip(), file=self._stream, flush=True)
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+# ------------------------------------------------------------------ several runs
+class BatchDisplay(Protocol):
+    """Shows the runs of a batch to a person; a context manager around all of them."""
+
+    def __enter__(self) -> BatchDisplay: ...
+
+    def begin(self, number: int, label: str) -> Report:
+        """Show that a run begins; returns what its events are to be told to."""
+
+    def end(self, number: int, sentence: str, *, failed: bool) -> None:
+        """Show how a run ended."""
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def batch_display(total: int, *, at_once: int = 1) -> BatchDisplay:
+    """Return the display of a batch of `total` runs, `at_once` at the same time: bars, or lines without a terminal."""
+    stream = sys.stderr
+    is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+    return BatchBars(total, at_once) if is_terminal else BatchLines(stream, total, at_once)
+
+
+class BatchBars:
+    """A bar for the batch above those of the run, or above one for each run where there are several at once."""
+
+    def __init__(self, total: int, at_once: int) -> None:
+        self._total, self._at_once = total, at_once
+        self._failed = 0
+        self._runs: dict[int, tuple[str, Any]] = {}
+
+    def __enter__(self) -> BatchDisplay:
+        self._progress = _bars(30 if self._at_once == 1 else 10)
+        self._batch = self._progress.add_task("Batch", total=self._total, note="")
+        self._progress.start()
+        return self
+
+    def begin(self, number: int, label: str) -> Report:
+        """Add the run's bars."""
+        run = _Phases(self._progress) if self._at_once == 1 else _OneBar(self._progress, label)
+        self._runs[number] = label, run
+        self._head()
+        report: Report = run
+        return report
+
+    def end(self, number: int, sentence: str, *, failed: bool) -> None:
+        """Take the run's bars away and leave its sentence above the batch."""
+        label, run = self._runs.pop(number)
+        run.clear()
+        self._failed += failed
+        self._progress.advance(self._batch)
+        style = "red" if failed else None
+        self._progress.console.print(
+            f"[{number + 1}/{self._total}] {label}: {sentence}", markup=False, highlight=False, style=style
+        )
+        self._head()
+
+    def _head(self) -> None:
+        labels = [label for label, _ in self._runs.values()] if self._at_once == 1 else []
+        note = "  ".join([*([f"{self._failed} failed"] if self._failed else []), *labels])
+        self._progress.update(self._batch, note=note)
+        self._progress.refresh()
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+class _OneBar:
+    """One bar for a whole run: its prompts, or the phase that it is in; short enough for 80 columns."""
+
+    def __init__(self, progress: Any, label: str) -> None:
+        self._progress, self._rate = progress, Rate()
+        self._task = progress.add_task(_tail(label, 18), total=None, note="starting")
+        self._cycle = ""
+
+    def __call__(self, event: Event) -> None:
+        if event.phase == "cycle":
+            self._cycle = f" in cycle {event.done}/{event.total}" if event.total > 1 else ""
+            return
+        rate = self._rate(event).split("  ")
+        del rate[1:2]  # tokens a second
+        note = ("  ".join(rate) or TITLES.get(event.phase, event.phase)) + self._cycle
+        self._progress.update(self._task, completed=event.done, total=event.total or None, note=note)
+        self._progress.refresh()
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        self._progress.remove_task(self._task)
+
+
+def _tail(text: str, width: int) -> str:
+    """Return a text's end, which is what tells files from each other."""
+    return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+class BatchLines:
+    """A line when a run begins and one when it ends, with those of its phases in between."""
+
+    def __init__(self, stream: TextIO, total: int, at_once: int) -> None:
+        self._stream, self._total, self._at_once = stream, total, at_once
+        self._done = self._failed = 0
+        self._labels: dict[int, str] = {}
+
+    def __enter__(self) -> BatchDisplay:
+        return self
+
+    def begin(self, number: int, label: str) -> Report:
+        """Say which run begins."""
+        self._labels[number] = label
+        self._say(f"[{number + 1}/{self._total}] {label}")
+        return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "").__enter__()
+
+    def end(self, number: int, sentence: str, *, failed: bool) -> None:
+        """Say how the run ended, and how many have."""
+        self._done += 1
+        self._failed += failed
+        so_far = f"{self._done} of {self._total} ended" + (f", {self._failed} failed" if self._failed else "")
+        self._say(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
+
+    def _say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
 
     def __exit__(self, *error: object) -> None:
         return None

@@ -1,36 +1,47 @@
-"""A worker process: an experiment's directory in, records out. `python -m lem.worker <directory> --rank 0`.
+"""A worker process: an experiment's directory in, records out. `python -m lem.worker <directory> --attempt 1`.
 
-Starts from spec.json and knows nothing of how the configuration came about. Whatever happens it leaves a record
-with a status: an error, a signal and a missing package included. Its exit code is 0 when it completed.
+Without a directory it is the direct form, for a launcher of the user's own: see `lem.apps.direct`.
+Starts from spec.json and knows nothing of how the configuration came about. The model is loaded once and stays for
+all cycles. Whatever happens it leaves a record with a status: an error, a signal and a missing package included; and
+what it has finished is in its journal already. Its exit code is 0 when it completed.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from lem import doubts, flops, host
+from lem import doubts, flops, host, journal
 from lem._version import VERSION
-from lem.backends import Backend, make_backend
+from lem.backends import Backend, Encoded, make_backend
 from lem.carbon import carbon_intensity
 from lem.doubts import note
 from lem.energy import Meter, NoMeter, make_meter
 from lem.energy.trace import integral_j
-from lem.errors import Interrupted, LemError
+from lem.errors import Interrupted, LemError, RunError
+from lem.flops import Architecture
 from lem.gpu import Gpu
-from lem.measure import MeasuredRequest, Measurement, measure
+from lem.journal import DIED, Checkpoint, Journal
+from lem.latency import token_times
+from lem.launch import GRACE_S
+from lem.measure import Bench, MeasuredRequest, Measurement, Queue
 from lem.plan import Plan, timestamp
 from lem.progress import Event, PipeReport, Report, silent
+from lem.ranks import Ranks, join
 from lem.record import (
+    ENERGY_OWNER,
     FORMAT_VERSION,
     DeviceState,
     ErrorInfo,
@@ -44,68 +55,133 @@ from lem.record import (
     RequestRecord,
     Status,
 )
-from lem.spec import Cooldown
+from lem.spec import Cooldown, Experiment, Warmup
 from lem.store import ExperimentDir
+from lem.traffic import arrival_times_s
 from lem.units import NS_PER_S
 
 COOLDOWN_POLL_S = 1.0
 INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# One process meters the node, however many there are: each would see all of its energy.
-ENERGY_OWNER = 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lem.worker", description="Run one rank of an experiment.")
+def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
+    """Run one process of an experiment; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lem.worker", description="Run one process of an experiment.")
     parser.add_argument("directory", type=Path, help="the experiment's directory, with its spec.json")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--progress-fd", type=int, default=None, help="where progress goes, as JSON lines")
+    parser.add_argument("--attempt", type=int, default=1)
+    parser.add_argument("--progress", type=Path, default=None, help="a FIFO that takes progress, as JSON lines")
+    parser.add_argument("--lifeline", type=Path, default=None, help="a FIFO; its end is the end of the launcher")
     options = parser.parse_args(argv)
-    _die_with_parent()
-    _interrupt_on_signals()
-    report = silent if options.progress_fd is None else PipeReport(options.progress_fd)
-    record = run(ExperimentDir(options.directory), options.rank, report)
-    return 0 if record.status == "completed" else Interrupted.exit_code if record.status == "interrupted" else 1
+    _interrupt_on_signals(except_for=() if options.lifeline is None else (signal.SIGINT,))
+    try:
+        if options.lifeline is not None:
+            _end_with_launcher(options.lifeline)
+        if options.progress is not None:
+            report = PipeReport(_open_progress(options.progress), int(os.environ.get("RANK", "0")))
+        directory = ExperimentDir(options.directory)
+        with directory.hold():
+            _check_attempt(directory, options.attempt)
+            status = run(directory, options.attempt, report)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except LemError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return {"completed": 0, "interrupted": Interrupted.exit_code, "failed": 1}[status]
+
+
+def _open_progress(fifo: Path) -> int:
+    """Open the launcher's FIFO, never waiting: not for a launcher that is gone, later not for one that is busy."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise Interrupted(f"The launcher is gone: {fifo}: {error.strerror}.") from None
+
+
+def _check_attempt(directory: ExperimentDir, attempt: int) -> None:
+    """Raise when another attempt has taken over, while this process was still starting."""
+    now = directory.state().attempt
+    if now > attempt:
+        raise RunError(f"{directory.id} is at attempt {now} already; this process belongs to attempt {attempt}.")
 
 
 @dataclass
 class Run:
-    """One rank's run while it goes on: what it works with, and what has become of it."""
+    """One process's run while it goes on: what it works with, and what has become of the cycle it is in."""
 
+    directory: ExperimentDir
     plan: Plan
     rank: int
+    attempt: int
     here: host.Host
     backend: Backend
+    journal: Journal | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     started_at: str = field(default_factory=timestamp)
     meter: Meter = field(default_factory=NoMeter)
+    architecture: Architecture | None = None
     gpus: tuple[Gpu, ...] = ()
     devices_before: tuple[DeviceState, ...] = ()
     is_cool: bool = True
+    loaded: bool = False
+    cycle: int = 1
     measurement: Measurement = field(default_factory=Measurement)
+    total_flops: float = 0.0
+    traced_until_ns: int = 0
     status: Status = "completed"
     error: ErrorInfo | None = None
 
+    # -------------------------------------------------------------- as a recorder of the measured window
+    def opens(self) -> None:
+        """Note in the journal that a window opens, with the record as it stands."""
+        self.measurement.window_opened_unix_s = time.time()
+        if self.journal is not None:
+            killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
+            self.journal.open_window(replace(_record(self), status="interrupted", error=killed))
 
-def run(directory: ExperimentDir, rank: int, report: Report) -> ProcessRecord:
-    """Run one rank of a planned experiment, write its records, and return the process's."""
+    def finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
+        """Note a batch that is done."""
+        if self.journal is None:
+            return
+        rows = [_request_row(self, request) for request in batch]
+        self.journal.add(rows, replace(checkpoint, flops=self._flops_so_far(rows)))
+
+    def _flops_so_far(self, rows: Sequence[RequestRecord]) -> Flops | None:
+        if self.architecture is None:
+            return None
+        self.total_flops += flops.total_flops(self.architecture, ((r.input_tokens, r.output_tokens) for r in rows))
+        return Flops(self.total_flops, flops.METHOD)
+
+
+def run(directory: ExperimentDir, attempt: int, report: Report) -> Status:
+    """Run one process of a planned experiment through all cycles that are not finished, and write its records."""
     plan = directory.plan()
-    this = Run(plan, rank, host.look(), make_backend(plan.experiment))
+    rank = int(os.environ.get("RANK", "0"))
+    this = Run(directory, plan, rank, attempt, host.look(), make_backend(plan.experiment))
     try:
-        _attempt(this, directory.prompts(), report)
+        _attempt(this, report)
     except BaseException as caught:
         _ignore_signals()
         this.status = "interrupted" if isinstance(caught, (Interrupted, KeyboardInterrupt)) else "failed"
         this.error = _error_info(caught, this.measurement)
         traceback.print_exc()
-    record = _write(directory, this)
-    _close(this.meter, this.backend)
-    return record
+        _keep_what_is_journaled(this)
+        _write(this)
+    _close(this)
+    return this.status
 
 
-def _attempt(this: Run, texts: Sequence[str], report: Report) -> None:
-    """Start the engine, wait until the machine is ready, and measure."""
-    experiment = this.plan.experiment
+def _attempt(this: Run, report: Report) -> None:
+    """Start the engine, wait until the machine is ready, and measure each cycle that is not finished."""
+    experiment, plan = this.plan.experiment, this.plan
     report(Event("load"))
+    this.ranks = join(plan.processes, share_a_model=plan.replicas < plan.processes)
+    this.backend.local_rank = this.ranks.local_rank
+    finished = this.directory.finished(before_attempt=this.attempt)
+    texts = this.directory.prompts()
+    pending = [c for c in range(1, experiment.cycles + 1) if len(finished.get(c, ())) < len(texts)]
+    this.cycle = pending[0]
     this.backend.start()
     this.gpus = tuple(this.backend.gpus_in_use(this.here))
     this.is_cool = cool_down(experiment.cooldown, this.gpus, report)
@@ -113,23 +189,61 @@ def _attempt(this: Run, texts: Sequence[str], report: Report) -> None:
     if this.rank == ENERGY_OWNER:
         this.meter = make_meter(experiment.energy, this.gpus)
     this.meter.open()
-    this.measurement.indices = list(range(this.rank, len(texts), this.plan.processes))
-    measure(
-        [texts[i] for i in this.measurement.indices],
-        backend=this.backend,
-        meter=this.meter,
-        warmup=experiment.warmup,
-        idle_s=0.0 if experiment.energy.name == "none" else experiment.energy.idle_s,
-        batch_size=experiment.batching.batch_size,
-        report=report,
-        into=this.measurement,
+    bench = Bench(this.backend, this.meter, this.ranks, report)
+    share = plan.share(this.rank)
+    idle_s = 0.0 if experiment.energy.name == "none" else experiment.energy.idle_s
+    prompts = bench.prepare([texts[i] for i in share], share, idle_s, this.measurement)
+    this.loaded, this.architecture = True, this.backend.architecture()
+    if plan.counts(this.rank):
+        this.journal = Journal(this.directory.journal_file(this.rank, this.attempt))
+    once = list(this.measurement.phases)
+    for cycle in pending:
+        this.cycle, this.total_flops = cycle, 0.0
+        this.measurement = Measurement(phases=list(once))
+        _cycle(this, bench, prompts, finished.get(cycle, set()))
+        _write(this)
+
+
+def _cycle(this: Run, bench: Bench, prompts: Sequence[Encoded], finished: set[int]) -> None:
+    """Warm up, and measure what earlier attempts have left of a cycle."""
+    experiment = this.plan.experiment
+    left = [p for p in prompts if p.index not in finished]
+    this.measurement.indices = [p.index for p in left]
+    bench.report(Event("cycle", this.cycle, experiment.cycles))
+    bench.warm_up(prompts, _warmup(experiment), experiment.batching.batch_size, this.measurement)
+    bench.run_window(
+        left,
+        this,
+        this.measurement,
+        first_batch=this.directory.batches(this.rank, this.cycle, this.attempt),
+        queue=_queue(this.plan, left, finished),
     )
+
+
+def _queue(plan: Plan, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
+    """Return how the prompts that are left arrive: where a former attempt has ended, its last arrival is time 0."""
+    experiment = plan.experiment
+    traffic, at_most = experiment.traffic, experiment.batching.batch_size
+    if traffic.pattern == "closed":
+        return None
+    if traffic.pattern == "concurrency":
+        return Queue(None, (traffic.concurrency or 1) // plan.replicas, at_most)
+    times_s = arrival_times_s(traffic, plan.prompts.count, experiment.seed)
+    begin_s = max((times_s[i] for i in finished), default=0.0)
+    return Queue([max(0.0, times_s[p.index] - begin_s) for p in left], 1, at_most)
+
+
+def _warmup(experiment: Experiment) -> Warmup:
+    """Return the warm-up: with streaming a number of its own, unless latencies decide."""
+    if not experiment.streaming.enabled or experiment.warmup.until_cv is not None:
+        return experiment.warmup
+    return replace(experiment.warmup, prompts=experiment.streaming.warmup_requests)
 
 
 # ------------------------------------------------------------------ the record
 def _record(this: Run) -> ProcessRecord:
-    measurement, backend, requests = this.measurement, this.backend, this.measurement.requests
-    loaded = any(phase.name == "load" for phase in measurement.phases) and measurement.current != "load"
+    measurement, backend = this.measurement, this.backend
+    requests = measurement.requests if this.plan.counts(this.rank) else []
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=VERSION,
@@ -139,22 +253,28 @@ def _record(this: Run) -> ProcessRecord:
         status=this.status,
         started_at=this.started_at,
         hostname=socket.gethostname(),
+        cycle=this.cycle,
+        attempt=this.attempt,
+        config_sha256=this.plan.config_sha256,
+        backend=this.plan.experiment.backend.name,
+        window_opened_unix_s=measurement.window_opened_unix_s,
         error=this.error,
-        model=backend.model_info() if loaded else None,
-        engine=backend.engine_info() if loaded else None,
+        model=backend.model_info() if this.loaded else None,
+        engine=backend.engine_info() if this.loaded else None,
         phases=tuple(measurement.phases),
-        requests_planned=len(measurement.indices),
+        requests_planned=len(measurement.indices) if this.plan.counts(this.rank) else 0,
         requests_completed=len(requests),
         input_tokens=sum(len(r.prompt.token_ids) for r in requests),
         output_tokens=sum(len(r.generation.token_ids) for r in requests),
-        memory=_memory(backend, requests) if loaded else None,
-        flops=_flops(backend, requests) if loaded else None,
+        memory=_memory(backend, measurement.requests) if this.loaded else None,
+        flops=_flops(this.architecture, requests) if this.loaded else None,
         carbon=carbon_intensity(this.plan.experiment.energy),
         prefill=prefill_of(measurement, this.meter.trace()),
         warmup=measurement.warmup,
         cpu_load=measurement.cpu_load,
+        counters=backend.counters() if this.loaded else None,
         environment=host.environment(this.here, this.devices_before, host.device_states(this.gpus)),
-        warnings=tuple(_warnings(this)) if loaded else (),
+        warnings=tuple(_warnings(this)) if this.loaded else (),
     )
 
 
@@ -177,12 +297,10 @@ def _memory(backend: Backend, requests: Sequence[MeasuredRequest]) -> Memory:
 
 def prefill_of(measurement: Measurement, trace: Sequence[PowerSample]) -> Prefill | None:
     """Return the prefill's share of the window, or None when the backend cannot tell where it ends."""
-    spans = sorted(
-        {
-            (r.generation.start_ns, r.generation.prefill_end_ns)
-            for r in measurement.requests
-            if r.generation.prefill_end_ns is not None
-        }
+    spans = _merged(
+        (r.generation.start_ns, r.generation.prefill_end_ns)
+        for r in measurement.requests
+        if r.generation.prefill_end_ns is not None
     )
     if not spans:
         return None
@@ -200,6 +318,17 @@ def prefill_of(measurement: Measurement, trace: Sequence[PowerSample]) -> Prefil
     return Prefill(duration_s, energy_j, _trace_uncertainty_j(by_device, spans))
 
 
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return spans in order, those that overlap as one: requests may be taken in side by side."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
 def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequence[tuple[int, int]]) -> float:
     """Bound what lies between samples: half a period at each edge of each span, at the range of power seen."""
     total = 0.0
@@ -212,12 +341,11 @@ def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequenc
     return total
 
 
-def _flops(backend: Backend, requests: Sequence[MeasuredRequest]) -> Flops | None:
-    arch = backend.architecture()
-    if arch is None:
+def _flops(architecture: Architecture | None, requests: Sequence[MeasuredRequest]) -> Flops | None:
+    if architecture is None:
         return None
     sizes = ((len(r.prompt.token_ids), len(r.generation.token_ids)) for r in requests)
-    return Flops(flops.total_flops(arch, sizes), flops.METHOD)
+    return Flops(flops.total_flops(architecture, sizes), flops.METHOD)
 
 
 def _warnings(this: Run) -> list[Note]:
@@ -227,10 +355,19 @@ def _warnings(this: Run) -> list[Note]:
         notes.append(note("gpu_unused", "a GPU is visible, but the engine was built without CUDA and ran on the CPU."))
     if not this.is_cool:
         notes.append(note("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
+    if this.plan.shared_with:
+        others = f"{this.plan.shared_with} other{'s' if this.plan.shared_with > 1 else ''}"
+        notes.append(
+            note("shared_hardware", f"it ran beside {others}; what is not of a GPU of its own includes theirs.")
+        )
     wanted, there = experiment.dataset.sample_size, this.plan.prompts.count
     if wanted is not None and there < wanted:
         text = f"{wanted} prompts were asked for, the dataset holds {there} that are not empty."
         notes.append(note("fewer_prompts", text))
+    behind_s = this.measurement.energy_behind_s
+    if behind_s is not None:
+        text = f"the window was broken off; it ends with its last batch, its energy {behind_s:.3g} s before that."
+        notes.append(note("window_cut", text))
     requests = this.measurement.requests
     truncated = sum(r.prompt.truncated for r in requests)
     if truncated:
@@ -239,26 +376,43 @@ def _warnings(this: Run) -> list[Note]:
 
 
 # ------------------------------------------------------------------ the files
-def _write(directory: ExperimentDir, this: Run) -> ProcessRecord:
-    """Write the rows, then the record with its doubts: a record says that its rows are there."""
+def _keep_what_is_journaled(this: Run) -> None:
+    """End the window with the last batch that is in the journal: a signal or a full disk may have come before it."""
+    if this.journal is None:
+        return
+    windows = journal.read(this.directory.journal_file(this.rank, this.attempt).read_bytes())
+    of_cycle = [window for window in windows if window.record.cycle == this.cycle]
+    if not of_cycle or len(of_cycle[-1].rows) == len(this.measurement.requests):
+        return
+    del this.measurement.requests[len(of_cycle[-1].rows) :]
+    window = of_cycle[-1].salvaged().phase("measured")
+    others = [phase for phase in this.measurement.phases if phase.name != "measured"]
+    this.measurement.phases = [*others, window] if window else others
+
+
+def _write(this: Run) -> None:
+    """Write the cycle's power trace, then its record with its doubts: a record says that its rows are there."""
     from lem import parquet
 
-    record, trace = _record(this), this.meter.trace()
-    rows = [_request_row(record, request, this.measurement.indices) for request in this.measurement.requests]
+    record, requests = _record(this), this.measurement.requests
+    trace = [sample for sample in this.meter.trace() if sample.t_ns > this.traced_until_ns]
+    rows = [_request_row(this, r) for r in requests] if this.plan.counts(this.rank) else []
     record = replace(record, warnings=(*record.warnings, *doubts.of_record(record, rows)))
-    parquet.write_rows(directory.requests_file(record.rank), RequestRecord, rows)
     if trace:
-        parquet.write_rows(directory.power_file(record.rank), PowerRecord, _power_rows(record, this.measurement, trace))
-    directory.write_record(record)
-    return record
+        samples = _power_rows(this, trace)
+        parquet.write_rows(this.directory.power_file(this.rank, this.cycle, this.attempt), PowerRecord, samples)
+        this.traced_until_ns = trace[-1].t_ns
+    this.directory.write_record(record)
 
 
-def _power_rows(record: ProcessRecord, measurement: Measurement, trace: Sequence[PowerSample]) -> Iterator[PowerRecord]:
-    zero_ns = measurement.window_opened_ns or trace[0].t_ns
+def _power_rows(this: Run, trace: Sequence[PowerSample]) -> Iterator[PowerRecord]:
+    zero_ns = this.measurement.window_opened_ns or trace[0].t_ns
     for sample in trace:
         yield PowerRecord(
-            experiment_id=record.experiment_id,
-            rank=record.rank,
+            experiment_id=this.plan.experiment_id,
+            rank=this.rank,
+            cycle=this.cycle,
+            attempt=this.attempt,
             t_s=(sample.t_ns - zero_ns) / NS_PER_S,
             component=sample.component,
             device=sample.device,
@@ -266,11 +420,13 @@ def _power_rows(record: ProcessRecord, measurement: Measurement, trace: Sequence
         )
 
 
-def _request_row(record: ProcessRecord, request: MeasuredRequest, indices: Sequence[int]) -> RequestRecord:
+def _request_row(this: Run, request: MeasuredRequest) -> RequestRecord:
     return RequestRecord(
-        experiment_id=record.experiment_id,
-        rank=record.rank,
-        request=indices[request.generation.index],
+        experiment_id=this.plan.experiment_id,
+        rank=this.rank,
+        cycle=this.cycle,
+        attempt=this.attempt,
+        request=request.generation.index,
         batch=request.generation.batch,
         input_tokens=len(request.prompt.token_ids),
         output_tokens=len(request.generation.token_ids),
@@ -278,9 +434,21 @@ def _request_row(record: ProcessRecord, request: MeasuredRequest, indices: Seque
         finish_reason=request.generation.finish_reason,
         start_s=request.start_s,
         end_s=request.end_s,
-        latency_s=request.end_s - request.start_s,
+        latency_s=request.end_s - (request.start_s if request.arrived_s is None else request.arrived_s),
+        arrived_s=request.arrived_s,
+        queue_s=None if request.arrived_s is None else request.start_s - request.arrived_s,
         prefill_s=_prefill_s(request),
+        **_token_times(request),
     )
+
+
+def _token_times(request: MeasuredRequest) -> dict[str, Any]:
+    generation = request.generation
+    begin_ns = generation.start_ns if generation.arrived_ns is None else generation.arrived_ns
+    times = token_times(begin_ns, generation.chunks)
+    if times is None:
+        return {}
+    return {"ttft_s": times.ttft_s, "tpot_s": times.tpot_s, "itl_s": list(times.itl_s), "itl_spread": times.spread}
 
 
 def _prefill_s(request: MeasuredRequest) -> float | None:
@@ -312,29 +480,36 @@ def _error_info(caught: BaseException, measurement: Measurement) -> ErrorInfo:
         message = str(caught) or "stopped by Ctrl-C"
     elif isinstance(caught, LemError):
         message = str(caught)
+    elif isinstance(caught, OSError) and caught.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = "There is no space left for the results. Free some; lem experiment --resume goes on from here."
     else:
         message = f"{type(caught).__name__}: {' '.join(str(caught).split())[:500]}"
     return ErrorInfo(type(caught).__name__, message, measurement.current)
 
 
-def _close(meter: Meter, backend: Backend) -> None:
+def _close(this: Run) -> None:
     """Release what the run held; the records are written, so a failure here costs nothing but its message."""
-    for part in (meter, backend):
+    for part in (this.journal, this.meter, this.backend, this.ranks):
         try:
-            part.close()
+            if part is not None:
+                part.close()
         except Exception:
             traceback.print_exc()
 
 
-def _interrupt_on_signals() -> None:
+# ------------------------------------------------------------------ being stopped
+def _interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
+    """Turn signals into `Interrupted`; Ctrl-C is left to the launcher, where there is one, for it reaches both."""
+
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        # Ctrl-C reaches the worker twice, from the terminal and from the parent: the second must not break
-        # off the writing of the record.
+        # The second of two signals must not break off the writing of the record.
         _ignore_signals()
         raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
     for number in INTERRUPTING:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number in except_for:
+            signal.signal(number, signal.SIG_IGN)
+        elif signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, interrupt)
 
 
@@ -344,18 +519,24 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when the parent dies, however it dies: no worker is left behind."""
-    if sys.platform != "linux":
-        return
-    import ctypes
+def _end_with_launcher(lifeline: Path) -> None:
+    """Stop when the launcher is gone, however it ended: nobody is left behind, in whatever group or session."""
+    # Without O_NONBLOCK it would wait here for a launcher that is gone already.
+    end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(end, True)
 
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between
+    def wait_for_the_end() -> None:
+        os.read(end, 1)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_the_end, name="lifeline", daemon=True).start()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if any(Path(argument).is_dir() for argument in sys.argv[1:2]):
+        sys.exit(main())
+    from lem.apps.direct import main as direct
+
+    sys.exit(direct())

@@ -1,0 +1,96 @@
+"""One model on several devices: its layers spread over the GPUs of a process, or each layer split over processes.
+
+Both are only planned here, from the model's config and the sizes of its weights; transformers carries it out. Knows
+neither how much memory a GPU has nor how fast it is, and needs none: a model on the meta device is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lem.errors import RunError
+
+
+def spread(model: Any, devices: int) -> dict[str, int]:
+    """Return which device, counted from 0, each part of a model goes to: equal shares of the weights, in order.
+
+    A part goes where the middle of its weights lies. What a model does not allow to be split stays together, and a
+    part whose weights are all another's (a tied output projection) goes to that one.
+
+    Raises:
+        RunError: the model does not say what may be split, or has too few or too unequal parts for all devices.
+    """
+    whole = frozenset(model._no_split_modules or ())
+    if not whole:
+        raise RunError(f"transformers does not say which parts of {type(model).__name__} must stay on one GPU.")
+    parts = list(_parts(model, "", whole))
+    total = sum({id(p): p.nbytes for _, part in parts for p in _weights(part)}.values())
+    placed: dict[str, int] = {}
+    home: dict[int, int] = {}
+    before = 0
+    for name, part in parts:
+        new = {id(p): p.nbytes for p in _weights(part) if id(p) not in home}
+        size = sum(new.values())
+        shared = [home[id(p)] for p in _weights(part) if id(p) in home]
+        own = min(devices - 1, int((before + size / 2) * devices / total))
+        placed[name] = shared[0] if shared else own
+        home.update(dict.fromkeys(new, placed[name]))
+        before += size
+    used = len(set(home.values()))
+    if used < devices:
+        raise RunError(
+            f"The model's layers can be spread over {used} GPUs, not over {devices}. Lower parallelism.degree."
+        )
+    return placed
+
+
+def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    """Yield what is placed as one, in the order of the model: unsplittable modules, and the leaves around them."""
+    children = list(module.named_children())
+    if name and (not children or type(module).__name__ in whole):
+        yield name, module
+        return
+    prefix = f"{name}." if name else ""
+    for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        yield prefix + own, tensor
+    for child, inner in children:
+        yield from _parts(inner, prefix + child, whole)
+
+
+def _weights(part: Any) -> list[Any]:
+    """Return the parameters of a module, or the tensor that the part is."""
+    return list(part.parameters()) if hasattr(part, "parameters") else [part]
+
+
+def split_over_ranks(config: Any, degree: int) -> Any:
+    """Return transformers' request to split each layer over all processes.
+
+    Raises:
+        RunError: the model has no plan for that, or its attention heads cannot be shared evenly.
+    """
+    from transformers.distributed import DistributedConfig
+
+    text = config.get_text_config()
+    plan = getattr(config, "base_model_tp_plan", None) or getattr(text, "base_model_tp_plan", None)
+    if not plan:
+        raise RunError(
+            f"transformers has no tensor-parallel plan for models of type {config.model_type}. "
+            "Use data_parallel, or pipeline_parallel."
+        )
+    if any("attn" in name for name in plan):
+        _check_heads(text, degree)
+    try:
+        return DistributedConfig(tp_size=degree, tp_plan="auto")
+    except TypeError:
+        raise RunError("tensor_parallel needs a newer transformers: pip install -U transformers.") from None
+
+
+def _check_heads(config: Any, degree: int) -> None:
+    for name, words in {"num_attention_heads": "attention", "num_key_value_heads": "key/value"}.items():
+        heads = getattr(config, name, None)
+        if heads and heads % degree:
+            raise RunError(
+                f"The model's {words} heads ({heads}) cannot be shared evenly by {degree} processes. "
+                "Set parallelism.degree to a divisor."
+            )

@@ -1,0 +1,172 @@
+"""What a worker has finished, written down as it goes, so that a run that is killed loses nothing.
+
+A journal is a file of JSON lines for one process and one attempt, appended to after each batch. It has two kinds of
+lines: `{"record": …}` where a measured window opens, with what is known of the process until then; and
+`{"done": [rows], "duration_s": …}` after each batch, now and then with the energy of the window up to there. A line
+without its end was being written when the process died, and counts for nothing. Knows no engine and no meter.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lem.codec import adapter
+from lem.doubts import note
+from lem.record import EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
+
+# The type of the error of a process that could not write its record.
+DIED = "WorkerDied"
+# These are the same in all rows of a window, and stand in its record.
+COMMON = ("experiment_id", "rank", "cycle", "attempt")
+OPENING = b'{"record":'
+# In no text of a record can this stand: its quotation marks would be escaped.
+CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How far the measured window had come when a batch was done.
+
+    `energy` is what the meter had read `energy_at_s` after the window's opening; None where it was not asked, or
+    cannot tell before the window closes.
+    """
+
+    duration_s: float
+    flops: Flops | None = None
+    energy: tuple[EnergyReading, ...] | None = None
+    energy_at_s: float | None = None
+
+
+@dataclass
+class Window:
+    """A measured window as a journal tells it: the record at its opening, the rows, and the last checkpoints.
+
+    Where the process's own record of the window is known, that stands here, and checkpoints are left out.
+    """
+
+    record: ProcessRecord
+    closed: bool = False
+    rows: list[RequestRecord] = field(default_factory=list)
+    last: Checkpoint | None = None
+    metered: Checkpoint | None = None
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """What all rows of the window share."""
+        return {name: getattr(self.record, name) for name in COMMON}
+
+    def salvaged(self) -> ProcessRecord:
+        """Return the record of a process that could not write its own: up to the last batch that was done."""
+        record, last = self.record, self.last
+        if last is None:
+            return record
+        energy = self.metered.energy if self.metered else None
+        readings = energy if energy is not None else _unread(record)
+        return replace(
+            record,
+            phases=(*record.phases, Phase("measured", last.duration_s, readings)),
+            requests_completed=len(self.rows),
+            input_tokens=sum(row.input_tokens for row in self.rows),
+            output_tokens=sum(row.output_tokens for row in self.rows),
+            flops=last.flops,
+            warnings=(*record.warnings, note("window_cut", self._cut())),
+        )
+
+    def _cut(self) -> str:
+        assert self.last is not None
+        if self.metered and not self.metered.energy:
+            return "the process was killed; its window ends with its last batch."
+        known = self.metered.energy_at_s if self.metered else None
+        if known is None:
+            return "the process was killed; its window ends with its last batch, and its energy is not known."
+        behind_s = self.last.duration_s - known
+        return f"the process was killed; its window ends with its last batch, its energy {behind_s:.3g} s before that."
+
+
+def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
+    """Return the devices that were metered before, with no energy: the meter could not tell before the end."""
+    metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
+    reason = "the process was killed before its window was closed"
+    return tuple(replace(reading, energy_j=None, trace_energy_j=None, reason=reason) for reading in metered)
+
+
+class Journal:
+    """Appends to a journal. Raises OSError, as when the disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def open_window(self, record: ProcessRecord) -> None:
+        """Note that a measured window opens; `record` stands in for the process's own if that is never written."""
+        self._write({"record": adapter(ProcessRecord).dump_python(record, mode="json")})
+
+    def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
+        """Note a batch that is done."""
+        line = adapter(Checkpoint).dump_python(checkpoint, mode="json", exclude_none=True)
+        done = adapter(list[RequestRecord]).dump_python(list(rows), mode="json")
+        self._write({"done": [{k: v for k, v in row.items() if k not in COMMON} for row in done], **line})
+
+    def close(self) -> None:
+        """See to it that all is on the disk."""
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        import json
+
+        rest = json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+
+
+def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:
+    """Read a journal, however its writer ended.
+
+    Args:
+        journal: what the file holds.
+        known: records of the same process and attempt that need not be read here once more, by cycle.
+
+    Raises:
+        ValueError: a line other than the last is damaged.
+    """
+    windows: list[Window] = []
+    rows: list[list[dict[str, Any]]] = []
+    for number, line in enumerate(journal.split(b"\n")[:-1], start=1):
+        try:
+            if line.startswith(OPENING):
+                windows.append(_opened(line, known))
+                rows.append([])
+            else:
+                rows[-1] += _take(line, windows[-1])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"line {number} is damaged ({' '.join(str(error).split())[:120]})") from None
+    for window, found in zip(windows, rows, strict=True):
+        window.rows = adapter(list[RequestRecord]).validate_python(found)
+    return windows
+
+
+def _opened(line: bytes, known: Mapping[int, ProcessRecord]) -> Window:
+    place = CYCLE.search(line)
+    if place and (record := known.get(int(place[1]))):
+        return Window(record, closed=True)
+    return Window(adapter(ProcessRecord).validate_json(line.removeprefix(OPENING)[:-1]))
+
+
+def _take(line: bytes, window: Window) -> list[dict[str, Any]]:
+    """Return the rows of a batch that is done, and keep the checkpoint where the record is not known."""
+    from pydantic_core import from_json
+
+    values = from_json(line)
+    done, common = values.pop("done"), window.common
+    if not window.closed:
+        window.last = adapter(Checkpoint).validate_python(values)
+        if window.last.energy is not None:
+            window.metered = window.last
+    return [common | row for row in done]

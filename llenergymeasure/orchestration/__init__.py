@@ -1,0 +1,1 @@
+"""Holds `launcher` alone; see `lem.apps.direct`."""
