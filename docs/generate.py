@@ -1,4 +1,4 @@
-"""Writes the reference pages from their sources: the schema, the records, the command line, conf/.
+"""Writes the reference pages from their sources: the schema, the records, the rules, the command line, conf/.
 
 `python docs/generate.py` writes them anew; a test compares what it would write with what is there.
 """
@@ -18,6 +18,7 @@ from lem.cli import app
 from lem.doubts import CATALOGUE
 from lem.parquet import Column, columns
 from lem.record import ExperimentRow, RequestRecord
+from lem.rules import CONFIG_FAULTS, OBJECTIONS, Rule
 from lem.spec import BACKENDS, GROUPS, Leaf, leaves
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -31,6 +32,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "results.md": GENERATED + results(),
         REFERENCE / "cli.md": GENERATED + command_line(),
         REFERENCE.parent / "warnings.md": GENERATED + warnings(),
+        REFERENCE.parent / "rules.md": GENERATED + rules(),
     }
 
 
@@ -147,6 +149,46 @@ def warnings() -> str:
             *rows,
             "",
         ]
+    )
+
+
+# ------------------------------------------------------------------ rules
+SEVERITIES = """\
+Everything that can be known to be wrong is told before anything runs, all of it at once, with the path of the value
+and the code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable.
+
+| severity | what it does |
+|---|---|
+| impossible | The experiment does not run. Nothing overrides that. |
+| inadvisable | The experiment does not run, except with `--force`. |
+| warning | The experiment runs, and the sentence is shown. |
+
+A rule of the scope *options* looks at the configuration alone, *machine* at the devices and packages of this machine
+as well, *files* at the model, the prompts, the results directory or the config file.
+"""
+
+
+def rules() -> str:
+    """Return the page on what can speak against an experiment."""
+    return "\n".join(
+        [
+            "# Rules\n",
+            SEVERITIES,
+            "## Of experiments\n",
+            _rules_table(OBJECTIONS),
+            "## Of config files\n",
+            _rules_table(CONFIG_FAULTS),
+        ]
+    )
+
+
+def _rules_table(catalogue: dict[str, Rule]) -> str:
+    rows = [
+        f"| `{code}` | {rule.severity} | {rule.scope} | {_cell(rule.meaning)} | {_cell(rule.remedy)} |"
+        for code, rule in catalogue.items()
+    ]
+    return (
+        "\n".join(["| code | severity | scope | what it means | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
     )
 
 

@@ -19,6 +19,8 @@ def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
         ValueError: a dynamic strategy without `max_tokens_per_batch`.
     """
     order = list(range(len(lengths)))
+    if batching.strategy == "continuous":
+        return [order] if order else []  # the engine itself decides which run at the same time
     if batching.strategy.startswith("sorted"):
         # Longest first: if memory does not suffice, the run fails at its beginning and not at its end.
         order.sort(key=lambda i: -lengths[i])

@@ -40,6 +40,16 @@ class Host:
 
     gpus: tuple[gpu.Gpu, ...]
 
+    def only(self, wanted: Sequence[int | str] | None) -> Host:
+        """Return this host with only the GPUs that are named, by index among the visible or by UUID.
+
+        None leaves all; a name that fits none is left out, which preflight objects to.
+        """
+        if wanted is None:
+            return self
+        found = (gpu.pick(entry, self.gpus) for entry in wanted)
+        return Host(gpus=tuple(each for each in found if each is not None))
+
     def has(self, package: str) -> bool:
         """Tell whether a package can be imported."""
         return util.find_spec(package) is not None

@@ -15,7 +15,11 @@ from lem import units
 
 # History of the raw record's format:
 # 1  first version
-FORMAT_VERSION = 1
+# 2  a record for each cycle and attempt; request rows in journals
+FORMAT_VERSION = 2
+
+# One process meters the node, however many there are: each would see all of its energy.
+ENERGY_OWNER = 0
 
 Status = Literal["completed", "failed", "interrupted"]
 Component = Literal["gpu", "cpu", "dram", "module"]
@@ -71,6 +75,8 @@ class PowerRecord:
 
     experiment_id: str
     rank: int
+    cycle: int
+    attempt: int
     t_s: Annotated[float, units.SECOND, "Time of the sample; negative before the measured window."]
     component: Annotated[str, "Component, such as gpu."]
     device: Annotated[str, "Device, by UUID."]
@@ -79,7 +85,7 @@ class PowerRecord:
 
 @dataclass(frozen=True)
 class Prefill:
-    """The part of the measured window in which prompts were taken in, until each batch's first token.
+    """The part of the measured window in which prompts were taken in, until the first token of each batch or request.
 
     Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
     `uncertainty_j` bounds what the samples' period leaves open, and holds for the decode part, which is the rest of
@@ -219,7 +225,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class CpuLoad:
-    """Processor time during the measured window, in busy cores: of the whole machine, and of this process."""
+    """Processor time in the measured window, in busy cores: of the machine, and of this process and its children."""
 
     machine_cores: float
     process_cores: float
@@ -227,10 +233,12 @@ class CpuLoad:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request: exact tokens and its time in the measured window (t = 0 where the window opens)."""
+    """One request: exact tokens and its time in the measured window (t = 0 where its window opens)."""
 
-    experiment_id: str
-    rank: int
+    experiment_id: Annotated[str, "Experiment that it belongs to."]
+    rank: Annotated[int, "Process that ran it, from 0."]
+    cycle: Annotated[int, "Cycle that it belongs to, from 1."]
+    attempt: Annotated[int, "Attempt that ran it: 1, and one more for each time the experiment was resumed."]
     request: Annotated[int, "Position of the prompt in the experiment's prompts, from 0."]
     batch: Annotated[int, "Batch it ran in, from 0, in order of execution."]
     input_tokens: Annotated[int, units.TOKEN, "Tokens of the prompt, without padding."]
@@ -239,15 +247,33 @@ class RequestRecord:
     finish_reason: Annotated[str, "stop (end token) or length (max_output_tokens)."]
     start_s: Annotated[float, units.SECOND, "When the engine took the request."]
     end_s: Annotated[float, units.SECOND, "When its last token was there."]
-    latency_s: Annotated[float, units.SECOND, "end_s - start_s; requests of a static batch share it."]
+    latency_s: Annotated[
+        float, units.SECOND, "end_s less arrived_s, or start_s where there is no queue; a padded batch shares it."
+    ]
     prefill_s: Annotated[
         float | None, units.SECOND, "From start_s to the first token's logits; null where the engine cannot tell."
+    ] = None
+    arrived_s: Annotated[float | None, units.SECOND, "When it came into a queue; null where there is none."] = None
+    queue_s: Annotated[float | None, units.SECOND, "start_s less arrived_s: how long it waited for its turn."] = None
+    ttft_s: Annotated[
+        float | None, units.SECOND, "Time to first token, from where latency_s begins; null unless streaming."
+    ] = None
+    tpot_s: Annotated[float | None, units.SECOND, "Time per output token after the first: the mean of itl_s."] = None
+    itl_s: Annotated[list[float] | None, units.SECOND, "Inter-token latencies, one for each token after the first."] = (
+        None
+    )
+    itl_spread: Annotated[
+        bool | None, "Tokens that came in one chunk were spread over the time since the chunk before."
     ] = None
 
 
 @dataclass(frozen=True)
 class ProcessRecord:
-    """Everything that one worker process knows at its end."""
+    """What one worker process knows of one cycle, in one attempt at it.
+
+    `phases` holds those of the attempt (idle, load), the same in each of its records, and the cycle's own (warm-up,
+    measured). `window_opened_unix_s` is for comparing processes, not for measuring.
+    """
 
     format_version: int
     lem_version: str
@@ -257,6 +283,11 @@ class ProcessRecord:
     status: Status
     started_at: str
     hostname: str
+    cycle: int = 1
+    attempt: int = 1
+    config_sha256: str = ""
+    backend: str = ""
+    window_opened_unix_s: float | None = None
     error: ErrorInfo | None = None
     model: ModelInfo | None = None
     engine: EngineInfo | None = None
@@ -271,6 +302,7 @@ class ProcessRecord:
     prefill: Prefill | None = None
     warmup: WarmupInfo | None = None
     cpu_load: CpuLoad | None = None
+    counters: dict[str, float] | None = None
     environment: Environment | None = None
     warnings: tuple[Note, ...] = ()
 
@@ -285,6 +317,11 @@ class ExperimentRow:
 
     Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' when it was
     read from them, else the sum of the estimates; `energy_source` and `energy_components` say which.
+
+    With several cycles, what is counted, timed or metered is the mean over the cycles that were finished: it
+    describes one pass over the prompts. Quotients, such as tokens per second, are those of the means, so that they
+    agree with each other. The spread over the cycles is in the columns that end in `_sd`, `_cv`, `_ci95_low` and
+    `_ci95_high`, around the mean of the cycles' own values.
     """
 
     experiment_id: Annotated[str, "Unique id of the experiment."]
@@ -294,6 +331,9 @@ class ExperimentRow:
     lem_version: Annotated[str, "Version of lem that measured."]
     hostname: Annotated[str, "Machine it ran on."]
     processes: Annotated[int, "Worker processes that wrote a record."]
+    cycles_planned: Annotated[int, "Times that the prompts were to be measured."]
+    cycles_completed: Annotated[int, "Cycles in which every prompt was finished."]
+    resumed: Annotated[int, "Times that the experiment was resumed."]
     # what ran
     model: Annotated[str, "Model as asked for."]
     random_weights: Annotated[bool | None, "The weights are random: the text has no meaning, the work is real."]
@@ -347,7 +387,7 @@ class ExperimentRow:
     ]
     trace_energy_j: Annotated[float | None, units.JOULE, "Integral of the GPU power trace, beside the counter."]
     counter_tick_s: Annotated[float | None, units.SECOND, "Coarsest tick of the GPU energy counters."]
-    prefill_duration_s: Annotated[float | None, units.SECOND, "Time until each batch's first token, summed."]
+    prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
     decode_duration_s: Annotated[float | None, units.SECOND, "The rest of the window."]
     prefill_energy_j: Annotated[float | None, units.JOULE, "Power trace over the prefill spans (integral)."]
     decode_energy_j: Annotated[float | None, units.JOULE, "energy_j less prefill_energy_j; negative if so."]
@@ -377,9 +417,131 @@ class ExperimentRow:
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
     warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
     warmup_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of its last latencies."]
+    # token by token, when streaming
+    ttft_mean_s: Annotated[float | None, units.SECOND, "Mean time to first token."] = None
+    ttft_p50_s: Annotated[float | None, units.SECOND, "Median time to first token."] = None
+    ttft_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the time to first token."] = None
+    ttft_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the time to first token."] = None
+    itl_mean_s: Annotated[float | None, units.SECOND, "Mean inter-token latency, over all tokens."] = None
+    itl_p50_s: Annotated[float | None, units.SECOND, "Median inter-token latency, over all tokens."] = None
+    itl_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the inter-token latency, over all tokens."] = (
+        None
+    )
+    itl_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the inter-token latency, over all tokens."] = (
+        None
+    )
+    tpot_mean_s: Annotated[float | None, units.SECOND, "Mean time per output token after the first."] = None
+    tpot_p50_s: Annotated[float | None, units.SECOND, "Median time per output token after the first."] = None
+    tpot_p95_s: Annotated[
+        float | None, units.SECOND, "95th percentile of the time per output token after the first."
+    ] = None
+    tpot_p99_s: Annotated[
+        float | None, units.SECOND, "99th percentile of the time per output token after the first."
+    ] = None
+    # under traffic
+    arrival_rate_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "Rate at which requests arrived."] = None
+    queue_mean_s: Annotated[float | None, units.SECOND, "Mean wait in the queue."] = None
+    queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
+    queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
+    queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
+    idle_share: Annotated[float | None, units.RATIO, "Share of the window in which no request was there."] = None
+    goodput_requests_per_s: Annotated[
+        float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
+    ] = None
+    # over the cycles
+    energy_sd_j: Annotated[float | None, units.JOULE, "Standard deviation of energy_j over the cycles."] = None
+    energy_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of energy_j."] = None
+    energy_ci95_low_j: Annotated[float | None, units.JOULE, "95 % t-interval of mean energy_j, lower end."] = None
+    energy_ci95_high_j: Annotated[float | None, units.JOULE, "Upper end."] = None
+    output_tokens_per_s_mean: Annotated[
+        float | None, units.TOKEN_PER_SECOND, "Mean of the cycles' own rates: what the interval is around."
+    ] = None
+    output_tokens_per_s_sd: Annotated[float | None, units.TOKEN_PER_SECOND, "Of output_tokens_per_s."] = None
+    output_tokens_per_s_cv: Annotated[float | None, units.RATIO, "Of output_tokens_per_s."] = None
+    output_tokens_per_s_ci95_low: Annotated[float | None, units.TOKEN_PER_SECOND, "Lower end."] = None
+    output_tokens_per_s_ci95_high: Annotated[float | None, units.TOKEN_PER_SECOND, "Upper end."] = None
+    latency_mean_sd_s: Annotated[float | None, units.SECOND, "Of latency_mean_s, over the cycles."] = None
+    latency_mean_cv: Annotated[float | None, units.RATIO, "Of latency_mean_s."] = None
+    latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end."] = None
+    latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end."] = None
+    energy_per_output_token_mean_j: Annotated[
+        float | None, units.JOULE_PER_TOKEN, "Mean of the cycles' own quotients: what the interval is around."
+    ] = None
+    energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Over the cycles."] = None
+    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Of energy_per_output_token_j."] = None
+    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end."] = None
+    energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Upper end."] = None
     # for the record
     warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = field(
         default_factory=list
     )
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = field(default_factory=list)
     config_json: Annotated[str, "The whole resolved configuration, as JSON."] = ""
+
+
+@dataclass(frozen=True)
+class CycleRow:
+    """One cycle of an experiment: a pass over all its prompts. Columns mean what they mean for the experiment."""
+
+    experiment_id: Annotated[str, "Experiment that it belongs to."]
+    cycle: Annotated[int, "Cycle, from 1."]
+    status: Annotated[str, "completed, failed or interrupted."]
+    attempts: Annotated[int, "Attempts that it took: more than 1 when it was interrupted and resumed."]
+    requests_completed: Annotated[int, units.REQUEST, "Requests that have a row of their own."]
+    input_tokens: Annotated[int, units.TOKEN, "Sum over the requests, without padding."]
+    output_tokens: Annotated[int, units.TOKEN, "Sum over the requests, nothing after an end token."]
+    duration_s: Annotated[float | None, units.SECOND, "Wall-clock length of its windows."]
+    output_tokens_per_s: Annotated[float | None, units.TOKEN_PER_SECOND, "output_tokens / duration_s."]
+    requests_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "requests_completed / duration_s."]
+    latency_mean_s: Annotated[float | None, units.SECOND, "Mean latency of a request."]
+    latency_p50_s: Annotated[float | None, units.SECOND, "Median latency of a request."]
+    latency_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the latency."]
+    latency_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the latency."]
+    warmup_duration_s: Annotated[float | None, units.SECOND, "Warm-up, outside the window."]
+    energy_j: Annotated[float | None, units.JOULE, "Headline energy of its windows, gross."]
+    energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
+    gpu_energy_j: Annotated[float | None, units.JOULE, "GPUs in use."]
+    cpu_energy_j: Annotated[float | None, units.JOULE, "CPUs."]
+    dram_energy_j: Annotated[float | None, units.JOULE, "Main memory."]
+    energy_idle_adjusted_j: Annotated[float | None, units.JOULE, "energy_j less idle power times duration_s."]
+    average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
+    energy_per_output_token_j: Annotated[float | None, units.JOULE_PER_TOKEN, "energy_j / output_tokens."]
+    energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
+    prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
+    decode_duration_s: Annotated[float | None, units.SECOND, "The rest of the window."]
+    flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
+    mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation."]
+    # token by token, when streaming
+    ttft_mean_s: Annotated[float | None, units.SECOND, "Mean time to first token."] = None
+    ttft_p50_s: Annotated[float | None, units.SECOND, "Median time to first token."] = None
+    ttft_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the time to first token."] = None
+    ttft_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the time to first token."] = None
+    itl_mean_s: Annotated[float | None, units.SECOND, "Mean inter-token latency, over all tokens."] = None
+    itl_p50_s: Annotated[float | None, units.SECOND, "Median inter-token latency, over all tokens."] = None
+    itl_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the inter-token latency, over all tokens."] = (
+        None
+    )
+    itl_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the inter-token latency, over all tokens."] = (
+        None
+    )
+    tpot_mean_s: Annotated[float | None, units.SECOND, "Mean time per output token after the first."] = None
+    tpot_p50_s: Annotated[float | None, units.SECOND, "Median time per output token after the first."] = None
+    tpot_p95_s: Annotated[
+        float | None, units.SECOND, "95th percentile of the time per output token after the first."
+    ] = None
+    tpot_p99_s: Annotated[
+        float | None, units.SECOND, "99th percentile of the time per output token after the first."
+    ] = None
+    # under traffic
+    arrival_rate_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "Rate at which requests arrived."] = None
+    queue_mean_s: Annotated[float | None, units.SECOND, "Mean wait in the queue."] = None
+    queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
+    queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
+    queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
+    idle_share: Annotated[float | None, units.RATIO, "Share of the window in which no request was there."] = None
+    goodput_requests_per_s: Annotated[
+        float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
+    ] = None
+    warnings: Annotated[list[str], "What to doubt about this cycle, each as `code: sentence`."] = field(
+        default_factory=list
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lem.record import ExperimentRow, ProcessRecord
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STATUS_STYLE = {"completed": "green", "failed": "red", "interrupted": "yellow", "pending": "cyan"}
-# Tables that are piped are not to be cut at the width of a terminal that is not there.
-WIDTH_WITHOUT_TERMINAL = 240
+# What is piped is neither cut nor folded at the width of a terminal that is not there.
+WIDTH_WITHOUT_TERMINAL = 100_000
 WIDE = 110
+# Beside their names, texts that are folded into less than this are hard to read.
+LEAST_TEXT_WIDTH = 30
+NOT_MEASURED = "–"
 ESTIMATE = "≈"
 
 
@@ -32,73 +35,114 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_table(table: Table) -> None:
-    """Print a table on stdout; without a terminal no line ends in the padding of its last column."""
+    """Print a table without a box on stdout, or its rows as paragraphs where words would be cut to make it fit."""
     out = console()
+    if not _fitted(table, out.width):
+        _print_paragraphs(table, out)
+        return
     if out.is_terminal:
         out.print(table)
         return
     with out.capture() as captured:
         out.print(table)
+    # No line ends in the padding of its last column.
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _fitted(table: Table, width: int) -> bool:
+    """Give each column what its longest word needs and a share of the rest; False where that is not there."""
+    from rich.text import Text
+
+    columns = []
+    for column in table.columns:
+        cells = [Text.from_markup(str(cell)) for cell in (column.header, *column.cells)]
+        most = max(cell.cell_len for cell in cells)
+        word = max(part.cell_len for cell in cells for part in cell.split(" "))
+        least = most if column.no_wrap else max(word, min(most, column.min_width or 0))
+        columns.append((most - least, least, column))
+    spare = width - sum(least + sum(table.padding[1::2]) for _, least, _ in columns)
+    if spare < 0:
+        return False
+    for i, (wanted, least, column) in enumerate(sorted(columns, key=lambda known: known[0])):
+        more = min(wanted, spare // (len(columns) - i))
+        column.width = least + more
+        spare -= more
+    return True
+
+
+def _print_paragraphs(table: Table, out: Console) -> None:
+    """Print each row's first cell, and below it the others with their headers; the terminal folds them."""
+    headers = [column.header for column in table.columns][1:]
+    for head, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        if not table.show_header:
+            out.print(f"[bold]{head}:[/bold] {' '.join(map(str, cells))}", soft_wrap=True)
+            continue
+        known = zip(headers, cells, strict=True)
+        details = " · ".join(f"{header}: {cell}" for header, cell in known if cell not in ("", NOT_MEASURED))
+        for line in filter(None, (head, details and f"  {details}")):
+            out.print(line, soft_wrap=True)
 
 
 # ------------------------------------------------------------------ one experiment
 def show_row(row: ExperimentRow) -> None:
-    """Print what an experiment measured."""
+    """Print what an experiment measured; what it did not measure has no line."""
     from rich.markup import escape
     from rich.table import Table
 
-    style = STATUS_STYLE[row.status]
-    table = Table(
-        title=f"{row.experiment_id}  [{style}]{row.status}[/{style}]",
-        title_justify="left",
-        show_header=False,
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _lines(row):
-        table.add_row(name, escape(value))
+    table.add_column(overflow="fold", min_width=LEAST_TEXT_WIDTH)
+    for name, text in _lines(row):
+        if text:
+            table.add_row(name, escape(text))
     print_table(table)
 
 
-def _lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
-    if row.error:
-        yield "Error", row.error
+def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    """Yield names and texts; the text of what was not measured is empty."""
+    yield "Error", row.error or ""
     yield "Model", _model(row)
     yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
     yield "Prompts", f"{row.requests_completed} of {row.requests_planned} from {row.dataset}, seed {row.seed}"
     yield "Batching", f"{row.batching_strategy}, up to {row.batch_size} · decoder {row.decoder}"
     yield "Tokens", f"{row.input_tokens} input, {row.output_tokens} output"
-    yield "Duration", quantity(row.duration_s, "s")
+    yield from _time_lines(row)
+    yield from _energy_lines(row)
+    yield "Peak memory", _memory(row)
+    utilisation = "" if row.mfu is None else f"{row.mfu:.1%} of the datasheet's peak (MFU)"
+    yield "FLOPs", _listed(_known(row.flops, "FLOP"), _known(row.flops_per_s, "FLOP/s"), utilisation)
     yield (
-        "Throughput",
-        (f"{plain(row.output_tokens_per_s, 'output tokens/s')} · {plain(row.requests_per_s, 'requests/s')}"),
+        "Outside",
+        _listed(_known(row.load_duration_s, "s", "loading "), _known(row.warmup_duration_s, "s", "warm-up ")),
     )
-    yield (
-        "Latency",
-        (
-            f"mean {quantity(row.latency_mean_s, 's')} · p50 {quantity(row.latency_p50_s, 's')} · "
-            f"p95 {quantity(row.latency_p95_s, 's')} · p99 {quantity(row.latency_p99_s, 's')}"
-        ),
-    )
+    for warning in row.warnings:
+        yield "Warning", warning
+
+
+def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    yield "Duration", _known(row.duration_s, "s")
+    speeds = {"output tokens/s": row.output_tokens_per_s, "requests/s": row.requests_per_s}
+    yield "Throughput", _listed(*(plain(speed, unit) for unit, speed in speeds.items() if speed is not None))
+    latencies = {
+        "mean": row.latency_mean_s, "p50": row.latency_p50_s, "p95": row.latency_p95_s, "p99": row.latency_p99_s,
+    }  # fmt: skip
+    yield "Latency", _listed(*(_known(latency_s, "s", f"{name} ") for name, latency_s in latencies.items()))
     if row.prefill_duration_s is not None:
         yield (
             "Prefill, decode",
             f"{_part(row.prefill_duration_s, row.prefill_energy_j)}, "
             + _part(row.decode_duration_s, row.decode_energy_j),
         )
-    yield from _energy_lines(row)
-    yield "Peak memory", _memory(row)
-    utilisation = f" · {row.mfu:.1%} of the datasheet's peak (MFU)" if row.mfu is not None else ""
-    yield "FLOPs", f"{quantity(row.flops, 'FLOP')} · {quantity(row.flops_per_s, 'FLOP/s')}{utilisation}"
-    yield (
-        "Outside",
-        f"loading {quantity(row.load_duration_s, 's')}, warm-up {quantity(row.warmup_duration_s, 's')}",
-    )
-    for warning in row.warnings:
-        yield "Warning", warning
+
+
+def _known(value: float | None, unit: str, before: str = "") -> str:
+    """Write a measured value; nothing for one that was not measured."""
+    return "" if value is None else before + quantity(value, unit)
+
+
+def _listed(*texts: str) -> str:
+    return " · ".join(filter(None, texts))
 
 
 def _model(row: ExperimentRow) -> str:
@@ -108,7 +152,10 @@ def _model(row: ExperimentRow) -> str:
     return " — ".join([row.model + size, *filter(None, extras)])
 
 
-def _energy_lines(row: ExperimentRow) -> Iterable[tuple[str, str]]:
+def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    if row.energy_j is None:
+        yield "Energy", "not measured"
+        return
     label = f" ({row.energy_components}, {row.energy_source}, {row.energy_scope})" if row.energy_components else ""
     yield "Energy", f"{_energy(row)} = {quantity(row.energy_wh, 'Wh')}{label}"
     yield "Average power", _marked(row, quantity(row.average_power_w, "W"))
@@ -136,7 +183,7 @@ def _part(duration_s: float | None, energy_j: float | None) -> str:
 
 def _memory(row: ExperimentRow) -> str:
     if row.peak_memory_bytes is None:
-        return "–"
+        return ""
     sizes = {"weights": row.weights_bytes, "key/value cache": row.kv_cache_bytes}
     parts = [f"{name} {size / 2**20:.4g} MiB" for name, size in sizes.items() if size is not None]
     return " · ".join([f"{row.peak_memory_bytes / 2**20:.4g} MiB ({row.peak_memory_scope})", *parts])
@@ -147,16 +194,19 @@ def show_records(records: Sequence[ProcessRecord]) -> None:
     from rich.table import Table
 
     for record in records:
-        table = Table(
-            "phase", "duration", "component", "energy", "source", "scope", "device", "method",
-            title=f"process {record.rank} of {record.world_size} on {record.hostname}: {record.status}",
-            title_justify="left",
-        )  # fmt: skip
+        where = f"process {record.rank} of {record.world_size}, cycle {record.cycle}, attempt {record.attempt}"
+        print(f"{where}, on {record.hostname}: {record.status}, {record.requests_completed} requests")
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for header in ("phase", "duration", "component", "energy", "source", "scope", "device", "method"):
+            table.add_column(header, overflow="fold")
         for phase in record.phases:
             _phase_rows(table, phase)
-        print_table(table)
+        if record.phases:
+            print_table(table)
         if record.error:
             print(f"error in {record.error.phase or 'start-up'}: {record.error.message}")
+        for note in record.warnings:
+            print(f"warning: {note.code}: {note.text}")
 
 
 def _phase_rows(table: Table, phase: Any) -> None:
@@ -169,53 +219,50 @@ def _phase_rows(table: Table, phase: Any) -> None:
 
 
 # ------------------------------------------------------------------ many experiments
-def show_rows(rows: Sequence[ExperimentRow], pending: Sequence[str] = (), labels: Sequence[str] | None = None) -> None:
-    """Print a line for each experiment: what it ran, or in a sweep the label that tells it from the others."""
+def _status(status: str) -> str:
+    style = STATUS_STYLE.get(status, "dim")
+    return f"[{style}]{status}[/{style}]"
+
+
+def _say_estimates(rows: Iterable[ExperimentRow]) -> None:
+    if any(row.energy_source == "estimate" for row in rows):
+        print(f"{ESTIMATE} an estimate, not a measurement")
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """What became of one cell of a sweep; without a row nothing was measured."""
+
+    label: str
+    status: str
+    experiment_id: str | None = None
+    row: ExperimentRow | None = None
+    error: str | None = None
+
+
+def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
+    """Print a line for each cell of a sweep, in order, then the errors; `head` says what its labels are."""
     from rich.markup import escape
     from rich.table import Table
 
-    wide = console().width >= WIDE
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("experiment", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    # In a narrow terminal words wrap; ids and numbers are never cut.
-    table.add_column(
-        "overrides" if labels else "model, backend, dataset, batching" if wide else "model", overflow="fold"
-    )
-    numbers = {"requests": _requests, "of": _components} if wide else {}
-    numbers |= {"tokens/s": _speed, "energy": _energy, "per token": _energy_per_token}
-    for name in numbers:
+    table.add_column(head, overflow="fold")
+    for name in ("experiment", "status"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "J/token"):
         table.add_column(name, justify="right", no_wrap=True)
-    for i, row in enumerate(rows):
-        style = STATUS_STYLE[row.status]
-        what = labels[i] if labels else _what(row, wide)
-        table.add_row(
-            row.experiment_id,
-            f"[{style}]{row.status}[/{style}]",
-            escape(what),
-            *(show(row) for show in numbers.values()),
-        )
-    for experiment_id in pending:
-        table.add_row(experiment_id, "[cyan]pending[/cyan]")
+    for line in lines:
+        numbers = (_speed(line.row), _j_per_token(line.row)) if line.row else (NOT_MEASURED, NOT_MEASURED)
+        table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), *numbers)
     print_table(table)
-    if any(row.energy_source == "estimate" for row in rows):
-        print(f"{ESTIMATE} an estimate, not a measurement")
-    for row in rows:
-        if row.error:
-            print(f"{row.experiment_id}: {row.error}")
+    _say_estimates(line.row for line in lines if line.row)
+    for line in lines:
+        if line.error:
+            print(f"{line.label}: {line.error}")
 
 
-def _what(row: ExperimentRow, wide: bool) -> str:
-    model = f"{row.model} (random)" if row.random_weights else row.model
-    return f"{model} {row.backend} {row.dataset} {row.batching_strategy}/{row.batch_size}" if wide else model
-
-
-def _requests(row: ExperimentRow) -> str:
-    return f"{row.requests_completed}/{row.requests_planned}"
-
-
-def _components(row: ExperimentRow) -> str:
-    return row.energy_components or "–"
+def _j_per_token(row: ExperimentRow) -> str:
+    return _marked(row, plain(row.energy_per_output_token_j))
 
 
 def _speed(row: ExperimentRow) -> str:
@@ -226,22 +273,18 @@ def _energy(row: ExperimentRow) -> str:
     return _marked(row, quantity(row.energy_j, "J"))
 
 
-def _energy_per_token(row: ExperimentRow) -> str:
-    return _marked(row, quantity(row.energy_per_output_token_j, "J"))
-
-
 def _marked(row: ExperimentRow, text: str) -> str:
-    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text[0].isdigit() else text
+    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text != NOT_MEASURED else text
 
 
 # ------------------------------------------------------------------ for programs
 def row_dict(row: ExperimentRow) -> dict[str, Any]:
     """Return a row as plain data, its configuration unpacked."""
-    values = asdict(row)
+    values = dict(vars(row))
     text = values.pop("config_json")
     return values | {"config": json.loads(text) if text else None}
 
 
-def as_json(value: Any) -> str:
-    """Write plain data as JSON for a program to read."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def as_json(value: Any, indent: int | None = 2) -> str:
+    """Write plain data as JSON for a program to read; escaped where stdout's encoding cannot take every character."""
+    return json.dumps(value, indent=indent, ensure_ascii=not (sys.stdout.encoding or "utf").lower().startswith("utf"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -35,6 +35,8 @@ def Env(variable: str) -> dict[str, str]:  # noqa: N802 - reads as part of a fie
 @config
 class PytorchBackend:
     """transformers' `generate` on PyTorch, in the worker process."""
+
+    spreads_a_model_itself: ClassVar[bool] = False
 
     name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
     device: Annotated[
@@ -62,6 +64,8 @@ class PytorchBackend:
 class SimulatedBackend:
     """A stand-in engine with exactly known times: for trying grids and for tests. No model runs."""
 
+    spreads_a_model_itself: ClassVar[bool] = False
+
     name: Annotated[Literal["simulated"], Field(description="Inference backend.")] = "simulated"
     prefill_s_per_token: Annotated[float, Field(ge=0, description="Time that one input token takes, in seconds.")] = (
         1e-5
@@ -78,7 +82,87 @@ class SimulatedBackend:
     ] = None
 
 
-Backend = Annotated[PytorchBackend | SimulatedBackend, Field(discriminator="name")]
+@config
+class VllmSpeculation:
+    """Speculative decoding: a cheap method drafts tokens, the model checks several of them in one step."""
+
+    method: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="How tokens are drafted: ngram, draft_model, eagle, eagle3, medusa, suffix, … null is off, or "
+            "vLLM's choice when a model is given.",
+        ),
+    ] = None
+    model: Annotated[
+        str | None, Field(min_length=1, description="Draft model or head: a hub id or a local directory.")
+    ] = None
+    num_speculative_tokens: Annotated[int | None, Field(ge=1, description="Tokens drafted for each step.")] = None
+    prompt_lookup_max: Annotated[
+        int | None, Field(ge=1, description="Longest n-gram that ngram looks for in the text so far.")
+    ] = None
+    prompt_lookup_min: Annotated[
+        int | None, Field(ge=1, description="Shortest n-gram that ngram looks for in the text so far.")
+    ] = None
+    draft_tensor_parallel_size: Annotated[
+        int | None, Field(ge=1, description="GPUs that each layer of the draft model is split over.")
+    ] = None
+
+
+@config
+class VllmBackend:
+    """vLLM's engine, in the worker process. Null leaves an option to vLLM's own default."""
+
+    # One process of lem's runs the model on all of its GPUs.
+    spreads_a_model_itself: ClassVar[bool] = True
+
+    name: Annotated[Literal["vllm"], Field(description="Inference backend.")] = "vllm"
+    max_model_len: Annotated[
+        int | None, Field(ge=1, description="Tokens of a prompt and its output together, at most.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None, Field(ge=1, description="Tokens that one step of the engine computes, at most.")
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of a GPU's memory that vLLM takes (on a CPU: of the machine's)."),
+    ] = None
+    kv_cache_memory_bytes: Annotated[
+        int | None, Field(ge=1, description="Size of the key/value cache of a GPU, instead of what the share leaves.")
+    ] = None
+    kv_cache_dtype: Annotated[
+        str | None, Field(min_length=1, description="Dtype of the key/value cache: auto, bfloat16, fp8, …")
+    ] = None
+    block_size: Annotated[int | None, Field(ge=1, description="Tokens in a block of the key/value cache.")] = None
+    enable_prefix_caching: Annotated[
+        bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
+    ] = None
+    enable_chunked_prefill: Annotated[
+        bool | None, Field(description="Take in long prompts in pieces, beside the decoding of others.")
+    ] = None
+    enforce_eager: Annotated[bool | None, Field(description="Neither compile the model nor capture CUDA graphs.")] = (
+        None
+    )
+    attention_backend: Annotated[
+        str | None, Field(min_length=1, description="Attention kernels: FLASH_ATTN, FLASHINFER, TRITON_ATTN, …")
+    ] = None
+    quantization: Annotated[
+        str | None, Field(min_length=1, description="Method of quantized weights: awq, gptq, fp8, …")
+    ] = None
+    load_format: Annotated[
+        str | None, Field(min_length=1, description="Format of the weights: auto, safetensors, dummy (random), …")
+    ] = None
+    cpu_offload_gb: Annotated[
+        float | None, Field(ge=0, description="Weights of a GPU that stay in main memory, in GiB.")
+    ] = None
+    speculative: VllmSpeculation = field(default_factory=VllmSpeculation)
+    engine_args: Annotated[
+        dict[str, Any] | None,
+        Field(description="Any other argument of vLLM's EngineArgs by its name: {max_logprobs: 5}."),
+    ] = None
+
+
+Backend = Annotated[PytorchBackend | SimulatedBackend | VllmBackend, Field(discriminator="name")]
 
 
 # ------------------------------------------------------------------ what goes in
@@ -131,13 +215,16 @@ class Batching:
     """How requests are put together."""
 
     strategy: Annotated[
-        Literal["static", "dynamic", "sorted_static", "sorted_dynamic"],
+        Literal["static", "dynamic", "sorted_static", "sorted_dynamic", "continuous"],
         Field(
             description="static: batch_size requests in order; dynamic: as many as max_tokens_per_batch "
-            "and batch_size allow; sorted_*: the same, longest inputs first."
+            "and batch_size allow; sorted_*: the same, longest inputs first; continuous: the next request takes the "
+            "place of one that is finished, batch_size at a time."
         ),
     ] = "static"
-    batch_size: Annotated[int, Field(ge=1, le=65536, description="Requests in a batch, at most.")] = 1
+    batch_size: Annotated[
+        int, Field(ge=1, le=65536, description="Requests in a batch, or that run at the same time, at most.")
+    ] = 1
     max_tokens_per_batch: Annotated[
         int | None,
         Field(
@@ -201,6 +288,44 @@ class Warmup:
     max_s: Annotated[
         float, Field(gt=0, description="Seconds after which until_cv gives up; read only with until_cv.")
     ] = 120.0
+
+
+@config
+class Streaming:
+    """Timing each token as it comes."""
+
+    enabled: Annotated[
+        bool, Field(description="Time each token: TTFT, inter-token latency, time per output token.")
+    ] = False
+    warmup_requests: Annotated[
+        int, Field(ge=0, le=10_000, description="Requests before the window when tokens are timed, for warmup.prompts.")
+    ] = 5
+
+
+@config
+class Traffic:
+    """How requests arrive in the measured window."""
+
+    pattern: Annotated[
+        Literal["closed", "constant", "poisson", "concurrency", "trace"],
+        Field(
+            description="closed: all are there at once; constant, poisson: at target_qps, whether or not the engine "
+            "keeps up; concurrency: so many at any time; trace: as recorded."
+        ),
+    ] = "closed"
+    target_qps: Annotated[
+        float | None, Field(gt=0, description="Requests a second that arrive (constant, poisson).")
+    ] = None
+    concurrency: Annotated[int | None, Field(ge=1, description="Requests in the system at any time (concurrency).")] = (
+        None
+    )
+    trace: Annotated[str | None, Field(description="CSV of the trace: a column t_s, when each request arrives.")] = None
+    ttft_limit_s: Annotated[
+        float | None, Field(gt=0, description="Time to first token that a good request keeps; for goodput.")
+    ] = None
+    itl_limit_s: Annotated[
+        float | None, Field(gt=0, description="Mean inter-token latency that a good request keeps; for goodput.")
+    ] = None
 
 
 @config
@@ -322,12 +447,18 @@ class Experiment:
     parallelism: Parallelism = field(default_factory=Parallelism)
     quantization: Quantization = field(default_factory=Quantization)
     warmup: Warmup = field(default_factory=Warmup)
+    streaming: Streaming = field(default_factory=Streaming)
+    traffic: Traffic = field(default_factory=Traffic)
     cooldown: Cooldown = field(default_factory=Cooldown)
     energy: Energy = field(default_factory=Energy)
     io: Io = field(default_factory=Io)
 
 
-BACKENDS: dict[str, type[Any]] = {"pytorch": PytorchBackend, "simulated": SimulatedBackend}
+BACKENDS: dict[str, type[Any]] = {
+    "pytorch": PytorchBackend,
+    "simulated": SimulatedBackend,
+    "vllm": VllmBackend,
+}
 
 # Parts that are chosen by name among the files of a folder of conf/.
 GROUPS = ("backend", "dataset", "decoder", "energy", "preset")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.standin import driver, standin  # noqa: F401 - fixtures
@@ -54,6 +57,9 @@ def lem(tmp_path, monkeypatch, capfd):
     # The command reads .env files into this process's environment.
     os.environ.clear()
     os.environ.update(before)
+    # --verbose turns on the log of this process.
+    logging.getLogger("lem").handlers.clear()
+    logging.getLogger("lem").setLevel(logging.NOTSET)
 
 
 def command(*arguments: str, cwd: Path, **env: str) -> Finished:
@@ -72,7 +78,48 @@ def command(*arguments: str, cwd: Path, **env: str) -> Finished:
 SIMULATED = ("--backend", "simulated", "--model", "any", "-d", "sample", "energy=none", "-y")
 
 
-def raw_record(results: Path, rank: int = 0) -> dict:
-    """Read the only experiment's raw record."""
-    (file,) = results.glob(f"raw/*/process_{rank}.json")
+def raw_record(results: Path, rank: int = 0, cycle: int = 1, attempt: int = 1) -> dict:
+    """Read a raw record of the only experiment."""
+    (file,) = results.glob(f"raw/*/process_{rank}_c{cycle}_a{attempt}.json")
     return json.loads(file.read_text())
+
+
+def begin(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
+    """Start `lem …` in a session of its own, as a terminal would: signals to its group reach nobody else."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lem.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
+    """Return the first line of stderr that begins so."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(beginning):
+            return line
+    raise AssertionError(f"no line '{beginning}…' came; exit code {process.wait()}")
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the living workers of a command, without the launcher of several."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            command_line = child.cmdline()  # of a zombie there is none
+            if "lem.worker" in command_line and "torch.distributed.run" not in command_line:
+                found.append(child)
+    return found
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a command and all of its group at once, as nothing can be prepared for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()

@@ -1,236 +1,77 @@
-"""From records to rows: the identities, what is null, and what makes the headline."""
+"""From raw files to the tables: what is refused and named, what is left alone, and two at once."""
 
 from __future__ import annotations
 
 import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from lem.aggregate import aggregate, experiment_row, headline
+from lem.aggregate import aggregate, aggregate_all, read
 from lem.errors import ResultsError
-from lem.parquet import columns, read_rows, write_rows
-from lem.plan import Plan, PromptsInfo
-from lem.record import (
-    Carbon,
-    EnergyReading,
-    EngineInfo,
-    ErrorInfo,
-    ExperimentRow,
-    Flops,
-    ModelInfo,
-    Phase,
-    Prefill,
-    ProcessRecord,
-    RequestRecord,
-)
-from lem.spec import Dataset, Experiment, SimulatedBackend
+from lem.record import ErrorInfo
+from lem.state import running
 from lem.store import Store
+from lem.tables import Tables
+from tests.raw import experiment, finished, put, reading, record, requests
 
 
-def reading(component="gpu", source="counter", energy_j=100.0, device="GPU-0", scope="device", reason=None):
-    return EnergyReading(component, source, scope, device, energy_j, "test", reason=reason)
-
-
-GPU = reading()
-
-
-def plan(count=3, processes=1, experiment_id="exp_20260102_030405"):
-    experiment = Experiment(model="m", backend=SimulatedBackend(), dataset=Dataset(name="d", path="p"))
-    prompts = PromptsInfo(count, "0" * 64, "p", None, "text", count, 0)
-    return Plan(experiment_id, "2026-01-02T03:04:05+00:00", experiment, prompts, processes, ("seed=1",))
-
-
-def requests(count=3, rank=0):
-    return [
-        RequestRecord("exp_20260102_030405", rank, i, i, 10 + i, 20, False, "length", i * 1.0, i + 0.5, 0.5)
-        for i in range(count)
-    ]
-
-
-def record(energy=(GPU,), status="completed", rank=0, **more):
-    values = {
-        "format_version": 1,
-        "lem_version": "0",
-        "experiment_id": "exp_20260102_030405",
-        "rank": rank,
-        "world_size": 1,
-        "status": status,
-        "started_at": "2026-01-02T03:04:05+00:00",
-        "hostname": "h",
-        "phases": (
-            Phase("load", 5.0, (reading(energy_j=40.0),)),
-            Phase("warmup", 1.0, (reading(energy_j=10.0),)),
-            Phase("measured", 4.0, tuple(energy)),
-        ),
-        "requests_planned": 3,
-        "requests_completed": 3,
-        "input_tokens": 33,
-        "output_tokens": 60,
-    }
-    return ProcessRecord(**(values | more))
-
-
-def row(*records, rows=None):
-    return experiment_row(plan(), records or [record()], requests() if rows is None else rows)
-
-
-# ------------------------------------------------------------------ identities
-def test_the_identities_hold():
-    made = row(record(flops=Flops(1e9, "m"), carbon=Carbon(400.0, "test")))
-    assert made.output_tokens == 60
-    assert made.input_tokens == 33
-    assert made.output_tokens_per_s == pytest.approx(60 / 4.0)
-    assert made.energy_j == pytest.approx(made.average_power_w * made.duration_s)
-    assert made.energy_per_output_token_j == pytest.approx(made.average_power_w / made.output_tokens_per_s)
-    assert made.energy_per_request_j * made.requests_completed == pytest.approx(made.energy_j)
-    assert made.energy_wh * 3600 == pytest.approx(made.energy_j)
-    assert made.co2e_g == pytest.approx(100 / 3.6e6 * 400)
-    assert made.flops_per_s == pytest.approx(1e9 / 4.0)
-    assert made.flops_per_token == pytest.approx(1e9 / 93)
-    assert (made.load_energy_j, made.warmup_energy_j) == (40.0, 10.0)
-
-
-def test_throughput_counts_output_tokens_only():
-    many_inputs = [RequestRecord("e", 0, 0, 0, 10_000, 20, False, "length", 0, 1, 1)]
-    assert row(rows=many_inputs).output_tokens_per_s == pytest.approx(20 / 4.0)
-
-
-# ------------------------------------------------------------------ headline
-def test_the_headline_is_the_sum_of_the_gpus_alone():
-    energy = headline(
-        [
-            reading(device="GPU-0", energy_j=100.0),
-            reading(device="GPU-1", energy_j=50.0),
-            reading("cpu", "estimate", 7.0, "cpu", "machine"),
-        ]
-    )
-    assert (energy.energy_j, energy.source, energy.components) == (150.0, "counter", "gpu")
-
-
-def test_without_a_gpu_measured_components_come_before_estimates():
-    energy = headline(
-        [reading("cpu", "counter", 9.0, "cpu", "package"), reading("dram", "estimate", 5.0, "dram", "machine")]
-    )
-    assert (energy.energy_j, energy.source, energy.components) == (9.0, "counter", "cpu")
-
-
-def test_estimates_are_summed_only_among_themselves_and_labelled():
-    energy = headline(
-        [reading("cpu", "estimate", 3.0, "cpu", "machine"), reading("dram", "estimate", 5.0, "dram", "machine")]
-    )
-    assert (energy.energy_j, energy.source, energy.components) == (8.0, "estimate", "cpu+dram")
-
-
-def test_one_unreadable_gpu_makes_the_sum_null_and_not_smaller():
-    readings = [reading(energy_j=100.0), reading(device="GPU-1", energy_j=None, reason="it is lost")]
-    made = row(record(energy=readings))
-    assert made.energy_j is None
-    assert made.average_power_w is None
-    assert made.energy_per_output_token_j is None
-    assert made.co2e_g is None
-
-
-def test_no_meter_means_null_everywhere():
-    made = row(record(energy=()))
-    assert made.energy_j is made.energy_wh is made.average_power_w is made.energy_per_request_j is None
-    assert made.energy_source is None
-
-
-def test_idle_power_and_what_is_left_without_it():
-    phases = (
-        Phase("idle_before", 2.0, (reading(energy_j=20.0),)),
-        Phase("load", 5.0, (reading(energy_j=40.0),)),
-        Phase("idle_loaded", 2.0, (reading(energy_j=30.0),)),
-        Phase("measured", 4.0, (reading(energy_j=100.0),)),
-    )
-    made = row(record(phases=phases))
-    assert (made.idle_power_before_w, made.idle_power_loaded_w) == (10.0, 15.0)
-    assert made.energy_idle_adjusted_j == pytest.approx(100 - 15 * 4)
-
-
-def test_a_run_below_idle_is_negative_and_says_so():
-    phases = (Phase("idle_loaded", 1.0, (reading(energy_j=50.0),)), Phase("measured", 4.0, (reading(energy_j=100.0),)))
-    made = row(record(phases=phases))
-    assert made.energy_idle_adjusted_j == pytest.approx(-100)
-    assert any(w.startswith("idle_adjusted_negative") for w in made.warnings)
-
-
-def test_prefill_and_decode_share_the_window():
-    made = row(record(prefill=Prefill(1.0, 30.0, 2.0)))
-    assert made.prefill_duration_s + made.decode_duration_s == made.duration_s
-    assert made.prefill_energy_j + made.decode_energy_j == made.energy_j
-    assert made.prefill_energy_uncertainty_j == 2.0
-
-
-def test_a_negative_decode_energy_is_reported_as_such():
-    made = row(record(prefill=Prefill(1.0, 130.0, 50.0)))
-    assert made.decode_energy_j == -30.0
-    assert any(w.startswith("decode_negative") for w in made.warnings)
-
-
-def test_utilisation_is_against_the_datasheets_peak_of_the_dtype():
-    model = ModelInfo("m", None, "A", 1, False, 1, "bfloat16")
-    engine = EngineInfo("pytorch", "1", "cuda:0", "NVIDIA H100 80GB HBM3", {})
-    made = row(record(model=model, engine=engine, flops=Flops(4e14, "m")))
-    assert made.mfu == pytest.approx(4e14 / 4.0 / made.peak_flops_per_s)
-    assert 0.9e15 < made.peak_flops_per_s < 1.0e15
-    assert row(record(model=model, flops=Flops(4e14, "m"))).mfu is None
-
-
-def test_numbers_that_do_not_agree_are_a_warning():
-    made = row(record(requests_completed=3, output_tokens=60, input_tokens=33))
-    assert not any(w.startswith("identity_violated") for w in made.warnings)
-    made = row(record(requests_completed=3, output_tokens=61, input_tokens=33))
-    assert any(w.startswith("identity_violated: output tokens") for w in made.warnings)
-
-
-def test_co2e_is_null_without_a_carbon_intensity():
-    assert row().co2e_g is None
-
-
-# ------------------------------------------------------------------ failures
-def test_a_failed_run_has_a_row_with_its_error_and_no_rates():
-    made = row(record(status="failed", error=ErrorInfo("E", "it broke", "measured")), rows=requests(1))
-    assert (made.status, made.error) == ("failed", "it broke")
-    assert made.requests_completed == 1
-    assert made.energy_j == 100.0
-    assert made.output_tokens_per_s is made.energy_per_output_token_j is made.energy_per_request_j is None
-
-
-def test_energy_is_counted_once_however_many_ranks():
-    made = experiment_row(plan(processes=2), [record(), record(rank=1)], requests() + requests(rank=1))
-    assert made.energy_j == 100.0
-    assert made.output_tokens == 120
-
-
-# ------------------------------------------------------------------ files
 @pytest.fixture
-def written(tmp_path):
-    store = Store(tmp_path)
-    directory = store.claim()
-    directory.write_plan(plan(experiment_id=directory.id), ["a", "b", "c"])
-    directory.write_record(record())
-    write_rows(directory.requests_file(0), RequestRecord, requests())
-    return store, directory
+def store(tmp_path):
+    return Store(tmp_path / "results")
 
 
-def test_pandas_reads_the_folder_in_one_line_with_units_in_the_metadata(written):
-    store, directory = written
+def shared(store, cycles=1, ranks=2, **of_records):
+    """Write an experiment of several processes, four prompts and some cycles."""
+    directory = experiment(store, count=4, processes=ranks, cycles=cycles)
+    for cycle in range(1, cycles + 1):
+        for rank in range(ranks):
+            add(directory, rank, cycle, **of_records)
+    return directory
+
+
+def add(directory, rank, cycle=1, attempt=1, positions=None, **values):
+    plan = directory.plan()
+    rows = requests(list(plan.share(rank)) if positions is None else positions, rank, cycle, attempt)
+    energy = (reading(),) if rank == 0 else ()
+    known = {"config_sha256": plan.config_sha256, "world_size": plan.processes}
+    place = {"rank": rank, "cycle": cycle, "attempt": attempt}
+    put(directory, record(rows, energy, **(known | place | values)), rows)
+
+
+def kinds(outcomes):
+    return [outcome.kind for outcome in outcomes]
+
+
+def table(store, name="experiments"):
+    return pd.read_parquet(store.root / name)
+
+
+# ------------------------------------------------------------------ one experiment
+def test_pandas_reads_the_folder_in_one_line_with_units_in_the_metadata(store):
+    directory = finished(store)
     aggregate(store, directory)
-    table = pd.read_parquet(store.experiments_table)
-    assert list(table["experiment_id"]) == [directory.id]
-    assert table["energy_j"].sum() == 100.0
+    assert list(table(store)["experiment_id"]) == [directory.id]
+    assert table(store)["energy_j"].sum() == 100.0
     schema = pq.read_schema(store.experiments_table / f"{directory.id}.parquet")
     assert schema.field("energy_j").metadata[b"unit"] == b"J"
     assert schema.field("duration_s").metadata[b"unit"] == b"s"
-    rows = pd.read_parquet(store.requests_table)
-    assert rows["output_tokens"].sum() == table["output_tokens"].iloc[0]
+    assert table(store, "requests")["output_tokens"].sum() == table(store)["output_tokens"].iloc[0]
+    assert list(table(store, "cycles")["cycle"]) == [1]
+    assert directory.state().status == "aggregated"
 
 
-def test_aggregating_again_changes_nothing_unless_forced(written):
-    store, directory = written
+def test_aggregating_again_changes_nothing_unless_forced(store):
+    directory = finished(store)
     first = aggregate(store, directory)
     file = store.experiments_table / f"{directory.id}.parquet"
     before = file.stat().st_mtime_ns
@@ -240,37 +81,250 @@ def test_aggregating_again_changes_nothing_unless_forced(written):
     assert file.stat().st_mtime_ns != before
 
 
-def test_strict_names_the_missing_process(tmp_path):
-    store = Store(tmp_path)
-    directory = store.claim()
-    directory.write_plan(plan(processes=3, experiment_id=directory.id), ["a"])
-    directory.write_record(record())
-    write_rows(directory.requests_file(0), RequestRecord, requests())
-    with pytest.raises(ResultsError, match="no record of process 1, 2 of 3"):
-        aggregate(store, directory)
-    assert not store.is_aggregated(directory.id)
-    assert aggregate(store, directory, strict=False).processes == 1
-
-
-def test_rows_survive_parquet(written):
-    store, directory = written
-    made = aggregate(store, directory)
-    assert read_rows(store.experiments_table / f"{directory.id}.parquet", ExperimentRow) == [made]
+def test_the_row_holds_the_configuration(store):
+    made = aggregate(store, finished(store))
     assert json.loads(made.config_json)["model"] == "m"
+    assert made.overrides == ["seed=1"]
 
 
-# ------------------------------------------------------------------ the schema
-UNITS_IN_NAMES = {"_j": "J", "_s": "s", "_w": "W", "_wh": "Wh", "_g": "gCO2e", "_bytes": "B"}
+def test_the_row_says_how_often_it_was_resumed(store):
+    directory = finished(store)
+    directory.write_state(replace(directory.state(), attempt=3))
+    assert read(directory).row.resumed == 2
 
 
-@pytest.mark.parametrize("record_type", [ExperimentRow, RequestRecord])
-def test_every_column_is_described_and_a_unit_in_the_name_is_the_unit_in_the_metadata(record_type):
-    for column in columns(record_type):
-        if column.name in ("experiment_id", "rank"):
-            continue
-        assert column.description, column.name
-        for ending, unit in UNITS_IN_NAMES.items():
-            if column.name.endswith(ending) and "_per_" not in column.name:
-                assert column.unit == unit, column.name
-        if column.python_type is float:
-            assert column.unit, column.name
+# ------------------------------------------------------------------ what is refused
+def refused(directory, match, **how):
+    with pytest.raises(ResultsError, match=match):
+        read(directory, **how)
+
+
+def test_strict_names_everything_that_is_missing(store):
+    directory = experiment(store, count=4, processes=3, cycles=3)
+    add(directory, 0)
+    for rank in range(3):
+        add(directory, rank, cycle=2, positions=[rank] if rank else [])
+    refused(
+        directory,
+        r"no record of process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2; no record of process 0, 1, 2 of 3 "
+        r"in cycle 3\. --no-strict",
+    )
+    assert read(directory, strict=False).row.cycles_completed == 0
+    with pytest.raises(ResultsError):
+        aggregate(store, directory)
+    assert Tables(store).place(directory.id) is None
+
+
+def test_all_attempts_together_are_complete(store):
+    directory = shared(store, ranks=1)
+    shutil.rmtree(directory.path)
+    directory = experiment(store, count=4, processes=2)
+    add(directory, 0, attempt=1, status="interrupted", positions=[0])
+    add(directory, 0, attempt=2, positions=[2])
+    add(directory, 1, attempt=2, positions=[1, 3])
+    found = read(directory)
+    assert (found.row.status, found.row.duration_s, found.row.energy_j) == ("completed", 8.0, 200.0)
+    assert found.cycles[0].attempts == 2
+
+
+def test_processes_that_did_not_run_together_are_refused(store):
+    directory = shared(store, ranks=1)
+    shutil.rmtree(directory.path)
+    directory = experiment(store, count=4, processes=2)
+    add(directory, 0, window_opened_unix_s=1000.0)
+    add(directory, 1, window_opened_unix_s=1004.5)
+    refused(directory, "windows of processes 0 and 1 in cycle 1 do not overlap")
+    warnings = read(directory, strict=False).row.warnings
+    assert [w for w in warnings if w.startswith("ranks_apart")]
+
+
+def test_the_windows_of_different_attempts_need_not_overlap(store):
+    directory = experiment(store, count=4, processes=2)
+    for attempt, opened_s in ((1, 1000.0), (2, 9000.0)):
+        add(directory, 0, attempt=attempt, positions=[0] if attempt == 1 else [2], window_opened_unix_s=opened_s)
+        add(directory, 1, attempt=attempt, positions=[1] if attempt == 1 else [3], window_opened_unix_s=opened_s + 3)
+    assert read(directory).row.status == "completed"
+
+
+def test_when_a_killed_process_came_to_its_window_says_nothing(store):
+    directory = experiment(store, count=4, processes=2)
+    add(directory, 0, window_opened_unix_s=1000.0)
+    add(directory, 1, window_opened_unix_s=10.0, status="interrupted", error=ErrorInfo("WorkerDied", "killed"))
+    assert read(directory).row.status == "completed"
+
+
+def test_a_record_of_another_configuration_is_refused(store):
+    directory = shared(store)
+    other = json.loads(directory.record_file(1, 1, 1).read_text()) | {"config_sha256": "f" * 64}
+    directory.record_file(1, 1, 1).write_text(json.dumps(other))
+    for strict in (True, False):
+        refused(directory, r"process_1_c1_a1\.json was measured with another configuration", strict=strict)
+
+
+def test_a_record_of_another_number_of_processes_is_refused(store):
+    directory = shared(store, world_size=4)
+    refused(directory, "of one among 4 processes; the plan has 2")
+
+
+def test_two_processes_that_took_themselves_for_the_same_one_are_refused(store):
+    directory = shared(store)
+    shutil.copy(directory.record_file(0, 1, 1), directory.record_file(1, 1, 1))
+    refused(directory, r"process_1_c1_a1\.json holds the record of process 0", strict=False)
+
+
+def test_a_prompt_that_was_counted_twice_is_refused(store):
+    directory = experiment(store)
+    add(directory, 0, attempt=1, positions=[0, 1])
+    add(directory, 0, attempt=2, positions=[1, 2])
+    refused(directory, "has prompt 1 of cycle 1 more than once", strict=False)
+
+
+def test_a_directory_of_another_name_is_refused(store):
+    directory = finished(store)
+    moved = directory.path.with_name("exp_20260102_030406")
+    directory.path.rename(moved)
+    refused(store.find(moved.name), "holds exp_20260102_030405", strict=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_mixed_backends_are_refused_unless_allowed_and_then_labelled(store, strict):
+    directory = experiment(store, count=4, processes=2)
+    add(directory, 0)
+    add(directory, 1, backend="vllm", config_sha256="f" * 64)
+    refused(directory, "different backends, simulated and vllm.*--allow-mixed-backends", strict=strict)
+    row = read(directory, strict=strict, mixed=True).row
+    assert row.backend == "simulated+vllm"
+    assert "mixed_backends: its processes ran on simulated and vllm." in row.warnings
+
+
+# ------------------------------------------------------------------ all
+def several(store, count):
+    return [finished(store, datetime(2026, 1, 2, 3, 4, 5) + timedelta(seconds=i)) for i in range(count)]
+
+
+def test_one_path_and_the_other_give_the_same_rows(store, tmp_path):
+    directories = several(store, 3)
+    other = Store(tmp_path / "other")
+    shutil.copytree(store.root, other.root)
+    for directory in directories:
+        aggregate(store, directory)
+    assert kinds(aggregate_all(other, other.ids())) == ["written"] * 3
+    for name in ("experiments", "cycles", "requests"):
+        pd.testing.assert_frame_equal(table(store, name), table(other, name))
+    assert {d.state().status for d in map(other.directory, other.ids())} == {"aggregated"}
+
+
+def test_all_takes_those_whose_row_is_missing_or_old(store):
+    directories = several(store, 3)
+    assert kinds(aggregate_all(store, store.ids()[:2])) == ["written"] * 2
+    assert kinds(aggregate_all(store, store.ids())) == ["fresh", "fresh", "written"]
+    # Resumed since, and killed before it wrote its row.
+    state = replace(directories[0].state(), status="completed", attempt=2)
+    directories[0].write_state(state)
+    assert sorted(kinds(aggregate_all(store, store.ids()))) == ["fresh", "fresh", "written"]
+    assert kinds(aggregate_all(store, store.ids())) == ["fresh"] * 3
+    assert kinds(aggregate_all(store, store.ids(), force=True)) == ["written"] * 3
+    assert sorted(table(store)["experiment_id"]) == [d.id for d in directories]
+    assert table(store).set_index("experiment_id").loc[directories[0].id, "resumed"] == 1
+
+
+def test_an_interrupted_experiment_is_read_again_once_it_was_resumed(store):
+    directory = experiment(store)
+    directory.write_state(directory.state().now("interrupted"))
+    add(directory, 0, positions=[0], status="interrupted")
+    assert kinds(aggregate_all(store, [directory.id])) == ["failed"]
+    assert kinds(aggregate_all(store, [directory.id], strict=False)) == ["written"]
+    assert kinds(aggregate_all(store, [directory.id], strict=False)) == ["fresh"]
+    directory.write_state(replace(directory.state(), attempt=2))
+    add(directory, 0, attempt=2, positions=[1, 2])
+    assert kinds(aggregate_all(store, [directory.id])) == ["written"]
+    assert list(table(store)["status"]) == ["completed"]
+
+
+def test_what_runs_or_is_still_ending_or_has_not_run_is_left_alone(store):
+    at_work, ending, waiting = several(store, 3)
+    at_work.write_state(running(1))
+    gone = replace(running(1), pid=2**22 + 1, process_started_s=None)
+    ending.write_state(gone)
+    shutil.rmtree(waiting.path)
+    waiting.path.mkdir()
+    with ending.hold():
+        outcomes = list(aggregate_all(store, store.ids()))
+    assert kinds(outcomes) == ["skipped"] * 3
+    for outcome, word in zip(outcomes, ("is running", "still ending", "not been run"), strict=True):
+        assert word in outcome.text
+    assert not list(store.root.glob("*/*.parquet"))
+    assert at_work.state().status == "running"
+    assert kinds(aggregate_all(store, [ending.id])) == ["written"]
+
+
+def test_one_corrupt_file_is_named_and_stops_nothing_else(store):
+    directories = several(store, 4)
+    directories[1].record_file(0, 1, 1).write_text('{"half')
+    directories[2].journal_file(0, 1).write_text('{"record": 1}\n')
+    outcomes = list(aggregate_all(store, store.ids()))
+    assert kinds(outcomes) == ["failed", "failed", "written", "written"]
+    assert str(directories[1].record_file(0, 1, 1)) in outcomes[0].text
+    assert str(directories[2].journal_file(0, 1)) in outcomes[1].text
+    assert sorted(table(store)["experiment_id"]) == [directories[0].id, directories[3].id]
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+import lem.aggregate, lem.parquet, pyarrow.parquet
+from lem.store import Store
+lem.aggregate.TOGETHER = 7
+store = Store(Path(sys.argv[1]))
+lem.parquet.schema(lem.aggregate.ExperimentRow)
+print("ready", flush=True)
+sys.stdin.readline()
+for outcome in lem.aggregate.aggregate_all(store, store.ids()):
+    assert outcome.kind in ("written", "fresh"), outcome
+"""
+
+
+def start(store, count):
+    """Start processes that aggregate all, and let them go at the same moment."""
+    command = [sys.executable, "-c", COMMAND, str(store.root)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(count)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
+
+
+def check_each_once(store, directories):
+    wanted = sorted(directory.id for directory in directories)
+    assert sorted(table(store)["experiment_id"]) == wanted
+    assert sorted(table(store, "cycles")["experiment_id"]) == wanted
+    assert sorted(table(store, "requests")["experiment_id"]) == sorted(3 * wanted)
+
+
+def test_two_aggregations_at_once_write_each_row_once(store):
+    directories = several(store, 40)
+    for process in start(store, 2):
+        process.communicate()
+        assert process.returncode == 0
+    check_each_once(store, directories)
+    assert {directory.state().status for directory in directories} == {"aggregated"}
+
+
+def test_nothing_is_lost_or_there_twice_when_it_is_killed(store):
+    directories = several(store, 60)
+    chance, there = random.Random(1), 0
+    for _ in range(6):
+        (process,) = start(store, 1)
+        time.sleep(chance.uniform(0, 0.12))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = table(store)["experiment_id"] if store.experiments_table.is_dir() else []
+        assert len(found) == len(set(found)) >= there
+        there = len(found)
+    (process,) = start(store, 1)
+    process.communicate()
+    assert process.returncode == 0
+    check_each_once(store, directories)

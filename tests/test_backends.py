@@ -3,7 +3,8 @@
 import json
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,10 +12,18 @@ from lem import tiny
 from lem.backends import make_backend
 from lem.datasets import builtin
 from lem.errors import RunError
-from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend
+from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend, VllmBackend
 
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
-MEMBERS = ("simulated", "pytorch")
+MEMBERS = (
+    "simulated",
+    "pytorch",
+    pytest.param("vllm", marks=pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")),
+)
+ON_CPU = {
+    "pytorch": PytorchBackend(device="cpu"),
+    "vllm": VllmBackend(kv_cache_memory_bytes=2**26, enforce_eager=True),
+}
 SAMPLING = Decoder(name="sampling", do_sample=True)
 
 
@@ -24,9 +33,16 @@ class Member:
 
     experiment: Experiment
     end_tokens: frozenset[int]
+    begun: list = field(default_factory=list)
+
+    @property
+    def pads(self):
+        """Whether the requests of a batch are computed as one, and share its times."""
+        return self.experiment.backend.name != "vllm"
 
     def loaded(self, **changes):
         backend = make_backend(replace(self.experiment, **changes))
+        self.begun.append(backend)
         backend.start()
         backend.load()
         return backend
@@ -53,9 +69,14 @@ def tiny_that_ends(tiny_folder, tmp_path_factory):
 def member(request, tiny_that_ends):
     if request.param == "simulated":
         fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4)
-        return Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]))
-    experiment = Experiment(model=str(tiny_that_ends), backend=PytorchBackend(device="cpu"), max_output_tokens=12)
-    return Member(experiment, frozenset(range(2, 402)))
+        made = Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]))
+    else:
+        options = ON_CPU[request.param]
+        experiment = Experiment(model=str(tiny_that_ends), backend=options, max_output_tokens=12)
+        made = Member(experiment, frozenset(range(2, 402)))
+    yield made
+    for backend in made.begun:
+        backend.close()
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +85,11 @@ def texts():
 
 
 def run(backend, texts):
-    return list(backend.generate(backend.encode(texts)))
+    return flat(backend.generate(backend.encode(texts)))
+
+
+def flat(batches):
+    return [generation for batch in batches for generation in batch]
 
 
 def tokens(generations):
@@ -88,7 +113,35 @@ def test_prompts_may_be_a_part_or_repeated_as_in_a_warm_up(member, texts):
     backend = member.loaded(batching=Batching(batch_size=2))
     prompts = backend.encode(texts)
     asked_for = [prompts[7], prompts[2], prompts[7]]
-    assert [g.index for g in backend.generate(asked_for)] == [7, 2, 7]
+    assert [g.index for g in flat(backend.generate(asked_for))] == [7, 2, 7]
+
+
+def test_a_batch_comes_as_a_list_of_those_that_finish_together(member, texts):
+    backend = member.loaded(batching=Batching(batch_size=4))
+    batches = list(backend.generate(backend.encode(texts)))
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert [{g.batch for g in batch} for batch in batches] == [{0}, {1}, {2}]
+
+
+def test_indices_are_those_of_the_prompts_whatever_they_are(member, texts):
+    backend = member.loaded(batching=Batching(batch_size=4))
+    prompts = [replace(p, index=100 + 2 * p.index) for p in backend.encode(texts)]
+    assert [g.index for g in flat(backend.generate(prompts))] == [p.index for p in prompts]
+
+
+@pytest.mark.parametrize("decoder", [Decoder(), SAMPLING], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_leaving_out_the_first_batches_gives_the_same_tokens_for_the_rest(member, texts, strategy, decoder):
+    batching = Batching(
+        strategy=strategy, batch_size=3, max_tokens_per_batch=150 if strategy.endswith("dynamic") else None
+    )
+    backend = member.loaded(decoder=decoder, batching=batching)
+    prompts = backend.encode(texts)
+    whole = list(backend.generate(prompts))
+    finished = {g.index for g in flat(whole[:2])}
+    rest = flat(backend.generate([p for p in prompts if p.index not in finished]))
+    assert len(finished) > 1
+    assert tokens(rest) == tokens(flat(whole[2:]))
 
 
 @pytest.mark.parametrize("decoder", [Decoder(), SAMPLING], ids=["greedy", "sampling"])
@@ -163,11 +216,13 @@ def test_times_lie_within_the_call_and_batches_do_not_overlap(member, texts):
     backend = member.loaded(batching=Batching(batch_size=4))
     prompts = backend.encode(texts)
     before = time.perf_counter_ns()
-    generations = list(backend.generate(prompts))
+    generations = flat(backend.generate(prompts))
     after = time.perf_counter_ns()
-    edges = dict.fromkeys((g.batch, g.start_ns, g.end_ns) for g in generations)
-    times = [ns for _, start, end in sorted(edges) for ns in (start, end)]
-    assert len(edges) == 3  # the requests of a batch share their times
+    batches = [[g for g in generations if g.batch == number] for number in range(3)]
+    edges = [(min(g.start_ns for g in batch), max(g.end_ns for g in batch)) for batch in batches]
+    times = [ns for edge in edges for ns in edge]
+    if member.pads:
+        assert [{(g.start_ns, g.end_ns) for g in batch} for batch in batches] == [{edge} for edge in edges]
     assert times == sorted(times)
     assert before <= times[0]
     assert times[-1] <= after
@@ -177,9 +232,9 @@ def test_times_lie_within_the_call_and_batches_do_not_overlap(member, texts):
 def test_each_batch_is_handed_over_before_the_next_begins(member, texts):
     backend = member.loaded()
     generations = backend.generate(backend.encode(texts[:2]))
-    first = next(generations)
+    (first,) = next(generations)
     between = time.perf_counter_ns()
-    second = next(generations)
+    (second,) = next(generations)
     assert first.end_ns <= between <= second.start_ns
 
 
@@ -193,8 +248,8 @@ def test_an_engine_describes_itself(member, texts):
     memory = backend.peak_memory()
     assert memory.peak_bytes > 2**20
     assert memory.scope
+    backend.forget()
     backend.synchronize()
-    backend.close()
 
 
 def test_simulation_has_no_model_and_says_so():
@@ -223,7 +278,7 @@ def test_simulated_time_is_that_of_its_tokens(texts):
     experiment = Experiment(model="any", backend=options, max_output_tokens=10, batching=Batching(batch_size=3))
     backend = make_backend(experiment)
     prompts = backend.encode(texts[:3])
-    generations = list(backend.generate(prompts))
+    generations = flat(backend.generate(prompts))
     steps = max(len(g.token_ids) for g in generations)
     expected_s = sum(len(p.token_ids) for p in prompts) * 1e-3 + steps * 2e-3
     took_s = (generations[0].end_ns - generations[0].start_ns) / 1e9
@@ -233,6 +288,6 @@ def test_simulated_time_is_that_of_its_tokens(texts):
 def test_simulated_failure_comes_at_its_request(texts):
     backend = make_backend(Experiment(model="any", backend=SimulatedBackend(fail_at_request=2)))
     generations = backend.generate(backend.encode(texts))
-    assert [next(generations).index, next(generations).index] == [0, 1]
+    assert [g.index for batch in (next(generations), next(generations)) for g in batch] == [0, 1]
     with pytest.raises(RunError, match="request 2"):
         next(generations)

@@ -228,17 +228,17 @@ def test_no_aggregate_leaves_the_row_to_the_aggregate_command(lem, tmp_path):
     assert "lem aggregate exp_" in shown.out
     assert not (tmp_path / "results" / "experiments").exists()
     assert "No experiments" in lem("results", "list").out
-    assert "pending" in lem("results", "list", "--all").out
+    assert "makes its row" in lem("results", "list", "--all").out
     assert "completed" in lem("aggregate", "--all").out
     assert "completed" in lem("results", "list").out
-    assert "Nothing to aggregate" in lem("aggregate", "--all").out
+    assert "rows are there already" in lem("aggregate", "--all").out
 
 
 def test_results_show_as_table_json_and_raw(lem):
     lem("experiment", *SIMULATED, "-n", "3")
     (row,) = json.loads(lem("results", "list", "--json").out)
     shown = json.loads(lem("results", "show", row["experiment_id"][:10], "--json").out)
-    assert shown == row
+    assert {name: shown[name] for name in row} == row
     assert shown["config"]["backend"]["name"] == "simulated"
     assert "any" in lem("results", "show", row["experiment_id"]).out
     (raw,) = json.loads(lem("results", "show", row["experiment_id"], "--raw", "--json").out)
@@ -257,48 +257,6 @@ def test_a_damaged_row_is_named_and_hides_nothing_else(lem, tmp_path):
     assert "completed" in listed.out
     assert lem("aggregate", damaged.stem, "--force").code == 0
     assert lem("results", "list").code == 0
-
-
-# ------------------------------------------------------------------ sweeps
-def test_a_multirun_runs_every_combination_and_remembers_what_it_made(lem, tmp_path):
-    sweep = lem("experiment", *SIMULATED, "-n", "4", "--multirun", "batching.batch_size=1,2", "seed=0,1")
-    assert sweep.code == 0
-    rows = json.loads(lem("results", "list", "--json").out)
-    assert {(row["batch_size"], row["seed"]) for row in rows} == {(1, 0), (1, 1), (2, 0), (2, 1)}
-    assert len({row["experiment_id"] for row in rows}) == 4
-    (file,) = tmp_path.glob("multirun/*/experiments.json")
-    made = json.loads(file.read_text())
-    assert made[0]["overrides"] == "batching.batch_size=1 seed=0"
-    assert {m["experiment_id"] for m in made} == {row["experiment_id"] for row in rows}
-    assert "dataset.sample_size=4" in rows[0]["overrides"]
-    assert "seed=0" in rows[0]["overrides"]
-
-
-def test_a_failing_cell_ends_nothing(lem):
-    sweep = lem("experiment", *SIMULATED, "-n", "4", "--multirun", "backend.fail_at_request=2,null")
-    assert sweep.code == 1
-    rows = json.loads(lem("results", "list", "--json").out)
-    assert [row["status"] for row in rows] == ["failed", "completed"]
-
-
-def test_a_cell_that_cannot_run_is_told_before_the_first_one_runs(lem, tmp_path):
-    sweep = lem("experiment", *SIMULATED, "--multirun", "batching.strategy=static,dynamic")
-    assert sweep.code == 2
-    assert "batching.strategy=dynamic" in sweep.err
-    assert not (tmp_path / "results").exists()
-
-
-def test_a_dry_multirun_lists_its_cells(lem, tmp_path):
-    listed = lem("experiment", *SIMULATED, "--multirun", "batching.batch_size=1,2,4", "--dry-run")
-    assert listed.code == 0
-    assert "[3/3] batching.batch_size=4" in listed.out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_presets_can_be_swept(lem):
-    assert lem("experiment", *SIMULATED, "-n", "2", "--multirun", "preset=quick-test,throughput").code == 0
-    rows = json.loads(lem("results", "list", "--json").out)
-    assert [row["batching_strategy"] for row in rows] == ["static", "dynamic"]
 
 
 # ------------------------------------------------------------------ as a plain Hydra app
@@ -322,12 +280,6 @@ def test_the_plain_hydra_app_does_the_same_job(tmp_path):
     assert "3 of 3 from sample" in done.stdout
     assert raw_record(tmp_path / "results")["requests_completed"] == 3
     assert {path.name for path in tmp_path.iterdir()} == {"results"}
-
-
-def test_the_plain_hydra_app_sweeps(tmp_path):
-    done = hydra_app(*PLAIN, "--multirun", "seed=1,2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("results/raw/*/process_0.json"))) == 2
 
 
 def test_the_plain_hydra_app_refuses_in_one_sentence(tmp_path):
@@ -407,21 +359,13 @@ def test_foreign_folders_in_a_results_directory_are_left_alone(lem, tmp_path):
     assert lem("aggregate", "--all").code == 0
 
 
-@pytest.mark.parametrize("content", [None, b"no parquet"])
+@pytest.mark.parametrize("content", [None, b"no journal\n"])
 def test_lost_request_rows_never_overwrite_a_good_row(lem, tmp_path, content):
     lem("experiment", *SIMULATED, "-n", "2")
-    (rows,) = tmp_path.glob("results/raw/*/requests_0.parquet")
+    (rows,) = tmp_path.glob("results/raw/*/journal_0_a1.jsonl")
     rows.unlink() if content is None else rows.write_bytes(content)
     forced = lem("aggregate", rows.parent.name, "--force")
     assert forced.code == 1
-    assert "requests_0.parquet" in forced.err
+    assert "journal_0_a1.jsonl" in forced.err
     (row,) = json.loads(lem("results", "list", "--json").out)
     assert row["requests_completed"] == 2
-
-
-def test_a_sweeps_labels_stay_with_their_experiments_when_a_cell_cannot_start(lem, tmp_path):
-    (tmp_path / "file").write_text("")
-    lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=file,good")
-    (file,) = tmp_path.glob("multirun/*/experiments.json")
-    (made,) = json.loads(file.read_text())
-    assert made["overrides"] == "io.results_dir=good"

@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 import pytest
 
-from lem.aggregate import read_row
+from lem.aggregate import read
 from lem.plan import Plan, PromptsInfo, timestamp
 from lem.spec import Energy, Experiment, SimulatedBackend
 from lem.store import Store
@@ -50,7 +50,7 @@ def test_joules_are_power_times_time_of_the_gpus_in_use_and_no_others(run, tmp_p
     assert row["prefill_energy_j"] == pytest.approx(800 * row["prefill_duration_s"], rel=0.05)
     assert row["prefill_energy_j"] + row["decode_energy_j"] == pytest.approx(row["energy_j"])
     assert len(record["environment"]["devices_before"]) == 4
-    power = pd.read_parquet(next(tmp_path.glob("results/raw/*/power_0.parquet")))
+    power = pd.read_parquet(next(tmp_path.glob("results/raw/*/power_0_c1_a1.parquet")))
     assert set(power["device"]) == {f"GPU-{i:08d}" for i in range(4)}
     assert power["power_w"].eq(200).all()
     assert not codes(row) & {"counter_trace_mismatch", "identity_violated", "energy_missing"}
@@ -98,25 +98,69 @@ def test_a_hot_gpu_is_waited_for_until_patience_ends(run):
     assert "not_cooled_down" in codes(row)
 
 
-def test_two_processes_share_the_prompts_and_one_of_them_meters(standin, tmp_path):
-    prompts = [f"prompt {i}" for i in range(7)]
+def several(count):
+    """Return a scenario of GPUs, the i-th of which takes 100 · (i + 1) watts."""
+    return f"devices {count}\n" + "".join(f"device {i} power constant {100 * (i + 1)}\n" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "env", "metered"),
+    [
+        (["gpus=[2,3]"], {}, [2, 3]),
+        (["gpus=[GPU-00000003,1]"], {}, [3, 1]),
+        (["gpus=[1,0]"], {"CUDA_VISIBLE_DEVICES": "3,2,0"}, [2, 3]),
+        (["gpus=[GPU-00000002,0]"], {"CUDA_VISIBLE_DEVICES": "GPU-00000001,GPU-00000002"}, [2, 1]),
+    ],
+)
+def test_gpus_narrow_what_is_metered_to_those_named(run, overrides, env, metered):
+    row, record = run(several(4), "backend.gpus=2", *overrides, **env)
+    devices = [reading["device"] for reading in record["phases"][-1]["energy"]]
+    assert devices == [f"GPU-{i:08d}" for i in metered]
+    assert row["energy_j"] == pytest.approx(sum(100 * (i + 1) for i in metered) * row["duration_s"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "env"),
+    [(["gpus=[MIG-0-1]"], {}), (["gpus=[0]"], {"CUDA_VISIBLE_DEVICES": "MIG-0-1"})],
+    ids=["named", "visible"],
+)
+def test_a_mig_instance_may_be_chosen_either_way(run, overrides, env):
+    text = "devices 2\ndevice 0 power constant 150\ndevice 0 mig 1g.10gb 9728\ndevice 0 mig 1g.10gb 9728"
+    row, record = run(text, "backend.gpus=1", *overrides, **env)
+    (reading,) = record["phases"][-1]["energy"]
+    assert (reading["device"], reading["scope"]) == ("GPU-00000000", "shared_device")
+    assert row["energy_j"] == pytest.approx(150 * row["duration_s"], rel=0.02)
+
+
+def test_two_processes_meter_each_gpu_once(run):
+    # Through accelerate's launcher, for GPUs are wanted.
+    row, record = run(several(3), "backend.gpus=2", "num_processes=2", "gpus=[2,0]")
+    assert (row["requests_completed"], row["requests_planned"]) == (30, 30)
+    assert {reading["device"] for reading in record["phases"][-1]["energy"]} == {"GPU-00000002", "GPU-00000000"}
+    assert row["energy_j"] == pytest.approx(400 * row["duration_s"], rel=0.02)
+
+
+def test_two_processes_on_one_gpu_count_its_joules_once(standin, tmp_path):
     store = Store(tmp_path)
     directory = store.claim()
     experiment = Experiment(
-        model="any", backend=SimulatedBackend(gpus=1, decode_s_per_token=0.001), energy=Energy(name="nvml", idle_s=0)
+        model="any",
+        backend=SimulatedBackend(gpus=1, decode_s_per_token=0.01),
+        energy=Energy(name="nvml", idle_s=0),
+        num_processes=2,
     )
     info = PromptsInfo(7, "0" * 64, "p", None, None, 7, 0)
-    directory.write_plan(Plan(directory.id, timestamp(), experiment, info, processes=2), prompts)
+    plan = Plan(directory.id, timestamp(), experiment, info, processes=2, replicas=2)
+    directory.write_plan(plan, [f"prompt {i}" for i in range(7)])
     variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\ndevice 0 power constant 300"))
-    worker = [sys.executable, "-m", "lem.worker", str(directory.path), "--rank"]
-    both = [subprocess.Popen([*worker, rank], env=variables) for rank in "01"]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
-    row, requests = read_row(directory)
-    assert sorted(request.request for request in requests) == list(range(7))
-    assert row.requests_completed == row.requests_planned == 7
+    both = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lem.worker"]
+    done = subprocess.run([*both, str(directory.path)], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = read(directory, strict=True)
+    assert sorted(request.request for request in found.requests) == list(range(7))
+    assert {request.rank for request in found.requests} == {0, 1}
     assert [len(record.phases[-1].energy) for record in directory.records()] == [1, 0]
-    owner = directory.records()[0].phases[-1]
-    assert row.energy_j == pytest.approx(300 * owner.duration_s, rel=0.05)
+    assert found.row.energy_j == pytest.approx(300 * found.row.duration_s, rel=0.02)
 
 
 def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
@@ -126,5 +170,5 @@ def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
         cwd=tmp_path, **variables,
     )  # fmt: skip
     assert done.code == 2
-    assert "3 GPUs are asked for, 2 are visible" in done.err
+    assert "GPUs asked for: 3, visible: 2" in done.err
     assert done.out == ""

@@ -11,16 +11,17 @@ PACKAGE = Path(__file__).parent.parent / "lem"
 
 # A module may import only from layers above its own in this list, or from its own family.
 LAYERS = [
-    {"_version", "errors", "quiet", "units"},
+    {"_version", "errors", "quiet", "rules", "units"},
     {"spec", "record", "objection", "hub"},
-    {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts"},
-    {"host", "store", "progress"},
+    {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts", "codec", "statistics", "traffic"},
+    {"state", "journal", "latency"},
+    {"host", "store", "progress", "conflicts", "ranks", "rows"},
     {"datasets", "energy", "parquet"},
-    {"tiny"},
+    {"tiny", "tables"},
     {"models"},
     {"backends"},
     {"measure", "preflight", "aggregate", "launch", "report"},
-    {"worker", "job"},
+    {"worker", "job", "listing"},
     {"apps"},
     {"cli"},
     {"__main__"},
@@ -37,16 +38,19 @@ def room(path: Path) -> str:
 
 
 def imports(path: Path):
-    """Yield every imported module, those inside of functions included, but not those for type checkers alone."""
+    """Yield every imported module, those inside of functions included.
+
+    Left out is what no importer meets: imports for type checkers alone, and of a module that is run as a program.
+    """
     tree = ast.parse(path.read_text())
-    for_types = {
+    apart = {
         inner
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if node in for_types:
+        if node in apart:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

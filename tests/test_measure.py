@@ -10,12 +10,15 @@ import pytest
 from lem.backends import make_backend
 from lem.energy.base import Meter
 from lem.errors import RunError
-from lem.measure import Measurement, measure
+from lem.measure import Bench, Measurement
 from lem.progress import silent
+from lem.ranks import Ranks
 from lem.record import EnergyReading, WarmupInfo
 from lem.spec import Batching, Experiment, SimulatedBackend, Warmup
 
 TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
+# As in an experiment in which another process has the even ones.
+INDICES = range(1, 2 * len(TEXTS), 2)
 
 
 class ConstantPower(Meter):
@@ -24,6 +27,9 @@ class ConstantPower(Meter):
     def __init__(self):
         self.begun_s = None
         self.windows = 0
+
+    def so_far(self):
+        return (EnergyReading("gpu", "replay", "device", "test", 50 * (time.perf_counter() - self.begun_s), "50 W"),)
 
     def begin(self):
         assert self.begun_s is None, "windows overlap"
@@ -34,6 +40,29 @@ class ConstantPower(Meter):
         self.begun_s = None
         self.windows += 1
         return (EnergyReading("gpu", "replay", "device", "test", energy_j, "50 W"),)
+
+
+class BlindMeter(ConstantPower):
+    """One that cannot tell before the window closes."""
+
+    def so_far(self):
+        return None
+
+
+class Notes:
+    """Takes down what it is told of the window."""
+
+    def __init__(self):
+        self.opened = 0
+        self.batches = []
+        self.checkpoints = []
+
+    def opens(self):
+        self.opened += 1
+
+    def finished(self, batch, checkpoint):
+        self.batches.append(batch)
+        self.checkpoints.append(checkpoint)
 
 
 class SlowLoad:
@@ -53,7 +82,7 @@ class SlowLoad:
         return self._backend.encode(texts)
 
 
-def run(into=None, *, slow=False, warmup=3, idle_s=0.0, **options):
+def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, notes=None, cycles=1, first_batch=0, **options):
     experiment = Experiment(
         model="any",
         max_output_tokens=20,
@@ -62,16 +91,11 @@ def run(into=None, *, slow=False, warmup=3, idle_s=0.0, **options):
     )
     backend = make_backend(experiment)
     into = into or Measurement()
-    measure(
-        TEXTS,
-        backend=SlowLoad(backend) if slow else backend,
-        meter=ConstantPower(),
-        warmup=warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup),
-        idle_s=idle_s,
-        batch_size=4,
-        report=silent,
-        into=into,
-    )
+    bench = Bench(SlowLoad(backend) if slow else backend, meter or ConstantPower(), Ranks(), silent)
+    prompts = bench.prepare(TEXTS, INDICES, idle_s, into)
+    for _ in range(cycles):
+        bench.warm_up(prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), 4, into)
+        bench.run_window(prompts, notes or Notes(), into, first_batch=first_batch)
     return into
 
 
@@ -98,7 +122,8 @@ def test_more_warmup_than_prompts_repeats_them_and_counts_none():
 
 def test_each_prompt_is_counted_once_and_lies_inside_the_window():
     measurement = run()
-    assert sorted(r.generation.index for r in measurement.requests) == list(range(len(TEXTS)))
+    assert sorted(r.generation.index for r in measurement.requests) == list(INDICES)
+    assert all(r.generation.index == r.prompt.index for r in measurement.requests)
     window_s = measurement.phases[-1].duration_s
     for request in measurement.requests:
         assert 0 <= request.start_s <= request.end_s <= window_s
@@ -113,14 +138,64 @@ def test_batches_follow_one_another_and_fill_the_window():
     assert busy_s == pytest.approx(measurement.phases[-1].duration_s, rel=0.05)
 
 
-def test_a_failure_keeps_what_was_measured_until_then():
-    measurement = Measurement()
+def test_a_failure_keeps_what_was_measured_until_then_and_ends_the_window_with_the_last_batch():
+    measurement, notes = Measurement(), Notes()
     with pytest.raises(RunError):
-        run(measurement, fail_at_request=9, warmup=0)
+        run(measurement, fail_at_request=INDICES[9], warmup=0, notes=notes)
     assert measurement.current == "measured"
     assert len(measurement.requests) == 8
-    assert measurement.phases[-1].name == "measured"
-    assert measurement.phases[-1].energy[0].energy_j > 0
+    window = measurement.phases[-1]
+    assert window.name == "measured"
+    assert window.duration_s == notes.checkpoints[-1].duration_s
+    # The meter is asked now and then only: what it knows is of a checkpoint, not of the end.
+    known = [c for c in notes.checkpoints if c.energy is not None][-1]
+    assert window.energy[0].energy_j == pytest.approx(50 * known.energy_at_s, abs=0.05)
+
+
+def test_the_energy_of_a_broken_window_is_null_with_a_reason_where_the_meter_cannot_tell():
+    measurement = Measurement()
+    with pytest.raises(RunError):
+        run(measurement, fail_at_request=INDICES[9], warmup=0, meter=BlindMeter())
+    (reading,) = measurement.phases[-1].energy
+    assert reading.energy_j is None
+    assert "broken off" in reading.reason
+
+
+def test_a_window_without_a_finished_batch_is_none():
+    measurement = Measurement()
+    with pytest.raises(RunError):
+        run(measurement, fail_at_request=INDICES[0], warmup=0)
+    assert [phase.name for phase in measurement.phases] == ["load"]
+
+
+def test_each_batch_is_told_as_soon_as_it_is_finished_with_the_window_up_to_there():
+    notes = Notes()
+    measurement = run(notes=notes)
+    assert notes.opened == 1
+    assert [len(batch) for batch in notes.batches] == [4, 4, 4]
+    assert [request for batch in notes.batches for request in batch] == measurement.requests
+    ends = [batch[0].end_s for batch in notes.batches]
+    assert all(end <= c.duration_s for end, c in zip(ends, notes.checkpoints, strict=True))
+    assert notes.checkpoints[-1].duration_s <= measurement.phases[-1].duration_s
+
+
+def test_batches_go_on_counting_where_an_earlier_attempt_ended():
+    assert sorted({r.generation.batch for r in run(first_batch=5).requests}) == [5, 6, 7]
+
+
+def test_cycles_have_a_window_each_and_the_model_is_loaded_once():
+    names = [phase.name for phase in run(cycles=2, idle_s=0.1).phases]
+    assert names == ["idle_before", "load", "idle_loaded", "warmup", "measured", "warmup", "measured"]
+
+
+def test_a_process_without_prompts_opens_its_window_all_the_same():
+    backend = make_backend(Experiment(model="any", backend=SimulatedBackend()))
+    bench, into = Bench(backend, ConstantPower(), Ranks(), silent), Measurement()
+    prompts = bench.prepare([], [], 0.0, into)
+    bench.warm_up(prompts, Warmup(prompts=2), 4, into)
+    bench.run_window(prompts, Notes(), into)
+    assert [phase.name for phase in into.phases] == ["load", "measured"]
+    assert into.requests == []
 
 
 def test_idle_is_measured_before_loading_and_with_the_model_resident():

@@ -6,12 +6,12 @@ import io
 import json
 import os
 
-from lem.progress import Event, Lines, PipeReport, Rate
+from lem.progress import BatchLines, Event, Lines, PipeReport, Rate
 
 
 def sent(events, period_s):
     reading, writing = os.pipe()
-    report = PipeReport(writing, period_s)
+    report = PipeReport(writing, period_s=period_s)
     for event in events:
         report(event)
     os.close(writing)
@@ -33,7 +33,7 @@ def test_without_a_period_everything_is_sent():
 def test_a_listener_that_has_gone_disturbs_nothing():
     reading, writing = os.pipe()
     os.close(reading)
-    report = PipeReport(writing, 0)
+    report = PipeReport(writing, period_s=0)
     for i in range(3):
         report(Event("measured", i, 3))
     os.close(writing)
@@ -62,3 +62,21 @@ def test_without_a_terminal_a_line_for_each_tenth():
     assert len(lines) == 12
     assert lines[-1].startswith("Prompts 1000/1000")
     assert "\x1b" not in stream.getvalue()
+
+
+def test_a_batch_tells_how_many_have_ended_and_failed():
+    stream = io.StringIO()
+    with BatchLines(stream, total=2, at_once=2) as show:
+        first, second = show.begin(0, "a.yaml"), show.begin(1, "b.yaml")
+        second(Event("load"))
+        first(Event("load"))
+        show.end(1, "failed: no", failed=True)
+        show.end(0, "completed", failed=False)
+    assert stream.getvalue().splitlines() == [
+        "[1/2] a.yaml",
+        "[2/2] b.yaml",
+        "[2] Loading the model",
+        "[1] Loading the model",
+        "[2/2] b.yaml: failed: no (1 of 2 ended, 1 failed)",
+        "[1/2] a.yaml: completed (2 of 2 ended, 1 failed)",
+    ]

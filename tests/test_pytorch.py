@@ -83,10 +83,10 @@ def generate_alone(folder, texts, *, seed=None, adapter=None, **options):
         import peft
 
         model = peft.PeftModel.from_pretrained(model, adapter)
-    if seed is not None:
-        torch.manual_seed(seed)
     outputs = []
-    for text in texts:
+    for index, text in enumerate(texts):
+        if seed is not None:
+            torch.manual_seed(seed + index)  # lem seeds each batch, and here a batch is one prompt
         inputs = tokenizer(text, return_tensors="pt")
         new = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False} | options)
         outputs.append(tuple(new[0, inputs["input_ids"].shape[1] :].tolist()))
@@ -115,7 +115,8 @@ def load(wanted):
 
 def run(wanted, texts):
     backend = load(wanted)
-    generations = sorted(backend.generate(backend.encode(texts)), key=lambda g: g.index)
+    batches = backend.generate(backend.encode(texts))
+    generations = sorted((g for batch in batches for g in batch), key=lambda g: g.index)
     assert [g.index for g in generations] == list(range(len(texts)))
     return generations
 
@@ -276,7 +277,7 @@ def test_precision_arrives_in_the_weights(folders, texts, precision, size):
     info = backend.model_info()
     assert info.dtype == precision
     assert info.weights_bytes == size * info.parameters
-    assert len(list(backend.generate(backend.encode(texts[:4])))) == 4
+    assert sum(map(len, backend.generate(backend.encode(texts[:4])))) == 4
 
 
 def test_automatic_precision_on_a_cpu_is_float32_whatever_the_checkpoint(folders, tmp_path):

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from lem.codec import to_json
 from lem.errors import ResultsError
+from lem.state import State
 from lem.store import Store, replacing, write_atomically
+from tests.raw import experiment, finished, put, record, requests
 
 
 def claim(root: str) -> str:
@@ -78,8 +81,77 @@ def test_a_results_directory_that_cannot_be_made_is_named(tmp_path):
         Store(tmp_path / "file").claim()
 
 
+# ------------------------------------------------------------------ what processes have left
+def test_a_record_comes_with_its_rows(tmp_path):
+    directory = experiment(Store(tmp_path), cycles=2)
+    for cycle in (1, 2):
+        put(directory, record(cycle=cycle), requests(cycle=cycle))
+    parts = directory.parts()
+    assert [part.record.cycle for part in parts] == [1, 2]
+    assert [[row.request for row in part.requests] for part in parts] == [[0, 1, 2], [0, 1, 2]]
+    assert directory.finished() == {1: {0, 1, 2}, 2: {0, 1, 2}}
+
+
+def test_a_journal_stands_in_for_a_missing_record(tmp_path):
+    directory = finished(Store(tmp_path))
+    directory.record_file(0, 1, 1).unlink()
+    (part,) = directory.parts()
+    assert (part.record.status, part.record.requests_completed) == ("interrupted", 3)
+    assert part.record.phase("measured").duration_s == part.requests[-1].end_s
+
+
 def test_a_damaged_record_is_named(tmp_path):
-    directory = Store(tmp_path).claim()
-    directory.process_file(0).write_text('{"format_version": 1, "half')
-    with pytest.raises(ResultsError, match=r"process_0\.json cannot be read"):
+    directory = finished(Store(tmp_path))
+    directory.record_file(0, 1, 1).write_text('{"format_version": 1, "half')
+    with pytest.raises(ResultsError, match=r"process_0_c1_a1\.json cannot be read"):
         directory.records()
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    directory = finished(Store(tmp_path))
+    lines = directory.journal_file(0, 1).read_text().splitlines(keepends=True)
+    directory.journal_file(0, 1).write_text("".join([lines[0], "{\n", *lines[2:]]))
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl cannot be read: line 2 is damaged"):
+        directory.records()
+
+
+def test_rows_that_are_gone_are_missed(tmp_path):
+    directory = finished(Store(tmp_path))
+    lines = directory.journal_file(0, 1).read_text().splitlines(keepends=True)
+    directory.journal_file(0, 1).write_text("".join(lines[:-1]))
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 2 rows, its process's record counts 3"):
+        directory.records()
+    directory.journal_file(0, 1).unlink()
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl lacks rows"):
+        directory.records()
+
+
+def test_a_directory_that_is_gone_is_named(tmp_path):
+    with pytest.raises(ResultsError, match="exp_20260102_030405 cannot be read"):
+        Store(tmp_path).directory("exp_20260102_030405").records()
+
+
+# ------------------------------------------------------------------ where it stands
+def test_a_state_can_be_that_of_many(tmp_path, monkeypatch):
+    directories = [experiment(Store(tmp_path)), experiment(Store(tmp_path))]
+    source = tmp_path / "source"
+    source.write_text(to_json(State("aggregated", 1, "now")))
+    directories[0].link_state(source)
+
+    def refuse(*_):
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refuse)  # as file systems without links do
+    directories[1].link_state(source)
+    source.unlink()
+    assert [directory.state() for directory in directories] == [State("aggregated", 1, "now")] * 2
+    directories[0].write_state(State("completed", 1, "now"))
+    assert directories[1].state().status == "aggregated"
+
+
+def test_processes_that_are_still_there_hold_an_experiment(tmp_path):
+    directory = experiment(Store(tmp_path))
+    assert not directory.is_held()
+    with directory.hold():
+        assert directory.is_held()
+    assert not directory.is_held()

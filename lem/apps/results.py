@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from lem import report
-from lem.aggregate import aggregate, read_row
-from lem.errors import ResultsError
-from lem.record import ExperimentRow
-from lem.store import ExperimentDir, Store, default_root, to_json
+from lem import listing, report
+from lem.aggregate import Outcome, aggregate_all, is_fresh, read
+from lem.codec import to_json, to_plain
+from lem.errors import ResultsError, did_you_mean
+from lem.listing import Entry
+from lem.record import Environment, ExperimentRow
+from lem.rows import Rows
+from lem.state import FINISHED, State
+from lem.store import ExperimentDir, Store, age, default_root
+from lem.tables import Tables
+
+STATUSES = ("completed", "failed", "interrupted", "running", "planned")
 
 
 def store_at(results_dir: Path | None) -> Store:
@@ -17,62 +30,233 @@ def store_at(results_dir: Path | None) -> Store:
     return Store(results_dir or default_root())
 
 
-def list_experiments(store: Store, *, everything: bool, as_json: bool = False) -> int:
-    """Print a line for each aggregated experiment, and with `everything` for the others too."""
-    ids = store.ids()
-    rows, damaged = _rows(store, [name for name in ids if store.is_aggregated(name)])
-    pending = [name for name in ids if not store.is_aggregated(name)] if everything else []
-    if as_json:
-        print(report.as_json([report.row_dict(row) for row in rows] + [_pending(name) for name in pending]))
-    elif rows or pending:
-        report.show_rows(rows, pending)
-    else:
-        print(f"No experiments in {store.root}.")
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Leave out the search for cycles: rows and records form none, and of thousands it takes longer than reading."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+# ------------------------------------------------------------------ list
+@dataclass(frozen=True)
+class Selection:
+    """Which experiments are to be listed, and in which order."""
+
+    status: str | None = None
+    model: str | None = None
+    backend: str | None = None
+    dataset: str | None = None
+    since: str | None = None
+    last: int | None = None
+    sort: str | None = None
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.status is not None and self.status not in STATUSES:
+            known = ", ".join(STATUSES)
+            raise ResultsError(f"--status: '{self.status}' is none of {known}.{did_you_mean(self.status, STATUSES)}")
+        if self.sort is not None and self.sort not in ExperimentRow.__dataclass_fields__:
+            close = did_you_mean(self.sort, ExperimentRow.__dataclass_fields__)
+            raise ResultsError(f"--sort: there is no column '{self.sort}'.{close} docs/reference/results.md has them.")
+        self._first_id()
+
+    def _first_id(self) -> str:
+        """Return the id that an experiment would have that was begun at --since; ids sort by time."""
+        if self.since is None:
+            return ""
+        try:
+            since = datetime.fromisoformat(self.since)
+        except ValueError:
+            text = f"--since: '{self.since}' is no date; write 2026-01-31, or 2026-01-31T10:00."
+            raise ResultsError(text) from None
+        return f"exp_{since.astimezone() if since.tzinfo else since:%Y%m%d_%H%M%S}"
+
+    def of(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the entries that are wanted, in order."""
+        first = self._first_id()
+        chosen = [e for e in entries if e.experiment_id >= first and self._fits(e)]
+        if self.last is not None:
+            chosen = chosen[max(0, len(chosen) - self.last) :]
+        if self.sort is not None:
+            chosen = _sorted(chosen, self.sort, self.reverse)
+        elif self.reverse:
+            chosen.reverse()
+        return chosen
+
+    def _fits(self, entry: Entry) -> bool:
+        pairs = ((self.model, entry.model), (self.backend, entry.backend), (self.dataset, entry.dataset))
+        within = all(wanted is None or wanted.lower() in text.lower() for wanted, text in pairs)
+        return within and self.status in (None, entry.status)
+
+
+def _sorted(entries: Sequence[Entry], column: str, reverse: bool) -> list[Entry]:
+    """Sort by a column of the rows; what has no value comes last, either way."""
+    known = [entry for entry in entries if entry.row and getattr(entry.row, column) is not None]
+    others = [entry for entry in entries if not entry.row or getattr(entry.row, column) is None]
+    return sorted(known, key=lambda entry: getattr(entry.row, column), reverse=reverse) + others
+
+
+def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
+    """Print a line for each experiment that has a row, and with `everything` for the others too."""
+    with _no_collector():
+        damaged = _list(store, selection, everything or selection.status in ("running", "planned"), as_json)
     for problem in damaged:
         report.console(stderr=True).print(problem, markup=False, style="red")
     return 1 if damaged else 0
 
 
-def _pending(experiment_id: str) -> dict[str, str]:
-    return {"experiment_id": experiment_id, "status": "pending"}
+def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
+    """Print the list; return what could not be read."""
+    rows, damaged = Tables(store).rows(without=() if as_json else ("config_json",))
+    ids = store.ids()
+    raw, with_row = set(ids), {row.experiment_id for row in rows}
+    entries = [_with_row(store, row, row.experiment_id in raw) for row in rows]
+    if everything:
+        entries += [_without_row(store.directory(name)) for name in ids if name not in with_row]
+    chosen = selection.of(sorted(entries, key=lambda entry: age(entry.experiment_id)))
+    if as_json:
+        _print_json(chosen)
+    elif chosen:
+        listing.show_entries(chosen)
+    else:
+        print(f"No {'such ' if entries else ''}experiments in {store.root}.")
+    return damaged
 
 
-def _rows(store: Store, ids: Sequence[str]) -> tuple[list[ExperimentRow], list[str]]:
-    """Read the rows; a damaged file is a sentence and hides nothing else."""
-    from lem import parquet
-
-    rows, damaged = [], []
-    for name in ids:
-        file = store.experiments_table / f"{name}.parquet"
-        try:
-            rows += parquet.read_rows(file, ExperimentRow)
-        except (OSError, ValueError, TypeError) as error:
-            damaged.append(f"{file} cannot be read ({error}); lem aggregate {name} --force makes it anew.")
-    return rows, damaged
+def _print_json(entries: Sequence[Entry]) -> None:
+    """Print a JSON list with a line for each experiment: thousands as one text would take a gigabyte."""
+    print("[")
+    for i, entry in enumerate(entries, start=1):
+        print(report.as_json(_plain(entry), indent=None) + ("," if i < len(entries) else ""))
+    print("]")
 
 
-def show(store: Store, experiment_id: str, *, raw: bool, as_json: bool) -> int:
-    """Print one experiment: its row, or with `raw` the records of its processes."""
-    directory = store.find(experiment_id)
+def _with_row(store: Store, row: ExperimentRow, has_files: bool) -> Entry:
+    entry = Entry(row.experiment_id, row.status, row.model, row.backend, row.dataset, row, row.error)
+    if row.status == "completed" or not has_files:
+        return entry
+    # Since its row was written it may have been resumed.
+    state = store.directory(row.experiment_id).state()
+    return replace(entry, status="running", detail=_where(state)) if state.status == "running" else entry
+
+
+def _without_row(directory: ExperimentDir) -> Entry:
+    state = directory.state()
+    detail = _where(state) if state.status == "running" else state.error
+    if state.status in FINISHED:
+        detail = f"lem aggregate {directory.id} makes its row"
+    try:
+        wanted = directory.plan().experiment
+    except ResultsError as error:
+        return Entry(directory.id, state.status, "", "", "", detail=str(error))
+    names = wanted.model or "", wanted.backend.name, wanted.dataset.name
+    return Entry(directory.id, state.status, *names, detail=detail)
+
+
+def _where(state: State) -> str:
+    return f"runs as process {state.pid} on {state.host}"
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    if entry.row is not None:
+        return report.row_dict(entry.row) | {"status": entry.status}
+    known = {name: value for name, value in vars(entry).items() if name not in ("row", "detail")}
+    return known | {"error": entry.detail if entry.status in ("failed", "interrupted") else None}
+
+
+# ------------------------------------------------------------------ show
+def show(store: Store, experiment_id: str, *, raw: bool, environment: bool, as_json: bool) -> int:
+    """Print one experiment: its row and its cycles, or with `raw` the records of its processes."""
+    directory = _find(store, experiment_id)
     if raw:
         _show_raw(directory, as_json)
         return 0
-    row = _row(store, directory)
+    state = directory.state()
+    rows = _rows(store, directory, state)
+    around = _environment(directory)
     if as_json:
-        print(report.as_json(report.row_dict(row)))
-    else:
-        report.show_row(row)
+        print(report.as_json(_as_plain(directory, state, rows, around)))
+        return 0
+    if rows:
+        report.show_row(rows.row)
+        listing.show_cycles(rows.row, rows.cycles)
+    _show_state(store, directory, state, has_row=bool(rows))
+    if environment:
+        if around is None:
+            raise ResultsError(f"{directory.id} has no record that tells its environment.")
+        listing.show_environment(around)
     return 0
 
 
-def _row(store: Store, directory: ExperimentDir) -> ExperimentRow:
-    """Return the aggregated row, or for an experiment that has none yet what its records give."""
-    if not store.is_aggregated(directory.id):
-        return read_row(directory, strict=False)[0]
-    rows, damaged = _rows(store, [directory.id])
-    if damaged:
-        raise ResultsError(damaged[0])
-    return rows[0]
+def _find(store: Store, text: str) -> ExperimentDir:
+    """Find an experiment by its raw files, or where those have been removed by its row."""
+    try:
+        return store.find(text)
+    except ResultsError:
+        names = [name for name in Tables(store).places() if name.startswith(text)]
+        if len(names) != 1:
+            raise
+        return store.directory(names[0])
+
+
+def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
+    """Return the rows in the tables, or where those are missing or old what the records give, if there are any."""
+    tables = Tables(store)
+    place = tables.place(directory.id)
+    if place and (not directory.path.is_dir() or is_fresh(tables, directory.id, place, state)):
+        return Rows(tables.row(directory.id, place), tables.cycles(directory.id, place), [])
+    if not directory.records():
+        return None
+    rows = read(directory, strict=False, mixed=True, state=state)
+    return _at_work(rows) if state.status == "running" else rows
+
+
+# What an unfinished journal looks like, which is no fault while it is being written.
+OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window")
+
+
+def _at_work(rows: Rows) -> Rows:
+    """Return the rows of an experiment that is running: what is not finished is neither broken off nor cut."""
+    warnings = [text for text in rows.row.warnings if text.partition(":")[0] not in OF_A_JOURNAL]
+    row = replace(rows.row, status="running", error=None, warnings=warnings)
+    cycles = [c if c.status == "completed" else replace(c, status="running") for c in rows.cycles]
+    return Rows(row, cycles, rows.requests)
+
+
+def _environment(directory: ExperimentDir) -> Environment | None:
+    records = directory.records() if directory.path.is_dir() else []
+    return next((record.environment for record in records if record.environment), None)
+
+
+def _as_plain(
+    directory: ExperimentDir, state: State, rows: Rows | None, environment: Environment | None
+) -> dict[str, Any]:
+    row = report.row_dict(rows.row) if rows else {"experiment_id": directory.id, "status": state.status}
+    return row | {
+        "cycles": [vars(cycle) for cycle in rows.cycles] if rows else [],
+        "state": to_plain(state) if directory.path.is_dir() else None,
+        "environment": to_plain(environment) if environment else None,
+    }
+
+
+def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
+    """Say where an experiment stands that is not simply done, and how to go on."""
+    from lem.job import resume_command
+
+    if not directory.path.is_dir() or (state.status in FINISHED and has_row):
+        return
+    if has_row:
+        print()
+    attempts = f"after {state.attempt} attempt{'s' if state.attempt > 1 else ''}" if state.attempt else "not yet run"
+    text = _where(state) if state.status == "running" else f"is {state.status}, {attempts}"
+    print(f"{directory.id} {text}.")
+    if state.error and not has_row:
+        print(state.error)
+    if state.status not in ("running", *FINISHED):
+        print(f"To go on: {resume_command(store, directory)}")
 
 
 def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
@@ -85,26 +269,28 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
         report.show_records(records)
 
 
+# ------------------------------------------------------------------ aggregate
 def aggregate_experiments(
-    store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool
+    store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the rows of one experiment or of all that have none; 1 when any could not be aggregated."""
+    """Write the rows of one experiment, or of all whose rows are missing or old; 1 when any could not be written."""
     if (experiment_id is None) == (not everything):
         raise ResultsError("Name one experiment, or give --all.")
-    if everything:
-        ids = [name for name in store.ids() if force or not store.is_aggregated(name)]
-    else:
-        ids = [store.find(experiment_id or "").id]
-    failed = 0
-    for name in ids:
-        had_row = store.is_aggregated(name) and not force
-        try:
-            row = aggregate(store, store.find(name), strict=strict, force=force)
-        except ResultsError as error:
-            report.console(stderr=True).print(str(error), markup=False, style="red")
-            failed += 1
-        else:
-            print(f"{name}: {row.status}{', has its row already' if had_row else ''}")
+    ids = store.ids() if everything else [store.find(experiment_id or "").id]
+    with _no_collector():
+        outcomes = aggregate_all(store, ids, strict=strict, force=force, mixed=mixed)
+        kinds = Counter(_tell(outcome, everything) for outcome in outcomes)
+    if everything and kinds["fresh"]:
+        print(f"Left alone, for their rows are there already: {kinds['fresh']}.")
     if not ids:
-        print("Nothing to aggregate.")
-    return 1 if failed else 0
+        print(f"No experiments in {store.root}.")
+    return 1 if kinds["failed"] or (kinds["skipped"] and not everything) else 0
+
+
+def _tell(outcome: Outcome, everything: bool) -> str:
+    """Print what became of an experiment; of many, nothing where nothing was to be done."""
+    if outcome.kind == "failed" or (outcome.kind == "skipped" and not everything):
+        report.console(stderr=True).print(outcome.text, markup=False, style="red")
+    elif not (outcome.kind == "fresh" and everything):
+        print(outcome.text)
+    return outcome.kind

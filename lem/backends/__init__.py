@@ -13,11 +13,15 @@ __all__ = ["Backend", "Encoded", "Generation", "backend_class", "make_backend"]
 
 def backend_class(name: str) -> type[Backend]:
     """Return the class of a backend; its module imports its engine only when a model is loaded."""
-    from lem.backends.pytorch import Pytorch
-    from lem.backends.simulated import Simulated
+    from importlib import import_module
 
-    classes: dict[str, type[Backend]] = {"pytorch": Pytorch, "simulated": Simulated}
-    return classes[name]
+    module, class_name = {
+        "pytorch": ("pytorch", "Pytorch"),
+        "simulated": ("simulated", "Simulated"),
+        "vllm": ("vllm", "Vllm"),
+    }[name]
+    found: type[Backend] = getattr(import_module(f"lem.backends.{module}"), class_name)
+    return found
 
 
 def make_backend(experiment: Experiment) -> Backend:

@@ -43,11 +43,14 @@ def _matrix_weights(torch: Any, module: Any) -> int:
     """Return the number of weights of one module that take part in matrix products."""
     if isinstance(module, torch.nn.Embedding):
         return 0
-    if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
-        return int(module.in_features * module.out_features)  # quantized weights are packed: count by shape
     own = module.named_parameters(recurse=False)
     # Conv1D of GPT-2 is a transposed linear layer; experts are fused into three-dimensional weights.
-    return sum(p.numel() for name, p in own if (p.ndim == 2 and name == "weight") or p.ndim == 3)
+    held = sum(int(p.numel()) for name, p in own if (p.ndim == 2 and name == "weight") or p.ndim == 3)
+    if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
+        # Quantized weights are packed into fewer values; an adapter that is split over processes tells its own share
+        # of the features, while its weight has the size of the whole.
+        return max(int(module.in_features * module.out_features), held)
+    return held
 
 
 def _is_expert(name: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lem.flops import Architecture
 from lem.gpu import Gpu
 from lem.host import Host
+from lem.latency import Chunk
 from lem.models import Model
 from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
@@ -34,7 +35,8 @@ class Generation:
 
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding. Times
     are readings of `time.perf_counter_ns`; `prefill_end_ns` is when the first token's logits were there, None where
-    the engine cannot tell.
+    the engine cannot tell. `chunks` says when the tokens came, if the experiment asks for streaming. `arrived_ns` is
+    when the request came into a queue, where there is one; `start_ns` is when the engine began on it.
     """
 
     index: int
@@ -44,15 +46,20 @@ class Generation:
     start_ns: int
     end_ns: int
     prefill_end_ns: int | None = None
+    chunks: tuple[Chunk, ...] = ()
+    arrived_ns: int | None = None
 
 
 class Backend(ABC):
     """One engine in the worker process.
 
     Contract, checked for each backend by `tests/test_backends.py`: `start` and `load` come first, once; `generate`
-    yields every prompt exactly once and can be called again; the same seed gives the same tokens; counts hold
-    neither padding nor anything after the end token.
+    yields every prompt exactly once and can be called again; the same seed gives the same tokens, also when the first
+    batches are left out; counts hold neither padding nor anything after the end token.
     """
+
+    local_rank: int = 0
+    """Which of the node's processes this is; set before `start`."""
 
     @abstractmethod
     def __init__(self, experiment: Experiment) -> None:
@@ -72,7 +79,10 @@ class Backend(ABC):
         return False
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the physical GPUs that the engine will use; asked after `start`. Only these are metered."""
+        """Return the physical GPUs that all processes of the experiment will use on this node; asked after `start`.
+
+        Only these are metered.
+        """
         return ()
 
     def start(self) -> None:
@@ -87,8 +97,14 @@ class Backend(ABC):
         """Turn prompts into token ids: chat template and truncation included, padding not."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Generation]:
-        """Seed the sampling, run the prompts, and yield each as it is finished."""
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
+        """Seed the sampling, run the prompts, and yield those that finish together, batch by batch."""
+
+    def forget(self) -> None:
+        """Drop what earlier prompts have left behind, such as cached prefixes, and count anew.
+
+        Called before each measured window; nothing to do for an engine that keeps nothing.
+        """
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given; nothing to do for a synchronous engine."""
@@ -114,6 +130,10 @@ class Backend(ABC):
 
     def kv_cache_bytes_per_token(self) -> int | None:
         """Return the size of one token's keys and values, or None when it cannot be told or nothing is cached."""
+        return None
+
+    def counters(self) -> dict[str, float] | None:
+        """Return the engine's own counts since `forget`; None when it counts nothing, or nothing has run since."""
         return None
 
     def notes(self) -> list[Note]:

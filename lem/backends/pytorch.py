@@ -1,7 +1,8 @@
 """transformers' `generate` on PyTorch, in this process.
 
-Prompts are padded on the left within a batch; the padding is masked and never counted. torch and transformers
-are imported when the model is loaded, not before: they take seconds.
+Prompts are padded on the left within a batch; the padding is masked and never counted. Process number i of a node
+computes on its i-th visible GPU; with pipeline parallelism one process has the first `degree` of them. torch and
+transformers are imported when the model is loaded, not before: they take seconds.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from typing import Any
 
 from lem.backends.architecture import architecture_of, kv_bytes_per_token
 from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.placement import split_over_ranks, spread
+from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch_objections import objections
 from lem.batching import plan_batches
+from lem.conflicts import gpus_needed
 from lem.doubts import note
 from lem.errors import RunError
 from lem.flops import Architecture
 from lem.gpu import Gpu
 from lem.host import Host, cpu_model, peak_memory_bytes, versions
+from lem.latency import Chunk, first_tokens
 from lem.models import Model, find
 from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
@@ -33,7 +38,7 @@ class Pytorch(Backend):
         assert isinstance(experiment.backend, PytorchBackend)
         self._experiment = experiment
         self._options = experiment.backend
-        self._device: Any = None
+        self._devices: Sequence[Any] = ()
         self._found: Model | None = None
         self._model: Any = None
         self._tokenizer: Any = None
@@ -57,14 +62,14 @@ class Pytorch(Backend):
         return bool(host.gpus) and experiment.backend.device != "cpu"
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the first visible GPU, or none when PyTorch runs on the CPU."""
+        """Return the first visible GPUs, as many as all processes use, or none when PyTorch runs on the CPU."""
         import torch
 
-        if self._device_type(torch.cuda.is_available()) == "cpu":
+        if not self._on_cuda(torch):
             return ()
         # By the order of CUDA_VISIBLE_DEVICES: asking CUDA would open its context before idle power is measured.
         # `load` checks that CUDA agrees.
-        self._expected = host.gpus[:1]
+        self._expected = host.gpus[: gpus_needed(self._experiment)]
         return self._expected
 
     # -------------------------------------------------------------- loading
@@ -83,27 +88,55 @@ class Pytorch(Backend):
         import transformers
 
         self._found = find(self._experiment.model or "", self._experiment.revision)
-        self._device = torch.device(self._device_type(torch.cuda.is_available()))
-        self._check_device(torch)
+        self._devices = self._own_devices(torch)
+        self._check_devices(torch)
         self._tokenizer = self._load_tokenizer(transformers)
         self._model = self._load_model(torch, transformers)
-        self._end_tokens = _end_tokens(self._model, self._tokenizer)
+        self._end_tokens = end_tokens(self._model.generation_config, self._tokenizer)
         self._generation_config = self._make_generation_config(transformers)
         self._watch_prefill()
         if self._options.torch_compile:
             inner = self._inner_model()
             inner.forward = torch.compile(inner.forward, mode=self._options.torch_compile_mode)
 
-    def _check_device(self, torch: Any) -> None:
-        """Make sure that the GPU that is metered is the one that computes; CUDA may number GPUs in its own order."""
-        if self._device.type != "cuda" or not self._expected or self._expected[0].mig_uuid:
+    @property
+    def _device(self) -> Any:
+        """The device that takes the inputs."""
+        return self._devices[0]
+
+    @property
+    def _strategy(self) -> str:
+        return self._experiment.parallelism.strategy if self._experiment.parallelism.degree > 1 else "none"
+
+    def _on_cuda(self, torch: Any) -> bool:
+        return self._options.device == "cuda" or (self._options.device == "auto" and torch.cuda.is_available())
+
+    def _own_devices(self, torch: Any) -> list[Any]:
+        """Return the devices of this process, of those that CUDA shows."""
+        if not self._on_cuda(torch):
+            return [torch.device("cpu")]
+        if self._strategy == "pipeline_parallel":
+            return [torch.device("cuda", index) for index in range(self._experiment.parallelism.degree)]
+        return [torch.device("cuda", self.local_rank)]
+
+    def _check_devices(self, torch: Any) -> None:
+        """Make sure that the GPUs that are metered are those that compute; CUDA may number GPUs in its own order."""
+        if self._device.type != "cuda":
             return
-        uuid = str(torch.cuda.get_device_properties(self._device).uuid)
-        if uuid not in self._expected[0].uuid:
+        needed, shown = self._devices[-1].index + 1, torch.cuda.device_count()
+        if needed > shown:
             raise RunError(
-                f"CUDA's first GPU is {uuid}, the driver's is {self._expected[0].uuid}. "
-                "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."
+                f"GPUs that CUDA shows this process: {shown}, needed: {needed}. "
+                "Of several MIG instances CUDA shows a process only the first."
             )
+        torch.cuda.set_device(self._device)
+        for device in self._devices if self._expected else ():
+            expected, uuid = self._expected[device.index], str(torch.cuda.get_device_properties(device).uuid)
+            if not expected.mig_uuid and uuid not in expected.uuid:
+                raise RunError(
+                    f"CUDA's GPU {device.index} is {uuid}, the driver's is {expected.uuid}. "
+                    "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."
+                )
 
     def _watch_prefill(self) -> None:
         """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation a batch."""
@@ -119,18 +152,9 @@ class Pytorch(Backend):
         """Return the model whose forward pass `generate` calls: with an adapter, the one inside of peft's wrapper."""
         return self._model.get_base_model() if self._experiment.adapter is not None else self._model
 
-    def _device_type(self, cuda: bool) -> str:
-        wanted = self._options.device
-        return ("cuda:0" if cuda else "cpu") if wanted == "auto" else wanted.replace("cuda", "cuda:0")
-
     def _load_tokenizer(self, transformers: Any) -> Any:
         assert self._found is not None
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            self._found.path,
-            revision=self._found.revision,
-            padding_side="left",
-            trust_remote_code=self._experiment.trust_remote_code,
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self._found.path, padding_side="left", **self._source())
         if tokenizer.pad_token_id is None:
             # Any token will do: padding is masked out, and what follows the end token is cut off.
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -138,22 +162,38 @@ class Pytorch(Backend):
 
     def _load_model(self, torch: Any, transformers: Any) -> Any:
         assert self._found is not None
-        options: dict[str, Any] = {"dtype": self._dtype(torch), "device_map": {"": self._device}}
+        options: dict[str, Any] = {"dtype": self._dtype(torch), **self._placement(torch, transformers)}
         if self._options.attn_implementation != "auto":
             options["attn_implementation"] = self._options.attn_implementation
         if self._experiment.quantization.quantization:
             options["quantization_config"] = self._quantization_config(torch, transformers)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            self._found.path,
-            revision=self._found.revision,
-            trust_remote_code=self._experiment.trust_remote_code,
-            **options,
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(self._found.path, **self._source(), **options)
         if self._experiment.adapter is not None:
             import peft
 
             model = peft.PeftModel.from_pretrained(model, self._experiment.adapter)
         return model.eval()
+
+    def _source(self) -> dict[str, Any]:
+        """Return the options by which transformers finds a model's parts."""
+        assert self._found is not None
+        return {"revision": self._found.revision, "trust_remote_code": self._experiment.trust_remote_code}
+
+    def _placement(self, torch: Any, transformers: Any) -> dict[str, Any]:
+        """Return the options that say which weights go where."""
+        assert self._found is not None
+        if self._strategy in ("none", "data_parallel"):
+            return {"device_map": {"": self._device}}
+        config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
+        if self._strategy == "tensor_parallel":
+            if self._device.type == "cpu" and torch.cuda.is_available():
+                raise RunError("tensor_parallel runs on GPUs where there are any; hide them: CUDA_VISIBLE_DEVICES=''")
+            return {"distributed_config": split_over_ranks(config, self._experiment.parallelism.degree)}
+        with torch.device("meta"):
+            trusted = self._experiment.trust_remote_code
+            hollow = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        places = spread(hollow, len(self._devices))
+        return {"device_map": {name: self._devices[place] for name, place in places.items()}}
 
     def _dtype(self, torch: Any) -> Any:
         precision = self._experiment.fp_precision
@@ -208,56 +248,41 @@ class Pytorch(Backend):
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenize each text by itself, with the model's own special tokens."""
-        limit = self._experiment.max_input_tokens
-        encoded = []
-        for index, text in enumerate(texts):
-            ids = self._token_ids(text)
-            encoded.append(Encoded(index, tuple(ids[:limit]), limit is not None and len(ids) > limit))
-        self._check_lengths(encoded)
-        return encoded
-
-    def _check_lengths(self, encoded: Sequence[Encoded]) -> None:
-        """Refuse prompts that do not fit into the model's positions, before anything is measured."""
-        empty = next((p for p in encoded if not p.token_ids), None)
-        if empty is not None:
-            raise RunError(f"Prompt {empty.index} has no tokens in this model's tokenizer; leave it out.")
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(encoded, key=lambda p: len(p.token_ids))
-        needed = len(longest.token_ids) + self._experiment.max_output_tokens
-        if positions is not None and needed > positions:
-            raise RunError(
-                f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with max_output_tokens "
-                f"{self._experiment.max_output_tokens} that is more than the model's {positions} positions. "
-                f"Set max_input_tokens={max(1, positions - self._experiment.max_output_tokens)} or less."
-            )
+        return encode(self._tokenizer, texts, self._experiment, positions)
 
-    def _token_ids(self, text: str) -> list[int]:
-        if not self._experiment.chat_template:
-            return list(self._tokenizer(text)["input_ids"])
-        turns = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        # The template writes the special tokens itself.
-        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Generation]:
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Run the prompts in batches; those of a batch are finished together."""
         import torch
 
-        torch.manual_seed(self._experiment.seed)
         graphs_before = compiled_graphs()
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
             self._prefill_end_ns = None
+            # Each batch has a seed of its own, so that a resumed run goes on with the same tokens.
+            torch.manual_seed(self._experiment.seed + members[0].index)
+            clock = _TokenClock() if self._experiment.streaming.enabled else None
             start_ns = time.perf_counter_ns()
-            outputs = self._generate_batch(torch, members)
+            outputs = self._generate_batch(torch, members, clock)
             end_ns = time.perf_counter_ns()
-            for prompt, output in zip(members, outputs, strict=True):
-                tokens, reason = cut_after_end(output, self._end_tokens)
-                yield Generation(prompt.index, number, tokens, reason, start_ns, end_ns, self._prefill_end_ns)
+            cut = [cut_after_end(output, self._end_tokens) for output in outputs]
+            yield [
+                Generation(
+                    prompt.index,
+                    number,
+                    tokens,
+                    reason,
+                    start_ns=start_ns,
+                    end_ns=end_ns,
+                    prefill_end_ns=self._prefill_end_ns,
+                    chunks=first_tokens(clock.chunks, len(tokens)) if clock else (),
+                )
+                for prompt, (tokens, reason) in zip(members, cut, strict=True)
+            ]
             self._graphs_compiled = compiled_graphs() - graphs_before
 
-    def _generate_batch(self, torch: Any, members: Sequence[Encoded]) -> list[list[int]]:
+    def _generate_batch(self, torch: Any, members: Sequence[Encoded], clock: _TokenClock | None) -> list[list[int]]:
         """Return the new tokens of each prompt, the rest of the batch's length included."""
         longest = max(len(p.token_ids) for p in members)
         pad = self._tokenizer.pad_token_id
@@ -268,6 +293,7 @@ class Pytorch(Backend):
             attention_mask=torch.tensor(mask, device=self._device),
             generation_config=self._generation_config,
             logits_processor=self._logits_processors([longest - len(p.token_ids) for p in members]),
+            streamer=clock,
         )
         # Reading the tokens back waits for the device, so the batch's end is its real end.
         new: list[list[int]] = output[:, longest:].tolist()
@@ -290,27 +316,33 @@ class Pytorch(Backend):
         return transformers.LogitsProcessorList([each_row])
 
     def synchronize(self) -> None:
-        """Wait for the GPU."""
-        if self._device is not None and self._device.type == "cuda":
+        """Wait for all GPUs of this process."""
+        for device in self._gpus():
             import torch
 
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(device)
+
+    def _gpus(self) -> list[Any]:
+        return [device for device in self._devices if device.type == "cuda"]
 
     # -------------------------------------------------------------- telling
     def reset_peak_memory(self) -> None:
         """Reset the CUDA allocator's peak; a process's own peak cannot be reset."""
-        if self._device.type == "cuda":
+        for device in self._gpus():
             import torch
 
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(device)
 
     def peak_memory(self) -> Memory:
-        """Return the CUDA allocator's peak since the reset, or on the CPU the process's."""
-        if self._device.type == "cuda":
-            import torch
+        """Return the CUDA allocator's peaks since the reset, summed over the GPUs, or on the CPU the process's."""
+        gpus = self._gpus()
+        if not gpus:
+            return Memory(peak_memory_bytes(), "process, since its start")
+        import torch
 
-            return Memory(torch.cuda.max_memory_allocated(self._device), "GPU allocator, measured window")
-        return Memory(peak_memory_bytes(), "process, since its start")
+        several = f", sum of {len(gpus)} GPUs" if len(gpus) > 1 else ""
+        peak = sum(torch.cuda.max_memory_allocated(device) for device in gpus)
+        return Memory(peak, f"GPU allocator, measured window{several}")
 
     def model_info(self) -> ModelInfo | None:
         """Describe the model as it was loaded."""
@@ -331,17 +363,18 @@ class Pytorch(Backend):
         """Describe PyTorch, transformers and the settings in use."""
         import torch
 
-        on_gpu = self._device.type == "cuda"
+        on_gpu, degree = self._device.type == "cuda", self._experiment.parallelism.degree
         return EngineInfo(
             backend="pytorch",
             version=f"transformers {versions()['transformers']}, torch {torch.__version__}",
-            device=str(self._device),
+            device=", ".join(map(str, self._devices)),
             device_name=torch.cuda.get_device_name(self._device) if on_gpu else cpu_model(),
             settings={
                 "attn_implementation": str(self._model.config._attn_implementation),
                 "cache_implementation": self._options.cache_implementation,
                 "torch_compile": self._options.torch_compile_mode if self._options.torch_compile else "off",
                 "torch_threads": str(torch.get_num_threads()),
+                "parallelism": f"{self._strategy} {degree}" if self._strategy != "none" else "none",
                 "end_token_ids": ",".join(map(str, sorted(self._end_tokens))) or "none",
                 "chat_template": "on" if self._experiment.chat_template else "off",
             },
@@ -367,12 +400,33 @@ class Pytorch(Backend):
         return notes
 
     def close(self) -> None:
-        """Drop the model and give the GPU's memory back."""
+        """Drop the model and give the GPUs' memory back."""
         self._model = None
-        if self._device is not None and self._device.type == "cuda":
+        if self._gpus():
             import torch
 
             torch.cuda.empty_cache()
+
+
+class _TokenClock:
+    """What `generate` hands its tokens to: notes when they come, one for each prompt of the batch.
+
+    Handing them over reads them back from the device, so each step waits for its token.
+    """
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self._prompt_is_next = True
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, which comes first, or the next token of each prompt."""
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+        else:
+            self.chunks.append(Chunk(time.perf_counter_ns(), 1))
+
+    def end(self) -> None:
+        """Take note that there is no more."""
 
 
 def compiled_graphs() -> int:
@@ -387,16 +441,6 @@ def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tu
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"
     return tuple(tokens), "length"
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a sequence, as the model's generation config has them, else the tokenizer's."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
 def _quantization_name(experiment: Experiment) -> str | None:

@@ -17,10 +17,11 @@ from lem.doubts import note
 from lem.errors import RunError
 from lem.gpu import Gpu
 from lem.host import Host, peak_memory_bytes
+from lem.latency import Chunk, first_tokens
 from lem.models import Model
-from lem.objection import Objection
+from lem.objection import Objection, without_effect
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
-from lem.spec import Experiment, SimulatedBackend
+from lem.spec import Decoder, Experiment, SimulatedBackend
 
 END_TOKEN = 0
 
@@ -35,13 +36,9 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object only to more GPUs than there are: whatever else is configured can be simulated."""
+        """Object to more GPUs than there are, and to options of a model: none runs."""
         assert isinstance(experiment.backend, SimulatedBackend)
-        wanted = experiment.backend.gpus
-        if wanted <= len(host.gpus):
-            return []
-        reason = f"{wanted} GPUs are asked for, {len(host.gpus)} are visible."
-        return [Objection("impossible", "backend.gpus", reason, "Lower it.")]
+        return [*_gpu_objections(experiment.backend, host), *_model_objections(experiment)]
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
@@ -65,7 +62,7 @@ class Simulated(Backend):
             encoded.append(Encoded(index, ids[:limit], limit is not None and len(ids) > limit))
         return encoded
 
-    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Generation]:
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Sleep as long as the batch takes, then yield its prompts."""
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
@@ -76,11 +73,33 @@ class Simulated(Backend):
             start_ns = time.perf_counter_ns()
             time.sleep(self._prefill_s(members))
             prefill_end_ns = time.perf_counter_ns()
-            time.sleep(max(map(len, outputs)) * self._options.decode_s_per_token)
+            chunks = self._decode(max(map(len, outputs)))
             end_ns = time.perf_counter_ns()
-            for prompt, output in zip(members, outputs, strict=True):
-                reason: FinishReason = "stop" if output[-1] == END_TOKEN else "length"
-                yield Generation(prompt.index, number, output, reason, start_ns, end_ns, prefill_end_ns)
+            yield [
+                Generation(
+                    p.index,
+                    number,
+                    output,
+                    _finish_reason(output),
+                    start_ns,
+                    end_ns,
+                    prefill_end_ns,
+                    first_tokens(chunks, len(output)),
+                )
+                for p, output in zip(members, outputs, strict=True)
+            ]
+
+    def _decode(self, steps: int) -> list[Chunk]:
+        """Sleep as long as decoding takes; when streaming, step by step, and note when each was done."""
+        if not self._experiment.streaming.enabled:
+            time.sleep(steps * self._options.decode_s_per_token)
+            return []
+        began_s, chunks = time.perf_counter(), []
+        for step in range(1, steps + 1):
+            # To a moment, not for a time: what sleep is late by must not add up.
+            time.sleep(max(0.0, began_s + step * self._options.decode_s_per_token - time.perf_counter()))
+            chunks.append(Chunk(time.perf_counter_ns(), 1))
+        return chunks
 
     def peak_memory(self) -> Memory:
         """Return this process's own peak."""
@@ -107,3 +126,33 @@ class Simulated(Backend):
 
     def _prefill_s(self, members: Sequence[Encoded]) -> float:
         return sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
+
+
+def _finish_reason(output: Sequence[int]) -> FinishReason:
+    return "stop" if output[-1] == END_TOKEN else "length"
+
+
+# ------------------------------------------------------------------ objections
+def _gpu_objections(options: SimulatedBackend, host: Host) -> Iterator[Objection]:
+    if options.gpus > len(host.gpus):
+        reason = f"GPUs asked for: {options.gpus}, visible: {len(host.gpus)}."
+        yield Objection("too_few_gpus", "backend.gpus", reason, "Lower it.")
+
+
+def _model_objections(experiment: Experiment) -> Iterator[Objection]:
+    weights = {
+        "revision": experiment.revision is not None,
+        "adapter": experiment.adapter is not None,
+        "quantization.quantization": experiment.quantization.quantization,
+    }
+    ways = {
+        "trust_remote_code": experiment.trust_remote_code,
+        "fp_precision": experiment.fp_precision != "auto",
+        "chat_template": experiment.chat_template,
+        "decoder": experiment.decoder != Decoder(name=experiment.decoder.name),
+        "parallelism.strategy": experiment.parallelism.strategy in ("tensor_parallel", "pipeline_parallel"),
+    }
+    for path in (path for path, is_set in weights.items() if is_set):
+        yield without_effect("no_weights_to_change", path, "no model is loaded.", "Leave it out.")
+    for path in (path for path, is_set in ways.items() if is_set):
+        yield without_effect("no_effect_on_simulation", path, "no model runs.", "Choose another backend to use it.")

@@ -6,14 +6,18 @@ needs them.
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from lem._version import VERSION
 from lem.cli.base import app
-from lem.errors import BadInput, Interrupted, LemError
+from lem.errors import Interrupted, LemError
+from lem.quiet import forgiving_streams, lost_output
 
 # Each registers its commands; the order is that of lem --help.
 # isort: off
@@ -32,6 +36,9 @@ FLAGS = {
 }
 
 
+log = logging.getLogger(__name__)
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"lem {VERSION}")
@@ -43,29 +50,83 @@ def _lem(
     version: Annotated[  # noqa: ARG001 - its callback does the work
         bool, typer.Option("--version", "-v", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Tell on stderr what is done, and where an error comes from.")
+    ] = False,
 ) -> None:
     """Read .env before any command looks at the environment; what is set already wins."""
     import dotenv
 
-    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+    if verbose:
+        _log_to_stderr()
+    file = dotenv.find_dotenv(usecwd=True)
+    dotenv.load_dotenv(file)
+    log.debug("lem %s, Python %s (%s) in %s", VERSION, sys.version.split()[0], sys.executable, Path.cwd())
+    log.debug("command line: %s", sys.argv[1:])
+    log.debug(".env: %s", file or "none")
+
+
+class _ToStderr(logging.Handler):
+    """Writes to what sys.stderr is at the time: while a progress bar is drawn, that is above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    """Show the log of lem's own modules; those of libraries keep their settings."""
+    handler = _ToStderr()
+    handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(name)s: %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("lem")
+    ours.handlers[:] = [handler]
+    ours.setLevel(logging.DEBUG)
+    ours.propagate = False
 
 
 def main() -> NoReturn:
     """Run the command line; an error that lem raises on purpose is one sentence and an exit code."""
+    forgiving_streams()
+    code = _with_output(_run())
+    log.debug("exit code %d", code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command and return its exit code; only a fault in lem escapes, and is shown as a traceback."""
     try:
         app(prog_name="lem")
-    except BadInput as error:
-        sys.exit(_tell(error))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Interrupted as stop:
+        _end_undisturbed()
+        _log_origin(stop)
         print(f"\n{stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except LemError as error:
-        sys.exit(_tell(error))
+        _log_origin(error)
+        return _tell(error)
     except KeyboardInterrupt:
-        sys.exit(Interrupted.exit_code)
-    except BrokenPipeError:
-        _quit_quietly()
-    sys.exit(0)
+        _end_undisturbed()
+        return Interrupted.exit_code
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        _log_origin(error)
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"Error: {place}{error.strerror}. lem --verbose … shows where it happened.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _end_undisturbed() -> None:
+    """Take no notice of a Ctrl-C more: the command is ending, with its exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _log_origin(error: Exception) -> None:
+    """Log the traceback, also of what the error was made from (raise … from None)."""
+    error.__suppress_context__ = False
+    log.debug("where the error comes from", exc_info=error)
 
 
 def _tell(error: LemError) -> int:
@@ -78,9 +139,16 @@ def _tell(error: LemError) -> int:
     return error.exit_code
 
 
-def _quit_quietly() -> NoReturn:
-    """Leave when the reader of a pipe has gone (lem … | head); Python must not flush into it once more."""
-    import os
+def _with_output(code: int) -> int:
+    """Return the exit code, which is no longer 0 when what was to be shown is lost.
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
+    Of a pipe whose reader has gone (lem … | head) that reader has seen enough: this is no error.
+    """
+    lost = lost_output()
+    if lost is None or isinstance(lost, BrokenPipeError):
+        return code
+    print(
+        f"Error: standard output cannot be written to ({lost.strerror}); files of results are not affected.",
+        file=sys.stderr,
+    )
+    return code or 1

@@ -16,5 +16,12 @@ app = typer.Typer(
 
 ResultsDir = Annotated[
     Path | None,
-    typer.Option("--results-dir", "-o", help="Results directory [LLM_ENERGY_RESULTS_DIR, else results/]."),
+    typer.Option("--results-dir", "-o", help="Results directory (default: LLM_ENERGY_RESULTS_DIR, else results/)."),
+]
+
+ConfigDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--config-dir", help="Directory of your own presets, datasets, … (default: conf/ beside the config file)."
+    ),
 ]

@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 
-from lem.cli.base import ResultsDir, app
-from lem.errors import ConfigError, DatasetError
+from lem.cli import complete, deprecated
+from lem.cli.base import ConfigDir, ResultsDir, app
+from lem.cli.flags import (
+    DatasetFlag,
+    ForceFlag,
+    ModelFlag,
+    NoAggregateFlag,
+    PresetFlag,
+    PromptsFlag,
+    SampleSizeFlag,
+    dataset_flags,
+    value_flags,
+)
+from lem.errors import ConfigError
 from lem.spec import leaf
 
 
@@ -22,35 +34,54 @@ def experiment(
             show_default=False,
         ),
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option("--dataset", "-d", help="Dataset: a built-in name, a hub id or a local file."),
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one on each line.")] = None,
-    sample_size: Annotated[
-        int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)
-    ] = None,
+    dataset: DatasetFlag = None,
+    prompts: PromptsFlag = None,
+    sample_size: SampleSizeFlag = None,
     split: Annotated[str | None, typer.Option(help=leaf("dataset.split").description)] = None,
     column: Annotated[str | None, typer.Option(help=leaf("dataset.column").description)] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from a preset; lem presets lists them.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)] = None,
-    backend: Annotated[str | None, typer.Option(help=leaf("backend.name").description)] = None,
+    preset: PresetFlag = None,
+    model: ModelFlag = None,
+    backend: Annotated[
+        str | None, typer.Option(help=leaf("backend.name").description, autocompletion=complete.backends)
+    ] = None,
+    streaming: Annotated[
+        bool | None, typer.Option("--streaming", help=leaf("streaming.enabled").description, show_default=False)
+    ] = None,
+    streaming_warmup: Annotated[int | None, typer.Option(help=leaf("streaming.warmup_requests").description)] = None,
     max_tokens: Annotated[int | None, typer.Option(help=leaf("max_output_tokens").description)] = None,
     seed: Annotated[int | None, typer.Option(help=leaf("seed").description)] = None,
-    no_aggregate: Annotated[
-        bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")
+    cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=leaf("cycles").description)] = None,
+    no_aggregate: NoAggregateFlag = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, also where the same experiment was left unfinished.")
     ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Go on with an experiment that was interrupted or failed; the beginning of its id is enough. "
+            "With --force also where another host, which is gone, still has it as running.",
+            autocompletion=complete.experiment_ids,
+        ),
+    ] = None,
     results_dir: ResultsDir = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before running.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask; go on with the same experiment if it is unfinished.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the configuration, run nothing.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")
-    ] = False,
+    force: ForceFlag = False,
+    config_dir: ConfigDir = None,
     multirun: Annotated[
         bool, typer.Option("--multirun", help="Run every combination of comma-separated override values.")
     ] = False,
+    batch_size: Annotated[int | None, deprecated.option("batch_size", "--batch-size", "-b")] = None,
+    precision: Annotated[str | None, deprecated.option("precision", "--precision")] = None,
+    num_processes: Annotated[int | None, deprecated.option("num_processes", "--num-processes")] = None,
+    gpu_list: Annotated[str | None, deprecated.option("gpu_list", "--gpu-list")] = None,
+    temperature: Annotated[float | None, deprecated.option("temperature", "--temperature")] = None,
+    quantization: Annotated[bool | None, deprecated.option("quantization", "--quantization/--no-quantization")] = None,
 ) -> None:
     """Run an experiment and show what it measured."""
     from lem.apps import experiment as run_app
@@ -58,7 +89,7 @@ def experiment(
     config_file, overrides = _split_arguments(arguments or [])
     choices = {"preset": preset, "backend": backend}
     flags = [f"{group}={option}" for group, option in choices.items() if option is not None]
-    flags += _dataset_flags(dataset, prompts)
+    flags += dataset_flags(dataset, prompts)
     values = {
         "model": model,
         "dataset.split": split,
@@ -66,11 +97,40 @@ def experiment(
         "dataset.sample_size": sample_size,
         "max_output_tokens": max_tokens,
         "seed": seed,
-        "io.results_dir": None if results_dir is None else str(results_dir),
+        "cycles": cycles,
+        "streaming.enabled": streaming,
+        "streaming.warmup_requests": streaming_warmup,
+        "io.results_dir": results_dir,
     }
-    flags += [_override(path, value) for path, value in values.items() if value is not None]
-    options = run_app.Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate)
-    raise typer.Exit(run_app.main(config_file, [*flags, *overrides], options, multirun=multirun))
+    flags += value_flags(values)
+    flags += deprecated.overrides(
+        {
+            "batch_size": batch_size,
+            "precision": precision,
+            "num_processes": num_processes,
+            "gpu_list": gpu_list,
+            "temperature": temperature,
+            "quantization": quantization,
+        }
+    )
+    options = run_app.Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    if resume is not None:
+        _check_alone(config_file, [*flags, *overrides], fresh=fresh, multirun=multirun)
+        raise typer.Exit(run_app.resume(resume, results_dir, options))
+    if multirun:
+        from lem.apps import sweep
+
+        raise typer.Exit(sweep.main(config_file, [*flags, *overrides], options, config_dir=config_dir))
+    raise typer.Exit(run_app.main(config_file, [*flags, *overrides], options, config_dir=config_dir))
+
+
+def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:
+    """Refuse whatever else would decide what is run: a resumed experiment is the one that was begun."""
+    given = [str(config_file)] if config_file else []
+    given += [text for text in overrides if not text.startswith("io.results_dir=")]
+    given += ["--fresh"] * fresh + ["--multirun"] * multirun
+    if given:
+        raise ConfigError(f"--resume goes on with the configuration it began with; leave out {', '.join(given)}.")
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -83,24 +143,3 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _is_config_file(text: str) -> bool:
     return "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))
-
-
-def _dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
-    from lem.apps.compose import quoted
-
-    if dataset is not None and prompts is not None:
-        raise DatasetError("--dataset and --prompts exclude each other; give one of them.")
-    if dataset is not None:
-        return [f"dataset={dataset}"]
-    if prompts is None:
-        return []
-    if not prompts.is_file():
-        raise DatasetError(f"There is no prompts file {prompts}.")
-    path = quoted(str(prompts))
-    return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
-
-
-def _override(path: str, value: str | int) -> str:
-    from lem.apps.compose import quoted
-
-    return f"{path}={quoted(value) if isinstance(value, str) else value}"

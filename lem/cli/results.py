@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lem.cli import complete
 from lem.cli.base import ResultsDir, app
 
 results_app = typer.Typer(help="Look at results.", no_args_is_help=True)
@@ -15,44 +16,78 @@ app.add_typer(results_app, name="results")
 @app.command()
 def aggregate(
     experiment_id: Annotated[
-        str | None, typer.Argument(help="Experiment id, or the beginning of one.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Experiment id, or the beginning of one.", show_default=False, autocompletion=complete.experiment_ids
+        ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All experiments that have no row yet.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All whose row is missing or old.")] = False,
     results_dir: ResultsDir = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Anew, also where a row exists.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Fail when records of some processes are missing.")
+        bool, typer.Option("--strict/--no-strict", help="Fail when anything is missing, or take what there is.")
     ] = True,
+    allow_mixed_backends: Annotated[
+        bool,
+        typer.Option("--allow-mixed-backends", help="Put records of different backends together (not recommended)."),
+    ] = False,
 ) -> None:
     """Turn raw records into rows of the tables; lem experiment does it by itself."""
     from lem.apps import results
 
     store = results.store_at(results_dir)
     raise typer.Exit(
-        results.aggregate_experiments(store, experiment_id, everything=everything, force=force, strict=strict)
+        results.aggregate_experiments(
+            store, experiment_id, everything=everything, force=force, strict=strict, mixed=allow_mixed_backends
+        )
     )
 
 
 @results_app.command("list")
 def results_list(
     results_dir: ResultsDir = None,
-    everything: Annotated[bool, typer.Option("--all", "-a", help="Also those that have no row yet.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", "-a", help="Also those that have no row: planned, running, interrupted.")
+    ] = False,
+    status: Annotated[
+        str | None, typer.Option("--status", help="Only completed, failed, interrupted, running or planned ones.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Only models with this in their name.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Only backends with this in their name.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets with this in their name.")] = None,
+    since: Annotated[str | None, typer.Option("--since", help="Only those begun at this time or later.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of these.")] = None,
+    sort: Annotated[
+        str | None, typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j [begin].")
+    ] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Largest, or newest, first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all columns.")] = False,
 ) -> None:
     """List experiments, oldest first."""
     from lem.apps import results
 
-    raise typer.Exit(results.list_experiments(results.store_at(results_dir), everything=everything, as_json=as_json))
+    selection = results.Selection(status, model, backend, dataset, since, last, sort, reverse)
+    store = results.store_at(results_dir)
+    raise typer.Exit(results.list_experiments(store, selection, everything=everything, as_json=as_json))
 
 
 @results_app.command("show")
 def results_show(
-    experiment_id: Annotated[str, typer.Argument(help="Experiment id, or the beginning of one.")],
+    experiment_id: Annotated[
+        str,
+        typer.Argument(help="Experiment id, or the beginning of one.", autocompletion=complete.experiment_ids),
+    ],
     results_dir: ResultsDir = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The records of the processes: phases, readings.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The records of each process, cycle and attempt: phases, readings.")
+    ] = False,
+    environment: Annotated[
+        bool, typer.Option("--environment", "-e", help="Also the machine and the software that it ran on.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show one experiment."""
+    """Show one experiment: what it measured, its cycles, where it stands."""
     from lem.apps import results
 
-    raise typer.Exit(results.show(results.store_at(results_dir), experiment_id, raw=raw, as_json=as_json))
+    store = results.store_at(results_dir)
+    raise typer.Exit(results.show(store, experiment_id, raw=raw, environment=environment, as_json=as_json))

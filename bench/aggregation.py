@@ -1,0 +1,301 @@
+"""What `lem aggregate --all` costs over many experiments, beside the fastest plain conversion of their records.
+
+`python -m nox -s bench`. Writes experiments as the tool writes them, through its own types: spec.json, state.json, a
+journal, and a record for each cycle. The plain conversion reads the same record files, joins them, and has pyarrow
+turn them into Parquet: it knows no journal, no plan, no state and no column of the tables. Every step is a process of
+its own, start-up included, whose CPU time and peak memory are the kernel's. Prints a table; fails when a limit is
+exceeded.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from lem._version import VERSION
+from lem.codec import config_sha256, to_json
+from lem.doubts import of_record
+from lem.flops import METHOD
+from lem.journal import DIED, Checkpoint, Journal
+from lem.plan import Plan, PromptsInfo
+from lem.record import (
+    FORMAT_VERSION,
+    Carbon,
+    CpuLoad,
+    DeviceState,
+    EnergyReading,
+    EngineInfo,
+    Environment,
+    ErrorInfo,
+    Flops,
+    Memory,
+    ModelInfo,
+    Phase,
+    Prefill,
+    ProcessRecord,
+    RequestRecord,
+    WarmupInfo,
+)
+from lem.spec import Dataset, Energy, Experiment
+from lem.state import State
+from lem.store import ExperimentDir
+
+FEW, MANY = 2_000, 20_000
+CYCLES = 10
+REQUESTS = 5
+# What the factor is meant to be, and what it must not exceed.
+FACTOR_AIM = 2.0
+FACTOR_LIMIT = 6.0
+MEMORY_LIMIT_MB = 400
+AGAIN_LIMIT_S = 2.0
+LIST_LIMIT_S = 2.0
+# Ten times the records may take at most this many times ten the CPU time, start-up left out.
+LINEAR_LIMIT = 1.25
+GPU = "GPU-5a8e1c6e-8f37-4a55-9d0b-0c3d4e5f6a7b"
+# With larger blocks and without threads it takes a third less CPU time than as it comes.
+PLAIN = """
+import os, sys
+import pyarrow as pa, pyarrow.json as pj, pyarrow.parquet as pq
+def content(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+raw = sys.argv[1] + "/raw"
+records = b"\\n".join(
+    content(f"{raw}/{directory}/{name}")
+    for directory in os.listdir(raw) for name in os.listdir(f"{raw}/{directory}") if name.startswith("process_")
+)
+how = {
+    "read_options": pj.ReadOptions(block_size=1 << 24, use_threads=False),
+    "parse_options": pj.ParseOptions(newlines_in_values=True),
+}
+pq.write_table(pj.read_json(pa.BufferReader(records), **how), sys.argv[2], compression="zstd")
+"""
+LEM = [sys.executable, "-m", "lem.cli"]
+
+
+# ------------------------------------------------------------------ experiments
+def write_experiments(root: Path, count: int, cycles: int) -> None:
+    """Write finished experiments of one process that have no rows yet into a results directory."""
+    chance = random.Random(count)
+    began = datetime(2026, 1, 2, 3, 4, 5).astimezone()
+    for i in range(count):
+        at = began + timedelta(seconds=7 * i)
+        directory = ExperimentDir(root / "raw" / f"exp_{at:%Y%m%d_%H%M%S}")
+        directory.path.mkdir(parents=True)
+        plan = _plan(directory.id, at, i, cycles)
+        (directory.path / "spec.json").write_text(to_json(plan))
+        (directory.path / "state.json").write_text(to_json(State("completed", 1, at.isoformat(timespec="seconds"))))
+        for cycle in range(1, cycles + 1):
+            record, rows = _measured(plan, chance, cycle)
+            directory.record_file(0, cycle, 1).write_text(to_json(record))
+            _write_journal(directory, record, rows)
+
+
+def _plan(experiment_id: str, at: datetime, i: int, cycles: int) -> Plan:
+    experiment = Experiment(
+        model=f"org/model-{i % 50}",
+        dataset=Dataset(name="alpaca", path="tatsu-lab/alpaca", split="train", column="instruction", sample_size=5),
+        seed=i,
+        cycles=cycles,
+        energy=Energy(name="nvml", country_iso_code="DEU"),
+    )
+    prompts = PromptsInfo(REQUESTS, f"{i:064x}", "tatsu-lab/alpaca", "train", "instruction", 52002, 0)
+    return Plan(
+        experiment_id,
+        at.isoformat(timespec="seconds"),
+        experiment,
+        prompts,
+        config_sha256(experiment),
+        overrides=(f"seed={i}", "energy=nvml", "dataset=alpaca", "dataset.sample_size=5"),
+    )
+
+
+def _measured(plan: Plan, chance: random.Random, cycle: int) -> tuple[ProcessRecord, list[RequestRecord]]:
+    rows: list[RequestRecord] = []
+    now_s = 0.0
+    for i in range(REQUESTS):
+        latency_s = chance.uniform(1.0, 3.0)
+        tokens = chance.randint(10, 300), chance.randint(20, 128)
+        place = (plan.experiment_id, 0, cycle, 1, i, i)
+        rows.append(RequestRecord(*place, *tokens, False, "stop", now_s, now_s + latency_s, latency_s, latency_s / 20))
+        now_s += latency_s + 0.001
+    power_w = chance.uniform(200, 400)
+    record = ProcessRecord(
+        format_version=FORMAT_VERSION,
+        lem_version=VERSION,
+        experiment_id=plan.experiment_id,
+        rank=0,
+        world_size=1,
+        status="completed",
+        started_at=plan.created_at,
+        hostname="node-17",
+        cycle=cycle,
+        config_sha256=plan.config_sha256,
+        backend="pytorch",
+        window_opened_unix_s=datetime.fromisoformat(plan.created_at).timestamp(),
+        model=ModelInfo(
+            plan.experiment.model or "", "main", "LlamaForCausalLM", 1_235_814_400, False, 2_471_645_608, "bfloat16"
+        ),
+        engine=EngineInfo(
+            "pytorch", "5.23.0", "cuda:0", "NVIDIA H100 80GB HBM3",
+            {"attn_implementation": "sdpa", "torch_dtype": "bfloat16", "device_map": "cuda:0", "compile": "False"},
+        ),
+        phases=(
+            _phase("idle_before", 3.0, 70.0),
+            _phase("load", chance.uniform(5, 20), 100.0),
+            _phase("idle_loaded", 3.0, 90.0),
+            _phase("warmup", chance.uniform(1, 5), power_w),
+            _phase("measured", now_s, power_w),
+        ),
+        requests_planned=REQUESTS,
+        requests_completed=REQUESTS,
+        input_tokens=sum(row.input_tokens for row in rows),
+        output_tokens=sum(row.output_tokens for row in rows),
+        memory=Memory(2**33, "GPU, by the engine", 2**24),
+        flops=Flops(chance.uniform(1e12, 2e12), METHOD),
+        carbon=Carbon(363.0, "DEU, average of 2024"),
+        prefill=Prefill(now_s / 20, now_s / 20 * power_w, 3.0),
+        warmup=WarmupInfo(10, "converged", 0.04),
+        cpu_load=CpuLoad(1.1, 1.0),
+        environment=_environment(chance),
+    )  # fmt: skip
+    return replace(record, warnings=tuple(of_record(record, rows))), rows
+
+
+def _phase(name: str, duration_s: float, power_w: float) -> Phase:
+    energy_j = duration_s * power_w
+    gpu = EnergyReading(
+        "gpu", "counter", "device", GPU, energy_j, "NVML total energy counter", 0.001, 0.1, energy_j * 1.004
+    )
+    return Phase(name, duration_s, (gpu,))  # type: ignore[arg-type]
+
+
+def _environment(chance: random.Random) -> Environment:
+    before, after = (
+        DeviceState(GPU, 1980, 2619, 1980, chance.randint(40, 55), 700.0, 700.0, True, True, False, (), ())
+        for _ in range(2)
+    )
+    versions = ("python", "torch", "transformers", "tokenizers", "accelerate", "peft", "codecarbon", "numpy", "vllm")
+    return Environment(
+        hostname="node-17",
+        os="Linux-5.15.0-1044-x86_64-with-glibc2.35",
+        cpu_model="AMD EPYC 9354 32-Core Processor",
+        cpu_threads=64,
+        memory_bytes=2**38,
+        gpus=(f"NVIDIA H100 80GB HBM3 ({GPU})",),
+        versions=dict.fromkeys(versions, "1.23.4"),
+        cpu_governor="performance",
+        driver_version="570.124.06",
+        cuda_version="12.8",
+        git_commit="0123456789abcdef0123456789abcdef01234567",
+        git_dirty=False,
+        slurm={"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node-17"},
+        devices_before=(before,),
+        devices_after=(after,),
+    )
+
+
+def _write_journal(directory: ExperimentDir, record: ProcessRecord, rows: list[RequestRecord]) -> None:
+    killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
+    opening = replace(
+        record, status="interrupted", error=killed, phases=record.phases[:-1], requests_completed=0, input_tokens=0,
+        output_tokens=0, flops=None, prefill=None, cpu_load=None, warnings=(),
+    )  # fmt: skip
+    journal = Journal(directory.journal_file(0, 1))
+    journal.open_window(opening)
+    for i, row in enumerate(rows, start=1):
+        flops = Flops(i * 1e12, METHOD)
+        journal.add([row], Checkpoint(row.end_s, flops, record.phases[-1].energy, row.end_s))
+    journal.close()
+
+
+# ------------------------------------------------------------------ measuring
+@dataclass(frozen=True)
+class Cost:
+    """What a process took."""
+
+    cpu_s: float
+    memory_mb: float
+
+
+def cost(arguments: Sequence[str]) -> Cost:
+    """Run a command to its end; return what the kernel counted."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
+    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What it took to convert and to aggregate a number of records, and then to look at them."""
+
+    records: int
+    plain: Cost
+    first: Cost
+    again: Cost
+    listed: Cost
+
+    @property
+    def factor(self) -> float:
+        """CPU time of aggregating, in that of the plain conversion."""
+        return self.first.cpu_s / self.plain.cpu_s
+
+
+def measure(records: int, cycles: int) -> Costs:
+    """Write experiments and measure what is made of them."""
+    with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
+        results = f"{folder}/results"
+        write_experiments(Path(results), records // cycles, cycles)
+        plain = [sys.executable, "-c", PLAIN, results, f"{folder}/plain.parquet"]
+        for file in Path(results).rglob("*.json*"):
+            file.read_bytes()  # into the disk's cache, for both
+        cost(plain)
+        everything = [*LEM, "aggregate", "--all", "-o", results]
+        return Costs(
+            records, cost(plain), cost(everything), cost(everything), cost([*LEM, "results", "list", "-o", results])
+        )
+
+
+def report(name: str, costs: Costs) -> None:
+    """Print what was measured."""
+    parts = {"plain conversion": costs.plain, "lem aggregate --all": costs.first}
+    parts |= {"… again, nothing new": costs.again, "lem results list": costs.listed}
+    print(f"{costs.records} records, {name}")
+    for what, part in parts.items():
+        each_us = part.cpu_s / costs.records * 1e6
+        print(f"  {what:<22} {part.cpu_s:7.2f} s CPU {each_us:8.1f} µs a record {part.memory_mb:6.0f} MB")
+    print(f"  factor {costs.factor:.2f} (aim: {FACTOR_AIM:g})")
+
+
+def main() -> int:
+    """Measure and print; return 1 when a limit is exceeded."""
+    within = True
+    for cycles in (1, CYCLES):
+        name = "one in each experiment" if cycles == 1 else f"{cycles} cycles in each experiment"
+        few, many = (measure(records, cycles) for records in (FEW, MANY))
+        report(name, few)
+        report(name, many)
+        start_up = cost([*LEM, "aggregate", "--help"])
+        growth = (many.first.cpu_s - start_up.cpu_s) / (few.first.cpu_s - start_up.cpu_s) / (MANY / FEW)
+        print(f"  from {FEW} to {MANY} records: {growth:.2f} times the cost of a record")
+        within &= many.factor <= FACTOR_LIMIT and growth <= LINEAR_LIMIT
+        within &= many.first.memory_mb <= MEMORY_LIMIT_MB
+        within &= many.again.cpu_s <= AGAIN_LIMIT_S and many.listed.cpu_s <= LIST_LIMIT_S
+    return int(not within)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

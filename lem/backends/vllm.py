@@ -1,0 +1,587 @@
+"""vLLM's engine, driven step by step in this process; with several GPUs it starts workers of its own.
+
+Prompts go in as token ids and come out as token ids: tokenizer, end tokens and seeds are those of every backend. Times,
+queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported when the engine
+starts, not before: it takes ten seconds and more. Single tokens are not timed yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lem.backends import vllm_source
+from lem.backends.architecture import architecture_of
+from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.prompts import encode, end_tokens
+from lem.backends.pytorch import compiled_graphs
+from lem.backends.vllm_options import RESOLVED, engine_arguments, given, objections, sampling_parameters
+from lem.batching import plan_batches
+from lem.conflicts import gpus_needed, runs_in_one_process
+from lem.doubts import note
+from lem.errors import Interrupted, RunError
+from lem.flops import Architecture
+from lem.gpu import Gpu, visible
+from lem.host import Host, cpu_model, peak_memory_bytes
+from lem.models import Model, find
+from lem.objection import Objection
+from lem.record import EngineInfo, Memory, ModelInfo, Note
+from lem.spec import Experiment, VllmBackend
+
+# The engine's counters and what they are called in records.
+COUNTERS = {
+    "vllm:prompt_tokens": "prompt_tokens",
+    "vllm:generation_tokens": "generation_tokens",
+    "vllm:prefix_cache_queries": "prefix_cache_queried_tokens",
+    "vllm:prefix_cache_hits": "prefix_cache_hit_tokens",
+    "vllm:num_preemptions": "preemptions",
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "accepted_draft_tokens",
+}
+ENVIRONMENT = {
+    # The engine's loop runs in this process: its clock, its memory and its errors are ours.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # A process with threads, such as this one, must not be forked.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+# Takes precedence over the option in vLLM, so it must not be there when the option is set.
+CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SAME_CLOCK_NS = 1_000_000
+LONGEST_REASON = 400
+# An interruption reaches the engine's own processes before it reaches this one.
+INTERRUPTION_S = 1.0
+MEMORY_WORDS = ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization")
+
+
+class Vllm(Backend):
+    """See the module."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        assert isinstance(experiment.backend, VllmBackend)
+        self._experiment = experiment
+        self._options = experiment.backend
+        self._found: Model | None = None
+        self._engine: Any = None
+        self._lora: Any = None
+        self._tokenizer: Any = None
+        self._hollow: Any = None
+        self._end_tokens: frozenset[int] = frozenset()
+        self._adapter_weights: tuple[int, int] = (0, 0)
+        self._expected: Sequence[Gpu] = ()
+        self._clock_offset_ns = 0
+        self._counted: Mapping[str, float] = {}
+        self._attention: Sequence[str] = ()
+        self._loaded_weights: Sequence[int] = (0, 0)
+        self._graphs_before = 0
+        self._is_broken = False
+        self._has_run = False
+
+    # -------------------------------------------------------------- before the run
+    @classmethod
+    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
+        """Object to options that this host, this model or the installed vLLM cannot honour."""
+        return objections(experiment, model, host)
+
+    @classmethod
+    def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
+        """Return True where there is a GPU and vLLM was not built for the CPU."""
+        return bool(host.gpus) and not vllm_source.is_built_for_cpu()
+
+    def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
+        """Return the first visible GPUs, as many as all processes use, or none for a build for the CPU."""
+        if not self._on_gpu:
+            return ()
+        needed = gpus_needed(self._experiment)
+        self._expected = host.gpus[:needed]
+        return self._expected
+
+    @property
+    def _on_gpu(self) -> bool:
+        return not vllm_source.is_built_for_cpu()
+
+    @property
+    def _degree(self) -> int:
+        """Number of GPUs, or on a CPU of workers, that this process runs the model on."""
+        return self._experiment.parallelism.degree if runs_in_one_process(self._experiment) else 1
+
+    # -------------------------------------------------------------- loading
+    def start(self) -> None:
+        """Import vLLM, which reads its environment variables at that moment, and compare its clock with ours."""
+        os.environ.update(ENVIRONMENT)
+        if self._options.kv_cache_memory_bytes is not None:
+            os.environ.pop(CPU_CACHE_VARIABLE, None)
+        if self._on_gpu:
+            self._show_own_gpus()
+        try:
+            import vllm.v1.engine.llm_engine  # noqa: F401
+        except ImportError as error:
+            raise RunError(f"vLLM cannot be imported: {reason_of(error)}") from error
+        self._clock_offset_ns = clock_offset_ns()
+
+    def _show_own_gpus(self) -> None:
+        """Leave visible to CUDA the GPUs of this process alone, by names that vLLM understands."""
+        first = self.local_rank * self._degree
+        own = visible()[first : first + self._degree]
+        if len(own) < self._degree:
+            raise RunError(f"GPUs needed: {self._degree}, visible: {len(own)}. Lower parallelism.degree.")
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.mig_uuid or str(gpu.index) for gpu in own)
+
+    def load(self) -> None:
+        """Load tokenizer, weights and adapter, and let the engine allocate its cache."""
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self._found = find(self._experiment.model or "", self._experiment.revision)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._found.path, **self._source())
+        self._hollow = self._load_hollow(transformers)
+        self._end_tokens = end_tokens(self._generation_config(transformers), self._tokenizer)
+        adapter = None if self._experiment.adapter is None else adapter_folder(self._experiment.adapter)
+        self._engine = self._load_engine(adapter)
+        if adapter is not None:
+            self._load_adapter(adapter)
+        # Asked for now: workers that have died cannot be asked for the record.
+        self._attention = sorted({name for names in self._on_workers(_attention_backends) for name in names})
+        self._loaded_weights = [sum(each) for each in zip(*self._on_workers(_weights), strict=True)]
+        self._check_arrived()
+        self._check_devices()
+
+    def _source(self) -> dict[str, Any]:
+        """Return the options by which transformers finds a model's parts."""
+        assert self._found is not None
+        return {"revision": self._found.revision, "trust_remote_code": self._experiment.trust_remote_code}
+
+    def _load_hollow(self, transformers: Any) -> Any:
+        """Return the model without weights, of which its sizes are read; None where transformers does not know it."""
+        import torch
+
+        assert self._found is not None
+        trusted = self._experiment.trust_remote_code
+        try:
+            config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        except (ValueError, KeyError, ImportError, NotImplementedError):
+            return None
+
+    def _generation_config(self, transformers: Any) -> Any:
+        """Return what the model says about the end of a sequence, as transformers would take it."""
+        assert self._found is not None
+        try:
+            return transformers.GenerationConfig.from_pretrained(self._found.path, revision=self._found.revision)
+        except OSError:
+            config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
+            return transformers.GenerationConfig.from_model_config(config)
+
+    def _load_engine(self, adapter: Path | None) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        assert self._found is not None
+        rank = None if adapter is None else int(json.loads((adapter / "adapter_config.json").read_text())["r"])
+        arguments = engine_arguments(self._experiment, self._found, on_gpu=self._on_gpu, lora_rank=rank)
+        try:
+            return LLMEngine.from_engine_args(EngineArgs(**arguments))
+        except Interrupted:
+            raise
+        except Exception as error:
+            raise RunError(f"vLLM could not load {self._found.name}: {reason_of(error)}{_hint(error)}") from error
+
+    def _load_adapter(self, adapter: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._lora = LoRARequest("adapter", 1, str(adapter))
+        try:
+            self._engine.engine_core.add_lora(self._lora)
+        except Interrupted:
+            raise
+        except Exception as error:
+            raise RunError(f"vLLM could not load the adapter {adapter}: {reason_of(error)}") from error
+        self._adapter_weights = adapter_weights(adapter)
+
+    def _check_arrived(self) -> None:
+        """Refuse to run where vLLM has put something else in the place of what was asked for.
+
+        Of quantization that it is there: vLLM chooses faster kernels for the same weights, by other names.
+        """
+        for name, asked in given(self._options).items():
+            used = ",".join(self._attention) if name == "attention_backend" else self._resolved(name)
+            is_there = used is not None if name == "quantization" else _plain(used) == _plain(asked)
+            if not is_there:
+                raise RunError(
+                    f"backend.{name} is {asked}, and vLLM uses {_plain(used)} for this model on this device. "
+                    "Set that, or leave it out."
+                )
+
+    def _resolved(self, name: str) -> Any:
+        """Return an option's value in the engine's own configuration."""
+        value = self._engine.vllm_config
+        for part in RESOLVED[name].split("."):
+            value = getattr(value, part)
+        return value
+
+    def _check_devices(self) -> None:
+        """Make sure that the GPUs that are metered are those that compute."""
+        if not self._on_gpu or not self._expected:
+            return
+        first = self.local_rank * self._degree
+        expected = self._expected[first : first + self._degree]
+        used = self._on_workers(_device_uuid)
+        strangers = [uuid for uuid in used if not any(gpu.mig_uuid or uuid in gpu.uuid for gpu in expected)]
+        if strangers:
+            raise RunError(
+                f"vLLM computes on {', '.join(strangers)}, and {', '.join(gpu.uuid for gpu in expected)} is metered. "
+                "Set CUDA_VISIBLE_DEVICES to the GPUs to use."
+            )
+
+    def _on_workers(self, function: Callable[[Any], Any]) -> list[Any]:
+        """Return what a function returns in each of the engine's workers."""
+        results: list[Any] = self._engine.collective_rpc(function)
+        return results
+
+    # -------------------------------------------------------------- running
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenize each text by itself, with the model's own special tokens."""
+        return encode(self._tokenizer, texts, self._experiment, self._engine.vllm_config.model_config.max_model_len)
+
+    def forget(self) -> None:
+        """Empty the prefix cache, so that no measured prompt profits from the warm-up, and count anew."""
+        self._engine.reset_prefix_cache()
+        self._counted = self._totals()
+        self._graphs_before = compiled_graphs()
+        self._has_run = False
+
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
+        """Run batch after batch, each yielded as a whole; or all at once, each request yielded when it is finished."""
+        self._has_run = True
+        together = self._experiment.batching.strategy != "continuous"
+        batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
+        for number, positions in enumerate(batches):
+            finished = self._run({str(position): prompts[position] for position in positions}, number)
+            if together:
+                done = dict(generation for some in finished for generation in some)
+                yield [done[str(position)] for position in positions]
+            else:
+                yield from ([generation for _, generation in some] for some in finished)
+
+    def _run(self, requests: Mapping[str, Encoded], batch: int) -> Iterator[list[tuple[str, Generation]]]:
+        """Give requests to the engine, and yield those that finish in the same step, with their ids."""
+        arrived_ns: dict[str, int] = {}
+        try:
+            for name, prompt in requests.items():
+                arrived_ns[name] = time.perf_counter_ns()
+                self._add(name, prompt)
+            while arrived_ns:
+                done = [output for output in self._step() if output.finished]
+                if done:
+                    yield [
+                        (o.request_id, self._generation(o, requests[o.request_id], batch, arrived_ns.pop(o.request_id)))
+                        for o in done
+                    ]
+        except GeneratorExit:  # the rest is not wanted
+            self._engine.abort_request(list(arrived_ns))
+            raise
+        except BaseException:
+            self._is_broken = True
+            raise
+
+    def _add(self, name: str, prompt: Encoded) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            **sampling_parameters(self._experiment, prompt.index, self._end_tokens),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        try:
+            self._engine.add_request(name, tokens_input(list(prompt.token_ids)), parameters, lora_request=self._lora)
+        except ValueError as error:
+            raise RunError(f"vLLM refuses prompt {prompt.index}: {reason_of(error)}") from error
+
+    def _step(self) -> list[Any]:
+        try:
+            outputs: list[Any] = self._engine.step()
+        except Interrupted:
+            raise
+        except Exception as error:
+            if self._degree > 1:
+                time.sleep(INTERRUPTION_S)
+            has_lost_a_worker = getattr(self._engine.model_executor, "is_failed", False)
+            reason = "one of its worker processes has died." if has_lost_a_worker else reason_of(error)
+            raise RunError(f"vLLM stopped in the middle of its work: {reason}{_hint(error)}") from error
+        return outputs
+
+    def _generation(self, output: Any, prompt: Encoded, batch: int, arrived_ns: int) -> Generation:
+        (completion,), times = output.outputs, output.metrics
+        if completion.finish_reason not in ("stop", "length"):
+            raise RunError(f"vLLM gave up prompt {prompt.index}: {completion.finish_reason}.")
+        return Generation(
+            prompt.index,
+            batch,
+            tuple(completion.token_ids),
+            completion.finish_reason,
+            start_ns=self._ns(times.scheduled_ts),
+            end_ns=self._ns(times.last_token_ts),
+            prefill_end_ns=self._ns(times.first_token_ts),
+            arrived_ns=arrived_ns,
+        )
+
+    def _ns(self, engine_s: float) -> int:
+        """Return a moment of the engine's clock on ours."""
+        return round(engine_s * 1e9) + self._clock_offset_ns
+
+    def synchronize(self) -> None:
+        """Wait for the GPUs of all workers; on a CPU a step is done when it returns."""
+        if self._engine is not None and self._on_gpu and not self._is_broken:
+            self._on_workers(_synchronize)
+
+    # -------------------------------------------------------------- telling
+    def counters(self) -> dict[str, float] | None:
+        """Return the engine's counts since `forget`; those of speculation only where it is on."""
+        if not self._has_run:
+            return None
+        return {name: total - self._counted.get(name, 0.0) for name, total in self._totals().items()}
+
+    def _totals(self) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for metric in self._engine.get_metrics():
+            if metric.name in COUNTERS:
+                name = COUNTERS[metric.name]
+                totals[name] = totals.get(name, 0.0) + metric.value
+        return totals
+
+    def reset_peak_memory(self) -> None:
+        """Reset the CUDA allocators' peaks; a process's own peak cannot be reset."""
+        if self._on_gpu:
+            self._on_workers(_reset_peak)
+
+    def peak_memory(self) -> Memory:
+        """Return the allocators' peaks since the reset, summed over the workers; on a CPU the processes' own."""
+        if self._on_gpu:
+            several = f", sum of {self._degree} GPUs" if self._degree > 1 else ""
+            scope = f"GPU allocator, measured window, the whole key/value cache included{several}"
+            return Memory(None if self._is_broken else sum(self._on_workers(_peak_on_gpu)), scope)
+        if self._degree == 1:
+            return Memory(peak_memory_bytes(), "process, since its start")
+        # An engine that stopped, or was stopped, in the middle of a step does not answer any more.
+        peaks = [None] if self._is_broken else [peak_memory_bytes(), *self._on_workers(_peak_of_process)]
+        known = [peak for peak in peaks if peak is not None]
+        together = sum(known) if len(known) == len(peaks) else None
+        return Memory(together, f"process and its {self._degree} workers, since their start")
+
+    def model_info(self) -> ModelInfo | None:
+        """Describe the model as it was loaded."""
+        assert self._found is not None
+        config, of_adapter = self._engine.vllm_config.model_config, sum(self._adapter_weights)
+        parameters, size = self._weights(config.dtype.itemsize)
+        return ModelInfo(
+            name=self._found.name,
+            revision=self._found.revision,
+            architecture=", ".join(self._found.config.get("architectures") or config.architectures),
+            parameters=parameters + of_adapter,
+            random_weights=self._has_random_weights,
+            weights_bytes=size + of_adapter * config.dtype.itemsize,
+            dtype=str(config.dtype).removeprefix("torch."),
+            adapter=self._experiment.adapter,
+            quantization=config.quantization,
+        )
+
+    def _weights(self, bytes_of_dtype: int) -> tuple[int, int]:
+        """Return the number of the model's weights, and their size as loaded.
+
+        On a CPU vLLM repacks them and empties the modules, so their size is that of so many values of the dtype.
+        """
+        count, size = self._loaded_weights
+        if self._hollow is None:
+            return count, size
+        known = self._hollow.num_parameters()
+        return known, size if self._on_gpu else known * bytes_of_dtype
+
+    @property
+    def _has_random_weights(self) -> bool:
+        assert self._found is not None
+        return self._found.random_weights or self._options.load_format == "dummy"
+
+    def engine_info(self) -> EngineInfo:
+        """Describe vLLM and the configuration that it has settled on."""
+        import torch
+
+        expected = self._expected[self.local_rank * self._degree :]
+        return EngineInfo(
+            backend="vllm",
+            version=f"vllm {vllm_source.version()}, torch {torch.__version__}",
+            device=", ".join(f"cuda:{i}" for i in range(self._degree)) if self._on_gpu else "cpu",
+            device_name=expected[0].name if expected else cpu_model(),
+            settings={
+                **self._settings(),
+                "end_token_ids": ",".join(map(str, sorted(self._end_tokens))) or "none",
+                "chat_template": "on" if self._experiment.chat_template else "off",
+            },
+        )
+
+    def _settings(self) -> dict[str, str]:
+        """Return the engine's resolved configuration, as far as it changes numbers."""
+        config = self._engine.vllm_config
+        options = {name: self._resolved(name) for name in RESOLVED}
+        speculation = config.speculative_config
+        values = {
+            **options,
+            "attention_backend": ",".join(self._attention),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "kv_cache_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+            "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "compilation_mode": getattr(config.compilation_config.mode, "name", None),
+            "cudagraph_mode": getattr(config.compilation_config.cudagraph_mode, "name", None),
+            "lora": None if config.lora_config is None else f"rank {config.lora_config.max_lora_rank}",
+            "speculation": None
+            if speculation is None
+            else f"{speculation.method}, {speculation.num_speculative_tokens} tokens",
+            "engine_args": json.dumps(self._options.engine_args) if self._options.engine_args else None,
+        }
+        return {name: _plain(value) for name, value in values.items()}
+
+    def architecture(self) -> Architecture | None:
+        """Read the sizes off the model without weights, by the same code as for PyTorch, and add the adapter's."""
+        sizes = None if self._hollow is None else architecture_of(self._hollow)
+        if sizes is None:
+            return None
+        of_body, of_head = self._adapter_weights
+        return Architecture(sizes.body_weights + of_body, sizes.head_weights + of_head, sizes.attention_width)
+
+    def notes(self) -> list[Note]:
+        """Say so when the weights are random, and when the engine did less or more work than the tokens say."""
+        assert self._found is not None
+        notes, counts = [], self.counters() or {}
+        if self._has_random_weights:
+            notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
+        if hits := counts.get("prefix_cache_hit_tokens"):
+            share = hits / counts["prefix_cache_queried_tokens"]
+            notes.append(note("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache."))
+        if preemptions := counts.get("preemptions"):
+            text = f"requests were put off {preemptions:.0f} times for want of cache, and computed anew."
+            notes.append(note("preempted", text))
+        if self._has_run and (graphs := compiled_graphs() - self._graphs_before):
+            notes.append(note("compiled_in_window", f"{graphs} graphs were compiled in the window."))
+        return notes
+
+    def close(self) -> None:
+        """End the engine and its workers, which gives the memory back."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.engine_core.shutdown()
+
+
+# ------------------------------------------------------------------ run in the engine's workers
+def _attention_backends(worker: Any) -> list[str]:
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    return sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")})
+
+
+def _weights(worker: Any) -> tuple[int, int]:
+    parameters = list(worker.model_runner.get_model().parameters())
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+
+
+def _device_uuid(_worker: Any) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def _synchronize(_worker: Any) -> None:
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def _reset_peak(_worker: Any) -> None:
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_on_gpu(_worker: Any) -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
+
+
+def _peak_of_process(_worker: Any) -> int | None:
+    return peak_memory_bytes()
+
+
+# ------------------------------------------------------------------ adapters
+def adapter_folder(adapter: str) -> Path:
+    """Return the directory of an adapter, fetched from the hub if it is no local one."""
+    local = Path(adapter).expanduser()
+    if local.is_dir():
+        return local
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(adapter))
+    except Exception as error:  # the client raises those of its transport as well
+        raise RunError(f"The adapter {adapter} cannot be had from the hub: {reason_of(error)}") from error
+
+
+def adapter_weights(folder: Path) -> tuple[int, int]:
+    """Return the weights of an adapter's matrices: those in the model's body, and those at its output projection."""
+    from safetensors import safe_open
+
+    of_body = of_head = 0
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - no mapping
+            rows, *columns = tensors.get_slice(name).get_shape()
+            size = rows * columns[0] if len(columns) == 1 else 0
+            if "lm_head" in name:
+                of_head += size
+            else:
+                of_body += size
+    return of_body, of_head
+
+
+# ------------------------------------------------------------------ clocks and words
+def clock_offset_ns() -> int:
+    """Return what is to be added to the engine's clock, `time.monotonic`, for `time.perf_counter`: 0 on Linux."""
+    before_ns = time.perf_counter_ns()
+    engine_ns = time.monotonic_ns()
+    offset_ns = (before_ns + time.perf_counter_ns()) // 2 - engine_ns
+    return offset_ns if abs(offset_ns) > SAME_CLOCK_NS else 0
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an engine's error as a sentence: what pydantic or PyTorch say around it is for developers."""
+    errors = getattr(error, "errors", None)
+    details = errors() if callable(errors) else ()
+    text = str(details[0]["msg"]).removeprefix("Value error, ") if details else str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    if len(text) > LONGEST_REASON:
+        text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
+    return text if text.endswith((".", "…")) else f"{text}."
+
+
+def _hint(error: BaseException) -> str:
+    text = str(error).lower()
+    if not any(words in text for words in MEMORY_WORDS):
+        return ""
+    return " Set backend.gpu_memory_utilization, backend.kv_cache_memory_bytes or backend.max_model_len."
+
+
+def _plain(value: Any) -> str:
+    """Return a setting as text: an enumeration's member by its name, without PyTorch's prefix."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(getattr(value, "name", value)).removeprefix("torch.")

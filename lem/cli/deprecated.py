@@ -1,0 +1,84 @@
+"""The flags of `lem experiment` that stay for quick trials: they work, and name what belongs into a config file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from lem.errors import ConfigError
+from lem.spec import leaf
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A deprecated flag, the value that replaces it, and the overrides that it stands for."""
+
+    name: str
+    path: str
+    overrides: Callable[[Any], list[str]]
+
+
+def _gpus(text: str) -> list[str]:
+    entries = [part.strip() for part in text.split(",")]
+    if not all(entries):
+        raise ConfigError(f"--gpu-list {text!r} is no list; write indices or UUIDs with commas between them: 0,1.")
+    return [f"gpus=[{','.join(entry if entry.isdecimal() else repr(entry) for entry in entries)}]"]
+
+
+def _temperature(value: float) -> list[str]:
+    # 0 is what other tools call greedy decoding.
+    if value == 0:
+        return ["decoder.do_sample=false"]
+    return ["decoder.do_sample=true", f"decoder.temperature={value}"]
+
+
+FLAGS = {
+    "batch_size": Flag("--batch-size", "batching.batch_size", lambda value: [f"batching.batch_size={value}"]),
+    "precision": Flag("--precision", "fp_precision", lambda value: [f"fp_precision={value}"]),
+    "num_processes": Flag("--num-processes", "num_processes", lambda value: [f"num_processes={value}"]),
+    "gpu_list": Flag("--gpu-list", "gpus", _gpus),
+    "temperature": Flag("--temperature", "decoder.temperature", _temperature),
+    "quantization": Flag(
+        "--quantization", "quantization.quantization", lambda value: [f"quantization.quantization={value}".lower()]
+    ),
+}
+
+
+def option(name: str, *declarations: str) -> Any:
+    """Return the typer option of a deprecated flag; its help is the schema's."""
+    path = FLAGS[name].path
+    return typer.Option(*declarations, help=f"Deprecated, use {path}: {leaf(path).description}", show_default=False)
+
+
+def overrides(given: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that the given flags stand for; None is a flag that was not given.
+
+    Each that was given is warned of, once.
+    """
+    result: list[str] = []
+    for name, value in given.items():
+        if value is None:
+            continue
+        flag = FLAGS[name]
+        own = flag.overrides(value)
+        print(f"Warning: {flag.name} is deprecated; {_instead(own)}", file=sys.stderr)
+        result += own
+    return result
+
+
+def _instead(own: list[str]) -> str:
+    lines = " and ".join(f"`{_yaml(text)}`" for text in own)
+    return f"write {lines} into the config file, or {' '.join(own)} on the command line."
+
+
+def _yaml(override: str) -> str:
+    path, _, value = override.partition("=")
+    *outer, last = path.split(".")
+    text = f"{last}: {value}"
+    for part in reversed(outer):
+        text = f"{part}: {{{text}}}"
+    return text

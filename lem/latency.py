@@ -1,0 +1,137 @@
+"""When each token was there: TTFT, inter-token latency, time per output token.
+
+An engine hands out tokens in chunks, mostly of one token, several with speculation or over a network. Latencies are
+of tokens, never of chunks: the tokens of a chunk are spread evenly over the time since the one before. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lem.record import RequestRecord
+from lem.spec import Traffic
+from lem.statistics import percentile
+from lem.units import NS_PER_S
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that came together; `at_ns` is a reading of `time.perf_counter_ns`."""
+
+    at_ns: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenTimes:
+    """The latencies of one request's tokens.
+
+    `ttft_s` is the time to the first token; `itl_s` holds a gap for each further one; `tpot_s` is their mean, None for
+    a single token. `spread` tells whether tokens of one chunk were spread over the time since the chunk before.
+    """
+
+    ttft_s: float
+    itl_s: tuple[float, ...]
+    tpot_s: float | None
+    spread: bool
+
+
+def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
+    """Return the latencies of a request's tokens, or None when there are none.
+
+    Args:
+        start_ns: when the engine was given the request.
+        chunks: the tokens as they came, in order. The further tokens of the first chunk came with the first one:
+            their gap is 0.
+    """
+    chunks = [chunk for chunk in chunks if chunk.tokens > 0]
+    if not chunks:
+        return None
+    first, last = chunks[0], chunks[-1]
+    gaps = [0.0] * (first.tokens - 1)
+    for before, chunk in pairwise(chunks):
+        gaps += [(chunk.at_ns - before.at_ns) / NS_PER_S / chunk.tokens] * chunk.tokens
+    return TokenTimes(
+        ttft_s=(first.at_ns - start_ns) / NS_PER_S,
+        itl_s=tuple(gaps),
+        tpot_s=(last.at_ns - first.at_ns) / NS_PER_S / len(gaps) if gaps else None,
+        spread=any(chunk.tokens > 1 for chunk in chunks),
+    )
+
+
+def first_tokens(chunks: Sequence[Chunk], count: int) -> tuple[Chunk, ...]:
+    """Return the chunks of the first `count` tokens: an engine may go on after a request's end token."""
+    kept: list[Chunk] = []
+    for chunk in chunks:
+        if count <= 0:
+            break
+        kept.append(Chunk(chunk.at_ns, min(chunk.tokens, count)))
+        count -= chunk.tokens
+    return tuple(kept)
+
+
+# ------------------------------------------------------------------ of many requests
+def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:
+    """Return mean, median, 95th and 99th percentile under the names of their columns; None without values."""
+    ordered = sorted(values)
+    points = {f"{stem}_p{q}_s": percentile(ordered, q) if ordered else None for q in (50, 95, 99)}
+    return {f"{stem}_mean_s": sum(ordered) / len(ordered) if ordered else None, **points}
+
+
+def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """Return the summaries of TTFT and TPOT over requests, and of ITL over all their tokens; none unless streaming."""
+    timed = [r for r in requests if r.ttft_s is not None]
+    if not timed:
+        return {}
+    return {
+        **summary("ttft", (r.ttft_s for r in timed if r.ttft_s is not None)),
+        **summary("itl", (gap for r in timed for gap in r.itl_s or ())),
+        **summary("tpot", (r.tpot_s for r in timed if r.tpot_s is not None)),
+    }
+
+
+def under_load(
+    requests: Sequence[RequestRecord], duration_s: float | None, traffic: Traffic
+) -> dict[str, float | None]:
+    """Return what traffic is judged by: the rate that was had, the queue, the idle share of the window, goodput."""
+    arrived = [r for r in requests if r.arrived_s is not None]
+    good = _goodput(requests, duration_s, traffic)
+    if not arrived:
+        return good
+    busy_s = 0.0
+    spans, span_s = 0, 0.0
+    for attempt in {r.attempt for r in arrived}:  # each has a window, and a clock, of its own
+        same = [(r.arrived_s or 0.0, r.end_s) for r in arrived if r.attempt == attempt]
+        busy_s += _union_s(same)
+        spans += len(same) - 1
+        span_s += max(same)[0] - min(same)[0]
+    return {
+        "arrival_rate_per_s": spans / span_s if span_s > 0 else None,
+        **summary("queue", (r.queue_s for r in arrived if r.queue_s is not None)),
+        "idle_share": 1 - busy_s / duration_s if duration_s else None,
+        **good,
+    }
+
+
+def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Traffic) -> dict[str, float | None]:
+    ttft_s, itl_s = traffic.ttft_limit_s, traffic.itl_limit_s
+    if (ttft_s is None and itl_s is None) or not duration_s:
+        return {}
+    good = sum(
+        r.ttft_s is not None
+        and (ttft_s is None or r.ttft_s <= ttft_s)
+        and (itl_s is None or r.tpot_s is None or r.tpot_s <= itl_s)
+        for r in requests
+    )
+    return {"goodput_requests_per_s": good / duration_s}
+
+
+def _union_s(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the time that at least one span covers."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,177 @@
+"""The three tables of a results directory: which file holds an experiment's rows, and changing them safely.
+
+A table is a folder of Parquet files. A file holds the rows of one experiment, `<id>.parquet`, or of several that were
+aggregated together, `<first>-<last>-<digest>.parquet`; files of one name in requests/, cycles/ and experiments/ hold
+the same experiments. They are written in this order, each at once: what has no file in experiments/ counts for
+nothing, and the next writer removes it. So no row is lost or there twice, wherever a writer is killed. Knows rows, not
+how they came about.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem import parquet
+from lem.errors import ResultsError
+from lem.record import CycleRow, ExperimentRow, RequestRecord
+from lem.rows import Rows
+from lem.store import ID, Store
+
+TOGETHER = re.compile(rf"{ID.pattern}-{ID.pattern}-[0-9a-f]{{8}}")
+SCRATCH = re.compile(r"\..*\.parquet-\w+")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment's row lies; `resumed` is the row's, None where the file has not been read."""
+
+    file: str
+    resumed: int | None = None
+
+
+class Tables:
+    """The tables of one results directory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._folder = store.experiments_table
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only one who writes; the kernel lets go when the process ends, however it ends."""
+        self._store.root.mkdir(parents=True, exist_ok=True)
+        with (self._store.root / ".tables.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    # -------------------------------------------------------------- where
+    def place(self, experiment_id: str) -> Place | None:
+        """Return where an experiment's row lies, or None when it has none."""
+        if (self._folder / f"{experiment_id}.parquet").is_file():
+            return Place(f"{experiment_id}.parquet")
+        return self.places(alone=False).get(experiment_id)
+
+    def places(self, *, alone: bool = True) -> dict[str, Place]:
+        """Return where the rows of all experiments lie, or `alone` left out of those that share a file.
+
+        Raises:
+            ResultsError: a file of several experiments cannot be read.
+        """
+        found = {}
+        for file in self._files():
+            if ID.fullmatch(file.stem):
+                if alone:
+                    found[file.stem] = Place(file.name)
+                continue
+            some = _read(file, ["experiment_id", "resumed"])
+            for name, resumed in zip(*(column.to_pylist() for column in some.columns), strict=True):
+                found[name] = Place(file.name, resumed)
+        return found
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("[!.]*.parquet")) if self._folder.is_dir() else []
+
+    # -------------------------------------------------------------- reading
+    def row(self, experiment_id: str, place: Place) -> ExperimentRow:
+        """Return an experiment's row; raises `ResultsError` when its file is damaged."""
+        rows: list[ExperimentRow] = self._of(self._folder / place.file, ExperimentRow, experiment_id)
+        if not rows:
+            raise ResultsError(f"{self._folder / place.file} is empty; {_remedy(Path(place.file))}")
+        return rows[0]
+
+    def cycles(self, experiment_id: str, place: Place) -> list[CycleRow]:
+        """Return the rows of an experiment's cycles; raises `ResultsError` when their file is damaged."""
+        return self._of(self._store.cycles_table / place.file, CycleRow, experiment_id)
+
+    def _of(self, file: Path, record_type: type[Any], experiment_id: str) -> list[Any]:
+        import pyarrow.compute as pc
+
+        found = _read(file)
+        return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), record_type)
+
+    def rows(self, *, without: Sequence[str] = ()) -> tuple[list[ExperimentRow], list[str]]:
+        """Return the rows of all experiments; a damaged file is a sentence and hides nothing else.
+
+        Args:
+            without: columns that are not needed, and left empty.
+        """
+        names = [name for name in parquet.schema(ExperimentRow).names if name not in without]
+        rows: list[ExperimentRow] = []
+        damaged = []
+        for file in self._files():
+            try:
+                rows += parquet.records(_read(file, names), ExperimentRow)
+            except ResultsError as error:
+                damaged.append(str(error))
+        return rows, damaged
+
+    # -------------------------------------------------------------- writing
+    def write(self, found: Sequence[Rows], places: Mapping[str, Place]) -> None:
+        """Write experiments' rows; only for who has them `locked`.
+
+        Args:
+            found: the rows.
+            places: where the former rows of experiments lie, which are replaced; the others share a new file.
+        """
+        self._sweep()
+        without = [rows.row.experiment_id for rows in found if rows.row.experiment_id not in places]
+        by_file: dict[str, list[Rows]] = {}
+        for rows in found:
+            place = places.get(rows.row.experiment_id)
+            by_file.setdefault(place.file if place else _name(without), []).append(rows)
+        for name, together in by_file.items():
+            self._put(name, together)
+
+    def _put(self, name: str, found: Sequence[Rows]) -> None:
+        ids = [rows.row.experiment_id for rows in found]
+        _replace(self._store.requests_table / name, RequestRecord, ids, [r for rows in found for r in rows.requests])
+        _replace(self._store.cycles_table / name, CycleRow, ids, [r for rows in found for r in rows.cycles])
+        _replace(self._folder / name, ExperimentRow, ids, [rows.row for rows in found])
+
+    def _sweep(self) -> None:
+        """Remove what a writer has left that was killed."""
+        valid = {file.name for file in self._files()}
+        for folder in (self._store.requests_table, self._store.cycles_table, self._folder):
+            for file in folder.iterdir() if folder.is_dir() else ():
+                ours = ID.fullmatch(file.stem) or TOGETHER.fullmatch(file.stem)
+                if SCRATCH.fullmatch(file.name) or (ours and file.suffix == ".parquet" and file.name not in valid):
+                    file.unlink()
+
+
+def _name(ids: Sequence[str]) -> str:
+    if len(ids) == 1:
+        return f"{ids[0]}.parquet"
+    return f"{ids[0]}-{ids[-1]}-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}.parquet"
+
+
+def _replace(file: Path, record_type: type[Any], ids: Sequence[str], rows: Sequence[Any]) -> None:
+    """Put rows in the place of those of the same experiments; what else the file holds stays."""
+    table = parquet.table(record_type, rows)
+    if TOGETHER.fullmatch(file.stem) and file.is_file():
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        before = _read(file)
+        others = before.filter(pc.invert(pc.is_in(before["experiment_id"], pa.array(ids))))
+        table = pa.concat_tables([parquet.aligned(others, record_type), table])
+    parquet.write_table(file, table)
+
+
+def _read(file: Path, names: Sequence[str] | None = None) -> Any:
+    try:
+        return parquet.read_table(file, names)
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); {_remedy(file)}") from None
+
+
+def _remedy(file: Path) -> str:
+    if ID.fullmatch(file.stem):
+        return f"lem aggregate {file.stem} --force makes it anew."
+    return "remove it, and lem aggregate --all makes its rows anew."

@@ -1,0 +1,136 @@
+"""When requests arrive: all at once, at a rate, as many at a time, or as a trace recorded them.
+
+Open-loop traffic (constant, poisson, trace) arrives whether or not the engine keeps up, and waits in a queue until its
+turn comes. Knows neither engine nor meter; times are readings of `time.perf_counter_ns`.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from lem.errors import BadInput
+from lem.spec import Traffic
+from lem.units import NS_PER_S
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
+    """Return when each request of open-loop traffic arrives, in seconds after the first could have.
+
+    Poisson traffic has exponential gaps of mean 1 / target_qps, the first one before the first request; constant
+    traffic begins at once. The same seed gives the same times, and a longer run begins like a shorter one.
+
+    Raises:
+        BadInput: the trace cannot be read, or holds fewer arrivals than there are requests.
+    """
+    if traffic.pattern == "trace":
+        return read_trace(Path(traffic.trace or ""), count)
+    assert traffic.target_qps is not None
+    if traffic.pattern == "constant":
+        return [position / traffic.target_qps for position in range(count)]
+    gaps, now_s, times = random.Random(f"arrivals:{seed}"), 0.0, []
+    for _ in range(count):
+        now_s += gaps.expovariate(traffic.target_qps)
+        times.append(now_s)
+    return times
+
+
+def read_trace(path: Path, count: int) -> list[float]:
+    """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            times = sorted(float(row["t_s"]) for row in csv.DictReader(file))
+    except FileNotFoundError:
+        raise BadInput(f"The trace {path} does not exist.") from None
+    except KeyError:
+        raise BadInput(f"The trace {path} has no column t_s.") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"The trace {path} cannot be read: {' '.join(str(error).split())}.") from None
+    if len(times) < count:
+        raise BadInput(f"The trace {path} has {len(times)} arrivals, fewer than the {count} requests.")
+    return [t - times[0] for t in times[:count]]  # the first arrives when the window opens
+
+
+@dataclass(frozen=True)
+class Arrived(Generic[T]):
+    """A request and when it arrived."""
+
+    request: T
+    at_ns: int
+
+
+class Arrivals(Generic[T]):
+    """The requests of a window, as they arrive; those of a fixed concurrency arrive as others are finished."""
+
+    def __init__(
+        self, requests: Sequence[T], times_s: Sequence[float] | None, concurrency: int, opened_ns: int
+    ) -> None:
+        """Take the requests in order.
+
+        Args:
+            requests: what arrives.
+            times_s: when, after the opening; None for a fixed concurrency.
+            concurrency: requests in the system at any time, where `times_s` is None.
+            opened_ns: when the window opened.
+        """
+        self._left = list(requests)[::-1]
+        self._times_ns = None if times_s is None else [opened_ns + round(t * NS_PER_S) for t in times_s][::-1]
+        self._free_at_ns = [opened_ns] * concurrency
+
+    def __bool__(self) -> bool:
+        """Tell whether any are left."""
+        return bool(self._left)
+
+    def next_ns(self) -> int | None:
+        """Return when the next one arrives; None when that depends on others being finished, or none is left."""
+        if not self._left:
+            return None
+        if self._times_ns is not None:
+            return self._times_ns[-1]
+        return self._free_at_ns[0] if self._free_at_ns else None
+
+    def take(self, now_ns: int, at_most: int) -> list[Arrived[T]]:
+        """Return those that have arrived, in order, and are not taken yet."""
+        taken: list[Arrived[T]] = []
+        while len(taken) < at_most and (at_ns := self.next_ns()) is not None and at_ns <= now_ns:
+            taken.append(Arrived(self._left.pop(), at_ns))
+            if self._times_ns is not None:
+                self._times_ns.pop()
+            else:
+                self._free_at_ns.pop(0)
+        return taken
+
+    def finished(self, count: int, at_ns: int) -> None:
+        """Note that requests are finished, so that as many others may arrive."""
+        if self._times_ns is None:
+            self._free_at_ns += [at_ns] * count
+
+
+def in_turn(
+    arrivals: Arrivals[T], at_most: int, run: Callable[[Sequence[T]], Iterator[Sequence[R]]]
+) -> Iterator[tuple[Sequence[Arrived[T]], Sequence[R]]]:
+    """Serve arrivals with an engine that takes a batch and is busy until it is done.
+
+    Sleeps until the next arrival when nothing waits; else takes what has arrived by then, `at_most` at once.
+
+    Yields:
+        The batch that was taken, and each part of it as it is finished.
+    """
+    while arrivals:
+        batch = arrivals.take(time.perf_counter_ns(), at_most)
+        if not batch:
+            next_ns = arrivals.next_ns()
+            assert next_ns is not None  # nothing is being served that others could wait for
+            time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)
+            continue
+        for part in run([each.request for each in batch]):
+            yield batch, part
+        arrivals.finished(len(batch), time.perf_counter_ns())
