@@ -121,11 +121,11 @@ class Tables:
             places: where the former rows of experiments lie, which are replaced; the others share a new file.
         """
         self._sweep()
-        without = [rows.row.experiment_id for rows in found if rows.row.experiment_id not in places]
+        new = _name([rows.row.experiment_id for rows in found if rows.row.experiment_id not in places])
         by_file: dict[str, list[Rows]] = {}
         for rows in found:
             place = places.get(rows.row.experiment_id)
-            by_file.setdefault(place.file if place else _name(without), []).append(rows)
+            by_file.setdefault(place.file if place else new, []).append(rows)
         for name, together in by_file.items():
             self._put(name, together)
 
@@ -146,8 +146,8 @@ class Tables:
 
 
 def _name(ids: Sequence[str]) -> str:
-    if len(ids) == 1:
-        return f"{ids[0]}.parquet"
+    if len(ids) < 2:
+        return f"{''.join(ids)}.parquet"
     return f"{ids[0]}-{ids[-1]}-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}.parquet"
 
 
