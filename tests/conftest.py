@@ -113,7 +113,10 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             command_line = child.cmdline()  # of a zombie there is none
-            if "lem.worker" in command_line and "torch.distributed.run" not in command_line:
+            if "lem.worker" not in command_line or "torch.distributed.run" in command_line:
+                continue
+            # Just after a fork, what will be another program has the command line of its parent.
+            if child.ppid() not in {worker.pid for worker in found}:
                 found.append(child)
     return found
 

@@ -210,7 +210,7 @@ def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
 
 
 def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
-    process = two_ranks(tmp_path, "-n", "41", "backend.decode_s_per_token=0.005")
+    process = two_ranks(tmp_path, "-n", "14", "backend.decode_s_per_token=0.005")
     wait_for(process, "Prompts")
     time.sleep(1)
     assert len(workers_of(process)) == 2
@@ -223,7 +223,7 @@ def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
     done = command(*resume.split()[1:], "-y", cwd=tmp_path)
     assert done.code == 0, done.err
     rows = [row for part in only(tmp_path / "results").parts() for row in part.requests]
-    assert sorted(row.request for row in rows) == list(range(41))
+    assert sorted(row.request for row in rows) == list(range(14))
 
 
 @pytest.mark.slow

@@ -328,9 +328,10 @@ def fill(folder: Path, but_for_pages: int = 0) -> Path:
 
 @pytest.mark.parametrize("pages", [0, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 2, 4, 8))])
 def test_a_disk_that_fills_up_costs_nothing_that_was_written(tmp_path, pages):
+    prompts = 80 + 25 * pages
     with small_disk(tmp_path / "disk") as disk:
         process = begin(
-            "experiment", *SIMULATED, "-n", "300", "backend.decode_s_per_token=0.0005", "-o", "results", cwd=disk,
+            "experiment", *SIMULATED, "-n", str(prompts), "backend.decode_s_per_token=0.0005", "-o", "results", cwd=disk,
         )  # fmt: skip
         wait_for(process, "Prompts")
         time.sleep(0.3)
@@ -340,7 +341,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(tmp_path, pages):
         assert "no space left" in (out + err).lower()
         assert "Traceback" not in err
         before = requests_of(only(disk))
-        assert 0 < len(before) < 300
+        assert 0 < len(before) < prompts
         listed = command("results", "list", "--all", "--json", cwd=disk)
         assert listed.code == 0, listed.err
         full = command("experiment", "-y", "--resume", only(disk).id, cwd=disk)
@@ -348,7 +349,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(tmp_path, pages):
         assert "no space left" in (full.out + full.err).lower()
         filler.unlink()
         assert set(before) <= set(requests_of(only(disk)))
-        resume_all(disk, 300)
+        resume_all(disk, prompts)
 
 
 def test_a_directory_that_is_deleted_while_it_runs_is_named(running, tmp_path):
