@@ -331,7 +331,8 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(tmp_path, pages):
     prompts = 80 + 25 * pages
     with small_disk(tmp_path / "disk") as disk:
         process = begin(
-            "experiment", *SIMULATED, "-n", str(prompts), "backend.decode_s_per_token=0.0005", "-o", "results", cwd=disk,
+            "experiment", *SIMULATED, "-n", str(prompts), "backend.decode_s_per_token=0.0005",
+            "-o", "results", cwd=disk,
         )  # fmt: skip
         wait_for(process, "Prompts")
         time.sleep(0.3)
