@@ -48,10 +48,19 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
+    _pytest(session, "not slow and not processes")
+
+
+@nox.session
+def processes(session: nox.Session) -> None:
+    """Run the tests that start processes by the dozen: ranks, signals, batches, whole runs on a stand-in driver."""
+    _pytest(session, "processes and not slow")
+
+
+def _pytest(session: nox.Session, marked: str) -> None:
     install_lem(session, "-e", ".[dev]")
-    session.run(
-        "pytest", "-n", "2", "--dist", "loadgroup", "-m", "not slow", *session.posargs, env={"HF_HUB_OFFLINE": "1"}
-    )
+    two_at_a_time = ("-n", "2", "--dist", "loadgroup")
+    session.run("pytest", *two_at_a_time, "-m", marked, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

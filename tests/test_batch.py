@@ -20,6 +20,8 @@ from lem.gpu import Gpu
 from tests.conftest import begin, command, wait_for
 from tests.standin import environment, scenario
 
+pytestmark = pytest.mark.processes
+
 CONFIG = {"model": "any", "backend": "simulated", "dataset": {"name": "sample", "sample_size": 4}, "energy": "none"}
 
 

@@ -423,3 +423,13 @@ def test_a_configuration_survives_json(compose):
 def test_a_library_user_gets_the_same_checks():
     with pytest.raises(ConfigError, match="batch_size"):
         check({"batching": {"batch_size": 0}})
+
+
+@pytest.mark.parametrize("key", ["model", "seed", "fp_precision"])
+def test_a_value_that_has_to_be_given_is_asked_for_also_where_there_is_a_default(compose, key):
+    with pytest.raises(BadInput, match=rf"a.yaml:1: {key}: \?\?\? stands for a value that has to be given"):
+        compose(a=f"{key}: ???")
+
+
+def test_a_value_that_has_to_be_given_can_be_given_on_the_command_line(compose):
+    assert compose("seed=3", a="seed: ???").seed == 3

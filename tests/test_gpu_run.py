@@ -15,6 +15,8 @@ from lem.store import Store
 from tests.conftest import command, raw_record
 from tests.standin import environment, scenario
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def run(standin, tmp_path):

@@ -17,6 +17,8 @@ import pytest
 from lem.store import ExperimentDir
 from tests.conftest import SIMULATED, begin, command, kill_group, wait_for, workers_of
 
+pytestmark = pytest.mark.processes
+
 SLOW = ("backend.decode_s_per_token=0.002", "warmup.prompts=0")
 LATE_S = 10.0
 

@@ -24,6 +24,8 @@ from lem.measure import MOST_OFTEN_NS
 from lem.store import ExperimentDir
 from tests.conftest import SIMULATED, begin, command, kill_group, raw_record, wait_for, workers_of
 
+pytestmark = pytest.mark.processes
+
 SLOW = ("backend.decode_s_per_token=0.002",)
 TRACE = "t_s,power_w\n0,100\n100000,100\n"
 

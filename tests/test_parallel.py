@@ -30,6 +30,8 @@ from lem.store import ExperimentDir
 from tests.conftest import command
 from tests.models_for_tests import gpt2, mixtral, qwen2
 
+pytestmark = pytest.mark.processes
+
 WATTS = 50.0
 PROMPTS = 41
 

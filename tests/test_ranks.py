@@ -12,6 +12,8 @@ import pytest
 from lem.errors import RunError
 from lem.ranks import Ranks, join, named_by_launcher
 
+pytestmark = pytest.mark.processes
+
 # Each process says when it came to the barrier and when it left, and what it heard.
 TWO = """
     import json, sys, time

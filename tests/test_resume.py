@@ -23,6 +23,8 @@ from lem.state import State, running
 from lem.store import ExperimentDir, Store
 from tests.conftest import SIMULATED, begin
 
+pytestmark = pytest.mark.processes
+
 AGAIN = ("experiment", *SIMULATED, "-n", "8", "warmup.prompts=0", "-o", "results")
 
 

@@ -23,6 +23,8 @@ from lem.store import Store
 from lem.tables import Tables
 from tests.conftest import SIMULATED, Finished, command
 
+pytestmark = pytest.mark.processes
+
 RUN = ("experiment", *SIMULATED, "-n", "2")
 FAILING = (*RUN, "backend.fail_at_request=1")
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -15,6 +15,8 @@ from lem.apps.sweep import RecentPrompts, sweep_dir
 from lem.spec import Dataset
 from tests.conftest import SIMULATED, begin, raw_record, wait_for
 
+pytestmark = pytest.mark.processes
+
 
 def books(tmp_path):
     (file,) = tmp_path.glob("multirun/*/experiments.json")

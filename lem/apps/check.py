@@ -159,6 +159,11 @@ def _texts(value: Any, path: Path_) -> Iterator[tuple[Path_, str]]:
             yield from _texts(child, (*path, i))
 
 
+def is_missing(problem: Problem) -> bool:
+    """Say whether a problem is that of a value which has to be given."""
+    return problem.code == "missing_value"
+
+
 def _missing(path: Path_) -> Problem:
     return Problem("missing_value", dotted(path), "??? stands for a value that has to be given; give it.")
 

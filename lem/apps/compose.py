@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.apps.check import Found, check, examine, resolved, secrets
+from lem.apps.check import Found, check, examine, is_missing, resolved, secrets
 from lem.apps.layers import (
     Layer,
     Sources,
@@ -170,6 +170,9 @@ class Request:
             raise ConfigError(f"{swept.text}: {several}")
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
             composed = compose(CONFIG_NAME, overrides=list(self.overrides))
+        # Hydra lets a ??? stand aside for the value below it; whoever wrote it wants to be asked for one.
+        if missing := [(path, problem) for path, problem in values_of(self.sources)[1] if is_missing(problem)]:
+            raise Faults(located(self.sources, missing))
         return to_values(composed, self.sources)
 
     def cell(self, overrides: Sequence[str]) -> Request:
