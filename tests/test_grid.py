@@ -475,6 +475,25 @@ def test_as_a_group_plain_hydra_goes_through_the_files(generate, tmp_path):
     assert [prepare(Path("configs/grid", file), []).experiment() for file, _ in points] == expected
 
 
+def test_as_a_group_the_tools_own_hydra_app_runs_the_files(generate, tmp_path):
+    assert generate("seed=1,2", output="configs/grid", flags=("--as-group",)).code == 0
+    arguments = ["--config-dir", "configs", "--multirun", "+grid=glob(*,exclude=grid)"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lem.apps.experiment", *arguments],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plans = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("raw/*/spec.json")]
+    assert sorted(plan["experiment"]["seed"] for plan in plans) == [1, 2]
+
+
+@pytest.mark.parametrize("swept", ["seed=range(0,1e9)", "seed=shuffle(range(0,1000000000))"])
+def test_a_range_that_no_memory_holds_is_refused(lem, swept):
+    done = lem("experiment", swept, "--multirun", "--dry-run")
+    assert done.code == 2
+    assert "stands for more than 100,000 values" in done.err
+
+
 def test_points_are_composed_without_hydra(generate, monkeypatch):
     import hydra
 

@@ -223,7 +223,10 @@ def _for_hydra(asked: Any) -> Sequence[str]:
     """Return the overrides in Hydra's form; its help takes none, and its completion a word of its own."""
     if asked.hydra_help:
         return []
-    return asked.overrides if asked.shell_completion else prepare(None, asked.overrides).overrides
+    if asked.shell_completion:
+        return list(asked.overrides)
+    given = None if asked.config_dir is None else Path(asked.config_dir)
+    return prepare(None, asked.overrides, groups_in=given).overrides
 
 
 def _run_composed(convert: Any, composed: Any) -> int:

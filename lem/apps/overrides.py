@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from lem.spec import GROUPS
 NO_PRESET = "none"
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
+# A range is made in no time and may be larger than any memory.
+MOST_VALUES = 100_000
 HYDRA = ("hydra.", "hydra/", "+hydra", "++hydra", "~hydra")
 
 
@@ -224,7 +227,7 @@ def _grammar(text: str) -> Any:
 
 def _elements(override: Any) -> Iterator[Any]:
     """Yield the values that an override stands for."""
-    from hydra.core.override_parser.types import Glob, IntervalSweep
+    from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
     from hydra.core.override_parser.types import Override as Parsed
 
     value = override.value()
@@ -234,6 +237,10 @@ def _elements(override: Any) -> Iterator[Any]:
     if not override.is_sweep_override():
         yield value
         return
+    elements = value.range() if isinstance(value, RangeSweep) else ()
+    if next(islice(elements, MOST_VALUES, None), None) is not None:
+        message = f"{shortened(override.input_line)!r} stands for more than {MOST_VALUES:,} values; name fewer."
+        raise BadOverride("out_of_range", override.key_or_group, message)
     for element in override.sweep_iterator():
         yield Parsed._convert_value(element)
 
