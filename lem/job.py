@@ -56,6 +56,7 @@ def run_ready(
     config_file: Path | None = None,
     write_tables: bool = True,
     shared_with: int = 0,
+    unfinished: ExperimentDir | None = None,
     claimed: Callable[[ExperimentDir], None] | None = None,
     report: Report = silent,
     launcher: Launcher = launch,
@@ -70,6 +71,7 @@ def run_ready(
         config_file: the user's, for the record.
         write_tables: write the row to the tables, not the raw records alone.
         shared_with: other experiments that run on this machine at the same time, at most.
+        unfinished: the same experiment where it was left unfinished, to go on with instead of a new one.
         claimed: told the experiment's directory before the run, whatever then becomes of it.
         report: told how far it is.
         launcher: runs the workers to their end.
@@ -78,12 +80,15 @@ def run_ready(
         Interrupted: stopped from outside; what was measured is kept, and its row written.
     """
     store = Store(Path(ready.experiment.io.results_dir))
-    directory = store.claim()
+    directory = unfinished or store.claim()
     if claimed is not None:
         claimed(directory)
-    plan = replace(_plan(directory.id, ready, overrides, config_file), shared_with=shared_with)
     with _full_disk(store, directory):
-        directory.write_plan(plan, ready.prompts.texts)
+        if unfinished:
+            directory.share(shared_with)
+        else:
+            plan = replace(_plan(directory.id, ready, overrides, config_file), shared_with=shared_with)
+            directory.write_plan(plan, ready.prompts.texts)
     return _execute(store, directory, write_tables, report, launcher)
 
 

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -142,6 +142,12 @@ class ExperimentDir:
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         write_atomically(self.path / "prompts.jsonl", lines)
         write_atomically(self.path / "spec.json", to_json(plan))
+
+    def share(self, others: int) -> None:
+        """Write down in the plan with how many others the machine is shared, if there were fewer before."""
+        plan = self.plan()
+        if others > plan.shared_with:
+            write_atomically(self.path / "spec.json", to_json(replace(plan, shared_with=others)))
 
     def plan(self) -> Plan:
         """Read the plan; raises `ResultsError` when there is none or it is damaged."""

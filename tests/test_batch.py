@@ -264,6 +264,49 @@ def test_an_interrupt_ends_all_children_and_keeps_what_they_measured(tmp_path, h
     assert all(0 < row["requests_completed"] < 60 for row in rows(tmp_path))
 
 
+def newest(tmp_path):
+    return json.loads(max(tmp_path.glob("multirun/*/experiments.json")).read_text())
+
+
+@pytest.mark.parametrize(("parallel", "line"), [("1", "Prompts 0"), ("2", "[1] Prompts 0")])
+def test_the_same_batch_goes_on_with_what_was_left_unfinished(tmp_path, parallel, line):
+    write_six(tmp_path / "c", decode_s_per_token=0.002)
+    again = ("batch", "c/e[1-3].yaml", "-n", "14", "--parallel", parallel, "-y")
+    process = begin(*again, cwd=tmp_path)
+    wait_for(process, line)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    left = [m["experiment_id"] for m in books(tmp_path) if m["status"] == "interrupted"]
+    done = {row["experiment_id"]: row["requests_completed"] for row in rows(tmp_path)}
+    assert left
+    assert 0 < done[left[0]] < 14
+    dry = command(*again, "--dry-run", cwd=tmp_path)
+    assert f"going on with {left[0]}: {done[left[0]]} of 14 prompts are done" in " ".join(dry.out.split())
+    assert "going on" not in command(*again, "--dry-run", "--fresh", cwd=tmp_path).out
+    finished = command(*again, cwd=tmp_path)
+    assert finished.code == 0, finished.err
+    assert f"going on with {left[0]}" in finished.err
+    ids = [m["experiment_id"] for m in newest(tmp_path)]
+    assert set(left) <= set(ids)
+    assert len(set(ids)) == 3
+    found = {row["experiment_id"]: row for row in rows(tmp_path)}
+    assert [found[i]["requests_completed"] for i in ids] == [14] * 3
+    assert [found[i]["resumed"] for i in ids] == [int(i in left) for i in ids]
+
+
+def test_of_two_equal_files_one_goes_on_and_one_starts(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / "c" / f"{name}.yaml", backend={"name": "simulated", "fail_at_request": 2})
+    assert command("batch", "c", "-y", cwd=tmp_path).code == 1
+    (first, second) = [m["experiment_id"] for m in newest(tmp_path)]
+    (tmp_path / "results/unfinished" / first).unlink()
+    assert command("batch", "c", "-y", cwd=tmp_path).code == 1
+    taken, made = [m["experiment_id"] for m in newest(tmp_path)]
+    assert taken == second
+    assert made not in (first, second)
+
+
 def test_a_killed_batch_takes_its_children_along(tmp_path):
     write_six(tmp_path / "c", decode_s_per_token=0.002)
     process = begin("batch", "c/e[1-2].yaml", "-n", "100", "--parallel", "2", "-y", cwd=tmp_path)

@@ -28,10 +28,13 @@ from lem.apps.sweep import (
     RecentPrompts,
     Runner,
     Task,
+    Unfinished,
     carry_out,
     hydra_multirun,
+    question,
     show_cells,
     sweep_dir,
+    tell_unfinished,
 )
 from lem.backends import backend_class
 from lem.errors import BadInput, ConfigError
@@ -84,11 +87,14 @@ def main(
     visible = host.look().gpus
     places = slots(at_once, visible) if at_once > 1 else [Slot(visible)]
     prompts = RecentPrompts()
-    cells = _checked(files, Check(overrides, config_dir, options.force, places, visible, prompts))
+    cells = _checked(
+        files, Check(overrides, config_dir, options.force, places, visible, prompts), Unfinished(fresh=options.fresh)
+    )
     if options.dry_run:
         return show_cells(cells)
-    if not (options.yes or confirmed(f"Run {len(cells)} experiments{_at_once(at_once)}?")):
+    if not (options.yes or confirmed(question(cells, _at_once(at_once)))):
         return 0
+    tell_unfinished(cells)
     books = Books(sweep_dir(overrides), cells, "config", fail_fast)
     display = batch_display(len(cells), at_once=at_once)
     runner: Runner = (
@@ -218,12 +224,13 @@ class Check:
         return [f"{problem} {reason}" for problem in problems]
 
 
-def _checked(files: Sequence[Path], check: Check) -> list[Cell]:
+def _checked(files: Sequence[Path], check: Check, unfinished: Unfinished) -> list[Cell]:
     checks, cells = Checks(), []
     for file in files:
         ready = checks.cell(str(file), partial(check, file))
         if ready is not None:
-            cells.append(Cell(str(file), ready.experiment, tuple(check.overrides), file, words(ready)))
+            given = tuple(check.overrides)
+            cells.append(Cell(str(file), ready.experiment, given, file, words(ready), unfinished(ready)))
     checks.conclude()
     return cells
 

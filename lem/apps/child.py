@@ -23,7 +23,7 @@ from lem.job import run_ready
 from lem.preflight import preflight
 from lem.progress import Event, Lines, PipeReport, Report
 from lem.spec import Experiment
-from lem.store import from_json
+from lem.store import ExperimentDir, from_json
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Job:
     force: bool
     write_tables: bool
     shared_with: int
+    unfinished: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +71,7 @@ def _run(job: Job, report_to: int) -> int:
             config_file=Path(job.config_file) if job.config_file else None,
             write_tables=job.write_tables,
             shared_with=job.shared_with,
+            unfinished=ExperimentDir(Path(job.unfinished)) if job.unfinished else None,
             claimed=lambda directory: _tell(report_to, "claimed", str(directory.path.resolve())),
             report=lambda event: _to_both(event, to_parent, to_log),
         )

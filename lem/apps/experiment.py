@@ -92,19 +92,19 @@ def resume(experiment_id: str, results_dir: Path | None, options: Options) -> in
         print(f"{directory.id} is complete; there is nothing left to run.")
         return 0
     if options.dry_run:
-        print(f"{directory.id}: {_left(directory)}\n# dry run: nothing was measured")
+        print(f"{directory.id}: {left(directory)}\n# dry run: nothing was measured")
         return 0
     # What is inadvisable was accepted when it began; the results may have been moved since.
     check_again(
         replace(plan.experiment, io=replace(plan.experiment.io, results_dir=str(store.root))), host.look(), force=True
     )
-    if not (options.yes or confirmed(f"Go on with {directory.id} ({_left(directory)})?")):
+    if not (options.yes or confirmed(f"Go on with {directory.id} ({left(directory)})?")):
         return 0
     return _finish(_resume(store, directory, options), options)
 
 
 def _resume(store: Store, directory: ExperimentDir, options: Options) -> Outcome:
-    print(f"Going on with {directory.id}: {_left(directory)}.", file=sys.stderr)
+    print(f"Going on with {directory.id}: {left(directory)}.", file=sys.stderr)
     with display() as progress:
         return resume_job(store, directory, write_tables=options.write_tables, take_over=options.force, report=progress)
 
@@ -124,7 +124,7 @@ def _go_on(
     config_file: Path | None,
 ) -> int:
     """Ask whether to go on with the same experiment or to start anew; --yes goes on."""
-    question = f"The same experiment was left unfinished: {directory.id} ({_left(directory)}). Go on with it?"
+    question = f"The same experiment was left unfinished: {directory.id} ({left(directory)}). Go on with it?"
     if options.yes or confirmed(question):
         return _finish(_resume(store, directory, options), options)
     if confirmed(f"Start anew: run {words(ready)}?"):
@@ -132,8 +132,8 @@ def _go_on(
     return 0
 
 
-def _left(directory: ExperimentDir) -> str:
-    """Return how much of an experiment is done."""
+def left(directory: ExperimentDir) -> str:
+    """Say how much of an experiment is done, and by that what is left."""
     plan = directory.plan()
     finished = directory.finished()
     total = plan.prompts.count * plan.experiment.cycles

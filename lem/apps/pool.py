@@ -145,6 +145,7 @@ class Pool:
             force=self._options.force,
             write_tables=self._options.write_tables,
             shared_with=self._shared_with[number],
+            unfinished=str(cell.unfinished.path.resolve()) if cell.unfinished else None,
         )
         write_atomically(job_file, to_json(job))
         log_file.parent.mkdir(exist_ok=True)

@@ -23,16 +23,16 @@ from typing import Any, Protocol
 from lem import host, report
 from lem.aggregate import read
 from lem.apps.compose import CONFIG_MODULE, CONFIG_NAME, Request, prepare, quoted, to_experiment
-from lem.apps.experiment import Options, confirmed, words
+from lem.apps.experiment import Options, confirmed, left, words
 from lem.datasets import Prompts, load_prompts
 from lem.errors import BadInput, ConfigError, Interrupted, LemError, ResultsError
-from lem.job import run_ready
+from lem.job import fingerprint, run_ready
 from lem.preflight import Ready, preflight
 from lem.progress import BatchDisplay, batch_display
 from lem.record import ExperimentRow
 from lem.report import SweepLine
 from lem.spec import Dataset, Experiment
-from lem.store import ExperimentDir, to_json, write_atomically
+from lem.store import ExperimentDir, Store, to_json, write_atomically
 
 SWEEP_DIR = "hydra.sweep.dir="
 SWEEP_FILE = "experiments.json"
@@ -48,6 +48,13 @@ class Cell:
     overrides: tuple[str, ...]
     config_file: Path | None
     words: str
+    unfinished: ExperimentDir | None = None
+
+    @property
+    def plan(self) -> str:
+        """Say what would run."""
+        going_on = f", going on with {self.unfinished.id}: {left(self.unfinished)}" if self.unfinished else ""
+        return f"{self.words}{going_on}"
 
 
 def main(
@@ -66,8 +73,9 @@ def main(
         print("Nothing is varied: give several values, as in batching.batch_size=1,2,4.", file=sys.stderr)
     if options.dry_run:
         return show_cells(cells)
-    if not (options.yes or confirmed(f"Run {len(cells)} experiments?")):
+    if not (options.yes or confirmed(question(cells))):
         return 0
+    tell_unfinished(cells)
     books = Books(sweep_dir(request.overrides), cells, "overrides")
     display = batch_display(len(cells))
 
@@ -77,10 +85,24 @@ def main(
     return carry_out(books, display, OneByOne(books, display, options, prompts), launch)
 
 
+def question(cells: Sequence[Cell], how: str = "") -> str:
+    """Ask whether to run the cells; `how` follows their number."""
+    begun = sum(cell.unfinished is not None for cell in cells)
+    going_on = f" ({begun} left unfinished before; --fresh starts them anew)" if begun else ""
+    return f"Run {len(cells)} experiments{how}{going_on}?"
+
+
+def tell_unfinished(cells: Sequence[Cell]) -> None:
+    """Say which cells go on with what."""
+    for cell in cells:
+        if cell.unfinished:
+            print(f"{cell.label}: going on with {cell.unfinished.id}: {left(cell.unfinished)}.", file=sys.stderr)
+
+
 def show_cells(cells: Sequence[Cell]) -> int:
     """Print what each cell would run."""
     for number, cell in enumerate(cells, start=1):
-        print(f"[{number}/{len(cells)}] {cell.label}: {cell.words}")
+        print(f"[{number}/{len(cells)}] {cell.label}: {cell.plan}")
     return 0
 
 
@@ -101,6 +123,25 @@ class RecentPrompts:
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
         return self._kept[key]
+
+
+class Unfinished:
+    """Finds where the same experiment was left unfinished; gives each such to one cell only."""
+
+    def __init__(self, *, fresh: bool) -> None:
+        self._fresh = fresh
+        self._given: set[Path] = set()
+
+    def __call__(self, ready: Ready) -> ExperimentDir | None:
+        """Return the newest one, or None where there is none, or all are to start anew."""
+        if self._fresh:
+            return None
+        store = Store(Path(ready.experiment.io.results_dir))
+        left_behind = [each for each in store.unfinished(fingerprint(ready)) if each.path not in self._given]
+        if not left_behind:
+            return None
+        self._given.add(left_behind[-1].path)
+        return left_behind[-1]
 
 
 class Checks:
@@ -146,13 +187,15 @@ def _first_of(labels: Sequence[str]) -> str:
 def _checked(request: Request, config_file: Path | None, options: Options, prompts: RecentPrompts) -> list[Cell]:
     """Check every cell before the first one runs; a sweep that would fail half-way is worth a sentence now."""
     expanded, here, checks = _expanded(request), host.look(), Checks()
+    unfinished = Unfinished(fresh=options.fresh)
     cells = []
     for parts in expanded:
         label = " ".join(request.visible(_varied(parts, expanded))) or "nothing varied"
         ready = checks.cell(label, partial(_ready, request.cell(parts), here, options, prompts))
         # Only the words are kept: the prompts of a hundred cells would fill the memory.
         if ready is not None:
-            cells.append(Cell(label, ready.experiment, tuple(request.visible(parts)), config_file, words(ready)))
+            varied = tuple(request.visible(parts))
+            cells.append(Cell(label, ready.experiment, varied, config_file, words(ready), unfinished(ready)))
     checks.conclude()
     return cells
 
@@ -362,6 +405,7 @@ class OneByOne:
             overrides=cell.overrides,
             config_file=cell.config_file,
             write_tables=options.write_tables,
+            unfinished=cell.unfinished,
             claimed=lambda directory: self._books.claimed(number, directory),
             report=tell,
         ).row

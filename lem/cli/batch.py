@@ -10,6 +10,7 @@ from lem.cli.base import ConfigDir, ResultsDir, app
 from lem.cli.flags import (
     DatasetFlag,
     ForceFlag,
+    FreshFlag,
     ModelFlag,
     NoAggregateFlag,
     PresetFlag,
@@ -45,6 +46,7 @@ def batch(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before running.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
     force: ForceFlag = False,
+    fresh: FreshFlag = False,
 ) -> None:
     """Run many config files, each an experiment, after all of them have been checked."""
     from lem.apps import batch as batch_app
@@ -57,7 +59,7 @@ def batch(
     flags = [] if preset is None else [f"preset={preset}"]
     flags += dataset_flags(dataset, prompts)
     flags += value_flags({"model": model, "dataset.sample_size": sample_size, "io.results_dir": results_dir})
-    options = Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate)
+    options = Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
     raise typer.Exit(
         batch_app.main(
             patterns, [*flags, *overrides], options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir

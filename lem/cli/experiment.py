@@ -12,6 +12,7 @@ from lem.cli.base import ConfigDir, ResultsDir, app
 from lem.cli.flags import (
     DatasetFlag,
     ForceFlag,
+    FreshFlag,
     ModelFlag,
     NoAggregateFlag,
     PresetFlag,
@@ -52,9 +53,7 @@ def experiment(
     seed: Annotated[int | None, typer.Option(help=leaf("seed").description)] = None,
     cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=leaf("cycles").description)] = None,
     no_aggregate: NoAggregateFlag = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew, also where the same experiment was left unfinished.")
-    ] = False,
+    fresh: FreshFlag = False,
     resume: Annotated[
         str | None,
         typer.Option(

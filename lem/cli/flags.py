@@ -32,6 +32,9 @@ PresetFlag = Annotated[
 ModelFlag = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
 NoAggregateFlag = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
+FreshFlag = Annotated[
+    bool, typer.Option("--fresh", help="Start anew, also where the same experiment was left unfinished.")
+]
 
 # A key of Hydra's grammar. A path is none, but for hydra/launcher and the like.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
