@@ -23,7 +23,7 @@ from lem.progress import Event, Report
 from lem.ranks import Ranks
 from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo
 from lem.spec import Warmup
-from lem.traffic import Arrivals, in_turn
+from lem.traffic import Arrivals
 from lem.units import NS_PER_S
 
 # How often the meter is asked inside of the window, at most.
@@ -188,10 +188,7 @@ class Bench:
             yield from self.backend.generate(prompts)
             return
         arrivals = Arrivals(prompts, queue.times_s, queue.concurrency, opened_ns)
-        served = in_turn(arrivals, queue.at_most, self.backend.generate)
-        for number, (taken, part) in enumerate(served):
-            at_ns = {each.request.index: each.at_ns for each in taken}
-            yield [replace(g, batch=number, arrived_ns=at_ns[g.index]) for g in part]
+        yield from self.backend.serve(arrivals, queue.at_most)
 
     @contextmanager
     def phase(self, name: PhaseName, into: Measurement) -> Iterator[None]:

@@ -69,12 +69,6 @@ OBJECTIONS: dict[str, Rule] = {
         "Continuous batching fills a request's place as soon as it is finished; so far only vLLM does that here.",
         "Choose static batching, or backend=vllm.",
     ),
-    "no_traffic_on_vllm": Rule(
-        "impossible",
-        "options",
-        "Requests are to arrive one by one, and so far the vllm backend takes them all at once.",
-        "Set traffic.pattern to closed, or use backend=pytorch.",
-    ),
     "quantized_by_vllm": Rule(
         "impossible",
         "options",

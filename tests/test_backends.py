@@ -13,6 +13,7 @@ from lem.backends import make_backend
 from lem.datasets import builtin
 from lem.errors import RunError
 from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend, VllmBackend
+from lem.traffic import Arrivals
 
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
 MEMBERS = (
@@ -102,6 +103,20 @@ def test_every_prompt_comes_out_exactly_once(member, texts, strategy, batch_size
     batching = Batching(strategy=strategy, batch_size=batch_size, max_tokens_per_batch=150)
     generations = run(member.loaded(batching=batching), texts)
     assert sorted(g.index for g in generations) == list(range(len(texts)))
+
+
+@pytest.mark.parametrize("times_s", [[0.0, 0.0, 0.001, 0.01, 0.3], None], ids=["open loop", "concurrency"])
+def test_prompts_that_arrive_come_out_once_with_their_arrival(member, texts, times_s):
+    backend = member.loaded(batching=Batching(batch_size=2))
+    prompts, opened_ns = backend.encode(texts)[:5], time.perf_counter_ns()
+    done = flat(backend.serve(Arrivals(prompts, times_s, 2, opened_ns), 2))
+    assert sorted(g.index for g in done) == [p.index for p in prompts]
+    assert all(opened_ns <= g.arrived_ns <= g.start_ns <= g.end_ns for g in done)
+    if times_s:
+        due = {p.index: opened_ns + round(t * 1e9) for p, t in zip(prompts, times_s, strict=True)}
+        assert {g.index: g.arrived_ns for g in done} == due
+    else:
+        assert max(sum(g.arrived_ns <= at.arrived_ns < g.end_ns for g in done) for at in done) <= 2
 
 
 def test_batches_are_numbered_in_order_and_no_larger_than_asked_for(member, texts):

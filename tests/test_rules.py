@@ -510,12 +510,6 @@ CASES = [
         given(backend=VLLM, batching=Batching(strategy="continuous")),
     ),
     (
-        "no_traffic_on_vllm",
-        "traffic.pattern",
-        given(backend=VLLM, traffic=Traffic(pattern="poisson", target_qps=1.0)),
-        given(traffic=Traffic(pattern="poisson", target_qps=1.0)),
-    ),
-    (
         "quantized_by_vllm",
         "quantization.quantization",
         given(backend=VLLM, quantization=EIGHT_BIT),

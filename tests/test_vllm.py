@@ -26,10 +26,22 @@ from lem.batching import plan_batches
 from lem.conflicts import gpus_needed
 from lem.datasets import builtin
 from lem.errors import RunError
+from lem.latency import token_times
 from lem.measure import Measurement
 from lem.models import Model, find
 from lem.plan import process_counts
-from lem.spec import Batching, Decoder, Experiment, Parallelism, PytorchBackend, VllmBackend, VllmSpeculation
+from lem.spec import (
+    Batching,
+    Decoder,
+    Experiment,
+    Parallelism,
+    PytorchBackend,
+    Streaming,
+    Traffic,
+    VllmBackend,
+    VllmSpeculation,
+)
+from lem.traffic import Arrivals, arrival_times_s
 from lem.worker import prefill_of
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 
@@ -479,6 +491,64 @@ def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, words):
     assert len(str(caught.value)) < 600
 
 
+STREAMING = Streaming(enabled=True)
+
+
+@needs_vllm
+@pytest.mark.parametrize("strategy", ["static", "continuous"])
+def test_each_token_is_timed_and_is_the_same_token(loaded, texts, strategy):
+    wanted = replace(TINY, batching=Batching(strategy=strategy, batch_size=4))
+    plain, timed = run(loaded(wanted), texts), run(loaded(replace(wanted, streaming=STREAMING)), texts)
+    assert tokens(timed) == tokens(plain)
+    assert not any(g.chunks for g in plain.values())
+    for g in timed.values():
+        assert [chunk.tokens for chunk in g.chunks] == [1] * len(g.token_ids)
+        moments = [chunk.at_ns for chunk in g.chunks]
+        assert moments == sorted(moments)
+        assert g.start_ns < moments[0] < moments[-1] == g.end_ns
+        # The engine's own time of its first token lies within the step that brought it.
+        assert 0 <= moments[0] - g.prefill_end_ns < 50_000_000
+
+
+@needs_vllm
+def test_tokens_that_come_together_are_counted_each(loaded, texts):
+    drafting = VllmBackend(kv_cache_memory_bytes=2**26, enforce_eager=True, speculative=NGRAM)
+    wanted = replace(TINY, backend=drafting, streaming=STREAMING, max_output_tokens=48)
+    made = run(loaded(wanted), texts[:6])
+    assert all(sum(chunk.tokens for chunk in g.chunks) == len(g.token_ids) for g in made.values())
+    assert any(chunk.tokens > 1 for g in made.values() for chunk in g.chunks)
+    for g in made.values():
+        times = token_times(g.start_ns, g.chunks)
+        assert len(times.itl_s) == len(g.token_ids) - 1
+        assert sum(times.itl_s) == pytest.approx((g.end_ns - g.chunks[0].at_ns) / 1e9)
+        assert times.spread == any(chunk.tokens > 1 for chunk in g.chunks)
+
+
+@needs_vllm
+def test_requests_that_arrive_while_others_run_are_taken_in(loaded, texts):
+    batching = Batching(strategy="continuous", batch_size=64)
+    backend = loaded(replace(TINY, batching=batching, min_output_tokens=64, max_output_tokens=64))
+    prompts = backend.encode(texts)[:10]
+    opened_ns = time.perf_counter_ns()
+    times_s = [0.001 * i for i in range(9)] + [3.0]
+    done = [g for some in backend.serve(Arrivals(prompts, times_s, 1, opened_ns), 64) for g in some]
+    assert sorted(g.index for g in done) == list(range(10))
+    assert {g.index: g.arrived_ns for g in done} == {i: opened_ns + round(t * 1e9) for i, t in enumerate(times_s)}
+    assert all(g.arrived_ns <= g.start_ns < g.end_ns for g in done)
+    first, second, *_, last = sorted(done, key=lambda g: g.index)
+    assert second.start_ns < first.end_ns, "the first one is not waited for"
+    assert last.start_ns - opened_ns >= 3e9
+
+
+@needs_vllm
+def test_a_fixed_concurrency_is_never_exceeded(loaded, texts):
+    backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64)))
+    prompts = backend.encode(texts)
+    done = [g for some in backend.serve(Arrivals(prompts, None, 3, time.perf_counter_ns()), 64) for g in some]
+    assert sorted(g.index for g in done) == list(range(len(texts)))
+    assert max(sum(g.arrived_ns <= at.arrived_ns < g.end_ns for g in done) for at in done) == 3
+
+
 @needs_vllm
 def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=2)))
@@ -542,6 +612,28 @@ def test_run_in_cycles_with_continuous_batching(tmp_path):
         assert 0 < record["prefill"]["duration_s"] < phases["measured"]
         assert record["flops"]["total"] > 0
     assert "Initializing a V1 LLM engine" in next(results.glob("raw/*/worker_0.log")).read_text()
+
+
+@needs_vllm
+@pytest.mark.parametrize("strategy", ["static", "continuous"])
+def test_run_with_poisson_arrivals_and_timed_tokens(tmp_path, strategy):
+    results = completed(
+        f"batching.strategy={strategy}", "batching.batch_size=4", "--streaming", "traffic.pattern=poisson",
+        "traffic.target_qps=4", "traffic.ttft_limit_s=5", cwd=tmp_path,
+    )  # fmt: skip
+    (row,) = pq.read_table(results / "experiments").to_pylist()
+    own = rows(results)
+    assert (row["status"], len(own)) == ("completed", 12)
+    due = arrival_times_s(Traffic(pattern="poisson", target_qps=4), 12, 42)
+    assert [r["arrived_s"] for r in own] == pytest.approx(due, abs=1e-6)
+    for r in own:
+        assert r["queue_s"] == pytest.approx(r["start_s"] - r["arrived_s"])
+        assert r["ttft_s"] > r["queue_s"] >= 0
+        assert r["ttft_s"] + sum(r["itl_s"]) == pytest.approx(r["latency_s"], abs=0.01)
+        assert len(r["itl_s"]) == r["output_tokens"] - 1
+    assert 0 < row["idle_share"] < 1
+    assert row["duration_s"] >= due[-1]
+    assert row["goodput_requests_per_s"] == pytest.approx(12 / row["duration_s"])
 
 
 @needs_vllm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lem.flops import Architecture
 from lem.gpu import Gpu
@@ -18,6 +18,7 @@ from lem.models import Model
 from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
 from lem.spec import Experiment
+from lem.traffic import Arrivals, in_turn
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,20 @@ class Backend(ABC):
     @abstractmethod
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Seed the sampling, run the prompts, and yield those that finish together, batch by batch."""
+
+    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
+        """Run prompts as they arrive, and yield those that finish together, with their arrival.
+
+        Here batch after batch, of those that wait when the engine is free; for an engine that takes in others while it
+        works there is more to it.
+
+        Args:
+            arrivals: what arrives, and when.
+            at_most: the size of a batch.
+        """
+        for number, (taken, part) in enumerate(in_turn(arrivals, at_most, self.generate)):
+            at_ns = {each.request.index: each.at_ns for each in taken}
+            yield [replace(g, batch=number, arrived_ns=at_ns[g.index]) for g in part]
 
     def forget(self) -> None:
         """Drop what earlier prompts have left behind, such as cached prefixes, and count anew.

