@@ -569,6 +569,8 @@ COMMON = (
 # Each worker of the engine gets a core of its own.
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 LONG = ("max_output_tokens=600", "batching.batch_size=2")
+# Longer than anybody waits.
+ENDLESS = ("max_output_tokens=3000", "min_output_tokens=3000", "batching.batch_size=2")
 
 
 def completed(*options, cwd, **env):
@@ -700,7 +702,7 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_nobody(tmp_path):
     import psutil
 
     spread_out = ("parallelism.strategy=tensor_parallel", "parallelism.degree=2")
-    process = begin(*COMMON, *LONG, *spread_out, cwd=tmp_path, **TWO_WORKERS)
+    process = begin(*COMMON, *ENDLESS, *spread_out, cwd=tmp_path, **TWO_WORKERS)
     try:
         wait_for(process, "Prompts 2/")
         family = psutil.Process(process.pid).children(recursive=True)
