@@ -1,10 +1,10 @@
 """What `lem aggregate --all` costs over many experiments, beside the fastest plain conversion of their records.
 
-`python -m nox -s bench`. Writes experiments as the tool writes them, through its own types: spec.json, state.json, a
-journal, and a record for each cycle. The plain conversion reads the same record files, joins them, and has pyarrow
-turn them into Parquet: it knows no journal, no plan, no state and no column of the tables. Every step is a process of
-its own, start-up included, whose CPU time and peak memory are the kernel's. Prints a table; fails when a limit is
-exceeded.
+`python -m bench.aggregation`; takes minutes, and fails so far: the factor is over its limit. Writes experiments as
+the tool writes them, through its own types: spec.json, state.json, a journal, and a record for each cycle. The plain
+conversion reads the same record files, joins them, and has pyarrow turn them into Parquet: it knows no journal, no
+plan, no state and no column of the tables. Every step is a process of its own, start-up included, whose CPU time and
+peak memory are the kernel's. Prints a table; fails when a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ from lem.store import ExperimentDir
 FEW, MANY = 2_000, 20_000
 CYCLES = 10
 REQUESTS = 5
-# What the factor is meant to be, and what it must not exceed.
-FACTOR_AIM = 2.0
-FACTOR_LIMIT = 6.0
+FACTOR_LIMIT = 2.0
 MEMORY_LIMIT_MB = 400
 AGAIN_LIMIT_S = 2.0
 LIST_LIMIT_S = 2.0
@@ -277,7 +275,7 @@ def report(name: str, costs: Costs) -> None:
     for what, part in parts.items():
         each_us = part.cpu_s / costs.records * 1e6
         print(f"  {what:<22} {part.cpu_s:7.2f} s CPU {each_us:8.1f} µs a record {part.memory_mb:6.0f} MB")
-    print(f"  factor {costs.factor:.2f} (aim: {FACTOR_AIM:g})")
+    print(f"  factor {costs.factor:.2f} (limit: {FACTOR_LIMIT:g})")
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from lem.carbon import carbon_intensity
 from lem.errors import ConfigError
 from lem.objection import Objection, without_effect
 from lem.plan import process_counts
-from lem.spec import Cooldown, Decoder, Energy, Experiment, PytorchBackend, Quantization, VllmBackend, Warmup
+from lem.spec import Cooldown, Decoder, Energy, Experiment, PytorchBackend, Quantization, Warmup
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 OF_4_BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
@@ -93,7 +93,7 @@ def _batching(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _continuous(experiment: Experiment) -> Iterator[Objection]:
-    if experiment.batching.strategy == "continuous" and not isinstance(experiment.backend, VllmBackend):
+    if experiment.batching.strategy == "continuous" and not experiment.backend.runs_continuously:
         reason = f"the {experiment.backend.name} backend runs batch after batch."
         yield Objection("no_continuous_batching", "batching.strategy", reason, "Choose static, or backend=vllm.")
 

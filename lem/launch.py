@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
     """
     plan = directory.plan()
     log_file = directory.log_file(0)
-    with log_file.open("ab") as output, _fifos(directory) as (progress, lifeline), _signals_interrupt():
+    with log_file.open("ab") as output, _fifos(directory) as (progress, lifeline), signals_raise(Interrupted):
         log_start = output.tell()
         arguments = [str(directory.path), "--attempt", str(attempt)]
         arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
@@ -283,14 +283,14 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (a scheduler's) and SIGHUP (a closed terminal's) like Ctrl-C while workers run."""
+def signals_raise(error: Callable[[str], BaseException]) -> Iterator[None]:
+    """Treat SIGTERM (a scheduler's) and SIGHUP (a closed terminal's) like Ctrl-C: raise `error` of its name."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(signal.Signals(number).name)
+        raise error(signal.Signals(number).name)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():

@@ -37,6 +37,7 @@ class PytorchBackend:
     """transformers' `generate` on PyTorch, in the worker process."""
 
     spreads_a_model_itself: ClassVar[bool] = False
+    runs_continuously: ClassVar[bool] = False
 
     name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
     device: Annotated[
@@ -65,6 +66,7 @@ class SimulatedBackend:
     """A stand-in engine with exactly known times: for trying grids and for tests. No model runs."""
 
     spreads_a_model_itself: ClassVar[bool] = False
+    runs_continuously: ClassVar[bool] = False
 
     name: Annotated[Literal["simulated"], Field(description="Inference backend.")] = "simulated"
     prefill_s_per_token: Annotated[float, Field(ge=0, description="Time that one input token takes, in seconds.")] = (
@@ -115,6 +117,8 @@ class VllmBackend:
 
     # One process of lem's runs the model on all of its GPUs.
     spreads_a_model_itself: ClassVar[bool] = True
+    # The next request may take the place of one that is finished (batching.strategy=continuous).
+    runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["vllm"], Field(description="Inference backend.")] = "vllm"
     max_model_len: Annotated[

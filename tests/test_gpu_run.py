@@ -174,3 +174,17 @@ def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
     assert done.code == 2
     assert "GPUs asked for: 3, visible: 2" in done.err
     assert done.out == ""
+
+
+def test_a_gpu_that_an_engine_without_cuda_leaves_alone_is_told(standin, tmp_path):
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this build of torch would use the GPU")
+    variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\n"))
+    arguments = ("-m", "tiny", "-d", "sample", "-n", "2", "--max-tokens", "4", "-y", "energy=none")
+    done = command("experiment", *arguments, cwd=tmp_path, **variables)
+    assert done.code == 0, done.err
+    (row,) = pd.read_parquet(tmp_path / "results" / "experiments").to_dict("records")
+    assert "gpu_unused" in codes(row)
+    assert raw_record(tmp_path / "results")["engine"]["device"] == "cpu"

@@ -7,17 +7,13 @@ directory, and in the table that is shown. Knows nothing of how an experiment is
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from lem import host, report
@@ -27,6 +23,7 @@ from lem.apps.experiment import Options, confirmed, left, words
 from lem.datasets import Prompts, load_prompts
 from lem.errors import BadInput, ConfigError, Interrupted, LemError, ResultsError
 from lem.job import fingerprint, run_ready
+from lem.launch import signals_raise
 from lem.preflight import Ready, preflight
 from lem.progress import BatchDisplay, batch_display
 from lem.record import ExperimentRow
@@ -357,7 +354,7 @@ def carry_out(books: Books, display: BatchDisplay, runner: Runner, launch: Calla
 
     books.open()
     try:
-        with display, signals_interrupt():
+        with display, signals_raise(_stopped):  # between cells as well
             try:
                 launch(task)
                 runner.finish()
@@ -429,25 +426,8 @@ def row_of(directory: ExperimentDir | None) -> ExperimentRow | None:
         return None
 
 
-@contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (a scheduler's) and SIGHUP (a closed terminal's) like Ctrl-C, between cells as well."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(f"Stopped by {signal.Signals(number).name}; what was measured is kept.")
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # nohup asks to be left alone
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _stopped(signal_name: str) -> KeyboardInterrupt:
+    return KeyboardInterrupt(f"Stopped by {signal_name}; what was measured is kept.")
 
 
 # ------------------------------------------------------------------ Hydra
