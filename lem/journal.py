@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
-from lem.codec import adapter
+from lem.codec import adapter, reader
 from lem.doubts import note
-from lem.record import EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
+from lem.record import EnergyReading, Flops, Phase, ProcessRecord, RequestRecord, made
 
 # The type of the error of a process that could not write its record.
 DIED = "WorkerDied"
@@ -57,10 +57,9 @@ class Window:
     last: Checkpoint | None = None
     metered: Checkpoint | None = None
 
-    @cached_property
-    def common(self) -> dict[str, Any]:
-        """What all rows of the window share."""
-        return {name: getattr(self.record, name) for name in COMMON}
+    def __post_init__(self) -> None:
+        """Note what all rows of the window share."""
+        self.common = {name: getattr(self.record, name) for name in COMMON}
 
     def salvaged(self) -> ProcessRecord:
         """Return the record of a process that could not write its own: up to the last batch that was done."""
@@ -137,18 +136,20 @@ def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({
         ValueError: a line other than the last is damaged.
     """
     windows: list[Window] = []
-    rows: list[list[dict[str, Any]]] = []
-    for number, line in enumerate(journal.split(b"\n")[:-1], start=1):
-        try:
+    rows_of = _rows_reader()
+    number = begin = 0
+    try:
+        while (end := journal.find(b"\n", begin)) >= 0:
+            line, number, begin = journal[begin:end], number + 1, end + 1
             if line.startswith(OPENING):
                 windows.append(_opened(line, known))
-                rows.append([])
-            else:
-                rows[-1] += _take(line, windows[-1])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"line {number} is damaged ({' '.join(str(error).split())[:120]})") from None
-    for window, found in zip(windows, rows, strict=True):
-        window.rows = adapter(list[RequestRecord]).validate_python(found)
+                continue
+            window = windows[-1]
+            window.rows += [made(RequestRecord, window.common | vars(row)) for row in rows_of(line).done]
+            if not window.closed:
+                _note_checkpoint(line, window)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"line {number} is damaged ({' '.join(str(error).split())[:120]})") from None
     return windows
 
 
@@ -156,17 +157,19 @@ def _opened(line: bytes, known: Mapping[int, ProcessRecord]) -> Window:
     place = CYCLE.search(line)
     if place and (record := known.get(int(place[1]))):
         return Window(record, closed=True)
-    return Window(adapter(ProcessRecord).validate_json(line.removeprefix(OPENING)[:-1]))
+    return Window(reader(ProcessRecord)(line.removeprefix(OPENING)[:-1]))
 
 
-def _take(line: bytes, window: Window) -> list[dict[str, Any]]:
-    """Return the rows of a batch that is done, and keep the checkpoint where the record is not known."""
-    from pydantic_core import from_json
+def _note_checkpoint(line: bytes, window: Window) -> None:
+    """Keep how far the window had come; only where the process's own record is not known."""
+    window.last = reader(Checkpoint)(line)
+    if window.last.energy is not None:
+        window.metered = window.last
 
-    values = from_json(line)
-    done, common = values.pop("done"), window.common
-    if not window.closed:
-        window.last = adapter(Checkpoint).validate_python(values)
-        if window.last.energy is not None:
-            window.metered = window.last
-    return [common | row for row in done]
+
+@cache
+def _rows_reader() -> Callable[[str | bytes], Any]:
+    """Return what reads the rows of a line: without what they share with the others of their window."""
+    types, own = get_type_hints(RequestRecord), [f for f in fields(RequestRecord) if f.name not in COMMON]
+    row: Any = make_dataclass("Row", [(f.name, types[f.name], field(default=f.default)) for f in own])
+    return reader(make_dataclass("Done", [("done", list[row])]))

@@ -9,7 +9,7 @@ measured, written or shown.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from lem import units
 
@@ -20,6 +20,8 @@ FORMAT_VERSION = 2
 
 # One process meters the node, however many there are: each would see all of its energy.
 ENERGY_OWNER = 0
+
+T = TypeVar("T")
 
 Status = Literal["completed", "failed", "interrupted"]
 Component = Literal["gpu", "cpu", "dram", "module"]
@@ -545,3 +547,14 @@ class CycleRow:
     warnings: Annotated[list[str], "What to doubt about this cycle, each as `code: sentence`."] = field(
         default_factory=list
     )
+
+
+def made(record_type: type[T], values: dict[str, Any]) -> T:
+    """Return a record of all its fields' values, in a tenth of the time that a frozen dataclass takes to be made.
+
+    For many records of values that have been checked. Nothing is left to defaults, and `values` belongs to the record
+    from then on.
+    """
+    record = object.__new__(record_type)
+    object.__setattr__(record, "__dict__", values)
+    return record

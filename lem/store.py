@@ -114,11 +114,8 @@ class ExperimentDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def id(self) -> str:
-        """The experiment's id, which is the directory's name."""
-        return self.path.name
+        # The experiment's id is the directory's name.
+        self.id = path.name
 
     def record_file(self, rank: int, cycle: int, attempt: int) -> Path:
         """Return where a process's record of a cycle lies."""
@@ -270,22 +267,23 @@ class ExperimentDir:
         """
         names = self._names()
         found: dict[tuple[int, int, int], Part] = {}
+        known: dict[tuple[str, ...], dict[int, ProcessRecord]] = {}
         for match in filter(None, map(RECORD.fullmatch, names)):
             record = self._record(match)
             found[record.cycle, record.attempt, record.rank] = Part(record, [])
+            known.setdefault(match.group(1, 3), {})[record.cycle] = record
         for match in filter(None, map(JOURNAL.fullmatch, names)):
-            rank, attempt = map(int, match.groups())
-            known = {c: part.record for (c, a, r), part in found.items() if (a, r) == (attempt, rank)}
-            for window in self._windows(match[0], known):
-                record = known.get(window.record.cycle) or window.salvaged()
-                if record.requests_completed != len(window.rows):
-                    rows, counted = len(window.rows), record.requests_completed
-                    raise ResultsError(
-                        f"{self.path / match[0]} has {rows} rows, its process's record counts {counted}."
-                    )
+            for window in self._windows(match[0], known.get(match.groups(), {})):
+                record = window.record if window.closed else window.salvaged()
+                self._check_count(match[0], record, window.rows)
                 found[record.cycle, record.attempt, record.rank] = Part(record, window.rows)
         self._check_rows(list(found.values()))
         return [found[key] for key in sorted(found)]
+
+    def _check_count(self, name: str, record: ProcessRecord, rows: Sequence[RequestRecord]) -> None:
+        if record.requests_completed != len(rows):
+            counts = f"has {len(rows)} rows, its process's record counts {record.requests_completed}."
+            raise ResultsError(f"{self.path / name} {counts}")
 
     def _names(self) -> list[str]:
         try:
