@@ -107,7 +107,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of lem/ with mypy, strictly."""
     # The heavy libraries are taken as untyped anyway (see pyproject.toml), so they need not be here.
-    install(session, "mypy", "pydantic", "typer", "rich", "pyyaml", "types-PyYAML", "types-psutil", "numpy",
+    install(session, "mypy", "msgspec", "pydantic", "typer", "rich", "pyyaml", "types-PyYAML", "types-psutil", "numpy",
             "platformdirs", "python-dotenv", "omegaconf")  # fmt: skip
     session.run("mypy")
 

@@ -5,8 +5,10 @@ Units are in the field's metadata under `unit`, descriptions under `description`
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from operator import itemgetter
 from pathlib import Path
@@ -88,7 +90,32 @@ def table(record_type: type[Any], rows: Iterable[Any]) -> Any:
     wanted = schema(record_type)
     values = list(map(itemgetter(*wanted.names), map(vars, rows)))
     by_column = zip(*values, strict=True) if values else ([] for _ in wanted)
-    return pa.Table.from_arrays([pa.array(v, f.type) for v, f in zip(by_column, wanted, strict=True)], schema=wanted)
+    with _pandas_left_out():
+        arrays = [pa.array(v, f.type) for v, f in zip(by_column, wanted, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=wanted)
+
+
+@contextmanager
+def _pandas_left_out() -> Iterator[None]:
+    """Keep pyarrow from importing pandas, which takes longer than a small table does: it asks whether a list is a Series.
+
+    It asks once for all; where it is told later to make a DataFrame it imports pandas all the same.
+    """
+    sys.meta_path.insert(0, _NoPandas)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(_NoPandas)
+
+
+class _NoPandas:
+    """Finds no pandas; for `sys.meta_path`."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        """Raise ImportError for pandas, and leave all else to the other finders."""
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is left out here", name=name)
 
 
 def aligned(found: Any, record_type: type[Any]) -> Any:

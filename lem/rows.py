@@ -16,7 +16,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from lem import doubts
-from lem.codec import to_json
+from lem.codec import to_compact_json
 from lem.latency import of_tokens, summary, under_load
 from lem.peaks import peak_flops_per_s
 from lem.plan import Plan
@@ -490,7 +490,7 @@ def over_cycles(rows: Sequence[ExperimentRow], plan: Plan, resumed: int = 0) -> 
         "cycles_completed": len(finished),
         "resumed": resumed,
         "overrides": list(plan.overrides),
-        "config_json": to_json(plan.experiment, indent=None),
+        "config_json": to_compact_json(plan.experiment),
         "warnings": once_each([row.warnings for row in rows], "cycle"),
     }
     row = made(ExperimentRow, values)
