@@ -100,6 +100,9 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert not worker.is_running()
     record, row = kept(tmp_path)
     assert record["status"] == row["status"] == "interrupted"
+    # The worker was told to end by SIGTERM, whatever its parent was told.
+    what = "Ctrl-C" if how == signal.SIGINT else how.name
+    assert record["error"]["message"] == row["error"] == f"stopped by {what}"
     assert 0 < record["requests_completed"] < 40
     assert row["requests_completed"] == record["requests_completed"]
     assert row["output_tokens"] in (None, record["output_tokens"])
