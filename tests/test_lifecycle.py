@@ -126,9 +126,10 @@ def test_ctrl_c_ends_a_sweep_with_all_that_was_to_come(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "100", *SLOW, "--multirun", "seed=1,2,3", cwd=tmp_path)
     wait_for(process, "Prompts")
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert len(list(tmp_path.glob("results/raw/*"))) == 1
+    assert f"lem experiment --resume {only(tmp_path).id}\nThe same command goes on" in err
 
 
 def test_the_waiting_parent_sleeps(running):

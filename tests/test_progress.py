@@ -66,8 +66,9 @@ def test_without_a_terminal_a_line_for_each_tenth():
 
 def test_every_phase_that_has_ended_has_a_full_bar(capsys):
     with Bars() as show:
-        for event in (Event("load"), Event("idle_before"), Event("load"), Event("idle_loaded"), Event("measured", 0, 2)):
-            show(event)
+        for phase in ("load", "idle_before", "load", "idle_loaded"):
+            show(Event(phase))
+        show(Event("measured", 0, 2))
         show(Event("measured", 2, 2))
     shown = capsys.readouterr().err.splitlines()
     assert [line.partition("  ")[0] for line in shown] == [
