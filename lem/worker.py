@@ -366,8 +366,8 @@ def _warnings(this: Run) -> list[Note]:
         notes.append(note("fewer_prompts", text))
     behind_s = this.measurement.energy_behind_s
     if behind_s is not None:
-        text = f"the window was broken off; it ends with its last batch, its energy {behind_s:.3g} s before that."
-        notes.append(note("window_cut", text))
+        energy = f", its energy {behind_s:.3g} s before that" if behind_s else ""
+        notes.append(note("window_cut", f"the window was broken off; it ends with its last batch{energy}."))
     requests = this.measurement.requests
     truncated = sum(r.prompt.truncated for r in requests)
     if truncated:
