@@ -39,8 +39,10 @@ from lem.store import ExperimentDir
 
 log = logging.getLogger(__name__)
 
-# How long interrupted workers have to write their records before they are killed.
+# How long interrupted workers have to write their records before they are killed,
 GRACE_S = 8.0
+# and how long the launcher of several has after them: it has nothing to write.
+LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
 # What torch's launcher says of the first of several processes that failed.
@@ -65,7 +67,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
         log_start = output.tell()
         arguments = [str(directory.path), "--attempt", str(attempt)]
         arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
-        command = [*_launcher(plan, host), *arguments]
+        command = [*_launcher(plan, host, Path(progress.path).parent), *arguments]
         log.debug("worker: %s", shlex.join(command))
         workers = subprocess.Popen(
             command,
@@ -76,10 +78,11 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
         )
         try:
             progress.relay_until_end_of(workers, Together(report))
-        except (KeyboardInterrupt, Interrupted):
-            _stop(workers)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            _stop(workers, is_launcher=plan.processes > 1)
             with undisturbed():
                 _seal(directory, attempt, "interrupted", workers.returncode, _read_log(log_file, log_start))
+                _say_what_stopped(directory, attempt, str(stop) or "Ctrl-C")
             raise Interrupted("The run was interrupted; what was finished is kept.") from None
     said = _read_log(log_file, log_start)
     log.debug("the worker's exit code is %d; its log is %s", workers.returncode, log_file)
@@ -88,17 +91,21 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
     _seal(directory, attempt, "failed", workers.returncode, said)
 
 
-def _launcher(plan: Plan, host: Host) -> list[str]:
-    """Return the command that starts the plan's processes; -P: a user's file must not stand in for a library."""
+def _launcher(plan: Plan, host: Host, scratch: Path) -> list[str]:
+    """Return the command that starts the plan's processes; -P: a user's file must not stand in for a library.
+
+    Without `--log_dir` torch's launcher, which accelerate's is as well, would leave a folder behind with each run.
+    """
     if plan.processes == 1:
         return [sys.executable, "-P", "-m", "lem.worker"]
     if backend_class(plan.experiment.backend.name).wants_gpu(plan.experiment, host):
         several = ["--num_processes", str(plan.processes), "--num_machines", "1", "--mixed_precision", "no"]
         # "all" leaves CUDA_VISIBLE_DEVICES alone, whatever a configuration file of accelerate's says.
-        several += ["--dynamo_backend", "no", "--main_process_port", "0", "--gpu_ids", "all"]
+        several += ["--dynamo_backend", "no", "--main_process_port", "0", "--gpu_ids", "all", "--log_dir", str(scratch)]
         return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *several, "-m", "lem.worker"]
     local = ["--nnodes", "1", "--nproc_per_node", str(plan.processes), "--rdzv_backend", "c10d"]
-    return [sys.executable, "-m", "torch.distributed.run", *local, "--rdzv_endpoint", "localhost:0", "-m", "lem.worker"]
+    local += ["--rdzv_endpoint", "localhost:0", "--log_dir", str(scratch)]
+    return [sys.executable, "-m", "torch.distributed.run", *local, "-m", "lem.worker"]
 
 
 def _environment(plan: Plan, host: Host) -> dict[str, str]:
@@ -168,18 +175,26 @@ def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
 
 
 # ------------------------------------------------------------------ stopping
-def _stop(workers: subprocess.Popen[bytes]) -> None:
-    """Ask all workers to end, and end them when they do not or when the user insists."""
+def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> None:
+    """Ask all workers to end, and end them when they do not or when the user insists.
+
+    Args:
+        workers: the worker, or the launcher of several.
+        is_launcher: it is the latter.
+    """
     import psutil
 
+    family: list[Any] = []
     try:
         family = _family(workers)
         # The workers first: their launcher would give them less time than they may need.
         _signal(reversed(family), signal.SIGTERM)
-        _, alive = psutil.wait_procs(family, timeout=GRACE_S)
+        _, alive = psutil.wait_procs(family[1:] if is_launcher else family, timeout=GRACE_S)
+        if is_launcher and not alive:
+            psutil.wait_procs(family[:1], timeout=LAUNCHER_GRACE_S)
     except (KeyboardInterrupt, Interrupted):
-        alive = _family(workers)
-    _signal(alive, signal.SIGKILL)
+        pass
+    _signal([*family, *_family(workers)], signal.SIGKILL)
     workers.wait()
 
 
@@ -221,6 +236,15 @@ def _seal(directory: ExperimentDir, attempt: int, status: Status, code: int, sai
     has_told = any(record.error is not None and record.error.type != DIED for record in mine)
     if not mine or (code and not has_told and all(record.cycle != cycle for record in mine)):
         directory.write_record(_bare_record(directory, attempt, cycle, status, error))
+
+
+def _say_what_stopped(directory: ExperimentDir, attempt: int, what: str) -> None:
+    """Put into the records of an interrupted attempt what has stopped it: of the workers each knows its signal only."""
+    for record in directory.records():
+        if record.attempt == attempt and record.error is not None and record.error.type == Interrupted.__name__:
+            error = replace(record.error, message=f"stopped by {what}")
+            if error != record.error:
+                directory.write_record(replace(record, error=error))
 
 
 def _next_cycle(directory: ExperimentDir) -> int:

@@ -79,7 +79,8 @@ def _with_interval(
     low, high = getattr(row, f"{stem}_ci95_low{unit}"), getattr(row, f"{stem}_ci95_high{unit}")
     if not wide or None in (value, low, high) or not value:
         return write(value)
-    return f"{write(value)} ±{plain(100 * (high - low) / 2 / abs(value), digits=2)}%"
+    share = 100 * (high - low) / 2 / abs(value)
+    return f"{write(value)} ±{share:.0f}%" if share >= 10 else f"{write(value)} ±{share:.2g}%"
 
 
 def _marked(row: ExperimentRow, text: str) -> str:

@@ -124,7 +124,7 @@ class _Phases:
     def __init__(self, progress: Any) -> None:
         self._progress = progress
         self._tasks: dict[str, Any] = {}
-        self._cycle = ""
+        self._cycle = self._current = ""
         self._rate = Rate()
 
     def __call__(self, event: Event) -> None:
@@ -132,9 +132,12 @@ class _Phases:
             self._cycle = f" {event.done}/{event.total}" if event.total > 1 else ""
             return
         title = TITLES.get(event.phase, event.phase) + self._cycle
-        if title not in self._tasks:
+        if title != self._current:
             self.finish()
+            if title in self._tasks:  # entered again, as loading is after the idle time: its bar was filled
+                self._progress.remove_task(self._tasks[title])
             self._tasks[title] = self._progress.add_task(title, total=event.total or None, note="")
+            self._current = title
         self._progress.update(
             self._tasks[title], completed=event.done, total=event.total or None, note=self._rate(event)
         )

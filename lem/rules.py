@@ -296,6 +296,12 @@ OBJECTIONS: dict[str, Rule] = {
         "A pipeline spreads a model's layers over GPUs, and the run would be on the CPU.",
         "Run on GPUs, or choose another strategy.",
     ),
+    "tensor_parallel_beside_gpus": Rule(
+        "impossible",
+        "machine",
+        "A model is to be split over processes on the CPU; transformers takes the GPUs where any is visible.",
+        "Hide them (CUDA_VISIBLE_DEVICES=''), or run on them.",
+    ),
     "no_effect_gpus": Rule(
         "inadvisable",
         "machine",
@@ -421,6 +427,12 @@ OBJECTIONS: dict[str, Rule] = {
         "files",
         "The model comes with Python code of its own, without which it cannot be loaded.",
         "Set trust_remote_code to true if you trust its authors.",
+    ),
+    "tensor_parallel_unsplittable": Rule(
+        "impossible",
+        "files",
+        "transformers has no tensor-parallel plan for the model, or its attention heads cannot be shared evenly.",
+        "Set parallelism.degree to a divisor of the heads, or use data_parallel or pipeline_parallel.",
     ),
     "no_chat_template": Rule(
         "impossible",

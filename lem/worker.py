@@ -165,7 +165,7 @@ def run(directory: ExperimentDir, attempt: int, report: Report) -> Status:
         _ignore_signals()
         this.status = "interrupted" if isinstance(caught, (Interrupted, KeyboardInterrupt)) else "failed"
         this.error = _error_info(caught, this.measurement)
-        traceback.print_exc()
+        _tell(caught)
         _keep_what_is_journaled(this)
         _write(this)
     _close(this)
@@ -366,8 +366,8 @@ def _warnings(this: Run) -> list[Note]:
         notes.append(note("fewer_prompts", text))
     behind_s = this.measurement.energy_behind_s
     if behind_s is not None:
-        text = f"the window was broken off; it ends with its last batch, its energy {behind_s:.3g} s before that."
-        notes.append(note("window_cut", text))
+        energy = f", its energy {behind_s:.3g} s before that" if behind_s else ""
+        notes.append(note("window_cut", f"the window was broken off; it ends with its last batch{energy}."))
     requests = this.measurement.requests
     truncated = sum(r.prompt.truncated for r in requests)
     if truncated:
@@ -487,6 +487,16 @@ def _error_info(caught: BaseException, measurement: Measurement) -> ErrorInfo:
     return ErrorInfo(type(caught).__name__, message, measurement.current)
 
 
+def _tell(caught: BaseException) -> None:
+    """Say on stderr what ended the run; where it comes from only where nobody foresaw it."""
+    if isinstance(caught, Interrupted):
+        print(f"\n{caught}", file=sys.stderr)
+    elif isinstance(caught, LemError):
+        print(f"Error: {caught}", file=sys.stderr)
+    else:
+        traceback.print_exc()
+
+
 def _close(this: Run) -> None:
     """Release what the run held; the records are written, so a failure here costs nothing but its message."""
     for part in (this.journal, this.meter, this.backend, this.ranks):
@@ -504,7 +514,8 @@ def _interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
     def interrupt(number: int, _frame: FrameType | None) -> None:
         # The second of two signals must not break off the writing of the record.
         _ignore_signals()
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        raise Interrupted(f"stopped by {name}")
 
     for number in INTERRUPTING:
         if number in except_for:

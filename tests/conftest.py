@@ -47,8 +47,10 @@ def lem(tmp_path, monkeypatch, capfd):
     def run(*arguments: str) -> Finished:
         monkeypatch.setattr(sys, "argv", ["lem", *arguments])
         capfd.readouterr()
+        hears = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as stop:
             cli.main()
+        signal.signal(signal.SIGINT, hears)  # which a command that ends takes no notice of any more
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return Finished(int(stop.value.code or 0), out, err)

@@ -171,11 +171,11 @@ def seed_with(lengths_wanted) -> int:
     raise AssertionError
 
 
-def two_ranks(folder: Path, *more: str) -> subprocess.Popen[str]:
+def two_ranks(folder: Path, *more: str, **env: str) -> subprocess.Popen[str]:
     (folder / "trace.csv").write_text("t_s,power_w\n0,100\n10000,100\n")
     return begin(
         "experiment", *SIMULATED[:-2], "energy=replay", "energy.trace=trace.csv", "energy.idle_s=0", "-y",
-        "num_processes=2", "warmup.prompts=0", *more, cwd=folder,
+        "num_processes=2", "warmup.prompts=0", *more, cwd=folder, **env,
     )  # fmt: skip
 
 
@@ -212,7 +212,8 @@ def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
 
 
 def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
-    process = two_ranks(tmp_path, "-n", "14", "backend.decode_s_per_token=0.005")
+    (tmp_path / "tmp").mkdir()
+    process = two_ranks(tmp_path, "-n", "14", "backend.decode_s_per_token=0.005", TMPDIR=str(tmp_path / "tmp"))
     wait_for(process, "Prompts")
     time.sleep(1)
     assert len(workers_of(process)) == 2
@@ -221,6 +222,7 @@ def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
     _, err = process.communicate(timeout=15)
     assert process.returncode == 130
     assert gone(tmp_path, within_s=LATE_S - (time.monotonic() - began_s))
+    assert not list((tmp_path / "tmp").iterdir())
     (resume,) = [line[line.index("lem experiment") :] for line in err.splitlines() if "--resume" in line]
     done = command(*resume.split()[1:], "-y", cwd=tmp_path)
     assert done.code == 0, done.err

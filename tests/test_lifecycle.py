@@ -100,6 +100,11 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert not worker.is_running()
     record, row = kept(tmp_path)
     assert record["status"] == row["status"] == "interrupted"
+    # The worker was told to end by SIGTERM, whatever its parent was told.
+    what = "Ctrl-C" if how == signal.SIGINT else how.name
+    assert record["error"]["message"] == row["error"] == f"stopped by {what}"
+    (cut,) = [warning["text"] for warning in record["warnings"] if warning["code"] == "window_cut"]
+    assert "energy" not in cut, "nothing metered it"
     assert 0 < record["requests_completed"] < 40
     assert row["requests_completed"] == record["requests_completed"]
     assert row["output_tokens"] in (None, record["output_tokens"])
@@ -123,9 +128,18 @@ def test_ctrl_c_ends_a_sweep_with_all_that_was_to_come(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "100", *SLOW, "--multirun", "seed=1,2,3", cwd=tmp_path)
     wait_for(process, "Prompts")
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert len(list(tmp_path.glob("results/raw/*"))) == 1
+    assert f"lem experiment --resume {only(tmp_path).id}\nThe same command goes on" in err
+
+
+def test_ctrl_c_after_the_end_changes_no_exit_code(tmp_path):
+    """Python takes its time to end, and is killed by a signal then unless it is ignored."""
+    code = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    code += "; from lem.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "results", "list"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_waiting_parent_sleeps(running):

@@ -371,7 +371,7 @@ def test_accelerates_own_parser_understands_the_command_line(monkeypatch, tmp_pa
     theirs.to_yaml_file(tmp_path / "default_config.yaml")
     monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default_config.yaml"))
-    python, dash_m, module, *arguments = _launcher(planned(3), EIGHT)
+    python, dash_m, module, *arguments = _launcher(planned(3), EIGHT, tmp_path / "scratch")
     assert (python, dash_m, module) == (sys.executable, "-m", "accelerate.commands.launch")
     parsed = launch.launch_command_parser().parse_args([*arguments, "raw/exp", "--attempt", "2"])
     parsed, _, _ = launch._validate_launch_command(parsed)
@@ -379,7 +379,7 @@ def test_accelerates_own_parser_understands_the_command_line(monkeypatch, tmp_pa
     assert (parsed.gpu_ids, parsed.mixed_precision, parsed.dynamo_backend) == ("all", "no", "no")
     assert (parsed.module, parsed.training_script) == (True, "lem.worker")
     assert parsed.training_script_args == ["raw/exp", "--attempt", "2"]
-    assert parsed.main_process_port == 0
+    assert (parsed.main_process_port, parsed.log_dir) == (0, str(tmp_path / "scratch"))
     environment = launch.prepare_multi_gpu_env(parsed)
     assert environment.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
     assert parsed.main_process_port > 0
@@ -465,6 +465,7 @@ def test_interrupted_direct_form_is_kept_and_resumed_by_the_command(tmp_path):
     (path,) = (tmp_path / "results" / "raw").iterdir()
     directory = ExperimentDir(path)
     assert f"lem experiment --resume {directory.id}" in said
+    assert "lem/worker.py" not in said, "of lem's own there are sentences, no traceback"
     assert directory.state().status == "interrupted"
     before = [row for part in directory.parts() for row in part.requests]
     assert 0 < len(before) < 40

@@ -6,7 +6,7 @@ import io
 import json
 import os
 
-from lem.progress import BatchLines, Event, Lines, PipeReport, Rate
+from lem.progress import Bars, BatchLines, Event, Lines, PipeReport, Rate
 
 
 def sent(events, period_s):
@@ -62,6 +62,19 @@ def test_without_a_terminal_a_line_for_each_tenth():
     assert len(lines) == 12
     assert lines[-1].startswith("Prompts 1000/1000")
     assert "\x1b" not in stream.getvalue()
+
+
+def test_every_phase_that_has_ended_has_a_full_bar(capsys):
+    with Bars() as show:
+        for phase in ("load", "idle_before", "load", "idle_loaded"):
+            show(Event(phase))
+        show(Event("measured", 0, 2))
+        show(Event("measured", 2, 2))
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.partition("  ")[0] for line in shown] == [
+        "Idle, unloaded", "Loading the model", "Idle, loaded", "Prompts",
+    ]  # fmt: skip
+    assert all(" 1/1 " in line or " 2/2 " in line for line in shown), shown
 
 
 def test_a_batch_tells_how_many_have_ended_and_failed():

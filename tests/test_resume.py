@@ -109,6 +109,13 @@ def test_an_unknown_id_is_refused_with_the_nearest(lem, killed):
     assert killed.id in done.err
 
 
+def test_an_empty_id_goes_on_with_nothing(lem, killed):
+    """As a shell's variable gives it that is not set; every id begins with nothing."""
+    done = lem("experiment", "-y", "--resume", "", "-o", "results")
+    assert (done.code, "id is empty" in done.err) == (2, True)
+    assert len(rows_of(killed)) == 3
+
+
 def test_a_beginning_that_fits_several_is_refused(lem, killed):
     (killed.path.parent / "exp_20200101_000000").mkdir()
     done = lem("experiment", "--resume", "exp_20", "-o", "results")
@@ -330,6 +337,14 @@ def test_a_person_is_asked_whether_to_go_on(lem, killed, tmp_path):
     code, shown = on_a_terminal(AGAIN, "y\n", tmp_path)
     assert (code, f"Going on with {killed.id}" in shown) == (0, True)
     assert len(rows_of(killed)) == 8
+
+
+def test_a_question_that_is_broken_off_runs_nothing(lem, killed, tmp_path):
+    # The end of the input, which comes the same way as Ctrl-C and needs no terminal that controls the process.
+    code, shown = on_a_terminal(AGAIN, "\x04", tmp_path)
+    assert (code, "Nothing was run." in shown, "Traceback" in shown) == (130, True, False)
+    assert len(rows_of(killed)) == 3
+    assert len(listing(lem)) == 1
 
 
 # ------------------------------------------------------------------ damaged files

@@ -163,6 +163,12 @@ CASES = [
         given(TWO, parallelism=spread("pipeline", 2), quantization=EIGHT_BIT),
     ),
     (
+        "tensor_parallel_beside_gpus",
+        "backend.device",
+        given(TWO, parallelism=spread("tensor", 2), backend=ON_CPU),
+        given(CPU, parallelism=spread("tensor", 2), backend=ON_CPU),
+    ),
+    (
         "no_effect_degree",
         "parallelism.degree",
         given(parallelism=Parallelism(degree=2)),
@@ -644,6 +650,12 @@ CASES = [
         "trust_remote_code",
         given(model=model(auto_map={})),
         given(model=model(auto_map={}), trust_remote_code=True),
+    ),
+    (
+        "tensor_parallel_unsplittable",
+        "parallelism.strategy",
+        given(model=model("templated"), parallelism=spread("tensor", 3)),
+        given(model=model("templated"), parallelism=spread("tensor", 2)),
     ),
     (
         "no_chat_template",

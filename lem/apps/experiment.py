@@ -15,7 +15,7 @@ from typing import Any
 from lem import host, report
 from lem.aggregate import aggregate
 from lem.apps.compose import CONFIG_MODULE, CONFIG_NAME, prepare, to_experiment
-from lem.errors import ConfigError, Interrupted, LemError
+from lem.errors import ConfigError, Interrupted, LemError, ResultsError
 from lem.job import Outcome, fingerprint, run_ready
 from lem.job import resume as resume_job
 from lem.preflight import Ready, check_again, preflight
@@ -83,6 +83,8 @@ def resume(experiment_id: str, results_dir: Path | None, options: Options) -> in
         ResultsError: no such experiment, or another process runs it.
         Interrupted: stopped once more.
     """
+    if not experiment_id:  # a shell's variable that is not set; all ids begin with nothing
+        raise ResultsError("--resume: the id is empty. lem results list --all shows what can be gone on with.")
     store = Store(results_dir or default_root())
     directory = store.find(experiment_id)
     state, plan = directory.free_state(take_over=options.force), directory.plan()
@@ -154,12 +156,19 @@ def words(ready: Ready) -> str:
 
 
 def confirmed(question: str) -> bool:
-    """Ask on a terminal; without one there is nobody to ask, and the answer is yes."""
+    """Ask on a terminal; without one there is nobody to ask, and the answer is yes.
+
+    Raises:
+        Interrupted: the answer is Ctrl-C.
+    """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     import typer
 
-    return typer.confirm(question, default=True, err=True)
+    try:
+        return typer.confirm(question, default=True, err=True)
+    except typer.Abort:
+        raise Interrupted("Nothing was run.") from None
 
 
 def _show_plan(ready: Ready) -> None:

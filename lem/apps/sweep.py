@@ -33,6 +33,8 @@ from lem.store import ExperimentDir, Store, to_json, write_atomically
 
 SWEEP_DIR = "hydra.sweep.dir="
 SWEEP_FILE = "experiments.json"
+# What is said of all cells when the user has ended a sweep.
+ALL_AGAIN = "The same command goes on with what is unfinished, and runs the others: those that are complete as well."
 Task = Callable[[Any], None]
 
 
@@ -360,7 +362,8 @@ def carry_out(books: Books, display: BatchDisplay, runner: Runner, launch: Calla
                 runner.finish()
             except KeyboardInterrupt as stop:
                 runner.stop()
-                raise Interrupted(str(stop) or "Interrupted; what was measured is kept.") from None
+                said = str(stop) or "Interrupted; what was measured is kept."
+                raise Interrupted(f"{said}\n{ALL_AGAIN}") from None
     finally:
         books.close()
         books.show()

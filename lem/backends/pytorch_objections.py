@@ -1,6 +1,7 @@
 """What speaks against an experiment on the pytorch backend, found before anything heavy is loaded.
 
-Looks at the options, the host, and the model's config.json; loads no weights.
+Looks at the options, the host, and the model's config.json; loads no weights. Only where a model is to be split over
+processes is transformers asked whether it can.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 
 from lem.backends.model_objections import checkpoint_dtype, model_objections, unused_gpus
+from lem.backends.placement import split_over_ranks
 from lem.conflicts import gpus_needed
+from lem.errors import RunError
 from lem.gpu import Gpu
 from lem.host import Host
 from lem.models import Model
@@ -33,6 +36,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
     return [
         *_device_objections(options, host),
         *_parallelism_objections(experiment, gpus),
+        *_tensor_parallel_objections(experiment, model, host),
         *_attention_objections(options, experiment, model, host, used),
         *_compile_objections(options, used),
         *_cache_objections(options),
@@ -64,6 +68,32 @@ def _parallelism_objections(experiment: Experiment, gpus: Sequence[Gpu]) -> Iter
         reason = f"{processes} processes share {_cores()} processor cores and slow each other."
         yield Objection("more_processes_than_cores", path, reason, "Lower it.")
     yield from unused_gpus(experiment, gpus)
+
+
+def _tensor_parallel_objections(experiment: Experiment, model: Model | None, host: Host) -> Iterator[Objection]:
+    """Object to a model that cannot be split over the processes; transformers and the model's config know."""
+    parallelism = experiment.parallelism
+    if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
+        return
+    assert isinstance(experiment.backend, PytorchBackend)
+    if experiment.backend.device == "cpu" and host.gpus:
+        reason = "transformers splits a model over the GPUs where any is visible."
+        remedy = "Hide them: CUDA_VISIBLE_DEVICES='' lem …, or leave backend.device out."
+        yield Objection("tensor_parallel_beside_gpus", "backend.device", reason, remedy)
+    if model is None or ("auto_map" in model.config and not experiment.trust_remote_code):
+        return
+    import transformers  # seconds, but only where a model is to be split
+
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
+        )
+        split_over_ranks(config, parallelism.degree)
+    except RunError as error:
+        yield Objection("tensor_parallel_unsplittable", "parallelism.strategy", str(error), "")
+    except (OSError, ValueError):
+        return  # transformers does not know the model: loading it says why
 
 
 def _cores() -> int:

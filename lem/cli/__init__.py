@@ -88,6 +88,7 @@ def main() -> NoReturn:
     forgiving_streams()
     code = _with_output(_run())
     log.debug("exit code %d", code)
+    _end_undisturbed()
     sys.exit(code)
 
 
