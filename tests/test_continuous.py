@@ -73,8 +73,8 @@ def test_cycles_are_alike_and_as_batch_after_batch_counts_them(tmp_path):
 
 
 def test_ctrl_c_ends_it_and_resuming_runs_what_is_left(tmp_path):
-    endless = ("max_output_tokens=400", "min_output_tokens=400")
-    process = begin(*COMMON, *endless, cwd=tmp_path)
+    long = ("max_output_tokens=120", "min_output_tokens=120")
+    process = begin(*COMMON, *long, cwd=tmp_path)
     try:
         wait_for(process, "Prompts")
         (worker,) = workers_of(process)
@@ -87,7 +87,7 @@ def test_ctrl_c_ends_it_and_resuming_runs_what_is_left(tmp_path):
     resumed = command("experiment", "-y", "--resume", folder.name, cwd=tmp_path)
     assert resumed.code == 0, resumed.err
     own = rows(tmp_path / "results")
-    assert [(row["request"], row["output_tokens"]) for row in own] == [(i, 400) for i in range(14)]
+    assert [(row["request"], row["output_tokens"]) for row in own] == [(i, 120) for i in range(14)]
 
 
 def test_options_that_do_not_go_with_it_are_refused_before_the_run(tmp_path):
