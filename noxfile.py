@@ -96,7 +96,7 @@ def survival(session: nox.Session) -> None:
 
 @nox.session
 def queueing(session: nox.Session) -> None:
-    """Let requests arrive for five minutes, and compare rate, waits and idle share with theory; sleeps nearly always."""
+    """Let requests arrive for five minutes; compare rate, waits and idle share with theory; sleeps nearly always."""
     install_lem(session, "-e", ".", "pytest")
     session.run("pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 

@@ -20,8 +20,8 @@ LOAD = RATE_PER_S * SERVICE_S
 # M/D/1, by Pollaczek and Khinchine.
 WAIT_S = LOAD * SERVICE_S / (2 * (1 - LOAD))
 # With other seeds the exact mean wait of so few requests differs from the theory by 6 % (standard deviation), and only
-# the mean over seeds does not, which the first test is about. With this seed it is 0.1 %, the rate 0.3 %, the idle share
-# 0.3 %: what the run differs by is the run's own doing.
+# the mean over seeds does not, which the first test is about. With this seed it is 0.1 %, the rate 0.3 %, the idle
+# share 0.3 %: what the run differs by is the run's own doing.
 SEED = 44
 WITHIN = 0.03
 
