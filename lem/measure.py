@@ -169,7 +169,9 @@ class Bench:
             by_index = {prompt.index: prompt for prompt in prompts}
             output_tokens = 0
             for batch in self._generate(prompts, queue, into.window_opened_ns):
-                done = [into.add(replace(g, batch=g.batch + first_batch), by_index[g.index]) for g in batch]
+                if first_batch:
+                    batch = [replace(g, batch=g.batch + first_batch) for g in batch]
+                done = [into.add(g, by_index[g.index]) for g in batch]
                 recorder.finished(done, window.checkpoint())
                 output_tokens += sum(len(g.token_ids) for g in batch)
                 self.report(Event("measured", len(into.requests), len(prompts), output_tokens))

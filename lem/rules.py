@@ -66,7 +66,15 @@ OBJECTIONS: dict[str, Rule] = {
     "no_continuous_batching": Rule(
         "impossible",
         "options",
-        "Continuous batching fills a request's place as soon as it is finished; so far only vLLM does that here.",
+        "Continuous batching fills a request's place as soon as it is finished, from a cache of pages; the backend or "
+        "an option that is set does not go with that.",
+        "Choose static batching or leave the option out, as the sentence says; or use backend=vllm.",
+    ),
+    "continuous_unavailable": Rule(
+        "impossible",
+        "machine",
+        "transformers cannot batch this model continuously: the installed version is too old, or the model's attention "
+        "cannot be run on a cache of pages.",
         "Choose static batching, or backend=vllm.",
     ),
     "quantized_by_vllm": Rule(

@@ -37,7 +37,7 @@ class PytorchBackend:
     """transformers' `generate` on PyTorch, in the worker process."""
 
     spreads_a_model_itself: ClassVar[bool] = False
-    runs_continuously: ClassVar[bool] = False
+    runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
     device: Annotated[

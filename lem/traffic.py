@@ -127,10 +127,46 @@ def in_turn(
     while arrivals:
         batch = arrivals.take(time.perf_counter_ns(), at_most)
         if not batch:
-            next_ns = arrivals.next_ns()
-            assert next_ns is not None  # nothing is being served that others could wait for
-            time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)
+            _sleep_until_the_next(arrivals)
             continue
         for part in run([each.request for each in batch]):
             yield batch, part
         arrivals.finished(len(batch), time.perf_counter_ns())
+
+
+def as_places_become_free(
+    arrivals: Arrivals[T],
+    at_most: int,
+    *,
+    running: Callable[[], int],
+    begin: Callable[[Arrived[T]], None],
+    advance: Callable[[], Sequence[R]],
+) -> Iterator[Sequence[R]]:
+    """Serve arrivals with an engine that takes others in between two steps of its work.
+
+    Sleeps until the next arrival when there is nothing to do.
+
+    Args:
+        arrivals: what arrives, and when.
+        at_most: how many requests the engine has at the same time.
+        running: how many it has now.
+        begin: gives it one.
+        advance: lets it take a step, and returns what has been finished in that.
+
+    Yields:
+        What is finished in the same step.
+    """
+    while arrivals or running():
+        for each in arrivals.take(time.perf_counter_ns(), at_most - running()):
+            begin(each)
+        if not running():
+            _sleep_until_the_next(arrivals)
+        elif done := advance():
+            arrivals.finished(len(done), time.perf_counter_ns())
+            yield done
+
+
+def _sleep_until_the_next(arrivals: Arrivals[T]) -> None:
+    next_ns = arrivals.next_ns()
+    assert next_ns is not None  # nothing is being served that others could wait for
+    time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)

@@ -64,7 +64,7 @@ def lem(tmp_path, monkeypatch, capfd):
     logging.getLogger("lem").setLevel(logging.NOTSET)
 
 
-def command(*arguments: str, cwd: Path, **env: str) -> Finished:
+def command(*arguments: str, cwd: Path, timeout_s: float = 300, **env: str) -> Finished:
     """Run `lem …` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "lem.cli", *arguments],
@@ -72,7 +72,7 @@ def command(*arguments: str, cwd: Path, **env: str) -> Finished:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 

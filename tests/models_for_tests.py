@@ -93,6 +93,26 @@ def mixtral(folder):
     return _save(folder, MixtralForCausalLM, config, seed=1, pad="<pad>", bos=True, chat=CHAT_TEMPLATE)
 
 
+def mistral(folder):
+    """Every layer sees the last 16 tokens alone."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=400,
+        max_position_embeddings=POSITIONS,
+        sliding_window=16,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _save(folder, MistralForCausalLM, config, seed=1, pad="<pad>")
+
+
 def _save(folder, model_class, config, *, seed, pad, bos=False, chat=None):
     import torch
 

@@ -12,7 +12,7 @@ from lem import tiny
 from lem.backends import make_backend
 from lem.datasets import builtin
 from lem.errors import RunError
-from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend, VllmBackend
+from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend, Streaming, VllmBackend
 from lem.traffic import Arrivals
 
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
@@ -265,6 +265,109 @@ def test_an_engine_describes_itself(member, texts):
     assert memory.scope
     backend.forget()
     backend.synchronize()
+
+
+# ------------------------------------------------------------------ the times of tokens
+@pytest.mark.parametrize("least", [0, 6], ids=["", "at least 6"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_token_has_a_time_also_where_others_of_its_batch_go_on(member, texts, batch_size, least):
+    batching = Batching(batch_size=batch_size)
+    backend = member.loaded(batching=batching, streaming=Streaming(enabled=True), min_output_tokens=least)
+    generations = run(backend, texts)
+    assert len({len(g.token_ids) for g in generations}) > 1
+    assert_tokens_are_timed(generations)
+    untimed = run(member.loaded(batching=batching, min_output_tokens=least), texts)
+    assert tokens(untimed) == tokens(generations)
+    assert not any(g.chunks for g in untimed)
+
+
+def assert_tokens_are_timed(generations):
+    for g in generations:
+        assert sum(chunk.tokens for chunk in g.chunks) == len(g.token_ids)
+        times = [g.start_ns, g.prefill_end_ns, *(chunk.at_ns for chunk in g.chunks), g.end_ns]
+        assert times == sorted(times)
+
+
+# ------------------------------------------------------------------ continuous batching
+@pytest.fixture
+def continuous(member):
+    """Give what loads the backend with continuous batching, so many requests at a time."""
+    if not member.experiment.backend.runs_continuously:
+        pytest.skip("runs batch after batch")
+
+    def loaded(at_most, **changes):
+        return member.loaded(batching=Batching(strategy="continuous", batch_size=at_most), **changes)
+
+    return loaded
+
+
+def test_continuously_every_prompt_comes_out_once_with_the_tokens_of_a_batch_of_its_own(member, continuous, texts):
+    alone = tokens(run(member.loaded(), texts))
+    for at_most in (1, 3, 64):
+        generations = run(continuous(at_most), texts)
+        assert sorted(g.index for g in generations) == list(range(len(texts)))
+        assert tokens(generations) == alone
+
+
+@pytest.mark.parametrize("decoder", [Decoder(), SAMPLING], ids=["greedy", "sampling"])
+def test_continuously_leaving_out_some_gives_the_same_tokens_for_the_rest(continuous, texts, decoder):
+    backend = continuous(3, decoder=decoder)
+    prompts = backend.encode(texts)
+    whole = tokens(flat(backend.generate(prompts)))
+    rest = tokens(flat(backend.generate(prompts[4:])))
+    assert rest == {index: ids for index, ids in whole.items() if index >= 4}
+
+
+def test_continuously_no_more_run_at_the_same_time_than_asked_for_and_places_are_filled_at_once(continuous, texts):
+    generations = run(continuous(3), texts)
+    running = [sum(g.start_ns <= at.start_ns < g.end_ns for g in generations) for at in generations]
+    assert max(running) == 3
+    # Batch after batch, all would begin with the first of theirs.
+    assert any(g.start_ns < at.start_ns < g.end_ns for g in generations for at in generations)
+    assert all(g.arrived_ns <= g.start_ns <= g.prefill_end_ns <= g.end_ns for g in generations)
+
+
+def test_continuously_a_prompt_that_arrives_is_taken_in_while_others_run(continuous, texts):
+    backend = continuous(4)
+    prompts, opened_ns = backend.encode(texts)[:3], time.perf_counter_ns()
+    arrivals = Arrivals(prompts, [0.0, 0.001, 0.002], 1, opened_ns)
+    first, *others = sorted(flat(backend.serve(arrivals, 4)), key=lambda g: g.index)
+    assert [g.index for g in (first, *others)] == [p.index for p in prompts]
+    assert all(first.start_ns < g.start_ns < first.end_ns for g in others)
+    assert all(g.arrived_ns == opened_ns + g.index * 1_000_000 for g in (first, *others))
+
+
+@pytest.mark.parametrize("times_s", [[0.0, 0.0, 0.001, 0.01, 0.3], None], ids=["open loop", "concurrency"])
+def test_continuously_prompts_that_arrive_come_out_once(continuous, texts, times_s):
+    backend = continuous(2)
+    prompts, opened_ns = backend.encode(texts)[:5], time.perf_counter_ns()
+    done = flat(backend.serve(Arrivals(prompts, times_s, 2, opened_ns), 2))
+    assert sorted(g.index for g in done) == [p.index for p in prompts]
+    assert all(opened_ns <= g.arrived_ns <= g.start_ns <= g.end_ns for g in done)
+    assert max(sum(g.start_ns <= at.start_ns < g.end_ns for g in done) for at in done) <= 2
+
+
+@pytest.mark.parametrize("least", [0, 6], ids=["", "at least 6"])
+def test_continuously_each_token_has_a_time_of_its_own(continuous, member, texts, least):
+    backend = continuous(4, streaming=Streaming(enabled=True), min_output_tokens=least)
+    generations = run(backend, texts)
+    assert_tokens_are_timed(generations)
+    assert all(len({chunk.at_ns for chunk in g.chunks}) == len(g.chunks) for g in generations)
+    assert all(g.end_ns == g.chunks[-1].at_ns for g in generations)
+    assert min(len(g.token_ids) for g in generations) >= least
+    for g in generations:
+        assert not member.end_tokens.intersection(g.token_ids[:-1])
+        assert (g.finish_reason == "stop") == (g.token_ids[-1] in member.end_tokens)
+
+
+def test_continuously_what_was_broken_off_does_not_come_back(continuous, texts):
+    backend = continuous(3)
+    prompts = backend.encode(texts)
+    whole = tokens(flat(backend.generate(prompts)))
+    broken_off = backend.generate(prompts)
+    next(broken_off)
+    broken_off.close()
+    assert tokens(flat(backend.generate(prompts[:2]))) == {index: whole[index] for index in (0, 1)}
 
 
 def test_simulation_has_no_model_and_says_so():

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lem"
 
 # A module may import only from layers above its own in this list, or from its own family.
 LAYERS = [
-    {"_version", "errors", "quiet", "rules", "units"},
+    {"_version", "aside", "errors", "quiet", "rules", "units"},
     {"spec", "record", "objection", "hub"},
     {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts", "codec", "statistics", "traffic"},
     {"state", "journal", "latency"},

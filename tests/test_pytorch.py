@@ -16,7 +16,7 @@ from lem.errors import RunError
 from lem.gpu import Gpu
 from lem.host import Host
 from lem.spec import Batching, Dataset, Decoder, Experiment, PytorchBackend, Quantization
-from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mixed_prompts, mixtral, qwen2, write_prompts
+from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mistral, mixed_prompts, mixtral, qwen2, write_prompts
 
 
 class BareHost(Host):
@@ -31,7 +31,7 @@ NO_GPU, ONE_GPU = Host(gpus=()), Host(gpus=GPUS)
 NEUTRAL = Decoder()
 SAMPLING = Decoder(do_sample=True)
 BUILDERS = {"gpt2": gpt2, "qwen2": qwen2, "mixtral": mixtral}
-STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
+STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic", "continuous")
 
 
 # ------------------------------------------------------------------ models and prompts
@@ -340,6 +340,105 @@ def test_adapter_is_recorded_and_its_parameters_are_counted(folders, adapter):
     # Two layers, rank 4, from 64 to 3·64.
     assert adapted.parameters - plain.parameters == 2 * 4 * (64 + 3 * 64)
     assert adapted.architecture == "GPT2LMHeadModel"
+
+
+# ------------------------------------------------------------------ continuous batching
+CONTINUOUS = Batching(strategy="continuous", batch_size=4)
+
+
+def test_layers_that_see_a_window_of_the_text_are_batched_continuously_too(tmp_path, texts):
+    folder = mistral(tmp_path)
+    expected = generate_alone(folder, texts[:20])
+    assert outputs(experiment(folder, batching=CONTINUOUS), texts[:20]) == expected
+
+
+@pytest.mark.parametrize(("kernel", "used"), [("eager", "paged|eager"), ("sdpa", "sdpa")])
+def test_attention_kernel_is_used_with_continuous_batching_and_given_back(folders, texts, alone, kernel, used):
+    options = PytorchBackend(device="cpu", attn_implementation=kernel)
+    backend = load(experiment(folders["gpt2"], backend=options, batching=CONTINUOUS))
+    prompts = backend.encode(texts[:8])
+    assert backend.engine_info().settings["attn_implementation"] == used
+    assert backend.engine_info().settings["cache_implementation"] == "paged"
+    written = {g.index: g.token_ids for batch in backend.generate(prompts) for g in batch}
+    assert [written[i] for i in range(8)] == alone["gpt2"][:8]
+    model = backend._model
+    backend.close()
+    assert model.config._attn_implementation == kernel
+
+
+def test_adapter_and_options_of_the_decoder_arrive_with_continuous_batching(folders, texts, adapter):
+    wanted = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
+    expected = generate_alone(folders["gpt2"], texts, adapter=adapter, min_new_tokens=6, **wanted)
+    assert expected != generate_alone(folders["gpt2"], texts, adapter=adapter)
+    changes = {"adapter": str(adapter), "decoder": Decoder(**wanted), "min_output_tokens": 6}
+    assert outputs(experiment(folders["gpt2"], batching=CONTINUOUS, **changes), texts) == expected
+
+
+@pytest.mark.parametrize("option", ["", *DRAWN])
+def test_sampling_is_that_of_each_prompt_alone_with_continuous_batching(folders, texts, option):
+    neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    wanted = neutral | ({option: DRAWN[option]} if option else {})
+    expected = generate_alone(folders["gpt2"], texts[:12], seed=3, **wanted)
+    changes = {"batching": CONTINUOUS, "seed": 3, "decoder": Decoder(**wanted)}
+    assert outputs(experiment(folders["gpt2"], **changes), texts[:12]) == expected
+
+
+def test_model_without_an_end_token_runs_to_the_limit_with_continuous_batching(folders, texts, tmp_path):
+    folder = with_generation_config(folders["qwen2"], tmp_path / "endless", eos_token_id=None)
+    change_json(folder / "config.json", eos_token_id=None)
+    change_json(folder / "tokenizer_config.json", eos_token=None)
+    generations = run(experiment(folder, batching=CONTINUOUS, min_output_tokens=5), texts[:8])
+    assert {(g.finish_reason, len(g.token_ids)) for g in generations} == {("length", NEW_TOKENS)}
+
+
+def test_cache_is_as_large_as_what_can_run_at_the_same_time_needs(folders, texts):
+    backend = load(experiment(folders["qwen2"], batching=CONTINUOUS))
+    prompts = backend.encode(texts)
+    longest = max(len(p.token_ids) for p in prompts) + NEW_TOKENS
+    # 2 layers, keys and values of 2 heads of 16, 4 bytes.
+    needed = 4 * longest * 2 * 2 * 2 * 16 * 4
+    assert needed <= backend.peak_memory().kv_cache_bytes < 2 * needed
+    assert int(backend.engine_info().settings["kv_cache_tokens"]) >= 4 * longest
+    list(backend.generate(prompts[:2]))
+    assert backend.kv_cache_bytes_per_token() is None
+
+
+def test_cache_that_does_not_fit_is_refused_in_a_sentence(folders, texts):
+    wanted = experiment(folders["qwen2"], batching=Batching(strategy="continuous", batch_size=65536))
+    backend = load(replace(wanted, max_output_tokens=POSITIONS - 100))
+    backend._continuous._model.config.num_hidden_layers = 100_000
+    backend._continuous._model.config.layer_types = None
+    with pytest.raises(
+        RunError, match=r"no memory for a key/value cache of 65536 requests .* Lower batching.batch_size"
+    ):
+        backend.encode(["the river"])
+
+
+def test_model_whose_attention_cannot_be_exchanged_is_refused(folders, monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    monkeypatch.setattr(GPT2LMHeadModel, "_supports_attention_backend", False)
+    with pytest.raises(RunError, match="no exchangeable attention; use static batching"):
+        load(experiment(folders["gpt2"], batching=CONTINUOUS))
+
+
+def test_error_in_a_step_comes_out_where_it_happened(folders, texts, monkeypatch):
+    backend = load(experiment(folders["gpt2"], batching=CONTINUOUS))
+    prompts = backend.encode(texts)
+    generations = backend.generate(prompts)
+    next(generations)
+    monkeypatch.setattr(backend._model, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(generations)
+
+
+def test_old_transformers_is_refused_with_the_version_that_is_needed(folders, monkeypatch):
+    monkeypatch.setattr("lem.backends.pytorch_continuous.version", lambda: "5.18.2")
+    found, text = objections(experiment(folders["gpt2"], batching=CONTINUOUS))
+    assert found == [("impossible", "batching.strategy")]
+    assert "transformers>=5.19" in text
+    monkeypatch.setattr("lem.backends.pytorch_continuous.version", lambda: "6.0.0.dev0")
+    assert objections(experiment(folders["gpt2"], batching=CONTINUOUS)) == ([], "")
 
 
 # ------------------------------------------------------------------ inputs

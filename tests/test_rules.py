@@ -66,6 +66,7 @@ FOUR_BIT = Quantization(quantization=True, load_in_4bit=True)
 FLASH_2 = PytorchBackend(attn_implementation="flash_attention_2")
 FLASH_3 = PytorchBackend(attn_implementation="flash_attention_3")
 DYNAMIC = Batching(strategy="dynamic", max_tokens_per_batch=8192)
+CONTINUOUS = Batching(strategy="continuous")
 
 
 def spread(strategy, degree):
@@ -512,8 +513,44 @@ CASES = [
     (
         "no_continuous_batching",
         "batching.strategy",
-        given(batching=Batching(strategy="continuous")),
-        given(backend=VLLM, batching=Batching(strategy="continuous")),
+        given(backend=SIMULATED, batching=CONTINUOUS),
+        given(backend=VLLM, batching=CONTINUOUS),
+    ),
+    (
+        "no_continuous_batching",
+        "backend.attn_implementation",
+        given(backend=PytorchBackend(attn_implementation="flex_attention"), batching=CONTINUOUS),
+        given(backend=PytorchBackend(attn_implementation="eager"), batching=CONTINUOUS),
+    ),
+    (
+        "no_continuous_batching",
+        "backend.cache_implementation",
+        given(backend=PytorchBackend(cache_implementation="static"), batching=CONTINUOUS),
+        given(backend=PytorchBackend(cache_implementation="static")),
+    ),
+    (
+        "no_continuous_batching",
+        "backend.torch_compile",
+        given(backend=PytorchBackend(torch_compile=True), batching=CONTINUOUS),
+        given(backend=PytorchBackend(torch_compile=True)),
+    ),
+    (
+        "no_continuous_batching",
+        "parallelism.strategy",
+        given(TWO, parallelism=spread("tensor", 2), batching=CONTINUOUS),
+        given(TWO, parallelism=spread("data", 2), batching=CONTINUOUS),
+    ),
+    (
+        "continuous_unavailable",
+        "batching.strategy",
+        given(model=model(model_type="mamba"), batching=CONTINUOUS),
+        given(model=model(model_type="llama"), batching=CONTINUOUS),
+    ),
+    (
+        "continuous_unavailable",
+        "batching.strategy",
+        given(model=model(layer_types=["linear_attention", "full_attention"]), batching=CONTINUOUS),
+        given(model=model(layer_types=["sliding_attention", "full_attention"]), batching=CONTINUOUS),
     ),
     (
         "quantized_by_vllm",

@@ -16,6 +16,7 @@ from lem.backends.architecture import architecture_of, kv_bytes_per_token
 from lem.backends.base import Backend, Encoded, Generation
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.prompts import encode, end_tokens
+from lem.backends.pytorch_continuous import Continuous
 from lem.backends.pytorch_objections import objections
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed
@@ -29,6 +30,7 @@ from lem.models import Model, find
 from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
 from lem.spec import Experiment, PytorchBackend
+from lem.traffic import Arrivals
 
 
 class Pytorch(Backend):
@@ -46,6 +48,7 @@ class Pytorch(Backend):
         self._end_tokens: frozenset[int] = frozenset()
         self._prefill_end_ns: int | None = None
         self._graphs_compiled = 0
+        self._continuous: Continuous | None = None
         self._expected: Sequence[Gpu] = ()
 
     # -------------------------------------------------------------- before the run
@@ -94,7 +97,10 @@ class Pytorch(Backend):
         self._model = self._load_model(torch, transformers)
         self._end_tokens = end_tokens(self._model.generation_config, self._tokenizer)
         self._generation_config = self._make_generation_config(transformers)
-        self._watch_prefill()
+        if self._experiment.batching.strategy == "continuous":
+            self._continuous = Continuous(self._experiment, self._inner_model(), self._end_tokens)
+        else:
+            self._watch_prefill()
         if self._options.torch_compile:
             inner = self._inner_model()
             inner.forward = torch.compile(inner.forward, mode=self._options.torch_compile_mode)
@@ -247,12 +253,18 @@ class Pytorch(Backend):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text by itself, with the model's own special tokens."""
+        """Tokenize each text by itself; with continuous batching, allocate the cache that these prompts need."""
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        return encode(self._tokenizer, texts, self._experiment, positions)
+        encoded = encode(self._tokenizer, texts, self._experiment, positions)
+        if self._continuous is not None:
+            self._continuous.make_room(encoded)
+        return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run the prompts in batches; those of a batch are finished together."""
+        """Run the prompts in batches that are finished together; or continuously."""
+        if self._continuous is not None:
+            yield from self._continuous.generate(prompts)
+            return
         import torch
 
         graphs_before = compiled_graphs()
@@ -281,6 +293,12 @@ class Pytorch(Backend):
                 for prompt, (tokens, reason) in zip(members, cut, strict=True)
             ]
             self._graphs_compiled = compiled_graphs() - graphs_before
+
+    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
+        """Run batch after batch of those that wait; or take each prompt in as it arrives, amid the others."""
+        yield from (
+            super().serve(arrivals, at_most) if self._continuous is None else self._continuous.serve(arrivals, at_most)
+        )
 
     def _generate_batch(self, torch: Any, members: Sequence[Encoded], clock: _TokenClock | None) -> list[list[int]]:
         """Return the new tokens of each prompt, the rest of the batch's length included."""
@@ -335,14 +353,14 @@ class Pytorch(Backend):
 
     def peak_memory(self) -> Memory:
         """Return the CUDA allocator's peaks since the reset, summed over the GPUs, or on the CPU the process's."""
-        gpus = self._gpus()
+        gpus, cache_bytes = self._gpus(), None if self._continuous is None else self._continuous.kv_cache_bytes()
         if not gpus:
-            return Memory(peak_memory_bytes(), "process, since its start")
+            return Memory(peak_memory_bytes(), "process, since its start", cache_bytes)
         import torch
 
         several = f", sum of {len(gpus)} GPUs" if len(gpus) > 1 else ""
         peak = sum(torch.cuda.max_memory_allocated(device) for device in gpus)
-        return Memory(peak, f"GPU allocator, measured window{several}")
+        return Memory(peak, f"GPU allocator, measured window{several}", cache_bytes)
 
     def model_info(self) -> ModelInfo | None:
         """Describe the model as it was loaded."""
@@ -371,12 +389,13 @@ class Pytorch(Backend):
             device_name=torch.cuda.get_device_name(self._device) if on_gpu else cpu_model(),
             settings={
                 "attn_implementation": str(self._model.config._attn_implementation),
-                "cache_implementation": self._options.cache_implementation,
+                "cache_implementation": self._options.cache_implementation if self._continuous is None else "paged",
                 "torch_compile": self._options.torch_compile_mode if self._options.torch_compile else "off",
                 "torch_threads": str(torch.get_num_threads()),
                 "parallelism": f"{self._strategy} {degree}" if self._strategy != "none" else "none",
                 "end_token_ids": ",".join(map(str, sorted(self._end_tokens))) or "none",
                 "chat_template": "on" if self._experiment.chat_template else "off",
+                **({} if self._continuous is None else self._continuous.settings()),
             },
         )
 
@@ -386,8 +405,8 @@ class Pytorch(Backend):
 
     def kv_cache_bytes_per_token(self) -> int | None:
         """Return 2 (keys, values) · layers · key/value heads · head dimension · bytes of the dtype."""
-        if self._options.cache_implementation == "none":
-            return None
+        if self._options.cache_implementation == "none" or self._continuous is not None:
+            return None  # nothing is cached, or the cache is allocated beforehand: see peak_memory
         return kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype.itemsize)
 
     def notes(self) -> list[Note]:
@@ -401,7 +420,9 @@ class Pytorch(Backend):
 
     def close(self) -> None:
         """Drop the model and give the GPUs' memory back."""
-        self._model = None
+        if self._continuous is not None:
+            self._continuous.close()
+        self._model = self._continuous = None
         if self._gpus():
             import torch
 

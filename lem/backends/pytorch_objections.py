@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from lem.backends import pytorch_continuous
 from lem.backends.model_objections import checkpoint_dtype, model_objections, unused_gpus
 from lem.backends.placement import split_over_ranks
 from lem.conflicts import gpus_needed
@@ -40,6 +41,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_attention_objections(options, experiment, model, host, used),
         *_compile_objections(options, used),
         *_cache_objections(options),
+        *_continuous_objections(experiment, options, model),
         *_package_objections(experiment, host),
         *model_objections(experiment, model),
         *_precision_objections(experiment, model, used),
@@ -166,6 +168,48 @@ def _cache_objections(options: PytorchBackend) -> Iterator[Objection]:
             "without a cache every step recomputes the whole sequence; FLOPs count each token once.",
             "Use dynamic unless that is what you study.",
         )
+
+
+# ------------------------------------------------------------------ continuous batching
+def _continuous_objections(experiment: Experiment, options: PytorchBackend, model: Model | None) -> Iterator[Objection]:
+    if experiment.batching.strategy != "continuous":
+        return
+    yield from _unavailable(model)
+    strategy, cache = experiment.parallelism.strategy, options.cache_implementation
+    if options.attn_implementation == "flex_attention":
+        reason, remedy = "flex_attention does not read a cache of pages.", "Use auto, sdpa, eager or flash attention."
+        yield Objection("no_continuous_batching", "backend.attn_implementation", reason, remedy)
+    if cache != "dynamic":
+        reason = f"continuous batching has a cache of pages, and {cache} is asked for."
+        yield Objection("no_continuous_batching", "backend.cache_implementation", reason, "Leave it out.")
+    if options.torch_compile:
+        reason = "each step of continuous batching has another shape, and would be compiled anew."
+        yield Objection(
+            "no_continuous_batching", "backend.torch_compile", reason, "Leave it off, or use static batching."
+        )
+    if strategy in ("tensor_parallel", "pipeline_parallel"):
+        reason = f"this backend has no continuous batching with {strategy}."
+        yield Objection("no_continuous_batching", "parallelism.strategy", reason, "Use data_parallel, or backend=vllm.")
+
+
+def _unavailable(model: Model | None) -> Iterator[Objection]:
+    path, remedy = "batching.strategy", "Choose static, or backend=vllm."
+    if pytorch_continuous.is_too_old():
+        oldest = ".".join(map(str, pytorch_continuous.OLDEST))
+        reason = f"transformers {pytorch_continuous.version()} is installed; continuous batching here needs {oldest}."
+        yield Objection(
+            "continuous_unavailable", path, reason, f"pip install 'transformers>={oldest}', or choose static."
+        )
+    if model is None:
+        return
+    kind = str(model.config.get("model_type"))
+    if pytorch_continuous.can_run(kind) is False:
+        reason = f"transformers cannot exchange the attention of a {kind} model, so there can be no cache of pages."
+        yield Objection("continuous_unavailable", path, reason, remedy)
+    strange = sorted(set(model.config.get("layer_types") or ()) - pytorch_continuous.LAYER_TYPES)
+    if strange:
+        reason = f"{model.name} has layers of {', '.join(strange)}, for which transformers has no cache of pages."
+        yield Objection("continuous_unavailable", path, reason, remedy)
 
 
 # ------------------------------------------------------------------ packages and adapters

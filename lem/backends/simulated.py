@@ -22,6 +22,7 @@ from lem.models import Model
 from lem.objection import Objection, without_effect
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
 from lem.spec import Decoder, Experiment, SimulatedBackend
+from lem.units import NS_PER_S
 
 END_TOKEN = 0
 
@@ -33,6 +34,7 @@ class Simulated(Backend):
         assert isinstance(experiment.backend, SimulatedBackend)
         self._experiment = experiment
         self._options = experiment.backend
+        self._late_ns = 0
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
@@ -64,17 +66,14 @@ class Simulated(Backend):
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Sleep as long as the batch takes, then yield its prompts."""
+        start_ns = time.perf_counter_ns()  # planning is part of the work
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
             if any(p.index == self._options.fail_at_request for p in members):
                 raise RunError(f"simulated failure at request {self._options.fail_at_request}")
             outputs = [self._output(p) for p in members]
-            start_ns = time.perf_counter_ns()
-            time.sleep(self._prefill_s(members))
-            prefill_end_ns = time.perf_counter_ns()
-            chunks = self._decode(max(map(len, outputs)))
-            end_ns = time.perf_counter_ns()
+            prefill_end_ns, chunks, end_ns = self._work(start_ns, members, max(map(len, outputs)))
             yield [
                 Generation(
                     p.index,
@@ -88,18 +87,24 @@ class Simulated(Backend):
                 )
                 for p, output in zip(members, outputs, strict=True)
             ]
+            start_ns = time.perf_counter_ns()
 
-    def _decode(self, steps: int) -> list[Chunk]:
-        """Sleep as long as decoding takes; when streaming, step by step, and note when each was done."""
-        if not self._experiment.streaming.enabled:
-            time.sleep(steps * self._options.decode_s_per_token)
-            return []
-        began_s, chunks = time.perf_counter(), []
-        for step in range(1, steps + 1):
-            # To a moment, not for a time: what sleep is late by must not add up.
-            time.sleep(max(0.0, began_s + step * self._options.decode_s_per_token - time.perf_counter()))
-            chunks.append(Chunk(time.perf_counter_ns(), 1))
-        return chunks
+    def _work(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
+        """Sleep through prefill and decoding; return when each was done, and when streaming, each step.
+
+        It sleeps to moments, not for times, and what it wakes late by is taken off the next batch: else it would add
+        up, and batches would take longer than they are said to.
+        """
+        due_ns = start_ns - self._late_ns + round(self._prefill_s(members) * NS_PER_S)
+        prefill_end_ns = _sleep_until(due_ns)
+        step_ns = self._options.decode_s_per_token * NS_PER_S
+        timed = range(1, steps + 1) if self._experiment.streaming.enabled else ()
+        chunks = [Chunk(_sleep_until(due_ns + round(step * step_ns)), 1) for step in timed]
+        due_ns += round(steps * step_ns)
+        end_ns = _sleep_until(due_ns)
+        # After a long stop it does not rush.
+        self._late_ns = min(end_ns - due_ns, end_ns - start_ns)
+        return prefill_end_ns, chunks, end_ns
 
     def peak_memory(self) -> Memory:
         """Return this process's own peak."""
@@ -126,6 +131,14 @@ class Simulated(Backend):
 
     def _prefill_s(self, members: Sequence[Encoded]) -> float:
         return sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
+
+
+def _sleep_until(moment_ns: int) -> int:
+    """Sleep until a moment of `time.perf_counter_ns`, and return when it really was."""
+    left_ns = moment_ns - time.perf_counter_ns()
+    if left_ns > 0:
+        time.sleep(left_ns / NS_PER_S)
+    return time.perf_counter_ns()
 
 
 def _finish_reason(output: Sequence[int]) -> FinishReason:

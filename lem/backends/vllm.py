@@ -35,8 +35,7 @@ from lem.models import Model, find
 from lem.objection import Objection
 from lem.record import EngineInfo, Memory, ModelInfo, Note
 from lem.spec import Experiment, VllmBackend
-from lem.traffic import Arrivals
-from lem.units import NS_PER_S
+from lem.traffic import Arrivals, as_places_become_free
 
 # The engine's counters and what they are called in records.
 COUNTERS = {
@@ -299,19 +298,15 @@ class Vllm(Backend):
             for number, done in enumerate(self._served(arrivals)):
                 yield [replace(generation, batch=number) for generation in done]
 
-    def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[list[Generation]]:
-        """Yield those that finish in the same step; sleeps while there is nothing to do."""
-        while arrivals or self._running:
-            # The engine has a queue of its own, so that it is given whatever has arrived.
-            for each in arrivals.take(time.perf_counter_ns(), sys.maxsize):
-                self._add(str(each.request.index), _Request(each.request, 0, each.at_ns))
-            if not self._running:
-                next_ns = arrivals.next_ns()
-                assert next_ns is not None  # nothing runs that others could wait for
-                time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)
-            elif done := self._advance():
-                arrivals.finished(len(done), time.perf_counter_ns())
-                yield list(done.values())
+    def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[Sequence[Generation]]:
+        """Yield those that finish in the same step; the engine has a queue of its own, and is given all that comes."""
+        return as_places_become_free(
+            arrivals,
+            sys.maxsize,
+            running=lambda: len(self._running),
+            begin=lambda each: self._add(str(each.request.index), _Request(each.request, 0, each.at_ns)),
+            advance=lambda: list(self._advance().values()),
+        )
 
     def _run(self, requests: Mapping[str, Encoded], batch: int) -> Iterator[dict[str, Generation]]:
         """Give requests to the engine, and yield those that finish in the same step, by their ids."""
