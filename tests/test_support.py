@@ -1,0 +1,168 @@
+"""Each backend has what it says that it has, refuses the rest, and the support matrix says no more than that.
+
+What is tried, and how, is in tests/support.py; `pytest -k vllm` runs it on the real vLLM (nox -s vllm).
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from lem.apps.compose import prepare
+from lem.backends.features import IdealHost, features, support
+from lem.backends.features import feature as named
+from lem.conflicts import conflicts
+from lem.datasets import builtin
+from lem.host import look
+from lem.rules import OBJECTIONS
+from lem.spec import BACKENDS, Experiment
+from tests.conftest import SIMULATED, command
+from tests.support import (
+    ARRIVES,
+    CHECKS,
+    ELSEWHERE,
+    ENGINES,
+    PROCESSOR,
+    TELLINGS,
+    Bench,
+    Engines,
+    confirmation,
+    is_checked,
+)
+
+IDEAL = IdealHost()
+# The package behind an engine, where it is not one that lem needs anyway.
+PACKAGES = {"vllm": "vllm"}
+EVERY = [(backend, feature) for backend in BACKENDS for feature in features()]
+
+
+def cases(chosen):
+    return [
+        pytest.param(backend, feature, id=f"{backend}-{feature.name}")
+        for backend, feature in EVERY
+        if chosen(backend, feature)
+    ]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [row["text"] for row in builtin.read("builtin:sample")][:11]
+
+
+@pytest.fixture(scope="module")
+def benches(tiny_that_ends, texts, tmp_path_factory):
+    engines = Engines()
+    yield {name: Bench(name, str(tiny_that_ends), texts, tmp_path_factory.mktemp(name), engines) for name in ENGINES}
+    engines.close()
+
+
+def bench_of(benches, backend):
+    if backend in PACKAGES and find_spec(PACKAGES[backend]) is None:
+        pytest.skip(f"{PACKAGES[backend]} is not installed")
+    return benches[backend]
+
+
+# ------------------------------------------------------------------ what is declared is so
+@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: is_checked(f, b) and f.name in CHECKS))
+def test_a_feature_that_is_declared_works(benches, backend, feature):
+    bench = bench_of(benches, backend)
+    here = support(feature, backend, look())
+    if here.answer != "yes":
+        pytest.skip(f"this machine lacks something: {here.codes}")
+    CHECKS[feature.name](bench, bench.asks(feature))
+
+
+@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: b in ENGINES and f.name in TELLINGS))
+def test_a_backend_tells_what_it_declares_and_nothing_else(benches, backend, feature):
+    bench = bench_of(benches, backend)
+    assert TELLINGS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
+
+
+@pytest.mark.parametrize(
+    ("backend", "feature"), cases(lambda b, f: f.tells is None and support(f, b, IDEAL).answer in ("no", "no effect"))
+)
+def test_what_is_refused_is_refused_with_that_code_before_anything_runs(lem, backend, feature):
+    wanted = support(feature, backend, IDEAL)
+    model = "any" if backend == "simulated" else "tiny"
+    asked = ["experiment", "--dry-run", "-m", model, "-d", "sample", "-n", "4", "energy=none", f"backend={backend}"]
+    done = lem(*asked, *feature.overrides(backend))
+    assert done.code == {"no": 2, "no effect": 0}[wanted.answer]
+    assert all(f"[{code}]" in done.out + done.err for code in wanted.codes)
+
+
+@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: f.asked_of(b)))
+def test_what_the_page_shows_is_what_is_asked_for(backend, feature, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    composed = prepare(None, [f"backend={backend}", *feature.overrides(backend)]).experiment()
+    plain = prepare(None, [f"backend={backend}"]).experiment()
+    assert composed == feature.asked(plain)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["several processes", "data parallel"])
+def test_simulated_processes_share_the_prompts(tmp_path, name):
+    done = command("experiment", *SIMULATED, "-n", "7", *named(name).overrides("simulated"), cwd=tmp_path)
+    assert done.code == 0, done.err
+    rows = pq.read_table(tmp_path / "results" / "requests").to_pylist()
+    assert sorted(row["request"] for row in rows) == list(range(7))
+    assert {row["rank"] for row in rows} == {0, 1}
+
+
+# ------------------------------------------------------------------ the page claims no more than has been tried
+def test_whatever_the_processor_can_do_is_tried_there():
+    """But for what the rules cannot know: whether vLLM's build for it has a method of quantization."""
+    left = [
+        (backend, feature.name)
+        for backend, feature in EVERY
+        if backend in ENGINES
+        and support(feature, backend, PROCESSOR).answer == "yes"
+        and confirmation(feature, backend) != "tested"
+    ]
+    assert left == [("vllm", "the engine's own quantization"), ("vllm", "share of a GPU's memory")]
+
+
+@pytest.mark.parametrize("table", [ELSEWHERE, ARRIVES], ids=["elsewhere", "arrives"])
+def test_what_another_test_shows_is_shown_by_a_test_that_there_is(table):
+    for (backend, name), where in table.items():
+        file, _, test = where.partition("::")
+        tree = ast.parse((Path(__file__).parent / file).read_text())
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, where
+        assert support(named(name), backend, IDEAL).answer == "yes"
+        assert not is_checked(named(name), backend), "it is tried here already"
+    assert not set(ELSEWHERE) & set(ARRIVES)
+
+
+def test_every_check_is_of_a_feature():
+    names = [feature.name for feature in features()]
+    assert len(set(names)) == len(names)
+    assert CHECKS.keys() | TELLINGS.keys() <= set(names)
+    assert all(feature.meaning.endswith(".") for feature in features())
+
+
+def test_every_backend_has_an_answer_and_every_code_a_rule():
+    for backend, feature in EVERY:
+        answer = support(feature, backend, IDEAL)
+        assert set(answer.codes) <= set(OBJECTIONS)
+        assert (answer.answer in ("no", "no effect")) >= bool(answer.codes)
+        assert feature.tells or answer.answer in ("yes", "no option") or answer.codes
+
+
+def test_a_backends_own_features_are_for_it_alone():
+    for feature in features():
+        for backend in feature.own:
+            assert backend in BACKENDS
+        assert not (feature.own and feature.changes)
+        if feature.own:
+            assert {b for b in BACKENDS if support(feature, b, IDEAL).answer != "no option"} == set(feature.own)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_ask_for_nothing_that_contradicts_itself(backend):
+    plain = Experiment(model="any", backend=BACKENDS[backend]())
+    for feature in features():
+        if feature.asked_of(backend) and support(feature, backend, IDEAL).answer == "yes":
+            assert list(conflicts(feature.asked(plain))) == []
