@@ -330,8 +330,8 @@ OBJECTIONS: dict[str, Rule] = {
     "attention_needs_gpu": Rule(
         "impossible",
         "machine",
-        "Flash attention runs on NVIDIA GPUs only.",
-        "Use sdpa or eager.",
+        "The attention kernel runs on NVIDIA GPUs only.",
+        "Use sdpa or eager on pytorch, CPU_ATTN on vllm, or leave it out.",
     ),
     "attention_unsupported": Rule(
         "impossible",

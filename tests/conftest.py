@@ -18,6 +18,7 @@ import pytest
 
 from lem import tiny
 from tests.standin import driver, standin  # noqa: F401 - fixtures
+from tests.support import Engines
 
 # No test may wait for a hub that it cannot reach.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -145,3 +146,10 @@ def tiny_that_ends(tiny_folder, tmp_path_factory):
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(2, 402))}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def engines():
+    kept = Engines()
+    yield kept
+    kept.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from operator import eq
 from pathlib import Path
 from typing import Literal
 
@@ -245,8 +246,11 @@ def sampling(bench: Bench, asked: Experiment) -> None:
 
 
 def temperature(bench: Bench, asked: Experiment) -> None:
-    assert bench.tokens(asked) != bench.tokens(decoding(asked, temperature=1.0))
-    assert bench.tokens(decoding(asked, temperature=0.01)) == bench.tokens(bench.plain)
+    """The lower it is, the more often the most likely token is drawn."""
+    at = {t: bench.tokens(decoding(asked, temperature=t)) for t in (0.01, asked.decoder.temperature, 1.0)}
+    greedily = [sum(map(eq, tokens, bench.tokens(bench.plain))) for tokens in at.values()]
+    assert greedily[0] > greedily[-1]
+    assert at[asked.decoder.temperature] != at[1.0]
 
 
 def _narrowed(name: str, to_one_token: float, off: float):
@@ -268,10 +272,10 @@ def seed(bench: Bench, asked: Experiment) -> None:
 
 def repetition_penalty(bench: Bench, asked: Experiment) -> None:
     def repeated(experiment: Experiment) -> int:
-        return sum(len(tokens) - len(set(tokens)) for tokens in bench.tokens(experiment))
+        long = replace(experiment, min_output_tokens=48, max_output_tokens=48)
+        return sum(len(tokens) - len(set(tokens)) for tokens in bench.tokens(long))
 
-    assert repeated(decoding(asked, repetition_penalty=10.0)) < repeated(bench.plain)
-    assert bench.tokens(asked) != bench.tokens(bench.plain)
+    assert repeated(asked) < repeated(bench.plain)
 
 
 def no_repeated_ngrams(bench: Bench, asked: Experiment) -> None:
@@ -516,7 +520,6 @@ CHECKS = {
     "random weights": random_weights,
     "eager attention": _setting("attn_implementation"),
     "SDPA": _setting("attn_implementation"),
-    "flex attention": _setting("attn_implementation"),
     "static cache": _setting("cache_implementation"),
     "no cache": _setting("cache_implementation"),
     "prefix caching": prefix_caching,

@@ -51,13 +51,6 @@ class Member:
         return backend
 
 
-@pytest.fixture(scope="session")
-def engines():
-    kept = Engines()
-    yield kept
-    kept.close()
-
-
 @pytest.fixture(params=MEMBERS)
 def member(request, tiny_that_ends, engines):
     if request.param == "simulated":

@@ -263,6 +263,12 @@ CASES = [
         given(backend=PytorchBackend(attn_implementation="sdpa")),
     ),
     (
+        "attention_needs_gpu",
+        "backend.attention_backend",
+        given(backend=VllmBackend(attention_backend="FLASH_ATTN")),
+        given(backend=VllmBackend(attention_backend="CPU_ATTN")),
+    ),
+    (
         "attention_unsupported",
         "backend.attn_implementation",
         given(FullHost(gpus(T4)), backend=FLASH_2),

@@ -244,6 +244,7 @@ ARRIVALS = [
     ({"gpu_memory_utilization": 0.37}, RESOLVED["gpu_memory_utilization"], 0.37),
     ({"kv_cache_memory_bytes": 123_456_789}, RESOLVED["kv_cache_memory_bytes"], 123_456_789),
     ({"kv_cache_dtype": "bfloat16"}, RESOLVED["kv_cache_dtype"], "bfloat16"),
+    ({"kv_cache_dtype": "fp8"}, RESOLVED["kv_cache_dtype"], "fp8"),
     ({"block_size": 64}, RESOLVED["block_size"], 64),
     ({"enable_prefix_caching": False}, RESOLVED["enable_prefix_caching"], False),
     ({"enable_prefix_caching": True}, RESOLVED["enable_prefix_caching"], True),
@@ -329,8 +330,8 @@ def texts():
 
 
 @pytest.fixture
-def loaded():
-    """Load backends, and close them at the end."""
+def fresh():
+    """Load backends of their own, and close them at the end."""
     begun = []
 
     def load(wanted):
@@ -344,6 +345,12 @@ def loaded():
     yield load
     for backend in begun:
         backend.close()
+
+
+@pytest.fixture
+def loaded(engines):
+    """Load backends, of which an engine that can run what is wanted may be running already."""
+    return engines.loaded
 
 
 def run(backend, texts):
@@ -502,9 +509,9 @@ def check_drafts(record, method, tokens_each):
     return counts
 
 
-def drafting(loaded, model, texts, **speculation):
+def drafting(loaded, target, texts, **speculation):
     """Run a model with speculation: what it writes is what it writes on PyTorch; return its counters."""
-    plain = replace(TINY, model=str(model), max_output_tokens=32)
+    plain = replace(TINY, model=str(target), max_output_tokens=32)
     wanted = replace(plain, backend=replace(SMALL, speculative=VllmSpeculation(**speculation)))
     backend = loaded(wanted)
     done = run(backend, texts)
@@ -585,8 +592,8 @@ def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
 
 
 @needs_vllm
-def test_an_engine_that_stops_leaves_what_can_still_be_told(loaded, texts, monkeypatch):
-    backend = loaded(TINY)
+def test_an_engine_that_stops_leaves_what_can_still_be_told(fresh, texts, monkeypatch):
+    backend = fresh(TINY)
 
     def stops():
         raise RuntimeError("CUDA error: an illegal\nmemory access was encountered")
@@ -642,10 +649,9 @@ def test_run_in_cycles_with_continuous_batching(tmp_path):
 
 
 @needs_vllm
-@pytest.mark.parametrize("strategy", ["static", "continuous"])
-def test_run_with_poisson_arrivals_and_timed_tokens(tmp_path, strategy):
+def test_run_with_poisson_arrivals_and_timed_tokens(tmp_path):
     results = completed(
-        f"batching.strategy={strategy}", "batching.batch_size=4", "--streaming", "traffic.pattern=poisson",
+        "batching.strategy=continuous", "batching.batch_size=4", "--streaming", "traffic.pattern=poisson",
         "traffic.target_qps=4", "traffic.ttft_limit_s=5", cwd=tmp_path,
     )  # fmt: skip
     (row,) = pq.read_table(results / "experiments").to_pylist()

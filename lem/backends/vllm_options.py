@@ -94,6 +94,7 @@ DROPPED = {
 # vLLM raises lower temperatures to this, and says so only in its log.
 LOWEST_TEMPERATURE = 0.01
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+ATTENTION_ON_CPU = "CPU_ATTN"
 KV_CACHE_DTYPES_ON_CPU = ("auto", "float16", "bfloat16")
 LEAST_HEAD_SIZE_ON_CPU = 32
 # Seeds of requests differ in the experiment's seed and in the prompt, and fit into 63 bits.
@@ -289,6 +290,9 @@ def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -
         reason = f"vLLM has no {options.kv_cache_dtype} cache on a CPU."
         remedy = f"Choose one of {', '.join(KV_CACHE_DTYPES_ON_CPU)}."
         yield Objection("kv_cache_on_cpu", "backend.kv_cache_dtype", reason, remedy)
+    if options.attention_backend not in (None, ATTENTION_ON_CPU):
+        reason = f"vLLM's kernels on a CPU are {ATTENTION_ON_CPU}."
+        yield Objection("attention_needs_gpu", "backend.attention_backend", reason, "Leave it out.")
     if experiment.parallelism.strategy == "pipeline_parallel":
         reason = "vLLM's pipelines need GPUs, and the run is on the CPU."
         yield Objection("pipeline_needs_gpus", "parallelism.strategy", reason, "Choose another strategy.")
