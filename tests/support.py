@@ -432,7 +432,7 @@ def _setting(name: str, shown: str | None = None):
 def prefix_caching(bench: Bench, asked: Experiment) -> None:
     def hits(experiment: Experiment) -> float:
         backend = bench.loaded(experiment)
-        prompts = backend.encode([bench.texts[0] * 8 + text for text in bench.texts[:5]])
+        prompts = backend.encode([bench.texts[0] * 20 + text for text in bench.texts[:5]])
         list(backend.generate(prompts))
         return backend.counters()["prefix_cache_hit_tokens"]
 

@@ -193,10 +193,10 @@ CATALOGUE: dict[str, tuple[Feature, ...]] = {
             "batching.strategy": "sorted_static", "batching.batch_size": 4,
         }),
         Feature("dynamic batches", "As many requests as a budget of tokens allows.", {
-            "batching.strategy": "dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 100,
+            "batching.strategy": "dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
         }),
         Feature("sorted dynamic batches", "The same, the longest prompts first.", {
-            "batching.strategy": "sorted_dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 100,
+            "batching.strategy": "sorted_dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
         }),
         Feature("continuous batching", "The next request takes the place of one that is finished.", CONTINUOUS),
     ),

@@ -456,18 +456,22 @@ class Vllm(Backend):
             architecture=", ".join(self._found.config.get("architectures") or config.architectures),
             parameters=parameters + of_adapter,
             random_weights=self._has_random_weights,
-            weights_bytes=size + of_adapter * config.dtype.itemsize,
+            weights_bytes=None if size is None else size + of_adapter * config.dtype.itemsize,
             dtype=str(config.dtype).removeprefix("torch."),
             adapter=self._experiment.adapter,
             quantization=config.quantization,
         )
 
-    def _weights(self, bytes_of_dtype: int) -> tuple[int, int]:
+    def _weights(self, bytes_of_dtype: int) -> tuple[int, int | None]:
         """Return the number of the model's weights, and their size as loaded.
 
-        On a CPU vLLM repacks them and empties the modules, so their size is that of so many values of the dtype.
+        On a CPU vLLM repacks them and empties the modules, so their size is that of so many values of the dtype, and
+        None where they are quantized.
         """
         count, size = self._loaded_weights
+        is_quantized = self._engine.vllm_config.model_config.quantization is not None
+        if not self._on_gpu and is_quantized:
+            return count if self._hollow is None else self._hollow.num_parameters(), None
         if self._hollow is None:
             return count, size
         known = self._hollow.num_parameters()
