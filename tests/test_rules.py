@@ -564,6 +564,30 @@ CASES = [
         given(backend=VllmBackend(engine_args={"speculative_config": {"method": "ngram"}})),
     ),
     (
+        "engine_arg_code",
+        "backend.engine_args.scheduler_cls",
+        given(backend=VllmBackend(engine_args={"scheduler_cls": "my.Scheduler"})),
+        given(backend=VllmBackend(engine_args={"scheduler_cls": "my.Scheduler"}), trust_remote_code=True),
+    ),
+    (
+        "engine_arg_code",
+        "backend.engine_args.kv_transfer_config",
+        given(backend=VllmBackend(engine_args={"kv_transfer_config": {"kv_connector_module_path": "mine"}})),
+        given(backend=VllmBackend(engine_args={"kv_transfer_config": {"kv_connector": "OffloadingConnector"}})),
+    ),
+    (
+        "engine_arg_code",
+        "backend.speculative.method",
+        given(backend=VllmBackend(speculative=VllmSpeculation(method="custom_class", model="my.Drafter"))),
+        given(backend=VllmBackend(speculative=NGRAM)),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.engine_args.prefill_context_parallel_size",
+        given(backend=VllmBackend(engine_args={"prefill_context_parallel_size": 2})),
+        given(backend=VllmBackend(engine_args={"max_logprobs": 4})),
+    ),
+    (
         "dropped_engine_arg",
         "backend.engine_args.swap_space",
         given(backend=VllmBackend(engine_args={"swap_space": 4})),

@@ -23,7 +23,15 @@ import pytest
 from lem.backends import make_backend, vllm_source
 from lem.backends.base import Encoded, Generation
 from lem.backends.vllm import clock_offset_ns, reason_of
-from lem.backends.vllm_options import RESOLVED, engine_arguments, sampling_parameters
+from lem.backends.vllm_options import (
+    CODE,
+    CODE_METHOD,
+    DROPPED,
+    OF_LEM,
+    RESOLVED,
+    engine_arguments,
+    sampling_parameters,
+)
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed
 from lem.datasets import builtin
@@ -480,6 +488,25 @@ def test_settings_are_those_that_the_engine_has_settled_on(loaded):
         "end_token_ids": "2",
     }
     assert {name: settings[name] for name in expected} == expected
+
+
+@needs_vllm
+def test_sizes_are_those_of_the_model_as_it_is_changed(loaded):
+    def sizes(**engine_args):
+        backend = loaded(experiment(engine={"load_format": "dummy", "engine_args": engine_args or None}))
+        return backend.architecture().body_weights, backend.model_info().parameters
+
+    (whole, all_of_it), (part, less) = sizes(), sizes(hf_overrides={"num_hidden_layers": 3})
+    assert part == whole / 2
+    assert all_of_it - less > part
+
+
+@needs_vllm
+def test_the_installed_version_has_what_is_given_to_it_and_nothing_that_is_called_dropped():
+    known = vllm_source.arguments()
+    assert {*RESOLVED, *OF_LEM, *CODE} <= known
+    assert not known & set(DROPPED)
+    assert CODE_METHOD in vllm_source.choices("speculative.method")
 
 
 @needs_vllm

@@ -179,13 +179,20 @@ class Vllm(Backend):
         return {"revision": self._found.revision, "trust_remote_code": self._experiment.trust_remote_code}
 
     def _load_hollow(self, transformers: Any) -> Any:
-        """Return the model without weights, of which its sizes are read; None where transformers does not know it."""
+        """Return the model without weights, of which its sizes are read; None where transformers does not know it.
+
+        What the engine is told to change about the model's config is changed here too.
+        """
         import torch
 
         assert self._found is not None
-        trusted = self._experiment.trust_remote_code
+        trusted, changes = self._experiment.trust_remote_code, self._options.engine_args or {}
+        if "hf_config_path" in changes:
+            return None
         try:
             config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
+            if isinstance(overrides := changes.get("hf_overrides"), dict):
+                config.update(overrides)
             with torch.device("meta"):
                 return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         except (ValueError, KeyError, ImportError, NotImplementedError):

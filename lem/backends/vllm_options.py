@@ -57,8 +57,15 @@ OF_LEM = {
     "tensor_parallel_size": "parallelism",
     "pipeline_parallel_size": "parallelism",
     "data_parallel_size": "parallelism",
+    "prefill_context_parallel_size": "parallelism",
+    "nnodes": "lem itself, whose engine runs on one node",
+    "node_rank": "lem itself, whose engine runs on one node",
     "device_ids": "gpus",
+    "hf_token": "the environment variable HF_TOKEN (no token belongs into a configuration)",
     "enable_lora": "adapter",
+    "max_loras": "adapter",
+    "max_lora_rank": "adapter",
+    "max_cpu_loras": "adapter",
     "generation_config": "decoder",
     "override_generation_config": "decoder",
     "disable_log_stats": "lem itself, which reads the engine's statistics",
@@ -66,6 +73,19 @@ OF_LEM = {
     "spec_model": "backend.speculative.model",
     "spec_tokens": "backend.speculative.num_speculative_tokens",
 }
+# Arguments that name Python code, or a file of it, that the engine loads and runs.
+CODE = (
+    "io_processor_plugin",
+    "logits_processors",
+    "model_class_overrides",
+    "reasoning_parser_plugin",
+    "scheduler_cls",
+    "worker_cls",
+    "worker_extension_cls",
+)
+# The same, within an argument that is a mapping.
+CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
+CODE_METHOD = "custom_class"
 # Arguments of former versions, and what there is instead.
 DROPPED = {
     "swap_space": "Preempted requests are computed anew; kv_offloading_size keeps blocks in main memory.",
@@ -197,6 +217,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_quantization(experiment),
         *_speculation(options.speculative),
         *_engine_args(options),
+        *(() if experiment.trust_remote_code else _code(options)),
         *(_values(options) if host.has("vllm") else ()),
         *(_on_cpu(options, experiment, model) if host.is_built_for_cpu("vllm") else ()),
         *_length(options, model),
@@ -262,6 +283,20 @@ def _engine_args(options: VllmBackend) -> Iterator[Objection]:
         if known and name not in known:
             reason = f"vLLM {vllm_source.version()} has no argument {name}."
             yield Objection("unknown_engine_arg", f"backend.{name}", reason, "Leave it out, or update vLLM.")
+
+
+def _code(options: VllmBackend) -> Iterator[Objection]:
+    """Object to options that name code: a configuration may come from somebody else."""
+    named = {
+        f"backend.engine_args.{name}"
+        for name, value in (options.engine_args or {}).items()
+        if name in CODE or (isinstance(value, dict) and not value.keys().isdisjoint(CODE_INSIDE))
+    }
+    if options.speculative.method == CODE_METHOD:
+        named.add("backend.speculative.method")
+    for path in sorted(named):
+        reason = "it names Python code that vLLM would load and run."
+        yield Objection("engine_arg_code", path, reason, "Set trust_remote_code=true if you trust it.")
 
 
 def _option_for(name: str, options: VllmBackend) -> str | None:
