@@ -80,25 +80,31 @@ def is_checked(feature: Feature, backend: str) -> bool:
 
 # ------------------------------------------------------------------ a backend to try features on
 class Engines:
-    """Loaded backends. An engine that takes seconds to start is kept, and given the next experiment that it can run."""
+    """Loaded backends, the last of each kind: it is given the next experiment, if that needs no other engine.
 
-    def __init__(self, at_most: int = 3) -> None:
-        self._at_most = at_most
+    Some take seconds to start. No two of a kind at once: vLLM's counters are those of the process.
+    """
+
+    def __init__(self) -> None:
         self._kept: dict = {}
 
     def loaded(self, experiment: Experiment):
         """Return a backend that has loaded what the experiment needs, and has nothing left of what it ran before."""
         from lem.backends import make_backend
 
-        key = _engine(experiment)
-        backend = self._kept.pop(key, None)
-        if backend is None:
-            while len(self._kept) >= self._at_most:
-                self._kept.pop(next(iter(self._kept))).close()
+        kind, made_of = experiment.backend.name, _engine(experiment)
+        before, backend = self._kept.pop(kind, (None, None))
+        if before != made_of:
+            if backend is not None:
+                backend.close()
             backend = make_backend(experiment)
-            backend.start()
-            backend.load()
-        self._kept[key] = backend  # the last one that goes
+            try:
+                backend.start()
+                backend.load()
+            except BaseException:
+                backend.close()
+                raise
+        self._kept[kind] = made_of, backend
         # What is about requests alone is read when the engine is given one.
         backend._experiment = experiment
         backend.forget()
@@ -106,7 +112,7 @@ class Engines:
 
     def close(self) -> None:
         """End all of them."""
-        for backend in self._kept.values():
+        for _, backend in self._kept.values():
             backend.close()
         self._kept.clear()
 
