@@ -1,4 +1,4 @@
-"""Writes the reference pages from their sources: the schema, the records, the rules, the command line, conf/.
+"""Writes the reference pages from their sources: the schema, the records, the rules, the features, the command line.
 
 `python docs/generate.py` writes them anew; a test compares what it would write with what is there.
 """
@@ -6,20 +6,27 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
 from lem.apps.inventory import choices
+from lem.backends.features import CATALOGUE as FEATURES
+from lem.backends.features import Feature, IdealHost, support
 from lem.cli import app
 from lem.doubts import CATALOGUE
 from lem.parquet import Column, columns
 from lem.record import ExperimentRow, RequestRecord
 from lem.rules import CONFIG_FAULTS, OBJECTIONS, Rule
 from lem.spec import BACKENDS, GROUPS, Leaf, leaves
+
+# Which features have been tried on what is known by those who try them.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.support import confirmation
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"
@@ -33,6 +40,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "cli.md": GENERATED + command_line(),
         REFERENCE.parent / "warnings.md": GENERATED + warnings(),
         REFERENCE.parent / "rules.md": GENERATED + rules(),
+        REFERENCE.parent / "support.md": GENERATED + support_matrix(),
     }
 
 
@@ -184,12 +192,66 @@ def rules() -> str:
 
 def _rules_table(catalogue: dict[str, Rule]) -> str:
     rows = [
-        f"| `{code}` | {rule.severity} | {rule.scope} | {_cell(rule.meaning)} | {_cell(rule.remedy)} |"
+        f'| <a id="{code}"></a>`{code}` | {rule.severity} | {rule.scope} '
+        f"| {_cell(rule.meaning)} | {_cell(rule.remedy)} |"
         for code, rule in catalogue.items()
     ]
     return (
         "\n".join(["| code | severity | scope | what it means | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
     )
+
+
+# ------------------------------------------------------------------ what each backend can do
+ANSWERS = """\
+What can be asked of each backend. The answers are the backends' own: each is asked with an experiment that wants the
+feature, for a machine with eight modern NVIDIA GPUs and every package. What your machine lacks is told before a run.
+
+| answer | what it says |
+|---|---|
+| **tested** | It has it, and a test runs it on a processor and looks for its effect. |
+| arrives | It has it. A test shows the option in the engine's own configuration; what it does has not been run. |
+| not run | It has it, by its own account; no test has run it. |
+| no: `rule` | It is refused before anything runs, by [that rule](rules.md). |
+| no effect: `rule` | It is accepted with a warning, by that rule, and changes nothing. |
+| no | Nothing asks for it: the engine does not tell it, and the columns are null. |
+| – | There is no such option for that backend. |
+
+"tested" is of a processor throughout: these tests have run nothing on a GPU.
+"""
+
+
+def support_matrix() -> str:
+    """Return the page on what each backend can do, and how that is known."""
+    parts = ["# What each backend can do\n", ANSWERS]
+    for group, members in FEATURES.items():
+        parts += [f"## {group}\n", _support_table(members)]
+    return "\n".join(parts)
+
+
+def _support_table(members: tuple[Feature, ...]) -> str:
+    rows = [
+        f"| {each.name} | {_cell(each.meaning)} | {_asked_for_by(each)} | {' | '.join(map(_answer(each), BACKENDS))} |"
+        for each in members
+    ]
+    head = f"| feature | what it is | asked for by | {' | '.join(BACKENDS)} |"
+    return "\n".join([head, "|---" * (3 + len(BACKENDS)) + "|", *rows]) + "\n"
+
+
+def _asked_for_by(feature: Feature) -> str:
+    ways = {tuple(feature.overrides(backend)) for backend in feature.own or BACKENDS}
+    return "; or ".join(" ".join(f"`{_cell(each)}`" for each in way) for way in sorted(ways)) or "default"
+
+
+def _answer(feature: Feature) -> Callable[[str], str]:
+    def of(backend: str) -> str:
+        found = support(feature, backend, IdealHost())
+        if found.answer == "yes":
+            how = confirmation(feature, backend)
+            return f"**{how}**" if how == "tested" else how
+        rules = ", ".join(f"[`{code}`](rules.md#{code})" for code in found.codes)
+        return "–" if found.answer == "no option" else found.answer + (f": {rules}" if rules else "")
+
+    return of
 
 
 # ------------------------------------------------------------------ command line

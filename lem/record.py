@@ -134,7 +134,7 @@ class ModelInfo:
     architecture: str
     parameters: int
     random_weights: bool
-    weights_bytes: Annotated[int, units.BYTE]
+    weights_bytes: Annotated[int | None, units.BYTE]
     dtype: str
     adapter: str | None = None
     quantization: str | None = None

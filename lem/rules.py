@@ -107,6 +107,12 @@ OBJECTIONS: dict[str, Rule] = {
         "An argument of the engine has an option of lem's, or is lem's to give.",
         "Use that option; the sentence names it.",
     ),
+    "engine_arg_code": Rule(
+        "impossible",
+        "options",
+        "An engine argument names Python code that the engine would load and run, with all your rights.",
+        "Leave it out, or set trust_remote_code to true if you trust its authors.",
+    ),
     "dropped_engine_arg": Rule(
         "impossible",
         "options",
@@ -344,8 +350,8 @@ OBJECTIONS: dict[str, Rule] = {
     "attention_needs_gpu": Rule(
         "impossible",
         "machine",
-        "Flash attention runs on NVIDIA GPUs only.",
-        "Use sdpa or eager.",
+        "The attention kernel runs on NVIDIA GPUs only.",
+        "Use sdpa or eager on pytorch, CPU_ATTN on vllm, or leave it out.",
     ),
     "attention_unsupported": Rule(
         "impossible",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lem import tiny
 from tests.standin import driver, standin  # noqa: F401 - fixtures
+from tests.support import Engines
 
 # No test may wait for a hub that it cannot reach.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -128,3 +131,27 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return tiny.path()
+
+
+@pytest.fixture(scope="session")
+def tiny_that_ends(tiny_folder, tmp_path_factory):
+    # Random weights hit the one end token of 4096 hardly ever; with 400 of them about every other output ends.
+    folder = tmp_path_factory.mktemp("tiny") / "that-ends"
+    shutil.copytree(tiny_folder, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(2, 402))}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engines():
+    kept = Engines()
+    yield kept
+    kept.close()

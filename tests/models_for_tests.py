@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 TEXT = (
@@ -179,3 +180,59 @@ def _swap_tokens(model, one, other):
     """Exchange the meaning of two tokens; with the output projection tied to the embedding, one table is all."""
     table = model.get_input_embeddings().weight.data
     table[[one, other]] = table[[other, one]]
+
+
+def adapter(folder, model):
+    """A LoRA adapter of rank 4 that changes what a Llama writes: its matrices are random, not neutral."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    options = peft.LoraConfig(
+        r=4,
+        lora_alpha=64,
+        target_modules=["q_proj", "o_proj", "up_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    peft.get_peft_model(loaded, options).save_pretrained(folder)
+    return folder
+
+
+def bigram(folder, model):
+    """The same Llama without what attention and MLP add: the next token depends on the last one alone."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    silenced = {name: w.zero_() for name, w in weights.items() if "o_proj" in name or "down_proj" in name}
+    save_file(weights | silenced, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def eagle_head(folder, model):
+    """An EAGLE head for a `bigram` model: it looks at the last token alone too, and so drafts what the model writes."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights, config = (
+        load_file(Path(model) / "model.safetensors"),
+        json.loads((Path(model) / "config.json").read_text()),
+    )
+    layer = "model.layers.0."
+    head = {
+        name.removeprefix("model."): weight.clone()
+        for name, weight in weights.items()
+        if name.startswith(layer) and "input_layernorm" not in name
+    }
+    width = config["hidden_size"]
+    head["embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    # Of the token and of the model's hidden state, which it gets side by side, it takes the token.
+    head["fc.weight"] = torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1)
+    Path(folder).mkdir()
+    save_file(head, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    changed = {"num_hidden_layers": 1, "architectures": ["EagleLlamaForCausalLM"]}
+    (Path(folder) / "config.json").write_text(json.dumps(config | changed))
+    return folder

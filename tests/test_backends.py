@@ -1,19 +1,17 @@
 """The contract of lem/backends/base.py. A new backend joins by a line in MEMBERS."""
 
-import json
-import shutil
 import time
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 import pytest
 
-from lem import tiny
 from lem.backends import make_backend
 from lem.datasets import builtin
 from lem.errors import RunError
 from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend, Streaming, VllmBackend
 from lem.traffic import Arrivals
+from tests.support import Engines
 
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
 MEMBERS = (
@@ -34,6 +32,7 @@ class Member:
 
     experiment: Experiment
     end_tokens: frozenset[int]
+    engines: Engines
     begun: list = field(default_factory=list)
 
     @property
@@ -42,39 +41,25 @@ class Member:
         return self.experiment.backend.name != "vllm"
 
     def loaded(self, **changes):
-        backend = make_backend(replace(self.experiment, **changes))
+        wanted = replace(self.experiment, **changes)
+        if wanted.backend.name == "vllm":  # which takes seconds to start
+            return self.engines.loaded(wanted)
+        backend = make_backend(wanted)
         self.begun.append(backend)
         backend.start()
         backend.load()
         return backend
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        return tiny.path()
-
-
-@pytest.fixture(scope="session")
-def tiny_that_ends(tiny_folder, tmp_path_factory):
-    # Random weights hit the one end token of 4096 hardly ever; with 400 of them about every other output ends.
-    folder = tmp_path_factory.mktemp("tiny") / "that-ends"
-    shutil.copytree(tiny_folder, folder)
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(2, 402))}))
-    return folder
-
-
 @pytest.fixture(params=MEMBERS)
-def member(request, tiny_that_ends):
+def member(request, tiny_that_ends, engines):
     if request.param == "simulated":
         fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4)
-        made = Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]))
+        made = Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]), engines)
     else:
         options = ON_CPU[request.param]
         experiment = Experiment(model=str(tiny_that_ends), backend=options, max_output_tokens=12)
-        made = Member(experiment, frozenset(range(2, 402)))
+        made = Member(experiment, frozenset(range(2, 402)), engines)
     yield made
     for backend in made.begun:
         backend.close()

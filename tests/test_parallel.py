@@ -72,7 +72,7 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def shared(folder):
-    return run(folder, "shared", "num_processes=2")
+    return run(folder, "shared", "num_processes=2", "parallelism.strategy=data_parallel", "parallelism.degree=2")
 
 
 @pytest.fixture(scope="module")

@@ -270,6 +270,12 @@ CASES = [
         given(backend=PytorchBackend(attn_implementation="sdpa")),
     ),
     (
+        "attention_needs_gpu",
+        "backend.attention_backend",
+        given(backend=VllmBackend(attention_backend="FLASH_ATTN")),
+        given(backend=VllmBackend(attention_backend="CPU_ATTN")),
+    ),
+    (
         "attention_unsupported",
         "backend.attn_implementation",
         given(FullHost(gpus(T4)), backend=FLASH_2),
@@ -599,6 +605,30 @@ CASES = [
         "backend.engine_args.speculative_config",
         given(backend=VllmBackend(engine_args={"speculative_config": {"method": "ngram"}}, speculative=NGRAM)),
         given(backend=VllmBackend(engine_args={"speculative_config": {"method": "ngram"}})),
+    ),
+    (
+        "engine_arg_code",
+        "backend.engine_args.scheduler_cls",
+        given(backend=VllmBackend(engine_args={"scheduler_cls": "my.Scheduler"})),
+        given(backend=VllmBackend(engine_args={"scheduler_cls": "my.Scheduler"}), trust_remote_code=True),
+    ),
+    (
+        "engine_arg_code",
+        "backend.engine_args.kv_transfer_config",
+        given(backend=VllmBackend(engine_args={"kv_transfer_config": {"kv_connector_module_path": "mine"}})),
+        given(backend=VllmBackend(engine_args={"kv_transfer_config": {"kv_connector": "OffloadingConnector"}})),
+    ),
+    (
+        "engine_arg_code",
+        "backend.speculative.method",
+        given(backend=VllmBackend(speculative=VllmSpeculation(method="custom_class", model="my.Drafter"))),
+        given(backend=VllmBackend(speculative=NGRAM)),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.engine_args.prefill_context_parallel_size",
+        given(backend=VllmBackend(engine_args={"prefill_context_parallel_size": 2})),
+        given(backend=VllmBackend(engine_args={"max_logprobs": 4})),
     ),
     (
         "dropped_engine_arg",

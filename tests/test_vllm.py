@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,15 @@ import pytest
 from lem.backends import make_backend, vllm_source
 from lem.backends.base import Encoded, Generation
 from lem.backends.vllm import clock_offset_ns, reason_of
-from lem.backends.vllm_options import RESOLVED, engine_arguments, sampling_parameters
+from lem.backends.vllm_options import (
+    CODE,
+    CODE_METHOD,
+    DROPPED,
+    OF_LEM,
+    RESOLVED,
+    engine_arguments,
+    sampling_parameters,
+)
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed
 from lem.datasets import builtin
@@ -43,6 +52,7 @@ from lem.spec import (
 )
 from lem.traffic import Arrivals, arrival_times_s
 from lem.worker import prefill_of
+from tests import models_for_tests
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
@@ -192,6 +202,21 @@ def test_without_the_package_it_says_what_to_install(lem):
     assert "pip install 'lem[vllm]'" in finished.out + finished.err
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_a_build_for_gpus_without_one_is_refused(tmp_path):
+    for name, text in {
+        "vllm/__init__.py": "raise AssertionError('it is not to be imported')\n",
+        "vllm-9.9.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 9.9.0\n",
+    }.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True)
+        (tmp_path / "site" / name).write_text(text)
+    hidden = {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
+    finished = command("experiment", "--backend", "vllm", "-m", "tiny", "-d", "sample", "-y", cwd=tmp_path, **hidden)
+    assert finished.code == 2
+    assert "this vLLM is built for CUDA, and no NVIDIA GPU is visible" in finished.err
+    assert not (tmp_path / "results").exists()
+
+
 # ------------------------------------------------------------------ the installed version
 @needs_vllm
 def test_the_source_tells_what_the_package_itself_does():
@@ -227,6 +252,7 @@ ARRIVALS = [
     ({"gpu_memory_utilization": 0.37}, RESOLVED["gpu_memory_utilization"], 0.37),
     ({"kv_cache_memory_bytes": 123_456_789}, RESOLVED["kv_cache_memory_bytes"], 123_456_789),
     ({"kv_cache_dtype": "bfloat16"}, RESOLVED["kv_cache_dtype"], "bfloat16"),
+    ({"kv_cache_dtype": "fp8"}, RESOLVED["kv_cache_dtype"], "fp8"),
     ({"block_size": 64}, RESOLVED["block_size"], 64),
     ({"enable_prefix_caching": False}, RESOLVED["enable_prefix_caching"], False),
     ({"enable_prefix_caching": True}, RESOLVED["enable_prefix_caching"], True),
@@ -312,8 +338,8 @@ def texts():
 
 
 @pytest.fixture
-def loaded():
-    """Load backends, and close them at the end."""
+def fresh():
+    """Load backends of their own, and close them at the end."""
     begun = []
 
     def load(wanted):
@@ -327,6 +353,12 @@ def loaded():
     yield load
     for backend in begun:
         backend.close()
+
+
+@pytest.fixture
+def loaded(engines):
+    """Load backends, of which an engine that can run what is wanted may be running already."""
+    return engines.loaded
 
 
 def run(backend, texts):
@@ -360,28 +392,14 @@ def test_it_gives_the_tokens_that_pytorch_gives(loaded, texts, options):
 
 @needs_vllm
 def test_an_adapter_changes_tokens_and_flops_as_on_pytorch(loaded, texts, tmp_path):
-    wanted = replace(TINY, adapter=str(lora(tmp_path / "adapter")))
+    pytest.importorskip("peft", reason="peft is not installed")
+    wanted = replace(TINY, adapter=str(models_for_tests.adapter(tmp_path / "adapter", find("tiny").path)))
     here, there = loaded(wanted), loaded(on_pytorch(wanted))
     mine = tokens(run(here, texts[:8]))
     assert mine == tokens(run(there, texts[:8]))
-    assert mine != tokens(run(loaded(TINY), texts[:8]))
     assert here.architecture() == there.architecture()
     assert here.model_info() == there.model_info()
-
-
-def lora(folder):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_pretrained(find("tiny").path, dtype=torch.float32)
-    options = peft.LoraConfig(
-        r=4, lora_alpha=64, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    peft.get_peft_model(model, options).save_pretrained(folder)
-    return folder
+    assert mine != tokens(run(loaded(TINY), texts[:8]))
 
 
 @needs_vllm
@@ -473,6 +491,25 @@ def test_settings_are_those_that_the_engine_has_settled_on(loaded):
 
 
 @needs_vllm
+def test_sizes_are_those_of_the_model_as_it_is_changed(loaded):
+    def sizes(**engine_args):
+        backend = loaded(experiment(engine={"load_format": "dummy", "engine_args": engine_args or None}))
+        return backend.architecture().body_weights, backend.model_info().parameters
+
+    (whole, all_of_it), (part, less) = sizes(), sizes(hf_overrides={"num_hidden_layers": 3})
+    assert part == whole / 2
+    assert all_of_it - less > part
+
+
+@needs_vllm
+def test_the_installed_version_has_what_is_given_to_it_and_nothing_that_is_called_dropped():
+    known = vllm_source.arguments()
+    assert {*RESOLVED, *OF_LEM, *CODE} <= known
+    assert not known & set(DROPPED)
+    assert CODE_METHOD in vllm_source.choices("speculative.method")
+
+
+@needs_vllm
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
@@ -489,6 +526,42 @@ def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, words):
         loaded(experiment(engine=engine))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def check_drafts(record, method, tokens_each):
+    """Hold the counters of a record, or of a backend, against each other."""
+    counts, engine = record["counters"], record["engine"]
+    assert engine["settings"]["speculation"] == f"{method}, {tokens_each} tokens"
+    assert 0 < counts["accepted_draft_tokens"] <= counts["draft_tokens"] <= tokens_each * counts["drafts"]
+    return counts
+
+
+def drafting(loaded, target, texts, **speculation):
+    """Run a model with speculation: what it writes is what it writes on PyTorch; return its counters."""
+    plain = replace(TINY, model=str(target), max_output_tokens=32)
+    wanted = replace(plain, backend=replace(SMALL, speculative=VllmSpeculation(**speculation)))
+    backend = loaded(wanted)
+    done = run(backend, texts)
+    assert tokens(done) == tokens(run(loaded(on_pytorch(plain)), texts))
+    record = {"counters": backend.counters(), "engine": {"settings": backend.engine_info().settings}}
+    counts = check_drafts(record, speculation["method"], speculation["num_speculative_tokens"])
+    assert counts["generation_tokens"] == sum(len(g.token_ids) for g in done.values())
+    return counts
+
+
+@needs_vllm
+def test_a_draft_model_drafts_what_it_would_have_written(loaded, texts):
+    itself = {"method": "draft_model", "model": find("tiny").path, "num_speculative_tokens": 3}
+    counts = drafting(loaded, find("tiny").path, texts[:8], **itself)
+    assert counts["accepted_draft_tokens"] == counts["draft_tokens"]
+
+
+@needs_vllm
+def test_eagle_drafts_what_the_model_then_writes(loaded, texts, tmp_path):
+    model = models_for_tests.bigram(tmp_path / "model", find("tiny").path)
+    head = models_for_tests.eagle_head(tmp_path / "head", model)
+    counts = drafting(loaded, model, texts[:8], method="eagle", model=str(head), num_speculative_tokens=2)
+    assert counts["accepted_draft_tokens"] == counts["draft_tokens"]
 
 
 STREAMING = Streaming(enabled=True)
@@ -546,8 +619,8 @@ def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
 
 
 @needs_vllm
-def test_an_engine_that_stops_leaves_what_can_still_be_told(loaded, texts, monkeypatch):
-    backend = loaded(TINY)
+def test_an_engine_that_stops_leaves_what_can_still_be_told(fresh, texts, monkeypatch):
+    backend = fresh(TINY)
 
     def stops():
         raise RuntimeError("CUDA error: an illegal\nmemory access was encountered")
@@ -603,10 +676,9 @@ def test_run_in_cycles_with_continuous_batching(tmp_path):
 
 
 @needs_vllm
-@pytest.mark.parametrize("strategy", ["static", "continuous"])
-def test_run_with_poisson_arrivals_and_timed_tokens(tmp_path, strategy):
+def test_run_with_poisson_arrivals_and_timed_tokens(tmp_path):
     results = completed(
-        f"batching.strategy={strategy}", "batching.batch_size=4", "--streaming", "traffic.pattern=poisson",
+        "batching.strategy=continuous", "batching.batch_size=4", "--streaming", "traffic.pattern=poisson",
         "traffic.target_qps=4", "traffic.ttft_limit_s=5", cwd=tmp_path,
     )  # fmt: skip
     (row,) = pq.read_table(results / "experiments").to_pylist()
@@ -619,9 +691,14 @@ def test_run_with_poisson_arrivals_and_timed_tokens(tmp_path, strategy):
         assert r["ttft_s"] > r["queue_s"] >= 0
         assert r["ttft_s"] + sum(r["itl_s"]) == pytest.approx(r["latency_s"], abs=0.01)
         assert len(r["itl_s"]) == r["output_tokens"] - 1
-    assert 0 < row["idle_share"] < 1
+    busy_s = reached_s = 0.0
+    for r in sorted(own, key=lambda r: r["arrived_s"]):
+        busy_s += max(0.0, r["end_s"] - max(r["arrived_s"], reached_s))
+        reached_s = max(reached_s, r["end_s"])
+    assert row["idle_share"] == pytest.approx(1 - busy_s / row["duration_s"])
     assert row["duration_s"] >= due[-1]
-    assert row["goodput_requests_per_s"] == pytest.approx(12 / row["duration_s"])
+    good = sum(r["ttft_s"] <= 5 for r in own)
+    assert row["goodput_requests_per_s"] == pytest.approx(good / row["duration_s"])
 
 
 @needs_vllm
@@ -639,29 +716,12 @@ def test_run_in_which_tokens_come_together(tmp_path):
         assert r["tpot_s"] == pytest.approx(sum(gaps) / len(gaps))
         # The tokens of a chunk share the time since the one before, so that neighbours are alike.
         assert any(a == b for a, b in pairwise(gaps)) == r["itl_spread"]
+    counts = check_drafts(raw_record(results), "ngram", 3)
+    assert counts["generation_tokens"] == sum(r["output_tokens"] for r in own)
     (row,) = pq.read_table(results / "experiments").to_pylist()
     every = sorted(gap for r in own for gap in r["itl_s"])
     assert row["itl_mean_s"] == pytest.approx(sum(every) / len(every))
     assert row["itl_p99_s"] <= every[-1]
-
-
-@needs_vllm
-@pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_run_with_speculation(tmp_path, method):
-    options = ["backend.speculative.num_speculative_tokens=3", f"backend.speculative.method={method}"]
-    if method == "draft_model":
-        options.append(f"backend.speculative.model={find('tiny').path}")
-    else:
-        options += ["backend.speculative.prompt_lookup_max=3", "backend.speculative.prompt_lookup_min=1"]
-    results = completed(*options, "batching.batch_size=4", "max_output_tokens=32", cwd=tmp_path)
-    record = raw_record(results)
-    counts = record["counters"]
-    assert record["engine"]["settings"]["speculation"] == f"{method}, 3 tokens"
-    assert 0 < counts["accepted_draft_tokens"] <= counts["draft_tokens"] <= 3 * counts["drafts"]
-    if method == "draft_model":  # which is the model itself
-        assert counts["accepted_draft_tokens"] == counts["draft_tokens"]
-    assert counts["generation_tokens"] == record["output_tokens"] == sum(r["output_tokens"] for r in rows(results))
-    assert max(row["output_tokens"] for row in rows(results)) == 32
 
 
 @needs_vllm
@@ -677,10 +737,52 @@ def test_run_on_two_workers(tmp_path):
 
 @needs_vllm
 def test_run_on_two_replicas(tmp_path):
-    options = ("parallelism.strategy=data_parallel", "parallelism.degree=2", "batching.batch_size=2")
+    options = ("num_processes=2", "parallelism.strategy=data_parallel", "parallelism.degree=2", "batching.batch_size=2")
     results = completed(*options, cwd=tmp_path)
     assert [raw_record(results, rank)["requests_completed"] for rank in (0, 1)] == [6, 6]
     assert {row["rank"] for row in rows(results)} == {0, 1}
+
+
+def fails(*options, cwd, **env):
+    """Run what fails while it loads: exit code 1, a record, a sentence, and nobody left; return the record's error."""
+    import psutil
+
+    process = begin(*COMMON, *options, cwd=cwd, **env)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        kill_group(process)
+    record = raw_record(cwd / "results")
+    assert (process.returncode, record["status"], record["requests_completed"]) == (1, "failed", 0), out + err
+    assert "Traceback" not in out + err
+    assert record["error"]["message"] in " ".join((out + err).split())
+    assert not [p for p in psutil.process_iter() if os.getsid(p.pid) == process.pid]
+    return record["error"]
+
+
+@needs_vllm
+def test_too_large_a_cache_is_a_failed_run(tmp_path):
+    error = fails("backend.kv_cache_memory_bytes=1125899906842624", cwd=tmp_path)
+    assert error["type"] == "RunError"
+    assert re.search(r"could not load tiny: .* Set backend.gpu_memory_utilization", error["message"])
+
+
+@needs_vllm
+def test_a_model_that_vllm_does_not_know_is_a_failed_run(tmp_path):
+    model = shutil.copytree(find("tiny").path, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
+    error = fails("-m", str(model), cwd=tmp_path)
+    assert "NobodysForCausalLM" in error["message"]
+
+
+@needs_vllm
+def test_heads_that_are_too_narrow_are_refused(lem, tmp_path):
+    model = shutil.copytree(find("tiny").path, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"head_dim": 16, "num_attention_heads": 16}))
+    finished = lem(*COMMON, "-m", str(model))
+    assert (finished.code, "[head_size_on_cpu]" in finished.err) == (2, True)
 
 
 @needs_vllm

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from lem.flops import Architecture
 from lem.gpu import Gpu
@@ -19,6 +20,9 @@ from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
 from lem.spec import Experiment
 from lem.traffic import Arrivals, in_turn
+
+# What an engine may be able to tell, by the methods that tell it; `prefill` is `Generation.prefill_end_ns`.
+Told = Literal["model", "prefill", "flops", "kv_cache", "counters"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class Backend(ABC):
     yields every prompt exactly once and can be called again; the same seed gives the same tokens, also when the first
     batches are left out; counts hold neither padding nor anything after the end token.
     """
+
+    tells: ClassVar[frozenset[Told]] = frozenset()
+    """What it tells; the rest is None, and null in the results."""
 
     local_rank: int = 0
     """Which of the node's processes this is; set before `start`."""

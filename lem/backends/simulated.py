@@ -30,6 +30,8 @@ END_TOKEN = 0
 class Simulated(Backend):
     """See the module."""
 
+    tells = frozenset(["prefill"])
+
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, SimulatedBackend)
         self._experiment = experiment

@@ -79,6 +79,8 @@ class _Request:
 class Vllm(Backend):
     """See the module."""
 
+    tells = frozenset(["model", "prefill", "flops", "counters"])
+
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, VllmBackend)
         self._experiment = experiment
@@ -109,7 +111,7 @@ class Vllm(Backend):
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
         """Return True where there is a GPU and vLLM was not built for the CPU."""
-        return bool(host.gpus) and not vllm_source.is_built_for_cpu()
+        return bool(host.gpus) and not host.is_built_for_cpu("vllm")
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
         """Return the first visible GPUs, as many as all processes use, or none for a build for the CPU."""
@@ -176,13 +178,20 @@ class Vllm(Backend):
         return {"revision": self._found.revision, "trust_remote_code": self._experiment.trust_remote_code}
 
     def _load_hollow(self, transformers: Any) -> Any:
-        """Return the model without weights, of which its sizes are read; None where transformers does not know it."""
+        """Return the model without weights, of which its sizes are read; None where transformers does not know it.
+
+        What the engine is told to change about the model's config is changed here too.
+        """
         import torch
 
         assert self._found is not None
-        trusted = self._experiment.trust_remote_code
+        trusted, changes = self._experiment.trust_remote_code, self._options.engine_args or {}
+        if "hf_config_path" in changes:
+            return None
         try:
             config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
+            if isinstance(overrides := changes.get("hf_overrides"), dict):
+                config.update(overrides)
             with torch.device("meta"):
                 return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         except (ValueError, KeyError, ImportError, NotImplementedError):
@@ -449,18 +458,22 @@ class Vllm(Backend):
             architecture=", ".join(self._found.config.get("architectures") or config.architectures),
             parameters=parameters + of_adapter,
             random_weights=self._has_random_weights,
-            weights_bytes=size + of_adapter * config.dtype.itemsize,
+            weights_bytes=None if size is None else size + of_adapter * config.dtype.itemsize,
             dtype=str(config.dtype).removeprefix("torch."),
             adapter=self._experiment.adapter,
             quantization=config.quantization,
         )
 
-    def _weights(self, bytes_of_dtype: int) -> tuple[int, int]:
+    def _weights(self, bytes_of_dtype: int) -> tuple[int, int | None]:
         """Return the number of the model's weights, and their size as loaded.
 
-        On a CPU vLLM repacks them and empties the modules, so their size is that of so many values of the dtype.
+        On a CPU vLLM repacks them and empties the modules, so their size is that of so many values of the dtype, and
+        None where they are quantized.
         """
         count, size = self._loaded_weights
+        is_quantized = self._engine.vllm_config.model_config.quantization is not None
+        if not self._on_gpu and is_quantized:
+            return count if self._hollow is None else self._hollow.num_parameters(), None
         if self._hollow is None:
             return count, size
         known = self._hollow.num_parameters()

