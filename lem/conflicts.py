@@ -95,7 +95,9 @@ def _batching(experiment: Experiment) -> Iterator[Objection]:
 def _continuous(experiment: Experiment) -> Iterator[Objection]:
     if experiment.batching.strategy == "continuous" and not experiment.backend.runs_continuously:
         reason = f"the {experiment.backend.name} backend runs batch after batch."
-        yield Objection("no_continuous_batching", "batching.strategy", reason, "Choose static, or backend=vllm.")
+        yield Objection(
+            "no_continuous_batching", "batching.strategy", reason, "Choose static, or backend=vllm or tensorrt."
+        )
 
 
 def _decoder(decoder: Decoder) -> Iterator[Objection]:
