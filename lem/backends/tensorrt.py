@@ -550,7 +550,7 @@ def _seconds(moment: Any) -> float | None:
 
 
 def _hint(error: BaseException) -> str:
-    text = str(error).lower()
+    text = " ".join(str(error).lower().split())
     if not any(words in text for words in MEMORY_WORDS):
         return ""
     return " Set backend.kv_cache.free_gpu_memory_fraction, backend.kv_cache.max_tokens or backend.max_seq_len."
