@@ -28,8 +28,6 @@ from lem.spec import (
     Batching,
     Decoder,
     Experiment,
-    Parallelism,
-    PytorchBackend,
     Streaming,
     TensorrtBackend,
     TensorrtKvCache,
@@ -41,7 +39,7 @@ from tests.conftest import begin, command, kill_group, raw_record, wait_for
 from tests.standin import environment, scenario
 from tests.tensorrt_standin.build import build
 from tests.tensorrt_standin.extract import SIGNATURES, extract
-from tests.test_vllm import lora
+from tests.test_vllm import lora, on_pytorch, rows, run, spread, tokens
 
 TINY = Experiment(
     model="tiny",
@@ -60,10 +58,6 @@ FP8_CACHE = TensorrtKvCache(dtype="fp8")
 
 def experiment(*, engine=None, **options):
     return replace(TINY, backend=replace(TensorrtBackend(), **(engine or {})), **options)
-
-
-def spread(strategy, degree=2):
-    return Parallelism(strategy=f"{strategy}_parallel", degree=degree)
 
 
 @pytest.fixture(autouse=True)
@@ -231,18 +225,6 @@ def loaded(monkeypatch, tmp_path):
 def calls(tmp_path, name):
     lines = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
     return [arguments for call, arguments in lines if call == name]
-
-
-def run(backend, texts):
-    return {g.index: g for batch in backend.generate(backend.encode(texts)) for g in batch}
-
-
-def tokens(generations):
-    return {index: g.token_ids for index, g in generations.items()}
-
-
-def on_pytorch(wanted):
-    return replace(wanted, backend=PytorchBackend(device="cpu"))
 
 
 ARRIVALS = [
@@ -519,14 +501,9 @@ def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, standin, 
     assert "\n" not in str(caught.value)
 
 
-def test_an_option_that_the_engine_changes_is_refused(loaded, monkeypatch):
-    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
-
-    changed = lambda args, _context: setattr(args, "attn_backend", "VANILLA")  # noqa: E731
-    monkeypatch.setattr(TorchLlmArgs, "model_post_init", changed)
-    TorchLlmArgs.model_rebuild(force=True)
+def test_an_option_that_the_engine_changes_is_refused(loaded):
     with pytest.raises(RunError, match="attn_backend is FLASHINFER, and TensorRT-LLM uses VANILLA"):
-        loaded(experiment(engine={"attn_backend": "FLASHINFER"}))
+        loaded(experiment(engine={"attn_backend": "FLASHINFER"}), changes={"attn_backend": "VANILLA"})
 
 
 def test_a_prompt_that_no_step_can_take_in_is_refused(loaded, texts):
@@ -595,10 +572,6 @@ def machine(standin, tmp_path, tensorrt_standin):
         return with_gpus | {"TENSORRT_STANDIN": json.dumps(options), "TENSORRT_STANDIN_LOG": log}
 
     return variables
-
-
-def rows(results):
-    return sorted(pq.read_table(results / "requests").to_pylist(), key=lambda row: (row["cycle"], row["request"]))
 
 
 @pytest.mark.processes

@@ -8,6 +8,7 @@ None. This process makes no CUDA context. TensorRT-LLM is imported when the engi
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import sys
@@ -81,6 +82,7 @@ class Tensorrt(Backend):
         self._clock_offset_ns = 0
         self._counts: dict[str, float] | None = None
         self._is_broken = False
+        self._takes_salt = False
         self._windows = 0
 
     # -------------------------------------------------------------- before the run
@@ -132,6 +134,7 @@ class Tensorrt(Backend):
         adapter = self._load_adapter()
         self._arguments = engine_arguments(self._experiment, self._found, adapter)
         self._llm = self._load_engine()
+        self._takes_salt = "cache_salt" in inspect.signature(self._llm.generate_async).parameters
         self._requests = Requests(self._submit, streams=self._experiment.streaming.enabled)
         self._check_arrived()
 
@@ -271,7 +274,7 @@ class Tensorrt(Backend):
             lora_request=self._lora,
             streaming=self._experiment.streaming.enabled,
             # Blocks of the cache are shared by requests of the same salt alone.
-            **({"cache_salt": f"window {self._windows}"} if _takes_salt() else {}),
+            **({"cache_salt": f"window {self._windows}"} if self._takes_salt else {}),
         )
 
     def _finished(self, within_s: float) -> list[tuple[Request, Generation]]:
@@ -523,10 +526,6 @@ def _pairs(name: str, asked: Any, used: Any) -> Iterator[tuple[str, Any, Any]]:
     elif name != "speculative_config":  # which has names of its own, and is refused or taken as it is
         for field, value in asked.items():
             yield f"{name}.{field}", value, getattr(used, field, None)
-
-
-def _takes_salt() -> bool:
-    return "cache_salt" in tensorrt_source.generate_arguments()
 
 
 def _plain(value: Any) -> str:

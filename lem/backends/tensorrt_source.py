@@ -29,7 +29,7 @@ FILES = (
 )
 # Where tokens are drawn: one file in former versions, a folder since.
 SAMPLERS = ("_torch/pyexecutor/sampler.py", "_torch/pyexecutor/sampler/*.py")
-LLM_CLASS, GENERATE = "BaseLLM", "generate_async"
+GENERATE = "generate_async"
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ def _read_by_samplers(folder: Path | None) -> frozenset[str]:
 
 def generate_arguments() -> frozenset[str]:
     """Return the arguments of the call that takes a request; empty when they cannot be told."""
-    defined = _definitions().get(LLM_CLASS)
-    for node in defined.body if isinstance(defined, ast.ClassDef) else ():
-        if isinstance(node, ast.FunctionDef) and node.name == GENERATE:
-            return frozenset(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
+    for defined in _definitions().values():
+        for node in defined.body if isinstance(defined, ast.ClassDef) else ():
+            if isinstance(node, ast.FunctionDef) and node.name == GENERATE:
+                return frozenset(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
     return frozenset()
 
 

@@ -4,7 +4,8 @@ Requests are taken as the original takes them, and answered as it does: by resul
 whose token ids grow. The model runs in a thread, or in a process of its own. Greedy tokens are those of the model;
 sampled ones have a generator of their own for each request, which the original has only for requests that run alone.
 
-TENSORRT_STANDIN holds options as JSON: `process` (run the model in a process), `load_error` (a text), `die_after`,
+TENSORRT_STANDIN holds options as JSON: `process` (run the model in a process), `load_error` (a text), `changes`
+(arguments that it settles on, whatever is asked for), `die_after`,
 `error_after`, `hang_after` (tokens after which the process ends, an error comes, or nothing more does), `no_metrics`,
 `keep_end_token` (false: the engine's own end token is kept back), `step_s` (seconds that a step takes at least).
 TENSORRT_STANDIN_LOG names a file that gets a line for each call.
@@ -289,6 +290,8 @@ class Engine:
 
         self.log("LLM", arguments)
         self.args = TorchLlmArgs(**arguments)
+        for name, value in controls().get("changes", {}).items():
+            setattr(self.args, name, value)
         if text := controls().get("load_error"):
             raise RuntimeError(text)
         config = json.loads((self.args_path / "config.json").read_text())
