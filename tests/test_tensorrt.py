@@ -648,15 +648,15 @@ def test_without_a_gpu_or_the_package_it_says_so(tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("standin", "words"),
+    ("options", "words"),
     [
         ({"load_error": "CUDA out of memory"}, "TensorRT-LLM could not load tiny: CUDA out of memory"),
         ({"error_after": 60, "process": True}, "stopped in the middle of its work: CUDA error"),
         ({"die_after": 60, "process": True}, "one of its processes has died"),
     ],
 )
-def test_a_run_that_fails_is_a_record_and_leaves_nobody(machine, tmp_path, standin, words):
-    process = begin(*COMMON, "batching.batch_size=2", cwd=tmp_path, **machine(**standin))
+def test_a_run_that_fails_is_a_record_and_leaves_nobody(machine, tmp_path, options, words):
+    process = begin(*COMMON, "batching.batch_size=2", cwd=tmp_path, **machine(**options))
     try:
         out, err = process.communicate(timeout=200)
     finally:
