@@ -173,6 +173,14 @@ def state(uuid: str) -> DeviceState:
         )
 
 
+def used_memory_bytes(gpu: Gpu) -> int | None:
+    """Return the memory that all processes use on a GPU, or on a MIG instance of it; None where it is not told."""
+    with nvml() as lib:
+        handle = None if lib is None else _told(lib, "nvmlDeviceGetHandleByUUID", gpu.mig_uuid or gpu.uuid)
+        memory = None if handle is None else _told(lib, "nvmlDeviceGetMemoryInfo", handle)
+        return None if memory is None else int(memory.used)
+
+
 # ------------------------------------------------------------------ CUDA_VISIBLE_DEVICES
 def _chosen(everything: list[Gpu], environ: Mapping[str, str]) -> list[Gpu]:
     chosen = environ.get("CUDA_VISIBLE_DEVICES")

@@ -152,13 +152,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_memory_bytes() -> int | None:
-    """Return this process's own peak of resident memory, or None where the kernel does not tell.
+def peak_memory_bytes(pid: int | None = None) -> int | None:
+    """Return a process's own peak of resident memory, this one's without a pid; None where the kernel does not tell.
 
     Not getrusage's: on Linux that begins with what the parent process had when it started this one.
     """
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:

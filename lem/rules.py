@@ -68,7 +68,7 @@ OBJECTIONS: dict[str, Rule] = {
         "options",
         "Continuous batching fills a request's place as soon as it is finished, from a cache of pages; the backend or "
         "an option that is set does not go with that.",
-        "Choose static batching or leave the option out, as the sentence says; or use backend=vllm.",
+        "Choose static batching or leave the option out, as the sentence says; or use backend=vllm or backend=tensorrt.",
     ),
     "continuous_unavailable": Rule(
         "impossible",
@@ -82,6 +82,12 @@ OBJECTIONS: dict[str, Rule] = {
         "options",
         "The options of bitsandbytes are the pytorch backend's; vLLM has methods of its own.",
         "Set backend.quantization, or leave it out for a checkpoint that is quantized already.",
+    ),
+    "quantized_by_tensorrt": Rule(
+        "impossible",
+        "options",
+        "The options of bitsandbytes are the pytorch backend's; TensorRT-LLM runs checkpoints that are quantized.",
+        "Leave them out, and name such a checkpoint.",
     ),
     "no_ngram_ban": Rule(
         "impossible",
@@ -116,7 +122,7 @@ OBJECTIONS: dict[str, Rule] = {
     "dropped_engine_arg": Rule(
         "impossible",
         "options",
-        "An argument that former versions of vLLM had.",
+        "An argument that former versions of the engine had.",
         "As the sentence says.",
     ),
     "attention_float32": Rule(
@@ -160,7 +166,14 @@ OBJECTIONS: dict[str, Rule] = {
         "inadvisable",
         "options",
         "An option of speculative decoding is set, and neither a method nor a draft model is.",
-        "Set backend.speculative.method, or leave the option out.",
+        "Set backend.speculative.method (tensorrt: decoding_type), or leave the option out.",
+    ),
+    "seeds_of_batches": Rule(
+        "inadvisable",
+        "options",
+        "TensorRT-LLM draws the tokens of all requests that run at the same time from one stream of random numbers: "
+        "with sampling the same seed does not give the same tokens again.",
+        "Decode greedily, or use batching.batch_size=1; force it where the lengths of outputs may differ.",
     ),
     "no_effect_trace": Rule(
         "inadvisable",
@@ -381,14 +394,27 @@ OBJECTIONS: dict[str, Rule] = {
     "unknown_engine_arg": Rule(
         "impossible",
         "machine",
-        "The installed vLLM has no such argument.",
+        "The installed version of the engine has no such argument.",
         "Correct it (the sentence names the nearest), leave it out, or install another version.",
     ),
     "unknown_engine_value": Rule(
         "inadvisable",
         "machine",
-        "The installed vLLM has no such kernel, dtype, format or method by itself; a plugin may bring it.",
+        "The installed version of the engine has no such kernel, dtype, format or method by itself; a plugin may "
+        "bring it.",
         "Correct it, or force it where a plugin has it.",
+    ),
+    "sampler_ignores": Rule(
+        "impossible",
+        "machine",
+        "The installed TensorRT-LLM takes the sampling option, and its sampler does not look at it.",
+        "Set it to the value that does nothing, or install another version.",
+    ),
+    "prefixes_not_forgotten": Rule(
+        "inadvisable",
+        "machine",
+        "The installed TensorRT-LLM reuses prefixes of prompts and cannot be made to forget those of the warm-up.",
+        "Set backend.kv_cache.enable_block_reuse to false, or install another version.",
     ),
     "kv_cache_on_cpu": Rule(
         "impossible",
@@ -429,6 +455,20 @@ OBJECTIONS: dict[str, Rule] = {
         "files",
         "More tokens are to fit into a sequence than the model has positions for.",
         "Lower backend.max_model_len, or leave it out.",
+    ),
+    "float32_on_tensorrt": Rule(
+        "impossible",
+        "files",
+        "Most of TensorRT-LLM's kernels have no float32, which its arguments take all the same, and it is asked for or "
+        "is the checkpoint's.",
+        "Use fp_precision bfloat16 or float16.",
+    ),
+    "one_end_token_held_off": Rule(
+        "impossible",
+        "files",
+        "Outputs of a least length are asked for, and the model has several end tokens, of which TensorRT-LLM can hold "
+        "off one.",
+        "Set min_output_tokens to 0, or use another backend.",
     ),
     "head_size_on_cpu": Rule(
         "impossible",

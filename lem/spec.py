@@ -166,7 +166,100 @@ class VllmBackend:
     ] = None
 
 
-Backend = Annotated[PytorchBackend | SimulatedBackend | VllmBackend, Field(discriminator="name")]
+@config
+class TensorrtKvCache:
+    """The key/value cache: options of TensorRT-LLM's KvCacheConfig."""
+
+    free_gpu_memory_fraction: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of a GPU's memory, of what loading leaves free, that the cache takes."),
+    ] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="Tokens that the cache holds, at most.")] = None
+    dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (
+        None
+    )
+    tokens_per_block: Annotated[int | None, Field(ge=1, description="Tokens in a block of the cache.")] = None
+    enable_block_reuse: Annotated[
+        bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
+    ] = None
+    host_cache_size: Annotated[
+        int | None, Field(ge=0, description="Main memory for blocks that a GPU has no room for, in bytes.")
+    ] = None
+
+
+@config
+class TensorrtScheduler:
+    """Which requests run at the same time: options of TensorRT-LLM's SchedulerConfig."""
+
+    capacity_scheduler_policy: Annotated[
+        str | None,
+        Field(min_length=1, description="How requests are let in: GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH."),
+    ] = None
+    context_chunking_policy: Annotated[
+        str | None,
+        Field(
+            min_length=1, description="Order of the pieces of long prompts: FIRST_COME_FIRST_SERVED, EQUAL_PROGRESS."
+        ),
+    ] = None
+
+
+@config
+class TensorrtSpeculation:
+    """Speculative decoding: a cheap method drafts tokens, the model checks several of them in one step."""
+
+    decoding_type: Annotated[
+        str | None,
+        Field(min_length=1, description="How tokens are drafted: NGram, Draft_Target, Eagle3, MTP, …; null is off."),
+    ] = None
+    speculative_model: Annotated[
+        str | None, Field(min_length=1, description="Draft model or head: a hub id or a local directory.")
+    ] = None
+    max_draft_len: Annotated[int | None, Field(ge=1, description="Tokens drafted for each step, at most.")] = None
+    max_matching_ngram_size: Annotated[
+        int | None, Field(ge=1, description="Longest n-gram that NGram looks for in the text so far.")
+    ] = None
+
+
+@config
+class TensorrtBackend:
+    """TensorRT-LLM's LLM API, its PyTorch flow. Null leaves an option to TensorRT-LLM's own default."""
+
+    spreads_a_model_itself: ClassVar[bool] = True
+    runs_continuously: ClassVar[bool] = True
+
+    name: Annotated[Literal["tensorrt"], Field(description="Inference backend.")] = "tensorrt"
+    max_seq_len: Annotated[
+        int | None, Field(ge=1, description="Tokens of a prompt and its output together, at most.")
+    ] = None
+    max_num_tokens: Annotated[
+        int | None, Field(ge=1, description="Tokens that one step of the engine computes, at most.")
+    ] = None
+    attn_backend: Annotated[
+        str | None, Field(min_length=1, description="Attention kernels: TRTLLM, FLASHINFER, VANILLA.")
+    ] = None
+    chunked_prefill: Annotated[
+        bool | None, Field(description="Take in long prompts in pieces, beside the decoding of others.")
+    ] = None
+    overlap_scheduler: Annotated[
+        bool | None, Field(description="Prepare a step on the processor while the GPU computes the one before.")
+    ] = None
+    cuda_graphs: Annotated[bool | None, Field(description="Capture decoding steps as CUDA graphs at load.")] = None
+    force_dynamic_quantization: Annotated[
+        bool | None, Field(description="Take the scales of quantized activations from each step, not the checkpoint.")
+    ] = None
+    moe_expert_parallel_size: Annotated[
+        int | None, Field(ge=1, description="GPUs, of those of tensor_parallel, that share out a layer's experts.")
+    ] = None
+    kv_cache: TensorrtKvCache = field(default_factory=TensorrtKvCache)
+    scheduler: TensorrtScheduler = field(default_factory=TensorrtScheduler)
+    speculative: TensorrtSpeculation = field(default_factory=TensorrtSpeculation)
+    extra_args: Annotated[
+        dict[str, Any] | None,
+        Field(description="Any other argument of TensorRT-LLM's LLM by its name: {stream_interval: 4}."),
+    ] = None
+
+
+Backend = Annotated[PytorchBackend | SimulatedBackend | VllmBackend | TensorrtBackend, Field(discriminator="name")]
 
 
 # ------------------------------------------------------------------ what goes in
@@ -462,6 +555,7 @@ BACKENDS: dict[str, type[Any]] = {
     "pytorch": PytorchBackend,
     "simulated": SimulatedBackend,
     "vllm": VllmBackend,
+    "tensorrt": TensorrtBackend,
 }
 
 # Parts that are chosen by name among the files of a folder of conf/.

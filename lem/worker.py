@@ -445,7 +445,7 @@ def _request_row(this: Run, request: MeasuredRequest) -> RequestRecord:
         end_s=request.end_s,
         latency_s=request.end_s - (request.start_s if request.arrived_s is None else request.arrived_s),
         arrived_s=request.arrived_s,
-        queue_s=None if request.arrived_s is None else request.start_s - request.arrived_s,
+        queue_s=_queue_s(request),
         prefill_s=_prefill_s(request),
         **_token_times(request),
     )
@@ -458,6 +458,13 @@ def _token_times(request: MeasuredRequest) -> dict[str, Any]:
     if times is None:
         return {}
     return {"ttft_s": times.ttft_s, "tpot_s": times.tpot_s, "itl_s": list(times.itl_s), "itl_spread": times.spread}
+
+
+def _queue_s(request: MeasuredRequest) -> float | None:
+    """Return how long a request waited; None where it came into no queue, or the engine does not tell its beginning."""
+    if request.arrived_s is None or not request.generation.start_is_told:
+        return None
+    return request.start_s - request.arrived_s
 
 
 def _prefill_s(request: MeasuredRequest) -> float | None:

@@ -19,6 +19,7 @@ import pytest
 from lem import tiny
 from tests.standin import driver, standin  # noqa: F401 - fixtures
 from tests.support import Engines
+from tests.tensorrt_standin.build import build as build_tensorrt
 
 # No test may wait for a hub that it cannot reach.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +29,22 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run side by side: OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tensorrt_folder(tmp_path_factory):
+    """Make the stand-in for TensorRT-LLM once; return the folder that is to be on the path."""
+    return build_tensorrt(tmp_path_factory.mktemp("tensorrt"))
+
+
+@pytest.fixture
+def tensorrt_standin(tensorrt_folder, monkeypatch):
+    """Let TensorRT-LLM be its stand-in, in this process and in those that it starts."""
+    monkeypatch.syspath_prepend(tensorrt_folder)
+    monkeypatch.setenv("PYTHONPATH", f"{tensorrt_folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    yield tensorrt_folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt_llm"]:
+        del sys.modules[name]
 
 
 @dataclass

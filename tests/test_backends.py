@@ -9,7 +9,16 @@ import pytest
 from lem.backends import make_backend
 from lem.datasets import builtin
 from lem.errors import RunError
-from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend, Streaming, VllmBackend
+from lem.spec import (
+    Batching,
+    Decoder,
+    Experiment,
+    PytorchBackend,
+    SimulatedBackend,
+    Streaming,
+    TensorrtBackend,
+    VllmBackend,
+)
 from lem.traffic import Arrivals
 from tests.support import Engines
 
@@ -18,10 +27,12 @@ MEMBERS = (
     "simulated",
     "pytorch",
     pytest.param("vllm", marks=pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")),
+    "tensorrt",
 )
 ON_CPU = {
     "pytorch": PytorchBackend(device="cpu"),
     "vllm": VllmBackend(kv_cache_memory_bytes=2**26, enforce_eager=True),
+    "tensorrt": TensorrtBackend(),  # on its stand-in
 }
 SAMPLING = Decoder(name="sampling", do_sample=True)
 
@@ -38,7 +49,7 @@ class Member:
     @property
     def pads(self):
         """Whether the requests of a batch are computed as one, and share its times."""
-        return self.experiment.backend.name != "vllm"
+        return self.experiment.backend.name not in ("vllm", "tensorrt")
 
     def loaded(self, **changes):
         wanted = replace(self.experiment, **changes)
@@ -52,13 +63,15 @@ class Member:
 
 
 @pytest.fixture(params=MEMBERS)
-def member(request, tiny_that_ends, engines):
+def member(request, tiny_that_ends, engines, tensorrt_standin):
     if request.param == "simulated":
         fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4)
         made = Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]), engines)
     else:
         options = ON_CPU[request.param]
-        experiment = Experiment(model=str(tiny_that_ends), backend=options, max_output_tokens=12)
+        experiment = Experiment(
+            model=str(tiny_that_ends), backend=options, max_output_tokens=12, fp_precision="float32"
+        )
         made = Member(experiment, frozenset(range(2, 402)), engines)
     yield made
     for backend in made.begun:
@@ -181,6 +194,10 @@ def test_no_output_is_longer_than_max_output_tokens(member, texts, limit):
 
 
 def test_no_output_is_shorter_than_min_output_tokens(member, texts):
+    if member.experiment.backend.name == "tensorrt":
+        with pytest.raises(RunError, match="can hold off one end token, and the model has 400"):
+            member.loaded(min_output_tokens=9)
+        return
     freely = run(member.loaded(batching=Batching(batch_size=4)), texts)
     held_off = run(member.loaded(batching=Batching(batch_size=4), min_output_tokens=9), texts)
     assert min(len(g.token_ids) for g in freely) < 9

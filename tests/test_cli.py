@@ -12,7 +12,19 @@ import pytest
 from lem.units import plain, quantity
 from tests.conftest import SIMULATED, command, raw_record
 
-HEAVY = ("torch", "transformers", "hydra", "omegaconf", "pyarrow", "pandas", "codecarbon", "datasets", "pynvml", "vllm")
+HEAVY = (
+    "torch",
+    "transformers",
+    "hydra",
+    "omegaconf",
+    "pyarrow",
+    "pandas",
+    "codecarbon",
+    "datasets",
+    "pynvml",
+    "vllm",
+    "tensorrt_llm",
+)
 
 
 def modules_after(*arguments: str, cwd) -> set[str]:

@@ -32,11 +32,16 @@ from lem.spec import (
     Quantization,
     SimulatedBackend,
     Streaming,
+    TensorrtBackend,
+    TensorrtKvCache,
+    TensorrtScheduler,
+    TensorrtSpeculation,
     Traffic,
     VllmBackend,
     VllmSpeculation,
     Warmup,
 )
+from tests.tensorrt_standin.build import build
 
 
 class FullHost(Host):
@@ -61,6 +66,8 @@ P100, V100, T4, A100, H100 = (6, 0), (7, 0), (7, 5), (8, 0), (9, 0)
 CPU, ONE, TWO = FullHost(gpus()), FullHost(gpus(H100)), FullHost(gpus(H100, H100))
 SIMULATED, ON_CPU = SimulatedBackend(), PytorchBackend(device="cpu")
 VLLM, NGRAM = VllmBackend(), VllmSpeculation(method="ngram", num_speculative_tokens=2)
+TENSORRT, DRAFTING = TensorrtBackend(), TensorrtSpeculation(decoding_type="NGram", max_draft_len=2)
+SAMPLED = Decoder(do_sample=True)
 EIGHT_BIT = Quantization(quantization=True, load_in_8bit=True)
 FOUR_BIT = Quantization(quantization=True, load_in_4bit=True)
 FLASH_2 = PytorchBackend(attn_implementation="flash_attention_2")
@@ -697,6 +704,151 @@ CASES = [
         given(backend=VLLM, parallelism=spread("tensor", 2), num_processes=2),
         given(parallelism=spread("tensor", 2), num_processes=2),
     ),
+    # ------------------------------------------------------------ tensorrt
+    ("missing_package", "backend", given(BareHost(gpus(H100)), backend=TENSORRT), given(ONE, backend=TENSORRT)),
+    ("no_gpu", "backend", given(backend=TENSORRT), given(ONE, backend=TENSORRT)),
+    (
+        "float32_on_tensorrt",
+        "fp_precision",
+        given(ONE, backend=TENSORRT, fp_precision="float32"),
+        given(ONE, backend=TENSORRT, fp_precision="bfloat16"),
+    ),
+    (
+        "float32_on_tensorrt",
+        "fp_precision",
+        given(ONE, model(dtype="float32"), backend=TENSORRT),
+        given(ONE, model(dtype="float32"), backend=TENSORRT, fp_precision="float16"),
+    ),
+    (
+        "quantized_by_tensorrt",
+        "quantization.quantization",
+        given(ONE, backend=TENSORRT, quantization=EIGHT_BIT),
+        given(ONE, backend=TENSORRT),
+    ),
+    (
+        "sampler_ignores",
+        "decoder.no_repeat_ngram_size",
+        given(ONE, backend=TENSORRT, decoder=Decoder(no_repeat_ngram_size=3)),
+        given(ONE, backend=TENSORRT, decoder=Decoder(repetition_penalty=1.2)),
+    ),
+    (
+        "seeds_of_batches",
+        "seed",
+        given(ONE, backend=TENSORRT, decoder=SAMPLED, batching=Batching(batch_size=2)),
+        given(ONE, backend=TENSORRT, decoder=SAMPLED),
+    ),
+    (
+        "one_end_token_held_off",
+        "min_output_tokens",
+        given(ONE, model("several-ends"), backend=TENSORRT, min_output_tokens=1),
+        given(ONE, model("several-ends"), backend=TENSORRT),
+    ),
+    (
+        "no_effect_speculation",
+        "backend.speculative.max_draft_len",
+        given(ONE, backend=TensorrtBackend(speculative=TensorrtSpeculation(max_draft_len=2))),
+        given(ONE, backend=TensorrtBackend(speculative=DRAFTING)),
+    ),
+    (
+        "unknown_engine_value",
+        "backend.speculative.decoding_type",
+        given(ONE, backend=TensorrtBackend(speculative=TensorrtSpeculation(decoding_type="Ngramm"))),
+        given(ONE, backend=TensorrtBackend(speculative=DRAFTING)),
+    ),
+    (
+        "unknown_engine_arg",
+        "backend.speculative.max_matching_ngram_size",
+        given(
+            ONE,
+            backend=TensorrtBackend(
+                speculative=TensorrtSpeculation(decoding_type="MTP", max_draft_len=1, max_matching_ngram_size=2)
+            ),
+        ),
+        given(
+            ONE,
+            backend=TensorrtBackend(
+                speculative=TensorrtSpeculation(decoding_type="NGram", max_draft_len=1, max_matching_ngram_size=2)
+            ),
+        ),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.extra_args.dtype",
+        given(ONE, backend=TensorrtBackend(extra_args={"dtype": "bfloat16"})),
+        given(ONE, backend=TensorrtBackend(extra_args={"stream_interval": 2})),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.extra_args.enable_chunked_prefill",
+        given(ONE, backend=TensorrtBackend(extra_args={"enable_chunked_prefill": True})),
+        given(ONE, backend=TensorrtBackend(chunked_prefill=True)),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.extra_args.kv_cache_config.dtype",
+        given(ONE, backend=TensorrtBackend(extra_args={"kv_cache_config": {"dtype": "fp8"}})),
+        given(ONE, backend=TensorrtBackend(extra_args={"kv_cache_config": {"use_uvm": True}})),
+    ),
+    (
+        "dropped_engine_arg",
+        "backend.extra_args.use_cuda_graph",
+        given(ONE, backend=TensorrtBackend(extra_args={"use_cuda_graph": True})),
+        given(ONE, backend=TensorrtBackend(cuda_graphs=True)),
+    ),
+    (
+        "unknown_engine_arg",
+        "backend.extra_args.stream_intervall",
+        given(ONE, backend=TensorrtBackend(extra_args={"stream_intervall": 2})),
+        given(ONE, backend=TensorrtBackend(extra_args={"stream_interval": 2})),
+    ),
+    (
+        "unknown_engine_arg",
+        "backend.extra_args.moe_config.backends",
+        given(ONE, backend=TensorrtBackend(extra_args={"moe_config": {"backends": "TRTLLM"}})),
+        given(ONE, backend=TensorrtBackend(extra_args={"moe_config": {"backend": "TRTLLM"}})),
+    ),
+    (
+        "unknown_engine_arg",
+        "backend.force_dynamic_quantization",
+        given(ONE, backend=TensorrtBackend(force_dynamic_quantization=True)),
+        given(ONE, backend=TensorrtBackend(overlap_scheduler=False)),
+    ),
+    (
+        "unknown_engine_arg",
+        "backend.kv_cache.host_cache_size",
+        given(ONE, backend=TensorrtBackend(kv_cache=TensorrtKvCache(host_cache_size=1))),
+        given(ONE, backend=TensorrtBackend(kv_cache=TensorrtKvCache(max_tokens=1))),
+    ),
+    (
+        "unknown_engine_value",
+        "backend.scheduler.capacity_scheduler_policy",
+        given(ONE, backend=TensorrtBackend(scheduler=TensorrtScheduler(capacity_scheduler_policy="NO_EVICT"))),
+        given(ONE, backend=TensorrtBackend(scheduler=TensorrtScheduler(capacity_scheduler_policy="STATIC_BATCH"))),
+    ),
+    (
+        "unknown_engine_value",
+        "backend.extra_args.allreduce_strategy",
+        given(ONE, backend=TensorrtBackend(extra_args={"allreduce_strategy": "NCLC"})),
+        given(ONE, backend=TensorrtBackend(extra_args={"allreduce_strategy": "NCCL"})),
+    ),
+    (
+        "prefixes_not_forgotten",
+        "backend.kv_cache.enable_block_reuse",
+        given(ONE, backend=TENSORRT),
+        given(ONE, backend=TensorrtBackend(kv_cache=TensorrtKvCache(enable_block_reuse=False))),
+    ),
+    (
+        "too_few_positions",
+        "backend.max_seq_len",
+        given(ONE, model(max_position_embeddings=1024), backend=TensorrtBackend(max_seq_len=1025)),
+        given(ONE, model(max_position_embeddings=1024), backend=TensorrtBackend(max_seq_len=1024)),
+    ),
+    (
+        "too_few_gpus",
+        "parallelism.degree",
+        given(ONE, backend=TENSORRT, parallelism=spread("tensor", 2)),
+        given(TWO, backend=TENSORRT, parallelism=spread("tensor", 2)),
+    ),
     # ------------------------------------------------------------ files
     ("no_tokenizer", "model", given(model=model("bare")), given(model=model())),
     (
@@ -782,6 +934,11 @@ def files(tmp_path_factory):
     for name, source in VLLM_FOR_CPUS.items():
         (root / "site" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "site" / name).write_text(source)
+    # A version that lacks some of what the one that was read has.
+    build(root / "site", drop=("cache_salt", "force_dynamic_quantization", "host_cache_size"))
+    (root / "several-ends").mkdir()
+    for name, content in {"tokenizer.json": {}, "generation_config.json": {"eos_token_id": [7, 2]}}.items():
+        (root / "several-ends" / name).write_text(json.dumps(content))
     shutil.copytree(tiny.path(), root / "templated")
     shutil.copytree(tiny.path(), root / "untemplated")
     settings = root / "untemplated" / "tokenizer_config.json"

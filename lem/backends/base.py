@@ -41,7 +41,8 @@ class Generation:
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding. Times
     are readings of `time.perf_counter_ns`; `prefill_end_ns` is when the first token's logits were there, None where
     the engine cannot tell. `chunks` says when the tokens came, if the experiment asks for streaming. `arrived_ns` is
-    when the request came into a queue, where there is one; `start_ns` is when the engine began on it.
+    when the request came into a queue, where there is one; `start_ns` is when the engine began on it, or where it
+    does not tell that (`start_is_told`), when it was given the request.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Generation:
     prefill_end_ns: int | None = None
     chunks: tuple[Chunk, ...] = ()
     arrived_ns: int | None = None
+    start_is_told: bool = True
 
 
 class Backend(ABC):

@@ -6,10 +6,12 @@ neither how much memory a GPU has nor how fast it is, and needs none: a model on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from lem.errors import RunError
+from lem.gpu import visible
 
 
 def spread(model: Any, devices: int) -> dict[str, int]:
@@ -94,3 +96,18 @@ def _check_heads(config: Any, degree: int) -> None:
                 f"The model's {words} heads ({heads}) cannot be shared evenly by {degree} processes. "
                 "Set parallelism.degree to a divisor."
             )
+
+
+def show_own_gpus(local_rank: int, count: int) -> None:
+    """Leave visible to CUDA the GPUs of this process alone, by names that every engine understands.
+
+    To be called before the engine is imported. Processes of a node, counted by `local_rank`, use `count` GPUs each.
+
+    Raises:
+        RunError: too few are visible.
+    """
+    own = visible()[local_rank * count : (local_rank + 1) * count]
+    if len(own) < count:
+        raise RunError(f"GPUs needed: {count}, visible: {len(own)}. Lower parallelism.degree.")
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.mig_uuid or str(gpu.index) for gpu in own)

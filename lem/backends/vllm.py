@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.backends import vllm_source
-from lem.backends.architecture import architecture_of
+from lem.backends import checkpoint, vllm_source
 from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch import compiled_graphs
 from lem.backends.vllm_options import RESOLVED, engine_arguments, given, objections, sampling_parameters
@@ -28,7 +28,7 @@ from lem.conflicts import gpus_needed, runs_in_one_process
 from lem.doubts import note
 from lem.errors import Interrupted, RunError
 from lem.flops import Architecture
-from lem.gpu import Gpu, visible
+from lem.gpu import Gpu
 from lem.host import Host, cpu_model, peak_memory_bytes
 from lem.latency import Chunk
 from lem.models import Model, find
@@ -137,31 +137,20 @@ class Vllm(Backend):
         if self._options.kv_cache_memory_bytes is not None:
             os.environ.pop(CPU_CACHE_VARIABLE, None)
         if self._on_gpu:
-            self._show_own_gpus()
+            show_own_gpus(self.local_rank, self._degree)
         try:
             import vllm.v1.engine.llm_engine  # noqa: F401
         except ImportError as error:
             raise RunError(f"vLLM cannot be imported: {reason_of(error)}") from error
         self._clock_offset_ns = clock_offset_ns()
 
-    def _show_own_gpus(self) -> None:
-        """Leave visible to CUDA the GPUs of this process alone, by names that vLLM understands."""
-        first = self.local_rank * self._degree
-        own = visible()[first : first + self._degree]
-        if len(own) < self._degree:
-            raise RunError(f"GPUs needed: {self._degree}, visible: {len(own)}. Lower parallelism.degree.")
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.mig_uuid or str(gpu.index) for gpu in own)
-
     def load(self) -> None:
         """Load tokenizer, weights and adapter, and let the engine allocate its cache."""
-        import transformers
-
-        transformers.logging.set_verbosity_error()
         self._found = find(self._experiment.model or "", self._experiment.revision)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._found.path, **self._source())
-        self._hollow = self._load_hollow(transformers)
-        self._end_tokens = end_tokens(self._generation_config(transformers), self._tokenizer)
+        trusted = self._experiment.trust_remote_code
+        self._tokenizer = checkpoint.load_tokenizer(self._found, trusted=trusted)
+        self._hollow = self._load_hollow()
+        self._end_tokens = end_tokens(checkpoint.generation_config(self._found, trusted=trusted), self._tokenizer)
         adapter = None if self._experiment.adapter is None else adapter_folder(self._experiment.adapter)
         self._engine = self._load_engine(adapter)
         if adapter is not None:
@@ -172,39 +161,15 @@ class Vllm(Backend):
         self._check_arrived()
         self._check_devices()
 
-    def _source(self) -> dict[str, Any]:
-        """Return the options by which transformers finds a model's parts."""
+    def _load_hollow(self) -> Any:
+        """Return the model without weights, with what the engine is told to change about its config; None if unknown."""
         assert self._found is not None
-        return {"revision": self._found.revision, "trust_remote_code": self._experiment.trust_remote_code}
-
-    def _load_hollow(self, transformers: Any) -> Any:
-        """Return the model without weights, of which its sizes are read; None where transformers does not know it.
-
-        What the engine is told to change about the model's config is changed here too.
-        """
-        import torch
-
-        assert self._found is not None
-        trusted, changes = self._experiment.trust_remote_code, self._options.engine_args or {}
-        if "hf_config_path" in changes:
+        arguments = self._options.engine_args or {}
+        if "hf_config_path" in arguments:
             return None
-        try:
-            config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
-            if isinstance(overrides := changes.get("hf_overrides"), dict):
-                config.update(overrides)
-            with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        except (ValueError, KeyError, ImportError, NotImplementedError):
-            return None
-
-    def _generation_config(self, transformers: Any) -> Any:
-        """Return what the model says about the end of a sequence, as transformers would take it."""
-        assert self._found is not None
-        try:
-            return transformers.GenerationConfig.from_pretrained(self._found.path, revision=self._found.revision)
-        except OSError:
-            config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
-            return transformers.GenerationConfig.from_model_config(config)
+        overrides = arguments.get("hf_overrides")
+        changes = overrides if isinstance(overrides, dict) else None
+        return checkpoint.load_hollow(self._found, trusted=self._experiment.trust_remote_code, changes=changes)
 
     def _load_engine(self, adapter: Path | None) -> Any:
         from vllm.engine.arg_utils import EngineArgs
@@ -527,11 +492,7 @@ class Vllm(Backend):
 
     def architecture(self) -> Architecture | None:
         """Read the sizes off the model without weights, by the same code as for PyTorch, and add the adapter's."""
-        sizes = None if self._hollow is None else architecture_of(self._hollow)
-        if sizes is None:
-            return None
-        of_body, of_head = self._adapter_weights
-        return Architecture(sizes.body_weights + of_body, sizes.head_weights + of_head, sizes.attention_width)
+        return checkpoint.sizes(self._hollow, self._adapter_weights)
 
     def notes(self) -> list[Note]:
         """Say so when the weights are random, and when the engine did less or more work than the tokens say."""

@@ -1,0 +1,193 @@
+"""What the installed TensorRT-LLM accepts, read off its source: arguments, those of their parts, and values of some.
+
+Importing it takes many seconds and looks for GPUs; parsing the files with its arguments takes a tenth of one. Knows no
+experiment. Where the source is laid out in another way nothing is told, and the engine itself has to refuse.
+Written against `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at the commits that docs/tensorrt.md names.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata, util
+from pathlib import Path
+
+PACKAGE, DISTRIBUTION = "tensorrt_llm", "tensorrt-llm"
+ARGUMENTS = "TorchLlmArgs"
+SPECULATION = "DecodingBaseConfig"
+# Where classes of arguments are defined: all but the last two have been the place of LoraConfig.
+FILES = (
+    "llmapi/llm_args.py",
+    "_torch/peft/lora/config.py",
+    "lora_helper.py",
+    "lora_manager.py",
+    "llmapi/llm.py",
+    "sampling_params.py",
+)
+# Where tokens are drawn: one file in former versions, a folder since.
+SAMPLERS = ("_torch/pyexecutor/sampler.py", "_torch/pyexecutor/sampler/*.py")
+GENERATE = "generate_async"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A field of a class of arguments: its type as it stands there, and its default; None where there is none."""
+
+    annotation: ast.expr
+    default: ast.expr | None
+
+
+def version() -> str:
+    """Return the installed version."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+# ------------------------------------------------------------------ arguments
+def arguments(of: str = ARGUMENTS) -> dict[str, Argument]:
+    """Return the arguments that a class takes, those of its bases included; empty when they cannot be told."""
+    defined = _definitions().get(of)
+    if not isinstance(defined, ast.ClassDef):
+        return {}
+    found: dict[str, Argument] = {}
+    for base in reversed(defined.bases):
+        found |= arguments(base.id) if isinstance(base, ast.Name) else {}
+    return found | dict(_fields(defined))
+
+
+def _fields(defined: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
+    for node in defined.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+            if not name.startswith("_") and "ClassVar" not in ast.unparse(node.annotation):
+                yield name, Argument(node.annotation, _default(node.value))
+
+
+def _default(value: ast.expr | None) -> ast.expr | None:
+    """Return what stands for a default, inside of Field(…) or outside."""
+    if not isinstance(value, ast.Call) or _called(value) not in ("Field", "PydanticField"):
+        return value
+    named = {keyword.arg: keyword.value for keyword in value.keywords}
+    return named.get("default", value.args[0] if value.args else named.get("default_factory"))
+
+
+def _called(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else ""
+
+
+def part(name: str) -> str | None:
+    """Return the class of arguments that an argument of the LLM is made of; None for a value, or for several."""
+    argument = arguments().get(name)
+    if argument is None:
+        return None
+    classes = [found for found in _classes(argument.annotation) if arguments(found)]
+    return classes[0] if len(classes) == 1 else None
+
+
+def _classes(annotation: ast.expr) -> list[str]:
+    """Return the classes that a type names, through its aliases."""
+    found: list[str] = []
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Name):
+            defined = _definitions().get(node.id)
+            if isinstance(defined, ast.ClassDef):
+                found.append(node.id)
+            elif isinstance(defined, ast.expr) and not isinstance(defined, ast.Constant):
+                found += _classes(defined)
+    return list(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------ values
+def choices(argument: str, of: str = ARGUMENTS) -> tuple[str, ...]:
+    """Return the values that an argument may have by its type; empty when it may have any, or they cannot be told."""
+    found = arguments(of).get(argument)
+    return () if found is None else tuple(dict.fromkeys(_values(found.annotation)))
+
+
+def _values(annotation: ast.expr) -> Iterator[str]:
+    """Yield the texts of a Literal, and the values of an enumeration; none for a type that allows any text."""
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    if "str" in names:
+        return
+    if "Literal" in names:
+        yield from (n.value for n in ast.walk(annotation) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    for name in _classes(annotation):
+        defined = _definitions()[name]
+        for member in defined.body if isinstance(defined, ast.ClassDef) else ():
+            if isinstance(member, ast.Assign) and isinstance(member.value, ast.Constant):
+                yield str(member.value.value)
+
+
+def decoding_types() -> dict[str, str]:
+    """Return the ways to draft tokens, and the class of arguments of each; empty when they cannot be told."""
+    found = {}
+    for name, defined in _definitions().items():
+        if isinstance(defined, ast.ClassDef) and SPECULATION in _bases(name):
+            for node in defined.body:
+                if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "decoding_type":
+                    default = _default(node.value)
+                    if isinstance(default, ast.Constant):
+                        found[str(default.value)] = name
+    return found
+
+
+def _bases(name: str) -> list[str]:
+    defined = _definitions().get(name)
+    direct = (
+        [base.id for base in defined.bases if isinstance(base, ast.Name)] if isinstance(defined, ast.ClassDef) else []
+    )
+    return direct + [further for base in direct for further in _bases(base)]
+
+
+# ------------------------------------------------------------------ behaviour
+def sampling_options_read() -> frozenset[str]:
+    """Return the sampling options that the installed sampler looks at; empty when it cannot be told."""
+    return _read_by_samplers(_folder())
+
+
+@cache
+def _read_by_samplers(folder: Path | None) -> frozenset[str]:
+    files = [file for pattern in SAMPLERS for file in folder.glob(pattern)] if folder else []
+    return frozenset(name for file in files for name in re.findall(r"sampling_config\.(\w+)", file.read_text("utf-8")))
+
+
+def generate_arguments() -> frozenset[str]:
+    """Return the arguments of the call that takes a request; empty when they cannot be told."""
+    for defined in _definitions().values():
+        for node in defined.body if isinstance(defined, ast.ClassDef) else ():
+            if isinstance(node, ast.FunctionDef) and node.name == GENERATE:
+                return frozenset(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
+    return frozenset()
+
+
+# ------------------------------------------------------------------ files
+def _folder() -> Path | None:
+    spec = util.find_spec(PACKAGE)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]) if places else None
+
+
+def _definitions() -> dict[str, ast.AST]:
+    """Return the classes and the assigned values at the top of the files, by name; the first of a name counts."""
+    folder = _folder()
+    return {} if folder is None else _parsed(folder)
+
+
+@cache
+def _parsed(folder: Path) -> dict[str, ast.AST]:
+    found: dict[str, ast.AST] = {}
+    for file in FILES:
+        path = folder / file
+        for node in ast.parse(path.read_text("utf-8")).body if path.is_file() else ():
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, node)
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found.setdefault(node.targets[0].id, node.value)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+                found.setdefault(node.target.id, node.value)
+    return found
