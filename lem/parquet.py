@@ -97,9 +97,9 @@ def table(record_type: type[Any], rows: Iterable[Any]) -> Any:
 
 @contextmanager
 def _pandas_left_out() -> Iterator[None]:
-    """Keep pyarrow from importing pandas, which takes longer than a small table does: it asks whether a list is a Series.
+    """Keep pyarrow from importing pandas to see whether a list is a Series: that takes longer than a table does.
 
-    It asks once for all; where it is told later to make a DataFrame it imports pandas all the same.
+    It looks once for all; where it is told later to make a DataFrame it imports pandas all the same.
     """
     sys.meta_path.insert(0, _NoPandas)
     try:

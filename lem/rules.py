@@ -68,7 +68,7 @@ OBJECTIONS: dict[str, Rule] = {
         "options",
         "Continuous batching fills a request's place as soon as it is finished, from a cache of pages; the backend or "
         "an option that is set does not go with that.",
-        "Choose static batching or leave the option out, as the sentence says; or use backend=vllm or backend=tensorrt.",
+        "Choose static batching or leave the option out, as the sentence says; or use another backend.",
     ),
     "continuous_unavailable": Rule(
         "impossible",

@@ -162,7 +162,7 @@ class Vllm(Backend):
         self._check_devices()
 
     def _load_hollow(self) -> Any:
-        """Return the model without weights, with what the engine is told to change about its config; None if unknown."""
+        """Return the model without weights, its config changed as the engine is told to; None where it is unknown."""
         assert self._found is not None
         arguments = self._options.engine_args or {}
         if "hf_config_path" in arguments:
