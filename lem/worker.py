@@ -394,6 +394,9 @@ def _keep_what_is_journaled(this: Run) -> None:
     if not of_cycle or len(of_cycle[-1].rows) == len(this.measurement.requests):
         return
     del this.measurement.requests[len(of_cycle[-1].rows) :]
+    last, metered = of_cycle[-1].last, of_cycle[-1].metered
+    if last is not None and metered is not None:
+        this.measurement.energy_behind_s = last.duration_s - (metered.energy_at_s or 0.0)
     window = of_cycle[-1].salvaged().phase("measured")
     others = [phase for phase in this.measurement.phases if phase.name != "measured"]
     this.measurement.phases = [*others, window] if window else others

@@ -253,7 +253,7 @@ sys.exit(worker.main([sys.argv[1]]))
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_a_signal_in_the_middle_of_a_line_leaves_a_record_that_fits_its_journal(lem, tmp_path, share):
+def test_a_signal_in_the_middle_of_a_line_leaves_it_whole_and_a_record_that_fits(lem, tmp_path, share):
     assert lem("experiment", *SIMULATED, "-n", "8").code == 0
     directory = only(tmp_path)
     forget_all(directory)
@@ -261,7 +261,7 @@ def test_a_signal_in_the_middle_of_a_line_leaves_a_record_that_fits_its_journal(
     stopped = subprocess.run(code, capture_output=True, text=True)
     assert stopped.returncode == 130, stopped.stderr
     (part,) = directory.parts()
-    assert len(part.requests) == part.record.requests_completed == (4 if share == 1 else 3)
+    assert 4 <= len(part.requests) == part.record.requests_completed < 8
     window = part.record.phase("measured")
     assert window is not None
     assert window.duration_s == pytest.approx(part.requests[-1].end_s, abs=0.02)
