@@ -12,14 +12,16 @@ from lem import tiny
 from lem.backends import make_backend
 from lem.datasets import builtin
 from lem.errors import RunError
-from lem.spec import Batching, Decoder, Experiment, PytorchBackend, SimulatedBackend, VllmBackend
+from lem.spec import Batching, Decoder, Experiment, OpenaiBackend, PytorchBackend, SimulatedBackend, VllmBackend
 from lem.traffic import Arrivals
+from tests import http_server
 
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
 MEMBERS = (
     "simulated",
     "pytorch",
     pytest.param("vllm", marks=pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")),
+    "openai",
 )
 ON_CPU = {
     "pytorch": PytorchBackend(device="cpu"),
@@ -39,7 +41,7 @@ class Member:
     @property
     def pads(self):
         """Whether the requests of a batch are computed as one, and share its times."""
-        return self.experiment.backend.name != "vllm"
+        return self.experiment.backend.name not in ("vllm", "openai")
 
     def loaded(self, **changes):
         backend = make_backend(replace(self.experiment, **changes))
@@ -66,13 +68,21 @@ def tiny_that_ends(tiny_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def server(tiny_that_ends):
+    with http_server.Running(http_server.ModelTokens(str(tiny_that_ends))) as running:
+        yield running
+
+
 @pytest.fixture(params=MEMBERS)
 def member(request, tiny_that_ends):
     if request.param == "simulated":
         fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4)
         made = Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]))
     else:
-        options = ON_CPU[request.param]
+        options = ON_CPU.get(request.param)
+        if request.param == "openai":
+            options = OpenaiBackend(url=request.getfixturevalue("server").url)
         experiment = Experiment(model=str(tiny_that_ends), backend=options, max_output_tokens=12)
         made = Member(experiment, frozenset(range(2, 402)))
     yield made
@@ -306,3 +316,17 @@ def test_simulated_failure_comes_at_its_request(texts):
     assert [g.index for batch in (next(generations), next(generations)) for g in batch] == [0, 1]
     with pytest.raises(RunError, match="request 2"):
         next(generations)
+
+
+def test_a_server_gives_the_tokens_that_pytorch_gives(server, tiny_that_ends, texts):
+    common = {"model": str(tiny_that_ends), "max_output_tokens": 12, "batching": Batching(batch_size=4)}
+    members = [
+        Member(Experiment(backend=options, **common), frozenset()).loaded()
+        for options in (OpenaiBackend(url=server.url), PytorchBackend(device="cpu"))
+    ]
+    here, there = (run(backend, texts) for backend in members)
+    assert tokens(here) == tokens(there)
+    assert [g.finish_reason for g in here] == [g.finish_reason for g in there]
+    assert members[0].architecture() == members[1].architecture()
+    for backend in members:
+        backend.close()

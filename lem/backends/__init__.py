@@ -19,6 +19,7 @@ def backend_class(name: str) -> type[Backend]:
         "pytorch": ("pytorch", "Pytorch"),
         "simulated": ("simulated", "Simulated"),
         "vllm": ("vllm", "Vllm"),
+        "openai": ("openai", "Openai"),
     }[name]
     found: type[Backend] = getattr(import_module(f"lem.backends.{module}"), class_name)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lem.flops import Architecture
 from lem.gpu import Gpu
@@ -37,7 +38,9 @@ class Generation:
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding. Times
     are readings of `time.perf_counter_ns`; `prefill_end_ns` is when the first token's logits were there, None where
     the engine cannot tell. `chunks` says when the tokens came, if the experiment asks for streaming. `arrived_ns` is
-    when the request came into a queue, where there is one; `start_ns` is when the engine began on it.
+    when the request came into a queue, where there is one; `start_ns` is when the engine began on it, or with
+    `starts_when_sent` when it was sent to one that does not tell how long it waited there. `counted` is the number of
+    output tokens where the engine tells no more than that; then there are no `token_ids`.
     """
 
     index: int
@@ -49,6 +52,13 @@ class Generation:
     prefill_end_ns: int | None = None
     chunks: tuple[Chunk, ...] = ()
     arrived_ns: int | None = None
+    starts_when_sent: bool = False
+    counted: int | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        """Number of tokens that came out."""
+        return len(self.token_ids) if self.counted is None else self.counted
 
 
 class Backend(ABC):
@@ -61,6 +71,9 @@ class Backend(ABC):
 
     local_rank: int = 0
     """Which of the node's processes this is; set before `start`."""
+
+    log_folder: Path | None = None
+    """Where an engine of its own process may write a log, which stays; set before `start`."""
 
     @abstractmethod
     def __init__(self, experiment: Experiment) -> None:
@@ -84,6 +97,14 @@ class Backend(ABC):
 
         Only these are metered.
         """
+        return ()
+
+    def runs_elsewhere(self) -> bool:
+        """Tell whether another machine does the work: no meter of this one says anything about it."""
+        return False
+
+    def server_pids(self) -> Sequence[int]:
+        """Return the engine's processes that this one has not started; asked after `start`."""
         return ()
 
     def start(self) -> None:

@@ -20,8 +20,10 @@ from typing import Any
 from lem.backends import vllm_source
 from lem.backends.architecture import architecture_of
 from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.model_files import ModelFiles
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch import compiled_graphs
+from lem.backends.vllm_counters import COUNTERS, notes_of
 from lem.backends.vllm_options import RESOLVED, engine_arguments, given, objections, sampling_parameters
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed, runs_in_one_process
@@ -38,17 +40,6 @@ from lem.spec import Experiment, VllmBackend
 from lem.traffic import Arrivals
 from lem.units import NS_PER_S
 
-# The engine's counters and what they are called in records.
-COUNTERS = {
-    "vllm:prompt_tokens": "prompt_tokens",
-    "vllm:generation_tokens": "generation_tokens",
-    "vllm:prefix_cache_queries": "prefix_cache_queried_tokens",
-    "vllm:prefix_cache_hits": "prefix_cache_hit_tokens",
-    "vllm:num_preemptions": "preemptions",
-    "vllm:spec_decode_num_drafts": "drafts",
-    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
-    "vllm:spec_decode_num_accepted_tokens": "accepted_draft_tokens",
-}
 ENVIRONMENT = {
     # The engine's loop runs in this process: its clock, its memory and its errors are ours.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -154,13 +145,10 @@ class Vllm(Backend):
 
     def load(self) -> None:
         """Load tokenizer, weights and adapter, and let the engine allocate its cache."""
-        import transformers
-
-        transformers.logging.set_verbosity_error()
         self._found = find(self._experiment.model or "", self._experiment.revision)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._found.path, **self._source())
-        self._hollow = self._load_hollow(transformers)
-        self._end_tokens = end_tokens(self._generation_config(transformers), self._tokenizer)
+        files = ModelFiles(self._found, trust_remote_code=self._experiment.trust_remote_code)
+        self._tokenizer, self._hollow = files.tokenizer(), files.hollow()
+        self._end_tokens = end_tokens(files.generation_config(), self._tokenizer)
         adapter = None if self._experiment.adapter is None else adapter_folder(self._experiment.adapter)
         self._engine = self._load_engine(adapter)
         if adapter is not None:
@@ -170,33 +158,6 @@ class Vllm(Backend):
         self._loaded_weights = [sum(each) for each in zip(*self._on_workers(_weights), strict=True)]
         self._check_arrived()
         self._check_devices()
-
-    def _source(self) -> dict[str, Any]:
-        """Return the options by which transformers finds a model's parts."""
-        assert self._found is not None
-        return {"revision": self._found.revision, "trust_remote_code": self._experiment.trust_remote_code}
-
-    def _load_hollow(self, transformers: Any) -> Any:
-        """Return the model without weights, of which its sizes are read; None where transformers does not know it."""
-        import torch
-
-        assert self._found is not None
-        trusted = self._experiment.trust_remote_code
-        try:
-            config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
-            with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        except (ValueError, KeyError, ImportError, NotImplementedError):
-            return None
-
-    def _generation_config(self, transformers: Any) -> Any:
-        """Return what the model says about the end of a sequence, as transformers would take it."""
-        assert self._found is not None
-        try:
-            return transformers.GenerationConfig.from_pretrained(self._found.path, revision=self._found.revision)
-        except OSError:
-            config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
-            return transformers.GenerationConfig.from_model_config(config)
 
     def _load_engine(self, adapter: Path | None) -> Any:
         from vllm.engine.arg_utils import EngineArgs
@@ -528,15 +489,10 @@ class Vllm(Backend):
     def notes(self) -> list[Note]:
         """Say so when the weights are random, and when the engine did less or more work than the tokens say."""
         assert self._found is not None
-        notes, counts = [], self.counters() or {}
+        notes = []
         if self._has_random_weights:
             notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
-        if hits := counts.get("prefix_cache_hit_tokens"):
-            share = hits / counts["prefix_cache_queried_tokens"]
-            notes.append(note("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache."))
-        if preemptions := counts.get("preemptions"):
-            text = f"requests were put off {preemptions:.0f} times for want of cache, and computed anew."
-            notes.append(note("preempted", text))
+        notes += notes_of(self.counters() or {})
         if self._has_run and (graphs := compiled_graphs() - self._graphs_before):
             notes.append(note("compiled_in_window", f"{graphs} graphs were compiled in the window."))
         return notes
