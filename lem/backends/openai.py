@@ -277,7 +277,7 @@ class Openai(Backend):
         return [done[number] for number in range(len(prompts))]
 
     def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[Generation]:
-        """Yield each as it is finished; the next ones are on their way before that is dealt with."""
+        """Yield each as it is finished; the next ones are on their way by then, however long dealing with it takes."""
         numbers, waiting = itertools.count(), dict[int, Arrived[Encoded]]()
 
         def send() -> None:
@@ -287,15 +287,18 @@ class Openai(Backend):
                 waiting[number] = each
                 self._client.send(number, self._body(each.request, self._experiment), each.at_ns)
 
-        with self._breaking_off():
+        def take_the_place(answer: Any) -> None:
+            """Let the next one arrive; called in the client's thread, which alone deals with arrivals."""
+            arrivals.finished(1, answer.ended_ns)
             send()
+
+        with self._breaking_off():
+            self._client.on_answer = take_the_place
+            self._client.run(send)
             while waiting:
                 number, answer = self._client.next_done()
                 each = waiting.pop(number)
-                generation = self._generation(each.request, 0, answer)
-                arrivals.finished(1, generation.end_ns)
-                send()
-                yield replace(generation, arrived_ns=each.at_ns)
+                yield replace(self._generation(each.request, 0, answer), arrived_ns=each.at_ns)
 
     @contextmanager
     def _breaking_off(self) -> Iterator[None]:
@@ -303,11 +306,15 @@ class Openai(Backend):
         try:
             yield
         except GeneratorExit:
-            self._client.cancel()
+            if self._client is not None:
+                self._client.cancel()
             raise
         except BaseException:
             self._is_broken = True
             raise
+        finally:
+            if self._client is not None:
+                self._client.on_answer = lambda _: None
 
     def _body(self, prompt: Encoded, experiment: Experiment) -> bytes:
         body = request_body(

@@ -15,7 +15,7 @@ import resource
 import ssl
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -84,6 +84,8 @@ class Client:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._pool: Any = None
+        self.on_answer: Callable[[Answer], None] = lambda _: None
+        """Called in the client's thread with each answer, before `next_done` hands it out."""
 
     def start(self) -> None:
         """Begin to work; every request in flight needs a file descriptor, so take as many as this process may."""
@@ -122,6 +124,14 @@ class Client:
         """Wait for the next request that has ended; return its number, and its answer or why there is none."""
         return self._done.get()
 
+    def run(self, function: Callable[[], None]) -> None:
+        """Call a function in the client's thread, and wait until it has returned."""
+
+        async def call() -> None:
+            function()
+
+        self._wait(call())
+
     def cancel(self) -> None:
         """Break off all requests that have not ended, and forget their answers."""
         self._wait(self._cancel())
@@ -153,6 +163,7 @@ class Client:
             if at_ns is not None:
                 await _until(at_ns)
             done: Answer | Exception = await self._complete(body)
+            self.on_answer(done)
         except Exception as error:
             done = error
         self._done.put((number, done))

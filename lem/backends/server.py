@@ -70,7 +70,8 @@ class Server:
         """Return the end of its log as a sentence after others; empty when it has said nothing."""
         with self._log.open("rb") as file:
             file.seek(self._log_start)
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            said = (line.strip() for line in file.read().decode(errors="replace").splitlines())
+        lines = [line for line in said if line.strip("^~ ")]  # without Python's marks below a line
         return (
             f" Its log ends: {' | '.join(lines[-LOG_LINES:])[-LONGEST_END:]} (all of it: {self._log})" if lines else ""
         )
