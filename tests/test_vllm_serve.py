@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -54,6 +55,7 @@ def started(tmp_path_factory):
             yield backend
         finally:
             backend.close()
+        psutil.wait_procs(family, timeout=10)
         assert not [process for process in family if running(process)]
 
 
@@ -181,7 +183,7 @@ def test_a_run_that_is_stopped_by_ctrl_c_leaves_no_process(tmp_path):
     process = begin(
         "experiment", "--backend", "openai", "-m", "tiny", "-d", "sample", "-n", "200", "-y", "energy=none",
         "fp_precision=float32", "--streaming", "streaming.warmup_requests=1", "batching.batch_size=2",
-        f"backend.command={shlex.quote(shlex.join(SERVE))}", cwd=tmp_path, **ENVIRONMENT,
+        f"backend.command={json.dumps(shlex.join(SERVE))}", cwd=tmp_path, **ENVIRONMENT,
     )  # fmt: skip
     try:
         wait_for(process, "Prompts 2/")

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from lem.errors import RunError
 LOG_NAME = "server.log"
 LOG_LINES = 5
 LONGEST_END = 900
-# The guardian gives the server this long, and ends then itself.
-ENDING_S = guardian.GRACE_S + 3.0
+# The guardian ends by itself; on a machine with other work it takes a while until the kernel has cleared away a server.
+ENDING_S = guardian.GRACE_S + 8.0
 
 
 class Server:
@@ -89,8 +90,7 @@ class Server:
         try:
             self._guardian.wait(ENDING_S)
         except subprocess.TimeoutExpired:
-            for process in reversed(family_of([self._guardian.pid])):
-                process.kill()
+            kill(family_of([self._guardian.pid]))
             self._guardian.wait()
         self._guardian = None
 
@@ -152,6 +152,16 @@ def family_of(pids: Iterable[int]) -> list[Any]:
         except psutil.Error:
             continue
     return list(found.values())
+
+
+def kill(processes: Sequence[Any]) -> None:
+    """Kill processes, and wait a while until they are gone."""
+    import psutil
+
+    for process in reversed(processes):
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=ENDING_S)
 
 
 def peak_memory_bytes(processes: Iterable[Any]) -> int | None:
