@@ -181,8 +181,9 @@ def test_what_the_server_refuses_is_told_in_its_words(asking, texts):
 
 def test_a_run_that_is_stopped_by_ctrl_c_leaves_no_process(tmp_path):
     process = begin(
-        "experiment", "--backend", "openai", "-m", "tiny", "-d", "sample", "-n", "200", "-y", "energy=none",
+        "experiment", "--backend", "openai", "-m", "tiny", "-d", "sample", "-n", "12", "-y", "energy=none",
         "fp_precision=float32", "--streaming", "streaming.warmup_requests=1", "batching.batch_size=2",
+        "max_output_tokens=800", "min_output_tokens=800",
         f"backend.command={json.dumps(shlex.join(SERVE))}", cwd=tmp_path, **ENVIRONMENT,
     )  # fmt: skip
     try:

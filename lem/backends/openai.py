@@ -49,8 +49,8 @@ from lem.traffic import Arrivals, Arrived
 READY_POLL_S = 0.5
 # Questions beside the work, which may be asked when the run is being stopped.
 ASIDE_S = 2.0
-# An interruption reaches a server that lem has started before it reaches this process.
-INTERRUPTION_S = 1.0
+# How long a server that does not answer any more may take to be gone with all of its processes.
+ENDING_PATIENCE_S = 4.0
 # Where servers drop cached prefixes: vLLM in its development mode, SGLang.
 RESETS = ("/reset_prefix_cache", "/flush_cache")
 RESET_TRIES = 20
@@ -327,8 +327,8 @@ class Openai(Backend):
         from lem.backends.openai_client import Answer, Refused, ServerGone
 
         if isinstance(answer, ServerGone):
-            time.sleep(INTERRUPTION_S)
-            end = None if self._server is None else self._server.how_it_ended()
+            # A server that is being ended takes a while; and what has ended it may be about to end this process.
+            end = None if self._server is None else self._server.how_it_ended(ENDING_PATIENCE_S)
             raise RunError(f"{answer} {end or ''}".rstrip())
         if isinstance(answer, Refused):
             raise RunError(f"The server has not answered prompt {prompt.index}: {answer}")

@@ -60,10 +60,13 @@ class Server:
                 start_new_session=True,
             )
 
-    def how_it_ended(self) -> str | None:
-        """Return a sentence about its end, with what it said last; None while it runs."""
-        code = None if self._guardian is None else self._guardian.poll()
-        if code is None:
+    def how_it_ended(self, patience_s: float = 0.0) -> str | None:
+        """Return a sentence about its end, with what it said last; None while it runs, after waiting that long."""
+        if self._guardian is None:
+            return None
+        try:
+            code = self._guardian.wait(patience_s)
+        except subprocess.TimeoutExpired:
             return None
         return f"The server {_how(code)}.{self.last_words()}"
 
