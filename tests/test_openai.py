@@ -621,6 +621,7 @@ def rows(results):
     return sorted(pq.read_table(results / "requests").to_pylist(), key=lambda row: row["request"])
 
 
+@pytest.mark.processes
 def test_run_with_a_server_of_its_own(tmp_path, in_root):
     done = command(*COMMON, starting("--children"), "--streaming", "batching.batch_size=4", cwd=tmp_path)
     assert done.code == 0, done.out + done.err
@@ -637,6 +638,7 @@ def test_run_with_a_server_of_its_own(tmp_path, in_root):
         assert row["queue_s"] is None
 
 
+@pytest.mark.processes
 def test_run_of_poisson_arrivals_at_a_server(tmp_path):
     with Running() as server:
         traffic = ("traffic.pattern=poisson", "traffic.target_qps=20", "backend.device=remote")
@@ -660,6 +662,7 @@ def test_no_server_is_bad_input(lem):
     assert "no server answers at http://127.0.0.1" in " ".join((finished.out + finished.err).split())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("options", "words"),
     [
