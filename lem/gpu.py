@@ -8,7 +8,7 @@ Opens no CUDA context, so it can be asked from any process. Without a driver the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,10 +146,11 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
         )
 
 
-def state(uuid: str) -> DeviceState:
+def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
     """Return how a GPU is doing at this moment; nothing but its UUID where it or the driver cannot be asked.
 
-    Process ids are the driver's: in a container that has process ids of its own, they may be those of the host.
+    Process ids are the driver's: in a container that has process ids of its own, they may be those of the host. Those
+    of this process, of what it has started, and `of_engine` are not foreign.
     """
     with nvml() as lib:
         handle = None if lib is None else _told(lib, "nvmlDeviceGetHandleByUUID", uuid)
@@ -169,7 +170,7 @@ def state(uuid: str) -> DeviceState:
             ecc=None if ecc is None else bool(ecc[0]),
             mig=_mig(lib, handle),
             throttle_reasons=_throttle_reasons(lib, handle),
-            foreign_processes=_foreign_processes(lib, handle),
+            foreign_processes=_foreign_processes(lib, handle, of_engine),
         )
 
 
@@ -301,7 +302,7 @@ def _throttle_reasons(lib: Any, handle: Any) -> tuple[str, ...] | None:
     return None if mask is None else tuple(name for bit, name in THROTTLE_REASONS.items() if mask & bit)
 
 
-def _foreign_processes(lib: Any, handle: Any) -> tuple[ForeignProcess, ...] | None:
+def _foreign_processes(lib: Any, handle: Any, of_engine: Collection[int]) -> tuple[ForeignProcess, ...] | None:
     processes = _told(lib, "nvmlDeviceGetComputeRunningProcesses", handle)
     if processes is None:
         return None
@@ -309,7 +310,7 @@ def _foreign_processes(lib: Any, handle: Any) -> tuple[ForeignProcess, ...] | No
     return tuple(
         ForeignProcess(pid=p.pid, used_bytes=p.usedGpuMemory, name=_process_name(lib, p.pid))
         for p in processes
-        if p.pid not in own
+        if p.pid not in own and p.pid not in of_engine
     )
 
 

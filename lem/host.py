@@ -79,9 +79,14 @@ def look() -> Host:
     return Host(gpus=tuple(gpu.visible()))
 
 
-def device_states(gpus: Sequence[gpu.Gpu]) -> tuple[DeviceState, ...]:
-    """Return the state of GPUs at this moment, each physical one once."""
-    return tuple(gpu.state(uuid) for uuid in dict.fromkeys(device.uuid for device in gpus))
+def device_states(gpus: Sequence[gpu.Gpu], of_engine: Sequence[int] = ()) -> tuple[DeviceState, ...]:
+    """Return the state of GPUs at this moment, each physical one once.
+
+    Args:
+        gpus: the GPUs.
+        of_engine: ids of processes that this one has not started and that are not foreign all the same.
+    """
+    return tuple(gpu.state(uuid, of_engine) for uuid in dict.fromkeys(device.uuid for device in gpus))
 
 
 def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[DeviceState, ...] = ()) -> Environment:

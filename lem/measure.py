@@ -173,7 +173,7 @@ class Bench:
                     batch = [replace(g, batch=g.batch + first_batch) for g in batch]
                 done = [into.add(g, by_index[g.index]) for g in batch]
                 recorder.finished(done, window.checkpoint())
-                output_tokens += sum(len(g.token_ids) for g in batch)
+                output_tokens += sum(g.output_tokens for g in batch)
                 self.report(Event("measured", len(into.requests), len(prompts), output_tokens))
             window.close(recorder)
         except BaseException:
@@ -218,6 +218,7 @@ class _Window:
     def __init__(self, bench: Bench, into: Measurement) -> None:
         self._bench, self._into = bench, into
         self._load = _LoadClock()
+        self._of_engine: Sequence[int] = ()
         self._last: Checkpoint | None = None
         self._metered: Checkpoint | None = None
         self._ask_again_ns = 0
@@ -226,13 +227,14 @@ class _Window:
         """Synchronise, wait for the others, and note time and energy."""
         into = self._into
         into.current = "measured"
+        self._of_engine = self._bench.backend.server_pids()
         self._bench.backend.synchronize()
         self._bench.meter.settle()
         self._bench.ranks.barrier()
         self._bench.meter.begin()
         into.window_opened_unix_s = time.time()
         into.window_opened_ns = time.perf_counter_ns()
-        self._load.start()
+        self._load.start(self._of_engine)
 
     def checkpoint(self) -> Checkpoint:
         """Return how far the window has come; asks the meter as often as costs a hundredth of the time."""
@@ -327,13 +329,13 @@ def variation(values: Sequence[float]) -> float | None:
 
 
 class _LoadClock:
-    """Processor time of the machine, and of this process and its children, over a span, in busy cores."""
+    """Processor time of the machine, and of this process, its children and the engine's, over a span, in busy cores."""
 
-    def start(self) -> None:
+    def start(self, of_engine: Sequence[int]) -> None:
         """Note the times; an engine's workers have been started by now, and looking for them takes milliseconds."""
         import psutil
 
-        self._children = psutil.Process().children(recursive=True)
+        self._children = [*psutil.Process().children(recursive=True), *_living(of_engine)]
         self._wall_ns, self._machine_s, self._process_s = self._now()
 
     def stop(self) -> CpuLoad:
@@ -348,6 +350,16 @@ class _LoadClock:
         machine = psutil.cpu_times()
         busy_s = machine.user + machine.system + getattr(machine, "nice", 0.0) + getattr(machine, "softirq", 0.0)
         return time.perf_counter_ns(), float(busy_s), time.process_time() + sum(map(_cpu_s, self._children))
+
+
+def _living(pids: Sequence[int]) -> Iterator[Any]:
+    import psutil
+
+    for pid in pids:
+        try:
+            yield psutil.Process(pid)
+        except psutil.Error:
+            continue
 
 
 def _cpu_s(process: Any) -> float:

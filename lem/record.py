@@ -127,15 +127,15 @@ class Note:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model as it was loaded."""
+    """The model as it was loaded; None where that cannot be told, as of one in a server."""
 
     name: str
     revision: str | None
     architecture: str
-    parameters: int
+    parameters: int | None
     random_weights: bool
     weights_bytes: Annotated[int | None, units.BYTE]
-    dtype: str
+    dtype: str | None
     adapter: str | None = None
     quantization: str | None = None
 

@@ -256,7 +256,7 @@ _peak = cache(peak_flops_per_s)
 def _loaded(record: ProcessRecord) -> dict[str, Any]:
     model, engine, warmup, environment = record.model, record.engine, record.warmup, record.environment
     peak = None
-    if engine and model and engine.device.startswith("cuda"):
+    if engine and model and model.dtype and engine.device.startswith("cuda"):
         # The dtype counts, not the quantized weights.
         peak = _peak(engine.device_name, model.dtype)
     gpus = len({state.uuid for state in environment.devices_before}) if environment else 0

@@ -125,6 +125,55 @@ OBJECTIONS: dict[str, Rule] = {
         "An argument that former versions of the engine had.",
         "As the sentence says.",
     ),
+    "no_server": Rule(
+        "impossible",
+        "options",
+        "Neither the address of a server is given nor a command that starts one.",
+        "Set backend.url or backend.command.",
+    ),
+    "bad_server_url": Rule(
+        "impossible",
+        "options",
+        "The server's address is no URL, or holds more than scheme, host, port and path.",
+        "Write it as http://host:port.",
+    ),
+    "bad_server_command": Rule(
+        "impossible",
+        "options",
+        "The command that starts the server cannot be read, has an unknown placeholder, or lacks {port}.",
+        "Correct it as the sentence says.",
+    ),
+    "server_not_told": Rule(
+        "impossible",
+        "options",
+        "An option concerns what the server does, and nothing would tell the server: no request has a field for it in "
+        "this dialect, and the command has no placeholder for it.",
+        "Write the placeholder into backend.command, or leave the option out.",
+    ),
+    "server_processes": Rule(
+        "impossible",
+        "options",
+        "Several processes are asked for, and a server is asked by one; how it runs is its own affair.",
+        "Leave the option out; a server has options of its own for replicas.",
+    ),
+    "no_meter_elsewhere": Rule(
+        "impossible",
+        "options",
+        "A meter of this machine is asked for, and the server runs on another one.",
+        "Use energy=auto, which is null there, or measure on the server's machine.",
+    ),
+    "api_key_in_config": Rule(
+        "impossible",
+        "options",
+        "The server's key stands in the configuration, which is written to files that people publish.",
+        "Put it into the environment variable that backend.api_key_env names.",
+    ),
+    "no_effect_start_limit": Rule(
+        "inadvisable",
+        "options",
+        "A limit for the start of a server is set, and none is started.",
+        "Set backend.command, or leave it out.",
+    ),
     "attention_float32": Rule(
         "impossible",
         "options",
@@ -354,6 +403,30 @@ OBJECTIONS: dict[str, Rule] = {
         "Lower the number of processes.",
     ),
     # -------------------------------------------------------------- what devices and packages can do
+    "server_unreachable": Rule(
+        "impossible",
+        "machine",
+        "Nobody takes connections at the server's address.",
+        "Start the server, or have lem start it (backend.command).",
+    ),
+    "server_port_taken": Rule(
+        "impossible",
+        "machine",
+        "A server is to be started at an address that another program uses.",
+        "End that program, choose another port, or leave backend.command out to use it.",
+    ),
+    "missing_program": Rule(
+        "impossible",
+        "machine",
+        "The program that starts the server is neither on PATH nor beside the Python that runs lem.",
+        "Install it, or give its whole path.",
+    ),
+    "no_api_key": Rule(
+        "impossible",
+        "machine",
+        "The environment variable that is to hold the server's key is not set.",
+        "Set it, or leave backend.api_key_env out.",
+    ),
     "missing_package": Rule(
         "impossible",
         "machine",

@@ -259,7 +259,66 @@ class TensorrtBackend:
     ] = None
 
 
-Backend = Annotated[PytorchBackend | SimulatedBackend | VllmBackend | TensorrtBackend, Field(discriminator="name")]
+@config
+class OpenaiBackend:
+    """A server that speaks OpenAI's protocol: one that runs already, or one that is started for the run."""
+
+    # It spreads a model by itself; lem's one process asks it.
+    spreads_a_model_itself: ClassVar[bool] = True
+    runs_continuously: ClassVar[bool] = True
+
+    name: Annotated[Literal["openai"], Field(description="Inference backend.")] = "openai"
+    url: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Address of the server, http://127.0.0.1:8000; null: a free port of this machine, for command.",
+        ),
+    ] = None
+    command: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Starts the server, without a shell; it ends with the run. {model}, {port}, {host}, "
+            "{revision}, {dtype}, {seed}, {batch_size} and {degree} are filled in: vllm serve {model} --port {port}. "
+            "null: it runs already.",
+        ),
+    ] = None
+    model_name: Annotated[
+        str | None,
+        Field(min_length=1, description="What the server calls the model; null: the only one it has, or model."),
+    ] = None
+    dialect: Annotated[
+        Literal["vllm", "openai"],
+        Field(
+            description="Fields of a request that the server knows: vllm (top_k, min_p, end tokens, token ids, …) or "
+            "OpenAI's alone."
+        ),
+    ] = "vllm"
+    device: Annotated[
+        Literal["auto", "cpu", "remote"],
+        Field(
+            description="Where the model runs: auto is this machine's GPUs, else its CPU, if the address is its own or "
+            "the command was started here, else another machine."
+        ),
+    ] = "auto"
+    extra_body: Annotated[
+        dict[str, Any] | None, Field(description="Any other field of a request by its name: {priority: 1}.")
+    ] = None
+    api_key_env: Annotated[
+        str, Field(min_length=1, description="Environment variable that holds the server's API key, if it wants one.")
+    ] = "OPENAI_API_KEY"
+    start_timeout_s: Annotated[
+        float, Field(gt=0, le=86_400, description="Seconds that a server that is started has until it answers.")
+    ] = 900.0
+    timeout_s: Annotated[
+        float, Field(gt=0, le=86_400, description="Seconds that the server may be silent in the midst of an answer.")
+    ] = 600.0
+
+
+Backend = Annotated[
+    PytorchBackend | SimulatedBackend | VllmBackend | TensorrtBackend | OpenaiBackend, Field(discriminator="name")
+]
 
 
 # ------------------------------------------------------------------ what goes in
@@ -556,6 +615,7 @@ BACKENDS: dict[str, type[Any]] = {
     "simulated": SimulatedBackend,
     "vllm": VllmBackend,
     "tensorrt": TensorrtBackend,
+    "openai": OpenaiBackend,
 }
 
 # Parts that are chosen by name among the files of a folder of conf/.

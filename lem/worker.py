@@ -183,7 +183,7 @@ def _attempt(this: Run, report: Report) -> None:
     experiment, plan = this.plan.experiment, this.plan
     report(Event("load"))
     this.ranks = join(plan.processes, share_a_model=plan.replicas < plan.processes)
-    this.backend.local_rank = this.ranks.local_rank
+    this.backend.local_rank, this.backend.log_folder = this.ranks.local_rank, this.directory.path
     finished = this.directory.finished(before_attempt=this.attempt)
     texts = this.directory.prompts()
     pending = [c for c in range(1, experiment.cycles + 1) if len(finished.get(c, ())) < len(texts)]
@@ -191,14 +191,16 @@ def _attempt(this: Run, report: Report) -> None:
     this.backend.start()
     this.gpus = tuple(this.backend.gpus_in_use(this.here))
     this.is_cool = cool_down(experiment.cooldown, this.gpus, report)
-    this.devices_before = host.device_states(this.gpus)
+    this.devices_before = host.device_states(this.gpus, this.backend.server_pids())
+    is_metered = experiment.energy.name != "none" and not this.backend.runs_elsewhere()
     if this.rank == ENERGY_OWNER:
-        this.meter = make_meter(experiment.energy, this.gpus)
+        this.meter = make_meter(experiment.energy, this.gpus) if is_metered else NoMeter()
     this.meter.open()
     bench = Bench(this.backend, this.meter, this.ranks, report)
     share = plan.share(this.rank)
-    idle_s = 0.0 if experiment.energy.name == "none" else experiment.energy.idle_s
-    prompts = bench.prepare([texts[i] for i in share], share, idle_s, this.measurement)
+    prompts = bench.prepare(
+        [texts[i] for i in share], share, experiment.energy.idle_s if is_metered else 0.0, this.measurement
+    )
     this.loaded, this.architecture = True, this.backend.architecture()
     if plan.counts(this.rank):
         this.journal = Journal(this.directory.journal_file(this.rank, this.attempt))
@@ -272,7 +274,7 @@ def _record(this: Run) -> ProcessRecord:
         requests_planned=len(measurement.indices) if this.plan.counts(this.rank) else 0,
         requests_completed=len(requests),
         input_tokens=sum(len(r.prompt.token_ids) for r in requests),
-        output_tokens=sum(len(r.generation.token_ids) for r in requests),
+        output_tokens=sum(r.generation.output_tokens for r in requests),
         memory=_memory(backend, measurement.requests) if this.loaded else None,
         flops=_flops(this.architecture, requests) if this.loaded else None,
         carbon=carbon_intensity(this.plan.experiment.energy),
@@ -280,9 +282,13 @@ def _record(this: Run) -> ProcessRecord:
         warmup=measurement.warmup,
         cpu_load=measurement.cpu_load,
         counters=backend.counters() if this.loaded else None,
-        environment=host.environment(this.here, this.devices_before, host.device_states(this.gpus)),
+        environment=host.environment(this.here, this.devices_before, _devices_after(this)),
         warnings=tuple(_warnings(this)) if this.loaded else (),
     )
+
+
+def _devices_after(this: Run) -> tuple[DeviceState, ...]:
+    return host.device_states(this.gpus, this.backend.server_pids() if this.loaded else ())
 
 
 def _memory(backend: Backend, requests: Sequence[MeasuredRequest]) -> Memory:
@@ -296,7 +302,7 @@ def _memory(backend: Backend, requests: Sequence[MeasuredRequest]) -> Memory:
         batches.setdefault(request.generation.batch, []).append(request)
     slots = max(
         len(members)
-        * (max(len(m.prompt.token_ids) for m in members) + max(len(m.generation.token_ids) for m in members))
+        * (max(len(m.prompt.token_ids) for m in members) + max(m.generation.output_tokens for m in members))
         for members in batches.values()
     )
     return replace(memory, kv_cache_bytes=slots * per_token)
@@ -351,7 +357,7 @@ def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequenc
 def _flops(architecture: Architecture | None, requests: Sequence[MeasuredRequest]) -> Flops | None:
     if architecture is None:
         return None
-    sizes = ((len(r.prompt.token_ids), len(r.generation.token_ids)) for r in requests)
+    sizes = ((len(r.prompt.token_ids), r.generation.output_tokens) for r in requests)
     return Flops(flops.total_flops(architecture, sizes), flops.METHOD)
 
 
@@ -441,7 +447,7 @@ def _request_row(this: Run, request: MeasuredRequest) -> RequestRecord:
         request=request.generation.index,
         batch=request.generation.batch,
         input_tokens=len(request.prompt.token_ids),
-        output_tokens=len(request.generation.token_ids),
+        output_tokens=request.generation.output_tokens,
         input_truncated=request.prompt.truncated,
         finish_reason=request.generation.finish_reason,
         start_s=request.start_s,

@@ -26,6 +26,19 @@ ENGINES = {
 
 # What a test of its own shows to work on the processor, since it takes processes, minutes or another model.
 ELSEWHERE = {
+    ("openai", "greedy"): "test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
+    ("openai", "continuous batching"): "test_openai.py::test_continuous_batching_keeps_as_many_in_flight",
+    ("openai", "streaming"): "test_openai.py::test_tokens_are_timed_as_they_travel",
+    ("openai", "Poisson arrivals"): "test_openai.py::test_run_of_poisson_arrivals_at_a_server",
+    ("openai", "fixed concurrency"): (
+        "test_openai.py::test_a_fixed_concurrency_sends_the_next_one_before_the_last_is_dealt_with"
+    ),
+    ("openai", "static batches"): "test_openai.py::test_a_batch_is_in_flight_together_and_the_next_one_waits",
+    ("openai", "minimum output"): "test_backends.py::test_no_output_is_shorter_than_min_output_tokens",
+    ("openai", "maximum output"): "test_backends.py::test_no_output_is_longer_than_max_output_tokens",
+    ("openai", "maximum input"): "test_backends.py::test_long_inputs_are_cut_to_their_beginning_and_marked",
+    ("openai", "seed"): "test_backends.py::test_same_seed_gives_same_tokens_and_another_seed_gives_others",
+    ("openai", "the engine's counters"): "test_openai.py::test_counters_are_those_of_the_window",
     ("pytorch", "several processes"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
     ("pytorch", "data parallel"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
     ("pytorch", "tensor parallel"): "test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
@@ -49,7 +62,27 @@ ARRIVES = {
                  "share of a GPU's memory", "cache in fp8")
 } | {("vllm", "pipeline parallel"): "test_vllm.py::test_a_shared_option_arrives"}  # fmt: skip
 
-Confirmation = Literal["tested", "arrives", "not run"]
+# What a test shows on a stand-in for the engine, which cannot be had where the tests run.
+ON_A_STAND_IN = {
+    ("tensorrt", name): f"test_tensorrt.py::{test}"
+    for test, names in {
+        "test_an_engine_option_arrives": (
+            "choice of attention kernels", "prefix caching", "chunked prefill", "cache in fp8", "block size",
+            "share of a GPU's memory", "length of a sequence", "tokens of a step", "n-gram speculation",
+        ),
+        "test_it_gives_the_tokens_that_pytorch_gives": ("greedy", "minimum output", "maximum output"),
+        "test_an_adapter_changes_tokens_and_flops_as_on_pytorch": ("LoRA adapter", "model FLOPs"),
+        "test_continuous_batching_fills_places_as_they_become_free": ("continuous batching",),
+        "test_requests_that_arrive_while_others_run_are_taken_in": ("arrivals taken in while others run",),
+        "test_a_fixed_concurrency_is_never_exceeded": ("fixed concurrency",),
+        "test_each_token_is_timed_and_is_the_same_token": ("streaming", "streaming, continuous batching"),
+        "test_run_with_poisson_arrivals_and_tokens_that_come_together": ("Poisson arrivals",),
+        "test_the_engines_counts": ("the engine's counters",),
+    }.items()
+    for name in names
+}  # fmt: skip
+
+Confirmation = Literal["tested", "arrives", "stand-in", "not run"]
 
 
 class ProcessorHost(Host):
@@ -69,7 +102,9 @@ def confirmation(feature: Feature, backend: str) -> Confirmation:
     """Return how it is confirmed that a backend has a feature, which it says that it has."""
     if (backend, feature.name) in ELSEWHERE or is_checked(feature, backend):
         return "tested"
-    return "arrives" if (backend, feature.name) in ARRIVES else "not run"
+    if (backend, feature.name) in ARRIVES:
+        return "arrives"
+    return "stand-in" if (backend, feature.name) in ON_A_STAND_IN else "not run"
 
 
 def is_checked(feature: Feature, backend: str) -> bool:

@@ -13,6 +13,7 @@ from lem.spec import (
     Batching,
     Decoder,
     Experiment,
+    OpenaiBackend,
     PytorchBackend,
     SimulatedBackend,
     Streaming,
@@ -20,6 +21,7 @@ from lem.spec import (
     VllmBackend,
 )
 from lem.traffic import Arrivals
+from tests import http_server
 from tests.support import Engines
 
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
@@ -28,6 +30,7 @@ MEMBERS = (
     "pytorch",
     pytest.param("vllm", marks=pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")),
     "tensorrt",
+    "openai",
 )
 ON_CPU = {
     "pytorch": PytorchBackend(device="cpu"),
@@ -49,7 +52,7 @@ class Member:
     @property
     def pads(self):
         """Whether the requests of a batch are computed as one, and share its times."""
-        return self.experiment.backend.name not in ("vllm", "tensorrt")
+        return self.experiment.backend.name not in ("vllm", "tensorrt", "openai")
 
     def loaded(self, **changes):
         wanted = replace(self.experiment, **changes)
@@ -62,13 +65,20 @@ class Member:
         return backend
 
 
+@pytest.fixture(scope="session")
+def server(tiny_that_ends):
+    with http_server.Running(http_server.ModelTokens(str(tiny_that_ends))) as running:
+        yield running
+
+
 @pytest.fixture(params=MEMBERS)
 def member(request, tiny_that_ends, engines, tensorrt_standin):
     if request.param == "simulated":
         fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4)
         made = Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]), engines)
     else:
-        options = ON_CPU[request.param]
+        served = request.param == "openai"
+        options = OpenaiBackend(url=request.getfixturevalue("server").url) if served else ON_CPU[request.param]
         experiment = Experiment(
             model=str(tiny_that_ends), backend=options, max_output_tokens=12, fp_precision="float32"
         )
@@ -411,3 +421,17 @@ def test_simulated_failure_comes_at_its_request(texts):
     assert [g.index for batch in (next(generations), next(generations)) for g in batch] == [0, 1]
     with pytest.raises(RunError, match="request 2"):
         next(generations)
+
+
+def test_a_server_gives_the_tokens_that_pytorch_gives(server, tiny_that_ends, texts):
+    common = {"model": str(tiny_that_ends), "max_output_tokens": 12, "batching": Batching(batch_size=4)}
+    members = [
+        Member(Experiment(backend=options, **common), frozenset()).loaded()
+        for options in (OpenaiBackend(url=server.url), PytorchBackend(device="cpu"))
+    ]
+    here, there = (run(backend, texts) for backend in members)
+    assert tokens(here) == tokens(there)
+    assert [g.finish_reason for g in here] == [g.finish_reason for g in there]
+    assert members[0].architecture() == members[1].architecture()
+    for backend in members:
+        backend.close()

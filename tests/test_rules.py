@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from lem import rules, tiny
 from lem.backends import vllm_source
+from lem.backends.server import free_port
 from lem.gpu import Gpu
 from lem.host import Host
 from lem.models import Model
@@ -27,6 +29,7 @@ from lem.spec import (
     Energy,
     Experiment,
     Io,
+    OpenaiBackend,
     Parallelism,
     PytorchBackend,
     Quantization,
@@ -68,6 +71,7 @@ SIMULATED, ON_CPU = SimulatedBackend(), PytorchBackend(device="cpu")
 VLLM, NGRAM = VllmBackend(), VllmSpeculation(method="ngram", num_speculative_tokens=2)
 TENSORRT, DRAFTING = TensorrtBackend(), TensorrtSpeculation(decoding_type="NGram", max_draft_len=2)
 SAMPLED = Decoder(do_sample=True)
+STARTS = "sh {port}"
 EIGHT_BIT = Quantization(quantization=True, load_in_8bit=True)
 FOUR_BIT = Quantization(quantization=True, load_in_4bit=True)
 FLASH_2 = PytorchBackend(attn_implementation="flash_attention_2")
@@ -82,6 +86,24 @@ def spread(strategy, degree):
 
 def model(folder="model", **config):
     return Model("a model", folder, None, config)
+
+
+def at(url, **options):
+    return OpenaiBackend(url=url, **options)
+
+
+def started(command, **options):
+    return OpenaiBackend(command=command, **options)
+
+
+def listening():
+    """Return the address of a socket that takes connections as long as the tests run, and one of nobody."""
+    taken = socket.create_server(("127.0.0.1", 0))
+    return taken, *(f"http://127.0.0.1:{port}" for port in (taken.getsockname()[1], free_port()))
+
+
+SOCKET, SOMEBODY, NOBODY = listening()
+STARTED = started(STARTS)
 
 
 @dataclass
@@ -522,6 +544,109 @@ CASES = [
         given(backend=SIMULATED, parallelism=spread("tensor", 2)),
         given(backend=SIMULATED, parallelism=spread("data", 2)),
     ),
+    # ------------------------------------------------------------ openai
+    ("no_server", "backend.url", given(backend=OpenaiBackend()), given(backend=OpenaiBackend(command=STARTS))),
+    ("bad_server_url", "backend.url", given(backend=at("localhost:8000")), given(backend=OpenaiBackend(url=NOBODY))),
+    ("bad_server_url", "backend.url", given(backend=at("http://me:key@h")), given(backend=OpenaiBackend(url=NOBODY))),
+    ("server_unreachable", "backend.url", given(backend=at(NOBODY)), given(backend=at(SOMEBODY))),
+    ("server_port_taken", "backend.url", given(backend=at(SOMEBODY, command="sh")), given(backend=at(SOMEBODY))),
+    ("bad_server_command", "backend.command", given(backend=started("sh '{port}")), given(backend=STARTED)),
+    ("bad_server_command", "backend.command", given(backend=started("sh {port} {modle}")), given(backend=STARTED)),
+    ("bad_server_command", "backend.command", given(backend=started("sh")), given(backend=at(NOBODY, command="sh"))),
+    ("missing_program", "backend.command", given(backend=started("no-such-program {port}")), given(backend=STARTED)),
+    (
+        "server_not_told",
+        "fp_precision",
+        given(backend=STARTED, fp_precision="float16"),
+        given(backend=started("sh {port} {dtype}"), fp_precision="float16"),
+    ),
+    (
+        "server_not_told",
+        "revision",
+        given(backend=STARTED, revision="v1"),
+        given(backend=started("sh {port} {revision}"), revision="v1"),
+    ),
+    (
+        "server_not_told",
+        "parallelism.degree",
+        given(TWO, backend=STARTED, parallelism=spread("tensor", 2)),
+        given(TWO, backend=started("sh {port} {degree}"), parallelism=spread("tensor", 2)),
+    ),
+    (
+        "server_not_told",
+        "decoder.top_k",
+        given(backend=started(STARTS, dialect="openai"), decoder=Decoder(do_sample=True, top_k=5)),
+        given(backend=STARTED, decoder=Decoder(do_sample=True, top_k=5)),
+    ),
+    (
+        "server_not_told",
+        "min_output_tokens",
+        given(backend=started(STARTS, dialect="openai"), min_output_tokens=5),
+        given(backend=STARTED, min_output_tokens=5),
+    ),
+    ("server_not_told", "adapter", given(backend=STARTED, adapter="owner/name"), given(backend=STARTED)),
+    (
+        "server_not_told",
+        "decoder.no_repeat_ngram_size",
+        given(backend=STARTED, decoder=Decoder(no_repeat_ngram_size=3)),
+        given(backend=STARTED),
+    ),
+    (
+        "server_not_told",
+        "quantization.quantization",
+        given(backend=STARTED, quantization=EIGHT_BIT),
+        given(backend=STARTED),
+    ),
+    (
+        "temperature_raised",
+        "decoder.temperature",
+        given(backend=STARTED, decoder=Decoder(do_sample=True, temperature=0.009)),
+        given(backend=started(STARTS, dialect="openai"), decoder=Decoder(do_sample=True, temperature=0.009)),
+    ),
+    ("server_processes", "num_processes", given(backend=STARTED, num_processes=2), given(backend=STARTED)),
+    (
+        "server_processes",
+        "parallelism.strategy",
+        given(backend=STARTED, parallelism=spread("data", 2)),
+        given(backend=started("sh {port} {degree}"), parallelism=spread("tensor", 2)),
+    ),
+    (
+        "engine_arg_of_lem",
+        "backend.extra_body.max_tokens",
+        given(backend=started(STARTS, extra_body={"max_tokens": 3})),
+        given(backend=started(STARTS, extra_body={"priority": 3})),
+    ),
+    ("no_api_key", "backend.api_key_env", given(backend=started(STARTS, api_key_env="NO_KEY")), given(backend=STARTED)),
+    (
+        "api_key_in_config",
+        "backend.command",
+        given(backend=started("sh {port} --api-key sk-1")),
+        given(backend=started("sh {port} --api-keys")),
+    ),
+    (
+        "no_meter_elsewhere",
+        "energy",
+        given(backend=started(STARTS, device="remote"), energy=Energy(name="codecarbon")),
+        given(backend=STARTED, energy=Energy(name="codecarbon")),
+    ),
+    (
+        "no_effect_start_limit",
+        "backend.start_timeout_s",
+        given(backend=at(SOMEBODY, start_timeout_s=5.0)),
+        given(backend=started(STARTS, start_timeout_s=5.0)),
+    ),
+    (
+        "unused_gpus",
+        "gpus",
+        given(
+            FullHost(gpus(H100, H100, H100)),
+            backend=started("sh {port} {degree}"),
+            gpus=[0, 1, 2],
+            parallelism=spread("tensor", 2),
+        ),
+        given(TWO, backend=STARTED, gpus=[0, 1]),
+    ),
+    ("no_effect_gpus", "gpus", given(ONE, backend=started(STARTS, device="cpu"), gpus=[0]), given(ONE, gpus=[0])),
     # ------------------------------------------------------------ vllm
     (
         "no_continuous_batching",
@@ -1002,7 +1127,7 @@ def test_every_rule_is_provoked_by_a_case():
 
 
 @pytest.mark.parametrize("host", [CPU, ONE, TWO, FullHost(gpus(P100))], ids=["CPU", "one GPU", "two", "an old one"])
-@pytest.mark.parametrize("backend", [PytorchBackend(), SIMULATED, VLLM], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [PytorchBackend(), SIMULATED, VLLM, STARTED], ids=lambda backend: backend.name)
 def test_nothing_speaks_against_the_defaults(host, backend, files, monkeypatch):
     monkeypatch.chdir(files)
     assert given(host, backend=backend).found() == []

@@ -29,6 +29,7 @@ from tests.support import (
     CHECKS,
     ELSEWHERE,
     ENGINES,
+    ON_A_STAND_IN,
     PROCESSOR,
     TELLINGS,
     Bench,
@@ -159,7 +160,7 @@ def test_whatever_the_processor_can_do_is_tried_there():
     assert left == UNTRIED
 
 
-@pytest.mark.parametrize("table", [ELSEWHERE, ARRIVES], ids=["elsewhere", "arrives"])
+@pytest.mark.parametrize("table", [ELSEWHERE, ARRIVES, ON_A_STAND_IN], ids=["elsewhere", "arrives", "stand-in"])
 def test_what_another_test_shows_is_shown_by_a_test_that_there_is(table):
     for (backend, name), where in table.items():
         file, _, test = where.partition("::")

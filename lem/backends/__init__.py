@@ -20,6 +20,7 @@ def backend_class(name: str) -> type[Backend]:
         "simulated": ("simulated", "Simulated"),
         "vllm": ("vllm", "Vllm"),
         "tensorrt": ("tensorrt", "Tensorrt"),
+        "openai": ("openai", "Openai"),
     }[name]
     found: type[Backend] = getattr(import_module(f"lem.backends.{module}"), class_name)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from lem.flops import Architecture
@@ -22,7 +23,7 @@ from lem.spec import Experiment
 from lem.traffic import Arrivals, in_turn
 
 # What an engine may be able to tell, by the methods that tell it; `prefill` is `Generation.prefill_end_ns`.
-Told = Literal["model", "prefill", "flops", "kv_cache", "counters"]
+Told = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Generation:
     are readings of `time.perf_counter_ns`; `prefill_end_ns` is when the first token's logits were there, None where
     the engine cannot tell. `chunks` says when the tokens came, if the experiment asks for streaming. `arrived_ns` is
     when the request came into a queue, where there is one; `start_ns` is when the engine began on it, or where it
-    does not tell that (`start_is_told`), when it was given the request.
+    does not tell that (`start_is_told`), when it was given the request. `counted` is the number of output tokens where
+    the engine tells no more than that; then there are no `token_ids`.
     """
 
     index: int
@@ -55,6 +57,12 @@ class Generation:
     chunks: tuple[Chunk, ...] = ()
     arrived_ns: int | None = None
     start_is_told: bool = True
+    counted: int | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        """Number of tokens that came out."""
+        return len(self.token_ids) if self.counted is None else self.counted
 
 
 class Backend(ABC):
@@ -70,6 +78,9 @@ class Backend(ABC):
 
     local_rank: int = 0
     """Which of the node's processes this is; set before `start`."""
+
+    log_folder: Path | None = None
+    """Where an engine of its own process may write a log, which stays; set before `start`."""
 
     @abstractmethod
     def __init__(self, experiment: Experiment) -> None:
@@ -93,6 +104,14 @@ class Backend(ABC):
 
         Only these are metered.
         """
+        return ()
+
+    def runs_elsewhere(self) -> bool:
+        """Tell whether another machine does the work: no meter of this one says anything about it."""
+        return False
+
+    def server_pids(self) -> Sequence[int]:
+        """Return the engine's processes that this one has not started; asked after `start`."""
         return ()
 
     def start(self) -> None:

@@ -54,7 +54,7 @@ def generation_config(model: Model, *, trusted: bool) -> Any:
         return transformers.GenerationConfig.from_model_config(config)
 
 
-def sizes(hollow: Any, adapter_weights: tuple[int, int]) -> Architecture | None:
+def sizes(hollow: Any, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture | None:
     """Read the sizes off a model without weights, and add an adapter's: in the body, and at the output projection."""
     found = None if hollow is None else architecture_of(hollow)
     if found is None:

@@ -157,8 +157,9 @@ def _of_pytorch(name: str, meaning: str, changes: Changes) -> Feature:
     return Feature(name, meaning, own={"pytorch": changes})
 
 
-def _of_vllm(name: str, meaning: str, changes: Changes) -> Feature:
-    return Feature(name, meaning, own={"vllm": changes})
+def _of_vllm(name: str, meaning: str, changes: Changes, tensorrt: Changes | None = None) -> Feature:
+    """Return a feature for which vllm has an option, and perhaps tensorrt."""
+    return Feature(name, meaning, own={"vllm": changes} | ({} if tensorrt is None else {"tensorrt": tensorrt}))
 
 
 def _drafts(**options: Any) -> Changes:
@@ -167,7 +168,7 @@ def _drafts(**options: Any) -> Changes:
 
 CATALOGUE: dict[str, tuple[Feature, ...]] = {
     "Choosing tokens": (
-        Feature("greedy", "The most likely token each time.", tells="model"),
+        Feature("greedy", "The most likely token each time.", tells="tokens"),
         Feature("sampling", "Tokens are drawn, not the most likely ones taken.", SAMPLED),
         Feature("temperature", "Flatter or steeper odds.", SAMPLED | {"decoder.temperature": 0.5}),
         Feature("top-k", "Draws from the k most likely tokens.", SAMPLED | {"decoder.top_k": 5}),
@@ -260,23 +261,37 @@ CATALOGUE: dict[str, tuple[Feature, ...]] = {
             "backend.cache_implementation": "static",
         }),
         _of_pytorch("no cache", "Each step computes the whole sequence.", {"backend.cache_implementation": "none"}),
-        _of_vllm("choice of attention kernels", "Kernels by name.", {"backend.attention_backend": "FLASH_ATTN"}),
+        _of_vllm("choice of attention kernels", "Kernels by name.", {"backend.attention_backend": "FLASH_ATTN"}, {
+            "backend.attn_backend": "FLASHINFER",
+        }),
         _of_vllm("prefix caching", "Prompts that begin alike share the cache.", {
             "backend.enable_prefix_caching": True,
+        }, {"backend.kv_cache.enable_block_reuse": True}),
+        _of_vllm("chunked prefill", "Long prompts are taken in in pieces.", {"backend.enable_chunked_prefill": True}, {
+            "backend.chunked_prefill": True,
         }),
-        _of_vllm("chunked prefill", "Long prompts are taken in in pieces.", {"backend.enable_chunked_prefill": True}),
         _of_vllm("cache in bfloat16", "Another dtype for keys and values.", {"backend.kv_cache_dtype": "bfloat16"}),
-        _of_vllm("cache in fp8", "8-bit keys and values.", {"backend.kv_cache_dtype": "fp8"}),
-        _of_vllm("block size", "Tokens in a block of the cache.", {"backend.block_size": 64}),
+        _of_vllm("cache in fp8", "8-bit keys and values.", {"backend.kv_cache_dtype": "fp8"}, {
+            "backend.kv_cache.dtype": "fp8",
+        }),
+        _of_vllm("block size", "Tokens in a block of the cache.", {"backend.block_size": 64}, {
+            "backend.kv_cache.tokens_per_block": 64,
+        }),
         _of_vllm("size of the cache", "In bytes.", {"backend.kv_cache_memory_bytes": 2**25}),
-        _of_vllm("share of a GPU's memory", "For weights and cache.", {"backend.gpu_memory_utilization": 0.5}),
-        _of_vllm("length of a sequence", "Prompt and output together.", {"backend.max_model_len": 640}),
-        _of_vllm("tokens of a step", "So many at most.", {"backend.max_num_batched_tokens": 5000}),
+        _of_vllm("share of a GPU's memory", "For weights and cache.", {"backend.gpu_memory_utilization": 0.5}, {
+            "backend.kv_cache.free_gpu_memory_fraction": 0.5,
+        }),
+        _of_vllm("length of a sequence", "Prompt and output together.", {"backend.max_model_len": 640}, {
+            "backend.max_seq_len": 640,
+        }),
+        _of_vllm("tokens of a step", "So many at most.", {"backend.max_num_batched_tokens": 5000}, {
+            "backend.max_num_tokens": 5000,
+        }),
     ),
     "Speculation and compilation": (
         _of_vllm("n-gram speculation", "Drafts are found in the text so far.", _drafts(
             method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1,
-        )),
+        ), _drafts(decoding_type="NGram", max_draft_len=3, max_matching_ngram_size=3)),
         _of_vllm("draft model", "A smaller model drafts.", _drafts(
             method="draft_model", model=DRAFT, num_speculative_tokens=3,
         )),
@@ -287,7 +302,7 @@ CATALOGUE: dict[str, tuple[Feature, ...]] = {
         _of_vllm("no compilation", "Neither compiled nor captured in CUDA graphs.", {"backend.enforce_eager": True}),
         _of_vllm("any other engine argument", "By its name, held against the installed version.", {
             "backend.engine_args": {"max_logprobs": 5},
-        }),
+        }, {"backend.extra_args": {"stream_interval": 4}}),
     ),
     "What it tells": (
         Feature("the model", "Its parameters, bytes and dtype as loaded.", tells="model"),

@@ -36,7 +36,7 @@ from lem.traffic import Arrivals
 class Pytorch(Backend):
     """See the module."""
 
-    tells = frozenset(["model", "prefill", "flops", "kv_cache"])
+    tells = frozenset(["tokens", "model", "prefill", "flops", "kv_cache"])
 
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, PytorchBackend)

@@ -64,6 +64,8 @@ FINISHED: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
 class Tensorrt(Backend):
     """See the module."""
 
+    tells = frozenset(["tokens", "model", "prefill", "flops", "counters"])
+
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, TensorrtBackend)
         self._experiment = experiment

@@ -22,6 +22,7 @@ from lem.backends.base import Backend, Encoded, Generation
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch import compiled_graphs
+from lem.backends.vllm_counters import COUNTERS, notes_of
 from lem.backends.vllm_options import RESOLVED, engine_arguments, given, objections, sampling_parameters
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed, runs_in_one_process
@@ -37,17 +38,6 @@ from lem.record import EngineInfo, Memory, ModelInfo, Note
 from lem.spec import Experiment, VllmBackend
 from lem.traffic import Arrivals, as_places_become_free
 
-# The engine's counters and what they are called in records.
-COUNTERS = {
-    "vllm:prompt_tokens": "prompt_tokens",
-    "vllm:generation_tokens": "generation_tokens",
-    "vllm:prefix_cache_queries": "prefix_cache_queried_tokens",
-    "vllm:prefix_cache_hits": "prefix_cache_hit_tokens",
-    "vllm:num_preemptions": "preemptions",
-    "vllm:spec_decode_num_drafts": "drafts",
-    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
-    "vllm:spec_decode_num_accepted_tokens": "accepted_draft_tokens",
-}
 ENVIRONMENT = {
     # The engine's loop runs in this process: its clock, its memory and its errors are ours.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -79,7 +69,7 @@ class _Request:
 class Vllm(Backend):
     """See the module."""
 
-    tells = frozenset(["model", "prefill", "flops", "counters"])
+    tells = frozenset(["tokens", "model", "prefill", "flops", "counters"])
 
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, VllmBackend)
@@ -497,15 +487,10 @@ class Vllm(Backend):
     def notes(self) -> list[Note]:
         """Say so when the weights are random, and when the engine did less or more work than the tokens say."""
         assert self._found is not None
-        notes, counts = [], self.counters() or {}
+        notes = []
         if self._has_random_weights:
             notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
-        if hits := counts.get("prefix_cache_hit_tokens"):
-            share = hits / counts["prefix_cache_queried_tokens"]
-            notes.append(note("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache."))
-        if preemptions := counts.get("preemptions"):
-            text = f"requests were put off {preemptions:.0f} times for want of cache, and computed anew."
-            notes.append(note("preempted", text))
+        notes += notes_of(self.counters() or {})
         if self._has_run and (graphs := compiled_graphs() - self._graphs_before):
             notes.append(note("compiled_in_window", f"{graphs} graphs were compiled in the window."))
         return notes

@@ -15,7 +15,7 @@ from lem.errors import did_you_mean
 from lem.host import Host
 from lem.models import Model
 from lem.objection import Objection, without_effect
-from lem.spec import Experiment, VllmBackend, VllmSpeculation
+from lem.spec import Decoder, Experiment, VllmBackend, VllmSpeculation
 
 # Options that are engine arguments of the same name, and where the engine's resolved configuration has them.
 RESOLVED = {
@@ -183,7 +183,7 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
         "top_k": decoder.top_k,
         "top_p": decoder.top_p,
         "min_p": decoder.min_p,
-        "seed": experiment.seed * PROMPTS_PER_SEED + index,
+        "seed": seed_of(experiment, index),
     }
     return {
         "max_tokens": experiment.max_output_tokens,
@@ -195,6 +195,11 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
         "detokenize": False,
         **(sampled if decoder.do_sample else {"temperature": 0.0}),
     }
+
+
+def seed_of(experiment: Experiment, index: int) -> int:
+    """Return the seed of a request."""
+    return experiment.seed * PROMPTS_PER_SEED + index
 
 
 def _room_for(rank: int) -> int:
@@ -237,16 +242,21 @@ def _installation(host: Host) -> Iterator[Objection]:
 
 def _sampling(experiment: Experiment) -> Iterator[Objection]:
     decoder, drafts = experiment.decoder, speculative_config(_options(experiment).speculative)
+    yield from raised_temperature(decoder)
     if decoder.no_repeat_ngram_size:
         reason = "vLLM cannot forbid n-grams."
         yield Objection("no_ngram_ban", "decoder.no_repeat_ngram_size", reason, "Set it to 0.")
+    if drafts and decoder.min_p:
+        reason = "vLLM's speculative decoding cannot sample with min_p."
+        yield Objection("speculation_min_p", "decoder.min_p", reason, "Set it to 0, or leave speculation off.")
+
+
+def raised_temperature(decoder: Decoder) -> Iterator[Objection]:
+    """Object to a temperature that vLLM would change."""
     if decoder.do_sample and decoder.temperature < LOWEST_TEMPERATURE:
         reason = f"vLLM raises it to {LOWEST_TEMPERATURE:g}."
         remedy = f"Set {LOWEST_TEMPERATURE:g} or more, or decoder.do_sample=false."
         yield Objection("temperature_raised", "decoder.temperature", reason, remedy)
-    if drafts and decoder.min_p:
-        reason = "vLLM's speculative decoding cannot sample with min_p."
-        yield Objection("speculation_min_p", "decoder.min_p", reason, "Set it to 0, or leave speculation off.")
 
 
 def _quantization(experiment: Experiment) -> Iterator[Objection]:

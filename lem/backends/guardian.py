@@ -1,0 +1,130 @@
+"""Runs a command, and sees to it that nobody of its family is left behind, whatever becomes of who asked for it.
+
+A program of its own, `guardian.py COMMAND…`, run by its path, so that it needs nothing but the standard library. It
+ends the command when its own stdin ends (the asker has closed it, or is dead), when a signal tells it to, and when the
+command's first process has ended by itself. All that the command has started is its family, those included that have
+gone into a session of their own or whose parent is dead: the kernel gives those to this process. Its exit code is
+the command's. Knows nothing of servers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+# How long the command has to end in its own way before it is killed.
+GRACE_S = 2.0
+POLL_S = 0.05
+# Added to the number of the signal that has ended the command, as shells do.
+KILLED = 128
+TELLING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Of <sys/prctl.h>.
+SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
+
+
+class ToldToEnd(Exception):
+    """Nobody needs the command any more."""
+
+
+def main(command: list[str]) -> int:
+    """Run a command until it ends or is to end; return its exit code."""
+    for number in TELLING:
+        signal.signal(number, _tell)
+    _prctl(SET_CHILD_SUBREAPER, 1)
+    try:
+        first = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    try:
+        threading.Thread(target=_wait_for_the_end_of_stdin, daemon=True).start()
+        code = _wait_for(first.pid)
+    except ToldToEnd:
+        code = 0
+    finally:
+        for number in TELLING:
+            signal.signal(number, signal.SIG_IGN)
+        _end_family(first.pid)
+    return code
+
+
+def _tell(_number: int, _frame: object) -> None:
+    raise ToldToEnd
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end the command, should this process be killed; run in the child before the command."""
+    _prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _wait_for_the_end_of_stdin() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _wait_for(pid: int) -> int:
+    """Sleep until a child has ended, burying all others that end before it; return its exit code."""
+    while True:
+        ended, status = os.waitpid(-1, 0)
+        if ended == pid:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else KILLED - code
+
+
+def _end_family(first: int) -> None:
+    """Ask the command to end, and kill whoever is left of its family when its time is up."""
+    _signal(first, signal.SIGTERM)
+    until_s = time.monotonic() + GRACE_S
+    while family := _family():
+        if time.monotonic() > until_s:
+            for pid in family:
+                _signal(pid, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _family() -> list[int]:
+    """Return the living descendants of this process, after burying the dead."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return []  # whoever has lost its parent is a child of this process
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal() and (parent := _parent(entry)) is not None:
+            children.setdefault(parent, []).append(int(entry))
+    found = list(children.get(os.getpid(), ()))
+    for pid in found:  # which grows meanwhile
+        found += children.get(pid, ())
+    return found
+
+
+def _parent(pid: str) -> int | None:
+    """Return the parent of a living process; None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return None if state == "Z" else int(parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

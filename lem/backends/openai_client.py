@@ -1,0 +1,538 @@
+"""Many requests at a time to one server's completions endpoint, each answer with the time of its tokens.
+
+Runs in a thread of its own, so that tokens are timed while the caller does something else. What one read from the
+network brings came together, in however many events; an event that is cut in two counts when it is whole. Tokens are
+counted by the ids or the usage that the server tells, never by events. Knows neither prompts' texts nor experiments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import re
+import resource
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import httpcore
+
+from lem.errors import RunError
+from lem.latency import Chunk
+from lem.units import NS_PER_S
+
+T = TypeVar("T")
+
+CONNECT_S = 10.0
+# Servers close idle connections after 5 s and later; one that is being closed must not be chosen.
+KEEP_ALIVE_S = 2.0
+OK = 200
+END_OF_STREAM = b"[DONE]"
+LONGEST_REASON = 400
+LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # the last \r may be the half of \r\n
+SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
+
+
+class ServerGone(RunError):
+    """Nobody takes the connection, or it was lost."""
+
+
+class Refused(RunError):
+    """The server has answered with an error."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server has made of one prompt; times are readings of `time.perf_counter_ns`.
+
+    `token_ids` is None where it tells only their number. `chunks` is empty unless the tokens were streamed;
+    `chunks_are_known` is False where all that is known of them is the first one's time and the last one's.
+    """
+
+    sent_ns: int
+    ended_ns: int
+    finish_reason: str | None
+    output_tokens: int
+    token_ids: tuple[int, ...] | None
+    input_tokens: int | None
+    chunks: tuple[Chunk, ...] = ()
+    chunks_are_known: bool = True
+
+
+class Client:
+    """One server, reached over HTTP/1.1."""
+
+    def __init__(self, address: str, key: str | None, timeout_s: float) -> None:
+        """Take note of the server; nothing is sent yet.
+
+        Args:
+            address: scheme, host, port and the path before /v1, without a slash at the end.
+            key: sent as a bearer token, kept nowhere else.
+            timeout_s: longest silence of the server inside an answer.
+        """
+        self._address, self._timeout_s = address, timeout_s
+        self._headers = {"content-type": "application/json", "user-agent": "lem", "accept-encoding": "identity"}
+        if key:
+            self._headers["authorization"] = f"Bearer {key}"
+        self._done: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
+        self._running: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
+        self._pool: Any = None
+        self.on_answer: Callable[[Answer], None] = lambda _: None
+        """Called in the client's thread with each answer, before `next_done` hands it out."""
+
+    def start(self) -> None:
+        """Begin to work; every request in flight needs a file descriptor, so take as many as this process may."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self._thread.start()
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=ssl.create_default_context() if self._address.startswith("https") else None,
+            max_connections=None,
+            max_keepalive_connections=None,
+            keepalive_expiry=KEEP_ALIVE_S,
+            network_backend=_TimedNetwork(),
+        )
+
+    def fetch(self, path: str, *, method: str = "GET", timeout_s: float = CONNECT_S) -> tuple[int, str]:
+        """Return status and text of a small answer.
+
+        Raises:
+            ServerGone: nobody is there, or the answer does not come in time.
+        """
+        return self._wait(self._fetch(method, path, timeout_s))
+
+    def send(self, number: int, body: bytes, at_ns: int | None = None) -> None:
+        """Send a completion request, now or at a moment; its answer comes out of `next_done`.
+
+        Args:
+            number: what the answer will be known by.
+            body: as JSON.
+            at_ns: the moment, as a reading of `time.perf_counter_ns`.
+        """
+        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns)
+
+    def next_done(self) -> tuple[int, Answer | Exception]:
+        """Wait for the next request that has ended; return its number, and its answer or why there is none."""
+        return self._done.get()
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Call a function in the client's thread, and wait until it has returned."""
+
+        async def call() -> None:
+            function()
+
+        self._wait(call())
+
+    def cancel(self) -> None:
+        """Break off all requests that have not ended, and forget their answers."""
+        self._wait(self._cancel())
+        while not self._done.empty():
+            self._done.get()
+
+    def close(self) -> None:
+        """Close all connections and end the thread."""
+        if not self._thread.is_alive():
+            return
+        with suppress(Exception):
+            self._wait(self._cancel())
+            self._wait(self._pool.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # -------------------------------------------------------------- in the client's thread
+    def _begin(self, number: int, body: bytes, at_ns: int | None) -> None:
+        task = self._loop.create_task(self._answer(number, body, at_ns))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _answer(self, number: int, body: bytes, at_ns: int | None) -> None:
+        try:
+            if at_ns is not None:
+                await _until(at_ns)
+            answer = await self._complete(body)
+            self.on_answer(answer)
+            done: Answer | Exception = answer
+        except Exception as error:
+            done = error
+        self._done.put((number, done))
+
+    async def _cancel(self) -> None:
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _fetch(self, method: str, path: str, timeout_s: float) -> tuple[int, str]:
+        with self._told(timeout_s):
+            async with asyncio.timeout(timeout_s):
+                response = await self._pool.request(
+                    method, self._address + path, headers=self._headers, extensions=_limits(timeout_s)
+                )
+        return int(response.status), response.content.decode(errors="replace")
+
+    async def _complete(self, body: bytes) -> Answer:
+        with self._told(self._timeout_s):
+            sent_ns = time.perf_counter_ns()
+            async with self._pool.stream(
+                "POST",
+                f"{self._address}/v1/completions",
+                headers=self._headers,
+                content=body,
+                extensions=_limits(self._timeout_s),
+            ) as response:
+                is_stream = response.status == OK and _is_stream(response.headers)
+                if not is_stream:
+                    content = await response.aread()
+                    return _whole_answer(int(response.status), content, sent_ns, time.perf_counter_ns())
+                transcript, network = Transcript(sent_ns), response.extensions["network_stream"]
+                async for received in response.aiter_stream():
+                    transcript.take(received, network.reads, network.read_at_ns)
+                return transcript.answer()
+
+    @contextmanager
+    def _told(self, timeout_s: float) -> Iterator[None]:
+        """Tell in a sentence what went wrong on the way."""
+        try:
+            yield
+        except (httpcore.ReadTimeout, TimeoutError):
+            said = f"The server at {self._address} has sent nothing for {timeout_s:g} s"
+            raise ServerGone(f"{said} (backend.timeout_s is {self._timeout_s:g}).") from None
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+            raise ServerGone(f"No server can be reached at {self._address}: {_plain(error)}") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+            raise ServerGone(f"The connection to the server at {self._address} was lost: {_plain(error)}") from None
+
+
+async def _until(at_ns: int) -> None:
+    while (left_ns := at_ns - time.perf_counter_ns()) > 0:
+        await asyncio.sleep(left_ns / NS_PER_S)
+
+
+def _limits(timeout_s: float) -> dict[str, Any]:
+    """Return the longest times of connecting, and between two reads or writes."""
+    return {"timeout": {"connect": CONNECT_S, "read": timeout_s, "write": timeout_s}}
+
+
+def _is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name.lower() == b"content-type" and b"event-stream" in value for name, value in headers)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one read from the network has brought, or what is left of that."""
+
+    read: int
+    at_ns: int
+    data: bytes
+
+
+class _Incoming(asyncio.Protocol):
+    """Takes what comes in at one connection, and notes at once when that was."""
+
+    def __init__(self) -> None:
+        self.pieces: deque[_Piece] = deque()
+        self.has_ended = False
+        self.waiter: asyncio.Future[None] | None = None
+        self._reads = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._reads += 1
+        self.pieces.append(_Piece(self._reads, time.perf_counter_ns(), data))
+        self._wake()
+
+    def eof_received(self) -> None:
+        self.has_ended = True
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.has_ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
+    """A connection; `reads` and `read_at_ns` are the number and the time of the read that the last data came with.
+
+    In place of httpcore's own, which tells no times and takes twice the processor time for each.
+    """
+
+    def __init__(self, transport: asyncio.Transport, incoming: _Incoming) -> None:
+        self._transport, self._incoming = transport, incoming
+        self.reads, self.read_at_ns = 0, 0
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        incoming = self._incoming
+        if not incoming.pieces and not incoming.has_ended:
+            await self._wait(timeout)
+        if not incoming.pieces:
+            return b""
+        piece = incoming.pieces.popleft()
+        if len(piece.data) > max_bytes:
+            incoming.pieces.appendleft(replace(piece, data=piece.data[max_bytes:]))
+        self.reads, self.read_at_ns = piece.read, piece.at_ns
+        return piece.data[:max_bytes]
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        waiter = self._incoming.waiter = loop.create_future()
+
+        def expire() -> None:
+            if not waiter.done():
+                waiter.set_exception(httpcore.ReadTimeout())
+
+        timer = None if timeout_s is None else loop.call_later(timeout_s, expire)
+        try:
+            await waiter
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        if self._transport.is_closing():
+            raise httpcore.WriteError("it is closed")
+        self._transport.write(buffer)
+
+    async def aclose(self) -> None:
+        self._transport.close()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> _TimedStream:
+        loop = asyncio.get_running_loop()
+        try:
+            transport = await loop.start_tls(
+                self._transport,
+                self._incoming,
+                ssl_context,
+                server_hostname=server_hostname,
+                ssl_handshake_timeout=timeout,
+            )
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
+        if transport is None:
+            raise httpcore.ConnectError("the connection was closed")
+        return _TimedStream(transport, self._incoming)
+
+    def get_extra_info(self, info: str) -> Any:
+        if info == "is_readable":  # which of an idle connection means that it was closed
+            return self._incoming.has_ended or bool(self._incoming.pieces)
+        return self._transport.get_extra_info(info)
+
+
+class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
+    """Makes such connections."""
+
+    async def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, *_options: Any, **_more: Any
+    ) -> _TimedStream:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout):
+                return _TimedStream(*await loop.create_connection(_Incoming, host, port))
+        except TimeoutError:
+            raise httpcore.ConnectTimeout(f"no connection within {timeout:g} s") from None
+        except OSError as error:
+            raise httpcore.ConnectError(error.strerror or str(error)) from error
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+# ------------------------------------------------------------------ events
+class Events:
+    """Server-sent events out of bytes, however these are cut."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, received: bytes) -> list[bytes]:
+        """Return the data of the events that are whole now."""
+        *lines, self._rest = LINE_END.split(self._rest + received)
+        whole = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                whole.append(b"\n".join(self._data))
+                self._data = []
+        return whole
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one event has brought; `tokens` is None where it does not tell their number."""
+
+    read: int
+    at_ns: int
+    tokens: int | None
+
+
+class Transcript:
+    """One streamed answer as it comes."""
+
+    def __init__(self, sent_ns: int) -> None:
+        self._sent_ns = sent_ns
+        self._events = Events()
+        self._parts: list[_Part] = []
+        self._token_ids: list[int] = []
+        self._counted = 0
+        self._lacks_ids = False
+        self._usage: dict[str, Any] = {}
+        self._finish_reason: str | None = None
+
+    def take(self, received: bytes, read: int, at_ns: int) -> None:
+        """Take in bytes of a read from the network, which may bring several pieces.
+
+        Raises:
+            Refused: the server has sent an error.
+        """
+        for data in self._events.feed(received):
+            if data != END_OF_STREAM:
+                self._take_event(_checked(data), read, at_ns)
+
+    def _take_event(self, event: dict[str, Any], read: int, at_ns: int) -> None:
+        self._usage = event.get("usage") or self._usage
+        for choice in event.get("choices") or ():
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+            tokens = self._tokens(choice, event.get("usage"))
+            if tokens or (tokens is None and choice.get("text")):
+                self._parts.append(_Part(read, at_ns, tokens))
+
+    def _tokens(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> int | None:
+        """Return how many tokens an event brings, by their ids, else by the usage so far."""
+        ids = choice.get("token_ids")
+        if ids is not None:
+            self._token_ids += ids
+            return len(ids)
+        self._lacks_ids = self._lacks_ids or bool(choice.get("text"))
+        if not usage or usage.get("completion_tokens") is None:
+            return None
+        before, self._counted = self._counted, int(usage["completion_tokens"])
+        return self._counted - before
+
+    def answer(self) -> Answer:
+        """Return the answer when the stream has ended.
+
+        Raises:
+            ServerGone: it has ended too early.
+            Refused: nothing tells how many tokens there were.
+        """
+        if self._finish_reason is None:
+            raise ServerGone("The server has ended its answer before the last token.")
+        output_tokens, token_ids = _counted(None if self._lacks_ids else self._token_ids, self._usage)
+        chunks, are_known = self._chunks(output_tokens)
+        return Answer(
+            self._sent_ns,
+            chunks[-1].at_ns if chunks else time.perf_counter_ns(),
+            self._finish_reason,
+            output_tokens,
+            token_ids,
+            self._usage.get("prompt_tokens"),
+            tuple(chunks),
+            are_known,
+        )
+
+    def _chunks(self, output_tokens: int) -> tuple[list[Chunk], bool]:
+        """Return the tokens as they came together; only first and last one's times where events do not count them."""
+        counts = [part.tokens for part in self._parts]
+        if None in counts and len(counts) == output_tokens:
+            # No event with text is without a token: so many events for so many tokens are one each.
+            counts = [1] * output_tokens
+        if None in counts or sum(filter(None, counts)) != output_tokens:
+            if not self._parts:
+                return [], False
+            ends = [Chunk(self._parts[0].at_ns, 1), Chunk(self._parts[-1].at_ns, output_tokens - 1)]
+            return [chunk for chunk in ends if chunk.tokens > 0], False
+        together: dict[int, Chunk] = {}
+        for part, tokens in zip(self._parts, counts, strict=True):
+            before = together.get(part.read)
+            together[part.read] = Chunk(part.at_ns, (tokens or 0) + (before.tokens if before else 0))
+        return list(together.values()), True
+
+
+def _whole_answer(status: int, content: bytes, sent_ns: int, ended_ns: int) -> Answer:
+    """Return an answer that came in one piece."""
+    if status != OK:
+        raise Refused(f"HTTP {status}: {_reason_in(content)}")
+    said = _checked(content)
+    choice = (said.get("choices") or [{}])[0]
+    output_tokens, token_ids = _counted(choice.get("token_ids"), said.get("usage") or {})
+    input_tokens = (said.get("usage") or {}).get("prompt_tokens")
+    return Answer(sent_ns, ended_ns, choice.get("finish_reason"), output_tokens, token_ids, input_tokens)
+
+
+def _counted(token_ids: Sequence[int] | None, usage: dict[str, Any]) -> tuple[int, tuple[int, ...] | None]:
+    """Return the number of output tokens, and their ids where they are told."""
+    told = usage.get("completion_tokens")
+    if token_ids is None and not isinstance(told, int):
+        raise Refused("it tells neither the ids nor the number of the output's tokens (usage.completion_tokens).")
+    if token_ids is None:
+        return int(told or 0), None
+    if told is not None and told != len(token_ids):
+        raise Refused(f"it tells {len(token_ids)} token ids and counts {told} output tokens.")
+    return len(token_ids), tuple(token_ids)
+
+
+# ------------------------------------------------------------------ words
+def _checked(data: bytes) -> dict[str, Any]:
+    """Return a JSON object that is not an error."""
+    try:
+        content = json.loads(data)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise Refused(f"what it sends is no JSON object: {data[:80].decode(errors='replace')}.")
+    if content.get("error"):
+        raise Refused(_reason_in(data))
+    return content
+
+
+def _reason_in(content: bytes) -> str:
+    """Return what an error says, in the forms in which servers put it."""
+    text = content.decode(errors="replace")
+    with suppress(ValueError):
+        said = json.loads(text)
+        for name in ("error", "message", "detail"):
+            if isinstance(said, dict) and said.get(name):
+                said = said[name]
+        text = said if isinstance(said, str) else json.dumps(said)
+    return sentence(text)
+
+
+def _plain(error: Exception) -> str:
+    return sentence(str(error) or type(error).__name__)
+
+
+def sentence(text: str) -> str:
+    """Return a text in one line, not too long, with a full stop."""
+    text = " ".join(text.split()) or "nothing is said about it"
+    if len(text) > LONGEST_REASON:
+        text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
+    return text if text.endswith((".", "…", "!", "?")) else f"{text}."
+
+
+def samples(text: str) -> dict[str, float]:
+    """Return the values of a page of Prometheus metrics by their names, summed over labels."""
+    totals: dict[str, float] = {}
+    for name, value in SAMPLE.findall(text):
+        with suppress(ValueError):
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals

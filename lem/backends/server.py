@@ -1,0 +1,188 @@
+"""A server that is started for a run and ends with it: its command, its log, its processes.
+
+Knows neither its protocol nor what it is asked. That nobody of it is left behind is the guardian's work, a process
+between this one and the server that outlives both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lem.backends import guardian
+from lem.errors import RunError
+
+LOG_NAME = "server.log"
+LOG_LINES = 5
+LONGEST_END = 900
+# The guardian ends by itself; on a machine with other work it takes a while until the kernel has cleared away a server.
+ENDING_S = guardian.GRACE_S + 8.0
+
+
+class Server:
+    """One server, from its start to its end."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Take note of what is to be started.
+
+        Args:
+            command: the program and its arguments.
+            environment: all of its variables.
+            log: the file that its output is added to.
+        """
+        self._command, self._environment, self._log = command, environment, log
+        self._log_start = 0
+        self._guardian: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it; raises `RunError` when there is no such program."""
+        program = program_path(self._command[0])
+        if program is None:
+            raise RunError(f"There is no program {self._command[0]} to start the server with.")
+        guard = [sys.executable, "-I", guardian.__file__, program, *self._command[1:]]
+        with self._log.open("ab") as output:
+            self._log_start = output.tell()
+            # A session of its own: Ctrl-C in a terminal is for lem, which then ends the server.
+            self._guardian = subprocess.Popen(
+                guard,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=dict(self._environment),
+                start_new_session=True,
+            )
+
+    def how_it_ended(self, patience_s: float = 0.0) -> str | None:
+        """Return a sentence about its end, with what it said last; None while it runs, after waiting that long."""
+        if self._guardian is None:
+            return None
+        try:
+            code = self._guardian.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            return None
+        return f"The server {_how(code)}.{self.last_words()}"
+
+    def last_words(self) -> str:
+        """Return the end of its log as a sentence after others; empty when it has said nothing."""
+        with self._log.open("rb") as file:
+            file.seek(self._log_start)
+            said = (line.strip() for line in file.read().decode(errors="replace").splitlines())
+        lines = [line for line in said if line.strip("^~ ")]  # without Python's marks below a line
+        return (
+            f" Its log ends: {' | '.join(lines[-LOG_LINES:])[-LONGEST_END:]} (all of it: {self._log})" if lines else ""
+        )
+
+    def processes(self) -> list[Any]:
+        """Return its processes as psutil knows them."""
+        return [] if self._guardian is None else family_of([self._guardian.pid])[1:]
+
+    def close(self) -> None:
+        """End it and wait until it is gone."""
+        if self._guardian is None:
+            return
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.close()
+        try:
+            self._guardian.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
+            kill(family_of([self._guardian.pid]))
+            self._guardian.wait()
+        self._guardian = None
+
+
+def _how(code: int) -> str:
+    number = -code if code < 0 else code - guardian.KILLED
+    if number in set(signal.Signals):
+        return f"was ended by {signal.Signals(number).name}"
+    return f"ended with exit code {code}"
+
+
+def program_path(program: str) -> str | None:
+    """Return where a program lies: on PATH, or beside the Python that runs lem; None when it is in neither."""
+    return shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(host: str, port: int, timeout_s: float) -> bool:
+    """Tell whether somebody takes connections at an address."""
+    try:
+        with socket.create_connection((host, port), timeout_s):
+            return True
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------ processes, whoever has started them
+def listening_at(port: int) -> list[Any]:
+    """Return the processes that take connections at a port of this machine, with all that they have started.
+
+    Only those are found that the user may look into.
+    """
+    import psutil
+
+    try:
+        found = psutil.net_connections("tcp")
+    except psutil.Error:
+        return []
+    listening = (c for c in found if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr[1] == port)
+    pids = {connection.pid for connection in listening if connection.pid is not None}
+    return family_of(sorted(pids))
+
+
+def family_of(pids: Iterable[int]) -> list[Any]:
+    """Return processes, each followed by its descendants; those that are gone are left out."""
+    import psutil
+
+    found: dict[int, Any] = {}
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+        except psutil.Error:
+            continue
+    return list(found.values())
+
+
+def kill(processes: Sequence[Any]) -> None:
+    """Kill processes, and wait a while until they are gone."""
+    import psutil
+
+    for process in reversed(processes):
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=ENDING_S)
+
+
+def peak_memory_bytes(processes: Iterable[Any]) -> int | None:
+    """Return the sum of the peaks of processes' resident memory; None when it cannot be told of one, or of none."""
+    peaks = []
+    for process in processes:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            return None
+        peaks += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")]
+    return sum(peaks) if peaks else None
+
+
+def environment(shown_gpus: str | None) -> dict[str, str]:
+    """Return a server's variables: this process's, with the GPUs that it is to see; None leaves those alone."""
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    variables.pop("PYTHONSAFEPATH", None)  # of lem's own processes; a user's server may lie beside its modules
+    if shown_gpus is not None:
+        variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": shown_gpus}
+    return variables
