@@ -49,7 +49,13 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
-    _pytest(session, "not slow and not processes")
+    _pytest(session, "not slow and not processes and not engines")
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Run the backends' contract and their own tests: pytorch, a stand-in for TensorRT-LLM, a server of our own."""
+    _pytest(session, "engines and not processes and not slow")
 
 
 @nox.session

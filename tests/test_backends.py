@@ -24,6 +24,8 @@ from lem.traffic import Arrivals
 from tests import http_server
 from tests.support import Engines
 
+pytestmark = pytest.mark.engines
+
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
 MEMBERS = (
     "simulated",
@@ -53,6 +55,15 @@ class Member:
     def pads(self):
         """Whether the requests of a batch are computed as one, and share its times."""
         return self.experiment.backend.name not in ("vllm", "tensorrt", "openai")
+
+    @property
+    def has_the_queue(self):
+        """Whether requests are sent when they arrive, whatever runs, so that when they begin is not known."""
+        return self.experiment.backend.name == "openai"
+
+    def skip_where_end_tokens_cannot_be_held_off(self):
+        if self.experiment.backend.name == "tensorrt":
+            pytest.skip("it can hold off one end token, and the model has 400")
 
     def loaded(self, **changes):
         wanted = replace(self.experiment, **changes)
@@ -283,6 +294,8 @@ def test_an_engine_describes_itself(member, texts):
 @pytest.mark.parametrize("least", [0, 6], ids=["", "at least 6"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_each_token_has_a_time_also_where_others_of_its_batch_go_on(member, texts, batch_size, least):
+    if least:
+        member.skip_where_end_tokens_cannot_be_held_off()
     batching = Batching(batch_size=batch_size)
     backend = member.loaded(batching=batching, streaming=Streaming(enabled=True), min_output_tokens=least)
     generations = run(backend, texts)
@@ -296,8 +309,13 @@ def test_each_token_has_a_time_also_where_others_of_its_batch_go_on(member, text
 def assert_tokens_are_timed(generations):
     for g in generations:
         assert sum(chunk.tokens for chunk in g.chunks) == len(g.token_ids)
-        times = [g.start_ns, g.prefill_end_ns, *(chunk.at_ns for chunk in g.chunks), g.end_ns]
-        assert times == sorted(times)
+        assert_in_order(g.start_ns, g.prefill_end_ns, *(chunk.at_ns for chunk in g.chunks), g.end_ns)
+
+
+def assert_in_order(*times_ns):
+    """Those that are known: not every engine tells the end of the prefill, or has a queue."""
+    known = [ns for ns in times_ns if ns is not None]
+    assert known == sorted(known)
 
 
 # ------------------------------------------------------------------ continuous batching
@@ -336,7 +354,8 @@ def test_continuously_no_more_run_at_the_same_time_than_asked_for_and_places_are
     assert max(running) == 3
     # Batch after batch, all would begin with the first of theirs.
     assert any(g.start_ns < at.start_ns < g.end_ns for g in generations for at in generations)
-    assert all(g.arrived_ns <= g.start_ns <= g.prefill_end_ns <= g.end_ns for g in generations)
+    for g in generations:
+        assert_in_order(g.arrived_ns, g.start_ns, g.prefill_end_ns, g.end_ns)
 
 
 def test_continuously_a_prompt_that_arrives_is_taken_in_while_others_run(continuous, texts):
@@ -350,17 +369,20 @@ def test_continuously_a_prompt_that_arrives_is_taken_in_while_others_run(continu
 
 
 @pytest.mark.parametrize("times_s", [[0.0, 0.0, 0.001, 0.01, 0.3], None], ids=["open loop", "concurrency"])
-def test_continuously_prompts_that_arrive_come_out_once(continuous, texts, times_s):
+def test_continuously_prompts_that_arrive_come_out_once(member, continuous, texts, times_s):
     backend = continuous(2)
     prompts, opened_ns = backend.encode(texts)[:5], time.perf_counter_ns()
     done = flat(backend.serve(Arrivals(prompts, times_s, 2, opened_ns), 2))
     assert sorted(g.index for g in done) == [p.index for p in prompts]
     assert all(opened_ns <= g.arrived_ns <= g.start_ns <= g.end_ns for g in done)
-    assert max(sum(g.start_ns <= at.start_ns < g.end_ns for g in done) for at in done) <= 2
+    if times_s is None or not member.has_the_queue:
+        assert max(sum(g.start_ns <= at.start_ns < g.end_ns for g in done) for at in done) <= 2
 
 
 @pytest.mark.parametrize("least", [0, 6], ids=["", "at least 6"])
 def test_continuously_each_token_has_a_time_of_its_own(continuous, member, texts, least):
+    if least:
+        member.skip_where_end_tokens_cannot_be_held_off()
     backend = continuous(4, streaming=Streaming(enabled=True), min_output_tokens=least)
     generations = run(backend, texts)
     assert_tokens_are_timed(generations)
@@ -423,10 +445,10 @@ def test_simulated_failure_comes_at_its_request(texts):
         next(generations)
 
 
-def test_a_server_gives_the_tokens_that_pytorch_gives(server, tiny_that_ends, texts):
+def test_a_server_gives_the_tokens_that_pytorch_gives(server, tiny_that_ends, texts, engines):
     common = {"model": str(tiny_that_ends), "max_output_tokens": 12, "batching": Batching(batch_size=4)}
     members = [
-        Member(Experiment(backend=options, **common), frozenset()).loaded()
+        Member(Experiment(backend=options, **common), frozenset(), engines).loaded()
         for options in (OpenaiBackend(url=server.url), PytorchBackend(device="cpu"))
     ]
     here, there = (run(backend, texts) for backend in members)

@@ -37,6 +37,8 @@ from lem.traffic import Arrivals, arrival_times_s
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 from tests.http_server import Behaviour, Running, counted_tokens
 
+pytestmark = pytest.mark.engines
+
 STREAMING = Streaming(enabled=True)
 SAMPLING = Decoder(do_sample=True, temperature=0.7, top_k=5, top_p=0.9, min_p=0.05)
 ROOT = Path(__file__).parent.parent

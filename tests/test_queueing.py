@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,15 +16,17 @@ from lem.spec import Traffic
 from lem.traffic import arrival_times_s
 from tests.conftest import command
 
-SERVICE_S, RATE_PER_S, REQUESTS = 0.04, 12.5, 3750
+SERVICE_S, RATE_PER_S, REQUESTS = 0.08, 6.25, 1875
 LOAD = RATE_PER_S * SERVICE_S
 # M/D/1, by Pollaczek and Khinchine.
 WAIT_S = LOAD * SERVICE_S / (2 * (1 - LOAD))
-# With other seeds the exact mean wait of so few requests differs from the theory by 6 % (standard deviation), and only
-# the mean over seeds does not, which the first test is about. With this seed it is 0.1 %, the rate 0.3 %, the idle
-# share 0.3 %: what the run differs by is the run's own doing.
-SEED = 44
+# With other seeds the exact mean wait of so few requests differs from the theory by 9 % (standard deviation), and only
+# the mean over seeds does not, which the first test is about. With this seed wait, rate and idle share differ by less
+# than 0.1 %: what the run differs by is the run's own doing.
+SEED = 621
 WITHIN = 0.03
+# Where a sleeping engine wakes so much too late the whole machine stood still, and the queue is not that of the theory.
+STANDSTILL_S = 0.05
 
 
 def drawn(seed: int) -> list[float]:
@@ -41,7 +44,7 @@ def exact_waits_s(arrivals_s: Sequence[float]) -> list[float]:
 
 
 def test_drawn_arrivals_wait_as_long_as_theory_says_on_average_over_seeds():
-    means = [statistics.fmean(exact_waits_s(drawn(seed))) for seed in range(300)]
+    means = [statistics.fmean(exact_waits_s(drawn(seed))) for seed in range(600)]
     assert statistics.stdev(means) / len(means) ** 0.5 < 0.004 * WAIT_S
     assert statistics.fmean(means) == pytest.approx(WAIT_S, rel=0.01)
     assert statistics.fmean(exact_waits_s(drawn(SEED))) == pytest.approx(WAIT_S, rel=0.002)
@@ -49,17 +52,12 @@ def test_drawn_arrivals_wait_as_long_as_theory_says_on_average_over_seeds():
 
 @pytest.mark.slow
 def test_five_minutes_of_poisson_arrivals_queue_as_theory_says(tmp_path):
-    (tmp_path / "alike.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * REQUESTS)
-    with first_in_line() as priority:
-        done = command(
-            "experiment", "--backend", "simulated", "-m", "any", "-d", "alike.jsonl", "-n", str(REQUESTS), "-y",
-            "energy=none", f"seed={SEED}", "traffic.pattern=poisson", f"traffic.target_qps={RATE_PER_S}",
-            "max_output_tokens=90", "min_output_tokens=90",  # 10 · 0.4 ms + 90 · 0.4 ms
-            "backend.prefill_s_per_token=4e-4", "backend.decode_s_per_token=4e-4", cwd=tmp_path, timeout_s=600,
-        )  # fmt: skip
-    assert done.code == 0, done.err
-    (row,) = pq.read_table(tmp_path / "results" / "experiments").to_pylist()
-    own = sorted(pq.read_table(tmp_path / "results" / "requests").to_pylist(), key=lambda r: r["request"])
+    for attempt in ("first", "second"):
+        row, own, priority = five_minutes(tmp_path / attempt)
+        late_s = max(r["end_s"] - r["start_s"] for r in own) - SERVICE_S
+        if late_s < STANDSTILL_S:
+            break
+        print(f"\nThe machine stood still for {late_s:.2f} s.")
     arrivals_s = drawn(SEED)
     exact_s = statistics.fmean(exact_waits_s(arrivals_s))
     services_s = [r["end_s"] - r["start_s"] for r in own]
@@ -81,6 +79,23 @@ def test_five_minutes_of_poisson_arrivals_queue_as_theory_says(tmp_path):
     assert row["queue_mean_s"] == pytest.approx(exact_s, rel=WITHIN)
     assert row["queue_mean_s"] == pytest.approx(WAIT_S, rel=WITHIN)
     assert row["idle_share"] == pytest.approx(1 - LOAD, rel=WITHIN)
+
+
+def five_minutes(folder: Path) -> tuple[dict, list[dict], str]:
+    """Run the experiment; return its row, those of its requests in order, and with what priority it ran."""
+    folder.mkdir()
+    (folder / "alike.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * REQUESTS)
+    with first_in_line() as priority:
+        done = command(
+            "experiment", "--backend", "simulated", "-m", "any", "-d", "alike.jsonl", "-n", str(REQUESTS), "-y",
+            "energy=none", f"seed={SEED}", "traffic.pattern=poisson", f"traffic.target_qps={RATE_PER_S}",
+            "max_output_tokens=90", "min_output_tokens=90",  # 10 · 0.8 ms + 90 · 0.8 ms
+            "backend.prefill_s_per_token=8e-4", "backend.decode_s_per_token=8e-4", cwd=folder, timeout_s=600,
+        )  # fmt: skip
+    assert done.code == 0, done.err
+    (row,) = pq.read_table(folder / "results" / "experiments").to_pylist()
+    own = pq.read_table(folder / "results" / "requests").to_pylist()
+    return row, sorted(own, key=lambda r: r["request"]), priority
 
 
 @contextmanager

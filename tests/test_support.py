@@ -37,6 +37,8 @@ from tests.support import (
     is_checked,
 )
 
+pytestmark = pytest.mark.engines
+
 IDEAL = IdealHost()
 # The package behind an engine, where it is not one that lem needs anyway.
 PACKAGES = {"vllm": "vllm"}

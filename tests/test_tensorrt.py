@@ -35,11 +35,14 @@ from lem.spec import (
     TensorrtSpeculation,
 )
 from lem.traffic import Arrivals
+from tests import models_for_tests
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 from tests.standin import environment, scenario
 from tests.tensorrt_standin.build import build
 from tests.tensorrt_standin.extract import SIGNATURES, extract
-from tests.test_vllm import lora, on_pytorch, rows, run, spread, tokens
+from tests.test_vllm import on_pytorch, rows, run, spread, tokens
+
+pytestmark = pytest.mark.engines
 
 TINY = Experiment(
     model="tiny",
@@ -342,7 +345,7 @@ def test_it_gives_the_tokens_that_pytorch_gives(loaded, texts, ending, options, 
 
 
 def test_an_adapter_changes_tokens_and_flops_as_on_pytorch(loaded, texts, tmp_path):
-    wanted = replace(TINY, adapter=str(lora(tmp_path / "adapter")))
+    wanted = replace(TINY, adapter=str(models_for_tests.adapter(tmp_path / "adapter", find("tiny").path)))
     here, there = loaded(wanted), loaded(on_pytorch(wanted))
     mine = tokens(run(here, texts[:4]))
     assert mine == tokens(run(there, texts[:4]))
