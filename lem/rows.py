@@ -27,6 +27,7 @@ from lem.record import (
     EnergyReading,
     ExperimentRow,
     Flops,
+    Memory,
     Note,
     Phase,
     Prefill,
@@ -122,6 +123,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         requests_completed=sum(r.requests_completed for r in counted),
         input_tokens=sum(r.input_tokens for r in counted),
         output_tokens=sum(r.output_tokens for r in counted),
+        memory=_merged_memory([r.memory for r in counted]),
         flops=_merged_flops([r.flops for r in ran]) if ran else latest.flops,
         prefill=_merged_prefill([r.prefill for r in ran]),
         warnings=_merged_notes(counted),
@@ -158,6 +160,15 @@ def _merged_reading(readings: Sequence[EnergyReading]) -> EnergyReading:
         trace_energy_j=_total([r.trace_energy_j for r in readings]),
         reason=next((r.reason for r in readings if r.reason), None),
     )
+
+
+def _merged_memory(parts: Sequence[Memory | None]) -> Memory | None:
+    """Return the largest peak of all attempts, and the largest cache."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    caches = [part.kv_cache_bytes for part in known if part.kv_cache_bytes is not None]
+    return replace(max(known, key=lambda part: part.peak_bytes or 0), kv_cache_bytes=max(caches, default=None))
 
 
 def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:

@@ -405,6 +405,8 @@ class Store:
 
     def find(self, text: str) -> ExperimentDir:
         """Return the experiment with an id or the beginning of one; raises `ResultsError` if not unique."""
+        if not text:  # as from a variable of the shell that is not set; every id begins with it
+            raise ResultsError("The id of an experiment is empty; lem results list shows what there is.")
         ids = self.ids()
         matches = [text] if text in ids else [name for name in ids if name.startswith(text)]
         if len(matches) == 1:

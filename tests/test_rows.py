@@ -22,6 +22,7 @@ from lem.record import (
     ErrorInfo,
     ExperimentRow,
     Flops,
+    Memory,
     ModelInfo,
     Note,
     Phase,
@@ -250,6 +251,13 @@ def test_windows_of_attempts_are_added_up_and_no_gap_between_them():
     assert (made.duration_s, made.energy_j, made.load_energy_j) == (4.0, 111.0, 40.0)
     assert (made.status, made.error) == ("completed", None)
     check_identities(made)
+
+
+def test_of_the_attempts_peaks_of_memory_the_largest_counts():
+    first, second = Memory(360, "process", 20), Memory(237, "process", 30)
+    whole = merged([record(attempt=1, memory=first), record(attempt=2, memory=second)])
+    assert whole.memory == Memory(360, "process", 30)
+    assert merged([record(attempt=1, memory=None), record(attempt=2, memory=second)]).memory == second
 
 
 def test_an_attempt_without_a_window_counts_for_nothing_but_its_error():

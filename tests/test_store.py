@@ -40,6 +40,8 @@ def test_an_id_is_found_by_its_beginning_when_that_is_unique(tmp_path):
     first = store.claim(datetime(2026, 1, 2, 3, 4, 5))
     store.claim(datetime(2026, 2, 2, 3, 4, 5))
     assert store.find("exp_202601").id == first.id
+    with pytest.raises(ResultsError, match="empty"):
+        store.find("")
     with pytest.raises(ResultsError, match="fits 2 experiments"):
         store.find("exp_2026")
     with pytest.raises(ResultsError, match=r"no experiment 'exp_20260102_030406'.*Nearest: exp_20260102_030405"):
