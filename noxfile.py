@@ -139,10 +139,11 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what starting up costs, and a grid of 10,000 configs; fail where a limit is exceeded."""
+    """Measure what starting up costs, a grid of 10,000 configs, and aggregation; fail where a limit is exceeded."""
     install_lem(session, "-e", ".")
     session.run("python", "-m", "bench.startup")
     session.run("python", "-m", "bench.grid")
+    session.run("python", "-m", "bench.aggregation")
 
 
 @nox.session
