@@ -100,8 +100,11 @@ def _requirements(file: str) -> list[str]:
 def survival(session: nox.Session) -> None:
     """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
     install_lem(session, "-e", ".[dev]")
-    others = f"--ignore={QUEUEING_TESTS}"
-    session.run("pytest", "-s", "-m", "slow", others, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    # One at a time waits for one process after the other to start.
+    session.run(
+        "pytest", "-n", "2", "--dist", "worksteal", "-m", "slow", f"--ignore={QUEUEING_TESTS}", *session.posargs,
+        env={"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
 
 
 @nox.session(venv_location=SHARED)

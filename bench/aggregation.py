@@ -106,7 +106,9 @@ def write_experiments(root: Path, count: int, cycles: int) -> None:
 def _plan(experiment_id: str, at: datetime, i: int, cycles: int) -> Plan:
     experiment = Experiment(
         model=f"org/model-{i % 50}",
-        dataset=Dataset(name="alpaca", path="tatsu-lab/alpaca", split="train", column="instruction", sample_size=REQUESTS),
+        dataset=Dataset(
+            name="alpaca", path="tatsu-lab/alpaca", split="train", column="instruction", sample_size=REQUESTS
+        ),
         seed=i,
         cycles=cycles,
         energy=Energy(name="nvml", country_iso_code="DEU"),
@@ -274,6 +276,13 @@ def measure(records: int, cycles: int) -> Costs:
         return Costs(records, *map(cost, steps))
 
 
+def _start_up() -> Cost:
+    """Return what aggregating a single record takes: all that is done once."""
+    with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
+        write_experiments(Path(folder), 1, 1)
+        return cost([*LEM, "aggregate", "--all", "-o", folder])
+
+
 def report(name: str, costs: Costs) -> None:
     """Print what was measured."""
     parts = {"plain, process records": costs.plain, "plain, requests too": costs.plain_with_requests}
@@ -295,7 +304,7 @@ def main() -> int:
         few, many = (measure(records, cycles) for records in (FEW, MANY))
         report(name, few)
         report(name, many)
-        start_up = cost([*LEM, "aggregate", "--help"])
+        start_up = _start_up()
         growth = (many.first.cpu_s - start_up.cpu_s) / (few.first.cpu_s - start_up.cpu_s) / (MANY / FEW)
         print(f"  from {FEW} to {MANY} records: {growth:.2f} times the cost of a record")
         within &= many.factor <= FACTOR_LIMIT and growth <= LINEAR_LIMIT

@@ -31,6 +31,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# A property of a test's report under this name is printed at the end, whichever process ran the test.
+TOLD = "told"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests have to tell beside that they passed, such as how many kills a run has survived."""
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == TOLD and report.when == "call":
+                terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
 def tensorrt_folder(tmp_path_factory):
     """Make the stand-in for TensorRT-LLM once; return the folder that is to be on the path."""
