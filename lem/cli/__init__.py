@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -92,10 +94,16 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+@cache
+def _command() -> Callable[..., Any]:
+    """Return all commands as one; putting them together takes longer than many of them run."""
+    return typer.main.get_command(app)
+
+
 def _run() -> int:
     """Run the command and return its exit code; only a fault in lem escapes, and is shown as a traceback."""
     try:
-        app(prog_name="lem")
+        _command()(prog_name="lem")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Interrupted as stop:
