@@ -47,7 +47,7 @@ from lem.models import Model, find
 from lem.objection import Objection
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
 from lem.spec import Experiment, TensorrtBackend
-from lem.traffic import Arrivals
+from lem.traffic import Arrivals, as_places_become_free
 from lem.units import NS_PER_S
 
 ENVIRONMENT = {"TRTLLM_NO_USAGE_STATS": "1"}
@@ -228,17 +228,16 @@ class Tensorrt(Backend):
             yield from super().serve(arrivals, at_most)
             return
         with self._taking_back() as requests:
-            number = 0
-            while arrivals or len(requests):
-                # The engine has a queue of its own, so that it is given whatever has arrived.
-                for each in arrivals.take(time.perf_counter_ns(), sys.maxsize):
-                    requests.add(Request(each.request, 0, each.at_ns))
-                next_ns = arrivals.next_ns()
-                wait_s = LOOKING_S if next_ns is None else (next_ns - time.perf_counter_ns()) / NS_PER_S
-                if done := self._finished(min(wait_s, LOOKING_S)):
-                    arrivals.finished(len(done), time.perf_counter_ns())
-                    yield [replace(generation, batch=number) for _, generation in done]
-                    number += 1
+            # The engine has a queue of its own, so that it is given whatever has arrived.
+            served = as_places_become_free(
+                arrivals,
+                sys.maxsize,
+                running=lambda: len(requests),
+                begin=lambda each: requests.add(Request(each.request, 0, each.at_ns)),
+                advance=lambda: self._finished(_until_the_next(arrivals)),
+            )
+            for number, done in enumerate(served):
+                yield [replace(generation, batch=number) for _, generation in done]
 
     def _run(self, batch: Sequence[Request]) -> Iterator[list[tuple[Request, Generation]]]:
         """Give requests to the engine, and yield those that are finished together."""
@@ -577,6 +576,12 @@ def _children() -> list[Any]:
     import psutil
 
     return list(psutil.Process().children(recursive=True))
+
+
+def _until_the_next(arrivals: Arrivals[Encoded]) -> float:
+    """Return how long to wait for what is finished: until the next prompt arrives, or to look after the engine."""
+    next_ns = arrivals.next_ns()
+    return LOOKING_S if next_ns is None else min(LOOKING_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
 
 
 def _is_alive(process: Any) -> bool:

@@ -66,7 +66,7 @@ class Runner:
 
             self.model = peft.PeftModel.from_pretrained(self.model, settings["lora"]).eval()
         self.settings, self.answer, self.controls = settings, answer, controls()
-        self.waiting, self.running, self.seen, self.made = [], [], set(), 0
+        self.waiting, self.running, self.seen, self.made, self.most = [], [], set(), 0, 0
 
     def add(self, *request):
         self.waiting.append(Sequence(*request))
@@ -83,6 +83,7 @@ class Runner:
         began = time.monotonic()
         while self.waiting and len(self.running) < self.settings["max_batch_size"]:
             self.running.append(self.begin(self.waiting.pop(0)))
+            self.most = max(self.most, len(self.running))
         for sequence in list(self.running):
             sequence.steps += 1
             for _ in range(1 + self.settings["draft"]):
@@ -177,7 +178,7 @@ class Runner:
         }
         answer = {"number": sequence.number, "ids": sequence.unsent, "reason": reason, "steps": sequence.steps}
         answer |= {"reused": sequence.reused, "missed": sequence.blocks - sequence.reused, "times": times}
-        answer |= {"drafts": self.settings["draft"] * sequence.steps, "new": sequence.new}
+        answer |= {"drafts": self.settings["draft"] * sequence.steps, "new": sequence.new, "most": self.most}
         sequence.unsent = []
         self.answer(answer)
 
@@ -307,7 +308,7 @@ class Engine:
             "draft": speculation.max_draft_len if speculation else 0,
             "stream_interval": self.args.stream_interval,
         }
-        self.results, self.commands, self.process = {}, queue.Queue(), None
+        self.results, self.commands, self.process, self.most_at_once = {}, queue.Queue(), None, 0
         self.begin_process() if controls().get("process") else self.begin_thread()
 
     @property
@@ -342,6 +343,8 @@ class Engine:
             self.process.stdin.flush()
 
     def deliver(self, answer):
+        # How many it has run at once at most: a test of the real one would look at its iteration statistics.
+        self.most_at_once = answer.get("most", self.most_at_once)
         self.results[answer["number"]].put(answer)
 
     def take(self, inputs, sampling_params, lora_request, streaming, **rest):
