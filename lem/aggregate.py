@@ -29,6 +29,8 @@ from lem.tables import Batch, Place, Tables
 READ_TOGETHER = 200
 TOGETHER = 2_000
 REQUESTS_TOGETHER = 100_000
+# What is raised where a value is no number that a table can hold, as of a file that was changed by hand.
+UNTABULAR = (ArithmeticError, TypeError, ValueError)
 
 
 # ------------------------------------------------------------------ one experiment
@@ -251,6 +253,7 @@ class _Writer:
         self._store, self._places = store, places
         self._read: list[tuple[ExperimentDir, State, Measured]] = []
         self._made: list[tuple[ExperimentDir, State, str]] = []
+        self._failed: list[Outcome] = []
         self._batch = Batch(places)
         self._requests = self._cycles = 0
 
@@ -264,22 +267,33 @@ class _Writer:
         return self.write() if len(self._made) >= TOGETHER or self._requests >= REQUESTS_TOGETHER else []
 
     def _make(self) -> None:
-        statuses = self._batch.add([one for *_, one in self._read])
-        self._made += [
-            (directory, state, text) for (directory, state, _), text in zip(self._read, statuses, strict=True)
-        ]
+        """Make rows of what has been read."""
+        try:
+            self._add_rows(self._read)
+        except UNTABULAR:
+            for one in self._read:  # the others are not to suffer from one of them
+                try:
+                    self._add_rows([one])
+                except UNTABULAR as error:
+                    text = " ".join(str(error).split())[:200]
+                    self._failed.append(Outcome("failed", f"{one[0].path} holds what no table takes: {text}."))
         self._read, self._cycles = [], 0
+
+    def _add_rows(self, read: Sequence[tuple[ExperimentDir, State, Measured]]) -> None:
+        statuses = self._batch.add([one for *_, one in read])
+        self._made += [(directory, state, text) for (directory, state, _), text in zip(read, statuses, strict=True)]
 
     def write(self) -> list[Outcome]:
         """Write what has been added, and return what became of it."""
         self._make()
+        failed, self._failed = self._failed, []
         if not self._made:
-            return []
+            return failed
         Tables(self._store).write(self._batch)
         _mark_aggregated(self._store, [(at, state) for at, state, _ in self._made if state.status == "completed"])
-        outcomes = [Outcome("written", f"{directory.id}: {status}") for directory, _, status in self._made]
-        self.__init__(self._store, self._places)  # type: ignore[misc]
-        return outcomes
+        written = [Outcome("written", f"{directory.id}: {status}") for directory, _, status in self._made]
+        self._batch, self._made, self._requests = Batch(self._places), [], 0
+        return [*failed, *written]
 
 
 def _reason_to_skip(tables: Tables, directory: ExperimentDir, state: State, place: Place | None) -> Outcome | None:

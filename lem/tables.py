@@ -21,7 +21,7 @@ from typing import Any
 from lem import parquet
 from lem.errors import ResultsError
 from lem.record import CycleRow, ExperimentRow, RequestRecord, Status
-from lem.rows import Measured, tabulate
+from lem.rows import Measured, Tabulated, tabulate
 from lem.store import ID, Store
 
 TOGETHER = re.compile(rf"{ID.pattern}-{ID.pattern}-[0-9a-f]{{8}}")
@@ -146,22 +146,20 @@ class Batch:
         self._held: dict[str | None, list[_Made]] = {}
 
     def add(self, measured: Sequence[Measured]) -> list[Status]:
-        """Add the rows of experiments, and return their statuses."""
+        """Add the rows of experiments, and return their statuses.
+
+        Raises:
+            ArithmeticError, TypeError, ValueError: a value that no column takes; then none of them is added.
+        """
         statuses: dict[str, Status] = {}
         by_file: dict[str | None, list[Measured]] = {}
         for one in measured:
             place = self._places.get(one.plan.experiment_id)
             by_file.setdefault(place.file if place else None, []).append(one)
-        for name, together in by_file.items():
-            rows = tabulate(together)
-            made = _Made(
-                rows.experiments["experiment_id"],
-                parquet.table_of(ExperimentRow, rows.experiments),
-                parquet.table_of(CycleRow, rows.cycles),
-                parquet.table_of(RequestRecord, rows.requests),
-            )
-            self._held.setdefault(name, []).append(made)
-            statuses |= zip(made.ids, rows.experiments["status"], strict=True)
+        made = {name: _tables_of(tabulate(together)) for name, together in by_file.items()}
+        for name, tables in made.items():  # all of them or none
+            self._held.setdefault(name, []).append(tables)
+            statuses |= zip(tables.ids, tables.experiments["status"].to_pylist(), strict=True)
         return [statuses[one.plan.experiment_id] for one in measured]
 
     def by_file(self) -> dict[str, list[_Made]]:
@@ -178,6 +176,15 @@ class _Made:
     experiments: Any
     cycles: Any
     requests: Any
+
+
+def _tables_of(rows: Tabulated) -> _Made:
+    return _Made(
+        rows.experiments["experiment_id"],
+        parquet.table_of(ExperimentRow, rows.experiments),
+        parquet.table_of(CycleRow, rows.cycles),
+        parquet.table_of(RequestRecord, rows.requests),
+    )
 
 
 def _name(ids: Sequence[str]) -> str:

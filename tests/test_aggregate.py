@@ -269,12 +269,23 @@ def test_one_corrupt_file_is_named_and_stops_nothing_else(store):
     assert sorted(table(store)["experiment_id"]) == [directories[0].id, directories[3].id]
 
 
+def test_a_number_that_no_table_takes_stops_nothing_else(store):
+    directories = several(store, 4)
+    journal = directories[2].journal_file(0, 1)
+    journal.write_text(journal.read_text().replace('"batch":0', f'"batch":{2**63}'))
+    outcomes = list(aggregate_all(store, store.ids()))
+    assert sorted(kinds(outcomes)) == ["failed", "written", "written", "written"]
+    (failed,) = [outcome.text for outcome in outcomes if outcome.kind == "failed"]
+    assert failed.startswith(str(directories[2].path))
+    assert sorted(table(store)["experiment_id"]) == [each.id for each in directories if each is not directories[2]]
+
+
 COMMAND = """
 import sys
 from pathlib import Path
 import lem.aggregate, lem.parquet, pyarrow.parquet
 from lem.store import Store
-lem.aggregate.TOGETHER = 7
+lem.aggregate.TOGETHER = lem.aggregate.READ_TOGETHER = 7
 store = Store(Path(sys.argv[1]))
 lem.parquet.schema(lem.aggregate.ExperimentRow)
 print("ready", flush=True)
