@@ -56,8 +56,23 @@ def reader(cls: Any) -> Callable[[str | bytes], Any]:
         try:
             _READERS[cls] = with_value_errors(msgspec.json.Decoder(cls).decode)
         except TypeError:
-            _READERS[cls] = adapter(cls).validate_json
+            _READERS[cls] = _with_short_errors(adapter(cls).validate_json)
     return _READERS[cls]
+
+
+def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return pydantic's reader with the first of its errors in a line."""
+    from pydantic import ValidationError
+
+    def read(content: str | bytes) -> Any:
+        try:
+            return validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+
+    return read
 
 
 def with_value_errors(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -157,3 +157,20 @@ def test_processes_that_are_still_there_hold_an_experiment(tmp_path):
     with directory.hold():
         assert directory.is_held()
     assert not directory.is_held()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: text[:-30], "Invalid JSON: EOF while parsing"),
+        (lambda text: text.replace('"cycles": 1', '"cycles": 500'), "experiment.cycles: Input should be less than"),
+    ],
+)
+def test_a_damaged_plan_is_named_with_the_first_reason_in_a_line(tmp_path, damage, reason):
+    directory = experiment(Store(tmp_path / "results"))
+    spec = directory.path / "spec.json"
+    spec.write_text(damage(spec.read_text()))
+    with pytest.raises(ResultsError) as caught:
+        directory.plan()
+    assert str(caught.value).startswith(f"{spec} cannot be read: {reason}")
+    assert "For" not in str(caught.value)
