@@ -31,6 +31,20 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# The name of a test's property that is printed when all have run: what is printed beside other tests is not shown.
+SAID_AT_THE_END = "said at the end"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have to say, whether they passed or not, in whichever process they ran."""
+    reports = [each for kind in ("passed", "failed") for each in terminalreporter.getreports(kind)]
+    said = [text for report in reports for name, text in report.user_properties if name == SAID_AT_THE_END]
+    if said:
+        terminalreporter.section("what the tests found")
+        for text in said:
+            terminalreporter.write_line(str(text))
+
+
 @pytest.fixture(scope="session")
 def tensorrt_folder(tmp_path_factory):
     """Make the stand-in for TensorRT-LLM once; return the folder that is to be on the path."""

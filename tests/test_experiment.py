@@ -11,8 +11,6 @@ import pytest
 from lem import tiny
 from tests.conftest import command, raw_record
 
-pytestmark = pytest.mark.xdist_group("experiment")
-
 
 @pytest.fixture(scope="module")
 def quick_test(tmp_path_factory):

@@ -16,7 +16,7 @@ import pytest
 
 from lem.record import RequestRecord
 from lem.store import ExperimentDir, Store
-from tests.conftest import begin, kill_group
+from tests.conftest import SAID_AT_THE_END, begin, kill_group
 
 pytestmark = pytest.mark.slow
 
@@ -184,7 +184,7 @@ def check_totals(results: Path, rows: list[RequestRecord], cycles: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_killed_at_random_moments_nothing_is_lost_and_nothing_counted_twice(lem, tmp_path, case, capfd):
+def test_killed_at_random_moments_nothing_is_lost_and_nothing_counted_twice(lem, tmp_path, case, record_property):
     chance = random.Random(f"{SEED}:{case.name}")
     (tmp_path / "trace.csv").write_text(TRACE)
     expected, tally = expected_rows(case, tmp_path), Tally()
@@ -202,11 +202,11 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_counted_twice(lem,
         assert {name: lasting(row) for name, row in seen.items()} == expected
         check_totals(results, list(seen.values()), max(cycle for cycle, _ in expected))
         assert not list(results.rglob(".*-*")), "scratch files are left"
-    with capfd.disabled():
-        print(
-            f"\n{case.name}: {tally.kills} kills (seed {SEED}), {tally.experiments} experiments, "
-            f"{tally.lost} requests lost, {tally.doubled} counted twice; rows after each: {tally.rows_at_kills}"
-        )
+    record_property(
+        SAID_AT_THE_END,
+        f"{case.name}: {tally.kills} kills (seed {SEED}), {tally.experiments} experiments, "
+        f"{tally.lost} requests lost, {tally.doubled} counted twice; rows after each: {tally.rows_at_kills}",
+    )
     assert (tally.lost, tally.doubled) == (0, 0)
 
 
