@@ -1,14 +1,15 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
 All versions are those of constraints.txt. What needs lem with its tools runs in one environment, which the session
-`dev` makes and the others require; `demo`, `vllm`, `bench`, `accuracy`, `lint` and `types` have their own. None needs a
-network beyond the package registry.
+`dev` makes and the others require; `--no-dependencies` takes it as it is, without asking pip. `demo`, `vllm`, `lint` and
+`types` have their own. None needs a network beyond the package registry.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import nox
@@ -34,6 +35,10 @@ def install_lem(session: nox.Session, *how: str) -> None:
     """Install lem and what it needs; torch first, so that nothing else pulls in another build of it."""
     install(session, "torch")
     install(session, *how)
+
+
+# nox has no place to name the environment of a session: those that share one have none of their own.
+in_dev = partial(nox.session, requires=["dev"], venv_backend="none")
 
 
 @nox.session(default=False)
@@ -62,31 +67,31 @@ def demo(session: nox.Session) -> None:
     )  # fmt: skip
 
 
-@nox.session(requires=["dev"], venv_backend="none")
+@in_dev
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
     _pytest(session, "-m", "not slow and not processes and not engines")
 
 
-@nox.session(requires=["dev"], venv_backend="none")
+@in_dev
 def properties(session: nox.Session) -> None:
     """Try what must hold for any configuration on all examples, of which the quick suite takes a few."""
     _pytest(session, PROPERTY_TESTS, LEM_ALL_EXAMPLES="1")
 
 
-@nox.session(requires=["dev"], venv_backend="none")
+@in_dev
 def engines(session: nox.Session) -> None:
     """Run the backends' contract and their own tests: pytorch, a stand-in for TensorRT-LLM, a server of our own."""
     _pytest(session, "-m", "engines and not processes and not slow")
 
 
-@nox.session(requires=["dev"], venv_backend="none")
+@in_dev
 def processes(session: nox.Session) -> None:
     """Run the tests that start processes by the dozen: ranks, signals, batches, whole runs on a stand-in driver."""
     _pytest(session, "-m", "processes and not slow")
 
 
-@nox.session(requires=["dev"], venv_backend="none")
+@in_dev
 def survival(session: nox.Session) -> None:
     """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
     _pytest(session, "-m", "slow", f"--ignore={QUEUEING_TESTS}")
@@ -122,7 +127,7 @@ def _requirements(file: str) -> list[str]:
     return [line for line in Path(file).read_text().split() if "==" in line]
 
 
-@nox.session(requires=["dev"], venv_backend="none")
+@in_dev
 def queueing(session: nox.Session) -> None:
     """Let requests arrive for five minutes; compare rate, waits and idle share with theory; sleeps nearly always."""
     run_in_dev(session, "pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs)
@@ -148,23 +153,22 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session(requires=["dev"], venv_backend="none")
+@in_dev
 def docs(session: nox.Session) -> None:
     """Write the generated reference pages anew and build the docs into site/."""
     run_in_dev(session, "python", "docs/generate.py")
     run_in_dev(session, "mkdocs", "build", "--strict", "--quiet")
 
 
-@nox.session
+@in_dev
 def bench(session: nox.Session) -> None:
-    """Measure what starting up costs, and a grid of 10,000 configs; fail where a limit is exceeded."""
-    install_lem(session, "-e", ".")
-    session.run("python", "-m", "bench.startup")
-    session.run("python", "-m", "bench.grid")
+    """Measure what starting up costs, a grid of 10,000 configs, and aggregation; fail where a limit is exceeded."""
+    run_in_dev(session, "python", "-m", "bench.startup")
+    run_in_dev(session, "python", "-m", "bench.grid")
+    run_in_dev(session, "python", "-m", "bench.aggregation")
 
 
-@nox.session
+@in_dev
 def accuracy(session: nox.Session) -> None:
     """Compare the GPU meter's joules with power curves of known integral, and measure what metering costs."""
-    install_lem(session, "-e", ".", "pytest")
-    session.run("python", "-m", "bench.accuracy")
+    run_in_dev(session, "python", "-m", "bench.accuracy")

@@ -9,28 +9,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
+from lem.brief import BriefPlan
 from lem.codec import to_json
 from lem.doubts import note
 from lem.errors import ResultsError
 from lem.journal import DIED
-from lem.plan import Plan, timestamp
-from lem.record import CycleRow, ExperimentRow, Note, ProcessRecord
-from lem.rows import Rows, cycle_row, merged, over_cycles, short
+from lem.merging import merged
+from lem.plan import timestamp
+from lem.record import ExperimentRow, Note, ProcessRecord
+from lem.rows import Cycle, Measured, Rows, rows_of
 from lem.state import State
 from lem.store import ExperimentDir, Part, Store, write_atomically
-from lem.tables import Place, Tables
+from lem.tables import Batch, Place, Tables
 
-# How many experiments' rows are held in memory and written together, and how many rows of requests, at most.
+# How many cycles are read before rows are made of them, and how many experiments are written together, at most; and how
+# many rows of requests.
+READ_TOGETHER = 200
 TOGETHER = 2_000
 REQUESTS_TOGETHER = 100_000
 
 
 # ------------------------------------------------------------------ one experiment
 def read(directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, state: State | None = None) -> Rows:
-    """Read an experiment's raw files and return its rows, writing nothing.
+    """Read an experiment's raw files and return its rows, writing nothing; see `measured`."""
+    return rows_of(measured(directory, strict=strict, mixed=mixed, state=state))
+
+
+def measured(
+    directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, state: State | None = None
+) -> Measured:
+    """Read an experiment's raw files and put together what belongs together.
 
     Args:
         directory: the experiment.
@@ -42,33 +52,28 @@ def read(directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, 
         ResultsError: no record, a damaged one, records that do not belong together, or what `strict` refuses.
     """
     state = state or directory.state()
-    plan, parts = directory.plan(), directory.parts()
+    plan, parts = directory.brief_plan(), directory.brief_parts()
     if not parts:
         raise ResultsError(f"{directory.id} has no records yet.")
-    _check_same(directory, plan, parts, mixed)
     by_cycle = _by_cycle(parts)
+    _check_same(directory, plan, by_cycle, mixed)
     notes = {cycle: _check_together(directory, cycle, by_cycle[cycle], strict) for cycle in by_cycle}
     if strict:
         _check_complete(directory, plan, by_cycle)
-    return merge_parts(plan, parts, max(state.attempt, max(part.record.attempt for part in parts)), notes)
+    attempts = max(state.attempt, *[part.record.attempt for part in parts])
+    return Measured(plan, [_cycle(plan, cycle, by_cycle[cycle], notes[cycle]) for cycle in by_cycle], attempts - 1)
 
 
-def merge_parts(
-    plan: Plan, parts: Sequence[Part], attempts: int, notes: Mapping[int, Sequence[Note]] = MappingProxyType({})
-) -> Rows:
-    """Return an experiment's rows from what its processes did.
+def put_together(plan: BriefPlan, parts: Sequence[Part], attempts: int) -> Measured:
+    """Return what an experiment measured, from what its processes did.
 
     Args:
         plan: what was to be run.
         parts: at least one, by cycle, attempt and rank.
         attempts: how often the experiment was begun.
-        notes: what else there is to doubt, by cycle.
     """
-    by_cycle = _by_cycle(parts)
-    rows = {cycle: _cycle(plan, by_cycle[cycle], notes.get(cycle, ())) for cycle in by_cycle}
-    row = over_cycles(list(rows.values()), plan, attempts - 1)
-    cycles = [_short(cycle, rows[cycle], by_cycle[cycle]) for cycle in rows]
-    return Rows(row, cycles, [request for part in parts for request in part.requests])
+    cycles = [_cycle(plan, cycle, of_cycle, ()) for cycle, of_cycle in _by_cycle(parts).items()]
+    return Measured(plan, cycles, attempts - 1)
 
 
 def _by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
@@ -78,48 +83,49 @@ def _by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
     return found
 
 
-def _cycle(plan: Plan, parts: Sequence[Part], notes: Sequence[Note]) -> ExperimentRow:
+def _cycle(plan: BriefPlan, number: int, parts: Sequence[Part], notes: Sequence[Note]) -> Cycle:
+    if len(parts) == 1:
+        return Cycle(plan, number, 1, [parts[0].record], parts[0].requests, notes)
     by_rank: dict[int, list[ProcessRecord]] = {}
     for part in parts:
         by_rank.setdefault(part.record.rank, []).append(part.record)
     records = [merged(by_rank[rank]) for rank in sorted(by_rank)]
-    return cycle_row(plan, records, [request for part in parts for request in part.requests], notes)
-
-
-def _short(cycle: int, row: ExperimentRow, parts: Sequence[Part]) -> CycleRow:
     attempts = len({part.record.attempt for part in parts if part.record.phase("measured")})
-    return short(row, cycle, max(attempts, 1))
+    return Cycle(plan, number, max(attempts, 1), records, [r for part in parts for r in part.requests], notes)
 
 
 # ------------------------------------------------------------------ does it fit together?
-def _check_same(directory: ExperimentDir, plan: Plan, parts: Sequence[Part], mixed: bool) -> None:
+def _check_same(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
     """Raise when records belong to different experiments, or a prompt was counted twice."""
     if plan.experiment_id != directory.id:
         raise ResultsError(f"{directory.path} holds {plan.experiment_id}: give the directory its name back.")
-    backends = sorted({part.record.backend for part in parts if part.record.backend})
+    records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
+    backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
             f"{directory.id} has records of different backends, {' and '.join(backends)}: their numbers do not belong "
             "together. --allow-mixed-backends takes them all the same, and says so in the row."
         )
-    for record in (part.record for part in parts):
+    for record in records:
         foreign = len(backends) > 1 and record.backend != plan.experiment.backend.name
         if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
             raise ResultsError(f"{_file(directory, record)} was measured with another configuration than spec.json's.")
         if record.world_size != plan.processes:
             among = f"of one among {record.world_size} processes; the plan has {plan.processes}"
             raise ResultsError(f"{_file(directory, record)} is {among}.")
-    rows = [(row.cycle, row.request) for part in parts for row in part.requests]
-    if len(rows) != len(set(rows)):
-        cycle, request = max(rows, key=rows.count)
-        raise ResultsError(f"{directory.id} has prompt {request} of cycle {cycle} more than once.")
+    for cycle, of_cycle in by_cycle.items():
+        rows = [row.request for part in of_cycle for row in part.requests]
+        if len(rows) != len(set(rows)):
+            raise ResultsError(
+                f"{directory.id} has prompt {max(rows, key=rows.count)} of cycle {cycle} more than once."
+            )
 
 
 def _file(directory: ExperimentDir, record: ProcessRecord) -> Path:
     return directory.record_file(record.rank, record.cycle, record.attempt)
 
 
-def _check_complete(directory: ExperimentDir, plan: Plan, by_cycle: Mapping[int, Sequence[Part]]) -> None:
+def _check_complete(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int, Sequence[Part]]) -> None:
     """Raise when a process or a prompt of a cycle is missing; says which."""
     missing = []
     for cycle in range(1, plan.experiment.cycles + 1):
@@ -191,11 +197,13 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
         place = tables.place(directory.id)
         if place and not force and is_fresh(tables, directory.id, place, state):
             return tables.row(directory.id, place)
-        found = read(directory, strict=strict, state=state)
-        tables.write([found], {directory.id: place} if place else {})
+        found = measured(directory, strict=strict, state=state)
+        batch = Batch({directory.id: place} if place else {})
+        batch.add([found])
+        tables.write(batch)
     if state.status == "completed":
         directory.write_state(state.now("aggregated"))
-    return found.row
+    return rows_of(found).row
 
 
 def aggregate_all(
@@ -215,8 +223,7 @@ def aggregate_all(
     tables = Tables(store)
     with tables.locked():
         places = tables.places()
-        found: list[tuple[Rows, ExperimentDir, State]] = []
-        held = 0
+        writer = _Writer(store, places)
         for name in ids:
             directory = store.directory(name)
             state = directory.state()
@@ -225,27 +232,54 @@ def aggregate_all(
                 yield skipped
                 continue
             try:
-                rows = read(directory, strict=strict, mixed=mixed, state=state)
+                one = measured(directory, strict=strict, mixed=mixed, state=state)
             except ResultsError as error:
                 yield Outcome("failed", str(error))
                 continue
-            found.append((rows, directory, state))
-            held += len(rows.requests)
-            if len(found) >= TOGETHER or held >= REQUESTS_TOGETHER:
-                yield from _write(store, found, places)
-                found, held = [], 0
-        yield from _write(store, found, places)
+            yield from writer.add(directory, state, one)
+        yield from writer.write()
 
 
-def _write(
-    store: Store, found: Sequence[tuple[Rows, ExperimentDir, State]], places: Mapping[str, Place]
-) -> list[Outcome]:
-    """Write the rows of several experiments, then say in their states that they have them."""
-    if not found:
-        return []
-    Tables(store).write([rows for rows, *_ in found], places)
-    _mark_aggregated(store, [(directory, state) for _, directory, state in found if state.status == "completed"])
-    return [Outcome("written", f"{directory.id}: {rows.row.status}") for rows, directory, _ in found]
+class _Writer:
+    """Writes the rows of several experiments, then says in their states that they have them.
+
+    Records become Arrow tables in small groups, so that they do not leave the processor's cache, and few files are
+    written, as each costs some milliseconds.
+    """
+
+    def __init__(self, store: Store, places: Mapping[str, Place]) -> None:
+        self._store, self._places = store, places
+        self._read: list[tuple[ExperimentDir, State, Measured]] = []
+        self._made: list[tuple[ExperimentDir, State, str]] = []
+        self._batch = Batch(places)
+        self._requests = self._cycles = 0
+
+    def add(self, directory: ExperimentDir, state: State, one: Measured) -> list[Outcome]:
+        """Add an experiment; returns what became of all that have been written meanwhile."""
+        self._read.append((directory, state, one))
+        self._requests += sum([len(cycle.requests) for cycle in one.cycles])
+        self._cycles += len(one.cycles)
+        if self._cycles >= READ_TOGETHER or self._requests >= REQUESTS_TOGETHER:
+            self._make()
+        return self.write() if len(self._made) >= TOGETHER or self._requests >= REQUESTS_TOGETHER else []
+
+    def _make(self) -> None:
+        statuses = self._batch.add([one for *_, one in self._read])
+        self._made += [
+            (directory, state, text) for (directory, state, _), text in zip(self._read, statuses, strict=True)
+        ]
+        self._read, self._cycles = [], 0
+
+    def write(self) -> list[Outcome]:
+        """Write what has been added, and return what became of it."""
+        self._make()
+        if not self._made:
+            return []
+        Tables(self._store).write(self._batch)
+        _mark_aggregated(self._store, [(at, state) for at, state, _ in self._made if state.status == "completed"])
+        outcomes = [Outcome("written", f"{directory.id}: {status}") for directory, _, status in self._made]
+        self.__init__(self._store, self._places)  # type: ignore[misc]
+        return outcomes
 
 
 def _reason_to_skip(tables: Tables, directory: ExperimentDir, state: State, place: Place | None) -> Outcome | None:

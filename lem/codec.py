@@ -54,17 +54,22 @@ def reader(cls: Any) -> Callable[[str | bytes], Any]:
         import msgspec
 
         try:
-            _READERS[cls] = _with_value_errors(msgspec.json.Decoder(cls).decode, msgspec.MsgspecError)
+            _READERS[cls] = with_value_errors(msgspec.json.Decoder(cls).decode)
         except TypeError:
             _READERS[cls] = adapter(cls).validate_json
     return _READERS[cls]
 
 
-def _with_value_errors(decode: Callable[[str | bytes], Any], error_type: type[Exception]) -> Callable[..., Any]:
-    def read(text: str | bytes) -> Any:
+def with_value_errors(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a reader of msgspec's that raises ValueError where its own errors are something else."""
+    import msgspec
+
+    damaged = msgspec.MsgspecError
+
+    def read(content: str | bytes) -> Any:
         try:
-            return decode(text)
-        except error_type as error:
+            return decode(content)
+        except damaged as error:
             raise ValueError(str(error)) from None
 
     return read

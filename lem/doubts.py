@@ -7,10 +7,11 @@ The catalogue is the single source of the codes: a warning with any other code c
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lem.record import ENERGY_OWNER, DeviceState, EnergyReading, ExperimentRow, Note, ProcessRecord, RequestRecord
+from lem.record import ENERGY_OWNER, DeviceState, EnergyReading, Note, ProcessRecord, RequestRecord
 
 SHORT_WINDOW_S = 5.0
 FEW_TICKS = 50
@@ -297,53 +298,79 @@ def _of_warmup(record: ProcessRecord) -> Iterator[Note]:
 
 
 # ------------------------------------------------------------------ of a row
-def of_row(row: ExperimentRow, records: Sequence[ProcessRecord]) -> list[Note]:
-    """Return what there is to doubt about derived numbers: identities that do not hold, negative differences."""
-    together = _of_host(records) if len(records) > 1 else ()
-    return [*together, *_identities(row, records), *_negatives(row)]
+Columns = Mapping[str, Sequence[Any]]
 
 
-def of_experiment(row: ExperimentRow) -> Iterator[Note]:
+def of_rows(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> list[list[Note]]:
+    """Return what there is to doubt about derived numbers: identities that do not hold, negative differences.
+
+    Args:
+        rows: rows of cycles, by columns.
+        records: for each row those that it was made from.
+    """
+    found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
+    for place, doubt in (*_identities(rows, records), *_negatives(rows)):
+        found[place].append(doubt)
+    return found
+
+
+def of_experiment(cycles_completed: int, resumed: int) -> Iterator[Note]:
     """Yield what there is to doubt about an experiment as a whole."""
-    if row.cycles_completed < LEAST_CYCLES:
-        yield note("few_cycles", f"{row.cycles_completed} finished; {LEAST_CYCLES} are the least for an interval.")
-    if row.resumed:
-        yield note("resumed", f"it was interrupted and resumed {row.resumed} time{'s' if row.resumed > 1 else ''}.")
+    if cycles_completed < LEAST_CYCLES:
+        yield note("few_cycles", f"{cycles_completed} finished; {LEAST_CYCLES} are the least for an interval.")
+    if resumed:
+        yield note("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
 
 
-def _identities(row: ExperimentRow, records: Sequence[ProcessRecord]) -> Iterator[Note]:
+def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, Note]]:
+    """Yield the identities that a row violates, by the row's place."""
     pairs = {
-        "J = W·t": (row.energy_j, _product(row.average_power_w, row.duration_s)),
+        "J = W·t": (rows["energy_j"], map(_product, rows["average_power_w"], rows["duration_s"])),
         "J/token = W/(tokens/s)": (
-            row.energy_per_output_token_j,
-            _quotient(row.average_power_w, row.output_tokens_per_s),
+            rows["energy_per_output_token_j"],
+            map(_quotient, rows["average_power_w"], rows["output_tokens_per_s"]),
         ),
-        "J = Σ J/request": (row.energy_j, _product(row.energy_per_request_j, row.requests_completed)),
-        "Wh = J/3600": (row.energy_wh, _quotient(row.energy_j, 3600.0)),
-        "output tokens = Σ over requests": (sum(r.output_tokens for r in records), row.output_tokens),
-        "input tokens = Σ over requests": (sum(r.input_tokens for r in records), row.input_tokens),
-        "requests = Σ over processes": (sum(r.requests_completed for r in records), row.requests_completed),
-        "prefill + decode = window": (row.duration_s, _sum(row.prefill_duration_s, row.decode_duration_s)),
+        "J = Σ J/request": (rows["energy_j"], map(_product, rows["energy_per_request_j"], rows["requests_completed"])),
+        "Wh = J/3600": (rows["energy_wh"], [None if value is None else value / 3600.0 for value in rows["energy_j"]]),
+        "output tokens = Σ over requests": (
+            [sum([r.output_tokens for r in of_row]) for of_row in records],
+            rows["output_tokens"],
+        ),
+        "input tokens = Σ over requests": (
+            [sum([r.input_tokens for r in of_row]) for of_row in records],
+            rows["input_tokens"],
+        ),
+        "requests = Σ over processes": (
+            [sum([r.requests_completed for r in of_row]) for of_row in records],
+            rows["requests_completed"],
+        ),
+        "prefill + decode = window": (
+            rows["duration_s"],
+            map(_sum, rows["prefill_duration_s"], rows["decode_duration_s"]),
+        ),
     }
-    for name, (one, other) in pairs.items():
-        if one is None or other is None:
-            continue
-        if abs(one - other) > IDENTITY_TOLERANCE * max(abs(one), abs(other)):
-            yield note("identity_violated", f"{name} does not hold: {one:.6g} against {other:.6g}.")
+    for name, (ones, others) in pairs.items():
+        for place, (one, other) in enumerate(zip(ones, others, strict=True)):
+            if one is None or other is None or one == other:
+                continue
+            if abs(one - other) > IDENTITY_TOLERANCE * max(abs(one), abs(other)):
+                yield place, note("identity_violated", f"{name} does not hold: {one:.6g} against {other:.6g}.")
 
 
-def _negatives(row: ExperimentRow) -> Iterator[Note]:
-    if row.energy_idle_adjusted_j is not None and row.energy_idle_adjusted_j < -_idle_tolerance_j(row):
-        yield note(
-            "idle_adjusted_negative", f"{row.energy_idle_adjusted_j:.4g} J remain after idle power is taken off."
-        )
-    if row.decode_energy_j is not None and row.decode_energy_j < 0:
-        yield note("decode_negative", f"it is {row.decode_energy_j:.4g} J.")
+def _negatives(rows: Columns) -> Iterator[tuple[int, Note]]:
+    for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
+        if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
+            yield place, note("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is taken off.")
+    for place, decode_j in enumerate(rows["decode_energy_j"]):
+        if decode_j is not None and decode_j < 0:
+            yield place, note("decode_negative", f"it is {decode_j:.4g} J.")
 
 
-def _idle_tolerance_j(row: ExperimentRow) -> float:
-    of_ticks_j = EDGE_TICKS * (row.idle_power_loaded_w or 0.0) * (row.counter_tick_s or 0.0)
-    return max(IDLE_TOLERANCE * (row.energy_j or 0.0), of_ticks_j)
+def _idle_tolerance_j(rows: Columns, place: int) -> float:
+    power_w, tick_s, energy_j = (
+        rows[name][place] or 0.0 for name in ("idle_power_loaded_w", "counter_tick_s", "energy_j")
+    )
+    return max(IDLE_TOLERANCE * energy_j, EDGE_TICKS * power_w * tick_s)
 
 
 def _product(one: float | None, other: float | None) -> float | None:

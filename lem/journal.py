@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass, replace
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
 
-from lem.codec import adapter, reader
+import msgspec
+
+from lem.brief import BriefRow
+from lem.codec import reader, to_compact_json, with_value_errors
 from lem.doubts import note
-from lem.record import EnergyReading, Flops, Phase, ProcessRecord, RequestRecord, made
+from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
 
 # The type of the error of a process that could not write its record.
 DIED = "WorkerDied"
-# These are the same in all rows of a window, and stand in its record.
-COMMON = ("experiment_id", "rank", "cycle", "attempt")
-LEFT_OUT = {"__all__": set(COMMON)}
 OPENING = b'{"record":'
 # In no text of a record can this stand: its quotation marks would be escaped.
 CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
@@ -58,9 +58,13 @@ class Window:
     last: Checkpoint | None = None
     metered: Checkpoint | None = None
 
-    def __post_init__(self) -> None:
-        """Note what all rows of the window share."""
-        self.common = {name: getattr(self.record, name) for name in COMMON}
+    def add(self, rows: Iterable[Any]) -> None:
+        """Add brief rows, which are told what all rows of the window share."""
+        record = self.record
+        for row in rows:
+            row.experiment_id, row.rank = record.experiment_id, record.rank
+            row.cycle, row.attempt = record.cycle, record.attempt
+            self.rows.append(row)
 
     def salvaged(self) -> ProcessRecord:
         """Return the record of a process that could not write its own: up to the last batch that was done."""
@@ -105,14 +109,13 @@ class Journal:
 
     def open_window(self, record: ProcessRecord) -> None:
         """Note that a measured window opens; `record` stands in for the process's own if that is never written."""
-        self._write(OPENING + adapter(ProcessRecord).dump_json(record) + b"}\n")
+        self._write(OPENING + to_compact_json(record).encode() + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
-        """Note a batch that is done."""
-        done = adapter(list[RequestRecord]).dump_json(list(rows), exclude=LEFT_OUT)
-        line = adapter(Checkpoint).dump_json(checkpoint, exclude_none=True)
-        # Put together as bytes: this lies between two batches.
-        self._write(b'{"done":' + done + b"," + line.removeprefix(b"{") + b"\n")
+        """Note a batch that is done. It is on its way to the disk when this returns: a kill cannot take it back."""
+        done = [{name: value for name, value in vars(row).items() if name not in COMMON} for row in rows]
+        told = {name: value for name, value in vars(checkpoint).items() if value is not None}
+        self._write(to_compact_json({"done": done} | told).encode() + b"\n")
 
     def close(self) -> None:
         """See to it that all is on the disk."""
@@ -125,7 +128,7 @@ class Journal:
 
 
 def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:
-    """Read a journal, however its writer ended.
+    """Read a journal, however its writer ended; its rows are `BriefRow`s, which lack nothing.
 
     Args:
         journal: what the file holds.
@@ -135,19 +138,20 @@ def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({
         ValueError: a line other than the last is damaged.
     """
     windows: list[Window] = []
-    rows_of = _rows_reader()
-    number = begin = 0
+    begin, end = 0, journal.rfind(b"\n") + 1
     try:
-        while (end := journal.find(b"\n", begin)) >= 0:
-            line, number, begin = journal[begin:end], number + 1, end + 1
-            if line.startswith(OPENING):
-                windows.append(_opened(line, known))
-                continue
-            window = windows[-1]
-            window.rows += [made(RequestRecord, window.common | vars(row)) for row in rows_of(line).done]
-            if not window.closed:
-                _note_checkpoint(line, window)
-    except (ValueError, IndexError) as error:
+        while begin < end:
+            if not journal.startswith(OPENING, begin):
+                raise ValueError("it belongs to no window")
+            line_end = journal.index(b"\n", begin)
+            window = _opened(journal[begin:line_end], known)
+            windows.append(window)
+            begin, following = line_end + 1, journal.find(b"\n" + OPENING, line_end)
+            window_end = following + 1 if following >= 0 else end
+            while begin < window_end:
+                begin = _take(journal, begin, window_end, window)
+    except ValueError as error:
+        number = journal.count(b"\n", 0, begin) + 1
         raise ValueError(f"line {number} is damaged ({' '.join(str(error).split())[:120]})") from None
     return windows
 
@@ -159,6 +163,24 @@ def _opened(line: bytes, known: Mapping[int, ProcessRecord]) -> Window:
     return Window(reader(ProcessRecord)(line.removeprefix(OPENING)[:-1]))
 
 
+def _take(journal: bytes, begin: int, end: int, window: Window) -> int:
+    """Take the next line of a window, or all up to its end where only rows are wanted; return where it ended.
+
+    Raises:
+        ValueError: a line is damaged; those before it have been taken.
+    """
+    if window.closed:
+        with suppress(ValueError):  # line by line it is found out which one is damaged
+            window.add(row for done in _read_lines(journal[begin:end]) for row in done.done)
+            return end
+    line_end = journal.index(b"\n", begin, end)
+    line = journal[begin:line_end]
+    window.add(_read_line(line).done)
+    if not window.closed:
+        _note_checkpoint(line, window)
+    return line_end + 1
+
+
 def _note_checkpoint(line: bytes, window: Window) -> None:
     """Keep how far the window had come; only where the process's own record is not known."""
     window.last = reader(Checkpoint)(line)
@@ -166,9 +188,9 @@ def _note_checkpoint(line: bytes, window: Window) -> None:
         window.metered = window.last
 
 
-@cache
-def _rows_reader() -> Callable[[str | bytes], Any]:
-    """Return what reads the rows of a line: without what they share with the others of their window."""
-    types, own = get_type_hints(RequestRecord), [f for f in fields(RequestRecord) if f.name not in COMMON]
-    row: Any = make_dataclass("Row", [(f.name, types[f.name], field(default=f.default)) for f in own])
-    return reader(make_dataclass("Done", [("done", list[row])]))
+class _Done(msgspec.Struct, gc=False):
+    done: list[BriefRow]  # type: ignore[valid-type]
+
+
+_done = msgspec.json.Decoder(_Done)
+_read_line, _read_lines = with_value_errors(_done.decode), with_value_errors(_done.decode_lines)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 from lem.record import RequestRecord
-from lem.spec import Traffic
 from lem.statistics import percentile
 from lem.units import NS_PER_S
 
@@ -73,11 +73,27 @@ def first_tokens(chunks: Sequence[Chunk], count: int) -> tuple[Chunk, ...]:
 
 
 # ------------------------------------------------------------------ of many requests
+class Limits(Protocol):
+    """Up to where a request counts as good, as traffic's configuration says."""
+
+    ttft_limit_s: float | None
+    itl_limit_s: float | None
+
+
 def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:
     """Return mean, median, 95th and 99th percentile under the names of their columns; None without values."""
-    ordered = sorted(values)
-    points = {f"{stem}_p{q}_s": percentile(ordered, q) if ordered else None for q in (50, 95, 99)}
-    return {f"{stem}_mean_s": sum(ordered) / len(ordered) if ordered else None, **points}
+    return {name: value for name, (value,) in summaries(stem, [list(values)]).items()}
+
+
+def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
+    """Return the same of several groups of values, by column."""
+    ordered = [sorted(values) for values in groups]
+    columns: dict[str, list[float | None]] = {
+        f"{stem}_mean_s": [sum(values) / len(values) if values else None for values in ordered]
+    }
+    for q in (50, 95, 99):
+        columns[f"{stem}_p{q}_s"] = [percentile(values, q) if values else None for values in ordered]
+    return columns
 
 
 def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
@@ -92,9 +108,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
     }
 
 
-def under_load(
-    requests: Sequence[RequestRecord], duration_s: float | None, traffic: Traffic
-) -> dict[str, float | None]:
+def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
     """Return what traffic is judged by: the rate that was had, the queue, the idle share of the window, goodput."""
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)
@@ -115,7 +129,7 @@ def under_load(
     }
 
 
-def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Traffic) -> dict[str, float | None]:
+def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
     ttft_s, itl_s = traffic.ttft_limit_s, traffic.itl_limit_s
     if (ttft_s is None and itl_s is None) or not duration_s:
         return {}

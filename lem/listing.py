@@ -18,6 +18,14 @@ WIDE_HEADERS = (
     "experiment", "status", "model, backend, dataset, batching", "requests", "cycles", "of", "tokens/s", "energy",
     "per token",
 )  # fmt: skip
+# The columns of rows that a list is made from.
+COLUMNS = (
+    "experiment_id", "status", "error", "model", "random_weights", "backend", "dataset", "batching_strategy",
+    "batch_size", "requests_completed", "requests_planned", "cycles_completed", "cycles_planned", "energy_source",
+    "energy_components",
+    *(f"{stem}{part}{unit}" for stem, unit in (("output_tokens_per_s", ""), ("energy", "_j"),
+      ("energy_per_output_token", "_j")) for part in ("", "_ci95_low", "_ci95_high")),
+)  # fmt: skip
 NUMBERS = frozenset({"requests", "cycles", "of", "tokens/s", "energy", "per token", "duration", "latency", "attempts"})
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from lem.record import made
 from lem.store import replacing
 from lem.units import Unit
 
@@ -84,14 +85,21 @@ def write_rows(path: Path, record_type: type[Any], rows: Iterable[Any]) -> None:
 
 
 def table(record_type: type[Any], rows: Iterable[Any]) -> Any:
-    """Return records as an Arrow table: by columns, without a Python step for each value."""
+    """Return records as an Arrow table."""
+    names = schema(record_type).names
+    values = list(map(attrgetter(*names), rows))
+    return table_of(
+        record_type, dict(zip(names, zip(*values, strict=True) if values else [[]] * len(names), strict=True))
+    )
+
+
+def table_of(record_type: type[Any], by_column: Mapping[str, Sequence[Any]]) -> Any:
+    """Return a record type's columns as an Arrow table."""
     import pyarrow as pa
 
     wanted = schema(record_type)
-    values = list(map(itemgetter(*wanted.names), map(vars, rows)))
-    by_column = zip(*values, strict=True) if values else ([] for _ in wanted)
     with _pandas_left_out():
-        arrays = [pa.array(v, f.type) for v, f in zip(by_column, wanted, strict=True)]
+        arrays = [pa.array(by_column[f.name], f.type) for f in wanted]
     return pa.Table.from_arrays(arrays, schema=wanted)
 
 
@@ -118,11 +126,13 @@ class _NoPandas:
             raise ModuleNotFoundError("pandas is left out here", name=name)
 
 
-def aligned(found: Any, record_type: type[Any]) -> Any:
+def aligned(found: Any, record_type: type[Any], names: Sequence[str] | None = None) -> Any:
     """Return a table as this version's schema has it: columns that it does not know go, missing ones take defaults."""
     import pyarrow as pa
 
     wanted, defaults, there = schema(record_type), _defaults(record_type), set(found.column_names)
+    if names is not None:
+        wanted = pa.schema([wanted.field(name) for name in names])
     arrays = [
         found[f.name].cast(f.type) if f.name in there else pa.array([defaults[f.name]] * len(found), f.type)
         for f in wanted
@@ -141,8 +151,10 @@ def write_table(path: Path, rows: Any) -> None:
     """Write an Arrow table as one Parquet file, whole or not at all."""
     import pyarrow.parquet as pq
 
+    # Numbers hardly ever repeat: a dictionary of them costs time, and the file becomes larger.
+    repeating = [f.name for f in rows.schema if f.type == "string"]
     with replacing(path) as scratch:
-        pq.write_table(rows, scratch, compression="zstd")
+        pq.write_table(rows, scratch, compression="zstd", use_dictionary=repeating)
 
 
 def read_table(path: Path, names: Sequence[str] | None = None) -> Any:
@@ -163,6 +175,9 @@ def read_rows(path: Path, record_type: type[Any]) -> list[Any]:
     return records(read_table(path), record_type)
 
 
-def records(found: Any, record_type: type[Any]) -> list[Any]:
-    """Return an Arrow table as records."""
-    return list(map(record_type, *(column.to_pylist() for column in aligned(found, record_type).columns)))
+def records(found: Any, record_type: type[Any], names: Sequence[str] | None = None) -> list[Any]:
+    """Return an Arrow table as records; with `names` they have these values only, and no others can be asked for."""
+    columns = [column.to_pylist() for column in aligned(found, record_type, names).columns]
+    if names is None:
+        return list(map(record_type, *columns))
+    return [made(record_type, dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]

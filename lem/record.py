@@ -18,6 +18,9 @@ from lem import units
 # 2  a record for each cycle and attempt; request rows in journals
 FORMAT_VERSION = 2
 
+# What all request rows of a measured window share, and its record says.
+COMMON = ("experiment_id", "rank", "cycle", "attempt")
+
 # One process meters the node, however many there are: each would see all of its energy.
 ENERGY_OWNER = 0
 

@@ -1,36 +1,36 @@
-"""From the records of processes to rows: attempts are merged, ranks put together, cycles averaged.
+"""From the records of processes to rows: ranks put together, cycles averaged, of many experiments at once.
 
 Throughput is output tokens over the wall-clock window. The headline energy is the GPUs' when it was read from
 them, else the sum over the components that were measured, else the sum of the estimates; never a mix. What is a
 quotient of two columns is formed in one place for cycles and experiments, so that J = W·t, J/token = W/(tokens/s) and
-their like hold in every row. Knows records only: no file, and not how anything was measured.
+their like hold in every row.
+
+Rows are made column by column: a column of thousands of cycles takes a fraction of the time that thousands of rows take
+to be put together value by value. Knows records only: no file, and not how anything was measured.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from lem import doubts
-from lem.codec import to_compact_json
-from lem.latency import of_tokens, summary, under_load
+from lem.brief import BriefPlan, whole
+from lem.latency import of_tokens, summaries, under_load
+from lem.merging import once_each, told, total
 from lem.peaks import peak_flops_per_s
-from lem.plan import Plan
 from lem.record import (
     ENERGY_OWNER,
     Component,
     CycleRow,
     EnergyReading,
     ExperimentRow,
-    Flops,
-    Memory,
     Note,
     Phase,
-    Prefill,
     ProcessRecord,
     RequestRecord,
     Status,
@@ -41,7 +41,9 @@ from lem.units import J_PER_KWH, J_PER_WH
 
 MEASURED_SOURCES = ("counter", "integral", "replay")
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
-NOT_IN_ALL = "it was not metered in every attempt at the cycle"
+
+# Columns by name; all of the same length.
+Columns = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,69 @@ class Rows:
     row: ExperimentRow
     cycles: list[CycleRow]
     requests: list[RequestRecord]
+
+
+class Cycle(NamedTuple):
+    """What one cycle measured, over all processes and attempts.
+
+    `records` holds one for each process, at least one, by rank, each with its attempts merged; `requests` the rows of
+    all of them; `notes` what else there is to doubt.
+    """
+
+    plan: BriefPlan
+    number: int
+    attempts: int
+    records: Sequence[ProcessRecord]
+    requests: Sequence[RequestRecord]
+    notes: Sequence[Note] = ()
+
+
+class Measured(NamedTuple):
+    """What an experiment measured: its cycles that have any record, in order."""
+
+    plan: BriefPlan
+    cycles: Sequence[Cycle]
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """The rows of several experiments, for the three tables, by columns."""
+
+    experiments: Columns
+    cycles: Columns
+    requests: Columns
+
+
+def tabulate(measured: Sequence[Measured]) -> Tabulated:
+    """Return the rows of experiments."""
+    cycles = [cycle for one in measured for cycle in one.cycles]
+    of_cycles = cycle_columns(cycles)
+    short = {name: of_cycles[name] for name in _SHARED}
+    short["cycle"] = [cycle.number for cycle in cycles]
+    short["attempts"] = [cycle.attempts for cycle in cycles]
+    return Tabulated(experiment_columns(measured, of_cycles), short, _request_columns(cycles))
+
+
+def rows_of(measured: Measured) -> Rows:
+    """Return the rows of one experiment."""
+    found = tabulate([measured])
+    (row,) = as_rows(ExperimentRow, found.experiments)
+    return Rows(row, as_rows(CycleRow, found.cycles), [whole(r) for cycle in measured.cycles for r in cycle.requests])
+
+
+def as_rows(row_type: type[Any], columns: Columns) -> list[Any]:
+    """Return columns as rows."""
+    names = [f.name for f in fields(row_type)]
+    return [
+        made(row_type, dict(zip(names, values, strict=True)))
+        for values in zip(*(columns[name] for name in names), strict=True)
+    ]
+
+
+def _request_columns(cycles: Sequence[Cycle]) -> Columns:
+    requests = [request for cycle in cycles for request in cycle.requests]
+    return {f.name: list(map(attrgetter(f.name), requests)) for f in fields(RequestRecord)}
 
 
 # ------------------------------------------------------------------ energy
@@ -92,7 +157,7 @@ def _sum(readings: Sequence[EnergyReading]) -> Energy:
     if len(readings) == 1:
         return Energy(readings[0].energy_j, readings[0].source, readings[0].scope, readings[0].component)
     return Energy(
-        energy_j=_total([r.energy_j for r in readings]),
+        energy_j=total([r.energy_j for r in readings]),
         source=_joined(r.source for r in readings),
         scope=_joined(r.scope for r in readings),
         components=_joined(r.component for r in readings),
@@ -103,221 +168,155 @@ def _joined(words: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(words))
 
 
-# ------------------------------------------------------------------ attempts of a process at one cycle
-def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
-    """Put a process's attempts at one cycle together, in order: windows follow each other and never span a gap.
-
-    An attempt without a window counts for nothing, but if it is the last one, its status and its error stand.
-    """
-    counted = [r for r in records if r.phase("measured")] or [records[-1]]
-    if len(records) == 1:
-        return records[0]
-    latest, ran = counted[-1], [r for r in counted if r.requests_completed]
-    return replace(
-        latest,
-        status=records[-1].status,
-        error=records[-1].error,
-        started_at=counted[0].started_at,
-        phases=_merged_phases(counted),
-        requests_planned=max(r.requests_planned for r in counted),
-        requests_completed=sum(r.requests_completed for r in counted),
-        input_tokens=sum(r.input_tokens for r in counted),
-        output_tokens=sum(r.output_tokens for r in counted),
-        memory=_merged_memory([r.memory for r in counted]),
-        flops=_merged_flops([r.flops for r in ran]) if ran else latest.flops,
-        prefill=_merged_prefill([r.prefill for r in ran]),
-        warnings=_merged_notes(counted),
-    )
+# ------------------------------------------------------------------ cycles
+# A number of which not every cycle has any is None in those that do not.
+_OPTIONAL = [f.name for f in fields(ExperimentRow) if f.default is None]
+_peak = cache(peak_flops_per_s)
 
 
-def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
-    """Return the phases before the window as the first attempt had them, and all windows as one."""
-    phases = [phase for phase in records[0].phases if phase.name != "measured"]
-    windows = [window for r in records if (window := r.phase("measured"))]
-    if not windows:
-        return tuple(phases)
-    return (*phases, Phase("measured", sum(w.duration_s for w in windows), _merged_readings(windows)))
-
-
-def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
-    """Add the readings of each device up; a component that one window lacks has no energy."""
-    components = [{reading.component for reading in window.energy} for window in windows]
-    by_device: dict[tuple[str, ...], list[EnergyReading]] = {}
-    for reading in (reading for window in windows for reading in window.energy):
-        by_device.setdefault((reading.component, reading.device, reading.source, reading.scope), []).append(reading)
-    return tuple(
-        _merged_reading(same)
-        if all(same[0].component in found for found in components)
-        else replace(same[0], energy_j=None, trace_energy_j=None, reason=NOT_IN_ALL)
-        for same in by_device.values()
-    )
-
-
-def _merged_reading(readings: Sequence[EnergyReading]) -> EnergyReading:
-    return replace(
-        readings[-1],
-        energy_j=_total([r.energy_j for r in readings]),
-        trace_energy_j=_total([r.trace_energy_j for r in readings]),
-        reason=next((r.reason for r in readings if r.reason), None),
-    )
-
-
-def _merged_memory(parts: Sequence[Memory | None]) -> Memory | None:
-    """Return the largest peak of all attempts, and the largest cache."""
-    known = [part for part in parts if part is not None]
-    if not known:
-        return None
-    caches = [part.kv_cache_bytes for part in known if part.kv_cache_bytes is not None]
-    return replace(max(known, key=lambda part: part.peak_bytes or 0), kv_cache_bytes=max(caches, default=None))
-
-
-def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
-    known = [part for part in parts if part is not None]
-    return replace(known[-1], total=sum(p.total for p in known)) if known and len(known) == len(parts) else None
-
-
-def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
-    known = [part for part in parts if part is not None]
-    if not known or len(known) < len(parts):
-        return None
-    uncertainty_j = _total([p.uncertainty_j for p in known])
-    return Prefill(sum(p.duration_s for p in known), _total([p.energy_j for p in known]), uncertainty_j)
-
-
-def _merged_notes(records: Sequence[ProcessRecord]) -> tuple[Note, ...]:
-    texts = once_each([[_told(note) for note in r.warnings] for r in records], "attempt")
-    return tuple(Note(code, text) for code, _, text in (text.partition(": ") for text in texts))
-
-
-# ------------------------------------------------------------------ the processes of one cycle
-def cycle_row(
-    plan: Plan, records: Sequence[ProcessRecord], requests: Sequence[RequestRecord], notes: Sequence[Note] = ()
-) -> ExperimentRow:
-    """Put one cycle's row together from the records of its processes, at least one, each with its attempts merged.
-
-    Args:
-        plan: what was to be run.
-        records: one for each process, by rank.
-        requests: the rows of all of them.
-        notes: what else there is to doubt.
-    """
-    first, owner = records[0], next((r for r in records if r.rank == ENERGY_OWNER), None)
-    complete = len({request.request for request in requests}) == plan.prompts.count
-    values = {
-        "experiment_id": plan.experiment_id,
-        "status": "completed" if complete else _status(records),
-        "error": None if complete else _error(records),
-        "started_at": first.started_at,
-        "lem_version": first.lem_version,
-        "hostname": first.hostname,
-        "processes": len(records),
-        "cycles_planned": 1,
-        "cycles_completed": int(complete),
-        "resumed": 0,
-        "requests_planned": plan.prompts.count,
-        "requests_completed": len(requests),
-        "input_tokens": sum(r.input_tokens for r in requests),
-        "output_tokens": sum(r.output_tokens for r in requests),
-        **_configured(plan, records),
-        **_loaded(first),
-        **summary("latency", (r.latency_s for r in requests)),
-        **of_tokens(requests),
-        **_timed_and_metered(records, owner),
-        **_prefill(records),
-        **_flops(records),
-        **_memory(records),
+def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
+    """Return all columns of a row for each cycle, as if each were an experiment."""
+    records = [cycle.records for cycle in cycles]
+    first = [of_cycle[0] for of_cycle in records]
+    requests = [cycle.requests for cycle in cycles]
+    complete = [len({r.request for r in c.requests}) == c.plan.prompts.count for c in cycles]
+    columns: Columns = {name: [None] * len(cycles) for name in _OPTIONAL}
+    columns |= {
+        "status": ["completed" if done else _status(r) for done, r in zip(complete, records, strict=True)],
+        "error": [None if done else _error(r) for done, r in zip(complete, records, strict=True)],
+        "started_at": _each(first, "started_at"),
+        "lem_version": _each(first, "lem_version"),
+        "hostname": _each(first, "hostname"),
+        "processes": list(map(len, records)),
+        "cycles_planned": [1] * len(cycles),
+        "cycles_completed": list(map(int, complete)),
+        "resumed": [0] * len(cycles),
+        "requests_completed": list(map(len, requests)),
+        "input_tokens": [sum([r.input_tokens for r in rows]) for rows in requests],
+        "output_tokens": [sum([r.output_tokens for r in rows]) for rows in requests],
     }
-    values |= under_load(requests, values["duration_s"], plan.experiment.traffic)
-    values |= quotients(values, complete)
-    values["warnings"] = []
-    row = made(ExperimentRow, LEFT_OUT | values)
-    row.warnings.extend(_warnings(row, records, notes))
-    return row
+    columns |= _configured(cycles)
+    columns |= _loaded(first)
+    columns |= _timed_and_metered(records)
+    columns |= _prefill(records) | _flops(records) | _memory(records)
+    columns |= summaries("latency", [[r.latency_s for r in rows] for rows in requests])
+    columns |= _streamed_and_queued(cycles, columns["duration_s"])
+    columns |= quotients(columns, complete)
+    columns["warnings"] = _warnings(columns, cycles)
+    return columns
+
+
+def _each(objects: Iterable[Any], name: str) -> list[Any]:
+    """Return an attribute of each object, None where there is no object."""
+    value = attrgetter(name)
+    return [None if each is None else value(each) for each in objects]
 
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
     """Return what went wrong; where one process failed, the others were stopped for its sake."""
-    told = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
-    return next((r.error.message for r in told if r.error), None)
+    told_ = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
+    return next((r.error.message for r in told_ if r.error), None)
 
 
 def _status(records: Sequence[ProcessRecord]) -> Status:
     return "failed" if any(r.status == "failed" for r in records) else "interrupted"
 
 
-def _configured(plan: Plan, records: Sequence[ProcessRecord]) -> dict[str, Any]:
-    wanted = plan.experiment
+def _configured(cycles: Sequence[Cycle]) -> Columns:
+    plans = [cycle.plan for cycle in cycles]
+    wanted = [plan.experiment for plan in plans]
     return {
-        "model": wanted.model or "",
-        # More than one only where the user allowed that.
-        "backend": _joined(r.backend for r in records if r.backend) or wanted.backend.name,
-        "dataset": wanted.dataset.name,
-        "prompts_sha256": plan.prompts.sha256,
-        "decoder": wanted.decoder.name,
-        "batching_strategy": wanted.batching.strategy,
-        "batch_size": wanted.batching.batch_size,
-        "max_output_tokens": wanted.max_output_tokens,
-        "seed": wanted.seed,
+        "experiment_id": _each(plans, "experiment_id"),
+        "requests_planned": _each(plans, "prompts.count"),
+        "prompts_sha256": _each(plans, "prompts.sha256"),
+        "config_json": _each(plans, "config_json"),
+        "overrides": _each(plans, "overrides"),
+        "model": [each.model or "" for each in wanted],
+        "backend": [_backend(cycle) for cycle in cycles],
+        "dataset": _each(wanted, "dataset.name"),
+        "decoder": _each(wanted, "decoder.name"),
+        "batching_strategy": _each(wanted, "batching.strategy"),
+        "batch_size": _each(wanted, "batching.batch_size"),
+        "max_output_tokens": _each(wanted, "max_output_tokens"),
+        "seed": _each(wanted, "seed"),
     }
 
 
-_peak = cache(peak_flops_per_s)
+def _backend(cycle: Cycle) -> str:
+    """Return the backend that ran; more than one only where the user allowed that."""
+    return _joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
-def _loaded(record: ProcessRecord) -> dict[str, Any]:
-    model, engine, warmup, environment = record.model, record.engine, record.warmup, record.environment
-    peak = None
-    if engine and model and model.dtype and engine.device.startswith("cuda"):
+def _loaded(records: Sequence[ProcessRecord]) -> Columns:
+    models, engines = _each(records, "model"), _each(records, "engine")
+    warmups, environments = _each(records, "warmup"), _each(records, "environment")
+    peaks = [
         # The dtype counts, not the quantized weights.
-        peak = _peak(engine.device_name, model.dtype)
-    gpus = len({state.uuid for state in environment.devices_before}) if environment else 0
+        _peak(engine.device_name, model.dtype)
+        if engine and model and model.dtype and engine.device.startswith("cuda")
+        else None
+        for engine, model in zip(engines, models, strict=True)
+    ]
+    gpus = [len({state.uuid for state in each.devices_before}) if each else 0 for each in environments]
+    of_model = ("random_weights", "parameters", "dtype", "quantization", "adapter", "weights_bytes")
     return {
-        "random_weights": model.random_weights if model else None,
-        "parameters": model.parameters if model else None,
-        "dtype": model.dtype if model else None,
-        "quantization": model.quantization if model else None,
-        "adapter": model.adapter if model else None,
-        "weights_bytes": model.weights_bytes if model else None,
-        "engine_version": engine.version if engine else None,
-        "device": engine.device_name if engine else None,
-        "peak_flops_per_s": peak.flops_per_s * max(gpus, 1) if peak else None,
-        "peak_flops_source": peak.source if peak else None,
-        "warmup_prompts": warmup.prompts if warmup else None,
-        "warmup_ended": warmup.ended if warmup else None,
-        "warmup_cv": warmup.cv if warmup else None,
+        **{name: _each(models, name) for name in of_model},
+        "engine_version": _each(engines, "version"),
+        "device": _each(engines, "device_name"),
+        "peak_flops_per_s": [p.flops_per_s * max(n, 1) if p else None for p, n in zip(peaks, gpus, strict=True)],
+        "peak_flops_source": _each(peaks, "source"),
+        "warmup_prompts": _each(warmups, "prompts"),
+        "warmup_ended": _each(warmups, "ended"),
+        "warmup_cv": _each(warmups, "cv"),
     }
 
 
-def _timed_and_metered(records: Sequence[ProcessRecord], owner: ProcessRecord | None) -> dict[str, Any]:
+def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     """Return durations and energies: the owner's, for phases begin and end together; none is metered twice."""
-    phases: dict[str, Phase] = {phase.name: phase for phase in owner.phases} if owner else _longest(records)
-    durations_s = {name: phase.duration_s for name, phase in phases.items()}
-    energies_j = {name: _energy_j(phase.energy) for name, phase in phases.items()} if owner else {}
-    readings = phases["measured"].energy if owner and "measured" in phases else ()
-    head = headline(readings)
-    carbon = owner.carbon if owner and head.energy_j is not None else None
-    ticks_s = [r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
-    row: dict[str, Any] = {
-        "duration_s": durations_s.get("measured"),
-        "load_duration_s": durations_s.get("load"),
-        "warmup_duration_s": durations_s.get("warmup"),
-        "energy_j": head.energy_j,
-        "energy_source": head.source,
-        "energy_scope": head.scope,
-        "energy_components": head.components,
-        "load_energy_j": energies_j.get("load"),
-        "warmup_energy_j": energies_j.get("warmup"),
-        "idle_power_before_w": _ratio(energies_j.get("idle_before"), durations_s.get("idle_before")),
-        "idle_power_loaded_w": _ratio(energies_j.get("idle_loaded"), durations_s.get("idle_loaded")),
-        "trace_energy_j": _total([r.trace_energy_j for r in readings if r.component == "gpu"]),
-        "counter_tick_s": max(ticks_s, default=None),
-        "carbon_intensity_g_per_kwh": carbon.intensity_g_per_kwh if carbon else None,
-        "carbon_intensity_source": carbon.source if carbon else None,
+    owners = [of_cycle[0] if of_cycle[0].rank == ENERGY_OWNER else None for of_cycle in records]
+    phases: list[Mapping[str, Phase]] = [
+        _longest(of_cycle) if owner is None else {phase.name: phase for phase in owner.phases}
+        for owner, of_cycle in zip(owners, records, strict=True)
+    ]
+    metered = [of_cycle if owner else {} for owner, of_cycle in zip(owners, phases, strict=True)]
+    readings = [of_cycle["measured"].energy if "measured" in of_cycle else () for of_cycle in metered]
+    heads = list(map(headline, readings))
+    carbons = [
+        owner.carbon if owner and head.energy_j is not None else None for owner, head in zip(owners, heads, strict=True)
+    ]
+    columns = {
+        "duration_s": _durations_s(phases, "measured"),
+        "load_duration_s": _durations_s(phases, "load"),
+        "warmup_duration_s": _durations_s(phases, "warmup"),
+        "energy_j": _each(heads, "energy_j"),
+        "energy_source": _each(heads, "source"),
+        "energy_scope": _each(heads, "scope"),
+        "energy_components": _each(heads, "components"),
+        "load_energy_j": _energies_j(metered, "load"),
+        "warmup_energy_j": _energies_j(metered, "warmup"),
+        "idle_power_before_w": _ratios(_energies_j(metered, "idle_before"), _durations_s(phases, "idle_before")),
+        "idle_power_loaded_w": _ratios(_energies_j(metered, "idle_loaded"), _durations_s(phases, "idle_loaded")),
+        "trace_energy_j": [total([r.trace_energy_j for r in each if r.component == "gpu"]) for each in readings],
+        "counter_tick_s": [
+            max([r.resolution_s for r in each if r.source == "counter" and r.resolution_s], default=None)
+            for each in readings
+        ],
+        "carbon_intensity_g_per_kwh": _each(carbons, "intensity_g_per_kwh"),
+        "carbon_intensity_source": _each(carbons, "source"),
     }
     for component in COMPONENTS:
-        energy = of_component(readings, component)
-        row[f"{component}_energy_j"], row[f"{component}_energy_source"] = energy.energy_j, energy.source
-    return row
+        energies = [of_component(each, component) for each in readings]
+        columns[f"{component}_energy_j"] = _each(energies, "energy_j")
+        columns[f"{component}_energy_source"] = _each(energies, "source")
+    return columns
+
+
+def _durations_s(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
+    return [each[name].duration_s if name in each else None for each in phases]
+
+
+def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
+    return [_energy_j(each[name].energy) if name in each else None for each in phases]
 
 
 def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
@@ -329,40 +328,67 @@ def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
     return longest
 
 
-def _prefill(records: Sequence[ProcessRecord]) -> dict[str, Any]:
+def _prefill(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     """Return the prefill's share of the window: of several processes the mean, whose energy cannot be told apart."""
-    known = [r.prefill for r in records if r.requests_completed]
-    parts = [part for part in known if part is not None]
-    duration_s = sum(p.duration_s for p in parts) / len(parts) if parts and len(parts) == len(known) else None
-    alone = parts[0] if len(known) == len(parts) == 1 else None
+    known = [[r.prefill for r in of_cycle if r.requests_completed] for of_cycle in records]
+    parts = [[part for part in each if part is not None] for each in known]
+    alone = [each[0] if len(each) == len(of) == 1 else None for each, of in zip(parts, known, strict=True)]
     return {
-        "prefill_duration_s": duration_s,
-        "prefill_energy_j": alone.energy_j if alone else None,
-        "prefill_energy_uncertainty_j": alone.uncertainty_j if alone else None,
+        "prefill_duration_s": [
+            sum([p.duration_s for p in each]) / len(each) if each and len(each) == len(of) else None
+            for each, of in zip(parts, known, strict=True)
+        ],
+        "prefill_energy_j": _each(alone, "energy_j"),
+        "prefill_energy_uncertainty_j": _each(alone, "uncertainty_j"),
     }
 
 
-def _flops(records: Sequence[ProcessRecord]) -> dict[str, Any]:
-    parts = [r.flops for r in records if r.flops]
-    known = len(parts) == len(records)
+def _flops(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
+    parts = [[r.flops for r in of_cycle if r.flops] for of_cycle in records]
+    known = [each if len(each) == len(of) else [] for each, of in zip(parts, records, strict=True)]
     return {
-        "flops": sum(part.total for part in parts) if known else None,
-        "flops_method": parts[0].method if known else None,
+        "flops": [sum([part.total for part in each]) if each else None for each in known],
+        "flops_method": [each[0].method if each else None for each in known],
     }
 
 
-def _memory(records: Sequence[ProcessRecord]) -> dict[str, Any]:
-    known = [r.memory for r in records if r.memory]
-    peak = max((m for m in known if m.peak_bytes is not None), key=lambda m: m.peak_bytes or 0, default=None)
+def _memory(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
+    known = [[r.memory for r in of_cycle if r.memory] for of_cycle in records]
+    peaks = [
+        max([m for m in each if m.peak_bytes is not None], key=lambda m: m.peak_bytes or 0, default=None)
+        for each in known
+    ]
     return {
-        "peak_memory_bytes": peak.peak_bytes if peak else None,
-        "peak_memory_scope": peak.scope if peak else None,
-        "kv_cache_bytes": max((m.kv_cache_bytes for m in known if m.kv_cache_bytes), default=None),
+        "peak_memory_bytes": _each(peaks, "peak_bytes"),
+        "peak_memory_scope": _each(peaks, "scope"),
+        "kv_cache_bytes": [max([m.kv_cache_bytes for m in each if m.kv_cache_bytes], default=None) for each in known],
     }
+
+
+def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | None]) -> Columns:
+    """Return what only streaming, or traffic, tells."""
+    found = [
+        of_tokens(cycle.requests) | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic)
+        for cycle, duration_s in zip(cycles, durations_s, strict=True)
+    ]
+    return {name: [each.get(name) for each in found] for name in dict.fromkeys(name for each in found for name in each)}
+
+
+def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
+    """Return what is to be doubted about each cycle, each once, as `code: sentence`."""
+    of_rows = doubts.of_rows(columns, [cycle.records for cycle in cycles])
+    return [
+        list(dict.fromkeys([*_of_processes(cycle.records), *map(told, cycle.notes), *map(told, notes)]))
+        for cycle, notes in zip(cycles, of_rows, strict=True)
+    ]
+
+
+def _of_processes(records: Sequence[ProcessRecord]) -> list[str]:
+    return once_each([list(map(told, record.warnings)) for record in records], "process")
 
 
 # ------------------------------------------------------------------ what follows from other columns
-def quotients(of: dict[str, Any], complete: bool) -> dict[str, Any]:
+def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
     """Return the columns that follow from others.
 
     What a broken-off run took is kept, but it belongs to no number of tokens: rates are null there.
@@ -370,86 +396,44 @@ def quotients(of: dict[str, Any], complete: bool) -> dict[str, Any]:
     energy_j, duration_s, tokens, requests = (
         of[name] for name in ("energy_j", "duration_s", "output_tokens", "requests_completed")
     )
-    whole_j, whole_s = (energy_j, duration_s) if complete else (None, None)
-    flops_per_s = _ratio(of["flops"], whole_s)
+    whole_j = [value if done else None for value, done in zip(energy_j, complete, strict=True)]
+    whole_s = [value if done else None for value, done in zip(duration_s, complete, strict=True)]
+    all_tokens = [one + other for one, other in zip(of["input_tokens"], tokens, strict=True)]
+    flops_per_s = _ratios(of["flops"], whole_s)
+    energy_kwh = [None if value is None else value / J_PER_KWH for value in energy_j]
     return {
-        "output_tokens_per_s": _ratio(tokens, whole_s),
-        "requests_per_s": _ratio(requests, whole_s),
-        "energy_wh": _ratio(energy_j, J_PER_WH),
-        "average_power_w": _ratio(energy_j, duration_s),
-        "energy_per_output_token_j": _ratio(whole_j, tokens),
-        "energy_per_request_j": _ratio(whole_j, requests),
-        "energy_idle_adjusted_j": _difference(energy_j, _product(of["idle_power_loaded_w"], duration_s)),
-        "co2e_g": _product(_ratio(energy_j, J_PER_KWH), of["carbon_intensity_g_per_kwh"]),
-        "decode_duration_s": _difference(duration_s, of["prefill_duration_s"]),
-        "decode_energy_j": _difference(energy_j, of["prefill_energy_j"]),
-        "flops_per_token": _ratio(of["flops"], of["input_tokens"] + tokens),
+        "output_tokens_per_s": _ratios(tokens, whole_s),
+        "requests_per_s": _ratios(requests, whole_s),
+        "energy_wh": [None if value is None else value / J_PER_WH for value in energy_j],
+        "average_power_w": _ratios(energy_j, duration_s),
+        "energy_per_output_token_j": _ratios(whole_j, tokens),
+        "energy_per_request_j": _ratios(whole_j, requests),
+        "energy_idle_adjusted_j": _differences(energy_j, _products(of["idle_power_loaded_w"], duration_s)),
+        "co2e_g": _products(energy_kwh, of["carbon_intensity_g_per_kwh"]),
+        "decode_duration_s": _differences(duration_s, of["prefill_duration_s"]),
+        "decode_energy_j": _differences(energy_j, of["prefill_energy_j"]),
+        "flops_per_token": _ratios(of["flops"], all_tokens),
         "flops_per_s": flops_per_s,
-        "mfu": _ratio(flops_per_s, of["peak_flops_per_s"]),
+        "mfu": _ratios(flops_per_s, of["peak_flops_per_s"]),
     }
 
 
-def _product(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one * other
+Values = Sequence[float | None]
 
 
-def _difference(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one - other
+def _products(ones: Values, others: Values) -> list[float | None]:
+    return [None if a is None or b is None else a * b for a, b in zip(ones, others, strict=True)]
 
 
-def _ratio(value: float | None, by: float | None) -> float | None:
-    return None if value is None or not by else value / by
+def _differences(ones: Values, others: Values) -> list[float | None]:
+    return [None if a is None or b is None else a - b for a, b in zip(ones, others, strict=True)]
 
 
-def _total(values: Sequence[float | None]) -> float | None:
-    """Return the sum, or None where there is nothing or where anything is not known."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known and len(known) == len(values) else None
+def _ratios(values: Values, by: Values) -> list[float | None]:
+    return [None if a is None or not b else a / b for a, b in zip(values, by, strict=True)]
 
 
-# ------------------------------------------------------------------ warnings
-# A number that stands by itself: not the end of a device's name or id.
-_NUMBER = re.compile(r"(?<![\w-])\d[\d.]*(e[+-]?\d+)?")
-_AND_MORE = re.compile(r" \(and \d+ more \w+\)$")
-
-
-def _told(note: Note) -> str:
-    return f"{note.code}: {note.text}"
-
-
-def _warnings(row: ExperimentRow, records: Sequence[ProcessRecord], notes: Sequence[Note]) -> list[str]:
-    """Return what is to be doubted about a cycle, each once, as `code: sentence`."""
-    of_processes = once_each([[_told(note) for note in record.warnings] for record in records], "process")
-    return list(dict.fromkeys([*of_processes, *map(_told, notes), *map(_told, doubts.of_row(row, records))]))
-
-
-def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Return the warnings of several groups, once where they differ in their numbers only.
-
-    Args:
-        groups: warnings of the attempts, the processes or the cycles.
-        what: what a group is of, such as cycle.
-    """
-    if len(groups) == 1:
-        return list(groups[0])
-    first: dict[str, list[str]] = {}
-    seen: dict[str, int] = {}
-    for group in groups:
-        by_key: dict[str, list[str]] = {}
-        for text in group:
-            by_key.setdefault(_NUMBER.sub("#", _AND_MORE.sub("", text)), []).append(text)
-        for key, texts in by_key.items():
-            first.setdefault(key, texts)
-            seen[key] = seen.get(key, 0) + 1
-    return [_and_more(text, seen[key] - 1, what) for key, texts in first.items() for text in texts]
-
-
-def _and_more(text: str, more: int, what: str) -> str:
-    many = {"process": "processes"}.get(what, f"{what}s")
-    return f"{text} (and {more} more {many if more > 1 else what})" if more else text
-
-
-# ------------------------------------------------------------------ cycles
+# ------------------------------------------------------------------ experiments
 # The quantities whose spread over the cycles has columns of its own: the columns' stem, and their unit's suffix.
 SPREADS = {
     "energy_j": ("energy", "_j"),
@@ -470,80 +454,105 @@ def _columns_of(*types: type) -> list[str]:
 
 # Every number is averaged over the cycles, so that no column can be forgotten; what is the same in all stays so.
 MEANS = [name for name in _columns_of(int, float) if name not in MAXIMA]
-_WHOLE = _columns_of(int)
+_WHOLE = frozenset(_columns_of(int))
 _TOLD = [name for name in _columns_of(str) if LABELS.fullmatch(name)]
 _COLUMNS = frozenset(f.name for f in fields(ExperimentRow))
 _SHARED = [f.name for f in fields(CycleRow) if f.name in _COLUMNS]
-_shared = itemgetter(*_SHARED)
-# What is the experiment's, not a cycle's.
-LEFT_OUT: dict[str, Any] = {f.name: None for f in fields(ExperimentRow) if f.default is None}
-LEFT_OUT |= {"overrides": [], "config_json": ""}
 
 
-def over_cycles(rows: Sequence[ExperimentRow], plan: Plan, resumed: int = 0) -> ExperimentRow:
-    """Return an experiment's row from those of its cycles: means over the finished ones, and their spread.
+def experiment_columns(measured: Sequence[Measured], of_cycles: Columns) -> Columns:
+    """Return a row for each experiment: means over its finished cycles, and their spread.
 
     Args:
-        rows: those of the cycles that have any record, in order.
-        plan: what was to be run.
-        resumed: how often it was resumed.
+        measured: the experiments.
+        of_cycles: the columns of all their cycles, in order.
     """
-    finished = [row for row in rows if row.status == "completed"]
-    values = dict(vars((finished or rows)[0]))
-    if len(finished) > 1:
-        values |= _averaged(finished)
-    complete = len(finished) == plan.experiment.cycles
-    values |= {
-        "status": "completed" if complete else _worst(rows),
-        "error": None if complete else next((row.error for row in rows if row.error), None),
-        "started_at": rows[0].started_at,
-        "cycles_planned": plan.experiment.cycles,
-        "cycles_completed": len(finished),
-        "resumed": resumed,
-        "overrides": list(plan.overrides),
-        "config_json": to_compact_json(plan.experiment),
-        "warnings": once_each([row.warnings for row in rows], "cycle"),
+    spans = _spans(measured)
+    finished = [[i for i in span if of_cycles["status"][i] == "completed"] for span in spans]
+    columns = _chosen([(done or span)[0] for done, span in zip(finished, spans, strict=True)], of_cycles)
+    several = [(place, done) for place, done in enumerate(finished) if len(done) > 1]
+    for name, values in _averaged([done for _, done in several], of_cycles).items():
+        for (place, _), value in zip(several, values, strict=True):
+            columns[name][place] = value
+    planned = [one.plan.experiment.cycles for one in measured]
+    completed = list(map(len, finished))
+    complete = [one == other for one, other in zip(planned, completed, strict=True)]
+    statuses, errors = of_cycles["status"], of_cycles["error"]
+    columns |= {
+        "status": [
+            "completed" if done else _worst([statuses[i] for i in span])
+            for done, span in zip(complete, spans, strict=True)
+        ],
+        "error": [
+            None if done else next((errors[i] for i in span if errors[i]), None)
+            for done, span in zip(complete, spans, strict=True)
+        ],
+        "started_at": [of_cycles["started_at"][span[0]] for span in spans],
+        "cycles_planned": planned,
+        "cycles_completed": completed,
+        "resumed": [one.resumed for one in measured],
     }
-    row = made(ExperimentRow, values)
-    row.warnings.extend(map(_told, doubts.of_experiment(row)))
-    return row
+    columns["warnings"] = [
+        [
+            *once_each([of_cycles["warnings"][i] for i in span], "cycle"),
+            *map(told, doubts.of_experiment(cycles, one.resumed)),
+        ]
+        for span, cycles, one in zip(spans, completed, measured, strict=True)
+    ]
+    return columns
 
 
-def _worst(rows: Sequence[ExperimentRow]) -> Status:
-    return "failed" if any(row.status == "failed" for row in rows) else "interrupted"
+def _spans(measured: Sequence[Measured]) -> list[range]:
+    """Return where each experiment's cycles lie among all."""
+    spans, begin = [], 0
+    for one in measured:
+        spans.append(range(begin, begin + len(one.cycles)))
+        begin += len(one.cycles)
+    return spans
 
 
-def _averaged(rows: Sequence[ExperimentRow]) -> dict[str, Any]:
+def _chosen(places: Sequence[int], columns: Columns) -> Columns:
+    """Return columns with the values at some places only; the same lists where those are all places."""
+    if len(places) == len(columns["status"]):
+        return dict(columns)
+    return {name: [values[i] for i in places] for name, values in columns.items()}
+
+
+def _worst(statuses: Sequence[Status]) -> Status:
+    return "failed" if "failed" in statuses else "interrupted"
+
+
+def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
     """Return what several cycles give: means, quotients of the means, and the spread of the cycles' own values."""
-    means = {name: _mean([getattr(row, name) for row in rows]) for name in MEANS}
-    largest = {name: max((v for row in rows if (v := getattr(row, name)) is not None), default=None) for name in MAXIMA}
-    told = {name: _joined(v for row in rows if (v := getattr(row, name))) or None for name in _TOLD}
-    values = means | quotients(means, True) | largest | told | _spreads(rows)
-    return values | {name: None if values[name] is None else round(values[name]) for name in _WHOLE}
+
+    def over(names: Iterable[str], summed_up: Callable[[list[Any]], Any]) -> Columns:
+        return {name: [summed_up([of_cycles[name][i] for i in group]) for group in groups] for name in names}
+
+    columns = over(MEANS, _mean)
+    columns |= quotients(columns, [True] * len(groups))
+    columns |= over(MAXIMA, _largest) | over(_TOLD, lambda values: _joined(filter(None, values)) or None)
+    for name in _WHOLE & columns.keys():
+        columns[name] = [None if value is None else round(value) for value in columns[name]]
+    return columns | _spreads(groups, of_cycles)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    if all(value == values[0] for value in values):
+    if values.count(values[0]) == len(values):
         return values[0]
-    total = _total(values)
-    return None if total is None else total / len(values)
+    whole = total(values)
+    return None if whole is None else whole / len(values)
 
 
-def _spreads(rows: Sequence[ExperimentRow]) -> dict[str, Any]:
-    spreads: dict[str, Any] = {}
+def _largest(values: Sequence[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
+    spreads: Columns = {}
     for name, (stem, unit) in SPREADS.items():
-        values = [getattr(row, name) for row in rows]
-        if None not in values:
-            found = summarise(values)
-            spreads |= {
-                f"{stem}_{part}{unit}": getattr(found, part) for part in ("mean", "sd", "ci95_low", "ci95_high")
-            }
-            spreads[f"{stem}_cv"] = found.cv
-    return {name: value for name, value in spreads.items() if name in _COLUMNS}
-
-
-def short(row: ExperimentRow, cycle: int, attempts: int) -> CycleRow:
-    """Return a cycle's row for the table of cycles, from what `cycle_row` gave."""
-    values = dict(zip(_SHARED, _shared(vars(row)), strict=True))
-    values["cycle"], values["attempts"] = cycle, attempts
-    return made(CycleRow, values)
+        values = [[of_cycles[name][i] for i in group] for group in groups]
+        found = [None if None in each else summarise(each) for each in values]
+        for part in ("mean", "sd", "ci95_low", "ci95_high"):
+            spreads[f"{stem}_{part}{unit}"] = _each(found, part)
+        spreads[f"{stem}_cv"] = _each(found, "cv")
+    return {name: values for name, values in spreads.items() if name in _COLUMNS}

@@ -8,9 +8,21 @@ value came about; `lem.apps.compose` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -644,25 +656,34 @@ class Leaf:
         return str(extra["env"]) if isinstance(extra, dict) and "env" in extra else None
 
 
-def leaves(cls: type[Any] = Experiment, prefix: str = "") -> Iterator[Leaf]:
-    """Walk all values of a configuration type, depth first; `backend` yields those of every backend."""
+def leaves(cls: type[Any] = Experiment, prefix: str = "") -> tuple[Leaf, ...]:
+    """Return all values of a configuration type, depth first; `backend` has those of every backend."""
+    return _leaves(cast(Hashable, cls), prefix)
+
+
+@cache
+def _leaves(cls: Any, prefix: str) -> tuple[Leaf, ...]:
     hints = get_type_hints(cls, include_extras=True)
+    found: list[Leaf] = []
     for f in fields(cls):
         annotation, path = hints[f.name], prefix + f.name
         parts = [t for t in _flatten(annotation) if is_dataclass(t)]
-        if parts:
-            for part in parts:
-                yield from leaves(part, f"{path}.")  # type: ignore[arg-type]
-        else:
-            yield Leaf(path, annotation, _field_info(annotation), f.default)
+        for part in parts:
+            found += leaves(part, f"{path}.")  # type: ignore[arg-type]
+        if not parts:
+            found.append(Leaf(path, annotation, _field_info(annotation), f.default))
+    return tuple(found)
 
 
 def leaf(path: str) -> Leaf:
     """Return the leaf at a dotted path; KeyError when there is none."""
-    for candidate in leaves():
-        if candidate.path == path:
-            return candidate
-    raise KeyError(path)
+    return _first_leaves()[path]
+
+
+@cache
+def _first_leaves() -> dict[str, Leaf]:
+    """Return the leaves by path, of those that several backends have the first."""
+    return {each.path: each for each in reversed(leaves())}
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -18,16 +18,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lem import doubts, flops, host, journal
 from lem._version import VERSION
-from lem.aside import Aside
 from lem.backends import Backend, Encoded, make_backend
 from lem.carbon import carbon_intensity
 from lem.doubts import note
@@ -120,7 +117,6 @@ class Run:
     here: host.Host
     backend: Backend
     journal: Journal | None = None
-    aside: Aside = field(default_factory=Aside)
     ranks: Ranks = field(default_factory=Ranks)
     started_at: str = field(default_factory=timestamp)
     meter: Meter = field(default_factory=NoMeter)
@@ -145,13 +141,10 @@ class Run:
             self.journal.open_window(replace(_record(self), status="interrupted", error=killed))
 
     def finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """Have a batch noted that is done, while the engine works on the next."""
+        """Note a batch in the journal that is done."""
         if self.journal is not None:
-            self.aside.do(partial(self._note, self.journal, batch, checkpoint))
-
-    def _note(self, journal: Journal, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        rows = [_request_row(self, request) for request in batch]
-        journal.add(rows, replace(checkpoint, flops=self._flops_so_far(rows)))
+            rows = [_request_row(self, request) for request in batch]
+            self.journal.add(rows, replace(checkpoint, flops=self._flops_so_far(rows)))
 
     def _flops_so_far(self, rows: Sequence[RequestRecord]) -> Flops | None:
         if self.architecture is None:
@@ -226,7 +219,6 @@ def _cycle(this: Run, bench: Bench, prompts: Sequence[Encoded], finished: set[in
         first_batch=this.directory.batches(this.rank, this.cycle, this.attempt),
         queue=_queue(this.plan, left, finished),
     )
-    this.aside.wait()
 
 
 def _queue(plan: Plan, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
@@ -393,8 +385,6 @@ def _keep_what_is_journaled(this: Run) -> None:
     """End the window with the last batch that is in the journal: a signal or a full disk may have come before it."""
     if this.journal is None:
         return
-    with suppress(Exception):  # it is what has ended the run, or comes after that
-        this.aside.wait()
     windows = journal.read(this.directory.journal_file(this.rank, this.attempt).read_bytes())
     of_cycle = [window for window in windows if window.record.cycle == this.cycle]
     if not of_cycle or len(of_cycle[-1].rows) == len(this.measurement.requests):
@@ -524,7 +514,7 @@ def _tell(caught: BaseException) -> None:
 
 def _close(this: Run) -> None:
     """Release what the run held; the records are written, so a failure here costs nothing but its message."""
-    for part in (this.aside, this.journal, this.meter, this.backend, this.ranks):
+    for part in (this.journal, this.meter, this.backend, this.ranks):
         try:
             if part is not None:
                 part.close()

@@ -31,18 +31,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-# The name of a test's property that is printed when all have run: what is printed beside other tests is not shown.
-SAID_AT_THE_END = "said at the end"
+# A property of a test's report under this name is printed at the end, whichever process ran the test.
+TOLD = "told"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests have to say, whether they passed or not, in whichever process they ran."""
-    reports = [each for kind in ("passed", "failed") for each in terminalreporter.getreports(kind)]
-    said = [text for report in reports for name, text in report.user_properties if name == SAID_AT_THE_END]
-    if said:
-        terminalreporter.section("what the tests found")
-        for text in said:
-            terminalreporter.write_line(str(text))
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests have to tell beside that they passed, such as how many kills a run has survived."""
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == TOLD and report.when == "call":
+                terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,7 @@ def row(**known):
     [(1, 0, ["few_cycles"]), (2, 0, []), (1, 1, ["few_cycles", "resumed"]), (3, 2, ["resumed"])],
 )
 def test_one_cycle_and_a_resumed_run_are_doubted(cycles, resumed, expected):
-    assert [n.code for n in doubts.of_experiment(row(cycles_completed=cycles, resumed=resumed))] == expected
+    assert [n.code for n in doubts.of_experiment(cycles, resumed)] == expected
 
 
 class TestBelowIdle:
@@ -159,7 +159,8 @@ class TestBelowIdle:
             output_tokens=0,
             input_tokens=0,
         )
-        return [n.code for n in doubts.of_row(made, [])]
+        (found,) = doubts.of_rows({name: [value] for name, value in vars(made).items()}, [[record()]])
+        return [n.code for n in found]
 
     @pytest.mark.parametrize("adjusted_j", [20.0, 0.0, -0.01, -0.99])
     def test_a_hundredth_of_the_energy_is_noise(self, adjusted_j):

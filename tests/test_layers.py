@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "lem"
 
 # A module may import only from layers above its own in this list, or from its own family.
 LAYERS = [
-    {"_version", "aside", "errors", "quiet", "rules", "units"},
+    {"_version", "errors", "quiet", "rules", "units"},
     {"spec", "record", "objection", "hub"},
     {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts", "codec", "statistics", "traffic"},
-    {"state", "journal", "latency"},
+    {"state", "brief", "latency"},
+    {"journal", "merging"},
     {"host", "store", "progress", "conflicts", "ranks", "rows"},
     {"datasets", "energy", "parquet"},
     {"tiny", "tables"},

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lem.aggregate import merge_parts
+from lem.aggregate import put_together
+from lem.brief import of_plan
+from lem.merging import merged, once_each
 from lem.parquet import columns
 from lem.record import (
     Carbon,
@@ -29,14 +31,38 @@ from lem.record import (
     Prefill,
     RequestRecord,
 )
-from lem.rows import MAXIMA, cycle_row, headline, merged, of_component, once_each, over_cycles, quotients
+from lem.rows import (
+    MAXIMA,
+    Cycle,
+    Measured,
+    as_rows,
+    cycle_columns,
+    experiment_columns,
+    headline,
+    of_component,
+    quotients,
+    rows_of,
+)
 from lem.statistics import summarise
 from lem.store import Part
 from tests.raw import phases, plan, reading, record, requests
 
 
-def row(*records, rows=None, **of_plan):
-    return cycle_row(plan(**of_plan), records or [record()], requests() if rows is None else rows)
+def row(*records, rows=None, **plan_values):
+    cycle = Cycle(of_plan(plan(**plan_values)), 1, 1, records or [record()], requests() if rows is None else rows)
+    (made,) = as_rows(ExperimentRow, cycle_columns([cycle]))
+    return made
+
+
+def over_cycles(rows, of):
+    """Return an experiment's row from its cycles'."""
+    columns = {f.name: [getattr(each, f.name) for each in rows] for f in fields(ExperimentRow)}
+    (made,) = as_rows(ExperimentRow, experiment_columns([Measured(of_plan(of), rows, 0)], columns))
+    return made
+
+
+def merge_parts(of, parts, attempts):
+    return rows_of(put_together(of_plan(of), parts, attempts))
 
 
 def codes(row):
@@ -388,7 +414,12 @@ def test_no_number_can_be_forgotten():
     made = over_cycles([low, high], plan(cycles=2))
     spreads = {name for name in numbers if re.search("_(sd|ci95_low|ci95_high)(_|$)|_cv$|_mean(_j)?$", name)}
     assert len(spreads) == 4 * 4 + 1 + 2  # and warmup_cv, and two means
-    for name in set(numbers) - OF_THE_EXPERIMENT - (spreads - {"warmup_cv"}) - set(quotients(vars(low), True)):
+    for name in (
+        set(numbers)
+        - OF_THE_EXPERIMENT
+        - (spreads - {"warmup_cv"})
+        - set(quotients({name: [value] for name, value in vars(low).items()}, [True]))
+    ):
         assert getattr(made, name) == (4 if name in MAXIMA else 3), name
 
 

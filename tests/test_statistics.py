@@ -26,6 +26,11 @@ def test_quantiles_are_those_of_the_tables(degrees, table):
     assert t_quantile(0.975, degrees) == pytest.approx(table, abs=1e-4)
 
 
+@pytest.mark.parametrize("degrees", range(1, 13))
+def test_quantiles_are_scipys(degrees):
+    assert t_quantile(0.975, degrees) == pytest.approx(float(stats.t.ppf(0.975, degrees)), rel=1e-9)
+
+
 @given(st.lists(NUMBERS, min_size=2, max_size=10))
 def test_the_interval_is_scipys(values):
     found = summarise(values)

@@ -16,7 +16,7 @@ import pytest
 
 from lem.record import RequestRecord
 from lem.store import ExperimentDir, Store
-from tests.conftest import SAID_AT_THE_END, begin, kill_group
+from tests.conftest import TOLD, begin, kill_group
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +203,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_counted_twice(lem,
         check_totals(results, list(seen.values()), max(cycle for cycle, _ in expected))
         assert not list(results.rglob(".*-*")), "scratch files are left"
     record_property(
-        SAID_AT_THE_END,
+        TOLD,
         f"{case.name}: {tally.kills} kills (seed {SEED}), {tally.experiments} experiments, "
         f"{tally.lost} requests lost, {tally.doubled} counted twice; rows after each: {tally.rows_at_kills}",
     )

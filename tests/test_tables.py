@@ -9,12 +9,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from lem.aggregate import read
+from lem.aggregate import measured, read
 from lem.errors import ResultsError
 from lem.parquet import columns, read_rows, table, write_table
 from lem.record import CycleRow, ExperimentRow, RequestRecord
 from lem.store import Store
-from lem.tables import Tables
+from lem.tables import Batch, Tables
 from tests.raw import finished
 
 
@@ -38,7 +38,9 @@ def names(rows):
 
 def write(store, rows):
     with Tables(store).locked():
-        Tables(store).write(rows, Tables(store).places())
+        batch = Batch(Tables(store).places())
+        batch.add([measured(store.directory(name)) for name in names(rows)])
+        Tables(store).write(batch)
 
 
 def test_one_experiment_has_a_file_of_its_name_and_several_share_one(store):

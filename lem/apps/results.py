@@ -110,7 +110,8 @@ def list_experiments(store: Store, selection: Selection, *, everything: bool, as
 
 def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
     """Print the list; return what could not be read."""
-    rows, damaged = Tables(store).rows(without=() if as_json else ("config_json",))
+    of_table = dict.fromkeys((*listing.COLUMNS, *([selection.sort] if selection.sort else [])))
+    rows, damaged = Tables(store).rows(None if as_json else list(of_table))
     ids = store.ids()
     raw, with_row = set(ids), {row.experiment_id for row in rows}
     entries = [_with_row(store, row, row.experiment_id in raw) for row in rows]
