@@ -1,8 +1,8 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
 All versions are those of constraints.txt. What needs lem with its tools runs in one environment, which the session
-`dev` makes and the others require; `--no-dependencies` takes it as it is, without asking pip. `demo`, `vllm`, `lint` and
-`types` have their own. None needs a network beyond the package registry.
+`dev` makes and the others require; with `--no-dependencies` they take it as it is, without asking pip. `demo`, `vllm`,
+`lint` and `types` have their own. None needs a network beyond the package registry.
 """
 
 from __future__ import annotations
