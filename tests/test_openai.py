@@ -698,7 +698,7 @@ def processes_with(folder):
 @pytest.mark.processes
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "kill -9 of the group", "kill -9 of the worker", "of the server"])
 def test_nobody_is_left_however_a_run_ends(tmp_path, in_root, how):
-    slow = starting("--children", "--stubborn", "--behaviour", '{"first_wait_s": 3.0}')
+    slow = starting("--children", "--stubborn", "--behaviour", '{"first_wait_s": 1.0}')
     process = begin(*COMMON, slow, "-n", "20", cwd=tmp_path)
     try:
         wait_for(process, "Prompts 2/")

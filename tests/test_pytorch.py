@@ -18,6 +18,8 @@ from lem.host import Host
 from lem.spec import Batching, Dataset, Decoder, Experiment, PytorchBackend, Quantization
 from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mistral, mixed_prompts, mixtral, qwen2, write_prompts
 
+pytestmark = pytest.mark.engines
+
 
 class BareHost(Host):
     """A machine on which no optional package is installed, whatever there is on this one."""

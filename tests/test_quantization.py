@@ -9,6 +9,8 @@ from lem.spec import Experiment, PytorchBackend, Quantization
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
+pytestmark = pytest.mark.engines
+
 TEXTS = ["How do tides work?", "Write a haiku about rain."]
 
 

@@ -35,6 +35,7 @@ def rows(lem):
     return json.loads(lem("results", "list", "--json").out)
 
 
+@pytest.mark.processes
 def test_a_config_with_a_real_model(tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/llama2.yaml").write_text(TINY)
@@ -78,6 +79,7 @@ def test_five_cycles_have_an_interval(shell, lem):
     assert row["output_tokens_per_s_ci95_low"] < row["output_tokens_per_s"] < row["output_tokens_per_s_ci95_high"]
 
 
+@pytest.mark.processes
 def test_a_grid_and_a_batch_over_it(shell, lem, tmp_path):
     made = shell(
         "lem config generate-grid base.yaml --vary batch_size=1,2,4,8 --vary fp_precision=float16,float32 "

@@ -641,9 +641,8 @@ COMMON = (
 )  # fmt: skip
 # Each worker of the engine gets a core of its own.
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-LONG = ("max_output_tokens=600", "batching.batch_size=2")
-# Longer than anybody waits.
-ENDLESS = ("max_output_tokens=3000", "min_output_tokens=3000", "batching.batch_size=2")
+# Six batches, each of which takes long enough to be stopped in its midst.
+LONG = ("max_output_tokens=240", "min_output_tokens=240", "batching.batch_size=2")
 
 
 def completed(*options, cwd, **env):
@@ -727,7 +726,7 @@ def test_run_in_which_tokens_come_together(tmp_path):
 @needs_vllm
 def test_run_on_two_workers(tmp_path):
     options = ("parallelism.strategy=tensor_parallel", "parallelism.degree=2", "batching.batch_size=4")
-    results = completed(*options, cwd=tmp_path, **TWO_WORKERS)
+    results = completed(*options, "--max-tokens", "24", cwd=tmp_path, **TWO_WORKERS)
     record = raw_record(results)
     assert record["world_size"] == 1
     assert record["engine"]["settings"]["tensor_parallel_size"] == "2"
@@ -804,7 +803,7 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_nobody(tmp_path):
     import psutil
 
     spread_out = ("parallelism.strategy=tensor_parallel", "parallelism.degree=2")
-    process = begin(*COMMON, *ENDLESS, *spread_out, cwd=tmp_path, **TWO_WORKERS)
+    process = begin(*COMMON, *LONG, *spread_out, cwd=tmp_path, **TWO_WORKERS)
     try:
         wait_for(process, "Prompts 2/")
         family = psutil.Process(process.pid).children(recursive=True)
