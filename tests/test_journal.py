@@ -44,6 +44,14 @@ def test_a_killed_process_is_known_up_to_its_last_batch(file):
     assert "1.1 s before" in salvaged.warnings[-1].text
 
 
+def test_a_checkpoint_whose_energy_could_not_be_read_says_why_and_is_read(file):
+    lost = (reading(energy_j=None, reason="the GPU is lost"),)
+    write(file, Checkpoint(0.5, None, lost, 0.4))
+    (window,) = read(file.read_bytes())
+    assert len(window.rows) == 1
+    assert window.salvaged().phase("measured").energy == lost
+
+
 def test_energy_that_no_checkpoint_tells_is_null_with_a_reason(file):
     write(file, Checkpoint(0.5))
     (window,) = read(file.read_bytes())
