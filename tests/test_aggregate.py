@@ -324,6 +324,7 @@ def test_two_aggregations_at_once_write_each_row_once(store):
     assert {directory.state().status for directory in directories} == {"aggregated"}
 
 
+@pytest.mark.processes
 def test_nothing_is_lost_or_there_twice_when_it_is_killed(store):
     directories = several(store, 60)
     chance, there = random.Random(1), 0

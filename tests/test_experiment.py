@@ -82,6 +82,7 @@ def test_the_record_says_what_ran_and_where(quick_test):
     assert record["engine"]["settings"]["attn_implementation"] == "sdpa"
 
 
+@pytest.mark.processes
 def test_the_same_experiment_twice_generates_the_same_number_of_tokens(quick_test, tmp_path, row):
     done = command(
         "experiment",
