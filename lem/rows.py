@@ -1,9 +1,7 @@
 """From the records of processes to rows: ranks put together, cycles averaged, of many experiments at once.
 
-Throughput is output tokens over the wall-clock window. The headline energy is the GPUs' when it was read from
-them, else the sum over the components that were measured, else the sum of the estimates; never a mix. What is a
-quotient of two columns is formed in one place for cycles and experiments, so that J = W·t, J/token = W/(tokens/s) and
-their like hold in every row.
+Throughput is output tokens over the wall-clock window. What is a quotient of two columns is formed in one place for
+cycles and experiments, so that J = W·t, J/token = W/(tokens/s) and their like hold in every row.
 
 Rows are made column by column: a column of thousands of cycles takes a fraction of the time that thousands of rows take
 to be put together value by value. Knows records only: no file, and not how anything was measured.
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from lem import doubts
 from lem.brief import BriefPlan, whole
+from lem.headline import energy_j, headline, joined, of_component
 from lem.latency import of_tokens, summaries, under_load
 from lem.merging import once_each, told, total
 from lem.peaks import peak_flops_per_s
@@ -27,7 +26,6 @@ from lem.record import (
     ENERGY_OWNER,
     Component,
     CycleRow,
-    EnergyReading,
     ExperimentRow,
     Note,
     Phase,
@@ -39,7 +37,6 @@ from lem.record import (
 from lem.statistics import summarise
 from lem.units import J_PER_KWH, J_PER_WH
 
-MEASURED_SOURCES = ("counter", "integral", "replay")
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
 
 # Columns by name; all of the same length.
@@ -118,56 +115,6 @@ def _request_columns(cycles: Sequence[Cycle]) -> Columns:
     return {f.name: list(map(attrgetter(f.name), requests)) for f in fields(RequestRecord)}
 
 
-# ------------------------------------------------------------------ energy
-class Energy(NamedTuple):
-    """A sum of readings of one kind of source; `energy_j` is None when any of them is."""
-
-    energy_j: float | None
-    source: str | None
-    scope: str | None
-    components: str | None
-
-
-UNMETERED = Energy(None, None, None, None)
-
-
-def headline(readings: Sequence[EnergyReading]) -> Energy:
-    """Return the headline energy of one window; nothing in it where no meter watched."""
-    if len(readings) < 2:
-        return _sum(readings)
-    # A module contains its GPU: where both were read, only the module counts.
-    modules = [r for r in readings if r.component == "module"]
-    gpus = modules or [r for r in readings if r.component == "gpu"]
-    measured = [r for r in readings if r.source in MEASURED_SOURCES]
-    return _sum(gpus or measured or readings)
-
-
-def _energy_j(readings: Sequence[EnergyReading]) -> float | None:
-    return readings[0].energy_j if len(readings) == 1 else headline(readings).energy_j
-
-
-def of_component(readings: Sequence[EnergyReading], component: Component) -> Energy:
-    """Return the energy of one component in one window; nothing in it where no meter watched that."""
-    return _sum([r for r in readings if r.component == component])
-
-
-def _sum(readings: Sequence[EnergyReading]) -> Energy:
-    if not readings:
-        return UNMETERED
-    if len(readings) == 1:
-        return Energy(readings[0].energy_j, readings[0].source, readings[0].scope, readings[0].component)
-    return Energy(
-        energy_j=total([r.energy_j for r in readings]),
-        source=_joined(r.source for r in readings),
-        scope=_joined(r.scope for r in readings),
-        components=_joined(r.component for r in readings),
-    )
-
-
-def _joined(words: Iterable[str]) -> str:
-    return "+".join(dict.fromkeys(words))
-
-
 # ------------------------------------------------------------------ cycles
 # A number of which not every cycle has any is None in those that do not.
 _OPTIONAL = [f.name for f in fields(ExperimentRow) if f.default is None]
@@ -244,7 +191,7 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
 
 def _backend(cycle: Cycle) -> str:
     """Return the backend that ran; more than one only where the user allowed that."""
-    return _joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
+    return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
 def _loaded(records: Sequence[ProcessRecord]) -> Columns:
@@ -316,7 +263,7 @@ def _durations_s(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float
 
 
 def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
-    return [_energy_j(each[name].energy) if name in each else None for each in phases]
+    return [energy_j(each[name].energy) if name in each else None for each in phases]
 
 
 def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
@@ -530,7 +477,7 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
 
     columns = over(MEANS, _mean)
     columns |= quotients(columns, [True] * len(groups))
-    columns |= over(MAXIMA, _largest) | over(_TOLD, lambda values: _joined(filter(None, values)) or None)
+    columns |= over(MAXIMA, _largest) | over(_TOLD, lambda values: joined(filter(None, values)) or None)
     for name in _WHOLE & columns.keys():
         columns[name] = [None if value is None else round(value) for value in columns[name]]
     return columns | _spreads(groups, of_cycles)

@@ -18,7 +18,7 @@ from lem.energy.base import CombinedMeter, NoMeter, OnlyComponents
 from lem.energy.rapl import RaplMeter
 from lem.energy.replay import ReplayMeter, integral_j, read_trace
 from lem.errors import BadInput
-from lem.rows import headline
+from lem.headline import headline
 from lem.spec import Energy
 from tests.standin import environment, scenario
 from tests.test_rapl import RANGE_UJ, USUAL_RANGE_UJ, counting

@@ -16,6 +16,7 @@ LAYERS = [
     {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts", "codec", "statistics", "traffic"},
     {"state", "brief", "latency"},
     {"journal", "merging"},
+    {"headline"},
     {"host", "store", "progress", "conflicts", "ranks", "rows"},
     {"datasets", "energy", "parquet"},
     {"tiny", "tables"},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lem.aggregate import put_together
 from lem.brief import of_plan
+from lem.headline import headline, of_component
 from lem.merging import merged, once_each
 from lem.parquet import columns
 from lem.record import (
@@ -38,8 +39,6 @@ from lem.rows import (
     as_rows,
     cycle_columns,
     experiment_columns,
-    headline,
-    of_component,
     quotients,
     rows_of,
 )
