@@ -414,7 +414,7 @@ class Tensorrt(Backend):
             architecture=", ".join(self._found.config.get("architectures") or [type(self._hollow).__name__]),
             parameters=parameters,
             random_weights=self._has_random_weights,
-            weights_bytes=parameters * BYTES_OF[dtype] if size is None else size,
+            weights_bytes=_times(parameters, BYTES_OF.get(dtype)) if size is None else size,
             dtype=dtype,
             adapter=self._experiment.adapter,
             quantization=quantized,
@@ -527,6 +527,10 @@ def _pairs(name: str, asked: Any, used: Any) -> Iterator[tuple[str, Any, Any]]:
     elif name != "speculative_config":  # which has names of its own, and is refused or taken as it is
         for field, value in asked.items():
             yield f"{name}.{field}", value, getattr(used, field, None)
+
+
+def _times(count: int, each: int | None) -> int | None:
+    return None if each is None else count * each
 
 
 def _plain(value: Any) -> str:
