@@ -14,13 +14,11 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lem import doubts, flops, host, journal
@@ -35,7 +33,6 @@ from lem.flops import Architecture
 from lem.gpu import Gpu
 from lem.journal import DIED, Checkpoint, Journal
 from lem.latency import token_times
-from lem.launch import GRACE_S
 from lem.measure import Bench, MeasuredRequest, Measurement, Queue
 from lem.plan import Plan, timestamp
 from lem.progress import Event, PipeReport, Report, silent
@@ -56,12 +53,12 @@ from lem.record import (
     Status,
 )
 from lem.spec import Cooldown, Experiment, Warmup
+from lem.stopping import UNDISTURBED, end_with_launcher, ignore_signals, interrupt_on_signals
 from lem.store import ExperimentDir
 from lem.traffic import arrival_times_s
 from lem.units import NS_PER_S
 
 COOLDOWN_POLL_S = 1.0
-INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
@@ -72,10 +69,10 @@ def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
     parser.add_argument("--progress", type=Path, default=None, help="a FIFO that takes progress, as JSON lines")
     parser.add_argument("--lifeline", type=Path, default=None, help="a FIFO; its end is the end of the launcher")
     options = parser.parse_args(argv)
-    _interrupt_on_signals(except_for=() if options.lifeline is None else (signal.SIGINT,))
+    interrupt_on_signals(except_for=() if options.lifeline is None else (signal.SIGINT,))
     try:
         if options.lifeline is not None:
-            _end_with_launcher(options.lifeline)
+            end_with_launcher(options.lifeline)
         if options.progress is not None:
             report = PipeReport(_open_progress(options.progress), int(os.environ.get("RANK", "0")))
         directory = ExperimentDir(options.directory)
@@ -143,8 +140,9 @@ class Run:
     def finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
         """Note a batch in the journal that is done."""
         if self.journal is not None:
-            rows = [_request_row(self, request) for request in batch]
-            self.journal.add(rows, replace(checkpoint, flops=self._flops_so_far(rows)))
+            with UNDISTURBED:
+                rows = [_request_row(self, request) for request in batch]
+                self.journal.add(rows, replace(checkpoint, flops=self._flops_so_far(rows)))
 
     def _flops_so_far(self, rows: Sequence[RequestRecord]) -> Flops | None:
         if self.architecture is None:
@@ -161,7 +159,7 @@ def run(directory: ExperimentDir, attempt: int, report: Report) -> Status:
     try:
         _attempt(this, report)
     except BaseException as caught:
-        _ignore_signals()
+        ignore_signals()
         this.status = "interrupted" if isinstance(caught, (Interrupted, KeyboardInterrupt)) else "failed"
         this.error = _error_info(caught, this.measurement)
         _tell(caught)
@@ -520,44 +518,6 @@ def _close(this: Run) -> None:
                 part.close()
         except Exception:
             traceback.print_exc()
-
-
-# ------------------------------------------------------------------ being stopped
-def _interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
-    """Turn signals into `Interrupted`; Ctrl-C is left to the launcher, where there is one, for it reaches both."""
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        # The second of two signals must not break off the writing of the record.
-        _ignore_signals()
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        raise Interrupted(f"stopped by {name}")
-
-    for number in INTERRUPTING:
-        if number in except_for:
-            signal.signal(number, signal.SIG_IGN)
-        elif signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, interrupt)
-
-
-def _ignore_signals() -> None:
-    """Let nothing come between a run that ended early and its record."""
-    for number in INTERRUPTING:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_with_launcher(lifeline: Path) -> None:
-    """Stop when the launcher is gone, however it ended: nobody is left behind, in whatever group or session."""
-    # Without O_NONBLOCK it would wait here for a launcher that is gone already.
-    end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
-    os.set_blocking(end, True)
-
-    def wait_for_the_end() -> None:
-        os.read(end, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_S)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait_for_the_end, name="lifeline", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ LAYERS = [
     {"models"},
     {"backends"},
     {"measure", "preflight", "aggregate", "launch", "report"},
+    {"stopping"},
     {"worker", "job", "listing"},
     {"apps"},
     {"cli"},
