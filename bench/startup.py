@@ -1,17 +1,19 @@
 """What starting up costs, in CPU seconds of one run, and as a multiple of an interpreter that does nothing.
 
-`python -m nox -s bench`. Prints a table; fails when `lem --help` takes more than its limit.
+`python -m nox -s bench`. Prints a table; fails when `lem --help` takes more than its limit, which is such a multiple:
+seconds say more of the machine.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import subprocess
 import sys
 
 REPEATS = 7
-HELP_LIMIT_CPU_S = 0.4
+HELP_LIMIT = 20.0
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import lem": ["-c", "import lem"],
@@ -26,7 +28,9 @@ COMMANDS = {
 def cpu_s(arguments: list[str]) -> float:
     """Return the CPU time of one run of Python with these arguments."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    # A command that people call again and again is compiled once.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -40,7 +44,8 @@ def main() -> int:
     nothing = medians["python -c pass"]
     for name, seconds in medians.items():
         print(f"{name:<26} {seconds:7.3f} s CPU  {seconds / nothing:6.1f} x an empty interpreter")
-    return int(medians["lem --help"] > HELP_LIMIT_CPU_S)
+    print(f"limit for lem --help: {HELP_LIMIT:g} x")
+    return int(medians["lem --help"] > HELP_LIMIT * nothing)
 
 
 if __name__ == "__main__":
