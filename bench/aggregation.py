@@ -49,8 +49,8 @@ from lem.store import ExperimentDir
 
 FEW, MANY = 2_000, 20_000
 CYCLES = 10
-# As in a short trial: most experiments have more, and then the share of what is read once for each is smaller.
-REQUESTS = 20
+# Few: the more there are, the smaller is the share of what is read once for an experiment.
+REQUESTS = 5
 FACTOR_LIMIT = 2.0
 MEMORY_LIMIT_MB = 400
 AGAIN_LIMIT_S = 2.0

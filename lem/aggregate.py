@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from lem.brief import BriefPlan
@@ -29,8 +30,6 @@ from lem.tables import Batch, Place, Tables
 READ_TOGETHER = 200
 TOGETHER = 2_000
 REQUESTS_TOGETHER = 100_000
-# What is raised where a value is no number that a table can hold, as of a file that was changed by hand.
-UNTABULAR = (ArithmeticError, TypeError, ValueError)
 
 
 # ------------------------------------------------------------------ one experiment
@@ -57,28 +56,35 @@ def measured(
     plan, parts = directory.brief_plan(), directory.brief_parts()
     if not parts:
         raise ResultsError(f"{directory.id} has no records yet.")
-    by_cycle = _by_cycle(parts)
-    _check_same(directory, plan, by_cycle, mixed)
-    notes = {cycle: _check_together(directory, cycle, by_cycle[cycle], strict) for cycle in by_cycle}
+    cycles = by_cycle(parts)
+    _check_same(directory, plan, cycles, mixed)
+    notes = {cycle: _check_together(directory, cycle, cycles[cycle], strict) for cycle in cycles}
     if strict:
-        _check_complete(directory, plan, by_cycle)
+        _check_complete(directory, plan, cycles)
     attempts = max(state.attempt, *[part.record.attempt for part in parts])
-    return Measured(plan, [_cycle(plan, cycle, by_cycle[cycle], notes[cycle]) for cycle in by_cycle], attempts - 1)
+    return put_together(plan, cycles, attempts, notes)
 
 
-def put_together(plan: BriefPlan, parts: Sequence[Part], attempts: int) -> Measured:
+def put_together(
+    plan: BriefPlan,
+    parts: Mapping[int, Sequence[Part]],
+    attempts: int,
+    notes: Mapping[int, Sequence[Note]] = MappingProxyType({}),
+) -> Measured:
     """Return what an experiment measured, from what its processes did.
 
     Args:
         plan: what was to be run.
-        parts: at least one, by cycle, attempt and rank.
+        parts: those of each cycle, at least one, by attempt and rank.
         attempts: how often the experiment was begun.
+        notes: what else there is to doubt, by cycle.
     """
-    cycles = [_cycle(plan, cycle, of_cycle, ()) for cycle, of_cycle in _by_cycle(parts).items()]
+    cycles = [_cycle(plan, cycle, of_cycle, notes.get(cycle, ())) for cycle, of_cycle in parts.items()]
     return Measured(plan, cycles, attempts - 1)
 
 
-def _by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
+def by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
+    """Return the parts of each cycle."""
     found: dict[int, list[Part]] = {}
     for part in parts:
         found.setdefault(part.record.cycle, []).append(part)
@@ -270,13 +276,14 @@ class _Writer:
         """Make rows of what has been read."""
         try:
             self._add_rows(self._read)
-        except UNTABULAR:
+        except OverflowError:  # a number that no column holds, as of a file that was changed by hand
             for one in self._read:  # the others are not to suffer from one of them
                 try:
                     self._add_rows([one])
-                except UNTABULAR as error:
-                    text = " ".join(str(error).split())[:200]
-                    self._failed.append(Outcome("failed", f"{one[0].path} holds what no table takes: {text}."))
+                except OverflowError as error:
+                    self._failed.append(
+                        Outcome("failed", f"{one[0].path} holds a number that no table takes: {error}.")
+                    )
         self._read, self._cycles = [], 0
 
     def _add_rows(self, read: Sequence[tuple[ExperimentDir, State, Measured]]) -> None:

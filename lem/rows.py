@@ -116,7 +116,7 @@ def _request_columns(cycles: Sequence[Cycle]) -> Columns:
 
 
 # ------------------------------------------------------------------ cycles
-# A number of which not every cycle has any is None in those that do not.
+# Columns that only some cycles fill, such as those of streaming; None in the others.
 _OPTIONAL = [f.name for f in fields(ExperimentRow) if f.default is None]
 _peak = cache(peak_flops_per_s)
 
@@ -161,8 +161,8 @@ def _each(objects: Iterable[Any], name: str) -> list[Any]:
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
     """Return what went wrong; where one process failed, the others were stopped for its sake."""
-    told_ = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
-    return next((r.error.message for r in told_ if r.error), None)
+    failed_first = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
+    return next((r.error.message for r in failed_first if r.error), None)
 
 
 def _status(records: Sequence[ProcessRecord]) -> Status:

@@ -288,7 +288,7 @@ class ExperimentDir:
         return [Part(part.record, list(map(whole, part.requests))) for part in found]
 
     def brief_parts(self) -> list[Part]:
-        """Return the same without what no row of the tables needs, in half of the time: see lem/brief.py."""
+        """Return the same without what no row of the tables needs, sooner: see lem/brief.py."""
         return self._parts(read_record)
 
     def _parts(self, read: Callable[[bytes], ProcessRecord]) -> list[Part]:

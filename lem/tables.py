@@ -116,7 +116,7 @@ class Tables:
         """Write a batch of rows; only for who has them `locked`."""
         self._sweep()
         for name, together in batch.by_file().items():
-            ids = [name for each in together for name in each.ids]
+            ids = [experiment_id for each in together for experiment_id in each.ids]
             for folder, record_type, part in (
                 (self._store.requests_table, RequestRecord, "requests"),
                 (self._store.cycles_table, CycleRow, "cycles"),
@@ -149,7 +149,7 @@ class Batch:
         """Add the rows of experiments, and return their statuses.
 
         Raises:
-            ArithmeticError, TypeError, ValueError: a value that no column takes; then none of them is added.
+            OverflowError: a number that no column holds; then none of them is added.
         """
         statuses: dict[str, Status] = {}
         by_file: dict[str | None, list[Measured]] = {}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lem.aggregate import put_together
+from lem.aggregate import by_cycle, put_together
 from lem.brief import of_plan
 from lem.headline import headline, of_component
 from lem.merging import merged, once_each
@@ -61,7 +61,7 @@ def over_cycles(rows, of):
 
 
 def merge_parts(of, parts, attempts):
-    return rows_of(put_together(of_plan(of), parts, attempts))
+    return rows_of(put_together(of_plan(of), by_cycle(parts), attempts))
 
 
 def codes(row):
