@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from lem import tiny
 from tests.standin import driver, standin  # noqa: F401 - fixtures
@@ -29,7 +30,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run side by side: OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-
+# Whether a commit passes is its own doing: the examples are the same each time, and a slow machine is no failure.
+# `--hypothesis-profile=search` looks for others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile("same")
 
 # A property of a test's report under this name is printed at the end, whichever process ran the test.
 TOLD = "told"

@@ -21,7 +21,7 @@ from lem.apps.layers import leaf_paths, nested, origin
 from lem.apps.userfile import merged
 from lem.errors import BadInput
 
-QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+QUIET = settings(suppress_health_check=list(HealthCheck), database=None)
 # The quick suite takes one in eight; nox -s properties takes all.
 ALL = bool(os.environ.get("LEM_ALL_EXAMPLES"))
 CANARY = "canary-ran"
