@@ -25,6 +25,8 @@ from lem.state import State
 from lem.store import ExperimentDir, Part, Store, write_atomically
 from lem.tables import Batch, Place, Tables
 
+# How many experiments are read ahead: what they hold is to stay in the processor's cache until rows are made of it.
+READ_AHEAD = 32
 # How many cycles are read before rows are made of them, and how many experiments are written together, at most; and how
 # many rows of requests.
 READ_TOGETHER = 200
@@ -210,7 +212,7 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
         batch.add([found])
         tables.write(batch)
     if state.status == "completed":
-        directory.write_state(state.now("aggregated"))
+        directory.mark_aggregated(state.now("aggregated"))
     return rows_of(found).row
 
 
@@ -232,19 +234,25 @@ def aggregate_all(
     with tables.locked():
         places = tables.places()
         writer = _Writer(store, places)
-        for name in ids:
-            directory = store.directory(name)
-            state = directory.state()
-            skipped = _reason_to_skip(tables, directory, state, None if force else places.get(name))
-            if skipped:
-                yield skipped
-                continue
-            try:
-                one = measured(directory, strict=strict, mixed=mixed, state=state)
-            except ResultsError as error:
-                yield Outcome("failed", str(error))
-                continue
-            yield from writer.add(directory, state, one)
+        for begin in range(0, len(ids), READ_AHEAD):
+            pending = []
+            for name in ids[begin : begin + READ_AHEAD]:
+                directory = store.directory(name)
+                state = directory.state()
+                skipped = _reason_to_skip(tables, directory, state, None if force else places.get(name))
+                if skipped:
+                    yield skipped
+                else:
+                    pending.append((directory, state))
+            for directory, _ in pending:
+                directory.read_ahead()
+            for directory, state in pending:
+                try:
+                    one = measured(directory, strict=strict, mixed=mixed, state=state)
+                except ResultsError as error:
+                    yield Outcome("failed", str(error))
+                else:
+                    yield from writer.add(directory, state, one)
         yield from writer.write()
 
 
@@ -313,7 +321,7 @@ def _reason_to_skip(tables: Tables, directory: ExperimentDir, state: State, plac
         return Outcome("skipped", f"{directory.id} has not been run: left alone.")
     if place and is_fresh(tables, directory.id, place, state):
         if state.status == "completed":
-            directory.write_state(state.now("aggregated"))
+            directory.mark_aggregated(state.now("aggregated"))
         return Outcome("fresh", f"{directory.id} has its row already.")
     return None
 
@@ -327,7 +335,7 @@ def is_fresh(tables: Tables, experiment_id: str, place: Place, state: State) -> 
 
 
 def _mark_aggregated(store: Store, completed: Sequence[tuple[ExperimentDir, State]]) -> None:
-    """Say in the states of completed experiments that they have their rows.
+    """Say of completed experiments that they have their rows.
 
     Of many that is one file, linked into each directory: it says the same in all of them, and writing each to the disk
     would take longer than all the rest.
@@ -337,5 +345,5 @@ def _mark_aggregated(store: Store, completed: Sequence[tuple[ExperimentDir, Stat
         write_atomically(source, to_json(State("aggregated", attempt, timestamp())))
         for directory, state in completed:
             if state.attempt == attempt:
-                directory.link_state(source)
+                directory.link_aggregated(source)
         source.unlink()

@@ -43,9 +43,12 @@ def energy_j(readings: Sequence[EnergyReading]) -> float | None:
     return readings[0].energy_j if len(readings) == 1 else headline(readings).energy_j
 
 
-def of_component(readings: Sequence[EnergyReading], component: Component) -> Energy:
-    """Return the energy of one component in one window; nothing in it where no meter watched that."""
-    return _sum([r for r in readings if r.component == component])
+def by_component(readings: Sequence[EnergyReading]) -> dict[Component, Energy]:
+    """Return the energy of each component that a meter watched in one window."""
+    found: dict[Component, list[EnergyReading]] = {}
+    for reading in readings:
+        found.setdefault(reading.component, []).append(reading)
+    return {component: _sum(same) for component, same in found.items()}
 
 
 def _sum(readings: Sequence[EnergyReading]) -> Energy:

@@ -99,8 +99,17 @@ def table_of(record_type: type[Any], by_column: Mapping[str, Sequence[Any]]) -> 
 
     wanted = schema(record_type)
     with _pandas_left_out():
-        arrays = [pa.array(by_column[f.name], f.type) for f in wanted]
+        arrays = [_array(by_column[f.name], f.type) for f in wanted]
     return pa.Table.from_arrays(arrays, schema=wanted)
+
+
+def _array(values: Sequence[Any], arrow_type: Any) -> Any:
+    import pyarrow as pa
+
+    # Half of the columns are empty mostly.
+    if len(values) and values[0] is None and values.count(None) == len(values):
+        return pa.nulls(len(values), arrow_type)
+    return pa.array(values, arrow_type)
 
 
 @contextmanager

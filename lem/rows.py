@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from lem import doubts
 from lem.brief import BriefPlan, whole
-from lem.headline import energy_j, headline, joined, of_component
+from lem.headline import UNMETERED, by_component, energy_j, headline, joined
 from lem.latency import of_tokens, summaries, under_load
 from lem.merging import once_each, told, total
 from lem.peaks import peak_flops_per_s
@@ -251,8 +251,9 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
         "carbon_intensity_g_per_kwh": _each(carbons, "intensity_g_per_kwh"),
         "carbon_intensity_source": _each(carbons, "source"),
     }
+    of_components = list(map(by_component, readings))
     for component in COMPONENTS:
-        energies = [of_component(each, component) for each in readings]
+        energies = [each.get(component, UNMETERED) for each in of_components]
         columns[f"{component}_energy_j"] = _each(energies, "energy_j")
         columns[f"{component}_energy_source"] = _each(energies, "source")
     return columns
@@ -415,12 +416,13 @@ def experiment_columns(measured: Sequence[Measured], of_cycles: Columns) -> Colu
         of_cycles: the columns of all their cycles, in order.
     """
     spans = _spans(measured)
-    finished = [[i for i in span if of_cycles["status"][i] == "completed"] for span in spans]
+    finished = [_completed(span, of_cycles["status"]) for span in spans]
     columns = _chosen([(done or span)[0] for done, span in zip(finished, spans, strict=True)], of_cycles)
-    several = [(place, done) for place, done in enumerate(finished) if len(done) > 1]
-    for name, values in _averaged([done for _, done in several], of_cycles).items():
-        for (place, _), value in zip(several, values, strict=True):
-            columns[name][place] = value
+    several = {place: done for place, done in enumerate(finished) if len(done) > 1}
+    if several:
+        for name, values in _averaged(list(several.values()), of_cycles).items():
+            for place, value in zip(several, values, strict=True):
+                columns[name][place] = value
     planned = [one.plan.experiment.cycles for one in measured]
     completed = list(map(len, finished))
     complete = [one == other for one, other in zip(planned, completed, strict=True)]
@@ -458,11 +460,25 @@ def _spans(measured: Sequence[Measured]) -> list[range]:
     return spans
 
 
+def _completed(span: range, statuses: Sequence[Status]) -> Sequence[int]:
+    """Return the places in a span that say "completed"."""
+    if statuses[span.start : span.stop].count("completed") == len(span):
+        return span
+    return [i for i in span if statuses[i] == "completed"]
+
+
+def _at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """Return the values at some places."""
+    if isinstance(places, range):
+        return list(values[places.start : places.stop])
+    return [values[i] for i in places]
+
+
 def _chosen(places: Sequence[int], columns: Columns) -> Columns:
     """Return columns with the values at some places only; the same lists where those are all places."""
     if len(places) == len(columns["status"]):
         return dict(columns)
-    return {name: [values[i] for i in places] for name, values in columns.items()}
+    return {name: _at(places, values) for name, values in columns.items()}
 
 
 def _worst(statuses: Sequence[Status]) -> Status:
@@ -472,8 +488,8 @@ def _worst(statuses: Sequence[Status]) -> Status:
 def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
     """Return what several cycles give: means, quotients of the means, and the spread of the cycles' own values."""
 
-    def over(names: Iterable[str], summed_up: Callable[[list[Any]], Any]) -> Columns:
-        return {name: [summed_up([of_cycles[name][i] for i in group]) for group in groups] for name in names}
+    def over(names: Iterable[str], summed_up: Callable[[Sequence[Any]], Any]) -> Columns:
+        return {name: _of_groups(summed_up, groups, of_cycles[name]) for name in names}
 
     columns = over(MEANS, _mean)
     columns |= quotients(columns, [True] * len(groups))
@@ -481,6 +497,15 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
     for name in _WHOLE & columns.keys():
         columns[name] = [None if value is None else round(value) for value in columns[name]]
     return columns | _spreads(groups, of_cycles)
+
+
+def _of_groups(
+    summed_up: Callable[[Sequence[Any]], Any], groups: Sequence[Sequence[int]], values: Sequence[Any]
+) -> list[Any]:
+    """Return what the values of each group give, which is one thing where all are the same, as where there are none."""
+    if values[0] == values[-1] and values.count(values[0]) == len(values):
+        return [summed_up(values[:1])] * len(groups)
+    return [summed_up(_at(group, values)) for group in groups]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -497,7 +522,7 @@ def _largest(values: Sequence[int | None]) -> int | None:
 def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
     spreads: Columns = {}
     for name, (stem, unit) in SPREADS.items():
-        values = [[of_cycles[name][i] for i in group] for group in groups]
+        values = [_at(group, of_cycles[name]) for group in groups]
         found = [None if None in each else summarise(each) for each in values]
         for part in ("mean", "sd", "ci95_low", "ci95_high"):
             spreads[f"{stem}_{part}{unit}"] = _each(found, part)

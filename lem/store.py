@@ -1,7 +1,7 @@
 """A results directory: claiming ids, writing files whole or not at all, reading them back.
 
     <results>/raw/<id>/           spec.json, prompts.jsonl: what is to be run
-                                  state.json: where it stands
+                                  state.json: where it stands; aggregated.json: that it has its rows, once it has
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_<rank>.log
@@ -47,6 +47,7 @@ T = TypeVar("T")
 
 RESULTS_DIR_VARIABLE = "LLM_ENERGY_RESULTS_DIR"
 DEFAULT_RESULTS_DIR = "results"
+AGGREGATED = "aggregated.json"
 ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
 JOURNAL = re.compile(r"journal_(\d+)_a(\d+)\.jsonl")
 RECORD = re.compile(r"process_(\d+)_c(\d+)_a(\d+)\.json")
@@ -123,6 +124,8 @@ class ExperimentDir:
         self._folder = str(path)
         # The experiment's id is the directory's name.
         self.id = self._folder.rpartition("/")[-1]
+        self._ahead_names: list[str] | None = None
+        self._ahead: dict[str, bytes] = {}
 
     @cached_property
     def path(self) -> Path:
@@ -181,10 +184,21 @@ class ExperimentDir:
     def state(self) -> State:
         """Return the state, as far as it can be believed; without a readable one what the files tell."""
         try:
-            return from_json(State, self._content("state.json")).believed()
+            state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):
             attempt = self._last_attempt()
             return State("interrupted" if attempt else "planned", attempt, timestamp())
+        return self._aggregated(state) if state.status == "completed" else state
+
+    def _aggregated(self, completed: State) -> State:
+        """Return the state that follows on being completed, where it has come to that."""
+        if not os.path.exists(f"{self._folder}/{AGGREGATED}"):
+            return completed
+        try:
+            found = from_json(State, self._content(AGGREGATED))
+        except (OSError, ValueError):  # its rows are made anew
+            return completed
+        return found if found.attempt == completed.attempt else completed
 
     def _last_attempt(self) -> int:
         names = os.listdir(self.path) if self.path.is_dir() else []
@@ -195,15 +209,19 @@ class ExperimentDir:
         """Change the state, at once."""
         write_atomically(self.path / "state.json", to_json(state))
 
-    def link_state(self, source: Path) -> None:
-        """Change the state, at once, to what a file on the disk says that may be that of other experiments as well."""
-        scratch = f"{self._folder}/.state.json-link"
+    def mark_aggregated(self, state: State) -> None:
+        """Say that the experiment, which is completed, has its rows: in a file of its own, at once."""
+        write_atomically(self.path / AGGREGATED, to_json(state))
+
+    def link_aggregated(self, source: Path) -> None:
+        """Say the same, by a file on the disk that says it of other experiments as well.
+
+        That is why it is not said in state.json: to put another file in its place takes three times as long.
+        """
         try:
-            with suppress(FileExistsError):  # left by a process that was killed just here
-                os.link(source, scratch)
-            os.replace(scratch, f"{self._folder}/state.json")
-        except OSError:  # the file system has no links
-            write_atomically(self.path / "state.json", source.read_bytes())
+            os.link(source, f"{self._folder}/{AGGREGATED}")
+        except OSError:  # the file system has no links, or there is one of former rows
+            write_atomically(self.path / AGGREGATED, source.read_bytes())
 
     def is_held(self) -> bool:
         """Tell whether processes of a run are still there, were it only to end."""
@@ -313,6 +331,10 @@ class ExperimentDir:
             raise ResultsError(f"{self.path / name} {counts}")
 
     def _names(self) -> list[str]:
+        names, self._ahead_names = self._ahead_names, None
+        return self._listed() if names is None else names
+
+    def _listed(self) -> list[str]:
         try:
             return sorted(os.listdir(self._folder))
         except OSError as error:
@@ -366,15 +388,33 @@ class ExperimentDir:
     def _unreadable(self, name: str, error: Exception) -> ResultsError:
         return ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.")
 
+    def read_ahead(self) -> None:
+        """Read the files that rows are made of; each is handed out once, when it is asked for.
+
+        To read some dozens of experiments and to make rows of them afterwards takes a tenth less time than to do both
+        for each in turn: the processor's caches hold the code of one thing at a time.
+        """
+        with suppress(OSError, ResultsError):  # whoever asks for the file is told
+            self._ahead_names = self._listed()
+            for name in self._ahead_names:
+                if name.startswith(("spec.json", "process_", "journal_")):
+                    self._ahead[name] = self._read(name)
+
     def _content(self, name: str) -> bytes:
+        content = self._ahead.pop(name, None)
+        return self._read(name) if content is None else content
+
+    def _read(self, name: str) -> bytes:
         """Read a file, in a third of the time that Path takes: `lem aggregate --all` reads tens of thousands."""
         descriptor = os.open(f"{self._folder}/{name}", os.O_RDONLY)
         try:
             content = os.read(descriptor, READ_AT_ONCE_BYTES)
+            if len(content) == READ_AT_ONCE_BYTES:
+                with open(descriptor, "rb", buffering=0, closefd=False) as rest:
+                    content += rest.readall()
         finally:
             os.close(descriptor)
-        # A shorter answer is the whole file: none of them is a pipe.
-        return content if len(content) < READ_AT_ONCE_BYTES else (self.path / name).read_bytes()
+        return content
 
 
 class Store:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lem.aggregate import by_cycle, put_together
 from lem.brief import of_plan
-from lem.headline import headline, of_component
+from lem.headline import by_component, headline
 from lem.merging import merged, once_each
 from lem.parquet import columns
 from lem.record import (
@@ -143,7 +143,7 @@ def test_estimates_are_summed_only_among_themselves_and_labelled():
 def test_a_module_contains_its_gpu():
     readings = [reading(energy_j=80.0), reading("module", energy_j=100.0)]
     assert headline(readings).energy_j == 100.0
-    assert of_component(readings, "gpu").energy_j == 80.0
+    assert by_component(readings)["gpu"].energy_j == 80.0
 
 
 def test_one_unreadable_gpu_makes_the_sum_null_and_not_smaller():

@@ -133,22 +133,59 @@ def test_a_directory_that_is_gone_is_named(tmp_path):
         Store(tmp_path).directory("exp_20260102_030405").records()
 
 
+def test_what_is_read_ahead_is_handed_out_once(tmp_path):
+    directory = experiment(Store(tmp_path))
+    put(directory, record(), requests())
+    plan, parts = directory.brief_plan(), directory.brief_parts()
+    directory.read_ahead()
+    for file in list(directory.path.iterdir()):
+        file.unlink()
+    assert (directory.brief_plan(), directory.brief_parts()) == (plan, parts)
+    assert directory.brief_parts() == []
+    with pytest.raises(ResultsError, match=r"spec\.json cannot be read"):
+        directory.brief_plan()
+
+
+def test_what_cannot_be_read_ahead_is_told_when_it_is_asked_for(tmp_path):
+    directory = Store(tmp_path).directory("exp_20260102_030405")
+    directory.read_ahead()
+    with pytest.raises(ResultsError, match="cannot be read"):
+        directory.brief_parts()
+
+
 # ------------------------------------------------------------------ where it stands
-def test_a_state_can_be_that_of_many(tmp_path, monkeypatch):
-    directories = [experiment(Store(tmp_path)), experiment(Store(tmp_path))]
+def test_that_there_are_rows_can_be_said_of_many_at_once(tmp_path, monkeypatch):
+    directories = [experiment(Store(tmp_path)) for _ in range(3)]
+    for directory in directories:
+        directory.write_state(State("completed", 1, "then"))
     source = tmp_path / "source"
     source.write_text(to_json(State("aggregated", 1, "now")))
-    directories[0].link_state(source)
+    directories[0].link_aggregated(source)
+    directories[2].mark_aggregated(State("aggregated", 1, "before"))
+    directories[2].link_aggregated(source)
 
     def refuse(*_):
         raise OSError
 
     monkeypatch.setattr(os, "link", refuse)  # as file systems without links do
-    directories[1].link_state(source)
+    directories[1].link_aggregated(source)
     source.unlink()
-    assert [directory.state() for directory in directories] == [State("aggregated", 1, "now")] * 2
-    directories[0].write_state(State("completed", 1, "now"))
-    assert directories[1].state().status == "aggregated"
+    assert [directory.state() for directory in directories] == [State("aggregated", 1, "now")] * 3
+    directories[0].mark_aggregated(State("aggregated", 1, "later"))
+    assert directories[1].state().updated_at == "now"
+
+
+def test_rows_of_a_former_attempt_and_a_damaged_note_of_rows_count_for_nothing(tmp_path):
+    directory = experiment(Store(tmp_path))
+    directory.write_state(State("completed", 1, "then"))
+    directory.mark_aggregated(State("aggregated", 1, "now"))
+    assert directory.state().status == "aggregated"
+    for state in (State("interrupted", 2, "later"), State("completed", 2, "later")):
+        directory.write_state(state)
+        assert directory.state() == state
+    directory.mark_aggregated(State("aggregated", 2, "now"))
+    (directory.path / "aggregated.json").write_text("{")
+    assert directory.state() == State("completed", 2, "later")
 
 
 def test_processes_that_are_still_there_hold_an_experiment(tmp_path):
