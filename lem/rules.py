@@ -107,6 +107,12 @@ OBJECTIONS: dict[str, Rule] = {
         "vLLM's speculative decoding cannot sample with min_p.",
         "Set decoder.min_p to 0, or leave backend.speculative out.",
     ),
+    "speculation_ngram_ban": Rule(
+        "impossible",
+        "options",
+        "While tokens are drafted, TensorRT-LLM refuses to ban n-grams, or bans them a step late.",
+        "Set decoder.no_repeat_ngram_size to 0, or leave backend.speculative out.",
+    ),
     "engine_arg_of_lem": Rule(
         "impossible",
         "options",

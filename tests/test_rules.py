@@ -852,9 +852,31 @@ CASES = [
     ),
     (
         "sampler_ignores",
-        "decoder.no_repeat_ngram_size",
-        given(ONE, backend=TENSORRT, decoder=Decoder(no_repeat_ngram_size=3)),
+        "decoder.repetition_penalty",
         given(ONE, backend=TENSORRT, decoder=Decoder(repetition_penalty=1.2)),
+        given(ONE, backend=TENSORRT, decoder=Decoder(no_repeat_ngram_size=3)),
+    ),
+    (
+        "sampler_ignores",
+        "min_output_tokens",
+        given(ONE, backend=TENSORRT, min_output_tokens=1),
+        given(ONE, backend=TENSORRT),
+    ),
+    (
+        "speculation_ngram_ban",
+        "decoder.no_repeat_ngram_size",
+        given(ONE, backend=TensorrtBackend(speculative=DRAFTING), decoder=Decoder(no_repeat_ngram_size=3)),
+        given(ONE, backend=TensorrtBackend(), decoder=Decoder(no_repeat_ngram_size=3)),
+    ),
+    (
+        "speculation_ngram_ban",
+        "decoder.no_repeat_ngram_size",
+        given(
+            ONE,
+            backend=TensorrtBackend(extra_args={"speculative_config": {"decoding_type": "MTP", "max_draft_len": 1}}),
+            decoder=Decoder(no_repeat_ngram_size=3),
+        ),
+        given(ONE, backend=TensorrtBackend(extra_args={"stream_interval": 2}), decoder=Decoder(no_repeat_ngram_size=3)),
     ),
     (
         "seeds_of_batches",
@@ -1060,7 +1082,11 @@ def files(tmp_path_factory):
         (root / "site" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "site" / name).write_text(source)
     # A version that lacks some of what the one that was read has.
-    build(root / "site", drop=("cache_salt", "force_dynamic_quantization", "host_cache_size"))
+    build(
+        root / "site",
+        drop=("cache_salt", "force_dynamic_quantization", "host_cache_size"),
+        ignore=("repetition_penalty", "min_length"),
+    )
     (root / "several-ends").mkdir()
     for name, content in {"tokenizer.json": {}, "generation_config.json": {"eos_token_id": [7, 2]}}.items():
         (root / "several-ends" / name).write_text(json.dumps(content))

@@ -228,6 +228,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_seeds(experiment),
         *_end_tokens(experiment, model),
         *_speculation(options),
+        *_drafts_and_bans(experiment),
         *_extra_args(options),
         *_parts(options),
         *_cache(options),
@@ -262,21 +263,24 @@ def _quantization(experiment: Experiment) -> Iterator[Objection]:
 
 def _sampling(experiment: Experiment) -> Iterator[Objection]:
     """Object to sampling options that the installed sampler takes and does not look at."""
-    read = tensorrt_source.sampling_options_read()
-    if not read or (_options(experiment).extra_args or {}).get("sampler_type") == OLD_SAMPLER:
+    asked = [(name, f"decoder.{name}", NEUTRAL[name]) for name in changed_sampling(experiment)]
+    if experiment.min_output_tokens:
+        asked.append(("min_length", "min_output_tokens", 0))
+    if not asked or (_options(experiment).extra_args or {}).get("sampler_type") == OLD_SAMPLER:
         return
-    for name in changed_sampling(experiment):
-        if name not in read:
+    read = tensorrt_source.sampling_options_read()
+    for name, path, neutral in asked:
+        if read and name not in read:
             reason = f"the sampler of TensorRT-LLM {tensorrt_source.version()} does not look at it."
-            yield Objection("sampler_ignores", f"decoder.{name}", reason, f"Set it to {NEUTRAL[name]:g}, or update.")
+            yield Objection("sampler_ignores", path, reason, f"Set it to {neutral:g}, or update.")
 
 
 def _seeds(experiment: Experiment) -> Iterator[Objection]:
     """Object to sampling that does not repeat itself: only a request that is sampled alone has a seed of its own."""
+    if not experiment.decoder.do_sample:
+        return
     read = tensorrt_source.sampling_options_read()
-    if experiment.decoder.do_sample and (
-        experiment.batching.batch_size > 1 or (read and not read & {"seed", "random_seed"})
-    ):
+    if experiment.batching.batch_size > 1 or (read and not read & {"seed", "random_seed"}):
         reason = "TensorRT-LLM draws the tokens of a batch from one stream of random numbers: they do not repeat."
         yield Objection("seeds_of_batches", "seed", reason, "Decode greedily, or use batching.batch_size=1.")
 
@@ -323,6 +327,16 @@ def _speculative_fields(wanted: TensorrtSpeculation, name: str) -> Iterator[Obje
         if getattr(wanted, field) is not None and _known_as(field, known) not in known:
             reason = f"{wanted.decoding_type} has no {field} in TensorRT-LLM {tensorrt_source.version()}."
             yield Objection("unknown_engine_arg", f"backend.speculative.{field}", reason, "Leave it out.")
+
+
+def _drafts_and_bans(experiment: Experiment) -> Iterator[Objection]:
+    """Object to banning n-grams among drafted tokens, which some ways to draft refuse and others do not keep to."""
+    options = _options(experiment)
+    drafts = options.speculative.decoding_type is not None or (options.extra_args or {}).get("speculative_config")
+    if drafts and experiment.decoder.no_repeat_ngram_size:
+        reason = "TensorRT-LLM does not ban n-grams reliably while tokens are drafted."
+        remedy = "Set it to 0, or leave speculation off."
+        yield Objection("speculation_ngram_ban", "decoder.no_repeat_ngram_size", reason, remedy)
 
 
 # ------------------------------------------------------------------ arguments

@@ -8,7 +8,6 @@ Written against `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at the comm
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +28,9 @@ FILES = (
 )
 # Where tokens are drawn: one file in former versions, a folder since.
 SAMPLERS = ("_torch/pyexecutor/sampler.py", "_torch/pyexecutor/sampler/*.py")
+# Where a request is made: what it does not leave in its sampling_config it keeps as py_<option>.
+REQUESTS = ("_torch/pyexecutor/llm_request.py",)
+SAMPLING_CONFIG, KEPT = "sampling_config", "py_"
 GENERATE = "generate_async"
 
 
@@ -147,13 +149,41 @@ def _bases(name: str) -> list[str]:
 # ------------------------------------------------------------------ behaviour
 def sampling_options_read() -> frozenset[str]:
     """Return the sampling options that the installed sampler looks at; empty when it cannot be told."""
-    return _read_by_samplers(_folder())
+    folder = _folder()
+    return frozenset() if folder is None else sampling_options_looked_at(folder) | sampling_options_kept(folder)
+
+
+def sampling_options_looked_at(package: Path) -> frozenset[str]:
+    """Return the options that the samplers of the package in a folder look at in a request's sampling_config."""
+    return _of_sampling_config(_attributes(package, SAMPLERS))
+
+
+def sampling_options_kept(package: Path) -> frozenset[str]:
+    """Return the options that a request takes out of its sampling_config and the samplers look at as py_<option>."""
+    seen = {name for _, name in _attributes(package, SAMPLERS)}
+    taken = _of_sampling_config(_attributes(package, REQUESTS))
+    return frozenset(option for option in taken if f"{KEPT}{option}" in seen)
+
+
+def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str]:
+    return frozenset(name for owner, name in attributes if owner.endswith(SAMPLING_CONFIG))
 
 
 @cache
-def _read_by_samplers(folder: Path | None) -> frozenset[str]:
-    files = [file for pattern in SAMPLERS for file in folder.glob(pattern)] if folder else []
-    return frozenset(name for file in files for name in re.findall(r"sampling_config\.(\w+)", file.read_text("utf-8")))
+def _attributes(package: Path, patterns: tuple[str, ...]) -> frozenset[tuple[str, str]]:
+    """Return what files look at, as the owner's name and the attribute's: `a.b.c` and `getattr(b, "c")` as b, c."""
+    found = set()
+    for file in [file for pattern in patterns for file in package.glob(pattern)]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add((_last_name(node.value), node.attr))
+            elif isinstance(node, ast.Call) and _called(node) == "getattr" and len(node.args) > 1:
+                found.add((_last_name(node.args[0]), str(getattr(node.args[1], "value", ""))))
+    return frozenset(found)
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def generate_arguments() -> frozenset[str]:

@@ -155,6 +155,11 @@ class Runner:
             present = torch.tensor(sorted(set(sequence.ids)))
             some = logits[present]
             logits[present] = torch.where(some < 0, some * penalty, some / penalty)
+        if size := params["no_repeat_ngram_size"]:
+            import transformers
+
+            ban = transformers.NoRepeatNGramLogitsProcessor(size)
+            logits = ban(torch.tensor([sequence.ids]), logits[None])[0]
         if sequence.new < (params["min_tokens"] or 0) and params["end_id"] >= 0:
             logits[params["end_id"]] = -torch.inf
         if params["temperature"] is None and params["top_p"] is None and params["top_k"] is None:
