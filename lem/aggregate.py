@@ -209,7 +209,10 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
             return tables.row(directory.id, place)
         found = measured(directory, strict=strict, state=state)
         batch = Batch({directory.id: place} if place else {})
-        batch.add([found])
+        try:
+            batch.add([found])
+        except OverflowError as error:
+            raise ResultsError(_beyond(directory, error)) from None
         tables.write(batch)
     if state.status == "completed":
         directory.mark_aggregated(state.now("aggregated"))
@@ -289,9 +292,7 @@ class _Writer:
                 try:
                     self._add_rows([one])
                 except OverflowError as error:
-                    self._failed.append(
-                        Outcome("failed", f"{one[0].path} holds a number that no table takes: {error}.")
-                    )
+                    self._failed.append(Outcome("failed", _beyond(one[0], error)))
         self._read, self._cycles = [], 0
 
     def _add_rows(self, read: Sequence[tuple[ExperimentDir, State, Measured]]) -> None:
@@ -309,6 +310,11 @@ class _Writer:
         written = [Outcome("written", f"{directory.id}: {status}") for directory, _, status in self._made]
         self._batch, self._made, self._requests = Batch(self._places), [], 0
         return [*failed, *written]
+
+
+def _beyond(directory: ExperimentDir, error: OverflowError) -> str:
+    """Return what is to be said of a number that no column holds."""
+    return f"{directory.path} holds a number that no table takes: {error}."
 
 
 def _reason_to_skip(tables: Tables, directory: ExperimentDir, state: State, place: Place | None) -> Outcome | None:

@@ -278,6 +278,8 @@ def test_a_number_that_no_table_takes_stops_nothing_else(store):
     (failed,) = [outcome.text for outcome in outcomes if outcome.kind == "failed"]
     assert failed.startswith(str(directories[2].path))
     assert sorted(table(store)["experiment_id"]) == [each.id for each in directories if each is not directories[2]]
+    with pytest.raises(ResultsError, match=f"{directories[2].id} holds a number that no table takes"):
+        aggregate(store, directories[2])
 
 
 COMMAND = """

@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "lem"
 LAYERS = [
     {"_version", "errors", "quiet", "rules", "units"},
     {"spec", "record", "objection", "hub"},
-    {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts", "codec", "statistics", "traffic"},
+    {"flops", "peaks", "batching", "gpu", "plan", "carbon", "doubts", "codec", "statistics", "columns", "traffic"},
     {"state", "brief", "latency"},
     {"journal", "merging"},
     {"headline"},
+    {"averages"},
     {"host", "store", "progress", "conflicts", "ranks", "rows"},
     {"datasets", "energy", "parquet"},
     {"tiny", "tables"},

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lem.aggregate import by_cycle, put_together
+from lem.averages import MAXIMA, experiment_columns
 from lem.brief import of_plan
+from lem.columns import quotients
 from lem.headline import by_component, headline
 from lem.merging import merged, once_each
 from lem.parquet import columns
@@ -32,16 +34,7 @@ from lem.record import (
     Prefill,
     RequestRecord,
 )
-from lem.rows import (
-    MAXIMA,
-    Cycle,
-    Measured,
-    as_rows,
-    cycle_columns,
-    experiment_columns,
-    quotients,
-    rows_of,
-)
+from lem.rows import Cycle, as_rows, cycle_columns, rows_of
 from lem.statistics import summarise
 from lem.store import Part
 from tests.raw import phases, plan, reading, record, requests
@@ -56,7 +49,7 @@ def row(*records, rows=None, **plan_values):
 def over_cycles(rows, of):
     """Return an experiment's row from its cycles'."""
     columns = {f.name: [getattr(each, f.name) for each in rows] for f in fields(ExperimentRow)}
-    (made,) = as_rows(ExperimentRow, experiment_columns([Measured(of_plan(of), rows, 0)], columns))
+    (made,) = as_rows(ExperimentRow, experiment_columns([len(rows)], [of.experiment.cycles], [0], columns))
     return made
 
 

@@ -1,0 +1,66 @@
+"""Rows by columns: what is read off many objects, and what follows from other columns.
+
+What is a quotient of two columns is formed here, for cycles and for experiments, so that J = W·t, J/token =
+W/(tokens/s) and their like hold in every row. Knows no record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+from lem.units import J_PER_KWH, J_PER_WH
+
+# Columns by name; all of the same length.
+Columns = dict[str, list[Any]]
+Values = Sequence[float | None]
+
+
+def of_each(objects: Iterable[Any], name: str) -> list[Any]:
+    """Return an attribute of each object, None where there is no object."""
+    value = attrgetter(name)
+    return [None if each is None else value(each) for each in objects]
+
+
+def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
+    """Return the columns that follow from others.
+
+    What a broken-off run took is kept, but it belongs to no number of tokens: rates are null there.
+    """
+    energy_j, duration_s, tokens, requests = (
+        of[name] for name in ("energy_j", "duration_s", "output_tokens", "requests_completed")
+    )
+    whole_j = [value if done else None for value, done in zip(energy_j, complete, strict=True)]
+    whole_s = [value if done else None for value, done in zip(duration_s, complete, strict=True)]
+    all_tokens = [one + other for one, other in zip(of["input_tokens"], tokens, strict=True)]
+    flops_per_s = ratios(of["flops"], whole_s)
+    energy_kwh = [None if value is None else value / J_PER_KWH for value in energy_j]
+    return {
+        "output_tokens_per_s": ratios(tokens, whole_s),
+        "requests_per_s": ratios(requests, whole_s),
+        "energy_wh": [None if value is None else value / J_PER_WH for value in energy_j],
+        "average_power_w": ratios(energy_j, duration_s),
+        "energy_per_output_token_j": ratios(whole_j, tokens),
+        "energy_per_request_j": ratios(whole_j, requests),
+        "energy_idle_adjusted_j": _differences(energy_j, _products(of["idle_power_loaded_w"], duration_s)),
+        "co2e_g": _products(energy_kwh, of["carbon_intensity_g_per_kwh"]),
+        "decode_duration_s": _differences(duration_s, of["prefill_duration_s"]),
+        "decode_energy_j": _differences(energy_j, of["prefill_energy_j"]),
+        "flops_per_token": ratios(of["flops"], all_tokens),
+        "flops_per_s": flops_per_s,
+        "mfu": ratios(flops_per_s, of["peak_flops_per_s"]),
+    }
+
+
+def _products(ones: Values, others: Values) -> list[float | None]:
+    return [None if a is None or b is None else a * b for a, b in zip(ones, others, strict=True)]
+
+
+def _differences(ones: Values, others: Values) -> list[float | None]:
+    return [None if a is None or b is None else a - b for a, b in zip(ones, others, strict=True)]
+
+
+def ratios(values: Values, by: Values) -> list[float | None]:
+    """Return the quotients, None where either is not known or the divisor is 0."""
+    return [None if a is None or not b else a / b for a, b in zip(values, by, strict=True)]
