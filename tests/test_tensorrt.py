@@ -17,7 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from lem.backends import make_backend, tensorrt, tensorrt_source
+from lem.backends import make_backend, processes, tensorrt, tensorrt_source
 from lem.backends.tensorrt_options import DIRECT, PARTS, Adapter, engine_arguments, sampling_parameters
 from lem.conflicts import gpus_needed
 from lem.datasets import builtin
@@ -556,7 +556,7 @@ def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
     with pytest.raises(RunError, match="one of its processes has died"):
         run(backend, texts)
     backend.close()
-    assert not tensorrt._is_alive(process)
+    assert not processes.is_alive(process)
 
 
 @pytest.mark.processes
@@ -568,7 +568,7 @@ def test_an_engine_that_does_not_answer_is_given_up_and_ended(loaded, texts, mon
     with pytest.raises(RunError, match="does not answer: nothing has come from it"):
         run(backend, texts)
     backend.close()
-    assert not tensorrt._is_alive(process)
+    assert not processes.is_alive(process)
     assert time.monotonic() - began < 60
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from lem.backends import make_backend, vllm_source
 from lem.backends.base import Encoded, Generation
-from lem.backends.vllm import clock_offset_ns, reason_of
+from lem.backends.clock import clock_offset_ns
 from lem.backends.vllm_options import (
     CODE,
     CODE_METHOD,
@@ -32,6 +32,7 @@ from lem.backends.vllm_options import (
     engine_arguments,
     sampling_parameters,
 )
+from lem.backends.wording import reason_of
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed
 from lem.datasets import builtin

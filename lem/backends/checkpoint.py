@@ -5,7 +5,9 @@ Loaded by transformers, without the weights. Shared by the engines that load the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lem.backends.architecture import architecture_of
@@ -61,3 +63,17 @@ def sizes(hollow: Any, adapter_weights: tuple[int, int] = (0, 0)) -> Architectur
         return None
     of_body, of_head = adapter_weights
     return Architecture(found.body_weights + of_body, found.head_weights + of_head, found.attention_width)
+
+
+def quantization_of(model: Model) -> str | None:
+    """Return how a checkpoint's weights are quantized; None when they are not, or it does not say."""
+    said = model.config.get("quantization_config") or {}
+    file = Path(model.path) / "hf_quant_config.json"
+    if file.is_file():
+        said = json.loads(file.read_text(encoding="utf-8")).get("quantization", {})
+    return said.get("quant_algo") or said.get("quant_method")
+
+
+def bytes_of(model: Model) -> int | None:
+    """Return the size of a local checkpoint's weights; None where they are not in a directory."""
+    return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) or None

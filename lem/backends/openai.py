@@ -30,8 +30,9 @@ from lem.backends.openai_options import (
     runs_here,
     wants_gpu,
 )
+from lem.backends.processes import listening_at, peak_memory_bytes
 from lem.backends.prompts import encode, end_tokens
-from lem.backends.server import LOG_NAME, Server, answers, environment, free_port, listening_at, peak_memory_bytes
+from lem.backends.server import LOG_NAME, Server, answers, environment, free_port
 from lem.backends.vllm_counters import COUNTERS, notes_of
 from lem.batching import plan_batches
 from lem.doubts import note

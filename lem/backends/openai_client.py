@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import httpcore
 
+from lem.backends.wording import reason_of, sentence
 from lem.errors import RunError
 from lem.latency import Chunk
 from lem.units import NS_PER_S
@@ -34,7 +35,6 @@ CONNECT_S = 10.0
 KEEP_ALIVE_S = 2.0
 OK = 200
 END_OF_STREAM = b"[DONE]"
-LONGEST_REASON = 400
 LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # the last \r may be the half of \r\n
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
@@ -212,9 +212,9 @@ class Client:
             said = f"The server at {self._address} has sent nothing for {timeout_s:g} s"
             raise ServerGone(f"{said} (backend.timeout_s is {self._timeout_s:g}).") from None
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-            raise ServerGone(f"No server can be reached at {self._address}: {_plain(error)}") from None
+            raise ServerGone(f"No server can be reached at {self._address}: {reason_of(error)}") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
-            raise ServerGone(f"The connection to the server at {self._address} was lost: {_plain(error)}") from None
+            raise ServerGone(f"The connection to the server at {self._address} was lost: {reason_of(error)}") from None
 
 
 async def _until(at_ns: int) -> None:
@@ -515,18 +515,6 @@ def _reason_in(content: bytes) -> str:
                 said = said[name]
         text = said if isinstance(said, str) else json.dumps(said)
     return sentence(text)
-
-
-def _plain(error: Exception) -> str:
-    return sentence(str(error) or type(error).__name__)
-
-
-def sentence(text: str) -> str:
-    """Return a text in one line, not too long, with a full stop."""
-    text = " ".join(text.split()) or "nothing is said about it"
-    if len(text) > LONGEST_REASON:
-        text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
-    return text if text.endswith((".", "…", "!", "?")) else f"{text}."
 
 
 def samples(text: str) -> dict[str, float]:

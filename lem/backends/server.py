@@ -12,12 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lem.backends import guardian
+from lem.backends.processes import family_of, kill
 from lem.errors import RunError
 
 LOG_NAME = "server.log"
@@ -124,59 +124,6 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
             return True
     except OSError:
         return False
-
-
-# ------------------------------------------------------------------ processes, whoever has started them
-def listening_at(port: int) -> list[Any]:
-    """Return the processes that take connections at a port of this machine, with all that they have started.
-
-    Only those are found that the user may look into.
-    """
-    import psutil
-
-    try:
-        found = psutil.net_connections("tcp")
-    except psutil.Error:
-        return []
-    listening = (c for c in found if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr[1] == port)
-    pids = {connection.pid for connection in listening if connection.pid is not None}
-    return family_of(sorted(pids))
-
-
-def family_of(pids: Iterable[int]) -> list[Any]:
-    """Return processes, each followed by its descendants; those that are gone are left out."""
-    import psutil
-
-    found: dict[int, Any] = {}
-    for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            found |= {each.pid: each for each in (process, *process.children(recursive=True))}
-        except psutil.Error:
-            continue
-    return list(found.values())
-
-
-def kill(processes: Sequence[Any]) -> None:
-    """Kill processes, and wait a while until they are gone."""
-    import psutil
-
-    for process in reversed(processes):
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=ENDING_S)
-
-
-def peak_memory_bytes(processes: Iterable[Any]) -> int | None:
-    """Return the sum of the peaks of processes' resident memory; None when it cannot be told of one, or of none."""
-    peaks = []
-    for process in processes:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            return None
-        peaks += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")]
-    return sum(peaks) if peaks else None
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:

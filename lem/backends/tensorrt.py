@@ -16,12 +16,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lem import gpu
-from lem.backends import checkpoint, tensorrt_source
+from lem.backends import adapters, checkpoint, processes, tensorrt_source
 from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.clock import clock_offset_ns
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.tensorrt_options import (
@@ -34,7 +34,7 @@ from lem.backends.tensorrt_options import (
     speculative_class,
 )
 from lem.backends.tensorrt_requests import Request, Requests
-from lem.backends.vllm import adapter_folder, adapter_weights, clock_offset_ns, reason_of
+from lem.backends.wording import as_text, reason_of
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed, runs_in_one_process
 from lem.doubts import note
@@ -145,16 +145,16 @@ class Tensorrt(Backend):
             return None
         from tensorrt_llm.executor.request import LoRARequest
 
-        folder = adapter_folder(self._experiment.adapter)
-        self._adapter_weights = adapter_weights(folder)
+        folder = adapters.folder_of(self._experiment.adapter)
+        self._adapter_weights = adapters.weights_of(folder)
         self._lora = LoRARequest("adapter", 1, str(folder))
-        return Adapter(folder, int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]))
+        return Adapter(folder, adapters.rank_of(folder))
 
     def _load_engine(self) -> Any:
         from tensorrt_llm import LLM
 
         assert self._found is not None
-        before = set(_children())
+        before = set(processes.children())
         try:
             return LLM(**_constructed(self._arguments))
         except Interrupted:
@@ -163,16 +163,16 @@ class Tensorrt(Backend):
             text = f"TensorRT-LLM could not load {self._found.name}: {reason_of(error)}{_hint(error)}"
             raise RunError(text) from error
         finally:
-            self._processes = [process for process in _children() if process not in before]
+            self._processes = [process for process in processes.children() if process not in before]
 
     def _check_arrived(self) -> None:
         """Refuse to run where TensorRT-LLM has put something else in the place of what was asked for."""
         for name, asked in given(self._options).items():
             used = getattr(self._llm.args, name, None)
             for path, wanted, found in _pairs(name, asked, used):
-                if _plain(wanted).casefold() != _plain(found).casefold():
+                if as_text(wanted).casefold() != as_text(found).casefold():
                     raise RunError(
-                        f"{path} is {_plain(wanted)}, and TensorRT-LLM uses {_plain(found)} for this model on this "
+                        f"{path} is {as_text(wanted)}, and TensorRT-LLM uses {as_text(found)} for this model on this "
                         "device. Set that, or leave it out."
                     )
 
@@ -291,7 +291,7 @@ class Tensorrt(Backend):
         assert self._requests is not None
         if not len(self._requests):
             return
-        if any(not _is_alive(process) for process in self._processes):
+        if any(not processes.is_alive(process) for process in self._processes):
             raise RunError("TensorRT-LLM stopped in the middle of its work: one of its processes has died.")
         silent_s = (time.perf_counter_ns() - self._requests.heard_ns) / NS_PER_S
         patience_s = SILENCE_S + (0 if self._experiment.streaming.enabled else self._experiment.max_output_tokens)
@@ -404,10 +404,10 @@ class Tensorrt(Backend):
         if self._found is None or self._hollow is None:
             return None
         parameters = int(self._hollow.num_parameters()) + sum(self._adapter_weights)
-        quantized = quantization_of(self._found)
+        quantized = checkpoint.quantization_of(self._found)
         dtype = str(self._llm.args.dtype) if self._llm is not None else "auto"
         dtype = str(self._hollow.dtype).removeprefix("torch.") if dtype == "auto" else dtype
-        size = None if quantized is None else checkpoint_bytes(self._found)
+        size = None if quantized is None else checkpoint.bytes_of(self._found)
         return ModelInfo(
             name=self._found.name,
             revision=self._found.revision,
@@ -446,10 +446,10 @@ class Tensorrt(Backend):
     def _settings(self) -> dict[str, str]:
         """Return the engine's resolved arguments, as far as they change numbers."""
         args = self._llm.args
-        settings = {name: _plain(getattr(args, name, None)) for name in SETTINGS}
+        settings = {name: as_text(getattr(args, name, None)) for name in SETTINGS}
         for part in ("kv_cache_config", "scheduler_config"):
             for name in IN_PARTS[part]:
-                settings[f"{part}.{name}"] = _plain(getattr(getattr(args, part, None), name, None))
+                settings[f"{part}.{name}"] = as_text(getattr(getattr(args, part, None), name, None))
         speculation, lora = self._arguments.get("speculative_config"), self._arguments.get("lora_config")
         extra = self._options.extra_args
         return settings | {
@@ -484,7 +484,7 @@ class Tensorrt(Backend):
             ending.join(CLOSING_S / 10 if self._is_broken else CLOSING_S)
         if self._requests is not None:
             self._requests.close()
-        _end(self._processes)
+        processes.kill([process for process in self._processes if processes.is_alive(process)])
 
 
 # What of the resolved arguments goes into records.
@@ -533,15 +533,6 @@ def _times(count: int, each: int | None) -> int | None:
     return None if each is None else count * each
 
 
-def _plain(value: Any) -> str:
-    """Return a setting as text: an enumeration's member by its value."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(getattr(value, "name", value)).removeprefix("torch.")
-
-
 # ------------------------------------------------------------------ what the engine tells
 def _metrics(request: Request) -> Any:
     return getattr(request.result.outputs[0], "request_perf_metrics", None)
@@ -560,56 +551,13 @@ def _hint(error: BaseException) -> str:
     return " Set backend.kv_cache.free_gpu_memory_fraction, backend.kv_cache.max_tokens or backend.max_seq_len."
 
 
-# ------------------------------------------------------------------ the checkpoint
-def quantization_of(model: Model) -> str | None:
-    """Return how a checkpoint's weights are quantized; None when they are not, or it does not say."""
-    said = model.config.get("quantization_config") or {}
-    file = Path(model.path) / "hf_quant_config.json"
-    if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8")).get("quantization", {})
-    return said.get("quant_algo") or said.get("quant_method")
-
-
-def checkpoint_bytes(model: Model) -> int | None:
-    """Return the size of a local checkpoint's weights; None where they are not in a directory."""
-    return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) or None
-
-
-# ------------------------------------------------------------------ processes
-def _children() -> list[Any]:
-    import psutil
-
-    return list(psutil.Process().children(recursive=True))
-
-
+# ------------------------------------------------------------------ waiting and ending
 def _until_the_next(arrivals: Arrivals[Encoded]) -> float:
     """Return how long to wait for what is finished: until the next prompt arrives, or to look after the engine."""
     next_ns = arrivals.next_ns()
     return LOOKING_S if next_ns is None else min(LOOKING_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
 
 
-def _is_alive(process: Any) -> bool:
-    import psutil
-
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
 def _shut_down(llm: Any) -> None:
     with contextlib.suppress(Exception):  # whatever it has to say, it is over
         llm.shutdown()
-
-
-def _end(processes: Sequence[Any]) -> None:
-    """End processes that should have ended by now, and all that they have started."""
-    import psutil
-
-    left = [process for process in processes if _is_alive(process)]
-    for process in left:
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
-    psutil.wait_procs(left, timeout=CLOSING_S / 10)

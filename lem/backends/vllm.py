@@ -17,13 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.backends import checkpoint, vllm_source
+from lem.backends import adapters, checkpoint, vllm_source, vllm_workers
 from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.clock import clock_offset_ns
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch import compiled_graphs
 from lem.backends.vllm_counters import COUNTERS, notes_of
 from lem.backends.vllm_options import RESOLVED, engine_arguments, given, objections, sampling_parameters
+from lem.backends.wording import as_text, reason_of
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed, runs_in_one_process
 from lem.doubts import note
@@ -47,9 +49,6 @@ ENVIRONMENT = {
 }
 # Takes precedence over the option in vLLM, so it must not be there when the option is set.
 CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SAME_CLOCK_NS = 1_000_000
-LONGEST_REASON = 400
 # An interruption reaches the engine's own processes before it reaches this one.
 INTERRUPTION_S = 1.0
 MEMORY_WORDS = ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization")
@@ -141,13 +140,15 @@ class Vllm(Backend):
         self._tokenizer = checkpoint.load_tokenizer(self._found, trusted=trusted)
         self._hollow = self._load_hollow()
         self._end_tokens = end_tokens(checkpoint.generation_config(self._found, trusted=trusted), self._tokenizer)
-        adapter = None if self._experiment.adapter is None else adapter_folder(self._experiment.adapter)
+        adapter = None if self._experiment.adapter is None else adapters.folder_of(self._experiment.adapter)
         self._engine = self._load_engine(adapter)
         if adapter is not None:
             self._load_adapter(adapter)
         # Asked for now: workers that have died cannot be asked for the record.
-        self._attention = sorted({name for names in self._on_workers(_attention_backends) for name in names})
-        self._loaded_weights = [sum(each) for each in zip(*self._on_workers(_weights), strict=True)]
+        self._attention = sorted(
+            {name for names in self._on_workers(vllm_workers.attention_backends) for name in names}
+        )
+        self._loaded_weights = [sum(each) for each in zip(*self._on_workers(vllm_workers.weights), strict=True)]
         self._check_arrived()
         self._check_devices()
 
@@ -166,7 +167,7 @@ class Vllm(Backend):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         assert self._found is not None
-        rank = None if adapter is None else int(json.loads((adapter / "adapter_config.json").read_text())["r"])
+        rank = None if adapter is None else adapters.rank_of(adapter)
         arguments = engine_arguments(self._experiment, self._found, on_gpu=self._on_gpu, lora_rank=rank)
         try:
             return LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -185,7 +186,7 @@ class Vllm(Backend):
             raise
         except Exception as error:
             raise RunError(f"vLLM could not load the adapter {adapter}: {reason_of(error)}") from error
-        self._adapter_weights = adapter_weights(adapter)
+        self._adapter_weights = adapters.weights_of(adapter)
 
     def _check_arrived(self) -> None:
         """Refuse to run where vLLM has put something else in the place of what was asked for.
@@ -194,10 +195,10 @@ class Vllm(Backend):
         """
         for name, asked in given(self._options).items():
             used = ",".join(self._attention) if name == "attention_backend" else self._resolved(name)
-            is_there = used is not None if name == "quantization" else _plain(used) == _plain(asked)
+            is_there = used is not None if name == "quantization" else as_text(used) == as_text(asked)
             if not is_there:
                 raise RunError(
-                    f"backend.{name} is {asked}, and vLLM uses {_plain(used)} for this model on this device. "
+                    f"backend.{name} is {asked}, and vLLM uses {as_text(used)} for this model on this device. "
                     "Set that, or leave it out."
                 )
 
@@ -214,7 +215,7 @@ class Vllm(Backend):
             return
         first = self.local_rank * self._degree
         expected = self._expected[first : first + self._degree]
-        used = self._on_workers(_device_uuid)
+        used = self._on_workers(vllm_workers.device_uuid)
         strangers = [uuid for uuid in used if not any(gpu.mig_uuid or uuid in gpu.uuid for gpu in expected)]
         if strangers:
             raise RunError(
@@ -366,7 +367,7 @@ class Vllm(Backend):
     def synchronize(self) -> None:
         """Wait for the GPUs of all workers; on a CPU a step is done when it returns."""
         if self._engine is not None and self._on_gpu and not self._is_broken:
-            self._on_workers(_synchronize)
+            self._on_workers(vllm_workers.synchronize)
 
     # -------------------------------------------------------------- telling
     def counters(self) -> dict[str, float] | None:
@@ -386,18 +387,18 @@ class Vllm(Backend):
     def reset_peak_memory(self) -> None:
         """Reset the CUDA allocators' peaks; a process's own peak cannot be reset."""
         if self._on_gpu:
-            self._on_workers(_reset_peak)
+            self._on_workers(vllm_workers.reset_peak)
 
     def peak_memory(self) -> Memory:
         """Return the allocators' peaks since the reset, summed over the workers; on a CPU the processes' own."""
         if self._on_gpu:
             several = f", sum of {self._degree} GPUs" if self._degree > 1 else ""
             scope = f"GPU allocator, measured window, the whole key/value cache included{several}"
-            return Memory(None if self._is_broken else sum(self._on_workers(_peak_on_gpu)), scope)
+            return Memory(None if self._is_broken else sum(self._on_workers(vllm_workers.peak_on_gpu)), scope)
         if self._degree == 1:
             return Memory(peak_memory_bytes(), "process, since its start")
         # An engine that stopped, or was stopped, in the middle of a step does not answer any more.
-        peaks = [None] if self._is_broken else [peak_memory_bytes(), *self._on_workers(_peak_of_process)]
+        peaks = [None] if self._is_broken else [peak_memory_bytes(), *self._on_workers(vllm_workers.peak_of_process)]
         known = [peak for peak in peaks if peak is not None]
         together = sum(known) if len(known) == len(peaks) else None
         return Memory(together, f"process and its {self._degree} workers, since their start")
@@ -478,7 +479,7 @@ class Vllm(Backend):
             else f"{speculation.method}, {speculation.num_speculative_tokens} tokens",
             "engine_args": json.dumps(self._options.engine_args) if self._options.engine_args else None,
         }
-        return {name: _plain(value) for name, value in values.items()}
+        return {name: as_text(value) for name, value in values.items()}
 
     def architecture(self) -> Architecture | None:
         """Read the sizes off the model without weights, by the same code as for PyTorch, and add the adapter's."""
@@ -502,106 +503,8 @@ class Vllm(Backend):
             engine.engine_core.shutdown()
 
 
-# ------------------------------------------------------------------ run in the engine's workers
-def _attention_backends(worker: Any) -> list[str]:
-    layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    return sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")})
-
-
-def _weights(worker: Any) -> tuple[int, int]:
-    parameters = list(worker.model_runner.get_model().parameters())
-    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
-
-
-def _device_uuid(_worker: Any) -> str:
-    import torch
-
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-
-
-def _synchronize(_worker: Any) -> None:
-    import torch
-
-    torch.cuda.synchronize()
-
-
-def _reset_peak(_worker: Any) -> None:
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_on_gpu(_worker: Any) -> int:
-    import torch
-
-    return int(torch.cuda.max_memory_allocated())
-
-
-def _peak_of_process(_worker: Any) -> int | None:
-    return peak_memory_bytes()
-
-
-# ------------------------------------------------------------------ adapters
-def adapter_folder(adapter: str) -> Path:
-    """Return the directory of an adapter, fetched from the hub if it is no local one."""
-    local = Path(adapter).expanduser()
-    if local.is_dir():
-        return local
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(adapter))
-    except Exception as error:  # the client raises those of its transport as well
-        raise RunError(f"The adapter {adapter} cannot be had from the hub: {reason_of(error)}") from error
-
-
-def adapter_weights(folder: Path) -> tuple[int, int]:
-    """Return the weights of an adapter's matrices: those in the model's body, and those at its output projection."""
-    from safetensors import safe_open
-
-    of_body = of_head = 0
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - no mapping
-            rows, *columns = tensors.get_slice(name).get_shape()
-            size = rows * columns[0] if len(columns) == 1 else 0
-            if "lm_head" in name:
-                of_head += size
-            else:
-                of_body += size
-    return of_body, of_head
-
-
-# ------------------------------------------------------------------ clocks and words
-def clock_offset_ns() -> int:
-    """Return what is to be added to the engine's clock, `time.monotonic`, for `time.perf_counter`: 0 on Linux."""
-    before_ns = time.perf_counter_ns()
-    engine_ns = time.monotonic_ns()
-    offset_ns = (before_ns + time.perf_counter_ns()) // 2 - engine_ns
-    return offset_ns if abs(offset_ns) > SAME_CLOCK_NS else 0
-
-
-def reason_of(error: BaseException) -> str:
-    """Return an engine's error as a sentence: what pydantic or PyTorch say around it is for developers."""
-    errors = getattr(error, "errors", None)
-    details = errors() if callable(errors) else ()
-    text = str(details[0]["msg"]).removeprefix("Value error, ") if details else str(error)
-    text = " ".join(text.split()) or type(error).__name__
-    if len(text) > LONGEST_REASON:
-        text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
-    return text if text.endswith((".", "…")) else f"{text}."
-
-
 def _hint(error: BaseException) -> str:
     text = str(error).lower()
     if not any(words in text for words in MEMORY_WORDS):
         return ""
     return " Set backend.gpu_memory_utilization, backend.kv_cache_memory_bytes or backend.max_model_len."
-
-
-def _plain(value: Any) -> str:
-    """Return a setting as text: an enumeration's member by its name, without PyTorch's prefix."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(getattr(value, "name", value)).removeprefix("torch.")
