@@ -7,13 +7,13 @@ transformers are imported when the model is loaded, not before: they take second
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lem.backends.architecture import architecture_of, kv_bytes_per_token
 from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.compilation import compiled_graphs
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch_continuous import Continuous
@@ -450,12 +450,6 @@ class _TokenClock:
 
     def end(self) -> None:
         """Take note that there is no more."""
-
-
-def compiled_graphs() -> int:
-    """Return how many graphs this process has compiled so far with torch.compile, by whoever asked for it."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:

@@ -20,9 +20,9 @@ from typing import Any
 from lem.backends import adapters, checkpoint, vllm_source, vllm_workers
 from lem.backends.base import Backend, Encoded, Generation
 from lem.backends.clock import clock_offset_ns
+from lem.backends.compilation import compiled_graphs
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
-from lem.backends.pytorch import compiled_graphs
 from lem.backends.vllm_counters import COUNTERS, notes_of
 from lem.backends.vllm_options import RESOLVED, engine_arguments, given, objections, sampling_parameters
 from lem.backends.wording import as_text, reason_of
