@@ -115,7 +115,7 @@ def vllm(session: nox.Session) -> None:
     pinned |= {line.partition("==")[0].lower().replace("_", "-"): line for line in installed.split()}
     versions = Path(session.create_tmp()) / "constraints.txt"
     versions.write_text("".join(f"{line}\n" for line in pinned.values()))
-    session.install("--constraint", str(versions), "-e", ".[lora]", "pytest")
+    session.install("--constraint", str(versions), "-e", ".[lora]", "pytest", "hypothesis")
     began_s = time.monotonic()
     # A process for each: vLLM's counters, and what numba has compiled for it, belong to the process.
     for arguments in [session.posargs] if session.posargs else [[file] for file in VLLM_TESTS]:
