@@ -6,7 +6,7 @@ numbers mean is for lem/rows.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from lem.record import ExperimentRow, Note, ProcessRecord
 from lem.rows import Cycle, Measured, Rows, rows_of
 from lem.state import State
 from lem.store import ExperimentDir, Part, Store, write_atomically
+from lem.tables import TOGETHER as OF_SEVERAL
 from lem.tables import Batch, Place, Tables
 
 # How many experiments are read ahead: what they hold is to stay in the processor's cache until rows are made of it.
@@ -110,6 +111,9 @@ def _check_same(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int
     if plan.experiment_id != directory.id:
         raise ResultsError(f"{directory.path} holds {plan.experiment_id}: give the directory its name back.")
     records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
+    for record in records:
+        if record.experiment_id != directory.id:
+            raise ResultsError(f"{_file(directory, record)} is of another experiment, {record.experiment_id}.")
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
@@ -205,6 +209,8 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
     tables, state = Tables(store), directory.state()
     with tables.locked():
         place = tables.place(directory.id)
+        if place and OF_SEVERAL.fullmatch(Path(place.file).stem) and place.file in (lacking := tables.lacking()):
+            raise ResultsError(lacking[place.file] or _gone(store, place))
         if place and not force and is_fresh(tables, directory.id, place, state):
             return tables.row(directory.id, place)
         found = measured(directory, strict=strict, state=state)
@@ -214,9 +220,14 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
         except OverflowError as error:
             raise ResultsError(_beyond(directory, error)) from None
         tables.write(batch)
-    if state.status == "completed":
+    row = rows_of(found).row
+    if state.status == row.status == "completed":
         directory.mark_aggregated(state.now("aggregated"))
-    return rows_of(found).row
+    return row
+
+
+def _gone(store: Store, place: Place) -> str:
+    return f"Of {store.experiments_table / place.file} other rows are gone; lem aggregate --all makes them anew."
 
 
 def aggregate_all(
@@ -235,14 +246,21 @@ def aggregate_all(
     """
     tables = Tables(store)
     with tables.locked():
-        places = tables.places()
+        places, lacking = tables.places(), tables.lacking()
+        damaged = {file: text for file, text in lacking.items() if text is not None}
+        yield from [Outcome("failed", damaged[file]) for file in sorted(_files_of(ids, places) & damaged.keys())]
+        ids = _with_neighbours(store, ids, places, lacking.keys() - damaged.keys())
         writer = _Writer(store, places)
         for begin in range(0, len(ids), READ_AHEAD):
             pending = []
             for name in ids[begin : begin + READ_AHEAD]:
+                place = places.get(name)
+                if place and place.file in damaged:
+                    continue
                 directory = store.directory(name)
                 state = directory.state()
-                skipped = _reason_to_skip(tables, directory, state, None if force else places.get(name))
+                is_new = force or place is None or place.file in lacking
+                skipped = _reason_to_skip(tables, directory, state, None if is_new else place)
                 if skipped:
                     yield skipped
                 else:
@@ -257,6 +275,20 @@ def aggregate_all(
                 else:
                     yield from writer.add(directory, state, one)
         yield from writer.write()
+
+
+def _files_of(ids: Sequence[str], places: Mapping[str, Place]) -> set[str]:
+    return {places[name].file for name in ids if name in places}
+
+
+def _with_neighbours(store: Store, ids: Sequence[str], places: Mapping[str, Place], gone: Set[str]) -> Sequence[str]:
+    """Return ids, and those whose rows lie in one file with theirs of which a part is gone: all are made anew."""
+    wanted = _files_of(ids, places) & gone
+    if not wanted:
+        return ids
+    there = set(store.ids())
+    known = set(ids)
+    return [*ids, *(name for name, at in places.items() if at.file in wanted and name in there and name not in known)]
 
 
 class _Writer:
@@ -306,7 +338,8 @@ class _Writer:
         if not self._made:
             return failed
         Tables(self._store).write(self._batch)
-        _mark_aggregated(self._store, [(at, state) for at, state, _ in self._made if state.status == "completed"])
+        complete = [(at, state) for at, state, status in self._made if state.status == status == "completed"]
+        _mark_aggregated(self._store, complete)
         written = [Outcome("written", f"{directory.id}: {status}") for directory, _, status in self._made]
         self._batch, self._made, self._requests = Batch(self._places), [], 0
         return [*failed, *written]
@@ -333,11 +366,16 @@ def _reason_to_skip(tables: Tables, directory: ExperimentDir, state: State, plac
 
 
 def is_fresh(tables: Tables, experiment_id: str, place: Place, state: State) -> bool:
-    """Tell whether an experiment's row holds its last attempt; nothing is run any more once it is aggregated."""
+    """Tell whether an experiment's row holds its last attempt; nothing is run any more once it is aggregated.
+
+    The row of a completed experiment that is not complete was made while files of it were missing.
+    """
     if state.status == "aggregated" or not state.attempt:
         return True
-    resumed = tables.row(experiment_id, place).resumed if place.resumed is None else place.resumed
-    return resumed == state.attempt - 1
+    if place.resumed is None:
+        row = tables.row(experiment_id, place)
+        place = Place(place.file, row.resumed, row.status)
+    return place.resumed == state.attempt - 1 and not (state.status == "completed" and place.status != "completed")
 
 
 def _mark_aggregated(store: Store, completed: Sequence[tuple[ExperimentDir, State]]) -> None:

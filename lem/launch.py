@@ -45,6 +45,7 @@ GRACE_S = 8.0
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
+AT_ONCE = "was ended at once, for the run was interrupted a second time."
 # What torch's launcher says of the first of several processes that failed.
 KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 
@@ -65,7 +66,8 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
     log_file = directory.log_file(0)
     with log_file.open("ab") as output, _fifos(directory) as (progress, lifeline), signals_raise(Interrupted):
         log_start = output.tell()
-        arguments = [str(directory.path), "--attempt", str(attempt)]
+        # A path that begins with a dash would be an option.
+        arguments = [os.path.join(os.curdir, directory.path), "--attempt", str(attempt)]
         arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
         command = [*_launcher(plan, host, Path(progress.path).parent), *arguments]
         log.debug("worker: %s", shlex.join(command))
@@ -79,16 +81,17 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
         try:
             progress.relay_until_end_of(workers, Together(report))
         except (KeyboardInterrupt, Interrupted) as stop:
-            _stop(workers, is_launcher=plan.processes > 1)
+            insisted = _stop(workers, is_launcher=plan.processes > 1)
             with undisturbed():
-                _seal(directory, attempt, "interrupted", workers.returncode, _read_log(log_file, log_start))
+                how = _how_it_ended(workers.returncode, _read_log(log_file, log_start))
+                _seal(directory, attempt, "interrupted", workers.returncode, AT_ONCE if insisted else how)
                 _say_what_stopped(directory, attempt, str(stop) or "Ctrl-C")
             raise Interrupted("The run was interrupted; what was finished is kept.") from None
     said = _read_log(log_file, log_start)
     log.debug("the worker's exit code is %d; its log is %s", workers.returncode, log_file)
     if workers.returncode:
         log.debug("its log:\n%s", said)
-    _seal(directory, attempt, "failed", workers.returncode, said)
+    _seal(directory, attempt, "failed", workers.returncode, _how_it_ended(workers.returncode, said))
 
 
 def _launcher(plan: Plan, host: Host, scratch: Path) -> list[str]:
@@ -134,6 +137,7 @@ class _Fifo:
         os.mkfifo(path)
         self.path = str(path)
         self.descriptor = os.open(path, os.O_RDWR)
+        self._waiting: threading.Thread | None = None
 
     def relay_until_end_of(self, workers: subprocess.Popen[bytes], report: Report) -> None:
         """Pass events on until the workers have ended; sleeps in between."""
@@ -142,12 +146,20 @@ class _Fifo:
             workers.wait()
             os.write(self.descriptor, ENDED)
 
-        threading.Thread(target=tell_the_end, name="waiting", daemon=True).start()
+        self._waiting = threading.Thread(target=tell_the_end, name="waiting", daemon=True)
+        self._waiting.start()
         with os.fdopen(self.descriptor, "rb", closefd=False) as lines:
             for line in lines:
                 if line == ENDED:
                     return
                 _relay(line, report)
+
+    def close(self) -> None:
+        """Close it, once nobody writes to it any more: its number may be that of another file then."""
+        if self._waiting is not None:
+            self._waiting.join(LAUNCHER_GRACE_S)
+        if self._waiting is None or not self._waiting.is_alive():
+            os.close(self.descriptor)
 
 
 def _relay(line: bytes, report: Report) -> None:
@@ -171,12 +183,12 @@ def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
             yield pair
         finally:
             for fifo in pair:
-                os.close(fifo.descriptor)
+                fifo.close()
 
 
 # ------------------------------------------------------------------ stopping
-def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> None:
-    """Ask all workers to end, and end them when they do not or when the user insists.
+def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> bool:
+    """Ask all workers to end, and end them when they do not or when the user insists; return whether the user did.
 
     Args:
         workers: the worker, or the launcher of several.
@@ -185,6 +197,7 @@ def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> None:
     import psutil
 
     family: list[Any] = []
+    insisted = False
     try:
         family = _family(workers)
         # The workers first: their launcher would give them less time than they may need.
@@ -193,9 +206,11 @@ def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> None:
         if is_launcher and not alive:
             psutil.wait_procs(family[:1], timeout=LAUNCHER_GRACE_S)
     except (KeyboardInterrupt, Interrupted):
-        pass
-    _signal([*family, *_family(workers)], signal.SIGKILL)
-    workers.wait()
+        insisted = True
+    with undisturbed():
+        _signal([*family, *_family(workers)], signal.SIGKILL)
+        workers.wait()
+    return insisted
 
 
 def _family(workers: subprocess.Popen[bytes]) -> list[Any]:
@@ -217,7 +232,7 @@ def _signal(processes: Any, number: signal.Signals) -> None:
             continue
 
 
-def _seal(directory: ExperimentDir, attempt: int, status: Status, code: int, said: str) -> None:
+def _seal(directory: ExperimentDir, attempt: int, status: Status, code: int, how: str) -> None:
     """Write records in the name of workers that ended without one: from their journals, or else bare.
 
     Args:
@@ -225,17 +240,23 @@ def _seal(directory: ExperimentDir, attempt: int, status: Status, code: int, sai
         attempt: number of the attempt.
         status: of such a worker.
         code: exit code of the worker, or of the launcher of several.
-        said: what they wrote to their log.
+        how: how it ended.
     """
     mine = [record for record in directory.records() if record.attempt == attempt]
-    error = ErrorInfo(DIED, f"The worker {_how_it_ended(code, said)}")
+    error = ErrorInfo(DIED, f"The worker {how}")
     for record in mine:
         if record.error is not None and record.error.type == DIED:
             directory.write_record(replace(record, status=status, error=replace(error, phase=record.error.phase)))
     cycle = _next_cycle(directory)
-    has_told = any(record.error is not None and record.error.type != DIED for record in mine)
-    if not mine or (code and not has_told and all(record.cycle != cycle for record in mine)):
-        directory.write_record(_bare_record(directory, attempt, cycle, status, error))
+    silent = set(range(directory.plan().processes)) - {record.rank for record in mine if record.cycle == cycle}
+    has_told = any(record.error is not None and _says_why(record.error, status) for record in mine)
+    if not mine or (code and silent and not has_told):
+        directory.write_record(_bare_record(directory, attempt, cycle, status, error, min(silent, default=0)))
+
+
+def _says_why(error: ErrorInfo, status: Status) -> bool:
+    """Tell whether a worker's own error says why the run ended; where one failed, others were stopped for its sake."""
+    return error.type != DIED and not (status == "failed" and error.type == Interrupted.__name__)
 
 
 def _say_what_stopped(directory: ExperimentDir, attempt: int, what: str) -> None:
@@ -254,13 +275,15 @@ def _next_cycle(directory: ExperimentDir) -> int:
     return next((cycle for cycle in cycles if len(finished.get(cycle, ())) < plan.prompts.count), cycles[-1])
 
 
-def _bare_record(directory: ExperimentDir, attempt: int, cycle: int, status: Status, error: ErrorInfo) -> ProcessRecord:
+def _bare_record(
+    directory: ExperimentDir, attempt: int, cycle: int, status: Status, error: ErrorInfo, rank: int
+) -> ProcessRecord:
     plan = directory.plan()
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=VERSION,
         experiment_id=directory.id,
-        rank=0,
+        rank=rank,
         world_size=plan.processes,
         status=status,
         started_at=timestamp(),

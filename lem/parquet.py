@@ -179,6 +179,14 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> Any:
         return pq.ParquetFile(file).read(names)
 
 
+def check(path: Path) -> None:
+    """Read what a Parquet file says of itself; raises ValueError or OSError when it is damaged."""
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as file:
+        pq.ParquetFile(file)
+
+
 def read_rows(path: Path, record_type: type[Any]) -> list[Any]:
     """Read records back; columns that this version does not know are left out, missing ones take defaults."""
     return records(read_table(path), record_type)

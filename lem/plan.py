@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -12,6 +15,14 @@ from lem.spec import Experiment
 # 1  first version
 # 2  replicas, shared_with and the configuration's digest
 FORMAT_VERSION = 2
+
+
+def sha256_of(texts: Iterable[str]) -> str:
+    """Return the digest of prompts in order; equal digests mean equal prompts."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(json.dumps(text).encode() + b"\n")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

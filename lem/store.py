@@ -35,7 +35,7 @@ from lem import journal
 from lem.brief import BriefPlan, read_plan, read_record, whole
 from lem.codec import from_json, to_json
 from lem.errors import ResultsError, nearest
-from lem.plan import Plan, timestamp
+from lem.plan import Plan, sha256_of, timestamp
 from lem.record import ProcessRecord, RequestRecord
 from lem.state import FINISHED, State, running
 
@@ -176,9 +176,16 @@ class ExperimentDir:
             raise self._unreadable("spec.json", error) from None
 
     def prompts(self) -> list[str]:
-        """Read the prompts' texts in order."""
-        with (self.path / "prompts.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line)["text"] for line in file]
+        """Read the prompts' texts in order; raises `ResultsError` when they are damaged, or others than the plan's."""
+        try:
+            with (self.path / "prompts.jsonl").open(encoding="utf-8") as file:
+                texts = [json.loads(line)["text"] for line in file]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise self._unreadable("prompts.jsonl", error) from None
+        wanted = self.plan().prompts.sha256
+        if wanted and sha256_of(texts) != wanted:
+            raise ResultsError(f"{self.path / 'prompts.jsonl'} does not hold the prompts that spec.json speaks of.")
+        return texts
 
     # -------------------------------------------------------------- where it stands
     def state(self) -> State:
@@ -187,18 +194,19 @@ class ExperimentDir:
             state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):
             attempt = self._last_attempt()
-            return State("interrupted" if attempt else "planned", attempt, timestamp())
-        return self._aggregated(state) if state.status == "completed" else state
+            state = State("interrupted" if attempt else "planned", attempt, timestamp())
+            return self._aggregated(attempt) or state
+        return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
-    def _aggregated(self, completed: State) -> State:
-        """Return the state that follows on being completed, where it has come to that."""
-        if not os.path.exists(f"{self._folder}/{AGGREGATED}"):
-            return completed
+    def _aggregated(self, attempt: int) -> State | None:
+        """Return the state by which a completed attempt has its rows; None where nothing says so."""
+        if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
+            return None
         try:
             found = from_json(State, self._content(AGGREGATED))
-        except (OSError, ValueError):  # its rows are made anew
-            return completed
-        return found if found.attempt == completed.attempt else completed
+        except (OSError, ValueError):  # the rows are made anew
+            return None
+        return found if (found.status, found.attempt) == ("aggregated", attempt) else None
 
     def _last_attempt(self) -> int:
         names = os.listdir(self.path) if self.path.is_dir() else []
@@ -465,7 +473,8 @@ class Store:
         raw = self.root / "raw"
         if not raw.is_dir():
             return []
-        return sorted((e.name for e in os.scandir(raw) if e.is_dir() and ID.fullmatch(e.name)), key=age)
+        # By the name first: what else lies there may be a link to nowhere.
+        return sorted((e.name for e in os.scandir(raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
 
     def directory(self, experiment_id: str) -> ExperimentDir:
         """Return the directory of an experiment by its whole id, there or not."""

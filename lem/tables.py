@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,11 @@ SCRATCH = re.compile(r"\..*\.parquet-\w+")
 
 @dataclass(frozen=True)
 class Place:
-    """Where an experiment's row lies; `resumed` is the row's, None where the file has not been read."""
+    """Where an experiment's row lies; the other two are the row's, None where the file has not been read."""
 
     file: str
     resumed: int | None = None
+    status: str | None = None
 
 
 class Tables:
@@ -70,9 +72,28 @@ class Tables:
                 if alone:
                     found[file.stem] = Place(file.name)
                 continue
-            some = _read(file, ["experiment_id", "resumed"])
-            for name, resumed in zip(*(column.to_pylist() for column in some.columns), strict=True):
-                found[name] = Place(file.name, resumed)
+            some = _read(file, ["experiment_id", "resumed", "status"])
+            for name, resumed, status in zip(*(column.to_pylist() for column in some.columns), strict=True):
+                found[name] = Place(file.name, resumed, status)
+        return found
+
+    def lacking(self) -> dict[str, str | None]:
+        """Return the files of experiments whose other rows are gone or damaged, with a sentence about the damage.
+
+        Of the files of single experiments it is not looked whether they are damaged: there may be thousands.
+        """
+        files = self._files()
+        found: dict[str, str | None] = {}
+        for folder in (self._store.requests_table, self._store.cycles_table):
+            there = set(os.listdir(folder)) if folder.is_dir() else set()
+            for file in files:
+                if file.name not in there:
+                    found.setdefault(file.name, None)
+            for name in (f.name for f in files if f.name in there and TOGETHER.fullmatch(f.stem)):
+                try:
+                    parquet.check(folder / name)
+                except (OSError, ValueError) as error:
+                    found[name] = _damage(folder / name, error)
         return found
 
     def _files(self) -> list[Path]:
@@ -209,8 +230,14 @@ def _replace(file: Path, record_type: type[Any], ids: Sequence[str], rows: Seque
 def _read(file: Path, names: Sequence[str] | None = None) -> Any:
     try:
         return parquet.read_table(file, names)
+    except FileNotFoundError:
+        raise ResultsError(f"{file} is missing; lem aggregate --all makes it anew.") from None
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); {_remedy(file)}") from None
+        raise ResultsError(_damage(file, error)) from None
+
+
+def _damage(file: Path, error: Exception) -> str:
+    return f"{file} cannot be read ({' '.join(str(error).split())[:200]}); {_remedy(file)}"
 
 
 def _remedy(file: Path) -> str:

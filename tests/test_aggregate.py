@@ -179,6 +179,15 @@ def test_a_prompt_that_was_counted_twice_is_refused(store):
     refused(directory, "has prompt 1 of cycle 1 more than once", strict=False)
 
 
+def test_a_record_of_another_experiment_is_refused(store):
+    directory, other = several(store, 2)
+    for file in (other.record_file(0, 1, 1), other.journal_file(0, 1)):
+        shutil.copy(file, directory.path)
+    refused(directory, rf"process_0_c1_a1\.json is of another experiment, {other.id}", strict=False)
+    assert sorted(kinds(aggregate_all(store, store.ids()))) == ["failed", "written"]
+    assert set(table(store, "requests")["experiment_id"]) == {other.id}
+
+
 def test_a_directory_of_another_name_is_refused(store):
     directory = finished(store)
     moved = directory.path.with_name("exp_20260102_030406")
@@ -280,6 +289,53 @@ def test_a_number_that_no_table_takes_stops_nothing_else(store):
     assert sorted(table(store)["experiment_id"]) == [each.id for each in directories if each is not directories[2]]
     with pytest.raises(ResultsError, match=f"{directories[2].id} holds a number that no table takes"):
         aggregate(store, directories[2])
+
+
+@pytest.mark.parametrize("name", ["requests", "cycles"])
+def test_rows_that_are_gone_are_made_anew_with_all_that_shared_their_file(store, name):
+    directories = several(store, 4)
+    list(aggregate_all(store, store.ids()))
+    before = {each: table(store, each) for each in ("experiments", "cycles", "requests")}
+    (file,) = (store.root / name).iterdir()
+    file.unlink()
+    with pytest.raises(ResultsError, match="other rows are gone; lem aggregate --all"):
+        aggregate(store, directories[1], force=True)
+    assert kinds(aggregate_all(store, [directories[1].id])) == ["written"] * 4
+    for each, rows in before.items():
+        pd.testing.assert_frame_equal(table(store, each).sort_values(list(rows)[:6], ignore_index=True), rows)
+    assert kinds(aggregate_all(store, store.ids())) == ["fresh"] * 4
+
+
+@pytest.mark.parametrize("name", ["requests", "cycles"])
+def test_rows_that_are_damaged_are_told_until_their_file_is_removed(store, name):
+    directories = several(store, 3)
+    list(aggregate_all(store, store.ids()))
+    (file,) = (store.root / name).iterdir()
+    file.write_text("junk")
+    late = finished(store, datetime(2026, 2, 2))
+    for force in (False, True):
+        failed, other = list(aggregate_all(store, store.ids(), force=force))
+        assert failed.kind == "failed"
+        assert f"{file} cannot be read" in failed.text
+        assert late.id in other.text
+    file.unlink()
+    assert kinds(aggregate_all(store, [directories[0].id])) == ["written"] * 3
+
+
+def test_a_row_of_what_there_is_does_not_count_as_that_of_a_completed_experiment(store, tmp_path):
+    directory = shared(store)
+    hidden = [directory.record_file(1, 1, 1), directory.journal_file(1, 1)]
+    for file in hidden:
+        file.rename(tmp_path / file.name)
+    (outcome,) = aggregate_all(store, [directory.id], strict=False)
+    assert outcome.text == f"{directory.id}: interrupted"
+    assert directory.state().status == "completed"
+    assert kinds(aggregate_all(store, [directory.id])) == ["failed"]
+    for file in hidden:
+        (tmp_path / file.name).rename(file)
+    (outcome,) = aggregate_all(store, [directory.id])
+    assert outcome.text == f"{directory.id}: completed"
+    assert directory.state().status == "aggregated"
 
 
 COMMAND = """

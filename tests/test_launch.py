@@ -134,6 +134,8 @@ def test_a_second_ctrl_c_is_immediate(tmp_path):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert time.monotonic() - began_s < 4
+    (record,) = only(tmp_path / "results").records()
+    assert record.error.message == "The worker was ended at once, for the run was interrupted a second time."
     assert "Traceback" not in err
     assert "--resume" in err
     assert gone(tmp_path)
@@ -237,6 +239,20 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
     assert len(workers_of(process)) == 2
     process.kill()  # alone: torch's launcher and the workers know of it by the lifeline only
     process.communicate()
+    assert gone(tmp_path)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_one_of_two_is_named_before_there_is_a_window(tmp_path, which):
+    process = two_ranks(tmp_path, "-n", "41", "energy.idle_s=30")
+    wait_for(process, "Idle")
+    assert len(workers_of(process)) == 2
+    workers_of(process)[which].kill()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    directory = only(tmp_path / "results")
+    assert directory.state().status == "failed"
+    assert "ended by SIGKILL" in (directory.state().error or "")
     assert gone(tmp_path)
 
 

@@ -50,6 +50,7 @@ def forget_end(directory: ExperimentDir, lines: int = 4) -> None:
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:lines]))
     for file in [*directory.path.glob("process_*"), *store.root.glob(f"*/{directory.id}.parquet")]:
         file.unlink()
+    (directory.path / "aggregated.json").unlink(missing_ok=True)
     directory.write_state(claim_of(dead_pid()))
     store.mark_unfinished(directory.id, directory.plan().fingerprint)
 

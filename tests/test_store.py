@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from lem.codec import to_json
 from lem.errors import ResultsError
+from lem.plan import sha256_of
 from lem.state import State
 from lem.store import Store, replacing, write_atomically
 from tests.raw import experiment, finished, put, record, requests
@@ -173,6 +175,35 @@ def test_that_there_are_rows_can_be_said_of_many_at_once(tmp_path, monkeypatch):
     assert [directory.state() for directory in directories] == [State("aggregated", 1, "now")] * 3
     directories[0].mark_aggregated(State("aggregated", 1, "later"))
     assert directories[1].state().updated_at == "now"
+
+
+def test_a_state_that_is_gone_is_known_from_the_rows(tmp_path):
+    directory = finished(Store(tmp_path))
+    directory.mark_aggregated(State("aggregated", 1, "now"))
+    (directory.path / "state.json").write_text("{")
+    assert directory.state() == State("aggregated", 1, "now")
+    directory.mark_aggregated(State("running", 1, "now"))
+    assert directory.state().status == "interrupted"
+
+
+def test_what_else_lies_beside_experiments_is_no_hindrance(tmp_path):
+    directory = experiment(Store(tmp_path))
+    (directory.path.parent / "loop").symlink_to("loop")
+    (directory.path.parent / "exp_20260102_030405_7").write_text("a file")
+    assert Store(tmp_path).ids() == [directory.id]
+
+
+@pytest.mark.parametrize("content", ['{"text": "another"}\n', '{"text": "a', "{}\n", None])
+def test_prompts_that_are_not_those_of_the_plan_are_refused(tmp_path, content):
+    directory = experiment(Store(tmp_path))
+    texts = ["one", "two", "three"]
+    plan = directory.plan()
+    directory.write_plan(replace(plan, prompts=replace(plan.prompts, sha256=sha256_of(texts))), texts)
+    assert directory.prompts() == texts
+    file = directory.path / "prompts.jsonl"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ResultsError, match=r"prompts\.jsonl (cannot be read|does not hold)"):
+        directory.prompts()
 
 
 def test_rows_of_a_former_attempt_and_a_damaged_note_of_rows_count_for_nothing(tmp_path):

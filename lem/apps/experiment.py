@@ -126,7 +126,10 @@ def _go_on(
     config_file: Path | None,
 ) -> int:
     """Ask whether to go on with the same experiment or to start anew; --yes goes on."""
-    question = f"The same experiment was left unfinished: {directory.id} ({left(directory)}). Go on with it?"
+    try:
+        question = f"The same experiment was left unfinished: {directory.id} ({left(directory)}). Go on with it?"
+    except ResultsError as error:
+        raise ResultsError(f"The same experiment was left unfinished, and {error} --fresh starts anew.") from None
     if options.yes or confirmed(question):
         return _finish(_resume(store, directory, options), options)
     if confirmed(f"Start anew: run {words(ready)}?"):

@@ -14,7 +14,7 @@ from typing import Any
 from lem import listing, report
 from lem.aggregate import Outcome, aggregate_all, is_fresh, read
 from lem.codec import to_json, to_plain
-from lem.errors import ResultsError, did_you_mean
+from lem.errors import ResultsError, RunError, did_you_mean
 from lem.listing import Entry
 from lem.record import Environment, ExperimentRow
 from lem.rows import Rows
@@ -102,7 +102,7 @@ def _sorted(entries: Sequence[Entry], column: str, reverse: bool) -> list[Entry]
 def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
     """Print a line for each experiment that has a row, and with `everything` for the others too."""
     with _no_collector():
-        damaged = _list(store, selection, everything or selection.status in ("running", "planned"), as_json)
+        damaged = _list(store, selection, everything or selection.status is not None, as_json)
     for problem in damaged:
         report.console(stderr=True).print(problem, markup=False, style="red")
     return 1 if damaged else 0
@@ -122,6 +122,8 @@ def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -
         _print_json(chosen)
     elif chosen:
         listing.show_entries(chosen)
+    elif ids and not entries:
+        print(f"No experiment in {store.root} has a row; --all shows those without one.")
     else:
         print(f"No {'such ' if entries else ''}experiments in {store.root}.")
     return damaged
@@ -148,7 +150,7 @@ def _without_row(directory: ExperimentDir) -> Entry:
     state = directory.state()
     detail = _where(state) if state.status == "running" else state.error
     if state.status in FINISHED:
-        detail = f"lem aggregate {directory.id} makes its row"
+        state, detail = replace(state, status="completed"), f"lem aggregate {directory.id} makes its row"
     try:
         wanted = directory.plan().experiment
     except ResultsError as error:
@@ -278,9 +280,15 @@ def aggregate_experiments(
     if (experiment_id is None) == (not everything):
         raise ResultsError("Name one experiment, or give --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]
-    with _no_collector():
-        outcomes = aggregate_all(store, ids, strict=strict, force=force, mixed=mixed)
-        kinds = Counter(_tell(outcome, everything) for outcome in outcomes)
+    try:
+        with _no_collector():
+            outcomes = aggregate_all(store, ids, strict=strict, force=force, mixed=mixed)
+            kinds = Counter(_tell(outcome, everything) for outcome in outcomes)
+    except OSError as error:
+        raise RunError(
+            f"The tables in {store.root} cannot be written ({error.strerror or error}); what was measured is kept in "
+            "raw/. Make room, or make it writable, then run lem aggregate --all."
+        ) from None
     if everything and kinds["fresh"]:
         print(f"Left alone, for their rows are there already: {kinds['fresh']}.")
     if not ids:

@@ -5,14 +5,13 @@ Knows rows as mappings of column names to values, and nothing of where they come
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lem.errors import DatasetError, did_you_mean
+from lem.plan import sha256_of
 
 # Columns that hold prompts in common datasets, the likeliest first.
 PROMPT_COLUMNS = (
@@ -48,10 +47,7 @@ class Prompts:
     @property
     def sha256(self) -> str:
         """Digest of the texts in order; equal digests mean equal prompts."""
-        digest = hashlib.sha256()
-        for text in self.texts:
-            digest.update(json.dumps(text).encode() + b"\n")
-        return digest.hexdigest()
+        return sha256_of(self.texts)
 
 
 def pick(
