@@ -6,6 +6,7 @@ numbers mean is for lem/rows.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,9 @@ def _check_same(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int
     for record in records:
         if record.experiment_id != directory.id:
             raise ResultsError(f"{_file(directory, record)} is of another experiment, {record.experiment_id}.")
+        if impossible := [phase for phase in record.phases if not 0 <= phase.duration_s < math.inf]:
+            what = f"{impossible[0].name} as {impossible[0].duration_s:g} s long"
+            raise ResultsError(f"{_file(directory, record)} has the phase {what}: it was changed, or is damaged.")
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(

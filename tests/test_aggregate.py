@@ -188,6 +188,13 @@ def test_a_record_of_another_experiment_is_refused(store):
     assert set(table(store, "requests")["experiment_id"]) == {other.id}
 
 
+def test_a_duration_that_cannot_be_is_refused(store):
+    directory = finished(store)
+    file = directory.record_file(0, 1, 1)
+    file.write_text(file.read_text().replace('"duration_s": 4.0', '"duration_s": -4.0'))
+    refused(directory, "has the phase measured as -4 s long", strict=False)
+
+
 def test_a_directory_of_another_name_is_refused(store):
     directory = finished(store)
     moved = directory.path.with_name("exp_20260102_030406")
