@@ -112,12 +112,6 @@ def _check_same(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int
     if plan.experiment_id != directory.id:
         raise ResultsError(f"{directory.path} holds {plan.experiment_id}: give the directory its name back.")
     records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
-    for record in records:
-        if record.experiment_id != directory.id:
-            raise ResultsError(f"{_file(directory, record)} is of another experiment, {record.experiment_id}.")
-        if impossible := [phase for phase in record.phases if not 0 <= phase.duration_s < math.inf]:
-            what = f"{impossible[0].name} as {impossible[0].duration_s:g} s long"
-            raise ResultsError(f"{_file(directory, record)} has the phase {what}: it was changed, or is damaged.")
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
@@ -126,17 +120,28 @@ def _check_same(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int
         )
     for record in records:
         foreign = len(backends) > 1 and record.backend != plan.experiment.backend.name
-        if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
-            raise ResultsError(f"{_file(directory, record)} was measured with another configuration than spec.json's.")
-        if record.world_size != plan.processes:
-            among = f"of one among {record.world_size} processes; the plan has {plan.processes}"
-            raise ResultsError(f"{_file(directory, record)} is {among}.")
+        if (why := _unfit(record, plan, foreign)) is not None:
+            raise ResultsError(f"{_file(directory, record)} {why}.")
     for cycle, of_cycle in by_cycle.items():
         rows = [row.request for part in of_cycle for row in part.requests]
         if len(rows) != len(set(rows)):
             raise ResultsError(
                 f"{directory.id} has prompt {max(rows, key=rows.count)} of cycle {cycle} more than once."
             )
+
+
+def _unfit(record: ProcessRecord, plan: BriefPlan, foreign: bool) -> str | None:
+    """Return why a record cannot be one of the plan's, or None; `foreign`: it may be of another backend."""
+    if record.experiment_id != plan.experiment_id:
+        return f"is of another experiment, {record.experiment_id}"
+    if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
+        return "was measured with another configuration than spec.json's"
+    if record.world_size != plan.processes:
+        return f"is of one among {record.world_size} processes; the plan has {plan.processes}"
+    for phase in record.phases:
+        if not 0 <= phase.duration_s < math.inf:
+            return f"has the phase {phase.name} as {phase.duration_s:g} s long: it was changed, or is damaged"
+    return None
 
 
 def _file(directory: ExperimentDir, record: ProcessRecord) -> Path:
