@@ -239,7 +239,7 @@ def test_no_aggregate_leaves_the_row_to_the_aggregate_command(lem, tmp_path):
     assert shown.code == 0
     assert "lem aggregate exp_" in shown.out
     assert not (tmp_path / "results" / "experiments").exists()
-    assert "No experiments" in lem("results", "list").out
+    assert "has a row; --all shows those without one" in lem("results", "list").out
     assert "makes its row" in lem("results", "list", "--all").out
     assert "completed" in lem("aggregate", "--all").out
     assert "completed" in lem("results", "list").out
