@@ -47,6 +47,17 @@ def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
     return times
 
 
+def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
+    """Return the arrivals of a trace; None for other patterns, whose configuration alone says when requests arrive.
+
+    Raises:
+        BadInput: as `read_trace`.
+    """
+    if traffic.pattern != "trace" or traffic.trace is None:
+        return None
+    return read_trace(Path(traffic.trace), count)
+
+
 def read_trace(path: Path, count: int) -> list[float]:
     """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0.
 

@@ -215,19 +215,22 @@ def _cycle(this: Run, bench: Bench, prompts: Sequence[Encoded], finished: set[in
         this,
         this.measurement,
         first_batch=this.directory.batches(this.rank, this.cycle, this.attempt),
-        queue=_queue(this.plan, left, finished),
+        queue=_queue(this, left, finished),
     )
 
 
-def _queue(plan: Plan, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
+def _queue(this: Run, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
     """Return how the prompts that are left arrive: where a former attempt has ended, its last arrival is time 0."""
-    experiment = plan.experiment
-    traffic, at_most = experiment.traffic, experiment.batching.batch_size
+    plan = this.plan
+    traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
     if traffic.pattern == "closed":
         return None
     if traffic.pattern == "concurrency":
         return Queue(None, (traffic.concurrency or 1) // plan.replicas, at_most)
-    times_s = arrival_times_s(traffic, plan.prompts.count, experiment.seed)
+    if plan.arrivals_sha256:  # those of the trace as it was when the experiment was begun
+        times_s = this.directory.arrivals_s()
+    else:
+        times_s = arrival_times_s(traffic, plan.prompts.count, plan.experiment.seed)
     begin_s = max((times_s[i] for i in finished), default=0.0)
     return Queue([max(0.0, times_s[p.index] - begin_s) for p in left], 1, at_most)
 
