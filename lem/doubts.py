@@ -344,9 +344,13 @@ def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> It
             [sum([r.requests_completed for r in of_row]) for of_row in records],
             rows["requests_completed"],
         ),
-        "prefill + decode = window": (
+        "prefill + decode + idle = window": (
             rows["duration_s"],
-            map(_sum, rows["prefill_duration_s"], rows["decode_duration_s"]),
+            map(
+                _sum,
+                map(_sum, rows["prefill_duration_s"], rows["decode_duration_s"]),
+                [_product(share or 0.0, s) for share, s in zip(rows["idle_share"], rows["duration_s"], strict=True)],
+            ),
         ),
     }
     for name, (ones, others) in pairs.items():
