@@ -90,8 +90,9 @@ CATALOGUE: dict[str, Doubt] = {
         "Measure several times (--cycles); two are the least, five and more give a narrow interval.",
     ),
     "window_cut": Doubt(
-        "The run ended inside the measured window, which is counted up to its last finished batch.",
-        "Nothing, if the loss is small beside the window (the sentence says how much); else measure anew (--fresh).",
+        "The run ended inside the measured window, which is counted up to its last finished request. How long before "
+        "the end that was, the sentence says; of a process that was killed it is not known.",
+        "Nothing, if the loss is small beside the window; else measure anew (--fresh).",
     ),
     "resumed": Doubt(
         "The run was interrupted and continued: its windows were measured at different times, each after a warm-up.",

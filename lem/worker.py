@@ -45,6 +45,7 @@ from lem.record import (
     Flops,
     Memory,
     Note,
+    Phase,
     PowerRecord,
     PowerSample,
     Prefill,
@@ -370,10 +371,11 @@ def _warnings(this: Run) -> list[Note]:
     if wanted is not None and there < wanted:
         text = f"{wanted} prompts were asked for, the dataset holds {there} that are not empty."
         notes.append(note("fewer_prompts", text))
-    behind_s = this.measurement.energy_behind_s
-    if behind_s is not None:
+    lost_s, behind_s = this.measurement.lost_s, this.measurement.energy_behind_s
+    if lost_s is not None:
         energy = f", its energy {behind_s:.3g} s before that" if behind_s else ""
-        notes.append(note("window_cut", f"the window was broken off; it ends with its last batch{energy}."))
+        end = f"{lost_s:.3g} s after its last finished request, with which it ends{energy}"
+        notes.append(note("window_cut", f"the window was broken off {end}."))
     requests = this.measurement.requests
     truncated = sum(r.prompt.truncated for r in requests)
     if truncated:
@@ -391,12 +393,21 @@ def _keep_what_is_journaled(this: Run) -> None:
     if not of_cycle or len(of_cycle[-1].rows) == len(this.measurement.requests):
         return
     del this.measurement.requests[len(of_cycle[-1].rows) :]
-    last, metered = of_cycle[-1].last, of_cycle[-1].metered
-    if last is not None and metered is not None:
-        this.measurement.energy_behind_s = last.duration_s - (metered.energy_at_s or 0.0)
     window = of_cycle[-1].salvaged().phase("measured")
+    move_the_end(this.measurement, window, of_cycle[-1].metered)
     others = [phase for phase in this.measurement.phases if phase.name != "measured"]
     this.measurement.phases = [*others, window] if window else others
+
+
+def move_the_end(measurement: Measurement, window: Phase | None, metered: Checkpoint | None) -> None:
+    """Note what is lost of a broken-off window, and how far it was metered, when its end is put earlier."""
+    before = next((phase for phase in measurement.phases if phase.name == "measured"), None)
+    lost_s, measurement.lost_s, measurement.energy_behind_s = measurement.lost_s, None, None
+    if window is None or before is None or lost_s is None:
+        return
+    measurement.lost_s = lost_s + before.duration_s - window.duration_s
+    if metered is not None and metered.energy:
+        measurement.energy_behind_s = window.duration_s - (metered.energy_at_s or 0.0)
 
 
 def _write(this: Run) -> None:
