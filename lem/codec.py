@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lem.spec import Experiment
@@ -100,3 +100,8 @@ def config_sha256(experiment: Experiment) -> str:
     values = to_plain(experiment)
     del values["io"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def arrivals_sha256(times_s: Sequence[float]) -> str:
+    """Return the digest of the arrivals of a trace."""
+    return hashlib.sha256(json.dumps(list(times_s)).encode()).hexdigest()

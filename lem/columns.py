@@ -16,6 +16,9 @@ from lem.units import J_PER_KWH, J_PER_WH
 Columns = dict[str, list[Any]]
 Values = Sequence[float | None]
 
+# Below this share of the window idle time is what its edges leave open, as with a fixed concurrency.
+IDLE_LEAST_SHARE = 0.001
+
 
 def of_each(objects: Iterable[Any], name: str) -> list[Any]:
     """Return an attribute of each object, None where there is no object."""
@@ -45,12 +48,22 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
         "energy_per_request_j": ratios(whole_j, requests),
         "energy_idle_adjusted_j": _differences(energy_j, _products(of["idle_power_loaded_w"], duration_s)),
         "co2e_g": _products(energy_kwh, of["carbon_intensity_g_per_kwh"]),
-        "decode_duration_s": _differences(duration_s, of["prefill_duration_s"]),
-        "decode_energy_j": _differences(energy_j, of["prefill_energy_j"]),
+        "decode_duration_s": _differences(
+            _differences(duration_s, of["prefill_duration_s"]), _idle_durations_s(of["idle_share"], duration_s)
+        ),
+        "decode_energy_j": [
+            None if (share or 0.0) > IDLE_LEAST_SHARE else value
+            for share, value in zip(of["idle_share"], _differences(energy_j, of["prefill_energy_j"]), strict=True)
+        ],
         "flops_per_token": ratios(of["flops"], all_tokens),
         "flops_per_s": flops_per_s,
         "mfu": ratios(flops_per_s, of["peak_flops_per_s"]),
     }
+
+
+def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:
+    """Return how long no request was there: 0 where all were there from the beginning, or the window is not known."""
+    return [max(share or 0.0, 0.0) * (duration or 0.0) for share, duration in zip(shares, durations_s, strict=True)]
 
 
 def _products(ones: Values, others: Values) -> list[float | None]:

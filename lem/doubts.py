@@ -90,8 +90,9 @@ CATALOGUE: dict[str, Doubt] = {
         "Measure several times (--cycles); two are the least, five and more give a narrow interval.",
     ),
     "window_cut": Doubt(
-        "The run ended inside the measured window, which is counted up to its last finished batch.",
-        "Nothing, if the loss is small beside the window (the sentence says how much); else measure anew (--fresh).",
+        "The run ended inside the measured window, which is counted up to its last finished request. How long before "
+        "the end that was, the sentence says; of a process that was killed it is not known.",
+        "Nothing, if the loss is small beside the window; else measure anew (--fresh).",
     ),
     "resumed": Doubt(
         "The run was interrupted and continued: its windows were measured at different times, each after a warm-up.",
@@ -344,9 +345,13 @@ def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> It
             [sum([r.requests_completed for r in of_row]) for of_row in records],
             rows["requests_completed"],
         ),
-        "prefill + decode = window": (
+        "prefill + decode + idle = window": (
             rows["duration_s"],
-            map(_sum, rows["prefill_duration_s"], rows["decode_duration_s"]),
+            map(
+                _sum,
+                map(_sum, rows["prefill_duration_s"], rows["decode_duration_s"]),
+                [_product(share or 0.0, s) for share, s in zip(rows["idle_share"], rows["duration_s"], strict=True)],
+            ),
         ),
     }
     for name, (ones, others) in pairs.items():

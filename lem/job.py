@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lem import host
 from lem.aggregate import aggregate, read
-from lem.codec import config_sha256
+from lem.codec import arrivals_sha256, config_sha256
 from lem.errors import Interrupted, ResultsError, RunError
 from lem.launch import launch, undisturbed
 from lem.plan import Plan, PromptsInfo, process_counts, timestamp
@@ -89,7 +89,7 @@ def run_ready(
             directory.share(shared_with)
         else:
             plan = replace(_plan(directory.id, ready, overrides, config_file), shared_with=shared_with)
-            directory.write_plan(plan, ready.prompts.texts)
+            directory.write_plan(plan, ready.prompts.texts, ready.arrivals_s)
     return _execute(store, directory, write_tables, report, launcher)
 
 
@@ -217,6 +217,7 @@ def _plan(experiment_id: str, ready: Ready, overrides: Sequence[str], config_fil
             dropped_empty=prompts.dropped_empty,
         ),
         config_sha256=config_sha256(ready.experiment),
+        arrivals_sha256="" if ready.arrivals_s is None else arrivals_sha256(ready.arrivals_s),
         processes=processes,
         replicas=replicas,
         overrides=tuple(overrides),

@@ -85,13 +85,13 @@ class Window:
 
     def _cut(self) -> str:
         assert self.last is not None
+        killed = "the process was killed, not known how long after its last finished request; its window ends with that"
         if self.metered and not self.metered.energy:
-            return "the process was killed; its window ends with its last batch."
+            return f"{killed}."
         known = self.metered.energy_at_s if self.metered else None
         if known is None:
-            return "the process was killed; its window ends with its last batch, and its energy is not known."
-        behind_s = self.last.duration_s - known
-        return f"the process was killed; its window ends with its last batch, its energy {behind_s:.3g} s before that."
+            return f"{killed}, and its energy is not known."
+        return f"{killed}, its energy {self.last.duration_s - known:.3g} s before that."
 
 
 def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:

@@ -46,7 +46,8 @@ class Measurement:
     """What has been measured of one cycle so far; filled as the run goes, so that nothing is lost when it ends early.
 
     `indices` are the positions of this process's prompts among the experiment's, those of earlier attempts left out.
-    `energy_behind_s` is how long before the end of a window that was cut short its energy is known to, None else.
+    Of a window that was cut short, at what it had finished last, `lost_s` is how long it had gone on since, and
+    `energy_behind_s` how long before its end its energy is known to; None else, and where nothing metered it.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Measurement:
     current: PhaseName | None = None
     window_opened_ns: int = 0
     window_opened_unix_s: float | None = None
+    lost_s: float | None = None
     energy_behind_s: float | None = None
 
     def add(self, generation: Generation, prompt: Encoded) -> MeasuredRequest:
@@ -264,15 +266,18 @@ class _Window:
 
     def cut(self) -> None:
         """End the window with the last batch: what was begun after it will be run again, or was never finished."""
+        broken_off_s = self._since(time.perf_counter_ns())
         readings = self._bench.meter.end()
         if self._last is None:
             return
+        self._into.lost_s = broken_off_s - self._last.duration_s
         if self._metered is None:
             lost = "the window was broken off, and the meter cannot tell what it had read before"
             readings = tuple(replace(r, energy_j=None, trace_energy_j=None, reason=lost) for r in readings)
         else:
             readings = self._metered.energy or ()
-            self._into.energy_behind_s = self._last.duration_s - (self._metered.energy_at_s or 0.0)
+            if readings:
+                self._into.energy_behind_s = self._last.duration_s - (self._metered.energy_at_s or 0.0)
         self._into.phases.append(Phase("measured", self._last.duration_s, readings))
 
     def _since(self, now_ns: int) -> float:

@@ -14,7 +14,8 @@ from lem.spec import Experiment
 # History of spec.json's format:
 # 1  first version
 # 2  replicas, shared_with and the configuration's digest
-FORMAT_VERSION = 2
+# 3  the digest of a trace's arrivals, which lie in arrivals.json
+FORMAT_VERSION = 3
 
 
 def sha256_of(texts: Iterable[str]) -> str:
@@ -44,6 +45,7 @@ class Plan:
 
     `replicas` is the number of shares of the prompts: the processes of one replica run the same prompts together
     (tensor parallelism). `shared_with` counts the other runs that were meant to be on this machine at the same time.
+    `arrivals_sha256` is the digest of a trace's arrivals, as arrivals.json holds them; empty without such a file.
     """
 
     experiment_id: str
@@ -56,6 +58,7 @@ class Plan:
     shared_with: int = 0
     overrides: tuple[str, ...] = ()
     config_file: str | None = None
+    arrivals_sha256: str = ""
     lem_version: str = VERSION
     format_version: int = field(default=FORMAT_VERSION)
 
@@ -69,8 +72,9 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Return what makes two experiments the same: the configuration, and the prompts in order."""
-        return f"{self.config_sha256[:16]}-{self.prompts.sha256[:16]}"
+        """Return what makes two experiments the same: configuration, prompts in order, arrivals of a trace."""
+        digests = (self.config_sha256, self.prompts.sha256, self.arrivals_sha256)
+        return "-".join(digest[:16] for digest in digests if digest)
 
 
 def process_counts(experiment: Experiment) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from lem.objection import Objection, without_effect
 from lem.quiet import quiet_stdout
 from lem.spec import Dataset, Energy, Experiment, Traffic
 from lem.store import Store
-from lem.traffic import arrival_times_s
+from lem.traffic import recorded_times_s
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ class Ready:
     model: Model | None
     prompts: Prompts
     warnings: tuple[Objection, ...]
+    # When the requests of a trace arrive; None where the configuration alone says it.
+    arrivals_s: Sequence[float] | None = None
 
 
 def preflight(
@@ -59,43 +61,54 @@ def preflight(
     Raises:
         ConfigError: all the reasons why it cannot run, or should not.
     """
-    prompts = None
+    prompts, arrivals_s = None, None
     model, problems, warnings = _without_prompts(experiment, host, force=force)
     try:
         prompts = load(experiment.dataset, experiment.seed)
-        if experiment.traffic.pattern == "trace" and experiment.traffic.trace is not None:
-            arrival_times_s(experiment.traffic, len(prompts.texts), experiment.seed)
     except BadInput as error:
         problems.append(str(error))
+    try:
+        arrivals_s = recorded_times_s(experiment.traffic, len(prompts.texts) if prompts else 0)
+    except BadInput as error:
+        problems.append(str(_bad_arrivals(error)))
     if problems or prompts is None:
         raise ConfigError(*dict.fromkeys(problems))
     log.debug("prompts: %d of %d from %s", len(prompts.texts), prompts.available, prompts.source)
-    return Ready(experiment, model, prompts, warnings)
+    return Ready(experiment, model, prompts, warnings, arrivals_s)
 
 
-def check_again(experiment: Experiment, host: Host, *, force: bool = False) -> tuple[Objection, ...]:
+def check_again(
+    experiment: Experiment, host: Host, *, force: bool = False, has_arrivals: bool = False
+) -> tuple[Objection, ...]:
     """Check an experiment that was begun before, whose prompts are written down; return the warnings.
+
+    Args:
+        experiment: what it was begun with.
+        host: the machine.
+        force: run despite objections that are only inadvisable.
+        has_arrivals: those of its trace are written down as well, so that the file plays no part any more.
 
     Raises:
         ConfigError: all the reasons why it cannot run here and now, or should not.
     """
-    _, problems, warnings = _without_prompts(experiment, host, force=force)
+    needless = frozenset({"traffic_trace"} if has_arrivals else ())
+    _, problems, warnings = _without_prompts(experiment, host, force=force, needless=needless)
     if problems:
         raise ConfigError(*problems)
     return warnings
 
 
 def _without_prompts(
-    experiment: Experiment, host: Host, *, force: bool
+    experiment: Experiment, host: Host, *, force: bool, needless: frozenset[str] = frozenset()
 ) -> tuple[Model | None, list[str], tuple[Objection, ...]]:
-    """Return the model, what speaks against a run, and what is only to be warned of."""
+    """Return the model, what speaks against a run, and what is only to be warned of; not by the rules in `needless`."""
     problems: list[str] = []
     model = None
     try:
         model = _model(experiment)
     except BadInput as error:
         problems.append(str(error))
-    found = objections(experiment, host, model)
+    found = [o for o in objections(experiment, host, model) if o.code not in needless]
     log.debug("model: %s; objections: %s", model, [o.code for o in found])
     blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
     problems += [str(o) if o.severity == "impossible" else f"{o} (--force runs it all the same)" for o in blocking]
@@ -242,12 +255,14 @@ def _trace(energy: Energy) -> Iterator[Objection]:
 
 # ------------------------------------------------------------------ files
 def _arrivals(traffic: Traffic) -> Iterator[Objection]:
-    if traffic.pattern != "trace" or traffic.trace is None:
-        return
     try:
-        arrival_times_s(traffic, 0, 0)
+        recorded_times_s(traffic, 0)
     except BadInput as error:
-        yield Objection("traffic_trace", "traffic.trace", str(error), "")
+        yield _bad_arrivals(error)
+
+
+def _bad_arrivals(error: BadInput) -> Objection:
+    return Objection("traffic_trace", "traffic.trace", str(error), "")
 
 
 def _sources(experiment: Experiment) -> Iterator[Objection]:

@@ -393,9 +393,15 @@ class ExperimentRow:
     trace_energy_j: Annotated[float | None, units.JOULE, "Integral of the GPU power trace, beside the counter."]
     counter_tick_s: Annotated[float | None, units.SECOND, "Coarsest tick of the GPU energy counters."]
     prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
-    decode_duration_s: Annotated[float | None, units.SECOND, "The rest of the window."]
+    decode_duration_s: Annotated[
+        float | None, units.SECOND, "The rest of the window, less idle_share of it where that is known."
+    ]
     prefill_energy_j: Annotated[float | None, units.JOULE, "Power trace over the prefill spans (integral)."]
-    decode_energy_j: Annotated[float | None, units.JOULE, "energy_j less prefill_energy_j; negative if so."]
+    decode_energy_j: Annotated[
+        float | None,
+        units.JOULE,
+        "energy_j less prefill_energy_j; negative if so; null with idle time, whose energy is not measured apart.",
+    ]
     prefill_energy_uncertainty_j: Annotated[
         float | None, units.JOULE, "Bound on what the trace's period leaves open, of prefill and of decode."
     ]
@@ -449,7 +455,9 @@ class ExperimentRow:
     queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
     queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
     queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
-    idle_share: Annotated[float | None, units.RATIO, "Share of the window in which no request was there."] = None
+    idle_share: Annotated[
+        float | None, units.RATIO, "Share of the window in which no request was there, in any process."
+    ] = None
     goodput_requests_per_s: Annotated[
         float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
     ] = None
@@ -513,7 +521,9 @@ class CycleRow:
     energy_per_output_token_j: Annotated[float | None, units.JOULE_PER_TOKEN, "energy_j / output_tokens."]
     energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
     prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
-    decode_duration_s: Annotated[float | None, units.SECOND, "The rest of the window."]
+    decode_duration_s: Annotated[
+        float | None, units.SECOND, "The rest of the window, less idle_share of it where that is known."
+    ]
     flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
     mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation."]
     # token by token, when streaming
@@ -543,7 +553,9 @@ class CycleRow:
     queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
     queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
     queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
-    idle_share: Annotated[float | None, units.RATIO, "Share of the window in which no request was there."] = None
+    idle_share: Annotated[
+        float | None, units.RATIO, "Share of the window in which no request was there, in any process."
+    ] = None
     goodput_requests_per_s: Annotated[
         float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
     ] = None

@@ -265,7 +265,11 @@ OBJECTIONS: dict[str, Rule] = {
         "Use a multiple of the number of processes.",
     ),
     "traffic_trace": Rule(
-        "impossible", "files", "The trace of arrivals cannot be read.", "Name a CSV file with a column t_s."
+        "impossible",
+        "files",
+        "The trace of arrivals cannot be read, has fewer arrivals than there are requests, or holds a time that is not "
+        "finite or more than 30 days after the first.",
+        "Name a CSV file with a column t_s: when each request arrives, in seconds.",
     ),
     "no_effect_traffic": Rule(
         "inadvisable",

@@ -1,6 +1,6 @@
 """A results directory: claiming ids, writing files whole or not at all, reading them back.
 
-    <results>/raw/<id>/           spec.json, prompts.jsonl: what is to be run
+    <results>/raw/<id>/           spec.json, prompts.jsonl: what is to be run; arrivals.json: when, of a trace
                                   state.json: where it stands; aggregated.json: that it has its rows, once it has
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
@@ -149,10 +149,12 @@ class ExperimentDir:
         return self.path / f"worker_{rank}.log"
 
     # -------------------------------------------------------------- what is to be run
-    def write_plan(self, plan: Plan, texts: Sequence[str]) -> None:
-        """Write the prompts, then the plan: a directory with a plan is complete."""
+    def write_plan(self, plan: Plan, texts: Sequence[str], arrivals_s: Sequence[float] | None = None) -> None:
+        """Write the prompts and a trace's arrivals, then the plan: a directory with a plan is complete."""
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         write_atomically(self.path / "prompts.jsonl", lines)
+        if arrivals_s is not None:
+            write_atomically(self.path / "arrivals.json", json.dumps(list(arrivals_s)))
         write_atomically(self.path / "spec.json", to_json(plan))
 
     def share(self, others: int) -> None:
@@ -186,6 +188,13 @@ class ExperimentDir:
         if wanted and sha256_of(texts) != wanted:
             raise ResultsError(f"{self.path / 'prompts.jsonl'} does not hold the prompts that spec.json speaks of.")
         return texts
+
+    def arrivals_s(self) -> list[float]:
+        """Read when the requests of a trace arrive; raises `ResultsError` when it cannot be read."""
+        try:
+            return from_json(list[float], (self.path / "arrivals.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise self._unreadable("arrivals.json", error) from None
 
     # -------------------------------------------------------------- where it stands
     def state(self) -> State:

@@ -7,6 +7,7 @@ turn comes. Knows neither engine nor meter; times are readings of `time.perf_cou
 from __future__ import annotations
 
 import csv
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ from lem.units import NS_PER_S
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# A trace that goes on for longer is taken for a mistake, as milliseconds in the column of seconds.
+LONGEST_S = 30 * 86400.0
 
 
 def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
@@ -43,20 +47,58 @@ def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
     return times
 
 
+def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
+    """Return the arrivals of a trace; None for other patterns, whose configuration alone says when requests arrive.
+
+    Raises:
+        BadInput: as `read_trace`.
+    """
+    if traffic.pattern != "trace" or traffic.trace is None:
+        return None
+    return read_trace(Path(traffic.trace), count)
+
+
 def read_trace(path: Path, count: int) -> list[float]:
-    """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0."""
+    """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0.
+
+    Raises:
+        BadInput: it cannot be read, holds fewer, or holds a time that is not finite or `LONGEST_S` after the first.
+    """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            times = sorted(float(row["t_s"]) for row in csv.DictReader(file))
+        times = _times(path)
     except FileNotFoundError:
         raise BadInput(f"The trace {path} does not exist.") from None
     except KeyError:
         raise BadInput(f"The trace {path} has no column t_s.") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"The trace {path} cannot be read: {' '.join(str(error).split())}.") from None
     if len(times) < count:
         raise BadInput(f"The trace {path} has {len(times)} arrivals, fewer than the {count} requests.")
     return [t - times[0] for t in times[:count]]  # the first arrives when the window opens
+
+
+def _times(path: Path) -> list[float]:
+    """Return the times of a trace in order; raises ValueError, with the line, for one that is no arrival's."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        found = [(row["t_s"], rows.line_num) for row in rows]
+    times = [(_seconds(text, line), line) for text, line in found]
+    first_s, first_line = min(times, default=(0.0, 0))
+    for t_s, line in times:
+        if t_s - first_s > LONGEST_S:
+            days, begin = LONGEST_S / 86400, f"the first arrival ({first_s:g} s in line {first_line})"
+            raise ValueError(f"line {line}: {t_s:g} s is more than {days:.0f} days after {begin}")
+    return sorted(t_s for t_s, _ in times)
+
+
+def _seconds(text: str | None, line: int) -> float:
+    try:
+        t_s = float(text or "")
+    except ValueError:
+        raise ValueError(f"line {line}: '{text or ''}' is no number of seconds") from None
+    if not math.isfinite(t_s):
+        raise ValueError(f"line {line}: {text} is no time that a request can arrive at")
+    return t_s
 
 
 @dataclass(frozen=True)

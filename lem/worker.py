@@ -45,6 +45,7 @@ from lem.record import (
     Flops,
     Memory,
     Note,
+    Phase,
     PowerRecord,
     PowerSample,
     Prefill,
@@ -215,19 +216,22 @@ def _cycle(this: Run, bench: Bench, prompts: Sequence[Encoded], finished: set[in
         this,
         this.measurement,
         first_batch=this.directory.batches(this.rank, this.cycle, this.attempt),
-        queue=_queue(this.plan, left, finished),
+        queue=_queue(this, left, finished),
     )
 
 
-def _queue(plan: Plan, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
+def _queue(this: Run, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
     """Return how the prompts that are left arrive: where a former attempt has ended, its last arrival is time 0."""
-    experiment = plan.experiment
-    traffic, at_most = experiment.traffic, experiment.batching.batch_size
+    plan = this.plan
+    traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
     if traffic.pattern == "closed":
         return None
     if traffic.pattern == "concurrency":
         return Queue(None, (traffic.concurrency or 1) // plan.replicas, at_most)
-    times_s = arrival_times_s(traffic, plan.prompts.count, experiment.seed)
+    if plan.arrivals_sha256:  # those of the trace as it was when the experiment was begun
+        times_s = this.directory.arrivals_s()
+    else:
+        times_s = arrival_times_s(traffic, plan.prompts.count, plan.experiment.seed)
     begin_s = max((times_s[i] for i in finished), default=0.0)
     return Queue([max(0.0, times_s[p.index] - begin_s) for p in left], 1, at_most)
 
@@ -367,10 +371,11 @@ def _warnings(this: Run) -> list[Note]:
     if wanted is not None and there < wanted:
         text = f"{wanted} prompts were asked for, the dataset holds {there} that are not empty."
         notes.append(note("fewer_prompts", text))
-    behind_s = this.measurement.energy_behind_s
-    if behind_s is not None:
+    lost_s, behind_s = this.measurement.lost_s, this.measurement.energy_behind_s
+    if lost_s is not None:
         energy = f", its energy {behind_s:.3g} s before that" if behind_s else ""
-        notes.append(note("window_cut", f"the window was broken off; it ends with its last batch{energy}."))
+        end = f"{lost_s:.3g} s after its last finished request, with which it ends{energy}"
+        notes.append(note("window_cut", f"the window was broken off {end}."))
     requests = this.measurement.requests
     truncated = sum(r.prompt.truncated for r in requests)
     if truncated:
@@ -388,12 +393,21 @@ def _keep_what_is_journaled(this: Run) -> None:
     if not of_cycle or len(of_cycle[-1].rows) == len(this.measurement.requests):
         return
     del this.measurement.requests[len(of_cycle[-1].rows) :]
-    last, metered = of_cycle[-1].last, of_cycle[-1].metered
-    if last is not None and metered is not None:
-        this.measurement.energy_behind_s = last.duration_s - (metered.energy_at_s or 0.0)
     window = of_cycle[-1].salvaged().phase("measured")
+    move_the_end(this.measurement, window, of_cycle[-1].metered)
     others = [phase for phase in this.measurement.phases if phase.name != "measured"]
     this.measurement.phases = [*others, window] if window else others
+
+
+def move_the_end(measurement: Measurement, window: Phase | None, metered: Checkpoint | None) -> None:
+    """Note what is lost of a broken-off window, and how far it was metered, when its end is put earlier."""
+    before = next((phase for phase in measurement.phases if phase.name == "measured"), None)
+    lost_s, measurement.lost_s, measurement.energy_behind_s = measurement.lost_s, None, None
+    if window is None or before is None or lost_s is None:
+        return
+    measurement.lost_s = lost_s + before.duration_s - window.duration_s
+    if metered is not None and metered.energy:
+        measurement.energy_behind_s = window.duration_s - (metered.energy_at_s or 0.0)
 
 
 def _write(this: Run) -> None:

@@ -105,6 +105,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert record["error"]["message"] == row["error"] == f"stopped by {what}"
     (cut,) = [warning["text"] for warning in record["warnings"] if warning["code"] == "window_cut"]
     assert "energy" not in cut, "nothing metered it"
+    assert re.fullmatch(r"the window was broken off \S+ s after its last finished request, with which it ends\.", cut)
     assert 0 < record["requests_completed"] < 40
     assert row["requests_completed"] == record["requests_completed"]
     assert row["output_tokens"] in (None, record["output_tokens"])
@@ -161,7 +162,8 @@ def test_a_killed_worker_leaves_a_failed_record_that_says_how_it_died(running, t
     record, row = kept(tmp_path)
     assert record["status"] == row["status"] == "failed"
     assert "SIGKILL" in record["error"]["message"]
-    assert "window_cut" in {warning["code"] for warning in record["warnings"]}
+    (cut,) = [warning["text"] for warning in record["warnings"] if warning["code"] == "window_cut"]
+    assert "not known how long after its last finished request" in cut
     assert 0 < record["requests_completed"] < 40
     resume_all(tmp_path, 40)
 

@@ -10,11 +10,13 @@ import pytest
 from lem.backends import make_backend
 from lem.energy.base import Meter
 from lem.errors import RunError
+from lem.journal import Checkpoint
 from lem.measure import Bench, Measurement
 from lem.progress import silent
 from lem.ranks import Ranks
-from lem.record import EnergyReading, WarmupInfo
+from lem.record import EnergyReading, Phase, WarmupInfo
 from lem.spec import Batching, Experiment, SimulatedBackend, Warmup
+from lem.worker import move_the_end
 
 TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
 # As in an experiment in which another process has the even ones.
@@ -151,6 +153,36 @@ def test_a_failure_keeps_what_was_measured_until_then_and_ends_the_window_with_t
     # The meter is asked now and then only: what it knows is of a checkpoint, not of the end.
     known = [c for c in notes.checkpoints if c.energy is not None][-1]
     assert window.energy[0].energy_j == pytest.approx(50 * known.energy_at_s, abs=0.05)
+    assert measurement.energy_behind_s == window.duration_s - known.energy_at_s
+
+
+def test_what_is_lost_of_a_broken_window_is_the_time_since_its_last_batch():
+    measurement, since_s = Measurement(), 0.1
+
+    class Stuck(Notes):
+        def finished(self, batch, checkpoint):
+            super().finished(batch, checkpoint)
+            if len(self.batches) == 2:
+                time.sleep(since_s)
+                raise RunError("no more")
+
+    began_s = time.perf_counter()
+    with pytest.raises(RunError):
+        run(measurement, warmup=0, notes=Stuck())
+    whole_s = time.perf_counter() - began_s
+    assert since_s <= measurement.lost_s <= whole_s - measurement.phases[-1].duration_s
+
+
+def test_what_is_lost_grows_as_the_end_is_put_earlier():
+    phases, earlier = [Phase("load", 9.0), Phase("measured", 3.0)], Phase("measured", 1.0)
+    energy = (EnergyReading("gpu", "replay", "device", "test", 40.0, "50 W"),)
+    cut = Measurement(phases=phases, lost_s=0.5, energy_behind_s=0.25)
+    move_the_end(cut, earlier, Checkpoint(0.75, energy=energy, energy_at_s=0.75))
+    assert (cut.lost_s, cut.energy_behind_s) == (2.5, 0.25)
+    move_the_end(cut, earlier, Checkpoint(0.75, energy=(), energy_at_s=0.75))
+    assert cut.energy_behind_s is None
+    move_the_end(cut, None, None)  # nothing of it is in the journal
+    assert (cut.lost_s, cut.energy_behind_s) == (None, None)
 
 
 def test_the_energy_of_a_broken_window_is_null_with_a_reason_where_the_meter_cannot_tell():
@@ -158,6 +190,7 @@ def test_the_energy_of_a_broken_window_is_null_with_a_reason_where_the_meter_can
     with pytest.raises(RunError):
         run(measurement, fail_at_request=INDICES[9], warmup=0, meter=BlindMeter())
     (reading,) = measurement.phases[-1].energy
+    assert (measurement.lost_s > 0, measurement.energy_behind_s) == (True, None)
     assert reading.energy_j is None
     assert "broken off" in reading.reason
 

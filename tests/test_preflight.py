@@ -16,7 +16,7 @@ from lem.errors import ConfigError
 from lem.gpu import Gpu, pick
 from lem.host import Host
 from lem.preflight import objections, preflight
-from lem.spec import Dataset, Decoder, Energy, Experiment, Io, PytorchBackend, SimulatedBackend
+from lem.spec import Dataset, Decoder, Energy, Experiment, Io, PytorchBackend, SimulatedBackend, Traffic
 
 CPU = Host(())
 GPUS = tuple(Gpu(i, f"GPU-{i}", "NVIDIA", 80 * 2**30, compute_capability=(9, 0)) for i in range(3))
@@ -62,6 +62,19 @@ def test_force_leaves_only_what_is_impossible():
     with pytest.raises(ConfigError) as refused:
         preflight(wanted, CPU, force=True)
     assert [problem.rpartition(" ")[2] for problem in refused.value.problems] == ["[min_above_max]"]
+
+
+@pytest.mark.parametrize(
+    ("times", "why"), [("0\nnan", "line 3: nan"), ("0\n1e300", "line 3: 1e+300 s"), ("0", "fewer than the 2 requests")]
+)
+def test_a_trace_that_cannot_be_run_is_refused_once_with_its_rule(tmp_path, times, why):
+    file = tmp_path / "trace.csv"
+    file.write_text(f"t_s\n{times}\n")
+    with pytest.raises(ConfigError) as refused:
+        preflight(simulated(traffic=Traffic(pattern="trace", trace=str(file))), CPU)
+    (problem,) = refused.value.problems
+    assert why in problem
+    assert problem.endswith("[traffic_trace]")
 
 
 def test_objections_need_neither_model_nor_prompts():

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -410,3 +410,73 @@ def test_a_results_directory_that_became_read_only_is_named(lem, killed, tmp_pat
     assert "Error: " in done.err
     assert "results" in done.err
     assert lem("experiment", "-y", "--resume", killed.id, "-o", "results").code == 0
+
+
+# ------------------------------------------------------------------ a trace of arrivals
+TIMES_S = (5.0, 5.01, 5.03, 5.06, 5.1, 5.15, 5.21, 5.28)
+TRACE = (*AGAIN, "traffic.pattern=trace", "traffic.trace=arrivals.csv", "batching.batch_size=1")
+
+
+def write_trace(folder: Path, times_s: Sequence[float]) -> None:
+    (folder / "arrivals.csv").write_text("t_s\n" + "".join(f"{t}\n" for t in times_s))
+
+
+@pytest.fixture
+def killed_with_trace(lem, tmp_path) -> ExperimentDir:
+    """An experiment of eight prompts that arrive as a trace says, killed when three were done."""
+    write_trace(tmp_path, TIMES_S)
+    done = lem(*TRACE)
+    assert done.code == 0, done.err
+    directory = only(tmp_path / "results")
+    forget_end(directory)
+    return directory
+
+
+@pytest.mark.parametrize("times_s", [[9.0 + i for i in range(8)], [1.0], None], ids=["others", "too_few", "none"])
+def test_the_arrivals_are_those_that_the_experiment_was_begun_with(lem, killed_with_trace, tmp_path, times_s):
+    (tmp_path / "arrivals.csv").unlink()
+    if times_s is not None:
+        write_trace(tmp_path, times_s)
+    done = lem("experiment", "-y", "--resume", killed_with_trace.id, "-o", "results")
+    assert done.code == 0, done.err
+    rows = rows_of(killed_with_trace)
+    arrived_s = [rows[request].arrived_s for request in range(3, 8)]
+    assert arrived_s == pytest.approx([t - TIMES_S[2] for t in TIMES_S[3:]], abs=1e-6)  # the last before is time 0
+
+
+def test_the_same_trace_is_gone_on_with_and_another_content_is_another_experiment(lem, killed_with_trace, tmp_path):
+    write_trace(tmp_path, [t + 0.5 * (t > 5.2) for t in TIMES_S])
+    assert lem(*TRACE).code == 0
+    assert len(rows_of(killed_with_trace)) == 3
+    assert len(list((tmp_path / "results" / "raw").iterdir())) == 2
+
+    write_trace(tmp_path, TIMES_S)
+    assert lem(*TRACE).code == 0
+    assert len(rows_of(killed_with_trace)) == 8
+    assert len(list((tmp_path / "results" / "raw").iterdir())) == 2
+
+
+def test_an_experiment_without_arrivals_of_its_own_reads_the_file(lem, killed_with_trace, tmp_path):
+    """As one that was begun before they were written down."""
+    spec = killed_with_trace.path / "spec.json"
+    plan = json.loads(spec.read_text())
+    del plan["arrivals_sha256"]
+    spec.write_text(json.dumps(plan))
+    (killed_with_trace.path / "arrivals.json").unlink()
+    resume = ("experiment", "-y", "--resume", killed_with_trace.id, "-o", "results")
+    (tmp_path / "arrivals.csv").rename(tmp_path / "elsewhere.csv")
+    refused = lem(*resume)
+    assert (refused.code, "arrivals.csv does not exist" in refused.err) == (2, True)
+    (tmp_path / "elsewhere.csv").rename(tmp_path / "arrivals.csv")
+    assert lem(*resume).code == 0
+    assert len(rows_of(killed_with_trace)) == 8
+
+
+@pytest.mark.parametrize("content", ["[0.0, 1.", None], ids=["damaged", "missing"])
+def test_arrivals_that_cannot_be_read_are_named(lem, killed_with_trace, content):
+    file = killed_with_trace.path / "arrivals.json"
+    file.unlink() if content is None else file.write_text(content)
+    done = lem("experiment", "-y", "--resume", killed_with_trace.id, "-o", "results")
+    assert done.code in (1, 2)
+    assert "arrivals.json cannot be read" in done.out
+    assert len(rows_of(killed_with_trace)) == 3

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lem import doubts
 from lem.aggregate import by_cycle, put_together
 from lem.averages import MAXIMA, experiment_columns
 from lem.brief import of_plan
@@ -73,7 +74,8 @@ def check_identities(row):
         if one is not None and other is not None:
             assert one * other == pytest.approx(product)
     if row.prefill_duration_s is not None:
-        assert row.prefill_duration_s + row.decode_duration_s == pytest.approx(row.duration_s)
+        idle_s = (row.idle_share or 0.0) * row.duration_s
+        assert row.prefill_duration_s + row.decode_duration_s + idle_s == pytest.approx(row.duration_s)
     assert "identity_violated" not in codes(row)
 
 
@@ -174,6 +176,47 @@ def test_prefill_and_decode_share_the_window():
     assert made.prefill_duration_s + made.decode_duration_s == made.duration_s
     assert made.prefill_energy_j + made.decode_energy_j == made.energy_j
     assert made.prefill_energy_uncertainty_j == 2.0
+
+
+def arrived(rows, ends_s):
+    """Return rows of requests that arrived when they began, and ended at these times."""
+    return [replace(r, arrived_s=r.start_s, end_s=end_s) for r, end_s in zip(rows, ends_s, strict=True)]
+
+
+def test_idle_time_belongs_to_neither_prefill_nor_decode():
+    made = row(record(prefill=Prefill(1.0, 30.0, 2.0)), rows=arrived(requests(), (0.5, 1.5, 2.5)))
+    assert made.idle_share == pytest.approx(2.5 / 4)
+    assert made.decode_duration_s == pytest.approx(4.0 - 1.0 - 2.5)
+    assert (made.energy_j, made.prefill_energy_j, made.decode_energy_j) == (100.0, 30.0, None)
+    check_identities(made)
+
+
+def test_idle_time_that_only_the_edges_of_the_window_leave_open_hides_no_energy():
+    made = row(record(prefill=Prefill(1.0, 30.0, 2.0)), rows=arrived(requests(), (1.0, 2.0, 3.999)))
+    assert 0 < made.idle_share < 0.001
+    assert made.decode_duration_s == pytest.approx(2.999)
+    assert made.decode_energy_j == 70.0
+    check_identities(made)
+
+
+def test_idle_time_is_left_out_of_decode_over_cycles_as_well():
+    ends_s = [(0.5, 1.5, 2.5), (0.75, 1.75, 2.75)]
+    of_cycles = [
+        row(record(prefill=Prefill(1.0, 30.0), duration_s=duration_s), rows=arrived(requests(), ends), cycles=2)
+        for ends, duration_s in zip(ends_s, (4.0, 5.0), strict=True)
+    ]
+    made = over_cycles(of_cycles, plan(cycles=2))
+    assert made.idle_share == pytest.approx((2.5 / 4 + 2.75 / 5) / 2)
+    assert made.decode_duration_s == pytest.approx(4.5 - 1.0 - made.idle_share * 4.5)
+    assert made.decode_energy_j is None
+    check_identities(made)
+
+
+def test_decode_that_holds_idle_time_is_a_warning():
+    columns_of_one = {name: [value] for name, value in vars(row(record(prefill=Prefill(1.0)))).items()}
+    assert doubts.of_rows(columns_of_one, [[record()]]) == [[]]
+    (found,) = doubts.of_rows(columns_of_one | {"idle_share": [0.5]}, [[record()]])
+    assert [(n.code, "idle" in n.text) for n in found] == [("identity_violated", True)]
 
 
 def test_a_negative_decode_energy_is_reported_as_such():

@@ -40,12 +40,31 @@ def test_a_trace_begins_at_its_first_arrival(tmp_path):
         arrival_times_s(traffic, 4, 0)
 
 
-@pytest.mark.parametrize(("text", "why"), [("a,b\n1,2\n", "no column t_s"), ("t_s\nx\n", "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a,b\n1,2\n", "no column t_s"),
+        ("t_s\n1\nx\n", "cannot be read: line 3: 'x' is no number"),
+        ("t_s,who\n1,a\n,b\n", "line 3: '' is no number"),
+        ("who,t_s\na,1\nb\n", "line 3: '' is no number"),
+        ("t_s\nnan\n1\n", "line 2: nan is no time"),
+        ("t_s\n1\n\ninf\n", "line 4: inf is no time"),
+        ("t_s\n1\n-inf\n", "line 3: -inf is no time"),
+        ("t_s\n5\n1e300\n", "line 3: 1e.300 s is more than 30 days after the first arrival .5 s in line 2"),
+        ("t_s\n3\n-1e308\n1e308\n", "line 2: 3 s is more than 30 days after the first arrival"),
+    ],
+)
 def test_a_broken_trace_is_a_sentence(tmp_path, text, why):
     file = tmp_path / "trace.csv"
     file.write_text(text)
     with pytest.raises(BadInput, match=why):
         arrival_times_s(Traffic(pattern="trace", trace=str(file)), 1, 0)
+
+
+def test_times_of_a_clock_are_no_late_ones(tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_text("t_s\n1767225600\n1767225600.5\n1769817600\n")  # the last 30 days after the first
+    assert arrival_times_s(Traffic(pattern="trace", trace=str(file)), 3, 0) == [0.0, 0.5, 30 * 86400]
 
 
 def serve(arrivals, at_most, service_s):

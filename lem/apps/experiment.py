@@ -97,9 +97,8 @@ def resume(experiment_id: str, results_dir: Path | None, options: Options) -> in
         print(f"{directory.id}: {left(directory)}\n# dry run: nothing was measured")
         return 0
     # What is inadvisable was accepted when it began; the results may have been moved since.
-    check_again(
-        replace(plan.experiment, io=replace(plan.experiment.io, results_dir=str(store.root))), host.look(), force=True
-    )
+    here = replace(plan.experiment, io=replace(plan.experiment.io, results_dir=str(store.root)))
+    check_again(here, host.look(), force=True, has_arrivals=bool(plan.arrivals_sha256))
     if not (options.yes or confirmed(f"Go on with {directory.id} ({left(directory)})?")):
         return 0
     return _finish(_resume(store, directory, options), options)
