@@ -88,12 +88,12 @@ CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
 CODE_METHOD = "custom_class"
 # Arguments of former versions, and what there is instead.
 DROPPED = {
-    "swap_space": "Preempted requests are computed anew; kv_offloading_size keeps blocks in main memory.",
-    "max_seq_len_to_capture": "Set max_cudagraph_capture_size, which counts tokens of a step.",
-    "cuda_graph_sizes": "Set cudagraph_capture_sizes.",
-    "num_scheduler_steps": "Set async_scheduling, which prepares a step during the one before.",
-    "multi_step_stream_outputs": "Set stream_interval.",
-    "disable_async_output_proc": "Set async_scheduling.",
+    "swap_space": "Preempted requests are computed anew. Set kv_offloading_size in backend.engine_args to keep blocks.",
+    "max_seq_len_to_capture": "Set max_cudagraph_capture_size in backend.engine_args; it counts tokens of a step.",
+    "cuda_graph_sizes": "Set cudagraph_capture_sizes in backend.engine_args.",
+    "num_scheduler_steps": "Set async_scheduling in backend.engine_args: a step is prepared during the one before.",
+    "multi_step_stream_outputs": "Set stream_interval in backend.engine_args.",
+    "disable_async_output_proc": "Set async_scheduling in backend.engine_args.",
     "device": "The installed build of vLLM decides; gpus chooses among its devices.",
     "best_of": "There is nothing instead: an output is sampled once.",
     "use_beam_search": "There is nothing instead: beam search lies outside of vLLM's engine; lem does not measure it.",
@@ -104,12 +104,12 @@ DROPPED = {
     "num_speculative_tokens": "Set backend.speculative.num_speculative_tokens.",
     "ngram_prompt_lookup_max": "Set backend.speculative.prompt_lookup_max.",
     "ngram_prompt_lookup_min": "Set backend.speculative.prompt_lookup_min.",
-    "guided_decoding_backend": "Set structured_outputs_config.",
-    "worker_use_ray": "Set distributed_executor_backend=ray.",
+    "guided_decoding_backend": "Set structured_outputs_config in backend.engine_args.",
+    "worker_use_ray": "Set distributed_executor_backend to ray in backend.engine_args.",
     "enable_prompt_adapter": "There is nothing instead: prompt adapters are gone.",
-    "task": "Set runner.",
-    "rope_scaling": "Set hf_overrides.",
-    "rope_theta": "Set hf_overrides.",
+    "task": "Set runner in backend.engine_args.",
+    "rope_scaling": "Set hf_overrides in backend.engine_args.",
+    "rope_theta": "Set hf_overrides in backend.engine_args.",
 }
 # vLLM raises lower temperatures to this, and says so only in its log.
 LOWEST_TEMPERATURE = 0.01
@@ -284,7 +284,7 @@ def _engine_args(options: VllmBackend) -> Iterator[Objection]:
         path = f"backend.engine_args.{name}"
         if option := _option_for(name, options):
             yield Objection("engine_arg_of_lem", path, f"{name} is given by {option}.", "Leave it out here.")
-        elif name in DROPPED and name not in known:
+        elif is_dropped(name):
             yield Objection("dropped_engine_arg", path, f"vLLM has no {name} any more.", DROPPED[name])
         elif known and name not in known:
             reason = f"vLLM {vllm_source.version()} has no such argument.{did_you_mean(name, sorted(known))}"
@@ -307,6 +307,22 @@ def _code(options: VllmBackend) -> Iterator[Objection]:
     for path in sorted(named):
         reason = "it names Python code that vLLM would load and run."
         yield Objection("engine_arg_code", path, reason, "Set trust_remote_code=true if you trust it.")
+
+
+def about_key(name: str) -> str | None:
+    """Return a sentence about a key that is none of the backend's; None where the engine has no such argument."""
+    if is_dropped(name):
+        return f"vLLM has no {name} any more. {DROPPED[name]}"
+    if option := _option_for(name, VllmBackend()):
+        return f"this argument of vLLM's engine is given by {option}."
+    if name in vllm_source.arguments() or name in CODE:
+        return f"it is an argument of vLLM's engine; write backend.engine_args={{{name}: …}}."
+    return None
+
+
+def is_dropped(name: str) -> bool:
+    """Tell whether an argument is one of former versions, and not of the installed one."""
+    return name in DROPPED and name not in vllm_source.arguments()
 
 
 def _option_for(name: str, options: VllmBackend) -> str | None:
