@@ -63,10 +63,10 @@ def preflight(
     model, problems, warnings = _without_prompts(experiment, host, force=force)
     try:
         prompts = load(experiment.dataset, experiment.seed)
-        if experiment.traffic.pattern == "trace" and experiment.traffic.trace is not None:
-            arrival_times_s(experiment.traffic, len(prompts.texts), experiment.seed)
     except BadInput as error:
         problems.append(str(error))
+    if prompts is not None and not any(_arrivals(experiment.traffic)):  # a trace at fault has been told of
+        problems += map(str, _arrivals(experiment.traffic, len(prompts.texts)))
     if problems or prompts is None:
         raise ConfigError(*dict.fromkeys(problems))
     log.debug("prompts: %d of %d from %s", len(prompts.texts), prompts.available, prompts.source)
@@ -241,11 +241,12 @@ def _trace(energy: Energy) -> Iterator[Objection]:
 
 
 # ------------------------------------------------------------------ files
-def _arrivals(traffic: Traffic) -> Iterator[Objection]:
+def _arrivals(traffic: Traffic, count: int = 0) -> Iterator[Objection]:
+    """Object to a trace that cannot be read, or that has fewer arrivals than there are prompts."""
     if traffic.pattern != "trace" or traffic.trace is None:
         return
     try:
-        arrival_times_s(traffic, 0, 0)
+        arrival_times_s(traffic, count, 0)
     except BadInput as error:
         yield Objection("traffic_trace", "traffic.trace", str(error), "")
 
