@@ -21,6 +21,13 @@ WIDTH_WITHOUT_TERMINAL = 100_000
 WIDE = 110
 # Beside their names, texts that are folded into less than this are hard to read.
 LEAST_TEXT_WIDTH = 30
+# Times of which a row has a mean and percentiles: how a line is named, and how their columns begin.
+SPREADS = {
+    "Latency": "latency",
+    "Time to first token": "ttft",
+    "Inter-token latency": "itl",
+    "Time per output token": "tpot",
+}
 NOT_MEASURED = "–"
 ESTIMATE = "≈"
 
@@ -60,7 +67,8 @@ def _fitted(table: Table, width: int) -> bool:
         word = max(part.cell_len for cell in cells for part in cell.split(" "))
         least = most if column.no_wrap else max(word, min(most, column.min_width or 0))
         columns.append((most - least, least, column))
-    spare = width - sum(least + sum(table.padding[1::2]) for _, least, _ in columns)
+    edge = 0 if table.pad_edge else table.padding[1]
+    spare = width + edge - sum(least + sum(table.padding[1::2]) for _, least, _ in columns)
     if spare < 0:
         return False
     for i, (wanted, least, column) in enumerate(sorted(columns, key=lambda known: known[0])):
@@ -90,7 +98,7 @@ def show_row(row: ExperimentRow) -> None:
     from rich.table import Table
 
     console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold", min_width=LEAST_TEXT_WIDTH)
     for name, text in _lines(row):
@@ -124,16 +132,37 @@ def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Duration", _known(row.duration_s, "s")
     speeds = {"output tokens/s": row.output_tokens_per_s, "requests/s": row.requests_per_s}
     yield "Throughput", _listed(*(plain(speed, unit) for unit, speed in speeds.items() if speed is not None))
-    latencies = {
-        "mean": row.latency_mean_s, "p50": row.latency_p50_s, "p95": row.latency_p95_s, "p99": row.latency_p99_s,
-    }  # fmt: skip
-    yield "Latency", _listed(*(_known(latency_s, "s", f"{name} ") for name, latency_s in latencies.items()))
+    for label, stem in SPREADS.items():
+        yield label, _spread(row, stem, ("mean", "p50", "p95", "p99"))
     if row.prefill_duration_s is not None:
         yield (
             "Prefill, decode",
             f"{_part(row.prefill_duration_s, row.prefill_energy_j)}, "
             + _part(row.decode_duration_s, row.decode_energy_j),
         )
+    yield from _traffic_lines(row)
+
+
+def _traffic_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    idle = "" if row.idle_share is None else f"idle {100 * row.idle_share:.1f} % of the window"
+    arrived = "" if row.arrival_rate_per_s is None else plain(row.arrival_rate_per_s, "requests/s")
+    yield "Arrivals", _listed(arrived, idle)
+    yield "Queueing", _spread(row, "queue", ("mean", "p95", "p99"))
+    if row.goodput_requests_per_s is not None:
+        yield "Goodput", f"{plain(row.goodput_requests_per_s, 'requests/s')} with {_limits(row)}"
+
+
+def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
+    """Write a mean and percentiles of seconds, in three digits: so all four fit into 80 columns."""
+    values = {name: getattr(row, f"{stem}_{name}_s") for name in of}
+    return _listed(*("" if s is None else f"{name} {quantity(s, 's', 3)}" for name, s in values.items()))
+
+
+def _limits(row: ExperimentRow) -> str:
+    """Write the limits that a good request keeps, as the configuration sets them."""
+    traffic = json.loads(row.config_json or "{}").get("traffic", {})
+    limits = {"TTFT": traffic.get("ttft_limit_s"), "mean ITL": traffic.get("itl_limit_s")}
+    return " and ".join(f"{name} up to {quantity(s, 's')}" for name, s in limits.items() if s is not None)
 
 
 def _known(value: float | None, unit: str, before: str = "") -> str:

@@ -107,6 +107,12 @@ OBJECTIONS: dict[str, Rule] = {
         "vLLM's speculative decoding cannot sample with min_p.",
         "Set decoder.min_p to 0, or leave backend.speculative out.",
     ),
+    "speculation_incomplete": Rule(
+        "impossible",
+        "options",
+        "vLLM's speculative decoding lacks a value that its method needs, or its n-gram lengths exclude each other.",
+        "Set the value that the sentence names.",
+    ),
     "speculation_ngram_ban": Rule(
         "impossible",
         "options",
@@ -479,6 +485,12 @@ OBJECTIONS: dict[str, Rule] = {
         "machine",
         "The installed version of the engine has no such argument.",
         "Correct it (the sentence names the nearest), leave it out, or install another version.",
+    ),
+    "engine_arg_type": Rule(
+        "impossible",
+        "machine",
+        "The installed version of the engine takes values of another type for an argument.",
+        "Give it a value of the type that the sentence names.",
     ),
     "unknown_engine_value": Rule(
         "inadvisable",

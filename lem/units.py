@@ -50,6 +50,7 @@ def quantity(value: float | None, unit: str, digits: int = 4) -> str:
         return "–"
     if value == 0:
         return f"0 {unit}"
+    value = float(f"{value:.{digits}g}")  # what is rounded up to 1000 has the next prefix
     factor, prefix = next(((f, p) for f, p in _PREFIXES if abs(value) >= f), _PREFIXES[-1])
     return f"{value / factor:.{digits}g} {prefix}{unit}"
 

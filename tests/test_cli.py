@@ -258,6 +258,38 @@ def test_results_show_as_table_json_and_raw(lem):
     assert "measured" in lem("results", "show", row["experiment_id"], "--raw").out
 
 
+STREAMED = ("--streaming", "traffic.pattern=constant", "traffic.target_qps=20")
+LIMITS = ("traffic.ttft_limit_s=0.5", "traffic.itl_limit_s=0.02")
+MEASURED = ("Time to first token", "Inter-token latency", "Time per output token", "Arrivals", "Queueing", "Goodput")
+
+
+def test_what_streaming_and_traffic_measure_is_shown(lem):
+    """After the run and later, with the row's own numbers."""
+    ran = lem("experiment", *SIMULATED, "-n", "3", *STREAMED, *LIMITS)
+    (row,) = json.loads(lem("results", "list", "--json").out)
+    shown = lem("results", "show", row["experiment_id"]).out
+    lines = dict(line.split("  ", 1) for line in shown.splitlines() if "  " in line)
+    lines = {name: text.strip() for name, text in lines.items()}
+    row = json.loads(lem("results", "show", row["experiment_id"], "--json").out)
+    of = ("mean", "p50", "p95", "p99")
+    for name, stem in zip(("Latency", *MEASURED[:3]), ("latency", "ttft", "itl", "tpot"), strict=True):
+        assert lines[name] == " · ".join(f"{part} {quantity(row[f'{stem}_{part}_s'], 's', 3)}" for part in of)
+    assert lines["Arrivals"] == (
+        f"{plain(row['arrival_rate_per_s'])} requests/s · idle {100 * row['idle_share']:.1f} % of the window"
+    )
+    of = ("mean", "p95", "p99")
+    assert lines["Queueing"] == " · ".join(f"{part} {quantity(row[f'queue_{part}_s'], 's', 3)}" for part in of)
+    goodput = plain(row["goodput_requests_per_s"])
+    assert lines["Goodput"] == f"{goodput} requests/s with TTFT up to 500 ms and mean ITL up to 20 ms"
+    assert all(name in ran.out for name in MEASURED)
+
+
+def test_without_streaming_and_traffic_nothing_of_them_is_shown(lem):
+    shown = lem("experiment", *SIMULATED, "-n", "1").out
+    assert "Latency" in shown
+    assert not any(name in shown for name in MEASURED)
+
+
 def test_a_damaged_row_is_named_and_hides_nothing_else(lem, tmp_path):
     for _ in range(2):
         lem("experiment", *SIMULATED, "-n", "1")
@@ -330,7 +362,15 @@ def test_datasets_and_presets_show_the_references_entries(lem):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0, "0 J"), (0.0456, "45.6 mJ"), (1234.5, "1.234 kJ"), (-2.5, "-2.5 J"), (3e-12, "0.003 nJ")],
+    [
+        (None, "–"),
+        (0, "0 J"),
+        (0.0456, "45.6 mJ"),
+        (1234.5, "1.234 kJ"),
+        (-2.5, "-2.5 J"),
+        (3e-12, "0.003 nJ"),
+        (0.99996, "1 J"),
+    ],
 )
 def test_quantities_are_written_with_their_prefix(value, text):
     assert quantity(value, "J") == text

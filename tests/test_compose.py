@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lem.apps.compose import check, options, prepare, quoted
+from lem.backends import tensorrt_source, vllm_source
 from lem.errors import BadInput, ConfigError
-from lem.spec import Experiment, PytorchBackend, SimulatedBackend, leaves
+from lem.spec import BACKENDS, Experiment, PytorchBackend, SimulatedBackend, leaves
 from lem.store import from_json, to_json
 
 
@@ -299,6 +302,48 @@ def test_faulty_inheritance_is_named(compose, files, message):
 
 
 # ------------------------------------------------------------------ what is refused
+KEYS_OF_ENGINES = [
+    ("vllm", "swap_space=4", "vLLM has no swap_space any more. Preempted requests are computed anew. Set kv_off"),
+    ("vllm", "num_scheduler_steps=8", "has no num_scheduler_steps any more. Set async_scheduling"),
+    ("vllm", "device=cpu", "has no device any more. The installed build of vLLM decides"),
+    ("vllm", "max_num_seqs=4", "this argument of vLLM's engine is given by batching.batch_size."),
+    ("vllm", "max_logprobs=4", "an argument of vLLM's engine; write backend.engine_args={max_logprobs: …}."),
+    ("vllm", "engine_args.max_logprobs=4", "write backend.engine_args={max_logprobs: …}."),
+    ("vllm", "attn_backend=x", "no such key. Did you mean 'backend.attention_backend'"),
+    ("vllm", "batch_size=3", "Did you mean 'batching.batch_size'?"),
+    ("tensorrt", "moe_backend=x", "TensorRT-LLM has no moe_backend any more. Set moe_config in backend.extra_args."),
+    ("tensorrt", "max_batch_size=3", "this argument of TensorRT-LLM is given by batching.batch_size."),
+    ("tensorrt", "stream_interval=3", "an argument of TensorRT-LLM; write backend.extra_args={stream_interval: …}."),
+]
+
+
+@pytest.mark.parametrize(("backend", "key", "message"), KEYS_OF_ENGINES)
+def test_a_key_that_only_the_engine_knows_is_explained(compose, backend, key, message, monkeypatch):
+    monkeypatch.setattr(vllm_source, "arguments", lambda: frozenset(["max_logprobs"]))
+    monkeypatch.setattr(tensorrt_source, "arguments", lambda *_: {"stream_interval": None})
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compose(f"backend={backend}", f"backend.{key}")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compose(f"backend.{key}", a=f"backend: {backend}")
+
+
+def test_without_the_engine_its_dropped_names_are_explained_all_the_same(compose):
+    with pytest.raises(
+        ConfigError, match=r"a\.yaml:1: backend\.swap_space: unknown key: vLLM has no swap_space any more"
+    ):
+        compose(a="backend: {name: vllm, swap_space: 4}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key", ["swapspace", "devise", "attn_backen", "block_siz", "kv_cach"])
+def test_suggested_are_keys_of_the_chosen_backend_alone(compose, backend, key):
+    own = {leaf.path for leaf in leaves(BACKENDS[backend], "backend.")}
+    own |= {path.rpartition(".")[0] for path in own}
+    with pytest.raises(ConfigError, match="unknown key") as error:
+        compose(f"backend={backend}", f"backend.{key}=4")
+    assert set(re.findall(r"'(backend\.[^']+)'", str(error.value))) <= own
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -611,6 +611,31 @@ time.sleep(600)
     assert gone_within(family)
 
 
+@pytest.mark.parametrize(
+    ("program", "timeout_s", "words"),
+    [
+        # It answers, and is another kind of server.
+        (["-m", "http.server"], 5.0, r"http://\S+/v1/models answers with HTTP 404\. Its log ends: .*GET /v1/models"),
+        (["-c", "import time; time.sleep(600)"], 0.1, r"No server can be reached at http://\S+: .*\.$"),
+    ],
+    ids=["another kind", "none"],
+)
+def test_a_server_that_does_not_get_ready_is_told_of_with_its_last_answer(tmp_path, program, timeout_s, words):
+    options = OpenaiBackend(
+        command=f"{shlex.join([sys.executable, *program])} {{port}}", device="cpu", start_timeout_s=timeout_s
+    )
+    backend = make_backend(Experiment(model="tiny", backend=options))
+    backend.log_folder = tmp_path
+    backend.start()
+    try:
+        with pytest.raises(RunError) as caught:
+            backend.load()
+    finally:
+        backend.close()
+    told = rf"The server was not ready after {timeout_s:g} s \(backend\.start_timeout_s\)\. {words}"
+    assert re.match(told, str(caught.value))
+
+
 COMMON = ("experiment", "--backend", "openai", "-m", "tiny", "-d", "sample", "-n", "8", "-y", "energy=none",
           "max_output_tokens=8", "warmup.prompts=1")  # fmt: skip
 

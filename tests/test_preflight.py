@@ -53,6 +53,21 @@ def test_options_model_prompts_and_files_are_told_in_one_go(tmp_path):
     assert len(refused.value.problems) == 6
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [(None, "does not exist"), ("at\n1\n", "has no column t_s"), ("t_s\n1\n", "has 1 arrivals, fewer")],
+)
+def test_a_trace_of_arrivals_at_fault_is_told_once(tmp_path, rows, reason):
+    trace = tmp_path / "trace.csv"
+    if rows is not None:
+        trace.write_text(rows)
+    with pytest.raises(ConfigError) as refused:
+        preflight(simulated(traffic=Traffic(pattern="trace", trace=str(trace))), CPU)
+    (problem,) = refused.value.problems
+    assert reason in problem
+    assert problem.endswith(" [traffic_trace]")
+
+
 def test_force_leaves_only_what_is_impossible():
     wanted = simulated(decoder=UNUSED_TEMPERATURE)
     with pytest.raises(ConfigError, match=r"\[no_effect_sampling\] \(--force runs it all the same\)"):

@@ -68,6 +68,7 @@ def gpus(*capabilities, mig=None):
 P100, V100, T4, A100, H100 = (6, 0), (7, 0), (7, 5), (8, 0), (9, 0)
 CPU, ONE, TWO = FullHost(gpus()), FullHost(gpus(H100)), FullHost(gpus(H100, H100))
 SIMULATED, ON_CPU = SimulatedBackend(), PytorchBackend(device="cpu")
+LOOKUP = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 4, "prompt_lookup_max": 4}
 VLLM, NGRAM = VllmBackend(), VllmSpeculation(method="ngram", num_speculative_tokens=2)
 TENSORRT, DRAFTING = TensorrtBackend(), TensorrtSpeculation(decoding_type="NGram", max_draft_len=2)
 SAMPLED = Decoder(do_sample=True)
@@ -769,6 +770,30 @@ CASES = [
         given(backend=VllmBackend(engine_args={"max_logprobs": 4})),
     ),
     (
+        "engine_arg_type",
+        "backend.engine_args.max_logprobs",
+        given(backend=VllmBackend(engine_args={"max_logprobs": "five"})),
+        given(backend=VllmBackend(engine_args={"max_logprobs": "5"})),
+    ),
+    (
+        "speculation_incomplete",
+        "backend.speculative.model",
+        given(backend=VllmBackend(speculative=VllmSpeculation(method="eagle", num_speculative_tokens=2))),
+        given(backend=VllmBackend(speculative=NGRAM)),
+    ),
+    (
+        "speculation_incomplete",
+        "backend.speculative.num_speculative_tokens",
+        given(backend=VllmBackend(speculative=VllmSpeculation(method="ngram"))),
+        given(backend=VllmBackend(speculative=VllmSpeculation(method="suffix"))),
+    ),
+    (
+        "speculation_incomplete",
+        "backend.engine_args.speculative_config.prompt_lookup_min",
+        given(backend=VllmBackend(engine_args={"speculative_config": LOOKUP | {"prompt_lookup_min": 5}})),
+        given(backend=VllmBackend(engine_args={"speculative_config": LOOKUP})),
+    ),
+    (
         "unknown_engine_arg",
         "backend.engine_args.max_logprob",
         given(backend=VllmBackend(engine_args={"max_logprob": 4})),
@@ -1111,6 +1136,13 @@ class EngineArgs:
     attention_backend: str | None = None
     quantization: str | None = None
     speculative_config: dict | None = None
+    watermark: float = 0.0
+    numa_bind: bool = False
+    code_revision: str | None = None
+    hf_token_like: bool | str | None = None
+    jit_monitor_mode: Literal["warn", "error"] = "warn"
+    scheduling_policy: SchedulerPolicy = "fcfs"
+    served_model_name: str | list[str] | None = None
 """,
     "vllm/config/cache.py": "CacheDType = Literal['auto', 'bfloat16', 'fp8']\n",
     "vllm/config/speculative.py": "Own = Literal['eagle']\nSpeculativeMethod = Literal['ngram', Own]\n",
@@ -1125,6 +1157,55 @@ def installed_vllm(files, monkeypatch):
     vllm_source._definitions.cache_clear()
     yield
     vllm_source._definitions.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused", "wanted"),
+    [
+        ("max_logprobs", [5, "5", 5.0, None], ["five", 5.5, [5]], "int"),
+        ("watermark", [0.5, 1, "0.5"], ["half", {}], "float"),
+        ("numa_bind", [True, "yes", 1], ["perhaps", 7], "bool"),
+        ("code_revision", ["main", None], [3, ["main"]], "str | null"),
+        ("hf_token_like", [True, "text"], [{}], "bool | str | null"),
+        ("jit_monitor_mode", ["warn"], ["fatal", 1], "one of 'warn', 'error'"),
+        ("scheduling_policy", ["fcfs", 3, {}], [], ""),  # defined elsewhere: left to the engine
+        ("served_model_name", ["a", ["a"], 3], [], ""),
+    ],
+)
+def test_values_of_engine_arguments_are_of_their_plain_types(name, taken, refused, wanted):
+    def told(value):
+        wanted = given(backend=VllmBackend(engine_args={name: value}))
+        return [o.message for o in wanted.found() if o.code == "engine_arg_type"]
+
+    assert not any(told(value) for value in taken)
+    for value in refused:
+        message = f"vLLM 9.9.0 takes {wanted} for {name}, not {json.dumps(value)}. Correct or remove it."
+        assert told(value) == [message]
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"method": "draft_model"}, ["model", "num_speculative_tokens"]),
+        ({"method": "draft_model", "model": "tiny"}, ["num_speculative_tokens"]),
+        ({"method": "draft_model", "model": "tiny", "num_speculative_tokens": 2}, []),
+        ({"method": "eagle3", "num_speculative_tokens": 2}, ["model"]),
+        ({"method": "mtp"}, ["num_speculative_tokens"]),
+        ({"method": "mtp", "num_speculative_tokens": 1}, []),
+        ({"method": "mtp", "model": "its/files-tell"}, []),
+        ({"model": "its/files-tell"}, []),
+        ({"method": "suffix"}, []),
+        ({**LOOKUP, "prompt_lookup_min": 5}, ["prompt_lookup_min"]),
+        (LOOKUP, []),
+    ],
+)
+def test_speculation_has_what_its_method_needs(config, missing):
+    for path, backend in (
+        ("backend.speculative", VllmBackend(speculative=VllmSpeculation(**config))),
+        ("backend.engine_args.speculative_config", VllmBackend(engine_args={"speculative_config": config})),
+    ):
+        found = [o.path for o in given(backend=backend).found() if o.code == "speculation_incomplete"]
+        assert found == [f"{path}.{name}" for name in missing]
 
 
 def case_id(value):

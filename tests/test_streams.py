@@ -216,6 +216,14 @@ def test_a_runs_own_table_fits_a_narrow_terminal(columns, tmp_path):
     assert "2 of 2 from sample, seed 42" in finished.out
 
 
+def test_mean_and_percentiles_fit_on_one_line_of_80_columns(tmp_path):
+    finished = terminal(80, *RUN, "--streaming", cwd=tmp_path, NO_COLOR="1", TERM="dumb")
+    names = ("Latency", "Time to first token", "Inter-token latency", "Time per output token")
+    shown = [line for line in finished.out.splitlines() if line.startswith(names)]
+    assert len(shown) == len(names)
+    assert all(re.search(r"mean .* p50 .* p95 .* p99 \S+ \S+$", line.rstrip()) for line in shown)
+
+
 def test_in_a_terminal_no_line_of_a_table_is_longer_than_it(made):
     for columns in (80, 100, 130):
         shown = terminal(columns, "presets", cwd=made, NO_COLOR="1", TERM="dumb", COLUMNS=str(columns)).out

@@ -29,6 +29,7 @@ from lem.backends.vllm_options import (
     DROPPED,
     OF_LEM,
     RESOLVED,
+    _type,
     engine_arguments,
     sampling_parameters,
 )
@@ -235,6 +236,23 @@ def test_the_source_tells_what_the_package_itself_does():
     assert vllm_source.choices("kv_cache_dtype") == tuple(dtypes)
     assert set(vllm_source.choices("attention_backend")) == set(kernels)
     assert {"ngram", "draft_model", "eagle"} <= set(vllm_source.choices("speculative.method"))
+
+
+@needs_vllm
+def test_no_default_of_the_installed_version_is_refused_for_its_type():
+    code = (
+        "import dataclasses, json\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "fields = {f.name: f.default for f in dataclasses.fields(EngineArgs)}\n"
+        "print('RESULT', json.dumps({n: v for n, v in fields.items() if isinstance(v, (int, float, str, bool))}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    defaults = json.loads(done.stdout.partition("RESULT ")[2])
+    found = [o for name, value in defaults.items() for o in _type(f"backend.engine_args.{name}", name, value)]
+    assert not found
+    assert {"max_logprobs", "enforce_eager", "watermark", "worker_cls"} <= defaults.keys()
+    assert [vllm_source.type_of(name)[1] for name in ("max_logprobs", "watermark")] == [int, float]
+    assert vllm_source.type_of("compilation_config") is None
 
 
 def resolved(lora_rank=None, **options):

@@ -64,7 +64,7 @@ def _found(values: Values, details: Iterable[Any]) -> Iterator[tuple[Path_, Prob
     for detail in details:
         by_path.setdefault(_path(values, detail["loc"]), []).append(detail)
     for path, same in by_path.items():
-        yield path, _problem(path, same)
+        yield path, _problem(path, same, backend_of(values))
 
 
 def _path(values: Values, location: tuple[str | int, ...]) -> Path_:
@@ -79,10 +79,10 @@ def _path(values: Values, location: tuple[str | int, ...]) -> Path_:
     return tuple(path)
 
 
-def _problem(path: Path_, details: list[Any]) -> Problem:
+def _problem(path: Path_, details: list[Any], backend: str | None) -> Problem:
     kind, name = details[0]["type"], dotted(path)
     if kind == "unexpected_keyword_argument":
-        return Problem("unknown_key", name, unknown_key(path))
+        return Problem("unknown_key", name, unknown_key(path, backend))
     if kind.startswith("union_tag"):
         tag = details[0].get("ctx", {}).get("tag", "nothing")
         message = f"there is no {shortened(str(tag))!r}; choose one of {', '.join(BACKENDS)}."
@@ -106,28 +106,68 @@ def _shown(value: Any) -> str:
     return shortened(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def unknown_key(path: Path_ | str) -> str:
-    """Return the sentence about a key that does not exist, with the nearest ones that do."""
+def backend_of(values: Values) -> str | None:
+    """Return the name of the backend that values choose; None where they choose none that there is."""
+    backend = values.get("backend")
+    name = backend.get("name") if isinstance(backend, dict) else None
+    return name if name in BACKENDS else None
+
+
+def unknown_key(path: Path_ | str, backend: str | None = None) -> str:
+    """Return the sentence about a key that does not exist, with the nearest ones that do.
+
+    Args:
+        path: the key's path; a text is one key, whatever dots it has.
+        backend: the chosen backend, whose keys alone are meant by `backend.…`; None stands for all of them.
+    """
     parts = (path,) if isinstance(path, str) else path
     name = dotted(parts)
     paths = sorted(known_keys())
     if len(parts) == 1 and name in paths and "." in name:
         outer, _, inner = name.partition(".")
         return f"in a file this is written nested, {outer}: {{{inner}: …}}."
-    if name in paths:
-        return "unknown key: the chosen options have no such key."
+    if about := _about_backends_key(name, backend):
+        return f"unknown key: {about}"
+    there = [known for known in paths if not _is_of_another_backend(known, backend)]
     # A leaf's own name is what people remember: batch_size, temperature.
-    by_leaf = [known for known in paths if known.split(".")[-1] == name.split(".")[-1]]
-    beside = [known for known in paths if "." in name and known.rpartition(".")[0] == name.rpartition(".")[0]]
-    hint = f" Did you mean '{by_leaf[0]}'?" if len(by_leaf) == 1 else did_you_mean(name, beside or paths)
+    by_leaf = [known for known in there if known.split(".")[-1] == name.split(".")[-1]]
+    beside = [known for known in there if "." in name and known.rpartition(".")[0] == name.rpartition(".")[0]]
+    if name in paths:
+        near = did_you_mean(name, beside) if backend else ""
+        return f"unknown key: the chosen options have no such key.{near}"
+    hint = f" Did you mean '{by_leaf[0]}'?" if len(by_leaf) == 1 else did_you_mean(name, beside or there)
     return f"unknown key.{hint}"
+
+
+def _about_backends_key(name: str, backend: str | None) -> str | None:
+    """Return what the chosen backend says of a key that is none of its own: its engine may know it."""
+    from lem.backends import backend_class
+
+    group, _, key = name.partition(".")
+    if backend is None or group != "backend":
+        return None
+    # Arguments of an engine are one mapping, which is given as a whole.
+    return backend_class(backend).about_key(key.removeprefix("engine_args.").removeprefix("extra_args."))
+
+
+def _is_of_another_backend(path: str, backend: str | None) -> bool:
+    return backend is not None and path.startswith("backend.") and path not in _keys_of(backend)
+
+
+@cache
+def _keys_of(backend: str) -> frozenset[str]:
+    return _with_parents(leaf.path for leaf in leaves(BACKENDS[backend], "backend."))
 
 
 @cache
 def known_keys() -> frozenset[str]:
     """Return the dotted paths of all values and of the mappings that hold them."""
-    paths = {leaf.path for leaf in leaves()}
-    return frozenset(paths | {path.rpartition(".")[0] for path in paths if "." in path} | {"preset"})
+    return _with_parents(leaf.path for leaf in leaves()) | {"preset"}
+
+
+def _with_parents(paths: Iterable[str]) -> frozenset[str]:
+    paths = set(paths)
+    return frozenset(paths | {path.rpartition(".")[0] for path in paths if "." in path})
 
 
 # ------------------------------------------------------------------ interpolations, secrets

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.apps.check import Found, check, examine, is_missing, resolved, secrets
+from lem.apps.check import Found, backend_of, check, examine, is_missing, resolved, secrets, unknown_key
 from lem.apps.layers import (
     Layer,
     Sources,
@@ -91,7 +91,19 @@ def ask(
             # The rest can be checked without it.
             file = file.without_group(group)
             parsed = [override for override in parsed if override.key != group]
-    return Asked(_with_overrides(file, parsed), tuple(parsed), (*file.problems, *problems))
+    sources = _with_overrides(file, parsed)
+    return Asked(sources, tuple(parsed), (*file.problems, *(_of_the_backend(problem, sources) for problem in problems)))
+
+
+def _of_the_backend(problem: Problem, sources: Sources) -> Problem:
+    """Word an unknown key of the backend anew, now that it is known which one is chosen."""
+    if problem.code != "unknown_key" or not problem.path.startswith("backend."):
+        return problem
+    try:
+        backend = backend_of(sources.values())
+    except Faults:
+        return problem  # an option at fault, which has been told of
+    return replace(problem, message=unknown_key(tuple(problem.path.split(".")), backend))
 
 
 def _option_problems(known: Options, chosen: Iterable[tuple[str, Choice]]) -> list[Problem]:

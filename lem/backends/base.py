@@ -95,6 +95,11 @@ class Backend(ABC):
         """
 
     @classmethod
+    def about_key(cls, name: str) -> str | None:
+        """Return a sentence about a key that the backend's options lack and its engine knows or knew; None without."""
+        return None
+
+    @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
         """Tell whether the engine means to run on a GPU of this host, as far as is known without importing it."""
         return False

@@ -156,9 +156,11 @@ class Openai(Backend):
         from lem.backends.openai_client import ServerGone
 
         until_s = time.monotonic() + (self._options.start_timeout_s if self._server else 0.0)
+        answered = None
         while True:
             try:
                 status, text = self._client.fetch("/v1/models")
+                answered = f"{self._address.base}/v1/models answers with HTTP {status}."
             except ServerGone as error:
                 status, text = 0, str(error)
             if status == 200:
@@ -170,14 +172,15 @@ class Openai(Backend):
             if self._server is not None and (end := self._server.how_it_ended()):
                 raise RunError(f"{end} It was not ready yet.")
             if time.monotonic() > until_s:
-                raise RunError(self._not_ready(status, text))
+                raise RunError(self._not_ready(answered or text))
             time.sleep(READY_POLL_S)
 
-    def _not_ready(self, status: int, text: str) -> str:
+    def _not_ready(self, last: str) -> str:
+        """Return a sentence about a server that does not get ready, given what it answered last."""
         if self._server is None:
-            return text if not status else f"{self._address.base}/v1/models answers with HTTP {status}."
+            return last
         limit = f"{self._options.start_timeout_s:g} s (backend.start_timeout_s)"
-        return f"The server was not ready after {limit}.{self._server.last_words()}"
+        return f"The server was not ready after {limit}. {last}{self._server.last_words()}"
 
     def _choose(self, models: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the server's entry of the model: the one named, else the only one, else that of the model's name."""

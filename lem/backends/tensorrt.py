@@ -26,6 +26,7 @@ from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.tensorrt_options import (
     Adapter,
+    about_key,
     engine_arguments,
     given,
     objections,
@@ -92,6 +93,11 @@ class Tensorrt(Backend):
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
         """Object to options that this host, this model or the installed TensorRT-LLM cannot honour."""
         return objections(experiment, model, host)
+
+    @classmethod
+    def about_key(cls, name: str) -> str | None:
+        """Say where an argument of TensorRT-LLM goes, or what there is instead of one that it has dropped."""
+        return about_key(name)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:

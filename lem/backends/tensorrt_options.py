@@ -69,19 +69,19 @@ DROPPED = {
     "extended_runtime_perf_knob_config": ENGINE_BUILT,
     "calib_config": "Leave it out: name a checkpoint that is quantized already.",
     "quant_config": "Leave it out: name a checkpoint that is quantized already; backend.kv_cache.dtype is the cache's.",
-    "pytorch_backend_config": "Leave it out: its fields are arguments of their own.",
+    "pytorch_backend_config": "Leave it out: its fields are arguments of their own, for backend.extra_args.",
     "enable_overlap_scheduler": "Set backend.overlap_scheduler.",
     "use_cuda_graph": "Set backend.cuda_graphs.",
-    "cuda_graph_batch_sizes": "Set cuda_graph_config.",
-    "cuda_graph_max_batch_size": "Set cuda_graph_config.",
-    "cuda_graph_padding_enabled": "Set cuda_graph_config.",
-    "torch_compile_enabled": "Set torch_compile_config.",
-    "torch_compile_fullgraph": "Set torch_compile_config.",
-    "moe_backend": "Set moe_config.",
-    "moe_max_num_tokens": "Set moe_config.",
-    "moe_load_balancer": "Set moe_config.",
+    "cuda_graph_batch_sizes": "Set cuda_graph_config in backend.extra_args.",
+    "cuda_graph_max_batch_size": "Set cuda_graph_config in backend.extra_args.",
+    "cuda_graph_padding_enabled": "Set cuda_graph_config in backend.extra_args.",
+    "torch_compile_enabled": "Set torch_compile_config in backend.extra_args.",
+    "torch_compile_fullgraph": "Set torch_compile_config in backend.extra_args.",
+    "moe_backend": "Set moe_config in backend.extra_args.",
+    "moe_max_num_tokens": "Set moe_config in backend.extra_args.",
+    "moe_load_balancer": "Set moe_config in backend.extra_args.",
     "kv_cache_dtype": "Set backend.kv_cache.dtype.",
-    "autotuner_enabled": "Set enable_autotuner.",
+    "autotuner_enabled": "Set enable_autotuner in backend.extra_args.",
     "enable_trtllm_sampler": "Leave it out: TorchSampler is the only sampler.",
     "sampler_type": "Leave it out: TorchSampler is the only sampler.",
     "mixed_sampler": "Leave it out: requests of a batch may be sampled differently.",
@@ -347,7 +347,7 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
         path = f"backend.extra_args.{name}"
         if option := _option_for(name, value, options):
             yield Objection("engine_arg_of_lem", path, f"{name} is given by {option}.", "Leave it out here.")
-        elif name in DROPPED and name not in known:
+        elif is_dropped(name):
             yield Objection("dropped_engine_arg", path, f"TensorRT-LLM has no {name} any more.", DROPPED[name])
         elif known and name not in known:
             yield _unknown(path, name, known)
@@ -355,6 +355,22 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
             yield from _fields_of(name, value, options)
         elif isinstance(value, str):
             yield from _value(path, name, value)
+
+
+def about_key(name: str) -> str | None:
+    """Return a sentence about a key that is none of the backend's; None where LLM has no such argument."""
+    if is_dropped(name):
+        return f"TensorRT-LLM has no {name} any more. {DROPPED[name]}"
+    if option := _option_for(name, None, TensorrtBackend()):
+        return f"this argument of TensorRT-LLM is given by {option}."
+    if name in tensorrt_source.arguments():
+        return f"it is an argument of TensorRT-LLM; write backend.extra_args={{{name}: …}}."
+    return None
+
+
+def is_dropped(name: str) -> bool:
+    """Tell whether an argument is one of former versions, and not of the installed one."""
+    return name in DROPPED and name not in tensorrt_source.arguments()
 
 
 def _option_for(name: str, value: Any, options: TensorrtBackend) -> str | None:

@@ -24,7 +24,7 @@ from lem.backends.compilation import compiled_graphs
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.vllm_counters import COUNTERS, notes_of
-from lem.backends.vllm_options import RESOLVED, engine_arguments, given, objections, sampling_parameters
+from lem.backends.vllm_options import RESOLVED, about_key, engine_arguments, given, objections, sampling_parameters
 from lem.backends.wording import as_text, reason_of
 from lem.batching import plan_batches
 from lem.conflicts import gpus_needed, runs_in_one_process
@@ -96,6 +96,11 @@ class Vllm(Backend):
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
         """Object to options that this host, this model or the installed vLLM cannot honour."""
         return objections(experiment, model, host)
+
+    @classmethod
+    def about_key(cls, name: str) -> str | None:
+        """Say where an argument of vLLM goes, or what there is instead of one that it has dropped."""
+        return about_key(name)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:

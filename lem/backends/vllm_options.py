@@ -5,11 +5,13 @@ Imports neither vLLM nor torch; what the installed version accepts is read off i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lem.backends import vllm_source
 from lem.backends.model_objections import checkpoint_dtype, model_objections, unused_gpus
+from lem.codec import adapter
 from lem.conflicts import changed, runs_in_one_process
 from lem.errors import did_you_mean
 from lem.host import Host
@@ -33,6 +35,7 @@ RESOLVED = {
     "load_format": "load_config.load_format",
     "cpu_offload_gb": "offload_config.uva.cpu_offload_gb",
 }
+CODE_METHOD = "custom_class"
 SPECULATION = (
     "method",
     "model",
@@ -41,6 +44,11 @@ SPECULATION = (
     "prompt_lookup_min",
     "draft_tensor_parallel_size",
 )
+# Methods that draft with a model or a head of its own.
+MODEL_NEEDED = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash", CODE_METHOD)
+# Methods whose number of drafted tokens is told by no model's files, and those that have one by themselves.
+NUMBER_NEEDED = ("ngram", "[ngram]", "ngram_gpu", "draft_model", "eagle", "eagle3", CODE_METHOD)
+NUMBER_OF_ITS_OWN = ("suffix",)
 # Arguments that lem gives by itself, and what gives them.
 OF_LEM = {
     "model": "model",
@@ -85,15 +93,14 @@ CODE = (
 )
 # The same, within an argument that is a mapping.
 CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
-CODE_METHOD = "custom_class"
 # Arguments of former versions, and what there is instead.
 DROPPED = {
-    "swap_space": "Preempted requests are computed anew; kv_offloading_size keeps blocks in main memory.",
-    "max_seq_len_to_capture": "Set max_cudagraph_capture_size, which counts tokens of a step.",
-    "cuda_graph_sizes": "Set cudagraph_capture_sizes.",
-    "num_scheduler_steps": "Set async_scheduling, which prepares a step during the one before.",
-    "multi_step_stream_outputs": "Set stream_interval.",
-    "disable_async_output_proc": "Set async_scheduling.",
+    "swap_space": "Preempted requests are computed anew. Set kv_offloading_size in backend.engine_args to keep blocks.",
+    "max_seq_len_to_capture": "Set max_cudagraph_capture_size in backend.engine_args; it counts tokens of a step.",
+    "cuda_graph_sizes": "Set cudagraph_capture_sizes in backend.engine_args.",
+    "num_scheduler_steps": "Set async_scheduling in backend.engine_args: a step is prepared during the one before.",
+    "multi_step_stream_outputs": "Set stream_interval in backend.engine_args.",
+    "disable_async_output_proc": "Set async_scheduling in backend.engine_args.",
     "device": "The installed build of vLLM decides; gpus chooses among its devices.",
     "best_of": "There is nothing instead: an output is sampled once.",
     "use_beam_search": "There is nothing instead: beam search lies outside of vLLM's engine; lem does not measure it.",
@@ -104,12 +111,12 @@ DROPPED = {
     "num_speculative_tokens": "Set backend.speculative.num_speculative_tokens.",
     "ngram_prompt_lookup_max": "Set backend.speculative.prompt_lookup_max.",
     "ngram_prompt_lookup_min": "Set backend.speculative.prompt_lookup_min.",
-    "guided_decoding_backend": "Set structured_outputs_config.",
-    "worker_use_ray": "Set distributed_executor_backend=ray.",
+    "guided_decoding_backend": "Set structured_outputs_config in backend.engine_args.",
+    "worker_use_ray": "Set distributed_executor_backend to ray in backend.engine_args.",
     "enable_prompt_adapter": "There is nothing instead: prompt adapters are gone.",
-    "task": "Set runner.",
-    "rope_scaling": "Set hf_overrides.",
-    "rope_theta": "Set hf_overrides.",
+    "task": "Set runner in backend.engine_args.",
+    "rope_scaling": "Set hf_overrides in backend.engine_args.",
+    "rope_theta": "Set hf_overrides in backend.engine_args.",
 }
 # vLLM raises lower temperatures to this, and says so only in its log.
 LOWEST_TEMPERATURE = 0.01
@@ -221,6 +228,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_sampling(experiment),
         *_quantization(experiment),
         *_speculation(options.speculative),
+        *_incomplete("backend.speculative", speculative_config(options.speculative)),
         *_engine_args(options),
         *(() if experiment.trust_remote_code else _code(options)),
         *(_values(options) if host.has("vllm") else ()),
@@ -277,22 +285,58 @@ def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
             )
 
 
+def _incomplete(path: str, config: Mapping[str, Any]) -> Iterator[Objection]:
+    """Object to speculation that lacks what its method needs, but for what a draft model's files may tell vLLM."""
+    method, model = config.get("method"), config.get("model")
+    if model is None and method in MODEL_NEEDED:
+        reason = f"{method} needs a draft model or head."
+        yield Objection("speculation_incomplete", f"{path}.model", reason, "Name one.")
+    is_needed = method is not None and method not in NUMBER_OF_ITS_OWN and (model is None or method in NUMBER_NEEDED)
+    if is_needed and config.get("num_speculative_tokens") is None:
+        reason = f"{method} needs the number of tokens that are drafted for each step."
+        remedy = "Set it, for example to 4."
+        yield Objection("speculation_incomplete", f"{path}.num_speculative_tokens", reason, remedy)
+    least, most = config.get("prompt_lookup_min"), config.get("prompt_lookup_max")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        reason = f"it is larger than prompt_lookup_max ({most})."
+        yield Objection("speculation_incomplete", f"{path}.prompt_lookup_min", reason, f"Set it to {most} or less.")
+
+
 def _engine_args(options: VllmBackend) -> Iterator[Objection]:
     """Object to arguments that are lem's to give, that vLLM has dropped, or that the installed one does not have."""
     known = vllm_source.arguments()
-    for name in options.engine_args or {}:
+    for name, value in (options.engine_args or {}).items():
         path = f"backend.engine_args.{name}"
         if option := _option_for(name, options):
             yield Objection("engine_arg_of_lem", path, f"{name} is given by {option}.", "Leave it out here.")
-        elif name in DROPPED and name not in known:
+        elif is_dropped(name):
             yield Objection("dropped_engine_arg", path, f"vLLM has no {name} any more.", DROPPED[name])
         elif known and name not in known:
             reason = f"vLLM {vllm_source.version()} has no such argument.{did_you_mean(name, sorted(known))}"
             yield Objection("unknown_engine_arg", path, reason, "Correct or remove it.")
+        elif name == "speculative_config" and isinstance(value, Mapping):
+            yield from _incomplete(path, value)
+        else:
+            yield from _type(path, name, value)
     for name in given(options):
         if known and name not in known:
             reason = f"vLLM {vllm_source.version()} has no argument {name}."
             yield Objection("unknown_engine_arg", f"backend.{name}", reason, "Leave it out, or update vLLM.")
+
+
+def _type(path: str, name: str, value: Any) -> Iterator[Objection]:
+    """Object to a value that the argument's type excludes; to vLLM "5" is an int, and so it is here."""
+    known = vllm_source.type_of(name)
+    if known is None or value is None:
+        return
+    written, wanted = known
+    try:
+        adapter(wanted).validate_python(value)
+    except ValueError:
+        reason = (
+            f"vLLM {vllm_source.version()} takes {written} for {name}, not {json.dumps(value, ensure_ascii=False)}."
+        )
+        yield Objection("engine_arg_type", path, reason, "Correct or remove it.")
 
 
 def _code(options: VllmBackend) -> Iterator[Objection]:
@@ -307,6 +351,22 @@ def _code(options: VllmBackend) -> Iterator[Objection]:
     for path in sorted(named):
         reason = "it names Python code that vLLM would load and run."
         yield Objection("engine_arg_code", path, reason, "Set trust_remote_code=true if you trust it.")
+
+
+def about_key(name: str) -> str | None:
+    """Return a sentence about a key that is none of the backend's; None where the engine has no such argument."""
+    if is_dropped(name):
+        return f"vLLM has no {name} any more. {DROPPED[name]}"
+    if option := _option_for(name, VllmBackend()):
+        return f"this argument of vLLM's engine is given by {option}."
+    if name in vllm_source.arguments() or name in CODE:
+        return f"it is an argument of vLLM's engine; write backend.engine_args={{{name}: …}}."
+    return None
+
+
+def is_dropped(name: str) -> bool:
+    """Tell whether an argument is one of former versions, and not of the installed one."""
+    return name in DROPPED and name not in vllm_source.arguments()
 
 
 def _option_for(name: str, options: VllmBackend) -> str | None:

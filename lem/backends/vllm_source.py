@@ -7,13 +7,17 @@ source is laid out in another way nothing is told, and the engine itself has to 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, reduce
 from importlib import util
+from operator import or_
 from pathlib import Path
+from typing import Any, Literal
 
 from lem import host
 
+PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
 # Types of arguments that are a choice of names, and where they are defined.
 CHOICES = {
@@ -37,14 +41,46 @@ def version() -> str:
 
 def arguments() -> frozenset[str]:
     """Return the names of the engine's arguments; empty when they cannot be told."""
+    return frozenset(_annotations())
+
+
+def type_of(argument: str) -> tuple[str, Any] | None:
+    """Return an argument's type where it is plain, in words and as a type; None where it is not.
+
+    Plain are int, float, bool, str and texts to choose from, and null besides. Names of types that are defined
+    elsewhere are not looked up: the engine may take more for those than they say.
+    """
+    annotation = _annotations().get(argument)
+    if annotation is None or not (members := list(_plain_members(annotation))) or None in members:
+        return None
+    written = re.sub(r"Literal\[(.*?)\]", r"one of \1", ast.unparse(annotation))
+    return written.replace("None", "null"), reduce(or_, members)
+
+
+def _annotations() -> dict[str, ast.expr]:
     file, name = ARGUMENTS
     defined = _definitions(file).get(name)
-    if not isinstance(defined, ast.ClassDef):
-        return frozenset()
-    names = (
-        node.target.id for node in defined.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    )
-    return frozenset(name for name in names if not name.startswith("_"))
+    body = defined.body if isinstance(defined, ast.ClassDef) else ()
+    found = {n.target.id: n.annotation for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    return {name: annotation for name, annotation in found.items() if not name.startswith("_")}
+
+
+def _plain_members(annotation: ast.expr) -> Iterator[Any]:
+    """Yield the plain types that a type is made of, and None for whatever else is in it."""
+    match annotation:
+        case ast.BinOp(left, ast.BitOr(), right):
+            yield from _plain_members(left)
+            yield from _plain_members(right)
+        case ast.Name(name) if name in PLAIN:
+            yield PLAIN[name]
+        case ast.Constant(None):
+            yield type(None)
+        case ast.Subscript(ast.Name("Literal"), texts):
+            values = [n.value if isinstance(n, ast.Constant) else None for n in getattr(texts, "elts", [texts])]
+            literal: Any = Literal
+            yield literal[tuple(values)] if all(isinstance(value, str) for value in values) else None
+        case _:
+            yield None
 
 
 def choices(argument: str) -> tuple[str, ...]:
