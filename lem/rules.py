@@ -283,6 +283,13 @@ OBJECTIONS: dict[str, Rule] = {
         "A value of another pattern of traffic is set.",
         "Choose the pattern that reads it, or leave it out.",
     ),
+    "no_effect_batching": Rule(
+        "warning",
+        "options",
+        "Batching is set, and with traffic a server is sent each request as it arrives; the rows name the batching all "
+        "the same. Presets set some.",
+        "Nothing, or leave batching or traffic.pattern out.",
+    ),
     "no_effect_goodput_limit": Rule(
         "inadvisable",
         "options",

@@ -124,6 +124,7 @@ def given(host=CPU, model=None, name="owner/name", **options):
 
 
 # Code and key; what provokes it; what is close to that and does not.
+POISSON = Traffic(pattern="poisson", target_qps=1.0)
 CASES = [
     ("min_above_max", "min_output_tokens", given(min_output_tokens=129), given(min_output_tokens=128)),
     (
@@ -420,6 +421,12 @@ CASES = [
         "traffic.concurrency",
         given(traffic=Traffic(pattern="poisson", target_qps=1.0, concurrency=2)),
         given(traffic=Traffic(pattern="concurrency", concurrency=2)),
+    ),
+    (
+        "no_effect_batching",
+        "batching",
+        given(backend=at("http://localhost:8000"), batching=Batching(batch_size=4), traffic=POISSON),
+        given(backend=at("http://localhost:8000"), traffic=POISSON),
     ),
     (
         "no_effect_goodput_limit",

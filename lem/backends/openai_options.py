@@ -26,7 +26,7 @@ from lem.gpu import Gpu
 from lem.host import Host
 from lem.models import Model
 from lem.objection import Objection, without_effect
-from lem.spec import Experiment, OpenaiBackend
+from lem.spec import Batching, Experiment, OpenaiBackend
 
 HERE = "127.0.0.1"
 PLACEHOLDERS = ("model", "revision", "host", "port", "dtype", "seed", "batch_size", "degree")
@@ -212,12 +212,19 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_not_told(experiment),
         *_not_in_dialect(experiment),
         *_processes(experiment),
+        *_batching(experiment),
         *_extra_body(options),
         *_key(options),
         *_meters(experiment),
         *(unused_gpus(experiment, host.gpus) if experiment.parallelism.degree > 1 else ()),
         *model_objections(experiment, model),
     ]
+
+
+def _batching(experiment: Experiment) -> Iterator[Objection]:
+    if experiment.traffic.pattern != "closed" and experiment.batching != Batching():
+        reason = "with traffic each request is sent as it arrives, and the server has the queue."
+        yield without_effect("no_effect_batching", "batching", reason, "Leave it out.")
 
 
 def _address(options: OpenaiBackend) -> Iterator[Objection]:
