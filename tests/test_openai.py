@@ -412,6 +412,23 @@ def test_requests_that_nobody_waits_for_are_broken_off(served):
     assert [g.token_ids for g in sorted(run(backend, 4), key=lambda g: g.index)] == expected(4)
 
 
+def test_what_an_answer_asks_for_as_all_is_broken_off_is_not_sent(served):
+    _, backend = served(batching=Batching(strategy="continuous", batch_size=2))
+    client = backend._client
+    body = backend._body(prompts(1)[0], backend._experiment)
+
+    def asked_for_too_late():
+        breaking_off = client._loop.create_task(client._cancel())
+        client.send(7, body)  # begins after that, which nobody could take back
+        return breaking_off
+
+    client.run(asked_for_too_late)
+    client.send(0, body)
+    assert [client.next_done()[0]] == [0]
+    time.sleep(0.5)
+    assert client._done.empty()
+
+
 # ------------------------------------------------------------------ what the server tells
 def test_counters_are_those_of_the_window(served):
     _, backend = served()

@@ -82,6 +82,8 @@ class Client:
             self._headers["authorization"] = f"Bearer {key}"
         self._done: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
         self._running: set[asyncio.Task[None]] = set()
+        # Counts how often all has been broken off; what was asked for before that is wanted no more.
+        self._broken_off = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._pool: Any = None
@@ -119,7 +121,7 @@ class Client:
             body: as JSON.
             at_ns: the moment, as a reading of `time.perf_counter_ns`.
         """
-        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns)
+        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, self._broken_off)
 
     def next_done(self) -> tuple[int, Answer | Exception]:
         """Wait for the next request that has ended; return its number, and its answer or why there is none."""
@@ -154,23 +156,29 @@ class Client:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # -------------------------------------------------------------- in the client's thread
-    def _begin(self, number: int, body: bytes, at_ns: int | None) -> None:
+    def _begin(self, number: int, body: bytes, at_ns: int | None, epoch: int) -> None:
+        if epoch != self._broken_off:  # an answer has asked for the next request just before all was broken off
+            return
         task = self._loop.create_task(self._answer(number, body, at_ns))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     async def _answer(self, number: int, body: bytes, at_ns: int | None) -> None:
+        epoch = self._broken_off
         try:
             if at_ns is not None:
                 await _until(at_ns)
             answer = await self._complete(body)
-            self.on_answer(answer)
+            if epoch == self._broken_off:
+                self.on_answer(answer)
             done: Answer | Exception = answer
         except Exception as error:
             done = error
-        self._done.put((number, done))
+        if epoch == self._broken_off:
+            self._done.put((number, done))
 
     async def _cancel(self) -> None:
+        self._broken_off += 1
         running = list(self._running)
         for task in running:
             task.cancel()

@@ -222,7 +222,10 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
 
 
 def _batching(experiment: Experiment) -> Iterator[Objection]:
-    if experiment.traffic.pattern != "closed" and experiment.batching != Batching():
+    """Object to batches where requests are sent as they arrive; the continuous strategy is what happens there."""
+    if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
+        return
+    if experiment.batching != Batching():
         reason = "with traffic each request is sent as it arrives, and the server has the queue."
         yield without_effect("no_effect_batching", "batching", reason, "Leave it out.")
 
