@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lem.aggregate import read
-from lem.plan import Plan, PromptsInfo, timestamp
+from lem.plan import Plan, PromptsInfo, sha256_of, timestamp
 from lem.spec import Energy, Experiment, SimulatedBackend
 from lem.store import Store
 from tests.conftest import command, raw_record
@@ -151,9 +151,10 @@ def test_two_processes_on_one_gpu_count_its_joules_once(standin, tmp_path):
         energy=Energy(name="nvml", idle_s=0),
         num_processes=2,
     )
-    info = PromptsInfo(7, "0" * 64, "p", None, None, 7, 0)
+    texts = [f"prompt {i}" for i in range(7)]
+    info = PromptsInfo(7, sha256_of(texts), "p", None, None, 7, 0)
     plan = Plan(directory.id, timestamp(), experiment, info, processes=2, replicas=2)
-    directory.write_plan(plan, [f"prompt {i}" for i in range(7)])
+    directory.write_plan(plan, texts)
     variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\ndevice 0 power constant 300"))
     both = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lem.worker"]
     done = subprocess.run([*both, str(directory.path)], env=variables, capture_output=True, text=True, timeout=120)

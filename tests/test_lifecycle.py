@@ -27,6 +27,8 @@ from tests.conftest import SIMULATED, begin, command, kill_group, raw_record, wa
 pytestmark = pytest.mark.processes
 
 SLOW = ("backend.decode_s_per_token=0.002",)
+# What a run leaves in the directory of its experiment.
+OF_A_RUN = ("process_", "journal_", "state", "aggregated")
 TRACE = "t_s,power_w\n0,100\n100000,100\n"
 
 
@@ -72,7 +74,7 @@ def resume_all(folder: Path, prompts: int, cycles: int = 1) -> dict:
 
 def forget_all(directory: ExperimentDir) -> None:
     """Leave an experiment as it is planned."""
-    for name in [name for name in os.listdir(directory.path) if name.startswith(("process_", "journal_", "state"))]:
+    for name in [name for name in os.listdir(directory.path) if name.startswith(OF_A_RUN)]:
         (directory.path / name).unlink()
     for table in ("requests", "cycles", "experiments"):
         shutil.rmtree(directory.path.parent.parent / table)
