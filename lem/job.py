@@ -85,7 +85,7 @@ def run_ready(
         claimed(directory)
     with _full_disk(store, directory):
         if unfinished:
-            directory.prompts()  # they may have been damaged since
+            directory.check_inputs()  # they may have been damaged since
             directory.share(shared_with)
         else:
             plan = replace(_plan(directory.id, ready, overrides, config_file), shared_with=shared_with)
@@ -123,7 +123,7 @@ def resume(
     """
     if directory.state().status in FINISHED:
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
-    directory.prompts()  # they may have been damaged since
+    directory.check_inputs()  # they may have been damaged since
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over)
 
 

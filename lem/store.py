@@ -33,7 +33,7 @@ from typing import TypeVar
 
 from lem import journal
 from lem.brief import BriefPlan, read_plan, read_record, whole
-from lem.codec import from_json, to_json
+from lem.codec import arrivals_sha256, from_json, to_json
 from lem.errors import ResultsError, nearest
 from lem.plan import Plan, sha256_of, timestamp
 from lem.record import ProcessRecord, RequestRecord
@@ -190,11 +190,20 @@ class ExperimentDir:
         return texts
 
     def arrivals_s(self) -> list[float]:
-        """Read when the requests of a trace arrive; raises `ResultsError` when it cannot be read."""
+        """Read when the requests of a trace arrive; raises `ResultsError` as for the prompts."""
         try:
-            return from_json(list[float], (self.path / "arrivals.json").read_bytes())
+            times_s = from_json(list[float], (self.path / "arrivals.json").read_bytes())
         except (OSError, ValueError) as error:
             raise self._unreadable("arrivals.json", error) from None
+        if arrivals_sha256(times_s) != self.plan().arrivals_sha256:
+            raise ResultsError(f"{self.path / 'arrivals.json'} does not hold the arrivals that spec.json speaks of.")
+        return times_s
+
+    def check_inputs(self) -> None:
+        """See whether what is to be run is there as it was planned; raises `ResultsError` when it is not."""
+        self.prompts()
+        if self.plan().arrivals_sha256:
+            self.arrivals_s()
 
     # -------------------------------------------------------------- where it stands
     def state(self) -> State:

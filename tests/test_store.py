@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.codec import to_json
+from lem.codec import arrivals_sha256, to_json
 from lem.errors import ResultsError
 from lem.plan import sha256_of
 from lem.state import State
@@ -204,6 +204,22 @@ def test_prompts_that_are_not_those_of_the_plan_are_refused(tmp_path, content):
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(ResultsError, match=r"prompts\.jsonl (cannot be read|does not hold)"):
         directory.prompts()
+
+
+@pytest.mark.parametrize("content", ["[0.0, 9.0]", "[0.0", '["a"]', None])
+def test_arrivals_that_are_not_those_of_the_plan_are_refused(tmp_path, content):
+    directory = experiment(Store(tmp_path))
+    times_s = [0.0, 0.5]
+    directory.write_plan(replace(directory.plan(), arrivals_sha256=arrivals_sha256(times_s)), ["a"], times_s)
+    assert directory.arrivals_s() == times_s
+    directory.write_plan(
+        replace(directory.plan(), prompts=replace(directory.plan().prompts, sha256="")), ["a"], times_s
+    )
+    directory.check_inputs()
+    file = directory.path / "arrivals.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ResultsError, match=r"arrivals\.json (cannot be read|does not hold)"):
+        directory.check_inputs()
 
 
 def test_rows_of_a_former_attempt_and_a_damaged_note_of_rows_count_for_nothing(tmp_path):
