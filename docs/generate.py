@@ -14,19 +14,21 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from lem.apps.inventory import choices
-from lem.backends.features import CATALOGUE as FEATURES
-from lem.backends.features import Feature, IdealHost, support
 from lem.cli import app
+from lem.config.inventory import choices
 from lem.doubts import CATALOGUE
-from lem.parquet import Column, columns
-from lem.record import ExperimentRow, RequestRecord
-from lem.rules import CONFIG_FAULTS, OBJECTIONS, Rule
-from lem.spec import BACKENDS, GROUPS, Leaf, leaves
+from lem.record import RequestRecord
+from lem.results.parquet import Column, columns
+from lem.results.schema import ExperimentRow
+from lem.spec.engines import BACKENDS
+from lem.spec.rules import CONFIG_FAULTS, OBJECTIONS, Rule
+from lem.spec.schema import GROUPS, Leaf, leaves
 
-# Which features have been tried on what is known by those who try them.
+# What a backend can be asked for, and which of it has been tried where, is known to the tests.
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.support import confirmation
+from tests.backends.confirmations import confirmation
+from tests.backends.features import CATALOGUE as FEATURES
+from tests.backends.features import Feature, IdealHost, support
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"

@@ -12,12 +12,17 @@ from lem._version import VERSION as __version__  # noqa: N811 - the name that to
 
 if TYPE_CHECKING:
     from lem.errors import LemError
-    from lem.job import Outcome, run
-    from lem.spec import Experiment
+    from lem.runner.job import Outcome, run
+    from lem.spec.experiment import Experiment
 
 __all__ = ["Experiment", "LemError", "Outcome", "__version__", "run"]
 
-_HOMES = {"Experiment": "lem.spec", "LemError": "lem.errors", "Outcome": "lem.job", "run": "lem.job"}
+_HOMES = {
+    "Experiment": "lem.spec.experiment",
+    "LemError": "lem.errors",
+    "Outcome": "lem.runner.job",
+    "run": "lem.runner.job",
+}
 
 
 def __getattr__(name: str) -> Any:

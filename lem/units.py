@@ -7,6 +7,7 @@ says otherwise. This module knows nothing of what is measured.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 J_PER_WH = 3600.0
 J_PER_KWH = 3.6e6
@@ -60,3 +61,8 @@ def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
     if value is None:
         return "–"
     return f"{value:.{digits}g} {unit}".rstrip()
+
+
+def timestamp(now: datetime | None = None) -> str:
+    """Return a moment as ISO 8601 with the local offset, to the second: a label, never a measurement."""
+    return (now or datetime.now()).astimezone().isoformat(timespec="seconds")

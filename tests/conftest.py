@@ -17,9 +17,9 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from lem import tiny
-from tests.standin import driver, standin  # noqa: F401 - fixtures
-from tests.support import Engines
+from lem.workload import tiny
+from tests.backends.confirmations import Engines
+from tests.nvml_standin import driver, standin  # noqa: F401 - fixtures
 from tests.tensorrt_standin.build import build as build_tensorrt
 
 # No test may wait for a hub that it cannot reach.
@@ -152,7 +152,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             command_line = child.cmdline()  # of a zombie there is none
-            if "lem.worker" not in command_line or "torch.distributed.run" in command_line:
+            if "lem.runner.worker" not in command_line or "torch.distributed.run" in command_line:
                 continue
             # Just after a fork, what will be another program has the command line of its parent.
             if child.ppid() not in {worker.pid for worker in found}:

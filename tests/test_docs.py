@@ -33,8 +33,8 @@ def test_every_warning_that_is_made_is_in_the_catalogue_and_the_other_way_round(
 
 
 def test_every_column_named_in_the_docs_exists():
-    from lem.parquet import columns
-    from lem.record import ExperimentRow
+    from lem.results.parquet import columns
+    from lem.results.schema import ExperimentRow
 
     names = {column.name for column in columns(ExperimentRow)}
     (listed,) = re.findall(r"runs\[\[(.*)\]\]", (ROOT / "docs" / "results.md").read_text())
@@ -45,7 +45,7 @@ README_FILE = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 
 def test_the_readmes_config_file_composes(tmp_path):
-    from lem.apps.compose import prepare
+    from lem.config.compose import prepare
 
     (tmp_path / "my.yaml").write_text(README_FILE)
     composed = prepare(tmp_path / "my.yaml", []).experiment()

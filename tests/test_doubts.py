@@ -12,13 +12,13 @@ from lem.record import (
     DeviceState,
     EnergyReading,
     Environment,
-    ExperimentRow,
     ForeignProcess,
     Phase,
     ProcessRecord,
     RequestRecord,
     WarmupInfo,
 )
+from lem.results.schema import ExperimentRow
 
 GPU = EnergyReading("gpu", "counter", "device", "GPU-0", 1000.0, "counter", resolution_s=0.1, trace_energy_j=1005.0)
 COOL = DeviceState("GPU-0", temperature_c=50, throttle_reasons=(), foreign_processes=())

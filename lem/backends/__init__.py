@@ -1,12 +1,12 @@
 """The family of inference backends: one file each, one interface, chosen by the `backend` group.
 
-A new backend is a file here that passes the contract suite, its options in `lem.spec`, and a line below.
+A new backend is a file here that passes the contract suite, its options in `lem.spec.experiment`, and a line below.
 """
 
 from __future__ import annotations
 
 from lem.backends.base import Backend, Encoded, Generation
-from lem.spec import Experiment
+from lem.spec.experiment import Experiment
 
 __all__ = ["Backend", "Encoded", "Generation", "backend_class", "make_backend"]
 

@@ -1,7 +1,7 @@
 """The interface of the inference backends.
 
 A backend turns prompts into tokens, loads a model, generates, and says exactly which tokens came out. It knows
-nothing of energy, windows, datasets or results; `lem.measure` calls it between the edges of a window.
+nothing of energy, windows, datasets or results; `lem.runner.window` calls it between the edges of a window.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from lem.flops import Architecture
-from lem.gpu import Gpu
-from lem.host import Host
-from lem.latency import Chunk
-from lem.models import Model
-from lem.objection import Objection
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
-from lem.spec import Experiment
-from lem.traffic import Arrivals, in_turn
+from lem.spec.experiment import Experiment
+from lem.spec.rules import Objection
+from lem.workload.flops import Architecture
+from lem.workload.models import Model
+from lem.workload.tokens import Chunk
+from lem.workload.traffic import Arrivals, in_turn
 
 # What an engine may be able to tell, by the methods that tell it; `prefill` is `Generation.prefill_end_ns`.
 Told = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
@@ -68,9 +68,9 @@ class Generation:
 class Backend(ABC):
     """One engine in the worker process.
 
-    Contract, checked for each backend by `tests/test_backends.py`: `start` and `load` come first, once; `generate`
-    yields every prompt exactly once and can be called again; the same seed gives the same tokens, also when the first
-    batches are left out; counts hold neither padding nor anything after the end token.
+    Contract, checked for each backend by `tests/backends/test_backends.py`: `start` and `load` come first, once;
+    `generate` yields every prompt exactly once and can be called again; the same seed gives the same tokens, also when
+    the first batches are left out; counts hold neither padding nor anything after the end token.
     """
 
     tells: ClassVar[frozenset[Told]] = frozenset()

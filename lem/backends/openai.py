@@ -30,21 +30,22 @@ from lem.backends.openai_options import (
     runs_here,
     wants_gpu,
 )
-from lem.backends.processes import listening_at, peak_memory_bytes
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.server import LOG_NAME, Server, answers, environment, free_port
-from lem.backends.vllm_counters import COUNTERS, notes_of
-from lem.batching import plan_batches
+from lem.backends.vllm_source import COUNTERS, notes_of
 from lem.doubts import note
 from lem.errors import ConfigError, RunError
-from lem.flops import Architecture
-from lem.gpu import Gpu
-from lem.host import Host, cpu_model
-from lem.models import Model, find
-from lem.objection import Objection
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host, cpu_model
+from lem.machine.processes import listening_at, peak_memory_bytes
 from lem.record import EngineInfo, Memory, ModelInfo, Note
-from lem.spec import Experiment, OpenaiBackend
-from lem.traffic import Arrivals, Arrived
+from lem.spec.engines import OpenaiBackend
+from lem.spec.experiment import Experiment
+from lem.spec.rules import Objection
+from lem.workload.batching import plan_batches
+from lem.workload.flops import Architecture
+from lem.workload.models import Model, find
+from lem.workload.traffic import Arrivals, Arrived
 
 READY_POLL_S = 0.5
 # Questions beside the work, which may be asked when the run is being stopped.

@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 
 import httpcore
 
-from lem.backends.wording import reason_of, sentence
+from lem.backends.engine import reason_of, sentence
 from lem.errors import RunError
-from lem.latency import Chunk
 from lem.units import NS_PER_S
+from lem.workload.tokens import Chunk
 
 T = TypeVar("T")
 

@@ -17,16 +17,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lem.backends.base import Encoded
-from lem.backends.model_objections import model_objections, unused_gpus
+from lem.backends.objections import model_objections, unused_gpus
 from lem.backends.server import answers, program_path
 from lem.backends.vllm_options import raised_temperature, sampling_parameters, seed_of
-from lem.conflicts import changed, gpus_needed
 from lem.errors import ConfigError, did_you_mean
-from lem.gpu import Gpu
-from lem.host import Host
-from lem.models import Model
-from lem.objection import Objection, without_effect
-from lem.spec import Batching, Experiment, OpenaiBackend
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
+from lem.spec.engines import OpenaiBackend
+from lem.spec.experiment import Batching, Experiment
+from lem.spec.processes import changed, gpus_needed
+from lem.spec.rules import Objection, without_effect
+from lem.workload.models import Model
 
 HERE = "127.0.0.1"
 PLACEHOLDERS = ("model", "revision", "host", "port", "dtype", "seed", "batch_size", "degree")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lem.errors import RunError
-from lem.gpu import visible
+from lem.machine.gpu import visible
 
 
 def spread(model: Any, devices: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lem.backends.base import Encoded
 from lem.errors import RunError
-from lem.spec import Experiment
+from lem.spec.experiment import Experiment
 
 
 def encode(tokenizer: Any, texts: Sequence[str], experiment: Experiment, positions: int | None) -> list[Encoded]:

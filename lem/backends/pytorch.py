@@ -11,26 +11,27 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lem.backends.architecture import architecture_of, kv_bytes_per_token
 from lem.backends.base import Backend, Encoded, Generation
-from lem.backends.compilation import compiled_graphs
+from lem.backends.checkpoint import architecture_of, kv_bytes_per_token
+from lem.backends.engine import compiled_graphs
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch_continuous import Continuous
 from lem.backends.pytorch_objections import objections
-from lem.batching import plan_batches
-from lem.conflicts import gpus_needed
 from lem.doubts import note
 from lem.errors import RunError
-from lem.flops import Architecture
-from lem.gpu import Gpu
-from lem.host import Host, cpu_model, peak_memory_bytes, versions
-from lem.latency import Chunk, first_tokens
-from lem.models import Model, find
-from lem.objection import Objection
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host, cpu_model, peak_memory_bytes, versions
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
-from lem.spec import Experiment, PytorchBackend
-from lem.traffic import Arrivals
+from lem.spec.engines import PytorchBackend
+from lem.spec.experiment import Experiment
+from lem.spec.processes import gpus_needed
+from lem.spec.rules import Objection
+from lem.workload.batching import plan_batches
+from lem.workload.flops import Architecture
+from lem.workload.models import Model, find
+from lem.workload.tokens import Chunk, first_tokens
+from lem.workload.traffic import Arrivals
 
 
 class Pytorch(Backend):

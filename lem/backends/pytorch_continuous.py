@@ -19,10 +19,10 @@ from typing import Any
 
 from lem.backends.base import Encoded, Generation
 from lem.errors import RunError
-from lem.latency import Chunk
-from lem.spec import Experiment
-from lem.traffic import Arrivals, Arrived, as_places_become_free
+from lem.spec.experiment import Experiment
 from lem.units import NS_PER_S
+from lem.workload.tokens import Chunk
+from lem.workload.traffic import Arrivals, Arrived, as_places_become_free
 
 # The oldest transformers whose steps can be driven from outside as they are here.
 OLDEST = (5, 19)

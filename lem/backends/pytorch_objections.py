@@ -10,16 +10,16 @@ import os
 from collections.abc import Iterator, Sequence
 
 from lem.backends import pytorch_continuous
-from lem.backends.model_objections import checkpoint_dtype, model_objections, unused_gpus
+from lem.backends.objections import checkpoint_dtype, model_objections, unused_gpus
 from lem.backends.placement import split_over_ranks
-from lem.conflicts import gpus_needed
 from lem.errors import RunError
-from lem.gpu import Gpu
-from lem.host import Host
-from lem.models import Model
-from lem.objection import Objection
-from lem.plan import process_counts
-from lem.spec import Experiment, PytorchBackend
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
+from lem.spec.engines import PytorchBackend
+from lem.spec.experiment import Experiment
+from lem.spec.processes import gpus_needed, process_counts
+from lem.spec.rules import Objection
+from lem.workload.models import Model
 
 # Packages behind the attention kernels that do not come with PyTorch, and the oldest GPUs that they run on.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lem.backends import guardian
-from lem.backends.processes import family_of, kill
 from lem.errors import RunError
+from lem.machine.processes import family_of, kill
 
 LOG_NAME = "server.log"
 LOG_LINES = 5

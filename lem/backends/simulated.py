@@ -12,17 +12,18 @@ from collections.abc import Iterator, Sequence
 
 from lem._version import VERSION
 from lem.backends.base import Backend, Encoded, Generation
-from lem.batching import plan_batches
 from lem.doubts import note
 from lem.errors import RunError
-from lem.gpu import Gpu
-from lem.host import Host, peak_memory_bytes
-from lem.latency import Chunk, first_tokens
-from lem.models import Model
-from lem.objection import Objection, without_effect
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host, peak_memory_bytes
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
-from lem.spec import Decoder, Experiment, SimulatedBackend
+from lem.spec.engines import SimulatedBackend
+from lem.spec.experiment import Decoder, Experiment
+from lem.spec.rules import Objection, without_effect
 from lem.units import NS_PER_S
+from lem.workload.batching import plan_batches
+from lem.workload.models import Model
+from lem.workload.tokens import Chunk, first_tokens
 
 END_TOKEN = 0
 

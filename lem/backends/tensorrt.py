@@ -18,10 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lem import gpu
-from lem.backends import adapters, checkpoint, processes, tensorrt_source
+from lem.backends import checkpoint, tensorrt_source
 from lem.backends.base import Backend, Encoded, Generation
-from lem.backends.clock import clock_offset_ns
+from lem.backends.engine import as_text, clock_offset_ns, reason_of
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.tensorrt_options import (
@@ -35,21 +34,22 @@ from lem.backends.tensorrt_options import (
     speculative_class,
 )
 from lem.backends.tensorrt_requests import Request, Requests
-from lem.backends.wording import as_text, reason_of
-from lem.batching import plan_batches
-from lem.conflicts import gpus_needed, runs_in_one_process
 from lem.doubts import note
 from lem.errors import Interrupted, RunError
-from lem.flops import Architecture
-from lem.gpu import Gpu
-from lem.host import Host, cpu_model, peak_memory_bytes
-from lem.latency import Chunk, first_tokens
-from lem.models import Model, find
-from lem.objection import Objection
+from lem.machine import gpu, processes
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host, cpu_model, peak_memory_bytes
 from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
-from lem.spec import Experiment, TensorrtBackend
-from lem.traffic import Arrivals, as_places_become_free
+from lem.spec.engines import TensorrtBackend
+from lem.spec.experiment import Experiment
+from lem.spec.processes import gpus_needed, runs_in_one_process
+from lem.spec.rules import Objection
 from lem.units import NS_PER_S
+from lem.workload.batching import plan_batches
+from lem.workload.flops import Architecture
+from lem.workload.models import Model, find
+from lem.workload.tokens import Chunk, first_tokens
+from lem.workload.traffic import Arrivals, as_places_become_free
 
 ENVIRONMENT = {"TRTLLM_NO_USAGE_STATS": "1"}
 # How often a waiting process looks whether those of the engine are alive.
@@ -151,10 +151,10 @@ class Tensorrt(Backend):
             return None
         from tensorrt_llm.executor.request import LoRARequest
 
-        folder = adapters.folder_of(self._experiment.adapter)
-        self._adapter_weights = adapters.weights_of(folder)
+        folder = checkpoint.folder_of(self._experiment.adapter)
+        self._adapter_weights = checkpoint.weights_of(folder)
         self._lora = LoRARequest("adapter", 1, str(folder))
-        return Adapter(folder, adapters.rank_of(folder))
+        return Adapter(folder, checkpoint.rank_of(folder))
 
     def _load_engine(self) -> Any:
         from tensorrt_llm import LLM

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lem.backends import tensorrt_source
-from lem.backends.model_objections import checkpoint_dtype, model_objections, unused_gpus
-from lem.conflicts import changed, runs_in_one_process
+from lem.backends.objections import checkpoint_dtype, model_objections, unused_gpus
 from lem.errors import did_you_mean
-from lem.host import Host
-from lem.models import Model
-from lem.objection import Objection, without_effect
-from lem.spec import Experiment, TensorrtBackend, TensorrtSpeculation
+from lem.machine.host import Host
+from lem.spec.engines import TensorrtBackend, TensorrtSpeculation
+from lem.spec.experiment import Experiment
+from lem.spec.processes import changed, runs_in_one_process
+from lem.spec.rules import Objection, without_effect
+from lem.workload.models import Model
 
 # Options and the arguments of LLM that they are; those of a part, and the argument that the part is.
 DIRECT = {

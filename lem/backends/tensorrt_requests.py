@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lem.backends.base import Encoded
-from lem.latency import Chunk
+from lem.workload.tokens import Chunk
 
 TAKING_BACK_S = 30.0
 CLOSING_S = 5.0

@@ -17,28 +17,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.backends import adapters, checkpoint, vllm_source, vllm_workers
+from lem.backends import checkpoint, vllm_source
 from lem.backends.base import Backend, Encoded, Generation
-from lem.backends.clock import clock_offset_ns
-from lem.backends.compilation import compiled_graphs
+from lem.backends.engine import as_text, clock_offset_ns, compiled_graphs, reason_of
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
-from lem.backends.vllm_counters import COUNTERS, notes_of
 from lem.backends.vllm_options import RESOLVED, about_key, engine_arguments, given, objections, sampling_parameters
-from lem.backends.wording import as_text, reason_of
-from lem.batching import plan_batches
-from lem.conflicts import gpus_needed, runs_in_one_process
+from lem.backends.vllm_source import COUNTERS, notes_of
 from lem.doubts import note
 from lem.errors import Interrupted, RunError
-from lem.flops import Architecture
-from lem.gpu import Gpu
-from lem.host import Host, cpu_model, peak_memory_bytes
-from lem.latency import Chunk
-from lem.models import Model, find
-from lem.objection import Objection
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host, cpu_model, peak_memory_bytes
 from lem.record import EngineInfo, Memory, ModelInfo, Note
-from lem.spec import Experiment, VllmBackend
-from lem.traffic import Arrivals, as_places_become_free
+from lem.spec.engines import VllmBackend
+from lem.spec.experiment import Experiment
+from lem.spec.processes import gpus_needed, runs_in_one_process
+from lem.spec.rules import Objection
+from lem.workload.batching import plan_batches
+from lem.workload.flops import Architecture
+from lem.workload.models import Model, find
+from lem.workload.tokens import Chunk
+from lem.workload.traffic import Arrivals, as_places_become_free
 
 ENVIRONMENT = {
     # The engine's loop runs in this process: its clock, its memory and its errors are ours.
@@ -145,15 +144,13 @@ class Vllm(Backend):
         self._tokenizer = checkpoint.load_tokenizer(self._found, trusted=trusted)
         self._hollow = self._load_hollow()
         self._end_tokens = end_tokens(checkpoint.generation_config(self._found, trusted=trusted), self._tokenizer)
-        adapter = None if self._experiment.adapter is None else adapters.folder_of(self._experiment.adapter)
+        adapter = None if self._experiment.adapter is None else checkpoint.folder_of(self._experiment.adapter)
         self._engine = self._load_engine(adapter)
         if adapter is not None:
             self._load_adapter(adapter)
         # Asked for now: workers that have died cannot be asked for the record.
-        self._attention = sorted(
-            {name for names in self._on_workers(vllm_workers.attention_backends) for name in names}
-        )
-        self._loaded_weights = [sum(each) for each in zip(*self._on_workers(vllm_workers.weights), strict=True)]
+        self._attention = sorted({name for names in self._on_workers(vllm_source.attention_backends) for name in names})
+        self._loaded_weights = [sum(each) for each in zip(*self._on_workers(vllm_source.weights), strict=True)]
         self._check_arrived()
         self._check_devices()
 
@@ -172,7 +169,7 @@ class Vllm(Backend):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         assert self._found is not None
-        rank = None if adapter is None else adapters.rank_of(adapter)
+        rank = None if adapter is None else checkpoint.rank_of(adapter)
         arguments = engine_arguments(self._experiment, self._found, on_gpu=self._on_gpu, lora_rank=rank)
         try:
             return LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -191,7 +188,7 @@ class Vllm(Backend):
             raise
         except Exception as error:
             raise RunError(f"vLLM could not load the adapter {adapter}: {reason_of(error)}") from error
-        self._adapter_weights = adapters.weights_of(adapter)
+        self._adapter_weights = checkpoint.weights_of(adapter)
 
     def _check_arrived(self) -> None:
         """Refuse to run where vLLM has put something else in the place of what was asked for.
@@ -220,7 +217,7 @@ class Vllm(Backend):
             return
         first = self.local_rank * self._degree
         expected = self._expected[first : first + self._degree]
-        used = self._on_workers(vllm_workers.device_uuid)
+        used = self._on_workers(vllm_source.device_uuid)
         strangers = [uuid for uuid in used if not any(gpu.mig_uuid or uuid in gpu.uuid for gpu in expected)]
         if strangers:
             raise RunError(
@@ -372,7 +369,7 @@ class Vllm(Backend):
     def synchronize(self) -> None:
         """Wait for the GPUs of all workers; on a CPU a step is done when it returns."""
         if self._engine is not None and self._on_gpu and not self._is_broken:
-            self._on_workers(vllm_workers.synchronize)
+            self._on_workers(vllm_source.synchronize)
 
     # -------------------------------------------------------------- telling
     def counters(self) -> dict[str, float] | None:
@@ -392,18 +389,18 @@ class Vllm(Backend):
     def reset_peak_memory(self) -> None:
         """Reset the CUDA allocators' peaks; a process's own peak cannot be reset."""
         if self._on_gpu:
-            self._on_workers(vllm_workers.reset_peak)
+            self._on_workers(vllm_source.reset_peak)
 
     def peak_memory(self) -> Memory:
         """Return the allocators' peaks since the reset, summed over the workers; on a CPU the processes' own."""
         if self._on_gpu:
             several = f", sum of {self._degree} GPUs" if self._degree > 1 else ""
             scope = f"GPU allocator, measured window, the whole key/value cache included{several}"
-            return Memory(None if self._is_broken else sum(self._on_workers(vllm_workers.peak_on_gpu)), scope)
+            return Memory(None if self._is_broken else sum(self._on_workers(vllm_source.peak_on_gpu)), scope)
         if self._degree == 1:
             return Memory(peak_memory_bytes(), "process, since its start")
         # An engine that stopped, or was stopped, in the middle of a step does not answer any more.
-        peaks = [None] if self._is_broken else [peak_memory_bytes(), *self._on_workers(vllm_workers.peak_of_process)]
+        peaks = [None] if self._is_broken else [peak_memory_bytes(), *self._on_workers(vllm_source.peak_of_process)]
         known = [peak for peak in peaks if peak is not None]
         together = sum(known) if len(known) == len(peaks) else None
         return Memory(together, f"process and its {self._degree} workers, since their start")

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lem.backends import vllm_source
-from lem.backends.model_objections import checkpoint_dtype, model_objections, unused_gpus
-from lem.codec import adapter
-from lem.conflicts import changed, runs_in_one_process
+from lem.backends.objections import checkpoint_dtype, model_objections, unused_gpus
 from lem.errors import did_you_mean
-from lem.host import Host
-from lem.models import Model
-from lem.objection import Objection, without_effect
-from lem.spec import Decoder, Experiment, VllmBackend, VllmSpeculation
+from lem.machine.host import Host
+from lem.spec.engines import VllmBackend, VllmSpeculation
+from lem.spec.experiment import Decoder, Experiment
+from lem.spec.processes import changed, runs_in_one_process
+from lem.spec.rules import Objection, without_effect
+from lem.workload.models import Model
 
 # Options that are engine arguments of the same name, and where the engine's resolved configuration has them.
 RESOLVED = {
@@ -330,8 +330,10 @@ def _type(path: str, name: str, value: Any) -> Iterator[Objection]:
     if known is None or value is None:
         return
     written, wanted = known
+    from pydantic import TypeAdapter
+
     try:
-        adapter(wanted).validate_python(value)
+        TypeAdapter(wanted).validate_python(value)
     except ValueError:
         reason = (
             f"vLLM {vllm_source.version()} takes {written} for {name}, not {json.dumps(value, ensure_ascii=False)}."

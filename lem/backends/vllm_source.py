@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, reduce
 from importlib import util
 from operator import or_
 from pathlib import Path
 from typing import Any, Literal
 
-from lem import host
+from lem.doubts import note
+from lem.machine import host
+from lem.machine.host import peak_memory_bytes
+from lem.record import Note
 
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
@@ -117,3 +120,71 @@ def _definitions(file: str) -> dict[str, ast.AST]:
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 found[node.targets[0].id] = node.value
     return found
+
+
+# The engine's counters and what they are called in records.
+COUNTERS = {
+    "vllm:prompt_tokens": "prompt_tokens",
+    "vllm:generation_tokens": "generation_tokens",
+    "vllm:prefix_cache_queries": "prefix_cache_queried_tokens",
+    "vllm:prefix_cache_hits": "prefix_cache_hit_tokens",
+    "vllm:num_preemptions": "preemptions",
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "accepted_draft_tokens",
+}
+
+
+def notes_of(counts: Mapping[str, float]) -> Iterator[Note]:
+    """Say so where the engine did less or more work than the tokens say."""
+    if hits := counts.get("prefix_cache_hit_tokens"):
+        share = hits / counts["prefix_cache_queried_tokens"]
+        yield note("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache.")
+    if preemptions := counts.get("preemptions"):
+        text = f"requests were put off {preemptions:.0f} times for want of cache, and computed anew."
+        yield note("preempted", text)
+
+
+def attention_backends(worker: Any) -> list[str]:
+    """Return the kernels of the model's attention layers."""
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    return sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")})
+
+
+def weights(worker: Any) -> tuple[int, int]:
+    """Return the number of the model's weights, and their size in bytes."""
+    parameters = list(worker.model_runner.get_model().parameters())
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+
+
+def device_uuid(_worker: Any) -> str:
+    """Return the GPU that the worker computes on."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def synchronize(_worker: Any) -> None:
+    """Wait until the worker's GPU has done what it was given."""
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def reset_peak(_worker: Any) -> None:
+    """Reset the CUDA allocator's peak."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak_on_gpu(_worker: Any) -> int:
+    """Return the CUDA allocator's peak since the reset, in bytes."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
+
+
+def peak_of_process(_worker: Any) -> int | None:
+    """Return the worker process's own peak, in bytes."""
+    return peak_memory_bytes()

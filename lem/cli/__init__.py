@@ -18,8 +18,8 @@ import typer
 
 from lem._version import VERSION
 from lem.cli.base import app
+from lem.cli.streams import forgiving_streams, lost_output
 from lem.errors import Interrupted, LemError
-from lem.quiet import forgiving_streams, lost_output
 
 # Each registers its commands; the order is that of lem --help.
 # isort: off

@@ -49,8 +49,8 @@ def batch(
     fresh: FreshFlag = False,
 ) -> None:
     """Run many config files, each an experiment, after all of them have been checked."""
-    from lem.apps import batch as batch_app
-    from lem.apps.experiment import Options
+    from lem.studies import batch as batch_app
+    from lem.studies.ask import Options
 
     overrides = [text for text in arguments if is_override(text)]
     patterns = [text for text in arguments if text not in overrides]

@@ -29,7 +29,7 @@ def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offer the ids in the results directory that the command would use, newest first."""
     import dotenv
 
-    from lem.store import Store, default_root
+    from lem.results.store import Store, default_root
 
     try:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
@@ -41,6 +41,6 @@ def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _choices(group: str, incomplete: str) -> list[tuple[str, str]]:
-    from lem.apps.inventory import choices
+    from lem.config.inventory import choices
 
     return [(choice.name, choice.purpose) for choice in choices(group) if choice.name.startswith(incomplete)]

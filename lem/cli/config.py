@@ -26,10 +26,10 @@ def validate(
     config_dir: ConfigDir = None,
 ) -> None:
     """Check config files: text, keys, types, ranges, inheritance, rules; all problems of each at once."""
-    from lem.apps import config
+    from lem.cli import validate
 
     raise typer.Exit(
-        config.validate(files, config_dir=config_dir, force=force, any_machine=any_machine, as_json=as_json)
+        validate.validate(files, config_dir=config_dir, force=force, any_machine=any_machine, as_json=as_json)
     )
 
 
@@ -57,7 +57,7 @@ def show(
     config_dir: ConfigDir = None,
 ) -> None:
     """Show what a config file and overrides resolve to, as a config file itself."""
-    from lem.apps import config
+    from lem.cli import validate
     from lem.cli.experiment import _split_arguments
     from lem.cli.flags import value_flags
 
@@ -67,7 +67,7 @@ def show(
     values = {"model": model, "io.results_dir": results_dir}
     flags += value_flags(values)
     raise typer.Exit(
-        config.show(config_file, [*flags, *overrides], config_dir=config_dir, with_origin=origin, as_json=as_json)
+        validate.show(config_file, [*flags, *overrides], config_dir=config_dir, with_origin=origin, as_json=as_json)
     )
 
 
@@ -102,7 +102,7 @@ def generate_grid(
     config_dir: ConfigDir = None,
 ) -> None:
     """Write a config file for each combination of some values, and check them all."""
-    from lem.apps import grid
+    from lem.studies import grid
 
     how = grid.How(
         validate=validate, strict=strict, force=force, any_machine=any_machine, as_group=as_group, as_json=as_json
@@ -113,8 +113,8 @@ def generate_grid(
 @config_app.command("schema")
 def schema(config_dir: ConfigDir = None) -> None:
     """Print the JSON Schema of config files, with which editors check and complete them."""
-    from lem.apps import file_schema
-    from lem.apps.options import Options
+    from lem.config import file_schema
+    from lem.config.options import Options
 
     print(file_schema.as_text(Options.find(config_dir)), end="")
 
@@ -135,6 +135,6 @@ def new(
     config_dir: ConfigDir = None,
 ) -> None:
     """Make a config file: by questions on a terminal, else a commented template."""
-    from lem.apps import template
+    from lem.cli import new
 
-    raise typer.Exit(template.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))
+    raise typer.Exit(new.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

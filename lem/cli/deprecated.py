@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from lem.errors import ConfigError
-from lem.spec import leaf
+from lem.spec.schema import leaf
 
 
 @dataclass(frozen=True)

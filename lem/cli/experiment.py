@@ -22,7 +22,7 @@ from lem.cli.flags import (
     value_flags,
 )
 from lem.errors import ConfigError
-from lem.spec import leaf
+from lem.spec.schema import leaf
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -83,7 +83,8 @@ def experiment(
     quantization: Annotated[bool | None, deprecated.option("quantization", "--quantization/--no-quantization")] = None,
 ) -> None:
     """Run an experiment and show what it measured."""
-    from lem.apps import experiment as run_app
+    from lem.studies import ask
+    from lem.studies import experiment as run_app
 
     config_file, overrides = _split_arguments(arguments or [])
     choices = {"preset": preset, "backend": backend}
@@ -112,12 +113,12 @@ def experiment(
             "quantization": quantization,
         }
     )
-    options = run_app.Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    options = ask.Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
     if resume is not None:
         _check_alone(config_file, [*flags, *overrides], fresh=fresh, multirun=multirun)
         raise typer.Exit(run_app.resume(resume, results_dir, options))
     if multirun:
-        from lem.apps import sweep
+        from lem.studies import sweep
 
         raise typer.Exit(sweep.main(config_file, [*flags, *overrides], options, config_dir=config_dir))
     raise typer.Exit(run_app.main(config_file, [*flags, *overrides], options, config_dir=config_dir))

@@ -11,7 +11,7 @@ import typer
 
 from lem.cli import complete
 from lem.errors import DatasetError
-from lem.spec import leaf
+from lem.spec.schema import leaf
 
 DatasetFlag = Annotated[
     str | None,
@@ -47,7 +47,7 @@ def is_override(text: str) -> bool:
 
 def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
     """Return the overrides that select the prompts."""
-    from lem.apps.compose import quoted
+    from lem.config.overrides import quoted
 
     if dataset is not None and prompts is not None:
         raise DatasetError("--dataset and --prompts exclude each other; give one of them.")
@@ -68,6 +68,6 @@ def value_flags(values: Mapping[str, str | int | float | Path | None]) -> list[s
 
 def override(path: str, value: str | int | float | Path) -> str:
     """Write a value as an override."""
-    from lem.apps.compose import quoted
+    from lem.config.overrides import quoted
 
     return f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"

@@ -33,11 +33,11 @@ def aggregate(
     ] = False,
 ) -> None:
     """Turn raw records into rows of the tables; lem experiment does it by itself."""
-    from lem.apps import results
+    from lem.results import browse
 
-    store = results.store_at(results_dir)
+    store = browse.store_at(results_dir)
     raise typer.Exit(
-        results.aggregate_experiments(
+        browse.aggregate_experiments(
             store, experiment_id, everything=everything, force=force, strict=strict, mixed=allow_mixed_backends
         )
     )
@@ -64,11 +64,11 @@ def results_list(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all columns.")] = False,
 ) -> None:
     """List experiments, oldest first."""
-    from lem.apps import results
+    from lem.results import browse
 
-    selection = results.Selection(status, model, backend, dataset, since, last, sort, reverse)
-    store = results.store_at(results_dir)
-    raise typer.Exit(results.list_experiments(store, selection, everything=everything, as_json=as_json))
+    selection = browse.Selection(status, model, backend, dataset, since, last, sort, reverse)
+    store = browse.store_at(results_dir)
+    raise typer.Exit(browse.list_experiments(store, selection, everything=everything, as_json=as_json))
 
 
 @results_app.command("show")
@@ -87,7 +87,7 @@ def results_show(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show one experiment: what it measured, its cycles, where it stands."""
-    from lem.apps import results
+    from lem.results import browse
 
-    store = results.store_at(results_dir)
-    raise typer.Exit(results.show(store, experiment_id, raw=raw, environment=environment, as_json=as_json))
+    store = browse.store_at(results_dir)
+    raise typer.Exit(browse.show_experiment(store, experiment_id, raw=raw, environment=environment, as_json=as_json))

@@ -1,23 +1,42 @@
 """The interface of the energy meters and its null object.
 
 A meter is opened once, then measures windows one after another, never two at a time. It knows nothing of
-models, tokens or experiments; `lem.measure` decides where a window begins and ends.
+models, tokens or experiments; `lem.runner.window` decides where a window begins and ends.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
+from lem.spec.experiment import Energy
+from lem.spec.rules import Objection
 
 
 class Meter(ABC):
     """Reads the energy of some components over windows.
 
-    Contract, checked for each meter by `tests/test_energy.py`: `begin` and `end` alternate; `end` returns a
+    Contract, checked for each meter by `tests/energy/test_energy.py`: `begin` and `end` alternate; `end` returns a
     reading for each device the meter watches, in the same order each time; what cannot be read has
     `energy_j=None` and a reason; nothing is read as 0 for lack of a sensor. All calls come from one thread.
     """
+
+    # Options of the energy group that this meter reads; idle phases are metered by any.
+    options: ClassVar[tuple[str, ...]] = ("idle_s",)
+
+    @classmethod
+    def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> Meter:
+        """Return the meter that the configuration describes, for the physical GPUs in use; nothing is opened yet."""
+        return cls()
+
+    @classmethod
+    def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
+        """Yield why this meter cannot be used on a machine, or should not."""
+        return iter(())
 
     def open(self) -> None:
         """Acquire the sensors and pay all one-time costs. Raises `BadInput` when there is nothing to read."""
@@ -56,6 +75,8 @@ class Meter(ABC):
 
 class NoMeter(Meter):
     """Reads nothing, so that energy is null in the record: for `energy=none`."""
+
+    options = ()
 
     def begin(self) -> None:
         """Do nothing."""

@@ -2,7 +2,7 @@
 
 codecarbon reads RAPL where the kernel lets it, else derives the CPU's power from its load and rated power;
 memory is a heuristic per module. Both of the latter are estimates and labelled so. GPUs are left to the NVML
-meter, CO2e to `lem.carbon`: the tracker's own grid look-up is never used.
+meter, CO2e to `lem.energy.carbon`: the tracker's own grid look-up is never used.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 from lem.energy.base import Meter
+from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
-from lem.quiet import quiet_stdout
 from lem.record import Component, EnergyReading, Scope, Source
 from lem.units import J_PER_KWH, NS_PER_S
 

@@ -14,15 +14,18 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lem.energy.base import Meter
 from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.errors import BadInput
-from lem.gpu import Gpu
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
+from lem.spec.experiment import Energy
+from lem.spec.rules import Objection
 from lem.units import NS_PER_S
 
 COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
@@ -49,6 +52,8 @@ class Edge:
 class NvmlMeter(Meter):
     """Counters and power traces of the given GPUs, each physical GPU once."""
 
+    options = ("idle_s", "power_hz")
+
     def __init__(self, gpus: Sequence[Gpu], power_hz: float = 20.0) -> None:
         # Two MIG instances of one GPU share its counter: the first stands for both.
         self._gpus = list({gpu.uuid: gpu for gpu in reversed(gpus)}.values())[::-1]
@@ -61,6 +66,19 @@ class NvmlMeter(Meter):
         self._traced: RunningIntegral | None = None
         self._is_settled = False
         self._marked_ns: int | None = None
+
+    @classmethod
+    def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> NvmlMeter:
+        """Read the GPUs in use, at the rate that is asked for."""
+        return cls(gpus, energy.power_hz)
+
+    @classmethod
+    def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
+        """Object where no NVIDIA GPU is visible, or none is used."""
+        if not host.gpus:
+            yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.", "Use energy=auto.")
+        elif not uses_gpu:
+            yield Objection("no_gpu_in_use", "energy", "nvml meters GPUs, and none is used.", "Use energy=auto.")
 
     def open(self) -> None:
         """Initialise NVML, find the GPUs by UUID, learn their counters' ticks, start the power trace."""

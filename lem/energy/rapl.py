@@ -15,13 +15,17 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lem.energy.base import Meter
 from lem.errors import BadInput
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
 from lem.record import Component, EnergyReading
+from lem.spec.experiment import Energy
+from lem.spec.rules import Objection
 from lem.units import NS_PER_S
 
 POWERCAP_DIR = "/sys/class/powercap"
@@ -68,6 +72,8 @@ class RaplMeter(Meter):
     counter takes to wrap around.
     """
 
+    options = ("idle_s", "powercap_dir")
+
     def __init__(
         self,
         powercap_dir: str = POWERCAP_DIR,
@@ -82,6 +88,22 @@ class RaplMeter(Meter):
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @classmethod
+    def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> RaplMeter:
+        """Read the powercap tree that is named."""
+        return cls(energy.powercap_dir)
+
+    @classmethod
+    def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
+        """Open the meter once: it says best what is missing, and reading its counters costs nothing."""
+        meter = cls(energy.powercap_dir)
+        try:
+            meter.open()
+        except BadInput as error:
+            yield Objection("rapl_unreadable", "energy", str(error), "")
+        finally:
+            meter.close()
 
     def open(self) -> None:
         """Find the zones and start the thread that watches for wrap-arounds."""

@@ -7,7 +7,7 @@ the trace is the moment the meter is opened; between samples power is interpolat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +15,11 @@ import numpy as np
 
 from lem.energy.base import Meter
 from lem.errors import BadInput
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
 from lem.record import Component, EnergyReading
+from lem.spec.experiment import Energy
+from lem.spec.rules import Objection
 from lem.units import NS_PER_S
 
 Trace = tuple[np.ndarray, np.ndarray]
@@ -30,6 +34,22 @@ class ReplayMeter(Meter):
         self._traces: dict[Component, Trace] = {}
         self._opened_ns = 0
         self._begun_ns = 0
+
+    @classmethod
+    def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> ReplayMeter:
+        """Replay the trace that is named."""
+        return cls(energy.trace)
+
+    @classmethod
+    def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
+        """Object to a trace that is missing or cannot be read."""
+        if energy.trace is None:
+            yield Objection("bad_trace", "energy.trace", "the replay meter needs a trace.", "Name a CSV file.")
+            return
+        try:
+            read_trace(Path(energy.trace))
+        except BadInput as error:
+            yield Objection("bad_trace", "energy.trace", str(error), "")
 
     def open(self) -> None:
         """Read the trace and start its clock."""

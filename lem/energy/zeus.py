@@ -8,14 +8,17 @@ instances it knows nothing. Processors are left to the RAPL meter. Needs the ext
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lem.energy.base import Meter
+from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
-from lem.gpu import Gpu
-from lem.quiet import quiet_stdout
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
 from lem.record import EnergyReading, Source
+from lem.spec.experiment import Energy
+from lem.spec.rules import Objection
 
 WINDOW = "lem"
 J_PER_MJ = 1e-3
@@ -32,6 +35,21 @@ class ZeusMeter(Meter):
         self._labels: dict[int, tuple[Source, str]] = {}
         self._begun_j: dict[int, float | None] = {}
         self._failure: str | None = None
+
+    @classmethod
+    def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> ZeusMeter:
+        """Read the GPUs in use."""
+        return cls(gpus)
+
+    @classmethod
+    def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
+        """Object where the package is missing or no GPU is used; where NVML knows no GPU, zeus itself is asked."""
+        if not host.has("zeus"):
+            yield Objection(
+                "missing_package", "energy", "the zeus meter needs the package zeus.", "pip install 'lem[zeus]'."
+            )
+        elif not (uses_gpu if host.gpus else _finds_a_gpu()):
+            yield Objection("no_gpu_in_use", "energy", "zeus meters GPUs, and none is used.", "Use energy=auto.")
 
     def open(self) -> None:
         """Find the GPUs; raises `BadInput` where zeus finds none."""
@@ -109,6 +127,16 @@ class ZeusMeter(Meter):
             method=f"zeus: {'the energy counter' if source == 'counter' else 'the integral of sampled power'}",
             reason=None if is_known else reason,
         )
+
+
+def _finds_a_gpu() -> bool:
+    with quiet_stdout():
+        from zeus.device import get_gpus
+        from zeus.device.exception import ZeusBaseGPUError
+    try:
+        return len(get_gpus()) > 0
+    except ZeusBaseGPUError:
+        return False
 
 
 def _label(gpus: Any, index: int) -> tuple[Source, str]:

@@ -1,1 +1,1 @@
-"""Holds `launcher` alone; see `lem.apps.direct`."""
+"""Holds `launcher` alone; see `lem.cli.direct`."""

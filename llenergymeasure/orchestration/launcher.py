@@ -1,10 +1,10 @@
-"""`accelerate launch --num_processes 2 -m llenergymeasure.orchestration.launcher …`, the same as `-m lem.worker …`."""
+"""`accelerate launch … -m llenergymeasure.orchestration.launcher …`, the same as `-m lem.cli.direct …`."""
 
 from __future__ import annotations
 
 import sys
 
-from lem.apps.direct import main
+from lem.cli.direct import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,1 +1,0 @@
-"""The commands: the only room that knows Hydra and OmegaConf."""

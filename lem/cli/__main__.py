@@ -1,5 +1,0 @@
-"""`python -m lem.cli`."""
-
-from lem.cli import main
-
-main()

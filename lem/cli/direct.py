@@ -1,0 +1,209 @@
+"""The direct form: a launcher of the user's own starts all processes, and they make one experiment among themselves.
+
+    accelerate launch --num_processes 2 -m lem.cli.direct --config my.yaml --dataset alpaca -n 100
+
+The first process composes, checks, claims the directory and writes the plan, as `lem experiment` does; then all run as
+workers, and the first one writes the row and shows it. It can be resumed by `lem experiment --resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lem.cli.streams import forgiving_streams
+from lem.config.compose import Request, prepare
+from lem.config.layers import origin
+from lem.config.overrides import quoted
+from lem.errors import ConfigError, Interrupted, LemError
+from lem.machine import host
+from lem.results import show
+from lem.results.directory import ExperimentDir
+from lem.results.store import Store
+from lem.runner import worker
+from lem.runner.job import Outcome, fingerprint, resume, run_ready
+from lem.runner.preflight import Ready, preflight
+from lem.runner.progress import Report
+from lem.runner.ranks import Ranks, hear, named_by_launcher, say_ended, tell, wait_for_ends
+from lem.spec.experiment import Experiment
+from lem.spec.processes import process_counts
+from lem.spec.schema import leaf
+from lem.studies.display import display
+
+# What the first process tells the others when there is nothing to run.
+NOTHING = "nothing"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the processes that a launcher has started; return its exit code."""
+    forgiving_streams()
+    here = named_by_launcher()
+    options = _parser().parse_intermixed_args(argv)
+    try:
+        return _follow(here) if here.rank else _lead(here, options)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+    except LemError as error:
+        for line in str(error).splitlines():
+            print(f"Error: {line}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lem.cli.direct", description=__doc__.partition("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument("--config", type=Path, help="a config file")
+    parser.add_argument("--model", "-m", help=leaf("model").description)
+    parser.add_argument("--dataset", "-d", help="dataset: a built-in name, a hub id or a local file")
+    parser.add_argument("--sample-size", "-n", type=int, help=leaf("dataset.sample_size").description)
+    parser.add_argument("--preset", help="start from a preset; lem presets lists them")
+    parser.add_argument("--results-dir", "-o", help=leaf("io.results_dir").description)
+    parser.add_argument("--force", action="store_true", help="run despite options that are inadvisable")
+    parser.add_argument("--fresh", action="store_true", help="start anew where the same experiment is unfinished")
+    return parser
+
+
+# ------------------------------------------------------------------ the first process
+def _lead(here: Ranks, options: argparse.Namespace) -> int:
+    """Make the experiment, run it with the others, and show it; whatever happens, the others are not left waiting."""
+    others = _Others(here)
+    try:
+        overrides = _overrides(options)
+        ready = _ready(options.config, overrides, here.size, force=options.force)
+        outcome = _run(ready, overrides, options, others)
+    finally:
+        others.dismiss()
+    show.show_row(outcome.row)
+    print(f"\nRaw records: {outcome.directory.path}\nTable:       {outcome.store.experiments_table}")
+    return 0 if outcome.row.status == "completed" else 1
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """Return the flags and overrides of the command line as overrides."""
+    flags = {
+        "preset": options.preset,
+        "dataset": options.dataset,
+        "model": options.model and quoted(options.model),
+        "dataset.sample_size": options.sample_size,
+        "io.results_dir": options.results_dir and quoted(options.results_dir),
+    }
+    return [*(f"{path}={value}" for path, value in flags.items() if value is not None), *options.overrides]
+
+
+def _ready(config_file: Path | None, overrides: Sequence[str], started: int, *, force: bool) -> Ready:
+    """Compose and check the experiment that the started processes are to run."""
+    import dotenv
+
+    _check_all_started(os.environ)
+    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+    request = prepare(config_file, overrides)
+    ready = preflight(_shared_by(started, request), host.look(), force=force)
+    for warning in ready.warnings:
+        show.console(stderr=True).print(f"Warning: {warning}", markup=False, style="yellow")
+    return ready
+
+
+def _check_all_started(environ: os._Environ[str]) -> None:
+    """Object when accelerate was asked for several processes and started this one only, without saying so."""
+    by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in environ, "MASTER_PORT" in environ
+    if by_accelerate and several and "WORLD_SIZE" not in environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes and has started a single one, as it does on a machine "
+            "without GPUs for them. Use python -m torch.distributed.run --nproc_per_node N -m lem.cli.direct …"
+        )
+
+
+def _shared_by(started: int, request: Request) -> Experiment:
+    """Return the experiment for the number of processes that the launcher has started."""
+    experiment = request.experiment()
+    source = origin(request.sources.layers(), ("num_processes",))
+    if experiment.parallelism.strategy == "none" and (source is None or source.kind == "default"):
+        return replace(experiment, num_processes=started)
+    planned, _ = process_counts(experiment)
+    if planned != started:
+        path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
+        raise ConfigError(
+            f"{path}: the configuration has {planned} processes, the launcher started {started}. "
+            f"Start {planned}, or change {path}."
+        )
+    return experiment
+
+
+def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, others: _Others) -> Outcome:
+    """Run the experiment, or go on with the same one if it was left unfinished."""
+    store = Store(Path(ready.experiment.io.results_dir))
+    unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
+    with display() as progress:
+        if unfinished:
+            print(f"Going on with {unfinished[-1].id}, which was left unfinished.", file=sys.stderr)
+            return resume(store, unfinished[-1], report=progress, launcher=others.work_together)
+        return run_ready(
+            ready,
+            overrides=overrides,
+            config_file=options.config,
+            report=progress,
+            launcher=others.work_together,
+        )
+
+
+class _Others:
+    """The other processes as the first one sees them: they wait for a word, and work when it comes."""
+
+    def __init__(self, here: Ranks) -> None:
+        self._ranks = range(1, here.size)
+        self._waiting = here.size > 1
+
+    def work_together(self, directory: ExperimentDir, attempt: int, host: host.Host, report: Report) -> None:
+        """Do what `lem.runner.launch.launch` does, with processes that are there already.
+
+        Raises:
+            Interrupted: this process was told to stop; what was finished is kept.
+        """
+        self._say(f"{attempt} {directory.path.absolute()}")
+        code = _work(directory, attempt, report)
+        wait_for_ends(self._ranks)
+        failed = any(r.status == "failed" and r.attempt == attempt for r in directory.records())
+        if code == Interrupted.exit_code and not failed:
+            raise Interrupted("The run was interrupted; what was finished is kept.")
+
+    def dismiss(self) -> None:
+        """Let them go if there was nothing to do."""
+        self._say(NOTHING)
+
+    def _say(self, text: str) -> None:
+        if self._waiting:
+            tell(text)
+            self._waiting = False
+
+
+# ------------------------------------------------------------------ all processes
+def _follow(here: Ranks) -> int:
+    """Wait for the first process to say what to do, and do it."""
+    told = hear()
+    if told == NOTHING:
+        return 0
+    attempt, _, path = told.partition(" ")
+    try:
+        return _work(ExperimentDir(Path(path)), int(attempt))
+    finally:
+        say_ended(here.rank)
+
+
+def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
+    """Run as a worker, on the GPUs that the experiment names."""
+    wanted = directory.plan().experiment.gpus
+    if wanted is not None:
+        chosen = host.look().only(wanted).gpus
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.mig_uuid or gpu.uuid for gpu in chosen)
+    return worker.main([str(directory.path), "--attempt", str(attempt)], *report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The first draft of a config file: the values that `lem config new` starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lem.config import inventory
+from lem.config.compose import plain_values
+from lem.config.options import Options
+from lem.config.userfile import UserFile
+
+WIDTH = 80
+
+
+# What works on any machine, without a network.
+MODEL, DATASET, SAMPLE_SIZE = "tiny", "sample", 10
+
+
+# Set in every new file, unless a preset sets them.
+FIRST = ("fp_precision", "max_output_tokens", "batching.batch_size")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a new file sets: options of groups, and values by dotted path."""
+
+    options: Options
+    choices: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def effective(self) -> dict[str, Any]:
+        """Return everything that holds with this draft, nested."""
+        return plain_values(UserFile(self.options), self.choices, self.values)
+
+    def at(self, path: str) -> Any:
+        """Return the value that holds at a dotted path."""
+        value: Any = self.effective()
+        for part in path.split("."):
+            value = value[part]
+        return value
+
+    def preset_values(self) -> dict[str, Any]:
+        """Return what the chosen preset sets, by dotted path."""
+        name = self.choices.get("preset")
+        return inventory.choice(self.options, "preset", name).values if name else {}
+
+    def choose(self, group: str, option: str | None) -> Draft:
+        """Choose an option of a group, or none."""
+        rest = {key: value for key, value in self.choices.items() if key != group}
+        return replace(self, choices=rest if option is None else {**rest, group: option})
+
+    def set(self, path: str, value: Any) -> Draft:
+        """Set a value."""
+        return replace(self, values={**self.values, path: value})
+
+
+def first_draft(options: Options, preset: str | None) -> Draft:
+    """Return what a file that nobody was asked about sets."""
+    draft = Draft(options).choose("preset", preset).choose("dataset", DATASET)
+    draft = draft.set("model", MODEL).set("dataset.sample_size", SAMPLE_SIZE)
+    for path in FIRST:
+        if path not in draft.preset_values():
+            draft = draft.set(path, draft.at(path))
+    return draft

@@ -1,0 +1,154 @@
+"""The questions of `lem config new`, on a terminal; each answer is checked at once against the schema.
+
+Help texts and choices come from the schema and from conf/. Knows nothing of the file that is written.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any, Literal, get_args, get_origin
+
+from lem.cli.draft import DATASET, FIRST, MODEL, SAMPLE_SIZE, WIDTH, Draft
+from lem.config import inventory
+from lem.config.check import examine
+from lem.config.file_schema import type_words
+from lem.config.options import CUSTOM, Options
+from lem.config.userfile import Choice, UserFile
+from lem.machine import host
+from lem.spec.schema import Leaf, leaf
+from lem.studies.grid import judge
+
+# Offered where nothing holds yet.
+SUGGESTIONS = {"model": MODEL, "dataset.sample_size": SAMPLE_SIZE, "batching.max_tokens_per_batch": 8192}
+ELSEWHERE = "a hub id or a local file"
+
+
+def hold(options: Options, preset: str | None) -> Draft:
+    """Ask all questions; KeyboardInterrupt and EOFError are the user's leaving."""
+    draft = _value(Draft(options), "model")
+    draft = draft.choose("preset", preset) if preset else _option(draft, "preset")
+    draft = _option(draft, "backend")
+    draft = _dataset(draft)
+    for path in (
+        "dataset.sample_size",
+        "fp_precision",
+        "max_output_tokens",
+        "batching.strategy",
+        "batching.batch_size",
+    ):
+        draft = _value(draft, path)
+    if draft.at("batching.strategy").endswith("dynamic"):
+        draft = _value(draft, "batching.max_tokens_per_batch")
+    draft = _option(_option(draft, "decoder"), "energy")
+    return _value(draft, "energy.country_iso_code")
+
+
+def agrees(question: str) -> bool:
+    """Ask for a yes; no is the default."""
+    import questionary
+
+    return bool(questionary.confirm(question, default=False).unsafe_ask())
+
+
+def is_content(draft: Draft) -> bool:
+    """Show what speaks against running the draft here, and ask whether to write it all the same."""
+    chosen = {group: _choice(draft.options, group, name) for group, name in draft.choices.items()}
+    problems = judge(UserFile(draft.options), {**chosen, **draft.values}, host.look())
+    for problem in problems:
+        print(problem)
+    return not problems or agrees("As it is, this cannot be run here. Write it all the same?")
+
+
+def _choice(options: Options, group: str, name: str) -> Choice:
+    return Choice(name) if options.get(group, name) else Choice(CUSTOM, name)
+
+
+# ------------------------------------------------------------------ questions
+def _option(draft: Draft, group: str) -> Draft:
+    """Ask for an option of a group; the default is what holds without asking."""
+    import questionary
+
+    found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in inventory.choices(group, draft.options)]
+    if group == "preset":
+        found.insert(0, questionary.Choice("none", ""))
+    default = "" if group == "preset" else str(draft.at(f"{group}.name"))
+    print()
+    answer = str(questionary.select(f"{group.capitalize()}:", found, default=default).unsafe_ask())
+    return draft if answer == default else draft.choose(group, answer)
+
+
+def _dataset(draft: Draft) -> Draft:
+    import questionary
+
+    named = [c for c in inventory.choices("dataset", draft.options) if c.name != CUSTOM]
+    found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in named]
+    found.append(questionary.Choice(ELSEWHERE, CUSTOM))
+    print()
+    answer = str(questionary.select("Dataset:", found, default=DATASET).unsafe_ask())
+    if answer == CUSTOM:
+        question = questionary.text(
+            "Hub id (owner/name) or local file:", validate=lambda t: _is_dataset(draft, t.strip())
+        )
+        answer = str(question.unsafe_ask()).strip()
+    return draft.choose("dataset", answer)
+
+
+def _is_dataset(draft: Draft, text: str) -> bool | str:
+    known = draft.options.get("dataset", text) or draft.options.is_source(text)
+    return True if known else f"dataset: {draft.options.unknown('dataset', text)}"
+
+
+def _value(draft: Draft, path: str) -> Draft:
+    """Ask for a value; it is set if it is another one than holds already, or one that every new file sets."""
+    item, now = leaf(path), draft.at(path)
+    print(f"\n{textwrap.fill(item.description, WIDTH, break_on_hyphens=False)}")
+    answer = _one_of(item, now) if _names(item) else _typed(draft, item, now)
+    stays = path in FIRST and path not in draft.preset_values()
+    return draft.set(path, answer) if stays or answer != now else draft
+
+
+def _names(item: Leaf) -> list[str]:
+    annotation = get_args(item.annotation)[0]
+    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
+
+
+def _one_of(item: Leaf, now: Any) -> str:
+    import questionary
+
+    return str(questionary.select(f"{item.path}:", _names(item), default=now).unsafe_ask())
+
+
+def _typed(draft: Draft, item: Leaf, now: Any) -> Any:
+    import questionary
+
+    start = SUGGESTIONS.get(item.path) if now is None else now
+    question = questionary.text(
+        f"{item.path}:",
+        default="" if start is None else str(start),
+        instruction=f"({type_words(item).replace(' null', ' nothing')}) ",
+        validate=lambda text: fault(draft, item, text) or True,
+    )
+    return parsed(item, question.unsafe_ask())
+
+
+def parsed(item: Leaf, text: str) -> Any:
+    """Return the value that a typed text means: nothing is null where null is allowed."""
+    text, words = text.strip(), type_words(item)
+    if not text and words.endswith("null"):
+        return None
+    if words.startswith("text"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def fault(draft: Draft, item: Leaf, text: str) -> str:
+    """Return what is wrong with an answer, as a sentence; empty if nothing is."""
+    value = parsed(item, text)
+    if item.path == "model" and not value:
+        return "An experiment needs a model."
+    found = examine(draft.set(item.path, value).effective())[1]
+    return next((problem.message.capitalize() for path, problem in found if ".".join(map(str, path)) == item.path), "")

@@ -1,0 +1,200 @@
+"""`lem config new`: a config file that holds every value of the schema, most of them commented out.
+
+Which values are set is a `Draft`: the few that people change first, or the answers to questions on a terminal. A value
+that is commented out shows what holds without it, so that taking all the `#` away changes nothing. Knows nothing of
+inheritance.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from lem.cli.draft import WIDTH, Draft, first_draft
+from lem.config import file_schema, inventory
+from lem.config.file_schema import type_words
+from lem.config.options import CUSTOM, SUFFIXES, Options
+from lem.config.yamltext import flow
+from lem.errors import ConfigError, Interrupted
+from lem.spec.engines import BACKENDS
+from lem.spec.experiment import Experiment
+from lem.spec.schema import GROUPS, Leaf, leaves
+
+DEFAULT_FILE = Path("experiment.yaml")
+HEAD = """\
+{editor}
+# An experiment of lem: lem config validate checks it, lem experiment runs it.
+# A value behind a # is what holds anyway; to set it, delete its # and that of
+# its group."""
+
+
+# ------------------------------------------------------------------ the text
+def render(draft: Draft) -> str:
+    """Return the file's text."""
+    values = draft.effective()
+    lines = [HEAD.format(editor=file_schema.EDITOR_LINE), ""]
+    lines += _preset_lines(draft)
+    for item in leaves():
+        if "." not in item.path:
+            lines += _value_lines(draft, item, values[item.path])
+    for part in dict.fromkeys(item.path.partition(".")[0] for item in leaves() if "." in item.path):
+        lines += _part_lines(draft, part, values[part])
+    return "\n".join(lines) + "\n"
+
+
+def _preset_lines(draft: Draft) -> Iterator[str]:
+    preset = draft.choices.get("preset")
+    yield from _comment("Values to start from, below all that this file sets.")
+    yield from _option_lines(draft, "preset")
+    yield f"preset: {flow(preset)}" if preset else "#preset: null"
+    yield ""
+
+
+def _part_lines(draft: Draft, part: str, values: dict[str, Any]) -> Iterator[str]:
+    """Yield a section: what it is, and its values."""
+    own = [item for item in _leaves_of(part, values) if item.path != f"{part}.name"]
+    is_set = part in draft.choices or any(path.startswith(f"{part}.") for path in draft.values)
+    yield f"# {part} ".ljust(WIDTH, "-")
+    yield from _comment(_purpose(part, values))
+    yield f"{'' if is_set else '#'}{part}:"
+    if part in GROUPS:
+        yield from _option_lines(draft, part, "  ")
+        name = values["path"] if part == "dataset" and values["name"] == CUSTOM else values["name"]
+        yield f"  {'' if part in draft.choices else '#'}name: {flow(draft.choices.get(part, name))}"
+        yield ""
+    opened = ""
+    for item in own:
+        *outer, last = item.path.removeprefix(f"{part}.").split(".")
+        if outer and outer[0] != opened:
+            opened = outer[0]
+            yield f"  #{opened}:"
+        holder = values[outer[0]] if outer else values
+        yield from _value_lines(draft, item, holder[last], "  " * (1 + len(outer)))
+    if part == "backend":
+        yield from _other_backends(values["name"])
+
+
+def _leaves_of(part: str, values: dict[str, Any]) -> list[Leaf]:
+    if part == "backend":
+        return list(leaves(BACKENDS[values["name"]], "backend."))
+    return [item for item in leaves() if item.path.startswith(f"{part}.")]
+
+
+def _purpose(part: str, values: dict[str, Any]) -> str:
+    kind = BACKENDS[values["name"]] if part == "backend" else get_type_hints(Experiment)[part]
+    return str(kind.__doc__).splitlines()[0]
+
+
+def _option_lines(draft: Draft, group: str, indent: str = "") -> Iterator[str]:
+    """Yield the options of a group with their purposes."""
+    options = [
+        option for option in inventory.choices(group, draft.options) if (group, option.name) != ("dataset", CUSTOM)
+    ]
+    width = max(len(option.name) for option in options)
+    for option in options:
+        yield f"{indent}#   {option.name.ljust(width)}  {option.purpose}".rstrip()
+    if group == "dataset":
+        yield f"{indent}#   or a hub id (owner/name), or a local file"
+
+
+def _value_lines(draft: Draft, item: Leaf, value: Any, indent: str = "") -> Iterator[str]:
+    by_preset = f"; set by {draft.choices['preset']}" if item.path in draft.preset_values() else ""
+    yield from _comment(item.description, indent)
+    yield from _comment(f"[{type_words(item)}; default {flow(item.default)}{by_preset}]", indent)
+    name = item.path.rpartition(".")[2]
+    # A value that is set is written as it was given: it may be an interpolation.
+    yield (
+        f"{indent}{name}: {flow(draft.values[item.path])}"
+        if item.path in draft.values
+        else f"{indent}#{name}: {flow(value)}"
+    )
+    yield ""
+
+
+def _other_backends(chosen: str) -> Iterator[str]:
+    """Yield the values of the backends that are not chosen: as prose, since they cannot be set here."""
+    for name, backend in BACKENDS.items():
+        if name == chosen:
+            continue
+        yield from _comment(f"With name: {name} the values are these instead:", "  ")
+        for item in leaves(backend):
+            if item.path != "name":
+                about = f"- {item.path}: {item.description} [{type_words(item)}; default {flow(item.default)}]"
+                yield from _comment(about, "  ", "  ")
+        yield ""
+
+
+def _comment(text: str, indent: str = "", hanging: str = "") -> Iterator[str]:
+    start = f"{indent}# "
+    yield from textwrap.wrap(
+        text, WIDTH, initial_indent=start, subsequent_indent=start + hanging, break_on_hyphens=False
+    )
+
+
+# ------------------------------------------------------------------ the command
+def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config_dir: Path | None = None) -> int:
+    """Write a new config file, or print it; return the exit code.
+
+    Args:
+        file: where to; without one the file is experiment.yaml on a terminal, else the text is printed.
+        preset: the preset to start from.
+        yes: ask nothing.
+        force: replace a file that exists.
+        config_dir: a directory of the user's own options.
+
+    Raises:
+        ConfigError: nothing has been written.
+        Interrupted: the user stopped; nothing has been written.
+    """
+    file = DEFAULT_FILE if file is None and sys.stdout.isatty() else file
+    options = Options.find(config_dir, file)
+    if preset is not None and not options.get("preset", preset):
+        raise ConfigError(f"--preset: {options.unknown('preset', preset)}")
+    can_ask = not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    if file is not None:
+        _check_target(file, replaceable=force or can_ask)
+    draft = _asked(options, preset, file, force) if can_ask else first_draft(options, preset)
+    if draft is None:
+        print("Nothing was written.")
+    elif file is None:
+        print(render(draft), end="")
+    else:
+        _write(draft, file)
+    return 0
+
+
+def _check_target(file: Path, *, replaceable: bool) -> None:
+    if file.suffix not in SUFFIXES:
+        raise ConfigError(f"{file}: a config file's name ends in {' or '.join(SUFFIXES)}.")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a directory.")
+    if file.exists() and not replaceable:
+        raise ConfigError(f"{file} exists; --force replaces it.")
+
+
+def _asked(options: Options, preset: str | None, file: Path | None, force: bool) -> Draft | None:
+    """Return the answers, or None if the user would rather not write."""
+    from lem.cli import interview
+
+    try:
+        if file is not None and file.exists() and not force and not interview.agrees(f"{file} exists. Replace it?"):
+            return None
+        draft = interview.hold(options, preset)
+        return draft if interview.is_content(draft) else None
+    except (KeyboardInterrupt, EOFError):
+        raise Interrupted("Nothing was written.") from None
+
+
+def _write(draft: Draft, file: Path) -> None:
+    text = render(draft)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        file_schema.write_beside(file, draft.options)
+    except OSError as error:
+        raise ConfigError(f"{file}: it cannot be written: {error.strerror}.") from None
+    print(f"{file} is written; {file_schema.SCHEMA_FILE} beside it is for editors.")
+    print(f"Check it with lem config validate {file}, run it with lem experiment {file}.")

@@ -1,0 +1,1 @@
+"""Files, presets and overrides become an Experiment: the only room that knows Hydra."""

@@ -1,0 +1,271 @@
+"""Composed values against the schema: interpolations resolved, types and ranges checked, all faults at once.
+
+Each fault has the path of its value; where that value came from is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from lem.config.problem import Faults, Problem, shortened
+from lem.config.yamlfile import Path_, dotted
+from lem.errors import did_you_mean
+from lem.results.codec import adapter
+from lem.spec.engines import BACKENDS
+from lem.spec.experiment import Experiment
+from lem.spec.schema import leaves
+
+MISSING = "???"
+Values = dict[str, Any]
+Found = list[tuple[Path_, Problem]]
+
+
+def check(values: Values) -> Experiment:
+    """Check a plain mapping against the schema; raises `Faults` (a `ConfigError`) with all problems."""
+    experiment, found = examine(values)
+    if experiment is None:
+        raise Faults(problem for _, problem in found)
+    return experiment
+
+
+def examine(values: Values) -> tuple[Experiment | None, Found]:
+    """Return the experiment that the values make, or None and what is wrong with them."""
+    from pydantic import ValidationError
+
+    try:
+        text = json.dumps(values)
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f"the configuration holds a value that is not plain data: {shortened(str(error))}."
+        return None, [((), Problem("wrong_type", "", message))]
+    try:
+        # As JSON: strict about types, but a mapping may become a dataclass.
+        return adapter(Experiment).validate_json(text), []
+    except ValidationError as error:
+        return None, list(_found(values, error.errors(include_url=False)))
+
+
+def without(values: Values, paths: Iterable[Path_]) -> Values:
+    """Return the values without those at some paths."""
+    result: Values = json.loads(json.dumps(values))
+    for *parents, last in paths:
+        holder: Any = result
+        for part in parents:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            holder.pop(last, None)
+    return result
+
+
+# ------------------------------------------------------------------ what pydantic found
+def _found(values: Values, details: Iterable[Any]) -> Iterator[tuple[Path_, Problem]]:
+    by_path: dict[Path_, list[Any]] = {}
+    for detail in details:
+        by_path.setdefault(_path(values, detail["loc"]), []).append(detail)
+    for path, same in by_path.items():
+        yield path, _problem(path, same, backend_of(values))
+
+
+def _path(values: Values, location: tuple[str | int, ...]) -> Path_:
+    """Return a value's path: pydantic's, without the names of a union's members (backend.pytorch.device)."""
+    path: list[str | int] = []
+    holder: Any = values
+    for part in location:
+        inside = part in holder if isinstance(holder, dict) else isinstance(part, int) and isinstance(holder, list)
+        if inside:
+            path.append(part)
+            holder = holder[part]
+    return tuple(path)
+
+
+def _problem(path: Path_, details: list[Any], backend: str | None) -> Problem:
+    kind, name = details[0]["type"], dotted(path)
+    if kind == "unexpected_keyword_argument":
+        return Problem("unknown_key", name, unknown_key(path, backend))
+    if kind.startswith("union_tag"):
+        tag = details[0].get("ctx", {}).get("tag", "nothing")
+        message = f"there is no {shortened(str(tag))!r}; choose one of {', '.join(BACKENDS)}."
+        return Problem("unknown_option", f"{name}.name", message)
+    wanted = " or ".join(dict.fromkeys(_wanted(detail) for detail in details))
+    return Problem(_code(kind), name, f"it should be {wanted}, not {_shown(details[0]['input'])}.")
+
+
+def _wanted(detail: Any) -> str:
+    return str(detail["msg"]).removeprefix("Input should be ")
+
+
+def _code(kind: str) -> str:
+    if kind == "literal_error":
+        return "unknown_option"
+    is_type = kind.endswith(("_type", "_parsing", "_from_float")) or kind in ("json_invalid", "int_from_float")
+    return "wrong_type" if is_type else "out_of_range"
+
+
+def _shown(value: Any) -> str:
+    return shortened(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def backend_of(values: Values) -> str | None:
+    """Return the name of the backend that values choose; None where they choose none that there is."""
+    backend = values.get("backend")
+    name = backend.get("name") if isinstance(backend, dict) else None
+    return name if name in BACKENDS else None
+
+
+def unknown_key(path: Path_ | str, backend: str | None = None) -> str:
+    """Return the sentence about a key that does not exist, with the nearest ones that do.
+
+    Args:
+        path: the key's path; a text is one key, whatever dots it has.
+        backend: the chosen backend, whose keys alone are meant by `backend.…`; None stands for all of them.
+    """
+    parts = (path,) if isinstance(path, str) else path
+    name = dotted(parts)
+    paths = sorted(known_keys())
+    if len(parts) == 1 and name in paths and "." in name:
+        outer, _, inner = name.partition(".")
+        return f"in a file this is written nested, {outer}: {{{inner}: …}}."
+    if about := _about_backends_key(name, backend):
+        return f"unknown key: {about}"
+    there = [known for known in paths if not _is_of_another_backend(known, backend)]
+    # A leaf's own name is what people remember: batch_size, temperature.
+    by_leaf = [known for known in there if known.split(".")[-1] == name.split(".")[-1]]
+    beside = [known for known in there if "." in name and known.rpartition(".")[0] == name.rpartition(".")[0]]
+    if name in paths:
+        near = did_you_mean(name, beside) if backend else ""
+        return f"unknown key: the chosen options have no such key.{near}"
+    hint = f" Did you mean '{by_leaf[0]}'?" if len(by_leaf) == 1 else did_you_mean(name, beside or there)
+    return f"unknown key.{hint}"
+
+
+def _about_backends_key(name: str, backend: str | None) -> str | None:
+    """Return what the chosen backend says of a key that is none of its own: its engine may know it."""
+    from lem.backends import backend_class
+
+    group, _, key = name.partition(".")
+    if backend is None or group != "backend":
+        return None
+    # Arguments of an engine are one mapping, which is given as a whole.
+    return backend_class(backend).about_key(key.removeprefix("engine_args.").removeprefix("extra_args."))
+
+
+def _is_of_another_backend(path: str, backend: str | None) -> bool:
+    return backend is not None and path.startswith("backend.") and path not in _keys_of(backend)
+
+
+@cache
+def _keys_of(backend: str) -> frozenset[str]:
+    return _with_parents(leaf.path for leaf in leaves(BACKENDS[backend], "backend."))
+
+
+@cache
+def known_keys() -> frozenset[str]:
+    """Return the dotted paths of all values and of the mappings that hold them."""
+    return _with_parents(leaf.path for leaf in leaves()) | {"preset"}
+
+
+def _with_parents(paths: Iterable[str]) -> frozenset[str]:
+    paths = set(paths)
+    return frozenset(paths | {path.rpartition(".")[0] for path in paths if "." in path})
+
+
+# ------------------------------------------------------------------ interpolations, secrets
+def resolved(values: Values) -> tuple[Values, Found]:
+    """Return the values with their interpolations resolved, and what could not be; faulty values stay as they are."""
+    texts = list(_texts(values, ()))
+    found = [(path, _missing(path)) for path, text in texts if text == MISSING]
+    interpolated = [path for path, text in texts if "${" in text]
+    if interpolated:
+        values, unresolved = _interpolated(values, interpolated)
+        found += unresolved
+    return values, found + secrets(values)
+
+
+def secrets(values: Values) -> Found:
+    """Find values that hold the hub's token: configurations are written to files that people publish."""
+    token = os.environ.get("HF_TOKEN")
+    return [(path, _secret(path)) for path, text in _texts(values, ()) if token in text] if token else []
+
+
+def _texts(value: Any, path: Path_) -> Iterator[tuple[Path_, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _texts(child, (*path, key))
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from _texts(child, (*path, i))
+
+
+def is_missing(problem: Problem) -> bool:
+    """Say whether a problem is that of a value which has to be given."""
+    return problem.code == "missing_value"
+
+
+def _missing(path: Path_) -> Problem:
+    return Problem("missing_value", dotted(path), "??? stands for a value that has to be given; give it.")
+
+
+def _secret(path: Path_) -> Problem:
+    message = "the value holds your HF_TOKEN; leave it out, the hub's client reads it from the environment."
+    return Problem("secret", dotted(path), message)
+
+
+def _interpolated(values: Values, paths: list[Path_]) -> tuple[Values, Found]:
+    from omegaconf import OmegaConf
+
+    # Texts that are no interpolation at all would make OmegaConf refuse the whole.
+    found = [(path, problem) for path in paths if (problem := _unreadable(path, _at(values, path)))]
+    good = [path for path in paths if path not in dict(found)]
+    config = OmegaConf.create(_replaced(values, {path: None for path, _ in found}))
+    results: dict[Path_, Any] = {}
+    for path in good:
+        try:
+            results[path] = _plain(_at(config, path))
+        except Exception as error:  # a resolver may raise anything
+            found.append((path, _bad_interpolation(path, _at(values, path), error)))
+    return _replaced(values, results), found
+
+
+def _plain(value: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _unreadable(path: Path_, text: str) -> Problem | None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        OmegaConf.create({"value": text})
+    except (OmegaConfBaseException, RecursionError) as error:
+        return _bad_interpolation(path, text, error)
+    return None
+
+
+def _bad_interpolation(path: Path_, text: str, error: BaseException) -> Problem:
+    reason = shortened(str(error).splitlines()[0] if str(error) else type(error).__name__, 200)
+    circle = isinstance(error, RecursionError) or "recursi" in str(error).casefold()
+    reason = "it refers to itself" if circle else reason
+    return Problem("bad_interpolation", dotted(path), f"{shortened(text)!r} cannot be resolved: {reason.rstrip('.')}.")
+
+
+def _at(values: Any, path: Path_) -> Any:
+    for part in path:
+        values = values[part]
+    return values
+
+
+def _replaced(values: Any, news: dict[Path_, Any], path: Path_ = ()) -> Any:
+    if path in news:
+        return news[path]
+    if isinstance(values, dict):
+        return {key: _replaced(child, news, (*path, key)) for key, child in values.items()}
+    if isinstance(values, list):
+        return [_replaced(child, news, (*path, i)) for i, child in enumerate(values)]
+    return values

@@ -1,0 +1,359 @@
+"""A user's config file: read with its parents, checked for shape, and split into options chosen and values given.
+
+A file may name options of config groups (`backend: pytorch`, `dataset: alpaca`, or `name:` inside the group's
+mapping), hold values, and inherit from other files through a `defaults:` list (`- base` is `base.yaml` beside
+the file). Each file stays a layer of its own, so that every value is known to stand in a file and line. Nothing is
+composed here, and whether a value suits the schema is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lem.config import yamlfile
+from lem.config.options import CUSTOM, SUFFIXES, Options
+from lem.config.problem import Faults, Place, Problem, shortened
+from lem.config.yamlfile import Path_, dotted, kind_of
+from lem.errors import did_you_mean
+from lem.spec.experiment import Decoder
+from lem.spec.schema import GROUPS, leaves
+
+STAYS_WHEN_OPTION_CHANGES = {
+    "dataset": frozenset({"sample_size"}),
+    "energy": frozenset({"country_iso_code", "carbon_intensity_g_per_kwh"}),
+}
+MAX_FILES = 100
+# The parts of the schema: mappings, which neither a list nor a scalar can replace.
+PARTS = tuple(dict.fromkeys(leaf.path.partition(".")[0] for leaf in leaves() if "." in leaf.path))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option chosen for a group; None is no preset, or whatever is the default."""
+
+    name: str | None
+    # The hub id or file of a dataset that is none of the named ones.
+    source: str | None = None
+    place: Place | None = None
+    # The preset that chose it and sets values of it as well, which go with the choice.
+    preset: str | None = None
+
+    def is_same(self, other: Choice) -> bool:
+        """Tell whether values that were meant for the other one still make sense."""
+        return (self.source or self.name) == (other.source or other.name)
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """The values of one file, and the place of each."""
+
+    path: Path
+    values: dict[str, Any]
+    places: Mapping[Path_, Place]
+
+
+@dataclass
+class UserFile:
+    """What a file and its parents say (interpolations unresolved), parents first."""
+
+    options: Options = field(default_factory=Options)
+    path: Path | None = None
+    choices: dict[str, Choice] = field(default_factory=dict)
+    layers: list[FileLayer] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values of all layers, merged."""
+        result: dict[str, Any] = {}
+        for layer in self.layers:
+            result = merged(result, layer.values)
+        return result
+
+    def without_values_of(self, group: str) -> UserFile:
+        """Drop the values that belonged to a group's option, because another option takes its place.
+
+        A batch of options for one engine, or the column of one dataset, means nothing to another; a sample
+        size or a country stays.
+        """
+        return replace(self, layers=[_without(layer, group) for layer in self.layers])
+
+    def without_group(self, group: str) -> UserFile:
+        """Drop the choice of a group and all of its values."""
+        choices = {other: choice for other, choice in self.choices.items() if other != group}
+        layers = [
+            replace(layer, values={key: value for key, value in layer.values.items() if key != group})
+            for layer in self.layers
+        ]
+        return replace(self, choices=choices, layers=layers)
+
+
+def _without(layer: FileLayer, group: str) -> FileLayer:
+    old = layer.values.get(group)
+    if not isinstance(old, dict):
+        return layer
+    stays = STAYS_WHEN_OPTION_CHANGES.get(group, frozenset())
+    return replace(layer, values=layer.values | {group: {key: value for key, value in old.items() if key in stays}})
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge mappings deeply; lists and scalars of `over` replace those of `base`. Shares what it does not change."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def read(path: Path, config_dir: Path | None = None) -> UserFile:
+    """Read a config file with its parents and raise when anything about their shape is wrong.
+
+    Raises:
+        Faults: no such file, broken YAML (with line and column), a parent that is missing or that
+            inherits from its own child, an option that does not exist, or a file that is not a mapping.
+    """
+    file = examine(path, find_options(path, config_dir))
+    if errors := [problem for problem in file.problems if problem.severity == "impossible"]:
+        raise Faults(errors)
+    return file
+
+
+def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
+    """Return the options known to a config file: of a directory named, else beside the file or the nearest parent.
+
+    Raises:
+        ConfigError: the directory that was named holds no options.
+    """
+    options = Options.find(config_dir, path)
+    waiting = [path] if path else []
+    # Breadth first; the list grows while it is read.
+    for file in waiting:
+        if options.folder is not None or len(waiting) > MAX_FILES:
+            break
+        options = Options.find(None, file)
+        waiting += [parent for parent in dict.fromkeys(_parents(file)) if parent not in waiting]
+    return options
+
+
+def _parents(path: Path) -> list[Path]:
+    """Return the files from which one inherits, without a word about what is wrong with it."""
+    try:
+        own = _Own(Options(), None, yamlfile.read(path), path)
+    except Faults:
+        return []
+    own.split()
+    return [parent for parent, _ in own.parents]
+
+
+def examine(path: Path, options: Options, group: str | None = None) -> UserFile:
+    """Read a config file with its parents; what is wrong is left out and told in `problems`.
+
+    Args:
+        path: the file.
+        options: what can be chosen by name.
+        group: the group of which the file is an option, its content being the values of that group alone.
+    """
+    return _Reader(options, group).file(path, ())
+
+
+@dataclass
+class _Reader:
+    """Reads files along their inheritance."""
+
+    options: Options
+    group: str | None = None
+    files: int = 0
+
+    def file(self, path: Path, children: tuple[Path, ...]) -> UserFile:
+        result = UserFile(self.options, path)
+        self.files += 1
+        try:
+            document = yamlfile.read(path)
+        except Faults as faults:
+            result.problems += faults.found
+            return result
+        result.problems += document.problems
+        own = _Own(self.options, self.group, document, path)
+        own_layer = own.split()
+        for parent, place in own.parents:
+            _merge_into(result, self._parent(parent, place, (*children, path)))
+        _merge_into(result, UserFile(self.options, path, own.choices, [own_layer], own.problems))
+        return result
+
+    def _parent(self, path: Path, place: Place, children: tuple[Path, ...]) -> UserFile:
+        ring = [child.resolve() for child in children]
+        if path.resolve() in ring:
+            names = " -> ".join(child.name for child in (*ring[ring.index(path.resolve()) :], path))
+            problem = Problem("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", place)
+            return UserFile(problems=[problem])
+        if self.files >= MAX_FILES:
+            message = f"it inherits from more than {MAX_FILES} files."
+            return UserFile(problems=[Problem("too_large", "defaults", message, place)])
+        return self.file(path, children)
+
+
+def _merge_into(base: UserFile, over: UserFile) -> None:
+    for group, choice in over.choices.items():
+        old = base.choices.get(group)
+        if old is not None and not choice.is_same(old):
+            base.layers = base.without_values_of(group).layers
+    base.choices |= over.choices
+    base.layers += over.layers
+    base.problems += over.problems
+
+
+# ------------------------------------------------------------------ one file
+@dataclass
+class _Own:
+    """Separates what one file says into parents, options and values."""
+
+    options: Options
+    group: str | None
+    document: yamlfile.Document
+    path: Path
+    parents: list[tuple[Path, Place]] = field(default_factory=list)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def split(self) -> FileLayer:
+        """Fill `parents`, `choices` and `problems`; return the values."""
+        content = dict(self.document.values)
+        if "defaults" in content:
+            self._defaults(content.pop("defaults"))
+        places: dict[Path_, Place] = self.document.places
+        if self.group:
+            return FileLayer(self.path, {self.group: content}, {(self.group, *at): p for at, p in places.items()})
+        for key, value in content.items():
+            if key == "hydra":
+                self._note("forbidden_key", (key,), "settings of Hydra itself belong on the command line (hydra.…=…).")
+            elif key in GROUPS:
+                self.values = merged(self.values, self._choice(key, value))
+            elif key in PARTS and not isinstance(value, dict):
+                self._note("wrong_type", (key,), f"it holds named values, not {kind_of(value)}.")
+            else:
+                self.values[key] = value
+        return FileLayer(self.path, self.values, places)
+
+    def _note(self, code: str, at: Path_, message: str) -> None:
+        # A value that could not be read has been told of already.
+        told = {problem.path for problem in self.document.problems}
+        if dotted(at) not in told:
+            self.problems.append(Problem(code, dotted(at), message, self._place(at)))
+
+    def _place(self, at: Path_) -> Place:
+        return self.document.places.get(at) or Place(self.path)
+
+    # -------------------------------------------------------------- options
+    def _choice(self, group: str, value: Any) -> dict[str, Any]:
+        """Note the option that the value chooses; return the group's values, as a mapping to merge."""
+        if group == "preset":
+            self._preset(value)
+            return {}
+        if isinstance(value, str):
+            return {group: self._named(group, value, {}, (group,))}
+        if not isinstance(value, dict):
+            message = f"it is chosen by name ({', '.join(self.options.names(group))}), or holds named values; "
+            self._note("wrong_type", (group,), message + f"it cannot be {kind_of(value)}.")
+            return {}
+        values = dict(value)
+        if "name" in values:
+            return {group: self._named(group, values.pop("name"), values, (group, "name"))}
+        if group == "dataset" and isinstance(source := values.get("path"), str):
+            self.choices[group] = Choice(CUSTOM, source, self._place((group, "path")))
+            values = {"name": source} | values
+        return {group: values}
+
+    def _preset(self, value: Any) -> None:
+        place = self._place(("preset",))
+        if value is None:
+            self.choices["preset"] = Choice(None, place=place)
+        elif not isinstance(value, str):
+            names = ", ".join(self.options.names("preset"))
+            self._note("wrong_type", ("preset",), f"a preset is chosen by name ({names}), not {kind_of(value)}.")
+        elif self.options.get("preset", value):
+            self.choices["preset"] = Choice(value, place=place)
+        else:
+            self._note("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
+
+    def _named(self, group: str, name: Any, values: dict[str, Any], at: Path_) -> dict[str, Any]:
+        """Choose the option of this name, or what the name means otherwise; return the group's values."""
+        place = self._place(at)
+        if not isinstance(name, str):
+            self._note("wrong_type", at, f"an option is chosen by its name, not {kind_of(name)}.")
+            return values
+        if self.options.get(group, name):
+            source = values.get("path") if group == "dataset" else None
+            self.choices[group] = Choice(name, source if isinstance(source, str) else None, place)
+            return values
+        if group == "dataset" and isinstance(source := values.get("path"), str):
+            # Its name is a label, as `lem config show` writes it.
+            self.choices[group] = Choice(CUSTOM, source, place)
+            return {"name": name} | values
+        if group == "dataset" and self.options.is_source(name):
+            self.choices[group] = Choice(CUSTOM, name, place)
+            return {"path": name, "name": name} | values
+        if group == "decoder" and {f.name for f in fields(Decoder)} - {"name"} <= values.keys():
+            # All of its values are here: it needs no option, and its name is a label.
+            self.choices[group] = Choice(None, place=place)
+            return {"name": name} | values
+        self._note("unknown_option", (group,), self.options.unknown(group, shortened(name)))
+        return values
+
+    # -------------------------------------------------------------- defaults
+    def _defaults(self, entries: Any) -> None:
+        if not isinstance(entries, list):
+            message = f"defaults is a list of files to inherit from, not {kind_of(entries)}."
+            self._note("bad_defaults", ("defaults",), message)
+            return
+        for i, entry in enumerate(entries):
+            if isinstance(entry, str):
+                self._inherit(entry, ("defaults", i))
+            elif isinstance(entry, dict) and not self.group:
+                for key, value in entry.items():
+                    self._default_choice(key, value, ("defaults", i))
+            else:
+                message = f"an entry of defaults is a file name or `group: option`, not {kind_of(entry)}."
+                self._note("bad_defaults", ("defaults", i), message)
+
+    def _inherit(self, name: str, at: Path_) -> None:
+        if name == "_self_":
+            return
+        base = self.path.parent / name
+        candidates = [base, *(base.with_name(base.name + suffix) for suffix in SUFFIXES)] if base.name else [base]
+        if found := next((candidate for candidate in candidates if _is_file(candidate)), None):
+            self.parents.append((found, self._place(at)))
+            return
+        near = did_you_mean(name, [p.stem for p in base.parent.glob("*.yaml")] if _is_dir(base.parent) else [])
+        message = f"it inherits from '{shortened(name)}', but there is no such file beside it.{near}"
+        self._note("missing_parent", at, message)
+
+    def _default_choice(self, key: str, value: Any, at: Path_) -> None:
+        group = key.removeprefix("override ").strip().lstrip("/")
+        if group.startswith("hydra"):
+            self._note("forbidden_key", at, f"defaults names '{group}'; settings of Hydra belong on the command line.")
+        elif group not in GROUPS:
+            message = f"defaults names '{shortened(group)}', which is not a group ({', '.join(GROUPS)})."
+            self._note("bad_defaults", at, message)
+        elif group == "preset" or isinstance(value, str):
+            self.document.places[(group,)] = self._place((*at, key))
+            self.values = merged(self.values, self._choice(group, value))
+        else:
+            self._note("wrong_type", at, f"{group} is chosen by its name, not {kind_of(value)}.")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False

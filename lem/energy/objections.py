@@ -1,0 +1,57 @@
+"""Why the energy group may be refused or warned about: options a meter does not read, countries, its own reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lem.energy import meter_class
+from lem.energy.carbon import carbon_intensity
+from lem.errors import ConfigError
+from lem.machine.host import Host
+from lem.spec.experiment import Energy
+from lem.spec.processes import changed
+from lem.spec.rules import Objection, without_effect
+
+# Options that belong to meters; the others of the group hold for all.
+METER_OPTIONS = ("idle_s", "power_hz", "powercap_dir")
+
+
+def objections(energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
+    """Yield all that is wrong with the energy group on a machine."""
+    yield from _unread(energy)
+    yield from _carbon(energy)
+    yield from meter_class(energy.name).objections(energy, host, uses_gpu=uses_gpu)
+
+
+def _unread(energy: Energy) -> Iterator[Objection]:
+    """Object to options that the chosen meter does not read."""
+    if energy.trace is not None and energy.name != "replay":
+        yield without_effect(
+            "no_effect_trace", "energy.trace", "only the replay meter reads a trace.", "Use energy=replay."
+        )
+    unread = [name for name in METER_OPTIONS if name not in meter_class(energy.name).options]
+    for name in changed(energy, *unread):
+        yield without_effect(
+            "no_effect_meter_option",
+            f"energy.{name}",
+            f"energy={energy.name} does not read it.",
+            "Leave it out, or choose another meter.",
+        )
+
+
+def _carbon(energy: Energy) -> Iterator[Objection]:
+    given = changed(energy, "country_iso_code", "carbon_intensity_g_per_kwh")
+    if energy.name == "none":
+        for name in given:
+            yield without_effect("no_effect_carbon", f"energy.{name}", "no energy is measured.", "Choose a meter.")
+    if len(given) > 1:
+        yield without_effect(
+            "no_effect_country",
+            "energy.country_iso_code",
+            "energy.carbon_intensity_g_per_kwh is used instead.",
+            "Leave one of them out.",
+        )
+    try:
+        carbon_intensity(energy)
+    except ConfigError as error:
+        yield Objection("unknown_country", "energy.country_iso_code", str(error).partition(": ")[2], "")

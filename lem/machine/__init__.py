@@ -1,0 +1,1 @@
+"""What the run runs on: GPUs, the host, families of processes."""

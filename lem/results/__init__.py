@@ -1,0 +1,1 @@
+"""Records kept, tabulated, compared and shown."""

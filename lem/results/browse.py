@@ -1,0 +1,518 @@
+"""`lem results` and `lem aggregate`: reading a results directory back."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lem.errors import ResultsError, RunError, did_you_mean
+from lem.record import DeviceState, Environment
+from lem.results import show
+from lem.results.aggregate import Outcome, aggregate_all, is_fresh, read
+from lem.results.codec import to_json, to_plain
+from lem.results.directory import ExperimentDir
+from lem.results.plan import FINISHED, State
+from lem.results.rows import Rows
+from lem.results.schema import CycleRow, ExperimentRow
+from lem.results.show import ESTIMATE, NOT_MEASURED, STATUS_STYLE, WIDE, console, print_table
+from lem.results.store import Store, age, default_root
+from lem.results.tables import Tables
+from lem.units import plain, quantity
+
+STATUSES = ("completed", "failed", "interrupted", "running", "planned")
+
+
+def store_at(results_dir: Path | None) -> Store:
+    """Return the store at --results-dir, else the environment's, else results/."""
+    return Store(results_dir or default_root())
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Leave out the search for cycles: rows and records form none, and of thousands it takes longer than reading."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+# ------------------------------------------------------------------ list
+@dataclass(frozen=True)
+class Selection:
+    """Which experiments are to be listed, and in which order."""
+
+    status: str | None = None
+    model: str | None = None
+    backend: str | None = None
+    dataset: str | None = None
+    since: str | None = None
+    last: int | None = None
+    sort: str | None = None
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.status is not None and self.status not in STATUSES:
+            known = ", ".join(STATUSES)
+            raise ResultsError(f"--status: '{self.status}' is none of {known}.{did_you_mean(self.status, STATUSES)}")
+        if self.sort is not None and self.sort not in ExperimentRow.__dataclass_fields__:
+            close = did_you_mean(self.sort, ExperimentRow.__dataclass_fields__)
+            raise ResultsError(f"--sort: there is no column '{self.sort}'.{close} docs/reference/results.md has them.")
+        self._first_id()
+
+    def _first_id(self) -> str:
+        """Return the id that an experiment would have that was begun at --since; ids sort by time."""
+        if self.since is None:
+            return ""
+        try:
+            since = datetime.fromisoformat(self.since)
+        except ValueError:
+            text = f"--since: '{self.since}' is no date; write 2026-01-31, or 2026-01-31T10:00."
+            raise ResultsError(text) from None
+        return f"exp_{since.astimezone() if since.tzinfo else since:%Y%m%d_%H%M%S}"
+
+    def of(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the entries that are wanted, in order."""
+        first = self._first_id()
+        chosen = [e for e in entries if e.experiment_id >= first and self._fits(e)]
+        if self.last is not None:
+            chosen = chosen[max(0, len(chosen) - self.last) :]
+        if self.sort is not None:
+            chosen = _sorted(chosen, self.sort, self.reverse)
+        elif self.reverse:
+            chosen.reverse()
+        return chosen
+
+    def _fits(self, entry: Entry) -> bool:
+        pairs = ((self.model, entry.model), (self.backend, entry.backend), (self.dataset, entry.dataset))
+        within = all(wanted is None or wanted.lower() in text.lower() for wanted, text in pairs)
+        return within and self.status in (None, entry.status)
+
+
+def _sorted(entries: Sequence[Entry], column: str, reverse: bool) -> list[Entry]:
+    """Sort by a column of the rows; what has no value comes last, either way."""
+    known = [entry for entry in entries if entry.row and getattr(entry.row, column) is not None]
+    others = [entry for entry in entries if not entry.row or getattr(entry.row, column) is None]
+    return sorted(known, key=lambda entry: getattr(entry.row, column), reverse=reverse) + others
+
+
+def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
+    """Print a line for each experiment that has a row, and with `everything` for the others too."""
+    with _no_collector():
+        damaged = _list(store, selection, everything or selection.status is not None, as_json)
+    for problem in damaged:
+        show.console(stderr=True).print(problem, markup=False, style="red")
+    return 1 if damaged else 0
+
+
+def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
+    """Print the list; return what could not be read."""
+    of_table = dict.fromkeys((*COLUMNS, *([selection.sort] if selection.sort else [])))
+    rows, damaged = Tables(store).rows(None if as_json else list(of_table))
+    ids = store.ids()
+    raw, with_row = set(ids), {row.experiment_id for row in rows}
+    entries = [_with_row(store, row, row.experiment_id in raw) for row in rows]
+    if everything:
+        entries += [_without_row(store.directory(name)) for name in ids if name not in with_row]
+    chosen = selection.of(sorted(entries, key=lambda entry: age(entry.experiment_id)))
+    if as_json:
+        _print_json(chosen)
+    elif chosen:
+        show_entries(chosen)
+    elif ids and not entries:
+        print(f"No experiment in {store.root} has a row; --all shows those without one.")
+    else:
+        print(f"No {'such ' if entries else ''}experiments in {store.root}.")
+    return damaged
+
+
+def _print_json(entries: Sequence[Entry]) -> None:
+    """Print a JSON list with a line for each experiment: thousands as one text would take a gigabyte."""
+    print("[")
+    for i, entry in enumerate(entries, start=1):
+        print(show.as_json(_plain(entry), indent=None) + ("," if i < len(entries) else ""))
+    print("]")
+
+
+def _with_row(store: Store, row: ExperimentRow, has_files: bool) -> Entry:
+    entry = Entry(row.experiment_id, row.status, row.model, row.backend, row.dataset, row, row.error)
+    if row.status == "completed" or not has_files:
+        return entry
+    # Since its row was written it may have been resumed.
+    state = store.directory(row.experiment_id).state()
+    return replace(entry, status="running", detail=_where(state)) if state.status == "running" else entry
+
+
+def _without_row(directory: ExperimentDir) -> Entry:
+    state = directory.state()
+    detail = _where(state) if state.status == "running" else state.error
+    if state.status in FINISHED:
+        state, detail = replace(state, status="completed"), f"lem aggregate {directory.id} makes its row"
+    try:
+        wanted = directory.plan().experiment
+    except ResultsError as error:
+        return Entry(directory.id, state.status, "", "", "", detail=str(error))
+    names = wanted.model or "", wanted.backend.name, wanted.dataset.name
+    return Entry(directory.id, state.status, *names, detail=detail)
+
+
+def _where(state: State) -> str:
+    return f"runs as process {state.pid} on {state.host}"
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    if entry.row is not None:
+        return show.row_dict(entry.row) | {"status": entry.status}
+    known = {name: value for name, value in vars(entry).items() if name not in ("row", "detail")}
+    return known | {"error": entry.detail if entry.status in ("failed", "interrupted") else None}
+
+
+# ------------------------------------------------------------------ show
+def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment: bool, as_json: bool) -> int:
+    """Print one experiment: its row and its cycles, or with `raw` the records of its processes."""
+    directory = _find(store, experiment_id)
+    if raw:
+        _show_raw(directory, as_json)
+        return 0
+    state = directory.state()
+    rows = _rows(store, directory, state)
+    around = _environment(directory)
+    if as_json:
+        print(show.as_json(_as_plain(directory, state, rows, around)))
+        return 0
+    if rows:
+        show.show_row(rows.row)
+        show_cycles(rows.row, rows.cycles)
+    _show_state(store, directory, state, has_row=bool(rows))
+    if environment:
+        if around is None:
+            raise ResultsError(f"{directory.id} has no record that tells its environment.")
+        show_environment(around)
+    return 0
+
+
+def _find(store: Store, text: str) -> ExperimentDir:
+    """Find an experiment by its raw files, or where those have been removed by its row."""
+    try:
+        return store.find(text)
+    except ResultsError:
+        names = [name for name in Tables(store).places() if name.startswith(text)]
+        if len(names) != 1:
+            raise
+        return store.directory(names[0])
+
+
+def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
+    """Return the rows in the tables, or where those are missing or old what the records give, if there are any."""
+    tables = Tables(store)
+    place = tables.place(directory.id)
+    if place and (not directory.path.is_dir() or is_fresh(tables, directory.id, place, state)):
+        return Rows(tables.row(directory.id, place), tables.cycles(directory.id, place), [])
+    if not directory.records():
+        return None
+    rows = read(directory, strict=False, mixed=True, state=state)
+    return _at_work(rows) if state.status == "running" else rows
+
+
+# What an unfinished journal looks like, which is no fault while it is being written.
+OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window")
+
+
+def _at_work(rows: Rows) -> Rows:
+    """Return the rows of an experiment that is running: what is not finished is neither broken off nor cut."""
+    warnings = [text for text in rows.row.warnings if text.partition(":")[0] not in OF_A_JOURNAL]
+    row = replace(rows.row, status="running", error=None, warnings=warnings)
+    cycles = [c if c.status == "completed" else replace(c, status="running") for c in rows.cycles]
+    return Rows(row, cycles, rows.requests)
+
+
+def _environment(directory: ExperimentDir) -> Environment | None:
+    records = directory.records() if directory.path.is_dir() else []
+    return next((record.environment for record in records if record.environment), None)
+
+
+def _as_plain(
+    directory: ExperimentDir, state: State, rows: Rows | None, environment: Environment | None
+) -> dict[str, Any]:
+    row = show.row_dict(rows.row) if rows else {"experiment_id": directory.id, "status": state.status}
+    return row | {
+        "cycles": [vars(cycle) for cycle in rows.cycles] if rows else [],
+        "state": to_plain(state) if directory.path.is_dir() else None,
+        "environment": to_plain(environment) if environment else None,
+    }
+
+
+def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
+    """Say where an experiment stands that is not simply done, and how to go on."""
+    from lem.results.store import resume_command
+
+    if not directory.path.is_dir() or (state.status in FINISHED and has_row):
+        return
+    if has_row:
+        print()
+    attempts = f"after {state.attempt} attempt{'s' if state.attempt > 1 else ''}" if state.attempt else "not yet run"
+    text = _where(state) if state.status == "running" else f"is {state.status}, {attempts}"
+    print(f"{directory.id} {text}.")
+    if state.error and not has_row:
+        print(state.error)
+    if state.status not in ("running", *FINISHED):
+        print(f"To go on: {resume_command(store, directory)}")
+
+
+def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
+    records = directory.records()
+    if not records:
+        raise ResultsError(f"{directory.id} has no records yet.")
+    if as_json:
+        print("[" + ",\n".join(to_json(record) for record in records) + "]")
+    else:
+        show.show_records(records)
+
+
+# ------------------------------------------------------------------ aggregate
+def aggregate_experiments(
+    store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
+) -> int:
+    """Write the rows of one experiment, or of all whose rows are missing or old; 1 when any could not be written."""
+    if (experiment_id is None) == (not everything):
+        raise ResultsError("Name one experiment, or give --all.")
+    ids = store.ids() if everything else [store.find(experiment_id or "").id]
+    try:
+        with _no_collector():
+            outcomes = aggregate_all(store, ids, strict=strict, force=force, mixed=mixed)
+            kinds = Counter(_tell(outcome, everything) for outcome in outcomes)
+    except OSError as error:
+        raise RunError(
+            f"The tables in {store.root} cannot be written ({error.strerror or error}); what was measured is kept in "
+            "raw/. Make room, or make it writable, then run lem aggregate --all."
+        ) from None
+    if everything and kinds["fresh"]:
+        print(f"Left alone, for their rows are there already: {kinds['fresh']}.")
+    if not ids:
+        print(f"No experiments in {store.root}.")
+    return 1 if kinds["failed"] or (kinds["skipped"] and not everything) else 0
+
+
+def _tell(outcome: Outcome, everything: bool) -> str:
+    """Print what became of an experiment; of many, nothing where nothing was to be done."""
+    if outcome.kind == "failed" or (outcome.kind == "skipped" and not everything):
+        show.console(stderr=True).print(outcome.text, markup=False, style="red")
+    elif not (outcome.kind == "fresh" and everything):
+        print(outcome.text)
+    return outcome.kind
+
+
+# From here on a table is printed line by line: laying it out for a terminal takes longer than all the rest.
+MANY = 500
+
+
+NARROW_HEADERS = ("experiment", "status", "model", "tokens/s", "energy", "per token")
+
+
+WIDE_HEADERS = (
+    "experiment", "status", "model, backend, dataset, batching", "requests", "cycles", "of", "tokens/s", "energy",
+    "per token",
+)  # fmt: skip
+
+
+# The columns of rows that a list is made from.
+COLUMNS = (
+    "experiment_id", "status", "error", "model", "random_weights", "backend", "dataset", "batching_strategy",
+    "batch_size", "requests_completed", "requests_planned", "cycles_completed", "cycles_planned", "energy_source",
+    "energy_components",
+    *(f"{stem}{part}{unit}" for stem, unit in (("output_tokens_per_s", ""), ("energy", "_j"),
+      ("energy_per_output_token", "_j")) for part in ("", "_ci95_low", "_ci95_high")),
+)  # fmt: skip
+
+
+NUMBERS = frozenset({"requests", "cycles", "of", "tokens/s", "energy", "per token", "duration", "latency", "attempts"})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An experiment in a list: where it stands, what it runs, and its row if it has one."""
+
+    experiment_id: str
+    status: str
+    model: str
+    backend: str
+    dataset: str
+    row: ExperimentRow | None = None
+    detail: str | None = None
+
+
+def show_entries(entries: Sequence[Entry]) -> None:
+    """Print a line for each experiment, then what there is to say about some of them."""
+    wide = console().width >= WIDE
+    headers = WIDE_HEADERS if wide else NARROW_HEADERS
+    _print([*headers], [_cells(entry, wide) for entry in entries])
+    if any(entry.row and entry.row.energy_source == "estimate" for entry in entries):
+        print(f"{ESTIMATE} an estimate, not a measurement")
+    if any(entry.row and entry.row.cycles_completed > 1 for entry in entries):
+        print("± half of the 95 % interval over the cycles")
+    for entry in entries:
+        if entry.detail:
+            print(f"{entry.experiment_id}: {entry.detail}")
+
+
+def _cells(entry: Entry, wide: bool) -> list[str]:
+    row = entry.row
+    model = f"{entry.model} (random)" if row and row.random_weights else entry.model
+    if row is None:
+        what = f"{model} {entry.backend} {entry.dataset}" if wide else model
+        return [entry.experiment_id, entry.status, what, *[""] * (6 if wide else 3)]
+    speed = _with_interval(row, "output_tokens_per_s", "", plain)
+    energies = ("energy", "energy_per_output_token")
+    energy, per_token = (_marked(row, _with_interval(row, stem, "_j", _joules, wide)) for stem in energies)
+    if not wide:
+        return [entry.experiment_id, entry.status, model, speed, energy, per_token]
+    what = f"{model} {row.backend} {row.dataset} {row.batching_strategy}/{row.batch_size}"
+    requests = f"{row.requests_completed}/{row.requests_planned}"
+    cycles = f"{row.cycles_completed}/{row.cycles_planned}"
+    components = row.energy_components or NOT_MEASURED
+    return [entry.experiment_id, entry.status, what, requests, cycles, components, speed, energy, per_token]
+
+
+def _joules(value: float | None) -> str:
+    return quantity(value, "J")
+
+
+def _with_interval(
+    row: ExperimentRow, stem: str, unit: str, write: Callable[[float | None], str], wide: bool = True
+) -> str:
+    """Write a value, with the half of its interval as a share of it where there is one and room for it."""
+    value = getattr(row, f"{stem}{unit}")
+    low, high = getattr(row, f"{stem}_ci95_low{unit}"), getattr(row, f"{stem}_ci95_high{unit}")
+    if not wide or None in (value, low, high) or not value:
+        return write(value)
+    share = 100 * (high - low) / 2 / abs(value)
+    return f"{write(value)} ±{share:.0f}%" if share >= 10 else f"{write(value)} ±{share:.2g}%"
+
+
+def _marked(row: ExperimentRow, text: str) -> str:
+    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text != NOT_MEASURED else text
+
+
+def _print(headers: list[str], lines: list[list[str]]) -> None:
+    """Print a table: laid out for the terminal, or where that is none or the table is long, line by line."""
+    if sys.stdout.isatty() and len(lines) < MANY:
+        _print_laid_out(headers, lines)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
+    # As a template: a step in Python for each cell would take longer than the rest.
+    line = "  ".join(f"%{'' if h in NUMBERS else '-'}{width}s" for h, width in zip(headers, widths, strict=True))
+    print("\n".join((line % tuple(cells)).rstrip() for cells in (headers, *lines)))
+
+
+def _print_laid_out(headers: list[str], lines: list[list[str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        # Words may wrap; ids and numbers are never cut.
+        words = header.startswith("model")
+        justify: Any = "right" if header in NUMBERS else "left"
+        table.add_column(header, justify=justify, no_wrap=not words, overflow="fold")
+    for cells in lines:
+        table.add_row(*(_styled(header, escape(cell)) for header, cell in zip(headers, cells, strict=True)))
+    print_table(table)
+
+
+def _styled(header: str, cell: str) -> str:
+    return f"[{STATUS_STYLE.get(cell, 'cyan')}]{cell}[/]" if header == "status" and cell else cell
+
+
+def show_cycles(row: ExperimentRow, cycles: Sequence[CycleRow]) -> None:
+    """Print a line for each cycle, then their mean, spread and interval; nothing for a single cycle."""
+    if row.cycles_planned == 1:
+        return
+    several = any(cycle.attempts > 1 for cycle in cycles)
+    headers = ["cycle", "status", *(["attempts"] if several else []), "duration", "tokens/s", "latency", "energy"]
+    lines = [_cycle_cells(cycle, several) for cycle in cycles]
+    if row.cycles_completed > 1:
+        lines += [_spread_cells(row, part, several) for part in ("mean", "sd", "cv", "ci95_low", "ci95_high")]
+    print()
+    _print([*headers, "per token"], lines)
+
+
+def _cycle_cells(cycle: CycleRow, several: bool) -> list[str]:
+    attempts = [str(cycle.attempts)] if several else []
+    return [
+        str(cycle.cycle), cycle.status, *attempts, quantity(cycle.duration_s, "s"), plain(cycle.output_tokens_per_s),
+        quantity(cycle.latency_mean_s, "s"), _joules(cycle.energy_j), _joules(cycle.energy_per_output_token_j),
+    ]  # fmt: skip
+
+
+SPREAD_LABELS = {"mean": "mean", "sd": "sd", "cv": "CV", "ci95_low": "95 % from", "ci95_high": "95 % to"}
+
+
+def _spread_cells(row: ExperimentRow, part: str, several: bool) -> list[str]:
+    def of(stem: str, unit: str) -> float | None:
+        names = [f"{stem}_{part}{unit if part != 'cv' else ''}", f"{stem}{unit}"]
+        value: float | None = getattr(row, names[0] if hasattr(row, names[0]) else names[1])
+        return value
+
+    def written(stem: str, unit: str, write: Callable[[float | None], str]) -> str:
+        value = of(stem, unit)
+        return (NOT_MEASURED if value is None else f"{value:.2%}") if part == "cv" else write(value)
+
+    duration = [quantity(row.duration_s, "s") if part == "mean" else ""]
+    return [
+        SPREAD_LABELS[part], "", *([""] if several else []), *duration,
+        written("output_tokens_per_s", "", plain),
+        written("latency_mean", "_s", lambda value: quantity(value, "s")),
+        written("energy", "_j", _joules),
+        written("energy_per_output_token", "_j", _joules),
+    ]  # fmt: skip
+
+
+def show_environment(environment: Environment) -> None:
+    """Print the machine and the software that an experiment ran on."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    print()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold", min_width=30)
+    for name, text in _environment_lines(environment):
+        if text:
+            table.add_row(name, escape(text))
+    print_table(table)
+
+
+def _environment_lines(here: Environment) -> Iterator[tuple[str, str]]:
+    yield "Host", here.hostname
+    yield "System", " · ".join(filter(None, [here.os, here.container]))
+    governor = f", governor {here.cpu_governor}" if here.cpu_governor else ""
+    yield "Processor", f"{here.cpu_model}, {here.cpu_threads} threads{governor}"
+    yield "Memory", f"{here.memory_bytes / 2**30:.4g} GiB"
+    for gpu in here.gpus:
+        yield "GPU", gpu
+    driver = [f"driver {here.driver_version}" if here.driver_version else ""]
+    yield "Driver", " · ".join(filter(None, [*driver, f"CUDA {here.cuda_version}" if here.cuda_version else ""]))
+    yield "Software", ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    yield "Commit", " ".join(filter(None, [here.git_commit, "with changes" if here.git_dirty else ""]))
+    yield "SLURM", ", ".join(f"{name}={value}" for name, value in here.slurm.items())
+    for when, states in (("before", here.devices_before), ("after", here.devices_after)):
+        for state in states:
+            yield f"GPU {when}", _device(state)
+
+
+def _device(state: DeviceState) -> str:
+    known = {
+        "°C": state.temperature_c,
+        "MHz SM": state.sm_clock_mhz,
+        "MHz memory": state.memory_clock_mhz,
+        "W limit": state.power_limit_w,
+    }
+    texts = [f"{value:g} {unit}" for unit, value in known.items() if value is not None]
+    return " · ".join([state.uuid, *texts, *(state.throttle_reasons or ())])

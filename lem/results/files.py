@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+# A scratch file is locked well before it is as old as this.
+ABANDONED_S = 1.0
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that it exists whole or not at all, even if the machine stops."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as scratch:
+        scratch.write_bytes(data)
+
+
+class replacing:  # noqa: N801 - reads as a statement
+    """Give a scratch path beside `path`; rename it into place at the end, or remove it on an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Path:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle, name = tempfile.mkstemp(prefix=f".{self._path.name}-", dir=self._path.parent)
+        self._scratch = Path(name)
+        with suppress(OSError):  # says that its writer lives
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+        return self._scratch
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self._end(error)
+        finally:
+            os.close(self._handle)
+
+    def _end(self, error: object) -> None:
+        if error is not None:
+            self._scratch.unlink(missing_ok=True)
+            return
+        self._scratch.chmod(0o644)
+        os.fsync(self._handle)
+        self._scratch.replace(self._path)
+        log.debug("wrote %s", self._path)
+
+
+def _remove_if_abandoned(scratch: Path) -> None:
+    """Remove a scratch file whose writer was killed; a living one holds a lock on it."""
+    with suppress(OSError), scratch.open("rb") as file:
+        if time.time() - scratch.stat().st_mtime > ABANDONED_S:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            scratch.unlink()

@@ -1,0 +1,92 @@
+"""When each token was there: TTFT, inter-token latency, time per output token.
+
+An engine hands out tokens in chunks, mostly of one token, several with speculation or over a network. Latencies are
+of tokens, never of chunks: the tokens of a chunk are spread evenly over the time since the one before. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from lem.record import RequestRecord
+from lem.results.statistics import percentile
+
+
+# ------------------------------------------------------------------ of many requests
+class Limits(Protocol):
+    """Up to where a request counts as good, as traffic's configuration says."""
+
+    ttft_limit_s: float | None
+    itl_limit_s: float | None
+
+
+def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:
+    """Return mean, median, 95th and 99th percentile under the names of their columns; None without values."""
+    return {name: value for name, (value,) in summaries(stem, [list(values)]).items()}
+
+
+def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
+    """Return the same of several groups of values, by column."""
+    ordered = [sorted(values) for values in groups]
+    columns: dict[str, list[float | None]] = {
+        f"{stem}_mean_s": [sum(values) / len(values) if values else None for values in ordered]
+    }
+    for q in (50, 95, 99):
+        columns[f"{stem}_p{q}_s"] = [percentile(values, q) if values else None for values in ordered]
+    return columns
+
+
+def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """Return the summaries of TTFT and TPOT over requests, and of ITL over all their tokens; none unless streaming."""
+    timed = [r for r in requests if r.ttft_s is not None]
+    if not timed:
+        return {}
+    return {
+        **summary("ttft", (r.ttft_s for r in timed if r.ttft_s is not None)),
+        **summary("itl", (gap for r in timed for gap in r.itl_s or ())),
+        **summary("tpot", (r.tpot_s for r in timed if r.tpot_s is not None)),
+    }
+
+
+def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
+    """Return what traffic is judged by: the rate that was had, the queue, the idle share of the window, goodput."""
+    arrived = [r for r in requests if r.arrived_s is not None]
+    good = _goodput(requests, duration_s, traffic)
+    if not arrived:
+        return good
+    busy_s = 0.0
+    spans, span_s = 0, 0.0
+    for attempt in {r.attempt for r in arrived}:  # each has a window, and a clock, of its own
+        same = [(r.arrived_s or 0.0, r.end_s) for r in arrived if r.attempt == attempt]
+        busy_s += _union_s(same)
+        spans += len(same) - 1
+        span_s += max(same)[0] - min(same)[0]
+    return {
+        "arrival_rate_per_s": spans / span_s if span_s > 0 else None,
+        **summary("queue", (r.queue_s for r in arrived if r.queue_s is not None)),
+        "idle_share": 1 - busy_s / duration_s if duration_s else None,
+        **good,
+    }
+
+
+def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
+    ttft_s, itl_s = traffic.ttft_limit_s, traffic.itl_limit_s
+    if (ttft_s is None and itl_s is None) or not duration_s:
+        return {}
+    good = sum(
+        r.ttft_s is not None
+        and (ttft_s is None or r.ttft_s <= ttft_s)
+        and (itl_s is None or r.tpot_s is None or r.tpot_s <= itl_s)
+        for r in requests
+    )
+    return {"goodput_requests_per_s": good / duration_s}
+
+
+def _union_s(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the time that at least one span covers."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,320 @@
+"""From the records of processes to rows: ranks put together, of many experiments at once.
+
+Throughput is output tokens over the wall-clock window. Rows are made column by column: a column of thousands of cycles
+takes a fraction of the time that thousands of rows take to be put together value by value. Knows records only: no file,
+and not how anything was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from lem import doubts
+from lem.record import ENERGY_OWNER, Component, Note, Phase, ProcessRecord, RequestRecord, Status, made
+from lem.results.codec import BriefPlan, whole
+from lem.results.columns import Columns, of_each, quotients, ratios
+from lem.results.cycles import experiment_columns
+from lem.results.latency import of_tokens, summaries, under_load
+from lem.results.merging import UNMETERED, by_component, energy_j, headline, joined, once_each, told, total
+from lem.results.peaks import peak_flops_per_s
+from lem.results.schema import CycleRow, ExperimentRow
+
+COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An experiment's rows, for the three tables."""
+
+    row: ExperimentRow
+    cycles: list[CycleRow]
+    requests: list[RequestRecord]
+
+
+class Cycle(NamedTuple):
+    """What one cycle measured, over all processes and attempts.
+
+    `records` holds one for each process, at least one, by rank, each with its attempts merged; `requests` the rows of
+    all of them; `notes` what else there is to doubt.
+    """
+
+    plan: BriefPlan
+    number: int
+    attempts: int
+    records: Sequence[ProcessRecord]
+    requests: Sequence[RequestRecord]
+    notes: Sequence[Note] = ()
+
+
+class Measured(NamedTuple):
+    """What an experiment measured: its cycles that have any record, in order."""
+
+    plan: BriefPlan
+    cycles: Sequence[Cycle]
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """The rows of several experiments, for the three tables, by columns."""
+
+    experiments: Columns
+    cycles: Columns
+    requests: Columns
+
+
+def tabulate(measured: Sequence[Measured]) -> Tabulated:
+    """Return the rows of experiments."""
+    cycles = [cycle for one in measured for cycle in one.cycles]
+    of_cycles = cycle_columns(cycles)
+    short = {name: of_cycles[name] for name in _SHARED}
+    short["cycle"] = [cycle.number for cycle in cycles]
+    short["attempts"] = [cycle.attempts for cycle in cycles]
+    experiments = experiment_columns(
+        [len(one.cycles) for one in measured],
+        [one.plan.experiment.cycles for one in measured],
+        [one.resumed for one in measured],
+        of_cycles,
+    )
+    return Tabulated(experiments, short, _request_columns(cycles))
+
+
+def rows_of(measured: Measured) -> Rows:
+    """Return the rows of one experiment."""
+    found = tabulate([measured])
+    (row,) = as_rows(ExperimentRow, found.experiments)
+    return Rows(row, as_rows(CycleRow, found.cycles), [whole(r) for cycle in measured.cycles for r in cycle.requests])
+
+
+def as_rows(row_type: type[Any], columns: Columns) -> list[Any]:
+    """Return columns as rows."""
+    names = [f.name for f in fields(row_type)]
+    return [
+        made(row_type, dict(zip(names, values, strict=True)))
+        for values in zip(*(columns[name] for name in names), strict=True)
+    ]
+
+
+def _request_columns(cycles: Sequence[Cycle]) -> Columns:
+    requests = [request for cycle in cycles for request in cycle.requests]
+    return {f.name: list(map(attrgetter(f.name), requests)) for f in fields(RequestRecord)}
+
+
+# ------------------------------------------------------------------ cycles
+# What a cycle's row has in common with an experiment's.
+_SHARED = [f.name for f in fields(CycleRow) if f.name in {f.name for f in fields(ExperimentRow)}]
+# Columns that only some cycles fill, such as those of streaming; None in the others.
+_OPTIONAL = [f.name for f in fields(ExperimentRow) if f.default is None]
+_peak = cache(peak_flops_per_s)
+
+
+def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
+    """Return all columns of a row for each cycle, as if each were an experiment."""
+    records = [cycle.records for cycle in cycles]
+    first = [of_cycle[0] for of_cycle in records]
+    requests = [cycle.requests for cycle in cycles]
+    complete = [len({r.request for r in c.requests}) == c.plan.prompts.count for c in cycles]
+    columns: Columns = {name: [None] * len(cycles) for name in _OPTIONAL}
+    columns |= {
+        "status": ["completed" if done else _status(r) for done, r in zip(complete, records, strict=True)],
+        "error": [None if done else _error(r) for done, r in zip(complete, records, strict=True)],
+        "started_at": of_each(first, "started_at"),
+        "lem_version": of_each(first, "lem_version"),
+        "hostname": of_each(first, "hostname"),
+        "processes": list(map(len, records)),
+        "cycles_planned": [1] * len(cycles),
+        "cycles_completed": list(map(int, complete)),
+        "resumed": [0] * len(cycles),
+        "requests_completed": list(map(len, requests)),
+        "input_tokens": [sum([r.input_tokens for r in rows]) for rows in requests],
+        "output_tokens": [sum([r.output_tokens for r in rows]) for rows in requests],
+    }
+    columns |= _configured(cycles)
+    columns |= _loaded(first)
+    columns |= _timed_and_metered(records)
+    columns |= _prefill(records) | _flops(records) | _memory(records)
+    columns |= summaries("latency", [[r.latency_s for r in rows] for rows in requests])
+    columns |= _streamed_and_queued(cycles, columns["duration_s"])
+    columns |= quotients(columns, complete)
+    columns["warnings"] = _warnings(columns, cycles)
+    return columns
+
+
+def _error(records: Sequence[ProcessRecord]) -> str | None:
+    """Return what went wrong; where one process failed, the others were stopped for its sake."""
+    failed_first = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
+    return next((r.error.message for r in failed_first if r.error), None)
+
+
+def _status(records: Sequence[ProcessRecord]) -> Status:
+    return "failed" if any(r.status == "failed" for r in records) else "interrupted"
+
+
+def _configured(cycles: Sequence[Cycle]) -> Columns:
+    plans = [cycle.plan for cycle in cycles]
+    wanted = [plan.experiment for plan in plans]
+    return {
+        "experiment_id": of_each(plans, "experiment_id"),
+        "requests_planned": of_each(plans, "prompts.count"),
+        "prompts_sha256": of_each(plans, "prompts.sha256"),
+        "config_json": of_each(plans, "config_json"),
+        "overrides": of_each(plans, "overrides"),
+        "model": [each.model or "" for each in wanted],
+        "backend": [_backend(cycle) for cycle in cycles],
+        "dataset": of_each(wanted, "dataset.name"),
+        "decoder": of_each(wanted, "decoder.name"),
+        "batching_strategy": of_each(wanted, "batching.strategy"),
+        "batch_size": of_each(wanted, "batching.batch_size"),
+        "max_output_tokens": of_each(wanted, "max_output_tokens"),
+        "seed": of_each(wanted, "seed"),
+    }
+
+
+def _backend(cycle: Cycle) -> str:
+    """Return the backend that ran; more than one only where the user allowed that."""
+    return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
+
+
+def _loaded(records: Sequence[ProcessRecord]) -> Columns:
+    models, engines = of_each(records, "model"), of_each(records, "engine")
+    warmups, environments = of_each(records, "warmup"), of_each(records, "environment")
+    peaks = [
+        # The dtype counts, not the quantized weights.
+        _peak(engine.device_name, model.dtype)
+        if engine and model and model.dtype and engine.device.startswith("cuda")
+        else None
+        for engine, model in zip(engines, models, strict=True)
+    ]
+    gpus = [len({state.uuid for state in each.devices_before}) if each else 0 for each in environments]
+    of_model = ("random_weights", "parameters", "dtype", "quantization", "adapter", "weights_bytes")
+    return {
+        **{name: of_each(models, name) for name in of_model},
+        "engine_version": of_each(engines, "version"),
+        "device": of_each(engines, "device_name"),
+        "peak_flops_per_s": [p.flops_per_s * max(n, 1) if p else None for p, n in zip(peaks, gpus, strict=True)],
+        "peak_flops_source": of_each(peaks, "source"),
+        "warmup_prompts": of_each(warmups, "prompts"),
+        "warmup_ended": of_each(warmups, "ended"),
+        "warmup_cv": of_each(warmups, "cv"),
+    }
+
+
+def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
+    """Return durations and energies: the owner's, for phases begin and end together; none is metered twice."""
+    owners = [of_cycle[0] if of_cycle[0].rank == ENERGY_OWNER else None for of_cycle in records]
+    phases: list[Mapping[str, Phase]] = [
+        _longest(of_cycle) if owner is None else {phase.name: phase for phase in owner.phases}
+        for owner, of_cycle in zip(owners, records, strict=True)
+    ]
+    metered = [of_cycle if owner else {} for owner, of_cycle in zip(owners, phases, strict=True)]
+    readings = [of_cycle["measured"].energy if "measured" in of_cycle else () for of_cycle in metered]
+    heads = list(map(headline, readings))
+    carbons = [
+        owner.carbon if owner and head.energy_j is not None else None for owner, head in zip(owners, heads, strict=True)
+    ]
+    columns = {
+        "duration_s": _durations_s(phases, "measured"),
+        "load_duration_s": _durations_s(phases, "load"),
+        "warmup_duration_s": _durations_s(phases, "warmup"),
+        "energy_j": of_each(heads, "energy_j"),
+        "energy_source": of_each(heads, "source"),
+        "energy_scope": of_each(heads, "scope"),
+        "energy_components": of_each(heads, "components"),
+        "load_energy_j": _energies_j(metered, "load"),
+        "warmup_energy_j": _energies_j(metered, "warmup"),
+        "idle_power_before_w": ratios(_energies_j(metered, "idle_before"), _durations_s(phases, "idle_before")),
+        "idle_power_loaded_w": ratios(_energies_j(metered, "idle_loaded"), _durations_s(phases, "idle_loaded")),
+        "trace_energy_j": [total([r.trace_energy_j for r in each if r.component == "gpu"]) for each in readings],
+        "counter_tick_s": [
+            max([r.resolution_s for r in each if r.source == "counter" and r.resolution_s], default=None)
+            for each in readings
+        ],
+        "carbon_intensity_g_per_kwh": of_each(carbons, "intensity_g_per_kwh"),
+        "carbon_intensity_source": of_each(carbons, "source"),
+    }
+    of_components = list(map(by_component, readings))
+    for component in COMPONENTS:
+        energies = [each.get(component, UNMETERED) for each in of_components]
+        columns[f"{component}_energy_j"] = of_each(energies, "energy_j")
+        columns[f"{component}_energy_source"] = of_each(energies, "source")
+    return columns
+
+
+def _durations_s(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
+    return [each[name].duration_s if name in each else None for each in phases]
+
+
+def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
+    return [energy_j(each[name].energy) if name in each else None for each in phases]
+
+
+def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
+    """Return the longest phase of each name, where there is no record of the owner."""
+    longest: dict[str, Phase] = {}
+    for phase in (phase for record in records for phase in record.phases):
+        if phase.name not in longest or phase.duration_s > longest[phase.name].duration_s:
+            longest[phase.name] = phase
+    return longest
+
+
+def _prefill(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
+    """Return the prefill's share of the window: of several processes the mean, whose energy cannot be told apart."""
+    known = [[r.prefill for r in of_cycle if r.requests_completed] for of_cycle in records]
+    parts = [[part for part in each if part is not None] for each in known]
+    alone = [each[0] if len(each) == len(of) == 1 else None for each, of in zip(parts, known, strict=True)]
+    return {
+        "prefill_duration_s": [
+            sum([p.duration_s for p in each]) / len(each) if each and len(each) == len(of) else None
+            for each, of in zip(parts, known, strict=True)
+        ],
+        "prefill_energy_j": of_each(alone, "energy_j"),
+        "prefill_energy_uncertainty_j": of_each(alone, "uncertainty_j"),
+    }
+
+
+def _flops(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
+    parts = [[r.flops for r in of_cycle if r.flops] for of_cycle in records]
+    known = [each if len(each) == len(of) else [] for each, of in zip(parts, records, strict=True)]
+    return {
+        "flops": [sum([part.total for part in each]) if each else None for each in known],
+        "flops_method": [each[0].method if each else None for each in known],
+    }
+
+
+def _memory(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
+    known = [[r.memory for r in of_cycle if r.memory] for of_cycle in records]
+    peaks = [
+        max([m for m in each if m.peak_bytes is not None], key=lambda m: m.peak_bytes or 0, default=None)
+        for each in known
+    ]
+    return {
+        "peak_memory_bytes": of_each(peaks, "peak_bytes"),
+        "peak_memory_scope": of_each(peaks, "scope"),
+        "kv_cache_bytes": [max([m.kv_cache_bytes for m in each if m.kv_cache_bytes], default=None) for each in known],
+    }
+
+
+def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | None]) -> Columns:
+    """Return what only streaming, or traffic, tells."""
+    found = [
+        of_tokens(cycle.requests) | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic)
+        for cycle, duration_s in zip(cycles, durations_s, strict=True)
+    ]
+    return {name: [each.get(name) for each in found] for name in dict.fromkeys(name for each in found for name in each)}
+
+
+def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
+    """Return what is to be doubted about each cycle, each once, as `code: sentence`."""
+    of_rows = doubts.of_rows(columns, [cycle.records for cycle in cycles])
+    return [
+        list(dict.fromkeys([*_of_processes(cycle.records), *map(told, cycle.notes), *map(told, notes)]))
+        for cycle, notes in zip(cycles, of_rows, strict=True)
+    ]
+
+
+def _of_processes(records: Sequence[ProcessRecord]) -> list[str]:
+    return once_each([list(map(told, record.warnings)) for record in records], "process")

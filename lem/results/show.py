@@ -1,0 +1,320 @@
+"""Tables for people and JSON for programs, of rows that others have made. Knows no file and no engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lem.record import ProcessRecord
+from lem.results.schema import ExperimentRow
+from lem.units import plain, quantity
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+STATUS_STYLE = {"completed": "green", "failed": "red", "interrupted": "yellow", "pending": "cyan"}
+# What is piped is neither cut nor folded at the width of a terminal that is not there.
+WIDTH_WITHOUT_TERMINAL = 100_000
+WIDE = 110
+# Beside their names, texts that are folded into less than this are hard to read.
+LEAST_TEXT_WIDTH = 30
+# Times of which a row has a mean and percentiles: how a line is named, and how their columns begin.
+SPREADS = {
+    "Latency": "latency",
+    "Time to first token": "ttft",
+    "Inter-token latency": "itl",
+    "Time per output token": "tpot",
+}
+NOT_MEASURED = "–"
+ESTIMATE = "≈"
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console on stdout or stderr; wide where there is no terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=not stream.isatty())
+
+
+def print_table(table: Table) -> None:
+    """Print a table without a box on stdout, or its rows as paragraphs where words would be cut to make it fit."""
+    out = console()
+    if not _fitted(table, out.width):
+        _print_paragraphs(table, out)
+        return
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as captured:
+        out.print(table)
+    # No line ends in the padding of its last column.
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _fitted(table: Table, width: int) -> bool:
+    """Give each column what its longest word needs and a share of the rest; False where that is not there."""
+    from rich.text import Text
+
+    columns = []
+    for column in table.columns:
+        cells = [Text.from_markup(str(cell)) for cell in (column.header, *column.cells)]
+        most = max(cell.cell_len for cell in cells)
+        word = max(part.cell_len for cell in cells for part in cell.split(" "))
+        least = most if column.no_wrap else max(word, min(most, column.min_width or 0))
+        columns.append((most - least, least, column))
+    edge = 0 if table.pad_edge else table.padding[1]
+    spare = width + edge - sum(least + sum(table.padding[1::2]) for _, least, _ in columns)
+    if spare < 0:
+        return False
+    for i, (wanted, least, column) in enumerate(sorted(columns, key=lambda known: known[0])):
+        more = min(wanted, spare // (len(columns) - i))
+        column.width = least + more
+        spare -= more
+    return True
+
+
+def _print_paragraphs(table: Table, out: Console) -> None:
+    """Print each row's first cell, and below it the others with their headers; the terminal folds them."""
+    headers = [column.header for column in table.columns][1:]
+    for head, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        if not table.show_header:
+            out.print(f"[bold]{head}:[/bold] {' '.join(map(str, cells))}", soft_wrap=True)
+            continue
+        known = zip(headers, cells, strict=True)
+        details = " · ".join(f"{header}: {cell}" for header, cell in known if cell not in ("", NOT_MEASURED))
+        for line in filter(None, (head, details and f"  {details}")):
+            out.print(line, soft_wrap=True)
+
+
+# ------------------------------------------------------------------ one experiment
+def show_row(row: ExperimentRow) -> None:
+    """Print what an experiment measured; what it did not measure has no line."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold", min_width=LEAST_TEXT_WIDTH)
+    for name, text in _lines(row):
+        if text:
+            table.add_row(name, escape(text))
+    print_table(table)
+
+
+def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    """Yield names and texts; the text of what was not measured is empty."""
+    yield "Error", row.error or ""
+    yield "Model", _model(row)
+    yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
+    yield "Prompts", f"{row.requests_completed} of {row.requests_planned} from {row.dataset}, seed {row.seed}"
+    yield "Batching", f"{row.batching_strategy}, up to {row.batch_size} · decoder {row.decoder}"
+    yield "Tokens", f"{row.input_tokens} input, {row.output_tokens} output"
+    yield from _time_lines(row)
+    yield from _energy_lines(row)
+    yield "Peak memory", _memory(row)
+    utilisation = "" if row.mfu is None else f"{row.mfu:.1%} of the datasheet's peak (MFU)"
+    yield "FLOPs", _listed(_known(row.flops, "FLOP"), _known(row.flops_per_s, "FLOP/s"), utilisation)
+    yield (
+        "Outside",
+        _listed(_known(row.load_duration_s, "s", "loading "), _known(row.warmup_duration_s, "s", "warm-up ")),
+    )
+    for warning in row.warnings:
+        yield "Warning", warning
+
+
+def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    yield "Duration", _known(row.duration_s, "s")
+    speeds = {"output tokens/s": row.output_tokens_per_s, "requests/s": row.requests_per_s}
+    yield "Throughput", _listed(*(plain(speed, unit) for unit, speed in speeds.items() if speed is not None))
+    for label, stem in SPREADS.items():
+        yield label, _spread(row, stem, ("mean", "p50", "p95", "p99"))
+    if row.prefill_duration_s is not None:
+        yield (
+            "Prefill, decode",
+            f"{_part(row.prefill_duration_s, row.prefill_energy_j)}, "
+            + _part(row.decode_duration_s, row.decode_energy_j),
+        )
+    yield from _traffic_lines(row)
+
+
+def _traffic_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    idle = "" if row.idle_share is None else f"idle {100 * row.idle_share:.1f} % of the window"
+    arrived = "" if row.arrival_rate_per_s is None else plain(row.arrival_rate_per_s, "requests/s")
+    yield "Arrivals", _listed(arrived, idle)
+    yield "Queueing", _spread(row, "queue", ("mean", "p95", "p99"))
+    if row.goodput_requests_per_s is not None:
+        yield "Goodput", f"{plain(row.goodput_requests_per_s, 'requests/s')} with {_limits(row)}"
+
+
+def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
+    """Write a mean and percentiles of seconds, in three digits: so all four fit into 80 columns."""
+    values = {name: getattr(row, f"{stem}_{name}_s") for name in of}
+    return _listed(*("" if s is None else f"{name} {quantity(s, 's', 3)}" for name, s in values.items()))
+
+
+def _limits(row: ExperimentRow) -> str:
+    """Write the limits that a good request keeps, as the configuration sets them."""
+    traffic = json.loads(row.config_json or "{}").get("traffic", {})
+    limits = {"TTFT": traffic.get("ttft_limit_s"), "mean ITL": traffic.get("itl_limit_s")}
+    return " and ".join(f"{name} up to {quantity(s, 's')}" for name, s in limits.items() if s is not None)
+
+
+def _known(value: float | None, unit: str, before: str = "") -> str:
+    """Write a measured value; nothing for one that was not measured."""
+    return "" if value is None else before + quantity(value, unit)
+
+
+def _listed(*texts: str) -> str:
+    return " · ".join(filter(None, texts))
+
+
+def _model(row: ExperimentRow) -> str:
+    size = f", {quantity(row.parameters, ' parameters', 3)}" if row.parameters else ""
+    extras = [row.quantization, f"adapter {row.adapter}" if row.adapter else None]
+    extras += ["random weights" if row.random_weights else None]
+    return " — ".join([row.model + size, *filter(None, extras)])
+
+
+def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
+    if row.energy_j is None:
+        yield "Energy", "not measured"
+        return
+    label = f" ({row.energy_components}, {row.energy_source}, {row.energy_scope})" if row.energy_components else ""
+    yield "Energy", f"{_energy(row)} = {quantity(row.energy_wh, 'Wh')}{label}"
+    yield "Average power", _marked(row, quantity(row.average_power_w, "W"))
+    yield "Energy per output token", _marked(row, quantity(row.energy_per_output_token_j, "J/token"))
+    if row.idle_power_loaded_w is not None:
+        yield (
+            "Idle power",
+            (
+                f"{_marked(row, quantity(row.idle_power_before_w, 'W'))} before loading, "
+                f"{_marked(row, quantity(row.idle_power_loaded_w, 'W'))} loaded · "
+                f"without it {_marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
+            ),
+        )
+    yield "Energy per request", _marked(row, quantity(row.energy_per_request_j, "J/request"))
+    if row.co2e_g is not None:
+        grid = f"{plain(row.carbon_intensity_g_per_kwh)} gCO2e/kWh, {row.carbon_intensity_source}"
+        yield "CO2e", f"{_marked(row, quantity(row.co2e_g, 'gCO2e'))} ({grid})"
+    else:
+        yield "CO2e", "– (give energy.country_iso_code or energy.carbon_intensity_g_per_kwh)"
+
+
+def _part(duration_s: float | None, energy_j: float | None) -> str:
+    return quantity(duration_s, "s") + (f" ({quantity(energy_j, 'J')})" if energy_j is not None else "")
+
+
+def _memory(row: ExperimentRow) -> str:
+    if row.peak_memory_bytes is None:
+        return ""
+    sizes = {"weights": row.weights_bytes, "key/value cache": row.kv_cache_bytes}
+    parts = [f"{name} {size / 2**20:.4g} MiB" for name, size in sizes.items() if size is not None]
+    return " · ".join([f"{row.peak_memory_bytes / 2**20:.4g} MiB ({row.peak_memory_scope})", *parts])
+
+
+def show_records(records: Sequence[ProcessRecord]) -> None:
+    """Print the raw records of an experiment's processes: phases and readings."""
+    from rich.table import Table
+
+    for record in records:
+        where = f"process {record.rank} of {record.world_size}, cycle {record.cycle}, attempt {record.attempt}"
+        print(f"{where}, on {record.hostname}: {record.status}, {record.requests_completed} requests")
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for header in ("phase", "duration", "component", "energy", "source", "scope", "device", "method"):
+            table.add_column(header, overflow="fold")
+        for phase in record.phases:
+            _phase_rows(table, phase)
+        if record.phases:
+            print_table(table)
+        if record.error:
+            print(f"error in {record.error.phase or 'start-up'}: {record.error.message}")
+        for note in record.warnings:
+            print(f"warning: {note.code}: {note.text}")
+
+
+def _phase_rows(table: Table, phase: Any) -> None:
+    duration = quantity(phase.duration_s, "s")
+    if not phase.energy:
+        table.add_row(phase.name, duration)
+    for i, r in enumerate(phase.energy):
+        head = (phase.name, duration) if i == 0 else ("", "")
+        table.add_row(*head, r.component, quantity(r.energy_j, "J"), r.source, r.scope, r.device, r.reason or r.method)
+
+
+# ------------------------------------------------------------------ many experiments
+def _status(status: str) -> str:
+    style = STATUS_STYLE.get(status, "dim")
+    return f"[{style}]{status}[/{style}]"
+
+
+def _say_estimates(rows: Iterable[ExperimentRow]) -> None:
+    if any(row.energy_source == "estimate" for row in rows):
+        print(f"{ESTIMATE} an estimate, not a measurement")
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """What became of one cell of a sweep; without a row nothing was measured."""
+
+    label: str
+    status: str
+    experiment_id: str | None = None
+    row: ExperimentRow | None = None
+    error: str | None = None
+
+
+def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
+    """Print a line for each cell of a sweep, in order, then the errors; `head` says what its labels are."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(head, overflow="fold")
+    for name in ("experiment", "status"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "J/token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        numbers = (_speed(line.row), _j_per_token(line.row)) if line.row else (NOT_MEASURED, NOT_MEASURED)
+        table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), *numbers)
+    print_table(table)
+    _say_estimates(line.row for line in lines if line.row)
+    for line in lines:
+        if line.error:
+            print(f"{line.label}: {line.error}")
+
+
+def _j_per_token(row: ExperimentRow) -> str:
+    return _marked(row, plain(row.energy_per_output_token_j))
+
+
+def _speed(row: ExperimentRow) -> str:
+    return plain(row.output_tokens_per_s)
+
+
+def _energy(row: ExperimentRow) -> str:
+    return _marked(row, quantity(row.energy_j, "J"))
+
+
+def _marked(row: ExperimentRow, text: str) -> str:
+    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text != NOT_MEASURED else text
+
+
+# ------------------------------------------------------------------ for programs
+def row_dict(row: ExperimentRow) -> dict[str, Any]:
+    """Return a row as plain data, its configuration unpacked."""
+    values = dict(vars(row))
+    text = values.pop("config_json")
+    return values | {"config": json.loads(text) if text else None}
+
+
+def as_json(value: Any, indent: int | None = 2) -> str:
+    """Write plain data as JSON for a program to read; escaped where stdout's encoding cannot take every character."""
+    return json.dumps(value, indent=indent, ensure_ascii=not (sys.stdout.encoding or "utf").lower().startswith("utf"))

@@ -1,0 +1,1 @@
+"""One experiment, from preflight to its records."""

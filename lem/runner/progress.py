@@ -1,0 +1,80 @@
+"""How far a run is: from the worker, through a pipe, to the person who waits.
+
+The worker says little (a few lines a second at most) so that telling costs nothing beside the model; the parent
+sleeps until a line arrives and draws only then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """Work done in a phase by one process; `total` 0 means that it cannot be counted.
+
+    The phase `cycle` says which cycle of how many begins; what follows belongs to it.
+    """
+
+    phase: str
+    done: int = 0
+    total: int = 0
+    output_tokens: int = 0
+    rank: int = 0
+
+
+Report = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Report nothing."""
+
+
+class PipeReport:
+    """Writes events as JSON lines to a file descriptor, at most one in `period_s` within a phase."""
+
+    def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
+        self._descriptor: int | None = descriptor
+        self._rank = rank
+        self._period_s = period_s
+        self._phase = ""
+        self._last_s = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Send an event; one that comes too soon after another of its phase is left out, but for the last."""
+        now_s = time.monotonic()
+        is_news = event.phase != self._phase or event.done == event.total
+        if self._descriptor is None or not (is_news or now_s - self._last_s >= self._period_s):
+            return
+        self._phase, self._last_s = event.phase, now_s
+        try:
+            os.write(self._descriptor, json.dumps(asdict(event) | {"rank": self._rank}).encode() + b"\n")
+        except BlockingIOError:
+            return  # whoever listens is busy; a measurement waits for nobody
+        except OSError:
+            self._descriptor = None  # nobody listens any more; the measurement goes on
+
+
+class Together:
+    """Puts the events of several processes together: the first says which phase it is, all add to its work."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._last: dict[int, Event] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Pass the sum on."""
+        self._last[event.rank] = event
+        lead = self._last.get(0)
+        if lead is None or (event.rank and event.phase != lead.phase) or (event.rank and event.phase == "cycle"):
+            return
+        same = [e for e in self._last.values() if e.phase == lead.phase] if lead.phase == "measured" else [lead]
+        done, total = sum(e.done for e in same), sum(e.total for e in same)
+        self._report(Event(lead.phase, done, total, sum(e.output_tokens for e in same)))
+
+
+# ------------------------------------------------------------------ several runs

@@ -1,0 +1,1 @@
+"""What can be asked for: the schema of an experiment, its rules and conflicts."""

@@ -1,0 +1,308 @@
+"""The options of each backend: a dataclass for each, the source of the backend group."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from lem.spec.fields import config
+
+
+@config
+class PytorchBackend:
+    """transformers' `generate` on PyTorch, in the worker process."""
+
+    spreads_a_model_itself: ClassVar[bool] = False
+    runs_continuously: ClassVar[bool] = True
+
+    name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="Device to run on; auto is the first visible CUDA GPU, else the CPU."),
+    ] = "auto"
+    attn_implementation: Annotated[
+        Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
+        Field(description="Attention kernel; auto lets transformers choose for the model."),
+    ] = "auto"
+    cache_implementation: Annotated[
+        Literal["dynamic", "static", "none"],
+        Field(description="Key/value cache: growing, preallocated, or none (every step recomputes all)."),
+    ] = "dynamic"
+    torch_compile: Annotated[
+        bool, Field(description="Compile the model's forward pass with torch.compile; pays in warm-up.")
+    ] = False
+    torch_compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune"],
+        Field(description="Mode of torch.compile; read only when torch_compile is true."),
+    ] = "default"
+
+
+@config
+class SimulatedBackend:
+    """A stand-in engine with exactly known times: for trying grids and for tests. No model runs."""
+
+    spreads_a_model_itself: ClassVar[bool] = False
+    runs_continuously: ClassVar[bool] = False
+
+    name: Annotated[Literal["simulated"], Field(description="Inference backend.")] = "simulated"
+    prefill_s_per_token: Annotated[float, Field(ge=0, description="Time that one input token takes, in seconds.")] = (
+        1e-5
+    )
+    decode_s_per_token: Annotated[
+        float, Field(ge=0, description="Time that one output token takes, per batch step, in seconds.")
+    ] = 1e-4
+    gpus: Annotated[
+        int,
+        Field(ge=0, le=1024, description="Visible GPUs that it claims: they are metered, though nothing runs on them."),
+    ] = 0
+    fail_at_request: Annotated[
+        int | None, Field(ge=0, description="Fail when this request's batch is reached (null: never).")
+    ] = None
+
+
+@config
+class VllmSpeculation:
+    """Speculative decoding: a cheap method drafts tokens, the model checks several of them in one step."""
+
+    method: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="How tokens are drafted: ngram, draft_model, eagle, eagle3, medusa, suffix, … null is off, or "
+            "vLLM's choice when a model is given.",
+        ),
+    ] = None
+    model: Annotated[
+        str | None, Field(min_length=1, description="Draft model or head: a hub id or a local directory.")
+    ] = None
+    num_speculative_tokens: Annotated[int | None, Field(ge=1, description="Tokens drafted for each step.")] = None
+    prompt_lookup_max: Annotated[
+        int | None, Field(ge=1, description="Longest n-gram that ngram looks for in the text so far.")
+    ] = None
+    prompt_lookup_min: Annotated[
+        int | None, Field(ge=1, description="Shortest n-gram that ngram looks for in the text so far.")
+    ] = None
+    draft_tensor_parallel_size: Annotated[
+        int | None, Field(ge=1, description="GPUs that each layer of the draft model is split over.")
+    ] = None
+
+
+@config
+class VllmBackend:
+    """vLLM's engine, in the worker process. Null leaves an option to vLLM's own default."""
+
+    # One process of lem's runs the model on all of its GPUs.
+    spreads_a_model_itself: ClassVar[bool] = True
+    # The next request may take the place of one that is finished (batching.strategy=continuous).
+    runs_continuously: ClassVar[bool] = True
+
+    name: Annotated[Literal["vllm"], Field(description="Inference backend.")] = "vllm"
+    max_model_len: Annotated[
+        int | None, Field(ge=1, description="Tokens of a prompt and its output together, at most.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None, Field(ge=1, description="Tokens that one step of the engine computes, at most.")
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of a GPU's memory that vLLM takes (on a CPU: of the machine's)."),
+    ] = None
+    kv_cache_memory_bytes: Annotated[
+        int | None, Field(ge=1, description="Size of the key/value cache of a GPU, instead of what the share leaves.")
+    ] = None
+    kv_cache_dtype: Annotated[
+        str | None, Field(min_length=1, description="Dtype of the key/value cache: auto, bfloat16, fp8, …")
+    ] = None
+    block_size: Annotated[int | None, Field(ge=1, description="Tokens in a block of the key/value cache.")] = None
+    enable_prefix_caching: Annotated[
+        bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
+    ] = None
+    enable_chunked_prefill: Annotated[
+        bool | None, Field(description="Take in long prompts in pieces, beside the decoding of others.")
+    ] = None
+    enforce_eager: Annotated[bool | None, Field(description="Neither compile the model nor capture CUDA graphs.")] = (
+        None
+    )
+    attention_backend: Annotated[
+        str | None, Field(min_length=1, description="Attention kernels: FLASH_ATTN, FLASHINFER, TRITON_ATTN, …")
+    ] = None
+    quantization: Annotated[
+        str | None, Field(min_length=1, description="Method of quantized weights: awq, gptq, fp8, …")
+    ] = None
+    load_format: Annotated[
+        str | None, Field(min_length=1, description="Format of the weights: auto, safetensors, dummy (random), …")
+    ] = None
+    cpu_offload_gb: Annotated[
+        float | None, Field(ge=0, description="Weights of a GPU that stay in main memory, in GiB.")
+    ] = None
+    speculative: VllmSpeculation = field(default_factory=VllmSpeculation)
+    engine_args: Annotated[
+        dict[str, Any] | None,
+        Field(description="Any other argument of vLLM's EngineArgs by its name: {max_logprobs: 5}."),
+    ] = None
+
+
+@config
+class TensorrtKvCache:
+    """The key/value cache: options of TensorRT-LLM's KvCacheConfig."""
+
+    free_gpu_memory_fraction: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of a GPU's memory, of what loading leaves free, that the cache takes."),
+    ] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="Tokens that the cache holds, at most.")] = None
+    dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (
+        None
+    )
+    tokens_per_block: Annotated[int | None, Field(ge=1, description="Tokens in a block of the cache.")] = None
+    enable_block_reuse: Annotated[
+        bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
+    ] = None
+    host_cache_size: Annotated[
+        int | None, Field(ge=0, description="Main memory for blocks that a GPU has no room for, in bytes.")
+    ] = None
+
+
+@config
+class TensorrtScheduler:
+    """Which requests run at the same time: options of TensorRT-LLM's SchedulerConfig."""
+
+    capacity_scheduler_policy: Annotated[
+        str | None,
+        Field(min_length=1, description="How requests are let in: GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH."),
+    ] = None
+    context_chunking_policy: Annotated[
+        str | None,
+        Field(
+            min_length=1, description="Order of the pieces of long prompts: FIRST_COME_FIRST_SERVED, EQUAL_PROGRESS."
+        ),
+    ] = None
+
+
+@config
+class TensorrtSpeculation:
+    """Speculative decoding: a cheap method drafts tokens, the model checks several of them in one step."""
+
+    decoding_type: Annotated[
+        str | None,
+        Field(min_length=1, description="How tokens are drafted: NGram, Draft_Target, Eagle3, MTP, …; null is off."),
+    ] = None
+    speculative_model: Annotated[
+        str | None, Field(min_length=1, description="Draft model or head: a hub id or a local directory.")
+    ] = None
+    max_draft_len: Annotated[int | None, Field(ge=1, description="Tokens drafted for each step, at most.")] = None
+    max_matching_ngram_size: Annotated[
+        int | None, Field(ge=1, description="Longest n-gram that NGram looks for in the text so far.")
+    ] = None
+
+
+@config
+class TensorrtBackend:
+    """TensorRT-LLM's LLM API, its PyTorch flow. Null leaves an option to TensorRT-LLM's own default."""
+
+    spreads_a_model_itself: ClassVar[bool] = True
+    runs_continuously: ClassVar[bool] = True
+
+    name: Annotated[Literal["tensorrt"], Field(description="Inference backend.")] = "tensorrt"
+    max_seq_len: Annotated[
+        int | None, Field(ge=1, description="Tokens of a prompt and its output together, at most.")
+    ] = None
+    max_num_tokens: Annotated[
+        int | None, Field(ge=1, description="Tokens that one step of the engine computes, at most.")
+    ] = None
+    attn_backend: Annotated[
+        str | None, Field(min_length=1, description="Attention kernels: TRTLLM, FLASHINFER, VANILLA.")
+    ] = None
+    chunked_prefill: Annotated[
+        bool | None, Field(description="Take in long prompts in pieces, beside the decoding of others.")
+    ] = None
+    overlap_scheduler: Annotated[
+        bool | None, Field(description="Prepare a step on the processor while the GPU computes the one before.")
+    ] = None
+    cuda_graphs: Annotated[bool | None, Field(description="Capture decoding steps as CUDA graphs at load.")] = None
+    force_dynamic_quantization: Annotated[
+        bool | None, Field(description="Take the scales of quantized activations from each step, not the checkpoint.")
+    ] = None
+    moe_expert_parallel_size: Annotated[
+        int | None, Field(ge=1, description="GPUs, of those of tensor_parallel, that share out a layer's experts.")
+    ] = None
+    kv_cache: TensorrtKvCache = field(default_factory=TensorrtKvCache)
+    scheduler: TensorrtScheduler = field(default_factory=TensorrtScheduler)
+    speculative: TensorrtSpeculation = field(default_factory=TensorrtSpeculation)
+    extra_args: Annotated[
+        dict[str, Any] | None,
+        Field(description="Any other argument of TensorRT-LLM's LLM by its name: {stream_interval: 4}."),
+    ] = None
+
+
+@config
+class OpenaiBackend:
+    """A server that speaks OpenAI's protocol: one that runs already, or one that is started for the run."""
+
+    # It spreads a model by itself; lem's one process asks it.
+    spreads_a_model_itself: ClassVar[bool] = True
+    runs_continuously: ClassVar[bool] = True
+
+    name: Annotated[Literal["openai"], Field(description="Inference backend.")] = "openai"
+    url: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Address of the server, http://127.0.0.1:8000; null: a free port of this machine, for command.",
+        ),
+    ] = None
+    command: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Starts the server, without a shell; it ends with the run. {model}, {port}, {host}, "
+            "{revision}, {dtype}, {seed}, {batch_size} and {degree} are filled in: vllm serve {model} --port {port}. "
+            "null: it runs already.",
+        ),
+    ] = None
+    model_name: Annotated[
+        str | None,
+        Field(min_length=1, description="What the server calls the model; null: the only one it has, or model."),
+    ] = None
+    dialect: Annotated[
+        Literal["vllm", "openai"],
+        Field(
+            description="Fields of a request that the server knows: vllm (top_k, min_p, end tokens, token ids, …) or "
+            "OpenAI's alone."
+        ),
+    ] = "vllm"
+    device: Annotated[
+        Literal["auto", "cpu", "remote"],
+        Field(
+            description="Where the model runs: auto is this machine's GPUs, else its CPU, if the address is its own or "
+            "the command was started here, else another machine."
+        ),
+    ] = "auto"
+    extra_body: Annotated[
+        dict[str, Any] | None, Field(description="Any other field of a request by its name: {priority: 1}.")
+    ] = None
+    api_key_env: Annotated[
+        str, Field(min_length=1, description="Environment variable that holds the server's API key, if it wants one.")
+    ] = "OPENAI_API_KEY"
+    start_timeout_s: Annotated[
+        float, Field(gt=0, le=86_400, description="Seconds that a server that is started has until it answers.")
+    ] = 900.0
+    timeout_s: Annotated[
+        float, Field(gt=0, le=86_400, description="Seconds that the server may be silent in the midst of an answer.")
+    ] = 600.0
+
+
+Backend = Annotated[
+    PytorchBackend | SimulatedBackend | VllmBackend | TensorrtBackend | OpenaiBackend, Field(discriminator="name")
+]
+
+
+BACKENDS: dict[str, type[Any]] = {
+    "pytorch": PytorchBackend,
+    "simulated": SimulatedBackend,
+    "vllm": VllmBackend,
+    "tensorrt": TensorrtBackend,
+    "openai": OpenaiBackend,
+}

@@ -1,0 +1,314 @@
+"""What is measured: `Experiment` and its parts, the single source of the configuration.
+
+Each field carries its constraints and its description; the help of the command-line flags, the reference
+page, the JSON Schema and the checks all come from here. A value of these types is plain data: creating one
+asks no hub, sets no variable and probes no device. This module knows nothing of Hydra, of files or of how a
+value came about; `lem.config.compose` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import (
+    Annotated,
+    Literal,
+)
+
+from pydantic import Field
+
+from lem.spec.engines import Backend, PytorchBackend
+from lem.spec.fields import Env, config
+
+# ------------------------------------------------------------------ backends
+
+
+# ------------------------------------------------------------------ what goes in
+@config
+class Dataset:
+    """Where the prompts come from and which of them are used."""
+
+    name: Annotated[str, Field(description="Name of the dataset choice; a label.")] = "custom"
+    path: Annotated[
+        str | None,
+        Field(description="A hub id (owner/name), a local file (json, jsonl, csv, parquet, txt), or builtin:sample."),
+    ] = None
+    config: Annotated[str | None, Field(description="Configuration (subset) of a hub dataset.")] = None
+    files: Annotated[str | None, Field(description="One file of a hub dataset that has no loading configuration.")] = (
+        None
+    )
+    split: Annotated[str | None, Field(description="Split to read; null is the dataset's own default, else train.")] = (
+        None
+    )
+    column: Annotated[str | None, Field(description="Column that holds the prompts; null detects it by name.")] = None
+    sample_size: Annotated[
+        int | None,
+        Field(ge=1, description="Number of prompts, drawn with the seed after empty ones are dropped."),
+    ] = None
+
+
+@config
+class Decoder:
+    """How the next token is chosen."""
+
+    name: Annotated[str, Field(description="Name of the decoder choice; a label.")] = "deterministic"
+    do_sample: Annotated[bool, Field(description="Sample; false takes the most likely token (greedy).")] = False
+    temperature: Annotated[float, Field(gt=0, le=10, description="Sampling temperature.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0 is all.")] = 0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: smallest set of this mass.")] = 1.0
+    min_p: Annotated[
+        float, Field(ge=0, le=1, description="Drop tokens below this share of the most likely one; 0 is off.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Field(gt=0, le=10, description="Penalty on tokens already present; 1 is off.")
+    ] = 1.0
+    no_repeat_ngram_size: Annotated[
+        int, Field(ge=0, description="Forbid repeating n-grams of this size; 0 is off.")
+    ] = 0
+
+
+# ------------------------------------------------------------------ how it runs
+@config
+class Batching:
+    """How requests are put together."""
+
+    strategy: Annotated[
+        Literal["static", "dynamic", "sorted_static", "sorted_dynamic", "continuous"],
+        Field(
+            description="static: batch_size requests in order; dynamic: as many as max_tokens_per_batch "
+            "and batch_size allow; sorted_*: the same, longest inputs first; continuous: the next request takes the "
+            "place of one that is finished, batch_size at a time."
+        ),
+    ] = "static"
+    batch_size: Annotated[
+        int, Field(ge=1, le=65536, description="Requests in a batch, or that run at the same time, at most.")
+    ] = 1
+    max_tokens_per_batch: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Input tokens in a batch, padding included, at most (dynamic strategies); "
+            "a longer single prompt is a batch of its own.",
+        ),
+    ] = None
+
+
+@config
+class Parallelism:
+    """How one model is spread over devices, or repeated on them."""
+
+    strategy: Annotated[
+        Literal["none", "data_parallel", "tensor_parallel", "pipeline_parallel"],
+        Field(
+            description="data_parallel: a whole model in each process, prompts shared out; tensor_parallel: each "
+            "layer split over the processes; pipeline_parallel: the layers spread over the GPUs of one process."
+        ),
+    ] = "none"
+    degree: Annotated[int, Field(ge=1, le=1024, description="Processes (pipeline_parallel: GPUs) of the strategy.")] = 1
+
+
+@config
+class Quantization:
+    """Weights in fewer bits, through bitsandbytes."""
+
+    quantization: Annotated[bool, Field(description="Quantize the weights at load.")] = False
+    load_in_8bit: Annotated[bool, Field(description="8-bit weights (LLM.int8).")] = False
+    load_in_4bit: Annotated[bool, Field(description="4-bit weights.")] = False
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], Field(description="4-bit number format.")] = "nf4"
+    bnb_4bit_use_double_quant: Annotated[bool, Field(description="Quantize the 4-bit scales as well.")] = False
+    bnb_4bit_compute_dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"], Field(description="Dtype of the 4-bit arithmetic.")
+    ] = "bfloat16"
+
+
+@config
+class Warmup:
+    """Work done before the measured window opens."""
+
+    prompts: Annotated[
+        int, Field(ge=0, le=10_000, description="Prompts run before the window, batched like the real ones.")
+    ] = 2
+    until_cv: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="Instead of a fixed number: repeat the first batch until the coefficient of variation of the "
+            "last cv_batches latencies is below this.",
+        ),
+    ] = None
+    cv_batches: Annotated[
+        int, Field(ge=2, le=100, description="Latencies that until_cv looks at; read only with until_cv.")
+    ] = 5
+    max_prompts: Annotated[
+        int, Field(ge=1, le=100_000, description="Prompts after which until_cv gives up; read only with until_cv.")
+    ] = 200
+    max_s: Annotated[
+        float, Field(gt=0, description="Seconds after which until_cv gives up; read only with until_cv.")
+    ] = 120.0
+
+
+@config
+class Streaming:
+    """Timing each token as it comes."""
+
+    enabled: Annotated[
+        bool, Field(description="Time each token: TTFT, inter-token latency, time per output token.")
+    ] = False
+    warmup_requests: Annotated[
+        int, Field(ge=0, le=10_000, description="Requests before the window when tokens are timed, for warmup.prompts.")
+    ] = 5
+
+
+@config
+class Traffic:
+    """How requests arrive in the measured window."""
+
+    pattern: Annotated[
+        Literal["closed", "constant", "poisson", "concurrency", "trace"],
+        Field(
+            description="closed: all are there at once; constant, poisson: at target_qps, whether or not the engine "
+            "keeps up; concurrency: so many at any time; trace: as recorded."
+        ),
+    ] = "closed"
+    target_qps: Annotated[
+        float | None, Field(gt=0, description="Requests a second that arrive (constant, poisson).")
+    ] = None
+    concurrency: Annotated[int | None, Field(ge=1, description="Requests in the system at any time (concurrency).")] = (
+        None
+    )
+    trace: Annotated[str | None, Field(description="CSV of the trace: a column t_s, when each request arrives.")] = None
+    ttft_limit_s: Annotated[
+        float | None, Field(gt=0, description="Time to first token that a good request keeps; for goodput.")
+    ] = None
+    itl_limit_s: Annotated[
+        float | None, Field(gt=0, description="Mean inter-token latency that a good request keeps; for goodput.")
+    ] = None
+
+
+@config
+class Cooldown:
+    """Waiting before anything is measured, so that runs begin alike."""
+
+    wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait.")] = 0.0
+    to_c: Annotated[
+        float | None,
+        Field(gt=0, lt=120, description="Wait until the GPUs in use are at or below this temperature, °C."),
+    ] = None
+    max_s: Annotated[float, Field(gt=0, description="Seconds after which waiting for to_c ends all the same.")] = 600.0
+
+
+@config
+class Energy:
+    """Which meter is read, and how joules become grams of CO2e."""
+
+    name: Annotated[
+        Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "none"],
+        Field(description="Meter: auto takes the best available for each component."),
+    ] = "auto"
+    idle_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=3600,
+            description="Length of each of the two idle measurements, before loading and with the model resident; "
+            "0 leaves them out.",
+        ),
+    ] = 3.0
+    power_hz: Annotated[
+        float, Field(gt=0, le=100, description="Samples a second of the GPU power trace beside the counter.")
+    ] = 20.0
+    powercap_dir: Annotated[
+        str, Field(min_length=1, description="The kernel's powercap tree, which the rapl meter reads.")
+    ] = "/sys/class/powercap"
+    trace: Annotated[
+        str | None, Field(description="CSV of the replay meter: columns t_s, power_w and optional component.")
+    ] = None
+    country_iso_code: Annotated[
+        str | None,
+        Field(
+            pattern="^[A-Z]{3}$",
+            description="Country whose grid's mean carbon intensity applies (ISO 3166 alpha-3, DEU).",
+        ),
+    ] = None
+    carbon_intensity_g_per_kwh: Annotated[
+        float | None, Field(ge=0, description="Carbon intensity to use instead of a country's, gCO2e/kWh.")
+    ] = None
+
+
+@config
+class Io:
+    """Where results go."""
+
+    results_dir: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Results directory.",
+            json_schema_extra=dict(Env("LLM_ENERGY_RESULTS_DIR")),
+        ),
+    ] = "results"
+
+
+# ------------------------------------------------------------------ the whole
+@config
+class Experiment:
+    """One configuration of one model over one set of prompts: what a single run measures."""
+
+    model: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Model: a hub id, a local directory, or tiny (built in, random weights).",
+        ),
+    ] = None
+    revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
+    adapter: Annotated[str | None, Field(description="LoRA adapter: a hub id or a local directory.")] = None
+    trust_remote_code: Annotated[
+        bool, Field(description="Run Python code that comes with the model. Only for authors you trust.")
+    ] = False
+    fp_precision: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Field(description="Dtype of weights and arithmetic; auto: the checkpoint's on a GPU, float32 on a CPU."),
+    ] = "auto"
+    max_input_tokens: Annotated[
+        int | None, Field(ge=1, description="Cut prompts to this many tokens, keeping their beginning.")
+    ] = None
+    max_output_tokens: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Tokens to generate for a request, at most.")
+    ] = 128
+    min_output_tokens: Annotated[
+        int, Field(ge=0, description="Tokens to generate for a request, at least (holds off the end token).")
+    ] = 0
+    chat_template: Annotated[
+        bool, Field(description="Wrap each prompt as a user turn of the model's chat template.")
+    ] = False
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of the sampling of prompts and of tokens.")] = 42
+    cycles: Annotated[
+        int, Field(ge=1, le=10, description="Times to measure the same prompts, the model staying loaded.")
+    ] = 1
+    num_processes: Annotated[
+        int,
+        Field(ge=1, le=1024, description="Worker processes on this node that share the prompts, each on its own GPU."),
+    ] = 1
+    gpus: Annotated[
+        list[int | str] | None,
+        Field(
+            min_length=1,
+            description="GPUs to use, by index among the visible ones or by UUID (GPU-…, MIG-…); null is all visible.",
+        ),
+    ] = None
+    backend: Backend = field(default_factory=PytorchBackend)
+    dataset: Dataset = field(default_factory=Dataset)
+    decoder: Decoder = field(default_factory=Decoder)
+    batching: Batching = field(default_factory=Batching)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    quantization: Quantization = field(default_factory=Quantization)
+    warmup: Warmup = field(default_factory=Warmup)
+    streaming: Streaming = field(default_factory=Streaming)
+    traffic: Traffic = field(default_factory=Traffic)
+    cooldown: Cooldown = field(default_factory=Cooldown)
+    energy: Energy = field(default_factory=Energy)
+    io: Io = field(default_factory=Io)
+
+
+# ------------------------------------------------------------------ reading the schema

@@ -1,0 +1,1 @@
+"""What is run: prompts, models, batching and traffic."""

@@ -1,0 +1,49 @@
+"""Putting requests into batches by the length of their inputs. Knows nothing of models or tokens' values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lem.spec.experiment import Batching
+
+
+def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
+    """Return batches of positions into `lengths`, in order of execution; each position is in exactly one.
+
+    Args:
+        lengths: input tokens of each request, without padding.
+        batching: the strategy and its limits. The dynamic strategies need `max_tokens_per_batch`, which bounds
+            the padded input (longest input × requests); a single request above it is a batch of its own.
+
+    Raises:
+        ValueError: a dynamic strategy without `max_tokens_per_batch`.
+    """
+    order = list(range(len(lengths)))
+    if batching.strategy == "continuous":
+        return [order] if order else []  # the engine itself decides which run at the same time
+    if batching.strategy.startswith("sorted"):
+        # Longest first: if memory does not suffice, the run fails at its beginning and not at its end.
+        order.sort(key=lambda i: -lengths[i])
+    if batching.strategy.endswith("static"):
+        return _fixed(order, batching.batch_size)
+    if batching.max_tokens_per_batch is None:
+        raise ValueError(f"{batching.strategy} batching needs batching.max_tokens_per_batch")
+    return _by_budget(order, lengths, batching.batch_size, batching.max_tokens_per_batch)
+
+
+def _fixed(order: list[int], size: int) -> list[list[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _by_budget(order: list[int], lengths: Sequence[int], size: int, budget: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    current: list[int] = []
+    longest = 0
+    for i in order:
+        padded = max(longest, lengths[i]) * (len(current) + 1)
+        if current and (len(current) == size or padded > budget):
+            batches.append(current)
+            current, longest = [], 0
+        current.append(i)
+        longest = max(longest, lengths[i])
+    return [*batches, current] if current else batches

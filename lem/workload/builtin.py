@@ -1,0 +1,23 @@
+"""The prompts that come with lem; needs no network and no other library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import resources
+
+from lem.errors import DatasetError
+from lem.workload.prompts import Row
+
+PREFIX = "builtin:"
+NAMES = ("sample",)
+
+
+def read(path: str) -> Iterator[Row]:
+    """Yield the rows (`text`, `kind`) of a built-in dataset, given as `builtin:<name>`."""
+    name = path.removeprefix(PREFIX)
+    if name not in NAMES:
+        raise DatasetError(f"There is no built-in dataset '{name}'; there is {', '.join(NAMES)}.")
+    with (resources.files("lem.workload") / f"{name}.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,65 @@
+"""Prompts from a dataset of the Hugging Face hub, or from a local directory laid out like one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lem.errors import DatasetError
+from lem.workload.offline import is_unreachable, use_cache_if_unreachable
+from lem.workload.prompts import Row
+
+DEFAULT_SPLIT = "train"
+OFFLINE_HINT = "Use -d sample, the prompts that come with lem, or a local file."
+
+
+def read(path: str, config: str | None, files: str | None, split: str | None) -> Iterator[Row]:
+    """Yield the rows of one split.
+
+    Args:
+        path: hub id or local directory.
+        config: name of a configuration, if the dataset has several.
+        files: one file of a repository without a configuration.
+        split: split to read; None is `train`.
+
+    Raises:
+        DatasetError: not found, not reachable and not cached, or no such configuration or split.
+    """
+    use_cache_if_unreachable()
+    import datasets
+
+    quiet(datasets)
+    try:
+        yield from datasets.load_dataset(
+            path,
+            config,
+            data_files=files,
+            split=split or DEFAULT_SPLIT,
+            # The library's cache tells local directories apart by their last name only, and does not see changes.
+            streaming=Path(path).is_dir(),
+        )
+    except DatasetError:
+        raise
+    except Exception as error:  # the library and the hub client raise a dozen kinds
+        raise DatasetError(_sentence(path, split or DEFAULT_SPLIT, error)) from None
+
+
+def quiet(datasets: Any) -> None:
+    """Keep the library's progress bars and log lines out of ours; its errors arrive as exceptions."""
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+
+
+def _sentence(path: str, split: str, error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if "split" in text.lower() and split in text:
+        return f"Dataset {path}: {text} Choose one with --split."
+    if isinstance(error, ValueError) and "config" in text.lower():
+        return f"Dataset {path}: {text} Choose one with dataset.config=…"
+    if Path(path).is_dir():
+        return f"The directory {path} cannot be read as a dataset: {text}"
+    if is_unreachable(error):
+        return f"Dataset {path} is not cached on this machine and the hub cannot be reached. {OFFLINE_HINT}"
+    return f"Dataset {path} cannot be loaded: {text} {OFFLINE_HINT}"

@@ -1,0 +1,98 @@
+"""Finding a model: the built-in one, a local directory, or the hub. Reads its config.json, loads no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem.errors import ModelError, did_you_mean
+from lem.workload import tiny
+from lem.workload.offline import is_unreachable, use_cache_if_unreachable
+
+OFFLINE_HINT = "Use --model tiny, which comes with lem, or a local directory."
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a model lies and what its config.json says.
+
+    `path` is what transformers is given: a directory or a hub id.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    config: dict[str, Any]
+
+    @property
+    def random_weights(self) -> bool:
+        """The weights are random: what the model writes means nothing."""
+        return self.name == tiny.NAME
+
+
+def find(name: str, revision: str | None = None) -> Model:
+    """Find a model by `tiny`, a local directory or a hub id.
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be reached and it is not cached.
+    """
+    if name == tiny.NAME:
+        folder = tiny.path()
+        return Model(name, str(folder), None, _read_config(folder))
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return Model(name, str(local), None, _read_config(local))
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"There is no model directory {name}.")
+    if "/" not in name and _looks_mistyped(name):
+        raise ModelError(f"There is no model '{name}'.{did_you_mean(name, [tiny.NAME])}")
+    return Model(name, name, revision, _hub_config(name, revision))
+
+
+def _looks_mistyped(name: str) -> bool:
+    return bool(did_you_mean(name, [tiny.NAME]))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model directory: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} is not a model's configuration.")
+    return content
+
+
+def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
+    use_cache_if_unreachable()
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # Its retries are reported as warnings; the error that ends them is ours to tell.
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"The model {name} is gated: accept its terms on the hub, then set HF_TOKEN to your access token."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(f"There is no model '{name}' on the hub, or it is private (set HF_TOKEN).") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"The model {name} has no revision '{revision}'.") from None
+    except errors.HFValidationError:
+        raise ModelError(f"'{name}' is no model: neither a directory nor a hub id (owner/name).") from None
+    except Exception as error:  # the client raises those of its transport as well
+        raise ModelError(_other_failure(name, error)) from None
+    return _read_config(Path(file).parent)
+
+
+def _other_failure(name: str, error: Exception) -> str:
+    if is_unreachable(error):
+        return f"The model {name} is not cached on this machine and the hub cannot be reached. {OFFLINE_HINT}"
+    return f"The model {name} cannot be read from the hub: {' '.join(str(error).split())[:200]} {OFFLINE_HINT}"

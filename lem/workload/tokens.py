@@ -1,0 +1,65 @@
+"""When each token was there: chunks of tokens, TTFT, inter-token latency, time per output token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lem.units import NS_PER_S
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that came together; `at_ns` is a reading of `time.perf_counter_ns`."""
+
+    at_ns: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenTimes:
+    """The latencies of one request's tokens.
+
+    `ttft_s` is the time to the first token; `itl_s` holds a gap for each further one; `tpot_s` is their mean, None for
+    a single token. `spread` tells whether tokens of one chunk were spread over the time since the chunk before.
+    """
+
+    ttft_s: float
+    itl_s: tuple[float, ...]
+    tpot_s: float | None
+    spread: bool
+
+
+def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
+    """Return the latencies of a request's tokens, or None when there are none.
+
+    Args:
+        start_ns: when the engine was given the request.
+        chunks: the tokens as they came, in order. The further tokens of the first chunk came with the first one:
+            their gap is 0.
+    """
+    chunks = [chunk for chunk in chunks if chunk.tokens > 0]
+    if not chunks:
+        return None
+    first, last = chunks[0], chunks[-1]
+    gaps = [0.0] * (first.tokens - 1)
+    for before, chunk in pairwise(chunks):
+        gaps += [(chunk.at_ns - before.at_ns) / NS_PER_S / chunk.tokens] * chunk.tokens
+    return TokenTimes(
+        ttft_s=(first.at_ns - start_ns) / NS_PER_S,
+        itl_s=tuple(gaps),
+        tpot_s=(last.at_ns - first.at_ns) / NS_PER_S / len(gaps) if gaps else None,
+        spread=any(chunk.tokens > 1 for chunk in chunks),
+    )
+
+
+def first_tokens(chunks: Sequence[Chunk], count: int) -> tuple[Chunk, ...]:
+    """Return the chunks of the first `count` tokens: an engine may go on after a request's end token."""
+    kept: list[Chunk] = []
+    for chunk in chunks:
+        if count <= 0:
+            break
+        kept.append(Chunk(chunk.at_ns, min(chunk.tokens, count)))
+        count -= chunk.tokens
+    return tuple(kept)

@@ -1,0 +1,214 @@
+"""When requests arrive: all at once, at a rate, as many at a time, or as a trace recorded them.
+
+Open-loop traffic (constant, poisson, trace) arrives whether or not the engine keeps up, and waits in a queue until its
+turn comes. Knows neither engine nor meter; times are readings of `time.perf_counter_ns`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from lem.errors import BadInput
+from lem.spec.experiment import Traffic
+from lem.units import NS_PER_S
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# A trace that goes on for longer is taken for a mistake, as milliseconds in the column of seconds.
+LONGEST_S = 30 * 86400.0
+
+
+def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
+    """Return when each request of open-loop traffic arrives, in seconds after the first could have.
+
+    Poisson traffic has exponential gaps of mean 1 / target_qps, the first one before the first request; constant
+    traffic begins at once. The same seed gives the same times, and a longer run begins like a shorter one.
+
+    Raises:
+        BadInput: the trace cannot be read, or holds fewer arrivals than there are requests.
+    """
+    if traffic.pattern == "trace":
+        return read_trace(Path(traffic.trace or ""), count)
+    assert traffic.target_qps is not None
+    if traffic.pattern == "constant":
+        return [position / traffic.target_qps for position in range(count)]
+    gaps, now_s, times = random.Random(f"arrivals:{seed}"), 0.0, []
+    for _ in range(count):
+        now_s += gaps.expovariate(traffic.target_qps)
+        times.append(now_s)
+    return times
+
+
+def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
+    """Return the arrivals of a trace; None for other patterns, whose configuration alone says when requests arrive.
+
+    Raises:
+        BadInput: as `read_trace`.
+    """
+    if traffic.pattern != "trace" or traffic.trace is None:
+        return None
+    return read_trace(Path(traffic.trace), count)
+
+
+def read_trace(path: Path, count: int) -> list[float]:
+    """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0.
+
+    Raises:
+        BadInput: it cannot be read, holds fewer, or holds a time that is not finite or `LONGEST_S` after the first.
+    """
+    try:
+        times = _times(path)
+    except FileNotFoundError:
+        raise BadInput(f"The trace {path} does not exist.") from None
+    except KeyError:
+        raise BadInput(f"The trace {path} has no column t_s.") from None
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise BadInput(f"The trace {path} cannot be read: {' '.join(str(error).split())}.") from None
+    if len(times) < count:
+        raise BadInput(f"The trace {path} has {len(times)} arrivals, fewer than the {count} requests.")
+    return [t - times[0] for t in times[:count]]  # the first arrives when the window opens
+
+
+def _times(path: Path) -> list[float]:
+    """Return the times of a trace in order; raises ValueError, with the line, for one that is no arrival's."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        found = [(row["t_s"], rows.line_num) for row in rows]
+    times = [(_seconds(text, line), line) for text, line in found]
+    first_s, first_line = min(times, default=(0.0, 0))
+    for t_s, line in times:
+        if t_s - first_s > LONGEST_S:
+            days, begin = LONGEST_S / 86400, f"the first arrival ({first_s:g} s in line {first_line})"
+            raise ValueError(f"line {line}: {t_s:g} s is more than {days:.0f} days after {begin}")
+    return sorted(t_s for t_s, _ in times)
+
+
+def _seconds(text: str | None, line: int) -> float:
+    try:
+        t_s = float(text or "")
+    except ValueError:
+        raise ValueError(f"line {line}: '{text or ''}' is no number of seconds") from None
+    if not math.isfinite(t_s):
+        raise ValueError(f"line {line}: {text} is no time that a request can arrive at")
+    return t_s
+
+
+@dataclass(frozen=True)
+class Arrived(Generic[T]):
+    """A request and when it arrived."""
+
+    request: T
+    at_ns: int
+
+
+class Arrivals(Generic[T]):
+    """The requests of a window, as they arrive; those of a fixed concurrency arrive as others are finished."""
+
+    def __init__(
+        self, requests: Sequence[T], times_s: Sequence[float] | None, concurrency: int, opened_ns: int
+    ) -> None:
+        """Take the requests in order.
+
+        Args:
+            requests: what arrives.
+            times_s: when, after the opening; None for a fixed concurrency.
+            concurrency: requests in the system at any time, where `times_s` is None.
+            opened_ns: when the window opened.
+        """
+        self._left = list(requests)[::-1]
+        self._times_ns = None if times_s is None else [opened_ns + round(t * NS_PER_S) for t in times_s][::-1]
+        self._free_at_ns = [opened_ns] * concurrency
+
+    def __bool__(self) -> bool:
+        """Tell whether any are left."""
+        return bool(self._left)
+
+    def next_ns(self) -> int | None:
+        """Return when the next one arrives; None when that depends on others being finished, or none is left."""
+        if not self._left:
+            return None
+        if self._times_ns is not None:
+            return self._times_ns[-1]
+        return self._free_at_ns[0] if self._free_at_ns else None
+
+    def take(self, now_ns: int, at_most: int) -> list[Arrived[T]]:
+        """Return those that have arrived, in order, and are not taken yet."""
+        taken: list[Arrived[T]] = []
+        while len(taken) < at_most and (at_ns := self.next_ns()) is not None and at_ns <= now_ns:
+            taken.append(Arrived(self._left.pop(), at_ns))
+            if self._times_ns is not None:
+                self._times_ns.pop()
+            else:
+                self._free_at_ns.pop(0)
+        return taken
+
+    def finished(self, count: int, at_ns: int) -> None:
+        """Note that requests are finished, so that as many others may arrive."""
+        if self._times_ns is None:
+            self._free_at_ns += [at_ns] * count
+
+
+def in_turn(
+    arrivals: Arrivals[T], at_most: int, run: Callable[[Sequence[T]], Iterator[Sequence[R]]]
+) -> Iterator[tuple[Sequence[Arrived[T]], Sequence[R]]]:
+    """Serve arrivals with an engine that takes a batch and is busy until it is done.
+
+    Sleeps until the next arrival when nothing waits; else takes what has arrived by then, `at_most` at once.
+
+    Yields:
+        The batch that was taken, and each part of it as it is finished.
+    """
+    while arrivals:
+        batch = arrivals.take(time.perf_counter_ns(), at_most)
+        if not batch:
+            _sleep_until_the_next(arrivals)
+            continue
+        for part in run([each.request for each in batch]):
+            yield batch, part
+        arrivals.finished(len(batch), time.perf_counter_ns())
+
+
+def as_places_become_free(
+    arrivals: Arrivals[T],
+    at_most: int,
+    *,
+    running: Callable[[], int],
+    begin: Callable[[Arrived[T]], None],
+    advance: Callable[[], Sequence[R]],
+) -> Iterator[Sequence[R]]:
+    """Serve arrivals with an engine that takes others in between two steps of its work.
+
+    Sleeps until the next arrival when there is nothing to do.
+
+    Args:
+        arrivals: what arrives, and when.
+        at_most: how many requests the engine has at the same time.
+        running: how many it has now.
+        begin: gives it one.
+        advance: lets it take a step, and returns what has been finished in that.
+
+    Yields:
+        What is finished in the same step.
+    """
+    while arrivals or running():
+        for each in arrivals.take(time.perf_counter_ns(), at_most - running()):
+            begin(each)
+        if not running():
+            _sleep_until_the_next(arrivals)
+        elif done := advance():
+            arrivals.finished(len(done), time.perf_counter_ns())
+            yield done
+
+
+def _sleep_until_the_next(arrivals: Arrivals[T]) -> None:
+    next_ns = arrivals.next_ns()
+    assert next_ns is not None  # nothing is being served that others could wait for
+    time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)

@@ -1,0 +1,315 @@
+"""What can be asked of a backend, and what each answers: the source of the support matrix.
+
+A feature is a change to an experiment. Whether a backend has it is not written down here: the backend is asked, by its
+own objections and those between options, on a machine that has all that it could need. Knows no engine, and not what
+has been run where; the tests do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from lem.backends import backend_class
+from lem.backends.base import Told
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host
+from lem.spec.conflicts import conflicts
+from lem.spec.engines import BACKENDS
+from lem.spec.experiment import Experiment
+from lem.spec.rules import Objection
+
+P = TypeVar("P")
+Changes = Mapping[str, Any]
+Answer = Literal["yes", "no", "no effect", "no option"]
+
+# Stand for what a user would name: an adapter, a draft model, a trace of arrivals.
+ADAPTER, DRAFT, TRACE = "owner/adapter", "owner/draft", "arrivals.csv"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a backend may be able to do.
+
+    `changes` of an experiment, by dotted path, ask for it of any backend; `own` are those of the backends that have
+    options of their own for it. What `tells` names is not asked for: a backend tells it or does not.
+    """
+
+    name: str
+    meaning: str
+    changes: Changes = field(default_factory=dict)
+    own: Mapping[str, Changes] = field(default_factory=dict)
+    tells: Told | None = None
+
+    def asked_of(self, backend: str) -> Changes | None:
+        """Return the changes that ask a backend for it; None where the configuration has no way to."""
+        if self.own:
+            return self.own.get(backend)
+        return self.changes
+
+    def asked(self, experiment: Experiment, **stand_ins: Any) -> Experiment:
+        """Return the experiment that asks its backend for the feature.
+
+        Args:
+            experiment: what is changed.
+            stand_ins: values in place of the catalogue's own, by the last part of their path.
+
+        Raises:
+            KeyError: the configuration has no way to ask this backend.
+        """
+        changes = self.asked_of(experiment.backend.name)
+        if changes is None:
+            raise KeyError(f"{experiment.backend.name} has no option for {self.name}")
+        for path, value in changes.items():
+            experiment = changed_at(experiment, path, stand_ins.get(path.rpartition(".")[2], value))
+        return experiment
+
+    def overrides(self, backend: str) -> list[str]:
+        """Return the changes as they stand on the command line."""
+        return [f"{path}={_as_override(value)}" for path, value in (self.asked_of(backend) or {}).items()]
+
+
+@dataclass(frozen=True)
+class Support:
+    """A backend's answer, and the codes of the rules that speak against the feature."""
+
+    answer: Answer
+    codes: tuple[str, ...] = ()
+
+
+class IdealHost(Host):
+    """A machine with eight modern GPUs, every package, and engines that are built for GPUs."""
+
+    def __init__(self) -> None:
+        """Have the GPUs."""
+        super().__init__(tuple(Gpu(i, f"GPU-{i}", "NVIDIA H100", 80 * 2**30, None, (9, 0)) for i in range(8)))
+
+    def has(self, package: str) -> bool:
+        """Return True."""
+        return True
+
+    def is_built_for_cpu(self, package: str) -> bool:
+        """Return False."""
+        return False
+
+
+def support(feature: Feature, backend: str, host: Host) -> Support:
+    """Ask a backend whether it has a feature on a machine.
+
+    What it objects to anyway, because it needs options that have no default, is not the feature's.
+    """
+    if feature.asked_of(backend) is None:
+        return Support("no option")
+    if feature.tells is not None:
+        return Support("yes" if feature.tells in backend_class(backend).tells else "no")
+    plain = Experiment(model=DRAFT, backend=BACKENDS[backend]())
+    anyway = {(each.code, each.path) for each in _objections(plain, host)}
+    found = [o for o in _objections(feature.asked(plain), host) if (o.code, o.path) not in anyway]
+    for answer, against in (
+        ("no", [o.code for o in found if o.severity != "warning"]),
+        ("no effect", [o.code for o in found if o.code.startswith("no_effect")]),
+    ):
+        if against:
+            return Support(answer, tuple(dict.fromkeys(against)))  # type: ignore[arg-type]
+    return Support("yes")
+
+
+def features() -> Iterator[Feature]:
+    """Yield the whole catalogue, in order."""
+    for group in CATALOGUE.values():
+        yield from group
+
+
+def feature(name: str) -> Feature:
+    """Return the feature of a name; KeyError when there is none."""
+    return {each.name: each for each in features()}[name]
+
+
+def changed_at(part: P, path: str, value: Any) -> P:
+    """Return a part of a configuration with the value at a dotted path changed."""
+    name, _, rest = path.partition(".")
+    return replace(part, **{name: changed_at(getattr(part, name), rest, value) if rest else value})  # type: ignore[type-var]
+
+
+def _objections(experiment: Experiment, host: Host) -> list[Objection]:
+    own = backend_class(experiment.backend.name).objections(experiment, None, host)
+    return [*conflicts(experiment), *own]
+
+
+def _as_override(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_as_override(each)}" for key, each in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+SAMPLED = {"decoder.do_sample": True}
+CONTINUOUS = {"batching.strategy": "continuous", "batching.batch_size": 4}
+STREAMED = {"streaming.enabled": True}
+POISSON = {"traffic.pattern": "poisson", "traffic.target_qps": 8.0}
+
+
+def _spread(strategy: str) -> Changes:
+    return {"parallelism.strategy": f"{strategy}_parallel", "parallelism.degree": 2}
+
+
+def _of_pytorch(name: str, meaning: str, changes: Changes) -> Feature:
+    return Feature(name, meaning, own={"pytorch": changes})
+
+
+def _of_vllm(name: str, meaning: str, changes: Changes, tensorrt: Changes | None = None) -> Feature:
+    """Return a feature for which vllm has an option, and perhaps tensorrt."""
+    return Feature(name, meaning, own={"vllm": changes} | ({} if tensorrt is None else {"tensorrt": tensorrt}))
+
+
+def _drafts(**options: Any) -> Changes:
+    return {f"backend.speculative.{name}": value for name, value in options.items()}
+
+
+CATALOGUE: dict[str, tuple[Feature, ...]] = {
+    "Choosing tokens": (
+        Feature("greedy", "The most likely token each time.", tells="tokens"),
+        Feature("sampling", "Tokens are drawn, not the most likely ones taken.", SAMPLED),
+        Feature("temperature", "Flatter or steeper odds.", SAMPLED | {"decoder.temperature": 0.5}),
+        Feature("top-k", "Draws from the k most likely tokens.", SAMPLED | {"decoder.top_k": 5}),
+        Feature("top-p", "Draws from the smallest set of this mass.", SAMPLED | {"decoder.top_p": 0.8}),
+        Feature("min-p", "Leaves out tokens far less likely than the first.", SAMPLED | {"decoder.min_p": 0.2}),
+        Feature("seed", "The same seed draws the same tokens, another one others.", SAMPLED | {"seed": 7}),
+        Feature("repetition penalty", "Tokens that are there already are less likely.", {
+            "decoder.repetition_penalty": 1.5,
+        }),
+        Feature("no repeated n-grams", "No sequence of n tokens comes twice.", {"decoder.no_repeat_ngram_size": 2}),
+    ),
+    "Lengths and prompts": (
+        Feature("maximum output", "No output is longer.", {"max_output_tokens": 5}),
+        Feature("minimum output", "The end token is held off.", {"min_output_tokens": 9}),
+        Feature("maximum input", "Prompts are cut, keeping their beginning.", {"max_input_tokens": 8}),
+        Feature("chat template", "Prompts are wrapped as turns of a user.", {"chat_template": True}),
+    ),
+    "Batching": (
+        Feature("static batches", "So many requests at once, in order.", {
+            "batching.strategy": "static", "batching.batch_size": 4,
+        }),
+        Feature("sorted static batches", "The same, the longest prompts first.", {
+            "batching.strategy": "sorted_static", "batching.batch_size": 4,
+        }),
+        Feature("dynamic batches", "As many requests as a budget of tokens allows.", {
+            "batching.strategy": "dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
+        }),
+        Feature("sorted dynamic batches", "The same, the longest prompts first.", {
+            "batching.strategy": "sorted_dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
+        }),
+        Feature("continuous batching", "The next request takes the place of one that is finished.", CONTINUOUS),
+    ),
+    "Timed tokens": (
+        Feature("streaming", "Each token is timed: TTFT, inter-token latency.", STREAMED),
+        Feature("streaming, continuous batching", "The same while others come and go.", STREAMED | CONTINUOUS),
+    ),
+    "Traffic": (
+        Feature("constant arrivals", "At a rate, evenly.", {"traffic.pattern": "constant", "traffic.target_qps": 8.0}),
+        Feature("Poisson arrivals", "At a mean rate, by chance.", POISSON),
+        Feature("fixed concurrency", "So many in the system at any time.", {
+            "traffic.pattern": "concurrency", "traffic.concurrency": 2,
+        }),
+        Feature("arrivals of a trace", "At the times that a file has.", {
+            "traffic.pattern": "trace", "traffic.trace": TRACE,
+        }),
+        Feature("arrivals taken in while others run", "Poisson arrivals with continuous batching.", (
+            POISSON | CONTINUOUS
+        )),
+    ),
+    "Weights and arithmetic": (
+        Feature("float32", "32-bit weights and arithmetic.", {"fp_precision": "float32"}),
+        Feature("bfloat16", "16 bits, with the range of float32.", {"fp_precision": "bfloat16"}),
+        Feature("float16", "16 bits, with a smaller range.", {"fp_precision": "float16"}),
+        Feature("LoRA adapter", "An adapter beside the weights.", {"adapter": ADAPTER}),
+        Feature("bitsandbytes, 8 bits", "Weights in 8 bits, quantized at load.", {
+            "quantization.quantization": True, "quantization.load_in_8bit": True,
+        }),
+        Feature("bitsandbytes, 4 bits", "Weights in 4 bits, quantized at load.", {
+            "quantization.quantization": True, "quantization.load_in_4bit": True,
+        }),
+        _of_vllm("the engine's own quantization", "A method of the engine, at load or in the checkpoint.", {
+            "backend.quantization": "fp8",
+        }),
+        _of_vllm("random weights", "The format of the weights, here none: random ones.", {
+            "backend.load_format": "dummy",
+        }),
+        _of_vllm("weights in main memory", "A part of the weights does not stay on the GPU.", {
+            "backend.cpu_offload_gb": 1.0,
+        }),
+    ),
+    "Several processes and GPUs": (
+        Feature("several processes", "Prompts are shared out.", {"num_processes": 2}),
+        Feature("data parallel", "A whole model in each process.", _spread("data")),
+        Feature("tensor parallel", "Each layer is split.", _spread("tensor")),
+        Feature("pipeline parallel", "Layers are spread over GPUs.", _spread("pipeline")),
+    ),
+    "Attention and cache": (
+        _of_pytorch("eager attention", "Plain matrix products.", {"backend.attn_implementation": "eager"}),
+        _of_pytorch("SDPA", "PyTorch's fused attention.", {"backend.attn_implementation": "sdpa"}),
+        _of_pytorch("flex attention", "PyTorch's compiled attention.", {
+            "backend.attn_implementation": "flex_attention",
+        }),
+        _of_pytorch("flash attention 2", "The package flash-attn; half precision.", {
+            "backend.attn_implementation": "flash_attention_2", "fp_precision": "bfloat16",
+        }),
+        _of_pytorch("flash attention 3", "The same for Hopper.", {
+            "backend.attn_implementation": "flash_attention_3", "fp_precision": "bfloat16",
+        }),
+        _of_pytorch("static cache", "The cache has its full length from the start.", {
+            "backend.cache_implementation": "static",
+        }),
+        _of_pytorch("no cache", "Each step computes the whole sequence.", {"backend.cache_implementation": "none"}),
+        _of_vllm("choice of attention kernels", "Kernels by name.", {"backend.attention_backend": "FLASH_ATTN"}, {
+            "backend.attn_backend": "FLASHINFER",
+        }),
+        _of_vllm("prefix caching", "Prompts that begin alike share the cache.", {
+            "backend.enable_prefix_caching": True,
+        }, {"backend.kv_cache.enable_block_reuse": True}),
+        _of_vllm("chunked prefill", "Long prompts are taken in in pieces.", {"backend.enable_chunked_prefill": True}, {
+            "backend.chunked_prefill": True,
+        }),
+        _of_vllm("cache in bfloat16", "Another dtype for keys and values.", {"backend.kv_cache_dtype": "bfloat16"}),
+        _of_vllm("cache in fp8", "8-bit keys and values.", {"backend.kv_cache_dtype": "fp8"}, {
+            "backend.kv_cache.dtype": "fp8",
+        }),
+        _of_vllm("block size", "Tokens in a block of the cache.", {"backend.block_size": 64}, {
+            "backend.kv_cache.tokens_per_block": 64,
+        }),
+        _of_vllm("size of the cache", "In bytes.", {"backend.kv_cache_memory_bytes": 2**25}),
+        _of_vllm("share of a GPU's memory", "For weights and cache.", {"backend.gpu_memory_utilization": 0.5}, {
+            "backend.kv_cache.free_gpu_memory_fraction": 0.5,
+        }),
+        _of_vllm("length of a sequence", "Prompt and output together.", {"backend.max_model_len": 640}, {
+            "backend.max_seq_len": 640,
+        }),
+        _of_vllm("tokens of a step", "So many at most.", {"backend.max_num_batched_tokens": 5000}, {
+            "backend.max_num_tokens": 5000,
+        }),
+    ),
+    "Speculation and compilation": (
+        _of_vllm("n-gram speculation", "Drafts are found in the text so far.", _drafts(
+            method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1,
+        ), _drafts(decoding_type="NGram", max_draft_len=3, max_matching_ngram_size=3)),
+        _of_vllm("draft model", "A smaller model drafts.", _drafts(
+            method="draft_model", model=DRAFT, num_speculative_tokens=3,
+        )),
+        _of_vllm("EAGLE", "A head on the model's hidden states drafts.", _drafts(
+            method="eagle", model=DRAFT, num_speculative_tokens=2,
+        )),
+        _of_pytorch("torch.compile", "The forward pass is compiled.", {"backend.torch_compile": True}),
+        _of_vllm("no compilation", "Neither compiled nor captured in CUDA graphs.", {"backend.enforce_eager": True}),
+        _of_vllm("any other engine argument", "By its name, held against the installed version.", {
+            "backend.engine_args": {"max_logprobs": 5},
+        }, {"backend.extra_args": {"stream_interval": 4}}),
+    ),
+    "What it tells": (
+        Feature("the model", "Its parameters, bytes and dtype as loaded.", tells="model"),
+        Feature("prefill", "When a request's first token was there.", tells="prefill"),
+        Feature("model FLOPs", "Counted from the model's sizes.", tells="flops"),
+        Feature("size of the cache by formula", "Bytes of a token's keys and values.", tells="kv_cache"),
+        Feature("the engine's counters", "Tokens, prefix-cache hits, preemptions, drafts.", tells="counters"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,334 @@
+"""GPU discovery and the NVML meter, through the real binding on a stand-in for the driver's library."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from lem.energy.nvml import Device
+from lem.energy.zeus import ZeusMeter
+from lem.errors import BadInput
+from lem.machine import gpu
+from tests.energy.test_rapl import USUAL_RANGE_UJ, counting
+
+VISIBLE = """
+import json
+from lem.machine import gpu
+print(json.dumps([[g.index, g.uuid, g.mig_uuid] for g in gpu.visible()]))
+"""
+
+WINDOW = """
+import json, os, time
+from dataclasses import asdict
+from lem.machine import gpu
+from lem.energy.nvml import NvmlMeter
+meter = NvmlMeter(gpu.visible())
+meter.open()
+meter.begin(); start = time.perf_counter()
+time.sleep(float(os.environ.get("WINDOW_S", 0.5)))
+readings = meter.end(); seconds = time.perf_counter() - start
+meter.close()
+print(json.dumps({"readings": [asdict(r) for r in readings], "seconds": seconds}))
+"""
+
+NO_READING = """
+devices 2
+device 1 no_counter
+device 1 no_power
+device 1 no_instant
+"""
+
+
+def test_all_gpus_are_visible_without_the_variable(driver):
+    assert driver(VISIBLE, "devices 3") == [[i, f"GPU-{i:08d}", None] for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("variable", "indices"),
+    [
+        ("2,0", [2, 0]),
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("GPU-00000003,GPU-00000001", [3, 1]),
+        ("1,9,0", [1]),  # CUDA stops at the first entry that names no device
+    ],
+)
+def test_the_variable_chooses_and_orders_gpus(driver, variable, indices):
+    assert [index for index, *_ in driver(VISIBLE, "devices 4", CUDA_VISIBLE_DEVICES=variable)] == indices
+
+
+def test_a_mig_uuid_stands_for_its_parent_and_is_remembered(driver):
+    scenario = "devices 2\ndevice 1 mig 1g.10gb 9728\ndevice 1 mig 2g.20gb 19968"
+    assert driver(VISIBLE, scenario, CUDA_VISIBLE_DEVICES="MIG-1-1") == [[1, "GPU-00000001", "MIG-1-1"]]
+
+
+def test_a_window_is_power_times_time_for_each_gpu(driver):
+    window = driver(WINDOW, "devices 2\ndevice 0 power constant 300\ndevice 1 power constant 300")
+    assert [r["device"] for r in window["readings"]] == ["GPU-00000000", "GPU-00000001"]
+    for reading in window["readings"]:
+        assert reading["energy_j"] == pytest.approx(300 * window["seconds"], rel=0.02)
+        assert (reading["component"], reading["source"], reading["scope"]) == ("gpu", "counter", "device")
+
+
+def test_only_visible_gpus_are_metered(driver):
+    window = driver(WINDOW, "devices 8", CUDA_VISIBLE_DEVICES="5,6")
+    assert [r["device"] for r in window["readings"]] == ["GPU-00000005", "GPU-00000006"]
+
+
+def test_two_instances_of_one_gpu_are_one_counter_labelled_as_shared(driver):
+    scenario = "device 0 mig 1g.10gb 9728\ndevice 0 mig 1g.10gb 9728"
+    (reading,) = driver(WINDOW, scenario, CUDA_VISIBLE_DEVICES="MIG-0-0,MIG-0-1")["readings"]
+    assert reading["scope"] == "shared_device"
+
+
+def test_a_gpu_without_any_reading_is_null_with_a_reason_and_not_zero(driver):
+    first, second = driver(WINDOW, NO_READING)["readings"]
+    assert first["energy_j"] > 0
+    assert second["energy_j"] is None
+    assert "Not Supported" in second["reason"]
+
+
+def test_a_gpu_lost_during_the_window_is_null_with_a_reason(driver):
+    (reading,) = driver(WINDOW, "device 0 lost_after_s 1.5", WINDOW_S="1.7")["readings"]
+    assert reading["energy_j"] is None
+    assert "lost" in reading["reason"]
+
+
+def test_auto_joins_the_gpu_counter_and_the_cpu_estimate(driver):
+    components = driver(
+        """
+import json, time
+from lem.machine import gpu
+from lem.energy import make_meter
+from lem.spec.experiment import Energy
+meter = make_meter(Energy(), gpu.visible())
+meter.open(); meter.begin(); time.sleep(1.2); readings = meter.end(); meter.close()
+print(json.dumps([[r.component, r.source] for r in readings]))
+"""
+    )
+    assert components[0] == ["gpu", "counter"]
+    assert [component for component, _ in components] == ["gpu", "cpu", "dram"]
+
+
+def test_without_a_driver_there_are_no_gpus():
+    done = subprocess.run(
+        [sys.executable, "-c", "from lem.machine import gpu; print(gpu.installed())"],
+        env={**os.environ, "LD_LIBRARY_PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GPU-" in done.stdout:
+        pytest.skip("this machine has an NVIDIA driver")
+    assert done.stdout.strip() == "[]"
+
+
+SETTLED = """
+import json, os, time
+from lem.machine import gpu
+from lem.energy import make_meter
+from lem.spec.experiment import Energy
+meter = make_meter(Energy(powercap_dir=os.environ["POWERCAP"]), gpu.visible())
+meter.open()
+windows = []
+for _ in range(3):
+    meter.begin(); start = time.perf_counter()
+    time.sleep(0.5)
+    seconds = time.perf_counter() - start; readings = meter.end()
+    windows.append([seconds, {r.device: r.energy_j for r in readings}])
+meter.close()
+print(json.dumps(windows))
+"""
+
+
+def test_no_meter_counts_what_another_waits_for(driver, tmp_path):
+    with counting(tmp_path / "powercap", USUAL_RANGE_UJ) as (tree, _):
+        windows = driver(SETTLED, "device 0 power constant 300\ndevice 0 tick_ms 100", POWERCAP=str(tree))
+    # The GPU's counter is waited for at both edges, for some 50 ms on average: a tenth of the window each.
+    for device, power_w in (("GPU-00000000", 300), ("intel-rapl:0 package-0", 600)):
+        powers_w = [joules[device] / seconds for seconds, joules in windows]
+        assert statistics.median(powers_w) == pytest.approx(power_w, rel=0.05)
+
+
+SO_FAR = """
+import json, time
+from dataclasses import asdict
+from lem.machine import gpu
+from lem.energy.nvml import NvmlMeter
+meter = NvmlMeter(gpu.visible())
+meter.open()
+meter.begin(); start = time.perf_counter()
+looks = []
+while time.perf_counter() - start < 1.6:
+    looks.append([time.perf_counter() - start, [asdict(r) for r in meter.so_far()]])
+    time.sleep(0.05)
+readings = [asdict(r) for r in meter.end()]
+meter.close()
+print(json.dumps({"looks": looks, "end": readings}))
+"""
+
+
+def test_so_far_is_behind_by_at_most_a_tick_and_its_trace_agrees(driver):
+    scenario = "devices 2\ndevice 0 power constant 300\ndevice 0 tick_ms 100\n"
+    looks = driver(SO_FAR, scenario + "device 1 no_counter\ndevice 1 power constant 200")["looks"]
+    for seconds, (counted, integrated) in looks[-10:]:
+        assert 300 * (seconds - 0.2) < counted["energy_j"] < 300 * (seconds + 0.05)
+        assert 300 * (seconds - 0.2) < counted["trace_energy_j"] < 300 * (seconds + 0.05)
+        assert 200 * (seconds - 0.2) < integrated["energy_j"] < 200 * (seconds + 0.05)
+        assert integrated["trace_energy_j"] == integrated["energy_j"]
+        assert (counted["source"], integrated["source"]) == ("counter", "integral")
+
+
+def test_a_gpu_lost_in_the_window_is_null_so_far_and_the_other_goes_on(driver):
+    scenario = "devices 3\ndevice 0 lost_after_s 1.2\ndevice 1 lost_after_s 1.2\ndevice 1 no_counter"
+    found = driver(SO_FAR, scenario)
+    early = [look for seconds, look in found["looks"] if 0.15 < seconds < 0.3]
+    assert all(reading["energy_j"] > 0 for look in early for reading in look)
+    for readings in (found["looks"][-1][1], found["end"]):
+        assert [reading["energy_j"] is None for reading in readings] == [True, True, False]
+        assert all("GPU is lost" in reading["reason"] for reading in readings[:2])
+
+
+def test_a_counter_that_stands_still_is_null_and_not_zero(driver):
+    (reading,) = driver(WINDOW, "device 0 power constant 0")["readings"]
+    assert reading["energy_j"] is None
+    assert "did not advance" in reading["reason"]
+
+
+def test_a_tick_that_does_not_come_is_not_extrapolated_from_an_old_one():
+    counter_mj = [0]
+    library = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda _: counter_mj[0],
+        nvmlDeviceGetFieldValues=lambda *_: [SimpleNamespace(nvmlReturn=3)],
+    )
+    device = Device(library, gpu.Gpu(0, "GPU-0", "", None))
+    device.tick_s = 0.05
+    device.poll()
+    time.sleep(0.2)
+    counter_mj[0] = 1_000_000  # all that the GPU took between two windows
+    device.poll()
+    assert device.extrapolated(time.perf_counter_ns() + 50_000_000).energy_mj == 1_000_000
+
+
+LONG_WINDOW = """
+import json, time
+from lem.machine import gpu
+from lem.energy.nvml import NvmlMeter
+meter = NvmlMeter(gpu.visible())
+meter.open()
+meter.begin()
+start_s = time.monotonic()
+time.sleep(5)
+end_s = time.monotonic()
+readings = meter.end()
+meter.close()
+print(json.dumps({
+    "span": [start_s, end_s],
+    "joules": [[r.energy_j, r.trace_energy_j, r.resolution_s] for r in readings],
+    "samples": len(meter.trace()),
+}))
+"""
+
+
+def square_j(t_s, low_w, high_w, hz):
+    whole, part = divmod(t_s * hz, 1.0)
+    return (whole * (low_w + high_w) / 2 + low_w * min(part, 0.5) + high_w * max(part - 0.5, 0.0)) / hz
+
+
+def test_counter_and_trace_agree_with_the_analytic_integral(driver):
+    scenario = "devices 4\n"
+    for i, tick_ms in enumerate((100, 10, 100, 10)):
+        power = "constant 300" if i < 2 else "square 100 400 1"
+        scenario += f"device {i} tick_ms {tick_ms}\ndevice {i} power {power}\n"
+    window = driver(LONG_WINDOW, scenario)
+    start_s, end_s = window["span"]
+    constant = 300 * (end_s - start_s)
+    square = square_j(end_s, 100, 400, 1) - square_j(start_s, 100, 400, 1)
+    for i, (counter_j, trace_j, tick_s) in enumerate(window["joules"]):
+        truth = constant if i < 2 else square
+        assert counter_j == pytest.approx(truth, rel=0.02)
+        assert trace_j == pytest.approx(truth, rel=0.02)
+        assert tick_s == pytest.approx((0.1, 0.01)[i % 2], rel=0.2)
+    assert window["samples"] > 4 * 5 * 15
+
+
+def test_on_a_module_the_counter_is_the_modules(driver):
+    scenario = "devices 2\ndevice 0 name NVIDIA GH200 480GB\ndevice 1 name NVIDIA H200"
+    assert [reading["component"] for reading in driver(WINDOW, scenario)["readings"]] == ["module", "gpu"]
+
+
+def test_without_a_counter_the_trace_is_integrated_and_labelled_so(driver):
+    window = driver(WINDOW, "devices 1\ndevice 0 no_counter\ndevice 0 power constant 200")
+    (reading,) = window["readings"]
+    assert reading["source"] == "integral"
+    assert "no energy counter" in reading["method"]
+    assert reading["energy_j"] == pytest.approx(200 * window["seconds"], rel=0.05)
+
+
+def test_averaged_power_is_named_as_what_it_is(driver):
+    (reading,) = driver(WINDOW, "device 0 no_counter\ndevice 0 no_instant")["readings"]
+    assert "nvmlDeviceGetPowerUsage" in reading["method"]
+
+
+def test_a_counter_that_restarts_is_null_with_a_reason(driver):
+    (reading,) = driver(WINDOW, "device 0 tick_ms 100\ncounter_reset_after_s 0.9")["readings"]
+    assert reading["energy_j"] is None
+    assert "backwards" in reading["reason"]
+
+
+def test_zeus_reads_the_same_joules(driver):
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    code = WINDOW.replace("from lem.energy.nvml import NvmlMeter", "from lem.energy.zeus import ZeusMeter as NvmlMeter")
+    scenario = "devices 2\ndevice 0 power constant 300\ndevice 1 power constant 300"
+    window = driver(code, scenario, WINDOW_S="2")
+    assert len(window["readings"]) == 2
+    for reading in window["readings"]:
+        assert reading["source"] == "counter"
+        assert reading["energy_j"] == pytest.approx(300 * window["seconds"], rel=0.05)
+
+
+def test_zeus_with_a_lost_gpu_is_null_with_a_reason(driver):
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    code = SO_FAR.replace("from lem.energy.nvml import NvmlMeter", "from lem.energy.zeus import ZeusMeter as NvmlMeter")
+    code = "import zeus.monitor" + code  # takes longer than the GPU lives
+    found = driver(code, "devices 2\ndevice 0 lost_after_s 1.0")
+    assert found["looks"][2][1][0]["energy_j"] > 0
+    assert [reading["energy_j"] is None for reading in found["looks"][-1][1]] == [True, False]
+    for reading in found["end"]:
+        assert reading["energy_j"] is None
+        assert "GPU is lost" in reading["reason"]
+
+
+@pytest.mark.parametrize("variable", ["GPU-00000001", "MIG-0-0"])
+def test_zeus_with_visible_devices_that_it_does_not_understand_says_so(driver, variable):
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    code = """
+import json
+from lem.machine import gpu
+from lem.energy.zeus import ZeusMeter
+from lem.errors import BadInput
+try:
+    ZeusMeter(gpu.visible()).open()
+except BadInput as error:
+    print(json.dumps(str(error)))
+"""
+    said = driver(code, "devices 2\ndevice 0 mig 1g.10gb 9728", CUDA_VISIBLE_DEVICES=variable)
+    assert said.startswith("energy=zeus")
+    assert "use energy=auto instead" in said
+
+
+def test_zeus_without_a_gpu_says_so():
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    if gpu.visible():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BadInput, match="found no GPU"):
+        ZeusMeter([]).open()

@@ -1,0 +1,102 @@
+"""Raw files made by hand: plans, records and request rows as workers write them, for tests of what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from lem.record import EnergyReading, Phase, ProcessRecord, RequestRecord
+from lem.results.codec import config_sha256
+from lem.results.directory import ExperimentDir
+from lem.results.journal import Checkpoint, Journal
+from lem.results.plan import Plan, PromptsInfo, State
+from lem.results.store import Store
+from lem.spec.engines import SimulatedBackend
+from lem.spec.experiment import Dataset, Experiment
+
+ID = "exp_20260102_030405"
+AT = "2026-01-02T03:04:05+00:00"
+
+
+def reading(component="gpu", source="counter", energy_j=100.0, device="GPU-0", scope="device", **more) -> EnergyReading:
+    return EnergyReading(component, source, scope, device, energy_j, "test", **more)
+
+
+GPU = reading()
+
+
+def plan(count=3, processes=1, cycles=1, experiment_id=ID, **more) -> Plan:
+    experiment = Experiment(
+        model="m", backend=SimulatedBackend(), dataset=Dataset(name="d", path="p"), cycles=cycles, **more
+    )
+    prompts = PromptsInfo(count, "0" * 64, "p", None, "text", count, 0)
+    return Plan(experiment_id, AT, experiment, prompts, config_sha256(experiment), processes, processes, 0, ("seed=1",))
+
+
+def requests(positions: Sequence[int] = (0, 1, 2), rank=0, cycle=1, attempt=1, experiment_id=ID) -> list[RequestRecord]:
+    place = (experiment_id, rank, cycle, attempt)
+    return [RequestRecord(*place, i, i, 10 + i, 20, False, "length", i * 1.0, i + 0.5, 0.5) for i in positions]
+
+
+def phases(duration_s=4.0, energy: Sequence[EnergyReading] = (GPU,)) -> tuple[Phase, ...]:
+    return (
+        Phase("load", 5.0, (reading(energy_j=40.0),)),
+        Phase("warmup", 1.0, (reading(energy_j=10.0),)),
+        Phase("measured", duration_s, tuple(energy)),
+    )
+
+
+def record(rows: Sequence[RequestRecord] | None = None, energy=(GPU,), duration_s=4.0, **more: Any) -> ProcessRecord:
+    """Return the record of a process that has finished the requests of `rows`."""
+    rows = requests() if rows is None else rows
+    values = {
+        "format_version": 2,
+        "lem_version": "0",
+        "experiment_id": ID,
+        "rank": 0,
+        "world_size": 1,
+        "status": "completed",
+        "started_at": AT,
+        "hostname": "h",
+        "config_sha256": plan().config_sha256,
+        "backend": "simulated",
+        "window_opened_unix_s": 1000.0,
+        "phases": phases(duration_s, energy),
+        "requests_planned": len(rows),
+        "requests_completed": len(rows),
+        "input_tokens": sum(row.input_tokens for row in rows),
+        "output_tokens": sum(row.output_tokens for row in rows),
+    }
+    return ProcessRecord(**(values | more))
+
+
+def put(directory: ExperimentDir, it: ProcessRecord, rows: Sequence[RequestRecord]) -> None:
+    """Write a process's record of one window and add its rows to the process's journal, as if it were this one's."""
+    it = replace(it, experiment_id=directory.id)
+    place = {"experiment_id": directory.id, "rank": it.rank, "cycle": it.cycle, "attempt": it.attempt}
+    journal = Journal(directory.journal_file(it.rank, it.attempt))
+    opening = [phase for phase in it.phases if phase.name != "measured"]
+    counts = {"requests_completed": 0, "input_tokens": 0, "output_tokens": 0}
+    journal.open_window(replace(it, status="interrupted", phases=tuple(opening), **counts))
+    for row in rows:
+        journal.add([replace(row, **place)], Checkpoint(row.end_s))
+    journal.close()
+    directory.write_record(it)
+
+
+def experiment(store: Store, at: datetime | None = None, **of_plan: Any) -> ExperimentDir:
+    """Claim an experiment and write its plan, and that it is completed; it has no records yet."""
+    directory = store.claim(at or datetime(2026, 1, 2, 3, 4, 5))
+    made = plan(experiment_id=directory.id, **of_plan)
+    directory.write_plan(made, ["a"] * made.prompts.count)
+    directory.write_state(State("completed", 1, AT))
+    return directory
+
+
+def finished(store: Store, at: datetime | None = None, **of_record: Any) -> ExperimentDir:
+    """Write a finished experiment of one process, one cycle and three prompts, that has no row yet."""
+    directory = experiment(store, at)
+    put(directory, record(**of_record, config_sha256=directory.plan().config_sha256), requests())
+    return directory

@@ -1,0 +1,348 @@
+"""`lem aggregate` and `lem results`: what they print and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime
+
+import pandas as pd
+import pytest
+
+from lem.results.plan import running
+from lem.results.store import Store
+from tests.conftest import SIMULATED
+from tests.records import experiment, finished, phases, put, reading, record, requests
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "results")
+
+
+def cycles(store, number=3):
+    """Write an experiment of several cycles."""
+    directory = experiment(store, cycles=number)
+    for cycle in range(1, number + 1):
+        energy = (reading(energy_j=100.0 + cycle),)
+        known = {"cycle": cycle, "config_sha256": directory.plan().config_sha256}
+        put(directory, record(energy=energy, duration_s=4.0 + cycle / 10, **known), requests())
+    return directory
+
+
+def interrupted(store):
+    directory = experiment(store)
+    plan = directory.plan()
+    put(directory, record(requests([0]), status="interrupted", config_sha256=plan.config_sha256), requests([0]))
+    directory.write_state(directory.state().now("interrupted", "stopped by SIGTERM"))
+    return directory
+
+
+def planned(store):
+    directory = experiment(store)
+    (directory.path / "state.json").unlink()
+    return directory
+
+
+# ------------------------------------------------------------------ aggregate
+def test_one_experiment_and_then_all(lem, store):
+    first, second = finished(store), finished(store)
+    done = lem("aggregate", first.id)
+    assert (done.code, done.out) == (0, f"{first.id}: completed\n")
+    assert lem("aggregate", first.id).out == f"{first.id} has its row already.\n"
+    done = lem("aggregate", "--all")
+    assert done.code == 0
+    assert done.out == f"{second.id}: completed\nLeft alone, for their rows are there already: 1.\n"
+    assert lem("aggregate", "--all").out == "Left alone, for their rows are there already: 2.\n"
+    assert lem("aggregate", "--all", "--force").out == f"{first.id}: completed\n{second.id}: completed\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("exp_20260102_030405", "--all"), ("exp_2099",)])
+def test_bad_input_ends_with_2(lem, store, arguments):
+    finished(store)
+    done = lem("aggregate", *arguments)
+    assert done.code == 2
+    assert done.err
+
+
+def test_what_is_missing_is_named_and_ends_with_1(lem, store):
+    directory = interrupted(store)
+    done = lem("aggregate", directory.id)
+    assert done.code == 1
+    assert f"{directory.id} is incomplete: 2 of 3 prompts in cycle 1" in done.err
+    assert not store.experiments_table.exists() or not list(store.experiments_table.iterdir())
+    assert lem("aggregate", directory.id, "--no-strict").code == 0
+
+
+def test_a_corrupt_file_is_named_and_stops_nothing_else(lem, store):
+    bad, good = finished(store), finished(store)
+    bad.record_file(0, 1, 1).write_text("{")
+    done = lem("aggregate", "--all")
+    assert done.code == 1
+    assert str(bad.record_file(0, 1, 1).relative_to(store.root.parent)) in done.err
+    assert f"{good.id}: completed" in done.out
+
+
+def test_what_runs_is_left_alone(lem, store):
+    directory = finished(store)
+    directory.write_state(running(1))
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in directory.path.iterdir())
+    assert lem("aggregate", directory.id).code == 1
+    done = lem("aggregate", "--all")
+    assert (done.code, "is running" in done.out) == (0, True)
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in directory.path.iterdir()) == before
+
+
+def test_mixed_backends_need_a_word(lem, store):
+    directory = experiment(store, count=4, processes=2)
+    plan = directory.plan()
+    for rank, backend in enumerate(("simulated", "vllm")):
+        rows = requests([rank, rank + 2])
+        values = {"rank": rank, "world_size": 2, "backend": backend, "config_sha256": plan.config_sha256}
+        put(directory, record(rows, **values), rows)
+    done = lem("aggregate", directory.id)
+    assert (done.code, "simulated and vllm" in done.err) == (1, True)
+    assert lem("aggregate", directory.id, "--allow-mixed-backends").code == 0
+    assert list(pd.read_parquet(store.experiments_table)["backend"]) == ["simulated+vllm"]
+
+
+def test_in_an_empty_directory_there_is_nothing(lem):
+    assert lem("aggregate", "--all").out == "No experiments in results.\n"
+    assert lem("results", "list").out == "No experiments in results.\n"
+
+
+# ------------------------------------------------------------------ list
+@pytest.fixture
+def listed(lem, store):
+    """Experiments that differ in what can be asked for, with their rows."""
+    for i, (model, energy_j) in enumerate((("org/a", 300.0), ("org/b", None), ("other/a", 100.0))):
+        directory = experiment(store, datetime(2026, 1, 2 + i, 3, 4, 5))
+        plan = directory.plan()
+        plan = replace(plan, experiment=replace(plan.experiment, model=model))
+        directory.write_plan(plan, ["a"] * 3)
+        it = record(energy=(reading(energy_j=energy_j, reason="lost"),), config_sha256=plan.config_sha256)
+        put(directory, it, requests())
+    assert lem("aggregate", "--all").code == 0
+    return lambda *arguments: [row["model"] for row in json.loads(lem("results", "list", "--json", *arguments).out)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "models"),
+    [
+        ((), ["org/a", "org/b", "other/a"]),
+        (("--reverse",), ["other/a", "org/b", "org/a"]),
+        (("--model", "ORG/"), ["org/a", "org/b"]),
+        (("--model", "org/", "--last", "1"), ["org/b"]),
+        (("--last", "9"), ["org/a", "org/b", "other/a"]),
+        (("--backend", "vllm"), []),
+        (("--dataset", "d", "--status", "completed"), ["org/a", "org/b", "other/a"]),
+        (("--status", "failed"), []),
+        (("--since", "2026-01-03"), ["org/b", "other/a"]),
+        (("--since", "2026-01-03T03:04:06"), ["other/a"]),
+        (("--sort", "energy_j"), ["other/a", "org/a", "org/b"]),
+        (("--sort", "energy_j", "--reverse"), ["org/a", "other/a", "org/b"]),
+        (("--sort", "model", "--last", "2"), ["org/b", "other/a"]),
+    ],
+)
+def test_filters_and_order(listed, arguments, models):
+    assert listed(*arguments) == models
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--status", "complete"), "Did you mean 'completed'?"),
+        (("--sort", "energyj"), "Did you mean 'energy_j'"),
+        (("--since", "yesterday"), "write 2026-01-31"),
+        (("--last", "0"), "--last"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_refused(lem, store, arguments, hint):
+    done = lem("results", "list", *arguments)
+    assert done.code == 2
+    assert hint in done.err
+
+
+def test_the_list_has_numbers_with_intervals(lem, store):
+    directory = cycles(store)
+    lem("aggregate", "--all")
+    out = lem("results", "list").out
+    (line,) = [line for line in out.splitlines() if line.startswith(directory.id)]
+    assert "102 J ±2.4%" in line  # 101, 102, 103: t(0.975, 2) / sqrt(3) = 2.48
+    assert "3/3" in line
+    assert "± half of the 95 % interval" in out
+
+
+def test_without_a_row_only_with_all(lem, store):
+    has_row = finished(store)
+    lem("aggregate", "--all")
+    waiting, broken, working = planned(store), interrupted(store), finished(store)
+    working.write_state(running(1))
+    assert [row["experiment_id"] for row in json.loads(lem("results", "list", "--json").out)] == [has_row.id]
+    rows = {row["experiment_id"]: row for row in json.loads(lem("results", "list", "--all", "--json").out)}
+    assert [row["status"] for row in rows.values()] == ["completed", "planned", "interrupted", "running"]
+    assert rows[broken.id]["error"] == "stopped by SIGTERM"
+    out = lem("results", "list", "--all").out
+    assert f"{working.id}: runs as process {os.getpid()} on" in out
+    assert [waiting.id] == [
+        row["experiment_id"] for row in json.loads(lem("results", "list", "--status", "planned", "--json").out)
+    ]
+
+
+def test_what_was_resumed_since_its_row_was_written_is_running(lem, store):
+    directory = interrupted(store)
+    lem("aggregate", "--all", "--no-strict")
+    directory.write_state(running(2))
+    (row,) = json.loads(lem("results", "list", "--json").out)
+    assert row["status"] == "running"
+
+
+def test_a_damaged_table_is_named_and_hides_nothing_else(lem, store):
+    first, second = finished(store), finished(store)
+    for directory in (first, second):
+        lem("aggregate", directory.id)
+    (store.experiments_table / f"{first.id}.parquet").write_bytes(b"PAR1")
+    done = lem("results", "list")
+    assert done.code == 1
+    assert second.id in done.out
+    assert f"lem aggregate {first.id} --force" in done.err
+    assert lem("results", "show", first.id).code == 2
+    assert lem("aggregate", first.id, "--force").code == 0
+    assert lem("results", "list").code == 0
+
+
+def at_80_columns(store, *arguments):
+    """Return what a command prints on a terminal of that width."""
+    main, end = pty.openpty()
+    env = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "lem", "results", *arguments, "-o", str(store.root)]
+    process = subprocess.Popen(command, stdout=end, env=env)
+    os.close(end)
+    text = b""
+    with os.fdopen(main, "rb", buffering=0) as terminal:
+        try:
+            while chunk := terminal.read(4096):
+                text += chunk
+        except OSError:  # its other end is closed
+            pass
+    process.wait()
+    return text.decode().replace("\r\n", "\n")
+
+
+def test_eighty_columns_are_enough_and_no_id_is_cut(lem, store):
+    directories = [cycles(store) for _ in range(11)]
+    lem("aggregate", "--all")
+    for arguments in (("list",), ("show", directories[-1].id)):
+        text = at_80_columns(store, *arguments)
+        assert max(map(len, text.splitlines())) <= 80
+    lines = at_80_columns(store, "list").splitlines()
+    for directory in directories:
+        assert any(line.split()[0] == directory.id and "102 J" in line for line in lines if line)
+
+
+# ------------------------------------------------------------------ show
+def test_cycles_are_shown_with_their_spread(lem, store):
+    directory = cycles(store)
+    lem("aggregate", "--all")
+    lines = [line.split() for line in lem("results", "show", directory.id[:-1]).out.splitlines() if line]
+    shown = {line[0]: line for line in lines}
+    assert shown["cycle"][:4] == ["cycle", "status", "duration", "tokens/s"]
+    assert [shown[str(n)][1] for n in (1, 2, 3)] == ["completed"] * 3
+    assert shown["mean"][1:3] == ["4.2", "s"]
+    assert shown["CV"][-2:] == ["0.98%", "0.98%"]
+    assert {"sd", "95"} <= shown.keys()
+
+
+def test_one_cycle_has_no_table(lem, store):
+    directory = finished(store)
+    lem("aggregate", "--all")
+    out = lem("results", "show", directory.id).out
+    assert "cycle  status" not in out
+    assert "100 J" in out
+
+
+def test_an_interrupted_experiment_says_how_to_go_on(lem, store):
+    directory = interrupted(store)
+    for made_row in (False, True):
+        out = lem("results", "show", directory.id).out
+        assert f"{directory.id} is interrupted, after 1 attempt." in out
+        assert f"To go on: lem experiment --resume {directory.id}" in out
+        if not made_row:
+            lem("aggregate", directory.id, "--no-strict")
+
+
+def test_what_has_not_run_shows_where_it_stands(lem, store):
+    done = lem("results", "show", planned(store).id)
+    assert (done.code, "is planned, not yet run" in done.out) == (0, True)
+
+
+def test_what_runs_is_shown_as_far_as_it_is(lem, store):
+    directory = experiment(store)
+    put(directory, record(config_sha256=directory.plan().config_sha256), requests([0, 1]))
+    directory.record_file(0, 1, 1).unlink()
+    directory.write_state(running(1))
+    out = lem("results", "show", directory.id).out
+    assert f"{directory.id}  running" in out
+    assert "2 of 3 from d" in out
+    assert "killed" not in out
+
+
+def test_an_old_row_is_not_shown(lem, store):
+    directory = interrupted(store)
+    lem("aggregate", directory.id, "--no-strict")
+    rows = requests([1, 2], attempt=2)
+    put(directory, record(rows, attempt=2, config_sha256=directory.plan().config_sha256), rows)
+    directory.write_state(replace(directory.state(), status="completed", attempt=2))
+    out = lem("results", "show", directory.id).out
+    assert f"{directory.id}  completed" in out
+    assert "resumed: it was interrupted and resumed 1 time" in out
+
+
+def test_raw_records_of_each_process_cycle_and_attempt(lem, store):
+    directory = cycles(store, 2)
+    out = lem("results", "show", directory.id, "--raw").out
+    for cycle in (1, 2):
+        assert f"process 0 of 1, cycle {cycle}, attempt 1, on h: completed, 3 requests" in out
+    records = json.loads(lem("results", "show", directory.id, "--raw", "--json").out)
+    assert [(each["rank"], each["cycle"], each["attempt"]) for each in records] == [(0, 1, 1), (0, 2, 1)]
+
+
+def test_json_has_the_row_the_cycles_the_state_and_the_environment(lem, store):
+    directory = cycles(store)
+    lem("aggregate", "--all")
+    shown = json.loads(lem("results", "show", directory.id, "--json").out)
+    assert shown["energy_j"] == 102.0
+    assert [cycle["energy_j"] for cycle in shown["cycles"]] == [101.0, 102.0, 103.0]
+    assert shown["state"]["status"] == "aggregated"
+    assert shown["environment"] is None
+    assert shown["config"]["model"] == "m"
+
+
+def test_rows_outlive_their_raw_files(lem, store):
+    directory = cycles(store)
+    lem("aggregate", "--all")
+    shutil.rmtree(directory.path)
+    assert lem("results", "show", directory.id[:-2]).code == 0
+    assert directory.id in lem("results", "list").out
+    assert lem("results", "show", "exp_2031").code == 2
+
+
+def test_the_environment_of_a_real_run(lem):
+    assert lem("experiment", *SIMULATED, "-n", "2").code == 0
+    (row,) = json.loads(lem("results", "list", "--json").out)
+    out = lem("results", "show", row["experiment_id"], "--environment").out
+    assert "Processor" in out
+    assert "python 3." in out
+
+
+def test_an_experiment_without_an_environment_says_so(lem, store):
+    directory = experiment(store)
+    rows = requests([0])
+    broken = record(rows, phases=phases()[:1], requests_completed=0, input_tokens=0, output_tokens=0)
+    directory.write_record(replace(broken, experiment_id=directory.id))
+    assert lem("results", "show", directory.id, "--environment").code == 2

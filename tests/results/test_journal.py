@@ -1,0 +1,101 @@
+"""A journal: what a killed process leaves, read back."""
+
+from __future__ import annotations
+
+import pytest
+
+from lem.record import Flops
+from lem.results.codec import whole
+from lem.results.journal import Checkpoint, Journal, read
+from tests.records import phases, reading, record, requests
+
+OPENING = record([], phases=phases()[:-1], status="interrupted")
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "journal_0_a1.jsonl"
+
+
+def write(file, *checkpoints, opening=OPENING):
+    journal = Journal(file)
+    journal.open_window(opening)
+    for row, checkpoint in zip(requests(range(len(checkpoints)), cycle=opening.cycle), checkpoints, strict=True):
+        journal.add([row], checkpoint)
+    journal.close()
+
+
+def test_rows_come_back_as_they_were(file):
+    write(file, Checkpoint(0.5), Checkpoint(1.5))
+    (window,) = read(file.read_bytes())
+    assert list(map(whole, window.rows)) == requests([0, 1])
+    assert window.record == OPENING
+
+
+def test_a_killed_process_is_known_up_to_its_last_batch(file):
+    energy = (reading(energy_j=30.0),)
+    write(file, Checkpoint(0.5, Flops(1.0, "m"), energy, 0.4), Checkpoint(1.5, Flops(2.0, "m")))
+    (window,) = read(file.read_bytes())
+    salvaged = window.salvaged()
+    assert (salvaged.requests_completed, salvaged.input_tokens, salvaged.output_tokens) == (2, 21, 40)
+    assert (salvaged.phase("measured").duration_s, salvaged.phase("measured").energy) == (1.5, energy)
+    assert salvaged.flops.total == 2.0
+    assert salvaged.warnings[-1].code == "window_cut"
+    assert "1.1 s before" in salvaged.warnings[-1].text
+    assert "not known how long after its last finished request" in salvaged.warnings[-1].text
+
+
+def test_a_checkpoint_whose_energy_could_not_be_read_says_why_and_is_read(file):
+    lost = (reading(energy_j=None, reason="the GPU is lost"),)
+    write(file, Checkpoint(0.5, None, lost, 0.4))
+    (window,) = read(file.read_bytes())
+    assert len(window.rows) == 1
+    assert window.salvaged().phase("measured").energy == lost
+
+
+def test_energy_that_no_checkpoint_tells_is_null_with_a_reason(file):
+    write(file, Checkpoint(0.5))
+    (window,) = read(file.read_bytes())
+    (gpu,) = window.salvaged().phase("measured").energy
+    assert (gpu.component, gpu.energy_j) == ("gpu", None)
+    assert gpu.reason
+
+
+def test_a_window_without_a_batch_is_no_window(file):
+    write(file)
+    (window,) = read(file.read_bytes())
+    assert window.salvaged().phase("measured") is None
+
+
+def test_every_beginning_of_a_journal_can_be_read(file):
+    write(file, Checkpoint(0.5), Checkpoint(1.5))
+    content = file.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    for size in range(len(content) + 1):
+        windows = read(content[:size])
+        rows = sum(len(window.rows) for window in windows)
+        assert rows == max(0, sum(end <= size for end in ends) - 1)
+
+
+def test_a_damaged_line_is_named(file):
+    write(file, Checkpoint(0.5), Checkpoint(1.5))
+    lines = file.read_bytes().split(b"\n")
+    lines[1] = lines[1][:20]
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        read(b"\n".join(lines))
+
+
+def test_rows_without_a_window_are_damage(file):
+    write(file, Checkpoint(0.5))
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        read(file.read_bytes().split(b"\n", 1)[1])
+
+
+def test_records_that_are_known_are_not_read_again(file):
+    for cycle in (1, 2):
+        write(file, Checkpoint(0.5), opening=record([], phases=phases()[:-1], cycle=cycle))
+    known = record(requests([0]), cycle=2)
+    first, second = read(file.read_bytes(), {2: known})
+    assert first.record.cycle == 1
+    assert second.record is known
+    assert list(map(whole, second.rows)) == requests([0], cycle=2)

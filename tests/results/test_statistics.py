@@ -1,0 +1,54 @@
+"""Means, spreads and intervals, against known values and against scipy and numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lem.results.statistics import percentile, summarise, t_quantile
+
+NUMBERS = st.floats(1e-3, 1e6)
+
+
+def test_a_worked_example():
+    # 1, 2, 3: mean 2, sd 1, t(0.975, 2) = 4.302653, half-width 4.302653 / sqrt(3).
+    found = summarise([1.0, 2.0, 3.0])
+    assert (found.n, found.mean, found.sd, found.cv) == (3, 2.0, 1.0, 0.5)
+    assert found.ci95_low == pytest.approx(2 - 2.484138, abs=1e-6)
+    assert found.ci95_high == pytest.approx(2 + 2.484138, abs=1e-6)
+
+
+@pytest.mark.parametrize(("degrees", "table"), [(1, 12.7062), (4, 2.7764), (9, 2.2622), (30, 2.0423)])
+def test_quantiles_are_those_of_the_tables(degrees, table):
+    assert t_quantile(0.975, degrees) == pytest.approx(table, abs=1e-4)
+
+
+@pytest.mark.parametrize("degrees", range(1, 13))
+def test_quantiles_are_scipys(degrees):
+    assert t_quantile(0.975, degrees) == pytest.approx(float(stats.t.ppf(0.975, degrees)), rel=1e-9)
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=10))
+def test_the_interval_is_scipys(values):
+    found = summarise(values)
+    sem = stats.sem(values)
+    if sem == 0:
+        assert found.ci95_low == found.ci95_high == pytest.approx(found.mean)
+        return
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem)
+    assert (found.ci95_low, found.ci95_high) == (pytest.approx(low, rel=1e-6, abs=1e-6), pytest.approx(high, rel=1e-6))
+
+
+def test_fewer_than_two_values_have_no_spread():
+    assert summarise([]).mean is None
+    one = summarise([3.0])
+    assert one.mean == 3.0
+    assert one.sd is one.cv is one.ci95_low is one.ci95_high is None
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=50), st.sampled_from([0, 1, 50, 95, 99, 100]))
+def test_percentiles_are_numpys(values, percent):
+    assert percentile(sorted(values), percent) == pytest.approx(float(np.percentile(values, percent)), rel=1e-9)

@@ -1,0 +1,194 @@
+"""Whole runs on a machine with GPUs, as far as that goes without one: the driver's library is a stand-in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from lem.results.aggregate import read
+from lem.results.plan import Plan, PromptsInfo
+from lem.results.store import Store
+from lem.spec.engines import SimulatedBackend
+from lem.spec.experiment import Energy, Experiment
+from lem.units import timestamp
+from lem.workload.prompts import sha256_of
+from tests.conftest import command, raw_record
+from tests.nvml_standin import environment, scenario
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture
+def run(standin, tmp_path):
+    """Run a simulated experiment of some seconds on a scenario; return its row and its raw record."""
+
+    def go(text: str, *overrides: str, code: int = 0, **env: str):
+        variables = environment(standin, scenario(tmp_path / "scenario.txt", text), **env)
+        done = command(
+            "experiment", "--backend", "simulated", "-m", "any", "-d", "sample", "-n", "30", "-y", "energy=nvml",
+            "energy.idle_s=0.5", "backend.decode_s_per_token=0.0006", "warmup.prompts=2", *overrides,
+            cwd=tmp_path, **variables,
+        )  # fmt: skip
+        assert done.code == code, done.out + done.err
+        (row,) = pd.read_parquet(tmp_path / "results" / "experiments").to_dict("records")
+        return row, raw_record(tmp_path / "results")
+
+    return go
+
+
+def codes(row):
+    return {warning.partition(":")[0] for warning in row["warnings"]}
+
+
+def test_joules_are_power_times_time_of_the_gpus_in_use_and_no_others(run, tmp_path):
+    text = "devices 8\n" + "".join(f"device {i} tick_ms 100\ndevice {i} power constant 200\n" for i in range(8))
+    row, record = run(text, "backend.gpus=4")
+    assert row["energy_j"] == pytest.approx(4 * 200 * row["duration_s"], rel=0.02)
+    assert (row["energy_source"], row["energy_components"], row["energy_scope"]) == ("counter", "gpu", "device")
+    assert row["trace_energy_j"] == pytest.approx(row["energy_j"], rel=0.02)
+    assert row["counter_tick_s"] == pytest.approx(0.1, rel=0.1)
+    assert row["idle_power_before_w"] == pytest.approx(800, rel=0.02)
+    assert row["energy_idle_adjusted_j"] == pytest.approx(0, abs=0.04 * row["energy_j"])
+    assert row["prefill_energy_j"] == pytest.approx(800 * row["prefill_duration_s"], rel=0.05)
+    assert row["prefill_energy_j"] + row["decode_energy_j"] == pytest.approx(row["energy_j"])
+    assert len(record["environment"]["devices_before"]) == 4
+    power = pd.read_parquet(next(tmp_path.glob("results/raw/*/power_0_c1_a1.parquet")))
+    assert set(power["device"]) == {f"GPU-{i:08d}" for i in range(4)}
+    assert power["power_w"].eq(200).all()
+    assert not codes(row) & {"counter_trace_mismatch", "identity_violated", "energy_missing"}
+
+
+def test_cuda_visible_devices_decides_which(run):
+    text = "devices 3\n" + "".join(f"device {i} power constant {100 * (i + 1)}\n" for i in range(3))
+    row, record = run(text, "backend.gpus=1", CUDA_VISIBLE_DEVICES="GPU-00000002,0")
+    assert row["energy_j"] == pytest.approx(300 * row["duration_s"], rel=0.02)
+    assert record["phases"][-1]["energy"][0]["device"] == "GPU-00000002"
+
+
+def test_a_gpu_that_is_lost_in_mid_run_is_null_with_a_reason(run):
+    row, record = run("devices 1\ndevice 0 tick_ms 100\ndevice 0 lost_after_s 2.5", "backend.gpus=1")
+    assert pd.isna(row["energy_j"])
+    assert pd.isna(row["energy_per_output_token_j"])
+    assert "energy_missing" in codes(row)
+    assert "lost" in record["phases"][-1]["energy"][0]["reason"]
+    assert row["output_tokens"] > 0
+
+
+def test_a_mig_instance_is_labelled_as_shared(run):
+    row, _ = run("devices 1\ndevice 0 mig 1g.10gb 9728", "backend.gpus=1", CUDA_VISIBLE_DEVICES="MIG-0-0")
+    assert row["energy_scope"] == "shared_device"
+    assert "energy_shared" in codes(row)
+
+
+def test_the_state_of_the_machine_becomes_doubts(run):
+    text = """
+        devices 1
+        device 0 temperature 45
+        device 0 throttle 0x40 1
+        device 0 process 4242 100 stranger
+    """
+    row, record = run(text, "backend.gpus=1")
+    assert {"throttled", "foreign_process", "short_window", "simulated"} <= codes(row)
+    (state,) = record["environment"]["devices_after"]
+    assert state["temperature_c"] == 45
+    assert state["foreign_processes"][0]["pid"] == 4242
+
+
+def test_a_hot_gpu_is_waited_for_until_patience_ends(run):
+    row, _ = run("devices 1\ndevice 0 temperature 80", "backend.gpus=1", "cooldown.to_c=50", "cooldown.max_s=1")
+    assert row["status"] == "completed"
+    assert "not_cooled_down" in codes(row)
+
+
+def several(count):
+    """Return a scenario of GPUs, the i-th of which takes 100 · (i + 1) watts."""
+    return f"devices {count}\n" + "".join(f"device {i} power constant {100 * (i + 1)}\n" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "env", "metered"),
+    [
+        (["gpus=[2,3]"], {}, [2, 3]),
+        (["gpus=[GPU-00000003,1]"], {}, [3, 1]),
+        (["gpus=[1,0]"], {"CUDA_VISIBLE_DEVICES": "3,2,0"}, [2, 3]),
+        (["gpus=[GPU-00000002,0]"], {"CUDA_VISIBLE_DEVICES": "GPU-00000001,GPU-00000002"}, [2, 1]),
+    ],
+)
+def test_gpus_narrow_what_is_metered_to_those_named(run, overrides, env, metered):
+    row, record = run(several(4), "backend.gpus=2", *overrides, **env)
+    devices = [reading["device"] for reading in record["phases"][-1]["energy"]]
+    assert devices == [f"GPU-{i:08d}" for i in metered]
+    assert row["energy_j"] == pytest.approx(sum(100 * (i + 1) for i in metered) * row["duration_s"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "env"),
+    [(["gpus=[MIG-0-1]"], {}), (["gpus=[0]"], {"CUDA_VISIBLE_DEVICES": "MIG-0-1"})],
+    ids=["named", "visible"],
+)
+def test_a_mig_instance_may_be_chosen_either_way(run, overrides, env):
+    text = "devices 2\ndevice 0 power constant 150\ndevice 0 mig 1g.10gb 9728\ndevice 0 mig 1g.10gb 9728"
+    row, record = run(text, "backend.gpus=1", *overrides, **env)
+    (reading,) = record["phases"][-1]["energy"]
+    assert (reading["device"], reading["scope"]) == ("GPU-00000000", "shared_device")
+    assert row["energy_j"] == pytest.approx(150 * row["duration_s"], rel=0.02)
+
+
+def test_two_processes_meter_each_gpu_once(run):
+    # Through accelerate's launcher, for GPUs are wanted.
+    row, record = run(several(3), "backend.gpus=2", "num_processes=2", "gpus=[2,0]")
+    assert (row["requests_completed"], row["requests_planned"]) == (30, 30)
+    assert {reading["device"] for reading in record["phases"][-1]["energy"]} == {"GPU-00000002", "GPU-00000000"}
+    assert row["energy_j"] == pytest.approx(400 * row["duration_s"], rel=0.02)
+
+
+def test_two_processes_on_one_gpu_count_its_joules_once(standin, tmp_path):
+    store = Store(tmp_path)
+    directory = store.claim()
+    experiment = Experiment(
+        model="any",
+        backend=SimulatedBackend(gpus=1, decode_s_per_token=0.01),
+        energy=Energy(name="nvml", idle_s=0),
+        num_processes=2,
+    )
+    texts = [f"prompt {i}" for i in range(7)]
+    info = PromptsInfo(7, sha256_of(texts), "p", None, None, 7, 0)
+    plan = Plan(directory.id, timestamp(), experiment, info, processes=2, replicas=2)
+    directory.write_plan(plan, texts)
+    variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\ndevice 0 power constant 300"))
+    both = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lem.cli.direct"]
+    done = subprocess.run([*both, str(directory.path)], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = read(directory, strict=True)
+    assert sorted(request.request for request in found.requests) == list(range(7))
+    assert {request.rank for request in found.requests} == {0, 1}
+    assert [len(record.phases[-1].energy) for record in directory.records()] == [1, 0]
+    assert found.row.energy_j == pytest.approx(300 * found.row.duration_s, rel=0.02)
+
+
+def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
+    variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 2"))
+    done = command(
+        "experiment", "--backend", "simulated", "-m", "any", "-d", "sample", "-y", "backend.gpus=3",
+        cwd=tmp_path, **variables,
+    )  # fmt: skip
+    assert done.code == 2
+    assert "GPUs asked for: 3, visible: 2" in done.err
+    assert done.out == ""
+
+
+def test_a_gpu_that_an_engine_without_cuda_leaves_alone_is_told(standin, tmp_path):
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this build of torch would use the GPU")
+    variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\n"))
+    arguments = ("-m", "tiny", "-d", "sample", "-n", "2", "--max-tokens", "4", "-y", "energy=none")
+    done = command("experiment", *arguments, cwd=tmp_path, **variables)
+    assert done.code == 0, done.err
+    (row,) = pd.read_parquet(tmp_path / "results" / "experiments").to_dict("records")
+    assert "gpu_unused" in codes(row)
+    assert raw_record(tmp_path / "results")["engine"]["device"] == "cpu"

@@ -1,0 +1,270 @@
+"""Starting workers and ending them: nobody is left behind, whatever becomes of the launcher or of a worker."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from lem.results.directory import ExperimentDir
+from tests.conftest import SIMULATED, begin, command, kill_group, wait_for, workers_of
+
+pytestmark = pytest.mark.processes
+
+SLOW = ("backend.decode_s_per_token=0.002", "warmup.prompts=0")
+LATE_S = 10.0
+
+
+def only(results: Path) -> ExperimentDir:
+    (path,) = (results / "raw").iterdir()
+    return ExperimentDir(path)
+
+
+def of_run(folder: Path) -> list[psutil.Process]:
+    """Return the living processes of runs in a folder, whatever their parents, groups and sessions."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(folder) and process.pid != os.getpid():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def gone(folder: Path, within_s: float = LATE_S) -> bool:
+    until_s = time.monotonic() + within_s
+    while left := of_run(folder):
+        if time.monotonic() > until_s:
+            for process in left:
+                process.kill()
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.fixture
+def planned(lem, tmp_path) -> ExperimentDir:
+    """An experiment with a plan, of which nothing has been run."""
+    assert lem("experiment", *SIMULATED, "-n", "4", "-o", "results").code == 0
+    directory = only(tmp_path / "results")
+    for file in [*directory.path.glob("process_*"), *directory.path.glob("journal_*"), directory.path / "state.json"]:
+        file.unlink()
+    return directory
+
+
+@pytest.mark.parametrize("missing", ["reader and writer", "writer"])
+def test_a_worker_whose_launcher_is_gone_before_it_starts_ends_at_once(planned, tmp_path, missing):
+    for name in ("progress", "lifeline"):
+        os.mkfifo(tmp_path / name)
+    reader = os.open(tmp_path / "progress", os.O_RDONLY | os.O_NONBLOCK) if missing == "writer" else None
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "lem.runner.worker", str(planned.path), "--attempt", "1",
+         "--progress", str(tmp_path / "progress"), "--lifeline", str(tmp_path / "lifeline")],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        _, err = worker.communicate(timeout=LATE_S)
+    finally:
+        worker.kill()
+        if reader is not None:
+            os.close(reader)
+    assert worker.returncode == 130, err
+    assert sum(len(part.requests) for part in planned.parts()) == 0
+
+
+def test_a_launcher_that_does_not_listen_does_not_hold_up_the_work(tmp_path):
+    from lem.runner.progress import Event, PipeReport
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    report = PipeReport(writer, period_s=0.0)
+    for done in range(5_000):  # more than the pipe holds
+        report(Event("measured", done, 20_000))
+    os.set_blocking(reader, False)
+    os.read(reader, 1 << 20)
+    report(Event("measured", 20_000, 20_000))
+    assert b"20000" in os.read(reader, 1 << 20), "it is heard again when there is room"
+
+
+def test_the_pipes_of_a_killed_launcher_are_removed_by_the_next(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    process = begin("experiment", *SIMULATED, "-n", "20", *SLOW, cwd=tmp_path, TMPDIR=str(tmp_path / "tmp"))
+    wait_for(process, "Prompts")
+    kill_group(process)
+    assert len(list((tmp_path / "tmp").glob("lem-*"))) == 1
+    resume = ("experiment", "-y", "--resume", only(tmp_path / "results").id)
+    assert command(*resume, cwd=tmp_path, TMPDIR=str(tmp_path / "tmp")).code == 0
+    assert not list((tmp_path / "tmp").glob("lem-*"))
+
+
+def test_a_worker_that_hears_no_signal_is_killed_after_its_grace(tmp_path):
+    process = begin("experiment", *SIMULATED, "-n", "200", *SLOW, cwd=tmp_path)
+    wait_for(process, "Prompts")
+    (worker,) = workers_of(process)
+    worker.suspend()  # a stopped process takes no signal but SIGKILL
+    began_s = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert 5 < time.monotonic() - began_s < 12
+    assert gone(tmp_path)
+    assert only(tmp_path / "results").state().status == "interrupted"
+
+
+def test_a_second_ctrl_c_is_immediate(tmp_path):
+    process = begin("experiment", *SIMULATED, "-n", "200", *SLOW, cwd=tmp_path)
+    wait_for(process, "Prompts")
+    time.sleep(1)
+    (worker,) = workers_of(process)
+    worker.suspend()
+    before = sum(len(part.requests) for part in only(tmp_path / "results").parts())
+    began_s = time.monotonic()
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - began_s < 4
+    (record,) = only(tmp_path / "results").records()
+    assert record.error.message == "The worker was ended at once, for the run was interrupted a second time."
+    assert "Traceback" not in err
+    assert "--resume" in err
+    assert gone(tmp_path)
+    assert sum(len(part.requests) for part in only(tmp_path / "results").parts()) >= before > 0
+
+
+@pytest.mark.slow
+def test_an_impatient_user_loses_nothing(tmp_path):
+    process = begin("experiment", *SIMULATED, "-n", "60", *SLOW, cwd=tmp_path)
+    wait_for(process, "Prompts")
+    time.sleep(1)
+    before = sum(len(part.requests) for part in only(tmp_path / "results").parts())
+    for _ in range(8):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.05)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert gone(tmp_path)
+    directory = only(tmp_path / "results")
+    assert directory.state().status == "interrupted"
+    assert sum(len(part.requests) for part in directory.parts()) >= before > 0
+    done = command("experiment", "-y", "--resume", directory.id, cwd=tmp_path)
+    assert done.code == 0, done.err
+
+
+# ------------------------------------------------------------------ several processes
+def seed_with(lengths_wanted) -> int:
+    """Return a seed for which the simulated outputs have wanted lengths."""
+    for seed in range(100_000):
+        lengths = [min(random.Random(f"{seed}:{i}").randint(1, 256), 128) for i in range(4)]
+        if lengths_wanted(lengths):
+            return seed
+    raise AssertionError
+
+
+def two_ranks(folder: Path, *more: str, **env: str) -> subprocess.Popen[str]:
+    (folder / "trace.csv").write_text("t_s,power_w\n0,100\n10000,100\n")
+    return begin(
+        "experiment", *SIMULATED[:-2], "energy=replay", "energy.trace=trace.csv", "energy.idle_s=0", "-y",
+        "num_processes=2", "warmup.prompts=0", *more, cwd=folder, **env,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ctrl-c", "slurm", "sigkill"])
+def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
+    # The first process is done in less than a second; the second one ends its prompts after about 2 s and 8 s.
+    seed = seed_with(lambda n: n[0] + n[2] < 16 and 30 < n[1] < 50 and n[3] > 120)
+    process = two_ranks(tmp_path, "-n", "4", "--seed", str(seed), "backend.decode_s_per_token=0.05")
+    wait_for(process, "Prompts")
+    time.sleep(4.5)
+    if how == "sigkill":
+        everyone = [*workers_of(process), *psutil.Process(process.pid).children()]
+        for each in everyone:
+            each.kill()
+        kill_group(process)
+    elif how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    else:  # to every process of the job at once
+        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            each.terminate()
+    process.communicate(timeout=15)
+    assert process.returncode == (-9 if how == "sigkill" else 130)
+    assert gone(tmp_path)
+    directory = only(tmp_path / "results")
+    done = command("experiment", "-y", "--resume", directory.id, cwd=tmp_path)
+    assert done.code == 0, done.err
+    (row,) = pq.read_table(tmp_path / "results" / "experiments").to_pylist()
+    assert (row["status"], row["requests_completed"], row["resumed"]) == ("completed", 4, 1)
+    # A constant 100 W; what is waited between two looks at the meter, at most a second, may be missing.
+    assert row["duration_s"] > 8
+    assert row["energy_j"] == pytest.approx(100 * row["duration_s"], abs=130)
+    assert {w.partition(":")[0] for w in row["warnings"]} >= {"resumed", "window_cut"}
+
+
+def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    process = two_ranks(tmp_path, "-n", "14", "backend.decode_s_per_token=0.005", TMPDIR=str(tmp_path / "tmp"))
+    wait_for(process, "Prompts")
+    time.sleep(1)
+    assert len(workers_of(process)) == 2
+    began_s = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert gone(tmp_path, within_s=LATE_S - (time.monotonic() - began_s))
+    assert not list((tmp_path / "tmp").iterdir())
+    (resume,) = [line[line.index("lem experiment") :] for line in err.splitlines() if "--resume" in line]
+    done = command(*resume.split()[1:], "-y", cwd=tmp_path)
+    assert done.code == 0, done.err
+    rows = [row for part in only(tmp_path / "results").parts() for row in part.requests]
+    assert sorted(row.request for row in rows) == list(range(14))
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
+    process = two_ranks(tmp_path, "-n", "41", "backend.decode_s_per_token=0.005")
+    wait_for(process, "Prompts")
+    assert len(workers_of(process)) == 2
+    process.kill()  # alone: torch's launcher and the workers know of it by the lifeline only
+    process.communicate()
+    assert gone(tmp_path)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_one_of_two_is_named_before_there_is_a_window(tmp_path, which):
+    process = two_ranks(tmp_path, "-n", "41", "energy.idle_s=30")
+    wait_for(process, "Idle")
+    assert len(workers_of(process)) == 2
+    workers_of(process)[which].kill()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    directory = only(tmp_path / "results")
+    assert directory.state().status == "failed"
+    assert "ended by SIGKILL" in (directory.state().error or "")
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_one_of_two_is_named(tmp_path):
+    process = two_ranks(tmp_path, "-n", "41", "backend.decode_s_per_token=0.005")
+    wait_for(process, "Prompts")
+    time.sleep(0.5)
+    workers_of(process)[1].kill()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "SIGKILL" in " ".join(out.split())
+    assert gone(tmp_path)
+    done = command("experiment", "-y", "--resume", only(tmp_path / "results").id, cwd=tmp_path)
+    assert done.code == 0, done.err

@@ -1,0 +1,205 @@
+"""Sweeps: checked before the first cell, and every cell accounted for, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lem.config.hydra import sweep_dir
+from lem.spec.experiment import Dataset
+from lem.studies.checks import RecentPrompts
+from tests.conftest import SIMULATED, begin, raw_record, wait_for
+
+pytestmark = pytest.mark.processes
+
+
+def books(tmp_path):
+    (file,) = tmp_path.glob("multirun/*/experiments.json")
+    return json.loads(file.read_text())
+
+
+def test_every_combination_runs_and_is_remembered(lem, tmp_path):
+    sweep = lem("experiment", *SIMULATED, "-n", "4", "--multirun", "batching.batch_size=1,2", "seed=0,1")
+    assert sweep.code == 0
+    rows = json.loads(lem("results", "list", "--json").out)
+    assert {(row["batch_size"], row["seed"]) for row in rows} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    assert len({row["experiment_id"] for row in rows}) == 4
+    made = books(tmp_path)
+    assert made[0]["label"] == "batching.batch_size=1 seed=0"
+    assert [m["experiment_id"] for m in made] == [row["experiment_id"] for row in rows]
+    assert {"dataset.sample_size=4", "seed=0"} <= set(made[0]["overrides"])
+    assert {"dataset.sample_size=4", "seed=0"} <= set(rows[0]["overrides"])
+    assert "4 completed" in sweep.out
+
+
+def test_a_failing_cell_ends_nothing(lem, tmp_path):
+    sweep = lem("experiment", *SIMULATED, "-n", "4", "--multirun", "backend.fail_at_request=2,null")
+    assert sweep.code == 1
+    rows = json.loads(lem("results", "list", "--json").out)
+    assert [row["status"] for row in rows] == [m["status"] for m in books(tmp_path)] == ["failed", "completed"]
+    assert "backend.fail_at_request=2: simulated failure" in sweep.out
+
+
+def test_a_cell_that_cannot_start_is_a_row_too(lem, tmp_path):
+    # A link to nowhere: found out only when the directory is made.
+    (tmp_path / "link").symlink_to("nowhere")
+    sweep = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=link,good")
+    assert sweep.code == 1
+    failed, good = books(tmp_path)
+    assert (failed["label"], failed["status"], failed["experiment_id"]) == ("io.results_dir=link", "failed", None)
+    assert "link cannot be used" in failed["error"]
+    assert failed["error"] in sweep.out
+    assert (good["label"], good["status"]) == ("io.results_dir=good", "completed")
+
+
+def test_a_fault_of_lems_own_is_a_row_and_a_traceback(lem, tmp_path, monkeypatch, capfd):
+    def broken(*_arguments, **_more):
+        raise RuntimeError("out of cheese")
+
+    monkeypatch.setattr("lem.studies.sweep.run_ready", broken)
+    with pytest.raises(AssertionError, match="Traceback"):
+        lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=1,2")
+    assert [m["error"] for m in books(tmp_path)] == ["RuntimeError: out of cheese"] * 2
+
+
+def test_all_bad_cells_are_told_before_the_first_one_runs(lem, tmp_path):
+    sweep = lem("experiment", *SIMULATED, "--multirun", "batching.strategy=static,dynamic,sorted_dynamic", "seed=1,2")
+    assert sweep.code == 2
+    assert "[in batching.strategy=dynamic seed=1 and 1 more]" in sweep.err
+    assert "[in batching.strategy=sorted_dynamic seed=1 and 1 more]" in sweep.err
+    assert sweep.err.count("Error:") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_lists_the_cells(lem, tmp_path):
+    listed = lem("experiment", *SIMULATED, "--multirun", "batching.batch_size=1,2,4", "--dry-run")
+    assert listed.code == 0
+    assert "[3/3] batching.batch_size=4: 300 prompts of sample through any (simulated)" in listed.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_can_be_swept(lem):
+    assert lem("experiment", *SIMULATED, "-n", "2", "--multirun", "preset=quick-test,throughput").code == 0
+    rows = json.loads(lem("results", "list", "--json").out)
+    assert [row["batching_strategy"] for row in rows] == ["static", "dynamic"]
+
+
+def test_a_sweep_over_nothing_says_so(lem):
+    single = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3")
+    assert single.code == 0
+    assert "Nothing is varied" in single.err
+    assert "Nothing is varied" not in lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3,4").err
+
+
+def test_a_sweeps_directory_can_be_named(lem, tmp_path):
+    given = ("--multirun", "seed=1,2", "hydra.sweep.dir='my sweeps/${now:%Y}'")
+    assert lem("experiment", *SIMULATED, "-n", "1", *given).code == 0
+    (file,) = tmp_path.glob("my sweeps/2*/experiments.json")
+    assert (file.parent / "multirun.yaml").is_file()
+    (tmp_path / "file").write_text("")
+    refused = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=1,2", "hydra.sweep.dir=file/x")
+    assert refused.code == 2
+    assert "file/x cannot be used" in refused.err
+
+
+def test_the_directory_is_called_by_the_time_unless_it_is_named():
+    assert sweep_dir(["seed=1"]).parent.name == "multirun"
+    assert str(sweep_dir(["hydra.sweep.dir=a/b"])) == "a/b"
+
+
+# ------------------------------------------------------------------ prompts
+def test_the_prompts_of_neighbouring_cells_are_loaded_once(lem, monkeypatch):
+    import lem.studies.sweep as module
+
+    loaded = []
+    load = module.load_prompts
+    monkeypatch.setattr(module, "load_prompts", lambda *key: loaded.append(key[1]) or load(*key))
+    assert lem("experiment", *SIMULATED, "-n", "2", "--multirun", "batching.batch_size=1,2,4").code == 0
+    assert loaded == [42]
+
+
+def test_only_a_few_sets_of_prompts_are_kept():
+    recent = RecentPrompts(size=2)
+    dataset = Dataset(name="sample", path="builtin:sample", sample_size=3)
+    first = recent(dataset, 1)
+    assert recent(dataset, 1) is first
+    recent(dataset, 2), recent(dataset, 3)
+    again = recent(dataset, 1)
+    assert again is not first
+    assert again.texts == first.texts != recent(dataset, 2).texts
+
+
+# ------------------------------------------------------------------ interrupts
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_cell_and_those_to_come_are_listed(tmp_path, how):
+    arguments = ("-n", "60", "backend.decode_s_per_token=0.002", "--multirun", "seed=1,2,3")
+    process = begin("experiment", *SIMULATED, *arguments, cwd=tmp_path)
+    wait_for(process, "Prompts 0")
+    time.sleep(1)
+    os.killpg(process.pid, how)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    made = books(tmp_path)
+    assert [m["status"] for m in made] == ["interrupted", "not run", "not run"]
+    assert made[0]["experiment_id"] in out
+    assert "1 interrupted, 2 not run" in out
+    assert 0 < raw_record(tmp_path / "results")["requests_completed"] < 60
+
+
+# ------------------------------------------------------------------ as a plain Hydra app
+PLAIN = ("backend=simulated", "model=any", "dataset=sample", "dataset.sample_size=3", "energy=none")
+
+
+def hydra_app(*arguments: str, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "lem.cli.hydra_app", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=dict(os.environ),
+    )
+
+
+def test_the_plain_hydra_app_sweeps(tmp_path):
+    done = hydra_app(*PLAIN, "--multirun", "seed=1,2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [m["label"] for m in books(tmp_path)] == ["seed=1", "seed=2"]
+
+
+def test_the_plain_hydra_app_checks_a_sweep_first(tmp_path):
+    done = hydra_app(*PLAIN, "--multirun", "batching.strategy=static,dynamic", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "[in batching.strategy=dynamic]" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--info", *PLAIN], "Config search path"),
+        (["--hydra-help", *PLAIN], "Hydra"),
+        ([*PLAIN, "--cfg", "job"], "sample_size: 3"),
+        (["--shell-completion", "install=bash"], "COMP_WORDBREAKS"),
+    ],
+)
+def test_hydras_own_flags_work_beside_overrides(tmp_path, arguments, word):
+    done = hydra_app(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert word in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydras_modes_exclude_each_other_in_a_sentence(tmp_path):
+    done = hydra_app(*PLAIN, "--multirun", "--cfg", "job", "seed=1,2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "exclude each other" in done.stderr
+    assert "Traceback" not in done.stderr

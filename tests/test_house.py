@@ -1,0 +1,84 @@
+"""The direction of imports, and that every module says what it is for; the rooms stand in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lem"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# The rooms that know Hydra: the one that composes, and the plain Hydra app.
+KNOW_HYDRA = {"config", "cli/hydra_app.py"}
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Check the contracts of pyproject.toml on the package in a folder."""
+    program = Path(sys.executable).with_name("lint-imports")
+    command = [str(program), "--no-logo", "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "lem", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_imports_go_down_without_a_circle(copy):
+    done = lint_imports(copy)
+    assert done.returncode == 0, done.stdout
+    assert "2 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("spec/experiment.py", "import lem.runner.job", "Imports go down BROKEN"),
+        ("errors.py", "from lem import units", "Imports go down BROKEN"),
+        ("energy/base.py", "from lem.backends import base", "Imports go down BROKEN"),
+        ("results/files.py", "import lem.results.store", "No circles, in a room or between rooms BROKEN"),
+    ],
+    ids=["upwards", "between the lowest", "between families", "a circle"],
+)
+def test_a_planted_import_is_found(copy, module, line, contract):
+    file = copy / "lem" / module
+    file.write_text(f"{file.read_text()}\n{line}\n")
+    done = lint_imports(copy)
+    assert done.returncode == 1
+    assert contract in done.stdout
+
+
+def test_the_top_shows_few_rooms_two_levels_deep():
+    entries = {path.relative_to(PACKAGE).parts[0] for path in MODULES}
+    assert len(entries) <= 17
+    assert max(len(path.relative_to(PACKAGE).parts) for path in MODULES) == 2
+
+
+def imported(path: Path) -> set[str]:
+    """Return the top-level names of all imported packages, of imports inside functions as well."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_hydra_stays_in_its_room(path):
+    place = path.relative_to(PACKAGE)
+    if not KNOW_HYDRA & {place.parts[0], str(place)}:
+        assert not imported(path) & {"hydra", "omegaconf", "submitit"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_module_says_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
