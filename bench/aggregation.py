@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from lem._version import VERSION
-from lem.doubts import of_record
+from lem import __version__
 from lem.record import (
     FORMAT_VERSION,
     Carbon,
@@ -44,6 +43,7 @@ from lem.results.directory import ExperimentDir
 from lem.results.journal import DIED, Checkpoint, Journal
 from lem.results.plan import Plan, PromptsInfo, State
 from lem.spec.experiment import Dataset, Energy, Experiment
+from lem.warning_codes import of_record
 from lem.workload.flops import METHOD
 
 FEW, MANY = 2_000, 20_000
@@ -81,7 +81,7 @@ if sys.argv[3:] == ["requests"]:
     lines = [line for journal in journals for line in journal.split(b"\\n")]
     convert([line for line in lines if line.startswith(b'{"done"')], sys.argv[2])
 """
-LEM = [sys.executable, "-m", "lem.cli"]
+LEM = [sys.executable, "-m", "lem"]
 
 
 # ------------------------------------------------------------------ experiments
@@ -135,7 +135,7 @@ def _measured(plan: Plan, chance: random.Random, cycle: int) -> tuple[ProcessRec
     power_w = chance.uniform(200, 400)
     record = ProcessRecord(
         format_version=FORMAT_VERSION,
-        lem_version=VERSION,
+        lem_version=__version__,
         experiment_id=plan.experiment_id,
         rank=0,
         world_size=1,

@@ -17,10 +17,10 @@ HELP_LIMIT = 20.0
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import lem": ["-c", "import lem"],
-    "lem --help": ["-m", "lem.cli", "--help"],
-    "lem presets": ["-m", "lem.cli", "presets"],
+    "lem --help": ["-m", "lem", "--help"],
+    "lem presets": ["-m", "lem", "presets"],
     "lem experiment --dry-run": [
-        "-m", "lem.cli", "experiment", "--model", "tiny", "-d", "sample", "-n", "3", "--dry-run",
+        "-m", "lem", "experiment", "--model", "tiny", "-d", "sample", "-n", "3", "--dry-run",
     ],
 }  # fmt: skip
 

@@ -16,13 +16,13 @@ import typer
 
 from lem.cli import app
 from lem.config.inventory import choices
-from lem.doubts import CATALOGUE
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
 from lem.results.schema import ExperimentRow
 from lem.spec.engines import BACKENDS
 from lem.spec.rules import CONFIG_FAULTS, OBJECTIONS, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
+from lem.warning_codes import WARNINGS
 
 # What a backend can be asked for, and which of it has been tried where, is known to the tests.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -148,7 +148,7 @@ def _column_type(column: Column) -> str:
 # ------------------------------------------------------------------ warnings
 def warnings() -> str:
     """Return the page on what each warning means and what to do about it."""
-    rows = [f"| `{code}` | {_cell(doubt.meaning)} | {_cell(doubt.remedy)} |" for code, doubt in CATALOGUE.items()]
+    rows = [f"| `{code}` | {_cell(kind.meaning)} | {_cell(kind.remedy)} |" for code, kind in WARNINGS.items()]
     return "\n".join(
         [
             "# Warnings\n",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lem._version import VERSION as __version__  # noqa: N811 - the name that tools look for
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lem.errors import LemError

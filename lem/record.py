@@ -121,7 +121,7 @@ class ErrorInfo:
 
 
 @dataclass(frozen=True)
-class Note:
+class CodedWarning:
     """Something a reader of the numbers must know; `code` is stable, `text` is for people."""
 
     code: str
@@ -309,7 +309,7 @@ class ProcessRecord:
     cpu_load: CpuLoad | None = None
     counters: dict[str, float] | None = None
     environment: Environment | None = None
-    warnings: tuple[Note, ...] = ()
+    warnings: tuple[CodedWarning, ...] = ()
 
     def phase(self, name: PhaseName) -> Phase | None:
         """Return the phase of that name, or None when the process did not get there."""

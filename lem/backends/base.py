@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
-from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
+from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
 from lem.workload.flops import Architecture
@@ -184,7 +184,7 @@ class Backend(ABC):
         """Return the engine's own counts since `forget`; None when it counts nothing, or nothing has run since."""
         return None
 
-    def notes(self) -> list[Note]:
+    def warnings(self) -> list[CodedWarning]:
         """Return what a reader of the numbers must know about the engine or the model."""
         return []
 

@@ -32,16 +32,16 @@ from lem.backends.openai_options import (
 )
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.server import LOG_NAME, Server, answers, environment, free_port
-from lem.backends.vllm_source import COUNTERS, notes_of
-from lem.doubts import note
+from lem.backends.vllm_source import COUNTERS, warnings_of
 from lem.errors import ConfigError, RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model
 from lem.machine.processes import listening_at, peak_memory_bytes
-from lem.record import EngineInfo, Memory, ModelInfo, Note
+from lem.record import CodedWarning, EngineInfo, Memory, ModelInfo
 from lem.spec.engines import OpenaiBackend
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
+from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
@@ -462,25 +462,25 @@ class Openai(Backend):
         """Read the sizes off the model without weights, by the same code as for PyTorch."""
         return checkpoint.sizes(self._hollow)
 
-    def notes(self) -> list[Note]:
+    def warnings(self) -> list[CodedWarning]:
         """Say what is not measured or not known of a server, and what its counts give to doubt."""
         assert self._found is not None
         counts, notes = self.counters(), []
         if self.runs_elsewhere():
             text = f"the server at {self._address.base} runs on another machine: what it takes cannot be metered here."
-            notes.append(note("server_elsewhere", text))
+            notes.append(warning("server_elsewhere", text))
         if self._found.random_weights:
-            notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
+            notes.append(warning("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
         if self._has_run and not self._is_reset and (counts or {}).get("prefix_cache_hit_tokens") != 0:
             text = "the server cannot be told to drop cached prefixes, which the warm-up or others may have left."
-            notes.append(note("prefix_cache_kept", text))
+            notes.append(warning("prefix_cache_kept", text))
         if not self._tokens_are_timed:
             text = "the server's events do not tell their tokens; these are spread from the first event to the last."
-            notes.append(note("tokens_not_timed", text))
+            notes.append(warning("tokens_not_timed", text))
         others = (counts or {}).get("generation_tokens", 0) - self._own_tokens
         if others > 0 and not self._is_broken:
-            notes.append(note("server_shared", f"it has made {others:.0f} tokens for others in the window."))
-        return [*notes, *notes_of(counts or {})]
+            notes.append(warning("server_shared", f"it has made {others:.0f} tokens for others in the window."))
+        return [*notes, *warnings_of(counts or {})]
 
     def close(self) -> None:
         """End the connections, and the server if it was started here."""

@@ -18,15 +18,15 @@ from lem.backends.placement import split_over_ranks, spread
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch_continuous import Continuous
 from lem.backends.pytorch_objections import objections
-from lem.doubts import note
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model, peak_memory_bytes, versions
-from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
+from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
 from lem.spec.engines import PytorchBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed
 from lem.spec.rules import Objection
+from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
@@ -412,13 +412,13 @@ class Pytorch(Backend):
             return None  # nothing is cached, or the cache is allocated beforehand: see peak_memory
         return kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype.itemsize)
 
-    def notes(self) -> list[Note]:
+    def warnings(self) -> list[CodedWarning]:
         """Say so when the weights are random, and when the last call of `generate` still compiled."""
         notes = []
         if self._found is not None and self._found.random_weights:
-            notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
+            notes.append(warning("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
         if self._graphs_compiled:
-            notes.append(note("compiled_in_window", f"{self._graphs_compiled} graphs were compiled in the window."))
+            notes.append(warning("compiled_in_window", f"{self._graphs_compiled} graphs were compiled in the window."))
         return notes
 
     def close(self) -> None:

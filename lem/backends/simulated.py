@@ -10,17 +10,17 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 
-from lem._version import VERSION
+from lem import __version__
 from lem.backends.base import Backend, Encoded, Generation
-from lem.doubts import note
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, peak_memory_bytes
-from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
+from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Decoder, Experiment
 from lem.spec.rules import Objection, without_effect
 from lem.units import NS_PER_S
+from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.models import Model
 from lem.workload.tokens import Chunk, first_tokens
@@ -119,11 +119,11 @@ class Simulated(Backend):
 
     def engine_info(self) -> EngineInfo:
         """Describe the simulation."""
-        return EngineInfo("simulated", VERSION, "none", "none", {})
+        return EngineInfo("simulated", __version__, "none", "none", {})
 
-    def notes(self) -> list[Note]:
+    def warnings(self) -> list[CodedWarning]:
         """Say that nothing here was measured on a model."""
-        return [note("simulated", "No model ran: times and tokens are simulated.")]
+        return [warning("simulated", "No model ran: times and tokens are simulated.")]
 
     def _output(self, prompt: Encoded) -> tuple[int, ...]:
         longest = self._experiment.max_output_tokens

@@ -34,17 +34,17 @@ from lem.backends.tensorrt_options import (
     speculative_class,
 )
 from lem.backends.tensorrt_requests import Request, Requests
-from lem.doubts import note
 from lem.errors import Interrupted, RunError
 from lem.machine import gpu, processes
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model, peak_memory_bytes
-from lem.record import EngineInfo, FinishReason, Memory, ModelInfo, Note
+from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
 from lem.spec.engines import TensorrtBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, runs_in_one_process
 from lem.spec.rules import Objection
 from lem.units import NS_PER_S
+from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
@@ -469,15 +469,15 @@ class Tensorrt(Backend):
         """Read the sizes off the model without weights, by the same code as for PyTorch, and add the adapter's."""
         return checkpoint.sizes(self._hollow, self._adapter_weights)
 
-    def notes(self) -> list[Note]:
+    def warnings(self) -> list[CodedWarning]:
         """Say so when the weights are random, and when the engine did less work than the tokens say."""
         assert self._found is not None
         notes, counts = [], self._counts or {}
         if self._has_random_weights:
-            notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
+            notes.append(warning("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
         if hits := counts.get("prefix_cache_hit_tokens"):
             share = hits / counts["prefix_cache_queried_tokens"]
-            notes.append(note("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache."))
+            notes.append(warning("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache."))
         return notes
 
     def close(self) -> None:

@@ -23,16 +23,16 @@ from lem.backends.engine import as_text, clock_offset_ns, compiled_graphs, reaso
 from lem.backends.placement import show_own_gpus
 from lem.backends.prompts import encode, end_tokens
 from lem.backends.vllm_options import RESOLVED, about_key, engine_arguments, given, objections, sampling_parameters
-from lem.backends.vllm_source import COUNTERS, notes_of
-from lem.doubts import note
+from lem.backends.vllm_source import COUNTERS, warnings_of
 from lem.errors import Interrupted, RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model, peak_memory_bytes
-from lem.record import EngineInfo, Memory, ModelInfo, Note
+from lem.record import CodedWarning, EngineInfo, Memory, ModelInfo
 from lem.spec.engines import VllmBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, runs_in_one_process
 from lem.spec.rules import Objection
+from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
@@ -487,15 +487,15 @@ class Vllm(Backend):
         """Read the sizes off the model without weights, by the same code as for PyTorch, and add the adapter's."""
         return checkpoint.sizes(self._hollow, self._adapter_weights)
 
-    def notes(self) -> list[Note]:
+    def warnings(self) -> list[CodedWarning]:
         """Say so when the weights are random, and when the engine did less or more work than the tokens say."""
         assert self._found is not None
         notes = []
         if self._has_random_weights:
-            notes.append(note("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
-        notes += notes_of(self.counters() or {})
+            notes.append(warning("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
+        notes += warnings_of(self.counters() or {})
         if self._has_run and (graphs := compiled_graphs() - self._graphs_before):
-            notes.append(note("compiled_in_window", f"{graphs} graphs were compiled in the window."))
+            notes.append(warning("compiled_in_window", f"{graphs} graphs were compiled in the window."))
         return notes
 
     def close(self) -> None:

@@ -15,10 +15,10 @@ from operator import or_
 from pathlib import Path
 from typing import Any, Literal
 
-from lem.doubts import note
 from lem.machine import host
 from lem.machine.host import peak_memory_bytes
-from lem.record import Note
+from lem.record import CodedWarning
+from lem.warning_codes import warning
 
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
@@ -135,14 +135,14 @@ COUNTERS = {
 }
 
 
-def notes_of(counts: Mapping[str, float]) -> Iterator[Note]:
+def warnings_of(counts: Mapping[str, float]) -> Iterator[CodedWarning]:
     """Say so where the engine did less or more work than the tokens say."""
     if hits := counts.get("prefix_cache_hit_tokens"):
         share = hits / counts["prefix_cache_queried_tokens"]
-        yield note("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache.")
+        yield warning("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache.")
     if preemptions := counts.get("preemptions"):
         text = f"requests were put off {preemptions:.0f} times for want of cache, and computed anew."
-        yield note("preempted", text)
+        yield warning("preempted", text)
 
 
 def attention_backends(worker: Any) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lem._version import VERSION
+from lem import __version__
 from lem.cli.base import app
 from lem.cli.streams import forgiving_streams, lost_output
 from lem.errors import Interrupted, LemError
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"lem {VERSION}")
+        print(f"lem {__version__}")
         raise typer.Exit
 
 
@@ -63,7 +63,7 @@ def _lem(
         _log_to_stderr()
     file = dotenv.find_dotenv(usecwd=True)
     dotenv.load_dotenv(file)
-    log.debug("lem %s, Python %s (%s) in %s", VERSION, sys.version.split()[0], sys.executable, Path.cwd())
+    log.debug("lem %s, Python %s (%s) in %s", __version__, sys.version.split()[0], sys.executable, Path.cwd())
     log.debug("command line: %s", sys.argv[1:])
     log.debug(".env: %s", file or "none")
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from lem.doubts import note
 from lem.errors import ResultsError
-from lem.record import Note, ProcessRecord
+from lem.record import CodedWarning, ProcessRecord
 from lem.results.codec import BriefPlan, to_json
 from lem.results.directory import ExperimentDir, Part
 from lem.results.files import write_atomically
@@ -28,6 +27,7 @@ from lem.results.store import Store
 from lem.results.tables import TOGETHER as OF_SEVERAL
 from lem.results.tables import Batch, Place, Tables
 from lem.units import timestamp
+from lem.warning_codes import warning
 
 # How many experiments are read ahead: what they hold is to stay in the processor's cache until rows are made of it.
 READ_AHEAD = 32
@@ -75,7 +75,7 @@ def put_together(
     plan: BriefPlan,
     parts: Mapping[int, Sequence[Part]],
     attempts: int,
-    notes: Mapping[int, Sequence[Note]] = MappingProxyType({}),
+    notes: Mapping[int, Sequence[CodedWarning]] = MappingProxyType({}),
 ) -> Measured:
     """Return what an experiment measured, from what its processes did.
 
@@ -97,7 +97,7 @@ def by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
     return found
 
 
-def _cycle(plan: BriefPlan, number: int, parts: Sequence[Part], notes: Sequence[Note]) -> Cycle:
+def _cycle(plan: BriefPlan, number: int, parts: Sequence[Part], notes: Sequence[CodedWarning]) -> Cycle:
     if len(parts) == 1:
         return Cycle(plan, number, 1, [parts[0].record], parts[0].requests, notes)
     by_rank: dict[int, list[ProcessRecord]] = {}
@@ -165,14 +165,14 @@ def _check_complete(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping
         raise ResultsError(f"{directory.id} is incomplete: {'; '.join(missing)}. --no-strict takes what there is.")
 
 
-def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part], strict: bool) -> list[Note]:
+def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part], strict: bool) -> list[CodedWarning]:
     """Return notes about the records of one cycle; raise, when strict, if processes did not run at the same time."""
     if len(parts) == 1:
         return []
     notes = []
     backends = sorted({part.record.backend for part in parts if part.record.backend})
     if len(backends) > 1:
-        notes.append(note("mixed_backends", f"its processes ran on {' and '.join(backends)}."))
+        notes.append(warning("mixed_backends", f"its processes ran on {' and '.join(backends)}."))
     for attempt in sorted({part.record.attempt for part in parts}):
         apart = _apart([part.record for part in parts if part.record.attempt == attempt])
         if apart is None:
@@ -180,7 +180,7 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
         text = f"the windows of processes {apart[0]} and {apart[1]} in cycle {cycle} do not overlap in time"
         if strict:
             raise ResultsError(f"{directory.id}: {text}. --no-strict takes them all the same, with a warning.")
-        notes.append(note("ranks_apart", f"{text}."))
+        notes.append(warning("ranks_apart", f"{text}."))
     return notes
 
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 from itertools import accumulate
 from typing import Any, get_args, get_type_hints
 
-from lem import doubts
+from lem import warning_codes
 from lem.record import Status
 from lem.results.columns import Columns, of_each, quotients
 from lem.results.merging import joined, once_each, told, total
@@ -82,7 +82,7 @@ def experiment_columns(
     columns["warnings"] = [
         [
             *once_each([of_cycles["warnings"][i] for i in span], "cycle"),
-            *map(told, doubts.of_experiment(cycles, times)),
+            *map(told, warning_codes.of_experiment(cycles, times)),
         ]
         for span, cycles, times in zip(spans, completed, resumed, strict=True)
     ]

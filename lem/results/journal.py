@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
-from lem.doubts import note
 from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
 from lem.results.codec import BriefRow, reader, to_compact_json, with_value_errors
+from lem.warning_codes import warning
 
 # The type of the error of a process that could not write its record.
 DIED = "WorkerDied"
@@ -79,7 +79,7 @@ class Window:
             input_tokens=sum(row.input_tokens for row in self.rows),
             output_tokens=sum(row.output_tokens for row in self.rows),
             flops=last.flops,
-            warnings=(*record.warnings, note("window_cut", self._cut())),
+            warnings=(*record.warnings, warning("window_cut", self._cut())),
         )
 
     def _cut(self) -> str:

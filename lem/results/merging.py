@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lem.record import Component, EnergyReading, Flops, Memory, Note, Phase, Prefill, ProcessRecord
+from lem.record import CodedWarning, Component, EnergyReading, Flops, Memory, Phase, Prefill, ProcessRecord
 from lem.results.codec import changed
 
 NOT_IN_ALL = "it was not metered in every attempt at the cycle"
@@ -97,9 +97,9 @@ def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
     return Prefill(sum(p.duration_s for p in known), total([p.energy_j for p in known]), uncertainty_j)
 
 
-def _merged_notes(records: Sequence[ProcessRecord]) -> tuple[Note, ...]:
+def _merged_notes(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ...]:
     texts = once_each([[told(note) for note in r.warnings] for r in records], "attempt")
-    return tuple(Note(code, text) for code, _, text in (text.partition(": ") for text in texts))
+    return tuple(CodedWarning(code, text) for code, _, text in (text.partition(": ") for text in texts))
 
 
 def total(values: Sequence[float | None]) -> float | None:
@@ -114,7 +114,7 @@ _NUMBER = re.compile(r"(?<![\w-])\d[\d.]*(e[+-]?\d+)?")
 _AND_MORE = re.compile(r" \(and \d+ more \w+\)$")
 
 
-def told(note: Note) -> str:
+def told(note: CodedWarning) -> str:
     """Return a note as rows have it: `code: sentence`."""
     return f"{note.code}: {note.text}"
 

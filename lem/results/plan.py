@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from lem._version import VERSION
+from lem import __version__
 from lem.spec.experiment import Experiment
 from lem.units import timestamp
 
@@ -54,7 +54,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
     config_file: str | None = None
     arrivals_sha256: str = ""
-    lem_version: str = VERSION
+    lem_version: str = __version__
     format_version: int = field(default=FORMAT_VERSION)
 
     def share(self, rank: int) -> range:

@@ -13,8 +13,8 @@ from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from lem import doubts
-from lem.record import ENERGY_OWNER, Component, Note, Phase, ProcessRecord, RequestRecord, Status, made
+from lem import warning_codes
+from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status, made
 from lem.results.codec import BriefPlan, whole
 from lem.results.columns import Columns, of_each, quotients, ratios
 from lem.results.cycles import experiment_columns
@@ -47,7 +47,7 @@ class Cycle(NamedTuple):
     attempts: int
     records: Sequence[ProcessRecord]
     requests: Sequence[RequestRecord]
-    notes: Sequence[Note] = ()
+    notes: Sequence[CodedWarning] = ()
 
 
 class Measured(NamedTuple):
@@ -309,7 +309,7 @@ def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | 
 
 def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
     """Return what is to be doubted about each cycle, each once, as `code: sentence`."""
-    of_rows = doubts.of_rows(columns, [cycle.records for cycle in cycles])
+    of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     return [
         list(dict.fromkeys([*_of_processes(cycle.records), *map(told, cycle.notes), *map(told, notes)]))
         for cycle, notes in zip(cycles, of_rows, strict=True)

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lem import doubts
-from lem._version import VERSION
+from lem import __version__, warning_codes
 from lem.backends import Backend
-from lem.doubts import note
 from lem.energy.base import Meter, NoMeter
 from lem.energy.carbon import carbon_intensity
 from lem.energy.trace import integral_j
@@ -19,11 +17,11 @@ from lem.machine import host
 from lem.machine.gpu import Gpu
 from lem.record import (
     FORMAT_VERSION,
+    CodedWarning,
     DeviceState,
     ErrorInfo,
     Flops,
     Memory,
-    Note,
     PowerRecord,
     PowerSample,
     Prefill,
@@ -38,6 +36,7 @@ from lem.runner.ranks import Ranks
 from lem.runner.stopping import UNDISTURBED
 from lem.runner.window import MeasuredRequest, Measurement
 from lem.units import NS_PER_S, timestamp
+from lem.warning_codes import warning
 from lem.workload import flops
 from lem.workload.flops import Architecture
 from lem.workload.tokens import token_times
@@ -96,7 +95,7 @@ def _record(this: Run) -> ProcessRecord:
     requests = measurement.requests if this.plan.counts(this.rank) else []
     return ProcessRecord(
         format_version=FORMAT_VERSION,
-        lem_version=VERSION,
+        lem_version=__version__,
         experiment_id=this.plan.experiment_id,
         rank=this.rank,
         world_size=this.plan.processes,
@@ -202,31 +201,33 @@ def _flops(architecture: Architecture | None, requests: Sequence[MeasuredRequest
     return Flops(flops.total_flops(architecture, sizes), flops.METHOD)
 
 
-def _warnings(this: Run) -> list[Note]:
+def _warnings(this: Run) -> list[CodedWarning]:
     """Return what is to be doubted apart from the numbers themselves: the engine, the machine, the prompts."""
-    notes, experiment = this.backend.notes(), this.plan.experiment
+    notes, experiment = this.backend.warnings(), this.plan.experiment
     if type(this.backend).wants_gpu(experiment, this.here) and not this.gpus:
-        notes.append(note("gpu_unused", "a GPU is visible, but the engine was built without CUDA and ran on the CPU."))
+        notes.append(
+            warning("gpu_unused", "a GPU is visible, but the engine was built without CUDA and ran on the CPU.")
+        )
     if not this.is_cool:
-        notes.append(note("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
+        notes.append(warning("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
     if this.plan.shared_with:
         others = f"{this.plan.shared_with} other{'s' if this.plan.shared_with > 1 else ''}"
         notes.append(
-            note("shared_hardware", f"it ran beside {others}; what is not of a GPU of its own includes theirs.")
+            warning("shared_hardware", f"it ran beside {others}; what is not of a GPU of its own includes theirs.")
         )
     wanted, there = experiment.dataset.sample_size, this.plan.prompts.count
     if wanted is not None and there < wanted:
         text = f"{wanted} prompts were asked for, the dataset holds {there} that are not empty."
-        notes.append(note("fewer_prompts", text))
+        notes.append(warning("fewer_prompts", text))
     lost_s, behind_s = this.measurement.lost_s, this.measurement.energy_behind_s
     if lost_s is not None:
         energy = f", its energy {behind_s:.3g} s before that" if behind_s else ""
         end = f"{lost_s:.3g} s after its last finished request, with which it ends{energy}"
-        notes.append(note("window_cut", f"the window was broken off {end}."))
+        notes.append(warning("window_cut", f"the window was broken off {end}."))
     requests = this.measurement.requests
     truncated = sum(r.prompt.truncated for r in requests)
     if truncated:
-        notes.append(note("input_truncated", f"{truncated} of {len(requests)} prompts were cut."))
+        notes.append(warning("input_truncated", f"{truncated} of {len(requests)} prompts were cut."))
     return notes
 
 
@@ -237,7 +238,7 @@ def _write(this: Run) -> None:
     record, requests = _record(this), this.measurement.requests
     trace = [sample for sample in this.meter.trace() if sample.t_ns > this.traced_until_ns]
     rows = [_request_row(this, r) for r in requests] if this.plan.counts(this.rank) else []
-    record = replace(record, warnings=(*record.warnings, *doubts.of_record(record, rows)))
+    record = replace(record, warnings=(*record.warnings, *warning_codes.of_record(record, rows)))
     if trace:
         samples = _power_rows(this, trace)
         parquet.write_rows(this.directory.power_file(this.rank, this.cycle, this.attempt), PowerRecord, samples)

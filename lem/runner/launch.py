@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lem._version import VERSION
+from lem import __version__
 from lem.backends import backend_class
 from lem.errors import Interrupted
 from lem.machine.gpu import Gpu
@@ -282,7 +282,7 @@ def _bare_record(
     plan = directory.plan()
     return ProcessRecord(
         format_version=FORMAT_VERSION,
-        lem_version=VERSION,
+        lem_version=__version__,
         experiment_id=directory.id,
         rank=rank,
         world_size=plan.processes,

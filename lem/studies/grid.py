@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lem._version import VERSION
+from lem import __version__
 from lem.config import file_schema, overrides, userfile
 from lem.config.check import examine, known_keys, resolved, unknown_key
 from lem.config.compose import located
@@ -411,7 +411,7 @@ def _manifest(grid: Grid, points: Sequence[Point], base: str) -> dict[str, Any]:
     written = {point.file for point in points}
     return {
         MANIFEST_KEY: FORMAT,
-        "lem_version": VERSION,
+        "lem_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": base,
         "vary": {axis.key: list(axis.plain) for axis in grid.axes},
@@ -468,7 +468,7 @@ def generate(base: Path, vary: Sequence[str], folder: Path, how: How, config_dir
         raise ConfigError(headline, *reasons(grid.invalid))
     manifest = write(grid, folder, points, force=how.force, as_group=how.as_group)
     for note in grid.notes:
-        print(f"Note: {note}", file=sys.stderr)
+        print(f"CodedWarning: {note}", file=sys.stderr)
     if how.as_json:
         print(json.dumps(manifest, indent=2, ensure_ascii=False))
     else:

@@ -409,7 +409,7 @@ def test_simulation_has_no_model_and_says_so():
     backend.load()
     assert backend.model_info() is None
     assert backend.architecture() is None
-    assert [note.code for note in backend.notes()] == ["simulated"]
+    assert [note.code for note in backend.warnings()] == ["simulated"]
 
 
 def test_tiny_is_described_as_loaded(tiny_folder, monkeypatch):
@@ -422,7 +422,7 @@ def test_tiny_is_described_as_loaded(tiny_folder, monkeypatch):
     assert info.weights_bytes == 4 * info.parameters
     assert info.random_weights
     assert (info.revision, info.adapter, info.quantization) == (None, None, None)
-    assert [note.code for note in backend.notes()] == ["random_weights"]
+    assert [note.code for note in backend.warnings()] == ["random_weights"]
 
 
 def test_simulated_time_is_that_of_its_tokens(texts):

@@ -223,7 +223,7 @@ def test_tokens_are_timed_as_they_travel(served, behaviour):
         assert moments[-1] == g.end_ns
         waits = 6 // behaviour.tokens_in_event - 1
         assert g.end_ns - g.start_ns >= waits * wait_s * 1e9
-    assert "tokens_not_timed" not in [note.code for note in backend.notes()]
+    assert "tokens_not_timed" not in [note.code for note in backend.warnings()]
 
 
 def test_gaps_that_nobody_tells_are_spread_and_said_to_be(served):
@@ -232,7 +232,7 @@ def test_gaps_that_nobody_tells_are_spread_and_said_to_be(served):
     (g,) = run(backend, 1)
     assert [chunk.tokens for chunk in g.chunks] == [1, 5]
     assert g.start_ns < g.chunks[0].at_ns < g.chunks[1].at_ns == g.end_ns
-    assert "tokens_not_timed" in [note.code for note in backend.notes()]
+    assert "tokens_not_timed" in [note.code for note in backend.warnings()]
 
 
 def test_without_streaming_nothing_is_timed_by_token(served):
@@ -455,7 +455,7 @@ def test_a_server_without_metrics_has_no_counters(served):
 def test_a_prefix_cache_that_cannot_be_emptied_is_noted(served, resets, tells_metrics, is_noted):
     server, backend = served(Behaviour(resets=resets, tells_metrics=tells_metrics))
     run(backend)
-    assert ("prefix_cache_kept" in [note.code for note in backend.notes()]) == is_noted
+    assert ("prefix_cache_kept" in [note.code for note in backend.warnings()]) == is_noted
     assert server.resets == resets
     assert backend.engine_info().settings["prefix_cache_reset"] == ("on" if resets else "off")
 
@@ -463,17 +463,17 @@ def test_a_prefix_cache_that_cannot_be_emptied_is_noted(served, resets, tells_me
 def test_a_cache_that_was_not_emptied_and_not_hit_does_no_harm(served):
     _, backend = served(Behaviour(resets=False))
     run(backend)
-    assert "prefix_cache_kept" not in [note.code for note in backend.notes()]
+    assert "prefix_cache_kept" not in [note.code for note in backend.warnings()]
 
 
 def test_others_who_use_the_server_are_noted(served):
     server, backend = served()
     run(backend)
-    assert "server_shared" not in [note.code for note in backend.notes()]
+    assert "server_shared" not in [note.code for note in backend.warnings()]
     backend.forget()
     run(backend)
     server.generated += 100
-    assert "server_shared" in [note.code for note in backend.notes()]
+    assert "server_shared" in [note.code for note in backend.warnings()]
 
 
 def test_what_is_not_known_is_none(served):

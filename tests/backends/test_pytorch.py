@@ -313,7 +313,7 @@ def test_compiling_in_the_window_is_doubted_and_having_compiled_before_is_not(fo
     doubted = []
     for _ in range(2):
         list(backend.generate(backend.encode(texts[:1])))
-        doubted.append("compiled_in_window" in [note.code for note in backend.notes()])
+        doubted.append("compiled_in_window" in [note.code for note in backend.warnings()])
     assert doubted == [True, False]
 
 

@@ -469,10 +469,10 @@ def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
     backend.forget()
     run(backend, alike[:1])
     assert backend.counters()["prefix_cache_hit_tokens"] == 0
-    assert "prefix_cached" not in [note.code for note in backend.notes()]
+    assert "prefix_cached" not in [note.code for note in backend.warnings()]
     run(backend, alike)
     assert backend.counters()["prefix_cache_hit_tokens"] > 0
-    assert "prefix_cached" in [note.code for note in backend.notes()]
+    assert "prefix_cached" in [note.code for note in backend.warnings()]
 
 
 def test_settings_are_those_that_the_engine_has_settled_on(loaded):

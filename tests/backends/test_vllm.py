@@ -461,9 +461,9 @@ def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
     backend.forget()
     run(backend, alike[:1])
     assert backend.counters()["prefix_cache_hit_tokens"] == 0
-    assert "prefix_cached" not in [note.code for note in backend.notes()]
+    assert "prefix_cached" not in [note.code for note in backend.warnings()]
     run(backend, alike)
-    assert "prefix_cached" in [note.code for note in backend.notes()]
+    assert "prefix_cached" in [note.code for note in backend.warnings()]
 
 
 @needs_vllm
@@ -473,7 +473,7 @@ def test_preemptions_are_told(loaded, texts):
     backend = loaded(experiment(engine=options, max_output_tokens=300, batching=Batching(batch_size=8)))
     done = run(backend, texts[:8])
     assert backend.counters()["preemptions"] > 0
-    assert "preempted" in [note.code for note in backend.notes()]
+    assert "preempted" in [note.code for note in backend.warnings()]
     assert tokens(done) == tokens(run(loaded(experiment(max_output_tokens=300)), texts[:8]))
 
 

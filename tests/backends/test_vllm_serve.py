@@ -108,7 +108,7 @@ def test_greedy_tokens_are_those_of_pytorch(started, texts, on_pytorch):
     assert counts["generation_tokens"] == sum(len(ids) for ids, _ in on_pytorch.values())
     assert counts["prompt_tokens"] == sum(len(p.token_ids) for p in started.encode(texts))
     assert 0 < counts["accepted_draft_tokens"] <= counts["draft_tokens"]
-    codes = [note.code for note in started.notes()]
+    codes = [each.code for each in started.warnings()]
     assert not {"server_shared", "prefix_cache_kept"}.intersection(codes)
 
 
@@ -132,7 +132,7 @@ def test_tokens_that_come_together_over_http_are_told_apart(asking, texts, on_py
         assert len(times.itl_s) == len(g.token_ids) - 1, "of tokens, not of chunks"
         assert times.ttft_s + sum(times.itl_s) == pytest.approx((g.end_ns - g.start_ns) / 1e9, abs=1e-6)
         assert times.ttft_s > 0
-    assert "tokens_not_timed" not in [note.code for note in backend.notes()]
+    assert "tokens_not_timed" not in [note.code for note in backend.warnings()]
 
 
 def test_sampled_tokens_do_not_depend_on_the_company(asking, texts):

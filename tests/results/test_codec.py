@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lem.record import (
     Carbon,
+    CodedWarning,
     CpuLoad,
     DeviceState,
     EngineInfo,
@@ -18,7 +19,6 @@ from lem.record import (
     Flops,
     Memory,
     ModelInfo,
-    Note,
     Prefill,
     ProcessRecord,
     RequestRecord,
@@ -51,7 +51,7 @@ FULL = record(
     environment=Environment(
         "h", "os", "cpu", 8, 1, ("GPU",), {"torch": "2"}, devices_before=(DeviceState("GPU-0", 1980),)
     ),
-    warnings=(Note("short_window", "it is short."),),
+    warnings=(CodedWarning("short_window", "it is short."),),
 )
 
 

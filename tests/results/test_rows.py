@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lem import doubts
+from lem import warning_codes
 from lem.record import (
     Carbon,
+    CodedWarning,
     CpuLoad,
     DeviceState,
     EngineInfo,
@@ -21,7 +22,6 @@ from lem.record import (
     Flops,
     Memory,
     ModelInfo,
-    Note,
     Phase,
     Prefill,
     RequestRecord,
@@ -212,8 +212,8 @@ def test_idle_time_is_left_out_of_decode_over_cycles_as_well():
 
 def test_decode_that_holds_idle_time_is_a_warning():
     columns_of_one = {name: [value] for name, value in vars(row(record(prefill=Prefill(1.0)))).items()}
-    assert doubts.of_rows(columns_of_one, [[record()]]) == [[]]
-    (found,) = doubts.of_rows(columns_of_one | {"idle_share": [0.5]}, [[record()]])
+    assert warning_codes.of_rows(columns_of_one, [[record()]]) == [[]]
+    (found,) = warning_codes.of_rows(columns_of_one | {"idle_share": [0.5]}, [[record()]])
     assert [(n.code, "idle" in n.text) for n in found] == [("identity_violated", True)]
 
 
@@ -364,7 +364,7 @@ def test_devices_are_no_numbers():
 
 
 def test_attempts_processes_and_cycles_do_not_repeat_a_warning():
-    note = (Note("input_truncated", "3 of 9 prompts were cut."),)
+    note = (CodedWarning("input_truncated", "3 of 9 prompts were cut."),)
     one = merged([record(requests([0]), attempt=1, warnings=note), record(requests([1, 2]), attempt=2, warnings=note)])
     cycle = row(one)
     assert codes(cycle).count("input_truncated") == 1

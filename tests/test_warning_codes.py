@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from lem import doubts
+from lem import warning_codes
 from lem.record import (
     CpuLoad,
     DeviceState,
@@ -68,7 +68,7 @@ def requests(latencies_s):
 
 
 def codes(made, latencies_s=(1.0,) * 10):
-    return [note.code for note in doubts.of_record(made, requests(latencies_s))]
+    return [note.code for note in warning_codes.of_record(made, requests(latencies_s))]
 
 
 def test_a_sound_measurement_is_not_doubted():
@@ -124,16 +124,18 @@ def decoded(prefills_s, per_token_s):
 def test_prompts_of_different_lengths_are_no_variation_and_a_slower_decode_is():
     lengths = [0.1, 2.0, 0.1, 3.0, 0.5, 2.5]
     steady, slower = decoded(lengths, [0.05] * 6), decoded([0.5] * 6, [0.05, 0.05, 0.1, 0.05, 0.1, 0.05])
-    assert "high_variation" not in [n.code for n in doubts.of_record(record(), steady)]
-    assert "high_variation" in [n.code for n in doubts.of_record(record(), slower)]
+    assert "high_variation" not in [n.code for n in warning_codes.of_record(record(), steady)]
+    assert "high_variation" in [n.code for n in warning_codes.of_record(record(), slower)]
     # Where prefill is not known it cannot be left out.
     unknown = [replace(r, prefill_s=None) for r in steady]
-    assert "high_variation" in [n.code for n in doubts.of_record(record(), unknown)]
+    assert "high_variation" in [n.code for n in warning_codes.of_record(record(), unknown)]
 
 
 def test_batches_of_one_token_are_not_mixed_with_those_that_decode():
     one = [replace(r, batch=10 + r.batch, output_tokens=1) for r in decoded([2.0] * 3, [0.0] * 3)]
-    assert "high_variation" not in [n.code for n in doubts.of_record(record(), decoded([2.0] * 6, [0.05] * 6) + one)]
+    assert "high_variation" not in [
+        n.code for n in warning_codes.of_record(record(), decoded([2.0] * 6, [0.05] * 6) + one)
+    ]
 
 
 def row(**known):
@@ -146,7 +148,7 @@ def row(**known):
     [(1, 0, ["few_cycles"]), (2, 0, []), (1, 1, ["few_cycles", "resumed"]), (3, 2, ["resumed"])],
 )
 def test_one_cycle_and_a_resumed_run_are_doubted(cycles, resumed, expected):
-    assert [n.code for n in doubts.of_experiment(cycles, resumed)] == expected
+    assert [n.code for n in warning_codes.of_experiment(cycles, resumed)] == expected
 
 
 class TestBelowIdle:
@@ -159,7 +161,7 @@ class TestBelowIdle:
             output_tokens=0,
             input_tokens=0,
         )
-        (found,) = doubts.of_rows({name: [value] for name, value in vars(made).items()}, [[record()]])
+        (found,) = warning_codes.of_rows({name: [value] for name, value in vars(made).items()}, [[record()]])
         return [n.code for n in found]
 
     @pytest.mark.parametrize("adjusted_j", [20.0, 0.0, -0.01, -0.99])
@@ -186,7 +188,7 @@ def test_varying_batches_are_doubted_and_long_ones_among_equals_are_not():
     assert "high_variation" not in codes(record(), [1.0, 1.05, 1.0, 1.02, 1.0])
     longer = requests([1.0] * 9)
     longer.append(replace(longer[0], batch=9, output_tokens=40, latency_s=4.0, end_s=longer[0].start_s + 4.0))
-    assert "high_variation" not in [n.code for n in doubts.of_record(record(), longer)]
+    assert "high_variation" not in [n.code for n in warning_codes.of_record(record(), longer)]
 
 
 def test_a_run_that_did_not_get_to_its_window_has_nothing_to_doubt():
@@ -195,10 +197,10 @@ def test_a_run_that_did_not_get_to_its_window_has_nothing_to_doubt():
 
 def test_an_unknown_code_cannot_be_used():
     with pytest.raises(KeyError):
-        doubts.note("invented", "…")
+        warning_codes.warning("invented", "…")
 
 
 def test_every_doubt_says_what_it_means_and_what_to_do():
-    for code, doubt in doubts.CATALOGUE.items():
-        assert doubt.meaning.endswith("."), code
-        assert doubt.remedy.endswith("."), code
+    for code, kind in warning_codes.WARNINGS.items():
+        assert kind.meaning.endswith("."), code
+        assert kind.remedy.endswith("."), code

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.record import ENERGY_OWNER, DeviceState, EnergyReading, Note, ProcessRecord, RequestRecord
+from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, EnergyReading, ProcessRecord, RequestRecord
 
 SHORT_WINDOW_S = 5.0
 FEW_TICKS = 50
@@ -32,161 +32,163 @@ NOT_THROTTLING = frozenset({"applications_clocks_setting", "sync_boost"})
 
 
 @dataclass(frozen=True)
-class Doubt:
+class WarningKind:
     """A kind of warning: what it means, and what to do about it."""
 
     meaning: str
     remedy: str
 
 
-CATALOGUE: dict[str, Doubt] = {
-    "short_window": Doubt(
+WARNINGS: dict[str, WarningKind] = {
+    "short_window": WarningKind(
         f"The measured window was shorter than {SHORT_WINDOW_S:g} s: sensors and one-time costs weigh too much.",
         "Run more prompts or longer outputs; 30 s and more is better.",
     ),
-    "few_ticks": Doubt(
+    "few_ticks": WarningKind(
         f"The energy counter advanced fewer than {FEW_TICKS} times in the window.",
         "Run longer: what is lost at the edges becomes smaller.",
     ),
-    "counter_trace_mismatch": Doubt(
+    "counter_trace_mismatch": WarningKind(
         "The energy counter and the integral of the power trace differ by more than 5 %.",
         "Look at the trace for a changing load; repeat; on a module (GH200) the two may cover different things.",
     ),
-    "throttled": Doubt(
+    "throttled": WarningKind(
         "The driver reported a slowdown of the GPU's clocks before or after the window.",
         "Cool the machine, raise the power limit, or lock the clocks lower.",
     ),
-    "foreign_process": Doubt(
+    "foreign_process": WarningKind(
         "Another process was on a GPU in use: its energy is in the numbers.",
         "Wait for it to end, or use another GPU.",
     ),
-    "temperature_drift": Doubt(
+    "temperature_drift": WarningKind(
         f"A GPU became more than {TEMPERATURE_DRIFT_C} °C warmer or colder over the run: leakage changes with it.",
         "Warm up longer (warmup.until_cv), or cool down first (cooldown.to_c).",
     ),
-    "busy_host": Doubt(
+    "busy_host": WarningKind(
         f"Other processes kept more than {BUSY_SHARE:.0%} of the machine's cores busy during the window.",
         "Measure on an idle machine; whole-machine energy includes their work, and they slow this one.",
     ),
-    "high_variation": Doubt(
+    "high_variation": WarningKind(
         f"The time for an output token, without prefill where that is known, varied between batches by more than "
         f"{HIGH_CV:.0%} (coefficient of variation).",
         "Warm up longer; look for other load; repeat.",
     ),
-    "warmup_not_steady": Doubt(
+    "warmup_not_steady": WarningKind(
         "The warm-up ended at its limit, not because latencies were steady.",
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
     ),
-    "compiled_in_window": Doubt(
+    "compiled_in_window": WarningKind(
         "Code was compiled inside the measured window: seconds and joules that later prompts do not pay.",
         "Warm up on more prompts (warmup.prompts), so that every length is met before, or turn compilation off.",
     ),
-    "not_cooled_down": Doubt(
+    "not_cooled_down": WarningKind(
         "A GPU was still warmer than cooldown.to_c when the run began.",
         "Raise cooldown.max_s, or the temperature to wait for.",
     ),
-    "few_cycles": Doubt(
+    "few_cycles": WarningKind(
         f"Fewer than {LEAST_CYCLES} cycles: a single measurement has no confidence interval.",
         "Measure several times (--cycles); two are the least, five and more give a narrow interval.",
     ),
-    "window_cut": Doubt(
+    "window_cut": WarningKind(
         "The run ended inside the measured window, which is counted up to its last finished request. How long before "
         "the end that was, the sentence says; of a process that was killed it is not known.",
         "Nothing, if the loss is small beside the window; else measure anew (--fresh).",
     ),
-    "resumed": Doubt(
+    "resumed": WarningKind(
         "The run was interrupted and continued: its windows were measured at different times, each after a warm-up.",
         "Compare with an uninterrupted run where small differences matter.",
     ),
-    "ranks_apart": Doubt(
+    "ranks_apart": WarningKind(
         "The windows of processes that should have run together do not overlap: they did not share the work.",
         "Measure anew (--fresh); if it happens again, look at the logs of the processes.",
     ),
-    "mixed_backends": Doubt(
+    "mixed_backends": WarningKind(
         "The processes ran on different backends (--allow-mixed-backends): their numbers are of different engines.",
         "Use the row for nothing that is compared; measure with one backend.",
     ),
-    "shared_hardware": Doubt(
+    "shared_hardware": WarningKind(
         "Other experiments ran on this machine at the same time: energy that is not of one GPU alone includes theirs, "
         "and they slow each other.",
         "Run one after another (without --parallel) for numbers that matter.",
     ),
-    "energy_estimated": Doubt(
+    "energy_estimated": WarningKind(
         "The energy of some components is an estimate, not a measurement.",
         "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
     ),
-    "energy_missing": Doubt("Some energy is null; the sentence says why.", "As the sentence says."),
-    "energy_shared": Doubt(
+    "energy_missing": WarningKind("Some energy is null; the sentence says why.", "As the sentence says."),
+    "energy_shared": WarningKind(
         "A MIG instance has no counter: the energy is that of its whole GPU.",
         "Leave the other instances idle, or turn MIG off.",
     ),
-    "energy_integrated": Doubt(
+    "energy_integrated": WarningKind(
         "A GPU has no energy counter: its energy is the integral of sampled power.",
         "Expect a few percent more uncertainty, more for loads that change fast.",
     ),
-    "idle_adjusted_negative": Doubt(
+    "idle_adjusted_negative": WarningKind(
         f"The run took less than the idle power times its duration, by more than {IDLE_TOLERANCE:.0%} of its energy "
         f"and more than the idle power times {EDGE_TICKS} ticks of the counter, which the window's edges leave open.",
         "Idle was measured while something else ran; repeat on a quiet machine.",
     ),
-    "decode_negative": Doubt(
+    "decode_negative": WarningKind(
         "Decode energy, the window's less the prefill's, is negative.",
         "The window is too short for the trace; run longer.",
     ),
-    "identity_violated": Doubt(
+    "identity_violated": WarningKind(
         "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or tokens against their request rows.",
         "This is a fault in lem or in the files; please report it with the raw record.",
     ),
-    "random_weights": Doubt(
+    "random_weights": WarningKind(
         "The model is built in with random weights.", "Nothing, if you know; its text means nothing."
     ),
-    "simulated": Doubt("No model ran: the backend is simulated.", "Choose another backend for real numbers."),
-    "gpu_unused": Doubt(
+    "simulated": WarningKind("No model ran: the backend is simulated.", "Choose another backend for real numbers."),
+    "gpu_unused": WarningKind(
         "A GPU is visible, but the engine was built without CUDA and ran on the CPU.",
         "Install the engine's CUDA build, or set backend.device=cpu.",
     ),
-    "input_truncated": Doubt("Prompts were cut to max_input_tokens.", "Raise it, if the model has the positions."),
-    "prefix_cached": Doubt(
+    "input_truncated": WarningKind(
+        "Prompts were cut to max_input_tokens.", "Raise it, if the model has the positions."
+    ),
+    "prefix_cached": WarningKind(
         "Prompts that began like earlier ones in the window were not computed anew up to there, for the engine had "
         "cached it; FLOPs and tokens count it all the same.",
         "Nothing, if it is what you study; else backend.enable_prefix_caching=false.",
     ),
-    "preempted": Doubt(
+    "preempted": WarningKind(
         "The engine's cache was too small for all requests that ran: some were put off and computed anew.",
         "Lower batching.batch_size, or give the cache more memory.",
     ),
-    "server_elsewhere": Doubt(
+    "server_elsewhere": WarningKind(
         "The server that ran the model is on another machine: energy is null, for no meter of this one knows of it; "
         "the snapshot of the machine is of the one that asked.",
         "Measure on the machine that the server runs on.",
     ),
-    "server_shared": Doubt(
+    "server_shared": WarningKind(
         "The server has made more tokens in the window than were asked for here: others were using it.",
         "Use a server that nobody else uses (backend.command starts one).",
     ),
-    "prefix_cache_kept": Doubt(
+    "prefix_cache_kept": WarningKind(
         "The server cannot be told to drop cached prefixes, so that prompts may have profited from the warm-up, from "
         "an earlier cycle or from others.",
         "Turn its prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, on an address of its own machine only.",
     ),
-    "tokens_not_timed": Doubt(
+    "tokens_not_timed": WarningKind(
         "The server does not tell how many tokens an event brings: the time to the first token is measured, the gaps "
         "between tokens are the mean of their request.",
         "Use a server that tells token ids or usage with each event (backend.dialect=vllm); do not read percentiles of "
         "inter-token latency.",
     ),
-    "fewer_prompts": Doubt("The dataset holds fewer prompts than were asked for.", "Lower --sample-size."),
+    "fewer_prompts": WarningKind("The dataset holds fewer prompts than were asked for.", "Lower --sample-size."),
 }
 
 
-def note(code: str, text: str) -> Note:
+def warning(code: str, text: str) -> CodedWarning:
     """Make a warning; KeyError for a code that the catalogue does not know."""
-    CATALOGUE[code]
-    return Note(code, text)
+    WARNINGS[code]
+    return CodedWarning(code, text)
 
 
 # ------------------------------------------------------------------ of one process
-def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[Note]:
+def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[CodedWarning]:
     """Return what there is to doubt about the measured window of one process."""
     window = record.phase("measured")
     if window is None:
@@ -201,62 +203,64 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
     ]
 
 
-def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator[Note]:
+def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if duration_s < SHORT_WINDOW_S:
-        yield note("short_window", f"the window is {duration_s:.3g} s; {SHORT_WINDOW_S:g} s is the least to trust.")
+        yield warning("short_window", f"the window is {duration_s:.3g} s; {SHORT_WINDOW_S:g} s is the least to trust.")
     ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
     if ticks and min(ticks) < FEW_TICKS:
-        yield note("few_ticks", f"the energy counter advanced about {min(ticks):.0f} times; {FEW_TICKS} is the least.")
+        yield warning(
+            "few_ticks", f"the energy counter advanced about {min(ticks):.0f} times; {FEW_TICKS} is the least."
+        )
     for r in readings:
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
             continue
         ratio = r.trace_energy_j / r.energy_j
         if abs(ratio - 1) > TRACE_TOLERANCE:
-            yield note("counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter.")
+            yield warning("counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter.")
 
 
-def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[Note]:
+def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if not readings:
-        yield note("energy_missing", "no meter was used.")
+        yield warning("energy_missing", "no meter was used.")
     estimates = [r for r in readings if r.source == "estimate"]
     if estimates:
         names = " and ".join(dict.fromkeys(r.component for r in estimates))
         methods = "; ".join(dict.fromkeys(r.method for r in estimates))
-        yield note("energy_estimated", f"the {names} energy is an estimate, not a measurement ({methods}).")
+        yield warning("energy_estimated", f"the {names} energy is an estimate, not a measurement ({methods}).")
     if any(r.scope == "shared_device" for r in readings):
-        yield note("energy_shared", "a MIG instance has no counter; the energy is that of its whole GPU.")
+        yield warning("energy_shared", "a MIG instance has no counter; the energy is that of its whole GPU.")
     for r in readings:
         if r.energy_j is None:
-            yield note("energy_missing", f"{r.component}: {r.reason}.")
+            yield warning("energy_missing", f"{r.component}: {r.reason}.")
         elif r.source == "integral":
-            yield note("energy_integrated", f"{r.device}: {r.method}.")
+            yield warning("energy_integrated", f"{r.device}: {r.method}.")
 
 
-def _of_devices(record: ProcessRecord) -> Iterator[Note]:
+def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.environment is None:
         return
     before, after = record.environment.devices_before, record.environment.devices_after
     for state in (*before, *after):
         reasons = [reason for reason in state.throttle_reasons or () if reason not in NOT_THROTTLING]
         if reasons:
-            yield note("throttled", f"{state.uuid}: {', '.join(reasons)}.")
+            yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}.")
         for process in state.foreign_processes or ():
-            yield note("foreign_process", f"{state.uuid}: process {process.pid} ({process.name or 'unnamed'}).")
+            yield warning("foreign_process", f"{state.uuid}: process {process.pid} ({process.name or 'unnamed'}).")
     yield from _of_temperatures(before, after)
 
 
-def _of_temperatures(before: Sequence[DeviceState], after: Sequence[DeviceState]) -> Iterator[Note]:
+def _of_temperatures(before: Sequence[DeviceState], after: Sequence[DeviceState]) -> Iterator[CodedWarning]:
     for first, last in zip(before, after, strict=False):
         if first.temperature_c is None or last.temperature_c is None:
             continue
         drift = last.temperature_c - first.temperature_c
         if abs(drift) > TEMPERATURE_DRIFT_C:
-            yield note(
+            yield warning(
                 "temperature_drift", f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
             )
 
 
-def _of_host(records: Sequence[ProcessRecord]) -> Iterator[Note]:
+def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
     """Yield what other processes than these, all that ran together, took of the machine."""
     loads = [record.cpu_load for record in records if record.cpu_load is not None]
     here = records[0].environment
@@ -264,10 +268,10 @@ def _of_host(records: Sequence[ProcessRecord]) -> Iterator[Note]:
         return
     foreign = loads[0].machine_cores - sum(load.process_cores for load in loads)
     if foreign > BUSY_SHARE * here.cpu_threads:
-        yield note("busy_host", f"other processes used {foreign:.2g} of {here.cpu_threads} cores during the window.")
+        yield warning("busy_host", f"other processes used {foreign:.2g} of {here.cpu_threads} cores during the window.")
 
 
-def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[Note]:
+def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
     longest: dict[int, RequestRecord] = {}
     for request in requests:
         if request.batch not in longest or request.output_tokens > longest[request.batch].output_tokens:
@@ -277,7 +281,7 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[Note]:
         return
     cv = statistics.stdev(per_token_s) / statistics.fmean(per_token_s)
     if cv > HIGH_CV:
-        yield note("high_variation", f"the time for an output token varied by {cv:.0%} between batches.")
+        yield warning("high_variation", f"the time for an output token varied by {cv:.0%} between batches.")
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
@@ -292,17 +296,19 @@ def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
     return [(r.end_s - r.start_s) / r.output_tokens for r in requests if r.output_tokens]
 
 
-def _of_warmup(record: ProcessRecord) -> Iterator[Note]:
+def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.warmup is not None and record.warmup.ended in ("max_prompts", "max_s"):
         cv = "unknown" if record.warmup.cv is None else f"{record.warmup.cv:.3f}"
-        yield note("warmup_not_steady", f"it ended at {record.warmup.ended} with a coefficient of variation of {cv}.")
+        yield warning(
+            "warmup_not_steady", f"it ended at {record.warmup.ended} with a coefficient of variation of {cv}."
+        )
 
 
 # ------------------------------------------------------------------ of a row
 Columns = Mapping[str, Sequence[Any]]
 
 
-def of_rows(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> list[list[Note]]:
+def of_rows(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> list[list[CodedWarning]]:
     """Return what there is to doubt about derived numbers: identities that do not hold, negative differences.
 
     Args:
@@ -315,15 +321,15 @@ def of_rows(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> list[l
     return found
 
 
-def of_experiment(cycles_completed: int, resumed: int) -> Iterator[Note]:
+def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]:
     """Yield what there is to doubt about an experiment as a whole."""
     if cycles_completed < LEAST_CYCLES:
-        yield note("few_cycles", f"{cycles_completed} finished; {LEAST_CYCLES} are the least for an interval.")
+        yield warning("few_cycles", f"{cycles_completed} finished; {LEAST_CYCLES} are the least for an interval.")
     if resumed:
-        yield note("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
+        yield warning("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
 
 
-def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, Note]]:
+def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:
     """Yield the identities that a row violates, by the row's place."""
     pairs = {
         "J = W·t": (rows["energy_j"], map(_product, rows["average_power_w"], rows["duration_s"])),
@@ -359,16 +365,16 @@ def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> It
             if one is None or other is None or one == other:
                 continue
             if abs(one - other) > IDENTITY_TOLERANCE * max(abs(one), abs(other)):
-                yield place, note("identity_violated", f"{name} does not hold: {one:.6g} against {other:.6g}.")
+                yield place, warning("identity_violated", f"{name} does not hold: {one:.6g} against {other:.6g}.")
 
 
-def _negatives(rows: Columns) -> Iterator[tuple[int, Note]]:
+def _negatives(rows: Columns) -> Iterator[tuple[int, CodedWarning]]:
     for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
         if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
-            yield place, note("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is taken off.")
+            yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is taken off.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
-            yield place, note("decode_negative", f"it is {decode_j:.4g} J.")
+            yield place, warning("decode_negative", f"it is {decode_j:.4g} J.")
 
 
 def _idle_tolerance_j(rows: Columns, place: int) -> float:
