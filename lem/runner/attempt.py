@@ -294,7 +294,7 @@ def _token_times(request: MeasuredRequest) -> dict[str, Any]:
 
 def _queue_s(request: MeasuredRequest) -> float | None:
     """Return how long a request waited; None where it came into no queue, or the engine does not tell its beginning."""
-    if request.arrived_s is None or not request.generation.start_is_told:
+    if request.arrived_s is None or not request.generation.start_is_known:
         return None
     return request.start_s - request.arrived_s
 

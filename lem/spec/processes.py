@@ -36,3 +36,8 @@ def process_counts(experiment: Experiment) -> tuple[int, int]:
     if strategy == "data_parallel":
         return degree, degree
     return experiment.num_processes, experiment.num_processes
+
+
+def gpus_per_process(experiment: Experiment) -> int:
+    """Return how many GPUs, or on a CPU workers, one process runs the model on."""
+    return experiment.parallelism.degree if runs_in_one_process(experiment) else 1

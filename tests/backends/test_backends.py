@@ -56,7 +56,7 @@ class Member:
         """Return how many requests ran at the same time at most."""
         if self.experiment.backend.name == "tensorrt":
             # It begins on the next one before the end of the last one is heard of here: the engine has to tell.
-            return backend._llm.most_at_once
+            return backend._loaded.engine.most_at_once
         return max(sum(g.start_ns <= at.start_ns < g.end_ns for g in generations) for at in generations)
 
     def skip_where_end_tokens_cannot_be_held_off(self):

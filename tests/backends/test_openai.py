@@ -243,7 +243,7 @@ def test_without_streaming_nothing_is_timed_by_token(served):
 
 def test_queueing_in_a_server_is_not_known(served):
     _, backend = served()
-    assert all(not g.start_is_told and g.prefill_end_ns is None for g in run(backend))
+    assert all(not g.start_is_known and g.prefill_end_ns is None for g in run(backend))
 
 
 @pytest.mark.parametrize(("ends", "finish"), [({103}, "stop"), (set(), "length")])
@@ -415,8 +415,8 @@ def test_requests_that_nobody_waits_for_are_broken_off(served):
 
 def test_what_an_answer_asks_for_as_all_is_broken_off_is_not_sent(served):
     _, backend = served(batching=Batching(strategy="continuous", batch_size=2))
-    client = backend._client
-    body = backend._body(prompts(1)[0], backend._experiment)
+    client = backend._loaded.client
+    body = backend._loaded.body(prompts(1)[0], backend._experiment)
 
     def asked_for_too_late():
         breaking_off = client._loop.create_task(client._cancel())

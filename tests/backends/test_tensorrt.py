@@ -276,7 +276,7 @@ ARRIVALS = [
 
 @pytest.mark.parametrize(("engine", "path", "value"), ARRIVALS, ids=lambda v: v if isinstance(v, str) else "")
 def test_an_engine_option_arrives(loaded, engine, path, value):
-    found = loaded(experiment(engine=engine))._llm.args
+    found = loaded(experiment(engine=engine))._loaded.engine.args
     for name in path.split("."):
         found = getattr(found, name)
     assert found == value
@@ -440,14 +440,14 @@ def test_an_end_token_that_is_kept_back_has_its_time(loaded, texts, ending):
 def test_what_the_engine_does_not_tell_is_not_told(loaded, texts):
     backend = loaded(TINY, no_metrics=True)
     done = run(backend, texts[:4])
-    assert all(not g.start_is_told and g.start_ns == g.arrived_ns and g.prefill_end_ns is None for g in done.values())
+    assert all(not g.start_is_known and g.start_ns == g.arrived_ns and g.prefill_end_ns is None for g in done.values())
     assert set(backend.counters()) == {"prefix_cache_hit_tokens", "prefix_cache_queried_tokens"}
 
 
-def test_times_of_another_clock_are_not_believed(loaded, texts):
+def test_times_of_another_clock_are_not_believed(loaded, texts, monkeypatch):
+    monkeypatch.setattr(tensorrt, "clock_offset_ns", lambda: 10**12)
     backend = loaded(TINY)
-    backend._clock_offset_ns = 10**12
-    assert not any(g.start_is_told for g in run(backend, texts[:4]).values())
+    assert not any(g.start_is_known for g in run(backend, texts[:4]).values())
 
 
 def test_the_engines_counts(loaded, texts):
@@ -535,7 +535,7 @@ def test_an_engine_that_stops_leaves_what_can_still_be_told(loaded, texts):
 
 def test_a_request_that_the_engine_does_not_take_is_told(loaded, texts, monkeypatch):
     backend = loaded(TINY)
-    monkeypatch.setattr(backend._llm.args, "max_num_tokens", 1)
+    monkeypatch.setattr(backend._loaded.engine.args, "max_num_tokens", 1)
     prompts = [replace(p, index=p.index + 3) for p in loaded(TINY).encode(texts[:1])]
     with pytest.raises(RunError, match="refuses prompt 3: The sum of prompt length"):
         list(backend.generate(prompts))
@@ -544,7 +544,7 @@ def test_a_request_that_the_engine_does_not_take_is_told(loaded, texts, monkeypa
 @pytest.mark.processes
 def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
     backend = loaded(TINY, process=True, die_after=20)
-    (process,) = backend._processes
+    (process,) = backend._engine.processes
     with pytest.raises(RunError, match="one of its processes has died"):
         run(backend, texts)
     backend.close()
@@ -555,9 +555,9 @@ def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
 def test_an_engine_that_does_not_answer_is_given_up_and_ended(loaded, texts, monkeypatch):
     monkeypatch.setattr(tensorrt, "SILENCE_S", -14.0)  # seconds; one for each token of an output are added
     backend = loaded(TINY, process=True, hang_after=20)
-    (process,) = backend._processes
+    (process,) = backend._engine.processes
     began = time.monotonic()
-    with pytest.raises(RunError, match="does not answer: nothing has come from it"):
+    with pytest.raises(RunError, match="does not answer: it has sent nothing"):
         run(backend, texts)
     backend.close()
     assert not processes.is_alive(process)

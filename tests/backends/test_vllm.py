@@ -633,7 +633,7 @@ def test_an_engine_that_stops_leaves_what_can_still_be_told(fresh, texts, monkey
     def stops():
         raise RuntimeError("CUDA error: an illegal\nmemory access was encountered")
 
-    monkeypatch.setattr(backend._engine, "step", stops)
+    monkeypatch.setattr(backend._loaded.engine, "step", stops)
     with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
         run(backend, texts)
     backend.synchronize()

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from lem.backends import make_backend
-from lem.backends.openai import Openai
 from lem.spec.engines import OpenaiBackend, PytorchBackend
 from lem.spec.experiment import Batching, Decoder, Experiment, Streaming, Traffic
 from lem.workload import builtin
@@ -52,7 +51,7 @@ def started(tmp_path_factory):
         try:
             backend.load()
             backend.forget()
-            family = backend._server.processes()
+            family = backend._loaded.server.processes()
             yield backend
         finally:
             backend.close()
@@ -66,7 +65,7 @@ def asking(started):
     begun = []
 
     def load(**options):
-        chosen = OpenaiBackend(url=started._address.base)
+        chosen = OpenaiBackend(url=started._loaded.address.base)
         backend = make_backend(replace(TINY, fp_precision="auto", backend=chosen, **options))
         begun.append(backend)
         backend.start()
@@ -145,14 +144,16 @@ def test_sampled_tokens_do_not_depend_on_the_company(asking, texts):
 
 
 def test_a_server_that_is_told_no_ids_counts_the_same(asking, texts, on_pytorch, monkeypatch):
+    from lem.backends.openai_session import Loaded
+
     backend = asking(streaming=Streaming(enabled=True))
-    ask = Openai._body
+    ask = Loaded.body
 
     def without_ids(self, prompt, experiment):
         return ask(self, prompt, experiment).replace(b'"return_token_ids": true', b'"return_token_ids": false')
 
-    monkeypatch.setattr(Openai, "_body", without_ids)
-    backend._tells_ids = False  # as the trial would have found
+    monkeypatch.setattr(Loaded, "body", without_ids)
+    backend._loaded = replace(backend._loaded, sends_ids=False)  # as the trial would have found
     done = run(backend, texts)
     assert {i: g.output_tokens for i, g in done.items()} == {i: len(ids) for i, (ids, _) in on_pytorch.items()}
     assert any(chunk.tokens > 1 for g in done.values() for chunk in g.chunks)
