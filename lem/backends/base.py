@@ -24,8 +24,8 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# What a backend may report, mostly by the method of that name; `tokens` are `Generation.token_ids`, `prefill` is
-# `Generation.prefill_end_ns`, `flops` is `Backend.architecture`.
+# What a backend may report: `Generation.token_ids`, `model_info`, `Generation.prefill_end_ns`, `architecture`,
+# `kv_cache_bytes_per_token`, `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
@@ -95,7 +95,6 @@ class Backend(ABC):
     def __init__(self, experiment: Experiment) -> None:
         """Keep the experiment; nothing is loaded or imported yet."""
 
-    # -------------------------------------------------------------- before the run
     @classmethod
     @abstractmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
@@ -129,7 +128,6 @@ class Backend(ABC):
         """Return the engine's processes that lem has not started; called after `load`."""
         return ()
 
-    # -------------------------------------------------------------- loading
     def start(self) -> None:
         """Import the engine, so that no phase includes the time of the import."""
 
@@ -137,7 +135,6 @@ class Backend(ABC):
     def load(self) -> None:
         """Load the model and everything that generating needs."""
 
-    # -------------------------------------------------------------- running
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Turn prompts into token ids, in order: chat template and truncation included, padding not.
@@ -153,8 +150,8 @@ class Backend(ABC):
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
         """Run prompts as they arrive, and yield those that finish together, with their arrival.
 
-        This implementation runs one batch after another, taken from the prompts that wait when the engine is free. A
-        backend whose engine takes in prompts while it works overrides it.
+        Here batch after batch, taken from the prompts that wait when the engine is free; overridden where an engine
+        takes in prompts while it works.
 
         Args:
             arrivals: what arrives, and when.
@@ -176,7 +173,6 @@ class Backend(ABC):
     def close(self) -> None:
         """Release the model and the device; may be called at any time, also when `load` has failed."""
 
-    # -------------------------------------------------------------- reporting, after `load`
     def reset_peak_memory(self) -> None:
         """Reset the peak of `peak_memory`, where the engine can."""
 

@@ -42,7 +42,7 @@ ENDING_PATIENCE_S = 4.0
 RESETS = ("/reset_prefix_cache", "/flush_cache")
 RESET_TRIES = 20
 RESET_POLL_S = 0.1
-# The prompt of the first request, of one token, which shows how the server answers.
+# The prompt of the first request.
 TRIAL_TEXT = "Hello"
 FOREVER_NS = sys.maxsize
 
@@ -146,7 +146,7 @@ def load(experiment: Experiment, gpus: Sequence[Gpu], log_folder: Path, ending: 
     server = None
     if options.command is not None:
         server = _server(experiment, read.model, address, gpus, log_folder / LOG_NAME)
-        ending.callback(_close, server)
+        ending.callback(server.close)
         server.start()
     client = Client(address.base, os.environ.get(options.api_key_env), options.timeout_s)
     ending.callback(client.close)
@@ -154,7 +154,12 @@ def load(experiment: Experiment, gpus: Sequence[Gpu], log_folder: Path, ending: 
     models = _wait_for_models(client, server, address, options)
     card = _choose(models, experiment, read.model, address)
     loaded = Loaded(read, address, client, server, card, _version(client), sends_ids=True)
-    return replace(loaded, sends_ids=_trial(loaded, experiment).token_ids is not None)
+    # One token shows how the server counts, and that it accepts what it will be sent.
+    short = replace(experiment, max_output_tokens=1, min_output_tokens=0)
+    (prompt,) = encode(read.tokenizer, [TRIAL_TEXT], short, None)
+    client.send(0, loaded.body(prompt, short))
+    answer = loaded.checked(prompt, client.next_done()[1])
+    return replace(loaded, sends_ids=answer.token_ids is not None)
 
 
 def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequence[Gpu], log: Path) -> Server:
@@ -166,11 +171,6 @@ def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequen
     hides_gpus = experiment.backend.device == "cpu"
     command = command_line(experiment, model, address)
     return Server(command, environment(shown if gpus or hides_gpus else None), log)
-
-
-def _close(server: Server) -> None:
-    with suppress(OSError):
-        server.close()
 
 
 def _wait_for_models(
@@ -188,15 +188,15 @@ def _wait_for_models(
         if status == 200:
             return _models_in(text)
         if status in (401, 403):
-            key = f"${options.api_key_env}"
-            raise RunError(f"The server at {address.base} wants another API key than {key} has.")
+            raise RunError(f"The server at {address.base} wants another API key than ${options.api_key_env} has.")
         if server is not None and (end := server.how_it_ended()):
             raise RunError(f"{end} It was not ready yet.")
         if time.monotonic() > until_s:
             last = answered or text
+            if server is None:
+                raise RunError(last)
             limit = f"{options.start_timeout_s:g} s (backend.start_timeout_s)"
-            own = server and f"The server was not ready after {limit}. {last}{server.last_words()}"
-            raise RunError(own or last)
+            raise RunError(f"The server was not ready after {limit}. {last}{server.last_words()}")
         time.sleep(READY_POLL_S)
 
 
@@ -241,14 +241,6 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
         return client.fetch(path, method=method, timeout_s=ASIDE_S)
     except RunError:
         return 0, ""
-
-
-def _trial(loaded: Loaded, experiment: Experiment) -> Answer:
-    """Ask for one token, to see how the server counts and that it accepts what it will be sent."""
-    short = replace(experiment, max_output_tokens=1, min_output_tokens=0)
-    (prompt,) = encode(loaded.checkpoint.tokenizer, [TRIAL_TEXT], short, None)
-    loaded.client.send(0, loaded.body(prompt, short))
-    return loaded.checked(prompt, loaded.client.next_done()[1])
 
 
 # ------------------------------------------------------------------ requests

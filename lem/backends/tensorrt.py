@@ -231,9 +231,14 @@ class Engine:
     def close(self, within_s: float) -> None:
         """End the engine; processes that are left after that time are killed."""
         llm, self._llm = self._llm, None
+
+        def shut_down() -> None:
+            with contextlib.suppress(Exception):  # its errors no longer matter
+                llm.shutdown()
+
         if llm is not None:
             # Daemonic: an engine that has broken down may never return from it.
-            ending = threading.Thread(target=_shut_down, args=(llm,), name="closing", daemon=True)
+            ending = threading.Thread(target=shut_down, name="closing", daemon=True)
             ending.start()
             ending.join(within_s)
         processes.kill([process for process in self.processes if processes.is_alive(process)])
@@ -252,11 +257,6 @@ def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     name, fields = found
     return {**arguments, "speculative_config": getattr(llm_args, name)(**fields)}
-
-
-def _shut_down(llm: Any) -> None:
-    with contextlib.suppress(Exception):  # its errors no longer matter
-        llm.shutdown()
 
 
 def _check_options(args: Any, options: TensorrtBackend) -> None:
@@ -396,7 +396,10 @@ class TensorrtSession(Session[Followed]):
     def _generation(self, request: Followed) -> Generation:
         index = request.prompt.index
         if request.error is not None:
-            raise self._failure(request, request.error) from request.error
+            is_refused = request.result is None and isinstance(request.error, (ValueError, TypeError))
+            what = f"refuses prompt {index}" if is_refused else "stopped in the middle of its work"
+            hint = "" if is_refused else MEMORY_HINT(request.error)
+            raise RunError(f"TensorRT-LLM {what}: {reason_of(request.error)}{hint}") from request.error
         output = request.result.outputs[0]
         reason = FINISH_REASONS.get(output.finish_reason or "")
         if reason is None:
@@ -419,11 +422,6 @@ class TensorrtSession(Session[Followed]):
             chunks=self._chunks(request, len(ids)),
             arrived_ns=request.arrived_ns,
         )
-
-    def _failure(self, request: Followed, error: BaseException) -> RunError:
-        if request.result is None and isinstance(error, (ValueError, TypeError)):
-            return RunError(f"TensorRT-LLM refuses prompt {request.prompt.index}: {reason_of(error)}")
-        return RunError(f"TensorRT-LLM stopped in the middle of its work: {reason_of(error)}{MEMORY_HINT(error)}")
 
     def _chunks(self, request: Followed, count: int) -> tuple[Chunk, ...]:
         """Return the times of the tokens; an end token that the engine keeps back comes with the end."""

@@ -23,7 +23,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A request that is followed; `result` is the engine's own, None until it has the request, `error` why there is none."""
+    """A request that is followed; `result` is the engine's, None until it has the request; `error` comes instead."""
 
     key: int = 0
     last_ns: int = 0

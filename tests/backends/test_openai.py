@@ -195,7 +195,7 @@ def test_without_ids_usage_counts(reads, chunks, are_known):
 
 
 def test_ids_and_usage_that_disagree_are_not_believed():
-    with pytest.raises(RunError, match="tells 2 token ids and counts 3 output tokens"):
+    with pytest.raises(RunError, match="sends 2 token ids and counts 3 output tokens"):
         transcript(event(1, 2, finish="length", **usage(3)))
 
 

@@ -24,11 +24,21 @@ from lem.machine import processes
 from lem.spec.engines import TensorrtBackend, TensorrtKvCache, TensorrtScheduler, TensorrtSpeculation
 from lem.spec.experiment import Batching, Decoder, Experiment, Streaming
 from lem.spec.processes import gpus_needed, process_counts
-from lem.workload import builtin
 from lem.workload.models import Model, find
-from lem.workload.traffic import Arrivals
 from tests import models_for_tests
-from tests.backends.test_vllm import on_pytorch, rows, run, spread, tokens
+from tests.backends.conftest import (
+    check_arrivals_are_taken_in,
+    check_cancelled,
+    check_concurrency,
+    check_places_are_filled,
+    check_same_output,
+    check_seeds_differ,
+    on_pytorch,
+    rows,
+    run,
+    tokens,
+)
+from tests.backends.test_vllm import spread
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 from tests.nvml_standin import environment, scenario
 from tests.tensorrt_standin.build import build
@@ -131,13 +141,9 @@ def test_sampling_is_passed_on_and_zero_top_k_stays_all():
 
 
 def test_each_prompt_of_each_experiment_has_a_seed_of_its_own():
-    seeds = [
-        sampling_parameters(replace(TINY, decoder=SAMPLING, seed=seed), index, END)["seed"]
-        for seed in (0, 1, 2**32 - 1)
-        for index in (0, 1, 2, 999_999)
-    ]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**64 for seed in seeds)
+    check_seeds_differ(
+        lambda seed, index: sampling_parameters(replace(TINY, decoder=SAMPLING, seed=seed), index, END), below=2**64
+    )
 
 
 # ------------------------------------------------------------------ the installed version
@@ -201,29 +207,16 @@ def test_a_former_name_of_an_argument_is_used_where_it_is_the_only_one(tmp_path,
 
 
 # ------------------------------------------------------------------ the loaded engine
-@pytest.fixture(scope="module")
-def texts():
-    return [row["text"] for row in builtin.read("builtin:sample")][:20]
-
-
 @pytest.fixture
-def loaded(monkeypatch, tmp_path):
-    """Load backends, and close them at the end; keywords of the stand-in's own become its options."""
-    begun = []
+def loaded(fresh, monkeypatch, tmp_path):
+    """Load backends, and close them at the end; keywords become options of the stand-in."""
 
     def load(wanted, **standin):
         monkeypatch.setenv("TENSORRT_STANDIN", json.dumps(standin))
         monkeypatch.setenv("TENSORRT_STANDIN_LOG", str(tmp_path / "calls.jsonl"))
-        backend = make_backend(wanted)
-        begun.append(backend)
-        backend.start()
-        backend.load()
-        backend.forget()
-        return backend
+        return fresh(wanted)
 
-    yield load
-    for backend in begun:
-        backend.close()
+    return load
 
 
 def calls(tmp_path, name):
@@ -342,68 +335,36 @@ def test_it_gives_the_tokens_that_pytorch_gives(loaded, texts, ending, options, 
     wanted = replace(TINY, model=ending, **options)
     here, there = loaded(wanted, keep_end_token=keep), loaded(on_pytorch(wanted))
     assert here.encode(texts) == there.encode(texts)
-    mine, theirs = run(here, texts[:8]), run(there, texts[:8])
-    assert tokens(mine) == tokens(theirs)
-    assert {i: g.finish_reason for i, g in mine.items()} == {i: g.finish_reason for i, g in theirs.items()}
+    mine = check_same_output(here, there, texts, 8)
     if not options:
         assert {g.finish_reason for g in mine.values()} == {"stop", "length"}
-    assert here.architecture() == there.architecture()
-    assert here.model_info() == there.model_info()
 
 
 def test_an_adapter_changes_tokens_and_flops_as_on_pytorch(loaded, texts, tmp_path):
     wanted = replace(TINY, adapter=str(models_for_tests.adapter(tmp_path / "adapter", find("tiny").path)))
     here, there = loaded(wanted), loaded(on_pytorch(wanted))
-    mine = tokens(run(here, texts[:4]))
-    assert mine == tokens(run(there, texts[:4]))
+    mine = tokens(check_same_output(here, there, texts, 4))
     assert mine != tokens(run(loaded(TINY), texts[:4]))
-    assert here.architecture() == there.architecture()
-    assert here.model_info() == there.model_info()
     assert {call["lora_request"] for call in calls(tmp_path, "generate_async")} == {wanted.adapter, None}
 
 
 def test_continuous_batching_fills_places_as_they_become_free(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=3)))
-    before = time.perf_counter_ns()
-    batches = list(backend.generate(backend.encode(texts)))
-    after = time.perf_counter_ns()
-    done = [g for batch in batches for g in batch]
-    assert sorted(g.index for g in done) == list(range(20))
-    assert {g.batch for g in done} == {0}
-    assert len(batches) > 1
-    assert all(before <= g.arrived_ns <= g.start_ns < g.prefill_end_ns <= g.end_ns <= after for g in done)
-    waited = [g.start_ns - g.arrived_ns for g in sorted(done, key=lambda g: g.start_ns)]
-    assert min(waited[3:]) > max(waited[:3])
+    check_places_are_filled(backend, texts, began_ns=lambda g: g.start_ns)
 
 
 def test_requests_that_arrive_while_others_run_are_taken_in(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64)), step_s=0.05)
-    prompts = backend.encode(texts)[:6]
-    opened_ns = time.perf_counter_ns()
-    times_s = [0.01 * i for i in range(5)] + [3.0]
-    done = [g for some in backend.serve(Arrivals(prompts, times_s, 1, opened_ns), 64) for g in some]
-    assert {g.index: g.arrived_ns for g in done} == {i: opened_ns + round(t * 1e9) for i, t in enumerate(times_s)}
-    assert all(g.arrived_ns <= g.start_ns < g.end_ns for g in done)
-    first, second, *_, last = sorted(done, key=lambda g: g.index)
-    assert second.start_ns < first.end_ns, "the first one is not waited for"
-    assert last.start_ns - opened_ns >= 3e9
+    check_arrivals_are_taken_in(backend, backend.encode(texts)[:6], [0.01 * i for i in range(5)] + [3.0])
 
 
 def test_a_fixed_concurrency_is_never_exceeded(loaded, texts):
-    backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64)))
-    prompts = backend.encode(texts)
-    done = [g for some in backend.serve(Arrivals(prompts, None, 3, time.perf_counter_ns()), 64) for g in some]
-    assert sorted(g.index for g in done) == list(range(len(texts)))
-    assert max(sum(g.arrived_ns <= at.arrived_ns < g.end_ns for g in done) for at in done) == 3
+    check_concurrency(loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64))), texts)
 
 
 def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
-    backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=2)), step_s=0.01)
-    generations = backend.generate(backend.encode(texts))
-    first = next(generations)
-    generations.close()
-    assert sorted(run(backend, texts[:5])) == [0, 1, 2, 3, 4]
-    assert len(first) < 20
+    two_at_a_time = replace(TINY, batching=Batching(strategy="continuous", batch_size=2))
+    check_cancelled(loaded(two_at_a_time, step_s=0.01), texts)
 
 
 # ------------------------------------------------------------------ times and counts

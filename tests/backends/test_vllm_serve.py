@@ -20,6 +20,7 @@ from lem.spec.experiment import Batching, Decoder, Experiment, Streaming, Traffi
 from lem.workload import builtin
 from lem.workload.tokens import token_times
 from lem.workload.traffic import Arrivals, arrival_times_s
+from tests.backends.conftest import run
 from tests.conftest import begin, kill_group, raw_record, wait_for
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
@@ -60,22 +61,10 @@ def started(tmp_path_factory):
 
 
 @pytest.fixture
-def asking(started):
+def asking(started, fresh):
     """Load backends that use the server as one that runs already."""
-    begun = []
-
-    def load(**options):
-        chosen = OpenaiBackend(url=started._loaded.address.base)
-        backend = make_backend(replace(TINY, fp_precision="auto", backend=chosen, **options))
-        begun.append(backend)
-        backend.start()
-        backend.load()
-        backend.forget()
-        return backend
-
-    yield load
-    for backend in begun:
-        backend.close()
+    chosen = OpenaiBackend(url=started._loaded.address.base)
+    return lambda **options: fresh(replace(TINY, fp_precision="auto", backend=chosen, **options))
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +79,6 @@ def on_pytorch(texts):
     backend.load()
     yield tokens(run(backend, texts))
     backend.close()
-
-
-def run(backend, texts):
-    return {g.index: g for batch in backend.generate(backend.encode(texts)) for g in batch}
 
 
 def tokens(generations):

@@ -13,7 +13,7 @@ import sys
 import typing
 from pathlib import Path
 
-from lem.backends.tensorrt_source import sampling_options_kept, sampling_options_looked_at
+from lem.backends.tensorrt_source import sampling_options_in_config, sampling_options_kept
 
 SIGNATURES = Path(__file__).parent / "signatures.json"
 # Where classes are defined, in this version or in former ones, and which; None is all that can be arguments.
@@ -49,7 +49,7 @@ def extract(package: Path, version: str) -> dict:
         "version": version,
         "classes": classes,
         "calls": {file: _parameters(package / file, *names) for file, names in CALLS.items()},
-        "sampling_options_looked_at": sorted(sampling_options_looked_at(package)),
+        "sampling_options_in_config": sorted(sampling_options_in_config(package)),
         "sampling_options_kept": sorted(sampling_options_kept(package)),
     }
 
