@@ -49,7 +49,7 @@ def extract(package: Path, version: str) -> dict:
         "version": version,
         "classes": classes,
         "calls": {file: _parameters(package / file, *names) for file, names in CALLS.items()},
-        "sampling_options_in_config": sorted(sampling_options_in_config(package)),
+        "sampling_options_looked_at": sorted(sampling_options_in_config(package)),
         "sampling_options_kept": sorted(sampling_options_kept(package)),
     }
 
