@@ -1,6 +1,6 @@
 """How each feature of tests/backends/features.py is confirmed: what runs here, and what only arrives in an engine.
 
-The support matrix (docs/support.md) takes its words from here, and test_support.py runs it. A backend joins by a line
+The support matrix (docs/support.md) takes its words from here, and test_features.py runs it. A backend joins by a line
 in ENGINES, where it can run on a processor; else by lines in ARRIVES.
 """
 
@@ -25,47 +25,57 @@ ENGINES = {
     "vllm": VllmBackend(kv_cache_memory_bytes=2**26, enforce_eager=True),
 }
 
-# What a test of its own shows to work on the processor, since it takes processes, minutes or another model.
+# What a separate test shows to work on the processor, as it takes processes, minutes or another model; paths are
+# relative to tests/.
 ELSEWHERE = {
-    ("openai", "greedy"): "test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
-    ("openai", "continuous batching"): "test_openai.py::test_continuous_batching_keeps_as_many_in_flight",
-    ("openai", "streaming"): "test_openai.py::test_tokens_are_timed_as_they_travel",
-    ("openai", "Poisson arrivals"): "test_openai.py::test_run_of_poisson_arrivals_at_a_server",
+    ("openai", "greedy"): "backends/test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
+    ("openai", "continuous batching"): "backends/test_openai.py::test_continuous_batching_keeps_as_many_in_flight",
+    ("openai", "streaming"): "backends/test_openai.py::test_tokens_are_timed_as_they_travel",
+    ("openai", "Poisson arrivals"): "backends/test_openai.py::test_run_of_poisson_arrivals_at_a_server",
     ("openai", "fixed concurrency"): (
-        "test_openai.py::test_a_fixed_concurrency_sends_the_next_one_before_the_last_is_dealt_with"
+        "backends/test_openai.py::test_a_fixed_concurrency_sends_the_next_one_before_the_last_is_dealt_with"
     ),
-    ("openai", "static batches"): "test_openai.py::test_a_batch_is_in_flight_together_and_the_next_one_waits",
-    ("openai", "minimum output"): "test_backends.py::test_no_output_is_shorter_than_min_output_tokens",
-    ("openai", "maximum output"): "test_backends.py::test_no_output_is_longer_than_max_output_tokens",
-    ("openai", "maximum input"): "test_backends.py::test_long_inputs_are_cut_to_their_beginning_and_marked",
-    ("openai", "seed"): "test_backends.py::test_same_seed_gives_same_tokens_and_another_seed_gives_others",
-    ("openai", "the engine's counters"): "test_openai.py::test_counters_are_those_of_the_window",
-    ("pytorch", "several processes"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
-    ("pytorch", "data parallel"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
-    ("pytorch", "tensor parallel"): "test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
-    ("pytorch", "torch.compile"): "test_pytorch.py::test_compiled_model_writes_the_same",
-    ("pytorch", "bitsandbytes, 8 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
-    ("pytorch", "bitsandbytes, 4 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
-    ("simulated", "several processes"): "test_support.py::test_simulated_processes_share_the_prompts",
-    ("simulated", "data parallel"): "test_support.py::test_simulated_processes_share_the_prompts",
-    ("vllm", "several processes"): "test_vllm.py::test_run_on_two_replicas",
-    ("vllm", "data parallel"): "test_vllm.py::test_run_on_two_replicas",
-    ("vllm", "tensor parallel"): "test_vllm.py::test_run_on_two_workers",
-    ("vllm", "n-gram speculation"): "test_vllm.py::test_run_in_which_tokens_come_together",
-    ("vllm", "draft model"): "test_vllm.py::test_a_draft_model_drafts_what_it_would_have_written",
-    ("vllm", "EAGLE"): "test_vllm.py::test_eagle_drafts_what_the_model_then_writes",
+    ("openai", "static batches"): "backends/test_openai.py::test_a_batch_is_in_flight_together_and_the_next_one_waits",
+    ("openai", "minimum output"): "backends/test_backends.py::test_no_output_is_shorter_than_min_output_tokens",
+    ("openai", "maximum output"): "backends/test_backends.py::test_no_output_is_longer_than_max_output_tokens",
+    ("openai", "maximum input"): "backends/test_backends.py::test_long_inputs_are_cut_to_their_beginning_and_marked",
+    ("openai", "seed"): "backends/test_backends.py::test_same_seed_gives_same_tokens_and_another_seed_gives_others",
+    ("openai", "the engine's counters"): "backends/test_openai.py::test_counters_are_those_of_the_window",
+    ("pytorch", "several processes"): "runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    ("pytorch", "data parallel"): "runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    (
+        "pytorch",
+        "tensor parallel",
+    ): "runner/test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
+    ("pytorch", "torch.compile"): "backends/test_pytorch.py::test_compiled_model_writes_the_same",
+    (
+        "pytorch",
+        "bitsandbytes, 8 bits",
+    ): "backends/test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
+    (
+        "pytorch",
+        "bitsandbytes, 4 bits",
+    ): "backends/test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
+    ("simulated", "several processes"): "backends/test_features.py::test_simulated_processes_share_the_prompts",
+    ("simulated", "data parallel"): "backends/test_features.py::test_simulated_processes_share_the_prompts",
+    ("vllm", "several processes"): "backends/test_vllm.py::test_run_on_two_replicas",
+    ("vllm", "data parallel"): "backends/test_vllm.py::test_run_on_two_replicas",
+    ("vllm", "tensor parallel"): "backends/test_vllm.py::test_run_on_two_workers",
+    ("vllm", "n-gram speculation"): "backends/test_vllm.py::test_run_in_which_tokens_come_together",
+    ("vllm", "draft model"): "backends/test_vllm.py::test_a_draft_model_drafts_what_it_would_have_written",
+    ("vllm", "EAGLE"): "backends/test_vllm.py::test_eagle_drafts_what_the_model_then_writes",
 }
 
 # What a test shows to be in the engine's own configuration, and no more.
 ARRIVES = {
-    ("vllm", name): "test_vllm.py::test_an_engine_option_arrives"
+    ("vllm", name): "backends/test_vllm.py::test_an_engine_option_arrives"
     for name in ("weights in main memory", "the engine's own quantization", "choice of attention kernels",
                  "share of a GPU's memory", "cache in fp8")
-} | {("vllm", "pipeline parallel"): "test_vllm.py::test_a_shared_option_arrives"}  # fmt: skip
+} | {("vllm", "pipeline parallel"): "backends/test_vllm.py::test_a_shared_option_arrives"}  # fmt: skip
 
 # What a test shows on a stand-in for the engine, which cannot be had where the tests run.
 ON_A_STAND_IN = {
-    ("tensorrt", name): f"test_tensorrt.py::{test}"
+    ("tensorrt", name): f"backends/test_tensorrt.py::{test}"
     for test, names in {
         "test_an_engine_option_arrives": (
             "choice of attention kernels", "prefix caching", "chunked prefill", "cache in fp8", "block size",
@@ -100,7 +110,7 @@ PROCESSOR = ProcessorHost(())
 
 
 def confirmation(feature: Feature, backend: str) -> Confirmation:
-    """Return how it is confirmed that a backend has a feature, which it says that it has."""
+    """Return how it is confirmed that a backend has a feature that it declares."""
     if (backend, feature.name) in ELSEWHERE or is_checked(feature, backend):
         return "tested"
     if (backend, feature.name) in ARRIVES:
@@ -109,9 +119,9 @@ def confirmation(feature: Feature, backend: str) -> Confirmation:
 
 
 def is_checked(feature: Feature, backend: str) -> bool:
-    """Tell whether test_support.py runs the feature on the backend's engine."""
+    """Return whether test_features.py runs the feature on the backend's engine."""
     runs = backend in ENGINES and support(feature, backend, PROCESSOR).answer == "yes"
-    return runs and feature.name in CHECKS | TELLINGS and (backend, feature.name) not in ELSEWHERE
+    return runs and feature.name in CHECKS | REPORTS and (backend, feature.name) not in ELSEWHERE
 
 
 # ------------------------------------------------------------------ a backend to try features on
@@ -141,7 +151,7 @@ class Engines:
                 backend.close()
                 raise
         self._kept[kind] = made_of, backend
-        # What is about requests alone is read when the engine is given one.
+        # Options of requests are read when the engine is given one.
         backend._experiment = experiment
         backend.forget()
         return backend
@@ -503,7 +513,7 @@ def cache_size(bench: Bench, asked: Experiment) -> None:
     assert bench.tokens(asked) == bench.tokens(bench.plain)
 
 
-# ------------------------------------------------------------------ what it tells
+# ------------------------------------------------------------------ what it reports
 def model(bench: Bench, asked: Experiment) -> bool:
     return bench.loaded(asked).model_info() is not None
 
@@ -574,8 +584,8 @@ CHECKS = {
     "no compilation": _setting("enforce_eager", "on"),
     "any other engine argument": _setting("engine_args", '{"max_logprobs": 5}'),
 }
-# Of what an engine tells, each is asked whether it does, and that is held against what it declares.
-TELLINGS = {
+# Each returns whether the engine reports it, to be compared with what the backend declares.
+REPORTS = {
     "the model": model,
     "prefill": prefill,
     "model FLOPs": flops,

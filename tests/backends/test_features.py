@@ -29,7 +29,7 @@ from tests.backends.confirmations import (
     ENGINES,
     ON_A_STAND_IN,
     PROCESSOR,
-    TELLINGS,
+    REPORTS,
     Bench,
     confirmation,
     is_checked,
@@ -83,10 +83,10 @@ def test_a_feature_that_is_declared_works(benches, backend, feature):
     CHECKS[feature.name](bench, bench.asks(feature))
 
 
-@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: b in ENGINES and f.name in TELLINGS))
-def test_a_backend_tells_what_it_declares_and_nothing_else(benches, backend, feature):
+@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: b in ENGINES and f.name in REPORTS))
+def test_a_backend_reports_what_it_declares_and_nothing_else(benches, backend, feature):
     bench = bench_of(benches, backend)
-    assert TELLINGS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
+    assert REPORTS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
 
 
 REFUSED = [
@@ -167,7 +167,7 @@ def test_whatever_the_processor_can_do_is_tried_there():
 def test_what_another_test_shows_is_shown_by_a_test_that_there_is(table):
     for (backend, name), where in table.items():
         file, _, test = where.partition("::")
-        tree = ast.parse((Path(__file__).parent / file).read_text())
+        tree = ast.parse((Path(__file__).parents[1] / file).read_text())
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, where
         assert support(named(name), backend, IDEAL).answer == "yes"
         assert not is_checked(named(name), backend), "it is tried here already"
@@ -177,7 +177,7 @@ def test_what_another_test_shows_is_shown_by_a_test_that_there_is(table):
 def test_every_check_is_of_a_feature():
     names = [feature.name for feature in features()]
     assert len(set(names)) == len(names)
-    assert CHECKS.keys() | TELLINGS.keys() <= set(names)
+    assert CHECKS.keys() | REPORTS.keys() <= set(names)
     assert all(feature.meaning.endswith(".") for feature in features())
 
 

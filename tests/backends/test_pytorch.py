@@ -51,7 +51,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(folders, texts):
-    """What plain transformers writes for each prompt by itself."""
+    """What plain transformers writes for each prompt alone."""
     return {name: generate_alone(folder, texts) for name, folder in folders.items()}
 
 
@@ -304,17 +304,17 @@ def test_model_with_an_adapter_is_compiled_too(folders, texts, adapter):
     assert graphs > 0
 
 
-def test_compiling_in_the_window_is_doubted_and_having_compiled_before_is_not(folders, texts):
+def test_compiling_in_the_window_is_warned_about_and_having_compiled_before_is_not(folders, texts):
     from torch._dynamo import reset
 
     reset()
     wanted = experiment(folders["gpt2"], max_output_tokens=1)
     backend = load(replace(wanted, backend=PytorchBackend(device="cpu", torch_compile=True)))
-    doubted = []
+    warned = []
     for _ in range(2):
         list(backend.generate(backend.encode(texts[:1])))
-        doubted.append("compiled_in_window" in [note.code for note in backend.warnings()])
-    assert doubted == [True, False]
+        warned.append("compiled_in_window" in [each.code for each in backend.warnings()])
+    assert warned == [True, False]
 
 
 def run_compiled(wanted, texts):

@@ -147,7 +147,7 @@ def test_each_prompt_of_each_experiment_has_a_seed_of_its_own():
 
 
 # ------------------------------------------------------------------ the installed version
-def test_the_source_tells_what_the_package_itself_does():
+def test_the_source_says_what_the_package_itself_does():
     from tensorrt_llm.llmapi import llm_args
 
     assert set(tensorrt_source.arguments()) == set(llm_args.TorchLlmArgs.model_fields)
@@ -362,7 +362,7 @@ def test_a_fixed_concurrency_is_never_exceeded(loaded, texts):
     check_concurrency(loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64))), texts)
 
 
-def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
+def test_requests_that_are_no_longer_waited_for_are_cancelled(loaded, texts):
     two_at_a_time = replace(TINY, batching=Batching(strategy="continuous", batch_size=2))
     check_cancelled(loaded(two_at_a_time, step_s=0.01), texts)
 
@@ -398,7 +398,7 @@ def test_an_end_token_that_is_kept_back_has_its_time(loaded, texts, ending):
     assert any(g.finish_reason == "stop" for g in done.values())
 
 
-def test_what_the_engine_does_not_tell_is_not_told(loaded, texts):
+def test_what_the_engine_does_not_report_is_unknown(loaded, texts):
     backend = loaded(TINY, no_metrics=True)
     done = run(backend, texts[:4])
     assert all(not g.start_is_known and g.start_ns == g.arrived_ns and g.prefill_end_ns is None for g in done.values())
@@ -423,17 +423,17 @@ def test_the_engines_counts(loaded, texts):
     assert backend.counters() is None
 
 
-def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
+def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_reported(loaded, texts):
     backend = loaded(TINY)
     alike = [texts[0] * 3 + text for text in texts[:3]]
     run(backend, alike[:1])
     backend.forget()
     run(backend, alike[:1])
     assert backend.counters()["prefix_cache_hit_tokens"] == 0
-    assert "prefix_cached" not in [note.code for note in backend.warnings()]
+    assert "prefix_cached" not in [each.code for each in backend.warnings()]
     run(backend, alike)
     assert backend.counters()["prefix_cache_hit_tokens"] > 0
-    assert "prefix_cached" in [note.code for note in backend.warnings()]
+    assert "prefix_cached" in [each.code for each in backend.warnings()]
 
 
 def test_settings_are_those_that_the_engine_has_settled_on(loaded):
@@ -466,7 +466,7 @@ def test_settings_are_those_that_the_engine_has_settled_on(loaded):
         ({"extra_args": {"attention": 1}}, {}, "could not load tiny: Extra inputs are not permitted"),
     ],
 )
-def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, standin, words):
+def test_what_the_engine_refuses_is_reported_in_a_sentence(loaded, engine, standin, words):
     with pytest.raises(RunError, match=words) as caught:
         loaded(experiment(engine=engine), **standin)
     assert "\n" not in str(caught.value)
@@ -484,7 +484,7 @@ def test_a_prompt_that_no_step_can_take_in_is_refused(loaded, texts):
     loaded(experiment(engine={"max_num_tokens": 20, "chunked_prefill": True})).encode(texts)
 
 
-def test_an_engine_that_stops_leaves_what_can_still_be_told(loaded, texts):
+def test_an_engine_that_stops_leaves_what_can_still_be_reported(loaded, texts):
     backend = loaded(TINY, error_after=20)
     with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
         run(backend, texts)
@@ -494,7 +494,7 @@ def test_an_engine_that_stops_leaves_what_can_still_be_told(loaded, texts):
     assert backend.engine_info().settings["attn_backend"] == "TRTLLM"
 
 
-def test_a_request_that_the_engine_does_not_take_is_told(loaded, texts, monkeypatch):
+def test_a_request_that_the_engine_does_not_take_is_reported(loaded, texts, monkeypatch):
     backend = loaded(TINY)
     monkeypatch.setattr(backend._loaded.engine.args, "max_num_tokens", 1)
     prompts = [replace(p, index=p.index + 3) for p in loaded(TINY).encode(texts[:1])]
@@ -625,7 +625,7 @@ def test_without_a_gpu_or_the_package_it_says_so(tmp_path):
         ({"die_after": 60, "process": True}, "one of its processes has died"),
     ],
 )
-def test_a_run_that_fails_is_a_record_and_leaves_nobody(machine, tmp_path, options, words):
+def test_a_failed_run_leaves_a_record_and_no_process(machine, tmp_path, options, words):
     process = begin(*COMMON, "batching.batch_size=2", cwd=tmp_path, **machine(**options))
     try:
         out, err = process.communicate(timeout=200)
@@ -640,7 +640,7 @@ def test_a_run_that_fails_is_a_record_and_leaves_nobody(machine, tmp_path, optio
 
 
 @pytest.mark.processes
-def test_an_interrupted_run_leaves_nobody(machine, tmp_path):
+def test_an_interrupted_run_leaves_no_process(machine, tmp_path):
     options = ("--max-tokens", "3000", "batching.batch_size=1")
     process = begin(*COMMON, *options, cwd=tmp_path, **machine(process=True, step_s=0.02))
     try:

@@ -121,18 +121,18 @@ def test_one_process_spreads_a_model_over_its_gpus(strategy):
 
 
 @pytest.mark.parametrize(
-    ("precision", "on_gpu", "said", "dtype"),
+    ("precision", "on_gpu", "of_checkpoint", "dtype"),
     [
         ("auto", False, "bfloat16", "float32"),
-        ("auto", True, "float32", "float32"),  # which vLLM by itself would halve
+        ("auto", True, "float32", "float32"),  # which vLLM would halve
         ("auto", True, "bfloat16", "bfloat16"),
         ("auto", True, None, "auto"),
         ("float16", True, "bfloat16", "float16"),
         ("bfloat16", False, "float32", "bfloat16"),
     ],
 )
-def test_dtype(precision, on_gpu, said, dtype):
-    model = replace(MODEL, config={"dtype": said} if said else {})
+def test_dtype(precision, on_gpu, of_checkpoint, dtype):
+    model = replace(MODEL, config={"dtype": of_checkpoint} if of_checkpoint else {})
     wanted = experiment(fp_precision=precision)
     assert engine_arguments(wanted, model, on_gpu=on_gpu, lora_rank=None)["dtype"] == dtype
 
@@ -217,7 +217,7 @@ def test_a_build_for_gpus_without_one_is_refused(tmp_path):
 
 # ------------------------------------------------------------------ the installed version
 @needs_vllm
-def test_the_source_tells_what_the_package_itself_does():
+def test_the_source_says_what_the_package_itself_does():
     code = (
         "import dataclasses, json, typing\n"
         "from vllm.engine.arg_utils import EngineArgs\n"
@@ -406,7 +406,7 @@ def test_the_engine_counts_what_we_count(loaded, texts):
 
 
 @needs_vllm
-def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
+def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_reported(loaded, texts):
     backend = loaded(TINY)
     alike = [texts[0] * 6 + text for text in texts[:4]]
     for _ in range(2):
@@ -415,19 +415,19 @@ def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
     backend.forget()
     run(backend, alike[:1])
     assert backend.counters()["prefix_cache_hit_tokens"] == 0
-    assert "prefix_cached" not in [note.code for note in backend.warnings()]
+    assert "prefix_cached" not in [each.code for each in backend.warnings()]
     run(backend, alike)
-    assert "prefix_cached" in [note.code for note in backend.warnings()]
+    assert "prefix_cached" in [each.code for each in backend.warnings()]
 
 
 @needs_vllm
-def test_preemptions_are_told(loaded, texts):
+def test_preemptions_are_reported(loaded, texts):
     # Blocks for three to four of the eight requests that run side by side.
     options = {"kv_cache_memory_bytes": 11 * 786_432, "max_model_len": 512}
     backend = loaded(experiment(engine=options, max_output_tokens=300, batching=Batching(batch_size=8)))
     done = run(backend, texts[:8])
     assert backend.counters()["preemptions"] > 0
-    assert "preempted" in [note.code for note in backend.warnings()]
+    assert "preempted" in [each.code for each in backend.warnings()]
     assert tokens(done) == tokens(run(loaded(experiment(max_output_tokens=300)), texts[:8]))
 
 
@@ -483,7 +483,7 @@ def test_the_installed_version_has_what_is_given_to_it_and_nothing_that_is_calle
         ({"load_format": "pt"}, "could not load tiny: Cannot find any model weights"),
     ],
 )
-def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, words):
+def test_what_the_engine_refuses_is_reported_in_a_sentence(loaded, engine, words):
     with pytest.raises(RunError, match=words) as caught:
         loaded(experiment(engine=engine))
     assert "\n" not in str(caught.value)
@@ -558,12 +558,12 @@ def test_a_fixed_concurrency_is_never_exceeded(loaded, texts):
 
 
 @needs_vllm
-def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
+def test_requests_that_are_no_longer_waited_for_are_cancelled(loaded, texts):
     check_cancelled(loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=2))), texts)
 
 
 @needs_vllm
-def test_an_engine_that_stops_leaves_what_can_still_be_told(fresh, texts, monkeypatch):
+def test_an_engine_that_stops_leaves_what_can_still_be_reported(fresh, texts, monkeypatch):
     backend = fresh(TINY)
 
     def stops():
@@ -683,7 +683,7 @@ def test_run_on_two_replicas(tmp_path):
 
 
 def fails(*options, cwd, **env):
-    """Run what fails while it loads: exit code 1, a record, a sentence, and nobody left; return the record's error."""
+    """Run what fails while it loads: exit code 1, a record, a sentence, no process left; return its error."""
     import psutil
 
     process = begin(*COMMON, *options, cwd=cwd, **env)
@@ -739,7 +739,7 @@ def test_an_interrupted_run_is_continued(tmp_path):
 
 
 @needs_vllm
-def test_a_worker_that_dies_ends_the_run_and_leaves_nobody(tmp_path):
+def test_a_worker_that_dies_ends_the_run_and_leaves_no_process(tmp_path):
     import psutil
 
     spread_out = ("parallelism.strategy=tensor_parallel", "parallelism.degree=2")

@@ -96,7 +96,7 @@ def test_greedy_tokens_are_those_of_pytorch(started, texts, on_pytorch):
     assert not {"server_shared", "prefix_cache_kept"}.intersection(codes)
 
 
-def test_the_server_tells_what_it_is(started):
+def test_the_server_reports_what_it_is(started):
     engine = started.engine_info()
     assert engine.version.startswith("vllm 0.")
     assert engine.settings["output_tokens_counted_by"] == "ids"
@@ -106,7 +106,7 @@ def test_the_server_tells_what_it_is(started):
     assert "vllm" in (started.log_folder / "server.log").read_text()
 
 
-def test_tokens_that_come_together_over_http_are_told_apart(asking, texts, on_pytorch):
+def test_tokens_that_come_together_over_http_are_counted_one_by_one(asking, texts, on_pytorch):
     backend = asking(streaming=Streaming(enabled=True))
     done = run(backend, texts)
     assert tokens(done) == on_pytorch
@@ -116,7 +116,7 @@ def test_tokens_that_come_together_over_http_are_told_apart(asking, texts, on_py
         assert len(times.itl_s) == len(g.token_ids) - 1, "of tokens, not of chunks"
         assert times.ttft_s + sum(times.itl_s) == pytest.approx((g.end_ns - g.start_ns) / 1e9, abs=1e-6)
         assert times.ttft_s > 0
-    assert "tokens_not_timed" not in [note.code for note in backend.warnings()]
+    assert "tokens_not_timed" not in [each.code for each in backend.warnings()]
 
 
 def test_sampled_tokens_do_not_depend_on_the_company(asking, texts):
@@ -128,7 +128,7 @@ def test_sampled_tokens_do_not_depend_on_the_company(asking, texts):
     assert alone == together
 
 
-def test_a_server_that_is_told_no_ids_counts_the_same(asking, texts, on_pytorch, monkeypatch):
+def test_a_server_that_is_not_asked_for_ids_counts_the_same(asking, texts, on_pytorch, monkeypatch):
     from lem.backends.openai_session import Loaded
 
     backend = asking(streaming=Streaming(enabled=True))
@@ -157,7 +157,7 @@ def test_poisson_arrivals(asking, texts):
     assert all(g.arrived_ns <= g.start_ns < g.chunks[0].at_ns for g in done.values())
 
 
-def test_what_the_server_refuses_is_told_in_its_words(asking, texts):
+def test_what_the_server_refuses_is_reported_in_its_words(asking, texts):
     from lem.errors import RunError
 
     backend = asking()

@@ -2,7 +2,7 @@
 
 `python -m tests.tensorrt_standin.extract FOLDER VERSION` reads an unpacked wheel or a checkout (FOLDER holds
 tensorrt_llm/). Only declarations are taken: no code, no descriptions, no checks but those that are part of a type. What
-was read for the file that is here is told in docs/tensorrt.md.
+was read for the file that is here is in docs/tensorrt.md.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def _alias(node: ast.stmt) -> dict | None:
     """Return another name for a type; None for anything else."""
     value = getattr(node, "value", None)
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-    is_told = isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).endswith("TypeAlias")
+    is_alias = isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).endswith("TypeAlias")
     is_generic = isinstance(value, ast.Subscript) and ast.unparse(value.value) in GENERIC
     is_config = isinstance(value, ast.Name) and value.id.endswith("Config")
-    if isinstance(target, ast.Name) and isinstance(value, ast.expr) and (is_told or is_generic or is_config):
+    if isinstance(target, ast.Name) and isinstance(value, ast.expr) and (is_alias or is_generic or is_config):
         return {"alias": target.id, "type": _typed(value)}
     return None
 
@@ -130,7 +130,7 @@ def _members(node: ast.ClassDef) -> dict[str, str | int]:
 
 # ------------------------------------------------------------------ types
 def _typed(annotation: ast.expr) -> str:
-    """Return a type as it stands there, without quotes, and of what is told of it in calls the constraints alone."""
+    """Return a type as it is written, without quotes, and with only the constraints of calls."""
     return ast.unparse(_Plain().visit(annotation))
 
 
@@ -145,7 +145,7 @@ class _Plain(ast.NodeTransformer):
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         try:
             return ast.parse(node.value, mode="eval").body if isinstance(node.value, str) else node
-        except SyntaxError:  # words that are told of a type
+        except SyntaxError:  # words about a type
             return node
 
 
