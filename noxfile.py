@@ -1,8 +1,8 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
-All versions are those of constraints.txt. Sessions that need lem with its tools share one environment, which `dev` makes
-and the others require; with `--no-dependencies` they use it as it is, without running pip. `demo`, `vllm`, `lint` and
-`types` have their own. None needs a network beyond the package registry.
+All versions are those of constraints.txt. Sessions that need lem with its tools share one environment, which the
+session `dev` makes and the others require; with `--no-dependencies` they use it as it is, without running pip. `demo`,
+`vllm`, `lint` and `types` have their own. None needs a network beyond the package registry.
 """
 
 from __future__ import annotations
