@@ -43,6 +43,11 @@ class Gpu:
     mig_uuid: str | None = None
     compute_capability: tuple[int, int] | None = None
 
+    @property
+    def visible_uuid(self) -> str:
+        """The UUID of what CUDA sees, the GPU or its MIG instance, as CUDA_VISIBLE_DEVICES takes it."""
+        return self.mig_uuid or self.uuid
+
 
 @dataclass(frozen=True)
 class MigInstance:
@@ -177,7 +182,7 @@ def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
 def used_memory_bytes(gpu: Gpu) -> int | None:
     """Return the memory that all processes use on a GPU, or on a MIG instance of it; None where it is not told."""
     with nvml() as lib:
-        handle = None if lib is None else _told(lib, "nvmlDeviceGetHandleByUUID", gpu.mig_uuid or gpu.uuid)
+        handle = None if lib is None else _told(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
         memory = None if handle is None else _told(lib, "nvmlDeviceGetMemoryInfo", handle)
         return None if memory is None else int(memory.used)
 
