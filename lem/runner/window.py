@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from msgspec import structs
+
 from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
 from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo
@@ -273,7 +275,7 @@ class _Window:
         self._into.lost_s = broken_off_s - self._last.duration_s
         if self._metered is None:
             lost = "the window was broken off, and the meter cannot tell what it had read before"
-            readings = tuple(replace(r, energy_j=None, trace_energy_j=None, reason=lost) for r in readings)
+            readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=lost) for r in readings)
         else:
             readings = self._metered.energy or ()
             if readings:
