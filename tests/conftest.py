@@ -104,7 +104,7 @@ def lem(tmp_path, monkeypatch, capfd):
 def command(*arguments: str, cwd: Path, timeout_s: float = 300, **env: str) -> Finished:
     """Run `lem …` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "lem.cli", *arguments],
+        [sys.executable, "-m", "lem", *arguments],
         cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,
@@ -126,7 +126,7 @@ def raw_record(results: Path, rank: int = 0, cycle: int = 1, attempt: int = 1) -
 def begin(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     """Start `lem …` in a session of its own, as a terminal would: signals to its group reach nobody else."""
     return subprocess.Popen(
-        [sys.executable, "-m", "lem.cli", *arguments],
+        [sys.executable, "-m", "lem", *arguments],
         cwd=cwd,
         env={**os.environ, **env},
         stdin=subprocess.DEVNULL,

@@ -18,7 +18,7 @@ MAKE_WHEN_TOLD = """
 import sys, time
 from pathlib import Path
 import numpy, platformdirs, safetensors.numpy, tokenizers
-from lem import tiny
+from lem.workload import tiny
 import lem.workload.builtin
 ready, go = map(Path, sys.argv[1:])
 ready.touch()
