@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from lem import warning_codes
 from lem.backends import Encoded, make_backend
 from lem.energy import make_meter
@@ -189,7 +191,7 @@ class Attempt:
             if architecture is not None:
                 sizes = ((row.input_tokens, row.output_tokens) for row in rows)
                 cycle.total_flops += flops.total_flops(architecture, sizes)
-                checkpoint = replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
+                checkpoint = structs.replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
             self._loaded.journal.add(rows, checkpoint)
 
     # -------------------------------------------------------------- the record
@@ -233,7 +235,7 @@ class Attempt:
         known, window = self._snapshot(status, error), self._window_id
         record, requests = process_record(known), known.measured.requests
         rows = [request_row(window, r) for r in requests] if self._plan.counts(self._rank) else []
-        record = replace(record, warnings=(*record.warnings, *warning_codes.of_record(record, rows)))
+        record = structs.replace(record, warnings=(*record.warnings, *warning_codes.of_record(record, rows)))
         trace = [sample for sample in known.trace if sample.t_ns > self._traced_until_ns]
         if trace:
             file = self._directory.power_file(self._rank, self._cycle.number, self._number)

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from msgspec import structs
+
 from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
 from lem.machine import processes
@@ -324,7 +326,7 @@ class _Window:
         self._into.lost_s = broken_off_s - self._last.duration_s
         if self._metered is None:
             reason = "the window was broken off, and the meter cannot tell what it had read before"
-            readings = tuple(replace(r, energy_j=None, trace_energy_j=None, reason=reason) for r in readings)
+            readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=reason) for r in readings)
         else:
             readings = self._metered.energy or ()
             if readings:

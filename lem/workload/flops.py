@@ -48,4 +48,4 @@ def forward_flops(arch: Architecture, input_tokens: int, output_tokens: int) -> 
 
 def total_flops(arch: Architecture, requests: Iterable[tuple[int, int]]) -> float:
     """Return the FLOPs of requests given as (input tokens, output tokens)."""
-    return sum(forward_flops(arch, n_in, n_out) for n_in, n_out in requests)
+    return sum((forward_flops(arch, n_in, n_out) for n_in, n_out in requests), 0.0)

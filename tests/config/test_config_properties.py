@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lem.cli import validate
-from lem.config import compose, userfile
+from lem.config import compose, overrides, userfile
 from lem.config.check import examine, known_keys, resolved
 from lem.config.layers import leaf_paths, nested, origin
 from lem.config.userfile import merged
@@ -378,7 +378,7 @@ def command_lines(draw) -> tuple[dict[str, str | None], dict[str, Any]]:
 
 def as_overrides(choices: dict[str, str | None], values: dict[str, Any]) -> list[str]:
     named = [f"{group}={'null' if name is None else name}" for group, name in choices.items()]
-    return named + [f"{p}={compose.quoted(v) if isinstance(v, str) else json.dumps(v)}" for p, v in values.items()]
+    return named + [f"{p}={overrides.quoted(v) if isinstance(v, str) else json.dumps(v)}" for p, v in values.items()]
 
 
 @examples(120)

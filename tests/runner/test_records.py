@@ -43,7 +43,13 @@ def measured():
 
 
 def record_of(**changes):
-    values = {"plan": plan(), "window": WINDOW, "started_at": "then", "measured": measured(), "environment": ENVIRONMENT}
+    values = {
+        "plan": plan(),
+        "window": WINDOW,
+        "started_at": "then",
+        "measured": measured(),
+        "environment": ENVIRONMENT,
+    }
     return process_record(Snapshot(**values | changes))
 
 

@@ -62,7 +62,7 @@ def test_a_fault_of_lems_own_is_a_row_and_a_traceback(lem, tmp_path, monkeypatch
     def broken(*_arguments, **_more):
         raise RuntimeError("out of cheese")
 
-    monkeypatch.setattr("lem.studies.sweep.run_ready", broken)
+    monkeypatch.setattr("lem.studies.here.run_ready", broken)
     with pytest.raises(AssertionError, match="Traceback"):
         lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=1,2")
     assert [m["error"] for m in books(tmp_path)] == ["RuntimeError: out of cheese"] * 2
