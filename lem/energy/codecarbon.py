@@ -69,7 +69,7 @@ class CodecarbonMeter(Meter):
     def _readings(self, cpu_j: float | None, ram_j: float | None, reason: str) -> tuple[EnergyReading, ...]:
         return (
             self._reading("cpu", cpu_j, reason, *self._cpu_method()),
-            self._reading("dram", ram_j, reason, *self._ram_method()),
+            self._reading("dram", ram_j, reason, "estimate", "machine", "codecarbon: constant power per memory module"),
         )
 
     def close(self) -> None:
@@ -100,9 +100,6 @@ class CodecarbonMeter(Meter):
             return "counter", "package", f"codecarbon: RAPL of {model}"
         tdp_w = getattr(cpu, "_tdp", None)
         return "estimate", "machine", f"codecarbon: {mode}, {tdp_w} W rated for {model}"
-
-    def _ram_method(self) -> tuple[Source, Scope, str]:
-        return "estimate", "machine", "codecarbon: constant power per memory module"
 
     def _hardware(self, kind: str) -> Any:
         parts = getattr(self._tracker, "_hardware", [])

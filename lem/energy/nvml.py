@@ -305,15 +305,15 @@ class Device:
     def power_w(self) -> float | None:
         """Return the current power, or None when it cannot be read; `power_reason` then says why."""
         try:
-            power_w = self._instant_power_w() if self._instant else self._power_usage_w()
+            if self._instant:
+                power_w = self._instant_power_w()
+            else:
+                power_w = float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * W_PER_MW
         except self._lib.NVMLError as error:
             self.power_reason = str(error)
             return None
         self.power_reason = None
         return power_w
-
-    def _power_usage_w(self) -> float:
-        return float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * W_PER_MW
 
     def _instant_power_w(self) -> float:
         (value,) = self._lib.nvmlDeviceGetFieldValues(self._handle, [INSTANT_POWER_FIELD])

@@ -73,7 +73,7 @@ class ReplayMeter(Meter):
         return tuple(self._reading(component, trace, start_s, end_s) for component, trace in self._traces.items())
 
     def _reading(self, component: Component, trace: Trace, start_s: float, end_s: float) -> EnergyReading:
-        energy_j = integral_j(trace, start_s, end_s)
+        energy_j, (t_s, _) = integral_j(trace, start_s, end_s), trace
         return EnergyReading(
             component=component,
             source="replay",
@@ -81,7 +81,7 @@ class ReplayMeter(Meter):
             device=str(self._path),
             energy_j=energy_j,
             method="trapezoidal integral of a recorded trace",
-            resolution_s=_spacing_s(trace),
+            resolution_s=float(np.diff(t_s).max()) if len(t_s) > 1 else None,  # the longest gap
             reason=None if energy_j is not None else _outside_reason(trace, start_s, end_s),
         )
 
@@ -91,12 +91,6 @@ def _outside_reason(trace: Trace, start_s: float, end_s: float) -> str:
     if start_s < t_s[0]:
         return f"the trace begins at {t_s[0]:.3f} s, the window at {start_s:.3f} s"
     return f"the trace ends at {t_s[-1]:.3f} s, before {end_s:.3f} s"
-
-
-def _spacing_s(trace: Trace) -> float | None:
-    """Return the longest time between two samples."""
-    t_s, _ = trace
-    return float(np.diff(t_s).max()) if len(t_s) > 1 else None
 
 
 def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
@@ -121,7 +115,8 @@ def read_trace(path: Path) -> dict[Component, Trace]:
         raise BadInput(f"The power trace {path} cannot be read: {error}.") from None
     if not samples:
         raise BadInput(f"The power trace {path} has no samples.")
-    return {component: _arrays(points) for component, points in samples.items()}
+    columns = {component: np.array(sorted(points)).T for component, points in samples.items()}
+    return {component: (t_s, power_w) for component, (t_s, power_w) in columns.items()}
 
 
 def _samples(path: Path) -> dict[Component, list[tuple[float, float]]]:
@@ -148,8 +143,3 @@ def _number(text: str | None) -> float:
     if text is None:
         raise ValueError("a row has fewer values than there are columns")
     return float(text)
-
-
-def _arrays(points: list[tuple[float, float]]) -> Trace:
-    t_s, power_w = np.array(sorted(points)).T
-    return t_s, power_w

@@ -32,6 +32,7 @@ class ZeusMeter(Meter):
         self._indices = list(range(len(gpus))) if gpus else None
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
+        # For each GPU, what zeus reads of it, and its name.
         self._labels: dict[int, tuple[Source, str]] = {}
         self._begun_j: dict[int, float | None] = {}
         self._failure: str | None = None
@@ -64,7 +65,9 @@ class ZeusMeter(Meter):
         try:
             gpus = get_gpus()
             self._monitor = ZeusMonitor(gpu_indices=self._indices, cpu_indices=[])
-            self._labels = {index: _label(gpus, index) for index in self._monitor.gpu_indices}
+            for index in self._monitor.gpu_indices:
+                has_counter = gpus.supports_get_total_energy_consumption(index)
+                self._labels[index] = "counter" if has_counter else "integral", gpus.get_name(index)
         except ZeusGPUInitError as error:
             raise BadInput(f"energy=zeus found no GPU that it can read ({error}); use energy=auto instead.") from None
         except ZeusBaseGPUError as error:
@@ -137,8 +140,3 @@ def _finds_a_gpu() -> bool:
         return len(get_gpus()) > 0
     except ZeusBaseGPUError:
         return False
-
-
-def _label(gpus: Any, index: int) -> tuple[Source, str]:
-    """Return what zeus reads of a GPU, and the GPU's name."""
-    return "counter" if gpus.supports_get_total_energy_consumption(index) else "integral", gpus.get_name(index)
