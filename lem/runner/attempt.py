@@ -124,7 +124,7 @@ class Attempt:
             text = "a GPU is visible, but the engine was built without CUDA and ran on the CPU."
             warnings.append(warning("gpu_unused", text))
         if not is_cool:
-            warnings.append(warning("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
+            warnings.append(warning("not_cooled_down", f"a GPU was still warmer than {experiment.cooldown.to_c:g} °C."))
         return tuple(warnings)
 
     def _load(self, bench: Bench, texts: Sequence[str], idle_s: float, warnings: tuple[CodedWarning, ...]) -> Loaded:

@@ -153,17 +153,17 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     """Yield the warnings about the plan and the prompts, and of a window that was cut short."""
     if plan.shared_with:
         others = f"{plan.shared_with} other{'s' if plan.shared_with > 1 else ''}"
-        yield warning("shared_hardware", f"it ran beside {others}; what is not of a GPU of its own includes theirs.")
+        text = f"it ran at the same time as {others}; energy that is not of its own GPUs includes theirs."
+        yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
     if wanted is not None and available < wanted:
-        yield warning(
-            "fewer_prompts", f"{wanted} prompts were asked for, the dataset holds {available} that are not empty."
-        )
+        text = f"{wanted} prompts were requested, and the dataset has {available} that are not empty."
+        yield warning("fewer_prompts", text)
     if measured.lost_s is not None:
         behind_s = measured.energy_behind_s
-        energy = f", its energy {behind_s:.3g} s before that" if behind_s else ""
-        end = f"{measured.lost_s:.3g} s after its last finished request, with which it ends{energy}"
-        yield warning("window_cut", f"the window was broken off {end}.")
+        energy = f", and its energy was read {behind_s:.3g} s before that" if behind_s else ""
+        end = f"{measured.lost_s:.3g} s after its last finished request; it now ends with that{energy}"
+        yield warning("window_cut", f"the window was interrupted {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)
     if truncated:
         yield warning("input_truncated", f"{truncated} of {len(measured.requests)} prompts were cut.")
