@@ -9,9 +9,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, EnergyReading, ProcessRecord, RequestRecord
+from lem.record import ENERGY_OWNER, CodedWarning, EnergyReading, ProcessRecord, RequestRecord
 
 SHORT_WINDOW_S = 5.0
 FEW_TICKS = 50
@@ -247,18 +248,13 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
             yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}.")
         for process in state.foreign_processes or ():
             yield warning("foreign_process", f"{state.uuid}: process {process.pid} ({process.name or 'unnamed'}).")
-    yield from _of_temperatures(before, after)
-
-
-def _of_temperatures(before: Sequence[DeviceState], after: Sequence[DeviceState]) -> Iterator[CodedWarning]:
     for first, last in zip(before, after, strict=False):
         if first.temperature_c is None or last.temperature_c is None:
             continue
         drift = last.temperature_c - first.temperature_c
         if abs(drift) > TEMPERATURE_DRIFT_C:
-            yield warning(
-                "temperature_drift", f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
-            )
+            text = f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
+            yield warning("temperature_drift", text)
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
@@ -332,6 +328,10 @@ def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]
 
 def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:
     """Yield the identities that a row violates, with the row's place."""
+
+    def totals(field: str) -> list[int]:
+        return [sum(map(attrgetter(field), of_row)) for of_row in records]
+
     pairs = {
         "J = W·t": (rows["energy_j"], map(_product, rows["average_power_w"], rows["duration_s"])),
         "J/token = W/(tokens/s)": (
@@ -340,18 +340,9 @@ def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> It
         ),
         "J = Σ J/request": (rows["energy_j"], map(_product, rows["energy_per_request_j"], rows["requests_completed"])),
         "Wh = J/3600": (rows["energy_wh"], [None if value is None else value / 3600.0 for value in rows["energy_j"]]),
-        "output tokens = Σ over requests": (
-            [sum([r.output_tokens for r in of_row]) for of_row in records],
-            rows["output_tokens"],
-        ),
-        "input tokens = Σ over requests": (
-            [sum([r.input_tokens for r in of_row]) for of_row in records],
-            rows["input_tokens"],
-        ),
-        "requests = Σ over processes": (
-            [sum([r.requests_completed for r in of_row]) for of_row in records],
-            rows["requests_completed"],
-        ),
+        "output tokens = Σ over requests": (totals("output_tokens"), rows["output_tokens"]),
+        "input tokens = Σ over requests": (totals("input_tokens"), rows["input_tokens"]),
+        "requests = Σ over processes": (totals("requests_completed"), rows["requests_completed"]),
         "prefill + decode + idle = window": (
             rows["duration_s"],
             map(

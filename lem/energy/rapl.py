@@ -185,8 +185,13 @@ class _Counter:
         now_ns = self._clock_ns()
         gap_s = (now_ns - self._last_ns) / NS_PER_S
         gained_uj = increase_uj(self._last_uj, now_uj, self._range_uj)
-        self._check_gap(gap_s)
-        self._check_gain(gained_uj / UJ_PER_J, gap_s)
+        counter = f"the counter of {self._zone.label}"
+        # As when the process was stopped for a while.
+        if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
+            self._failure = f"{counter} was not read for {gap_s:.0f} s and may have wrapped unseen"
+        # A counter that was reset looks like one that wrapped around, and gains more than a package can draw.
+        if gained_uj / UJ_PER_J > MAX_POWER_W * (gap_s + GAIN_SLACK_S):
+            self._failure = f"{counter} was reset in the window (machine suspended?)"
         self._total_uj += gained_uj
         self._last_uj, self._last_ns = now_uj, now_ns
 
@@ -208,18 +213,6 @@ class _Counter:
     def _fail(self, error: OSError | ValueError) -> None:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         self._failure = f"the counter of {self._zone.label} could not be read: {why}"
-
-    def _check_gap(self, gap_s: float) -> None:
-        """Reject a gap in which the counter may have wrapped more than once, as when the process was stopped."""
-        if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
-            self._failure = (
-                f"the counter of {self._zone.label} was not read for {gap_s:.0f} s and may have wrapped unseen"
-            )
-
-    def _check_gain(self, gained_j: float, gap_s: float) -> None:
-        """Reject more than a package can draw: a counter that was reset looks like one that wrapped around."""
-        if gained_j > MAX_POWER_W * (gap_s + GAIN_SLACK_S):
-            self._failure = f"the counter of {self._zone.label} was reset in the window (machine suspended?)"
 
 
 def step_uj(range_uj: int) -> int:

@@ -8,7 +8,7 @@ state one is in (`state`). It opens no CUDA context, so any process can ask. Wit
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,11 +141,10 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
         if lib is None:
             return None
         cuda = _ask(lib, "nvmlSystemGetCudaDriverVersion")
-        driver = _ask(lib, "nvmlSystemGetDriverVersion")
         indices = range(lib.nvmlDeviceGetCount())
         chosen = _chosen([gpu for i in indices if (gpu := _answering(lib, i)) is not None], environ)
         return Topology(
-            driver_version=None if driver is None else _text(driver),
+            driver_version=_ask(lib, "nvmlSystemGetDriverVersion", convert=_text),
             # 12080 is 12.8
             cuda_version=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
             gpus=tuple(_physical(lib, i, chosen) for i in indices),
@@ -162,19 +161,17 @@ def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
         handle = None if lib is None else _ask(lib, "nvmlDeviceGetHandleByUUID", uuid)
         if handle is None:
             return DeviceState(uuid)
-        ecc = _ask(lib, "nvmlDeviceGetEccMode", handle)
-        persistence = _ask(lib, "nvmlDeviceGetPersistenceMode", handle)
         return DeviceState(
             uuid=uuid,
             sm_clock_mhz=_ask(lib, "nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_SM),
             memory_clock_mhz=_ask(lib, "nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_MEM),
             max_sm_clock_mhz=_ask(lib, "nvmlDeviceGetMaxClockInfo", handle, lib.NVML_CLOCK_SM),
             temperature_c=_ask(lib, "nvmlDeviceGetTemperature", handle, lib.NVML_TEMPERATURE_GPU),
-            power_limit_w=_watts(_ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle)),
-            default_power_limit_w=_watts(_ask(lib, "nvmlDeviceGetPowerManagementDefaultLimit", handle)),
-            persistence=None if persistence is None else bool(persistence),
-            ecc=None if ecc is None else bool(ecc[0]),
-            mig=_mig(lib, handle),
+            power_limit_w=_ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle, convert=_watts),
+            default_power_limit_w=_ask(lib, "nvmlDeviceGetPowerManagementDefaultLimit", handle, convert=_watts),
+            persistence=_ask(lib, "nvmlDeviceGetPersistenceMode", handle, convert=bool),
+            ecc=_ask(lib, "nvmlDeviceGetEccMode", handle, convert=_is_on),
+            mig=_ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on),
             throttle_reasons=_throttle_reasons(lib, handle),
             foreign_processes=_foreign_processes(lib, handle, of_engine),
         )
@@ -231,10 +228,10 @@ def _parent_of(mig_uuid: str) -> Gpu | None:
 
 
 # ------------------------------------------------------------------ asking the driver
-def _ask(lib: Any, function: str, *arguments: Any) -> Any:
-    """Return the answer of a function of the driver's library, or None where it raises an error."""
+def _ask(lib: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda answer: answer) -> Any:
+    """Return the converted answer of a function of the driver's library, or None where it raises an error."""
     try:
-        return getattr(lib, function)(*arguments)
+        return convert(getattr(lib, function)(*arguments))
     except lib.NVMLError:
         return None
 
@@ -245,7 +242,7 @@ def _gpu(lib: Any, index: int) -> Gpu:
         index=index,
         uuid=_text(lib.nvmlDeviceGetUUID(handle)),
         name=_text(lib.nvmlDeviceGetName(handle)),
-        memory_bytes=_memory(lib, handle),
+        memory_bytes=_ask(lib, "nvmlDeviceGetMemoryInfo", handle, convert=_total),
         compute_capability=_ask(lib, "nvmlDeviceGetCudaComputeCapability", handle),
     )
 
@@ -267,8 +264,8 @@ def _physical(lib: Any, index: int, chosen: list[Gpu]) -> PhysicalGpu:
         uuid=gpu.uuid,
         name=gpu.name,
         memory_bytes=gpu.memory_bytes,
-        power_limit_w=_watts(_ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle)),
-        mig=_mig(lib, handle),
+        power_limit_w=_ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle, convert=_watts),
+        mig=_ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on),
         visible=any(other.uuid == gpu.uuid for other in chosen),
         instances=tuple(_instances(lib, handle, [other for other in chosen if other.uuid == gpu.uuid])),
     )
@@ -280,25 +277,15 @@ def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance
         instance = _ask(lib, "nvmlDeviceGetMigDeviceHandleByIndex", handle, k)
         if instance is None:
             continue  # a free slot
-        uuid, name = (_ask(lib, f"nvmlDeviceGet{what}", instance) for what in ("UUID", "Name"))
+        uuid, name = (_ask(lib, f"nvmlDeviceGet{what}", instance, convert=_text) for what in ("UUID", "Name"))
         yield MigInstance(
-            uuid=None if uuid is None else _text(uuid),
-            name=None if name is None else _text(name),
+            uuid=uuid,
+            name=name,
             # The driver names it "<GPU> MIG <profile>".
-            profile=None if name is None else _text(name).rpartition(" MIG ")[2],
-            memory_bytes=_memory(lib, instance),
-            visible=None in named or (uuid is not None and _text(uuid) in named),
+            profile=None if name is None else name.rpartition(" MIG ")[2],
+            memory_bytes=_ask(lib, "nvmlDeviceGetMemoryInfo", instance, convert=_total),
+            visible=None in named or (uuid is not None and uuid in named),
         )
-
-
-def _memory(lib: Any, handle: Any) -> int | None:
-    memory = _ask(lib, "nvmlDeviceGetMemoryInfo", handle)
-    return None if memory is None else int(memory.total)
-
-
-def _mig(lib: Any, handle: Any) -> bool | None:
-    modes = _ask(lib, "nvmlDeviceGetMigMode", handle)
-    return None if modes is None else bool(modes[0])
 
 
 def _throttle_reasons(lib: Any, handle: Any) -> tuple[str, ...] | None:
@@ -313,15 +300,24 @@ def _foreign_processes(lib: Any, handle: Any, of_engine: Collection[int]) -> tup
     if running is None:
         return None
     own = {os.getpid(), *(child.pid for child in children()), *of_engine}
-    foreign = [(p, _ask(lib, "nvmlSystemGetProcessName", p.pid)) for p in running if p.pid not in own]
     return tuple(
-        ForeignProcess(pid=p.pid, used_bytes=p.usedGpuMemory, name=None if name is None else _text(name))
-        for p, name in foreign
+        ForeignProcess(p.pid, p.usedGpuMemory, _ask(lib, "nvmlSystemGetProcessName", p.pid, convert=_text))
+        for p in running
+        if p.pid not in own
     )
 
 
-def _watts(milliwatts: int | None) -> float | None:
-    return None if milliwatts is None else milliwatts * W_PER_MW
+def _watts(milliwatts: int) -> float:
+    return milliwatts * W_PER_MW
+
+
+def _total(memory: Any) -> int:
+    return int(memory.total)
+
+
+def _is_on(modes: Any) -> bool:
+    """Return the current one of the current and the pending mode."""
+    return bool(modes[0])
 
 
 def _text(value: str | bytes) -> str:

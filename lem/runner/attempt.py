@@ -29,7 +29,7 @@ from lem.runner.ranks import Ranks, join, named_by_launcher
 from lem.runner.records import EngineReport, Snapshot, WindowId, power_rows, process_record, request_row
 from lem.runner.stopping import UNDISTURBED, ignore_signals
 from lem.runner.window import Bench, MeasuredRequest, Measurement, Queue
-from lem.spec.experiment import Cooldown, Experiment, Warmup
+from lem.spec.experiment import Cooldown
 from lem.units import timestamp
 from lem.warning_codes import warning
 from lem.workload import flops
@@ -150,7 +150,10 @@ class Attempt:
         left = [p for p in loaded.prompts if p.index not in finished]
         cycle.measured.indices = [p.index for p in left]
         loaded.bench.report(Event("cycle", cycle.number, experiment.cycles))
-        loaded.bench.warm_up(loaded.prompts, _warmup(experiment), experiment.batching.batch_size, cycle.measured)
+        warmup, streaming = experiment.warmup, experiment.streaming
+        if streaming.enabled and warmup.until_cv is None:
+            warmup = replace(warmup, prompts=streaming.warmup_requests)
+        loaded.bench.warm_up(loaded.prompts, warmup, experiment.batching.batch_size, cycle.measured)
         loaded.bench.run_window(
             left,
             self,
@@ -273,13 +276,6 @@ class Attempt:
                     part.close()
             except Exception:
                 traceback.print_exc()
-
-
-def _warmup(experiment: Experiment) -> Warmup:
-    """Return the warm-up; streaming has its own number of prompts, unless latencies decide."""
-    if not experiment.streaming.enabled or experiment.warmup.until_cv is not None:
-        return experiment.warmup
-    return replace(experiment.warmup, prompts=experiment.streaming.warmup_requests)
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> bool:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +179,9 @@ def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
 
 # ------------------------------------------------------------------ stopping
 def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> bool:
-    """Ask all workers to end, and kill them when they do not or the user insists; return whether the user did.
+    """Ask the worker, or several and their launcher, to end; kill them when they do not or the user insists.
 
-    Args:
-        workers: the worker, or the launcher of several.
-        is_launcher: it is the latter.
+    Returns whether the user insisted.
     """
     import psutil
 
@@ -208,22 +206,15 @@ def _signal(processes: Any, number: signal.Signals) -> None:
     import psutil
 
     for process in processes:
-        try:
+        with suppress(psutil.Error):
             process.send_signal(number)
-        except psutil.Error:
-            continue
 
 
 # ------------------------------------------------------------------ records of workers that left none
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, how: str) -> None:
-    """Write records for workers that ended without one: from their journals, otherwise bare.
+    """Write records with that status for workers that ended without one: from their journals, otherwise bare.
 
-    Args:
-        directory: the experiment.
-        attempt: number of the attempt.
-        status: of such a worker.
-        code: exit code of the worker, or of the launcher of several.
-        how: how it ended.
+    `code` is the exit code of the worker, or of the launcher of several, and `how` says how it ended.
     """
     plan = directory.plan()
     mine = [record for record in directory.records() if record.attempt == attempt]

@@ -41,7 +41,7 @@ from lem.workload.tokens import token_times
 
 @dataclass(frozen=True)
 class WindowId:
-    """Which measured window a record and its rows belong to."""
+    """Which measured window a record and its rows belong to: the fields that they share."""
 
     experiment_id: str
     rank: int
@@ -121,14 +121,11 @@ def bare_record(
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=__version__,
-        experiment_id=window.experiment_id,
-        rank=window.rank,
+        **vars(window),
         world_size=plan.processes,
         status=status,
         started_at=started_at or timestamp(),
         hostname=socket.gethostname(),
-        cycle=window.cycle,
-        attempt=window.attempt,
         config_sha256=plan.config_sha256,
         backend=plan.experiment.backend.name,
         error=error,
@@ -219,10 +216,7 @@ def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
     """Return the row of one request."""
     generation, arrived_s = request.generation, request.arrived_s
     row = RequestRecord(
-        experiment_id=window.experiment_id,
-        rank=window.rank,
-        cycle=window.cycle,
-        attempt=window.attempt,
+        **vars(window),
         request=generation.index,
         batch=generation.batch,
         input_tokens=len(request.prompt.token_ids),
@@ -250,10 +244,7 @@ def power_rows(window: WindowId, zero_ns: int, samples: Iterable[PowerSample]) -
     """Yield the rows of a power trace, with times relative to `zero_ns`, the opening of the window."""
     for sample in samples:
         yield PowerRecord(
-            experiment_id=window.experiment_id,
-            rank=window.rank,
-            cycle=window.cycle,
-            attempt=window.attempt,
+            **vars(window),
             t_s=(sample.t_ns - zero_ns) / NS_PER_S,
             component=sample.component,
             device=sample.device,

@@ -193,7 +193,8 @@ class Bench:
             done += sum(len(finished) for finished in self.backend.generate(batch))
             latencies_s.append((time.perf_counter_ns() - before_ns) / NS_PER_S)
             self.report(Event("warmup", done))
-            cv = _variation(latencies_s[-warmup.cv_batches :]) if len(latencies_s) >= warmup.cv_batches else None
+            last_s = latencies_s[-warmup.cv_batches :]
+            cv = statistics.stdev(last_s) / statistics.fmean(last_s) if len(last_s) == warmup.cv_batches else None
             ended = _end_of_warmup(warmup, cv, done, (time.perf_counter_ns() - began_ns) / NS_PER_S)
             if ended is not None:
                 return WarmupInfo(done, ended, cv)
@@ -341,13 +342,6 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
     if done >= warmup.max_prompts:
         return "max_prompts"
     return "max_s" if spent_s >= warmup.max_s else None
-
-
-def _variation(values: Sequence[float]) -> float | None:
-    """Return the coefficient of variation (sample standard deviation over mean); None for fewer than two values."""
-    if len(values) < 2 or statistics.fmean(values) == 0:
-        return None
-    return statistics.stdev(values) / statistics.fmean(values)
 
 
 # ------------------------------------------------------------------ processor time

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
             report = PipeReport(_open_progress(options.progress), named_by_launcher().rank)
         directory = ExperimentDir(options.directory)
         with directory.hold():
-            _check_attempt(directory, options.attempt)
+            if (now := directory.state().attempt) > options.attempt:  # it has taken over while this process started
+                raise RunError(
+                    f"{directory.id} is at attempt {now}; this process belongs to attempt {options.attempt}."
+                )
             status = Attempt(directory, options.attempt).run(report)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -57,13 +60,6 @@ def _open_progress(fifo: Path) -> int:
         return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
         raise Interrupted(f"The parent process is gone: {fifo}: {error.strerror}.") from None
-
-
-def _check_attempt(directory: ExperimentDir, attempt: int) -> None:
-    """Raise when another attempt has taken over while this process was still starting."""
-    now = directory.state().attempt
-    if now > attempt:
-        raise RunError(f"{directory.id} is already at attempt {now}; this process belongs to attempt {attempt}.")
 
 
 if __name__ == "__main__":

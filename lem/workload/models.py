@@ -82,11 +82,9 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
     except errors.HFValidationError:
         raise ModelError(f"'{name}' is neither a model directory nor a hub id (owner/name).") from None
     except Exception as error:  # also those of the client's transport
-        raise ModelError(_other_failure(name, error)) from None
+        if is_unreachable(error):
+            reason = "is not cached on this machine and the hub cannot be reached."
+        else:
+            reason = f"cannot be read from the hub: {' '.join(str(error).split())[:200]}"
+        raise ModelError(f"The model {name} {reason} {OFFLINE_HINT}") from None
     return _read_config(Path(file).parent)
-
-
-def _other_failure(name: str, error: Exception) -> str:
-    if is_unreachable(error):
-        return f"The model {name} is not cached on this machine and the hub cannot be reached. {OFFLINE_HINT}"
-    return f"The model {name} cannot be read from the hub: {' '.join(str(error).split())[:200]} {OFFLINE_HINT}"
