@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
+
+from msgspec.structs import replace
 
 from lem.record import EnergyReading, Phase, ProcessRecord, RequestRecord
 from lem.results.codec import config_sha256
@@ -36,8 +37,17 @@ def plan(count=3, processes=1, cycles=1, experiment_id=ID, **more) -> Plan:
 
 
 def requests(positions: Sequence[int] = (0, 1, 2), rank=0, cycle=1, attempt=1, experiment_id=ID) -> list[RequestRecord]:
-    place = (experiment_id, rank, cycle, attempt)
-    return [RequestRecord(*place, i, i, 10 + i, 20, False, "length", i * 1.0, i + 0.5, 0.5) for i in positions]
+    place = {"experiment_id": experiment_id, "rank": rank, "cycle": cycle, "attempt": attempt}
+    return [
+        request(request=i, batch=i, input_tokens=10 + i, start_s=i * 1.0, end_s=i + 0.5, **place) for i in positions
+    ]
+
+
+def request(**values: Any) -> RequestRecord:
+    """Return the row of a request with some values."""
+    known = {"request": 0, "batch": 0, "input_tokens": 10, "output_tokens": 20, "input_truncated": False}
+    known |= {"finish_reason": "length", "start_s": 0.0, "end_s": 0.5, "latency_s": 0.5}
+    return RequestRecord(**(known | values))
 
 
 def phases(duration_s=4.0, energy: Sequence[EnergyReading] = (GPU,)) -> tuple[Phase, ...]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import pytest
+from msgspec.structs import asdict, replace
 
 from lem import warning_codes
 from lem.record import (
@@ -140,7 +139,7 @@ def test_batches_of_one_token_are_not_mixed_with_those_that_decode():
 
 def row(**known):
     """A row of which only this is known."""
-    return ExperimentRow(**{f.name: None for f in fields(ExperimentRow)} | known)
+    return ExperimentRow(**dict.fromkeys(ExperimentRow.__struct_fields__) | known)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ class TestBelowIdle:
             output_tokens=0,
             input_tokens=0,
         )
-        (found,) = warning_codes.of_rows({name: [value] for name, value in vars(made).items()}, [[record()]])
+        (found,) = warning_codes.of_rows({name: [value] for name, value in asdict(made).items()}, [[record()]])
         return [n.code for n in found]
 
     @pytest.mark.parametrize("adjusted_j", [20.0, 0.0, -0.01, -0.99])

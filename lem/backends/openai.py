@@ -409,7 +409,7 @@ class Openai(Backend):
             scope = (
                 "unknown: the server runs elsewhere" if self.runs_elsewhere() else f"server's {several}, since start"
             )
-            self._peak = Memory(peak_memory_bytes(processes), scope)
+            self._peak = Memory(peak_memory_bytes(process.pid for process in processes), scope)
         return self._peak
 
     def model_info(self) -> ModelInfo | None:

@@ -28,7 +28,7 @@ from lem.runner import worker
 from lem.runner.job import Outcome, fingerprint, resume, run_ready
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Report
-from lem.runner.ranks import Ranks, hear, named_by_launcher, say_ended, tell, wait_for_ends
+from lem.runner.ranks import Ranks, announce_end, named_by_launcher, publish, receive, wait_for_ends
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 from lem.spec.schema import leaf
@@ -179,21 +179,21 @@ class _Others:
 
     def _say(self, text: str) -> None:
         if self._waiting:
-            tell(text)
+            publish(text)
             self._waiting = False
 
 
 # ------------------------------------------------------------------ all processes
 def _follow(here: Ranks) -> int:
     """Wait for the first process to say what to do, and do it."""
-    told = hear()
-    if told == NOTHING:
+    message = receive()
+    if message == NOTHING:
         return 0
-    attempt, _, path = told.partition(" ")
+    attempt, _, path = message.partition(" ")
     try:
         return _work(ExperimentDir(Path(path)), int(attempt))
     finally:
-        say_ended(here.rank)
+        announce_end(here.rank)
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
@@ -201,7 +201,7 @@ def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.mig_uuid or gpu.uuid for gpu in chosen)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.visible_uuid for gpu in chosen)
     return worker.main([str(directory.path), "--attempt", str(attempt)], *report)
 
 

@@ -1,4 +1,4 @@
-"""The best meters that this machine has, one for each component: counters before estimates."""
+"""The best available meter for each component: counters before estimates."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def measured(
         ResultsError: no record, a damaged one, records that do not belong together, or what `strict` refuses.
     """
     state = state or directory.state()
-    plan, parts = directory.brief_plan(), directory.brief_parts()
+    plan, parts = directory.brief_plan(), directory.parts()
     if not parts:
         raise ResultsError(f"{directory.id} has no records yet.")
     cycles = by_cycle(parts)

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from lem.errors import ResultsError, RunError, did_you_mean
 from lem.record import DeviceState, Environment
 from lem.results import show
@@ -62,8 +64,8 @@ class Selection:
         if self.status is not None and self.status not in STATUSES:
             known = ", ".join(STATUSES)
             raise ResultsError(f"--status: '{self.status}' is none of {known}.{did_you_mean(self.status, STATUSES)}")
-        if self.sort is not None and self.sort not in ExperimentRow.__dataclass_fields__:
-            close = did_you_mean(self.sort, ExperimentRow.__dataclass_fields__)
+        if self.sort is not None and self.sort not in ExperimentRow.__struct_fields__:
+            close = did_you_mean(self.sort, ExperimentRow.__struct_fields__)
             raise ResultsError(f"--sort: there is no column '{self.sort}'.{close} docs/reference/results.md has them.")
         self._first_id()
 
@@ -228,8 +230,8 @@ OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window")
 def _at_work(rows: Rows) -> Rows:
     """Return the rows of an experiment that is running: what is not finished is neither broken off nor cut."""
     warnings = [text for text in rows.row.warnings if text.partition(":")[0] not in OF_A_JOURNAL]
-    row = replace(rows.row, status="running", error=None, warnings=warnings)
-    cycles = [c if c.status == "completed" else replace(c, status="running") for c in rows.cycles]
+    row = structs.replace(rows.row, status="running", error=None, warnings=warnings)
+    cycles = [c if c.status == "completed" else structs.replace(c, status="running") for c in rows.cycles]
     return Rows(row, cycles, rows.requests)
 
 
@@ -243,7 +245,7 @@ def _as_plain(
 ) -> dict[str, Any]:
     row = show.row_dict(rows.row) if rows else {"experiment_id": directory.id, "status": state.status}
     return row | {
-        "cycles": [vars(cycle) for cycle in rows.cycles] if rows else [],
+        "cycles": [structs.asdict(cycle) for cycle in rows.cycles] if rows else [],
         "state": to_plain(state) if directory.path.is_dir() else None,
         "environment": to_plain(environment) if environment else None,
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from itertools import accumulate
 from typing import Any, get_args, get_type_hints
 
@@ -40,7 +39,7 @@ def _columns_of(*types: type) -> list[str]:
 MEANS = [name for name in _columns_of(int, float) if name not in MAXIMA]
 _WHOLE = frozenset(_columns_of(int))
 _TOLD = [name for name in _columns_of(str) if LABELS.fullmatch(name)]
-_COLUMNS = frozenset(f.name for f in fields(ExperimentRow))
+_COLUMNS = frozenset(ExperimentRow.__struct_fields__)
 
 
 def experiment_columns(

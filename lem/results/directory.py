@@ -18,7 +18,7 @@ from typing import TypeVar
 from lem.errors import ResultsError
 from lem.record import ProcessRecord, RequestRecord
 from lem.results import journal
-from lem.results.codec import BriefPlan, arrivals_sha256, from_json, read_plan, read_record, to_json, whole
+from lem.results.codec import BriefPlan, arrivals_sha256, from_json, read_plan, to_json
 from lem.results.files import _remove_if_abandoned, write_atomically
 from lem.results.plan import Plan, State, running
 from lem.units import timestamp
@@ -263,19 +263,11 @@ class ExperimentDir:
         Raises:
             ResultsError: a damaged file, named.
         """
-        found = self._parts(partial(from_json, ProcessRecord))
-        return [Part(part.record, list(map(whole, part.requests))) for part in found]
-
-    def brief_parts(self) -> list[Part]:
-        """Return the same without what no row of the tables needs, sooner: see lem/brief.py."""
-        return self._parts(read_record)
-
-    def _parts(self, read: Callable[[bytes], ProcessRecord]) -> list[Part]:
         names = self._names()
         found: dict[tuple[int, int, int], Part] = {}
         known: dict[tuple[str, ...], dict[int, ProcessRecord]] = {}
         for match in [match for name in names if name[0] == "p" and (match := RECORD.fullmatch(name))]:
-            record = self._record(match, read)
+            record = self._record(match)
             found[record.cycle, record.attempt, record.rank] = Part(record, [])
             known.setdefault(match.group(1, 3), {})[record.cycle] = record
         for match in [match for name in names if name[0] == "j" and (match := JOURNAL.fullmatch(name))]:
@@ -335,9 +327,9 @@ class ExperimentDir:
         except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from None
 
-    def _record(self, match: re.Match[str], read: Callable[[bytes], ProcessRecord]) -> ProcessRecord:
+    def _record(self, match: re.Match[str]) -> ProcessRecord:
         try:
-            record = read(self._content(match[0]))
+            record = from_json(ProcessRecord, self._content(match[0]))
         except (OSError, ValueError) as error:
             raise self._unreadable(match[0], error) from None
         if f"process_{record.rank}_c{record.cycle}_a{record.attempt}.json" != match[0]:

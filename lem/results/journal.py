@@ -12,15 +12,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import msgspec
+from msgspec.structs import asdict, replace
 
 from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
-from lem.results.codec import BriefRow, reader, to_compact_json, with_value_errors
+from lem.results.codec import from_json, with_value_errors
 from lem.warning_codes import warning
 
 # The type of the error of a process that could not write its record.
@@ -30,8 +30,7 @@ OPENING = b'{"record":'
 CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     """How far the measured window had come when a batch was done.
 
     `energy` is what the meter had read `energy_at_s` after the window's opening; None where it was not asked, or
@@ -57,13 +56,10 @@ class Window:
     last: Checkpoint | None = None
     metered: Checkpoint | None = None
 
-    def add(self, rows: Iterable[Any]) -> None:
-        """Add brief rows, which are told what all rows of the window share."""
-        record = self.record
-        for row in rows:
-            row.experiment_id, row.rank = record.experiment_id, record.rank
-            row.cycle, row.attempt = record.cycle, record.attempt
-            self.rows.append(row)
+    def add(self, rows: Iterable[RequestRecord]) -> None:
+        """Add rows as lines hold them, and fill in what all rows of the window share."""
+        shared = {name: getattr(self.record, name) for name in COMMON}
+        self.rows += [replace(row, **shared) for row in rows]
 
     def salvaged(self) -> ProcessRecord:
         """Return the record of a process that could not write its own: up to the last batch that was done."""
@@ -108,13 +104,13 @@ class Journal:
 
     def open_window(self, record: ProcessRecord) -> None:
         """Note that a measured window opens; `record` stands in for the process's own if that is never written."""
-        self._write(OPENING + to_compact_json(record).encode() + b"}\n")
+        self._write(OPENING + msgspec.json.encode(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
         """Note a batch that is done. It is on its way to the disk when this returns: a kill cannot take it back."""
-        done = [{name: value for name, value in vars(row).items() if name not in COMMON} for row in rows]
-        told = {name: value for name, value in vars(checkpoint).items() if value is not None}
-        self._write(to_compact_json({"done": done} | told).encode() + b"\n")
+        done = [{name: value for name, value in asdict(row).items() if name not in COMMON} for row in rows]
+        known = {name: value for name, value in asdict(checkpoint).items() if value is not None}
+        self._write(msgspec.json.encode({"done": done} | known) + b"\n")
 
     def close(self) -> None:
         """See to it that all is on the disk."""
@@ -127,7 +123,7 @@ class Journal:
 
 
 def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:
-    """Read a journal, however its writer ended; its rows are `BriefRow`s, which lack nothing.
+    """Read a journal, however its writer ended.
 
     Args:
         journal: what the file holds.
@@ -159,7 +155,7 @@ def _opened(line: bytes, known: Mapping[int, ProcessRecord]) -> Window:
     place = CYCLE.search(line)
     if place and (record := known.get(int(place[1]))):
         return Window(record, closed=True)
-    return Window(reader(ProcessRecord)(line.removeprefix(OPENING)[:-1]))
+    return Window(from_json(ProcessRecord, line.removeprefix(OPENING)[:-1]))
 
 
 def _take(journal: bytes, begin: int, end: int, window: Window) -> int:
@@ -182,13 +178,13 @@ def _take(journal: bytes, begin: int, end: int, window: Window) -> int:
 
 def _note_checkpoint(line: bytes, window: Window) -> None:
     """Keep how far the window had come; only where the process's own record is not known."""
-    window.last = reader(Checkpoint)(line)
+    window.last = from_json(Checkpoint, line)
     if window.last.energy is not None:
         window.metered = window.last
 
 
 class _Done(msgspec.Struct, gc=False):
-    done: list[BriefRow]  # type: ignore[valid-type]
+    done: list[RequestRecord]
 
 
 _done = msgspec.json.Decoder(_Done)

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from lem.record import CodedWarning, Component, EnergyReading, Flops, Memory, Phase, Prefill, ProcessRecord
-from lem.results.codec import changed
 
 NOT_IN_ALL = "it was not metered in every attempt at the cycle"
 
@@ -26,7 +27,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         return records[0]
     counted = [r for r in records if r.phase("measured")] or [records[-1]]
     latest, ran = counted[-1], [r for r in counted if r.requests_completed]
-    return changed(
+    return replace(
         latest,
         status=records[-1].status,
         error=records[-1].error,
@@ -61,13 +62,13 @@ def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
     return tuple(
         _merged_reading(same)
         if all(same[0].component in found for found in components)
-        else changed(same[0], energy_j=None, trace_energy_j=None, reason=NOT_IN_ALL)
+        else replace(same[0], energy_j=None, trace_energy_j=None, reason=NOT_IN_ALL)
         for same in by_device.values()
     )
 
 
 def _merged_reading(readings: Sequence[EnergyReading]) -> EnergyReading:
-    return changed(
+    return replace(
         readings[-1],
         energy_j=total([r.energy_j for r in readings]),
         trace_energy_j=total([r.trace_energy_j for r in readings]),
@@ -81,12 +82,12 @@ def _merged_memory(parts: Sequence[Memory | None]) -> Memory | None:
     if not known:
         return None
     caches = [part.kv_cache_bytes for part in known if part.kv_cache_bytes is not None]
-    return changed(max(known, key=lambda part: part.peak_bytes or 0), kv_cache_bytes=max(caches, default=None))
+    return replace(max(known, key=lambda part: part.peak_bytes or 0), kv_cache_bytes=max(caches, default=None))
 
 
 def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
     known = [part for part in parts if part is not None]
-    return changed(known[-1], total=sum(p.total for p in known)) if known and len(known) == len(parts) else None
+    return replace(known[-1], total=sum(p.total for p in known)) if known and len(known) == len(parts) else None
 
 
 def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:

@@ -9,12 +9,11 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from lem.record import made
 from lem.results.files import replacing
 from lem.units import Unit
 
@@ -33,15 +32,15 @@ class Column:
 def columns(record_type: type[Any]) -> Iterator[Column]:
     """Yield the columns of a record type, in order."""
     hints = get_type_hints(record_type, include_extras=True)
-    for f in fields(record_type):
-        annotation, unit, description = hints[f.name], None, None
+    for name in record_type.__struct_fields__:
+        annotation, unit, description = hints[name], None, None
         if get_origin(annotation) is Annotated:
             annotation, *marks = get_args(annotation)
             unit = next((mark.symbol for mark in marks if isinstance(mark, Unit)), None)
             description = next((mark for mark in marks if isinstance(mark, str)), None)
         members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
         real = [member for member in members if member is not type(None)]
-        yield Column(f.name, real[0], len(real) < len(members), unit, description)
+        yield Column(name, real[0], len(real) < len(members), unit, description)
 
 
 # Building one takes a millisecond.
@@ -153,7 +152,17 @@ def _defaults(record_type: type[Any]) -> dict[str, Any]:
     """Return for each column what stands where an older version wrote none."""
     empty = {str: "", int: 0, float: 0.0, bool: False, list[str]: [], list[float]: []}
     values = {c.name: None if c.nullable else empty[c.python_type] for c in columns(record_type)}
-    return values | {f.name: f.default for f in fields(record_type) if f.default is not MISSING}
+    return values | defaults(record_type)
+
+
+def defaults(record_type: type[Any]) -> dict[str, Any]:
+    """Return the default of each field that has one, apart from empty lists."""
+    values = reversed(record_type.__struct_defaults__)
+    return {
+        name: value
+        for name, value in zip(reversed(record_type.__struct_fields__), values, strict=False)
+        if value is None or isinstance(value, str | int | float)
+    }
 
 
 def write_table(path: Path, rows: Any) -> None:
@@ -187,14 +196,9 @@ def check(path: Path) -> None:
         pq.ParquetFile(file)
 
 
-def read_rows(path: Path, record_type: type[Any]) -> list[Any]:
-    """Read records back; columns that this version does not know are left out, missing ones take defaults."""
-    return records(read_table(path), record_type)
-
-
 def records(found: Any, record_type: type[Any], names: Sequence[str] | None = None) -> list[Any]:
-    """Return an Arrow table as records; with `names` they have these values only, and no others can be asked for."""
-    columns = [column.to_pylist() for column in aligned(found, record_type, names).columns]
-    if names is None:
-        return list(map(record_type, *columns))
-    return [made(record_type, dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    """Return an Arrow table as records; with `names` only these columns are read, and the others have defaults."""
+    names = names or record_type.__struct_fields__
+    others = _defaults(record_type)
+    rows = zip(*(column.to_pylist() for column in aligned(found, record_type, names).columns), strict=True)
+    return [record_type(**(others | dict(zip(names, values, strict=True)))) for values in rows]

@@ -8,18 +8,19 @@ and not how anything was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from lem import warning_codes
-from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status, made
-from lem.results.codec import BriefPlan, whole
+from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status
+from lem.results.codec import BriefPlan
 from lem.results.columns import Columns, of_each, quotients, ratios
 from lem.results.cycles import experiment_columns
 from lem.results.latency import of_tokens, summaries, under_load
 from lem.results.merging import UNMETERED, by_component, energy_j, headline, joined, once_each, told, total
+from lem.results.parquet import defaults
 from lem.results.peaks import peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow
 
@@ -87,28 +88,26 @@ def rows_of(measured: Measured) -> Rows:
     """Return the rows of one experiment."""
     found = tabulate([measured])
     (row,) = as_rows(ExperimentRow, found.experiments)
-    return Rows(row, as_rows(CycleRow, found.cycles), [whole(r) for cycle in measured.cycles for r in cycle.requests])
+    return Rows(row, as_rows(CycleRow, found.cycles), [r for cycle in measured.cycles for r in cycle.requests])
 
 
 def as_rows(row_type: type[Any], columns: Columns) -> list[Any]:
     """Return columns as rows."""
-    names = [f.name for f in fields(row_type)]
-    return [
-        made(row_type, dict(zip(names, values, strict=True)))
-        for values in zip(*(columns[name] for name in names), strict=True)
-    ]
+    names = row_type.__struct_fields__
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return [row_type(**dict(zip(names, values, strict=True))) for values in rows]
 
 
 def _request_columns(cycles: Sequence[Cycle]) -> Columns:
     requests = [request for cycle in cycles for request in cycle.requests]
-    return {f.name: list(map(attrgetter(f.name), requests)) for f in fields(RequestRecord)}
+    return {name: list(map(attrgetter(name), requests)) for name in RequestRecord.__struct_fields__}
 
 
 # ------------------------------------------------------------------ cycles
 # What a cycle's row has in common with an experiment's.
-_SHARED = [f.name for f in fields(CycleRow) if f.name in {f.name for f in fields(ExperimentRow)}]
+_SHARED = [name for name in CycleRow.__struct_fields__ if name in ExperimentRow.__struct_fields__]
 # Columns that only some cycles fill, such as those of streaming; None in the others.
-_OPTIONAL = [f.name for f in fields(ExperimentRow) if f.default is None]
+_OPTIONAL = [name for name, value in defaults(ExperimentRow).items() if value is None]
 _peak = cache(peak_flops_per_s)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Annotated
+
+from msgspec import Struct
 
 from lem import units
 
 
-@dataclass(frozen=True)
-class ExperimentRow:
+class ExperimentRow(Struct, frozen=True, gc=False):
     """An experiment's row in the aggregated table.
 
     Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' when it was
@@ -177,15 +177,12 @@ class ExperimentRow:
     energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end."] = None
     energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Upper end."] = None
     # for the record
-    warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = field(
-        default_factory=list
-    )
-    overrides: Annotated[list[str], "Overrides given on the command line, in order."] = field(default_factory=list)
+    warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = []
+    overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The whole resolved configuration, as JSON."] = ""
 
 
-@dataclass(frozen=True)
-class CycleRow:
+class CycleRow(Struct, frozen=True, gc=False):
     """One cycle of an experiment: a pass over all its prompts. Columns mean what they mean for the experiment."""
 
     experiment_id: Annotated[str, "Experiment that it belongs to."]
@@ -251,6 +248,4 @@ class CycleRow:
     goodput_requests_per_s: Annotated[
         float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
     ] = None
-    warnings: Annotated[list[str], "What to doubt about this cycle, each as `code: sentence`."] = field(
-        default_factory=list
-    )
+    warnings: Annotated[list[str], "What to doubt about this cycle, each as `code: sentence`."] = []

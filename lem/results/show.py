@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict
+
 from lem.record import ProcessRecord
 from lem.results.schema import ExperimentRow
 from lem.units import plain, quantity
@@ -310,7 +312,7 @@ def _marked(row: ExperimentRow, text: str) -> str:
 # ------------------------------------------------------------------ for programs
 def row_dict(row: ExperimentRow) -> dict[str, Any]:
     """Return a row as plain data, its configuration unpacked."""
-    values = dict(vars(row))
+    values = asdict(row)
     text = values.pop("config_json")
     return values | {"config": json.loads(text) if text else None}
 

@@ -27,8 +27,8 @@ from lem.results.directory import ExperimentDir
 from lem.results.files import write_atomically
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
-from lem.runner.launch import GRACE_S
 from lem.runner.progress import Event, Report
+from lem.runner.stopping import GRACE_S
 from lem.spec.experiment import Experiment
 from lem.studies.ask import Options
 from lem.studies.child import Job

@@ -18,8 +18,8 @@ from lem.config.hydra import Task, _expanded, hydra_multirun, sweep_dir
 from lem.config.options import CONFIG_MODULE
 from lem.errors import Interrupted, LemError
 from lem.machine import host
-from lem.runner.launch import signals_raise
 from lem.runner.preflight import Ready, preflight
+from lem.runner.stopping import signals_raise
 from lem.spec.experiment import Experiment
 from lem.studies.ask import Options, confirmed, words
 from lem.studies.checks import Checks, RecentPrompts, Unfinished

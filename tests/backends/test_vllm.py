@@ -34,7 +34,7 @@ from lem.backends.vllm_options import (
     sampling_parameters,
 )
 from lem.errors import RunError
-from lem.runner.attempt import prefill_of
+from lem.runner.records import prefill_of
 from lem.runner.window import Measurement
 from lem.spec.engines import PytorchBackend, VllmBackend, VllmSpeculation
 from lem.spec.experiment import Batching, Decoder, Experiment, Parallelism, Streaming, Traffic
@@ -170,7 +170,7 @@ def test_prompts_that_are_taken_in_side_by_side_count_once():
     for index, (start, first) in enumerate([(0, 4), (2, 5), (5, 6), (8, 9), (1, 3)]):
         made = Generation(index, 0, (1,), "length", start * 10**9, 20 * 10**9, first * 10**9)
         measurement.add(made, Encoded(index, (1,)))
-    assert prefill_of(measurement, ()).duration_s == 5 + 1 + 1
+    assert prefill_of(measurement.requests, ()).duration_s == 5 + 1 + 1
 
 
 def test_the_engines_clock_is_ours_on_linux():

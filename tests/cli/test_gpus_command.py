@@ -160,9 +160,9 @@ def test_json_without_a_driver(lem):
 # ------------------------------------------------------------------ the state of a device
 STATES = """
     import json
-    from dataclasses import asdict
+    from msgspec import to_builtins
     from lem.machine import gpu
-    print(json.dumps([asdict(gpu.state(f"GPU-{i:08d}")) for i in range(gpu_count)]))
+    print(json.dumps([to_builtins(gpu.state(f"GPU-{i:08d}")) for i in range(gpu_count)]))
 """
 
 

@@ -211,15 +211,15 @@ def test_a_whole_turn_of_a_counter_is_its_range_and_a_step(range_uj, step):
     assert increase_uj(7, 7, range_uj) == 0
 
 
-def test_a_counter_that_begins_anew_is_null_and_not_almost_a_whole_turn(tmp_path, opened):
+def test_a_counter_that_is_reset_is_null_and_not_almost_a_whole_turn(tmp_path, opened):
     tree = build(tmp_path, USUAL_RANGE_UJ)
     meter = opened(tree)
     meter.begin()
     for zone in ("intel-rapl:0", "intel-rapl:1"):
         (tree / zone / "energy_uj").write_text(f"{START_UJ + 5_000_000 if zone.endswith('1') else 1000}\n")
-    anew, sound, *_ = meter.end()
-    assert anew.energy_j is None
-    assert "began anew" in anew.reason
+    reset, sound, *_ = meter.end()
+    assert reset.energy_j is None
+    assert "was reset" in reset.reason
     assert sound.energy_j == 5.0
 
 

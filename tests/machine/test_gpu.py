@@ -25,7 +25,7 @@ print(json.dumps([[g.index, g.uuid, g.mig_uuid] for g in gpu.visible()]))
 
 WINDOW = """
 import json, os, time
-from dataclasses import asdict
+from msgspec.structs import asdict
 from lem.machine import gpu
 from lem.energy.nvml import NvmlMeter
 meter = NvmlMeter(gpu.visible())
@@ -159,7 +159,7 @@ def test_no_meter_counts_what_another_waits_for(driver, tmp_path):
 
 SO_FAR = """
 import json, time
-from dataclasses import asdict
+from msgspec.structs import asdict
 from lem.machine import gpu
 from lem.energy.nvml import NvmlMeter
 meter = NvmlMeter(gpu.visible())

@@ -13,6 +13,7 @@ from datetime import datetime
 
 import pandas as pd
 import pytest
+from msgspec import structs
 
 from lem.results.plan import running
 from lem.results.store import Store
@@ -344,5 +345,5 @@ def test_an_experiment_without_an_environment_says_so(lem, store):
     directory = experiment(store)
     rows = requests([0])
     broken = record(rows, phases=phases()[:1], requests_completed=0, input_tokens=0, output_tokens=0)
-    directory.write_record(replace(broken, experiment_id=directory.id))
+    directory.write_record(structs.replace(broken, experiment_id=directory.id))
     assert lem("results", "show", directory.id, "--environment").code == 2

@@ -139,12 +139,12 @@ def test_a_directory_that_is_gone_is_named(tmp_path):
 def test_what_is_read_ahead_is_handed_out_once(tmp_path):
     directory = experiment(Store(tmp_path))
     put(directory, record(), requests())
-    plan, parts = directory.brief_plan(), directory.brief_parts()
+    plan, parts = directory.brief_plan(), directory.parts()
     directory.read_ahead()
     for file in list(directory.path.iterdir()):
         file.unlink()
-    assert (directory.brief_plan(), directory.brief_parts()) == (plan, parts)
-    assert directory.brief_parts() == []
+    assert (directory.brief_plan(), directory.parts()) == (plan, parts)
+    assert directory.parts() == []
     with pytest.raises(ResultsError, match=r"spec\.json cannot be read"):
         directory.brief_plan()
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_read_ahead_is_told_when_it_is_asked_for(tmp_path):
     directory = Store(tmp_path).directory("exp_20260102_030405")
     directory.read_ahead()
     with pytest.raises(ResultsError, match="cannot be read"):
-        directory.brief_parts()
+        directory.parts()
 
 
 # ------------------------------------------------------------------ where it stands

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from datetime import datetime, timedelta
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pytest
 from lem.errors import ResultsError
 from lem.record import RequestRecord
 from lem.results.aggregate import measured, read
-from lem.results.parquet import columns, read_rows, table, write_table
+from lem.results.parquet import columns, read_table, records, table, write_table
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.store import Store
 from lem.results.tables import Batch, Tables
@@ -134,9 +133,9 @@ def test_rows_survive_parquet(store):
     (one,) = several(store, 1)
     write(store, [one])
     file = f"{one.row.experiment_id}.parquet"
-    assert read_rows(store.experiments_table / file, ExperimentRow) == [one.row]
-    assert read_rows(store.cycles_table / file, CycleRow) == one.cycles
-    assert read_rows(store.requests_table / file, RequestRecord) == one.requests
+    assert records(read_table(store.experiments_table / file), ExperimentRow) == [one.row]
+    assert records(read_table(store.cycles_table / file), CycleRow) == one.cycles
+    assert records(read_table(store.requests_table / file), RequestRecord) == one.requests
 
 
 # ------------------------------------------------------------------ the schema
@@ -145,7 +144,7 @@ UNITS_IN_NAMES = {"_j": "J", "_s": "s", "_w": "W", "_wh": "Wh", "_g": "gCO2e", "
 
 @pytest.mark.parametrize("record_type", [ExperimentRow, CycleRow, RequestRecord])
 def test_every_column_is_described_and_a_unit_in_the_name_is_the_unit_in_the_metadata(record_type):
-    assert [column.name for column in columns(record_type)] == [f.name for f in fields(record_type)]
+    assert [column.name for column in columns(record_type)] == list(record_type.__struct_fields__)
     for column in columns(record_type):
         if column.name in ("experiment_id", "rank"):
             continue

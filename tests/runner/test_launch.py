@@ -135,7 +135,7 @@ def test_a_second_ctrl_c_is_immediate(tmp_path):
     assert process.returncode == 130
     assert time.monotonic() - began_s < 4
     (record,) = only(tmp_path / "results").records()
-    assert record.error.message == "The worker was ended at once, for the run was interrupted a second time."
+    assert record.error.message == "The worker was killed at once, because the run was interrupted a second time."
     assert "Traceback" not in err
     assert "--resume" in err
     assert gone(tmp_path)

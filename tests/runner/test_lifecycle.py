@@ -21,7 +21,7 @@ import pytest
 
 from lem.results.directory import ExperimentDir
 from lem.results.journal import DIED
-from lem.runner.window import MOST_OFTEN_NS
+from lem.runner.window import METER_POLL_NS
 from tests.conftest import SIMULATED, begin, command, kill_group, raw_record, wait_for, workers_of
 
 pytestmark = pytest.mark.processes
@@ -107,7 +107,9 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert record["error"]["message"] == row["error"] == f"stopped by {what}"
     (cut,) = [warning["text"] for warning in record["warnings"] if warning["code"] == "window_cut"]
     assert "energy" not in cut, "nothing metered it"
-    assert re.fullmatch(r"the window was broken off \S+ s after its last finished request, with which it ends\.", cut)
+    assert re.fullmatch(
+        r"the window was interrupted \S+ s after its last finished request; it now ends with that\.", cut
+    )
     assert 0 < record["requests_completed"] < 40
     assert row["requests_completed"] == record["requests_completed"]
     assert row["output_tokens"] in (None, record["output_tokens"])
@@ -311,7 +313,7 @@ def test_energy_is_that_of_the_windows_and_never_of_the_gap(tmp_path, how):
     assert row["duration_s"] == pytest.approx(sum(window.duration_s for window in windows))
     # The meter was last asked at most this long before the last batch, and before the batch after that.
     longest_batch_s = max(r.latency_s for part in only(tmp_path).parts() for r in part.requests)
-    behind_s = MOST_OFTEN_NS / 1e9 + longest_batch_s
+    behind_s = METER_POLL_NS / 1e9 + longest_batch_s
     missing_s = row["duration_s"] - row["energy_j"] / 100
     assert -0.01 <= missing_s <= behind_s
     assert records[0].window_opened_unix_s > began_unix_s

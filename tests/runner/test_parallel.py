@@ -24,7 +24,7 @@ from lem.machine.host import Host
 from lem.record import ProcessRecord
 from lem.results.directory import ExperimentDir
 from lem.results.plan import Plan, PromptsInfo
-from lem.runner.launch import _launcher
+from lem.runner.launch import worker_command
 from lem.spec.engines import PytorchBackend, SimulatedBackend
 from lem.spec.experiment import Experiment, Parallelism
 from lem.spec.processes import gpus_needed
@@ -374,7 +374,7 @@ def test_accelerates_own_parser_understands_the_command_line(monkeypatch, tmp_pa
     theirs.to_yaml_file(tmp_path / "default_config.yaml")
     monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default_config.yaml"))
-    python, dash_m, module, *arguments = _launcher(planned(3), EIGHT, tmp_path / "scratch")
+    python, dash_m, module, *arguments = worker_command(planned(3), EIGHT, tmp_path / "scratch")
     assert (python, dash_m, module) == (sys.executable, "-m", "accelerate.commands.launch")
     parsed = launch.launch_command_parser().parse_args([*arguments, "raw/exp", "--attempt", "2"])
     parsed, _, _ = launch._validate_launch_command(parsed)

@@ -518,4 +518,4 @@ def test_alias_sample_is_the_one_that_comes_along():
 
 
 def test_unknown_builtin_names_those_that_there_are():
-    assert "there is sample" in refusal("builtin:samples")
+    assert "the built-in ones: sample" in refusal("builtin:samples")
