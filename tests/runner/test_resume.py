@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 from lem.record import RequestRecord
 from lem.results.directory import ExperimentDir
