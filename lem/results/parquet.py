@@ -168,6 +168,13 @@ def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | No
     return pa.Table.from_arrays(arrays, schema=wanted)
 
 
+def together(tables: Iterable[Any], record_type: type[Any]) -> Any:
+    """Return tables of records, of any version, as one with this version's columns."""
+    import pyarrow as pa
+
+    return pa.concat_tables([schema(record_type).empty_table(), *(aligned(each, record_type) for each in tables)])
+
+
 def records(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> list[Any]:
     """Return an Arrow table as records; where only some columns are wanted, the others have their fillers."""
     read = wanted_names or names(record_type)

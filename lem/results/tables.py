@@ -73,7 +73,7 @@ class Tables:
                 if alone:
                     found[file.stem] = RowLocation(file.name)
                 continue
-            some = _read(file, ["experiment_id", "resumed", "status"])
+            some = read_file(file, ["experiment_id", "resumed", "status"])
             for name, resumed, status in zip(*(column.to_pylist() for column in some.columns), strict=True):
                 found[name] = RowLocation(file.name, resumed, status)
         return found
@@ -116,7 +116,7 @@ class Tables:
     def _of(self, file: Path, record_type: type[Any], experiment_id: str) -> list[Any]:
         import pyarrow.compute as pc
 
-        found = _read(file)
+        found = read_file(file)
         return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), record_type)
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
@@ -129,17 +129,14 @@ class Tables:
         damaged = []
         for file in self.files():
             try:
-                rows += parquet.records(_read(file, names), ExperimentRow, names)
+                rows += parquet.records(read_file(file, names), ExperimentRow, names)
             except ResultsError as error:
                 damaged.append(str(error))
         return rows, damaged
 
     def whole(self, folder: Path, record_type: type[Any]) -> Any:
-        """Return one of the tables as a whole, in Arrow; raises `ResultsError` when a file of it is damaged."""
-        import pyarrow as pa
-
-        files = [parquet.aligned(_read(folder / file.name), record_type) for file in self.files()]
-        return pa.concat_tables(files) if files else parquet.schema(record_type).empty_table()
+        """Return one of the tables with all its rows, in Arrow; raises `ResultsError` when a file is damaged."""
+        return parquet.together([read_file(folder / file.name) for file in self.files()], record_type)
 
     # -------------------------------------------------------------- writing
     def write(self, new: NewRows) -> None:
@@ -230,13 +227,14 @@ def _replace(file: Path, record_type: type[Any], ids: Sequence[str], rows: Seque
     if SHARED_FILE.fullmatch(file.stem) and file.is_file():
         import pyarrow.compute as pc
 
-        before = _read(file)
+        before = read_file(file)
         others = before.filter(pc.invert(pc.is_in(before["experiment_id"], pa.array(ids))))
         rows = [parquet.aligned(others, record_type), *rows]
     parquet.write_table(file, pa.concat_tables(rows).combine_chunks())
 
 
-def _read(file: Path, names: Sequence[str] | None = None) -> Any:
+def read_file(file: Path, names: Sequence[str] | None = None) -> Any:
+    """Read a Parquet file as an Arrow table; raises `ResultsError` when it is missing or damaged."""
     try:
         return parquet.read_table(file, names)
     except FileNotFoundError:

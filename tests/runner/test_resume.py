@@ -184,7 +184,7 @@ def test_a_running_one_is_left_alone(lem, killed):
     before, began_s = snapshot(killed), time.monotonic()
     done = lem("experiment", "-y", "--resume", killed.id, "-o", "results")
     assert done.code == 2
-    assert f"runs already, as process {os.getpid()}" in done.err
+    assert f"is already running, as process {os.getpid()}" in done.err
     assert time.monotonic() - began_s < 5
     assert snapshot(killed) == before
     assert lem("experiment", "-y", "--resume", killed.id, "--force", "-o", "results").code == 2
