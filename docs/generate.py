@@ -20,7 +20,7 @@ from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
 from lem.results.schema import ExperimentRow
 from lem.spec.engines import BACKENDS
-from lem.spec.rules import CONFIG_FAULTS, OBJECTIONS, Rule
+from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
 from lem.warning_codes import WARNINGS
 
@@ -185,9 +185,9 @@ def rules() -> str:
             "# Rules\n",
             SEVERITIES,
             "## Of experiments\n",
-            _rules_table(OBJECTIONS),
+            _rules_table(EXPERIMENT_RULES),
             "## Of config files\n",
-            _rules_table(CONFIG_FAULTS),
+            _rules_table(FILE_RULES),
         ]
     )
 
