@@ -1,6 +1,6 @@
-"""Writes the reference pages from their sources: the schema, the records, the rules, the features, the command line.
+"""Generates the reference pages from their sources: the schema, the records, the rules, the features, the command line.
 
-`python docs/generate.py` writes them anew; a test compares what it would write with what is there.
+`python docs/generate.py` writes them; a test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
 from lem.warning_codes import WARNINGS
 
-# What a backend can be asked for, and which of it has been tried where, is known to the tests.
+# The tests know which features a backend has, and where each has been tried.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.backends.confirmations import confirmation
-from tests.backends.features import CATALOGUE as FEATURES
-from tests.backends.features import Feature, IdealHost, support
+from tests.backends.features import FEATURES, Feature, support
+from tests.hosts import IDEAL
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"
@@ -164,29 +164,30 @@ def warnings() -> str:
 
 # ------------------------------------------------------------------ rules
 SEVERITIES = """\
-Everything that can be known to be wrong is told before anything runs, all of it at once, with the path of the value
-and the code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable.
+Everything that can be found wrong is reported before anything runs, all at once, with the path of the option and the
+code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable. In the table,
+"it" is that option.
 
 | severity | what it does |
 |---|---|
 | impossible | The experiment does not run. Nothing overrides that. |
 | inadvisable | The experiment does not run, except with `--force`. |
-| warning | The experiment runs, and the sentence is shown. |
+| warning | The experiment runs, and the message is shown. |
 
-A rule of the scope *options* looks at the configuration alone, *machine* at the devices and packages of this machine
-as well, *files* at the model, the prompts, the results directory or the config file.
+The scope of a rule is what decides it: *options*, the configuration alone; *machine*, also the devices and packages of
+this machine; *files*, the model, the prompts, the results directory or the config file.
 """
 
 
 def rules() -> str:
-    """Return the page on what can speak against an experiment."""
+    """Return the page on the rules."""
     return "\n".join(
         [
             "# Rules\n",
             SEVERITIES,
-            "## Of experiments\n",
+            "## Experiments\n",
             _rules_table(EXPERIMENT_RULES),
-            "## Of config files\n",
+            "## Config files\n",
             _rules_table(FILE_RULES),
         ]
     )
@@ -199,32 +200,33 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
         for code, rule in catalogue.items()
     ]
     return (
-        "\n".join(["| code | severity | scope | what it means | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
+        "\n".join(["| code | severity | scope | what is wrong | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
     )
 
 
 # ------------------------------------------------------------------ what each backend can do
 ANSWERS = """\
-What can be asked of each backend. The answers are the backends' own: each is asked with an experiment that wants the
-feature, for a machine with eight modern NVIDIA GPUs and every package. What your machine lacks is told before a run.
+The features of each backend. The answers come from the backends themselves: each is given an experiment that requests
+the feature, on a machine with eight modern NVIDIA GPUs and every package. What your machine lacks is reported before a
+run.
 
-| answer | what it says |
+| answer | meaning |
 |---|---|
-| **tested** | It has it, and a test runs it on a processor and looks for its effect. |
-| arrives | It has it. A test shows the option in the engine's own configuration; what it does has not been run. |
-| stand-in | It has it, by its own account. A test has run it on a stand-in for the engine, not on the engine. |
-| not run | It has it, by its own account; no test has run it. |
-| no: `rule` | It is refused before anything runs, by [that rule](rules.md). |
-| no effect: `rule` | It is accepted with a warning, by that rule, and changes nothing. |
-| no | Nothing asks for it: the engine does not tell it, and the columns are null. |
-| – | There is no such option for that backend. |
+| **tested** | Supported; a test runs it on a CPU and checks its effect. |
+| arrives | Supported; a test finds the option in the engine's own configuration, but has not run it. |
+| stand-in | Supported according to lem; a test has run it on a stand-in for the engine, not on the engine. |
+| not run | Supported according to lem; no test has run it. |
+| no: `rule` | Refused before anything runs, by [that rule](rules.md). |
+| no effect: `rule` | Accepted with a warning, by that rule, and changes nothing. |
+| no | The engine does not report it, and the columns are null. |
+| – | That backend has no such option. |
 
-"tested" is of a processor throughout: these tests have run nothing on a GPU.
+All tests behind "tested" ran on a CPU, none on a GPU.
 """
 
 
 def support_matrix() -> str:
-    """Return the page on what each backend can do, and how that is known."""
+    """Return the page on the features of each backend, and how they are known."""
     parts = ["# What each backend can do\n", ANSWERS]
     for group, members in FEATURES.items():
         parts += [f"## {group}\n", _support_table(members)]
@@ -236,7 +238,7 @@ def _support_table(members: tuple[Feature, ...]) -> str:
         f"| {each.name} | {_cell(each.meaning)} | {_asked_for_by(each)} | {' | '.join(map(_answer(each), BACKENDS))} |"
         for each in members
     ]
-    head = f"| feature | what it is | asked for by | {' | '.join(BACKENDS)} |"
+    head = f"| feature | meaning | requested by | {' | '.join(BACKENDS)} |"
     return "\n".join([head, "|---" * (3 + len(BACKENDS)) + "|", *rows]) + "\n"
 
 
@@ -247,7 +249,7 @@ def _asked_for_by(feature: Feature) -> str:
 
 def _answer(feature: Feature) -> Callable[[str], str]:
     def of(backend: str) -> str:
-        found = support(feature, backend, IdealHost())
+        found = support(feature, backend, IDEAL)
         if found.answer == "yes":
             how = confirmation(feature, backend)
             return f"**{how}**" if how == "tested" else how

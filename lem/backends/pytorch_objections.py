@@ -178,8 +178,8 @@ def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | 
 def _unavailable(model: Model | None) -> Iterator[Objection]:
     code, path = "continuous_unavailable", "batching.strategy"
     if pytorch_continuous.is_too_old():
-        oldest = _dotted(pytorch_continuous.OLDEST)
-        fact = f"it needs transformers {oldest} or newer, and {pytorch_continuous.version()} is installed."
+        oldest, version = _dotted(pytorch_continuous.OLDEST), pytorch_continuous.version()
+        fact = f"transformers {version} is too old for it (pip install 'transformers>={oldest}')."
         yield Objection(code, path, fact)
     if model is None:
         return

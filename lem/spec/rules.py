@@ -65,7 +65,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "processes_unlike_degree": (
             "The strategy starts as many processes as its degree, and num_processes is another number.",
-            "Leave it out: parallelism.degree sets the number of processes.",
+            "Leave it out, or change parallelism.degree, which sets their number.",
         ),
         "pipeline_processes": (
             "Several processes are requested, but the strategy runs the model in one process, on several GPUs.",

@@ -1,4 +1,4 @@
-"""Each backend has what it says that it has, refuses the rest, and the support matrix says no more than that.
+"""Each backend has the features that it claims and refuses the rest; the support matrix claims no more.
 
 What is tried, and how, is in tests/backends/confirmations.py; `pytest -k vllm` runs it on the real vLLM (nox -s vllm).
 """
@@ -28,19 +28,18 @@ from tests.backends.confirmations import (
     ELSEWHERE,
     ENGINES,
     ON_A_STAND_IN,
-    PROCESSOR,
     TELLINGS,
     Bench,
     confirmation,
     is_checked,
 )
-from tests.backends.features import IdealHost, features, support
 from tests.backends.features import feature as named
+from tests.backends.features import features, support
 from tests.conftest import SIMULATED, command
+from tests.hosts import IDEAL, PROCESSOR
 
 pytestmark = pytest.mark.engines
 
-IDEAL = IdealHost()
 # The package behind an engine, where it is not one that lem needs anyway.
 PACKAGES = {"vllm": "vllm"}
 EVERY = [(backend, feature) for backend in BACKENDS for feature in features()]
