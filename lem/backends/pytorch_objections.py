@@ -35,12 +35,10 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
     gpus = host.gpus if options.device != "cpu" else ()
     used = gpus[: gpus_needed(experiment)]
     return [
-        *_device(options, host),
+        *_device(options, host, used),
         *_parallelism(experiment, gpus),
         *_tensor_parallel(experiment, options, model, host),
         *_attention(options, experiment, model, host, used),
-        *_compile(options, used),
-        *_cache(options),
         *_continuous(experiment, options, model),
         *_packages(experiment, host),
         *model_objections(experiment, model),
@@ -48,9 +46,15 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
     ]
 
 
-def _device(options: PytorchBackend, host: Host) -> Iterator[Objection]:
+def _device(options: PytorchBackend, host: Host, used: Sequence[Gpu]) -> Iterator[Objection]:
     if options.device == "cuda" and not host.gpus:
         yield Objection("no_gpu", "backend.device", "no NVIDIA GPU is visible.")
+    if options.torch_compile and (old := _older_than(COMPILE_CAPABILITY, used)):
+        fact = f"torch.compile needs compute capability {_dotted(COMPILE_CAPABILITY)}; {old} is too old."
+        yield Objection("compile_unsupported", "backend.torch_compile", fact)
+    if options.cache_implementation == "none":
+        fact = "without a cache every step recomputes the whole sequence, while FLOPs count each token once."
+        yield Objection("no_cache", "backend.cache_implementation", fact)
 
 
 def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
@@ -126,12 +130,6 @@ def _attention(
         yield Objection("attention_float32", path, f"{kernel} has no float32.")
 
 
-def _compile(options: PytorchBackend, used: Sequence[Gpu]) -> Iterator[Objection]:
-    if options.torch_compile and (old := _older_than(COMPILE_CAPABILITY, used)):
-        fact = f"torch.compile needs compute capability {_dotted(COMPILE_CAPABILITY)}; {old} is too old."
-        yield Objection("compile_unsupported", "backend.torch_compile", fact)
-
-
 def _precision(experiment: Experiment, model: Model | None, used: Sequence[Gpu]) -> Iterator[Objection]:
     quantization = experiment.quantization
     if not used and experiment.fp_precision == "float16":
@@ -144,12 +142,6 @@ def _precision(experiment: Experiment, model: Model | None, used: Sequence[Gpu])
         yield Objection("bfloat16_emulated", "fp_precision", fact)
     if quantization.quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype == "bfloat16":
         yield Objection("bfloat16_emulated", "quantization.bnb_4bit_compute_dtype", fact)
-
-
-def _cache(options: PytorchBackend) -> Iterator[Objection]:
-    if options.cache_implementation == "none":
-        fact = "without a cache every step recomputes the whole sequence, while FLOPs count each token once."
-        yield Objection("no_cache", "backend.cache_implementation", fact)
 
 
 # ------------------------------------------------------------------ continuous batching

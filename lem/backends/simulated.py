@@ -43,7 +43,9 @@ class Simulated(Backend):
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
         """Object to more GPUs than are visible, and to options of a model, since none runs."""
         assert isinstance(experiment.backend, SimulatedBackend)
-        return [*_gpu_objections(experiment.backend, host), *_model_objections(experiment)]
+        needed, visible = experiment.backend.gpus, len(host.gpus)
+        too_few = Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {needed}, visible: {visible}.")
+        return [*([too_few] if needed > visible else []), *_ignored(experiment)]
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
@@ -122,7 +124,7 @@ class Simulated(Backend):
         return EngineInfo("simulated", __version__, "none", "none", {})
 
     def warnings(self) -> list[CodedWarning]:
-        """Say that nothing here was measured on a model."""
+        """Warn that nothing here was measured on a model."""
         return [warning("simulated", "No model ran: times and tokens are simulated.")]
 
     def _output(self, prompt: Encoded) -> tuple[int, ...]:
@@ -148,13 +150,8 @@ def _finish_reason(output: Sequence[int]) -> FinishReason:
     return "stop" if output[-1] == END_TOKEN else "length"
 
 
-# ------------------------------------------------------------------ objections
-def _gpu_objections(options: SimulatedBackend, host: Host) -> Iterator[Objection]:
-    if options.gpus > len(host.gpus):
-        yield Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {options.gpus}, visible: {len(host.gpus)}.")
-
-
-def _model_objections(experiment: Experiment) -> Iterator[Objection]:
+def _ignored(experiment: Experiment) -> Iterator[Objection]:
+    """Object to options of a model, which does not run here."""
     weights = {
         "revision": experiment.revision is not None,
         "adapter": experiment.adapter is not None,

@@ -202,8 +202,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
     options = _options(experiment)
     return [
         *_installation(host),
-        *_sampling(experiment),
-        *_quantization(experiment),
+        *_unsupported(experiment),
         *_speculation(options.speculative),
         *_engine_args(options),
         *(() if experiment.trust_remote_code else _code(options)),
@@ -222,7 +221,7 @@ def _installation(host: Host) -> Iterator[Objection]:
         yield Objection("no_gpu", "backend", fact)
 
 
-def _sampling(experiment: Experiment) -> Iterator[Objection]:
+def _unsupported(experiment: Experiment) -> Iterator[Objection]:
     decoder, drafts = experiment.decoder, speculative_config(_options(experiment).speculative)
     yield from raised_temperature(decoder)
     if decoder.no_repeat_ngram_size:
@@ -230,18 +229,15 @@ def _sampling(experiment: Experiment) -> Iterator[Objection]:
     if drafts and decoder.min_p:
         fact = "vLLM's speculative decoding cannot sample with min_p."
         yield Objection("speculation_min_p", "decoder.min_p", fact)
+    if experiment.quantization.quantization:
+        fact = "vLLM does not quantize with bitsandbytes as it loads."
+        yield Objection("quantized_by_vllm", "quantization.quantization", fact)
 
 
 def raised_temperature(decoder: Decoder) -> Iterator[Objection]:
     """Object to a temperature that vLLM would change."""
     if decoder.do_sample and decoder.temperature < LOWEST_TEMPERATURE:
         yield Objection("temperature_raised", "decoder.temperature", f"vLLM raises it to {LOWEST_TEMPERATURE:g}.")
-
-
-def _quantization(experiment: Experiment) -> Iterator[Objection]:
-    if experiment.quantization.quantization:
-        fact = "vLLM does not quantize with bitsandbytes as it loads."
-        yield Objection("quantized_by_vllm", "quantization.quantization", fact)
 
 
 def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lem.spec.engines import PytorchBackend
-from lem.spec.experiment import Cooldown, Decoder, Experiment, Quantization
+from lem.spec.experiment import Cooldown, Experiment, Quantization
 from lem.spec.processes import changed, process_counts, runs_in_one_process
 from lem.spec.rules import Objection, without_effect
 
@@ -21,9 +21,8 @@ TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrenc
 
 def conflicts(experiment: Experiment) -> Iterator[Objection]:
     """Yield what is wrong between options."""
-    yield from _lengths(experiment)
+    yield from _decoding(experiment)
     yield from _batching(experiment)
-    yield from _decoder(experiment.decoder)
     yield from _quantization(experiment.quantization)
     yield from _compile(experiment)
     yield from _parallelism(experiment)
@@ -32,10 +31,13 @@ def conflicts(experiment: Experiment) -> Iterator[Objection]:
     yield from _cooldown(experiment.cooldown)
 
 
-def _lengths(experiment: Experiment) -> Iterator[Objection]:
-    least, most = experiment.min_output_tokens, experiment.max_output_tokens
+def _decoding(experiment: Experiment) -> Iterator[Objection]:
+    least, most, decoder = experiment.min_output_tokens, experiment.max_output_tokens, experiment.decoder
     if least > most:
         yield Objection("min_above_max", "min_output_tokens", f"{least} is more than max_output_tokens ({most}).")
+    if not decoder.do_sample:
+        for name in changed(decoder, *SAMPLING):
+            yield without_effect("no_effect_sampling", f"decoder.{name}", "the decoder does not sample.")
 
 
 def _batching(experiment: Experiment) -> Iterator[Objection]:
@@ -48,12 +50,6 @@ def _batching(experiment: Experiment) -> Iterator[Objection]:
     if batching.strategy == "continuous" and not experiment.backend.runs_continuously:
         fact = f"the {experiment.backend.name} backend runs batch after batch."
         yield Objection("no_continuous_batching", "batching.strategy", fact)
-
-
-def _decoder(decoder: Decoder) -> Iterator[Objection]:
-    if not decoder.do_sample:
-        for name in changed(decoder, *SAMPLING):
-            yield without_effect("no_effect_sampling", f"decoder.{name}", "the decoder does not sample.")
 
 
 def _quantization(wanted: Quantization) -> Iterator[Objection]:

@@ -170,8 +170,7 @@ class TensorrtScheduler:
     capacity_scheduler_policy: Annotated[
         str | None,
         Field(
-            min_length=1,
-            description="How requests are admitted: GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH.",
+            min_length=1, description="How requests are admitted: GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH."
         ),
     ] = None
     context_chunking_policy: Annotated[

@@ -36,8 +36,7 @@ class Dataset:
     ] = None
     column: Annotated[str | None, Field(description="Column that holds the prompts; null detects it by name.")] = None
     sample_size: Annotated[
-        int | None,
-        Field(ge=1, description="Number of prompts, drawn with the seed after empty ones are dropped."),
+        int | None, Field(ge=1, description="Number of prompts, drawn with the seed after empty ones are dropped.")
     ] = None
 
 
@@ -247,8 +246,7 @@ class Io:
     """Where results are written."""
 
     results_dir: Annotated[
-        str,
-        Field(min_length=1, description="Results directory.", json_schema_extra={"env": "LLM_ENERGY_RESULTS_DIR"}),
+        str, Field(min_length=1, description="Results directory.", json_schema_extra={"env": "LLM_ENERGY_RESULTS_DIR"})
     ] = "results"
 
 

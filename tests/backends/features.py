@@ -189,7 +189,9 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("streaming, continuous batching", "The same while other requests come and go.", STREAMED | CONTINUOUS),
     ),
     "Traffic": (
-        Feature("constant arrivals", "At a fixed rate, evenly spaced.", {"traffic.pattern": "constant", "traffic.target_qps": 8.0}),
+        Feature("constant arrivals", "At a fixed rate, evenly spaced.", {
+            "traffic.pattern": "constant", "traffic.target_qps": 8.0,
+        }),
         Feature("Poisson arrivals", "At a mean rate, at random times.", POISSON),
         Feature("fixed concurrency", "A fixed number of requests in the system at any time.", {
             "traffic.pattern": "concurrency", "traffic.concurrency": 2,
