@@ -172,8 +172,8 @@ class EngineArguments:
             path = f"{self.option}.{name}"
             if setter := owner(name, value):
                 yield set_by_lem(path, setter)
-            elif self.is_dropped(name):
-                yield Objection("dropped_engine_arg", path, self._dropped(name))
+            elif dropped := self._dropped(name):
+                yield Objection("dropped_engine_arg", path, dropped)
             elif known and name not in known:
                 yield self.unknown(path, name, known)
             else:
@@ -187,19 +187,18 @@ class EngineArguments:
             owner: what sets the argument in lem; None if nothing does.
             known: arguments of the engine, whether or not it is installed.
         """
-        if self.is_dropped(name):
-            return self._dropped(name)
+        if dropped := self._dropped(name):
+            return dropped
         if owner:
             return f"this argument of {self.engine} is set by {owner}."
         if name in self.source.arguments() or name in known:
             return f"it is an argument of {self.engine}; write {self.option}={{{name}: …}}."
         return None
 
-    def is_dropped(self, name: str) -> bool:
-        """Return whether former versions had an argument and the installed one has not."""
-        return name in self.dropped and name not in self.source.arguments()
-
-    def _dropped(self, name: str) -> str:
+    def _dropped(self, name: str) -> str | None:
+        """Return what to do without an argument that only former versions had; None if it is not such a one."""
+        if name not in self.dropped or name in self.source.arguments():
+            return None
         return f"{self.engine} no longer has {name}; {self.dropped[name]}."
 
     def unknown(self, path: str, name: str, known: Collection[str] = ()) -> Objection:
