@@ -1,4 +1,4 @@
-"""Writes the reference pages from their sources: the schema, the records, the rules, the features, the command line.
+"""Generates the reference pages from their sources: the schema, the records, the rules, the features, the command line.
 
 Run `python docs/generate.py` to update them; a test fails if they are stale.
 """
@@ -20,15 +20,15 @@ from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
 from lem.results.schema import ExperimentRow
 from lem.spec.engines import BACKENDS
-from lem.spec.rules import CONFIG_FAULTS, OBJECTIONS, Rule
+from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
 from lem.warning_codes import WARNINGS
 
 # The tests know what a backend can be asked for, and what has been tried where.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.backends.confirmations import confirmation
-from tests.backends.features import CATALOGUE as FEATURES
-from tests.backends.features import Feature, IdealHost, support
+from tests.backends.features import FEATURES, Feature, support
+from tests.hosts import IDEAL
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"
@@ -164,8 +164,9 @@ def warnings() -> str:
 
 # ------------------------------------------------------------------ rules
 SEVERITIES = """\
-Everything that can be found wrong in advance is reported before anything runs, all at once, with the path of the value
-and the code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable.
+Everything that can be found wrong is reported before anything runs, all at once, with the path of the option and the
+code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable. In the table,
+"it" is that option.
 
 | severity | what it does |
 |---|---|
@@ -185,9 +186,9 @@ def rules() -> str:
             "# Rules\n",
             SEVERITIES,
             "## Experiments\n",
-            _rules_table(OBJECTIONS),
+            _rules_table(EXPERIMENT_RULES),
             "## Config files\n",
-            _rules_table(CONFIG_FAULTS),
+            _rules_table(FILE_RULES),
         ]
     )
 
@@ -199,7 +200,7 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
         for code, rule in catalogue.items()
     ]
     return (
-        "\n".join(["| code | severity | scope | what it means | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
+        "\n".join(["| code | severity | scope | what is wrong | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
     )
 
 
@@ -224,7 +225,7 @@ NVIDIA GPUs and every package. What your own machine lacks is reported before a 
 
 
 def support_matrix() -> str:
-    """Return the page on what each backend can do, and how that is known."""
+    """Return the page on the features of each backend, and how they are known."""
     parts = ["# What each backend can do\n", ANSWERS]
     for group, members in FEATURES.items():
         parts += [f"## {group}\n", _support_table(members)]
@@ -236,7 +237,7 @@ def _support_table(members: tuple[Feature, ...]) -> str:
         f"| {each.name} | {_cell(each.meaning)} | {_asked_for_by(each)} | {' | '.join(map(_answer(each), BACKENDS))} |"
         for each in members
     ]
-    head = f"| feature | what it is | asked for by | {' | '.join(BACKENDS)} |"
+    head = f"| feature | meaning | requested by | {' | '.join(BACKENDS)} |"
     return "\n".join([head, "|---" * (3 + len(BACKENDS)) + "|", *rows]) + "\n"
 
 
@@ -247,7 +248,7 @@ def _asked_for_by(feature: Feature) -> str:
 
 def _answer(feature: Feature) -> Callable[[str], str]:
     def of(backend: str) -> str:
-        found = support(feature, backend, IdealHost())
+        found = support(feature, backend, IDEAL)
         if found.answer == "yes":
             how = confirmation(feature, backend)
             return f"**{how}**" if how == "tested" else how

@@ -176,7 +176,7 @@ def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
         cwd=tmp_path, **variables,
     )  # fmt: skip
     assert done.code == 2
-    assert "GPUs asked for: 3, visible: 2" in done.err
+    assert "GPUs needed: 3, visible: 2" in done.err
     assert done.out == ""
 
 
