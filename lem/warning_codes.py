@@ -302,10 +302,10 @@ def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 # ------------------------------------------------------------------ of a row
-Columns = Mapping[str, Sequence[Any]]
+ByColumn = Mapping[str, Sequence[Any]]
 
 
-def of_rows(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> list[list[CodedWarning]]:
+def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[list[CodedWarning]]:
     """Return the warnings about derived numbers: identities that do not hold, negative differences.
 
     Args:
@@ -326,7 +326,7 @@ def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]
         yield warning("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
 
 
-def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:
+def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:
     """Yield the identities that a row violates, with the row's place."""
 
     def totals(field: str) -> list[int]:
@@ -360,7 +360,7 @@ def _identities(rows: Columns, records: Sequence[Sequence[ProcessRecord]]) -> It
                 yield place, warning("identity_violated", f"{name} does not hold: {one:.6g} and {other:.6g}.")
 
 
-def _negatives(rows: Columns) -> Iterator[tuple[int, CodedWarning]]:
+def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
         if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
             yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is subtracted.")
@@ -369,7 +369,7 @@ def _negatives(rows: Columns) -> Iterator[tuple[int, CodedWarning]]:
             yield place, warning("decode_negative", f"it is {decode_j:.4g} J.")
 
 
-def _idle_tolerance_j(rows: Columns, place: int) -> float:
+def _idle_tolerance_j(rows: ByColumn, place: int) -> float:
     power_w, tick_s, energy_j = (
         rows[name][place] or 0.0 for name in ("idle_power_loaded_w", "counter_tick_s", "energy_j")
     )

@@ -8,10 +8,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from lem.record import EnergyReading, Phase, ProcessRecord, RequestRecord
+from lem.record import EnergyReading, Phase, PowerRecord, ProcessRecord, RequestRecord
 from lem.results.codec import config_sha256
 from lem.results.directory import ExperimentDir
 from lem.results.journal import Checkpoint, Journal
+from lem.results.parquet import write_rows
 from lem.results.plan import Plan, PromptsInfo, State
 from lem.results.store import Store
 from lem.spec.engines import SimulatedBackend
@@ -110,3 +111,9 @@ def finished(store: Store, at: datetime | None = None, **of_record: Any) -> Expe
     directory = experiment(store, at)
     put(directory, record(**of_record, config_sha256=directory.plan().config_sha256), requests())
     return directory
+
+
+def power(directory: ExperimentDir) -> None:
+    """Write a power trace of two samples."""
+    samples = [PowerRecord(directory.id, 0, 1, 1, t_s, "gpu", "GPU-0", power_w) for t_s, power_w in ((0, 50), (1, 60))]
+    write_rows(directory.power_file(0, 1, 1), PowerRecord, samples)

@@ -138,7 +138,7 @@ class Tensorrt(Backend):
         self._hollow = checkpoint.load_hollow(self._found, trusted=trusted)
         self._end_tokens = end_tokens(checkpoint.generation_config(self._found, trusted=trusted), self._tokenizer)
         if self._experiment.min_output_tokens and len(self._end_tokens) > 1:
-            raise RunError(f"min_output_tokens: {' '.join(several_end_tokens(len(self._end_tokens)))}")
+            raise RunError(str(several_end_tokens(len(self._end_tokens))))
         adapter = self._load_adapter()
         self._arguments = engine_arguments(self._experiment, self._found, adapter)
         self._llm = self._load_engine()

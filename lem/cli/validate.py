@@ -22,7 +22,6 @@ from lem.machine.host import Host, look
 from lem.results.codec import to_plain
 from lem.runner.preflight import objections
 from lem.spec.experiment import Experiment
-from lem.spec.rules import CATALOGUE
 
 COMMENT_COLUMN = 46
 
@@ -109,7 +108,7 @@ def _objections(
     found: Found = [
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
         for objection in objections(experiment, host)
-        if not (any_machine and CATALOGUE[objection.code].scope == "machine")
+        if not (any_machine and objection.scope == "machine")
         and not _speaks_of(f"{objection.path} {objection.message}", told)
     ]
     return located(asked.sources, found)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lem.errors import ConfigError
-from lem.spec.rules import CATALOGUE, Severity
+from lem.spec.rules import RULES, Severity
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Problem:
     @property
     def severity(self) -> Severity:
         """What the catalogue says of the code."""
-        return CATALOGUE[self.code].severity
+        return RULES[self.code].severity
 
     @property
     def where(self) -> str:

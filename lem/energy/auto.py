@@ -35,4 +35,4 @@ class AutoMeter(CombinedMeter):
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object to the sampling rate of the GPUs' power where no GPU is used."""
         if not uses_gpu and changed(energy, "power_hz"):
-            yield without_effect("no_effect_without_gpu", "energy.power_hz", "the run uses no GPU.", "Leave it out.")
+            yield without_effect("no_effect_without_gpu", "energy.power_hz", "the run uses no GPU.")

@@ -42,8 +42,7 @@ def _country_intensity(country: str) -> float:
     # For a country it does not know, the library would silently use the world's average.
     if country not in known:
         raise ConfigError(
-            f"energy.country_iso_code: no carbon intensity is known for '{country}'."
-            f"{did_you_mean(country, known)} Give energy.carbon_intensity_g_per_kwh instead."
+            f"energy.country_iso_code: no carbon intensity is known for '{country}'.{did_you_mean(country, known)}"
         )
     one_kwh = KilowattHours.from_energy(kWh=1.0)
     place = GeoMetadata(country_iso_code=country, country_name=known[country].get("country_name"))

@@ -76,9 +76,9 @@ class NvmlMeter(Meter):
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object where no NVIDIA GPU is visible, or none is used."""
         if not host.gpus:
-            yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.", "Use energy=auto.")
+            yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.")
         elif not uses_gpu:
-            yield Objection("no_gpu_in_use", "energy", "nvml meters GPUs, and none is used.", "Use energy=auto.")
+            yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, and the run uses none.")
 
     def open(self) -> None:
         """Initialise NVML, find the GPUs by UUID, measure their counters' ticks, start the power trace."""

@@ -95,19 +95,15 @@ class RaplMeter(Meter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Open the meter once: it knows best what is missing, and reading its counters costs nothing."""
-        meter = cls(energy.powercap_dir)
-        try:
-            meter.open()
-        except BadInput as error:
-            yield Objection("rapl_unreadable", "energy", str(error), "")
-        finally:
-            meter.close()
+        """Object to counters that are missing or may not be read."""
+        if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
+            yield Objection("rapl_unreadable", "energy", fact)
 
     def open(self) -> None:
         """Find the zones and start the thread that watches for wrap-arounds."""
         zones = find_zones(self._powercap_dir)
-        _check(zones, self._powercap_dir)
+        if fact := _why_unreadable(zones, self._powercap_dir):
+            raise BadInput(Objection("rapl_unreadable", "energy", fact).message)
         self._counters = [_Counter(zone, self._clock_ns) for zone in zones]
         self._closing.clear()
         self._thread = threading.Thread(target=self._poll, name="lem-rapl", daemon=True)
@@ -284,16 +280,17 @@ def _is_readable(zone: Zone) -> bool:
     return True
 
 
-def _check(zones: tuple[Zone, ...], powercap_dir: str) -> None:
-    """Raise `BadInput` with the remedy unless some package can be read."""
+def _why_unreadable(zones: tuple[Zone, ...], powercap_dir: str) -> str | None:
+    """Return why no package's counter can be read; None if one can."""
     packages = [zone for zone in zones if zone.component == "cpu"]
     if not packages:
-        raise BadInput(
-            f"This machine has no RAPL counters (no package zone in {powercap_dir}; virtual machines and containers "
-            "rarely have one); use energy=codecarbon for an estimate."
+        return (
+            f"this machine has no RAPL counters: {powercap_dir} has no package zone (virtual machines and containers "
+            "rarely have one)."
         )
     if not any(_is_readable(zone) for zone in packages):
-        raise BadInput(
-            f"The RAPL counters in {powercap_dir} cannot be read: since CVE-2020-8694 the kernel gives them to root "
-            f"only; run as root or, until the next boot, sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj"
+        return (
+            f"since CVE-2020-8694 the kernel lets only root read the RAPL counters in {powercap_dir}; until the next "
+            f"boot, sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj lets everyone."
         )
+    return None

@@ -44,12 +44,12 @@ class ReplayMeter(Meter):
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object to a trace that is missing or cannot be read."""
         if energy.trace is None:
-            yield Objection("bad_trace", "energy.trace", "the replay meter needs a trace.", "Name a CSV file.")
+            yield Objection("bad_trace", "energy.trace", "the replay meter needs a trace.")
             return
         try:
             read_trace(Path(energy.trace))
         except BadInput as error:
-            yield Objection("bad_trace", "energy.trace", str(error), "")
+            yield Objection("bad_trace", "energy.trace", str(error))
 
     def open(self) -> None:
         """Read the trace and start its clock."""

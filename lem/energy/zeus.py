@@ -46,11 +46,10 @@ class ZeusMeter(Meter):
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object where the package is missing or no GPU is used; where NVML knows no GPU, zeus itself is asked."""
         if not host.has("zeus"):
-            yield Objection(
-                "missing_package", "energy", "the zeus meter needs the package zeus.", "pip install 'lem[zeus]'."
-            )
+            fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
+            yield Objection("missing_package", "energy", fact)
         elif not (uses_gpu if host.gpus else _finds_a_gpu()):
-            yield Objection("no_gpu_in_use", "energy", "zeus meters GPUs, and none is used.", "Use energy=auto.")
+            yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, and the run uses none.")
 
     def open(self) -> None:
         """Find the GPUs; raises `BadInput` where zeus finds none."""

@@ -45,7 +45,31 @@ class Outcome:
 
 
 def run(experiment: Experiment, *, force: bool = False, report: Report = silent) -> Outcome:
-    """Check and run one experiment; raises `ConfigError` when it cannot run."""
+    """Check and run one experiment, as `lem experiment` does.
+
+    >>> import lem
+    >>> from lem.spec.engines import SimulatedBackend
+    >>> from lem.spec.experiment import Dataset, Energy
+    >>> experiment = lem.Experiment(
+    ...     model="any",
+    ...     backend=SimulatedBackend(),
+    ...     dataset=Dataset(path="builtin:sample", sample_size=4),
+    ...     energy=Energy(name="none"),
+    ... )
+    >>> outcome = lem.run(experiment)
+    >>> outcome.row.status, outcome.row.requests_completed, str(outcome.store.root)
+    ('completed', 4, 'results')
+
+    Args:
+        experiment: the configuration; `experiment.io.results_dir` is where the results go.
+        force: run it even if it is inadvisable.
+        report: called with events as the run proceeds.
+
+    Raises:
+        ConfigError: the experiment cannot run.
+        RunError: it began and failed.
+        Interrupted: it was stopped from outside.
+    """
     return run_ready(preflight(experiment, host.look(), force=force), report=report)
 
 

@@ -39,7 +39,6 @@ from lem.machine import host
 from lem.machine.host import Host
 from lem.results import show
 from lem.runner.preflight import objections
-from lem.spec.rules import CATALOGUE
 from lem.spec.schema import GROUPS, leaf, leaves
 
 MANIFEST = "grid.yaml"
@@ -221,7 +220,7 @@ def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: 
     return tuple(
         str(objection)
         for objection in objections(experiment, machine)
-        if objection.severity != "warning" and not (any_machine and CATALOGUE[objection.code].scope == "machine")
+        if objection.severity != "warning" and not (any_machine and objection.scope == "machine")
     )
 
 

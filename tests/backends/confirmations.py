@@ -1,6 +1,6 @@
 """How each feature of tests/backends/features.py is confirmed: what runs here, and what only arrives in an engine.
 
-The support matrix (docs/support.md) takes its words from here, and test_support.py runs it. A backend joins by a line
+The support matrix (docs/support.md) takes its words from here, and test_features.py runs it. A backend joins by a line
 in ENGINES, where it can run on a processor; else by lines in ARRIVES.
 """
 
@@ -13,10 +13,10 @@ from operator import eq
 from pathlib import Path
 from typing import Literal
 
-from lem.machine.host import Host
 from lem.spec.engines import PytorchBackend, SimulatedBackend, VllmBackend
 from lem.spec.experiment import Batching, Experiment
 from tests.backends.features import ADAPTER, DRAFT, TRACE, Feature, support
+from tests.hosts import PROCESSOR
 
 # Backends whose engine runs in these tests, with the options that it needs for that.
 ENGINES = {
@@ -40,14 +40,17 @@ ELSEWHERE = {
     ("openai", "maximum input"): "test_backends.py::test_long_inputs_are_cut_to_their_beginning_and_marked",
     ("openai", "seed"): "test_backends.py::test_same_seed_gives_same_tokens_and_another_seed_gives_others",
     ("openai", "the engine's counters"): "test_openai.py::test_counters_are_those_of_the_window",
-    ("pytorch", "several processes"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
-    ("pytorch", "data parallel"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
-    ("pytorch", "tensor parallel"): "test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
+    ("pytorch", "several processes"): "../runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    ("pytorch", "data parallel"): "../runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    (
+        "pytorch",
+        "tensor parallel",
+    ): "../runner/test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
     ("pytorch", "torch.compile"): "test_pytorch.py::test_compiled_model_writes_the_same",
     ("pytorch", "bitsandbytes, 8 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
     ("pytorch", "bitsandbytes, 4 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
-    ("simulated", "several processes"): "test_support.py::test_simulated_processes_share_the_prompts",
-    ("simulated", "data parallel"): "test_support.py::test_simulated_processes_share_the_prompts",
+    ("simulated", "several processes"): "test_features.py::test_simulated_processes_share_the_prompts",
+    ("simulated", "data parallel"): "test_features.py::test_simulated_processes_share_the_prompts",
     ("vllm", "several processes"): "test_vllm.py::test_run_on_two_replicas",
     ("vllm", "data parallel"): "test_vllm.py::test_run_on_two_replicas",
     ("vllm", "tensor parallel"): "test_vllm.py::test_run_on_two_workers",
@@ -86,19 +89,6 @@ ON_A_STAND_IN = {
 Confirmation = Literal["tested", "arrives", "stand-in", "not run"]
 
 
-class ProcessorHost(Host):
-    """The machine that the tests are sure of: no GPU, engines built for the processor, all packages that run there."""
-
-    def has(self, package):
-        return not package.startswith("flash_attn")
-
-    def is_built_for_cpu(self, package):
-        return True
-
-
-PROCESSOR = ProcessorHost(())
-
-
 def confirmation(feature: Feature, backend: str) -> Confirmation:
     """Return how it is confirmed that a backend has a feature, which it says that it has."""
     if (backend, feature.name) in ELSEWHERE or is_checked(feature, backend):
@@ -109,7 +99,7 @@ def confirmation(feature: Feature, backend: str) -> Confirmation:
 
 
 def is_checked(feature: Feature, backend: str) -> bool:
-    """Tell whether test_support.py runs the feature on the backend's engine."""
+    """Return whether test_features.py runs the feature on the backend's engine."""
     runs = backend in ENGINES and support(feature, backend, PROCESSOR).answer == "yes"
     return runs and feature.name in CHECKS | TELLINGS and (backend, feature.name) not in ELSEWHERE
 

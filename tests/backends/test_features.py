@@ -1,4 +1,4 @@
-"""Each backend has what it says that it has, refuses the rest, and the support matrix says no more than that.
+"""Each backend has the features that it claims and refuses the rest; the support matrix claims no more.
 
 What is tried, and how, is in tests/backends/confirmations.py; `pytest -k vllm` runs it on the real vLLM (nox -s vllm).
 """
@@ -20,7 +20,7 @@ from lem.runner.preflight import objections
 from lem.spec.conflicts import conflicts
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
-from lem.spec.rules import OBJECTIONS
+from lem.spec.rules import EXPERIMENT_RULES
 from lem.workload import builtin
 from tests.backends.confirmations import (
     ARRIVES,
@@ -28,19 +28,18 @@ from tests.backends.confirmations import (
     ELSEWHERE,
     ENGINES,
     ON_A_STAND_IN,
-    PROCESSOR,
     TELLINGS,
     Bench,
     confirmation,
     is_checked,
 )
-from tests.backends.features import IdealHost, features, support
 from tests.backends.features import feature as named
+from tests.backends.features import features, support
 from tests.conftest import SIMULATED, command
+from tests.hosts import IDEAL, PROCESSOR
 
 pytestmark = pytest.mark.engines
 
-IDEAL = IdealHost()
 # The package behind an engine, where it is not one that lem needs anyway.
 PACKAGES = {"vllm": "vllm"}
 EVERY = [(backend, feature) for backend in BACKENDS for feature in features()]
@@ -184,7 +183,7 @@ def test_every_check_is_of_a_feature():
 def test_every_backend_has_an_answer_and_every_code_a_rule():
     for backend, feature in EVERY:
         answer = support(feature, backend, IDEAL)
-        assert set(answer.codes) <= set(OBJECTIONS)
+        assert set(answer.codes) <= set(EXPERIMENT_RULES)
         assert (answer.answer in ("no", "no effect")) >= bool(answer.codes)
         assert feature.tells or answer.answer in ("yes", "no option") or answer.codes
 

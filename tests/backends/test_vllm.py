@@ -29,9 +29,9 @@ from lem.backends.vllm_options import (
     DROPPED,
     OF_LEM,
     RESOLVED,
-    _type,
     engine_arguments,
     sampling_parameters,
+    wrong_type,
 )
 from lem.errors import RunError
 from lem.runner.records import prefill_of
@@ -237,7 +237,7 @@ def test_no_default_of_the_installed_version_is_refused_for_its_type():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     defaults = json.loads(done.stdout.partition("RESULT ")[2])
-    found = [o for name, value in defaults.items() for o in _type(f"backend.engine_args.{name}", name, value)]
+    found = [o for name, value in defaults.items() for o in wrong_type(f"backend.engine_args.{name}", name, value)]
     assert not found
     assert {"max_logprobs", "enforce_eager", "watermark", "worker_cls"} <= defaults.keys()
     assert [vllm_source.type_of(name)[1] for name in ("max_logprobs", "watermark")] == [int, float]

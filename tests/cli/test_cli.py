@@ -110,7 +110,7 @@ def test_flags_help_comes_from_the_schema(lem, monkeypatch):
         (["experiment", "-m", "tiny", "-d", "sample", "energy=replay"], "energy.trace"),
         (["experiment", "-m", "tiny", "-d", "sample", "energy.country_iso_code=XYZ"], "XYZ"),
         (["experiment", "-m", "tiny", "-d", "sample", "backend=simulated", "backend.device=cpu"], "backend.device"),
-        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "cannot be used"),
+        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "blank.txt is a file."),
         (["results", "show", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate"], "--all"),

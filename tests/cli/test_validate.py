@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lem.config.compose import prepare
-from lem.spec.rules import CATALOGUE
+from lem.spec.rules import RULES
 
 SOUND = "model: tiny\ndataset: sample\nenergy: none\n"
 
@@ -200,7 +200,7 @@ def test_what_only_this_machine_cannot_do_can_be_left_out(faults, write, monkeyp
     write(a="model: tiny\ndataset: sample\nbackend: {device: cuda}\n")
     exit_code, found = faults("a.yaml")
     assert exit_code == 2
-    assert all(CATALOGUE[code].scope == "machine" for *_, code in found)
+    assert all(RULES[code].scope == "machine" for *_, code in found)
     assert found[0][:3] == ("a.yaml", 3, "backend.device")
     assert faults("a.yaml", "--any-machine") == (0, [])
 
@@ -263,7 +263,7 @@ def test_every_code_of_a_problem_is_in_the_catalogue():
     calls = r'(?:Problem|_note|_stop|BadOverride)\(\s*"(\w+)"'
     made = {code for text in texts for code in re.findall(calls, text)}
     assert made >= {"yaml_syntax", "unknown_key", "missing_parent", "no_model"}
-    assert made <= set(CATALOGUE)
+    assert made <= set(RULES)
 
 
 # ------------------------------------------------------------------ show

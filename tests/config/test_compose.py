@@ -307,16 +307,16 @@ def test_faulty_inheritance_is_named(compose, files, message):
 
 # ------------------------------------------------------------------ what is refused
 KEYS_OF_ENGINES = [
-    ("vllm", "swap_space=4", "vLLM has no swap_space any more. Preempted requests are computed anew. Set kv_off"),
-    ("vllm", "num_scheduler_steps=8", "has no num_scheduler_steps any more. Set async_scheduling"),
-    ("vllm", "device=cpu", "has no device any more. The installed build of vLLM decides"),
-    ("vllm", "max_num_seqs=4", "this argument of vLLM's engine is given by batching.batch_size."),
-    ("vllm", "max_logprobs=4", "an argument of vLLM's engine; write backend.engine_args={max_logprobs: …}."),
+    ("vllm", "swap_space=4", "vLLM no longer has swap_space; preempted requests are recomputed, unless kv_off"),
+    ("vllm", "num_scheduler_steps=8", "no longer has num_scheduler_steps; use async_scheduling"),
+    ("vllm", "device=cpu", "no longer has device; the installed build of vLLM decides"),
+    ("vllm", "max_num_seqs=4", "this argument of vLLM is set by batching.batch_size."),
+    ("vllm", "max_logprobs=4", "an argument of vLLM; write backend.engine_args={max_logprobs: …}."),
     ("vllm", "engine_args.max_logprobs=4", "write backend.engine_args={max_logprobs: …}."),
     ("vllm", "attn_backend=x", "no such key. Did you mean 'backend.attention_backend'"),
     ("vllm", "batch_size=3", "Did you mean 'batching.batch_size'?"),
-    ("tensorrt", "moe_backend=x", "TensorRT-LLM has no moe_backend any more. Set moe_config in backend.extra_args."),
-    ("tensorrt", "max_batch_size=3", "this argument of TensorRT-LLM is given by batching.batch_size."),
+    ("tensorrt", "moe_backend=x", "TensorRT-LLM no longer has moe_backend; use moe_config in backend.extra_args."),
+    ("tensorrt", "max_batch_size=3", "this argument of TensorRT-LLM is set by batching.batch_size."),
     ("tensorrt", "stream_interval=3", "an argument of TensorRT-LLM; write backend.extra_args={stream_interval: …}."),
 ]
 
@@ -333,7 +333,7 @@ def test_a_key_that_only_the_engine_knows_is_explained(compose, backend, key, me
 
 def test_without_the_engine_its_dropped_names_are_explained_all_the_same(compose):
     with pytest.raises(
-        ConfigError, match=r"a\.yaml:1: backend\.swap_space: unknown key: vLLM has no swap_space any more"
+        ConfigError, match=r"a\.yaml:1: backend\.swap_space: unknown key: vLLM no longer has swap_space"
     ):
         compose(a="backend: {name: vllm, swap_space: 4}")
 

@@ -23,7 +23,7 @@ from lem.record import (
     ProcessRecord,
     WarmupInfo,
 )
-from lem.results.codec import from_json, of_plan, read_plan, to_json, to_plain
+from lem.results.codec import excerpt_of, from_json, read_excerpt, to_json, to_plain
 from tests.records import plan, record
 
 FULL = record(
@@ -72,20 +72,20 @@ def test_types_are_checked(value):
 
 
 def test_a_plan_is_read_as_far_as_rows_need_it():
-    whole_plan = plan(count=7, cycles=2, seed=11)
-    for brief in (of_plan(whole_plan), read_plan(to_json(whole_plan).encode())):
-        assert json.loads(brief.config_json) == to_plain(whole_plan.experiment)
-        assert (brief.prompts.count, brief.experiment.seed, brief.experiment.cycles) == (7, 11, 2)
-        assert brief.experiment.backend.name == "simulated"
-        assert brief.overrides == list(whole_plan.overrides)
+    whole = plan(count=7, cycles=2, seed=11)
+    for excerpt in (excerpt_of(whole), read_excerpt(to_json(whole).encode())):
+        assert json.loads(excerpt.config_json) == to_plain(whole.experiment)
+        assert (excerpt.prompts.count, excerpt.experiment.seed, excerpt.experiment.cycles) == (7, 11, 2)
+        assert excerpt.experiment.backend.name == "simulated"
+        assert excerpt.overrides == list(whole.overrides)
 
 
 def test_a_plan_of_an_older_version_has_the_defaults_of_what_it_lacks():
     old = to_json(plan()).replace('"seed": 42,', "")
     assert '"seed"' not in old
-    assert read_plan(old.encode()).experiment.seed == 42
+    assert read_excerpt(old.encode()).experiment.seed == 42
 
 
 def test_a_damaged_plan_is_no_plan():
     with pytest.raises(ValueError):  # noqa: PT011 - the words are those of the whole reader
-        read_plan(to_json(plan()).encode()[:-30])
+        read_excerpt(to_json(plan()).encode()[:-30])

@@ -26,7 +26,7 @@ from lem.record import (
     Prefill,
 )
 from lem.results.aggregate import by_cycle, put_together
-from lem.results.codec import of_plan
+from lem.results.codec import excerpt_of
 from lem.results.columns import quotients
 from lem.results.cycles import MAXIMA, experiment_columns
 from lem.results.directory import Part
@@ -39,7 +39,7 @@ from tests.records import phases, plan, reading, record, request, requests
 
 
 def row(*records, rows=None, **plan_values):
-    cycle = Cycle(of_plan(plan(**plan_values)), 1, 1, records or [record()], requests() if rows is None else rows)
+    cycle = Cycle(excerpt_of(plan(**plan_values)), 1, 1, records or [record()], requests() if rows is None else rows)
     (made,) = as_rows(ExperimentRow, cycle_columns([cycle]))
     return made
 
@@ -52,7 +52,7 @@ def over_cycles(rows, of):
 
 
 def merge_parts(of, parts, attempts):
-    return rows_of(put_together(of_plan(of), by_cycle(parts), attempts))
+    return rows_of(put_together(excerpt_of(of), by_cycle(parts), attempts))
 
 
 def codes(row):

@@ -159,7 +159,7 @@ def test_two_processes_on_one_gpu_count_its_joules_once(standin, tmp_path):
     plan = Plan(directory.id, timestamp(), experiment, info, processes=2, replicas=2)
     directory.write_plan(plan, texts)
     variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\ndevice 0 power constant 300"))
-    both = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lem.cli.direct"]
+    both = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lem.runner.worker"]
     done = subprocess.run([*both, str(directory.path)], env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = read(directory, strict=True)
@@ -176,7 +176,7 @@ def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
         cwd=tmp_path, **variables,
     )  # fmt: skip
     assert done.code == 2
-    assert "GPUs asked for: 3, visible: 2" in done.err
+    assert "GPUs needed: 3, visible: 2" in done.err
     assert done.out == ""
 
 

@@ -113,7 +113,7 @@ def test_rules_about_gpus_look_at_the_named_ones_only():
     on_old = simulated(backend=PytorchBackend(), fp_precision="bfloat16", gpus=["GPU-old"])
     (found,) = objections(on_old, host)
     assert found.code == "bfloat16_emulated"
-    assert "Tesla T4 (compute capability 7.5)" in found.reason
+    assert "Tesla T4 (compute capability 7.5)" in found.fact
     assert objections(simulated(backend=PytorchBackend(), fp_precision="bfloat16", gpus=[1]), host) == []
 
 
@@ -204,7 +204,7 @@ def test_a_file_where_results_go_is_impossible(tmp_path, taken):
     (tmp_path / taken).write_text("")
     (found,) = objections(simulated(io=Io(results_dir=str(tmp_path / "results"))), CPU)
     assert found.code == "results_unwritable"
-    assert taken in found.reason
+    assert taken in found.fact
 
 
 def become_nobody():

@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 from lem.record import RequestRecord
 from lem.results.directory import ExperimentDir
@@ -184,7 +184,7 @@ def test_a_running_one_is_left_alone(lem, killed):
     before, began_s = snapshot(killed), time.monotonic()
     done = lem("experiment", "-y", "--resume", killed.id, "-o", "results")
     assert done.code == 2
-    assert f"runs already, as process {os.getpid()}" in done.err
+    assert f"is already running, as process {os.getpid()}" in done.err
     assert time.monotonic() - began_s < 5
     assert snapshot(killed) == before
     assert lem("experiment", "-y", "--resume", killed.id, "--force", "-o", "results").code == 2

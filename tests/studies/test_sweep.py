@@ -115,7 +115,7 @@ def test_the_directory_is_called_by_the_time_unless_it_is_named():
 
 # ------------------------------------------------------------------ prompts
 def test_the_prompts_of_neighbouring_cells_are_loaded_once(lem, monkeypatch):
-    import lem.studies.sweep as module
+    import lem.studies.checks as module
 
     loaded = []
     load = module.load_prompts
