@@ -127,7 +127,8 @@ def pick(entry: int | str, among: Sequence[Gpu]) -> Gpu | None:
     """Return the visible GPU with an index among them or a UUID (`GPU-…`, `MIG-…`); None if none or several match."""
     if isinstance(entry, int):
         return among[entry] if 0 <= entry < len(among) else None
-    matches = [gpu for gpu in among if entry in (gpu.mig_uuid, gpu.uuid) or _begins(gpu.uuid, entry)]
+    is_prefix = entry.startswith("GPU-")
+    matches = [g for g in among if entry in (g.mig_uuid, g.uuid) or (is_prefix and g.uuid.startswith(entry))]
     if matches or not entry.startswith("MIG-"):
         return matches[0] if len(matches) == 1 else None
     parent = _parent_of(entry)
@@ -191,27 +192,15 @@ def _chosen(everything: list[Gpu], environ: Mapping[str, str]) -> list[Gpu]:
     if chosen is None:
         return everything
     found = []
-    for entry in chosen.split(","):
-        gpu = _named(entry.strip(), everything)
+    for entry in map(str.strip, chosen.split(",")):
+        if entry.isdecimal():
+            gpu = next((gpu for gpu in everything if gpu.index == int(entry)), None)
+        else:
+            gpu = pick(entry, everything)
         if gpu is None:
             break
         found.append(gpu)
     return found
-
-
-def _named(entry: str, everything: list[Gpu]) -> Gpu | None:
-    if entry.isdecimal():
-        return next((gpu for gpu in everything if gpu.index == int(entry)), None)
-    if entry.startswith("GPU-"):
-        matches = [gpu for gpu in everything if _begins(gpu.uuid, entry)]
-        return matches[0] if len(matches) == 1 else None
-    if entry.startswith("MIG-"):
-        return _parent_of(entry)
-    return None
-
-
-def _begins(uuid: str, entry: str) -> bool:
-    return entry.startswith("GPU-") and uuid.startswith(entry)
 
 
 def _parent_of(mig_uuid: str) -> Gpu | None:

@@ -180,27 +180,31 @@ class Attempt:
     def window_opens(self) -> None:
         """Open a window in the journal, with the record that stands in if this process is killed."""
         self._cycle.measured.window_opened_unix_s = time.time()
-        if self._loaded is not None and self._loaded.journal is not None:
+        if self._journal is not None:
             killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
-            self._loaded.journal.open_window(process_record(self._snapshot("interrupted", killed)))
+            self._journal.open_window(process_record(self._snapshot("interrupted", killed)))
 
     def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
         """Write a finished batch to the journal."""
-        if self._loaded is None or self._loaded.journal is None:
+        loaded, cycle = self._loaded, self._cycle
+        if loaded is None or loaded.journal is None:
             return
-        cycle, architecture = self._cycle, self._loaded.architecture
         with UNDISTURBED:
             rows = [request_row(self._window_id, request) for request in batch]
-            if architecture is not None:
+            if loaded.architecture is not None:
                 sizes = ((row.input_tokens, row.output_tokens) for row in rows)
-                cycle.total_flops += flops.total_flops(architecture, sizes)
+                cycle.total_flops += flops.total_flops(loaded.architecture, sizes)
                 checkpoint = structs.replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
-            self._loaded.journal.add(rows, checkpoint)
+            loaded.journal.add(rows, checkpoint)
 
     # -------------------------------------------------------------- the record
     @property
     def _window_id(self) -> WindowId:
         return WindowId(self._plan.experiment_id, self._rank, self._cycle.number, self._number)
+
+    @property
+    def _journal(self) -> Journal | None:
+        return None if self._loaded is None else self._loaded.journal
 
     def _snapshot(self, status: Status, error: ErrorInfo | None) -> Snapshot:
         """Ask the engine, the machine and the meter what a record of the current cycle is made of."""
@@ -259,7 +263,7 @@ class Attempt:
 
     def _cut_back_to_journal(self) -> None:
         """End the window with the last batch that is in the journal: a signal or a full disk may have preceded it."""
-        if self._loaded is None or self._loaded.journal is None:
+        if self._journal is None:
             return
         windows = read(self._directory.journal_file(self._rank, self._number).read_bytes())
         of_cycle = [window for window in windows if window.record.cycle == self._cycle.number]
@@ -269,8 +273,7 @@ class Attempt:
 
     def _close(self) -> None:
         """Release what the attempt holds; the records are written, so that a failure here is only printed."""
-        journal = None if self._loaded is None else self._loaded.journal
-        for part in (journal, self._meter, self._backend, self._ranks):
+        for part in (self._journal, self._meter, self._backend, self._ranks):
             try:
                 if part is not None:
                     part.close()

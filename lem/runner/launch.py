@@ -143,7 +143,12 @@ class _Fifo:
             for line in lines:
                 if line == ENDED:
                     return
-                _relay(line, report)
+                try:
+                    event = Event(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue  # two processes wrote at once, or one died in the middle
+                log.debug("%s %d/%d", event.phase, event.done, event.total)
+                report(event)
 
     def close(self) -> None:
         """Close it, unless a thread may still write to it: its number could then be another file's."""
@@ -151,15 +156,6 @@ class _Fifo:
             self._waiting.join(LAUNCHER_GRACE_S)
         if self._waiting is None or not self._waiting.is_alive():
             os.close(self.descriptor)
-
-
-def _relay(line: bytes, report: Report) -> None:
-    try:
-        event = Event(**json.loads(line))
-    except (ValueError, TypeError):
-        return  # two processes wrote at once, or one died in the middle
-    log.debug("%s %d/%d", event.phase, event.done, event.total)
-    report(event)
 
 
 @contextmanager
@@ -224,15 +220,12 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
             directory.write_record(replace(record, status=status, error=replace(error, phase=record.error.phase)))
     cycle = next(iter(plan.unfinished_cycles(directory.finished())), plan.experiment.cycles)
     without = set(range(plan.processes)) - {record.rank for record in mine if record.cycle == cycle}
-    is_explained = any(record.error is not None and _explains(record.error, status) for record in mine)
+    # When one process fails, the others are interrupted, which explains nothing.
+    unexplained = {DIED, Interrupted.__name__} if status == "failed" else {DIED}
+    is_explained = any(record.error is not None and record.error.type not in unexplained for record in mine)
     if not mine or (code and without and not is_explained):
         window = WindowId(directory.id, min(without, default=0), cycle, attempt)
         directory.write_record(bare_record(plan, window, status, error))
-
-
-def _explains(error: ErrorInfo, status: Status) -> bool:
-    """Tell whether a worker's own error explains the end of the run; when one fails, the others are interrupted."""
-    return error.type != DIED and not (status == "failed" and error.type == Interrupted.__name__)
 
 
 def _record_cause(directory: ExperimentDir, attempt: int, cause: str) -> None:

@@ -246,6 +246,7 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
 def test_a_killed_one_of_two_is_named_before_there_is_a_window(tmp_path, which):
     process = two_ranks(tmp_path, "-n", "41", "energy.idle_s=30")
     wait_for(process, "Idle")
+    time.sleep(1)  # until both are past the barrier with which the phase begins
     assert len(workers_of(process)) == 2
     workers_of(process)[which].kill()
     process.communicate(timeout=60)
