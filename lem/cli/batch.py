@@ -29,7 +29,7 @@ def batch(
         list[str],
         typer.Argument(
             metavar="PATTERN… | KEY=VALUE",
-            help="Config files, folders or quoted patterns ('configs/**/*.yaml'), and Hydra overrides for all.",
+            help="Config files, folders or quoted patterns ('configs/**/*.yaml'), and Hydra overrides for all files.",
             show_default=False,
         ),
     ],
@@ -38,19 +38,19 @@ def batch(
     sample_size: SampleSizeFlag = None,
     preset: PresetFlag = None,
     model: ModelFlag = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Experiments at a time, each with GPUs of its own.")] = 1,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Begin no other experiment after one failed.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, help="Number of experiments at a time, each on its own GPUs.")] = 1,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start no other experiment after a failure.")] = False,
     config_dir: ConfigDir = None,
     no_aggregate: NoAggregateFlag = False,
     results_dir: ResultsDir = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before running.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
     force: ForceFlag = False,
     fresh: FreshFlag = False,
 ) -> None:
-    """Run many config files, each an experiment, after all of them have been checked."""
+    """Run many config files, one experiment each, after checking all of them."""
     from lem.studies import batch as batch_app
-    from lem.studies.ask import Options
+    from lem.studies.ask import RunOptions
 
     overrides = [text for text in arguments if is_override(text)]
     patterns = [text for text in arguments if text not in overrides]
@@ -59,7 +59,7 @@ def batch(
     flags = [] if preset is None else [f"preset={preset}"]
     flags += dataset_flags(dataset, prompts)
     flags += value_flags({"model": model, "dataset.sample_size": sample_size, "io.results_dir": results_dir})
-    options = Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    options = RunOptions(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
     raise typer.Exit(
         batch_app.main(
             patterns, [*flags, *overrides], options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir

@@ -1,4 +1,4 @@
-"""`lem experiment`: flags become overrides, whose help texts come from the schema."""
+"""`lem experiment`: its flags, whose help texts come from the schema, become overrides."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lem.cli.flags import (
     PromptsFlag,
     SampleSizeFlag,
     dataset_flags,
+    split_arguments,
     value_flags,
 )
 from lem.errors import ConfigError
@@ -58,14 +59,14 @@ def experiment(
         str | None,
         typer.Option(
             metavar="ID",
-            help="Go on with an experiment that was interrupted or failed; the beginning of its id is enough. "
-            "With --force also where another host, which is gone, still has it as running.",
+            help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
+            "With --force, also one that a host which is gone has left as running.",
             autocompletion=complete.experiment_ids,
         ),
     ] = None,
     results_dir: ResultsDir = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Do not ask; go on with the same experiment if it is unfinished.")
+        bool, typer.Option("--yes", "-y", help="Skip confirmation; resume the same experiment if it is unfinished.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the configuration, run nothing.")
@@ -86,7 +87,7 @@ def experiment(
     from lem.studies import ask
     from lem.studies import experiment as run_app
 
-    config_file, overrides = _split_arguments(arguments or [])
+    config_file, overrides = split_arguments(arguments or [])
     choices = {"preset": preset, "backend": backend}
     flags = [f"{group}={option}" for group, option in choices.items() if option is not None]
     flags += dataset_flags(dataset, prompts)
@@ -113,7 +114,7 @@ def experiment(
             "quantization": quantization,
         }
     )
-    options = ask.Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    options = ask.RunOptions(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
     if resume is not None:
         _check_alone(config_file, [*flags, *overrides], fresh=fresh, multirun=multirun)
         raise typer.Exit(run_app.resume(resume, results_dir, options))
@@ -125,21 +126,9 @@ def experiment(
 
 
 def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:
-    """Refuse whatever else would decide what is run: a resumed experiment is the one that was begun."""
+    """Refuse everything that would change what is run: a resumed experiment keeps its configuration."""
     given = [str(config_file)] if config_file else []
     given += [text for text in overrides if not text.startswith("io.results_dir=")]
     given += ["--fresh"] * fresh + ["--multirun"] * multirun
     if given:
-        raise ConfigError(f"--resume goes on with the configuration it began with; leave out {', '.join(given)}.")
-
-
-def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Tell the config file from the overrides."""
-    files = [text for text in arguments if _is_config_file(text)]
-    if len(files) > 1:
-        raise ConfigError(f"An experiment has one config file, not {len(files)}: {', '.join(files)}.")
-    return (Path(files[0]) if files else None), [text for text in arguments if text not in files]
-
-
-def _is_config_file(text: str) -> bool:
-    return "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))
+        raise ConfigError(f"--resume continues with the configuration it began with; leave out {', '.join(given)}.")

@@ -1,4 +1,4 @@
-"""Flags that several commands have, and how they become overrides."""
+"""Flags shared by several commands, and how they become overrides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lem.cli import complete
-from lem.errors import DatasetError
+from lem.errors import ConfigError, DatasetError
 from lem.spec.schema import leaf
 
 DatasetFlag = Annotated[
@@ -22,7 +22,7 @@ DatasetFlag = Annotated[
         autocompletion=complete.datasets,
     ),
 ]
-PromptsFlag = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one on each line.")]
+PromptsFlag = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
 SampleSizeFlag = Annotated[
     int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)
 ]
@@ -32,16 +32,14 @@ PresetFlag = Annotated[
 ModelFlag = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
 NoAggregateFlag = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
-FreshFlag = Annotated[
-    bool, typer.Option("--fresh", help="Start anew, also where the same experiment was left unfinished.")
-]
+FreshFlag = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
 
-# A key of Hydra's grammar. A path is none, but for hydra/launcher and the like.
+# A key of Hydra's grammar. A path is not a key, except hydra/launcher and the like.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
 
 
 def is_override(text: str) -> bool:
-    """Tell an override (key=value) from a file or a pattern; a file that exists is a file."""
+    """Tell whether a text is an override (key=value), not a file or a pattern; a file that exists is a file."""
     return OVERRIDE.match(text) is not None and not Path(text).expanduser().exists()
 
 
@@ -50,7 +48,7 @@ def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
     from lem.config.overrides import quoted
 
     if dataset is not None and prompts is not None:
-        raise DatasetError("--dataset and --prompts exclude each other; give one of them.")
+        raise DatasetError("--dataset and --prompts exclude each other; give only one.")
     if dataset is not None:
         return [f"dataset={dataset}"]
     if prompts is None:
@@ -62,12 +60,19 @@ def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
 
 
 def value_flags(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
-    """Return the overrides of the values that were given; None was not."""
-    return [override(path, value) for path, value in values.items() if value is not None]
-
-
-def override(path: str, value: str | int | float | Path) -> str:
-    """Write a value as an override."""
+    """Return the overrides of the values that were given; None is one that was not."""
     from lem.config.overrides import quoted
 
-    return f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"
+    return [
+        f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"
+        for path, value in values.items()
+        if value is not None
+    ]
+
+
+def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the config file among arguments, if there is one, and the overrides."""
+    files = [text for text in arguments if "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))]
+    if len(files) > 1:
+        raise ConfigError(f"An experiment has one config file, not {len(files)}: {', '.join(files)}.")
+    return (Path(files[0]) if files else None), [text for text in arguments if text not in files]

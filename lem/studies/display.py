@@ -1,4 +1,4 @@
-"""How far an experiment or a sweep is: bars on a terminal, lines elsewhere."""
+"""The progress of an experiment or a study: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TITLES = {
 
 
 class Display(Protocol):
-    """Shows events to a person; a context manager around a run."""
+    """Shows the events of a run; a context manager around it."""
 
     def __enter__(self) -> Report: ...
 
@@ -30,13 +30,16 @@ class Display(Protocol):
 
 
 def display() -> Display:
-    """Return bars where stderr is a terminal, plain lines where it is anything else."""
-    stream = sys.stderr
-    return Bars() if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines(stream)
+    """Return bars if stderr is a terminal, else plain lines."""
+    return Bars() if _is_terminal(sys.stderr) else Lines(sys.stderr)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Bars:
-    """rich's progress bars on stderr; drawn when an event arrives, not by a clock of their own."""
+    """rich's progress bars on stderr; drawn when an event arrives, not by a timer."""
 
     def __enter__(self) -> Report:
         self._progress = _bars()
@@ -66,7 +69,7 @@ class _Phases:
         title = TITLES.get(event.phase, event.phase) + self._cycle
         if title != self._current:
             self.finish()
-            if title in self._tasks:  # entered again, as loading is after the idle time: its bar was filled
+            if title in self._tasks:  # entered again, like loading after the idle time: its bar is already full
                 self._progress.remove_task(self._tasks[title])
             self._tasks[title] = self._progress.add_task(title, total=event.total or None, note="")
             self._current = title
@@ -76,7 +79,7 @@ class _Phases:
         self._progress.refresh()
 
     def finish(self) -> None:
-        """Fill and stop the bars of phases that could not be counted."""
+        """Stop all bars and fill those of phases without a count."""
         for task in self._progress.tasks:
             if task.id in self._tasks.values():
                 if task.total is None:
@@ -84,7 +87,7 @@ class _Phases:
                 self._progress.stop_task(task.id)
 
     def clear(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         for task in self._tasks.values():
             self._progress.remove_task(task)
 
@@ -132,13 +135,13 @@ class Lines:
         return None
 
 
-class BatchDisplay(Protocol):
-    """Shows the runs of a batch to a person; a context manager around all of them."""
+class StudyDisplay(Protocol):
+    """Shows the runs of a study; a context manager around all of them."""
 
-    def __enter__(self) -> BatchDisplay: ...
+    def __enter__(self) -> StudyDisplay: ...
 
     def begin(self, number: int, label: str) -> Report:
-        """Show that a run begins; returns what its events are to be told to."""
+        """Show that a run begins; return what its events are passed to."""
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Show how a run ended."""
@@ -146,24 +149,22 @@ class BatchDisplay(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def batch_display(total: int, *, at_once: int = 1) -> BatchDisplay:
-    """Return the display of a batch of `total` runs, `at_once` at the same time: bars, or lines without a terminal."""
-    stream = sys.stderr
-    is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    return BatchBars(total, at_once) if is_terminal else BatchLines(stream, total, at_once)
+def study_display(total: int, *, at_once: int = 1) -> StudyDisplay:
+    """Return the display of `total` runs, `at_once` at the same time: bars if stderr is a terminal, else lines."""
+    return StudyBars(total, at_once) if _is_terminal(sys.stderr) else StudyLines(sys.stderr, total, at_once)
 
 
-class BatchBars:
-    """A bar for the batch above those of the run, or above one for each run where there are several at once."""
+class StudyBars:
+    """A bar for the study, above those of the one run, or above one bar for each of several runs."""
 
     def __init__(self, total: int, at_once: int) -> None:
         self._total, self._at_once = total, at_once
         self._failed = 0
         self._runs: dict[int, tuple[str, Any]] = {}
 
-    def __enter__(self) -> BatchDisplay:
+    def __enter__(self) -> StudyDisplay:
         self._progress = _bars(30 if self._at_once == 1 else 10)
-        self._batch = self._progress.add_task("Batch", total=self._total, note="")
+        self._all = self._progress.add_task("Experiments", total=self._total, note="")
         self._progress.start()
         return self
 
@@ -176,11 +177,11 @@ class BatchBars:
         return report
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
-        """Take the run's bars away and leave its sentence above the batch."""
+        """Remove the run's bars and print its sentence above the others."""
         label, run = self._runs.pop(number)
         run.clear()
         self._failed += failed
-        self._progress.advance(self._batch)
+        self._progress.advance(self._all)
         style = "red" if failed else None
         self._progress.console.print(
             f"[{number + 1}/{self._total}] {label}: {sentence}", markup=False, highlight=False, style=style
@@ -190,7 +191,7 @@ class BatchBars:
     def _head(self) -> None:
         labels = [label for label, _ in self._runs.values()] if self._at_once == 1 else []
         note = "  ".join([*([f"{self._failed} failed"] if self._failed else []), *labels])
-        self._progress.update(self._batch, note=note)
+        self._progress.update(self._all, note=note)
         self._progress.refresh()
 
     def __exit__(self, *error: object) -> None:
@@ -198,11 +199,13 @@ class BatchBars:
 
 
 class _OneBar:
-    """One bar for a whole run: its prompts, or the phase that it is in; short enough for 80 columns."""
+    """One bar for a whole run: its prompts, or its current phase; short enough for 80 columns."""
 
     def __init__(self, progress: Any, label: str) -> None:
         self._progress, self._rate = progress, Rate()
-        self._task = progress.add_task(_tail(label, 18), total=None, note="starting")
+        # The end of a label is what distinguishes files.
+        title = label if len(label) <= 18 else f"…{label[-17:]}"
+        self._task = progress.add_task(title, total=None, note="starting")
         self._cycle = ""
 
     def __call__(self, event: Event) -> None:
@@ -216,40 +219,35 @@ class _OneBar:
         self._progress.refresh()
 
     def clear(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.remove_task(self._task)
 
 
-def _tail(text: str, width: int) -> str:
-    """Return a text's end, which is what tells files from each other."""
-    return text if len(text) <= width else f"…{text[1 - width :]}"
-
-
-class BatchLines:
-    """A line when a run begins and one when it ends, with those of its phases in between."""
+class StudyLines:
+    """A line when a run begins and one when it ends, with its phases in between."""
 
     def __init__(self, stream: TextIO, total: int, at_once: int) -> None:
         self._stream, self._total, self._at_once = stream, total, at_once
         self._done = self._failed = 0
         self._labels: dict[int, str] = {}
 
-    def __enter__(self) -> BatchDisplay:
+    def __enter__(self) -> StudyDisplay:
         return self
 
     def begin(self, number: int, label: str) -> Report:
-        """Say which run begins."""
+        """Print which run begins."""
         self._labels[number] = label
-        self._say(f"[{number + 1}/{self._total}] {label}")
+        self._print(f"[{number + 1}/{self._total}] {label}")
         return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "").__enter__()
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
-        """Say how the run ended, and how many have."""
+        """Print how the run ended, and how many have ended so far."""
         self._done += 1
         self._failed += failed
         so_far = f"{self._done} of {self._total} ended" + (f", {self._failed} failed" if self._failed else "")
-        self._say(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
+        self._print(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
     def __exit__(self, *error: object) -> None:
@@ -265,7 +263,7 @@ class Rate:
         self._since_s = 0.0
 
     def __call__(self, event: Event) -> str:
-        """Return the words beside the bar."""
+        """Return the text beside the bar."""
         now_s = self._clock_s()
         if event.phase != self._phase:
             self._phase, self._since_s = event.phase, now_s

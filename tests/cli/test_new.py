@@ -153,7 +153,7 @@ def answers(lem) -> Iterator[object]:
         def hold(*strokes: str, preset: str | None = None) -> Draft:
             # A question that nobody answers is left, not waited for.
             keys.send_text("".join([*strokes, STOP]))
-            return interview.hold(Options(), preset)
+            return interview.ask_all(Options(), preset)
 
         yield hold
 
@@ -226,7 +226,7 @@ def test_leaving_is_no_answer(answers, key):
 )
 def test_an_answer_is_taken_by_its_type(path, text, value):
     assert interview.parsed(leaf(path), text) == value
-    assert interview.fault(first_draft(Options(), None), leaf(path), text) == ""
+    assert interview.problem_with(first_draft(Options(), None), leaf(path), text) == ""
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_an_answer_is_taken_by_its_type(path, text, value):
     ],
 )
 def test_a_wrong_answer_is_told_in_a_sentence(path, text, says):
-    assert says in interview.fault(first_draft(Options(), None), leaf(path), text)
+    assert says in interview.problem_with(first_draft(Options(), None), leaf(path), text)
 
 
 # ------------------------------------------------------------------ on a terminal

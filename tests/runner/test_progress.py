@@ -7,7 +7,7 @@ import json
 import os
 
 from lem.runner.progress import Event, PipeReport
-from lem.studies.display import Bars, BatchLines, Lines, Rate
+from lem.studies.display import Bars, Lines, Rate, StudyLines
 
 
 def sent(events, period_s):
@@ -80,7 +80,7 @@ def test_every_phase_that_has_ended_has_a_full_bar(capsys):
 
 def test_a_batch_tells_how_many_have_ended_and_failed():
     stream = io.StringIO()
-    with BatchLines(stream, total=2, at_once=2) as show:
+    with StudyLines(stream, total=2, at_once=2) as show:
         first, second = show.begin(0, "a.yaml"), show.begin(1, "b.yaml")
         second(Event("load"))
         first(Event("load"))
