@@ -26,7 +26,16 @@ from lem.config.layers import (
     schema_layers,
 )
 from lem.config.options import CONFIG_MODULE, CUSTOM, Options, builtin
-from lem.config.overrides import NO_PRESET, Override, choice_of, combinations, first_sentence, hydra_name, parse
+from lem.config.overrides import (
+    NO_PRESET,
+    Override,
+    choice_of,
+    combinations,
+    first_sentence,
+    has_several_values,
+    hydra_name,
+    parse,
+)
 from lem.config.problem import Location, Problem, Problems, impossible
 from lem.config.userfile import Choice, UserFile, examine_file, find_options
 from lem.config.yamlfile import Path_
@@ -213,6 +222,8 @@ class Composition:
     def cells(self) -> list[Composition]:
         """Return a composition for each cell of a sweep, in the order in which Hydra would run them."""
         file = self.sources.file
+        if several := next((o.text for o in self.given if not o.key and has_several_values(o.text)), None):
+            raise ConfigError(f"{several}: a setting of Hydra takes one value for all cells.")
         return [Composition(self.of_file, given, _sources(file, given)) for given in combinations(self.given)]
 
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lem.config.overrides import quoted
+from lem.config.overrides import first_sentence, quoted
 from lem.config.problem import shortened
 from lem.errors import ConfigError
 from lem.results.codec import to_json
@@ -39,15 +39,23 @@ hydra:
 
 
 def sweep_dir(overrides: Iterable[str]) -> Path:
-    """Return the directory of a study: the one that hydra.sweep.dir names, else one named for the time."""
+    """Return the directory of a study: the one that hydra.sweep.dir names, else one named for the time.
+
+    Raises:
+        ConfigError: the name holds an interpolation that cannot be resolved.
+    """
     from hydra.core.utils import setup_globals
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     given = [text.removeprefix(SWEEP_DIR).strip("'\"") for text in overrides if text.startswith(SWEEP_DIR)]
     if not given:
         return Path("multirun") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     setup_globals()  # ${now:…}
-    return Path(str(OmegaConf.create({"dir": given[-1]})["dir"]))
+    try:
+        return Path(str(OmegaConf.create({"dir": given[-1]})["dir"]))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{SWEEP_DIR.rstrip('=')}: {first_sentence(error)}") from None
 
 
 def run_plan(
@@ -83,7 +91,7 @@ def run_plan(
         with env_override({"HYDRA_FULL_ERROR": "1"}):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=NAME)(task)()
     except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(first_sentence(error)) from None
     finally:
         sys.argv = command_line
 
