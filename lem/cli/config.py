@@ -58,12 +58,11 @@ def show(
 ) -> None:
     """Show what a config file and overrides resolve to, as a complete config file."""
     from lem.cli import validate
-    from lem.cli.flags import split_arguments, value_flags
+    from lem.cli.flags import choice_overrides, split_arguments, value_overrides
 
     config_file, overrides = split_arguments(arguments or [])
-    choices = {"preset": preset, "dataset": dataset, "backend": backend}
-    flags = [f"{group}={option}" for group, option in choices.items() if option is not None]
-    flags += value_flags({"model": model, "io.results_dir": results_dir})
+    flags = choice_overrides({"preset": preset, "dataset": dataset, "backend": backend})
+    flags += value_overrides({"model": model, "io.results_dir": results_dir})
     raise typer.Exit(
         validate.show(config_file, [*flags, *overrides], config_dir=config_dir, with_origin=origin, as_json=as_json)
     )

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lem.cli.base import exit_code_of
+from lem.cli.flags import choice_overrides, value_overrides
 from lem.cli.streams import forgiving_streams
 from lem.config.compose import Composition, prepare
 from lem.config.layers import origin
-from lem.config.overrides import quoted
-from lem.errors import ConfigError, Interrupted, LemError
+from lem.errors import ConfigError, Interrupted
 from lem.machine import host
 from lem.results.directory import ExperimentDir
 from lem.results.store import Store
@@ -43,17 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forgiving_streams()
     here = named_by_launcher()
     options = _parser().parse_intermixed_args(argv)
-    try:
-        return _follow(here) if here.rank else _lead(here, options)
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return Interrupted.exit_code
-    except LemError as error:
-        for line in str(error).splitlines():
-            print(f"Error: {line}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: _follow(here) if here.rank else _lead(here, options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,14 +76,13 @@ def _lead(here: Ranks, options: argparse.Namespace) -> int:
 
 def _overrides(options: argparse.Namespace) -> list[str]:
     """Return the flags and overrides of the command line as overrides."""
-    flags = {
-        "preset": options.preset,
-        "dataset": options.dataset,
-        "model": options.model and quoted(options.model),
+    choices = {"preset": options.preset, "dataset": options.dataset}
+    values = {
+        "model": options.model,
         "dataset.sample_size": options.sample_size,
-        "io.results_dir": options.results_dir and quoted(options.results_dir),
+        "io.results_dir": options.results_dir,
     }
-    return [*(f"{path}={value}" for path, value in flags.items() if value is not None), *options.overrides]
+    return [*choice_overrides(choices), *value_overrides(values), *options.overrides]
 
 
 def _ready(config_file: Path | None, overrides: Sequence[str], started: int, *, force: bool) -> Ready:

@@ -7,21 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lem.cli import complete, deprecated
+from lem.cli import complete, deprecated, flags
 from lem.cli.base import ConfigDir, ResultsDir, app
-from lem.cli.flags import (
-    DatasetFlag,
-    ForceFlag,
-    FreshFlag,
-    ModelFlag,
-    NoAggregateFlag,
-    PresetFlag,
-    PromptsFlag,
-    SampleSizeFlag,
-    dataset_flags,
-    split_arguments,
-    value_flags,
-)
 from lem.errors import ConfigError
 from lem.spec.schema import leaf
 
@@ -36,13 +23,13 @@ def experiment(
             show_default=False,
         ),
     ] = None,
-    dataset: DatasetFlag = None,
-    prompts: PromptsFlag = None,
-    sample_size: SampleSizeFlag = None,
+    dataset: flags.Dataset = None,
+    prompts: flags.Prompts = None,
+    sample_size: flags.SampleSize = None,
     split: Annotated[str | None, typer.Option(help=leaf("dataset.split").description)] = None,
     column: Annotated[str | None, typer.Option(help=leaf("dataset.column").description)] = None,
-    preset: PresetFlag = None,
-    model: ModelFlag = None,
+    preset: flags.Preset = None,
+    model: flags.Model = None,
     backend: Annotated[
         str | None, typer.Option(help=leaf("backend.name").description, autocompletion=complete.backends)
     ] = None,
@@ -53,8 +40,8 @@ def experiment(
     max_tokens: Annotated[int | None, typer.Option(help=leaf("max_output_tokens").description)] = None,
     seed: Annotated[int | None, typer.Option(help=leaf("seed").description)] = None,
     cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=leaf("cycles").description)] = None,
-    no_aggregate: NoAggregateFlag = False,
-    fresh: FreshFlag = False,
+    no_aggregate: flags.NoAggregate = False,
+    fresh: flags.Fresh = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +58,7 @@ def experiment(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the configuration, run nothing.")
     ] = False,
-    force: ForceFlag = False,
+    force: flags.Force = False,
     config_dir: ConfigDir = None,
     multirun: Annotated[
         bool, typer.Option("--multirun", help="Run every combination of comma-separated override values.")
@@ -87,10 +74,7 @@ def experiment(
     from lem.studies import ask
     from lem.studies import experiment as run_app
 
-    config_file, overrides = split_arguments(arguments or [])
-    choices = {"preset": preset, "backend": backend}
-    flags = [f"{group}={option}" for group, option in choices.items() if option is not None]
-    flags += dataset_flags(dataset, prompts)
+    config_file, given = flags.split_arguments(arguments or [])
     values = {
         "model": model,
         "dataset.split": split,
@@ -103,26 +87,30 @@ def experiment(
         "streaming.warmup_requests": streaming_warmup,
         "io.results_dir": results_dir,
     }
-    flags += value_flags(values)
-    flags += deprecated.overrides(
-        {
-            "batch_size": batch_size,
-            "precision": precision,
-            "num_processes": num_processes,
-            "gpu_list": gpu_list,
-            "temperature": temperature,
-            "quantization": quantization,
-        }
-    )
+    old_flags = {
+        "batch_size": batch_size,
+        "precision": precision,
+        "num_processes": num_processes,
+        "gpu_list": gpu_list,
+        "temperature": temperature,
+        "quantization": quantization,
+    }
+    overrides = [
+        *flags.choice_overrides({"preset": preset, "backend": backend}),
+        *flags.dataset_overrides(dataset, prompts),
+        *flags.value_overrides(values),
+        *deprecated.overrides(old_flags),
+        *given,
+    ]
     options = ask.RunOptions(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
     if resume is not None:
-        _check_alone(config_file, [*flags, *overrides], fresh=fresh, multirun=multirun)
+        _check_alone(config_file, overrides, fresh=fresh, multirun=multirun)
         raise typer.Exit(run_app.resume(resume, results_dir, options))
     if multirun:
         from lem.studies import sweep
 
-        raise typer.Exit(sweep.main(config_file, [*flags, *overrides], options, config_dir=config_dir))
-    raise typer.Exit(run_app.main(config_file, [*flags, *overrides], options, config_dir=config_dir))
+        raise typer.Exit(sweep.main(config_file, overrides, options, config_dir=config_dir))
+    raise typer.Exit(run_app.main(config_file, overrides, options, config_dir=config_dir))
 
 
 def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:

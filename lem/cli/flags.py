@@ -13,7 +13,7 @@ from lem.cli import complete
 from lem.errors import ConfigError, DatasetError
 from lem.spec.schema import leaf
 
-DatasetFlag = Annotated[
+Dataset = Annotated[
     str | None,
     typer.Option(
         "--dataset",
@@ -22,17 +22,15 @@ DatasetFlag = Annotated[
         autocompletion=complete.datasets,
     ),
 ]
-PromptsFlag = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
-SampleSizeFlag = Annotated[
-    int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)
-]
-PresetFlag = Annotated[
+Prompts = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
+SampleSize = Annotated[int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)]
+Preset = Annotated[
     str | None, typer.Option(help="Start from a preset; lem presets lists them.", autocompletion=complete.presets)
 ]
-ModelFlag = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
-NoAggregateFlag = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
-ForceFlag = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
-FreshFlag = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
+NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
 
 # A key of Hydra's grammar. A path is not a key, except hydra/launcher and the like.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
@@ -43,7 +41,7 @@ def is_override(text: str) -> bool:
     return OVERRIDE.match(text) is not None and not Path(text).expanduser().exists()
 
 
-def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
+def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
     """Return the overrides that select the prompts."""
     from lem.config.overrides import quoted
 
@@ -59,8 +57,13 @@ def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
     return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
 
 
-def value_flags(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
-    """Return the overrides of the values that were given; None is one that was not."""
+def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
+    """Return the overrides that choose options of groups; None is a flag that was not given."""
+    return [f"{group}={option}" for group, option in choices.items() if option is not None]
+
+
+def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
+    """Return the overrides that set values; None is a flag that was not given."""
     from lem.config.overrides import quoted
 
     return [

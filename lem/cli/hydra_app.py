@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lem.cli.base import exit_code_of
 from lem.config.compose import CONFIG_NAME, prepare, to_experiment
 from lem.config.options import CONFIG_MODULE
-from lem.errors import ConfigError, Interrupted, LemError
+from lem.errors import ConfigError, Interrupted
 from lem.machine import host
 from lem.runner.preflight import preflight
+from lem.studies import sweep
 from lem.studies.ask import RunOptions, print_warnings
 from lem.studies.experiment import run
 
@@ -25,9 +27,12 @@ OPTIONS = RunOptions(yes=True)
 
 def hydra_app(argv: Sequence[str] | None = None) -> int:
     """Run the app; return its exit code."""
+    return exit_code_of(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(arguments: list[str]) -> int:
     import hydra
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
     # Overrides first, wherever they stood: --info would take one that follows it as its own value.
     given = [text for text in arguments if "=" in text and not text.startswith("-")]
     flags = [text for text in arguments if text not in given]
@@ -35,22 +40,18 @@ def hydra_app(argv: Sequence[str] | None = None) -> int:
     codes: list[int] = []
 
     def task(composed: Any) -> None:
-        codes.append(_run_composed(composed))
+        # Errors are printed here, since Hydra would print a traceback.
+        code = exit_code_of(lambda: _run_composed(composed))
+        if code == Interrupted.exit_code:
+            sys.exit(code)
+        codes.append(code)
 
-    try:
-        if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
-            raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion exclude each other.")
-        if parsed.multirun and len(flags) == 1:
-            from lem.studies import sweep
-
-            return sweep.main(None, parsed.overrides, OPTIONS)
-        sys.argv[1:] = [*_for_hydra(parsed), *flags]
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(task)()
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
-    except LemError as error:
-        return _print_error(error)
+    if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
+        raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion exclude each other.")
+    if parsed.multirun and len(flags) == 1:
+        return sweep.main(None, parsed.overrides, OPTIONS)
+    sys.argv[1:] = [*_for_hydra(parsed), *flags]
+    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(task)()
     return max(codes, default=0)
 
 
@@ -79,23 +80,11 @@ def _for_hydra(parsed: argparse.Namespace) -> Sequence[str]:
 
 
 def _run_composed(composed: Any) -> int:
-    """Run one composed config; its errors are printed here, since Hydra would print a traceback."""
     from hydra.core.hydra_config import HydraConfig
 
-    try:
-        ready = preflight(to_experiment(composed), host.look())
-        print_warnings(*ready.warnings)
-        return run(ready, OPTIONS, list(HydraConfig.get().overrides.task))
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except LemError as error:
-        return _print_error(error)
-
-
-def _print_error(error: LemError) -> int:
-    print(f"Error: {error}", file=sys.stderr)
-    return error.exit_code
+    ready = preflight(to_experiment(composed), host.look())
+    print_warnings(*ready.warnings)
+    return run(ready, OPTIONS, list(HydraConfig.get().overrides.task))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from typing import Any
 
 from lem.config.check import Found, examine, without
 from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
-from lem.config.layers import Layer, Sources, leaf_paths, origin
+from lem.config.layers import Sources, leaf_paths, origin
 from lem.config.problem import Location, Problem, Problems, impossible, shown_path
+from lem.config.userfile import Layer
 from lem.config.yamlfile import Path_, resolvers
 from lem.errors import ConfigError
 from lem.machine.host import Host, look

@@ -15,7 +15,6 @@ from typing import Any
 
 from lem.config.check import Found, backend_of, check, examine, resolved, secrets, unknown_key
 from lem.config.layers import (
-    Layer,
     Sources,
     Values,
     flattened,
@@ -25,7 +24,7 @@ from lem.config.layers import (
     schema_defaults,
     schema_layers,
 )
-from lem.config.options import CONFIG_MODULE, CUSTOM, Options, builtin
+from lem.config.options import CONFIG_MODULE, CUSTOM, Options
 from lem.config.overrides import (
     NO_PRESET,
     Override,
@@ -37,7 +36,7 @@ from lem.config.overrides import (
     parse,
 )
 from lem.config.problem import Location, Problem, Problems, impossible
-from lem.config.userfile import Choice, UserFile, examine_file, find_options
+from lem.config.userfile import Choice, Layer, UserFile, examine_file, find_options
 from lem.config.yamlfile import Path_
 from lem.errors import ConfigError
 from lem.spec.engines import BACKENDS
@@ -47,11 +46,6 @@ CONFIG_NAME = "config"
 # The user's file becomes this option of a separate group, appended to the end of the defaults list; in a sweep
 # over a group the file's values for one of the options become options of user_file_<group>.
 FILE_GROUP, FILE_OPTION = "user_file", "this"
-
-
-def options(group: str) -> tuple[str, ...]:
-    """Return the names of a group's built-in options."""
-    return tuple(builtin(group))
 
 
 # ------------------------------------------------------------------ what the user gives

@@ -15,29 +15,18 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from functools import cache, lru_cache, reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lem.config import yamlfile
 from lem.config.options import CONFIG_MODULE, CUSTOM, OptionFile, Options
 from lem.config.problem import Location, Problem, Problems, impossible
-from lem.config.userfile import Choice, UserFile, examine_file, merged
+from lem.config.userfile import Choice, Layer, UserFile, examine_file, merged
 from lem.config.yamlfile import Path_
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, leaves
 
-Kind = Literal["default", "environment", "option", "preset", "file", "command line"]
 Values = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Values of one source: its kind, its name (variable, option, preset, file, override) and where values stand."""
-
-    kind: Kind
-    name: str | None
-    values: Values
-    locations: Mapping[Path_, Location] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,8 +88,7 @@ class Sources:
         """Return all layers, lowest first."""
         settled = self.settled()
         base = _base_layers(self.file.options, settled._all_chosen(), _environment())
-        files = (Layer("file", str(layer.path), layer.values, layer.locations) for layer in settled.file.layers)
-        return [*base, *files, *settled.given]
+        return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
         """Compose, interpolations unresolved. Subtrees may be shared with other results."""

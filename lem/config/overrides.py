@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lem.config.check import known_keys, unknown_key
-from lem.config.layers import Layer, nested
+from lem.config.layers import nested
 from lem.config.options import CUSTOM, Options
 from lem.config.problem import Problem, Problems, shortened
-from lem.config.userfile import PARTS, Choice
+from lem.config.userfile import PARTS, Choice, Layer
 from lem.spec.schema import GROUPS
 
 # A preset that sets nothing: Hydra has no other way to take back a group's option.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lem.config import yamlfile
 from lem.config.options import CUSTOM, SUFFIXES, Options
@@ -47,12 +47,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class FileLayer:
-    """The values of one file, each with its location."""
+class Layer:
+    """Values of one source: its kind, its name (variable, option, preset, file, override) and where values stand."""
 
-    path: Path
+    kind: Literal["default", "environment", "option", "preset", "file", "command line"]
+    name: str | None
     values: dict[str, Any]
-    locations: Mapping[Path_, Location]
+    locations: Mapping[Path_, Location] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,7 +63,7 @@ class UserFile:
     options: Options = field(default_factory=Options)
     path: Path | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
-    layers: list[FileLayer] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -219,14 +220,15 @@ class _OwnContent:
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def split(self) -> FileLayer:
+    def split(self) -> Layer:
         """Fill `parents`, `choices` and `problems`; return the values."""
         content = dict(self.document.values)
         if "defaults" in content:
             self._defaults(content.pop("defaults"))
         locations: dict[Path_, Location] = self.document.locations
         if self.group:
-            return FileLayer(self.path, {self.group: content}, {(self.group, *at): p for at, p in locations.items()})
+            inside = {(self.group, *at): location for at, location in locations.items()}
+            return Layer("file", str(self.path), {self.group: content}, inside)
         for key, value in content.items():
             if key == "hydra":
                 self._report("forbidden_key", (key,), "settings of Hydra belong on the command line (hydra.…=…).")
@@ -236,7 +238,7 @@ class _OwnContent:
                 self._report("wrong_type", (key,), f"it holds named values, not {kind_of(value)}.")
             else:
                 self.values[key] = value
-        return FileLayer(self.path, self.values, locations)
+        return Layer("file", str(self.path), self.values, locations)
 
     def _report(self, code: str, at: Path_, message: str) -> None:
         # A value that could not be read has its problem already.

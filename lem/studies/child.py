@@ -66,23 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(job: Job, report_fd: int) -> int:
     ready = preflight(job.experiment, host.look(), force=job.force)
-    to_parent = PipeReport(report_fd)
+    to_parent, to_log = PipeReport(report_fd), Lines(sys.stderr)
 
-    def to_both(event: Event) -> None:
+    def report(event: Event) -> None:
         to_parent(event)
         to_log(event)
 
-    with Lines(sys.stderr) as to_log:
-        outcome = run_ready(
-            ready,
-            overrides=job.overrides,
-            config_file=Path(job.config_file) if job.config_file else None,
-            write_tables=job.write_tables,
-            shared_with=job.shared_with,
-            unfinished=ExperimentDir(Path(job.unfinished)) if job.unfinished else None,
-            claimed=lambda directory: _send(report_fd, "claimed", str(directory.path.resolve())),
-            report=to_both,
-        )
+    outcome = run_ready(
+        ready,
+        overrides=job.overrides,
+        config_file=Path(job.config_file) if job.config_file else None,
+        write_tables=job.write_tables,
+        shared_with=job.shared_with,
+        unfinished=ExperimentDir(Path(job.unfinished)) if job.unfinished else None,
+        claimed=lambda directory: _send(report_fd, "claimed", str(directory.path.resolve())),
+        report=report,
+    )
     return show_outcome(outcome, write_tables=job.write_tables)
 
 

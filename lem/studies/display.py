@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
 from lem.runner.progress import Event, Report
@@ -21,36 +22,52 @@ TITLES = {
 }
 
 
-class Display(Protocol):
-    """Shows the events of a run; a context manager around it."""
+@contextmanager
+def display() -> Iterator[Report]:
+    """Show the events of a run: bars if stderr is a terminal, else lines."""
+    if _is_terminal(sys.stderr):
+        with bars() as report:
+            yield report
+    else:
+        yield Lines(sys.stderr)
 
-    def __enter__(self) -> Report: ...
 
-    def __exit__(self, *error: object) -> None: ...
+@contextmanager
+def bars() -> Iterator[Report]:
+    """Show events as rich's progress bars on stderr, drawn when an event arrives, not by a timer."""
+    with _progress() as progress:
+        phases = _Phases(progress)
+        yield phases
+        phases.finish()
 
 
-def display() -> Display:
-    """Return bars if stderr is a terminal, else plain lines."""
-    return Bars() if _is_terminal(sys.stderr) else Lines(sys.stderr)
+@contextmanager
+def study_display(total: int, *, at_once: int = 1) -> Iterator[StudyDisplay]:
+    """Show `total` runs, `at_once` at the same time: bars if stderr is a terminal, else lines."""
+    if _is_terminal(sys.stderr):
+        with _progress(30 if at_once == 1 else 10) as progress:
+            yield StudyBars(progress, total, at_once)
+    else:
+        yield StudyLines(sys.stderr, total, at_once)
 
 
 def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class Bars:
-    """rich's progress bars on stderr; drawn when an event arrives, not by a timer."""
+def _progress(bar_width: int = 30) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __enter__(self) -> Report:
-        self._progress = _bars()
-        self._phases = _Phases(self._progress)
-        self._progress.start()
-        return self._phases
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._phases.finish()
-        self._progress.stop()
+    return Progress(
+        TextColumn("{task.description:<18}", markup=False),
+        BarColumn(bar_width=bar_width),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    )
 
 
 class _Phases:
@@ -92,33 +109,16 @@ class _Phases:
             self._progress.remove_task(task)
 
 
-def _bars(bar_width: int = 30) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    return Progress(
-        TextColumn("{task.description:<18}", markup=False),
-        BarColumn(bar_width=bar_width),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=Console(stderr=True),
-        auto_refresh=False,
-    )
-
-
 class Lines:
     """A line at the start of each phase, at each tenth of the prompts, and at the end."""
 
     def __init__(self, stream: TextIO, prefix: str = "") -> None:
-        self._stream = stream
-        self._prefix = prefix
+        self._stream, self._prefix = stream, prefix
+        self._phase = self._cycle = ""
+        self._tenth, self._rate = -1, Rate()
 
-    def __enter__(self) -> Report:
-        self._phase, self._tenth, self._rate, self._cycle = "", -1, Rate(), ""
-        return self._show
-
-    def _show(self, event: Event) -> None:
+    def __call__(self, event: Event) -> None:
+        """Print an event, if it is news."""
         if event.phase == "cycle":
             self._cycle = f" in cycle {event.done}/{event.total}" if event.total > 1 else ""
             return
@@ -131,14 +131,9 @@ class Lines:
         title = TITLES.get(event.phase, event.phase)
         print(f"{self._prefix}{title}{count}{self._cycle} {note}".rstrip(), file=self._stream, flush=True)
 
-    def __exit__(self, *error: object) -> None:
-        return None
-
 
 class StudyDisplay(Protocol):
-    """Shows the runs of a study; a context manager around all of them."""
-
-    def __enter__(self) -> StudyDisplay: ...
+    """Shows the runs of a study."""
 
     def begin(self, number: int, label: str) -> Report:
         """Show that a run begins; return what its events are passed to."""
@@ -146,35 +141,22 @@ class StudyDisplay(Protocol):
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Show how a run ended."""
 
-    def __exit__(self, *error: object) -> None: ...
-
-
-def study_display(total: int, *, at_once: int = 1) -> StudyDisplay:
-    """Return the display of `total` runs, `at_once` at the same time: bars if stderr is a terminal, else lines."""
-    return StudyBars(total, at_once) if _is_terminal(sys.stderr) else StudyLines(sys.stderr, total, at_once)
-
 
 class StudyBars:
     """A bar for the study, above those of the one run, or above one bar for each of several runs."""
 
-    def __init__(self, total: int, at_once: int) -> None:
-        self._total, self._at_once = total, at_once
+    def __init__(self, progress: Any, total: int, at_once: int) -> None:
+        self._progress, self._total, self._at_once = progress, total, at_once
         self._failed = 0
         self._runs: dict[int, tuple[str, Any]] = {}
-
-    def __enter__(self) -> StudyDisplay:
-        self._progress = _bars(30 if self._at_once == 1 else 10)
-        self._all = self._progress.add_task("Experiments", total=self._total, note="")
-        self._progress.start()
-        return self
+        self._all = progress.add_task("Experiments", total=total, note="")
 
     def begin(self, number: int, label: str) -> Report:
         """Add the run's bars."""
         run = _Phases(self._progress) if self._at_once == 1 else _OneBar(self._progress, label)
         self._runs[number] = label, run
         self._head()
-        report: Report = run
-        return report
+        return run
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Remove the run's bars and print its sentence above the others."""
@@ -193,9 +175,6 @@ class StudyBars:
         note = "  ".join([*([f"{self._failed} failed"] if self._failed else []), *labels])
         self._progress.update(self._all, note=note)
         self._progress.refresh()
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
 
 
 class _OneBar:
@@ -231,14 +210,11 @@ class StudyLines:
         self._done = self._failed = 0
         self._labels: dict[int, str] = {}
 
-    def __enter__(self) -> StudyDisplay:
-        return self
-
     def begin(self, number: int, label: str) -> Report:
         """Print which run begins."""
         self._labels[number] = label
         self._print(f"[{number + 1}/{self._total}] {label}")
-        return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "").__enter__()
+        return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "")
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Print how the run ended, and how many have ended so far."""
@@ -249,9 +225,6 @@ class StudyLines:
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
 
 class Rate:

@@ -79,13 +79,11 @@ def run_study(
             print(f"{cell.label}: resuming {_resumed(cell)}.", file=sys.stderr)
     settings = [text for text in overrides if is_hydra_setting(text)]
     manifest = Manifest(sweep_dir(settings), cells, head, fail_fast)
-    display = study_display(len(cells), at_once=at_once)
-    runner = make_runner(manifest, display)
     manifest.open()
     try:
-        # Between cells as well.
-        with display, signals_raise(lambda name: KeyboardInterrupt(f"Stopped by {name}; what was measured is kept.")):
-            _run_cells(manifest, runner, settings)
+        # Signals raise between cells as well.
+        with study_display(len(cells), at_once=at_once) as display, signals_raise(_stopped):
+            _run_cells(manifest, make_runner(manifest, display), settings)
     finally:
         manifest.close()
         manifest.show()
@@ -109,6 +107,10 @@ def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> N
         reason = str(stop) or "Interrupted; what was measured is kept."
         again = "The same command resumes what is unfinished and runs the other experiments again, completed ones too."
         raise Interrupted(f"{reason}\n{again}") from None
+
+
+def _stopped(signal_name: str) -> KeyboardInterrupt:
+    return KeyboardInterrupt(f"Stopped by {signal_name}; what was measured is kept.")
 
 
 def _question(cells: Sequence[Cell], at_once: int) -> str:

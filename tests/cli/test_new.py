@@ -26,14 +26,14 @@ from prompt_toolkit.output import DummyOutput
 from lem.cli import interview
 from lem.cli.draft import Draft, first_draft
 from lem.cli.new import render
-from lem.config.compose import options, prepare
+from lem.config.compose import prepare
 from lem.config.file_schema import file_schema, type_words
 from lem.config.options import Options
 from lem.spec.experiment import Experiment
 from lem.spec.schema import leaf, leaves
 
 ROOT = Path(__file__).parents[2]
-PRESETS = [None, *options("preset")]
+PRESETS = [None, *builtin("preset")]
 
 
 def experiment(text: str) -> Experiment:
@@ -69,7 +69,7 @@ def test_a_template_runs_as_it_is(lem):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("backend", options("backend"))
+@pytest.mark.parametrize("backend", builtin("backend"))
 def test_what_is_commented_out_is_what_holds_anyway(lem, preset, backend):
     text = render(first_draft(Options(), preset).choose("backend", backend))
     everything = uncommented(text)

@@ -10,7 +10,8 @@ import pytest
 
 from lem.backends import tensorrt_source, vllm_source
 from lem.config.check import check
-from lem.config.compose import options, prepare
+from lem.config.compose import prepare
+from lem.config.options import builtin
 from lem.config.overrides import quoted
 from lem.errors import BadInput, ConfigError
 from lem.results.codec import from_json, to_json
@@ -50,13 +51,13 @@ def test_the_default_dataset_is_that_of_the_ai_energy_score(compose):
 
 def test_every_option_of_every_group_composes(compose):
     for group in ("backend", "dataset", "decoder", "energy", "preset"):
-        for option in options(group):
+        for option in builtin(group):
             compose(f"{group}={option}")
 
 
 def test_options_carry_their_own_name(compose):
     for group in ("backend", "dataset", "decoder", "energy"):
-        for option in options(group):
+        for option in builtin(group):
             assert getattr(compose(f"{group}={option}"), group).name == option
 
 
