@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from lem.cli import app
-from lem.config.inventory import choices
+from lem.config.inventory import summaries
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
 from lem.results.schema import ExperimentRow
@@ -76,7 +76,7 @@ def _group_section(group: str) -> Iterator[str]:
 
 
 def _choices_table(group: str) -> str:
-    rows = [f"| `{choice.name}` | {choice.purpose} |" for choice in choices(group)]
+    rows = [f"| `{choice.name}` | {choice.purpose} |" for choice in summaries(group)]
     return "\n".join([f"| {group} | purpose |", "|---|---|", *rows]) + "\n"
 
 

@@ -1,11 +1,15 @@
-"""What the commands share: the app they belong to, and the options that several of them have."""
+"""What the commands share: the app they belong to, options that several have, and how errors are printed."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lem.errors import Interrupted, LemError
 
 app = typer.Typer(
     help="Measure what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.",
@@ -25,3 +29,18 @@ ConfigDir = Annotated[
         "--config-dir", help="Directory of your own presets, datasets, … (default: conf/ beside the config file)."
     ),
 ]
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Run a command and return its exit code; print an error that lem raises on purpose."""
+    try:
+        return run()
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+    except LemError as error:
+        for line in str(error).splitlines():
+            print(f"Error: {line}", file=sys.stderr)
+        return error.exit_code

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lem.config.compose import ask, values_of
+from lem.config.compose import read_inputs, values_of
 from lem.machine.host import look
 from lem.runner.preflight import objections
 from lem.spec.conflicts import conflicts
@@ -124,8 +124,8 @@ def test_the_command_refuses_before_anything_runs(lem, backend, feature, answer)
 def test_what_the_page_shows_is_what_is_asked_for(backend, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for feature in features():
-        asked = ask(None, [f"backend={backend}", *feature.overrides(backend)])
-        assert asked.faults() == []
+        asked = read_inputs(None, [f"backend={backend}", *feature.overrides(backend)])
+        assert asked.all_problems() == []
         values, _ = values_of(asked.sources)
         for path, value in (feature.asked_of(backend) or {}).items():
             assert reduce(getitem, path.split("."), values) == value
