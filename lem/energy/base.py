@@ -56,7 +56,7 @@ class Meter(ABC):
         """Close the window, at its mark if it has one, and return its energy in joules."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the energy of the open window until now, or None where only closing it can tell.
+        """Return the energy of the open window until now, or None where only closing it gives it.
 
         This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
         it never waits, costs well under a millisecond, does not raise for a lost device, and does not change what
@@ -124,7 +124,7 @@ class CombinedMeter(Meter):
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all; None when one cannot tell, because the others could be taken for all devices."""
+        """Return the readings of all; None when one has none, so that the others are not taken for all devices."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 

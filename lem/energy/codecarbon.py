@@ -64,7 +64,7 @@ class CodecarbonMeter(Meter):
         if getattr(cpu, "_mode", None) in SAMPLED_MODES:
             cpu_j = sum(power.W * seconds for power, seconds in list(getattr(cpu, "_power_history", ())))
         elapsed_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
-        return self._readings(cpu_j, self._ram_power_w * elapsed_s, "codecarbon cannot tell before its next sample")
+        return self._readings(cpu_j, self._ram_power_w * elapsed_s, "codecarbon has taken no sample yet")
 
     def _readings(self, cpu_j: float | None, ram_j: float | None, reason: str) -> tuple[EnergyReading, ...]:
         return (

@@ -15,7 +15,7 @@ from typing import Any
 
 from lem.errors import RunError
 
-# A rank may wait for as long as another one works,
+# A rank may wait while another one works,
 BARRIER_TIMEOUT = timedelta(days=7)
 # returns to Python this often, which handles no signal while torch waits,
 BARRIER_POLL = timedelta(seconds=1)

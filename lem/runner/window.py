@@ -50,7 +50,7 @@ class Measurement:
 
     `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
     finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
-    broken off, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and where
+    interrupted, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and where
     nothing metered it.
     """
 
@@ -83,7 +83,7 @@ class Measurement:
         return (at_ns - self.window_opened_ns) / NS_PER_S
 
     def cut_back(self, requests: int, window: Phase | None, metered: Checkpoint | None) -> None:
-        """Put the end of a broken window earlier.
+        """Put the end of an interrupted window earlier.
 
         Args:
             requests: how many of its requests are kept.
@@ -320,13 +320,13 @@ class _Window:
 
     def cut(self) -> None:
         """End the window with its last batch: what began after that is run again, or was never finished."""
-        broken_off_s = self._into.since_opening_s(time.perf_counter_ns())
+        interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
         readings = self._bench.meter.end()
         if self._last is None:
             return
-        self._into.lost_s = broken_off_s - self._last.duration_s
+        self._into.lost_s = interrupted_s - self._last.duration_s
         if self._metered is None:
-            reason = "the window was broken off, and the meter cannot tell what it had read before"
+            reason = "the window was interrupted, and the meter reads energy only at the end of a window"
             readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=reason) for r in readings)
         else:
             readings = self._metered.energy or ()

@@ -1,4 +1,4 @@
-"""Whole runs on a machine with GPUs, as far as that goes without one: the driver's library is a stand-in."""
+"""Whole runs on a machine with GPUs, with a stand-in for the driver's library."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_mig_instance_is_labelled_as_shared(run):
     assert "energy_shared" in codes(row)
 
 
-def test_the_state_of_the_machine_becomes_doubts(run):
+def test_the_state_of_the_machine_becomes_warnings(run):
     text = """
         devices 1
         device 0 temperature 45
@@ -180,7 +180,7 @@ def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
     assert done.out == ""
 
 
-def test_a_gpu_that_an_engine_without_cuda_leaves_alone_is_told(standin, tmp_path):
+def test_a_gpu_that_an_engine_without_cuda_leaves_alone_is_warned_about(standin, tmp_path):
     import torch
 
     if torch.version.cuda is not None:

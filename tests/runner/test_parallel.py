@@ -413,7 +413,7 @@ def test_direct_form_does_what_the_command_does(folder, alone):
     assert plan.config_file == "my.yaml"
 
 
-def test_worker_in_a_process_of_its_own_is_the_direct_form_too(tmp_path):
+def test_a_worker_as_its_own_process_is_the_direct_form_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lem.cli.direct", *SIMULATED, "-n", "3"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -421,7 +421,7 @@ def test_worker_in_a_process_of_its_own_is_the_direct_form_too(tmp_path):
     assert read(tmp_path / "results")[0]["requests_completed"] == 3
 
 
-def test_accelerate_that_starts_a_single_process_is_found_out(tmp_path):
+def test_accelerate_that_starts_a_single_process_is_detected(tmp_path):
     if gpu.visible():
         pytest.skip("accelerate starts several processes on GPUs")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "lem.cli.direct"]
@@ -441,16 +441,16 @@ def test_accelerate_that_starts_a_single_process_is_found_out(tmp_path):
         (["nonsense=1"], "nonsense"),
     ],
 )
-def test_direct_form_refuses_what_cannot_be_run_and_lets_all_go(tmp_path, monkeypatch, capfd, overrides, sentence):
+def test_direct_form_refuses_what_cannot_run_and_dismisses_others(tmp_path, monkeypatch, capfd, overrides, sentence):
     from lem.cli import direct
 
-    told = []
+    published = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(direct, "tell", told.append)
+    monkeypatch.setattr(direct, "publish", published.append)
     assert direct.main([*SIMULATED, *overrides]) == 2
     assert sentence in capfd.readouterr().err
-    assert told == [direct.NOTHING]
+    assert published == [direct.NOTHING]
     assert not (tmp_path / "results").exists()
 
 

@@ -1,4 +1,4 @@
-"""What is said while a run goes on, and how rarely."""
+"""What is reported during a run, and how rarely."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_without_a_period_everything_is_sent():
     assert len(sent([Event("measured", i, 10) for i in range(11)], period_s=0)) == 11
 
 
-def test_a_listener_that_has_gone_disturbs_nothing():
+def test_a_reader_that_is_gone_disturbs_nothing():
     reading, writing = os.pipe()
     os.close(reading)
     report = PipeReport(writing, period_s=0)
@@ -78,7 +78,7 @@ def test_every_phase_that_has_ended_has_a_full_bar(capsys):
     assert all(" 1/1 " in line or " 2/2 " in line for line in shown), shown
 
 
-def test_a_batch_tells_how_many_have_ended_and_failed():
+def test_a_batch_reports_how_many_have_ended_and_failed():
     stream = io.StringIO()
     show = StudyLines(stream, total=2, at_once=2)
     first, second = show.begin(0, "a.yaml"), show.begin(1, "b.yaml")

@@ -1,4 +1,4 @@
-"""Who is who among the processes of a node, and that they wait for each other: two real processes over gloo."""
+"""The ranks of a node's processes, and their waiting for each other: two real processes over gloo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lem.runner.ranks import Ranks, join, named_by_launcher
 
 pytestmark = pytest.mark.processes
 
-# Each process says when it came to the barrier and when it left, and what it received.
+# Each process writes when it arrived at the barrier and when it left, and what it received.
 TWO = """
     import json, sys, time
     from lem.runner.ranks import announce_end, join, named_by_launcher, publish, receive, wait_for_ends
@@ -105,7 +105,7 @@ def test_a_process_alone_does_not_wait(monkeypatch):
     ranks.close()
 
 
-def test_the_launchers_word_is_taken(monkeypatch):
+def test_the_ranks_are_the_launchers(monkeypatch):
     for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert named_by_launcher() == Ranks(5, 1, 8)

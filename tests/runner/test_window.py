@@ -1,4 +1,4 @@
-"""The window: what is inside, what is outside, and what is kept when it breaks off."""
+"""The window: what is inside, what is outside, and what is kept when it is interrupted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ConstantPower(Meter):
 
 
 class BlindMeter(ConstantPower):
-    """One that cannot tell before the window closes."""
+    """One that knows no energy before the window closes."""
 
     def so_far(self):
         return None
@@ -193,7 +193,7 @@ def test_the_energy_of_a_broken_window_is_null_with_a_reason_where_the_meter_can
     (reading,) = measurement.phases[-1].energy
     assert (measurement.lost_s > 0, measurement.energy_behind_s) == (True, None)
     assert reading.energy_j is None
-    assert "broken off" in reading.reason
+    assert "interrupted" in reading.reason
 
 
 def test_a_window_without_a_finished_batch_is_none():
@@ -203,7 +203,7 @@ def test_a_window_without_a_finished_batch_is_none():
     assert [phase.name for phase in measurement.phases] == ["load"]
 
 
-def test_each_batch_is_told_as_soon_as_it_is_finished_with_the_window_up_to_there():
+def test_each_batch_is_recorded_as_soon_as_it_is_finished_with_the_window_up_to_there():
     recording = Recording()
     measurement = run(recording=recording)
     assert recording.opened == 1
@@ -214,7 +214,7 @@ def test_each_batch_is_told_as_soon_as_it_is_finished_with_the_window_up_to_ther
     assert recording.checkpoints[-1].duration_s <= measurement.phases[-1].duration_s
 
 
-def test_batches_go_on_counting_where_an_earlier_attempt_ended():
+def test_batches_are_numbered_on_from_an_earlier_attempt():
     assert sorted({r.generation.batch for r in run(first_batch=5).requests}) == [5, 6, 7]
 
 
@@ -223,7 +223,7 @@ def test_cycles_have_a_window_each_and_the_model_is_loaded_once():
     assert names == ["idle_before", "load", "idle_loaded", "warmup", "measured", "warmup", "measured"]
 
 
-def test_a_process_without_prompts_opens_its_window_all_the_same():
+def test_a_process_without_prompts_opens_its_window_too():
     backend = make_backend(Experiment(model="any", backend=SimulatedBackend()))
     bench, into = Bench(backend, ConstantPower(), Ranks(), silent), Measurement()
     prompts = bench.prepare([], [], 0.0, into)
