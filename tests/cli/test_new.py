@@ -28,7 +28,7 @@ from lem.cli.draft import Draft, first_draft
 from lem.cli.new import render
 from lem.config.compose import prepare
 from lem.config.file_schema import file_schema, type_words
-from lem.config.options import Options
+from lem.config.options import Options, builtin
 from lem.spec.experiment import Experiment
 from lem.spec.schema import leaf, leaves
 
