@@ -30,7 +30,7 @@ ResultsDir = Annotated[
 ConfigDir = Annotated[
     Path | None,
     typer.Option(
-        "--config-dir", help="Directory of your own presets, datasets, … (default: conf/ beside the config file)."
+        "--config-dir", help="Directory with your own presets, datasets, … (default: conf/ beside the config file)."
     ),
 ]
 
