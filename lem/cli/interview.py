@@ -9,6 +9,8 @@ import json
 import textwrap
 from typing import Any, Literal, get_args, get_origin
 
+import questionary
+
 from lem.cli.draft import DATASET, FIRST, MODEL, SAMPLE_SIZE, WIDTH, Draft
 from lem.config.check import examine
 from lem.config.file_schema import type_words
@@ -22,6 +24,7 @@ from lem.studies.grid import judge
 
 # Offered for values that are not set yet.
 SUGGESTIONS = {"model": MODEL, "dataset.sample_size": SAMPLE_SIZE, "batching.max_tokens_per_batch": 8192}
+VALUES = ("dataset.sample_size", "fp_precision", "max_output_tokens", "batching.strategy", "batching.batch_size")
 ELSEWHERE = "a hub id or a local file"
 
 
@@ -29,15 +32,8 @@ def ask_all(options: Options, preset: str | None) -> Draft:
     """Ask all questions; the user leaves by KeyboardInterrupt or EOFError."""
     draft = _value(Draft(options), "model")
     draft = draft.choose("preset", preset) if preset else _option(draft, "preset")
-    draft = _option(draft, "backend")
-    draft = _dataset(draft)
-    for path in (
-        "dataset.sample_size",
-        "fp_precision",
-        "max_output_tokens",
-        "batching.strategy",
-        "batching.batch_size",
-    ):
+    draft = _dataset(_option(draft, "backend"))
+    for path in VALUES:
         draft = _value(draft, path)
     if draft.at("batching.strategy").endswith("dynamic"):
         draft = _value(draft, "batching.max_tokens_per_batch")
@@ -47,8 +43,6 @@ def ask_all(options: Options, preset: str | None) -> Draft:
 
 def agrees(question: str) -> bool:
     """Ask a question whose default answer is no."""
-    import questionary
-
     return bool(questionary.confirm(question, default=False).unsafe_ask())
 
 
@@ -61,11 +55,8 @@ def is_content(draft: Draft) -> bool:
     return not problems or agrees("As it is, this cannot be run here. Write it anyway?")
 
 
-# ------------------------------------------------------------------ questions
 def _option(draft: Draft, group: str) -> Draft:
     """Ask for an option of a group; the default is the one that applies already."""
-    import questionary
-
     found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in summaries(group, draft.options)]
     if group == "preset":
         found.insert(0, questionary.Choice("none", ""))
@@ -76,8 +67,6 @@ def _option(draft: Draft, group: str) -> Draft:
 
 
 def _dataset(draft: Draft) -> Draft:
-    import questionary
-
     named = (c for c in summaries("dataset", draft.options) if c.name != CUSTOM)
     found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in named]
     found.append(questionary.Choice(ELSEWHERE, CUSTOM))
@@ -100,7 +89,8 @@ def _value(draft: Draft, path: str) -> Draft:
     """Ask for a value; set it if it differs from the one that applies already, or if every new file sets it."""
     item, now = leaf(path), draft.at(path)
     print(f"\n{textwrap.fill(item.description, WIDTH, break_on_hyphens=False)}")
-    answer = _one_of(item, now) if _names(item) else _typed(draft, item, now)
+    names = _names(item)
+    answer = questionary.select(f"{path}:", names, default=now).unsafe_ask() if names else _typed(draft, item, now)
     stays = path in FIRST and path not in draft.preset_values()
     return draft.set(path, answer) if stays or answer != now else draft
 
@@ -110,15 +100,7 @@ def _names(item: Leaf) -> list[str]:
     return list(get_args(annotation)) if get_origin(annotation) is Literal else []
 
 
-def _one_of(item: Leaf, now: Any) -> str:
-    import questionary
-
-    return str(questionary.select(f"{item.path}:", _names(item), default=now).unsafe_ask())
-
-
 def _typed(draft: Draft, item: Leaf, now: Any) -> Any:
-    import questionary
-
     start = SUGGESTIONS.get(item.path) if now is None else now
     question = questionary.text(
         f"{item.path}:",

@@ -55,15 +55,10 @@ def _device(device: PhysicalGpu) -> str:
     # Rounded, GiB are what a GPU's name calls GB.
     size = "" if device.memory_bytes is None else f" ({device.memory_bytes / 2**30:.0f}GB)"
     limit = None if device.power_limit_w is None else f"power limit {device.power_limit_w:g} W"
-    details = [_mode(device), limit, device.uuid, None if device.visible else HIDDEN]
-    return f"[{device.index}] {device.name}{size} - {', '.join(filter(None, details))}"
-
-
-def _mode(device: PhysicalGpu) -> str:
-    if not device.mig:
-        return "Full GPU"
     count = len(device.instances)
-    return f"MIG Enabled ({count} instance{'' if count == 1 else 's'})"
+    mode = f"MIG Enabled ({count} instance{'' if count == 1 else 's'})" if device.mig else "Full GPU"
+    details = [mode, limit, device.uuid, None if device.visible else HIDDEN]
+    return f"[{device.index}] {device.name}{size} - {', '.join(filter(None, details))}"
 
 
 def _instance(instance: MigInstance, device: PhysicalGpu) -> str:
@@ -93,7 +88,7 @@ def show_presets(config_dir: Path | None = None, *, as_json: bool = False) -> in
     if as_json:
         print(json.dumps([_as_data(option) for option in found], indent=2, ensure_ascii=False))
     else:
-        rows = [(option.name, _purpose(option), ", ".join(_settings(option.values))) for option in found]
+        rows = [(option.name, _purpose(option), _settings(option.values)) for option in found]
         _print_table(("preset", "purpose", "sets"), rows)
         _print_folders(found)
     return _print_errors(errors)
@@ -125,9 +120,9 @@ def _purpose(option: Summary) -> str:
     return f"{option.purpose} ({'yours, in place of the built-in one' if option.shadows else 'yours'})".strip()
 
 
-def _settings(values: dict[str, Any]) -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{key}={json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}"
+def _settings(values: dict[str, Any]) -> str:
+    texts = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in values.items()}
+    return ", ".join(f"{key}={text}" for key, text in texts.items())
 
 
 def _as_data(option: Summary, prefix: str = "") -> dict[str, Any]:

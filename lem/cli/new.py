@@ -35,8 +35,10 @@ HEAD = """\
 def render(draft: Draft) -> str:
     """Return the file's text."""
     values = draft.effective()
+    preset = draft.choices.get("preset")
     lines = [HEAD.format(editor=file_schema.EDITOR_LINE), ""]
-    lines += _preset_lines(draft)
+    lines += _comment("Values to start from; what this file sets replaces them.")
+    lines += [*_option_lines(draft, "preset"), f"preset: {flow(preset)}" if preset else "#preset: null", ""]
     for item in leaves():
         if "." not in item.path:
             lines += _value_lines(draft, item, values[item.path])
@@ -45,20 +47,13 @@ def render(draft: Draft) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _preset_lines(draft: Draft) -> Iterator[str]:
-    preset = draft.choices.get("preset")
-    yield from _comment("Values to start from; what this file sets replaces them.")
-    yield from _option_lines(draft, "preset")
-    yield f"preset: {flow(preset)}" if preset else "#preset: null"
-    yield ""
-
-
 def _part_lines(draft: Draft, part: str, values: dict[str, Any]) -> Iterator[str]:
     """Yield a section: its purpose and its values."""
-    own = [item for item in _leaves_of(part, values) if item.path != f"{part}.name"]
+    kind = BACKENDS[values["name"]] if part == "backend" else get_type_hints(Experiment)[part]
+    own = [item for item in leaves(kind, f"{part}.") if item.path != f"{part}.name"]
     is_set = part in draft.choices or any(path.startswith(f"{part}.") for path in draft.values)
     yield f"# {part} ".ljust(WIDTH, "-")
-    yield from _comment(_purpose(part, values))
+    yield from _comment(str(kind.__doc__).splitlines()[0])
     yield f"{'' if is_set else '#'}{part}:"
     if part in GROUPS:
         yield from _option_lines(draft, part, "  ")
@@ -77,17 +72,6 @@ def _part_lines(draft: Draft, part: str, values: dict[str, Any]) -> Iterator[str
         yield from _other_backends(values["name"])
 
 
-def _leaves_of(part: str, values: dict[str, Any]) -> list[Leaf]:
-    if part == "backend":
-        return list(leaves(BACKENDS[values["name"]], "backend."))
-    return [item for item in leaves() if item.path.startswith(f"{part}.")]
-
-
-def _purpose(part: str, values: dict[str, Any]) -> str:
-    kind = BACKENDS[values["name"]] if part == "backend" else get_type_hints(Experiment)[part]
-    return str(kind.__doc__).splitlines()[0]
-
-
 def _option_lines(draft: Draft, group: str, indent: str = "") -> Iterator[str]:
     """Yield the options of a group with their purposes."""
     options = [option for option in summaries(group, draft.options) if (group, option.name) != ("dataset", CUSTOM)]
@@ -104,11 +88,8 @@ def _value_lines(draft: Draft, item: Leaf, value: Any, indent: str = "") -> Iter
     yield from _comment(f"[{type_words(item)}; default {flow(item.default)}{by_preset}]", indent)
     name = item.path.rpartition(".")[2]
     # A value that is set is written as given: it may be an interpolation.
-    yield (
-        f"{indent}{name}: {flow(draft.values[item.path])}"
-        if item.path in draft.values
-        else f"{indent}#{name}: {flow(value)}"
-    )
+    given = item.path in draft.values
+    yield f"{indent}{name}: {flow(draft.values[item.path])}" if given else f"{indent}#{name}: {flow(value)}"
     yield ""
 
 

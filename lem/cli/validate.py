@@ -45,6 +45,33 @@ class Verdict:
         """Whether nothing prevents the file from being run or inherited from."""
         return not any(map(self.blocks, self.problems))
 
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"file": str(self.file), "valid": self.valid, "problems": list(map(_plain, self.problems))}
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each problem, and one if the file is valid."""
+        for problem in self.problems:
+            blocks = self.blocks(problem)
+            remedy = " (--force runs it anyway)" if blocks and problem.severity == "inadvisable" else ""
+            where, kind = problem.where or shown_path(self.file), "error" if blocks else "warning"
+            yield f"{where}: {kind}: {problem.sentence}{remedy} [{problem.code}]"
+        if self.valid:
+            yield f"{shown_path(self.file)}: valid"
+
+
+def _plain(problem: Problem) -> dict[str, Any]:
+    location = problem.location
+    return {
+        "code": problem.code,
+        "severity": problem.severity,
+        "path": problem.path or None,
+        "message": problem.message,
+        "file": shown_path(location.file) if location else None,
+        "line": location.line if location else None,
+        "column": location.column if location else None,
+    }
+
 
 def validate(
     files: Sequence[Path], *, config_dir: Path | None, force: bool, any_machine: bool, as_json: bool = False
@@ -53,10 +80,9 @@ def validate(
     host = look()
     verdicts = [Verdict(file, tuple(problems(file, host, config_dir, any_machine)), force) for file in files]
     if as_json:
-        print(json.dumps([_verdict_as_data(verdict) for verdict in verdicts], indent=2, ensure_ascii=False))
+        print(json.dumps([verdict.plain() for verdict in verdicts], indent=2, ensure_ascii=False))
     else:
-        for verdict in verdicts:
-            _print_verdict(verdict)
+        print("\n".join(line for verdict in verdicts for line in verdict.lines()))
         if len(verdicts) > 1:
             valid = sum(verdict.valid for verdict in verdicts)
             print(f"{len(verdicts)} files: {valid} valid, {len(verdicts) - valid} not.")
@@ -116,37 +142,6 @@ def _is_about(text: str, known: Sequence[Problem]) -> bool:
     return any(re.search(rf"\b{re.escape(name)}\b", text) for name in names)
 
 
-def _print_verdict(verdict: Verdict) -> None:
-    for problem in verdict.problems:
-        blocks = verdict.blocks(problem)
-        remedy = " (--force runs it anyway)" if blocks and problem.severity == "inadvisable" else ""
-        where, kind = problem.where or shown_path(verdict.file), "error" if blocks else "warning"
-        print(f"{where}: {kind}: {problem.sentence}{remedy} [{problem.code}]")
-    if verdict.valid:
-        print(f"{shown_path(verdict.file)}: valid")
-
-
-def _verdict_as_data(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "file": str(verdict.file),
-        "valid": verdict.valid,
-        "problems": [_problem_as_data(problem) for problem in verdict.problems],
-    }
-
-
-def _problem_as_data(problem: Problem) -> dict[str, Any]:
-    location = problem.location
-    return {
-        "code": problem.code,
-        "severity": problem.severity,
-        "path": problem.path or None,
-        "message": problem.message,
-        "file": shown_path(location.file) if location else None,
-        "line": location.line if location else None,
-        "column": location.column if location else None,
-    }
-
-
 # ------------------------------------------------------------------ show
 @dataclass(frozen=True)
 class Origin:
@@ -166,14 +161,6 @@ class Origin:
         return f"{text} ({location})" if location else text
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A configuration, checked, with the origin of each of its values."""
-
-    experiment: Experiment
-    origins: dict[Path_, Origin]
-
-
 def show(
     config_file: Path | None,
     overrides: Sequence[str],
@@ -183,21 +170,25 @@ def show(
     as_json: bool = False,
 ) -> int:
     """Print a configuration as it would run, as YAML that is a complete config file, or as JSON."""
-    resolved = resolve(config_file, overrides, config_dir)
-    values = to_plain(resolved.experiment)
+    values, sources = resolve(config_file, overrides, config_dir)
+    origins: dict[Path_, Origin] = {}
+    if with_origin:
+        layers = sources.layers()
+        origins |= {path: _origin(origin(layers, path), path) for path, _ in leaf_paths(values)}
     if as_json and with_origin:
-        rows = {".".join(path): (value, resolved.origins[path]) for path, value in leaf_paths(values)}
-        data = {path: {"value": value, "origin": asdict(origin)} for path, (value, origin) in rows.items()}
-        print(json.dumps(data, indent=2, ensure_ascii=False))
+        rows = {".".join(path): {"value": v, "origin": asdict(origins[path])} for path, v in leaf_paths(values)}
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(_lines(values, resolved.origins if with_origin else {})))
+        print("\n".join(_lines(values, origins)))
     return 0
 
 
-def resolve(config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None) -> Resolved:
-    """Compose and check a configuration and find where each value comes from; raises `ConfigError`."""
+def resolve(
+    config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[dict[str, Any], Sources]:
+    """Return a configuration's checked values, and the sources they come from; raises `ConfigError`."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
         raise ConfigError(f"{swept[0]}: these are several values; lem config show shows one configuration.")
@@ -208,13 +199,7 @@ def resolve(config_file: Path | None, overrides: Sequence[str], config_dir: Path
     values, _ = values_of(inputs.sources)
     experiment, _ = examine(values)
     assert experiment is not None
-    return Resolved(experiment, origins(inputs.sources, to_plain(experiment)))
-
-
-def origins(sources: Sources, values: dict[str, Any]) -> dict[Path_, Origin]:
-    """Return the origin of each value: the last layer that has it."""
-    layers = sources.layers()
-    return {path: _origin(origin(layers, path), path) for path, _ in leaf_paths(values)}
+    return to_plain(experiment), inputs.sources
 
 
 def _origin(layer: Layer | None, path: Path_) -> Origin:

@@ -165,10 +165,10 @@ def _with_parents(paths: Iterable[str]) -> frozenset[str]:
 # ------------------------------------------------------------------ interpolations, secrets
 def resolved(values: Values) -> tuple[Values, Found]:
     """Return the values with their interpolations resolved, and what is wrong with those that stay as they are."""
-    texts = list(_texts(values, ()))
+    found_texts = list(texts(values))
     message = "??? stands for a value that has to be given; give it."
-    found = [(path, Problem("missing_value", dotted(path), message)) for path, text in texts if text == MISSING]
-    interpolated = [path for path, text in texts if "${" in text]
+    found = [(path, Problem("missing_value", dotted(path), message)) for path, text in found_texts if text == MISSING]
+    interpolated = [path for path, text in found_texts if "${" in text]
     if interpolated:
         values, unresolved = _interpolated(values, interpolated)
         found += unresolved
@@ -179,19 +179,20 @@ def secrets(values: Values) -> Found:
     """Find values that hold the hub's token: configurations are written to files that people publish."""
     token = os.environ.get("HF_TOKEN")
     message = "the value holds your HF_TOKEN; leave it out, the hub's client reads it from the environment."
-    found = (path for path, text in _texts(values, ()) if token in text) if token else ()
+    found = (path for path, text in texts(values) if token in text) if token else ()
     return [(path, Problem("secret", dotted(path), message)) for path in found]
 
 
-def _texts(value: Any, path: Path_) -> Iterator[tuple[Path_, str]]:
+def texts(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, str]]:
+    """Yield the path and value of each text."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, child in value.items():
-            yield from _texts(child, (*path, key))
+            yield from texts(child, (*path, key))
     elif isinstance(value, list):
         for i, child in enumerate(value):
-            yield from _texts(child, (*path, i))
+            yield from texts(child, (*path, i))
 
 
 def _interpolated(values: Values, paths: list[Path_]) -> tuple[Values, Found]:

@@ -14,16 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.config.check import Found, backend_of, check, examine, resolved, secrets, unknown_key
-from lem.config.layers import (
-    Sources,
-    Values,
-    flattened,
-    holds,
-    layers_of,
-    option,
-    schema_defaults,
-    schema_layers,
-)
+from lem.config.layers import Sources, Values, holds, layers_of, option, schema_defaults, schema_layers
 from lem.config.options import CONFIG_MODULE, CUSTOM, Options
 from lem.config.overrides import (
     NO_PRESET,
@@ -36,7 +27,7 @@ from lem.config.overrides import (
     parse,
 )
 from lem.config.problem import Location, Problem, Problems, impossible
-from lem.config.userfile import Choice, Layer, UserFile, examine_file, find_options
+from lem.config.userfile import Choice, Layer, UserFile, examine_file, find_options, flattened
 from lem.config.yamlfile import Path_
 from lem.errors import ConfigError
 from lem.spec.engines import BACKENDS

@@ -20,7 +20,7 @@ from typing import Any
 from lem.config import yamlfile
 from lem.config.options import CONFIG_MODULE, CUSTOM, OptionFile, Options
 from lem.config.problem import Location, Problem, Problems, impossible
-from lem.config.userfile import Choice, Layer, UserFile, examine_file, merged
+from lem.config.userfile import Choice, Layer, UserFile, examine_file, flattened, merged
 from lem.config.yamlfile import Path_
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
@@ -96,12 +96,6 @@ class Sources:
         base = _base_values(self.file.options, settled._all_chosen(), _environment())
         above = [layer.values for layer in settled.file.layers] + [layer.values for layer in settled.given]
         return reduce(merged, above, base)
-
-
-def flattened(layers: Iterable[Layer]) -> Values:
-    """Merge the values of layers, lowest first."""
-    nothing: Values = {}
-    return reduce(merged, (layer.values for layer in layers), nothing)
 
 
 def origin(layers: Iterable[Layer], path: Path_) -> Layer | None:

@@ -64,13 +64,11 @@ class Options:
 
     @cached_property
     def _files(self) -> dict[str, dict[str, OptionFile]]:
-        return {group: self._of_group(group) for group in GROUPS}
-
-    def _of_group(self, group: str) -> dict[str, OptionFile]:
-        found = dict(builtin(group))
-        for path in _yaml_files(self.folder / group) if self.folder else ():
-            found[path.stem] = OptionFile(group, path.stem, path, True, path.stem in builtin(group))
-        return dict(sorted(found.items()))
+        found = {group: dict(builtin(group)) for group in GROUPS}
+        for group, files in found.items():
+            for path in _yaml_files(self.folder / group) if self.folder else ():
+                files[path.stem] = OptionFile(group, path.stem, path, True, path.stem in builtin(group))
+        return {group: dict(sorted(files.items())) for group, files in found.items()}
 
     def names(self, group: str) -> tuple[str, ...]:
         """Return the names of a group's options."""

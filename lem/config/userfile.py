@@ -8,8 +8,9 @@ and does not know whether a value suits the schema.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,10 +70,7 @@ class UserFile:
     @property
     def values(self) -> dict[str, Any]:
         """The values of all layers, merged."""
-        result: dict[str, Any] = {}
-        for layer in self.layers:
-            result = merged(result, layer.values)
-        return result
+        return flattened(self.layers)
 
     def without_values_of(self, group: str) -> UserFile:
         """Drop the values that belong to a group's option, because another option replaces it.
@@ -107,6 +105,12 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
+
+
+def flattened(layers: Iterable[Layer]) -> dict[str, Any]:
+    """Merge the values of layers, lowest first."""
+    nothing: dict[str, Any] = {}
+    return reduce(merged, (layer.values for layer in layers), nothing)
 
 
 def read(path: Path, config_dir: Path | None = None) -> UserFile:

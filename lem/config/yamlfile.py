@@ -89,6 +89,8 @@ def resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
 
 # ------------------------------------------------------------------ bytes to nodes
 def _text(path: Path) -> str:
+    from yaml.reader import Reader
+
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -106,16 +108,10 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         bad = f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8."
         raise _fatal("not_utf8", bad, _location_at(path, data[: error.start].decode("utf-8", "replace"))) from None
-    _check_characters(path, text)
-    return text
-
-
-def _check_characters(path: Path, text: str) -> None:
-    from yaml.reader import Reader
-
     if found := Reader.NON_PRINTABLE.search(text.removeprefix("\ufeff")):
         message = f"broken YAML: the character U+{ord(found[0]):04X} is not allowed."
         raise _fatal("yaml_syntax", message, _location_at(path, text[: found.start()]))
+    return text
 
 
 def _node(path: Path, text: str) -> yaml.Node | None:

@@ -62,7 +62,7 @@ def main(
     def make_runner(manifest: Manifest, display: StudyDisplay) -> Runner:
         if at_once == 1:
             return OneByOne(manifest, display, options, prompts)
-        return Pool(manifest, display, options, shares, [_shared_with(cell, shares) for cell in cells])
+        return Pool(manifest, display, options, list(shares), [_shared_with(cell, shares) for cell in cells])
 
     return run_study(cells, options, overrides, make_runner, head="config", at_once=at_once, fail_fast=fail_fast)
 

@@ -21,13 +21,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lem import __version__
 from lem.config import file_schema, overrides, userfile
-from lem.config.check import examine, known_keys, resolved, unknown_key
+from lem.config.check import examine, known_keys, resolved, texts, unknown_key
 from lem.config.compose import located
 from lem.config.layers import Sources, nested
 from lem.config.options import CUSTOM, SUFFIXES, Options
@@ -38,7 +37,7 @@ from lem.errors import ConfigError
 from lem.machine import host
 from lem.machine.host import Host
 from lem.runner.preflight import objections
-from lem.spec.schema import GROUPS, leaf, leaves
+from lem.spec.schema import GROUPS, leaves
 from lem.studies.ask import print_warnings
 
 INDEX = "grid.yaml"
@@ -117,11 +116,11 @@ def make(base: Path, vary: Sequence[str], config_dir: Path | None = None, *, any
     file = userfile.read(base, config_dir)
     axes, notes = read_axes(vary, file.options)
     machine = host.look()
-    names = stems(axes)
-    points = [
-        Point(point, f"{name}.yaml", judge(file, point, machine, any_machine=any_machine))
-        for point, name in zip(_product(axes), names, strict=True)
-    ]
+    combinations = itertools.product(*(axis.values for axis in axes))
+    points = []
+    for values, name in zip(combinations, stems(axes), strict=True):
+        point = dict(zip((axis.key for axis in axes), values, strict=True))
+        points.append(Point(point, f"{name}.yaml", judge(file, point, machine, any_machine=any_machine)))
     return Grid(file, axes, tuple(points), notes)
 
 
@@ -174,26 +173,17 @@ def full_key(name: str) -> str:
 
 
 def _distinct(axis: Axis, notes: list[str]) -> tuple[Any, ...]:
+    """Return an axis's values, each once; 1 and 1.0 are the same if fractions are allowed."""
+    allows_fractions = any("float" in str(item.annotation) for item in leaves() if item.path == axis.key)
     found: dict[str, Any] = {}
     for value in axis.values:
-        if (same := _normal(axis.key, _plain(value))) in found:
-            notes.append(f"{axis.key}: {flow(_plain(value))} is given more than once; it is used once.")
+        plain = _plain(value)
+        is_whole = isinstance(plain, int) and not isinstance(plain, bool)
+        same = repr(float(plain) if is_whole and allows_fractions else plain)
+        if same in found:
+            notes.append(f"{axis.key}: {flow(plain)} is given more than once; it is used once.")
         found.setdefault(same, value)
     return tuple(found.values())
-
-
-def _normal(key: str, value: Any) -> str:
-    """Return a text that equal values share: 1 and 1.0 are the same where fractions are allowed."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return repr(float(value) if is_whole and _takes_fractions(key) else value)
-
-
-@lru_cache(maxsize=1024)
-def _takes_fractions(key: str) -> bool:
-    try:
-        return "float" in str(leaf(key).annotation)
-    except KeyError:
-        return False
 
 
 def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
@@ -204,12 +194,6 @@ def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
             yield f"{other}: it is a part of {key}, which is varied as well; vary one of them."
 
 
-def _product(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
-    keys = [axis.key for axis in axes]
-    return (dict(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes)))
-
-
-# ------------------------------------------------------------------ is a point valid?
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
     """Return why a point cannot be run: problems of its values, else objections that block it."""
     sources = _sources(base, point)
@@ -236,15 +220,12 @@ def stems(axes: Sequence[Axis]) -> Iterator[str]:
     It has letters, digits, `_`, `-` and `.` only, so that no shell, glob or Hydra override misreads it, and is unique
     even if the file system ignores case.
     """
-    labels = _labels([axis.key for axis in axes])
+    last = Counter(axis.key.rpartition(".")[2] for axis in axes)
+    short = (axis.key.rpartition(".")[2] for axis in axes)
+    labels = [name if last[name] == 1 else axis.key for axis, name in zip(axes, short, strict=True)]
     parts = [[f"{label}-{slug}" for slug in _slugs(axis.plain)] for label, axis in zip(labels, axes, strict=True)]
     for combination in itertools.product(*parts):
         yield _shortened("--".join(combination), MAX_STEM)
-
-
-def _labels(keys: Sequence[str]) -> list[str]:
-    last = Counter(key.rpartition(".")[2] for key in keys)
-    return [key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in keys]
 
 
 def _slugs(values: Sequence[Any]) -> list[str]:
@@ -289,19 +270,11 @@ def file_text(point: Point, parent: str, about: str) -> str:
 def group_text(base: UserFile, point: Point, about: str) -> str:
     """Return a point's file as an option of a config group for plain Hydra: everything composed, no parent."""
     values, _ = resolved(_sources(base, point.values).values())
-    if any("${" in text for text in _strings(values)):
+    if any("${" in text for _, text in texts(values)):
         raise ConfigError(f"{point.file}: a value holds the text '${{', which Hydra would resolve again.")
     # Otherwise Hydra merges the values into those of the default backend, which has other keys.
     engine = f"defaults: [override /backend: {flow(values['backend']['name'])}, _self_]"
     return _text(["# @package _global_", file_schema.EDITOR_LINE, f"# {about}", engine, *block(values)])
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
-    elif isinstance(value, str):
-        yield value
 
 
 def _text(lines: Sequence[str]) -> str:
@@ -324,35 +297,26 @@ def write(
     Raises:
         ConfigError: the folder cannot be used, or files in it would be overwritten.
     """
-    base = _absolute(grid.base)
+    assert grid.base.path is not None
+    base = grid.base.path.parent.resolve() / grid.base.path.name
     stale = _earlier_files(folder, {point.file for point in points}, base, force=force)
     index = _index(grid, points, os.path.relpath(base, folder.resolve()))
-    texts = _texts(grid, points, _parent(base, folder), as_group=as_group)
+    parent, contents = _parent(base, folder), []
+    for number, point in enumerate(points, start=1):
+        about = f"Point {number} of {len(points)} of the grid in {INDEX}; made by lem config generate-grid."
+        contents.append(group_text(grid.base, point, about) if as_group else file_text(point, parent, about))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in stale:
             file.unlink(missing_ok=True)
         # First, so that all files of a grid are listed even if the writing is interrupted.
         (folder / INDEX).write_text(_index_text(index), encoding="utf-8")
-        for point, text in zip(points, texts, strict=True):
+        for point, text in zip(points, contents, strict=True):
             (folder / point.file).write_text(text, encoding="utf-8")
         file_schema.write_beside(folder / INDEX, grid.base.options)
     except OSError as error:
         raise ConfigError(f"{folder}: the grid cannot be written there: {error.strerror}.") from None
     return index
-
-
-def _texts(grid: Grid, points: Sequence[Point], parent: str, *, as_group: bool) -> list[str]:
-    texts = []
-    for number, point in enumerate(points, start=1):
-        about = f"Point {number} of {len(points)} of the grid in {INDEX}; made by lem config generate-grid."
-        texts.append(group_text(grid.base, point, about) if as_group else file_text(point, parent, about))
-    return texts
-
-
-def _absolute(base: UserFile) -> Path:
-    assert base.path is not None
-    return base.path.parent.resolve() / base.path.name
 
 
 def _parent(base: Path, folder: Path) -> str:
@@ -404,7 +368,6 @@ def _listed_files(index: Path) -> set[str]:
     return {name for name in names if Path(name).name == name and name.endswith(SUFFIXES) and name != INDEX}
 
 
-# ------------------------------------------------------------------ the index
 def _index(grid: Grid, points: Sequence[Point], base: str) -> dict[str, Any]:
     written = {point.file for point in points}
     return {
@@ -480,15 +443,17 @@ def _print_summary(grid: Grid, folder: Path, written: int) -> None:
         what = "are left out as invalid" if is_left_out else "are written although they are invalid"
         print_warnings(f"{len(grid.invalid)} of {len(grid.points)} points {what}:")
         for reason in reasons(grid.invalid):
-            print(textwrap.fill(reason, 80, initial_indent="  ", subsequent_indent="    "), file=sys.stderr)
+            print(_indented(reason), file=sys.stderr)
         if not is_left_out:
             print("--validate leaves them out; with --strict nothing is written.", file=sys.stderr)
     print(f"{written} config files in {folder}, listed in {folder / INDEX}")
     for axis in grid.axes:
-        print(
-            textwrap.fill(f"{axis.key}: {_enumerated(axis.plain)}", 80, initial_indent="  ", subsequent_indent="    ")
-        )
+        print(_indented(f"{axis.key}: {_enumerated(axis.plain)}"))
     print(f"Run them with: lem batch {shlex.quote(str(folder))}")
+
+
+def _indented(text: str) -> str:
+    return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    ")
 
 
 def _enumerated(values: Sequence[Any]) -> str:

@@ -97,81 +97,79 @@ class Child:
             self.report(Event(**message))
 
 
+@dataclass
 class Pool:
-    """Runs cells in child processes, one in each slot; its methods are called from the main thread."""
+    """Runs cells in child processes, one in each free slot; its methods are called from the main thread.
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        display: StudyDisplay,
-        options: RunOptions,
-        shares: Sequence[Slot],
-        shared_with: Sequence[int],
-    ) -> None:
-        self._manifest, self._display, self._options = manifest, display, options
-        self._shared_with = shared_with
-        self._free = list(reversed(shares))
-        self._running: list[Child] = []
-        self._ended: queue.Queue[Child] = queue.Queue()
+    `shared_with` is, for each cell, the number of other runs that may affect its numbers.
+    """
+
+    manifest: Manifest
+    display: StudyDisplay
+    options: RunOptions
+    free: list[Slot]
+    shared_with: Sequence[int]
+    running: list[Child] = field(default_factory=list)
+    ended: queue.Queue[Child] = field(default_factory=queue.Queue)
 
     def run(self, number: int, experiment: Experiment) -> None:
         """Start a cell as soon as a slot is free."""
-        while not self._free:
+        while not self.free:
             self._wait_for_one()
-        if self._manifest.is_over:
+        if self.manifest.is_over:
             return
         try:
             self._start(number, experiment)
         except OSError as error:
-            self._manifest.change(number, status="failed", error=f"its process could not be started: {error}.")
+            self.manifest.change(number, status="failed", error=f"its process could not be started: {error}.")
 
     def finish(self) -> None:
         """Wait for all children."""
-        while self._running:
+        while self.running:
             self._wait_for_one()
 
     def stop(self) -> None:
         """Terminate all children, which keep what they measured; kill them after STOP_S or at a second Ctrl-C."""
-        for child in self._running:
+        for child in self.running:
             child.process.terminate()
         deadline = time.monotonic() + STOP_S
         try:
-            while self._running:
+            while self.running:
                 self._wait_for_one(max(0.0, deadline - time.monotonic()), stopped=True)
         except (queue.Empty, KeyboardInterrupt):
-            for child in self._running:
+            for child in self.running:
                 child.process.kill()
-            while self._running:
+            while self.running:
                 self._wait_for_one(stopped=True)
 
     def _start(self, number: int, experiment: Experiment) -> None:
-        cell, root, name = self._manifest.cells[number], self._manifest.directory, cell_name(number)
+        cell, root, name = self.manifest.cells[number], self.manifest.directory, cell_name(number)
         job_file, log_file = root / "plan" / "jobs" / f"{name}.json", root / "logs" / f"{name}.log"
         job = Job(
             experiment=experiment,
             overrides=cell.overrides,
             config_file=str(cell.config_file) if cell.config_file else None,
-            force=self._options.force,
-            write_tables=self._options.write_tables,
-            shared_with=self._shared_with[number],
+            force=self.options.force,
+            write_tables=self.options.write_tables,
+            shared_with=self.shared_with[number],
             unfinished=str(cell.unfinished.path.resolve()) if cell.unfinished else None,
         )
         write_atomically(job_file, to_json(job))
         log_file.parent.mkdir(exist_ok=True)
-        slot = self._free.pop()
+        slot = self.free.pop(0)
         reading, writing = os.pipe()
         try:
             process = _popen(job_file, log_file, slot, writing)
         except OSError:
             os.close(reading)
-            self._free.append(slot)
+            self.free.append(slot)
             raise
         finally:
             os.close(writing)
-        report = self._display.begin(number, cell.label)
+        report = self.display.begin(number, cell.label)
         child = Child(number, slot, process, report, Path(experiment.io.results_dir))
-        self._running.append(child)
-        self._manifest.change(number, status="running", log=log_file)
+        self.running.append(child)
+        self.manifest.change(number, status="running", log=log_file)
         child.watcher = threading.Thread(target=self._watch, args=(child, reading), daemon=True)
         child.watcher.start()
 
@@ -181,17 +179,17 @@ class Pool:
             for line in lines:
                 child.receive(line)
         child.process.wait()
-        self._ended.put(child)
+        self.ended.put(child)
 
     def _wait_for_one(self, timeout_s: float | None = None, *, stopped: bool = False) -> None:
         """Wait until a child has ended and record how; raises `queue.Empty` after the timeout."""
-        child = self._ended.get(timeout=timeout_s)
-        self._running.remove(child)
-        self._free.append(child.slot)
+        child = self.ended.get(timeout=timeout_s)
+        self.running.remove(child)
+        self.free.append(child.slot)
         if child.process.stdin is not None:
             child.process.stdin.close()
-        state = self._manifest.change(child.number, directory=child.directory, **self._how_it_ended(child, stopped))
-        self._display.end(child.number, state.sentence, failed=state.status == "failed")
+        state = self.manifest.change(child.number, directory=child.directory, **self._how_it_ended(child, stopped))
+        self.display.end(child.number, state.sentence, failed=state.status == "failed")
 
     def _how_it_ended(self, child: Child, stopped: bool) -> dict[str, Any]:
         code = child.process.returncode
@@ -210,7 +208,7 @@ class Pool:
             return None
         try:
             with child.directory.hold(exclusive=True):  # waits until they have ended
-                if self._options.write_tables:
+                if self.options.write_tables:
                     return aggregate(Store(child.results_dir), child.directory, strict=False, force=True)
         except LemError:
             pass  # nothing was measured
