@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from lem import __version__
 from lem.record import (
@@ -128,9 +130,14 @@ def _measured(plan: Plan, chance: random.Random, cycle: int) -> tuple[ProcessRec
     now_s = 0.0
     for i in range(REQUESTS):
         latency_s = chance.uniform(1.0, 3.0)
-        tokens = chance.randint(10, 300), chance.randint(20, 128)
-        place = (plan.experiment_id, 0, cycle, 1, i, i)
-        rows.append(RequestRecord(*place, *tokens, False, "stop", now_s, now_s + latency_s, latency_s, latency_s / 20))
+        rows.append(
+            RequestRecord(
+                experiment_id=plan.experiment_id, rank=0, cycle=cycle, attempt=1, request=i, batch=i,
+                input_tokens=chance.randint(10, 300), output_tokens=chance.randint(20, 128), input_truncated=False,
+                finish_reason="stop", start_s=now_s, end_s=now_s + latency_s, latency_s=latency_s,
+                prefill_s=latency_s / 20,
+            )
+        )  # fmt: skip
         now_s += latency_s + 0.001
     power_w = chance.uniform(200, 400)
     record = ProcessRecord(

@@ -1,7 +1,7 @@
 """lem measures what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.
 
-As a library: `lem.run(lem.Experiment(model="tiny", dataset=…))` does what `lem experiment` does, without Hydra.
-The names are imported when they are first used, so that `import lem` costs nothing.
+As a library, `run` does what `lem experiment` does, without Hydra, and `load` reads a results directory. The names are
+imported when they are first used, so that `import lem` costs nothing.
 """
 
 from __future__ import annotations
@@ -11,24 +11,48 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lem.errors import LemError
+    from lem.errors import (
+        BadInput,
+        ConfigError,
+        DatasetError,
+        Interrupted,
+        LemError,
+        ModelError,
+        ResultsError,
+        RunError,
+    )
+    from lem.results.frames import load
     from lem.runner.job import Outcome, run
     from lem.spec.experiment import Experiment
 
-__all__ = ["Experiment", "LemError", "Outcome", "__version__", "run"]
+__all__ = [
+    "BadInput",
+    "ConfigError",
+    "DatasetError",
+    "Experiment",
+    "Interrupted",
+    "LemError",
+    "ModelError",
+    "Outcome",
+    "ResultsError",
+    "RunError",
+    "__version__",
+    "load",
+    "run",
+]
 
 _HOMES = {
     "Experiment": "lem.spec.experiment",
-    "LemError": "lem.errors",
     "Outcome": "lem.runner.job",
+    "load": "lem.results.frames",
     "run": "lem.runner.job",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is asked for."""
-    if name not in _HOMES:
+    """Import a public name from its module when it is first used."""
+    if name not in __all__:
         raise AttributeError(f"module 'lem' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "lem.errors")), name)

@@ -8,8 +8,9 @@ measured, written or shown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
+
+from msgspec import Struct
 
 from lem import units
 
@@ -24,8 +25,6 @@ COMMON = ("experiment_id", "rank", "cycle", "attempt")
 # One process meters the node, however many there are: each would see all of its energy.
 ENERGY_OWNER = 0
 
-T = TypeVar("T")
-
 Status = Literal["completed", "failed", "interrupted"]
 Component = Literal["gpu", "cpu", "dram", "module"]
 Source = Literal["counter", "integral", "estimate", "replay"]
@@ -35,8 +34,7 @@ WarmupEnd = Literal["fixed", "converged", "max_prompts", "max_s"]
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class EnergyReading:
+class EnergyReading(Struct, frozen=True, gc=False):
     """Energy of one component over one window, and how far it can be trusted.
 
     `energy_j` is None when it could not be read; `reason` then says why. `resolution_s` is the tick of a counter or
@@ -55,8 +53,7 @@ class EnergyReading:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(Struct, frozen=True, gc=False):
     """A stretch of the run with its own clock and energy; phases do not overlap."""
 
     name: PhaseName
@@ -64,8 +61,7 @@ class Phase:
     energy: tuple[EnergyReading, ...] = ()
 
 
-@dataclass(frozen=True)
-class PowerSample:
+class PowerSample(Struct, frozen=True, gc=False):
     """One sample of a power trace; `t_ns` is a reading of `time.perf_counter_ns`."""
 
     t_ns: int
@@ -74,8 +70,7 @@ class PowerSample:
     power_w: Annotated[float, units.WATT]
 
 
-@dataclass(frozen=True)
-class PowerRecord:
+class PowerRecord(Struct, frozen=True, gc=False):
     """One sample of a power trace, as it is written (t = 0 where the measured window opens)."""
 
     experiment_id: str
@@ -88,8 +83,7 @@ class PowerRecord:
     power_w: Annotated[float, units.WATT, "Power as the driver told it at that moment."]
 
 
-@dataclass(frozen=True)
-class Prefill:
+class Prefill(Struct, frozen=True, gc=False):
     """The part of the measured window in which prompts were taken in, until the first token of each batch or request.
 
     Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
@@ -102,8 +96,7 @@ class Prefill:
     uncertainty_j: Annotated[float | None, units.JOULE] = None
 
 
-@dataclass(frozen=True)
-class WarmupInfo:
+class WarmupInfo(Struct, frozen=True, gc=False):
     """What the warm-up did and why it ended."""
 
     prompts: int
@@ -111,8 +104,7 @@ class WarmupInfo:
     cv: float | None
 
 
-@dataclass(frozen=True)
-class ErrorInfo:
+class ErrorInfo(Struct, frozen=True, gc=False):
     """Why a process did not complete."""
 
     type: str
@@ -120,16 +112,14 @@ class ErrorInfo:
     phase: str | None = None
 
 
-@dataclass(frozen=True)
-class CodedWarning:
+class CodedWarning(Struct, frozen=True, gc=False):
     """Something a reader of the numbers must know; `code` is stable, `text` is for people."""
 
     code: str
     text: str
 
 
-@dataclass(frozen=True)
-class ModelInfo:
+class ModelInfo(Struct, frozen=True, gc=False):
     """The model as it was loaded; None where that cannot be told, as of one in a server."""
 
     name: str
@@ -143,8 +133,7 @@ class ModelInfo:
     quantization: str | None = None
 
 
-@dataclass(frozen=True)
-class EngineInfo:
+class EngineInfo(Struct, frozen=True, gc=False):
     """The engine that ran the model and the settings it really used."""
 
     backend: str
@@ -154,8 +143,7 @@ class EngineInfo:
     settings: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(Struct, frozen=True, gc=False):
     """Peak memory, and the key/value cache of the largest batch by formula; None where it cannot be told."""
 
     peak_bytes: Annotated[int | None, units.BYTE]
@@ -163,24 +151,21 @@ class Memory:
     kv_cache_bytes: Annotated[int | None, units.BYTE] = None
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(Struct, frozen=True, gc=False):
     """Floating-point operations of the counted tokens (model FLOPs: no padding, no recomputation)."""
 
     total: Annotated[float, units.FLOP]
     method: str
 
 
-@dataclass(frozen=True)
-class Carbon:
+class Carbon(Struct, frozen=True, gc=False):
     """Carbon intensity that turns joules into grams of CO2e."""
 
     intensity_g_per_kwh: Annotated[float, units.GRAM_CO2E_PER_KWH]
     source: str
 
 
-@dataclass(frozen=True)
-class ForeignProcess:
+class ForeignProcess(Struct, frozen=True, gc=False):
     """A process other than ours that computes on a GPU."""
 
     pid: int
@@ -188,8 +173,7 @@ class ForeignProcess:
     name: str | None
 
 
-@dataclass(frozen=True)
-class DeviceState:
+class DeviceState(Struct, frozen=True, gc=False):
     """A GPU at one moment; a field is None where the driver does not tell."""
 
     uuid: str
@@ -206,8 +190,7 @@ class DeviceState:
     foreign_processes: tuple[ForeignProcess, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(Struct, frozen=True, gc=False):
     """The machine and the software; never holds a secret."""
 
     hostname: str
@@ -223,27 +206,25 @@ class Environment:
     git_commit: str | None = None
     git_dirty: bool | None = None
     container: str | None = None
-    slurm: dict[str, str] = field(default_factory=dict)
+    slurm: dict[str, str] = {}
     devices_before: tuple[DeviceState, ...] = ()
     devices_after: tuple[DeviceState, ...] = ()
 
 
-@dataclass(frozen=True)
-class CpuLoad:
+class CpuLoad(Struct, frozen=True, gc=False):
     """Processor time in the measured window, in busy cores: of the machine, and of this process and its children."""
 
     machine_cores: float
     process_cores: float
 
 
-@dataclass(frozen=True)
-class RequestRecord:
+class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     """One request: exact tokens and its time in the measured window (t = 0 where its window opens)."""
 
-    experiment_id: Annotated[str, "Experiment that it belongs to."]
-    rank: Annotated[int, "Process that ran it, from 0."]
-    cycle: Annotated[int, "Cycle that it belongs to, from 1."]
-    attempt: Annotated[int, "Attempt that ran it: 1, and one more for each time the experiment was resumed."]
+    experiment_id: Annotated[str, "Experiment that it belongs to."] = ""
+    rank: Annotated[int, "Process that ran it, from 0."] = 0
+    cycle: Annotated[int, "Cycle that it belongs to, from 1."] = 1
+    attempt: Annotated[int, "Attempt that ran it: 1, and one more for each time the experiment was resumed."] = 1
     request: Annotated[int, "Position of the prompt in the experiment's prompts, from 0."]
     batch: Annotated[int, "Batch it ran in, from 0, in order of execution."]
     input_tokens: Annotated[int, units.TOKEN, "Tokens of the prompt, without padding."]
@@ -272,8 +253,7 @@ class RequestRecord:
     ] = None
 
 
-@dataclass(frozen=True)
-class ProcessRecord:
+class ProcessRecord(Struct, frozen=True, gc=False):
     """What one worker process knows of one cycle, in one attempt at it.
 
     `phases` holds those of the attempt (idle, load), the same in each of its records, and the cycle's own (warm-up,
@@ -314,14 +294,3 @@ class ProcessRecord:
     def phase(self, name: PhaseName) -> Phase | None:
         """Return the phase of that name, or None when the process did not get there."""
         return next((phase for phase in self.phases if phase.name == name), None)
-
-
-def made(record_type: type[T], values: dict[str, Any]) -> T:
-    """Return a record of all its fields' values, in a tenth of the time that a frozen dataclass takes to be made.
-
-    For many records of values that have been checked. Nothing is left to defaults, and `values` belongs to the record
-    from then on.
-    """
-    record = object.__new__(record_type)
-    object.__setattr__(record, "__dict__", values)
-    return record

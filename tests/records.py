@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from lem.record import EnergyReading, Phase, ProcessRecord, RequestRecord
+from msgspec.structs import replace
+
+from lem.record import EnergyReading, Phase, PowerRecord, ProcessRecord, RequestRecord
 from lem.results.codec import config_sha256
 from lem.results.directory import ExperimentDir
 from lem.results.journal import Checkpoint, Journal
+from lem.results.parquet import write_rows
 from lem.results.plan import Plan, PromptsInfo, State
 from lem.results.store import Store
 from lem.spec.engines import SimulatedBackend
@@ -36,8 +38,17 @@ def plan(count=3, processes=1, cycles=1, experiment_id=ID, **more) -> Plan:
 
 
 def requests(positions: Sequence[int] = (0, 1, 2), rank=0, cycle=1, attempt=1, experiment_id=ID) -> list[RequestRecord]:
-    place = (experiment_id, rank, cycle, attempt)
-    return [RequestRecord(*place, i, i, 10 + i, 20, False, "length", i * 1.0, i + 0.5, 0.5) for i in positions]
+    place = {"experiment_id": experiment_id, "rank": rank, "cycle": cycle, "attempt": attempt}
+    return [
+        request(request=i, batch=i, input_tokens=10 + i, start_s=i * 1.0, end_s=i + 0.5, **place) for i in positions
+    ]
+
+
+def request(**values: Any) -> RequestRecord:
+    """Return the row of a request with some values."""
+    known = {"request": 0, "batch": 0, "input_tokens": 10, "output_tokens": 20, "input_truncated": False}
+    known |= {"finish_reason": "length", "start_s": 0.0, "end_s": 0.5, "latency_s": 0.5}
+    return RequestRecord(**(known | values))
 
 
 def phases(duration_s=4.0, energy: Sequence[EnergyReading] = (GPU,)) -> tuple[Phase, ...]:
@@ -100,3 +111,9 @@ def finished(store: Store, at: datetime | None = None, **of_record: Any) -> Expe
     directory = experiment(store, at)
     put(directory, record(**of_record, config_sha256=directory.plan().config_sha256), requests())
     return directory
+
+
+def power(directory: ExperimentDir) -> None:
+    """Write a power trace of two samples."""
+    samples = [PowerRecord(directory.id, 0, 1, 1, t_s, "gpu", "GPU-0", power_w) for t_s, power_w in ((0, 50), (1, 60))]
+    write_rows(directory.power_file(0, 1, 1), PowerRecord, samples)

@@ -1,4 +1,4 @@
-"""The direction of imports, and that every module says what it is for; the rooms stand in pyproject.toml."""
+"""The shape of the code: rooms, direction of imports, private names, docstrings. pyproject.toml lists the rooms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lem"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# The rooms that know Hydra: the one that composes, and the plain Hydra app.
+# What may import Hydra: the room that composes, and the plain Hydra app.
 KNOW_HYDRA = {"config", "cli/hydra_app.py"}
 
 
@@ -61,8 +61,20 @@ def test_the_top_shows_few_rooms_two_levels_deep():
     assert max(len(path.relative_to(PACKAGE).parts) for path in MODULES) == 2
 
 
+# In tests/ but not a room: a package that stands in for an engine.
+STANDINS = {"tensorrt_standin"}
+
+
+def folders(root: Path) -> set[str]:
+    return {path.parent.name for path in root.glob("*/*.py")}
+
+
+def test_the_tests_mirror_the_rooms():
+    assert folders(ROOT / "tests") - STANDINS == folders(PACKAGE)
+
+
 def imported(path: Path) -> set[str]:
-    """Return the top-level names of all imported packages, of imports inside functions as well."""
+    """Return the top-level names of all imported packages, including imports inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -144,7 +144,7 @@ class Openai(Backend):
             several = "1 process" if len(processes) == 1 else f"{len(processes)} processes"
             here = f"server's {several}, since start"
             scope = "unknown: the server runs elsewhere" if self.runs_elsewhere() else here
-            self._peak = Memory(peak_memory_bytes(processes), scope)
+            self._peak = Memory(peak_memory_bytes(process.pid for process in processes), scope)
         return self._peak
 
     def model_info(self) -> ModelInfo | None:

@@ -183,7 +183,7 @@ def load(experiment: Experiment, engine: Engine) -> Loaded:
     options = experiment.backend
     read = checkpoint.read(experiment, {})
     if experiment.min_output_tokens and len(read.end_tokens) > 1:
-        raise RunError(f"min_output_tokens: {' '.join(several_end_tokens(len(read.end_tokens)))}")
+        raise RunError(str(several_end_tokens(len(read.end_tokens))))
     adapter, lora, adapter_weights = None, None, (0, 0)
     if experiment.adapter is not None:
         from tensorrt_llm.executor.request import LoRARequest

@@ -1,6 +1,6 @@
-"""Writes plain data as YAML text, fast enough for ten thousand files; what reads it gets the same data.
+"""Writes plain data as YAML text, fast enough for ten thousand files, so that reading it gives the same data.
 
-Texts are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might take them for something else. Knows no schema.
+Texts are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might read something else. Does not know the schema.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def flow(value: Any) -> str:
-    """Write plain data as YAML on one line; what reads it, by YAML 1.1 or 1.2, gets the same data."""
+    """Write plain data as YAML on one line; it reads the same in YAML 1.1 and 1.2."""
     if isinstance(value, str):
         return _quoted(value)
     if isinstance(value, list):
@@ -41,7 +41,7 @@ def _quoted(text: str) -> str:
 
 
 def block(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """Yield the lines of a mapping as YAML, a line for each value."""
+    """Yield a mapping as YAML, one line for each value."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield f"{indent}{flow(key)}:"

@@ -1,7 +1,7 @@
-"""From raw files to the tables: what must be there and fit together, and which experiments have to be read.
+"""From raw files to the tables: which experiments have to be read, and whether their files fit together.
 
 Idempotent: an experiment whose row is as new as its state is left alone. Knows the store and the tables; what the
-numbers mean is for lem/rows.py.
+numbers mean is up to `rows`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 from lem.errors import ResultsError
 from lem.record import CodedWarning, ProcessRecord
-from lem.results.codec import BriefPlan, to_json
+from lem.results.codec import PlanExcerpt, to_json
 from lem.results.directory import ExperimentDir, Part
 from lem.results.files import write_atomically
 from lem.results.journal import DIED
@@ -24,17 +24,14 @@ from lem.results.plan import State
 from lem.results.rows import Cycle, Measured, Rows, rows_of
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
-from lem.results.tables import TOGETHER as OF_SEVERAL
-from lem.results.tables import Batch, Place, Tables
+from lem.results.tables import SHARED_FILE, NewRows, RowLocation, Tables
 from lem.units import timestamp
 from lem.warning_codes import warning
 
-# How many experiments are read ahead: what they hold is to stay in the processor's cache until rows are made of it.
-READ_AHEAD = 32
-# How many cycles are read before rows are made of them, and how many experiments are written together, at most; and how
-# many rows of requests.
+# How many cycles are read before their rows are computed, and how many experiments are written together, at most; and
+# how many rows of requests.
 READ_TOGETHER = 200
-TOGETHER = 2_000
+WRITTEN_TOGETHER = 2_000
 REQUESTS_TOGETHER = 100_000
 
 
@@ -47,45 +44,45 @@ def read(directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, 
 def measured(
     directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, state: State | None = None
 ) -> Measured:
-    """Read an experiment's raw files and put together what belongs together.
+    """Read an experiment's raw files and merge what belongs together.
 
     Args:
         directory: the experiment.
-        strict: refuse it when anything is missing that its plan expects, or when processes did not run together.
-        mixed: take records of different backends.
+        strict: refuse it when anything that its plan expects is missing, or when processes did not run together.
+        mixed: accept records of different backends.
         state: its state, if that has been read.
 
     Raises:
         ResultsError: no record, a damaged one, records that do not belong together, or what `strict` refuses.
     """
     state = state or directory.state()
-    plan, parts = directory.brief_plan(), directory.brief_parts()
+    plan, parts = directory.plan_excerpt(), directory.parts()
     if not parts:
         raise ResultsError(f"{directory.id} has no records yet.")
     cycles = by_cycle(parts)
     _check_same(directory, plan, cycles, mixed)
-    notes = {cycle: _check_together(directory, cycle, cycles[cycle], strict) for cycle in cycles}
+    warnings = {cycle: _check_together(directory, cycle, cycles[cycle], strict) for cycle in cycles}
     if strict:
         _check_complete(directory, plan, cycles)
     attempts = max(state.attempt, *[part.record.attempt for part in parts])
-    return put_together(plan, cycles, attempts, notes)
+    return put_together(plan, cycles, attempts, warnings)
 
 
 def put_together(
-    plan: BriefPlan,
+    plan: PlanExcerpt,
     parts: Mapping[int, Sequence[Part]],
     attempts: int,
-    notes: Mapping[int, Sequence[CodedWarning]] = MappingProxyType({}),
+    warnings: Mapping[int, Sequence[CodedWarning]] = MappingProxyType({}),
 ) -> Measured:
     """Return what an experiment measured, from what its processes did.
 
     Args:
         plan: what was to be run.
         parts: those of each cycle, at least one, by attempt and rank.
-        attempts: how often the experiment was begun.
-        notes: what else there is to doubt, by cycle.
+        attempts: how many attempts the experiment has had.
+        warnings: those that no record holds, by cycle.
     """
-    cycles = [_cycle(plan, cycle, of_cycle, notes.get(cycle, ())) for cycle, of_cycle in parts.items()]
+    cycles = [_cycle(plan, cycle, of_cycle, warnings.get(cycle, ())) for cycle, of_cycle in parts.items()]
     return Measured(plan, cycles, attempts - 1)
 
 
@@ -97,33 +94,34 @@ def by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
     return found
 
 
-def _cycle(plan: BriefPlan, number: int, parts: Sequence[Part], notes: Sequence[CodedWarning]) -> Cycle:
+def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequence[CodedWarning]) -> Cycle:
     if len(parts) == 1:
-        return Cycle(plan, number, 1, [parts[0].record], parts[0].requests, notes)
+        return Cycle(plan, number, 1, [parts[0].record], parts[0].requests, warnings)
     by_rank: dict[int, list[ProcessRecord]] = {}
     for part in parts:
         by_rank.setdefault(part.record.rank, []).append(part.record)
     records = [merged(by_rank[rank]) for rank in sorted(by_rank)]
     attempts = len({part.record.attempt for part in parts if part.record.phase("measured")})
-    return Cycle(plan, number, max(attempts, 1), records, [r for part in parts for r in part.requests], notes)
+    return Cycle(plan, number, max(attempts, 1), records, [r for part in parts for r in part.requests], warnings)
 
 
 # ------------------------------------------------------------------ does it fit together?
-def _check_same(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
+def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
     """Raise when records belong to different experiments, or a prompt was counted twice."""
     if plan.experiment_id != directory.id:
-        raise ResultsError(f"{directory.path} holds {plan.experiment_id}: give the directory its name back.")
+        raise ResultsError(f"{directory.path} holds {plan.experiment_id}: rename the directory to that.")
     records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
             f"{directory.id} has records of different backends, {' and '.join(backends)}: their numbers do not belong "
-            "together. --allow-mixed-backends takes them all the same, and says so in the row."
+            "together. --allow-mixed-backends accepts them, with a warning in the row."
         )
     for record in records:
         foreign = len(backends) > 1 and record.backend != plan.experiment.backend.name
         if (why := _unfit(record, plan, foreign)) is not None:
-            raise ResultsError(f"{_file(directory, record)} {why}.")
+            file = directory.record_file(record.rank, record.cycle, record.attempt)
+            raise ResultsError(f"{file} {why}.")
     for cycle, of_cycle in by_cycle.items():
         rows = [row.request for part in of_cycle for row in part.requests]
         if len(rows) != len(set(rows)):
@@ -132,7 +130,7 @@ def _check_same(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int
             )
 
 
-def _unfit(record: ProcessRecord, plan: BriefPlan, foreign: bool) -> str | None:
+def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
     """Return why a record cannot be one of the plan's, or None; `foreign`: it may be of another backend."""
     if record.experiment_id != plan.experiment_id:
         return f"is of another experiment, {record.experiment_id}"
@@ -146,12 +144,8 @@ def _unfit(record: ProcessRecord, plan: BriefPlan, foreign: bool) -> str | None:
     return None
 
 
-def _file(directory: ExperimentDir, record: ProcessRecord) -> Path:
-    return directory.record_file(record.rank, record.cycle, record.attempt)
-
-
-def _check_complete(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping[int, Sequence[Part]]) -> None:
-    """Raise when a process or a prompt of a cycle is missing; says which."""
+def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, Sequence[Part]]) -> None:
+    """Raise when a process or a prompt of a cycle is missing, naming all of them."""
     missing = []
     for cycle in range(1, plan.experiment.cycles + 1):
         ranks = set(range(plan.processes)) - {part.record.rank for part in by_cycle.get(cycle, ())}
@@ -162,32 +156,32 @@ def _check_complete(directory: ExperimentDir, plan: BriefPlan, by_cycle: Mapping
         elif left:
             missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle}")
     if missing:
-        raise ResultsError(f"{directory.id} is incomplete: {'; '.join(missing)}. --no-strict takes what there is.")
+        raise ResultsError(f"{directory.id} is incomplete: {'; '.join(missing)}. --no-strict uses what was measured.")
 
 
 def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part], strict: bool) -> list[CodedWarning]:
-    """Return notes about the records of one cycle; raise, when strict, if processes did not run at the same time."""
+    """Return warnings about the records of one cycle; raise, when strict, if processes did not run at the same time."""
     if len(parts) == 1:
         return []
-    notes = []
+    warnings = []
     backends = sorted({part.record.backend for part in parts if part.record.backend})
     if len(backends) > 1:
-        notes.append(warning("mixed_backends", f"its processes ran on {' and '.join(backends)}."))
+        warnings.append(warning("mixed_backends", f"its processes ran on {' and '.join(backends)}."))
     for attempt in sorted({part.record.attempt for part in parts}):
         apart = _apart([part.record for part in parts if part.record.attempt == attempt])
         if apart is None:
             continue
         text = f"the windows of processes {apart[0]} and {apart[1]} in cycle {cycle} do not overlap in time"
         if strict:
-            raise ResultsError(f"{directory.id}: {text}. --no-strict takes them all the same, with a warning.")
-        notes.append(warning("ranks_apart", f"{text}."))
-    return notes
+            raise ResultsError(f"{directory.id}: {text}. --no-strict accepts them, with a warning.")
+        warnings.append(warning("ranks_apart", f"{text}."))
+    return warnings
 
 
 def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
     """Return two processes whose windows do not overlap, or None.
 
-    Where a process was killed, its journal tells when it came to the window, not when all did: that says nothing.
+    A killed process is left out: its journal says when it reached the window, not when all processes opened theirs.
     """
     windows = [
         (record.window_opened_unix_s, window.duration_s, record.rank)
@@ -205,195 +199,182 @@ def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
 
 # ------------------------------------------------------------------ into the tables
 @dataclass(frozen=True)
-class Outcome:
-    """What became of an experiment that was to be aggregated, and a sentence that says it."""
+class Aggregated:
+    """What became of an experiment that was to be aggregated, and a sentence about it."""
 
     kind: Literal["written", "fresh", "skipped", "failed"]
     text: str
 
 
 def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, force: bool = False) -> ExperimentRow:
-    """Write an experiment's rows to the tables, once; return the experiment's.
+    """Write an experiment's rows to the tables and return its row.
 
     An experiment whose row is as new as its state is left alone unless `force`.
     """
     tables, state = Tables(store), directory.state()
     with tables.locked():
-        place = tables.place(directory.id)
-        if place and OF_SEVERAL.fullmatch(Path(place.file).stem) and place.file in (lacking := tables.lacking()):
-            raise ResultsError(lacking[place.file] or _gone(store, place))
-        if place and not force and is_fresh(tables, directory.id, place, state):
-            return tables.row(directory.id, place)
+        at = tables.location(directory.id)
+        if at and SHARED_FILE.fullmatch(Path(at.file).stem) and at.file in (lacking := tables.lacking()):
+            gone = f"{store.experiments_table / at.file} lacks rows in other tables; lem aggregate --all rebuilds them."
+            raise ResultsError(lacking[at.file] or gone)
+        if at and not force and is_fresh(tables, directory.id, at, state):
+            return tables.row(directory.id, at)
         found = measured(directory, strict=strict, state=state)
-        batch = Batch({directory.id: place} if place else {})
+        new = NewRows({directory.id: at} if at else {})
         try:
-            batch.add([found])
+            new.add([found])
         except OverflowError as error:
             raise ResultsError(_beyond(directory, error)) from None
-        tables.write(batch)
+        tables.write(new)
     row = rows_of(found).row
     if state.status == row.status == "completed":
         directory.mark_aggregated(state.now("aggregated"))
     return row
 
 
-def _gone(store: Store, place: Place) -> str:
-    return f"Of {store.experiments_table / place.file} other rows are gone; lem aggregate --all makes them anew."
-
-
 def aggregate_all(
     store: Store, ids: Sequence[str], *, strict: bool = True, force: bool = False, mixed: bool = False
-) -> Iterator[Outcome]:
+) -> Iterator[Aggregated]:
     """Write the rows of experiments that have none, or older ones than their state; yields what became of each.
 
-    What cannot be aggregated stops nothing else. An experiment that runs is left alone.
+    An experiment that cannot be aggregated does not stop the others. One that is running is left alone.
 
     Args:
         store: the results directory.
         ids: experiments in it.
         strict: refuse an experiment when anything is missing.
-        force: make the rows anew of those that have them, too.
-        mixed: take records of different backends.
+        force: rebuild rows that exist, too.
+        mixed: accept records of different backends.
     """
     tables = Tables(store)
     with tables.locked():
-        places, lacking = tables.places(), tables.lacking()
+        locations, lacking = tables.locations(), tables.lacking()
         damaged = {file: text for file, text in lacking.items() if text is not None}
-        yield from [Outcome("failed", damaged[file]) for file in sorted(_files_of(ids, places) & damaged.keys())]
-        ids = _with_neighbours(store, ids, places, lacking.keys() - damaged.keys())
-        writer = _Writer(store, places)
-        for begin in range(0, len(ids), READ_AHEAD):
-            pending = []
-            for name in ids[begin : begin + READ_AHEAD]:
-                place = places.get(name)
-                if place and place.file in damaged:
-                    continue
-                directory = store.directory(name)
-                state = directory.state()
-                is_new = force or place is None or place.file in lacking
-                skipped = _reason_to_skip(tables, directory, state, None if is_new else place)
-                if skipped:
-                    yield skipped
-                else:
-                    pending.append((directory, state))
-            for directory, _ in pending:
-                directory.read_ahead()
-            for directory, state in pending:
-                try:
-                    one = measured(directory, strict=strict, mixed=mixed, state=state)
-                except ResultsError as error:
-                    yield Outcome("failed", str(error))
-                else:
-                    yield from writer.add(directory, state, one)
+        files = {locations[name].file for name in ids if name in locations}
+        yield from [Aggregated("failed", damaged[file]) for file in sorted(files & damaged.keys())]
+        writer = _Writer(store, locations)
+        for name in _with_neighbours(store, ids, locations, files & (lacking.keys() - damaged.keys())):
+            at = locations.get(name)
+            if at and at.file in damaged:
+                continue
+            directory = store.directory(name)
+            state = directory.state()
+            is_new = force or at is None or at.file in lacking
+            if skipped := _reason_to_skip(tables, directory, state, None if is_new else at):
+                yield skipped
+                continue
+            try:
+                one = measured(directory, strict=strict, mixed=mixed, state=state)
+            except ResultsError as error:
+                yield Aggregated("failed", str(error))
+            else:
+                yield from writer.add(directory, state, one)
         yield from writer.write()
 
 
-def _files_of(ids: Sequence[str], places: Mapping[str, Place]) -> set[str]:
-    return {places[name].file for name in ids if name in places}
-
-
-def _with_neighbours(store: Store, ids: Sequence[str], places: Mapping[str, Place], gone: Set[str]) -> Sequence[str]:
-    """Return ids, and those whose rows lie in one file with theirs of which a part is gone: all are made anew."""
-    wanted = _files_of(ids, places) & gone
-    if not wanted:
+def _with_neighbours(
+    store: Store, ids: Sequence[str], locations: Mapping[str, RowLocation], lacking: Set[str]
+) -> Sequence[str]:
+    """Return the ids, and those of the other experiments in files of which other tables' rows are gone."""
+    if not lacking:
         return ids
-    there = set(store.ids())
-    known = set(ids)
-    return [*ids, *(name for name, at in places.items() if at.file in wanted and name in there and name not in known)]
+    there, known = set(store.ids()), set(ids)
+    return [*ids, *(name for name, at in locations.items() if at.file in lacking and name in there - known)]
 
 
 class _Writer:
-    """Writes the rows of several experiments, then says in their states that they have them.
+    """Writes the rows of several experiments, then records in their directories that they have them.
 
     Records become Arrow tables in small groups, so that they do not leave the processor's cache, and few files are
     written, as each costs some milliseconds.
     """
 
-    def __init__(self, store: Store, places: Mapping[str, Place]) -> None:
-        self._store, self._places = store, places
+    def __init__(self, store: Store, locations: Mapping[str, RowLocation]) -> None:
+        self._store, self._locations = store, locations
         self._read: list[tuple[ExperimentDir, State, Measured]] = []
         self._made: list[tuple[ExperimentDir, State, str]] = []
-        self._failed: list[Outcome] = []
-        self._batch = Batch(places)
+        self._failed: list[Aggregated] = []
+        self._new = NewRows(locations)
         self._requests = self._cycles = 0
 
-    def add(self, directory: ExperimentDir, state: State, one: Measured) -> list[Outcome]:
+    def add(self, directory: ExperimentDir, state: State, one: Measured) -> list[Aggregated]:
         """Add an experiment; returns what became of all that have been written meanwhile."""
         self._read.append((directory, state, one))
         self._requests += sum([len(cycle.requests) for cycle in one.cycles])
         self._cycles += len(one.cycles)
         if self._cycles >= READ_TOGETHER or self._requests >= REQUESTS_TOGETHER:
             self._make()
-        return self.write() if len(self._made) >= TOGETHER or self._requests >= REQUESTS_TOGETHER else []
+        return self.write() if len(self._made) >= WRITTEN_TOGETHER or self._requests >= REQUESTS_TOGETHER else []
 
     def _make(self) -> None:
-        """Make rows of what has been read."""
+        """Compute the rows of what has been read."""
         try:
             self._add_rows(self._read)
-        except OverflowError:  # a number that no column holds, as of a file that was changed by hand
-            for one in self._read:  # the others are not to suffer from one of them
+        except OverflowError:  # a number too large for a column, as in a file that was edited by hand
+            for one in self._read:  # one by one, so that only the experiment at fault fails
                 try:
                     self._add_rows([one])
                 except OverflowError as error:
-                    self._failed.append(Outcome("failed", _beyond(one[0], error)))
+                    self._failed.append(Aggregated("failed", _beyond(one[0], error)))
         self._read, self._cycles = [], 0
 
     def _add_rows(self, read: Sequence[tuple[ExperimentDir, State, Measured]]) -> None:
-        statuses = self._batch.add([one for *_, one in read])
+        statuses = self._new.add([one for *_, one in read])
         self._made += [(directory, state, text) for (directory, state, _), text in zip(read, statuses, strict=True)]
 
-    def write(self) -> list[Outcome]:
+    def write(self) -> list[Aggregated]:
         """Write what has been added, and return what became of it."""
         self._make()
         failed, self._failed = self._failed, []
         if not self._made:
             return failed
-        Tables(self._store).write(self._batch)
+        Tables(self._store).write(self._new)
         complete = [(at, state) for at, state, status in self._made if state.status == status == "completed"]
         _mark_aggregated(self._store, complete)
-        written = [Outcome("written", f"{directory.id}: {status}") for directory, _, status in self._made]
-        self._batch, self._made, self._requests = Batch(self._places), [], 0
+        written = [Aggregated("written", f"{directory.id}: {status}") for directory, _, status in self._made]
+        self._new, self._made, self._requests = NewRows(self._locations), [], 0
         return [*failed, *written]
 
 
 def _beyond(directory: ExperimentDir, error: OverflowError) -> str:
-    """Return what is to be said of a number that no column holds."""
-    return f"{directory.path} holds a number that no table takes: {error}."
+    return f"{directory.path} holds a number that is too large for the tables: {error}."
 
 
-def _reason_to_skip(tables: Tables, directory: ExperimentDir, state: State, place: Place | None) -> Outcome | None:
+def _reason_to_skip(
+    tables: Tables, directory: ExperimentDir, state: State, at: RowLocation | None
+) -> Aggregated | None:
     """Return why an experiment is left alone, or None."""
     if state.status == "running":
-        return Outcome("skipped", f"{directory.id} is running, as process {state.pid} on {state.host}: left alone.")
+        return Aggregated("skipped", f"{directory.id} is running, as process {state.pid} on {state.host}: left alone.")
     if state.pid is not None and directory.is_held():
-        return Outcome("skipped", f"{directory.id}: processes of it are still ending: left alone.")
-    if not state.attempt and not place:
-        return Outcome("skipped", f"{directory.id} has not been run: left alone.")
-    if place and is_fresh(tables, directory.id, place, state):
+        return Aggregated("skipped", f"{directory.id}: its processes are still ending: left alone.")
+    if not state.attempt and not at:
+        return Aggregated("skipped", f"{directory.id} has not been run: left alone.")
+    if at and is_fresh(tables, directory.id, at, state):
         if state.status == "completed":
             directory.mark_aggregated(state.now("aggregated"))
-        return Outcome("fresh", f"{directory.id} has its row already.")
+        return Aggregated("fresh", f"{directory.id} already has its row.")
     return None
 
 
-def is_fresh(tables: Tables, experiment_id: str, place: Place, state: State) -> bool:
-    """Tell whether an experiment's row holds its last attempt; nothing is run any more once it is aggregated.
+def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) -> bool:
+    """Return whether an experiment's row holds its last attempt; an aggregated one has no further attempts.
 
-    The row of a completed experiment that is not complete was made while files of it were missing.
+    If a completed experiment's row is not complete, files were missing when it was computed.
     """
     if state.status == "aggregated" or not state.attempt:
         return True
-    if place.resumed is None:
-        row = tables.row(experiment_id, place)
-        place = Place(place.file, row.resumed, row.status)
-    return place.resumed == state.attempt - 1 and not (state.status == "completed" and place.status != "completed")
+    if at.resumed is None:
+        row = tables.row(experiment_id, at)
+        at = RowLocation(at.file, row.resumed, row.status)
+    return at.resumed == state.attempt - 1 and not (state.status == "completed" and at.status != "completed")
 
 
 def _mark_aggregated(store: Store, completed: Sequence[tuple[ExperimentDir, State]]) -> None:
-    """Say of completed experiments that they have their rows.
+    """Record that completed experiments have their rows.
 
-    Of many that is one file, linked into each directory: it says the same in all of them, and writing each to the disk
-    would take longer than all the rest.
+    For many experiments that is one file, linked into each directory: writing it to the disk for each would take
+    longer than everything else.
     """
     for attempt in sorted({state.attempt for _, state in completed}):
         source = store.root / "raw" / f".aggregated_a{attempt}"

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from lem.errors import ResultsError, RunError, did_you_mean
 from lem.record import DeviceState, Environment
 from lem.results import show
-from lem.results.aggregate import Outcome, aggregate_all, is_fresh, read
+from lem.results.aggregate import Aggregated, aggregate_all, is_fresh, read
 from lem.results.codec import to_json, to_plain
 from lem.results.directory import ExperimentDir
 from lem.results.plan import FINISHED, State
 from lem.results.rows import Rows
 from lem.results.schema import CycleRow, ExperimentRow
-from lem.results.show import ESTIMATE, NOT_MEASURED, STATUS_STYLE, WIDE, console, print_table
-from lem.results.store import Store, age, default_root
+from lem.results.show import NOT_MEASURED, STATUS_STYLE, WIDE, console, marked, print_table, say_estimates
+from lem.results.store import Store, age, default_root, resume_command
 from lem.results.tables import Tables
 from lem.units import plain, quantity
 
@@ -34,20 +34,10 @@ def store_at(results_dir: Path | None) -> Store:
     return Store(results_dir or default_root())
 
 
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Leave out the search for cycles: rows and records form none, and of thousands it takes longer than reading."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 # ------------------------------------------------------------------ list
 @dataclass(frozen=True)
 class Selection:
-    """Which experiments are to be listed, and in which order."""
+    """Which experiments to list, and in which order."""
 
     status: str | None = None
     model: str | None = None
@@ -61,27 +51,27 @@ class Selection:
     def __post_init__(self) -> None:
         if self.status is not None and self.status not in STATUSES:
             known = ", ".join(STATUSES)
-            raise ResultsError(f"--status: '{self.status}' is none of {known}.{did_you_mean(self.status, STATUSES)}")
-        if self.sort is not None and self.sort not in ExperimentRow.__dataclass_fields__:
-            close = did_you_mean(self.sort, ExperimentRow.__dataclass_fields__)
-            raise ResultsError(f"--sort: there is no column '{self.sort}'.{close} docs/reference/results.md has them.")
+            raise ResultsError(f"--status: '{self.status}' is not one of {known}.{did_you_mean(self.status, STATUSES)}")
+        if self.sort is not None and self.sort not in ExperimentRow.__struct_fields__:
+            close = did_you_mean(self.sort, ExperimentRow.__struct_fields__)
+            raise ResultsError(f"--sort: no column '{self.sort}'.{close} docs/reference/results.md lists them.")
         self._first_id()
 
     def _first_id(self) -> str:
-        """Return the id that an experiment would have that was begun at --since; ids sort by time."""
+        """Return the id of an experiment begun at --since; ids sort by time."""
         if self.since is None:
             return ""
         try:
             since = datetime.fromisoformat(self.since)
         except ValueError:
-            text = f"--since: '{self.since}' is no date; write 2026-01-31, or 2026-01-31T10:00."
+            text = f"--since: '{self.since}' is not a date; write 2026-01-31 or 2026-01-31T10:00."
             raise ResultsError(text) from None
         return f"exp_{since.astimezone() if since.tzinfo else since:%Y%m%d_%H%M%S}"
 
-    def of(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return the entries that are wanted, in order."""
+    def of(self, listed: Iterable[Listed]) -> list[Listed]:
+        """Return the experiments to list, in order."""
         first = self._first_id()
-        chosen = [e for e in entries if e.experiment_id >= first and self._fits(e)]
+        chosen = [one for one in listed if one.experiment_id >= first and self._fits(one)]
         if self.last is not None:
             chosen = chosen[max(0, len(chosen) - self.last) :]
         if self.sort is not None:
@@ -90,88 +80,86 @@ class Selection:
             chosen.reverse()
         return chosen
 
-    def _fits(self, entry: Entry) -> bool:
-        pairs = ((self.model, entry.model), (self.backend, entry.backend), (self.dataset, entry.dataset))
+    def _fits(self, one: Listed) -> bool:
+        pairs = ((self.model, one.model), (self.backend, one.backend), (self.dataset, one.dataset))
         within = all(wanted is None or wanted.lower() in text.lower() for wanted, text in pairs)
-        return within and self.status in (None, entry.status)
+        return within and self.status in (None, one.status)
 
 
-def _sorted(entries: Sequence[Entry], column: str, reverse: bool) -> list[Entry]:
-    """Sort by a column of the rows; what has no value comes last, either way."""
-    known = [entry for entry in entries if entry.row and getattr(entry.row, column) is not None]
-    others = [entry for entry in entries if not entry.row or getattr(entry.row, column) is None]
-    return sorted(known, key=lambda entry: getattr(entry.row, column), reverse=reverse) + others
+def _sorted(listed: Sequence[Listed], column: str, reverse: bool) -> list[Listed]:
+    """Sort by a column of the rows; experiments without a value come last, either way."""
+    known = [one for one in listed if one.row and getattr(one.row, column) is not None]
+    others = [one for one in listed if not one.row or getattr(one.row, column) is None]
+    return sorted(known, key=lambda one: getattr(one.row, column), reverse=reverse) + others
 
 
 def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
     """Print a line for each experiment that has a row, and with `everything` for the others too."""
-    with _no_collector():
-        damaged = _list(store, selection, everything or selection.status is not None, as_json)
+    damaged = _list(store, selection, everything or selection.status is not None, as_json)
     for problem in damaged:
         show.console(stderr=True).print(problem, markup=False, style="red")
     return 1 if damaged else 0
 
 
 def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
-    """Print the list; return what could not be read."""
+    """Print the list; return a sentence for each file that could not be read."""
     of_table = dict.fromkeys((*COLUMNS, *([selection.sort] if selection.sort else [])))
     rows, damaged = Tables(store).rows(None if as_json else list(of_table))
     ids = store.ids()
     raw, with_row = set(ids), {row.experiment_id for row in rows}
-    entries = [_with_row(store, row, row.experiment_id in raw) for row in rows]
+    listed = [_with_row(store, row, row.experiment_id in raw) for row in rows]
     if everything:
-        entries += [_without_row(store.directory(name)) for name in ids if name not in with_row]
-    chosen = selection.of(sorted(entries, key=lambda entry: age(entry.experiment_id)))
+        listed += [_without_row(store.directory(name)) for name in ids if name not in with_row]
+    chosen = selection.of(sorted(listed, key=lambda one: age(one.experiment_id)))
     if as_json:
         _print_json(chosen)
     elif chosen:
-        show_entries(chosen)
-    elif ids and not entries:
-        print(f"No experiment in {store.root} has a row; --all shows those without one.")
+        show_list(chosen)
+    elif ids and not listed:
+        print(f"No experiment in {store.root} has a row; --all lists those without one.")
     else:
-        print(f"No {'such ' if entries else ''}experiments in {store.root}.")
+        print(f"No {'such ' if listed else ''}experiments in {store.root}.")
     return damaged
 
 
-def _print_json(entries: Sequence[Entry]) -> None:
+def _print_json(listed: Sequence[Listed]) -> None:
     """Print a JSON list with a line for each experiment: thousands as one text would take a gigabyte."""
     print("[")
-    for i, entry in enumerate(entries, start=1):
-        print(show.as_json(_plain(entry), indent=None) + ("," if i < len(entries) else ""))
+    for i, one in enumerate(listed, start=1):
+        print(show.as_json(_plain(one), indent=None) + ("," if i < len(listed) else ""))
     print("]")
 
 
-def _with_row(store: Store, row: ExperimentRow, has_files: bool) -> Entry:
-    entry = Entry(row.experiment_id, row.status, row.model, row.backend, row.dataset, row, row.error)
+def _with_row(store: Store, row: ExperimentRow, has_files: bool) -> Listed:
+    listed = Listed(row.experiment_id, row.status, row.model, row.backend, row.dataset, row, row.error)
     if row.status == "completed" or not has_files:
-        return entry
-    # Since its row was written it may have been resumed.
+        return listed
+    # It may have been resumed since its row was written.
     state = store.directory(row.experiment_id).state()
-    return replace(entry, status="running", detail=_where(state)) if state.status == "running" else entry
+    return replace(listed, status="running", detail=_where(state)) if state.status == "running" else listed
 
 
-def _without_row(directory: ExperimentDir) -> Entry:
+def _without_row(directory: ExperimentDir) -> Listed:
     state = directory.state()
-    detail = _where(state) if state.status == "running" else state.error
+    status, detail = ("running", _where(state)) if state.status == "running" else (state.status, state.error)
     if state.status in FINISHED:
-        state, detail = replace(state, status="completed"), f"lem aggregate {directory.id} makes its row"
+        status, detail = "completed", f"lem aggregate {directory.id} writes its row"
     try:
         wanted = directory.plan().experiment
     except ResultsError as error:
-        return Entry(directory.id, state.status, "", "", "", detail=str(error))
-    names = wanted.model or "", wanted.backend.name, wanted.dataset.name
-    return Entry(directory.id, state.status, *names, detail=detail)
+        return Listed(directory.id, status, "", "", "", detail=str(error))
+    return Listed(directory.id, status, wanted.model or "", wanted.backend.name, wanted.dataset.name, detail=detail)
 
 
 def _where(state: State) -> str:
-    return f"runs as process {state.pid} on {state.host}"
+    return f"is running as process {state.pid} on {state.host}"
 
 
-def _plain(entry: Entry) -> dict[str, Any]:
-    if entry.row is not None:
-        return show.row_dict(entry.row) | {"status": entry.status}
-    known = {name: value for name, value in vars(entry).items() if name not in ("row", "detail")}
-    return known | {"error": entry.detail if entry.status in ("failed", "interrupted") else None}
+def _plain(one: Listed) -> dict[str, Any]:
+    if one.row is not None:
+        return show.row_dict(one.row) | {"status": one.status}
+    known = {name: value for name, value in asdict(one).items() if name not in ("row", "detail")}
+    return known | {"error": one.detail if one.status in ("failed", "interrupted") else None}
 
 
 # ------------------------------------------------------------------ show
@@ -193,43 +181,43 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
     _show_state(store, directory, state, has_row=bool(rows))
     if environment:
         if around is None:
-            raise ResultsError(f"{directory.id} has no record that tells its environment.")
+            raise ResultsError(f"{directory.id} has no record of its environment.")
         show_environment(around)
     return 0
 
 
 def _find(store: Store, text: str) -> ExperimentDir:
-    """Find an experiment by its raw files, or where those have been removed by its row."""
+    """Find an experiment by its raw files or, where those have been removed, by its row."""
     try:
         return store.find(text)
     except ResultsError:
-        names = [name for name in Tables(store).places() if name.startswith(text)]
+        names = [name for name in Tables(store).locations() if name.startswith(text)]
         if len(names) != 1:
             raise
         return store.directory(names[0])
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return the rows in the tables, or where those are missing or old what the records give, if there are any."""
+    """Return the rows in the tables or, where those are missing or old, computed from the records; None without any."""
     tables = Tables(store)
-    place = tables.place(directory.id)
-    if place and (not directory.path.is_dir() or is_fresh(tables, directory.id, place, state)):
-        return Rows(tables.row(directory.id, place), tables.cycles(directory.id, place), [])
+    at = tables.location(directory.id)
+    if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
+        return Rows(tables.row(directory.id, at), tables.cycles(directory.id, at), [])
     if not directory.records():
         return None
     rows = read(directory, strict=False, mixed=True, state=state)
     return _at_work(rows) if state.status == "running" else rows
 
 
-# What an unfinished journal looks like, which is no fault while it is being written.
+# Warnings about an unfinished journal, which do not apply while it is still being written.
 OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window")
 
 
 def _at_work(rows: Rows) -> Rows:
-    """Return the rows of an experiment that is running: what is not finished is neither broken off nor cut."""
+    """Return the rows of an experiment that is running: an unfinished cycle is running, not interrupted."""
     warnings = [text for text in rows.row.warnings if text.partition(":")[0] not in OF_A_JOURNAL]
-    row = replace(rows.row, status="running", error=None, warnings=warnings)
-    cycles = [c if c.status == "completed" else replace(c, status="running") for c in rows.cycles]
+    row = structs.replace(rows.row, status="running", error=None, warnings=warnings)
+    cycles = [c if c.status == "completed" else structs.replace(c, status="running") for c in rows.cycles]
     return Rows(row, cycles, rows.requests)
 
 
@@ -243,16 +231,14 @@ def _as_plain(
 ) -> dict[str, Any]:
     row = show.row_dict(rows.row) if rows else {"experiment_id": directory.id, "status": state.status}
     return row | {
-        "cycles": [vars(cycle) for cycle in rows.cycles] if rows else [],
+        "cycles": [show.columns_of(cycle) for cycle in rows.cycles] if rows else [],
         "state": to_plain(state) if directory.path.is_dir() else None,
         "environment": to_plain(environment) if environment else None,
     }
 
 
 def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
-    """Say where an experiment stands that is not simply done, and how to go on."""
-    from lem.results.store import resume_command
-
+    """Print the state of an experiment that is not done, and how to continue."""
     if not directory.path.is_dir() or (state.status in FINISHED and has_row):
         return
     if has_row:
@@ -263,7 +249,7 @@ def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row
     if state.error and not has_row:
         print(state.error)
     if state.status not in ("running", *FINISHED):
-        print(f"To go on: {resume_command(store, directory)}")
+        print(f"To continue: {resume_command(store, directory)}")
 
 
 def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
@@ -285,44 +271,38 @@ def aggregate_experiments(
         raise ResultsError("Name one experiment, or give --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]
     try:
-        with _no_collector():
-            outcomes = aggregate_all(store, ids, strict=strict, force=force, mixed=mixed)
-            kinds = Counter(_tell(outcome, everything) for outcome in outcomes)
+        found = aggregate_all(store, ids, strict=strict, force=force, mixed=mixed)
+        kinds = Counter(_report(one, everything) for one in found)
     except OSError as error:
         raise RunError(
-            f"The tables in {store.root} cannot be written ({error.strerror or error}); what was measured is kept in "
-            "raw/. Make room, or make it writable, then run lem aggregate --all."
+            f"The tables in {store.root} cannot be written ({error.strerror or error}); the measurements are kept in "
+            "raw/. Free space or make it writable, then run lem aggregate --all."
         ) from None
     if everything and kinds["fresh"]:
-        print(f"Left alone, for their rows are there already: {kinds['fresh']}.")
+        print(f"Left alone, since they already have their rows: {kinds['fresh']}.")
     if not ids:
         print(f"No experiments in {store.root}.")
     return 1 if kinds["failed"] or (kinds["skipped"] and not everything) else 0
 
 
-def _tell(outcome: Outcome, everything: bool) -> str:
-    """Print what became of an experiment; of many, nothing where nothing was to be done."""
-    if outcome.kind == "failed" or (outcome.kind == "skipped" and not everything):
-        show.console(stderr=True).print(outcome.text, markup=False, style="red")
-    elif not (outcome.kind == "fresh" and everything):
-        print(outcome.text)
-    return outcome.kind
+def _report(one: Aggregated, everything: bool) -> str:
+    """Print what became of an experiment; with `everything`, not those that were left alone. Return its kind."""
+    if one.kind == "failed" or (one.kind == "skipped" and not everything):
+        show.console(stderr=True).print(one.text, markup=False, style="red")
+    elif not (one.kind == "fresh" and everything):
+        print(one.text)
+    return one.kind
 
 
-# From here on a table is printed line by line: laying it out for a terminal takes longer than all the rest.
+# ------------------------------------------------------------------ tables for people
+# A table of this many lines is printed line by line: laying it out for a terminal takes longer than everything else.
 MANY = 500
-
-
 NARROW_HEADERS = ("experiment", "status", "model", "tokens/s", "energy", "per token")
-
-
 WIDE_HEADERS = (
     "experiment", "status", "model, backend, dataset, batching", "requests", "cycles", "of", "tokens/s", "energy",
     "per token",
 )  # fmt: skip
-
-
-# The columns of rows that a list is made from.
+# The columns that a list shows.
 COLUMNS = (
     "experiment_id", "status", "error", "model", "random_weights", "backend", "dataset", "batching_strategy",
     "batch_size", "requests_completed", "requests_planned", "cycles_completed", "cycles_planned", "energy_source",
@@ -330,14 +310,12 @@ COLUMNS = (
     *(f"{stem}{part}{unit}" for stem, unit in (("output_tokens_per_s", ""), ("energy", "_j"),
       ("energy_per_output_token", "_j")) for part in ("", "_ci95_low", "_ci95_high")),
 )  # fmt: skip
-
-
 NUMBERS = frozenset({"requests", "cycles", "of", "tokens/s", "energy", "per token", "duration", "latency", "attempts"})
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An experiment in a list: where it stands, what it runs, and its row if it has one."""
+class Listed:
+    """An experiment in a list: its status, what it runs, and its row if it has one."""
 
     experiment_id: str
     status: str
@@ -348,36 +326,34 @@ class Entry:
     detail: str | None = None
 
 
-def show_entries(entries: Sequence[Entry]) -> None:
-    """Print a line for each experiment, then what there is to say about some of them."""
+def show_list(listed: Sequence[Listed]) -> None:
+    """Print a line for each experiment, then the details of some."""
     wide = console().width >= WIDE
-    headers = WIDE_HEADERS if wide else NARROW_HEADERS
-    _print([*headers], [_cells(entry, wide) for entry in entries])
-    if any(entry.row and entry.row.energy_source == "estimate" for entry in entries):
-        print(f"{ESTIMATE} an estimate, not a measurement")
-    if any(entry.row and entry.row.cycles_completed > 1 for entry in entries):
+    _print([*(WIDE_HEADERS if wide else NARROW_HEADERS)], [_cells(one, wide) for one in listed])
+    say_estimates(one.row for one in listed if one.row)
+    if any(one.row and one.row.cycles_completed > 1 for one in listed):
         print("± half of the 95 % interval over the cycles")
-    for entry in entries:
-        if entry.detail:
-            print(f"{entry.experiment_id}: {entry.detail}")
+    for one in listed:
+        if one.detail:
+            print(f"{one.experiment_id}: {one.detail}")
 
 
-def _cells(entry: Entry, wide: bool) -> list[str]:
-    row = entry.row
-    model = f"{entry.model} (random)" if row and row.random_weights else entry.model
+def _cells(one: Listed, wide: bool) -> list[str]:
+    row = one.row
+    model = f"{one.model} (random)" if row and row.random_weights else one.model
     if row is None:
-        what = f"{model} {entry.backend} {entry.dataset}" if wide else model
-        return [entry.experiment_id, entry.status, what, *[""] * (6 if wide else 3)]
+        what = f"{model} {one.backend} {one.dataset}" if wide else model
+        return [one.experiment_id, one.status, what, *[""] * (6 if wide else 3)]
     speed = _with_interval(row, "output_tokens_per_s", "", plain)
     energies = ("energy", "energy_per_output_token")
-    energy, per_token = (_marked(row, _with_interval(row, stem, "_j", _joules, wide)) for stem in energies)
+    energy, per_token = (marked(row, _with_interval(row, stem, "_j", _joules, wide)) for stem in energies)
     if not wide:
-        return [entry.experiment_id, entry.status, model, speed, energy, per_token]
+        return [one.experiment_id, one.status, model, speed, energy, per_token]
     what = f"{model} {row.backend} {row.dataset} {row.batching_strategy}/{row.batch_size}"
     requests = f"{row.requests_completed}/{row.requests_planned}"
     cycles = f"{row.cycles_completed}/{row.cycles_planned}"
     components = row.energy_components or NOT_MEASURED
-    return [entry.experiment_id, entry.status, what, requests, cycles, components, speed, energy, per_token]
+    return [one.experiment_id, one.status, what, requests, cycles, components, speed, energy, per_token]
 
 
 def _joules(value: float | None) -> str:
@@ -387,7 +363,7 @@ def _joules(value: float | None) -> str:
 def _with_interval(
     row: ExperimentRow, stem: str, unit: str, write: Callable[[float | None], str], wide: bool = True
 ) -> str:
-    """Write a value, with the half of its interval as a share of it where there is one and room for it."""
+    """Return a value, with half of its interval as a share of it where it has one and there is room."""
     value = getattr(row, f"{stem}{unit}")
     low, high = getattr(row, f"{stem}_ci95_low{unit}"), getattr(row, f"{stem}_ci95_high{unit}")
     if not wide or None in (value, low, high) or not value:
@@ -396,17 +372,13 @@ def _with_interval(
     return f"{write(value)} ±{share:.0f}%" if share >= 10 else f"{write(value)} ±{share:.2g}%"
 
 
-def _marked(row: ExperimentRow, text: str) -> str:
-    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text != NOT_MEASURED else text
-
-
 def _print(headers: list[str], lines: list[list[str]]) -> None:
-    """Print a table: laid out for the terminal, or where that is none or the table is long, line by line."""
+    """Print a table: laid out for a terminal, or line by line where the table is long or there is no terminal."""
     if sys.stdout.isatty() and len(lines) < MANY:
         _print_laid_out(headers, lines)
         return
     widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
-    # As a template: a step in Python for each cell would take longer than the rest.
+    # As a template: formatting each cell in Python would take longer than the rest.
     line = "  ".join(f"%{'' if h in NUMBERS else '-'}{width}s" for h, width in zip(headers, widths, strict=True))
     print("\n".join((line % tuple(cells)).rstrip() for cells in (headers, *lines)))
 

@@ -1,7 +1,7 @@
-"""Rows by columns: what is read off many objects, and what follows from other columns.
+"""Rows by columns: reading them off objects, and computing columns from other columns.
 
-What is a quotient of two columns is formed here, for cycles and for experiments, so that J = W·t, J/token =
-W/(tokens/s) and their like hold in every row. Knows no record.
+Quotients of two columns are computed here, for cycles and for experiments, so that J = W·t, J/token = W/(tokens/s)
+and the like hold in every row. Knows no record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lem.units import J_PER_KWH, J_PER_WH
 Columns = dict[str, list[Any]]
 Values = Sequence[float | None]
 
-# Below this share of the window idle time is what its edges leave open, as with a fixed concurrency.
+# A smaller share of idle time comes from the window's edges, as with a fixed concurrency.
 IDLE_LEAST_SHARE = 0.001
 
 
@@ -29,23 +29,24 @@ def of_each(objects: Iterable[Any], name: str) -> list[Any]:
 def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
     """Return the columns that follow from others.
 
-    What a broken-off run took is kept, but it belongs to no number of tokens: rates are null there.
+    Rates are null where a run was not complete: its time and energy are kept, but part of them belongs to requests
+    that were not finished.
     """
     energy_j, duration_s, tokens, requests = (
         of[name] for name in ("energy_j", "duration_s", "output_tokens", "requests_completed")
     )
-    whole_j = [value if done else None for value, done in zip(energy_j, complete, strict=True)]
-    whole_s = [value if done else None for value, done in zip(duration_s, complete, strict=True)]
+    complete_j = [value if done else None for value, done in zip(energy_j, complete, strict=True)]
+    complete_s = [value if done else None for value, done in zip(duration_s, complete, strict=True)]
     all_tokens = [one + other for one, other in zip(of["input_tokens"], tokens, strict=True)]
-    flops_per_s = ratios(of["flops"], whole_s)
+    flops_per_s = ratios(of["flops"], complete_s)
     energy_kwh = [None if value is None else value / J_PER_KWH for value in energy_j]
     return {
-        "output_tokens_per_s": ratios(tokens, whole_s),
-        "requests_per_s": ratios(requests, whole_s),
+        "output_tokens_per_s": ratios(tokens, complete_s),
+        "requests_per_s": ratios(requests, complete_s),
         "energy_wh": [None if value is None else value / J_PER_WH for value in energy_j],
         "average_power_w": ratios(energy_j, duration_s),
-        "energy_per_output_token_j": ratios(whole_j, tokens),
-        "energy_per_request_j": ratios(whole_j, requests),
+        "energy_per_output_token_j": ratios(complete_j, tokens),
+        "energy_per_request_j": ratios(complete_j, requests),
         "energy_idle_adjusted_j": _differences(energy_j, _products(of["idle_power_loaded_w"], duration_s)),
         "co2e_g": _products(energy_kwh, of["carbon_intensity_g_per_kwh"]),
         "decode_duration_s": _differences(
@@ -62,7 +63,7 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
 
 
 def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:
-    """Return how long no request was there: 0 where all were there from the beginning, or the window is not known."""
+    """Return how long there was no request: 0 without a queue, or where the window is not known."""
     return [max(share or 0.0, 0.0) * (duration or 0.0) for share, duration in zip(shares, durations_s, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The row of an experiment from those of its cycles: means, and how far the cycles are apart.
+"""The row of an experiment from those of its cycles: means, and the spread over the cycles.
 
 Knows columns only.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from itertools import accumulate
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from lem import warning_codes
 from lem.record import Status
 from lem.results.columns import Columns, of_each, quotients
-from lem.results.merging import joined, once_each, told, total
+from lem.results.merging import as_text, joined, once_each, total
+from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import summarise
 
@@ -25,22 +25,15 @@ SPREADS = {
     "latency_mean_s": ("latency_mean", "_s"),
     "energy_per_output_token_j": ("energy_per_output_token", "_j"),
 }
-# Of these the largest counts.
+# Of these an experiment has the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
-# What says how a number was had: where cycles differ in it, all of it is said.
+# Columns that say how a number came about: where cycles differ in one, all values are listed.
 LABELS = re.compile(r".*_(source|scope|components|method)")
 
-
-def _columns_of(*types: type) -> list[str]:
-    hints = get_type_hints(ExperimentRow)
-    return [name for name, hint in hints.items() if set(types) & {hint, *get_args(hint)}]
-
-
+_TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
 # Every number is averaged over the cycles, so that no column can be forgotten; what is the same in all stays so.
-MEANS = [name for name in _columns_of(int, float) if name not in MAXIMA]
-_WHOLE = frozenset(_columns_of(int))
-_TOLD = [name for name in _columns_of(str) if LABELS.fullmatch(name)]
-_COLUMNS = frozenset(f.name for f in fields(ExperimentRow))
+MEANS = [name for name, of in _TYPES.items() if of in (int, float) and name not in MAXIMA]
+_LABELS = [name for name, of in _TYPES.items() if of is str and LABELS.fullmatch(name)]
 
 
 def experiment_columns(
@@ -56,16 +49,16 @@ def experiment_columns(
     """
     spans = _spans(measured)
     finished = [_completed(span, of_cycles["status"]) for span in spans]
-    columns = _chosen([(done or span)[0] for done, span in zip(finished, spans, strict=True)], of_cycles)
+    made = _chosen([(done or span)[0] for done, span in zip(finished, spans, strict=True)], of_cycles)
     several = {place: done for place, done in enumerate(finished) if len(done) > 1}
     if several:
         for name, values in _averaged(list(several.values()), of_cycles).items():
             for place, value in zip(several, values, strict=True):
-                columns[name][place] = value
+                made[name][place] = value
     completed = list(map(len, finished))
     complete = [one == other for one, other in zip(planned, completed, strict=True)]
     statuses, errors = of_cycles["status"], of_cycles["error"]
-    columns |= {
+    return made | {
         "status": [
             "completed" if done else _worst([statuses[i] for i in span])
             for done, span in zip(complete, spans, strict=True)
@@ -78,25 +71,24 @@ def experiment_columns(
         "cycles_planned": list(planned),
         "cycles_completed": completed,
         "resumed": list(resumed),
+        "warnings": [
+            [
+                *once_each([of_cycles["warnings"][i] for i in span], "cycle"),
+                *map(as_text, warning_codes.of_experiment(cycles, times)),
+            ]
+            for span, cycles, times in zip(spans, completed, resumed, strict=True)
+        ],
     }
-    columns["warnings"] = [
-        [
-            *once_each([of_cycles["warnings"][i] for i in span], "cycle"),
-            *map(told, warning_codes.of_experiment(cycles, times)),
-        ]
-        for span, cycles, times in zip(spans, completed, resumed, strict=True)
-    ]
-    return columns
 
 
 def _spans(counts: Sequence[int]) -> list[range]:
-    """Return where each experiment's cycles lie among all."""
+    """Return the places of each experiment's cycles among all."""
     ends = list(accumulate(counts))
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 def _completed(span: range, statuses: Sequence[Status]) -> Sequence[int]:
-    """Return the places in a span that say "completed"."""
+    """Return the places of a span's completed cycles."""
     if statuses[span.start : span.stop].count("completed") == len(span):
         return span
     return [i for i in span if statuses[i] == "completed"]
@@ -109,11 +101,11 @@ def _at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
     return [values[i] for i in places]
 
 
-def _chosen(places: Sequence[int], columns: Columns) -> Columns:
+def _chosen(places: Sequence[int], of_cycles: Columns) -> Columns:
     """Return columns with the values at some places only; the same lists where those are all places."""
-    if len(places) == len(columns["status"]):
-        return dict(columns)
-    return {name: _at(places, values) for name, values in columns.items()}
+    if len(places) == len(of_cycles["status"]):
+        return dict(of_cycles)
+    return {name: _at(places, values) for name, values in of_cycles.items()}
 
 
 def _worst(statuses: Sequence[Status]) -> Status:
@@ -123,21 +115,21 @@ def _worst(statuses: Sequence[Status]) -> Status:
 def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
     """Return what several cycles give: means, quotients of the means, and the spread of the cycles' own values."""
 
-    def over(names: Iterable[str], summed_up: Callable[[Sequence[Any]], Any]) -> Columns:
-        return {name: _of_groups(summed_up, groups, of_cycles[name]) for name in names}
+    def over(some: Iterable[str], summed_up: Callable[[Sequence[Any]], Any]) -> Columns:
+        return {name: _of_groups(summed_up, groups, of_cycles[name]) for name in some}
 
-    columns = over(MEANS, _mean)
-    columns |= quotients(columns, [True] * len(groups))
-    columns |= over(MAXIMA, _largest) | over(_TOLD, lambda values: joined(filter(None, values)) or None)
-    for name in _WHOLE & columns.keys():
-        columns[name] = [None if value is None else round(value) for value in columns[name]]
-    return columns | _spreads(groups, of_cycles)
+    made = over(MEANS, _mean)
+    made |= quotients(made, [True] * len(groups))
+    made |= over(MAXIMA, _largest) | over(_LABELS, lambda values: joined(filter(None, values)) or None)
+    for name in (name for name in made if _TYPES[name] is int):
+        made[name] = [None if value is None else round(value) for value in made[name]]
+    return made | _spreads(groups, of_cycles)
 
 
 def _of_groups(
     summed_up: Callable[[Sequence[Any]], Any], groups: Sequence[Sequence[int]], values: Sequence[Any]
 ) -> list[Any]:
-    """Return what the values of each group give, which is one thing where all are the same, as where there are none."""
+    """Return one value for each group of values; where all values are the same, as where all are None, only once."""
     if values[0] == values[-1] and values.count(values[0]) == len(values):
         return [summed_up(values[:1])] * len(groups)
     return [summed_up(_at(group, values)) for group in groups]
@@ -146,8 +138,8 @@ def _of_groups(
 def _mean(values: Sequence[float | None]) -> float | None:
     if values.count(values[0]) == len(values):
         return values[0]
-    whole = total(values)
-    return None if whole is None else whole / len(values)
+    of_all = total(values)
+    return None if of_all is None else of_all / len(values)
 
 
 def _largest(values: Sequence[int | None]) -> int | None:
@@ -162,4 +154,4 @@ def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
         for part in ("mean", "sd", "ci95_low", "ci95_high"):
             spreads[f"{stem}_{part}{unit}"] = of_each(found, part)
         spreads[f"{stem}_cv"] = of_each(found, "cv")
-    return {name: values for name, values in spreads.items() if name in _COLUMNS}
+    return {name: values for name, values in spreads.items() if name in _TYPES}

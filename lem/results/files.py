@@ -54,7 +54,7 @@ class replacing:  # noqa: N801 - reads as a statement
         log.debug("wrote %s", self._path)
 
 
-def _remove_if_abandoned(scratch: Path) -> None:
+def remove_if_abandoned(scratch: Path) -> None:
     """Remove a scratch file whose writer was killed; a living one holds a lock on it."""
     with suppress(OSError), scratch.open("rb") as file:
         if time.time() - scratch.stat().st_mtime > ABANDONED_S:

@@ -1,41 +1,36 @@
 """What a worker has finished, written down as it goes, so that a run that is killed loses nothing.
 
 A journal is a file of JSON lines for one process and one attempt, appended to after each batch. It has two kinds of
-lines: `{"record": …}` where a measured window opens, with what is known of the process until then; and
-`{"done": [rows], "duration_s": …}` after each batch, now and then with the energy of the window up to there. A line
-without its end was being written when the process died, and counts for nothing. Knows no engine and no meter.
+lines: `{"record": …}` where a measured window opens, with what is known of the process by then; and
+`{"done": [rows], "duration_s": …}` after each batch, now and then with the energy of the window so far. A last line
+without a line end was cut off when the process died, and is ignored. Knows no engine and no meter.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import msgspec
+from msgspec.structs import asdict, replace
 
 from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
-from lem.results.codec import BriefRow, reader, to_compact_json, with_value_errors
+from lem.results.codec import from_json
 from lem.warning_codes import warning
 
 # The type of the error of a process that could not write its record.
 DIED = "WorkerDied"
 OPENING = b'{"record":'
-# In no text of a record can this stand: its quotation marks would be escaped.
-CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     """How far the measured window had come when a batch was done.
 
-    `energy` is what the meter had read `energy_at_s` after the window's opening; None where it was not asked, or
-    cannot tell before the window closes.
+    `energy` is what the meter had read `energy_at_s` after the window's opening; None where it was not polled, or
+    cannot be read before the window closes.
     """
 
     duration_s: float
@@ -44,11 +39,29 @@ class Checkpoint:
     energy_at_s: float | None = None
 
 
+class _Done(Checkpoint, frozen=True, gc=False, kw_only=True):
+    """A batch that is done: a line of the journal. Its rows lack what all rows of a window share."""
+
+    done: list[RequestRecord]
+
+
+class _Opening(msgspec.Struct, gc=False):
+    record: ProcessRecord
+
+
+class _Cycle(msgspec.Struct, gc=False):
+    cycle: int
+
+
+class _OpeningCycle(msgspec.Struct, gc=False):
+    record: _Cycle
+
+
 @dataclass
 class Window:
-    """A measured window as a journal tells it: the record at its opening, the rows, and the last checkpoints.
+    """A measured window as a journal holds it: the record at its opening, the rows, and the last checkpoints.
 
-    Where the process's own record of the window is known, that stands here, and checkpoints are left out.
+    `closed`: the process has written its own record of the window, and `record` is that one.
     """
 
     record: ProcessRecord
@@ -57,13 +70,18 @@ class Window:
     last: Checkpoint | None = None
     metered: Checkpoint | None = None
 
-    def add(self, rows: Iterable[Any]) -> None:
-        """Add brief rows, which are told what all rows of the window share."""
+    def add(self, batch: _Done) -> None:
+        """Add a batch that is done; its rows get what all rows of the window share."""
         record = self.record
-        for row in rows:
-            row.experiment_id, row.rank = record.experiment_id, record.rank
-            row.cycle, row.attempt = record.cycle, record.attempt
-            self.rows.append(row)
+        self.rows += [
+            replace(
+                row, experiment_id=record.experiment_id, rank=record.rank, cycle=record.cycle, attempt=record.attempt
+            )
+            for row in batch.done
+        ]
+        self.last = batch
+        if batch.energy is not None:
+            self.metered = batch
 
     def salvaged(self) -> ProcessRecord:
         """Return the record of a process that could not write its own: up to the last batch that was done."""
@@ -79,22 +97,21 @@ class Window:
             input_tokens=sum(row.input_tokens for row in self.rows),
             output_tokens=sum(row.output_tokens for row in self.rows),
             flops=last.flops,
-            warnings=(*record.warnings, warning("window_cut", self._cut())),
+            warnings=(*record.warnings, warning("window_cut", self._cut(last))),
         )
 
-    def _cut(self) -> str:
-        assert self.last is not None
+    def _cut(self, last: Checkpoint) -> str:
         killed = "the process was killed, not known how long after its last finished request; its window ends with that"
         if self.metered and not self.metered.energy:
             return f"{killed}."
         known = self.metered.energy_at_s if self.metered else None
         if known is None:
             return f"{killed}, and its energy is not known."
-        return f"{killed}, its energy {self.last.duration_s - known:.3g} s before that."
+        return f"{killed}, its energy {last.duration_s - known:.3g} s before that."
 
 
 def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
-    """Return the devices that were metered before, with no energy: the meter could not tell before the end."""
+    """Return the devices that were metered before, without energy: the meter is read only when a window closes."""
     metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
     reason = "the process was killed before its window was closed"
     return tuple(replace(reading, energy_j=None, trace_energy_j=None, reason=reason) for reading in metered)
@@ -108,16 +125,16 @@ class Journal:
 
     def open_window(self, record: ProcessRecord) -> None:
         """Note that a measured window opens; `record` stands in for the process's own if that is never written."""
-        self._write(OPENING + to_compact_json(record).encode() + b"}\n")
+        self._write(OPENING + msgspec.json.encode(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
-        """Note a batch that is done. It is on its way to the disk when this returns: a kill cannot take it back."""
-        done = [{name: value for name, value in vars(row).items() if name not in COMMON} for row in rows]
-        told = {name: value for name, value in vars(checkpoint).items() if value is not None}
-        self._write(to_compact_json({"done": done} | told).encode() + b"\n")
+        """Note a batch that is done. The kernel has it when this returns: a kill cannot take it back."""
+        done = [{name: value for name, value in asdict(row).items() if name not in COMMON} for row in rows]
+        known = {name: value for name, value in asdict(checkpoint).items() if value is not None}
+        self._write(msgspec.json.encode({"done": done} | known) + b"\n")
 
     def close(self) -> None:
-        """See to it that all is on the disk."""
+        """Flush the journal to the disk and close it."""
         os.fsync(self._file)
         os.close(self._file)
 
@@ -127,69 +144,30 @@ class Journal:
 
 
 def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:
-    """Read a journal, however its writer ended; its rows are `BriefRow`s, which lack nothing.
+    """Read a journal, however its writer ended.
 
     Args:
         journal: what the file holds.
-        known: records of the same process and attempt that need not be read here once more, by cycle.
+        known: the records that the same process has written in this attempt, by cycle.
 
     Raises:
         ValueError: a line other than the last is damaged.
     """
     windows: list[Window] = []
-    begin, end = 0, journal.rfind(b"\n") + 1
-    try:
-        while begin < end:
-            if not journal.startswith(OPENING, begin):
+    for number, line in enumerate(journal.split(b"\n")[:-1], start=1):
+        try:
+            if line.startswith(OPENING):
+                windows.append(_opened(line, known))
+            elif windows:
+                windows[-1].add(from_json(_Done, line))
+            else:
                 raise ValueError("it belongs to no window")
-            line_end = journal.index(b"\n", begin)
-            window = _opened(journal[begin:line_end], known)
-            windows.append(window)
-            begin, following = line_end + 1, journal.find(b"\n" + OPENING, line_end)
-            window_end = following + 1 if following >= 0 else end
-            while begin < window_end:
-                begin = _take(journal, begin, window_end, window)
-    except ValueError as error:
-        number = journal.count(b"\n", 0, begin) + 1
-        raise ValueError(f"line {number} is damaged ({' '.join(str(error).split())[:120]})") from None
+        except ValueError as error:
+            text = " ".join(str(error).split())[:120]
+            raise ValueError(f"line {number} is damaged ({text})") from None
     return windows
 
 
 def _opened(line: bytes, known: Mapping[int, ProcessRecord]) -> Window:
-    place = CYCLE.search(line)
-    if place and (record := known.get(int(place[1]))):
-        return Window(record, closed=True)
-    return Window(reader(ProcessRecord)(line.removeprefix(OPENING)[:-1]))
-
-
-def _take(journal: bytes, begin: int, end: int, window: Window) -> int:
-    """Take the next line of a window, or all up to its end where only rows are wanted; return where it ended.
-
-    Raises:
-        ValueError: a line is damaged; those before it have been taken.
-    """
-    if window.closed:
-        with suppress(ValueError):  # line by line it is found out which one is damaged
-            window.add(row for done in _read_lines(journal[begin:end]) for row in done.done)
-            return end
-    line_end = journal.index(b"\n", begin, end)
-    line = journal[begin:line_end]
-    window.add(_read_line(line).done)
-    if not window.closed:
-        _note_checkpoint(line, window)
-    return line_end + 1
-
-
-def _note_checkpoint(line: bytes, window: Window) -> None:
-    """Keep how far the window had come; only where the process's own record is not known."""
-    window.last = reader(Checkpoint)(line)
-    if window.last.energy is not None:
-        window.metered = window.last
-
-
-class _Done(msgspec.Struct, gc=False):
-    done: list[BriefRow]  # type: ignore[valid-type]
-
-
-_done = msgspec.json.Decoder(_Done)
-_read_line, _read_lines = with_value_errors(_done.decode), with_value_errors(_done.decode_lines)
+    record = known.get(from_json(_OpeningCycle, line).record.cycle)
+    return Window(record, closed=True) if record else Window(from_json(_Opening, line).record)

@@ -1,6 +1,6 @@
-"""The attempts of one process at one cycle, put together into one record; warnings, each told once.
+"""The attempts of one process at one cycle merged into one record; warnings once each; the headline energy.
 
-Windows follow each other, energy is added up device by device, and what one attempt lacks is not known of all. Knows
+Windows follow each other, energy is summed device by device, and what one attempt lacks is unknown for all. Knows
 records only.
 """
 
@@ -10,23 +10,24 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from lem.record import CodedWarning, Component, EnergyReading, Flops, Memory, Phase, Prefill, ProcessRecord
-from lem.results.codec import changed
 
 NOT_IN_ALL = "it was not metered in every attempt at the cycle"
 
 
 # ------------------------------------------------------------------ attempts of a process at one cycle
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
-    """Put a process's attempts at one cycle together, in order: windows follow each other and never span a gap.
+    """Merge a process's attempts at one cycle, in order: windows follow each other and never span a gap.
 
-    An attempt without a window counts for nothing, but if it is the last one, its status and its error stand.
+    An attempt without a window is ignored, except that the last attempt's status and error stand.
     """
     if len(records) == 1:
         return records[0]
     counted = [r for r in records if r.phase("measured")] or [records[-1]]
     latest, ran = counted[-1], [r for r in counted if r.requests_completed]
-    return changed(
+    return replace(
         latest,
         status=records[-1].status,
         error=records[-1].error,
@@ -39,12 +40,12 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         memory=_merged_memory([r.memory for r in counted]),
         flops=_merged_flops([r.flops for r in ran]) if ran else latest.flops,
         prefill=_merged_prefill([r.prefill for r in ran]),
-        warnings=_merged_notes(counted),
+        warnings=_merged_warnings(counted),
     )
 
 
 def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
-    """Return the phases before the window as the first attempt had them, and all windows as one."""
+    """Return the first attempt's phases before the window, and all windows as one."""
     phases = [phase for phase in records[0].phases if phase.name != "measured"]
     windows = [window for r in records if (window := r.phase("measured"))]
     if not windows:
@@ -53,7 +54,7 @@ def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
 
 
 def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
-    """Add the readings of each device up; a component that one window lacks has no energy."""
+    """Sum the readings of each device; a component that one window lacks has no energy."""
     components = [{reading.component for reading in window.energy} for window in windows]
     by_device: dict[tuple[str, ...], list[EnergyReading]] = {}
     for reading in (reading for window in windows for reading in window.energy):
@@ -61,13 +62,13 @@ def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
     return tuple(
         _merged_reading(same)
         if all(same[0].component in found for found in components)
-        else changed(same[0], energy_j=None, trace_energy_j=None, reason=NOT_IN_ALL)
+        else replace(same[0], energy_j=None, trace_energy_j=None, reason=NOT_IN_ALL)
         for same in by_device.values()
     )
 
 
 def _merged_reading(readings: Sequence[EnergyReading]) -> EnergyReading:
-    return changed(
+    return replace(
         readings[-1],
         energy_j=total([r.energy_j for r in readings]),
         trace_energy_j=total([r.trace_energy_j for r in readings]),
@@ -81,12 +82,12 @@ def _merged_memory(parts: Sequence[Memory | None]) -> Memory | None:
     if not known:
         return None
     caches = [part.kv_cache_bytes for part in known if part.kv_cache_bytes is not None]
-    return changed(max(known, key=lambda part: part.peak_bytes or 0), kv_cache_bytes=max(caches, default=None))
+    return replace(max(known, key=lambda part: part.peak_bytes or 0), kv_cache_bytes=max(caches, default=None))
 
 
 def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
     known = [part for part in parts if part is not None]
-    return changed(known[-1], total=sum(p.total for p in known)) if known and len(known) == len(parts) else None
+    return replace(known[-1], total=sum(p.total for p in known)) if known and len(known) == len(parts) else None
 
 
 def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
@@ -97,34 +98,34 @@ def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
     return Prefill(sum(p.duration_s for p in known), total([p.energy_j for p in known]), uncertainty_j)
 
 
-def _merged_notes(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ...]:
-    texts = once_each([[told(note) for note in r.warnings] for r in records], "attempt")
+def _merged_warnings(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ...]:
+    texts = once_each([list(map(as_text, r.warnings)) for r in records], "attempt")
     return tuple(CodedWarning(code, text) for code, _, text in (text.partition(": ") for text in texts))
 
 
 def total(values: Sequence[float | None]) -> float | None:
-    """Return the sum, or None where there is nothing or where anything is not known."""
+    """Return the sum; None without values, or where any is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
 
 
 # ------------------------------------------------------------------ warnings
-# A number that stands by itself: not the end of a device's name or id.
+# A number on its own: not the end of a device's name or id.
 _NUMBER = re.compile(r"(?<![\w-])\d[\d.]*(e[+-]?\d+)?")
 _AND_MORE = re.compile(r" \(and \d+ more \w+\)$")
 
 
-def told(note: CodedWarning) -> str:
-    """Return a note as rows have it: `code: sentence`."""
-    return f"{note.code}: {note.text}"
+def as_text(warning: CodedWarning) -> str:
+    """Return a warning as rows have it: `code: sentence`."""
+    return f"{warning.code}: {warning.text}"
 
 
 def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Return the warnings of several groups, once where they differ in their numbers only.
+    """Return the warnings of several groups, once where they differ only in their numbers.
 
     Args:
         groups: warnings of the attempts, the processes or the cycles.
-        what: what a group is of, such as cycle.
+        what: what a group belongs to, such as cycle.
     """
     if len(groups) == 1:
         return list(groups[0])
@@ -145,6 +146,7 @@ def _and_more(text: str, more: int, what: str) -> str:
     return f"{text} (and {more} more {many if more > 1 else what})" if more else text
 
 
+# ------------------------------------------------------------------ energy
 MEASURED_SOURCES = ("counter", "integral", "replay")
 
 
@@ -161,7 +163,7 @@ UNMETERED = Energy(None, None, None, None)
 
 
 def headline(readings: Sequence[EnergyReading]) -> Energy:
-    """Return the headline energy of one window; nothing in it where no meter watched."""
+    """Return the headline energy of one window: the GPUs', else what was measured, else the estimates."""
     if len(readings) < 2:
         return _sum(readings)
     # A module contains its GPU: where both were read, only the module counts.
@@ -177,7 +179,7 @@ def energy_j(readings: Sequence[EnergyReading]) -> float | None:
 
 
 def by_component(readings: Sequence[EnergyReading]) -> dict[Component, Energy]:
-    """Return the energy of each component that a meter watched in one window."""
+    """Return the energy of each component that was metered in one window."""
     found: dict[Component, list[EnergyReading]] = {}
     for reading in readings:
         found.setdefault(reading.component, []).append(reading)

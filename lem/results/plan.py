@@ -1,11 +1,15 @@
-"""The plan of one experiment: what its directory is there to hold. The worker starts from it alone."""
+"""The plan of one experiment: what its directory is there to hold; and its state. The worker starts from the plan."""
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from lem import __version__
 from lem.spec.experiment import Experiment
@@ -23,7 +27,7 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class PromptsInfo:
-    """The prompts of the experiment, without their texts, which lie in prompts.jsonl."""
+    """The prompts of the experiment; their texts are in prompts.jsonl."""
 
     count: int
     sha256: str
@@ -38,9 +42,9 @@ class PromptsInfo:
 class Plan:
     """What is to be run: the checked configuration, the prompts, and how many processes share them.
 
-    `replicas` is the number of shares of the prompts: the processes of one replica run the same prompts together
-    (tensor parallelism). `shared_with` counts the other runs that were meant to be on this machine at the same time.
-    `arrivals_sha256` is the digest of a trace's arrivals, as arrivals.json holds them; empty without such a file.
+    The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
+    parallelism). `shared_with` counts the other experiments meant to run on this machine at the same time.
+    `arrivals_sha256` is the digest of a trace's arrivals, which are in arrivals.json; empty without them.
     """
 
     experiment_id: str
@@ -55,37 +59,37 @@ class Plan:
     config_file: str | None = None
     arrivals_sha256: str = ""
     lem_version: str = __version__
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: int = FORMAT_VERSION
 
     def share(self, rank: int) -> range:
         """Return the positions of the prompts that a process runs."""
         return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
 
     def counts(self, rank: int) -> bool:
-        """Tell whether the process counts its prompts: of those that run the same ones, the first does."""
+        """Return whether the process counts its prompts: among those that run the same ones, the first does."""
         return rank % (self.processes // self.replicas) == 0
+
+    def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:
+        """Return the cycles that lack prompts, by the positions of those that are finished in each cycle."""
+        cycles = range(1, self.experiment.cycles + 1)
+        return [cycle for cycle in cycles if len(finished.get(cycle, ())) < self.prompts.count]
 
     @property
     def fingerprint(self) -> str:
-        """Return what makes two experiments the same: configuration, prompts in order, arrivals of a trace."""
+        """Return what identifies the experiment: configuration, prompts in order, arrivals of a trace."""
         digests = (self.config_sha256, self.prompts.sha256, self.arrivals_sha256)
         return "-".join(digest[:16] for digest in digests if digest)
 
 
 StateName = Literal["planned", "running", "interrupted", "failed", "completed", "aggregated"]
-
-
-# Nothing more is to be run in these.
+# The states in which nothing is left to run.
 FINISHED: frozenset[StateName] = frozenset({"completed", "aggregated"})
-
-
-# The kernel tells the start in hundredths of a second.
+# The kernel reports the start of a process in hundredths of a second.
 SAME_START_S = 0.02
 
 
-@dataclass(frozen=True)
-class State:
-    """The state of an experiment; `host`, `pid` and `process_started_s` (after the boot) say who runs it."""
+class State(Struct, frozen=True):
+    """The state of an experiment; `host`, `pid` and `process_started_s` (after boot) identify its process."""
 
     status: StateName
     attempt: int
@@ -96,13 +100,13 @@ class State:
     error: str | None = None
 
     def now(self, status: StateName, error: str | None = None) -> State:
-        """Return the state that follows, with nobody running it."""
+        """Return the next state, with no process running the experiment."""
         return State(status, self.attempt, timestamp(), error=error)
 
     def believed(self) -> State:
-        """Return the state as far as it can be believed: who is said to run and is gone was interrupted.
+        """Return the state, or interrupted where the process that was running the experiment is gone.
 
-        On another host nobody can look; there the claim stands.
+        A process on another host cannot be checked, and is believed to run.
         """
         if self.status != "running" or self.host != socket.gethostname() or self._lives():
             return self
@@ -122,14 +126,14 @@ class State:
 
 
 def _started_s(process: psutil.Process) -> float:
-    """Return when a process started, in seconds after the boot: setting the clock does not change that."""
+    """Return when a process started, in seconds after boot: setting the clock does not change that."""
     import psutil
 
     return process.create_time() - psutil.boot_time()
 
 
 def running(attempt: int) -> State:
-    """Return the state of an experiment that this process runs from now on."""
+    """Return the state of an experiment that this process is running."""
     import psutil
 
     started_s = _started_s(psutil.Process())

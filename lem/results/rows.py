@@ -1,27 +1,27 @@
-"""From the records of processes to rows: ranks put together, of many experiments at once.
+"""From the records of processes to rows: ranks merged, many experiments at once.
 
-Throughput is output tokens over the wall-clock window. Rows are made column by column: a column of thousands of cycles
-takes a fraction of the time that thousands of rows take to be put together value by value. Knows records only: no file,
-and not how anything was measured.
+Throughput is output tokens over the wall-clock window. Rows are computed column by column, which for thousands of
+cycles takes a fraction of the time of computing them row by row. Knows records only: no file, and not how anything was
+measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from lem import warning_codes
-from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status, made
-from lem.results.codec import BriefPlan, whole
+from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status
+from lem.results.codec import PlanExcerpt
 from lem.results.columns import Columns, of_each, quotients, ratios
 from lem.results.cycles import experiment_columns
 from lem.results.latency import of_tokens, summaries, under_load
-from lem.results.merging import UNMETERED, by_component, energy_j, headline, joined, once_each, told, total
+from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
+from lem.results.parquet import defaults
 from lem.results.peaks import peak_flops_per_s
-from lem.results.schema import CycleRow, ExperimentRow
+from lem.results.schema import CycleRow, ExperimentRow, Measures
 
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
 
@@ -39,39 +39,39 @@ class Cycle(NamedTuple):
     """What one cycle measured, over all processes and attempts.
 
     `records` holds one for each process, at least one, by rank, each with its attempts merged; `requests` the rows of
-    all of them; `notes` what else there is to doubt.
+    all of them; `warnings` those that no record holds.
     """
 
-    plan: BriefPlan
+    plan: PlanExcerpt
     number: int
     attempts: int
     records: Sequence[ProcessRecord]
     requests: Sequence[RequestRecord]
-    notes: Sequence[CodedWarning] = ()
+    warnings: Sequence[CodedWarning] = ()
 
 
 class Measured(NamedTuple):
-    """What an experiment measured: its cycles that have any record, in order."""
+    """What an experiment measured: the cycles that have a record, in order."""
 
-    plan: BriefPlan
+    plan: PlanExcerpt
     cycles: Sequence[Cycle]
     resumed: int
 
 
 @dataclass(frozen=True)
 class Tabulated:
-    """The rows of several experiments, for the three tables, by columns."""
+    """The rows of several experiments, for the three tables."""
 
     experiments: Columns
     cycles: Columns
-    requests: Columns
+    requests: list[RequestRecord]
 
 
 def tabulate(measured: Sequence[Measured]) -> Tabulated:
     """Return the rows of experiments."""
     cycles = [cycle for one in measured for cycle in one.cycles]
     of_cycles = cycle_columns(cycles)
-    short = {name: of_cycles[name] for name in _SHARED}
+    short = {name: of_cycles[name] for name in Measures.__struct_fields__}
     short["cycle"] = [cycle.number for cycle in cycles]
     short["attempts"] = [cycle.attempts for cycle in cycles]
     experiments = experiment_columns(
@@ -80,35 +80,26 @@ def tabulate(measured: Sequence[Measured]) -> Tabulated:
         [one.resumed for one in measured],
         of_cycles,
     )
-    return Tabulated(experiments, short, _request_columns(cycles))
+    return Tabulated(experiments, short, [request for cycle in cycles for request in cycle.requests])
 
 
 def rows_of(measured: Measured) -> Rows:
     """Return the rows of one experiment."""
     found = tabulate([measured])
     (row,) = as_rows(ExperimentRow, found.experiments)
-    return Rows(row, as_rows(CycleRow, found.cycles), [whole(r) for cycle in measured.cycles for r in cycle.requests])
+    return Rows(row, as_rows(CycleRow, found.cycles), found.requests)
 
 
 def as_rows(row_type: type[Any], columns: Columns) -> list[Any]:
     """Return columns as rows."""
-    names = [f.name for f in fields(row_type)]
-    return [
-        made(row_type, dict(zip(names, values, strict=True)))
-        for values in zip(*(columns[name] for name in names), strict=True)
-    ]
-
-
-def _request_columns(cycles: Sequence[Cycle]) -> Columns:
-    requests = [request for cycle in cycles for request in cycle.requests]
-    return {f.name: list(map(attrgetter(f.name), requests)) for f in fields(RequestRecord)}
+    names = row_type.__struct_fields__
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return [row_type(**dict(zip(names, values, strict=True))) for values in rows]
 
 
 # ------------------------------------------------------------------ cycles
-# What a cycle's row has in common with an experiment's.
-_SHARED = [f.name for f in fields(CycleRow) if f.name in {f.name for f in fields(ExperimentRow)}]
 # Columns that only some cycles fill, such as those of streaming; None in the others.
-_OPTIONAL = [f.name for f in fields(ExperimentRow) if f.default is None]
+_OPTIONAL = [name for name, value in defaults(ExperimentRow).items() if value is None]
 _peak = cache(peak_flops_per_s)
 
 
@@ -145,7 +136,7 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
 
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
-    """Return what went wrong; where one process failed, the others were stopped for its sake."""
+    """Return what went wrong: where one process failed, the others were stopped because of it."""
     failed_first = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
     return next((r.error.message for r in failed_first if r.error), None)
 
@@ -175,7 +166,7 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the backend that ran; more than one only where the user allowed that."""
+    """Return the backend that ran; several only where the user allowed it."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
@@ -204,7 +195,7 @@ def _loaded(records: Sequence[ProcessRecord]) -> Columns:
 
 
 def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
-    """Return durations and energies: the owner's, for phases begin and end together; none is metered twice."""
+    """Return durations and energies of the process that meters: phases begin and end together in all processes."""
     owners = [of_cycle[0] if of_cycle[0].rank == ENERGY_OWNER else None for of_cycle in records]
     phases: list[Mapping[str, Phase]] = [
         _longest(of_cycle) if owner is None else {phase.name: phase for phase in owner.phases}
@@ -253,7 +244,7 @@ def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float 
 
 
 def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
-    """Return the longest phase of each name, where there is no record of the owner."""
+    """Return the longest phase of each name, for when there is no record of the process that meters."""
     longest: dict[str, Phase] = {}
     for phase in (phase for record in records for phase in record.phases):
         if phase.name not in longest or phase.duration_s > longest[phase.name].duration_s:
@@ -262,7 +253,7 @@ def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
 
 
 def _prefill(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
-    """Return the prefill's share of the window: of several processes the mean, whose energy cannot be told apart."""
+    """Return the prefill's time and energy; of several processes the mean time, and no energy of their own."""
     known = [[r.prefill for r in of_cycle if r.requests_completed] for of_cycle in records]
     parts = [[part for part in each if part is not None] for each in known]
     alone = [each[0] if len(each) == len(of) == 1 else None for each, of in zip(parts, known, strict=True)]
@@ -299,7 +290,7 @@ def _memory(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
 
 
 def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | None]) -> Columns:
-    """Return what only streaming, or traffic, tells."""
+    """Return the columns that only streaming or traffic fills."""
     found = [
         of_tokens(cycle.requests) | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic)
         for cycle, duration_s in zip(cycles, durations_s, strict=True)
@@ -308,13 +299,10 @@ def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | 
 
 
 def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
-    """Return what is to be doubted about each cycle, each once, as `code: sentence`."""
+    """Return the warnings of each cycle, once each, as `code: sentence`."""
+    found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
-    return [
-        list(dict.fromkeys([*_of_processes(cycle.records), *map(told, cycle.notes), *map(told, notes)]))
-        for cycle, notes in zip(cycles, of_rows, strict=True)
-    ]
-
-
-def _of_processes(records: Sequence[ProcessRecord]) -> list[str]:
-    return once_each([list(map(told, record.warnings)) for record in records], "process")
+    for cycle, of_row in zip(cycles, of_rows, strict=True):
+        of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
+        found.append(list(dict.fromkeys([*of_processes, *map(as_text, cycle.warnings), *map(as_text, of_row)])))
+    return found

@@ -1,19 +1,108 @@
 """The columns of the experiments and cycles tables: the single source of the results' schema."""
 
-from __future__ import annotations
+# Annotations are evaluated here, not kept as text: every command that reads a table needs them at once.
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
+
+from msgspec import Struct
 
 from lem import units
 
 
-@dataclass(frozen=True)
-class ExperimentRow:
-    """An experiment's row in the aggregated table.
+class Measures(Struct, frozen=True, gc=False, kw_only=True):
+    """What an experiment and each of its cycles measured: the columns that both tables have.
 
-    Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' when it was
-    read from them, else the sum of the estimates; `energy_source` and `energy_components` say which.
+    Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' where it was
+    read from them, else the sum of the estimates; `energy_source` says which.
+    """
+
+    # In a table a column follows the one before it in its class, except these, which follow the one named here.
+    AFTER: ClassVar[dict[str, str]] = {}
+
+    experiment_id: Annotated[str, "Unique id of the experiment."]
+    status: Annotated[str, "completed, failed or interrupted."]
+    # counted
+    requests_completed: Annotated[int, units.REQUEST, "Requests that have a row of their own."]
+    input_tokens: Annotated[int, units.TOKEN, "Sum over the requests, without padding."]
+    output_tokens: Annotated[int, units.TOKEN, "Sum over the requests, nothing after an end token."]
+    # timed
+    duration_s: Annotated[float | None, units.SECOND, "Wall-clock length of the measured window."]
+    output_tokens_per_s: Annotated[float | None, units.TOKEN_PER_SECOND, "output_tokens / duration_s."]
+    requests_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "requests_completed / duration_s."]
+    latency_mean_s: Annotated[float | None, units.SECOND, "Mean latency of a request."]
+    latency_p50_s: Annotated[float | None, units.SECOND, "Median latency of a request."]
+    latency_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the latency."]
+    latency_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the latency."]
+    warmup_duration_s: Annotated[float | None, units.SECOND, "Warm-up, outside the window."]
+    # metered
+    energy_j: Annotated[float | None, units.JOULE, "Headline energy of the measured window, gross."]
+    energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
+    gpu_energy_j: Annotated[float | None, units.JOULE, "GPUs in use, measured window."]
+    cpu_energy_j: Annotated[float | None, units.JOULE, "CPUs, measured window."]
+    dram_energy_j: Annotated[float | None, units.JOULE, "Main memory, measured window."]
+    energy_idle_adjusted_j: Annotated[
+        float | None, units.JOULE, "energy_j less idle_power_loaded_w times duration_s; negative if so."
+    ]
+    prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
+    decode_duration_s: Annotated[
+        float | None, units.SECOND, "The rest of the window, less idle_share of it where that is known."
+    ]
+    # derived
+    average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
+    energy_per_output_token_j: Annotated[float | None, units.JOULE_PER_TOKEN, "energy_j / output_tokens."]
+    energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
+    flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
+    mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
+    # token by token, when streaming
+    ttft_mean_s: Annotated[float | None, units.SECOND, "Mean time to first token."] = None
+    ttft_p50_s: Annotated[float | None, units.SECOND, "Median time to first token."] = None
+    ttft_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the time to first token."] = None
+    ttft_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the time to first token."] = None
+    itl_mean_s: Annotated[float | None, units.SECOND, "Mean inter-token latency, over all tokens."] = None
+    itl_p50_s: Annotated[float | None, units.SECOND, "Median inter-token latency, over all tokens."] = None
+    itl_p95_s: Annotated[
+        float | None, units.SECOND, "95th percentile of the inter-token latency, over all tokens."
+    ] = None  # fmt: skip
+    itl_p99_s: Annotated[
+        float | None, units.SECOND, "99th percentile of the inter-token latency, over all tokens."
+    ] = None  # fmt: skip
+    tpot_mean_s: Annotated[float | None, units.SECOND, "Mean time per output token after the first."] = None
+    tpot_p50_s: Annotated[float | None, units.SECOND, "Median time per output token after the first."] = None
+    tpot_p95_s: Annotated[
+        float | None, units.SECOND, "95th percentile of the time per output token after the first."
+    ] = None
+    tpot_p99_s: Annotated[
+        float | None, units.SECOND, "99th percentile of the time per output token after the first."
+    ] = None
+    # under traffic
+    arrival_rate_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "Rate at which requests arrived."] = None
+    queue_mean_s: Annotated[float | None, units.SECOND, "Mean wait in the queue."] = None
+    queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
+    queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
+    queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
+    idle_share: Annotated[
+        float | None, units.RATIO, "Share of the window in which no request was there, in any process."
+    ] = None
+    goodput_requests_per_s: Annotated[
+        float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
+    ] = None
+    warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = []
+
+
+class CycleRow(Measures, frozen=True, gc=False, kw_only=True):
+    """One cycle of an experiment: a pass over all its prompts. Columns mean what they mean for the experiment."""
+
+    AFTER: ClassVar[dict[str, str]] = {
+        "cycle": "experiment_id", "attempts": "status",
+        "average_power_w": "energy_idle_adjusted_j", "flops_per_s": "decode_duration_s",
+    }  # fmt: skip
+
+    cycle: Annotated[int, "Cycle, from 1."]
+    attempts: Annotated[int, "Attempts that it took: more than 1 when it was interrupted and resumed."]
+
+
+class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
+    """An experiment's row in the aggregated table.
 
     With several cycles, what is counted, timed or metered is the mean over the cycles that were finished: it
     describes one pass over the prompts. Quotients, such as tokens per second, are those of the means, so that they
@@ -21,8 +110,14 @@ class ExperimentRow:
     `_ci95_high`, around the mean of the cycles' own values.
     """
 
-    experiment_id: Annotated[str, "Unique id of the experiment."]
-    status: Annotated[str, "completed, failed or interrupted."]
+    AFTER: ClassVar[dict[str, str]] = {
+        "error": "status", "load_duration_s": "latency_p99_s", "energy_scope": "energy_source",
+        "gpu_energy_source": "gpu_energy_j", "cpu_energy_source": "cpu_energy_j",
+        "dram_energy_source": "dram_energy_j", "trace_energy_j": "energy_idle_adjusted_j",
+        "prefill_energy_j": "decode_duration_s", "co2e_g": "energy_per_request_j", "flops_method": "flops_per_s",
+        "kv_cache_bytes": "mfu", "energy_sd_j": "goodput_requests_per_s", "overrides": "warnings",
+    }  # fmt: skip
+
     error: Annotated[str | None, "Why it did not complete."]
     started_at: Annotated[str, "Wall-clock start, ISO 8601 with offset; a label, not a measurement."]
     lem_version: Annotated[str, "Version of lem that measured."]
@@ -51,43 +146,18 @@ class ExperimentRow:
     seed: Annotated[int, "Seed of the sampling."]
     # counted
     requests_planned: Annotated[int, units.REQUEST, "Prompts of the experiment."]
-    requests_completed: Annotated[int, units.REQUEST, "Requests that have a row of their own."]
-    input_tokens: Annotated[int, units.TOKEN, "Sum over the requests, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Sum over the requests, nothing after an end token."]
-    # timed
-    duration_s: Annotated[float | None, units.SECOND, "Wall-clock length of the measured window."]
-    output_tokens_per_s: Annotated[float | None, units.TOKEN_PER_SECOND, "output_tokens / duration_s."]
-    requests_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "requests_completed / duration_s."]
-    latency_mean_s: Annotated[float | None, units.SECOND, "Mean latency of a request."]
-    latency_p50_s: Annotated[float | None, units.SECOND, "Median latency of a request."]
-    latency_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the latency."]
-    latency_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the latency."]
     load_duration_s: Annotated[float | None, units.SECOND, "Loading the model, outside the window."]
-    warmup_duration_s: Annotated[float | None, units.SECOND, "Warm-up, outside the window."]
-    # metered
-    energy_j: Annotated[float | None, units.JOULE, "Headline energy of the measured window, gross."]
-    energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
     energy_scope: Annotated[str | None, "What the headline covers: device, package, machine, shared_device."]
     energy_components: Annotated[str | None, "Components in the headline, such as gpu or cpu+dram."]
-    gpu_energy_j: Annotated[float | None, units.JOULE, "GPUs in use, measured window."]
     gpu_energy_source: Annotated[str | None, "Source of gpu_energy_j."]
-    cpu_energy_j: Annotated[float | None, units.JOULE, "CPUs, measured window."]
     cpu_energy_source: Annotated[str | None, "Source of cpu_energy_j."]
-    dram_energy_j: Annotated[float | None, units.JOULE, "Main memory, measured window."]
     dram_energy_source: Annotated[str | None, "Source of dram_energy_j."]
     load_energy_j: Annotated[float | None, units.JOULE, "As energy_j, while the model was loaded."]
     warmup_energy_j: Annotated[float | None, units.JOULE, "As energy_j, during warm-up."]
     idle_power_before_w: Annotated[float | None, units.WATT, "Power before anything was loaded, headline components."]
     idle_power_loaded_w: Annotated[float | None, units.WATT, "Power with the model resident and nothing running."]
-    energy_idle_adjusted_j: Annotated[
-        float | None, units.JOULE, "energy_j less idle_power_loaded_w times duration_s; negative if so."
-    ]
     trace_energy_j: Annotated[float | None, units.JOULE, "Integral of the GPU power trace, beside the counter."]
     counter_tick_s: Annotated[float | None, units.SECOND, "Coarsest tick of the GPU energy counters."]
-    prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
-    decode_duration_s: Annotated[
-        float | None, units.SECOND, "The rest of the window, less idle_share of it where that is known."
-    ]
     prefill_energy_j: Annotated[float | None, units.JOULE, "Power trace over the prefill spans (integral)."]
     decode_energy_j: Annotated[
         float | None,
@@ -99,9 +169,6 @@ class ExperimentRow:
     ]
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
-    average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
-    energy_per_output_token_j: Annotated[float | None, units.JOULE_PER_TOKEN, "energy_j / output_tokens."]
-    energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
     co2e_g: Annotated[float | None, units.GRAM_CO2E, "energy_j times the carbon intensity."]
     carbon_intensity_g_per_kwh: Annotated[float | None, units.GRAM_CO2E_PER_KWH, "Carbon intensity used."]
     carbon_intensity_source: Annotated[str | None, "Where the carbon intensity comes from."]
@@ -109,50 +176,15 @@ class ExperimentRow:
     peak_memory_scope: Annotated[str | None, "What the peak covers."]
     flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
-    flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
     flops_method: Annotated[str | None, "How the FLOPs were had."]
     peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
     peak_flops_source: Annotated[str | None, "Where the peak is from."]
-    mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
     kv_cache_bytes: Annotated[
         int | None, units.BYTE, "Keys and values of the largest batch, padding included, by formula."
     ]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
     warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
     warmup_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of its last latencies."]
-    # token by token, when streaming
-    ttft_mean_s: Annotated[float | None, units.SECOND, "Mean time to first token."] = None
-    ttft_p50_s: Annotated[float | None, units.SECOND, "Median time to first token."] = None
-    ttft_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the time to first token."] = None
-    ttft_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the time to first token."] = None
-    itl_mean_s: Annotated[float | None, units.SECOND, "Mean inter-token latency, over all tokens."] = None
-    itl_p50_s: Annotated[float | None, units.SECOND, "Median inter-token latency, over all tokens."] = None
-    itl_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the inter-token latency, over all tokens."] = (
-        None
-    )
-    itl_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the inter-token latency, over all tokens."] = (
-        None
-    )
-    tpot_mean_s: Annotated[float | None, units.SECOND, "Mean time per output token after the first."] = None
-    tpot_p50_s: Annotated[float | None, units.SECOND, "Median time per output token after the first."] = None
-    tpot_p95_s: Annotated[
-        float | None, units.SECOND, "95th percentile of the time per output token after the first."
-    ] = None
-    tpot_p99_s: Annotated[
-        float | None, units.SECOND, "99th percentile of the time per output token after the first."
-    ] = None
-    # under traffic
-    arrival_rate_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "Rate at which requests arrived."] = None
-    queue_mean_s: Annotated[float | None, units.SECOND, "Mean wait in the queue."] = None
-    queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
-    queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
-    queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
-    idle_share: Annotated[
-        float | None, units.RATIO, "Share of the window in which no request was there, in any process."
-    ] = None
-    goodput_requests_per_s: Annotated[
-        float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
-    ] = None
     # over the cycles
     energy_sd_j: Annotated[float | None, units.JOULE, "Standard deviation of energy_j over the cycles."] = None
     energy_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of energy_j."] = None
@@ -176,81 +208,5 @@ class ExperimentRow:
     energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Of energy_per_output_token_j."] = None
     energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end."] = None
     energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Upper end."] = None
-    # for the record
-    warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = field(
-        default_factory=list
-    )
-    overrides: Annotated[list[str], "Overrides given on the command line, in order."] = field(default_factory=list)
+    overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The whole resolved configuration, as JSON."] = ""
-
-
-@dataclass(frozen=True)
-class CycleRow:
-    """One cycle of an experiment: a pass over all its prompts. Columns mean what they mean for the experiment."""
-
-    experiment_id: Annotated[str, "Experiment that it belongs to."]
-    cycle: Annotated[int, "Cycle, from 1."]
-    status: Annotated[str, "completed, failed or interrupted."]
-    attempts: Annotated[int, "Attempts that it took: more than 1 when it was interrupted and resumed."]
-    requests_completed: Annotated[int, units.REQUEST, "Requests that have a row of their own."]
-    input_tokens: Annotated[int, units.TOKEN, "Sum over the requests, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Sum over the requests, nothing after an end token."]
-    duration_s: Annotated[float | None, units.SECOND, "Wall-clock length of its windows."]
-    output_tokens_per_s: Annotated[float | None, units.TOKEN_PER_SECOND, "output_tokens / duration_s."]
-    requests_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "requests_completed / duration_s."]
-    latency_mean_s: Annotated[float | None, units.SECOND, "Mean latency of a request."]
-    latency_p50_s: Annotated[float | None, units.SECOND, "Median latency of a request."]
-    latency_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the latency."]
-    latency_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the latency."]
-    warmup_duration_s: Annotated[float | None, units.SECOND, "Warm-up, outside the window."]
-    energy_j: Annotated[float | None, units.JOULE, "Headline energy of its windows, gross."]
-    energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
-    gpu_energy_j: Annotated[float | None, units.JOULE, "GPUs in use."]
-    cpu_energy_j: Annotated[float | None, units.JOULE, "CPUs."]
-    dram_energy_j: Annotated[float | None, units.JOULE, "Main memory."]
-    energy_idle_adjusted_j: Annotated[float | None, units.JOULE, "energy_j less idle power times duration_s."]
-    average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
-    energy_per_output_token_j: Annotated[float | None, units.JOULE_PER_TOKEN, "energy_j / output_tokens."]
-    energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
-    prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
-    decode_duration_s: Annotated[
-        float | None, units.SECOND, "The rest of the window, less idle_share of it where that is known."
-    ]
-    flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
-    mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation."]
-    # token by token, when streaming
-    ttft_mean_s: Annotated[float | None, units.SECOND, "Mean time to first token."] = None
-    ttft_p50_s: Annotated[float | None, units.SECOND, "Median time to first token."] = None
-    ttft_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the time to first token."] = None
-    ttft_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the time to first token."] = None
-    itl_mean_s: Annotated[float | None, units.SECOND, "Mean inter-token latency, over all tokens."] = None
-    itl_p50_s: Annotated[float | None, units.SECOND, "Median inter-token latency, over all tokens."] = None
-    itl_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the inter-token latency, over all tokens."] = (
-        None
-    )
-    itl_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the inter-token latency, over all tokens."] = (
-        None
-    )
-    tpot_mean_s: Annotated[float | None, units.SECOND, "Mean time per output token after the first."] = None
-    tpot_p50_s: Annotated[float | None, units.SECOND, "Median time per output token after the first."] = None
-    tpot_p95_s: Annotated[
-        float | None, units.SECOND, "95th percentile of the time per output token after the first."
-    ] = None
-    tpot_p99_s: Annotated[
-        float | None, units.SECOND, "99th percentile of the time per output token after the first."
-    ] = None
-    # under traffic
-    arrival_rate_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "Rate at which requests arrived."] = None
-    queue_mean_s: Annotated[float | None, units.SECOND, "Mean wait in the queue."] = None
-    queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
-    queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
-    queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
-    idle_share: Annotated[
-        float | None, units.RATIO, "Share of the window in which no request was there, in any process."
-    ] = None
-    goodput_requests_per_s: Annotated[
-        float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
-    ] = None
-    warnings: Annotated[list[str], "What to doubt about this cycle, each as `code: sentence`."] = field(
-        default_factory=list
-    )

@@ -1,4 +1,4 @@
-"""Tables for people and JSON for programs, of rows that others have made. Knows no file and no engine."""
+"""Rows as tables for people and as JSON for programs. Knows no file and no engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lem.record import ProcessRecord
-from lem.results.schema import ExperimentRow
+from lem.results.parquet import names
+from lem.results.schema import ExperimentRow, Measures
 from lem.units import plain, quantity
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STATUS_STYLE = {"completed": "green", "failed": "red", "interrupted": "yellow", "pending": "cyan"}
-# What is piped is neither cut nor folded at the width of a terminal that is not there.
+# Without a terminal, lines are neither cut nor folded.
 WIDTH_WITHOUT_TERMINAL = 100_000
 WIDE = 110
-# Beside their names, texts that are folded into less than this are hard to read.
+# Texts folded more narrowly than this are hard to read.
 LEAST_TEXT_WIDTH = 30
-# Times of which a row has a mean and percentiles: how a line is named, and how their columns begin.
+# Times with a mean and percentiles: the label of their line, and how their columns begin.
 SPREADS = {
     "Latency": "latency",
     "Time to first token": "ttft",
@@ -43,7 +44,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_table(table: Table) -> None:
-    """Print a table without a box on stdout, or its rows as paragraphs where words would be cut to make it fit."""
+    """Print a table without a box, or its rows as paragraphs where words would have to be cut to make it fit."""
     out = console()
     if not _fitted(table, out.width):
         _print_paragraphs(table, out)
@@ -53,12 +54,12 @@ def print_table(table: Table) -> None:
         return
     with out.capture() as captured:
         out.print(table)
-    # No line ends in the padding of its last column.
+    # Without the padding of the last column.
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def _fitted(table: Table, width: int) -> bool:
-    """Give each column what its longest word needs and a share of the rest; False where that is not there."""
+    """Give each column the width of its longest word and a share of the rest; False where there is too little room."""
     from rich.text import Text
 
     columns = []
@@ -80,7 +81,7 @@ def _fitted(table: Table, width: int) -> bool:
 
 
 def _print_paragraphs(table: Table, out: Console) -> None:
-    """Print each row's first cell, and below it the others with their headers; the terminal folds them."""
+    """Print each row's first cell, and below it the others with their headers, folded by the terminal."""
     headers = [column.header for column in table.columns][1:]
     for head, *cells in zip(*(column.cells for column in table.columns), strict=True):
         if not table.show_header:
@@ -94,7 +95,7 @@ def _print_paragraphs(table: Table, out: Console) -> None:
 
 # ------------------------------------------------------------------ one experiment
 def show_row(row: ExperimentRow) -> None:
-    """Print what an experiment measured; what it did not measure has no line."""
+    """Print what an experiment measured, with no line for what it did not measure."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -109,7 +110,7 @@ def show_row(row: ExperimentRow) -> None:
 
 
 def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
-    """Yield names and texts; the text of what was not measured is empty."""
+    """Yield names and texts, empty for what was not measured."""
     yield "Error", row.error or ""
     yield "Model", _model(row)
     yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
@@ -154,20 +155,20 @@ def _traffic_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
 
 
 def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
-    """Write a mean and percentiles of seconds, in three digits: so all four fit into 80 columns."""
+    """Return a mean and percentiles of seconds, in three digits, so that all four fit into 80 columns."""
     values = {name: getattr(row, f"{stem}_{name}_s") for name in of}
     return _listed(*("" if s is None else f"{name} {quantity(s, 's', 3)}" for name, s in values.items()))
 
 
 def _limits(row: ExperimentRow) -> str:
-    """Write the limits that a good request keeps, as the configuration sets them."""
+    """Return the limits of a good request, as configured."""
     traffic = json.loads(row.config_json or "{}").get("traffic", {})
     limits = {"TTFT": traffic.get("ttft_limit_s"), "mean ITL": traffic.get("itl_limit_s")}
     return " and ".join(f"{name} up to {quantity(s, 's')}" for name, s in limits.items() if s is not None)
 
 
 def _known(value: float | None, unit: str, before: str = "") -> str:
-    """Write a measured value; nothing for one that was not measured."""
+    """Return a measured value as text, empty for one that was not measured."""
     return "" if value is None else before + quantity(value, unit)
 
 
@@ -188,23 +189,23 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
         return
     label = f" ({row.energy_components}, {row.energy_source}, {row.energy_scope})" if row.energy_components else ""
     yield "Energy", f"{_energy(row)} = {quantity(row.energy_wh, 'Wh')}{label}"
-    yield "Average power", _marked(row, quantity(row.average_power_w, "W"))
-    yield "Energy per output token", _marked(row, quantity(row.energy_per_output_token_j, "J/token"))
+    yield "Average power", marked(row, quantity(row.average_power_w, "W"))
+    yield "Energy per output token", marked(row, quantity(row.energy_per_output_token_j, "J/token"))
     if row.idle_power_loaded_w is not None:
         yield (
             "Idle power",
             (
-                f"{_marked(row, quantity(row.idle_power_before_w, 'W'))} before loading, "
-                f"{_marked(row, quantity(row.idle_power_loaded_w, 'W'))} loaded · "
-                f"without it {_marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
+                f"{marked(row, quantity(row.idle_power_before_w, 'W'))} before loading, "
+                f"{marked(row, quantity(row.idle_power_loaded_w, 'W'))} loaded · "
+                f"without it {marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
             ),
         )
-    yield "Energy per request", _marked(row, quantity(row.energy_per_request_j, "J/request"))
+    yield "Energy per request", marked(row, quantity(row.energy_per_request_j, "J/request"))
     if row.co2e_g is not None:
         grid = f"{plain(row.carbon_intensity_g_per_kwh)} gCO2e/kWh, {row.carbon_intensity_source}"
-        yield "CO2e", f"{_marked(row, quantity(row.co2e_g, 'gCO2e'))} ({grid})"
+        yield "CO2e", f"{marked(row, quantity(row.co2e_g, 'gCO2e'))} ({grid})"
     else:
-        yield "CO2e", "– (give energy.country_iso_code or energy.carbon_intensity_g_per_kwh)"
+        yield "CO2e", "– (set energy.country_iso_code or energy.carbon_intensity_g_per_kwh)"
 
 
 def _part(duration_s: float | None, energy_j: float | None) -> str:
@@ -235,8 +236,8 @@ def show_records(records: Sequence[ProcessRecord]) -> None:
             print_table(table)
         if record.error:
             print(f"error in {record.error.phase or 'start-up'}: {record.error.message}")
-        for note in record.warnings:
-            print(f"warning: {note.code}: {note.text}")
+        for warning in record.warnings:
+            print(f"warning: {warning.code}: {warning.text}")
 
 
 def _phase_rows(table: Table, phase: Any) -> None:
@@ -254,14 +255,15 @@ def _status(status: str) -> str:
     return f"[{style}]{status}[/{style}]"
 
 
-def _say_estimates(rows: Iterable[ExperimentRow]) -> None:
+def say_estimates(rows: Iterable[ExperimentRow]) -> None:
+    """Explain the mark of estimates, if any row has one."""
     if any(row.energy_source == "estimate" for row in rows):
         print(f"{ESTIMATE} an estimate, not a measurement")
 
 
 @dataclass(frozen=True)
 class SweepLine:
-    """What became of one cell of a sweep; without a row nothing was measured."""
+    """What became of one cell of a sweep; it has a row if anything was measured."""
 
     label: str
     status: str
@@ -271,7 +273,7 @@ class SweepLine:
 
 
 def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
-    """Print a line for each cell of a sweep, in order, then the errors; `head` says what its labels are."""
+    """Print a line for each cell of a sweep, in order, then the errors; `head` is the header of the labels."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -285,14 +287,14 @@ def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
         numbers = (_speed(line.row), _j_per_token(line.row)) if line.row else (NOT_MEASURED, NOT_MEASURED)
         table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), *numbers)
     print_table(table)
-    _say_estimates(line.row for line in lines if line.row)
+    say_estimates(line.row for line in lines if line.row)
     for line in lines:
         if line.error:
             print(f"{line.label}: {line.error}")
 
 
 def _j_per_token(row: ExperimentRow) -> str:
-    return _marked(row, plain(row.energy_per_output_token_j))
+    return marked(row, plain(row.energy_per_output_token_j))
 
 
 def _speed(row: ExperimentRow) -> str:
@@ -300,21 +302,27 @@ def _speed(row: ExperimentRow) -> str:
 
 
 def _energy(row: ExperimentRow) -> str:
-    return _marked(row, quantity(row.energy_j, "J"))
+    return marked(row, quantity(row.energy_j, "J"))
 
 
-def _marked(row: ExperimentRow, text: str) -> str:
+def marked(row: ExperimentRow, text: str) -> str:
+    """Return an energy as text, with a mark where it is an estimate."""
     return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text != NOT_MEASURED else text
 
 
 # ------------------------------------------------------------------ for programs
+def columns_of(row: Measures) -> dict[str, Any]:
+    """Return a row's values, in the order of its table's columns."""
+    return {name: getattr(row, name) for name in names(type(row))}
+
+
 def row_dict(row: ExperimentRow) -> dict[str, Any]:
     """Return a row as plain data, its configuration unpacked."""
-    values = dict(vars(row))
+    values = columns_of(row)
     text = values.pop("config_json")
     return values | {"config": json.loads(text) if text else None}
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Write plain data as JSON for a program to read; escaped where stdout's encoding cannot take every character."""
+    """Return plain data as JSON, escaped where stdout's encoding lacks characters."""
     return json.dumps(value, indent=indent, ensure_ascii=not (sys.stdout.encoding or "utf").lower().startswith("utf"))

@@ -13,10 +13,10 @@ from operator import eq
 from pathlib import Path
 from typing import Literal
 
-from lem.machine.host import Host
 from lem.spec.engines import PytorchBackend, SimulatedBackend, VllmBackend
 from lem.spec.experiment import Batching, Experiment
 from tests.backends.features import ADAPTER, DRAFT, TRACE, Feature, support
+from tests.hosts import PROCESSOR
 
 # Backends whose engine runs in these tests, with the options that it needs for that.
 ENGINES = {
@@ -26,56 +26,50 @@ ENGINES = {
 }
 
 # What a separate test shows to work on the processor, as it takes processes, minutes or another model; paths are
-# relative to tests/.
+# relative to this folder.
 ELSEWHERE = {
-    ("openai", "greedy"): "backends/test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
-    ("openai", "continuous batching"): "backends/test_openai.py::test_continuous_batching_keeps_as_many_in_flight",
-    ("openai", "streaming"): "backends/test_openai.py::test_tokens_are_timed_as_they_travel",
-    ("openai", "Poisson arrivals"): "backends/test_openai.py::test_run_of_poisson_arrivals_at_a_server",
+    ("openai", "greedy"): "test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
+    ("openai", "continuous batching"): "test_openai.py::test_continuous_batching_keeps_as_many_in_flight",
+    ("openai", "streaming"): "test_openai.py::test_tokens_are_timed_as_they_travel",
+    ("openai", "Poisson arrivals"): "test_openai.py::test_run_of_poisson_arrivals_at_a_server",
     ("openai", "fixed concurrency"): (
-        "backends/test_openai.py::test_a_fixed_concurrency_sends_the_next_one_before_the_last_is_dealt_with"
+        "test_openai.py::test_a_fixed_concurrency_sends_the_next_one_before_the_last_is_dealt_with"
     ),
-    ("openai", "static batches"): "backends/test_openai.py::test_a_batch_is_in_flight_together_and_the_next_one_waits",
-    ("openai", "minimum output"): "backends/test_backends.py::test_no_output_is_shorter_than_min_output_tokens",
-    ("openai", "maximum output"): "backends/test_backends.py::test_no_output_is_longer_than_max_output_tokens",
-    ("openai", "maximum input"): "backends/test_backends.py::test_long_inputs_are_cut_to_their_beginning_and_marked",
-    ("openai", "seed"): "backends/test_backends.py::test_same_seed_gives_same_tokens_and_another_seed_gives_others",
-    ("openai", "the engine's counters"): "backends/test_openai.py::test_counters_are_those_of_the_window",
-    ("pytorch", "several processes"): "runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
-    ("pytorch", "data parallel"): "runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    ("openai", "static batches"): "test_openai.py::test_a_batch_is_in_flight_together_and_the_next_one_waits",
+    ("openai", "minimum output"): "test_backends.py::test_no_output_is_shorter_than_min_output_tokens",
+    ("openai", "maximum output"): "test_backends.py::test_no_output_is_longer_than_max_output_tokens",
+    ("openai", "maximum input"): "test_backends.py::test_long_inputs_are_cut_to_their_beginning_and_marked",
+    ("openai", "seed"): "test_backends.py::test_same_seed_gives_same_tokens_and_another_seed_gives_others",
+    ("openai", "the engine's counters"): "test_openai.py::test_counters_are_those_of_the_window",
+    ("pytorch", "several processes"): "../runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    ("pytorch", "data parallel"): "../runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
     (
         "pytorch",
         "tensor parallel",
-    ): "runner/test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
-    ("pytorch", "torch.compile"): "backends/test_pytorch.py::test_compiled_model_writes_the_same",
-    (
-        "pytorch",
-        "bitsandbytes, 8 bits",
-    ): "backends/test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
-    (
-        "pytorch",
-        "bitsandbytes, 4 bits",
-    ): "backends/test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
-    ("simulated", "several processes"): "backends/test_features.py::test_simulated_processes_share_the_prompts",
-    ("simulated", "data parallel"): "backends/test_features.py::test_simulated_processes_share_the_prompts",
-    ("vllm", "several processes"): "backends/test_vllm.py::test_run_on_two_replicas",
-    ("vllm", "data parallel"): "backends/test_vllm.py::test_run_on_two_replicas",
-    ("vllm", "tensor parallel"): "backends/test_vllm.py::test_run_on_two_workers",
-    ("vllm", "n-gram speculation"): "backends/test_vllm.py::test_run_in_which_tokens_come_together",
-    ("vllm", "draft model"): "backends/test_vllm.py::test_a_draft_model_drafts_what_it_would_have_written",
-    ("vllm", "EAGLE"): "backends/test_vllm.py::test_eagle_drafts_what_the_model_then_writes",
+    ): "../runner/test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
+    ("pytorch", "torch.compile"): "test_pytorch.py::test_compiled_model_writes_the_same",
+    ("pytorch", "bitsandbytes, 8 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
+    ("pytorch", "bitsandbytes, 4 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
+    ("simulated", "several processes"): "test_features.py::test_simulated_processes_share_the_prompts",
+    ("simulated", "data parallel"): "test_features.py::test_simulated_processes_share_the_prompts",
+    ("vllm", "several processes"): "test_vllm.py::test_run_on_two_replicas",
+    ("vllm", "data parallel"): "test_vllm.py::test_run_on_two_replicas",
+    ("vllm", "tensor parallel"): "test_vllm.py::test_run_on_two_workers",
+    ("vllm", "n-gram speculation"): "test_vllm.py::test_run_in_which_tokens_come_together",
+    ("vllm", "draft model"): "test_vllm.py::test_a_draft_model_drafts_what_it_would_have_written",
+    ("vllm", "EAGLE"): "test_vllm.py::test_eagle_drafts_what_the_model_then_writes",
 }
 
 # What a test shows to be in the engine's own configuration, and no more.
 ARRIVES = {
-    ("vllm", name): "backends/test_vllm.py::test_an_engine_option_arrives"
+    ("vllm", name): "test_vllm.py::test_an_engine_option_arrives"
     for name in ("weights in main memory", "the engine's own quantization", "choice of attention kernels",
                  "share of a GPU's memory", "cache in fp8")
-} | {("vllm", "pipeline parallel"): "backends/test_vllm.py::test_a_shared_option_arrives"}  # fmt: skip
+} | {("vllm", "pipeline parallel"): "test_vllm.py::test_a_shared_option_arrives"}  # fmt: skip
 
 # What a test shows on a stand-in for the engine, which cannot be had where the tests run.
 ON_A_STAND_IN = {
-    ("tensorrt", name): f"backends/test_tensorrt.py::{test}"
+    ("tensorrt", name): f"test_tensorrt.py::{test}"
     for test, names in {
         "test_an_engine_option_arrives": (
             "choice of attention kernels", "prefix caching", "chunked prefill", "cache in fp8", "block size",
@@ -94,19 +88,6 @@ ON_A_STAND_IN = {
 }  # fmt: skip
 
 Confirmation = Literal["tested", "arrives", "stand-in", "not run"]
-
-
-class ProcessorHost(Host):
-    """The machine that the tests are sure of: no GPU, engines built for the processor, all packages that run there."""
-
-    def has(self, package):
-        return not package.startswith("flash_attn")
-
-    def is_built_for_cpu(self, package):
-        return True
-
-
-PROCESSOR = ProcessorHost(())
 
 
 def confirmation(feature: Feature, backend: str) -> Confirmation:

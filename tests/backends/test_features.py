@@ -1,4 +1,4 @@
-"""Each backend has what it says that it has, refuses the rest, and the support matrix says no more than that.
+"""Each backend has the features that it claims and refuses the rest; the support matrix claims no more.
 
 What is tried, and how, is in tests/backends/confirmations.py; `pytest -k vllm` runs it on the real vLLM (nox -s vllm).
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lem.config.compose import ask, values_of
+from lem.config.compose import read_inputs, values_of
 from lem.machine.host import look
 from lem.runner.preflight import objections
 from lem.spec.conflicts import conflicts
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
-from lem.spec.rules import OBJECTIONS
+from lem.spec.rules import EXPERIMENT_RULES
 from lem.workload import builtin
 from tests.backends.confirmations import (
     ARRIVES,
@@ -28,19 +28,18 @@ from tests.backends.confirmations import (
     ELSEWHERE,
     ENGINES,
     ON_A_STAND_IN,
-    PROCESSOR,
     REPORTS,
     Bench,
     confirmation,
     is_checked,
 )
-from tests.backends.features import IdealHost, features, support
 from tests.backends.features import feature as named
+from tests.backends.features import features, support
 from tests.conftest import SIMULATED, command
+from tests.hosts import IDEAL, PROCESSOR
 
 pytestmark = pytest.mark.engines
 
-IDEAL = IdealHost()
 # The package behind an engine, where it is not one that lem needs anyway.
 PACKAGES = {"vllm": "vllm"}
 EVERY = [(backend, feature) for backend in BACKENDS for feature in features()]
@@ -125,8 +124,8 @@ def test_the_command_refuses_before_anything_runs(lem, backend, feature, answer)
 def test_what_the_page_shows_is_what_is_asked_for(backend, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for feature in features():
-        asked = ask(None, [f"backend={backend}", *feature.overrides(backend)])
-        assert asked.faults() == []
+        asked = read_inputs(None, [f"backend={backend}", *feature.overrides(backend)])
+        assert asked.all_problems() == []
         values, _ = values_of(asked.sources)
         for path, value in (feature.asked_of(backend) or {}).items():
             assert reduce(getitem, path.split("."), values) == value
@@ -167,7 +166,7 @@ def test_whatever_the_processor_can_do_is_tried_there():
 def test_what_another_test_shows_is_shown_by_a_test_that_there_is(table):
     for (backend, name), where in table.items():
         file, _, test = where.partition("::")
-        tree = ast.parse((Path(__file__).parents[1] / file).read_text())
+        tree = ast.parse((Path(__file__).parent / file).read_text())
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, where
         assert support(named(name), backend, IDEAL).answer == "yes"
         assert not is_checked(named(name), backend), "it is tried here already"
@@ -184,7 +183,7 @@ def test_every_check_is_of_a_feature():
 def test_every_backend_has_an_answer_and_every_code_a_rule():
     for backend, feature in EVERY:
         answer = support(feature, backend, IDEAL)
-        assert set(answer.codes) <= set(OBJECTIONS)
+        assert set(answer.codes) <= set(EXPERIMENT_RULES)
         assert (answer.answer in ("no", "no effect")) >= bool(answer.codes)
         assert feature.tells or answer.answer in ("yes", "no option") or answer.codes
 

@@ -705,7 +705,7 @@ def test_run_of_poisson_arrivals_at_a_server(tmp_path):
 def test_no_server_is_bad_input(lem):
     finished = lem(*COMMON, f"backend.url=http://127.0.0.1:{free_port()}")
     assert finished.code == 2
-    assert "no server answers at http://127.0.0.1" in " ".join((finished.out + finished.err).split())
+    assert "nothing is listening at http://127.0.0.1" in " ".join((finished.out + finished.err).split())
 
 
 @pytest.mark.processes

@@ -17,16 +17,10 @@ from lem.spec.engines import PytorchBackend
 from lem.spec.experiment import Batching, Dataset, Decoder, Experiment, Quantization
 from lem.workload import models
 from lem.workload.datasets import load_prompts
+from tests.hosts import EVERY_PACKAGE, FakeHost, bare
 from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mistral, mixed_prompts, mixtral, qwen2, write_prompts
 
 pytestmark = pytest.mark.engines
-
-
-class BareHost(Host):
-    """A machine on which no optional package is installed, whatever there is on this one."""
-
-    def has(self, package):
-        return False
 
 
 GPUS = (Gpu(0, "GPU-0", "NVIDIA", 80 * 2**30),)
@@ -509,7 +503,7 @@ def test_cuda_without_a_gpu_is_impossible(folders):
 )
 def test_flash_attention_without_its_package_is_impossible(folders, kernel, package):
     wanted = experiment(folders["gpt2"], fp_precision="bfloat16", backend=PytorchBackend(attn_implementation=kernel))
-    found, text = objections(wanted, BareHost(gpus=GPUS))
+    found, text = objections(wanted, FakeHost(GPUS, lacks=EVERY_PACKAGE))
     assert found == [("impossible", "backend.attn_implementation")]
     assert package in text
 
@@ -523,14 +517,14 @@ def test_flash_attention_on_a_cpu_or_in_float32_is_impossible(folders):
 
 def test_quantization_without_its_package_is_impossible(folders):
     wanted = experiment(folders["gpt2"], quantization=Quantization(quantization=True, load_in_8bit=True))
-    found, text = objections(wanted, BareHost(gpus=()))
+    found, text = objections(wanted, bare())
     assert found == [("impossible", "quantization.quantization")]
     assert "lem[bitsandbytes]" in text
 
 
 def test_adapter_without_its_package_is_impossible(folders, adapter):
     wanted = experiment(folders["gpt2"], adapter=str(adapter))
-    found, text = objections(wanted, BareHost(gpus=()))
+    found, text = objections(wanted, bare())
     assert found == [("impossible", "adapter")]
     assert "lem[lora]" in text
     assert objections(wanted) == ([], "")

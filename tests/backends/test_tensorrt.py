@@ -595,8 +595,8 @@ def test_a_run_without_the_engines_times_has_no_queue(machine, tmp_path):
     [
         ("fp_precision=float32", "most of TensorRT-LLM's kernels have no float32"),
         ("fp_precision=auto", "the checkpoint is float32"),
-        ("backend.extra_args={stream_intervall: 2}", "no such argument. Did you mean 'stream_interval'"),
-        ("backend.extra_args={use_cuda_graph: true}", "has no use_cuda_graph any more. Set backend.cuda_graphs"),
+        ("backend.extra_args={stream_intervall: 2}", "no argument stream_intervall. Did you mean 'stream_interval'"),
+        ("backend.extra_args={use_cuda_graph: true}", "no longer has use_cuda_graph; use backend.cuda_graphs"),
         ("num_processes=3", "GPUs needed: 3, visible: 2"),
     ],
 )

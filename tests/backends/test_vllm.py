@@ -29,12 +29,12 @@ from lem.backends.vllm_options import (
     DROPPED,
     OF_LEM,
     RESOLVED,
-    _type,
     engine_arguments,
     sampling_parameters,
+    wrong_type,
 )
 from lem.errors import RunError
-from lem.runner.attempt import prefill_of
+from lem.runner.records import prefill_of
 from lem.runner.window import Measurement
 from lem.spec.engines import VllmBackend, VllmSpeculation
 from lem.spec.experiment import Batching, Decoder, Experiment, Parallelism, Streaming, Traffic
@@ -177,7 +177,7 @@ def test_prompts_that_are_taken_in_side_by_side_count_once():
     for index, (start, first) in enumerate([(0, 4), (2, 5), (5, 6), (8, 9), (1, 3)]):
         made = Generation(index, 0, (1,), "length", start * 10**9, 20 * 10**9, first * 10**9)
         measurement.add(made, Encoded(index, (1,)))
-    assert prefill_of(measurement, ()).duration_s == 5 + 1 + 1
+    assert prefill_of(measurement.requests, ()).duration_s == 5 + 1 + 1
 
 
 def test_the_engines_clock_is_ours_on_linux():
@@ -244,7 +244,7 @@ def test_no_default_of_the_installed_version_is_refused_for_its_type():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     defaults = json.loads(done.stdout.partition("RESULT ")[2])
-    found = [o for name, value in defaults.items() for o in _type(f"backend.engine_args.{name}", name, value)]
+    found = [o for name, value in defaults.items() for o in wrong_type(f"backend.engine_args.{name}", name, value)]
     assert not found
     assert {"max_logprobs", "enforce_eager", "watermark", "worker_cls"} <= defaults.keys()
     assert [vllm_source.type_of(name)[1] for name in ("max_logprobs", "watermark")] == [int, float]

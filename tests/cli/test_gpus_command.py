@@ -160,9 +160,9 @@ def test_json_without_a_driver(lem):
 # ------------------------------------------------------------------ the state of a device
 STATES = """
     import json
-    from dataclasses import asdict
+    from msgspec import to_builtins
     from lem.machine import gpu
-    print(json.dumps([asdict(gpu.state(f"GPU-{i:08d}")) for i in range(gpu_count)]))
+    print(json.dumps([to_builtins(gpu.state(f"GPU-{i:08d}")) for i in range(gpu_count)]))
 """
 
 
@@ -272,7 +272,7 @@ def test_the_variable_is_read_and_never_written(driver):
         """
         import json, os
         from lem.machine import gpu
-        from lem.cli.inventory import show_gpus
+        from lem.cli.listing import show_gpus
         import contextlib, io
         with contextlib.redirect_stdout(io.StringIO()):
             show_gpus(); show_gpus(as_json=True)

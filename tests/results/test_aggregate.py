@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 from lem.errors import ResultsError
 from lem.record import ErrorInfo
@@ -112,7 +112,7 @@ def test_strict_names_everything_that_is_missing(store):
     assert read(directory, strict=False).row.cycles_completed == 0
     with pytest.raises(ResultsError):
         aggregate(store, directory)
-    assert Tables(store).place(directory.id) is None
+    assert Tables(store).location(directory.id) is None
 
 
 def test_all_attempts_together_are_complete(store):
@@ -294,7 +294,7 @@ def test_a_number_that_no_table_takes_stops_nothing_else(store):
     (failed,) = [outcome.text for outcome in outcomes if outcome.kind == "failed"]
     assert failed.startswith(str(directories[2].path))
     assert sorted(table(store)["experiment_id"]) == [each.id for each in directories if each is not directories[2]]
-    with pytest.raises(ResultsError, match=f"{directories[2].id} holds a number that no table takes"):
+    with pytest.raises(ResultsError, match=f"{directories[2].id} holds a number that is too large for the tables"):
         aggregate(store, directories[2])
 
 
@@ -305,7 +305,7 @@ def test_rows_that_are_gone_are_made_anew_with_all_that_shared_their_file(store,
     before = {each: table(store, each) for each in ("experiments", "cycles", "requests")}
     (file,) = (store.root / name).iterdir()
     file.unlink()
-    with pytest.raises(ResultsError, match="other rows are gone; lem aggregate --all"):
+    with pytest.raises(ResultsError, match="lacks rows in other tables; lem aggregate --all"):
         aggregate(store, directories[1], force=True)
     assert kinds(aggregate_all(store, [directories[1].id])) == ["written"] * 4
     for each, rows in before.items():
@@ -350,7 +350,7 @@ import sys
 from pathlib import Path
 import lem.results.aggregate, lem.results.parquet, pyarrow.parquet
 from lem.results.store import Store
-lem.results.aggregate.TOGETHER = lem.results.aggregate.READ_TOGETHER = 7
+lem.results.aggregate.WRITTEN_TOGETHER = lem.results.aggregate.READ_TOGETHER = 7
 store = Store(Path(sys.argv[1]))
 lem.results.parquet.schema(lem.results.aggregate.ExperimentRow)
 print("ready", flush=True)

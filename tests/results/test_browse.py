@@ -13,6 +13,7 @@ from datetime import datetime
 
 import pandas as pd
 import pytest
+from msgspec import structs
 
 from lem.results.plan import running
 from lem.results.store import Store
@@ -54,11 +55,11 @@ def test_one_experiment_and_then_all(lem, store):
     first, second = finished(store), finished(store)
     done = lem("aggregate", first.id)
     assert (done.code, done.out) == (0, f"{first.id}: completed\n")
-    assert lem("aggregate", first.id).out == f"{first.id} has its row already.\n"
+    assert lem("aggregate", first.id).out == f"{first.id} already has its row.\n"
     done = lem("aggregate", "--all")
     assert done.code == 0
-    assert done.out == f"{second.id}: completed\nLeft alone, for their rows are there already: 1.\n"
-    assert lem("aggregate", "--all").out == "Left alone, for their rows are there already: 2.\n"
+    assert done.out == f"{second.id}: completed\nLeft alone, since they already have their rows: 1.\n"
+    assert lem("aggregate", "--all").out == "Left alone, since they already have their rows: 2.\n"
     assert lem("aggregate", "--all", "--force").out == f"{first.id}: completed\n{second.id}: completed\n"
 
 
@@ -188,7 +189,7 @@ def test_without_a_row_only_with_all(lem, store):
     assert [row["status"] for row in rows.values()] == ["completed", "planned", "interrupted", "running"]
     assert rows[broken.id]["error"] == "stopped by SIGTERM"
     out = lem("results", "list", "--all").out
-    assert f"{working.id}: runs as process {os.getpid()} on" in out
+    assert f"{working.id}: is running as process {os.getpid()} on" in out
     assert [waiting.id] == [
         row["experiment_id"] for row in json.loads(lem("results", "list", "--status", "planned", "--json").out)
     ]
@@ -271,7 +272,7 @@ def test_an_interrupted_experiment_says_how_to_go_on(lem, store):
     for made_row in (False, True):
         out = lem("results", "show", directory.id).out
         assert f"{directory.id} is interrupted, after 1 attempt." in out
-        assert f"To go on: lem experiment --resume {directory.id}" in out
+        assert f"To continue: lem experiment --resume {directory.id}" in out
         if not made_row:
             lem("aggregate", directory.id, "--no-strict")
 
@@ -297,7 +298,7 @@ def test_an_old_row_is_not_shown(lem, store):
     lem("aggregate", directory.id, "--no-strict")
     rows = requests([1, 2], attempt=2)
     put(directory, record(rows, attempt=2, config_sha256=directory.plan().config_sha256), rows)
-    directory.write_state(replace(directory.state(), status="completed", attempt=2))
+    directory.write_state(structs.replace(directory.state(), status="completed", attempt=2))
     out = lem("results", "show", directory.id).out
     assert f"{directory.id}  completed" in out
     assert "resumed: it was interrupted and resumed 1 time" in out
@@ -344,5 +345,5 @@ def test_an_experiment_without_an_environment_says_so(lem, store):
     directory = experiment(store)
     rows = requests([0])
     broken = record(rows, phases=phases()[:1], requests_completed=0, input_tokens=0, output_tokens=0)
-    directory.write_record(replace(broken, experiment_id=directory.id))
+    directory.write_record(structs.replace(broken, experiment_id=directory.id))
     assert lem("results", "show", directory.id, "--environment").code == 2

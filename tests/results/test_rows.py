@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict, replace
 
 from lem import warning_codes
 from lem.record import (
@@ -24,10 +24,9 @@ from lem.record import (
     ModelInfo,
     Phase,
     Prefill,
-    RequestRecord,
 )
 from lem.results.aggregate import by_cycle, put_together
-from lem.results.codec import of_plan
+from lem.results.codec import excerpt_of
 from lem.results.columns import quotients
 from lem.results.cycles import MAXIMA, experiment_columns
 from lem.results.directory import Part
@@ -36,24 +35,24 @@ from lem.results.parquet import columns
 from lem.results.rows import Cycle, as_rows, cycle_columns, rows_of
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import summarise
-from tests.records import phases, plan, reading, record, requests
+from tests.records import phases, plan, reading, record, request, requests
 
 
 def row(*records, rows=None, **plan_values):
-    cycle = Cycle(of_plan(plan(**plan_values)), 1, 1, records or [record()], requests() if rows is None else rows)
+    cycle = Cycle(excerpt_of(plan(**plan_values)), 1, 1, records or [record()], requests() if rows is None else rows)
     (made,) = as_rows(ExperimentRow, cycle_columns([cycle]))
     return made
 
 
 def over_cycles(rows, of):
     """Return an experiment's row from its cycles'."""
-    columns = {f.name: [getattr(each, f.name) for each in rows] for f in fields(ExperimentRow)}
+    columns = {name: [getattr(each, name) for each in rows] for name in ExperimentRow.__struct_fields__}
     (made,) = as_rows(ExperimentRow, experiment_columns([len(rows)], [of.experiment.cycles], [0], columns))
     return made
 
 
 def merge_parts(of, parts, attempts):
-    return rows_of(put_together(of_plan(of), by_cycle(parts), attempts))
+    return rows_of(put_together(excerpt_of(of), by_cycle(parts), attempts))
 
 
 def codes(row):
@@ -91,12 +90,12 @@ def test_the_identities_hold():
 
 
 def test_every_column_has_a_value():
-    assert set(vars(row())) == {f.name for f in fields(ExperimentRow)}
-    assert ExperimentRow(**vars(row())) == row()
+    assert set(asdict(row())) == set(ExperimentRow.__struct_fields__)
+    assert ExperimentRow(**asdict(row())) == row()
 
 
 def test_throughput_counts_output_tokens_only():
-    many_inputs = [RequestRecord("e", 0, 1, 1, 0, 0, 10_000, 20, False, "length", 0, 1, 1)]
+    many_inputs = [request(experiment_id="e", input_tokens=10_000)]
     assert row(rows=many_inputs, count=1).output_tokens_per_s == pytest.approx(20 / 4.0)
 
 
@@ -211,7 +210,7 @@ def test_idle_time_is_left_out_of_decode_over_cycles_as_well():
 
 
 def test_decode_that_holds_idle_time_is_a_warning():
-    columns_of_one = {name: [value] for name, value in vars(row(record(prefill=Prefill(1.0)))).items()}
+    columns_of_one = {name: [value] for name, value in asdict(row(record(prefill=Prefill(1.0)))).items()}
     assert warning_codes.of_rows(columns_of_one, [[record()]]) == [[]]
     (found,) = warning_codes.of_rows(columns_of_one | {"idle_share": [0.5]}, [[record()]])
     assert [(n.code, "idle" in n.text) for n in found] == [("identity_violated", True)]
@@ -408,7 +407,7 @@ def test_spreads_are_those_of_the_cycles_own_values():
 
 def test_one_cycle_has_no_interval():
     made = over_cycles(cycles(2.0), plan())
-    assert [getattr(made, f.name) for f in fields(made) if "_ci95_" in f.name or "_sd" in f.name] == [None] * 12
+    assert [value for name, value in asdict(made).items() if "_ci95_" in name or "_sd" in name] == [None] * 12
     assert "few_cycles" in codes(made)
 
 
@@ -451,14 +450,14 @@ def test_no_number_can_be_forgotten():
         set(numbers)
         - OF_THE_EXPERIMENT
         - (spreads - {"warmup_cv"})
-        - set(quotients({name: [value] for name, value in vars(low).items()}, [True]))
+        - set(quotients({name: [value] for name, value in asdict(low).items()}, [True]))
     ):
         assert getattr(made, name) == (4 if name in MAXIMA else 3), name
 
 
 def test_a_cycles_columns_are_among_the_experiments():
-    of_cycles = {f.name for f in fields(CycleRow)} - {"cycle", "attempts"}
-    assert of_cycles <= {f.name for f in fields(ExperimentRow)}
+    of_cycles = set(CycleRow.__struct_fields__) - {"cycle", "attempts"}
+    assert of_cycles <= set(ExperimentRow.__struct_fields__)
 
 
 # ------------------------------------------------------------------ all together
@@ -505,10 +504,10 @@ def test_totals_are_those_of_the_same_requests_in_one_process(run):
         together.append(Part(it, rows))
     alone = merge_parts(plan(count, 1, number), together, 1)
     for one, other in [(shared.row, alone.row), *zip(shared.cycles, alone.cycles, strict=True)]:
-        for f in fields(one):
-            if f.name not in (*OF_THE_SHARING, "config_json"):
-                value, expected = getattr(one, f.name), getattr(other, f.name)
-                assert value == (pytest.approx(expected) if isinstance(expected, float) else expected), f.name
+        for name in one.__struct_fields__:
+            if name not in (*OF_THE_SHARING, "config_json"):
+                value, expected = getattr(one, name), getattr(other, name)
+                assert value == (pytest.approx(expected) if isinstance(expected, float) else expected), name
     check_identities(shared.row)
     assert sum(r.output_tokens for r in shared.requests) == sum(cycle.output_tokens for cycle in shared.cycles)
     assert sorted((r.cycle, r.request) for r in shared.requests) == [

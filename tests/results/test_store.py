@@ -124,36 +124,16 @@ def test_rows_that_are_gone_are_missed(tmp_path):
     directory = finished(Store(tmp_path))
     lines = directory.journal_file(0, 1).read_text().splitlines(keepends=True)
     directory.journal_file(0, 1).write_text("".join(lines[:-1]))
-    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 2 rows, its process's record counts 3"):
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 2 rows of cycle 1, its process's record counts 3"):
         directory.records()
     directory.journal_file(0, 1).unlink()
-    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl lacks rows"):
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 0 rows of cycle 1, its"):
         directory.records()
 
 
 def test_a_directory_that_is_gone_is_named(tmp_path):
     with pytest.raises(ResultsError, match="exp_20260102_030405 cannot be read"):
         Store(tmp_path).directory("exp_20260102_030405").records()
-
-
-def test_what_is_read_ahead_is_handed_out_once(tmp_path):
-    directory = experiment(Store(tmp_path))
-    put(directory, record(), requests())
-    plan, parts = directory.brief_plan(), directory.brief_parts()
-    directory.read_ahead()
-    for file in list(directory.path.iterdir()):
-        file.unlink()
-    assert (directory.brief_plan(), directory.brief_parts()) == (plan, parts)
-    assert directory.brief_parts() == []
-    with pytest.raises(ResultsError, match=r"spec\.json cannot be read"):
-        directory.brief_plan()
-
-
-def test_what_cannot_be_read_ahead_is_told_when_it_is_asked_for(tmp_path):
-    directory = Store(tmp_path).directory("exp_20260102_030405")
-    directory.read_ahead()
-    with pytest.raises(ResultsError, match="cannot be read"):
-        directory.brief_parts()
 
 
 # ------------------------------------------------------------------ where it stands

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from datetime import datetime, timedelta
 
 import pandas as pd
@@ -12,10 +11,10 @@ import pytest
 from lem.errors import ResultsError
 from lem.record import RequestRecord
 from lem.results.aggregate import measured, read
-from lem.results.parquet import columns, read_rows, table, write_table
+from lem.results.parquet import columns, read_table, records, table, write_table
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.store import Store
-from lem.results.tables import Batch, Tables
+from lem.results.tables import NewRows, Tables
 from tests.records import finished
 
 
@@ -39,9 +38,9 @@ def names(rows):
 
 def write(store, rows):
     with Tables(store).locked():
-        batch = Batch(Tables(store).places())
-        batch.add([measured(store.directory(name)) for name in names(rows)])
-        Tables(store).write(batch)
+        new = NewRows(Tables(store).locations())
+        new.add([measured(store.directory(name)) for name in names(rows)])
+        Tables(store).write(new)
 
 
 def test_one_experiment_has_a_file_of_its_name_and_several_share_one(store):
@@ -61,11 +60,11 @@ def test_rows_are_found_in_either_kind_of_file(store):
     write(store, rows[1:])
     tables = Tables(store)
     for one in rows:
-        place = tables.place(one.row.experiment_id)
-        assert tables.row(one.row.experiment_id, place) == one.row
-        assert tables.cycles(one.row.experiment_id, place) == one.cycles
-    assert tables.place("exp_20200101_000000") is None
-    assert list(tables.places()) == names(rows)
+        at = tables.location(one.row.experiment_id)
+        assert tables.row(one.row.experiment_id, at) == one.row
+        assert tables.cycles(one.row.experiment_id, at) == one.cycles
+    assert tables.location("exp_20200101_000000") is None
+    assert list(tables.locations()) == names(rows)
     assert sorted(tables.rows()[0], key=lambda row: row.experiment_id) == [one.row for one in rows]
 
 
@@ -113,7 +112,7 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(store):
     (together,) = store.experiments_table.glob("*-*.parquet")
     together.write_bytes(b"")
     with pytest.raises(ResultsError, match="remove it, and lem aggregate --all"):
-        Tables(store).places()
+        Tables(store).locations()
 
 
 def test_files_of_older_versions_can_be_read(store):
@@ -134,9 +133,9 @@ def test_rows_survive_parquet(store):
     (one,) = several(store, 1)
     write(store, [one])
     file = f"{one.row.experiment_id}.parquet"
-    assert read_rows(store.experiments_table / file, ExperimentRow) == [one.row]
-    assert read_rows(store.cycles_table / file, CycleRow) == one.cycles
-    assert read_rows(store.requests_table / file, RequestRecord) == one.requests
+    assert records(read_table(store.experiments_table / file), ExperimentRow) == [one.row]
+    assert records(read_table(store.cycles_table / file), CycleRow) == one.cycles
+    assert records(read_table(store.requests_table / file), RequestRecord) == one.requests
 
 
 # ------------------------------------------------------------------ the schema
@@ -145,7 +144,7 @@ UNITS_IN_NAMES = {"_j": "J", "_s": "s", "_w": "W", "_wh": "Wh", "_g": "gCO2e", "
 
 @pytest.mark.parametrize("record_type", [ExperimentRow, CycleRow, RequestRecord])
 def test_every_column_is_described_and_a_unit_in_the_name_is_the_unit_in_the_metadata(record_type):
-    assert [column.name for column in columns(record_type)] == [f.name for f in fields(record_type)]
+    assert {column.name for column in columns(record_type)} == set(record_type.__struct_fields__)
     for column in columns(record_type):
         if column.name in ("experiment_id", "rank"):
             continue

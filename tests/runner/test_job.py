@@ -1,4 +1,4 @@
-"""lem as a library: the public names, and the job without Hydra."""
+"""lem as a library: the job without Hydra."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ import pytest
 import lem
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Dataset, Energy, Io
-
-
-def test_the_public_names():
-    assert sorted(lem.__all__) == ["Experiment", "LemError", "Outcome", "__version__", "run"]
-    for name in lem.__all__:
-        assert getattr(lem, name)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        lem.nothing  # noqa: B018 - the access is the test
 
 
 def test_a_library_user_runs_an_experiment(tmp_path):

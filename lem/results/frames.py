@@ -1,0 +1,85 @@
+"""The tables of a results directory as pandas DataFrames. Knows nothing of how they are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lem.errors import ResultsError
+from lem.record import PowerRecord, RequestRecord
+from lem.results import parquet
+from lem.results.schema import CycleRow, ExperimentRow
+from lem.results.store import Store
+from lem.results.tables import Tables, read_file
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The tables of a results directory, each read when it is first used.
+
+    `attrs["units"]` of a DataFrame has the unit of each column that has one, such as J or s.
+    """
+
+    root: Path
+
+    @cached_property
+    def experiments(self) -> pd.DataFrame:
+        """A row for each experiment."""
+        return _frame(self._tables.whole(Store(self.root).experiments_table, ExperimentRow))
+
+    @cached_property
+    def cycles(self) -> pd.DataFrame:
+        """A row for each cycle."""
+        return _frame(self._tables.whole(Store(self.root).cycles_table, CycleRow))
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """A row for each request."""
+        return _frame(self._tables.whole(Store(self.root).requests_table, RequestRecord))
+
+    @cached_property
+    def power(self) -> pd.DataFrame:
+        """A row for each sample of the power traces of all experiments."""
+        files = sorted(self.root.glob("raw/*/power_*.parquet"))
+        return _frame(parquet.together([read_file(file) for file in files], PowerRecord))
+
+    @property
+    def _tables(self) -> Tables:
+        return Tables(Store(self.root))
+
+
+def load(results_dir: str | Path = "results") -> Frames:
+    """Return the tables of a results directory as pandas DataFrames.
+
+    After the example of `lem.run`:
+
+    >>> import lem
+    >>> frames = lem.load("results")
+    >>> frames.experiments[["model", "requests_completed", "output_tokens"]]
+      model  requests_completed  output_tokens
+    0   any                   4            271
+    >>> len(frames.requests), frames.requests.attrs["units"]["latency_s"]
+    (4, 's')
+
+    Args:
+        results_dir: the directory, as given to --results-dir.
+
+    Raises:
+        ResultsError: it has no tables; or, when a table is used, a file of it is damaged.
+    """
+    root = Path(results_dir).expanduser()
+    if not Tables(Store(root)).files():
+        raise ResultsError(f"{root} has no tables; lem aggregate --all -o {root} builds them from its experiments.")
+    return Frames(root)
+
+
+def _frame(table: Any) -> pd.DataFrame:
+    frame: pd.DataFrame = table.to_pandas()
+    metadata = {f.name: f.metadata or {} for f in table.schema}
+    frame.attrs["units"] = {name: known[b"unit"].decode() for name, known in metadata.items() if b"unit" in known}
+    return frame
