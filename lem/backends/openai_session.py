@@ -21,10 +21,10 @@ from lem.backends import checkpoint
 from lem.backends.base import Encoded, Generation
 from lem.backends.checkpoint import Checkpoint, encode
 from lem.backends.openai_client import Answer, Client, Refused, ServerGone, samples
-from lem.backends.openai_options import Address, address_of, command_line, request_body
-from lem.backends.server import LOG_NAME, Server, answers, environment, free_port
+from lem.backends.openai_options import Address, command_line, request_body
+from lem.backends.server import LOG_NAME, Server, answers, environment
 from lem.backends.vllm_source import COUNTERS
-from lem.errors import ConfigError, RunError
+from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.record import FinishReason
 from lem.spec.engines import OpenaiBackend
@@ -122,11 +122,12 @@ class Loaded:
         return answer
 
 
-def load(experiment: Experiment, gpus: Sequence[Gpu], log_folder: Path, ending: ExitStack) -> Loaded:
+def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_folder: Path, ending: ExitStack) -> Loaded:
     """Load the tokenizer, start the server if that is asked for, wait until it is ready, and try it out.
 
     Args:
         experiment: without objections.
+        address: the server's, also of one that is started here.
         gpus: those that a server which is started here gets.
         log_folder: takes its log.
         ending: will end the connections and a server that was started here, also where this function fails.
@@ -136,12 +137,6 @@ def load(experiment: Experiment, gpus: Sequence[Gpu], log_folder: Path, ending: 
     """
     assert isinstance(experiment.backend, OpenaiBackend)
     options = experiment.backend
-    try:
-        address = address_of(options)
-    except ConfigError as error:
-        raise RunError(f"backend.url: {error}") from None
-    if address.port is None:
-        address = replace(address, port=free_port())
     read = checkpoint.read(experiment, {})
     server = None
     if options.command is not None:
