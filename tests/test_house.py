@@ -94,3 +94,33 @@ def test_hydra_stays_in_its_room(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_module_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def foreign_private_names(text: str) -> list[str]:
+    """Return the private names of other modules of lem that a module imports, or reaches through what it imports."""
+    tree = ast.parse(text)
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lem")
+    ]
+    aliases = [alias for node in imports for alias in node.names]
+    bound = {alias.asname or alias.name for alias in aliases}
+    reached = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound
+    }
+    return sorted(name for name in reached | {alias.name for alias in aliases} if is_private(name.rpartition(".")[2]))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def test_a_foreign_private_name_is_found():
+    text = "from lem import __version__\nfrom lem.a import _b\nfrom lem.c import d\nd._e\nd.f\nself._g\n"
+    assert foreign_private_names(text) == ["_b", "d._e"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_module(path):
+    assert foreign_private_names(path.read_text()) == []
