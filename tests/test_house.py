@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_the_top_shows_few_rooms_two_levels_deep():
     entries = {path.relative_to(PACKAGE).parts[0] for path in MODULES}
     assert len(entries) <= 17
     assert max(len(path.relative_to(PACKAGE).parts) for path in MODULES) == 2
+
+
+def test_every_room_and_its_data_are_packaged():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packaged = {name.removeprefix("lem.") for name in setuptools["packages"] if name.startswith("lem.")}
+    assert packaged - {"conf"} == folders(PACKAGE)
+    data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    places = {name: ROOT / name.replace(".", "/") for name in setuptools["package-data"] if name != "lem.conf"}
+    found = [path for name, place in places.items() for g in setuptools["package-data"][name] for path in place.glob(g)]
+    assert set(found) == data
 
 
 # In tests/ but not a room: a package that stands in for an engine.
