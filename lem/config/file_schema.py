@@ -113,7 +113,6 @@ def as_text(options: Options) -> str:
     return json.dumps(file_schema(options), indent=2, ensure_ascii=False) + "\n"
 
 
-# ------------------------------------------------------------------ one value in words
 def type_words(leaf: Leaf) -> str:
     """Describe a value's type and range: `whole number from 1 to 65536`, `auto | cpu | cuda`, `text, or null`."""
     schema = TypeAdapter(leaf.annotation).json_schema()
