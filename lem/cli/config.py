@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lem.cli.base import ConfigDir, ResultsDir, app
+from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 
 config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -20,9 +20,7 @@ def validate(
     force: Annotated[
         bool, typer.Option("--force", help="Accept what is inadvisable (not what is impossible).")
     ] = False,
-    any_machine: Annotated[
-        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
-    ] = False,
+    any_machine: AnyMachine = False,
     config_dir: ConfigDir = None,
 ) -> None:
     """Check config files: text, keys, types, ranges, inheritance, rules; report all problems of each at once."""
@@ -90,9 +88,7 @@ def generate_grid(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier grid in that directory; other files stay.")
     ] = False,
-    any_machine: Annotated[
-        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
-    ] = False,
+    any_machine: AnyMachine = False,
     as_group: Annotated[
         bool, typer.Option("--as-group", help="Write whole configs, which plain Hydra reads as options of a group.")
     ] = False,

@@ -61,28 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------ the first process
 def _lead(here: Ranks, options: argparse.Namespace) -> int:
     """Compose the experiment, run it with the others, and show it; in any case the others are not left waiting."""
     others = _Others(here)
-    try:
-        overrides = _overrides(options)
-        ready = _ready(options.config, overrides, here.size, force=options.force)
-        outcome = _run(ready, overrides, options, others)
-    finally:
-        others.dismiss()
-    return show_outcome(outcome)
-
-
-def _overrides(options: argparse.Namespace) -> list[str]:
-    """Return the flags and overrides of the command line as overrides."""
     choices = {"preset": options.preset, "dataset": options.dataset}
     values = {
         "model": options.model,
         "dataset.sample_size": options.sample_size,
         "io.results_dir": options.results_dir,
     }
-    return [*choice_overrides(choices), *value_overrides(values), *options.overrides]
+    overrides = [*choice_overrides(choices), *value_overrides(values), *options.overrides]
+    try:
+        ready = _ready(options.config, overrides, here.size, force=options.force)
+        outcome = _run(ready, overrides, options, others)
+    finally:
+        others.dismiss()
+    return show_outcome(outcome)
 
 
 def _ready(config_file: Path | None, overrides: Sequence[str], started: int, *, force: bool) -> Ready:
@@ -169,7 +163,6 @@ class _Others:
             self._waiting = False
 
 
-# ------------------------------------------------------------------ all processes
 def _follow(here: Ranks) -> int:
     """Wait for the first process's message and do what it says."""
     message = receive()

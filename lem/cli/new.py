@@ -113,7 +113,6 @@ def _comment(text: str, indent: str = "", hanging: str = "") -> Iterator[str]:
     )
 
 
-# ------------------------------------------------------------------ the command
 def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config_dir: Path | None = None) -> int:
     """Write a new config file, or print it; return the exit code.
 

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lem.config.check import Found, examine, without
 from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
 from lem.config.layers import Sources, leaf_paths, origin
 from lem.config.problem import Location, Problem, Problems, impossible, shown_path
 from lem.config.userfile import Layer
-from lem.config.yamlfile import Path_, resolvers
+from lem.config.yamlfile import KeyPath, resolvers
 from lem.errors import ConfigError
 from lem.machine.host import Host, look
 from lem.results.codec import to_plain
@@ -171,7 +173,7 @@ def show(
 ) -> int:
     """Print a configuration as it would run, as YAML that is a complete config file, or as JSON."""
     values, sources = resolve(config_file, overrides, config_dir)
-    origins: dict[Path_, Origin] = {}
+    origins: dict[KeyPath, Origin] = {}
     if with_origin:
         layers = sources.layers()
         origins |= {path: _origin(origin(layers, path), path) for path, _ in leaf_paths(values)}
@@ -202,7 +204,7 @@ def resolve(
     return to_plain(experiment), inputs.sources
 
 
-def _origin(layer: Layer | None, path: Path_) -> Origin:
+def _origin(layer: Layer | None, path: KeyPath) -> Origin:
     if layer is None:
         return Origin("default")
     # A value that a word in a file stands for (a dataset's path, its name) has the word's location.
@@ -212,7 +214,7 @@ def _origin(layer: Layer | None, path: Path_) -> Origin:
     return Origin(layer.kind, name, shown_path(location.file), location.line) if location else Origin(layer.kind, name)
 
 
-def _lines(values: dict[str, Any], origins: dict[Path_, Origin], path: Path_ = ()) -> Iterator[str]:
+def _lines(values: dict[str, Any], origins: dict[KeyPath, Origin], path: KeyPath = ()) -> Iterator[str]:
     indent = "  " * len(path)
     for key, value in values.items():
         at = (*path, key)
@@ -226,7 +228,6 @@ def _lines(values: dict[str, Any], origins: dict[Path_, Origin], path: Path_ = (
 
 def as_yaml(value: Any) -> str:
     """Write a value on one line so that a config file reads the same value."""
-    import yaml
 
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers = resolvers(yaml.SafeDumper)

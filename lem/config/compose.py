@@ -28,7 +28,7 @@ from lem.config.overrides import (
 )
 from lem.config.problem import Location, Problem, Problems, impossible
 from lem.config.userfile import Choice, Layer, UserFile, examine_file, find_options, flattened
-from lem.config.yamlfile import Path_
+from lem.config.yamlfile import KeyPath
 from lem.errors import ConfigError
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
@@ -156,7 +156,7 @@ def located(sources: Sources, found: Found) -> list[Problem]:
     return [replace(problem, location=_location(sources, layers, path)) for path, problem in found]
 
 
-def _location(sources: Sources, layers: Sequence[Layer], path: Path_) -> Location | None:
+def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Location | None:
     """Return where the value at a path stands, or what chose it or holds it; None if that is not in a file."""
     for end in range(len(path), 0, -1):
         for layer in reversed(layers):

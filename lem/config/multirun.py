@@ -14,6 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override, setup_globals
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from lem.config.overrides import first_sentence, quoted
 from lem.config.problem import shortened
 from lem.errors import ConfigError
@@ -44,10 +52,6 @@ def sweep_dir(overrides: Iterable[str]) -> Path:
     Raises:
         ConfigError: the name holds an interpolation that cannot be resolved.
     """
-    from hydra.core.utils import setup_globals
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     given = [text.removeprefix(SWEEP_DIR).strip("'\"") for text in overrides if text.startswith(SWEEP_DIR)]
     if not given:
         return Path("multirun") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -72,10 +76,6 @@ def run_plan(
     Raises:
         ConfigError: Hydra refuses a setting.
     """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.utils import env_override
-    from hydra.errors import HydraException
 
     def task(composed: Any) -> None:
         run(int(HydraConfig.get().job.num), composed)
@@ -102,8 +102,6 @@ def cell_name(number: int) -> str:
 
 
 def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]]) -> None:
-    import yaml
-
     write_atomically(folder / f"{NAME}.yaml", PLAN)
     for number, (label, experiment) in enumerate(cells):
         values = literal(json.loads(to_json(experiment)))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lem.config import yamlfile
 from lem.config.options import CUSTOM, SUFFIXES, Options
 from lem.config.problem import Location, Problem, Problems, impossible, shortened
-from lem.config.yamlfile import Path_, dotted, kind_of
+from lem.config.yamlfile import KeyPath, dotted, kind_of
 from lem.errors import did_you_mean
 from lem.spec.experiment import Decoder
 from lem.spec.schema import GROUPS, leaves
@@ -54,7 +54,7 @@ class Layer:
     kind: Literal["default", "environment", "option", "preset", "file", "command line"]
     name: str | None
     values: dict[str, Any]
-    locations: Mapping[Path_, Location] = field(default_factory=dict)
+    locations: Mapping[KeyPath, Location] = field(default_factory=dict)
 
 
 @dataclass
@@ -229,7 +229,7 @@ class _OwnContent:
         content = dict(self.document.values)
         if "defaults" in content:
             self._defaults(content.pop("defaults"))
-        locations: dict[Path_, Location] = self.document.locations
+        locations: dict[KeyPath, Location] = self.document.locations
         if self.group:
             inside = {(self.group, *at): location for at, location in locations.items()}
             return Layer("file", str(self.path), {self.group: content}, inside)
@@ -244,12 +244,12 @@ class _OwnContent:
                 self.values[key] = value
         return Layer("file", str(self.path), self.values, locations)
 
-    def _report(self, code: str, at: Path_, message: str) -> None:
+    def _report(self, code: str, at: KeyPath, message: str) -> None:
         # A value that could not be read has its problem already.
         if dotted(at) not in {problem.path for problem in self.document.problems}:
             self.problems.append(Problem(code, dotted(at), message, self._location(at)))
 
-    def _location(self, at: Path_) -> Location:
+    def _location(self, at: KeyPath) -> Location:
         return self.document.locations.get(at) or Location(self.path)
 
     # -------------------------------------------------------------- options
@@ -284,7 +284,7 @@ class _OwnContent:
         else:
             self._report("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
 
-    def _named(self, group: str, name: Any, values: dict[str, Any], at: Path_) -> dict[str, Any]:
+    def _named(self, group: str, name: Any, values: dict[str, Any], at: KeyPath) -> dict[str, Any]:
         """Record what the name chooses, an option or something else; return the group's values."""
         location = self._location(at)
         if not isinstance(name, str):
@@ -324,7 +324,7 @@ class _OwnContent:
                 message = f"an entry of defaults is a file name or `group: option`, not {kind_of(entry)}."
                 self._report("bad_defaults", ("defaults", i), message)
 
-    def _inherit(self, name: str, at: Path_) -> None:
+    def _inherit(self, name: str, at: KeyPath) -> None:
         if name == "_self_":
             return
         base = self.path.parent / name
@@ -336,7 +336,7 @@ class _OwnContent:
         message = f"it inherits from '{shortened(name)}', but there is no such file beside it."
         self._report("missing_parent", at, message + did_you_mean(name, siblings))
 
-    def _default_choice(self, key: str, value: Any, at: Path_) -> None:
+    def _default_choice(self, key: str, value: Any, at: KeyPath) -> None:
         group = key.removeprefix("override ").strip().lstrip("/")
         if group.startswith("hydra"):
             self._report(

@@ -67,7 +67,6 @@ def main(
     return run_study(cells, options, overrides, make_runner, head="config", at_once=at_once, fail_fast=fail_fast)
 
 
-# ------------------------------------------------------------------ which files
 def find(patterns: Sequence[str]) -> list[Path]:
     """Return the config files that files, folders and glob patterns name, each once, in order.
 
@@ -100,7 +99,6 @@ def _matches(pattern: str) -> Iterator[Path]:
     return (hit for hit in sorted(hits) if hit.suffix in SUFFIXES and hit.is_file())
 
 
-# ------------------------------------------------------------------ checks
 @dataclass(frozen=True)
 class Check:
     """Checks a file as it will be run: alone, or beside others with a share of the GPUs."""

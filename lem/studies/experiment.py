@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from lem.config.compose import prepare
 from lem.errors import ResultsError
 from lem.machine import host
@@ -112,8 +114,6 @@ def _resume_question(directory: ExperimentDir) -> str:
 
 
 def _show_plan(ready: Ready) -> None:
-    import yaml
-
     config = yaml.safe_dump(json.loads(to_json(ready.experiment)), sort_keys=False, allow_unicode=True)
     print(config, end="")
     model = f"found at {ready.model.path}" if ready.model else "none is loaded"
