@@ -221,7 +221,7 @@ def test_the_results_directory_comes_from_flag_file_environment_or_default_in_th
 def test_fewer_prompts_than_asked_for_are_all_run_and_noted(lem, tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     shown = lem("experiment", "-m", "any", "--backend", "simulated", "-p", "p.txt", "-n", "5", "energy=none", "-y")
-    assert "fewer_prompts: 5 prompts were asked for" in shown.out
+    assert "fewer_prompts: 5 prompts were requested" in shown.out
 
 
 def test_a_failing_run_is_a_record_a_row_and_exit_code_1(lem, tmp_path):
