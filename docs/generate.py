@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from lem.cli import app
-from lem.config.inventory import choices
+from lem.config.inventory import summaries
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
-from lem.results.schema import ExperimentRow
+from lem.results.schema import CycleRow, ExperimentRow
 from lem.spec.engines import BACKENDS
 from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
@@ -76,7 +76,7 @@ def _group_section(group: str) -> Iterator[str]:
 
 
 def _choices_table(group: str) -> str:
-    rows = [f"| `{choice.name}` | {choice.purpose} |" for choice in choices(group)]
+    rows = [f"| `{choice.name}` | {choice.purpose} |" for choice in summaries(group)]
     return "\n".join([f"| {group} | purpose |", "|---|---|", *rows]) + "\n"
 
 
@@ -125,6 +125,9 @@ def results() -> str:
             "## Table `experiments`\n",
             "A row for each experiment.\n",
             _columns_table(ExperimentRow),
+            "## Table `cycles`\n",
+            "A row for each cycle.\n",
+            _columns_table(CycleRow),
             "## Table `requests`\n",
             "A row for each request of the measured window.\n",
             _columns_table(RequestRecord),

@@ -31,7 +31,7 @@ END_TOKEN = 0
 class Simulated(Backend):
     """The simulated engine."""
 
-    tells = frozenset(["prefill"])
+    reports = frozenset(["prefill"])
 
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, SimulatedBackend)

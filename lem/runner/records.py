@@ -231,7 +231,7 @@ def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
         ),
         arrived_s=arrived_s,
         # Unknown where the engine does not say when it began.
-        queue_s=None if arrived_s is None or not generation.start_is_told else request.start_s - arrived_s,
+        queue_s=None if arrived_s is None or not generation.start_is_known else request.start_s - arrived_s,
     )
     begin_ns = generation.start_ns if generation.arrived_ns is None else generation.arrived_ns
     times = token_times(begin_ns, generation.chunks)

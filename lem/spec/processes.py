@@ -37,3 +37,8 @@ def gpus_needed(experiment: Experiment) -> int:
         return experiment.parallelism.degree
     processes, _ = process_counts(experiment)
     return processes
+
+
+def gpus_per_process(experiment: Experiment) -> int:
+    """Return how many GPUs, or on a CPU workers, one process runs the model on."""
+    return experiment.parallelism.degree if runs_in_one_process(experiment) else 1

@@ -25,7 +25,8 @@ ENGINES = {
     "vllm": VllmBackend(kv_cache_memory_bytes=2**26, enforce_eager=True),
 }
 
-# What a test of its own shows to work on the processor, since it takes processes, minutes or another model.
+# What a separate test shows to work on the processor, as it takes processes, minutes or another model; paths are
+# relative to this folder.
 ELSEWHERE = {
     ("openai", "greedy"): "test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
     ("openai", "continuous batching"): "test_openai.py::test_continuous_batching_keeps_as_many_in_flight",
@@ -90,7 +91,7 @@ Confirmation = Literal["tested", "arrives", "stand-in", "not run"]
 
 
 def confirmation(feature: Feature, backend: str) -> Confirmation:
-    """Return how it is confirmed that a backend has a feature, which it says that it has."""
+    """Return how it is confirmed that a backend has a feature that it declares."""
     if (backend, feature.name) in ELSEWHERE or is_checked(feature, backend):
         return "tested"
     if (backend, feature.name) in ARRIVES:
@@ -101,7 +102,7 @@ def confirmation(feature: Feature, backend: str) -> Confirmation:
 def is_checked(feature: Feature, backend: str) -> bool:
     """Return whether test_features.py runs the feature on the backend's engine."""
     runs = backend in ENGINES and support(feature, backend, PROCESSOR).answer == "yes"
-    return runs and feature.name in CHECKS | TELLINGS and (backend, feature.name) not in ELSEWHERE
+    return runs and feature.name in CHECKS | REPORTS and (backend, feature.name) not in ELSEWHERE
 
 
 # ------------------------------------------------------------------ a backend to try features on
@@ -131,7 +132,7 @@ class Engines:
                 backend.close()
                 raise
         self._kept[kind] = made_of, backend
-        # What is about requests alone is read when the engine is given one.
+        # Options of requests are read when the engine is given one.
         backend._experiment = experiment
         backend.forget()
         return backend
@@ -493,7 +494,7 @@ def cache_size(bench: Bench, asked: Experiment) -> None:
     assert bench.tokens(asked) == bench.tokens(bench.plain)
 
 
-# ------------------------------------------------------------------ what it tells
+# ------------------------------------------------------------------ what it reports
 def model(bench: Bench, asked: Experiment) -> bool:
     return bench.loaded(asked).model_info() is not None
 
@@ -564,8 +565,8 @@ CHECKS = {
     "no compilation": _setting("enforce_eager", "on"),
     "any other engine argument": _setting("engine_args", '{"max_logprobs": 5}'),
 }
-# Of what an engine tells, each is asked whether it does, and that is held against what it declares.
-TELLINGS = {
+# Each returns whether the engine reports it, to be compared with what the backend declares.
+REPORTS = {
     "the model": model,
     "prefill": prefill,
     "model FLOPs": flops,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from lem.backends import backend_class
-from lem.backends.base import Told
+from lem.backends.base import Reported
 from lem.machine.host import Host
 from lem.spec.conflicts import conflicts
 from lem.spec.engines import BACKENDS
@@ -39,7 +39,7 @@ class Feature:
     meaning: str
     changes: Changes = field(default_factory=dict)
     own: Mapping[str, Changes] = field(default_factory=dict)
-    tells: Told | None = None
+    tells: Reported | None = None
 
     def asked_of(self, backend: str) -> Changes | None:
         """Return the changes that request it from a backend; None if the configuration cannot."""
@@ -85,7 +85,7 @@ def support(feature: Feature, backend: str, host: Host) -> Support:
     if feature.asked_of(backend) is None:
         return Support("no option")
     if feature.tells is not None:
-        return Support("yes" if feature.tells in backend_class(backend).tells else "no")
+        return Support("yes" if feature.tells in backend_class(backend).reports else "no")
     plain = Experiment(model=DRAFT, backend=BACKENDS[backend]())
     anyway = {(each.code, each.path) for each in _objections(plain, host)}
     found = [o for o in _objections(feature.asked(plain), host) if (o.code, o.path) not in anyway]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lem.config.compose import ask, values_of
+from lem.config.compose import read_inputs, values_of
 from lem.machine.host import look
 from lem.runner.preflight import objections
 from lem.spec.conflicts import conflicts
@@ -28,7 +28,7 @@ from tests.backends.confirmations import (
     ELSEWHERE,
     ENGINES,
     ON_A_STAND_IN,
-    TELLINGS,
+    REPORTS,
     Bench,
     confirmation,
     is_checked,
@@ -82,10 +82,10 @@ def test_a_feature_that_is_declared_works(benches, backend, feature):
     CHECKS[feature.name](bench, bench.asks(feature))
 
 
-@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: b in ENGINES and f.name in TELLINGS))
-def test_a_backend_tells_what_it_declares_and_nothing_else(benches, backend, feature):
+@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: b in ENGINES and f.name in REPORTS))
+def test_a_backend_reports_what_it_declares_and_nothing_else(benches, backend, feature):
     bench = bench_of(benches, backend)
-    assert TELLINGS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
+    assert REPORTS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
 
 
 REFUSED = [
@@ -124,8 +124,8 @@ def test_the_command_refuses_before_anything_runs(lem, backend, feature, answer)
 def test_what_the_page_shows_is_what_is_asked_for(backend, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for feature in features():
-        asked = ask(None, [f"backend={backend}", *feature.overrides(backend)])
-        assert asked.faults() == []
+        asked = read_inputs(None, [f"backend={backend}", *feature.overrides(backend)])
+        assert asked.all_problems() == []
         values, _ = values_of(asked.sources)
         for path, value in (feature.asked_of(backend) or {}).items():
             assert reduce(getitem, path.split("."), values) == value
@@ -176,7 +176,7 @@ def test_what_another_test_shows_is_shown_by_a_test_that_there_is(table):
 def test_every_check_is_of_a_feature():
     names = [feature.name for feature in features()]
     assert len(set(names)) == len(names)
-    assert CHECKS.keys() | TELLINGS.keys() <= set(names)
+    assert CHECKS.keys() | REPORTS.keys() <= set(names)
     assert all(feature.meaning.endswith(".") for feature in features())
 
 

@@ -45,7 +45,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(folders, texts):
-    """What plain transformers writes for each prompt by itself."""
+    """What plain transformers writes for each prompt alone."""
     return {name: generate_alone(folder, texts) for name, folder in folders.items()}
 
 
@@ -129,7 +129,7 @@ def forward_calls(backend, texts):
     def note(module, args, options):
         calls.append((options["input_ids"].shape[1], type(options.get("past_key_values")).__name__))
 
-    hook = backend._model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = backend._loaded.model.register_forward_pre_hook(note, with_kwargs=True)
     list(backend.generate(backend.encode(texts)))
     hook.remove()
     return calls
@@ -298,17 +298,17 @@ def test_model_with_an_adapter_is_compiled_too(folders, texts, adapter):
     assert graphs > 0
 
 
-def test_compiling_in_the_window_is_doubted_and_having_compiled_before_is_not(folders, texts):
+def test_compiling_in_the_window_is_warned_about_and_having_compiled_before_is_not(folders, texts):
     from torch._dynamo import reset
 
     reset()
     wanted = experiment(folders["gpt2"], max_output_tokens=1)
     backend = load(replace(wanted, backend=PytorchBackend(device="cpu", torch_compile=True)))
-    doubted = []
+    warned = []
     for _ in range(2):
         list(backend.generate(backend.encode(texts[:1])))
-        doubted.append("compiled_in_window" in [note.code for note in backend.warnings()])
-    assert doubted == [True, False]
+        warned.append("compiled_in_window" in [each.code for each in backend.warnings()])
+    assert warned == [True, False]
 
 
 def run_compiled(wanted, texts):
@@ -358,7 +358,7 @@ def test_attention_kernel_is_used_with_continuous_batching_and_given_back(folder
     assert backend.engine_info().settings["cache_implementation"] == "paged"
     written = {g.index: g.token_ids for batch in backend.generate(prompts) for g in batch}
     assert [written[i] for i in range(8)] == alone["gpt2"][:8]
-    model = backend._model
+    model = backend._loaded.model
     backend.close()
     assert model.config._attn_implementation == kernel
 
@@ -403,8 +403,8 @@ def test_cache_is_as_large_as_what_can_run_at_the_same_time_needs(folders, texts
 def test_cache_that_does_not_fit_is_refused_in_a_sentence(folders, texts):
     wanted = experiment(folders["qwen2"], batching=Batching(strategy="continuous", batch_size=65536))
     backend = load(replace(wanted, max_output_tokens=POSITIONS - 100))
-    backend._continuous._model.config.num_hidden_layers = 100_000
-    backend._continuous._model.config.layer_types = None
+    backend._runner._model.config.num_hidden_layers = 100_000
+    backend._runner._model.config.layer_types = None
     with pytest.raises(
         RunError, match=r"no memory for a key/value cache of 65536 requests .* Lower batching.batch_size"
     ):
@@ -424,7 +424,7 @@ def test_error_in_a_step_comes_out_where_it_happened(folders, texts, monkeypatch
     prompts = backend.encode(texts)
     generations = backend.generate(prompts)
     next(generations)
-    monkeypatch.setattr(backend._model, "forward", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(backend._loaded.model, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(generations)
 

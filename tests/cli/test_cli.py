@@ -239,11 +239,11 @@ def test_no_aggregate_leaves_the_row_to_the_aggregate_command(lem, tmp_path):
     assert shown.code == 0
     assert "lem aggregate exp_" in shown.out
     assert not (tmp_path / "results" / "experiments").exists()
-    assert "has a row; --all shows those without one" in lem("results", "list").out
-    assert "makes its row" in lem("results", "list", "--all").out
+    assert "has a row; --all lists those without one" in lem("results", "list").out
+    assert "writes its row" in lem("results", "list", "--all").out
     assert "completed" in lem("aggregate", "--all").out
     assert "completed" in lem("results", "list").out
-    assert "rows are there already" in lem("aggregate", "--all").out
+    assert "already have their rows" in lem("aggregate", "--all").out
 
 
 def test_results_show_as_table_json_and_raw(lem):

@@ -272,7 +272,7 @@ def test_the_variable_is_read_and_never_written(driver):
         """
         import json, os
         from lem.machine import gpu
-        from lem.cli.inventory import show_gpus
+        from lem.cli.listing import show_gpus
         import contextlib, io
         with contextlib.redirect_stdout(io.StringIO()):
             show_gpus(); show_gpus(as_json=True)

@@ -26,14 +26,14 @@ from prompt_toolkit.output import DummyOutput
 from lem.cli import interview
 from lem.cli.draft import Draft, first_draft
 from lem.cli.new import render
-from lem.config.compose import options, prepare
+from lem.config.compose import prepare
 from lem.config.file_schema import file_schema, type_words
-from lem.config.options import Options
+from lem.config.options import Options, builtin
 from lem.spec.experiment import Experiment
 from lem.spec.schema import leaf, leaves
 
 ROOT = Path(__file__).parents[2]
-PRESETS = [None, *options("preset")]
+PRESETS = [None, *builtin("preset")]
 
 
 def experiment(text: str) -> Experiment:
@@ -69,7 +69,7 @@ def test_a_template_runs_as_it_is(lem):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("backend", options("backend"))
+@pytest.mark.parametrize("backend", builtin("backend"))
 def test_what_is_commented_out_is_what_holds_anyway(lem, preset, backend):
     text = render(first_draft(Options(), preset).choose("backend", backend))
     everything = uncommented(text)
@@ -153,7 +153,7 @@ def answers(lem) -> Iterator[object]:
         def hold(*strokes: str, preset: str | None = None) -> Draft:
             # A question that nobody answers is left, not waited for.
             keys.send_text("".join([*strokes, STOP]))
-            return interview.hold(Options(), preset)
+            return interview.ask_all(Options(), preset)
 
         yield hold
 
@@ -226,7 +226,7 @@ def test_leaving_is_no_answer(answers, key):
 )
 def test_an_answer_is_taken_by_its_type(path, text, value):
     assert interview.parsed(leaf(path), text) == value
-    assert interview.fault(first_draft(Options(), None), leaf(path), text) == ""
+    assert interview.problem_with(first_draft(Options(), None), leaf(path), text) == ""
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_an_answer_is_taken_by_its_type(path, text, value):
     ],
 )
 def test_a_wrong_answer_is_told_in_a_sentence(path, text, says):
-    assert says in interview.fault(first_draft(Options(), None), leaf(path), text)
+    assert says in interview.problem_with(first_draft(Options(), None), leaf(path), text)
 
 
 # ------------------------------------------------------------------ on a terminal

@@ -304,8 +304,8 @@ def test_what_is_not_valid_cannot_be_run_and_what_is_valid_can_be_composed(folde
     values = data.draw(valid_values())
     content, _ = data.draw(st.sampled_from(MUTATIONS))(data.draw, values)
     Path("a.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    asked = compose.ask(Path("a.yaml"), ())
-    faults = [problem for problem in asked.faults() if problem.severity == "impossible"]
+    inputs = compose.read_inputs(Path("a.yaml"), ())
+    faults = [problem for problem in inputs.all_problems() if problem.severity == "impossible"]
     if not faults:
         compose.prepare(Path("a.yaml"), ()).experiment()
         return
@@ -392,7 +392,7 @@ def test_the_fast_composition_is_hydras_and_origins_are_true(folder, users_optio
             patch.setenv("LLM_ENERGY_RESULTS_DIR", variable)
         composed = compose.prepare(Path("child.yaml"), as_overrides(choices, values)).values()
         assert compose.plain_values(userfile.read(Path("child.yaml")), choices, values) == composed
-        sources = compose.ask(Path("child.yaml"), as_overrides(choices, values)).sources
+        sources = compose.read_inputs(Path("child.yaml"), as_overrides(choices, values)).sources
         layers, unresolved = sources.layers(), sources.values()
     for path, value in leaf_paths(unresolved):
         layer = origin(layers, path)
@@ -401,10 +401,10 @@ def test_the_fast_composition_is_hydras_and_origins_are_true(folder, users_optio
         for part in path:
             found = found[part]
         assert found == value, path
-        place = layer.places.get(path)
+        location = layer.locations.get(path)
         if layer.kind == "file" and path[0] not in CHOICES:
-            assert place is not None
-            assert path[-1] in place.file.read_text().splitlines()[place.line - 1]
+            assert location is not None
+            assert path[-1] in location.file.read_text().splitlines()[location.line - 1]
     assert resolved(unresolved)[0] == composed
 
 
@@ -413,8 +413,8 @@ def test_the_fast_composition_is_hydras_and_origins_are_true(folder, users_optio
 def test_what_show_prints_is_a_config_that_resolves_to_the_same(folder, users_options, child, line):
     Path("child.yaml").write_text(as_text(child))
     overrides = as_overrides(*line)
-    asked = compose.ask(Path("child.yaml"), overrides)
-    experiment, _ = examine(resolved(asked.sources.values())[0])
+    inputs = compose.read_inputs(Path("child.yaml"), overrides)
+    experiment, _ = examine(resolved(inputs.sources.values())[0])
     if experiment is None:  # simulated options with another backend, and the like
         return
     with contextlib.redirect_stdout(io.StringIO()) as out:

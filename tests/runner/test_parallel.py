@@ -16,7 +16,7 @@ import pytest
 
 from lem.backends import make_backend
 from lem.backends.placement import split_over_ranks, spread
-from lem.backends.pytorch import Pytorch
+from lem.backends.pytorch import Pytorch, check_devices
 from lem.errors import RunError
 from lem.machine import gpu
 from lem.machine.gpu import Gpu
@@ -328,12 +328,11 @@ def devices(wanted, rank, *uuids):
     backend = make_backend(wanted)
     assert isinstance(backend, Pytorch)
     backend.local_rank = rank
-    backend._expected = backend.gpus_in_use(EIGHT)
     cuda = Cuda(*uuids)
-    backend._devices = backend._own_devices(cuda)
-    backend._check_devices(cuda)
-    assert cuda.current == backend._devices[0].index
-    return [str(device) for device in backend._devices]
+    own = backend._own_devices(cuda)
+    check_devices(cuda, own, backend.gpus_in_use(EIGHT))
+    assert cuda.current == own[0].index
+    return [str(device) for device in own]
 
 
 def test_each_process_has_the_gpu_of_its_own_number_and_a_pipeline_has_all():

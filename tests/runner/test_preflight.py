@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-from lem.config.inventory import choices
+from lem.config.inventory import summaries
 from lem.errors import ConfigError
 from lem.machine.gpu import Gpu, pick
 from lem.machine.host import Host
@@ -175,7 +175,7 @@ def test_zeus_is_asked_itself_where_no_nvidia_gpu_is_visible():
 def test_a_presets_values_stand_in_the_way_of_no_override(backend, override):
     from lem.config.compose import prepare
 
-    presets = [choice.name for choice in choices("preset")]
+    presets = [choice.name for choice in summaries("preset")]
     assert "benchmark" in presets
     for preset in presets:
         composed = prepare(None, [f"preset={preset}", f"backend={backend}", "dataset=sample", override]).experiment()

@@ -111,7 +111,7 @@ def test_latency_begins_with_the_arrival_and_the_queue_is_unknown_where_the_star
     times = {"start_ns": 12 * S, "end_ns": 15 * S, "arrived_ns": 11 * S, "chunks": (Chunk(13 * S, 1), Chunk(15 * S, 1))}
     into = Measurement(window_opened_ns=10 * S)
     for said in (True, False):
-        into.add(Generation(0, 0, (1, 2), "stop", start_is_told=said, **times), Encoded(0, (1,)))
+        into.add(Generation(0, 0, (1, 2), "stop", start_is_known=said, **times), Encoded(0, (1,)))
     known, unknown = (request_row(WINDOW, request) for request in into.requests)
     assert (known.arrived_s, known.queue_s, known.latency_s, known.ttft_s) == (1.0, 1.0, 4.0, 2.0)
     assert (known.itl_s, known.tpot_s, known.itl_spread) == ([2.0], 2.0, False)

@@ -301,7 +301,7 @@ def test_the_same_command_resumes_and_fresh_starts_a_new_one(lem, killed):
     assert len(rows_of(killed)) == 3
     done = lem(*AGAIN)
     assert done.code == 0
-    assert f"Going on with {killed.id}" in done.err
+    assert f"Resuming {killed.id}" in done.err
     assert len(rows_of(killed)) == 8
     assert len(listing(lem)) == 2
     assert lem(*AGAIN).code == 0, "with nothing unfinished it is a new one"
@@ -335,10 +335,10 @@ def on_a_terminal(arguments: tuple[str, ...], answers: str, cwd: Path) -> tuple[
 
 def test_a_person_is_asked_whether_to_resume(lem, killed, tmp_path):
     code, shown = on_a_terminal(AGAIN, "n\nn\n", tmp_path)
-    assert (code, "left unfinished" in shown, "Start anew" in shown) == (0, True, True)
+    assert (code, "left unfinished" in shown, "Start over" in shown) == (0, True, True)
     assert len(rows_of(killed)) == 3
     code, shown = on_a_terminal(AGAIN, "y\n", tmp_path)
-    assert (code, f"Going on with {killed.id}" in shown) == (0, True)
+    assert (code, f"Resuming {killed.id}" in shown) == (0, True)
     assert len(rows_of(killed)) == 8
 
 

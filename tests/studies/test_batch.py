@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from lem.cli.flags import is_override
+from lem.config.multirun import literal
 from lem.errors import ConfigError
 from lem.machine.gpu import Gpu
-from lem.studies.batch import find, literal
+from lem.studies.batch import find
 from lem.studies.pool import Slot, are_disjoint, slots
 from tests.conftest import begin, command, wait_for
 from tests.nvml_standin import environment, scenario
@@ -38,7 +39,7 @@ def write_six(folder: Path, **backend) -> None:
         write(folder / f"e{number}.yaml", seed=number, backend={"name": "simulated", **backend, **fails})
 
 
-def books(tmp_path):
+def manifest(tmp_path):
     (file,) = tmp_path.glob("multirun/*/experiments.json")
     return json.loads(file.read_text())
 
@@ -170,7 +171,7 @@ def test_a_failing_config_ends_nothing(lem, tmp_path):
     assert [(row["seed"], row["status"]) for row in listed] == [(3, "completed"), (4, "failed"), (5, "completed")]
     assert {row["max_output_tokens"] for row in listed} == {8}
     assert listed[0]["overrides"] == ["io.results_dir='out'", "max_output_tokens=8"]
-    assert [m["config_file"] for m in books(tmp_path)] == ["c/e3.yaml", "c/e4.yaml", "c/e5.yaml"]
+    assert [m["config_file"] for m in manifest(tmp_path)] == ["c/e3.yaml", "c/e4.yaml", "c/e5.yaml"]
     assert not any("shared_hardware" in warning for row in listed for warning in row["warnings"])
 
 
@@ -202,7 +203,7 @@ def test_fail_fast_begins_nothing_after_a_failure(lem, tmp_path):
     write_six(tmp_path / "c")
     done = lem("batch", "c/e[3-6].yaml", "--fail-fast", "-y")
     assert done.code == 1
-    assert [m["status"] for m in books(tmp_path)] == ["completed", "failed", "not run", "not run"]
+    assert [m["status"] for m in manifest(tmp_path)] == ["completed", "failed", "not run", "not run"]
     assert "2 not run" in done.out
 
 
@@ -211,7 +212,7 @@ def test_six_configs_two_at_a_time_one_of_which_fails(tmp_path):
     write_six(tmp_path / "c")
     done = command("batch", "c/*.yaml", "--parallel", "2", "-y", cwd=tmp_path)
     assert done.code == 1, done.err
-    made = books(tmp_path)
+    made = manifest(tmp_path)
     assert [m["status"] for m in made] == ["completed"] * 3 + ["failed"] + ["completed"] * 2
     assert len({m["experiment_id"] for m in made}) == 6
     assert {row["experiment_id"] for row in rows(tmp_path)} == {m["experiment_id"] for m in made}
@@ -236,7 +237,7 @@ def test_a_child_that_is_killed_is_a_failed_row_and_ends_nothing(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in err
-    killed, *others = books(tmp_path)
+    killed, *others = manifest(tmp_path)
     assert (killed["status"], [m["status"] for m in others]) == ("failed", ["completed"] * 2)
     assert "SIGKILL" in killed["error"]
     assert "SIGKILL" in out
@@ -259,7 +260,7 @@ def test_an_interrupt_ends_all_children_and_keeps_what_they_measured(tmp_path, h
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-    assert [m["status"] for m in books(tmp_path)] == ["interrupted", "interrupted", "not run"]
+    assert [m["status"] for m in manifest(tmp_path)] == ["interrupted", "interrupted", "not run"]
     assert "2 interrupted, 1 not run" in out
     assert all(0 < row["requests_completed"] < 60 for row in rows(tmp_path))
 
@@ -277,16 +278,16 @@ def test_the_same_batch_goes_on_with_what_was_left_unfinished(tmp_path, parallel
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
-    left = [m["experiment_id"] for m in books(tmp_path) if m["status"] == "interrupted"]
+    left = [m["experiment_id"] for m in manifest(tmp_path) if m["status"] == "interrupted"]
     done = {row["experiment_id"]: row["requests_completed"] for row in rows(tmp_path)}
     assert left
     assert 0 < done[left[0]] < 14
     dry = command(*again, "--dry-run", cwd=tmp_path)
-    assert f"going on with {left[0]}: {done[left[0]]} of 14 prompts are done" in " ".join(dry.out.split())
-    assert "going on" not in command(*again, "--dry-run", "--fresh", cwd=tmp_path).out
+    assert f"resuming {left[0]}: {done[left[0]]} of 14 prompts are done" in " ".join(dry.out.split())
+    assert "resuming" not in command(*again, "--dry-run", "--fresh", cwd=tmp_path).out
     finished = command(*again, cwd=tmp_path)
     assert finished.code == 0, finished.err
-    assert f"going on with {left[0]}" in finished.err
+    assert f"resuming {left[0]}" in finished.err
     ids = [m["experiment_id"] for m in newest(tmp_path)]
     assert set(left) <= set(ids)
     assert len(set(ids)) == 3
