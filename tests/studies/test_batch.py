@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lem.cli.flags import is_override
-from lem.config.multirun import literal
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.gpu import Gpu
 from lem.studies.batch import find
@@ -195,7 +195,7 @@ def test_the_plan_is_what_ran_and_hydra_keeps_its_own_books(lem, tmp_path):
 def test_a_plan_holds_texts_as_they_are(text):
     from omegaconf import OmegaConf
 
-    plan = yaml.safe_dump(literal({"model": [text]}))
+    plan = yaml.safe_dump(escaped({"model": [text]}))
     assert OmegaConf.to_container(OmegaConf.create(plan), resolve=True) == {"model": [text]}
 
 
