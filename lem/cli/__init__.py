@@ -126,8 +126,5 @@ def _with_output(code: int) -> int:
     lost = lost_output()
     if lost is None or isinstance(lost, BrokenPipeError):
         return code
-    print(
-        f"Error: standard output cannot be written to ({lost.strerror}); files of results are not affected.",
-        file=sys.stderr,
-    )
+    print(f"Error: standard output cannot be written to ({lost.strerror}); results are not affected.", file=sys.stderr)
     return code or 1
