@@ -1,4 +1,4 @@
-"""The `lem` command: each module here registers some of its commands, which call `lem.studies` and other rooms.
+"""The `lem` command: each module with the name of a group registers its commands, which call other rooms.
 
 Nothing heavy is imported here: the command that needs torch, transformers, hydra, pyarrow or codecarbon imports it.
 """
