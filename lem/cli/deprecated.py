@@ -43,7 +43,7 @@ FLAGS = {
     "gpu_list": Flag("--gpu-list", "gpus", _gpus),
     "temperature": Flag("--temperature", "decoder.temperature", _temperature),
     "quantization": Flag(
-        "--quantization", "quantization.quantization", lambda value: [f"quantization.quantization={value}".lower()]
+        "--quantization", "quantization.quantization", lambda on: [f"quantization.quantization={on}".lower()]
     ),
 }
 

@@ -65,11 +65,7 @@ def _lead(here: Ranks, options: argparse.Namespace) -> int:
     """Compose the experiment, run it with the others, and show it; in any case the others are not left waiting."""
     others = _Others(here)
     choices = {"preset": options.preset, "dataset": options.dataset}
-    values = {
-        "model": options.model,
-        "dataset.sample_size": options.sample_size,
-        "io.results_dir": options.results_dir,
-    }
+    values = {"model": options.model, "dataset.sample_size": options.sample_size, "io.results_dir": options.results_dir}
     overrides = [*choice_overrides(choices), *value_overrides(values), *options.overrides]
     try:
         ready = _ready(options.config, overrides, here.size, force=options.force)
@@ -125,11 +121,7 @@ def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, ot
             print(f"Resuming {unfinished[-1].id}, which was left unfinished.", file=sys.stderr)
             return resume(store, unfinished[-1], report=progress, launcher=others.work_together)
         return run_ready(
-            ready,
-            overrides=overrides,
-            config_file=options.config,
-            report=progress,
-            launcher=others.work_together,
+            ready, overrides=overrides, config_file=options.config, report=progress, launcher=others.work_together
         )
 
 

@@ -20,6 +20,7 @@ from lem.config.layers import Sources, leaf_paths, origin
 from lem.config.problem import Location, Problem, Problems, impossible, shown_path
 from lem.config.userfile import Layer
 from lem.config.yamlfile import KeyPath, resolvers
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.host import Host, look
 from lem.results.codec import to_plain
@@ -232,13 +233,5 @@ def as_yaml(value: Any) -> str:
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers = resolvers(yaml.SafeDumper)
 
-    # Everything is resolved: a text that looks like an interpolation is not one.
-    plain = _escaped(value)
-    text: str = yaml.dump([plain], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    text: str = yaml.dump([escaped(value)], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
     return text.strip()[1:-1]
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("${", "\\${")
-    return [_escaped(item) for item in value] if isinstance(value, list) else value

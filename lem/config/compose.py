@@ -18,6 +18,7 @@ from lem.config.layers import Sources, Values, holds, layers_of, option, schema_
 from lem.config.options import CONFIG_MODULE, CUSTOM, Options
 from lem.config.overrides import (
     NO_PRESET,
+    SEVERAL,
     Override,
     choice_of,
     combinations,
@@ -55,10 +56,7 @@ class Inputs:
 
 
 def read_inputs(
-    config_file: Path | None,
-    overrides: Sequence[str],
-    config_dir: Path | None = None,
-    groups_in: Path | None = None,
+    config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Inputs:
     """Read a config file and parse overrides; the result holds the problems."""
     known = find_options(config_file, config_dir)
@@ -194,8 +192,7 @@ class Composition:
         from hydra import compose, initialize_config_module
 
         if swept := next((override for override in self.given if override.is_sweep), None):
-            several = "these are several values; add --multirun to run each, or write a list as [a,b]."
-            raise ConfigError(f"{swept.text}: {several}")
+            raise ConfigError(f"{swept.text}: {SEVERAL}")
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
             composed = compose(CONFIG_NAME, overrides=list(self.overrides))
         # Hydra lets a value below take the place of a ???, but whoever wrote it wants one to be given.
@@ -213,11 +210,7 @@ class Composition:
 
 
 def prepare(
-    config_file: Path | None,
-    overrides: Sequence[str],
-    *,
-    config_dir: Path | None = None,
-    groups_in: Path | None = None,
+    config_file: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Composition:
     """Register the schema, the chosen options and the user's file with Hydra and return what to compose.
 

@@ -73,11 +73,9 @@ def _value(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alternatives(value: dict[str, Any]) -> list[dict[str, Any]]:
-    for several in ("anyOf", "oneOf"):
-        if several in value:
-            return list(value[several])
-    own = {key: item for key, item in value.items() if key not in ("title", "description", "default", "env")}
-    return [own]
+    if several := value.get("anyOf") or value.get("oneOf"):
+        return list(several)
+    return [{key: item for key, item in value.items() if key not in ("title", "description", "default", "env")}]
 
 
 def _group(group: str, mapping: dict[str, Any] | None, options: Options) -> dict[str, Any]:

@@ -7,7 +7,6 @@ a cell's run does.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lem.config.overrides import first_sentence, quoted
 from lem.config.problem import shortened
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.results.codec import to_json
 from lem.results.files import write_atomically
@@ -104,18 +104,7 @@ def cell_name(number: int) -> str:
 def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]]) -> None:
     write_atomically(folder / f"{NAME}.yaml", PLAN)
     for number, (label, experiment) in enumerate(cells):
-        values = literal(json.loads(to_json(experiment)))
+        values = escaped(json.loads(to_json(experiment)))
         head = f"# @package _global_\n# {shortened(label, 200)}\n"
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
         write_atomically(folder / "cell" / f"{cell_name(number)}.yaml", head + text)
-
-
-def literal(value: Any) -> Any:
-    """Escape texts that Hydra would take for interpolations: everything has been resolved."""
-    if isinstance(value, dict):
-        return {key: literal(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [literal(inner) for inner in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
-    return value

@@ -90,12 +90,12 @@ class UserFile:
 
     def without_group(self, group: str) -> UserFile:
         """Drop the choice of a group and all of its values."""
-        choices = {other: choice for other, choice in self.choices.items() if other != group}
-        layers = [
-            replace(layer, values={key: value for key, value in layer.values.items() if key != group})
-            for layer in self.layers
-        ]
-        return replace(self, choices=choices, layers=layers)
+
+        def rest(mapping: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in mapping.items() if key != group}
+
+        layers = [replace(layer, values=rest(layer.values)) for layer in self.layers]
+        return replace(self, choices=rest(self.choices), layers=layers)
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -193,11 +193,11 @@ class _Reader:
         if path.resolve() in ring:
             names = " -> ".join(child.name for child in (*ring[ring.index(path.resolve()) :], path))
             problem = Problem("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", location)
-            return UserFile(problems=[problem])
-        if self.files >= MAX_FILES:
-            message = f"it inherits from more than {MAX_FILES} files."
-            return UserFile(problems=[Problem("too_large", "defaults", message, location)])
-        return self.file(path, children)
+        elif self.files >= MAX_FILES:
+            problem = Problem("too_large", "defaults", f"it inherits from more than {MAX_FILES} files.", location)
+        else:
+            return self.file(path, children)
+        return UserFile(problems=[problem])
 
 
 def _merge_into(base: UserFile, over: UserFile) -> None:
@@ -252,7 +252,6 @@ class _OwnContent:
     def _location(self, at: KeyPath) -> Location:
         return self.document.locations.get(at) or Location(self.path)
 
-    # -------------------------------------------------------------- options
     def _choice(self, group: str, value: Any) -> dict[str, Any]:
         """Record the option that the value chooses; return the group's values, as a mapping to merge."""
         if group == "preset":
@@ -308,7 +307,6 @@ class _OwnContent:
         self._report("unknown_option", (group,), self.options.unknown(group, shortened(name)))
         return values
 
-    # -------------------------------------------------------------- defaults
     def _defaults(self, entries: Any) -> None:
         if not isinstance(entries, list):
             message = f"defaults is a list of files to inherit from, not {kind_of(entries)}."

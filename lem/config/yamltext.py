@@ -47,3 +47,14 @@ def block(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from block(value, indent + "  ")
         else:
             yield f"{indent}{flow(key)}: {flow(value)}"
+
+
+def escaped(value: Any) -> Any:
+    """Escape texts that would be read as interpolations, in data where everything is resolved."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+    return value

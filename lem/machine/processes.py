@@ -1,4 +1,4 @@
-"""Processes of engines and servers: finding them, whether they are alive, their memory, ending them."""
+"""Processes of workers, engines and servers: finding them, whether they are alive, their memory, ending them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
         report: receives the progress.
 
     Raises:
-        Interrupted: by Ctrl-C or SIGTERM; the workers have ended and what they finished is kept.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the workers have ended and what they finished is kept.
     """
     plan = directory.plan()
     log_file = directory.log_file(0)

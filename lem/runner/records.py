@@ -1,6 +1,6 @@
-"""The record of one cycle, and its rows, from what a process knows: pure functions of values.
+"""The record of one cycle, and its rows, from what a process knows.
 
-Nothing here asks an engine, a meter or the machine; `lem.runner.attempt` does, and passes the answers on.
+Nothing here asks an engine or a meter; `lem.runner.attempt` does, and passes the answers on.
 """
 
 from __future__ import annotations

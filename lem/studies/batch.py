@@ -78,8 +78,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         files = [path for path in _matches(pattern) if not is_index(path)]
         if not files:
-            missing = not (glob.has_magic(pattern) or Path(pattern).exists())
-            hint = " There is no such file." if missing else ""
+            hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
             problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
         for path in files:
             found.setdefault(path.resolve(), path)

@@ -60,11 +60,7 @@ def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file
     """Run a checked experiment, with its progress and its results shown; return the exit code."""
     with display() as report:
         outcome = run_ready(
-            ready,
-            overrides=overrides,
-            config_file=config_file,
-            write_tables=options.write_tables,
-            report=report,
+            ready, overrides=overrides, config_file=config_file, write_tables=options.write_tables, report=report
         )
     return show_outcome(outcome, write_tables=options.write_tables)
 
