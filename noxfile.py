@@ -1,8 +1,8 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
-All versions are those of constraints.txt. What needs lem with its tools runs in one environment, which the session
-`dev` makes and the others require; with `--no-dependencies` they take it as it is, without asking pip. `demo`, `vllm`,
-`lint` and `types` have their own. None needs a network beyond the package registry.
+All versions are those of constraints.txt. Sessions that need lem with its tools share one environment, which the
+session `dev` makes and the others require; with `--no-dependencies` they use it as it is, without running pip. `demo`,
+`vllm`, `lint` and `types` have their own. None needs a network beyond the package registry.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 
 def install_lem(session: nox.Session, *how: str) -> None:
-    """Install lem and what it needs; torch first, so that nothing else pulls in another build of it."""
+    """Install lem and its dependencies; torch first, so that nothing else pulls in another build of it."""
     install(session, "torch")
     install(session, *how)
 
 
-# nox has no place to name the environment of a session: those that share one have none of their own.
+# nox cannot name the environment of a session, so sessions that share one are declared without any.
 in_dev = partial(nox.session, requires=["dev"], venv_backend="none")
 
 
@@ -53,7 +53,7 @@ def dev(session: nox.Session) -> None:
 
 
 def run_in_dev(session: nox.Session, program: str, *arguments: str, **env: str) -> None:
-    """Run a program of the environment that `dev` has made; a session that does requires it."""
+    """Run a program from the environment that `dev` made; the session must require `dev`."""
     programs = (session.cache_dir.parent / "dev" / "bin").resolve()
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     session.run(str(programs / program), *arguments, env={"PATH": path, "HF_HUB_OFFLINE": "1", **env})
@@ -63,7 +63,7 @@ def run_in_dev(session: nox.Session, program: str, *arguments: str, **env: str) 
 def demo(session: nox.Session) -> None:
     """Install lem and run a real experiment on the built-in model and prompts, on the CPU, without a network."""
     install_lem(session, ".")
-    # Outside of the checkout, to show that the installed package is all that is needed.
+    # Outside the checkout, to show that the installed package is all that is needed.
     session.chdir(session.create_tmp())
     session.run(
         "lem", "experiment", "--preset", "quick-test", "--model", "tiny", "-d", "sample", "-n", "10", "-y",
@@ -80,13 +80,13 @@ def tests(session: nox.Session) -> None:
 
 @in_dev
 def properties(session: nox.Session) -> None:
-    """Try what must hold for any configuration on all examples, of which the quick suite takes a few."""
+    """Check the properties of configurations on all examples; the quick suite uses a few of them."""
     _pytest(session, PROPERTY_TESTS, LEM_ALL_EXAMPLES="1")
 
 
 @in_dev
 def engines(session: nox.Session) -> None:
-    """Run the backends' contract and their own tests: pytorch, a stand-in for TensorRT-LLM, a server of our own."""
+    """Run the backends' contract and their own tests: pytorch, a stand-in for TensorRT-LLM, a server for tests."""
     _pytest(session, "-m", "engines and not processes and not slow")
 
 
@@ -103,7 +103,7 @@ def survival(session: nox.Session) -> None:
 
 
 def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
-    # Each of the two begins with a half of the files, so that what a file's tests share is mostly made once.
+    # Each of the two starts with half of the files, so that fixtures shared by a file's tests are mostly made once.
     two_at_a_time = ("-n", "2", "--dist", "worksteal")
     run_in_dev(session, "pytest", *two_at_a_time, *arguments, *session.posargs, **env)
 
@@ -111,9 +111,9 @@ def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """Run the vllm backend's tests and the backends' contract on the real engine, its build for the CPU."""
-    # It pins torch and transformers, at other versions than constraints.txt, so it comes first and its versions stay.
+    # It pins torch and transformers at other versions than constraints.txt, so it is installed first and its pins stay.
     session.install(VLLM)
-    # Builds of these for another torch break the import of transformers.
+    # Builds of these for a different torch break the import of transformers.
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec")
     installed = str(session.run("python", "-m", "pip", "list", "--format=freeze", "--exclude", "lem", silent=True))
     pinned = {line.partition("==")[0].lower().replace("_", "-"): line for line in _requirements(CONSTRAINTS)}
@@ -122,7 +122,7 @@ def vllm(session: nox.Session) -> None:
     versions.write_text("".join(f"{line}\n" for line in pinned.values()))
     session.install("--constraint", str(versions), "-e", ".[lora]", "pytest", "hypothesis")
     began_s = time.monotonic()
-    # A process for each: vLLM's counters, and what numba has compiled for it, belong to the process.
+    # One process for each: vLLM's counters, and what numba has compiled for it, belong to the process.
     for arguments in [session.posargs] if session.posargs else [[file] for file in VLLM_TESTS]:
         session.run("pytest", "-k", "vllm", *arguments, env={"HF_HUB_OFFLINE": "1"})
     session.log(f"The tests took {time.monotonic() - began_s:.0f} s.")
@@ -134,13 +134,13 @@ def _requirements(file: str) -> list[str]:
 
 @in_dev
 def queueing(session: nox.Session) -> None:
-    """Let requests arrive for five minutes; compare rate, waits and idle share with theory; sleeps nearly always."""
+    """Let requests arrive for five minutes; compare rate, waits and idle share with theory. Mostly sleeps."""
     run_in_dev(session, "pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check format and rules with ruff, the direction of imports with import-linter; `-- --fix` repairs what it can."""
+    """Check format and rules with ruff, the direction of imports with import-linter; `-- --fix` fixes what it can."""
     install(session, "ruff", "import-linter")
     if "--fix" in session.posargs:
         session.run("ruff", "format")
@@ -153,7 +153,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of lem/ with mypy, strictly."""
-    # The heavy libraries are taken as untyped anyway (see pyproject.toml), so they need not be here.
+    # The heavy libraries count as untyped anyway (see pyproject.toml), so they need not be installed.
     install(session, "mypy", "msgspec", "pydantic", "typer", "rich", "pyyaml", "types-PyYAML", "types-psutil", "numpy",
             "platformdirs", "python-dotenv", "omegaconf")  # fmt: skip
     session.run("mypy")
@@ -161,14 +161,14 @@ def types(session: nox.Session) -> None:
 
 @in_dev
 def docs(session: nox.Session) -> None:
-    """Write the generated reference pages anew and build the docs into site/."""
+    """Update the generated reference pages and build the docs into site/."""
     run_in_dev(session, "python", "docs/generate.py")
     run_in_dev(session, "mkdocs", "build", "--strict", "--quiet")
 
 
 @in_dev
 def bench(session: nox.Session) -> None:
-    """Measure what starting up costs, a grid of 10,000 configs, and aggregation; fail where a limit is exceeded."""
+    """Measure start-up, a grid of 10,000 configs, and aggregation; fail if a limit is exceeded."""
     run_in_dev(session, "python", "-m", "bench.startup")
     run_in_dev(session, "python", "-m", "bench.grid")
     run_in_dev(session, "python", "-m", "bench.aggregation")
@@ -176,5 +176,5 @@ def bench(session: nox.Session) -> None:
 
 @in_dev
 def accuracy(session: nox.Session) -> None:
-    """Compare the GPU meter's joules with power curves of known integral, and measure what metering costs."""
+    """Compare the GPU meter's joules with power curves whose integral is known, and measure the cost of metering."""
     run_in_dev(session, "python", "-m", "bench.accuracy")

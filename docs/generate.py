@@ -1,6 +1,6 @@
-"""Writes the reference pages from their sources: the schema, the records, the rules, the features, the command line.
+"""Generates the reference pages from their sources: the schema, the records, the rules, the features, the command line.
 
-`python docs/generate.py` writes them anew; a test compares what it would write with what is there.
+Run `python docs/generate.py` to update them; a test fails if they are stale.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from lem.cli import app
-from lem.config.inventory import choices
+from lem.config.inventory import summaries
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
-from lem.results.schema import ExperimentRow
+from lem.results.schema import CycleRow, ExperimentRow
 from lem.spec.engines import BACKENDS
-from lem.spec.rules import CONFIG_FAULTS, OBJECTIONS, Rule
+from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
 from lem.warning_codes import WARNINGS
 
-# What a backend can be asked for, and which of it has been tried where, is known to the tests.
+# The tests know what a backend can be asked for, and what has been tried where.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.backends.confirmations import confirmation
-from tests.backends.features import CATALOGUE as FEATURES
-from tests.backends.features import Feature, IdealHost, support
+from tests.backends.features import FEATURES, Feature, support
+from tests.hosts import IDEAL
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"
@@ -51,7 +51,7 @@ def configuration() -> str:
     """Return the page on every configuration value."""
     parts = [
         "# Configuration\n",
-        "Each value below can stand in a config file (as nested YAML), and on the command line as an override "
+        "Each value below can be set in a config file (as nested YAML) or on the command line as an override "
         "(`batching.batch_size=4`). See [configuring](../configuring.md) for files, presets and precedence.\n",
     ]
     own = [leaf for leaf in leaves() if "." not in leaf.path]
@@ -76,8 +76,8 @@ def _group_section(group: str) -> Iterator[str]:
 
 
 def _choices_table(group: str) -> str:
-    rows = [f"| `{choice.name}` | {choice.purpose} |" for choice in choices(group)]
-    return "\n".join([f"| {group} | what it is |", "|---|---|", *rows]) + "\n"
+    rows = [f"| `{choice.name}` | {choice.purpose} |" for choice in summaries(group)]
+    return "\n".join([f"| {group} | purpose |", "|---|---|", *rows]) + "\n"
 
 
 def _values_table(values: list[Leaf]) -> str:
@@ -119,12 +119,15 @@ def results() -> str:
     return "\n".join(
         [
             "# Results\n",
-            "Units stand in the columns' names here and in the Arrow metadata of the files "
+            "Units are in the columns' names and in the Arrow metadata of the files "
             "(`pyarrow.parquet.read_schema(file).field(name).metadata`). A number that was not measured is null. "
             "See [reading results](../results.md) for the files.\n",
             "## Table `experiments`\n",
             "A row for each experiment.\n",
             _columns_table(ExperimentRow),
+            "## Table `cycles`\n",
+            "A row for each cycle.\n",
+            _columns_table(CycleRow),
             "## Table `requests`\n",
             "A row for each request of the measured window.\n",
             _columns_table(RequestRecord),
@@ -152,7 +155,7 @@ def warnings() -> str:
     return "\n".join(
         [
             "# Warnings\n",
-            "The tool doubts itself aloud: each warning is on the raw record, in the row's `warnings` as "
+            "When not to believe a number. Each warning is in the raw record, in the row's `warnings` as "
             "`code: sentence`, and in `lem results show`. Codes are stable.\n",
             "| code | what it means | what to do |",
             "|---|---|---|",
@@ -164,30 +167,31 @@ def warnings() -> str:
 
 # ------------------------------------------------------------------ rules
 SEVERITIES = """\
-Everything that can be known to be wrong is told before anything runs, all of it at once, with the path of the value
-and the code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable.
+Everything that can be found wrong is reported before anything runs, all at once, with the path of the option and the
+code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable. In the table,
+"it" is that option.
 
 | severity | what it does |
 |---|---|
 | impossible | The experiment does not run. Nothing overrides that. |
-| inadvisable | The experiment does not run, except with `--force`. |
+| inadvisable | The experiment runs only with `--force`. |
 | warning | The experiment runs, and the sentence is shown. |
 
-A rule of the scope *options* looks at the configuration alone, *machine* at the devices and packages of this machine
-as well, *files* at the model, the prompts, the results directory or the config file.
+A rule with the scope *options* looks only at the configuration, *machine* also at the devices and packages of this
+machine, *files* at the model, the prompts, the results directory or the config file.
 """
 
 
 def rules() -> str:
-    """Return the page on what can speak against an experiment."""
+    """Return the page on why an experiment may be refused or warned about."""
     return "\n".join(
         [
             "# Rules\n",
             SEVERITIES,
-            "## Of experiments\n",
-            _rules_table(OBJECTIONS),
-            "## Of config files\n",
-            _rules_table(CONFIG_FAULTS),
+            "## Experiments\n",
+            _rules_table(EXPERIMENT_RULES),
+            "## Config files\n",
+            _rules_table(FILE_RULES),
         ]
     )
 
@@ -199,32 +203,32 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
         for code, rule in catalogue.items()
     ]
     return (
-        "\n".join(["| code | severity | scope | what it means | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
+        "\n".join(["| code | severity | scope | what is wrong | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
     )
 
 
 # ------------------------------------------------------------------ what each backend can do
 ANSWERS = """\
-What can be asked of each backend. The answers are the backends' own: each is asked with an experiment that wants the
-feature, for a machine with eight modern NVIDIA GPUs and every package. What your machine lacks is told before a run.
+The answers come from the backends: each is given an experiment that uses the feature, for a machine with eight modern
+NVIDIA GPUs and every package. What your own machine lacks is reported before a run.
 
-| answer | what it says |
+| answer | meaning |
 |---|---|
-| **tested** | It has it, and a test runs it on a processor and looks for its effect. |
-| arrives | It has it. A test shows the option in the engine's own configuration; what it does has not been run. |
-| stand-in | It has it, by its own account. A test has run it on a stand-in for the engine, not on the engine. |
-| not run | It has it, by its own account; no test has run it. |
+| **tested** | Supported; a test runs it on a CPU and checks its effect. |
+| arrives | Supported; a test checks that the option reaches the engine's own configuration, but has not run it. |
+| stand-in | Supported, according to the backend; a test has run it on a stand-in for the engine, not on the engine. |
+| not run | Supported, according to the backend; no test has run it. |
 | no: `rule` | It is refused before anything runs, by [that rule](rules.md). |
 | no effect: `rule` | It is accepted with a warning, by that rule, and changes nothing. |
-| no | Nothing asks for it: the engine does not tell it, and the columns are null. |
-| – | There is no such option for that backend. |
+| no | The engine does not report it; the columns are null. |
+| – | That backend has no such option. |
 
-"tested" is of a processor throughout: these tests have run nothing on a GPU.
+"tested" always means on a CPU: these tests have run nothing on a GPU.
 """
 
 
 def support_matrix() -> str:
-    """Return the page on what each backend can do, and how that is known."""
+    """Return the page on the features of each backend, and how they are known."""
     parts = ["# What each backend can do\n", ANSWERS]
     for group, members in FEATURES.items():
         parts += [f"## {group}\n", _support_table(members)]
@@ -236,7 +240,7 @@ def _support_table(members: tuple[Feature, ...]) -> str:
         f"| {each.name} | {_cell(each.meaning)} | {_asked_for_by(each)} | {' | '.join(map(_answer(each), BACKENDS))} |"
         for each in members
     ]
-    head = f"| feature | what it is | asked for by | {' | '.join(BACKENDS)} |"
+    head = f"| feature | meaning | requested by | {' | '.join(BACKENDS)} |"
     return "\n".join([head, "|---" * (3 + len(BACKENDS)) + "|", *rows]) + "\n"
 
 
@@ -247,7 +251,7 @@ def _asked_for_by(feature: Feature) -> str:
 
 def _answer(feature: Feature) -> Callable[[str], str]:
     def of(backend: str) -> str:
-        found = support(feature, backend, IdealHost())
+        found = support(feature, backend, IDEAL)
         if found.answer == "yes":
             how = confirmation(feature, backend)
             return f"**{how}**" if how == "tested" else how

@@ -5,12 +5,12 @@
     │   ├── ConfigError         a config file, an override or a value in it
     │   ├── DatasetError        the prompts
     │   ├── ModelError          the model
-    │   └── ResultsError        an experiment id or a results directory
+    │   └── ResultsError        an experiment's id or a results directory
     ├── RunError            1   the run began and failed; its record says how
     └── Interrupted       130   the user or the scheduler stopped it
 
-A message is one sentence about what is wrong, with the remedy. Anything else that escapes is a bug in lem
-and is shown as a traceback. This module knows no other module of lem.
+A message says in a sentence what is wrong, where, and what to do. Any other exception that escapes is a bug in lem and
+is shown as a traceback. Rooms derive errors of their own from these. This module knows no other module of lem.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from collections.abc import Iterable
 
 
 class LemError(Exception):
-    """Base of all errors raised on purpose; the message is meant for the user."""
+    """Base of all errors raised on purpose, with exit code 1; the message is meant for the user."""
 
     exit_code = 1
 
 
 class BadInput(LemError):
-    """The input cannot be run as given; raised before anything is measured."""
+    """What was asked for cannot be run; raised by checks of files and the machine, before measuring. Exit code 2."""
 
     exit_code = 2
 
 
 class ConfigError(BadInput):
-    """A configuration with one or more problems, all of them named."""
+    """A configuration has one or more problems, all in `problems`; raised by `config` and preflight. Exit code 2."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -40,23 +40,23 @@ class ConfigError(BadInput):
 
 
 class DatasetError(BadInput):
-    """The prompts cannot be had as asked for."""
+    """The prompts cannot be loaded as configured; raised by the sources of prompts. Exit code 2."""
 
 
 class ModelError(BadInput):
-    """The model cannot be found or read."""
+    """The model cannot be found or its config.json read; raised when preflight looks for it. Exit code 2."""
 
 
 class ResultsError(BadInput):
-    """No such experiment, or a results directory that cannot be used."""
+    """No such experiment, or results that cannot be used; raised by `results` and on resuming. Exit code 2."""
 
 
 class RunError(LemError):
-    """A run that began and did not succeed."""
+    """A run began and failed; raised by backends, workers and the parent, and written into the record. Exit code 1."""
 
 
 class Interrupted(LemError):
-    """A run that was stopped from outside."""
+    """A run was stopped by Ctrl-C, SIGTERM or SIGHUP, or because its parent is gone. Exit code 130."""
 
     exit_code = 130
 
@@ -67,6 +67,6 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'a' or 'b'?`, or an empty text when nothing is close to `name`."""
+    """Return ` Did you mean 'a' or 'b'?`, or an empty string when nothing is close to `name`."""
     names = [f"'{candidate}'" for candidate in nearest(name, known)]
     return f" Did you mean {' or '.join(names)}?" if names else ""

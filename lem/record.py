@@ -1,9 +1,8 @@
-"""What was measured: frozen dataclasses with units, the single source of the results' schema.
+"""What one process measured: frozen structs with units, the single source of the raw files' schema.
 
-Three shapes: `ProcessRecord` is what one worker process writes (JSON), `RequestRecord` is a row for each
-request (Parquet), `ExperimentRow` is the row that an experiment contributes to the aggregated table
-(Parquet). A number that was not measured is None, never 0. This module does not know how anything is
-measured, written or shown.
+`ProcessRecord` is what one worker process writes for a cycle (JSON), `RequestRecord` a row for each request,
+`PowerRecord` a sample of a power trace. The rows of experiments and cycles are in `lem.results.schema`. A number that
+was not measured is None, never 0. Does not know how anything is measured, written or shown.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Units: their symbols, their factors, and how a number with a unit is written for people.
 
-Numbers in records are in SI base units of their kind (joules, watts, seconds, bytes) unless the field's name
-says otherwise. This module knows nothing of what is measured.
+Numbers in records are in SI base units of their kind (joules, watts, seconds, bytes) unless the field's name says
+otherwise. This module knows nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NS_PER_S = 1e9
 
 @dataclass(frozen=True)
 class Unit:
-    """Marks a record's field with its unit, for the Arrow schema and the reference page."""
+    """The unit of a record's field, for the Arrow schema and the reference page."""
 
     symbol: str
 
@@ -46,18 +46,18 @@ _PREFIXES = (
 
 
 def quantity(value: float | None, unit: str, digits: int = 4) -> str:
-    """Write a value for people: `1.234 kJ`, `56.7 mJ/token`, or `–` when it was not measured."""
+    """Format a value for people: `1.234 kJ`, `56.7 mJ/token`, or `–` when it was not measured."""
     if value is None:
         return "–"
     if value == 0:
         return f"0 {unit}"
-    value = float(f"{value:.{digits}g}")  # what is rounded up to 1000 has the next prefix
+    value = float(f"{value:.{digits}g}")  # a value that rounds up to 1000 takes the next prefix
     factor, prefix = next(((f, p) for f, p in _PREFIXES if abs(value) >= f), _PREFIXES[-1])
     return f"{value / factor:.{digits}g} {prefix}{unit}"
 
 
 def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
-    """Write a value without scaling its unit: `12.3 gCO2e`, or `–` when it was not measured."""
+    """Format a value without scaling its unit: `12.3 gCO2e`, or `–` when it was not measured."""
     if value is None:
         return "–"
     return f"{value:.{digits}g} {unit}".rstrip()

@@ -1,7 +1,7 @@
-"""When not to believe a number: coded warnings, what each means, and what to do about it.
+"""When not to trust a number: coded warnings, what each means, and what to do about it.
 
-The catalogue is the single source of the codes: a warning with any other code cannot be made, and the page
-`docs/warnings.md` is generated from it. Knows records and rows, not how they were measured.
+The catalogue is the single source of the codes: no warning can have any other, and `docs/warnings.md` is generated from
+it. Knows records and rows, not how they were measured.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, EnergyReading, ProcessRecord, RequestRecord
+from lem.record import ENERGY_OWNER, CodedWarning, EnergyReading, ProcessRecord, RequestRecord
 
 SHORT_WINDOW_S = 5.0
 FEW_TICKS = 50
@@ -23,11 +24,11 @@ HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
 LEAST_CYCLES = 2
-# Counter and power trace of a sound run agree within this share; closer to zero a difference says nothing.
+# In a good run counter and power trace agree within this share; a difference closer to zero means nothing.
 IDLE_TOLERANCE = 0.01
 # A window is uncertain by up to a tick at each of its edges.
 EDGE_TICKS = 2
-# Limits that the user or the operator has set are no slowdown.
+# Limits set by the user or the operator are not throttling.
 NOT_THROTTLING = frozenset({"applications_clocks_setting", "sync_boost"})
 
 
@@ -41,155 +42,155 @@ class WarningKind:
 
 WARNINGS: dict[str, WarningKind] = {
     "short_window": WarningKind(
-        f"The measured window was shorter than {SHORT_WINDOW_S:g} s: sensors and one-time costs weigh too much.",
-        "Run more prompts or longer outputs; 30 s and more is better.",
+        f"The measured window was shorter than {SHORT_WINDOW_S:g} s: sensor resolution and one-time costs dominate.",
+        "Run more prompts or longer outputs; 30 s or more is better.",
     ),
     "few_ticks": WarningKind(
         f"The energy counter advanced fewer than {FEW_TICKS} times in the window.",
-        "Run longer: what is lost at the edges becomes smaller.",
+        "Run longer, so that the error at the edges of the window becomes small.",
     ),
     "counter_trace_mismatch": WarningKind(
         "The energy counter and the integral of the power trace differ by more than 5 %.",
-        "Look at the trace for a changing load; repeat; on a module (GH200) the two may cover different things.",
+        "Check the trace for a changing load, and repeat; on a module (GH200) the two may cover different components.",
     ),
     "throttled": WarningKind(
-        "The driver reported a slowdown of the GPU's clocks before or after the window.",
+        "The driver reported reduced GPU clocks before or after the window.",
         "Cool the machine, raise the power limit, or lock the clocks lower.",
     ),
     "foreign_process": WarningKind(
-        "Another process was on a GPU in use: its energy is in the numbers.",
+        "Another process used a GPU of this run: its energy is included.",
         "Wait for it to end, or use another GPU.",
     ),
     "temperature_drift": WarningKind(
-        f"A GPU became more than {TEMPERATURE_DRIFT_C} °C warmer or colder over the run: leakage changes with it.",
+        f"A GPU's temperature changed by more than {TEMPERATURE_DRIFT_C} °C over the run, and leakage power with it.",
         "Warm up longer (warmup.until_cv), or cool down first (cooldown.to_c).",
     ),
     "busy_host": WarningKind(
         f"Other processes kept more than {BUSY_SHARE:.0%} of the machine's cores busy during the window.",
-        "Measure on an idle machine; whole-machine energy includes their work, and they slow this one.",
+        "Measure on an idle machine; whole-machine energy includes their work, and they slow this run.",
     ),
     "high_variation": WarningKind(
-        f"The time for an output token, without prefill where that is known, varied between batches by more than "
+        f"The time per output token, without prefill where that is known, varied between batches by more than "
         f"{HIGH_CV:.0%} (coefficient of variation).",
-        "Warm up longer; look for other load; repeat.",
+        "Warm up longer, look for other load, and repeat.",
     ),
     "warmup_not_steady": WarningKind(
-        "The warm-up ended at its limit, not because latencies were steady.",
+        "The warm-up reached its limit before latencies were steady.",
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
     ),
     "compiled_in_window": WarningKind(
-        "Code was compiled inside the measured window: seconds and joules that later prompts do not pay.",
-        "Warm up on more prompts (warmup.prompts), so that every length is met before, or turn compilation off.",
+        "Code was compiled inside the measured window: time and energy that later prompts do not take.",
+        "Warm up on more prompts (warmup.prompts), so that every length occurs, or turn compilation off.",
     ),
     "not_cooled_down": WarningKind(
         "A GPU was still warmer than cooldown.to_c when the run began.",
-        "Raise cooldown.max_s, or the temperature to wait for.",
+        "Raise cooldown.max_s or cooldown.to_c.",
     ),
     "few_cycles": WarningKind(
         f"Fewer than {LEAST_CYCLES} cycles: a single measurement has no confidence interval.",
-        "Measure several times (--cycles); two are the least, five and more give a narrow interval.",
+        "Measure several cycles (--cycles): an interval needs at least two, and five or more make it narrow.",
     ),
     "window_cut": WarningKind(
-        "The run ended inside the measured window, which is counted up to its last finished request. How long before "
-        "the end that was, the sentence says; of a process that was killed it is not known.",
-        "Nothing, if the loss is small beside the window; else measure anew (--fresh).",
+        "The run ended inside the measured window, which is counted up to its last finished request. The sentence says "
+        "how long before the end that was; for a process that was killed it is not known.",
+        "Nothing, if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
-        "The run was interrupted and continued: its windows were measured at different times, each after a warm-up.",
+        "The run was interrupted and resumed: its windows were measured at different times, each after a warm-up.",
         "Compare with an uninterrupted run where small differences matter.",
     ),
     "ranks_apart": WarningKind(
-        "The windows of processes that should have run together do not overlap: they did not share the work.",
-        "Measure anew (--fresh); if it happens again, look at the logs of the processes.",
+        "The windows of processes that should have run together do not overlap, so they did not share the work.",
+        "Measure again (--fresh); if it happens again, look at the logs of the processes.",
     ),
     "mixed_backends": WarningKind(
-        "The processes ran on different backends (--allow-mixed-backends): their numbers are of different engines.",
-        "Use the row for nothing that is compared; measure with one backend.",
+        "The processes ran on different backends (--allow-mixed-backends), so the row mixes engines.",
+        "Compare this row with no other; measure with one backend.",
     ),
     "shared_hardware": WarningKind(
-        "Other experiments ran on this machine at the same time: energy that is not of one GPU alone includes theirs, "
-        "and they slow each other.",
-        "Run one after another (without --parallel) for numbers that matter.",
+        "Other experiments ran on this machine at the same time: they slow each other, and energy that is not of a "
+        "single GPU includes theirs.",
+        "For numbers that matter, run one after another (without --parallel).",
     ),
     "energy_estimated": WarningKind(
         "The energy of some components is an estimate, not a measurement.",
         "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
     ),
-    "energy_missing": WarningKind("Some energy is null; the sentence says why.", "As the sentence says."),
+    "energy_missing": WarningKind("Some energy is null; the sentence says why.", "Follow the sentence."),
     "energy_shared": WarningKind(
-        "A MIG instance has no counter: the energy is that of its whole GPU.",
+        "A MIG instance has no counter, so the energy is the whole GPU's.",
         "Leave the other instances idle, or turn MIG off.",
     ),
     "energy_integrated": WarningKind(
-        "A GPU has no energy counter: its energy is the integral of sampled power.",
-        "Expect a few percent more uncertainty, more for loads that change fast.",
+        "A GPU has no energy counter, so its energy is the integral of sampled power.",
+        "Expect a few percent more uncertainty, and more for loads that change fast.",
     ),
     "idle_adjusted_negative": WarningKind(
-        f"The run took less than the idle power times its duration, by more than {IDLE_TOLERANCE:.0%} of its energy "
-        f"and more than the idle power times {EDGE_TICKS} ticks of the counter, which the window's edges leave open.",
-        "Idle was measured while something else ran; repeat on a quiet machine.",
+        f"The run used less than idle power times its duration, by more than {IDLE_TOLERANCE:.0%} of its energy and "
+        f"more than idle power times {EDGE_TICKS} ticks of the counter, the uncertainty at the window's edges.",
+        "Something else ran while idle power was measured; repeat on a quiet machine.",
     ),
     "decode_negative": WarningKind(
-        "Decode energy, the window's less the prefill's, is negative.",
-        "The window is too short for the trace; run longer.",
+        "Decode energy, which is the window's minus the prefill's, is negative.",
+        "The window is too short for the power trace; run longer.",
     ),
     "identity_violated": WarningKind(
         "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or tokens against their request rows.",
-        "This is a fault in lem or in the files; please report it with the raw record.",
+        "This is a bug in lem or damage to the files; please report it with the raw record.",
     ),
     "random_weights": WarningKind(
-        "The model is built in with random weights.", "Nothing, if you know; its text means nothing."
+        "The model has random weights, so its text is meaningless.", "Nothing, if that is intended."
     ),
-    "simulated": WarningKind("No model ran: the backend is simulated.", "Choose another backend for real numbers."),
+    "simulated": WarningKind("No model ran: the backend is simulated.", "Use another backend for real numbers."),
     "gpu_unused": WarningKind(
         "A GPU is visible, but the engine was built without CUDA and ran on the CPU.",
         "Install the engine's CUDA build, or set backend.device=cpu.",
     ),
     "input_truncated": WarningKind(
-        "Prompts were cut to max_input_tokens.", "Raise it, if the model has the positions."
+        "Prompts were cut to max_input_tokens.", "Raise it, if the model's context is long enough."
     ),
     "prefix_cached": WarningKind(
-        "Prompts that began like earlier ones in the window were not computed anew up to there, for the engine had "
-        "cached it; FLOPs and tokens count it all the same.",
-        "Nothing, if it is what you study; else backend.enable_prefix_caching=false.",
+        "The engine had cached the beginnings of prompts that start like earlier ones in the window, and did not "
+        "compute them again; FLOPs and tokens still count them.",
+        "Nothing, if that is what you study; otherwise set backend.enable_prefix_caching=false.",
     ),
     "preempted": WarningKind(
-        "The engine's cache was too small for all requests that ran: some were put off and computed anew.",
+        "The engine's cache was too small for all running requests: some were preempted and computed again.",
         "Lower batching.batch_size, or give the cache more memory.",
     ),
     "server_elsewhere": WarningKind(
-        "The server that ran the model is on another machine: energy is null, for no meter of this one knows of it; "
-        "the snapshot of the machine is of the one that asked.",
-        "Measure on the machine that the server runs on.",
+        "The server that ran the model is on another machine: energy is null, because no meter of this one covers it, "
+        "and the record's snapshot is of the client's machine.",
+        "Measure on the machine where the server runs.",
     ),
     "server_shared": WarningKind(
-        "The server has made more tokens in the window than were asked for here: others were using it.",
-        "Use a server that nobody else uses (backend.command starts one).",
+        "The server generated more tokens in the window than this run requested: others were using it.",
+        "Use a server without other clients (backend.command starts one).",
     ),
     "prefix_cache_kept": WarningKind(
-        "The server cannot be told to drop cached prefixes, so that prompts may have profited from the warm-up, from "
-        "an earlier cycle or from others.",
+        "The server has no request that drops cached prefixes, so prompts may have profited from the warm-up, an "
+        "earlier cycle or other clients.",
         "Turn its prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, on an address of its own machine only.",
     ),
     "tokens_not_timed": WarningKind(
-        "The server does not tell how many tokens an event brings: the time to the first token is measured, the gaps "
-        "between tokens are the mean of their request.",
-        "Use a server that tells token ids or usage with each event (backend.dialect=vllm); do not read percentiles of "
+        "The server does not report how many tokens an event carries: the time to the first token is measured, and the "
+        "gaps between tokens are their mean within a request.",
+        "Use a server that reports token ids or usage with each event (backend.dialect=vllm); disregard percentiles of "
         "inter-token latency.",
     ),
-    "fewer_prompts": WarningKind("The dataset holds fewer prompts than were asked for.", "Lower --sample-size."),
+    "fewer_prompts": WarningKind("The dataset has fewer prompts than were requested.", "Lower --sample-size."),
 }
 
 
 def warning(code: str, text: str) -> CodedWarning:
-    """Make a warning; KeyError for a code that the catalogue does not know."""
+    """Make a warning; raises KeyError for a code that is not in the catalogue."""
     WARNINGS[code]
     return CodedWarning(code, text)
 
 
 # ------------------------------------------------------------------ of one process
 def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[CodedWarning]:
-    """Return what there is to doubt about the measured window of one process."""
+    """Return the warnings about the measured window of one process."""
     window = record.phase("measured")
     if window is None:
         return []
@@ -205,18 +206,19 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
 
 def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if duration_s < SHORT_WINDOW_S:
-        yield warning("short_window", f"the window is {duration_s:.3g} s; {SHORT_WINDOW_S:g} s is the least to trust.")
+        yield warning("short_window", f"the window is {duration_s:.3g} s, and reliable from {SHORT_WINDOW_S:g} s.")
     ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
     if ticks and min(ticks) < FEW_TICKS:
-        yield warning(
-            "few_ticks", f"the energy counter advanced about {min(ticks):.0f} times; {FEW_TICKS} is the least."
-        )
+        text = f"the energy counter advanced about {min(ticks):.0f} times, and is reliable from {FEW_TICKS}."
+        yield warning("few_ticks", text)
     for r in readings:
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
             continue
         ratio = r.trace_energy_j / r.energy_j
         if abs(ratio - 1) > TRACE_TOLERANCE:
-            yield warning("counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter.")
+            yield warning(
+                "counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter's energy."
+            )
 
 
 def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
@@ -228,7 +230,7 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
         methods = "; ".join(dict.fromkeys(r.method for r in estimates))
         yield warning("energy_estimated", f"the {names} energy is an estimate, not a measurement ({methods}).")
     if any(r.scope == "shared_device" for r in readings):
-        yield warning("energy_shared", "a MIG instance has no counter; the energy is that of its whole GPU.")
+        yield warning("energy_shared", "a MIG instance has no counter, so the energy is the whole GPU's.")
     for r in readings:
         if r.energy_j is None:
             yield warning("energy_missing", f"{r.component}: {r.reason}.")
@@ -246,22 +248,17 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
             yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}.")
         for process in state.foreign_processes or ():
             yield warning("foreign_process", f"{state.uuid}: process {process.pid} ({process.name or 'unnamed'}).")
-    yield from _of_temperatures(before, after)
-
-
-def _of_temperatures(before: Sequence[DeviceState], after: Sequence[DeviceState]) -> Iterator[CodedWarning]:
     for first, last in zip(before, after, strict=False):
         if first.temperature_c is None or last.temperature_c is None:
             continue
         drift = last.temperature_c - first.temperature_c
         if abs(drift) > TEMPERATURE_DRIFT_C:
-            yield warning(
-                "temperature_drift", f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
-            )
+            text = f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
+            yield warning("temperature_drift", text)
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
-    """Yield what other processes than these, all that ran together, took of the machine."""
+    """Yield the load of processes other than these, which are all that ran together."""
     loads = [record.cpu_load for record in records if record.cpu_load is not None]
     here = records[0].environment
     if not loads or len(loads) < records[0].world_size or here is None or not here.cpu_threads:
@@ -281,11 +278,11 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
         return
     cv = statistics.stdev(per_token_s) / statistics.fmean(per_token_s)
     if cv > HIGH_CV:
-        yield warning("high_variation", f"the time for an output token varied by {cv:.0%} between batches.")
+        yield warning("high_variation", f"the time per output token varied by {cv:.0%} between batches.")
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
-    """Return the time for an output token in decoding; with prefill in all of them where too few tell it."""
+    """Return the decoding time per output token; with prefill in all of them where it is known for too few."""
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
         for r in requests
@@ -300,7 +297,7 @@ def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.warmup is not None and record.warmup.ended in ("max_prompts", "max_s"):
         cv = "unknown" if record.warmup.cv is None else f"{record.warmup.cv:.3f}"
         yield warning(
-            "warmup_not_steady", f"it ended at {record.warmup.ended} with a coefficient of variation of {cv}."
+            "warmup_not_steady", f"it ended at {record.warmup.ended}, with a coefficient of variation of {cv}."
         )
 
 
@@ -309,28 +306,32 @@ ByColumn = Mapping[str, Sequence[Any]]
 
 
 def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[list[CodedWarning]]:
-    """Return what there is to doubt about derived numbers: identities that do not hold, negative differences.
+    """Return the warnings about derived numbers: identities that do not hold, negative differences.
 
     Args:
-        rows: rows of cycles, by columns.
-        records: for each row those that it was made from.
+        rows: rows of cycles, by column.
+        records: for each row, the records that it was made from.
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
-    for place, doubt in (*_identities(rows, records), *_negatives(rows)):
-        found[place].append(doubt)
+    for place, violation in (*_identities(rows, records), *_negatives(rows)):
+        found[place].append(violation)
     return found
 
 
 def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]:
-    """Yield what there is to doubt about an experiment as a whole."""
+    """Yield the warnings about an experiment as a whole."""
     if cycles_completed < LEAST_CYCLES:
-        yield warning("few_cycles", f"{cycles_completed} finished; {LEAST_CYCLES} are the least for an interval.")
+        yield warning("few_cycles", f"{cycles_completed} finished; an interval needs at least {LEAST_CYCLES}.")
     if resumed:
         yield warning("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:
-    """Yield the identities that a row violates, by the row's place."""
+    """Yield the identities that a row violates, with the row's place."""
+
+    def totals(field: str) -> list[int]:
+        return [sum(map(attrgetter(field), of_row)) for of_row in records]
+
     pairs = {
         "J = W·t": (rows["energy_j"], map(_product, rows["average_power_w"], rows["duration_s"])),
         "J/token = W/(tokens/s)": (
@@ -339,18 +340,9 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
         ),
         "J = Σ J/request": (rows["energy_j"], map(_product, rows["energy_per_request_j"], rows["requests_completed"])),
         "Wh = J/3600": (rows["energy_wh"], [None if value is None else value / 3600.0 for value in rows["energy_j"]]),
-        "output tokens = Σ over requests": (
-            [sum([r.output_tokens for r in of_row]) for of_row in records],
-            rows["output_tokens"],
-        ),
-        "input tokens = Σ over requests": (
-            [sum([r.input_tokens for r in of_row]) for of_row in records],
-            rows["input_tokens"],
-        ),
-        "requests = Σ over processes": (
-            [sum([r.requests_completed for r in of_row]) for of_row in records],
-            rows["requests_completed"],
-        ),
+        "output tokens = Σ over requests": (totals("output_tokens"), rows["output_tokens"]),
+        "input tokens = Σ over requests": (totals("input_tokens"), rows["input_tokens"]),
+        "requests = Σ over processes": (totals("requests_completed"), rows["requests_completed"]),
         "prefill + decode + idle = window": (
             rows["duration_s"],
             map(
@@ -365,13 +357,13 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
             if one is None or other is None or one == other:
                 continue
             if abs(one - other) > IDENTITY_TOLERANCE * max(abs(one), abs(other)):
-                yield place, warning("identity_violated", f"{name} does not hold: {one:.6g} against {other:.6g}.")
+                yield place, warning("identity_violated", f"{name} does not hold: {one:.6g} and {other:.6g}.")
 
 
 def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
         if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
-            yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is taken off.")
+            yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is subtracted.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
             yield place, warning("decode_negative", f"it is {decode_j:.4g} J.")

@@ -1,4 +1,4 @@
-"""What the tests share: running the real command, in this process or in one of its own, and reading results."""
+"""What the tests share: running the real command, in this process or a separate one, and reading results."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from tests.backends.confirmations import Engines
 from tests.nvml_standin import driver, standin  # noqa: F401 - fixtures
 from tests.tensorrt_standin.build import build as build_tensorrt
 
-# No test may wait for a hub that it cannot reach.
+# No test may wait for a hub that is unreachable.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)
-# Started in the background of a script, this process ignores Ctrl-C, and so would the commands that it starts.
+# When a script starts it in the background, this process ignores Ctrl-C, and so would the commands that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run side by side: OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Whether a commit passes is its own doing: the examples are the same each time, and a slow machine is no failure.
+# Examples are the same each time, and a slow machine is not a failure, so that a result depends only on the commit.
 # `--hypothesis-profile=search` looks for others.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile("same")
 
-# A property of a test's report under this name is printed at the end, whichever process ran the test.
-TOLD = "told"
+# A property of a test's report with this name is printed at the end, whichever process ran the test.
+SUMMARY = "summary"
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what tests have to tell beside that they passed, such as how many kills a run has survived."""
+    """Print what tests report beyond passing, such as how many kills a run has survived."""
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         for name, text in getattr(report, "user_properties", ()):
-            if name == TOLD and report.when == "call":
+            if name == SUMMARY and report.when == "call":
                 terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")
 def tensorrt_folder(tmp_path_factory):
-    """Make the stand-in for TensorRT-LLM once; return the folder that is to be on the path."""
+    """Make the stand-in for TensorRT-LLM once; return the folder to put on the path."""
     return build_tensorrt(tmp_path_factory.mktemp("tensorrt"))
 
 
 @pytest.fixture
 def tensorrt_standin(tensorrt_folder, monkeypatch):
-    """Let TensorRT-LLM be its stand-in, in this process and in those that it starts."""
+    """Replace TensorRT-LLM by its stand-in, in this process and in those that it starts."""
     monkeypatch.syspath_prepend(tensorrt_folder)
     monkeypatch.setenv("PYTHONPATH", f"{tensorrt_folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     yield tensorrt_folder
@@ -75,7 +75,7 @@ class Finished:
 
 @pytest.fixture
 def lem(tmp_path, monkeypatch, capfd):
-    """Run `lem …` in this process, in an empty directory; an unforeseen exception is the test's failure."""
+    """Run `lem …` in this process, in an empty directory; an unexpected exception fails the test."""
     from lem import cli
 
     monkeypatch.chdir(tmp_path)
@@ -84,10 +84,10 @@ def lem(tmp_path, monkeypatch, capfd):
     def run(*arguments: str) -> Finished:
         monkeypatch.setattr(sys, "argv", ["lem", *arguments])
         capfd.readouterr()
-        hears = signal.getsignal(signal.SIGINT)
+        handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        signal.signal(signal.SIGINT, hears)  # which a command that ends takes no notice of any more
+        signal.signal(signal.SIGINT, handler)  # a command ignores it at its end
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return Finished(int(stop.value.code or 0), out, err)
@@ -102,7 +102,7 @@ def lem(tmp_path, monkeypatch, capfd):
 
 
 def command(*arguments: str, cwd: Path, timeout_s: float = 300, **env: str) -> Finished:
-    """Run `lem …` in a process of its own."""
+    """Run `lem …` in a separate process."""
     done = subprocess.run(
         [sys.executable, "-m", "lem", *arguments],
         cwd=cwd,
@@ -124,7 +124,7 @@ def raw_record(results: Path, rank: int = 0, cycle: int = 1, attempt: int = 1) -
 
 
 def begin(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
-    """Start `lem …` in a session of its own, as a terminal would: signals to its group reach nobody else."""
+    """Start `lem …` in a new session, as a terminal would: signals to its group reach no other process."""
     return subprocess.Popen(
         [sys.executable, "-m", "lem", *arguments],
         cwd=cwd,
@@ -138,7 +138,7 @@ def begin(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
-    """Return the first line of stderr that begins so."""
+    """Return the first line of stderr with this beginning."""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(beginning):
@@ -147,21 +147,21 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the living workers of a command, without the launcher of several."""
+    """Return the running workers of a command, without the launcher of several."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             command_line = child.cmdline()  # of a zombie there is none
             if "lem.runner.worker" not in command_line or "torch.distributed.run" in command_line:
                 continue
-            # Just after a fork, what will be another program has the command line of its parent.
+            # Just after a fork, a process that will run another program still has its parent's command line.
             if child.ppid() not in {worker.pid for worker in found}:
                 found.append(child)
     return found
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """End a command and all of its group at once, as nothing can be prepared for."""
+    """Kill a command and its whole group at once, without warning."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -176,7 +176,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_that_ends(tiny_folder, tmp_path_factory):
-    # Random weights hit the one end token of 4096 hardly ever; with 400 of them about every other output ends.
+    # Random weights rarely choose the one end token among 4096; with 400 end tokens about half of the outputs end.
     folder = tmp_path_factory.mktemp("tiny") / "that-ends"
     shutil.copytree(tiny_folder, folder)
     file = folder / "generation_config.json"

@@ -1,6 +1,6 @@
 """A small server of completions over real sockets, for tests: as good or as bad as a test wants it.
 
-In a thread of the test (`Running`), or as a program of its own: `python -m tests.http_server --port N`. Its tokens
+In a thread of the test (`Running`), or as a program: `python -m tests.http_server --port N`. Its tokens
 follow from the prompt alone, or come from a small model through transformers. Knows nothing of lem.
 """
 
@@ -31,13 +31,13 @@ vllm:e2e_request_latency_seconds_bucket{{engine="0",le="0.3",model_name="m"}} 7.
 
 @dataclass
 class Behaviour:
-    """How the server is: what it tells, how its events travel, and what goes wrong at which request."""
+    """What the server sends, how its events travel, and what goes wrong at which request."""
 
     models: tuple[str, ...] = ("m",)
     max_model_len: int | None = None
-    tells_ids: bool = True
+    sends_ids: bool = True
     usage: str = "final"  # never, final, each
-    tells_metrics: bool = True
+    sends_metrics: bool = True
     resets: bool = True
     key: str | None = None
     tokens_in_event: int = 1
@@ -48,16 +48,16 @@ class Behaviour:
     merged: int = 1  # events in a packet
     error: tuple[int, str] | None = None  # instead of an answer
     error_in_stream: bool = False
-    silent_after: int | None = None  # events after which nothing comes any more
+    silent_after: int | None = None  # events after which nothing more comes
     dies_after: int | None = None  # events after which the connection is closed
     hits: int = 0
     extra_input: int = 0
     finish: str | None = None
-    faulty_from: int = 0  # the first request that error, silence and death befall
+    faulty_from: int = 0  # the first request with an error, silence or death
 
 
 def counted_tokens(body: dict[str, Any]) -> list[int]:
-    """Return as many tokens as are asked for at most, that follow from the prompt alone."""
+    """Return as many tokens as are allowed; they follow from the prompt alone."""
     first = sum(body["prompt"])
     return [100 + (first + i) % 50 for i in range(body["max_tokens"])]
 
@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(200, {"object": "list", "data": [{"id": name, **card} for name in behaviour.models]})
         elif self.path == "/version":
             self._json(200, {"version": "9.9"})
-        elif self.path == "/metrics" and behaviour.tells_metrics:
+        elif self.path == "/metrics" and behaviour.sends_metrics:
             values = {"generated": float(state.generated), "prompted": float(state.prompted), "hits": behaviour.hits}
             self._send(200, "text/plain", METRICS.format(**values).encode())
         else:
@@ -188,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if is_faulty and behaviour.silent_after is not None:
             time.sleep(3600)
-        ids = {"token_ids": tokens} if behaviour.tells_ids and body.get("return_token_ids") else {}
+        ids = {"token_ids": tokens} if behaviour.sends_ids and body.get("return_token_ids") else {}
         choice = {"index": 0, "text": "x" * len(tokens), "finish_reason": self._finish_reason(body, tokens), **ids}
         usage = {} if behaviour.usage == "never" else {"usage": self._usage(body, len(tokens))}
         self._json(200, {"choices": [choice], **usage})
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             some, end = tokens[begin : begin + size], begin + size >= len(tokens)
             choice: dict[str, Any] = {"index": 0, "text": "x" * len(some)}
             choice["finish_reason"] = self._finish_reason(body, tokens) if end else None
-            if behaviour.tells_ids and body.get("return_token_ids"):
+            if behaviour.sends_ids and body.get("return_token_ids"):
                 choice["token_ids"] = some
             event: dict[str, Any] = {"choices": [choice]}
             if behaviour.usage == "each" and options.get("continuous_usage_stats"):
@@ -235,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         return events
 
     def _packet(self, parts: list[bytes]) -> None:
-        """Send events, each a chunk of its own, in one packet or cut into many."""
+        """Send events, each as a chunk, in one packet or cut into many."""
         data = b"".join(b"%x\r\n%s\r\n" % (len(part), part) if part else b"0\r\n\r\n" for part in parts)
         cut = self.server_state.behaviour.cut
         for begin in range(0, len(data), cut or len(data)):
@@ -261,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class ModelTokens:
-    """Tokens of a small transformers model, one request at a time, with the request's own seed; the same ones once."""
+    """Tokens of a small transformers model, by the request's own seed; one at a time, equal ones only once."""
 
     def __init__(self, folder: str) -> None:
         import torch
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", default=None, help="a folder; else tokens follow from the prompt alone")
     parser.add_argument("--behaviour", default="{}", help="as JSON")
-    parser.add_argument("--children", action="store_true", help="have children, one of them in a session of its own")
+    parser.add_argument("--children", action="store_true", help="have children, one of them in another session")
     parser.add_argument("--stubborn", action="store_true", help="do not end when asked to")
     options = parser.parse_args()
     print(f"serving at {options.port}, GPUs: {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)

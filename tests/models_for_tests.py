@@ -21,6 +21,19 @@ CHAT_TEMPLATE = (
 )
 POSITIONS = 128
 NEW_TOKENS = 24
+VOCABULARY = 400
+# Of models that look like a Llama.
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def mixed_prompts(count=50, seed=11):
@@ -38,7 +51,7 @@ def gpt2(folder):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=400,
+        vocab_size=VOCABULARY,
         n_positions=POSITIONS,
         n_embd=64,
         n_layer=2,
@@ -57,19 +70,7 @@ def qwen2(folder):
     """Rotary positions, grouped-query attention, biases, a padding token of its own."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=400,
-        max_position_embeddings=POSITIONS,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    config = Qwen2Config(**SMALL, intermediate_size=128, pad_token_id=0)
     return _save(folder, Qwen2ForCausalLM, config, seed=3, pad="<pad>")
 
 
@@ -77,40 +78,15 @@ def mixtral(folder):
     """Two of four experts for each token, fused into three-dimensional weights; a beginning token on each text."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(
-        vocab_size=400,
-        max_position_embeddings=POSITIONS,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = MixtralConfig(**SMALL, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
     return _save(folder, MixtralForCausalLM, config, seed=1, pad="<pad>", bos=True, chat=CHAT_TEMPLATE)
 
 
 def mistral(folder):
-    """Every layer sees the last 16 tokens alone."""
+    """Every layer sees only the last 16 tokens."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    config = MistralConfig(
-        vocab_size=400,
-        max_position_embeddings=POSITIONS,
-        sliding_window=16,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = MistralConfig(**SMALL, intermediate_size=96, sliding_window=16)
     return _save(folder, MistralForCausalLM, config, seed=1, pad="<pad>")
 
 
@@ -142,7 +118,7 @@ def _tokenizer(*, pad, bos, chat):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=VOCABULARY,
         special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

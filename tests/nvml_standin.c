@@ -1,6 +1,5 @@
-/* A stand-in for NVIDIA's libnvidia-ml.so.1, for machines without a GPU. What it serves is told by a scenario: a
- * text file named by the environment variable NVML_STANDIN_SCENARIO, read at the process's first nvmlInit and never
- * again. Without the variable it serves one default device. A line that it does not understand ends the process.
+/* A stand-in for NVIDIA's libnvidia-ml.so.1, for machines without a GPU. A scenario says what it serves: a text
+ * file named by the environment variable NVML_STANDIN_SCENARIO, read once, at the process's first nvmlInit. Without the variable it serves one default device. A line that it does not understand ends the process.
  *
  *   # a comment, from here to the end of the line
  *   driver 580.65.06                       the driver's version

@@ -1,7 +1,7 @@
 """Runs code on a stand-in for NVIDIA's driver: builds it, writes its scenario, names both in an environment.
 
-The scenario's format is told at the top of nvml_standin.c. The dynamic linker finds the library by the
-environment of a new process, and it reads its scenario once, so code runs on it in a process of its own.
+The scenario's format is described at the top of nvml_standin.c. The dynamic linker finds the library through the
+environment of a new process, and the library reads its scenario once, so code runs on it in a separate process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def scenario(path: Path, text: str) -> Path:
 
 
 def environment(library: Path, scenario_file: Path | None = None, **env: str) -> dict[str, str]:
-    """Return the environment of a process that is to see the stand-in's GPUs, all of them unless `env` says so."""
+    """Return the environment of a process that sees the stand-in's GPUs; `env` may restrict them."""
     chosen = {} if scenario_file is None else {"NVML_STANDIN_SCENARIO": str(scenario_file)}
     clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "NVML_STANDIN_SCENARIO")}
     return {**clean, "LD_LIBRARY_PATH": str(library.parent), **chosen, **env}

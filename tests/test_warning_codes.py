@@ -1,4 +1,4 @@
-"""Every doubt can be provoked, and none is raised without cause."""
+"""Every warning can be provoked, and none is given without cause."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def codes(made, latencies_s=(1.0,) * 10):
     return [note.code for note in warning_codes.of_record(made, requests(latencies_s))]
 
 
-def test_a_sound_measurement_is_not_doubted():
+def test_a_good_measurement_has_no_warning():
     assert codes(record()) == []
 
 
@@ -97,11 +97,11 @@ def test_a_sound_measurement_is_not_doubted():
         (record(warmup=WarmupInfo(200, "max_s", None)), "warmup_not_steady"),
     ],
 )
-def test_each_cause_is_doubted(made, code):
+def test_each_cause_has_its_warning(made, code):
     assert code in codes(made)
 
 
-def test_a_limit_that_somebody_set_is_no_throttling():
+def test_a_limit_that_was_set_is_not_throttling():
     after = replace(COOL, throttle_reasons=("applications_clocks_setting",))
     assert "throttled" not in codes(record(environment=environment(after=after)))
 
@@ -120,7 +120,7 @@ def decoded(prefills_s, per_token_s):
     ]
 
 
-def test_prompts_of_different_lengths_are_no_variation_and_a_slower_decode_is():
+def test_prompts_of_different_lengths_are_not_variation_and_a_slower_decode_is():
     lengths = [0.1, 2.0, 0.1, 3.0, 0.5, 2.5]
     steady, slower = decoded(lengths, [0.05] * 6), decoded([0.5] * 6, [0.05, 0.05, 0.1, 0.05, 0.1, 0.05])
     assert "high_variation" not in [n.code for n in warning_codes.of_record(record(), steady)]
@@ -138,7 +138,7 @@ def test_batches_of_one_token_are_not_mixed_with_those_that_decode():
 
 
 def row(**known):
-    """A row of which only this is known."""
+    """A row in which only this is known."""
     return ExperimentRow(**dict.fromkeys(ExperimentRow.__struct_fields__) | known)
 
 
@@ -146,7 +146,7 @@ def row(**known):
     ("cycles", "resumed", "expected"),
     [(1, 0, ["few_cycles"]), (2, 0, []), (1, 1, ["few_cycles", "resumed"]), (3, 2, ["resumed"])],
 )
-def test_one_cycle_and_a_resumed_run_are_doubted(cycles, resumed, expected):
+def test_one_cycle_and_a_resumed_run_have_warnings(cycles, resumed, expected):
     assert [n.code for n in warning_codes.of_experiment(cycles, resumed)] == expected
 
 
@@ -182,7 +182,7 @@ def test_an_integral_that_failed_is_missing_and_not_integrated():
     assert "energy_integrated" not in made
 
 
-def test_varying_batches_are_doubted_and_long_ones_among_equals_are_not():
+def test_varying_batches_have_a_warning_and_long_ones_among_equals_do_not():
     assert "high_variation" in codes(record(), [1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
     assert "high_variation" not in codes(record(), [1.0, 1.05, 1.0, 1.02, 1.0])
     longer = requests([1.0] * 9)
@@ -190,7 +190,7 @@ def test_varying_batches_are_doubted_and_long_ones_among_equals_are_not():
     assert "high_variation" not in [n.code for n in warning_codes.of_record(record(), longer)]
 
 
-def test_a_run_that_did_not_get_to_its_window_has_nothing_to_doubt():
+def test_a_run_that_did_not_reach_its_window_has_no_warning():
     assert codes(record(phases=(Phase("load", 1.0),))) == []
 
 
@@ -199,7 +199,7 @@ def test_an_unknown_code_cannot_be_used():
         warning_codes.warning("invented", "…")
 
 
-def test_every_doubt_says_what_it_means_and_what_to_do():
+def test_every_warning_says_what_it_means_and_what_to_do():
     for code, kind in warning_codes.WARNINGS.items():
         assert kind.meaning.endswith("."), code
         assert kind.remedy.endswith("."), code

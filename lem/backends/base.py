@@ -1,6 +1,6 @@
 """The interface of the inference backends.
 
-A backend turns prompts into tokens, loads a model, generates, and says exactly which tokens came out. It knows
+A backend turns prompts into tokens, loads a model, generates, and reports exactly which tokens came out. It knows
 nothing of energy, windows, datasets or results; `lem.runner.window` calls it between the edges of a window.
 """
 
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
@@ -22,8 +22,11 @@ from lem.workload.models import Model
 from lem.workload.tokens import Chunk
 from lem.workload.traffic import Arrivals, in_turn
 
-# What an engine may be able to tell, by the methods that tell it; `prefill` is `Generation.prefill_end_ns`.
-Told = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
+T = TypeVar("T")
+
+# What a backend may report: `Generation.token_ids`, `model_info`, `Generation.prefill_end_ns`, `architecture`,
+# `kv_cache_bytes_per_token`, `counters`.
+Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out for one prompt.
+    """The output for one prompt; times are readings of `time.perf_counter_ns`.
 
-    `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding. Times
-    are readings of `time.perf_counter_ns`; `prefill_end_ns` is when the first token's logits were there, None where
-    the engine cannot tell. `chunks` says when the tokens came, if the experiment asks for streaming. `arrived_ns` is
-    when the request came into a queue, where there is one; `start_ns` is when the engine began on it, or where it
-    does not tell that (`start_is_told`), when it was given the request. `counted` is the number of output tokens where
-    the engine tells no more than that; then there are no `token_ids`.
+    `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding; it is empty
+    where the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request entered a
+    queue, if there is one. `start_ns` is when the engine began on the request or, unless `start_is_known`, when the
+    engine was given it. `prefill_end_ns` is when the logits of the first token were ready, None where the engine does
+    not report it. `chunks` holds the times of the tokens, if the experiment asks for streaming.
     """
 
     index: int
@@ -56,13 +58,19 @@ class Generation:
     prefill_end_ns: int | None = None
     chunks: tuple[Chunk, ...] = ()
     arrived_ns: int | None = None
-    start_is_told: bool = True
+    start_is_known: bool = True
     counted: int | None = None
 
     @property
     def output_tokens(self) -> int:
-        """Number of tokens that came out."""
+        """Number of output tokens."""
         return len(self.token_ids) if self.counted is None else self.counted
+
+
+def needed(loaded: T | None) -> T:
+    """Return what `Backend.load` has made, for the methods that come after it."""
+    assert loaded is not None, "load comes first"
+    return loaded
 
 
 class Backend(ABC):
@@ -70,57 +78,58 @@ class Backend(ABC):
 
     Contract, checked for each backend by `tests/backends/test_backends.py`: `start` and `load` come first, once;
     `generate` yields every prompt exactly once and can be called again; the same seed gives the same tokens, also when
-    the first batches are left out; counts hold neither padding nor anything after the end token.
+    the first batches are left out; counts include neither padding nor anything after the end token. A method raises
+    `RunError` where the engine fails or refuses something, in a sentence that names the engine and its reason.
     """
 
-    tells: ClassVar[frozenset[Told]] = frozenset()
-    """What it tells; the rest is None, and null in the results."""
+    reports: ClassVar[frozenset[Reported]] = frozenset()
+    """What it reports; the rest is None, and null in the results."""
 
     local_rank: int = 0
-    """Which of the node's processes this is; set before `start`."""
+    """Number of this process among those of the node; set before `start`."""
 
     log_folder: Path | None = None
-    """Where an engine of its own process may write a log, which stays; set before `start`."""
+    """Where a server that the backend starts writes its log; set before `start`."""
 
     @abstractmethod
     def __init__(self, experiment: Experiment) -> None:
-        """Take note of the experiment; nothing is loaded or imported yet."""
+        """Keep the experiment; nothing is loaded or imported yet."""
 
     @classmethod
     @abstractmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Return what speaks against the experiment on this host, without loading anything heavy.
+        """Return the backend's objections to the experiment on this host, without loading anything heavy.
 
-        `model` is None when none was found; that has been objected to already.
+        `model` is None when none was found, for which there is an objection already.
         """
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a sentence about a key that the backend's options lack and its engine knows or knew; None without."""
+        """Return a sentence about a key that is not an option of the backend but is or was one of its engine's."""
         return None
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Tell whether the engine means to run on a GPU of this host, as far as is known without importing it."""
+        """Return whether the engine will run on a GPU of this host, as far as is known without importing it."""
         return False
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the physical GPUs that all processes of the experiment will use on this node; asked after `start`.
+        """Return the physical GPUs that all processes of the experiment use on this node; called after `start`.
 
         Only these are metered.
         """
         return ()
 
     def runs_elsewhere(self) -> bool:
-        """Tell whether another machine does the work: no meter of this one says anything about it."""
+        """Return whether another machine does the work, so that no meter of this one covers it."""
         return False
 
     def server_pids(self) -> Sequence[int]:
-        """Return the engine's processes that this one has not started; asked after `start`."""
+        """Return the engine's processes that lem has not started; called after `load`."""
         return ()
 
     def start(self) -> None:
-        """Import the engine, so that its seconds are in no phase; nothing to do for an engine of our own."""
+        """Import the engine, so that no phase includes the time of the import."""
 
     @abstractmethod
     def load(self) -> None:
@@ -128,7 +137,11 @@ class Backend(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Turn prompts into token ids: chat template and truncation included, padding not."""
+        """Turn prompts into token ids, in order: chat template and truncation included, padding not.
+
+        Raises:
+            RunError: a prompt has no tokens, or is too long for the model or the engine.
+        """
 
     @abstractmethod
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
@@ -137,8 +150,8 @@ class Backend(ABC):
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
         """Run prompts as they arrive, and yield those that finish together, with their arrival.
 
-        Here batch after batch, of those that wait when the engine is free; for an engine that takes in others while it
-        works there is more to it.
+        Here batch after batch, taken from the prompts that wait when the engine is free; overridden where an engine
+        takes in prompts while it works.
 
         Args:
             arrivals: what arrives, and when.
@@ -149,20 +162,23 @@ class Backend(ABC):
             yield [replace(g, batch=number, arrived_ns=at_ns[g.index]) for g in part]
 
     def forget(self) -> None:
-        """Drop what earlier prompts have left behind, such as cached prefixes, and count anew.
+        """Drop what earlier prompts have left behind, such as cached prefixes, and reset `counters`.
 
-        Called before each measured window; nothing to do for an engine that keeps nothing.
+        Called before each measured window.
         """
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that it was given; nothing to do for a synchronous engine."""
+        """Wait until the device has finished its work; does nothing for a synchronous engine."""
+
+    def close(self) -> None:
+        """Release the model and the device; may be called at any time, also when `load` has failed."""
 
     def reset_peak_memory(self) -> None:
-        """Forget the peak so far, where the engine can."""
+        """Reset the peak of `peak_memory`, where the engine can."""
 
     @abstractmethod
     def peak_memory(self) -> Memory:
-        """Return the peak memory since the reset, or as the engine can tell it."""
+        """Return the peak memory since the reset, or over the span that its `scope` names."""
 
     @abstractmethod
     def model_info(self) -> ModelInfo | None:
@@ -170,23 +186,20 @@ class Backend(ABC):
 
     @abstractmethod
     def engine_info(self) -> EngineInfo:
-        """Describe the engine and the settings it really uses."""
+        """Describe the engine and the settings in effect."""
 
     def architecture(self) -> Architecture | None:
-        """Return the sizes that decide the model's FLOPs, or None when they cannot be told."""
+        """Return the sizes that decide the model's FLOPs, or None when they are unknown."""
         return None
 
     def kv_cache_bytes_per_token(self) -> int | None:
-        """Return the size of one token's keys and values, or None when it cannot be told or nothing is cached."""
+        """Return the bytes of one token's keys and values, or None when unknown or nothing is cached."""
         return None
 
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's own counts since `forget`; None when it counts nothing, or nothing has run since."""
+        """Return the engine's own counters since `forget`; None when it has none or nothing has run since."""
         return None
 
     def warnings(self) -> list[CodedWarning]:
-        """Return what a reader of the numbers must know about the engine or the model."""
+        """Return the warnings about the engine, the model and the window since `forget`."""
         return []
-
-    def close(self) -> None:
-        """Release the model and the device."""

@@ -1,93 +1,179 @@
-"""What an engine's own loader does not tell of a model: its tokenizer, its sizes, the tokens that end an output.
+"""What lem reads of a model beside its weights: prompts as its tokens, its end tokens, its sizes, an adapter's files.
 
-Loaded by transformers, without the weights. Shared by the engines that load the weights themselves; knows none of them.
+Read by transformers, and the same for every engine that runs the same model; knows none of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lem.backends.base import Encoded
 from lem.backends.engine import reason_of
 from lem.errors import RunError
+from lem.spec.experiment import Experiment
 from lem.workload.flops import Architecture
-from lem.workload.models import Model
+from lem.workload.models import Model, find
+
+# Files of an adapter, as peft writes them.
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Layers of hybrid models whose cost does not grow with the number of attended positions.
+NOT_SOFTMAX_ATTENTION = ("linear_attention", "mamba", "recurrent", "conv", "mlp")
 
 
-def source(model: Model, *, trusted: bool) -> dict[str, Any]:
-    """Return the options by which transformers finds a model's parts; `trusted`: it may run the model's code."""
-    return {"revision": model.revision, "trust_remote_code": trusted}
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model without its weights.
+
+    `hollow` is transformers' model on the device `meta`, which has sizes and no values; None where transformers does
+    not know the model.
+    """
+
+    model: Model
+    tokenizer: Any
+    hollow: Any
+    end_tokens: frozenset[int]
+
+    def architecture(self, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture | None:
+        """Return the sizes for the FLOPs, an adapter's weights in the body and at the output projection added."""
+        found = None if self.hollow is None else architecture_of(self.hollow)
+        if found is None:
+            return None
+        of_body, of_head = adapter_weights
+        return Architecture(found.body_weights + of_body, found.head_weights + of_head, found.attention_width)
 
 
-def load_tokenizer(model: Model, *, trusted: bool) -> Any:
-    """Return the model's tokenizer."""
+def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Checkpoint:
+    """Read the experiment's model.
+
+    Args:
+        experiment: names the model.
+        config_changes: what the engine changes in the model's config; None where it takes another config, so that
+            nothing is known of the sizes.
+
+    Raises:
+        ModelError: there is no such model.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
-    return transformers.AutoTokenizer.from_pretrained(model.path, **source(model, trusted=trusted))
+    model = find(experiment.model or "", experiment.revision)
+    source = source_of(model, experiment)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path, **source)
+    hollow = None if config_changes is None else _hollow(model, source, config_changes)
+    return Checkpoint(model, tokenizer, hollow, end_tokens(_generation_config(model, source), tokenizer))
 
 
-def load_hollow(model: Model, *, trusted: bool, changes: Mapping[str, Any] | None = None) -> Any:
-    """Return the model without weights, of which its sizes are read; None where transformers does not know it.
+def source_of(model: Model, experiment: Experiment) -> dict[str, Any]:
+    """Return the options by which transformers finds a model's parts."""
+    return {"revision": model.revision, "trust_remote_code": experiment.trust_remote_code}
 
-    `changes` are those that an engine is told to make in the model's config.
-    """
+
+def _hollow(model: Model, source: Mapping[str, Any], config_changes: Mapping[str, Any]) -> Any:
     import torch
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(model.path, **source(model, trusted=trusted))
-        config.update(changes or {})
+        config = transformers.AutoConfig.from_pretrained(model.path, **source)
+        config.update(config_changes)
         with torch.device("meta"):
+            trusted = source["trust_remote_code"]
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except (ValueError, KeyError, ImportError, NotImplementedError):
         return None
 
 
-def generation_config(model: Model, *, trusted: bool) -> Any:
-    """Return what the model says about the end of a sequence, as transformers would take it."""
+def _generation_config(model: Model, source: Mapping[str, Any]) -> Any:
     import transformers
 
     try:
         return transformers.GenerationConfig.from_pretrained(model.path, revision=model.revision)
     except OSError:
-        config = transformers.AutoConfig.from_pretrained(model.path, **source(model, trusted=trusted))
+        config = transformers.AutoConfig.from_pretrained(model.path, **source)
         return transformers.GenerationConfig.from_model_config(config)
 
 
-def sizes(hollow: Any, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture | None:
-    """Read the sizes off a model without weights, and add an adapter's: in the body, and at the output projection."""
-    found = None if hollow is None else architecture_of(hollow)
-    if found is None:
-        return None
-    of_body, of_head = adapter_weights
-    return Architecture(found.body_weights + of_body, found.head_weights + of_head, found.attention_width)
-
-
 def quantization_of(model: Model) -> str | None:
-    """Return how a checkpoint's weights are quantized; None when they are not, or it does not say."""
-    said = model.config.get("quantization_config") or {}
+    """Return how a checkpoint's weights are quantized; None when they are not, or its files do not say."""
+    config = model.config.get("quantization_config") or {}
     file = Path(model.path) / "hf_quant_config.json"
     if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8")).get("quantization", {})
-    return said.get("quant_algo") or said.get("quant_method")
+        config = json.loads(file.read_text(encoding="utf-8")).get("quantization", {})
+    return config.get("quant_algo") or config.get("quant_method")
 
 
-def bytes_of(model: Model) -> int | None:
+def weights_bytes(model: Model) -> int | None:
     """Return the size of a local checkpoint's weights; None where they are not in a directory."""
     return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) or None
 
 
-WEIGHTS = "adapter_model.safetensors"
+def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a sequence, by the model's generation config, else by the tokenizer."""
+    ids = generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-CONFIG = "adapter_config.json"
+# ------------------------------------------------------------------ prompts
+def encode(tokenizer: Any, texts: Sequence[str], experiment: Experiment, positions: int | None) -> list[Encoded]:
+    """Tokenize each text alone, with the model's own special tokens, and cut it to `max_input_tokens`.
+
+    Args:
+        tokenizer: the model's.
+        texts: the prompts.
+        experiment: has the limits, and says whether there is a chat template.
+        positions: tokens that a prompt and its output may have together; None where there is no limit.
+
+    Raises:
+        RunError: a prompt has no tokens, or does not fit.
+    """
+    limit = experiment.max_input_tokens
+    encoded = []
+    for index, text in enumerate(texts):
+        ids = _token_ids(tokenizer, text, chat=experiment.chat_template)
+        encoded.append(Encoded(index, tuple(ids[:limit]), limit is not None and len(ids) > limit))
+    _check_lengths(encoded, positions, experiment.max_output_tokens)
+    return encoded
 
 
-def folder_of(adapter: str) -> Path:
-    """Return the directory of an adapter, fetched from the hub if it is no local one; raises `RunError`."""
+def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+    if not chat:
+        return list(tokenizer(text)["input_ids"])
+    turns = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    # The template has written the special tokens.
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output_tokens: int) -> None:
+    """Refuse prompts that do not fit into the model's positions, before anything is measured."""
+    if not encoded:
+        return
+    empty = next((p for p in encoded if not p.token_ids), None)
+    if empty is not None:
+        raise RunError(f"Prompt {empty.index} has no tokens in this model's tokenizer; leave it out.")
+    longest = max(encoded, key=lambda p: len(p.token_ids))
+    if positions is not None and len(longest.token_ids) + max_output_tokens > positions:
+        raise RunError(
+            f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with max_output_tokens {max_output_tokens} "
+            f"that is more than the model's {positions} positions. "
+            f"Set max_input_tokens={max(1, positions - max_output_tokens)} or less."
+        )
+
+
+# ------------------------------------------------------------------ adapters
+def adapter_folder(adapter: str) -> Path:
+    """Return the directory of an adapter, fetched from the hub unless it is a local one.
+
+    Raises:
+        RunError: it cannot be fetched.
+    """
     local = Path(adapter).expanduser()
     if local.is_dir():
         return local
@@ -95,21 +181,21 @@ def folder_of(adapter: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(adapter))
-    except Exception as error:  # the client raises those of its transport as well
-        raise RunError(f"The adapter {adapter} cannot be had from the hub: {reason_of(error)}") from error
+    except Exception as error:  # the client also raises the errors of its transport
+        raise RunError(f"The adapter {adapter} cannot be fetched from the hub: {reason_of(error)}") from error
 
 
-def rank_of(folder: Path) -> int:
+def adapter_rank(folder: Path) -> int:
     """Return the rank of an adapter's matrices."""
-    return int(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["r"])
+    return int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
 
 
-def weights_of(folder: Path) -> tuple[int, int]:
-    """Return the weights of an adapter's matrices: those in the model's body, and those at its output projection."""
+def adapter_weights(folder: Path) -> tuple[int, int]:
+    """Return the number of weights in an adapter's matrices: in the model's body, and at its output projection."""
     from safetensors import safe_open
 
     of_body = of_head = 0
-    with safe_open(folder / WEIGHTS, framework="numpy") as tensors:
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as tensors:
         for name in tensors.keys():  # noqa: SIM118 - no mapping
             rows, *columns = tensors.get_slice(name).get_shape()
             size = rows * columns[0] if len(columns) == 1 else 0
@@ -120,25 +206,23 @@ def weights_of(folder: Path) -> tuple[int, int]:
     return of_body, of_head
 
 
-# Layers of hybrid models whose cost does not grow with the number of attended positions.
-NOT_SOFTMAX_ATTENTION = ("linear_attention", "mamba", "recurrent", "conv", "mlp")
-
-
+# ------------------------------------------------------------------ sizes
 def architecture_of(model: Any) -> Architecture | None:
-    """Return the sizes of a loaded model, or None when its matrix weights cannot be told."""
+    """Return the sizes of transformers' model, or None when its matrix weights are unknown."""
     import torch
 
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     share = _active_share_of_experts(config)
     body = 0.0
-    # An adapter on the output projection is a part of it: it is met where the projection is.
+    # An adapter on the output projection is a module inside it.
     of_head = set(head.modules()) if head is not None else set()
     for name, module in model.named_modules():
         if module in of_head:
             continue
-        weights = _matrix_weights(torch, module)
-        body += weights * (share if _is_expert(name) else 1.0)
+        parts = name.split(".")
+        is_expert = "experts" in parts and "shared_experts" not in parts
+        body += _matrix_weights(torch, module) * (share if is_expert else 1.0)
     attention_width = _attention_width(config)
     if body == 0 or head is None or attention_width is None:
         return None
@@ -150,22 +234,17 @@ def architecture_of(model: Any) -> Architecture | None:
 
 
 def _matrix_weights(torch: Any, module: Any) -> int:
-    """Return the number of weights of one module that take part in matrix products."""
+    """Return the number of a module's own weights that take part in matrix products."""
     if isinstance(module, torch.nn.Embedding):
         return 0
     own = module.named_parameters(recurse=False)
     # Conv1D of GPT-2 is a transposed linear layer; experts are fused into three-dimensional weights.
     held = sum(int(p.numel()) for name, p in own if (p.ndim == 2 and name == "weight") or p.ndim == 3)
     if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
-        # Quantized weights are packed into fewer values; an adapter that is split over processes tells its own share
+        # Quantized weights are packed into fewer values; an adapter that is split over processes gives its own share
         # of the features, while its weight has the size of the whole.
         return max(int(module.in_features * module.out_features), held)
     return held
-
-
-def _is_expert(name: str) -> bool:
-    parts = name.split(".")
-    return "experts" in parts and "shared_experts" not in parts
 
 
 def _active_share_of_experts(config: Any) -> float:
@@ -188,7 +267,7 @@ def _attention_width(config: Any) -> int | None:
 
 
 def kv_bytes_per_token(config: Any, bytes_per_value: int) -> int | None:
-    """Return the bytes that one token's keys and values take in all attention layers, or None when unknown."""
+    """Return the bytes of one token's keys and values in all attention layers, or None when unknown."""
     width = _attention_width(config)
     heads = getattr(config, "num_attention_heads", None)
     if width is None or not heads:

@@ -1,45 +1,69 @@
-"""What engines and servers say, in the words of records and messages: errors as sentences, settings as text."""
+"""What several engines have in common: their errors as sentences, settings as text, clock, and warnings on a record."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from lem.errors import Interrupted, RunError
+from lem.record import CodedWarning
+from lem.spec.experiment import Experiment
+from lem.warning_codes import warning
+
+# Characters of a reason.
 LONGEST_REASON = 400
+# A smaller offset between two clocks is the time between reading one and the other.
+SAME_CLOCK_NS = 1_000_000
 
 
+# ------------------------------------------------------------------ errors
 def sentence(text: str) -> str:
-    """Return a text in one line, not too long, with a full stop."""
-    text = " ".join(text.split()) or "nothing is said about it"
+    """Return a text in one line, cut to `LONGEST_REASON`, with a full stop."""
+    text = " ".join(text.split()) or "no reason is given"
     if len(text) > LONGEST_REASON:
         text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
     return text if text.endswith((".", "…", "!", "?")) else f"{text}."
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error as a sentence: what pydantic or PyTorch say around it is for developers."""
+    """Return an error as a sentence, without what pydantic or PyTorch add for developers."""
     errors = getattr(error, "errors", None)
     details = errors() if callable(errors) else ()
     text = str(details[0]["msg"]).removeprefix("Value error, ") if details else str(error)
     return sentence(text if text.strip() else type(error).__name__)
 
 
-def as_text(setting: Any) -> str:
-    """Return a setting as text: an enumeration's member by its name, without PyTorch's prefix."""
-    if setting is None:
-        return "none"
-    if isinstance(setting, bool):
-        return "on" if setting else "off"
-    return str(getattr(setting, "name", setting)).removeprefix("torch.")
+@contextmanager
+def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
+    """Turn any error of an engine into a `RunError` of one line: the beginning, its reason, and what to do about it."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        raise RunError(f"{beginning}: {reason_of(error)}{hint(error)}") from error
 
 
-# Less is the time between two readings.
-SAME_CLOCK_NS = 1_000_000
+@dataclass(frozen=True)
+class MemoryHint:
+    """What to do about an error that is about memory, by one of these words."""
+
+    words: Sequence[str]
+    remedy: str
+
+    def __call__(self, error: BaseException) -> str:
+        """Return the remedy, to follow a sentence; nothing for another error."""
+        text = " ".join(str(error).lower().split())
+        return f" {self.remedy}" if any(each in text for each in self.words) else ""
 
 
+# ------------------------------------------------------------------ clock and compiler
 def clock_offset_ns() -> int:
-    """Return what is to be added to the engine's clock, `time.monotonic`, for `time.perf_counter`: 0 on Linux."""
+    """Return what to add to the engine's clock, `time.monotonic`, to get `time.perf_counter`: 0 on Linux."""
     before_ns = time.perf_counter_ns()
     engine_ns = time.monotonic_ns()
     offset_ns = (before_ns + time.perf_counter_ns()) // 2 - engine_ns
@@ -47,6 +71,52 @@ def clock_offset_ns() -> int:
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs this process has compiled so far with torch.compile, by whoever asked for it."""
+    """Return how many graphs torch.compile has made in this process so far, whatever called it."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
+
+
+# ------------------------------------------------------------------ for the record
+def as_text(setting: Any) -> str:
+    """Return a setting as text: a member of an enumeration by its name, without PyTorch's prefix."""
+    if setting is None:
+        return "none"
+    if isinstance(setting, bool):
+        return "on" if setting else "off"
+    return str(getattr(setting, "name", setting)).removeprefix("torch.")
+
+
+def prompt_settings(experiment: Experiment, end_tokens: frozenset[int]) -> dict[str, str]:
+    """Return the settings of the prompts' own: the ids that end an output, and whether there is a chat template."""
+    return {
+        "end_token_ids": ",".join(map(str, sorted(end_tokens))) or "none",
+        "chat_template": as_text(experiment.chat_template),
+    }
+
+
+def sum_if_known(sizes: Sequence[int | None]) -> int | None:
+    """Return the sum; None where one is unknown."""
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+def of_weights(name: str, are_random: bool) -> Iterator[CodedWarning]:
+    """Warn about a model whose weights are random."""
+    if are_random:
+        yield warning("random_weights", f"{name} has random weights: its text has no meaning.")
+
+
+def of_counters(counters: Mapping[str, float] | None) -> Iterator[CodedWarning]:
+    """Warn where the engine did less or more work than the tokens suggest."""
+    counters = counters or {}
+    if hits := counters.get("prefix_cache_hit_tokens"):
+        share = hits / counters["prefix_cache_queried_tokens"]
+        yield warning("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache.")
+    if preemptions := counters.get("preemptions"):
+        yield warning("preempted", f"requests were preempted {preemptions:.0f} times for lack of cache and recomputed.")
+
+
+def of_compilation(graphs: int) -> Iterator[CodedWarning]:
+    """Warn about graphs that were compiled in the window."""
+    if graphs:
+        yield warning("compiled_in_window", f"{graphs} graphs were compiled in the window.")

@@ -1,10 +1,10 @@
-"""Runs a command, and sees to it that nobody of its family is left behind, whatever becomes of who asked for it.
+"""Runs a command and ends all of its descendants, whatever becomes of the process that asked for it.
 
-A program of its own, `guardian.py COMMAND…`, run by its path, so that it needs nothing but the standard library. It
-ends the command when its own stdin ends (the asker has closed it, or is dead), when a signal tells it to, and when the
-command's first process has ended by itself. All that the command has started is its family, those included that have
-gone into a session of their own or whose parent is dead: the kernel gives those to this process. Its exit code is
-the command's. Knows nothing of servers.
+A program, `guardian.py COMMAND…`, run by its path, so that it needs nothing but the standard library. It ends the
+command when its own stdin ends (the process that asked has closed it, or is dead), on a signal to end, and when the
+command's first process has ended. The family are all processes that the command has started, those included that have
+a session of their own or whose parent is dead: the kernel makes this process their parent. Its exit code is the
+command's. Knows nothing of servers.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import sys
 import threading
 import time
 
-# How long the command has to end in its own way before it is killed.
+# How long the command has to end on its own before it is killed.
 GRACE_S = 2.0
 POLL_S = 0.05
 # Added to the number of the signal that has ended the command, as shells do.
 KILLED = 128
-TELLING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Of <sys/prctl.h>.
 SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 
 
-class ToldToEnd(Exception):
-    """Nobody needs the command any more."""
+class EndRequested(Exception):
+    """The command is no longer needed."""
 
 
 def main(command: list[str]) -> int:
-    """Run a command until it ends or is to end; return its exit code."""
-    for number in TELLING:
-        signal.signal(number, _tell)
+    """Run a command until it ends or is no longer needed; return its exit code."""
+    for number in END_SIGNALS:
+        signal.signal(number, _request_end)
     _prctl(SET_CHILD_SUBREAPER, 1)
     try:
         first = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
@@ -44,17 +44,17 @@ def main(command: list[str]) -> int:
     try:
         threading.Thread(target=_wait_for_the_end_of_stdin, daemon=True).start()
         code = _wait_for(first.pid)
-    except ToldToEnd:
+    except EndRequested:
         code = 0
     finally:
-        for number in TELLING:
+        for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         _end_family(first.pid)
     return code
 
 
-def _tell(_number: int, _frame: object) -> None:
-    raise ToldToEnd
+def _request_end(_number: int, _frame: object) -> None:
+    raise EndRequested
 
 
 def _prctl(option: int, value: int) -> None:
@@ -62,7 +62,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end the command, should this process be killed; run in the child before the command."""
+    """Have the kernel end the command if this process is killed; runs in the child before the command."""
     _prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
@@ -73,7 +73,7 @@ def _wait_for_the_end_of_stdin() -> None:
 
 
 def _wait_for(pid: int) -> int:
-    """Sleep until a child has ended, burying all others that end before it; return its exit code."""
+    """Sleep until a child has ended, reaping all others that end before it; return its exit code."""
     while True:
         ended, status = os.waitpid(-1, 0)
         if ended == pid:
@@ -82,7 +82,7 @@ def _wait_for(pid: int) -> int:
 
 
 def _end_family(first: int) -> None:
-    """Ask the command to end, and kill whoever is left of its family when its time is up."""
+    """Ask the command to end, and kill what is left of its family after `GRACE_S`."""
     _signal(first, signal.SIGTERM)
     until_s = time.monotonic() + GRACE_S
     while family := _family():
@@ -100,12 +100,12 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _family() -> list[int]:
-    """Return the living descendants of this process, after burying the dead."""
+    """Return the living descendants of this process, after reaping the dead."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
-        return []  # whoever has lost its parent is a child of this process
+        return []  # a process that has lost its parent is a child of this one
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdecimal() and (parent := _parent(entry)) is not None:

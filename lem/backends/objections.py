@@ -1,128 +1,218 @@
-"""What speaks against a model and its files, whichever engine loads it: tokenizer, lengths, code, adapter; and GPUs.
+"""Why an experiment may be refused or warned about, whichever engine runs it: model files, GPUs, engine arguments.
 
-Looks at the model's config.json and the names of its files; loads no weights. Only where a chat template is asked for
-is the tokenizer loaded, to see whether it has one.
+Looks at the model's config.json and the names of its files; loads no weights. The tokenizer is loaded only if the
+experiment asks for a chat template, to see whether there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
+from lem.errors import did_you_mean
 from lem.machine.gpu import Gpu
 from lem.spec.experiment import Experiment
-from lem.spec.processes import gpus_needed
+from lem.spec.processes import changed, gpus_needed
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
 # Any of these is a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# How many values a message lists at most.
+LISTED = 8
 
 
-def model_objections(experiment: Experiment, model: Model | None, *, at_most: int | None = None) -> Iterator[Objection]:
+# ------------------------------------------------------------------ models
+def model_objections(experiment: Experiment, model: Model | None, *, limit: str | None = None) -> Iterator[Objection]:
     """Yield all objections to a model.
 
     Args:
         experiment: what is to run.
-        model: None when none was found, which has been objected to already.
-        at_most: positions that the engine allows, where that is fewer than the model has.
+        model: None when none was found, which is reported separately.
+        limit: the backend's option that limits the tokens of a sequence.
     """
-    yield from _adapter_objections(experiment)
-    yield from _code_objections(experiment, model)
+    yield from _adapter(experiment)
+    yield from _code(experiment, model)
     if model is not None:
-        yield from _file_objections(experiment, model, at_most)
-        yield from _chat_template_objections(experiment, model)
+        yield from _files(model)
+        yield from _lengths(experiment, model, limit)
+        yield from _chat_template(experiment, model)
 
 
-def _adapter_objections(experiment: Experiment) -> Iterator[Objection]:
-    if experiment.adapter is not None and _is_missing_adapter(experiment.adapter):
-        yield Objection(
-            "no_adapter",
-            "adapter",
-            f"there is no LoRA adapter at {experiment.adapter}.",
-            "Name a directory with an adapter_config.json, or a hub id.",
-        )
-
-
-def _is_missing_adapter(adapter: str) -> bool:
+def _adapter(experiment: Experiment) -> Iterator[Objection]:
+    adapter = experiment.adapter
+    if adapter is None:
+        return
     local = Path(adapter).expanduser()
     if local.is_dir():
-        return not (local / "adapter_config.json").is_file()
-    return adapter.startswith(("/", ".", "~")) or adapter.count("/") != 1
+        is_missing = not (local / "adapter_config.json").is_file()
+    else:
+        is_missing = adapter.startswith(("/", ".", "~")) or adapter.count("/") != 1
+    if is_missing:
+        yield Objection("no_adapter", "adapter", f"there is no LoRA adapter at {adapter}.")
 
 
-def _file_objections(experiment: Experiment, model: Model, at_most: int | None) -> Iterator[Objection]:
+def _code(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
+    if experiment.trust_remote_code:
+        fact = "Python code that comes with the model runs with your permissions."
+        yield Objection("remote_code", "trust_remote_code", fact)
+    elif model is not None and "auto_map" in model.config and "model_type" not in model.config:
+        yield Objection("needs_remote_code", "trust_remote_code", f"{model.name} comes with its own code.")
+
+
+def _files(model: Model) -> Iterator[Objection]:
     folder = Path(model.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        yield Objection("no_tokenizer", "model", f"{model.path} has no tokenizer.", "Save one beside the weights.")
-    positions = model.config.get("max_position_embeddings", model.config.get("n_positions"))
-    limits = [limit for limit in (positions, at_most) if isinstance(limit, int)]
-    if limits:
-        yield from _length_objections(experiment, min(limits))
+        yield Objection("no_tokenizer", "model", f"{model.path} has no tokenizer.")
     if model.config.get("is_encoder_decoder"):
-        yield Objection(
-            "encoder_decoder",
-            "model",
-            f"{model.name} is an encoder-decoder model; lem measures decoder-only models.",
-            "Choose a causal language model.",
-        )
+        yield Objection("encoder_decoder", "model", f"{model.name} is an encoder-decoder model.")
 
 
-def _length_objections(experiment: Experiment, positions: int) -> Iterator[Objection]:
-    room = positions - experiment.max_output_tokens
-    if room <= 0:
-        yield Objection(
-            "no_room_for_prompts",
-            "max_output_tokens",
-            f"{experiment.max_output_tokens} leave no room for a prompt in the model's {positions} positions.",
-            "Lower it.",
-        )
-    if experiment.max_input_tokens is not None and experiment.max_input_tokens >= positions:
-        yield without_effect(
-            "no_effect_input_limit",
-            "max_input_tokens",
-            f"the model has {positions} positions.",
-            f"Lower it to {room} or less, or leave it out." if room > 0 else "Leave it out.",
-        )
+def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterator[Objection]:
+    at_most = None if limit is None else getattr(experiment.backend, limit)
+    most = model.config.get("max_position_embeddings")
+    if at_most is not None and isinstance(most, int) and at_most > most:
+        yield Objection("too_few_positions", f"backend.{limit}", f"the model has {most} positions.")
+    positions = model.config.get("max_position_embeddings", model.config.get("n_positions"))
+    limits = [each for each in (positions, at_most) if isinstance(each, int)]
+    if not limits:
+        return
+    longest, output = min(limits), experiment.max_output_tokens
+    if output >= longest:
+        fact = f"{output} tokens leave no room for a prompt in the model's {longest} positions."
+        yield Objection("no_room_for_prompts", "max_output_tokens", fact)
+    if experiment.max_input_tokens is not None and experiment.max_input_tokens >= longest:
+        fact = f"the model has {longest} positions, of which the output may take {output}."
+        yield without_effect("no_effect_input_limit", "max_input_tokens", fact)
 
 
-def _code_objections(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
-    if experiment.trust_remote_code:
-        reason = "Python code that comes with the model runs, with all your rights."
-        yield Objection("remote_code", "trust_remote_code", reason, "Leave it off unless you trust its authors.")
-    elif model is not None and "auto_map" in model.config and "model_type" not in model.config:
-        yield Objection(
-            "needs_remote_code",
-            "trust_remote_code",
-            f"{model.name} comes with its own code.",
-            "Set trust_remote_code=true if you trust its authors.",
-        )
-
-
-def _chat_template_objections(experiment: Experiment, model: Model) -> Iterator[Objection]:
+def _chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
     if not experiment.chat_template:
         return
-    import transformers  # seconds, but only where a template is asked for
+    import transformers  # takes seconds, so only if a template is asked for
 
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
     )
     if not getattr(tokenizer, "chat_template", None):
-        yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.", "Leave it off.")
+        yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
-    """Return the dtype on a GPU: what is asked for, else the checkpoint's where its config says it."""
+    """Return the dtype on a GPU: the requested one, else the checkpoint's if its config names it."""
     if experiment.fp_precision != "auto":
         return experiment.fp_precision
     config = {} if model is None else model.config
-    said = config.get("dtype") or config.get("torch_dtype")
-    return said if isinstance(said, str) else None
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if isinstance(named, str) else None
 
 
+# ------------------------------------------------------------------ GPUs
 def unused_gpus(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
     """Object to more GPUs being named than the experiment uses."""
-    if experiment.gpus is not None and gpus_needed(experiment) < len(gpus):
-        reason = f"{len(gpus)} GPUs are named, only the first {gpus_needed(experiment)} will be used."
-        yield Objection("unused_gpus", "gpus", reason, "Set num_processes or a parallelism to use them all.")
+    used = gpus_needed(experiment)
+    if experiment.gpus is not None and used < len(gpus):
+        fact = f"{len(gpus)} GPUs are named, and the run uses {used}."
+        yield Objection("unused_gpus", "gpus", fact)
+
+
+# ------------------------------------------------------------------ an engine's own options
+def without_method(speculation: Any, method: str) -> Iterator[Objection]:
+    """Object to options of speculative decoding if the option that chooses the method is not set."""
+    for name in changed(speculation, *(field.name for field in fields(speculation))):
+        fact = f"backend.speculative.{method} is not set."
+        yield without_effect("no_effect_speculation", f"backend.speculative.{name}", fact)
+
+
+def set_by_lem(path: str, owner: str) -> Objection:
+    """Object to an argument of an engine that lem sets; `owner` is the option, or says why lem always does."""
+    return Objection("engine_arg_of_lem", path, f"it is set by {owner}.")
+
+
+class Source(Protocol):
+    """What the installed version of an engine accepts, read off its source."""
+
+    def version(self) -> str:
+        """Return the installed version."""
+
+    def arguments(self) -> Collection[str]:
+        """Return the names of the engine's arguments; empty if they are not known."""
+
+
+@dataclass(frozen=True)
+class EngineArguments:
+    """An engine's own arguments, which an option of the backend passes through by name.
+
+    `dropped` are arguments of former versions, each with what to use instead.
+    """
+
+    engine: str
+    option: str
+    source: Source
+    dropped: Mapping[str, str]
+
+    def objections(
+        self,
+        given: Mapping[str, Any] | None,
+        owner: Callable[[str, Any], str | None],
+        more: Callable[[str, str, Any], Iterator[Objection]],
+    ) -> Iterator[Objection]:
+        """Object to arguments that lem sets, that were dropped, or that the installed version does not have.
+
+        Args:
+            given: the arguments by name.
+            owner: returns what sets an argument in lem; None if nothing does.
+            more: yields further objections to an argument, by its path, name and value.
+        """
+        known = self.source.arguments()
+        for name, value in (given or {}).items():
+            path = f"{self.option}.{name}"
+            if setter := owner(name, value):
+                yield set_by_lem(path, setter)
+            elif dropped := self._dropped(name):
+                yield Objection("dropped_engine_arg", path, dropped)
+            elif known and name not in known:
+                yield self.unknown(path, name, known)
+            else:
+                yield from more(path, name, value)
+
+    def about_key(self, name: str, owner: str | None, known: Collection[str] = ()) -> str | None:
+        """Return a sentence about a key that the backend lacks; None if the engine has no such argument either.
+
+        Args:
+            name: the key.
+            owner: what sets the argument in lem; None if nothing does.
+            known: arguments of the engine, whether or not it is installed.
+        """
+        if dropped := self._dropped(name):
+            return dropped
+        if owner:
+            return f"this argument of {self.engine} is set by {owner}."
+        if name in self.source.arguments() or name in known:
+            return f"it is an argument of {self.engine}; write {self.option}={{{name}: …}}."
+        return None
+
+    def _dropped(self, name: str) -> str | None:
+        """Return what to do without an argument that only former versions had; None if it is not such a one."""
+        if name not in self.dropped or name in self.source.arguments():
+            return None
+        return f"{self.engine} no longer has {name}; {self.dropped[name]}."
+
+    def unknown(self, path: str, name: str, known: Collection[str] = ()) -> Objection:
+        """Object to an argument that the installed version does not have; suggest one of those it has."""
+        fact = f"{self._installed} has no argument {name}.{did_you_mean(name, sorted(known))}"
+        return Objection("unknown_engine_arg", path, fact)
+
+    def unknown_value(self, path: str, value: str, known: Sequence[str]) -> Iterator[Objection]:
+        """Object to a name that the installed version does not know; it knows anything where `known` is empty."""
+        if known and value not in known:
+            some = ", ".join(known[:LISTED]) + (", …" if len(known) > LISTED else "")
+            fact = f"{self._installed} has no {value}.{did_you_mean(value, known) or f' It has {some}.'}"
+            yield Objection("unknown_engine_value", path, fact)
+
+    @property
+    def _installed(self) -> str:
+        return f"{self.engine} {self.source.version()}"

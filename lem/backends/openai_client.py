@@ -1,8 +1,8 @@
-"""Many requests at a time to one server's completions endpoint, each answer with the time of its tokens.
+"""Many requests at a time to one server's completions endpoint, each answer with the times of its tokens.
 
-Runs in a thread of its own, so that tokens are timed while the caller does something else. What one read from the
-network brings came together, in however many events; an event that is cut in two counts when it is whole. Tokens are
-counted by the ids or the usage that the server tells, never by events. Knows neither prompts' texts nor experiments.
+Runs in another thread, so that tokens are timed while the caller does something else. What one read from the network
+brings came together, in however many events; an event that is cut in two counts when it is whole. Tokens are counted by
+the ids or the usage that the server sends, never by events. Knows neither prompts' texts nor experiments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -31,16 +31,17 @@ from lem.workload.tokens import Chunk
 T = TypeVar("T")
 
 CONNECT_S = 10.0
-# Servers close idle connections after 5 s and later; one that is being closed must not be chosen.
+# Servers close idle connections after 5 s or more; one that is being closed must not be chosen.
 KEEP_ALIVE_S = 2.0
 OK = 200
+CONTENT_TYPE = b"content-type"
 END_OF_STREAM = b"[DONE]"
 LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # the last \r may be the half of \r\n
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
 
 class ServerGone(RunError):
-    """Nobody takes the connection, or it was lost."""
+    """Nothing is listening at the server's address, or the connection was lost."""
 
 
 class Refused(RunError):
@@ -49,10 +50,10 @@ class Refused(RunError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server has made of one prompt; times are readings of `time.perf_counter_ns`.
+    """A server's output for one prompt; times are readings of `time.perf_counter_ns`.
 
-    `token_ids` is None where it tells only their number. `chunks` is empty unless the tokens were streamed;
-    `chunks_are_known` is False where all that is known of them is the first one's time and the last one's.
+    `token_ids` is None where the server sends only their number. `chunks` is empty unless the tokens were streamed;
+    `chunks_are_known` is False where only the times of the first and of the last one are known.
     """
 
     sent_ns: int
@@ -69,12 +70,12 @@ class Client:
     """One server, reached over HTTP/1.1."""
 
     def __init__(self, address: str, key: str | None, timeout_s: float) -> None:
-        """Take note of the server; nothing is sent yet.
+        """Keep the server's address; nothing is sent yet.
 
         Args:
             address: scheme, host, port and the path before /v1, without a slash at the end.
-            key: sent as a bearer token, kept nowhere else.
-            timeout_s: longest silence of the server inside an answer.
+            key: sent as a bearer token, written nowhere.
+            timeout_s: longest silence of the server within an answer.
         """
         self._address, self._timeout_s = address, timeout_s
         self._headers = {"content-type": "application/json", "user-agent": "lem", "accept-encoding": "identity"}
@@ -82,8 +83,8 @@ class Client:
             self._headers["authorization"] = f"Bearer {key}"
         self._done: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
         self._running: set[asyncio.Task[None]] = set()
-        # Counts how often all has been broken off; what was asked for before that is wanted no more.
-        self._broken_off = 0
+        # How often all requests have been cancelled; those that were sent before the last time are not wanted.
+        self._cancelled = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._pool: Any = None
@@ -91,7 +92,7 @@ class Client:
         """Called in the client's thread with each answer, before `next_done` hands it out."""
 
     def start(self) -> None:
-        """Begin to work; every request in flight needs a file descriptor, so take as many as this process may."""
+        """Start the thread; raise the limit of open files to its maximum, as each request in flight needs one."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             with suppress(ValueError, OSError):
@@ -109,19 +110,19 @@ class Client:
         """Return status and text of a small answer.
 
         Raises:
-            ServerGone: nobody is there, or the answer does not come in time.
+            ServerGone: nothing is listening, or the answer does not come in time.
         """
         return self._wait(self._fetch(method, path, timeout_s))
 
     def send(self, number: int, body: bytes, at_ns: int | None = None) -> None:
-        """Send a completion request, now or at a moment; its answer comes out of `next_done`.
+        """Send a completion request; `next_done` returns its answer.
 
         Args:
-            number: what the answer will be known by.
+            number: identifies the answer.
             body: as JSON.
-            at_ns: the moment, as a reading of `time.perf_counter_ns`.
+            at_ns: when to send it, as a reading of `time.perf_counter_ns`; None for now.
         """
-        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, self._broken_off)
+        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, self._cancelled)
 
     def next_done(self) -> tuple[int, Answer | Exception]:
         """Wait for the next request that has ended; return its number, and its answer or why there is none."""
@@ -136,7 +137,9 @@ class Client:
         self._wait(call())
 
     def cancel(self) -> None:
-        """Break off all requests that have not ended, and forget their answers."""
+        """Cancel all requests that have not ended, and drop their answers."""
+        if not self._thread.is_alive():
+            return
         self._wait(self._cancel())
         while not self._done.empty():
             self._done.get()
@@ -157,35 +160,35 @@ class Client:
 
     # -------------------------------------------------------------- in the client's thread
     def _begin(self, number: int, body: bytes, at_ns: int | None, epoch: int) -> None:
-        if epoch != self._broken_off:  # an answer has asked for the next request just before all was broken off
+        if epoch != self._cancelled:  # an answer has sent the next request just before all were cancelled
             return
         task = self._loop.create_task(self._answer(number, body, at_ns))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     async def _answer(self, number: int, body: bytes, at_ns: int | None) -> None:
-        epoch = self._broken_off
+        epoch = self._cancelled
         try:
-            if at_ns is not None:
-                await _until(at_ns)
+            while at_ns is not None and (left_ns := at_ns - time.perf_counter_ns()) > 0:
+                await asyncio.sleep(left_ns / NS_PER_S)
             answer = await self._complete(body)
-            if epoch == self._broken_off:
+            if epoch == self._cancelled:
                 self.on_answer(answer)
             done: Answer | Exception = answer
         except Exception as error:
             done = error
-        if epoch == self._broken_off:
+        if epoch == self._cancelled:
             self._done.put((number, done))
 
     async def _cancel(self) -> None:
-        self._broken_off += 1
+        self._cancelled += 1
         running = list(self._running)
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
     async def _fetch(self, method: str, path: str, timeout_s: float) -> tuple[int, str]:
-        with self._told(timeout_s):
+        with self._failing_as_gone(timeout_s):
             async with asyncio.timeout(timeout_s):
                 response = await self._pool.request(
                     method, self._address + path, headers=self._headers, extensions=_limits(timeout_s)
@@ -193,7 +196,7 @@ class Client:
         return int(response.status), response.content.decode(errors="replace")
 
     async def _complete(self, body: bytes) -> Answer:
-        with self._told(self._timeout_s):
+        with self._failing_as_gone(self._timeout_s):
             sent_ns = time.perf_counter_ns()
             async with self._pool.stream(
                 "POST",
@@ -202,8 +205,8 @@ class Client:
                 content=body,
                 extensions=_limits(self._timeout_s),
             ) as response:
-                is_stream = response.status == OK and _is_stream(response.headers)
-                if not is_stream:
+                events = (b"event-stream" in value for name, value in response.headers if name.lower() == CONTENT_TYPE)
+                if response.status != OK or not any(events):
                     content = await response.aread()
                     return _whole_answer(int(response.status), content, sent_ns, time.perf_counter_ns())
                 transcript, network = Transcript(sent_ns), response.extensions["network_stream"]
@@ -212,36 +215,27 @@ class Client:
                 return transcript.answer()
 
     @contextmanager
-    def _told(self, timeout_s: float) -> Iterator[None]:
-        """Tell in a sentence what went wrong on the way."""
+    def _failing_as_gone(self, timeout_s: float) -> Iterator[None]:
+        """Turn errors of the transport into `ServerGone`, in a sentence."""
         try:
             yield
         except (httpcore.ReadTimeout, TimeoutError):
-            said = f"The server at {self._address} has sent nothing for {timeout_s:g} s"
-            raise ServerGone(f"{said} (backend.timeout_s is {self._timeout_s:g}).") from None
+            silence = f"The server at {self._address} has sent nothing for {timeout_s:g} s"
+            raise ServerGone(f"{silence} (backend.timeout_s is {self._timeout_s:g}).") from None
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
             raise ServerGone(f"No server can be reached at {self._address}: {reason_of(error)}") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             raise ServerGone(f"The connection to the server at {self._address} was lost: {reason_of(error)}") from None
 
 
-async def _until(at_ns: int) -> None:
-    while (left_ns := at_ns - time.perf_counter_ns()) > 0:
-        await asyncio.sleep(left_ns / NS_PER_S)
-
-
 def _limits(timeout_s: float) -> dict[str, Any]:
-    """Return the longest times of connecting, and between two reads or writes."""
+    """Return httpcore's limits: seconds for connecting, and between two reads or writes."""
     return {"timeout": {"connect": CONNECT_S, "read": timeout_s, "write": timeout_s}}
-
-
-def _is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    return any(name.lower() == b"content-type" and b"event-stream" in value for name, value in headers)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one read from the network has brought, or what is left of that."""
+    """Data of one read from the network, or the rest of it."""
 
     read: int
     at_ns: int
@@ -249,7 +243,7 @@ class _Piece:
 
 
 class _Incoming(asyncio.Protocol):
-    """Takes what comes in at one connection, and notes at once when that was."""
+    """Receives the data of one connection, and notes at once when it came."""
 
     def __init__(self) -> None:
         self.pieces: deque[_Piece] = deque()
@@ -276,9 +270,9 @@ class _Incoming(asyncio.Protocol):
 
 
 class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
-    """A connection; `reads` and `read_at_ns` are the number and the time of the read that the last data came with.
+    """A connection; `reads` and `read_at_ns` are the number and the time of the read that brought the last data.
 
-    In place of httpcore's own, which tells no times and takes twice the processor time for each.
+    Replaces httpcore's own, which reports no times and takes twice the processor time for each read.
     """
 
     def __init__(self, transport: asyncio.Transport, incoming: _Incoming) -> None:
@@ -339,13 +333,13 @@ class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
         return _TimedStream(transport, self._incoming)
 
     def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable":  # which of an idle connection means that it was closed
+        if info == "is_readable":  # an idle connection is readable when it was closed
             return self._incoming.has_ended or bool(self._incoming.pieces)
         return self._transport.get_extra_info(info)
 
 
 class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
-    """Makes such connections."""
+    """Makes timed connections."""
 
     async def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *_options: Any, **_more: Any
@@ -359,20 +353,17 @@ class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
         except OSError as error:
             raise httpcore.ConnectError(error.strerror or str(error)) from error
 
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
 
 # ------------------------------------------------------------------ events
 class Events:
-    """Server-sent events out of bytes, however these are cut."""
+    """Server-sent events from bytes, however these are cut."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
 
     def feed(self, received: bytes) -> list[bytes]:
-        """Return the data of the events that are whole now."""
+        """Return the data of the events that these bytes complete."""
         *lines, self._rest = LINE_END.split(self._rest + received)
         whole = []
         for line in lines:
@@ -386,7 +377,7 @@ class Events:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one event has brought; `tokens` is None where it does not tell their number."""
+    """The tokens of one event, with the read that completed it; None where it does not count them."""
 
     read: int
     at_ns: int
@@ -394,7 +385,7 @@ class _Part:
 
 
 class Transcript:
-    """One streamed answer as it comes."""
+    """One streamed answer, as it comes."""
 
     def __init__(self, sent_ns: int) -> None:
         self._sent_ns = sent_ns
@@ -407,7 +398,7 @@ class Transcript:
         self._finish_reason: str | None = None
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Take in bytes of a read from the network, which may bring several pieces.
+        """Add bytes of a read from the network, which may bring several pieces.
 
         Raises:
             Refused: the server has sent an error.
@@ -425,7 +416,7 @@ class Transcript:
                 self._parts.append(_Part(read, at_ns, tokens))
 
     def _tokens(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> int | None:
-        """Return how many tokens an event brings, by their ids, else by the usage so far."""
+        """Return the number of an event's tokens, by their ids, else by the usage so far; None where it has neither."""
         ids = choice.get("token_ids")
         if ids is not None:
             self._token_ids += ids
@@ -437,11 +428,11 @@ class Transcript:
         return self._counted - before
 
     def answer(self) -> Answer:
-        """Return the answer when the stream has ended.
+        """Return the answer, after the end of the stream.
 
         Raises:
             ServerGone: it has ended too early.
-            Refused: nothing tells how many tokens there were.
+            Refused: the server has not sent how many tokens there were.
         """
         if self._finish_reason is None:
             raise ServerGone("The server has ended its answer before the last token.")
@@ -459,10 +450,10 @@ class Transcript:
         )
 
     def _chunks(self, output_tokens: int) -> tuple[list[Chunk], bool]:
-        """Return the tokens as they came together; only first and last one's times where events do not count them."""
+        """Return the tokens of each read, and True; if events do not count them, the first and the rest, and False."""
         counts = [part.tokens for part in self._parts]
         if None in counts and len(counts) == output_tokens:
-            # No event with text is without a token: so many events for so many tokens are one each.
+            # Each event with text has a token, so as many events as tokens have one each.
             counts = [1] * output_tokens
         if None in counts or sum(filter(None, counts)) != output_tokens:
             if not self._parts:
@@ -480,53 +471,57 @@ def _whole_answer(status: int, content: bytes, sent_ns: int, ended_ns: int) -> A
     """Return an answer that came in one piece."""
     if status != OK:
         raise Refused(f"HTTP {status}: {_reason_in(content)}")
-    said = _checked(content)
-    choice = (said.get("choices") or [{}])[0]
-    output_tokens, token_ids = _counted(choice.get("token_ids"), said.get("usage") or {})
-    input_tokens = (said.get("usage") or {}).get("prompt_tokens")
-    return Answer(sent_ns, ended_ns, choice.get("finish_reason"), output_tokens, token_ids, input_tokens)
+    completion = _checked(content)
+    choice, usage = (completion.get("choices") or [{}])[0], completion.get("usage") or {}
+    output_tokens, token_ids = _counted(choice.get("token_ids"), usage)
+    finish_reason, input_tokens = choice.get("finish_reason"), usage.get("prompt_tokens")
+    return Answer(sent_ns, ended_ns, finish_reason, output_tokens, token_ids, input_tokens)
 
 
 def _counted(token_ids: Sequence[int] | None, usage: dict[str, Any]) -> tuple[int, tuple[int, ...] | None]:
-    """Return the number of output tokens, and their ids where they are told."""
-    told = usage.get("completion_tokens")
-    if token_ids is None and not isinstance(told, int):
-        raise Refused("it tells neither the ids nor the number of the output's tokens (usage.completion_tokens).")
+    """Return the number of output tokens, and their ids where the server sends them."""
+    count = usage.get("completion_tokens")
     if token_ids is None:
-        return int(told or 0), None
-    if told is not None and told != len(token_ids):
-        raise Refused(f"it tells {len(token_ids)} token ids and counts {told} output tokens.")
+        if not isinstance(count, int):
+            raise Refused("it sends neither the ids nor the number of the output's tokens (usage.completion_tokens).")
+        return count, None
+    if count is not None and count != len(token_ids):
+        raise Refused(f"it sends {len(token_ids)} token ids and counts {count} output tokens.")
     return len(token_ids), tuple(token_ids)
 
 
-# ------------------------------------------------------------------ words
+# ------------------------------------------------------------------ contents
 def _checked(data: bytes) -> dict[str, Any]:
-    """Return a JSON object that is not an error."""
+    """Return a JSON object that is not an error.
+
+    Raises:
+        Refused: it is neither.
+    """
     try:
         content = json.loads(data)
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise Refused(f"what it sends is no JSON object: {data[:80].decode(errors='replace')}.")
+        raise Refused(f"what it sends is not a JSON object: {data[:80].decode(errors='replace')}.")
     if content.get("error"):
         raise Refused(_reason_in(data))
     return content
 
 
 def _reason_in(content: bytes) -> str:
-    """Return what an error says, in the forms in which servers put it."""
+    """Return the text of an error, in the forms that servers use."""
     text = content.decode(errors="replace")
     with suppress(ValueError):
-        said = json.loads(text)
+        found = json.loads(text)
         for name in ("error", "message", "detail"):
-            if isinstance(said, dict) and said.get(name):
-                said = said[name]
-        text = said if isinstance(said, str) else json.dumps(said)
+            if isinstance(found, dict) and found.get(name):
+                found = found[name]
+        text = found if isinstance(found, str) else json.dumps(found)
     return sentence(text)
 
 
 def samples(text: str) -> dict[str, float]:
-    """Return the values of a page of Prometheus metrics by their names, summed over labels."""
+    """Return the values of a page of Prometheus metrics by name, summed over labels."""
     totals: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         with suppress(ValueError):

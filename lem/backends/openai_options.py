@@ -1,6 +1,6 @@
-"""From lem's options to a server's: its address, the command that starts it, requests, what speaks against a run.
+"""lem's options as a server's: address, command, requests; why an experiment may be refused or warned about.
 
-Imports no library of HTTP. Knows no request in flight and no time.
+Imports no HTTP library. Knows no request in flight and no time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from ipaddress import ip_address
@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lem.backends.base import Encoded
-from lem.backends.objections import model_objections, unused_gpus
+from lem.backends.objections import model_objections, set_by_lem, unused_gpus
 from lem.backends.server import answers, program_path
 from lem.backends.vllm_options import raised_temperature, sampling_parameters, seed_of
 from lem.errors import ConfigError, did_you_mean
@@ -33,7 +33,7 @@ HERE = "127.0.0.1"
 PLACEHOLDERS = ("model", "revision", "host", "port", "dtype", "seed", "batch_size", "degree")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")  # not JSON, which has quotes
 DEFAULT_PORTS = {"http": 80, "https": 443}
-# Fields of a request that lem gives by itself, and what gives them.
+# Fields of a request that lem sets, and from what.
 OF_LEM = {
     "model": "backend.model_name",
     "prompt": "dataset",
@@ -41,15 +41,14 @@ OF_LEM = {
     "min_tokens": "min_output_tokens",
     **{name: f"decoder.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
     "seed": "seed",
-    "stream": "streaming.enabled",
-    "stream_options": "streaming.enabled",
-    **dict.fromkeys(("ignore_eos", "stop_token_ids"), "lem itself, with the model's end tokens"),
-    "return_token_ids": "lem itself, which counts by them",
-    **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem itself: one output for each prompt"),
+    **dict.fromkeys(("stream", "stream_options"), "streaming.enabled"),
+    **dict.fromkeys(("ignore_eos", "stop_token_ids"), "lem, to the model's end tokens"),
+    "return_token_ids": "lem, which counts by them",
+    **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem: one output for each prompt"),
 }
-# Decoding that OpenAI's protocol has no field for.
+# Decoder options that OpenAI's protocol has no field for.
 OF_VLLM = ("top_k", "min_p", "repetition_penalty")
-# Meters that a run on another machine can do without.
+# Choices of energy that need no meter where the server runs.
 NOT_OF_THIS_MACHINE = ("auto", "none")
 KEY_ARGUMENT = re.compile(r"--api[-_]key\b")
 REACH_S = 3.0
@@ -59,7 +58,7 @@ REMEMBER_S = 10.0
 # ------------------------------------------------------------------ where
 @dataclass(frozen=True)
 class Address:
-    """Where a server is: `base` is scheme, host, port and path before /v1; no port yet where one will be chosen."""
+    """Where a server is; `path` is what precedes /v1. `port` is None while it is still to be chosen."""
 
     scheme: str
     host: str
@@ -68,12 +67,12 @@ class Address:
 
     @property
     def base(self) -> str:
-        """The beginning of its URLs."""
+        """The start of its URLs: scheme, host, port and path."""
         return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}{self.path}"
 
     @property
     def is_here(self) -> bool:
-        """Whether it is an address that only this machine has."""
+        """Whether the address is this machine's own."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
@@ -81,10 +80,10 @@ class Address:
 
 
 def address_of(options: OpenaiBackend) -> Address:
-    """Return the server's address; a port is still to be chosen where no url is given.
+    """Return the server's address; without a url, its port is still to be chosen.
 
     Raises:
-        ConfigError: the url is none, with the reason.
+        ConfigError: the url is not the address of a server; says why.
     """
     if options.url is None:
         return Address("http", HERE, None)
@@ -92,19 +91,19 @@ def address_of(options: OpenaiBackend) -> Address:
         parts = urlsplit(options.url)
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"it is no URL ({error}).") from None
+        raise ConfigError(f"it is not a URL ({error}).") from None
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
-        raise ConfigError("it is no URL of a server: http://host:port.")
+        raise ConfigError("it is not the URL of a server.")
     if parts.username or parts.password:
-        raise ConfigError("it holds a name or a password, and it is written into every record.")
+        raise ConfigError("it holds a user name or a password, and it is written into every record.")
     if parts.query or parts.fragment:
-        raise ConfigError("it has more than a path behind the host.")
+        raise ConfigError("it has more than a path after the host.")
     path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/v1")
     return Address(parts.scheme, parts.hostname, port or DEFAULT_PORTS[parts.scheme], path)
 
 
 def runs_here(options: OpenaiBackend) -> bool:
-    """Tell whether the model runs on this machine."""
+    """Return whether the model runs on this machine."""
     if options.device != "auto":
         return options.device == "cpu"
     try:
@@ -114,25 +113,26 @@ def runs_here(options: OpenaiBackend) -> bool:
 
 
 def wants_gpu(options: OpenaiBackend, host: Host) -> bool:
-    """Tell whether the model is taken to run on GPUs of this machine."""
+    """Return whether the model is assumed to run on GPUs of this machine."""
     return options.device == "auto" and runs_here(options) and bool(host.gpus)
 
 
 def gpus_for(experiment: Experiment, host: Host) -> Sequence[Gpu]:
-    """Return the GPUs that are taken to be the server's, and are metered: those named, else all, else those needed.
+    """Return the GPUs that the server is assumed to use, which are metered.
 
-    A server that is started gets as many as the parallelism needs, unless it is given all that are named.
+    For a running server they are those named in gpus, or all. A server that lem starts gets those named, but no more
+    than the parallelism needs if that has a degree or none are named.
     """
     options = _options(experiment)
     if not wants_gpu(options, host):
         return ()
-    is_told_how_many = experiment.gpus is None or experiment.parallelism.degree > 1
-    return host.gpus[: gpus_needed(experiment)] if options.command is not None and is_told_how_many else host.gpus
+    needs_are_known = experiment.gpus is None or experiment.parallelism.degree > 1
+    return host.gpus[: gpus_needed(experiment)] if options.command is not None and needs_are_known else host.gpus
 
 
 # ------------------------------------------------------------------ the command
 def command_line(experiment: Experiment, model: Model, address: Address) -> list[str]:
-    """Return the program and the arguments that start the server; its placeholders are known."""
+    """Return the program and the arguments that start the server, with the placeholders filled in."""
     options = _options(experiment)
     values = {
         "model": model.path,
@@ -144,11 +144,7 @@ def command_line(experiment: Experiment, model: Model, address: Address) -> list
         "batch_size": experiment.batching.batch_size,
         "degree": experiment.parallelism.degree,
     }
-    return [_filled(part, values) for part in shlex.split(options.command or "")]
-
-
-def _filled(part: str, values: Mapping[str, Any]) -> str:
-    return PLACEHOLDER.sub(lambda found: str(values[found[1]]), part)
+    return [PLACEHOLDER.sub(lambda found: str(values[found[1]]), part) for part in shlex.split(options.command or "")]
 
 
 def _has(options: OpenaiBackend, placeholder: str) -> bool:
@@ -163,10 +159,10 @@ def request_body(
 
     Args:
         experiment: without objections.
-        prompt: goes in as token ids.
-        end_tokens: of the model.
+        prompt: sent as token ids.
+        end_tokens: the model's.
         model_name: what the server calls it.
-        count_by_usage: have the server count the tokens with each event, for it does not tell their ids.
+        count_by_usage: have the server report the number of tokens with each event, because it sends no ids.
     """
     options = _options(experiment)
     asks_vllm = options.dialect == "vllm"
@@ -178,11 +174,11 @@ def request_body(
 
 
 def _vllm_fields(experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return the same sampling as in vLLM's own process; all of it, for a server may have defaults of its model's."""
+    """Return every field of the sampling that vLLM gets in process: a server may have its model's defaults."""
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fields = neutral | sampling_parameters(experiment, prompt.index, end_tokens) | {"return_token_ids": True}
     del fields["detokenize"]
-    # All tokens: of the servers that know the field, this is what each takes for it.
+    # All tokens: every server that knows the field understands -1.
     return fields | ({"top_k": -1} if fields["top_k"] == 0 else {})
 
 
@@ -205,12 +201,12 @@ def _options(experiment: Experiment) -> OpenaiBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None when none was found, which has been objected to already."""
+    """Return all objections; `model` is None when none was found, which is reported separately."""
     options = _options(experiment)
     return [
         *_address(options),
         *_command(options),
-        *_not_told(experiment),
+        *_not_passed_on(experiment),
         *_not_in_dialect(experiment),
         *_processes(experiment),
         *_batching(experiment),
@@ -222,39 +218,28 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
     ]
 
 
-def _batching(experiment: Experiment) -> Iterator[Objection]:
-    """Object to batches where requests are sent as they arrive; the continuous strategy is what happens there."""
-    if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
-        return
-    if experiment.batching != Batching():
-        reason = "with traffic each request is sent as it arrives, and the server has the queue."
-        yield without_effect("no_effect_batching", "batching", reason, "Leave it out.")
-
-
 def _address(options: OpenaiBackend) -> Iterator[Objection]:
     if options.url is None and options.command is None:
-        reason = "neither a server's address nor a command that starts one is given."
-        yield Objection("no_server", "backend.url", reason, "Set backend.url or backend.command.")
+        yield Objection("no_server", "backend.url", "there is neither an address nor a command that starts a server.")
         return
     try:
         address = address_of(options)
     except ConfigError as error:
-        yield Objection("bad_server_url", "backend.url", str(error), "Write it as http://host:port.")
+        yield Objection("bad_server_url", "backend.url", str(error))
         return
     if address.port is None:
         return
-    is_there = _answers(address.host, address.port, int(time.monotonic() / REMEMBER_S))
-    if options.command is None and not is_there:
-        reason = f"no server answers at {address.base}."
-        yield Objection("server_unreachable", "backend.url", reason, "Start it, or set backend.command.")
-    if options.command is not None and is_there:
-        reason = f"port {address.port} of {address.host} is taken by another program."
-        yield Objection("server_port_taken", "backend.url", reason, "End it, leave url out, or leave command out.")
+    is_listening = _answers(address.host, address.port, int(time.monotonic() / REMEMBER_S))
+    if options.command is None and not is_listening:
+        yield Objection("server_unreachable", "backend.url", f"nothing is listening at {address.base}.")
+    if options.command is not None and is_listening:
+        fact = f"port {address.port} of {address.host} is already in use."
+        yield Objection("server_port_taken", "backend.url", fact)
 
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Tell whether somebody takes connections; remembered for a while, for a grid asks thousands of times."""
+    """Return whether a server accepts connections; remembered for a while, since a grid asks thousands of times."""
     return answers(host, port, REACH_S)
 
 
@@ -262,28 +247,26 @@ def _command(options: OpenaiBackend) -> Iterator[Objection]:
     path = "backend.command"
     if options.command is None:
         if changed(options, "start_timeout_s"):
-            reason, remedy = "no server is started.", "Set backend.command, or leave it out."
-            yield without_effect("no_effect_start_limit", "backend.start_timeout_s", reason, remedy)
+            yield without_effect("no_effect_start_limit", "backend.start_timeout_s", "lem starts no server.")
         return
     try:
         parts = shlex.split(options.command)
     except ValueError as error:
-        yield Objection("bad_server_command", path, f"it cannot be read: {error}.".lower(), "Balance its quotes.")
+        yield Objection("bad_server_command", path, f"it cannot be parsed: {error}.".lower())
         return
     for name in dict.fromkeys(PLACEHOLDER.findall(options.command)):
         if name not in PLACEHOLDERS:
             hint = did_you_mean(name, PLACEHOLDERS) or f" There are {', '.join(PLACEHOLDERS)}."
-            yield Objection("bad_server_command", path, f"there is no placeholder {{{name}}}.{hint}", "Correct it.")
+            yield Objection("bad_server_command", path, f"there is no placeholder {{{name}}}.{hint}")
     if options.url is None and not _has(options, "port"):
-        remedy = "Write {port} where it takes one, or set backend.url."
-        yield Objection("bad_server_command", path, "the server is not told the port that lem chooses.", remedy)
+        fact = "without backend.url it needs {port}, the port that lem chooses."
+        yield Objection("bad_server_command", path, fact)
     if parts and program_path(parts[0]) is None:
-        reason = f"there is no program {parts[0]}."
-        yield Objection("missing_program", path, reason, "Install it, or give its whole path.")
+        yield Objection("missing_program", path, f"there is no program {parts[0]}.")
 
 
-def _not_told(experiment: Experiment) -> Iterator[Objection]:
-    """Object to options of the model that the server would not hear of."""
+def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
+    """Object to options of the model that would not reach the server."""
     options = _options(experiment)
     to_fill_in = {
         "fp_precision": ("dtype", experiment.fp_precision != "auto"),
@@ -292,17 +275,16 @@ def _not_told(experiment: Experiment) -> Iterator[Objection]:
     }
     for path, (placeholder, is_set) in to_fill_in.items():
         if is_set and not _has(options, placeholder):
-            reason = "the server would not hear of it."
-            remedy = f"Write {{{placeholder}}} into backend.command where it belongs, or leave it out."
-            yield Objection("server_not_told", path, reason, remedy)
-    alone = {
-        "adapter": (experiment.adapter is not None, "Have the server load it, and name it in backend.model_name."),
-        "quantization.quantization": (experiment.quantization.quantization, "Have the server do it."),
-        "decoder.no_repeat_ngram_size": (experiment.decoder.no_repeat_ngram_size > 0, "Set it to 0."),
+            fact = f"only {{{placeholder}}} in backend.command would pass it to the server."
+            yield Objection("server_not_told", path, fact)
+    in_no_request = {
+        "adapter": (experiment.adapter is not None, "; backend.model_name chooses an adapter that the server has"),
+        "quantization.quantization": (experiment.quantization.quantization, ""),
+        "decoder.no_repeat_ngram_size": (experiment.decoder.no_repeat_ngram_size > 0, ""),
     }
-    for path, (is_set, remedy) in alone.items():
+    for path, (is_set, instead) in in_no_request.items():
         if is_set:
-            yield Objection("server_not_told", path, "no request to a server can ask for it.", remedy)
+            yield Objection("server_not_told", path, f"no request to a server can ask for it{instead}.")
 
 
 def _not_in_dialect(experiment: Experiment) -> Iterator[Objection]:
@@ -312,23 +294,30 @@ def _not_in_dialect(experiment: Experiment) -> Iterator[Objection]:
         return
     paths = [f"decoder.{name}" for name in changed(decoder, *OF_VLLM)]
     for path in [*paths, *(["min_output_tokens"] if experiment.min_output_tokens else [])]:
-        remedy = "Use backend.dialect=vllm if the server knows it, or leave it out."
-        yield Objection("server_not_told", path, "OpenAI's protocol has no field for it.", remedy)
+        fact = "OpenAI's protocol has no field for it; backend.dialect=vllm has."
+        yield Objection("server_not_told", path, fact)
 
 
 def _processes(experiment: Experiment) -> Iterator[Objection]:
-    reason, remedy = "one process asks the server, which decides for itself how it runs.", "Leave it out."
+    fact = "a single process sends all requests to the server."
     if experiment.num_processes > 1:
-        yield Objection("server_processes", "num_processes", reason, remedy)
+        yield Objection("server_processes", "num_processes", fact)
     if experiment.parallelism.strategy == "data_parallel":
-        yield Objection("server_processes", "parallelism.strategy", reason, remedy)
+        yield Objection("server_processes", "parallelism.strategy", fact)
+
+
+def _batching(experiment: Experiment) -> Iterator[Objection]:
+    """Object to batches if requests are sent as they arrive, which is what the continuous strategy does anyway."""
+    if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
+        return
+    if experiment.batching != Batching():
+        fact = "with traffic each request is sent as it arrives, and the server queues it."
+        yield without_effect("no_effect_batching", "batching", fact)
 
 
 def _extra_body(options: OpenaiBackend) -> Iterator[Objection]:
-    for name in options.extra_body or {}:
-        if name in OF_LEM:
-            reason = f"{name} is given by {OF_LEM[name]}."
-            yield Objection("engine_arg_of_lem", f"backend.extra_body.{name}", reason, "Leave it out here.")
+    names = [name for name in options.extra_body or {} if name in OF_LEM]
+    yield from (set_by_lem(f"backend.extra_body.{name}", OF_LEM[name]) for name in names)
 
 
 def _key(options: OpenaiBackend) -> Iterator[Objection]:
@@ -337,17 +326,16 @@ def _key(options: OpenaiBackend) -> Iterator[Objection]:
     for name in ("url", "command", "extra_body"):
         text = str(getattr(options, name))
         if (key and key in text) or (name == "command" and KEY_ARGUMENT.search(text)):
-            reason = "it holds a key, and configurations are written to files that people publish."
-            remedy = f"Put it into the environment; lem sends what is in {options.api_key_env}."
-            yield Objection("api_key_in_config", f"backend.{name}", reason, remedy)
-    if changed(options, "api_key_env") and not os.environ.get(options.api_key_env):
-        reason = f"the environment variable {options.api_key_env} is not set."
-        yield Objection("no_api_key", "backend.api_key_env", reason, "Set it to the server's key, or leave this out.")
+            fact = "it holds a key, and configurations are written to files that people publish."
+            yield Objection("api_key_in_config", f"backend.{name}", fact)
+    if changed(options, "api_key_env") and not key:
+        fact = f"the environment variable {options.api_key_env} is not set."
+        yield Objection("no_api_key", "backend.api_key_env", fact)
 
 
 def _meters(experiment: Experiment) -> Iterator[Objection]:
     options = _options(experiment)
     is_named = (options.url, options.command) != (None, None)
     if is_named and not runs_here(options) and experiment.energy.name not in NOT_OF_THIS_MACHINE:
-        reason = "the server runs on another machine, of which no meter of this one knows."
-        yield Objection("no_meter_elsewhere", "energy", reason, "Use energy=auto; the energy will be null.")
+        fact = f"{experiment.energy.name} reads this machine, and the server runs on another one."
+        yield Objection("no_meter_elsewhere", "energy", fact)

@@ -1,7 +1,7 @@
 """One model on several devices: its layers spread over the GPUs of a process, or each layer split over processes.
 
-Both are only planned here, from the model's config and the sizes of its weights; transformers carries it out. Knows
-neither how much memory a GPU has nor how fast it is, and needs none: a model on the meta device is enough.
+Plans both from the model's config and the sizes of its weights, for which a model on the meta device is enough;
+transformers carries the plan out. Knows neither how much memory a GPU has nor how fast it is.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from lem.machine.gpu import visible
 
 
 def spread(model: Any, devices: int) -> dict[str, int]:
-    """Return which device, counted from 0, each part of a model goes to: equal shares of the weights, in order.
+    """Return the device, counted from 0, of each part of a model: equal shares of the weights, in order.
 
-    A part goes where the middle of its weights lies. What a model does not allow to be split stays together, and a
-    part whose weights are all another's (a tied output projection) goes to that one.
+    The middle of a part's weights decides. Modules that the model declares unsplittable stay whole, and a part that
+    shares another's weights (a tied output projection) goes to the same device.
 
     Raises:
-        RunError: the model does not say what may be split, or has too few or too unequal parts for all devices.
+        RunError: the model does not declare what may be split, or has too few or too unequal parts for all devices.
     """
     whole = frozenset(model._no_split_modules or ())
     if not whole:
-        raise RunError(f"transformers does not say which parts of {type(model).__name__} must stay on one GPU.")
+        raise RunError(f"transformers does not know which parts of {type(model).__name__} must stay on one GPU.")
     parts = list(_parts(model, "", whole))
     total = sum({id(p): p.nbytes for _, part in parts for p in _weights(part)}.values())
     placed: dict[str, int] = {}
@@ -48,7 +48,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield what is placed as one, in the order of the model: unsplittable modules, and the leaves around them."""
+    """Yield what is placed whole, in the order of the model: unsplittable modules, and the leaves around them."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module
@@ -61,7 +61,7 @@ def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _weights(part: Any) -> list[Any]:
-    """Return the parameters of a module, or the tensor that the part is."""
+    """Return the parameters of a module; a part that is a tensor is its own only weight."""
     return list(part.parameters()) if hasattr(part, "parameters") else [part]
 
 
@@ -69,39 +69,29 @@ def split_over_ranks(config: Any, degree: int) -> Any:
     """Return transformers' request to split each layer over all processes.
 
     Raises:
-        RunError: the model has no plan for that, or its attention heads cannot be shared evenly.
+        RunError: the model has no plan for it, its attention heads cannot be shared evenly, or transformers is too old.
     """
     from transformers.distributed import DistributedConfig
 
     text = config.get_text_config()
     plan = getattr(config, "base_model_tp_plan", None) or getattr(text, "base_model_tp_plan", None)
     if not plan:
-        raise RunError(
-            f"transformers has no tensor-parallel plan for models of type {config.model_type}. "
-            "Use data_parallel, or pipeline_parallel."
-        )
+        raise RunError(f"transformers has no tensor-parallel plan for models of type {config.model_type}.")
     if any("attn" in name for name in plan):
-        _check_heads(text, degree)
+        for name, kind in {"num_attention_heads": "attention", "num_key_value_heads": "key/value"}.items():
+            heads = getattr(text, name, None)
+            if heads and heads % degree:
+                raise RunError(f"the model's {kind} heads ({heads}) cannot be shared evenly by {degree} processes.")
     try:
         return DistributedConfig(tp_size=degree, tp_plan="auto")
     except TypeError:
         raise RunError("tensor_parallel needs a newer transformers: pip install -U transformers.") from None
 
 
-def _check_heads(config: Any, degree: int) -> None:
-    for name, words in {"num_attention_heads": "attention", "num_key_value_heads": "key/value"}.items():
-        heads = getattr(config, name, None)
-        if heads and heads % degree:
-            raise RunError(
-                f"The model's {words} heads ({heads}) cannot be shared evenly by {degree} processes. "
-                "Set parallelism.degree to a divisor."
-            )
-
-
 def show_own_gpus(local_rank: int, count: int) -> None:
-    """Leave visible to CUDA the GPUs of this process alone, by names that every engine understands.
+    """Leave only this process's GPUs visible to CUDA, by names that every engine understands.
 
-    To be called before the engine is imported. Processes of a node, counted by `local_rank`, use `count` GPUs each.
+    Must be called before the engine is imported. Each process of a node, numbered by `local_rank`, uses `count` GPUs.
 
     Raises:
         RunError: too few are visible.

@@ -2,20 +2,20 @@
 
 Prompts are padded on the left within a batch; the padding is masked and never counted. Process number i of a node
 computes on its i-th visible GPU; with pipeline parallelism one process has the first `degree` of them. torch and
-transformers are imported when the model is loaded, not before: they take seconds.
+transformers are imported when the backend starts, not before: they take seconds.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lem.backends.base import Backend, Encoded, Generation
-from lem.backends.checkpoint import architecture_of, kv_bytes_per_token
-from lem.backends.engine import compiled_graphs
+from lem.backends.base import Backend, Encoded, Generation, needed
+from lem.backends.checkpoint import architecture_of, encode, end_tokens, kv_bytes_per_token, source_of
+from lem.backends.engine import compiled_graphs, of_compilation, of_weights, prompt_settings
 from lem.backends.placement import split_over_ranks, spread
-from lem.backends.prompts import encode, end_tokens
 from lem.backends.pytorch_continuous import Continuous
 from lem.backends.pytorch_objections import objections
 from lem.errors import RunError
@@ -26,7 +26,6 @@ from lem.spec.engines import PytorchBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed
 from lem.spec.rules import Objection
-from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
@@ -37,22 +36,15 @@ from lem.workload.traffic import Arrivals
 class Pytorch(Backend):
     """See the module."""
 
-    tells = frozenset(["tokens", "model", "prefill", "flops", "kv_cache"])
+    reports = frozenset(["tokens", "model", "prefill", "flops", "kv_cache"])
 
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, PytorchBackend)
         self._experiment = experiment
         self._options = experiment.backend
-        self._devices: Sequence[Any] = ()
-        self._found: Model | None = None
-        self._model: Any = None
-        self._tokenizer: Any = None
-        self._generation_config: Any = None
-        self._end_tokens: frozenset[int] = frozenset()
-        self._prefill_end_ns: int | None = None
-        self._graphs_compiled = 0
-        self._continuous: Continuous | None = None
-        self._expected: Sequence[Gpu] = ()
+        self._metered: Sequence[Gpu] = ()
+        self._loaded: Loaded | None = None
+        self._runner: Static | Continuous | None = None
 
     # -------------------------------------------------------------- before the run
     @classmethod
@@ -71,12 +63,11 @@ class Pytorch(Backend):
         """Return the first visible GPUs, as many as all processes use, or none when PyTorch runs on the CPU."""
         import torch
 
-        if not self._on_cuda(torch):
-            return ()
-        # By the order of CUDA_VISIBLE_DEVICES: asking CUDA would open its context before idle power is measured.
-        # `load` checks that CUDA agrees.
-        self._expected = host.gpus[: gpus_needed(self._experiment)]
-        return self._expected
+        if self._is_on_cuda(torch):
+            # By the order of CUDA_VISIBLE_DEVICES: asking CUDA would open its context before idle power is measured.
+            # `load` checks that CUDA agrees.
+            self._metered = host.gpus[: gpus_needed(self._experiment)]
+        return self._metered
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
@@ -91,183 +82,330 @@ class Pytorch(Backend):
     def load(self) -> None:
         """Load tokenizer and weights, the adapter if there is one, and compile if asked to."""
         import torch
-        import transformers
 
-        self._found = find(self._experiment.model or "", self._experiment.revision)
-        self._devices = self._own_devices(torch)
-        self._check_devices(torch)
-        self._tokenizer = self._load_tokenizer(transformers)
-        self._model = self._load_model(torch, transformers)
-        self._end_tokens = end_tokens(self._model.generation_config, self._tokenizer)
-        self._generation_config = self._make_generation_config(transformers)
+        devices = self._own_devices(torch)
+        check_devices(torch, devices, self._metered)
+        loaded = self._loaded = load(self._experiment, devices)
         if self._experiment.batching.strategy == "continuous":
-            self._continuous = Continuous(self._experiment, self._inner_model(), self._end_tokens)
+            self._runner = Continuous(self._experiment, loaded.inner, loaded.end_tokens)
         else:
-            self._watch_prefill()
+            self._runner = Static(self._experiment, loaded)
         if self._options.torch_compile:
-            inner = self._inner_model()
-            inner.forward = torch.compile(inner.forward, mode=self._options.torch_compile_mode)
+            loaded.inner.forward = torch.compile(loaded.inner.forward, mode=self._options.torch_compile_mode)
 
-    @property
-    def _device(self) -> Any:
-        """The device that takes the inputs."""
-        return self._devices[0]
-
-    @property
-    def _strategy(self) -> str:
-        return self._experiment.parallelism.strategy if self._experiment.parallelism.degree > 1 else "none"
-
-    def _on_cuda(self, torch: Any) -> bool:
+    def _is_on_cuda(self, torch: Any) -> bool:
         return self._options.device == "cuda" or (self._options.device == "auto" and torch.cuda.is_available())
 
     def _own_devices(self, torch: Any) -> list[Any]:
         """Return the devices of this process, of those that CUDA shows."""
-        if not self._on_cuda(torch):
+        if not self._is_on_cuda(torch):
             return [torch.device("cpu")]
-        if self._strategy == "pipeline_parallel":
+        if strategy_of(self._experiment) == "pipeline_parallel":
             return [torch.device("cuda", index) for index in range(self._experiment.parallelism.degree)]
         return [torch.device("cuda", self.local_rank)]
 
-    def _check_devices(self, torch: Any) -> None:
-        """Make sure that the GPUs that are metered are those that compute; CUDA may number GPUs in its own order."""
-        if self._device.type != "cuda":
-            return
-        needed, shown = self._devices[-1].index + 1, torch.cuda.device_count()
-        if needed > shown:
+    def close(self) -> None:
+        """Drop the model and free the GPUs' memory."""
+        if isinstance(self._runner, Continuous):
+            self._runner.close()
+        has_gpus = self._loaded is not None and bool(self._loaded.gpus)
+        self._loaded = self._runner = None
+        if has_gpus:
+            import torch
+
+            torch.cuda.empty_cache()
+
+    # -------------------------------------------------------------- running
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenize each text alone; with continuous batching, allocate the cache that these prompts need."""
+        loaded = needed(self._loaded)
+        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        encoded = encode(loaded.tokenizer, texts, self._experiment, positions)
+        if isinstance(self._runner, Continuous):
+            self._runner.make_room(encoded)
+        return encoded
+
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
+        """Run the prompts in batches that are finished together; or continuously."""
+        yield from self._running.generate(prompts)
+
+    @property
+    def _running(self) -> Static | Continuous:
+        assert self._runner is not None
+        return self._runner
+
+    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
+        """Run batch after batch of those that wait; or take each prompt in as it arrives, amid the others."""
+        if isinstance(self._runner, Continuous):
+            yield from self._runner.serve(arrivals, at_most)
+        else:
+            yield from super().serve(arrivals, at_most)
+
+    def synchronize(self) -> None:
+        """Wait for all GPUs of this process."""
+        if self._loaded is not None:
+            self._loaded.synchronize()
+
+    # -------------------------------------------------------------- reporting
+    def reset_peak_memory(self) -> None:
+        """Reset the CUDA allocator's peak; a process's own peak cannot be reset."""
+        for device in needed(self._loaded).gpus:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def peak_memory(self) -> Memory:
+        """Return the CUDA allocator's peaks since the reset, summed over the GPUs, or on the CPU the process's."""
+        gpus, cache_bytes = needed(self._loaded).gpus, self._running.kv_cache_bytes()
+        if not gpus:
+            return Memory(peak_memory_bytes(), "process, since its start", cache_bytes)
+        import torch
+
+        several = f", sum of {len(gpus)} GPUs" if len(gpus) > 1 else ""
+        peak = sum(torch.cuda.max_memory_allocated(device) for device in gpus)
+        return Memory(peak, f"GPU allocator, measured window{several}", cache_bytes)
+
+    def model_info(self) -> ModelInfo | None:
+        """Describe the model as it was loaded."""
+        found, model = needed(self._loaded).found, needed(self._loaded).model
+        return ModelInfo(
+            name=found.name,
+            revision=found.revision,
+            architecture=", ".join(found.config.get("architectures") or [type(model).__name__]),
+            parameters=model.num_parameters(),
+            random_weights=found.random_weights,
+            weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            dtype=str(model.dtype).removeprefix("torch."),
+            adapter=self._experiment.adapter,
+            quantization=_quantization_name(self._experiment),
+        )
+
+    def engine_info(self) -> EngineInfo:
+        """Describe PyTorch, transformers and the settings in use."""
+        import torch
+
+        loaded, runner = needed(self._loaded), self._running
+        strategy = strategy_of(self._experiment)
+        return EngineInfo(
+            backend="pytorch",
+            version=f"transformers {versions()['transformers']}, torch {torch.__version__}",
+            device=", ".join(map(str, loaded.devices)),
+            device_name=torch.cuda.get_device_name(loaded.devices[0]) if loaded.gpus else cpu_model(),
+            settings={
+                "attn_implementation": str(loaded.model.config._attn_implementation),
+                "cache_implementation": runner.cache,
+                "torch_compile": self._options.torch_compile_mode if self._options.torch_compile else "off",
+                "torch_threads": str(torch.get_num_threads()),
+                "parallelism": "none" if strategy == "none" else f"{strategy} {self._experiment.parallelism.degree}",
+                **prompt_settings(self._experiment, loaded.end_tokens),
+                **runner.settings(),
+            },
+        )
+
+    def architecture(self) -> Architecture | None:
+        """Return the sizes of the loaded modules."""
+        return architecture_of(needed(self._loaded).model)
+
+    def kv_cache_bytes_per_token(self) -> int | None:
+        """Return 2 (keys, values) · layers · key/value heads · head dimension · bytes of the dtype."""
+        if self._options.cache_implementation == "none" or isinstance(self._runner, Continuous):
+            return None  # nothing is cached, or the cache is allocated beforehand: see peak_memory
+        model = needed(self._loaded).model
+        return kv_bytes_per_token(model.config.get_text_config(), model.dtype.itemsize)
+
+    def warnings(self) -> list[CodedWarning]:
+        """Warn of random weights, and of compilation in the last call of `generate`."""
+        found = needed(self._loaded).found
+        return [*of_weights(found.name, found.random_weights), *of_compilation(self._running.graphs_compiled)]
+
+
+# ------------------------------------------------------------------ loading
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can generate.
+
+    `devices` are this process's; the first takes the inputs. `inner` is the model whose forward pass `model` calls:
+    another one where an adapter wraps it. `generation_config` leaves nothing to defaults that ship with the model.
+    """
+
+    found: Model
+    devices: Sequence[Any]
+    tokenizer: Any
+    model: Any
+    inner: Any
+    end_tokens: frozenset[int]
+    generation_config: Any
+
+    @property
+    def gpus(self) -> list[Any]:
+        """Those of the devices that are GPUs."""
+        return [device for device in self.devices if device.type == "cuda"]
+
+    def synchronize(self) -> None:
+        """Wait for all GPUs of this process."""
+        for device in self.gpus:
+            import torch
+
+            torch.cuda.synchronize(device)
+
+
+def strategy_of(experiment: Experiment) -> str:
+    """Return how the model is parallelised; none for a degree of 1."""
+    return experiment.parallelism.strategy if experiment.parallelism.degree > 1 else "none"
+
+
+def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) -> None:
+    """Make the first GPU CUDA's current one, after making sure that the GPUs that compute are those that are metered.
+
+    Raises:
+        RunError: CUDA shows too few, or other ones: it may number GPUs in its own order.
+    """
+    if devices[0].type != "cuda":
+        return
+    required, shown = devices[-1].index + 1, torch.cuda.device_count()
+    if required > shown:
+        raise RunError(
+            f"GPUs that CUDA shows this process: {shown}, needed: {required}. "
+            "Of several MIG instances CUDA shows a process only the first."
+        )
+    torch.cuda.set_device(devices[0])
+    for device in devices if metered else ():
+        expected, uuid = metered[device.index], str(torch.cuda.get_device_properties(device).uuid)
+        if not expected.mig_uuid and uuid not in expected.uuid:
             raise RunError(
-                f"GPUs that CUDA shows this process: {shown}, needed: {needed}. "
-                "Of several MIG instances CUDA shows a process only the first."
+                f"CUDA's GPU {device.index} is {uuid}, the driver's is {expected.uuid}. "
+                "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."
             )
-        torch.cuda.set_device(self._device)
-        for device in self._devices if self._expected else ():
-            expected, uuid = self._expected[device.index], str(torch.cuda.get_device_properties(device).uuid)
-            if not expected.mig_uuid and uuid not in expected.uuid:
-                raise RunError(
-                    f"CUDA's GPU {device.index} is {uuid}, the driver's is {expected.uuid}. "
-                    "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."
-                )
 
-    def _watch_prefill(self) -> None:
-        """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation a batch."""
 
-        def after_forward(*_: Any) -> None:
-            if self._prefill_end_ns is None:
-                self.synchronize()
-                self._prefill_end_ns = time.perf_counter_ns()
+def load(experiment: Experiment, devices: Sequence[Any]) -> Loaded:
+    """Load tokenizer and weights onto the devices, and the adapter if there is one."""
+    import torch
+    import transformers
 
-        self._inner_model().register_forward_hook(after_forward)
+    found = find(experiment.model or "", experiment.revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        found.path, padding_side="left", **source_of(found, experiment)
+    )
+    if tokenizer.pad_token_id is None:
+        # Any token will do: padding is masked out, and what follows the end token is cut off.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    model = _load_weights(torch, transformers, experiment, found, devices)
+    ends = end_tokens(model.generation_config, tokenizer)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends) or None}
+    # What `generate` is not given it takes from the model's own config, which may sample or penalise.
+    model.generation_config = transformers.GenerationConfig(**special)
+    config = _generation_config(transformers, experiment, special)
+    inner = model if experiment.adapter is None else model.get_base_model()
+    return Loaded(found, devices, tokenizer, model, inner, ends, config)
 
-    def _inner_model(self) -> Any:
-        """Return the model whose forward pass `generate` calls: with an adapter, the one inside of peft's wrapper."""
-        return self._model.get_base_model() if self._experiment.adapter is not None else self._model
 
-    def _load_tokenizer(self, transformers: Any) -> Any:
-        assert self._found is not None
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self._found.path, padding_side="left", **self._source())
-        if tokenizer.pad_token_id is None:
-            # Any token will do: padding is masked out, and what follows the end token is cut off.
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        return tokenizer
-
-    def _load_model(self, torch: Any, transformers: Any) -> Any:
-        assert self._found is not None
-        options: dict[str, Any] = {"dtype": self._dtype(torch), **self._placement(torch, transformers)}
-        if self._options.attn_implementation != "auto":
-            options["attn_implementation"] = self._options.attn_implementation
-        if self._experiment.quantization.quantization:
-            options["quantization_config"] = self._quantization_config(torch, transformers)
-        model = transformers.AutoModelForCausalLM.from_pretrained(self._found.path, **self._source(), **options)
-        if self._experiment.adapter is not None:
-            import peft
-
-            model = peft.PeftModel.from_pretrained(model, self._experiment.adapter)
-        return model.eval()
-
-    def _source(self) -> dict[str, Any]:
-        """Return the options by which transformers finds a model's parts."""
-        assert self._found is not None
-        return {"revision": self._found.revision, "trust_remote_code": self._experiment.trust_remote_code}
-
-    def _placement(self, torch: Any, transformers: Any) -> dict[str, Any]:
-        """Return the options that say which weights go where."""
-        assert self._found is not None
-        if self._strategy in ("none", "data_parallel"):
-            return {"device_map": {"": self._device}}
-        config = transformers.AutoConfig.from_pretrained(self._found.path, **self._source())
-        if self._strategy == "tensor_parallel":
-            if self._device.type == "cpu" and torch.cuda.is_available():
-                raise RunError("tensor_parallel runs on GPUs where there are any; hide them: CUDA_VISIBLE_DEVICES=''")
-            return {"distributed_config": split_over_ranks(config, self._experiment.parallelism.degree)}
-        with torch.device("meta"):
-            trusted = self._experiment.trust_remote_code
-            hollow = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        places = spread(hollow, len(self._devices))
-        return {"device_map": {name: self._devices[place] for name, place in places.items()}}
-
-    def _dtype(self, torch: Any) -> Any:
-        precision = self._experiment.fp_precision
-        if precision != "auto":
-            return getattr(torch, precision)
-        # On a GPU the checkpoint's own dtype; CPUs without half-precision units are slower in anything else.
-        return "auto" if self._device.type == "cuda" else torch.float32
-
-    def _quantization_config(self, torch: Any, transformers: Any) -> Any:
-        wanted = self._experiment.quantization
-        if wanted.load_in_8bit:
-            return transformers.BitsAndBytesConfig(load_in_8bit=True)
-        return transformers.BitsAndBytesConfig(
+def _load_weights(torch: Any, transformers: Any, experiment: Experiment, found: Model, devices: Sequence[Any]) -> Any:
+    assert isinstance(experiment.backend, PytorchBackend)
+    options = _placement(torch, transformers, experiment, found, devices)
+    if experiment.fp_precision != "auto":
+        options["dtype"] = getattr(torch, experiment.fp_precision)
+    else:
+        # On a GPU the checkpoint's own dtype; CPUs without half-precision units are slower in anything but float32.
+        options["dtype"] = "auto" if devices[0].type == "cuda" else torch.float32
+    if experiment.backend.attn_implementation != "auto":
+        options["attn_implementation"] = experiment.backend.attn_implementation
+    wanted = experiment.quantization
+    if wanted.load_in_8bit and wanted.quantization:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    elif wanted.quantization:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=wanted.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=wanted.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=getattr(torch, wanted.bnb_4bit_compute_dtype),
         )
+    source = source_of(found, experiment)
+    model = transformers.AutoModelForCausalLM.from_pretrained(found.path, **source, **options)
+    if experiment.adapter is not None:
+        import peft
 
-    def _make_generation_config(self, transformers: Any) -> Any:
-        """Say how to generate, leaving nothing to defaults that ship with the model."""
-        wanted, decoder = self._experiment, self._experiment.decoder
-        special = {
-            "pad_token_id": self._tokenizer.pad_token_id,
-            "eos_token_id": sorted(self._end_tokens) or None,
-        }
-        # What is not set below is taken from the model's own config, which may sample or penalise.
-        self._model.generation_config = transformers.GenerationConfig(**special)
-        sampling = {}
-        if decoder.do_sample:
-            sampling = {
-                "temperature": decoder.temperature,
-                "top_k": decoder.top_k,
-                "top_p": decoder.top_p,
-                "min_p": decoder.min_p or None,
-            }
-        cache = self._options.cache_implementation
-        return transformers.GenerationConfig(
-            max_new_tokens=wanted.max_output_tokens,
-            min_new_tokens=wanted.min_output_tokens or None,
-            do_sample=decoder.do_sample,
-            repetition_penalty=decoder.repetition_penalty,
-            num_beams=1,
-            use_cache=cache != "none",
-            cache_implementation="static" if cache == "static" else None,
-            # With a static cache transformers would compile by itself; here only torch_compile decides.
-            disable_compile=True,
-            **sampling,
-            **special,
-        )
+        model = peft.PeftModel.from_pretrained(model, experiment.adapter)
+    return model.eval()
 
-    # -------------------------------------------------------------- running
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text by itself; with continuous batching, allocate the cache that these prompts need."""
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        encoded = encode(self._tokenizer, texts, self._experiment, positions)
-        if self._continuous is not None:
-            self._continuous.make_room(encoded)
-        return encoded
+
+def _placement(
+    torch: Any, transformers: Any, experiment: Experiment, found: Model, devices: Sequence[Any]
+) -> dict[str, Any]:
+    """Return the options that place the weights."""
+    strategy = strategy_of(experiment)
+    if strategy in ("none", "data_parallel"):
+        return {"device_map": {"": devices[0]}}
+    config = transformers.AutoConfig.from_pretrained(found.path, **source_of(found, experiment))
+    if strategy == "tensor_parallel":
+        if devices[0].type == "cpu" and torch.cuda.is_available():
+            raise RunError("tensor_parallel runs on GPUs where there are any; hide them: CUDA_VISIBLE_DEVICES=''")
+        return {"distributed_config": split_over_ranks(config, experiment.parallelism.degree)}
+    with torch.device("meta"):
+        trusted = experiment.trust_remote_code
+        hollow = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    return {"device_map": {name: devices[place] for name, place in spread(hollow, len(devices)).items()}}
+
+
+def _generation_config(transformers: Any, experiment: Experiment, special: dict[str, Any]) -> Any:
+    assert isinstance(experiment.backend, PytorchBackend)
+    decoder, cache = experiment.decoder, experiment.backend.cache_implementation
+    sampling = {
+        "temperature": decoder.temperature,
+        "top_k": decoder.top_k,
+        "top_p": decoder.top_p,
+        "min_p": decoder.min_p or None,
+    }
+    return transformers.GenerationConfig(
+        max_new_tokens=experiment.max_output_tokens,
+        min_new_tokens=experiment.min_output_tokens or None,
+        do_sample=decoder.do_sample,
+        repetition_penalty=decoder.repetition_penalty,
+        num_beams=1,
+        use_cache=cache != "none",
+        cache_implementation="static" if cache == "static" else None,
+        # With a static cache transformers would compile unasked; here only torch_compile decides.
+        disable_compile=True,
+        **(sampling if decoder.do_sample else {}),
+        **special,
+    )
+
+
+def _quantization_name(experiment: Experiment) -> str | None:
+    wanted = experiment.quantization
+    if not wanted.quantization:
+        return None
+    return "bitsandbytes 8-bit" if wanted.load_in_8bit else f"bitsandbytes 4-bit {wanted.bnb_4bit_quant_type}"
+
+
+# ------------------------------------------------------------------ batches
+class Static:
+    """transformers' `generate`, one padded batch after another."""
+
+    def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
+        assert isinstance(experiment.backend, PytorchBackend)
+        self._experiment, self._loaded = experiment, loaded
+        self.cache: str = experiment.backend.cache_implementation
+        self.graphs_compiled = 0
+        self._prefill_end_ns: int | None = None
+        loaded.inner.register_forward_hook(self._after_forward)
+
+    def _after_forward(self, *_: Any) -> None:
+        """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation a batch."""
+        if self._prefill_end_ns is None:
+            self._loaded.synchronize()
+            self._prefill_end_ns = time.perf_counter_ns()
+
+    def kv_cache_bytes(self) -> int | None:
+        """Return None: the cache grows and shrinks with each batch."""
+        return None
+
+    def settings(self) -> dict[str, str]:
+        """Return nothing more than the backend's own."""
+        return {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run the prompts in batches that are finished together; or continuously."""
-        if self._continuous is not None:
-            yield from self._continuous.generate(prompts)
-            return
+        """Run the prompts in batches that are finished together."""
         import torch
 
         graphs_before = compiled_graphs()
@@ -275,13 +413,13 @@ class Pytorch(Backend):
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
             self._prefill_end_ns = None
-            # Each batch has a seed of its own, so that a resumed run goes on with the same tokens.
+            # Seeded by batch, so that a resumed run continues with the same tokens.
             torch.manual_seed(self._experiment.seed + members[0].index)
             clock = _TokenClock() if self._experiment.streaming.enabled else None
             start_ns = time.perf_counter_ns()
             outputs = self._generate_batch(torch, members, clock)
             end_ns = time.perf_counter_ns()
-            cut = [cut_after_end(output, self._end_tokens) for output in outputs]
+            cut = [cut_after_end(output, self._loaded.end_tokens) for output in outputs]
             yield [
                 Generation(
                     prompt.index,
@@ -295,25 +433,20 @@ class Pytorch(Backend):
                 )
                 for prompt, (tokens, reason) in zip(members, cut, strict=True)
             ]
-            self._graphs_compiled = compiled_graphs() - graphs_before
-
-    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch of those that wait; or take each prompt in as it arrives, amid the others."""
-        yield from (
-            super().serve(arrivals, at_most) if self._continuous is None else self._continuous.serve(arrivals, at_most)
-        )
+            self.graphs_compiled = compiled_graphs() - graphs_before
 
     def _generate_batch(self, torch: Any, members: Sequence[Encoded], clock: _TokenClock | None) -> list[list[int]]:
-        """Return the new tokens of each prompt, the rest of the batch's length included."""
+        """Return the new tokens of each prompt; those after an end token are included."""
         longest = max(len(p.token_ids) for p in members)
-        pad = self._tokenizer.pad_token_id
-        ids = [[pad] * (longest - len(p.token_ids)) + list(p.token_ids) for p in members]
-        mask = [[0] * (longest - len(p.token_ids)) + [1] * len(p.token_ids) for p in members]
-        output = self._model.generate(
-            input_ids=torch.tensor(ids, device=self._device),
-            attention_mask=torch.tensor(mask, device=self._device),
-            generation_config=self._generation_config,
-            logits_processor=self._logits_processors([longest - len(p.token_ids) for p in members]),
+        padding = [longest - len(p.token_ids) for p in members]
+        pad, device = self._loaded.tokenizer.pad_token_id, self._loaded.devices[0]
+        ids = [[pad] * skipped + list(p.token_ids) for p, skipped in zip(members, padding, strict=True)]
+        mask = [[0] * skipped + [1] * (longest - skipped) for skipped in padding]
+        output = self._loaded.model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=self._loaded.generation_config,
+            logits_processor=self._logits_processors(padding),
             streamer=clock,
         )
         # Reading the tokens back waits for the device, so the batch's end is its real end.
@@ -336,101 +469,6 @@ class Pytorch(Backend):
 
         return transformers.LogitsProcessorList([each_row])
 
-    def synchronize(self) -> None:
-        """Wait for all GPUs of this process."""
-        for device in self._gpus():
-            import torch
-
-            torch.cuda.synchronize(device)
-
-    def _gpus(self) -> list[Any]:
-        return [device for device in self._devices if device.type == "cuda"]
-
-    # -------------------------------------------------------------- telling
-    def reset_peak_memory(self) -> None:
-        """Reset the CUDA allocator's peak; a process's own peak cannot be reset."""
-        for device in self._gpus():
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def peak_memory(self) -> Memory:
-        """Return the CUDA allocator's peaks since the reset, summed over the GPUs, or on the CPU the process's."""
-        gpus, cache_bytes = self._gpus(), None if self._continuous is None else self._continuous.kv_cache_bytes()
-        if not gpus:
-            return Memory(peak_memory_bytes(), "process, since its start", cache_bytes)
-        import torch
-
-        several = f", sum of {len(gpus)} GPUs" if len(gpus) > 1 else ""
-        peak = sum(torch.cuda.max_memory_allocated(device) for device in gpus)
-        return Memory(peak, f"GPU allocator, measured window{several}", cache_bytes)
-
-    def model_info(self) -> ModelInfo | None:
-        """Describe the model as it was loaded."""
-        assert self._found is not None
-        return ModelInfo(
-            name=self._found.name,
-            revision=self._found.revision,
-            architecture=", ".join(self._found.config.get("architectures") or [type(self._model).__name__]),
-            parameters=self._model.num_parameters(),
-            random_weights=self._found.random_weights,
-            weights_bytes=sum(p.numel() * p.element_size() for p in self._model.parameters()),
-            dtype=str(self._model.dtype).removeprefix("torch."),
-            adapter=self._experiment.adapter,
-            quantization=_quantization_name(self._experiment),
-        )
-
-    def engine_info(self) -> EngineInfo:
-        """Describe PyTorch, transformers and the settings in use."""
-        import torch
-
-        on_gpu, degree = self._device.type == "cuda", self._experiment.parallelism.degree
-        return EngineInfo(
-            backend="pytorch",
-            version=f"transformers {versions()['transformers']}, torch {torch.__version__}",
-            device=", ".join(map(str, self._devices)),
-            device_name=torch.cuda.get_device_name(self._device) if on_gpu else cpu_model(),
-            settings={
-                "attn_implementation": str(self._model.config._attn_implementation),
-                "cache_implementation": self._options.cache_implementation if self._continuous is None else "paged",
-                "torch_compile": self._options.torch_compile_mode if self._options.torch_compile else "off",
-                "torch_threads": str(torch.get_num_threads()),
-                "parallelism": f"{self._strategy} {degree}" if self._strategy != "none" else "none",
-                "end_token_ids": ",".join(map(str, sorted(self._end_tokens))) or "none",
-                "chat_template": "on" if self._experiment.chat_template else "off",
-                **({} if self._continuous is None else self._continuous.settings()),
-            },
-        )
-
-    def architecture(self) -> Architecture | None:
-        """Read the sizes off the loaded modules."""
-        return architecture_of(self._model)
-
-    def kv_cache_bytes_per_token(self) -> int | None:
-        """Return 2 (keys, values) · layers · key/value heads · head dimension · bytes of the dtype."""
-        if self._options.cache_implementation == "none" or self._continuous is not None:
-            return None  # nothing is cached, or the cache is allocated beforehand: see peak_memory
-        return kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype.itemsize)
-
-    def warnings(self) -> list[CodedWarning]:
-        """Say so when the weights are random, and when the last call of `generate` still compiled."""
-        notes = []
-        if self._found is not None and self._found.random_weights:
-            notes.append(warning("random_weights", f"{self._found.name} has random weights: its text has no meaning."))
-        if self._graphs_compiled:
-            notes.append(warning("compiled_in_window", f"{self._graphs_compiled} graphs were compiled in the window."))
-        return notes
-
-    def close(self) -> None:
-        """Drop the model and give the GPUs' memory back."""
-        if self._continuous is not None:
-            self._continuous.close()
-        self._model = self._continuous = None
-        if self._gpus():
-            import torch
-
-            torch.cuda.empty_cache()
-
 
 class _TokenClock:
     """What `generate` hands its tokens to: notes when they come, one for each prompt of the batch.
@@ -450,19 +488,12 @@ class _TokenClock:
             self.chunks.append(Chunk(time.perf_counter_ns(), 1))
 
     def end(self) -> None:
-        """Take note that there is no more."""
+        """Do nothing at the end."""
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
-    """Cut a sequence after its first end token: what a batch still generates then is not output."""
+    """Cut a sequence after its first end token: what a batch generates after that is not output."""
     for position, token in enumerate(tokens):
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"
     return tuple(tokens), "length"
-
-
-def _quantization_name(experiment: Experiment) -> str | None:
-    wanted = experiment.quantization
-    if not wanted.quantization:
-        return None
-    return "bitsandbytes 8-bit" if wanted.load_in_8bit else f"bitsandbytes 4-bit {wanted.bnb_4bit_quant_type}"

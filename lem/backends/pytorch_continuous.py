@@ -1,35 +1,38 @@
-"""transformers' continuous batching, driven step by step in the worker's own thread.
+"""transformers' continuous batching, driven step by step in the worker's main thread.
 
-transformers runs its loop in a thread beside, which hides errors, cannot be interrupted, and hands tokens over later
-than they were there. Here its processor is asked for one step after another instead. Requests are given to it as places
-become free, so that each step holds `batch_size` of them at most; its cache is sized for so many of the longest, no
-larger. What it cannot do request by request (sampling with a seed for each prompt, the penalties and bans that look at
-the whole text) is done here, with transformers' own processors. Knows neither devices nor files.
+transformers runs its loop in another thread, which hides errors, cannot be interrupted, and hands tokens over late.
+Here its processor is asked for one step after another instead. Requests are given to it as places become free, so that
+each step holds at most `batch_size` of them; its cache is sized for that many of the longest, no larger. What it cannot
+do request by request (sampling with a seed for each prompt, the penalties and bans that look at the whole text) is done
+here, with transformers' own processors. Knows neither devices nor files.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 from lem.backends.base import Encoded, Generation
+from lem.backends.engine import reason_of
+from lem.backends.session import Request, Session
 from lem.errors import RunError
 from lem.spec.experiment import Experiment
 from lem.units import NS_PER_S
 from lem.workload.tokens import Chunk
-from lem.workload.traffic import Arrivals, Arrived, as_places_become_free
+from lem.workload.traffic import Arrivals
 
 # The oldest transformers whose steps can be driven from outside as they are here.
 OLDEST = (5, 19)
 # Tokens in a page of the cache. Flash attention reads pages of 256; the other kernels read token by token.
 PAGE, FLASH_PAGE = 16, 256
-# Input tokens that a step takes in beside one token of each running request. Without flash attention a mask of so many
-# rows and of the whole cache's length is allocated.
+# Input tokens that a step takes in beside one token of each running request. Without flash attention a mask with that
+# many rows and the whole cache's length is allocated.
 STEP_TOKENS, FLASH_STEP_TOKENS = 512, 8192
 # A cache of layers of several kinds is handed out in units larger than a page.
 SPARE_PAGES = 4
@@ -42,13 +45,13 @@ def version() -> str:
 
 
 def is_too_old() -> bool:
-    """Tell whether the installed transformers is older than `OLDEST`."""
+    """Return whether the installed transformers is older than `OLDEST`."""
     numbers = re.findall(r"\d+", version())
     return tuple(map(int, numbers[:2])) < OLDEST
 
 
 def can_run(model_type: str) -> bool | None:
-    """Tell whether transformers' code of a type of model lets the attention be exchanged; None if it has none."""
+    """Return whether transformers' code for a type of model has exchangeable attention; None if it has no code."""
     found = util.find_spec("transformers")
     module = model_type.replace("-", "_")
     if found is None or found.origin is None:
@@ -68,18 +71,19 @@ class _Room:
         return self.longest >= other.longest and self.longest_prompt >= other.longest_prompt
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A prompt that the engine works on, the rules for its own text, and where its random numbers come from."""
+@dataclass
+class _Request(Request):
+    """A request with the rules for its own text, and the source of its random numbers."""
 
-    prompt: Encoded
-    arrived_ns: int
-    own_rules: Any
-    generator: Any
+    own_rules: Any = None
+    generator: Any = None
 
 
-class Continuous:
+class Continuous(Session[_Request]):
     """Runs prompts so that the next one takes the place of one that is finished."""
+
+    cache = "paged"
+    graphs_compiled = 0
 
     def __init__(self, experiment: Experiment, model: Any, end_tokens: frozenset[int]) -> None:
         """Check that the model can be run in this way.
@@ -87,13 +91,12 @@ class Continuous:
         Raises:
             RunError: it cannot.
         """
-        self._experiment = experiment
+        super().__init__(experiment)
         self._model = model
         self._end_tokens = sorted(end_tokens)
         self._room: _Room | None = None
         self._manager: Any = None
-        self._running: dict[str, _Request] = {}
-        self._count = 0
+        self._names = itertools.count()
         if is_too_old():
             raise RunError(f"Continuous batching needs transformers {'.'.join(map(str, OLDEST))} or newer.")
         if not getattr(type(model), "_supports_attention_backend", False):
@@ -101,13 +104,13 @@ class Continuous:
 
     # -------------------------------------------------------------- the engine
     def make_room(self, prompts: Sequence[Encoded]) -> None:
-        """Allocate the cache for prompts, unless there is one that they fit into.
+        """Allocate the cache for prompts, unless they fit into the one that there is.
 
         Raises:
             RunError: there is not enough memory, or the model has layers that cannot be cached in pages.
         """
         longest_prompt = max((len(p.token_ids) for p in prompts), default=0)
-        wanted = _Room(longest_prompt + self._experiment.max_output_tokens, longest_prompt)
+        wanted = _Room(longest_prompt + self.experiment.max_output_tokens, longest_prompt)
         if not prompts or (self._room is not None and self._room.holds(wanted)):
             return
         self.close()
@@ -116,15 +119,15 @@ class Continuous:
         except (MemoryError, RuntimeError) as error:
             raise RunError(
                 f"There is no memory for a key/value cache of {self._places} requests of {wanted.longest} tokens: "
-                f"{_sentence(error)} Lower batching.batch_size, max_input_tokens or max_output_tokens."
+                f"{reason_of(error)} Lower batching.batch_size, max_input_tokens or max_output_tokens."
             ) from error
         except ValueError as error:
-            raise RunError(f"transformers cannot batch this model continuously: {_sentence(error)}") from error
+            raise RunError(f"transformers cannot batch this model continuously: {reason_of(error)}") from error
         self._room = wanted
 
     @property
     def _places(self) -> int:
-        return self._experiment.batching.batch_size
+        return self.experiment.batching.batch_size
 
     def _make_manager(self, room: _Room) -> Any:
         import transformers
@@ -135,7 +138,7 @@ class Continuous:
         # Without an end token transformers wants -1.
         ends = self._end_tokens or -1
         greedy = transformers.GenerationConfig(
-            max_new_tokens=self._experiment.max_output_tokens, do_sample=False, eos_token_id=ends
+            max_new_tokens=self.experiment.max_output_tokens, do_sample=False, eos_token_id=ends
         )
         manager = self._model.init_continuous_batching(
             generation_config=greedy, continuous_batching_config=self._configuration(transformers, room)
@@ -143,7 +146,7 @@ class Continuous:
         if self._chooses:
             manager.logit_processor = ContinuousBatchingLogitsProcessorList(
                 transformers.LogitsProcessorList(
-                    [_Chooser(self._rows, self._shared_rules(), self._experiment.decoder.do_sample)]
+                    [_Chooser(self._rows, self._shared_rules(), self.experiment.decoder.do_sample)]
                 )
             )
         manager.warmup()  # makes the processor; with neither graphs nor compilation there is nothing to warm up
@@ -162,21 +165,21 @@ class Continuous:
             allow_block_sharing=False,
             # All that can run fit: none has to be held back.
             safety_margin=0.0,
-            # Times are those of a step only if it has ended when it returns.
+            # A step has times only if it has ended when it returns.
             use_async_batching=False,
             use_cuda_graph=False,
             # The kernel is the one that was asked for.
             auto_switch_to_flash=False,
             disable_nccl_graph_mixing=False,
-            seed=self._experiment.seed,
+            seed=self.experiment.seed,
         )
 
     def kv_cache_bytes(self) -> int | None:
-        """Return the size of the allocated cache; None when there is none yet."""
+        """Return the size of the allocated cache; None before it is allocated."""
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def settings(self) -> dict[str, str]:
-        """Return what the engine is set to, as far as it changes numbers."""
+        """Return the engine's settings, as far as they change numbers."""
         if self._manager is None:
             return {}
         cache = self._manager.batch_processor.cache
@@ -193,47 +196,33 @@ class Continuous:
         """Run prompts that are all there, and yield those that finish in the same step."""
         self.make_room(prompts)
         arrivals = Arrivals(prompts, [0.0] * len(prompts), 1, time.perf_counter_ns())
-        yield from self._run(arrivals, self._places)
+        for done in self.serve(arrivals, self._places):
+            yield [replace(generation, batch=0) for generation in done]
 
-    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run prompts as they arrive, in the midst of the others, and yield those that finish in the same step."""
-        for number, done in enumerate(self._run(arrivals, at_most)):
-            yield [replace(generation, batch=number) for generation in done]
+    def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
+        """Give a request to the engine, under another key: a warm-up may repeat prompts."""
+        key = next(self._names)
+        rules, generator = self._own_rules(prompt), self._generator(prompt)
+        self.running[key] = _Request(prompt, batch, arrived_ns, own_rules=rules, generator=generator)
+        self._manager.add_request(list(prompt.token_ids), request_id=str(key), record_timestamps=True)
 
-    def _run(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        try:
-            yield from as_places_become_free(
-                arrivals, at_most, running=lambda: len(self._running), begin=self._begin, advance=self._advance
-            )
-        except GeneratorExit:
-            self._take_back()
-            raise
-
-    def _begin(self, arrived: Arrived[Encoded]) -> None:
-        """Give a request to the engine."""
-        prompt = arrived.request
-        name = str(self._count)
-        self._count += 1
-        self._running[name] = _Request(prompt, arrived.at_ns, self._own_rules(prompt), self._generator(prompt))
-        self._manager.add_request(list(prompt.token_ids), request_id=name, record_timestamps=True)
-
-    def _advance(self) -> list[Generation]:
-        """Let the engine take a step, and return what it has finished."""
+    def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
+        """Let the engine take a step, however long that is."""
         processor = self._manager.batch_processor
         if not processor.prepare_next_batch():
             raise RunError("transformers' continuous batching has stopped before all requests were finished.")
         processor._generation_step(self._model)
         processor.update_batch()
-        done = []
+        done = {}
         while (output := self._manager.get_result()) is not None:
-            done.append(self._generation(output, self._running.pop(output.request_id)))
+            key = int(output.request_id)
+            done[key] = self._generation(output, self.running.pop(key))
         return done
 
-    def _take_back(self) -> None:
-        """Take back from the engine what nobody waits for any more."""
-        for name in self._running:
-            self._manager.cancel_request(name)
-        self._running.clear()
+    def cancel(self) -> None:
+        """Cancel the requests in the engine."""
+        for key in self.running:
+            self._manager.cancel_request(str(key))
         self._manager.batch_processor.prepare_next_batch()
 
     def _generation(self, output: Any, request: _Request) -> Generation:
@@ -242,7 +231,7 @@ class Continuous:
             raise RunError(f"transformers gave up prompt {index}: {output.error}.")
         times_ns = [round(at_s * NS_PER_S) for at_s in output.timestamps]
         if len(times_ns) != len(tokens):
-            raise RunError(f"transformers put prompt {index} off for want of cache, and computed it anew.")
+            raise RunError(f"transformers preempted prompt {index} for lack of cache, and recomputed it.")
         return Generation(
             index,
             batch=0,
@@ -251,27 +240,27 @@ class Continuous:
             start_ns=round(output.lifespan[0] * NS_PER_S),
             end_ns=times_ns[-1],
             prefill_end_ns=times_ns[0],
-            chunks=tuple(Chunk(at_ns, 1) for at_ns in times_ns) if self._experiment.streaming.enabled else (),
+            chunks=tuple(Chunk(at_ns, 1) for at_ns in times_ns) if self.streams else (),
             arrived_ns=request.arrived_ns,
         )
 
     # -------------------------------------------------------------- choosing the next token
     @property
     def _chooses(self) -> bool:
-        """Whether there is more to choosing a token than to take the likeliest."""
-        decoder = self._experiment.decoder
+        """Whether choosing a token takes more than finding the likeliest."""
+        decoder = self.experiment.decoder
         return bool(
             decoder.do_sample
             or decoder.repetition_penalty != 1
             or decoder.no_repeat_ngram_size
-            or (self._experiment.min_output_tokens and self._end_tokens)
+            or (self.experiment.min_output_tokens and self._end_tokens)
         )
 
     def _own_rules(self, prompt: Encoded) -> Any:
         """Return the processors that look at a request's own text, in the order of `generate`."""
         import transformers
 
-        wanted, decoder = self._experiment, self._experiment.decoder
+        wanted, decoder = self.experiment, self.experiment.decoder
         rules = transformers.LogitsProcessorList()
         if decoder.repetition_penalty != 1:
             rules.append(transformers.RepetitionPenaltyLogitsProcessor(decoder.repetition_penalty))
@@ -289,7 +278,7 @@ class Continuous:
         """Return the processors that are the same for all requests and look at no text, in the order of `generate`."""
         import transformers
 
-        decoder = self._experiment.decoder
+        decoder = self.experiment.decoder
         rules = transformers.LogitsProcessorList()
         if not decoder.do_sample:
             return rules
@@ -304,24 +293,24 @@ class Continuous:
         return rules
 
     def _generator(self, prompt: Encoded) -> Any:
-        """Return the source of a prompt's random numbers: its own, so that it does not matter what runs beside it."""
-        if not self._experiment.decoder.do_sample:
+        """Return the source of a prompt's random numbers, so that its tokens do not depend on what runs beside it."""
+        if not self.experiment.decoder.do_sample:
             return None
         import torch
 
-        # As for a batch of this prompt alone.
-        return torch.Generator(self._model.device).manual_seed(self._experiment.seed + prompt.index)
+        # The seed of a batch that holds only this prompt.
+        return torch.Generator(self._model.device).manual_seed(self.experiment.seed + prompt.index)
 
     def _rows(self) -> list[tuple[Any, _Request]]:
         """Return the requests that get a token in this step, in the order of the rows of scores."""
         in_step = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
-        return [(each.state, self._running[each.state.request_id]) for each in in_step if each.has_new_token]
+        return [(each.state, self.running[int(each.state.request_id)]) for each in in_step if each.has_new_token]
 
     # -------------------------------------------------------------- the end
     def close(self) -> None:
-        """Give the cache back and the model its own attention."""
+        """Free the cache, and give the model its own attention back."""
         manager, self._manager, self._room = self._manager, None, None
-        self._running.clear()
+        self.running.clear()
         if manager is None:
             return
         manager.batch_processor = None
@@ -360,8 +349,3 @@ class _Chooser:
         for row, (_, request) in enumerate(rows):
             chosen[row, torch.multinomial(weights[row : row + 1], 1, generator=request.generator)[0]] = 0.0
         return chosen
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if text.endswith(".") else f"{text}."

@@ -1,7 +1,7 @@
-"""What speaks against an experiment on the pytorch backend, found before anything heavy is loaded.
+"""Why an experiment on the pytorch backend may be refused or warned about, before anything heavy is loaded.
 
-Looks at the options, the host, and the model's config.json; loads no weights. Only where a model is to be split over
-processes is transformers asked whether it can.
+Looks at the options, the host, and the model's config.json; loads no weights. transformers is imported only if a model
+is to be split over processes, to check that it can be.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lem.spec.processes import gpus_needed, process_counts
 from lem.spec.rules import Objection
 from lem.workload.models import Model
 
-# Packages behind the attention kernels that do not come with PyTorch, and the oldest GPUs that they run on.
+# Packages of the attention kernels that do not come with PyTorch, and the oldest GPUs that they run on.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 ATTENTION_CAPABILITY = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 BFLOAT16_CAPABILITY = (8, 0)
@@ -29,62 +29,63 @@ COMPILE_CAPABILITY = (7, 0)
 
 
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None when none was found, which has been objected to already."""
+    """Return all objections; `model` is None when none was found, which is reported separately."""
     options = experiment.backend
     assert isinstance(options, PytorchBackend)
     gpus = host.gpus if options.device != "cpu" else ()
     used = gpus[: gpus_needed(experiment)]
     return [
-        *_device_objections(options, host),
-        *_parallelism_objections(experiment, gpus),
-        *_tensor_parallel_objections(experiment, model, host),
-        *_attention_objections(options, experiment, model, host, used),
-        *_compile_objections(options, used),
-        *_cache_objections(options),
-        *_continuous_objections(experiment, options, model),
-        *_package_objections(experiment, host),
+        *_device(options, host, used),
+        *_parallelism(experiment, gpus),
+        *_tensor_parallel(experiment, options, model, host),
+        *_attention(options, experiment, model, host, used),
+        *_continuous(experiment, options, model),
+        *_packages(experiment, host),
         *model_objections(experiment, model),
-        *_precision_objections(experiment, model, used),
+        *_precision(experiment, model, used),
     ]
 
 
-def _device_objections(options: PytorchBackend, host: Host) -> Iterator[Objection]:
+def _device(options: PytorchBackend, host: Host, used: Sequence[Gpu]) -> Iterator[Objection]:
     if options.device == "cuda" and not host.gpus:
-        yield Objection("no_gpu", "backend.device", "no NVIDIA GPU is visible.", "Use backend.device=auto or cpu.")
+        yield Objection("no_gpu", "backend.device", "no NVIDIA GPU is visible.")
+    if options.torch_compile and (old := _older_than(COMPILE_CAPABILITY, used)):
+        fact = f"torch.compile needs compute capability {_dotted(COMPILE_CAPABILITY)}; {old} is too old."
+        yield Objection("compile_unsupported", "backend.torch_compile", fact)
+    if options.cache_implementation == "none":
+        fact = "without a cache every step recomputes the whole sequence, while FLOPs count each token once."
+        yield Objection("no_cache", "backend.cache_implementation", fact)
 
 
-def _parallelism_objections(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
+def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
     strategy, (processes, _) = experiment.parallelism.strategy, process_counts(experiment)
     if strategy == "tensor_parallel" and experiment.quantization.quantization:
-        yield Objection(
-            "tensor_parallel_quantized",
-            "quantization.quantization",
-            "bitsandbytes' weights cannot be split over processes.",
-            "Use pipeline_parallel or data_parallel, or leave quantization off.",
-        )
+        fact = "weights quantized by bitsandbytes cannot be split across processes."
+        yield Objection("tensor_parallel_quantized", "quantization.quantization", fact)
     if strategy == "pipeline_parallel" and not gpus:
-        reason = "pipeline_parallel spreads the layers over GPUs, and the run is on the CPU."
-        yield Objection("pipeline_needs_gpus", "parallelism.strategy", reason, "Choose another strategy.")
-    if not gpus and processes > _cores():
+        fact = "pipeline_parallel spreads the layers over GPUs, and the run is on the CPU."
+        yield Objection("pipeline_needs_gpus", "parallelism.strategy", fact)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not gpus and processes > cores:
         path = "num_processes" if strategy == "none" else "parallelism.degree"
-        reason = f"{processes} processes share {_cores()} processor cores and slow each other."
-        yield Objection("more_processes_than_cores", path, reason, "Lower it.")
+        fact = f"{processes} processes share {cores} processor cores and slow each other down."
+        yield Objection("more_processes_than_cores", path, fact)
     yield from unused_gpus(experiment, gpus)
 
 
-def _tensor_parallel_objections(experiment: Experiment, model: Model | None, host: Host) -> Iterator[Objection]:
-    """Object to a model that cannot be split over the processes; transformers and the model's config know."""
+def _tensor_parallel(
+    experiment: Experiment, options: PytorchBackend, model: Model | None, host: Host
+) -> Iterator[Objection]:
+    """Object to a model that cannot be split over the processes, by transformers and the model's config."""
     parallelism = experiment.parallelism
     if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
         return
-    assert isinstance(experiment.backend, PytorchBackend)
-    if experiment.backend.device == "cpu" and host.gpus:
-        reason = "transformers splits a model over the GPUs where any is visible."
-        remedy = "Hide them: CUDA_VISIBLE_DEVICES='' lem …, or leave backend.device out."
-        yield Objection("tensor_parallel_beside_gpus", "backend.device", reason, remedy)
+    if options.device == "cpu" and host.gpus:
+        fact = "transformers splits a model over GPUs wherever any is visible."
+        yield Objection("tensor_parallel_beside_gpus", "backend.device", fact)
     if model is None or ("auto_map" in model.config and not experiment.trust_remote_code):
         return
-    import transformers  # seconds, but only where a model is to be split
+    import transformers  # takes seconds, so only if a model is to be split
 
     transformers.logging.set_verbosity_error()
     try:
@@ -93,30 +94,25 @@ def _tensor_parallel_objections(experiment: Experiment, model: Model | None, hos
         )
         split_over_ranks(config, parallelism.degree)
     except RunError as error:
-        yield Objection("tensor_parallel_unsplittable", "parallelism.strategy", str(error), "")
+        yield Objection("tensor_parallel_unsplittable", "parallelism.strategy", str(error))
     except (OSError, ValueError):
         return  # transformers does not know the model: loading it says why
 
 
-def _cores() -> int:
-    """Return the processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ------------------------------------------------------------------ what a GPU can do
 def _older_than(capability: tuple[int, int], gpus: Sequence[Gpu]) -> str | None:
-    """Return the name of a GPU of a lesser compute capability, with it; None when there is none or it is not known."""
+    """Return the name of a GPU whose compute capability is known and too low, with it; None if there is none."""
     for gpu in gpus:
         if gpu.compute_capability is not None and gpu.compute_capability < capability:
             return f"{gpu.name} (compute capability {_dotted(gpu.compute_capability)})"
     return None
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
-def _attention_objections(
+def _attention(
     options: PytorchBackend, experiment: Experiment, model: Model | None, host: Host, used: Sequence[Gpu]
 ) -> Iterator[Objection]:
     kernel, path = options.attn_implementation, "backend.attn_implementation"
@@ -124,103 +120,75 @@ def _attention_objections(
     if package is None:
         return
     if not host.has(package):
-        reason = f"{kernel} needs the package {package}."
-        yield Objection("missing_package", path, reason, "Install it, or use sdpa.")
+        yield Objection("missing_package", path, f"{kernel} needs the package {package}.")
     if not used:
-        yield Objection("attention_needs_gpu", path, f"{kernel} runs on NVIDIA GPUs only.", "Use sdpa or eager.")
+        yield Objection("attention_needs_gpu", path, f"{kernel} runs on NVIDIA GPUs only.")
     elif old := _older_than(ATTENTION_CAPABILITY[kernel], used):
-        reason = f"{kernel} needs compute capability {_dotted(ATTENTION_CAPABILITY[kernel])}, the GPU is a {old}."
-        yield Objection("attention_unsupported", path, reason, "Use sdpa.")
+        fact = f"{kernel} needs compute capability {_dotted(ATTENTION_CAPABILITY[kernel])}; {old} is too old."
+        yield Objection("attention_unsupported", path, fact)
     if checkpoint_dtype(experiment, model) == "float32":
-        yield Objection("attention_float32", path, f"{kernel} has no float32.", "Use fp_precision float16 or bfloat16.")
+        yield Objection("attention_float32", path, f"{kernel} has no float32.")
 
 
-def _compile_objections(options: PytorchBackend, used: Sequence[Gpu]) -> Iterator[Objection]:
-    if options.torch_compile and (old := _older_than(COMPILE_CAPABILITY, used)):
-        reason = f"torch.compile needs compute capability {_dotted(COMPILE_CAPABILITY)}, the GPU is a {old}."
-        yield Objection("compile_unsupported", "backend.torch_compile", reason, "Leave it off.")
-
-
-def _precision_objections(experiment: Experiment, model: Model | None, used: Sequence[Gpu]) -> Iterator[Objection]:
+def _precision(experiment: Experiment, model: Model | None, used: Sequence[Gpu]) -> Iterator[Objection]:
     quantization = experiment.quantization
     if not used and experiment.fp_precision == "float16":
-        yield Objection(
-            "float16_on_cpu",
-            "fp_precision",
-            "most CPUs emulate float16, which is slow.",
-            "Use float32 or bfloat16 for numbers that matter.",
-        )
+        yield Objection("float16_on_cpu", "fp_precision", "most CPUs emulate float16, which is slow.")
     old = _older_than(BFLOAT16_CAPABILITY, used)
     if old is None:
         return
-    reason = f"a {old} has no bfloat16 arithmetic."
+    fact = f"{old} has no bfloat16 arithmetic."
     if checkpoint_dtype(experiment, model) == "bfloat16":
-        yield Objection("bfloat16_emulated", "fp_precision", reason, "Use float16.")
+        yield Objection("bfloat16_emulated", "fp_precision", fact)
     if quantization.quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype == "bfloat16":
-        yield Objection("bfloat16_emulated", "quantization.bnb_4bit_compute_dtype", reason, "Use float16.")
-
-
-def _cache_objections(options: PytorchBackend) -> Iterator[Objection]:
-    if options.cache_implementation == "none":
-        yield Objection(
-            "no_cache",
-            "backend.cache_implementation",
-            "without a cache every step recomputes the whole sequence; FLOPs count each token once.",
-            "Use dynamic unless that is what you study.",
-        )
+        yield Objection("bfloat16_emulated", "quantization.bnb_4bit_compute_dtype", fact)
 
 
 # ------------------------------------------------------------------ continuous batching
-def _continuous_objections(experiment: Experiment, options: PytorchBackend, model: Model | None) -> Iterator[Objection]:
+def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | None) -> Iterator[Objection]:
     if experiment.batching.strategy != "continuous":
         return
+    code, strategy, cache = "no_continuous_batching", experiment.parallelism.strategy, options.cache_implementation
     yield from _unavailable(model)
-    strategy, cache = experiment.parallelism.strategy, options.cache_implementation
     if options.attn_implementation == "flex_attention":
-        reason, remedy = "flex_attention does not read a cache of pages.", "Use auto, sdpa, eager or flash attention."
-        yield Objection("no_continuous_batching", "backend.attn_implementation", reason, remedy)
+        fact = "flex_attention cannot read the paged cache of continuous batching; sdpa, eager and flash attention can."
+        yield Objection(code, "backend.attn_implementation", fact)
     if cache != "dynamic":
-        reason = f"continuous batching has a cache of pages, and {cache} is asked for."
-        yield Objection("no_continuous_batching", "backend.cache_implementation", reason, "Leave it out.")
-    if options.torch_compile:
-        reason = "each step of continuous batching has another shape, and would be compiled anew."
         yield Objection(
-            "no_continuous_batching", "backend.torch_compile", reason, "Leave it off, or use static batching."
+            code, "backend.cache_implementation", f"continuous batching has a paged cache, not a {cache} one."
         )
+    if options.torch_compile:
+        fact = "each step of continuous batching has another shape and would be recompiled."
+        yield Objection(code, "backend.torch_compile", fact)
     if strategy in ("tensor_parallel", "pipeline_parallel"):
-        reason = f"this backend has no continuous batching with {strategy}."
-        yield Objection("no_continuous_batching", "parallelism.strategy", reason, "Use data_parallel, or backend=vllm.")
+        fact = (
+            f"the pytorch backend cannot batch continuously with {strategy}; it can with data_parallel, and vllm can."
+        )
+        yield Objection(code, "parallelism.strategy", fact)
 
 
 def _unavailable(model: Model | None) -> Iterator[Objection]:
-    path, remedy = "batching.strategy", "Choose static, or backend=vllm."
+    code, path = "continuous_unavailable", "batching.strategy"
     if pytorch_continuous.is_too_old():
-        oldest = ".".join(map(str, pytorch_continuous.OLDEST))
-        reason = f"transformers {pytorch_continuous.version()} is installed; continuous batching here needs {oldest}."
-        yield Objection(
-            "continuous_unavailable", path, reason, f"pip install 'transformers>={oldest}', or choose static."
-        )
+        oldest, version = _dotted(pytorch_continuous.OLDEST), pytorch_continuous.version()
+        fact = f"transformers {version} is too old for it (pip install 'transformers>={oldest}')."
+        yield Objection(code, path, fact)
     if model is None:
         return
     kind = str(model.config.get("model_type"))
     if pytorch_continuous.can_run(kind) is False:
-        reason = f"transformers cannot exchange the attention of a {kind} model, so there can be no cache of pages."
-        yield Objection("continuous_unavailable", path, reason, remedy)
+        fact = f"transformers cannot replace the attention of a {kind} model, so it cannot use a paged cache."
+        yield Objection(code, path, fact)
     strange = sorted(set(model.config.get("layer_types") or ()) - pytorch_continuous.LAYER_TYPES)
     if strange:
-        reason = f"{model.name} has layers of {', '.join(strange)}, for which transformers has no cache of pages."
-        yield Objection("continuous_unavailable", path, reason, remedy)
+        fact = f"{model.name} has layers of {', '.join(strange)}, for which transformers has no paged cache."
+        yield Objection(code, path, fact)
 
 
-# ------------------------------------------------------------------ packages and adapters
-def _package_objections(experiment: Experiment, host: Host) -> Iterator[Objection]:
+# ------------------------------------------------------------------ packages
+def _packages(experiment: Experiment, host: Host) -> Iterator[Objection]:
     if experiment.adapter is not None and not host.has("peft"):
-        reason = "LoRA adapters need the package peft."
-        yield Objection("missing_package", "adapter", reason, "pip install 'lem[lora]'.")
+        yield Objection("missing_package", "adapter", "LoRA adapters need the package peft (pip install 'lem[lora]').")
     if experiment.quantization.quantization and not host.has("bitsandbytes"):
-        yield Objection(
-            "missing_package",
-            "quantization.quantization",
-            "quantized weights need the package bitsandbytes.",
-            "pip install 'lem[bitsandbytes]'.",
-        )
+        fact = "quantized weights need the package bitsandbytes (pip install 'lem[bitsandbytes]')."
+        yield Objection("missing_package", "quantization.quantization", fact)

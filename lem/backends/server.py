@@ -1,7 +1,7 @@
 """A server that is started for a run and ends with it: its command, its log, its processes.
 
-Knows neither its protocol nor what it is asked. That nobody of it is left behind is the guardian's work, a process
-between this one and the server that outlives both.
+Knows neither the server's protocol nor its requests. A guardian, a process between this one and the server that
+outlives both, ends all of the server's processes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from lem.errors import RunError
 from lem.machine.processes import family_of, kill
 
 LOG_NAME = "server.log"
-LOG_LINES = 5
-LONGEST_END = 900
-# The guardian ends by itself; on a machine with other work it takes a while until the kernel has cleared away a server.
+# Lines and characters of the end of a log in a message.
+LOG_LINES, LONGEST_END = 5, 900
+# The guardian needs `GRACE_S`; on a busy machine it takes a while until the kernel has cleared away a server.
 ENDING_S = guardian.GRACE_S + 8.0
 
 
@@ -31,7 +32,7 @@ class Server:
     """One server, from its start to its end."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Take note of what is to be started.
+        """Keep what is to be started.
 
         Args:
             command: the program and its arguments.
@@ -43,14 +44,18 @@ class Server:
         self._guardian: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; raises `RunError` when there is no such program."""
+        """Start it.
+
+        Raises:
+            RunError: there is no such program.
+        """
         program = program_path(self._command[0])
         if program is None:
             raise RunError(f"There is no program {self._command[0]} to start the server with.")
         guard = [sys.executable, "-I", guardian.__file__, program, *self._command[1:]]
         with self._log.open("ab") as output:
             self._log_start = output.tell()
-            # A session of its own: Ctrl-C in a terminal is for lem, which then ends the server.
+            # In another session: Ctrl-C in a terminal is for lem, which then ends the server.
             self._guardian = subprocess.Popen(
                 guard,
                 stdin=subprocess.PIPE,
@@ -61,35 +66,38 @@ class Server:
             )
 
     def how_it_ended(self, patience_s: float = 0.0) -> str | None:
-        """Return a sentence about its end, with what it said last; None while it runs, after waiting that long."""
+        """Return a sentence about its end, with the end of its log; None if it still runs after waiting that long."""
         if self._guardian is None:
             return None
         try:
             code = self._guardian.wait(patience_s)
         except subprocess.TimeoutExpired:
             return None
-        return f"The server {_how(code)}.{self.last_words()}"
+        number = -code if code < 0 else code - guardian.KILLED
+        is_signal = number in set(signal.Signals)
+        how = f"was ended by {signal.Signals(number).name}" if is_signal else f"ended with exit code {code}"
+        return f"The server {how}.{self.last_words()}"
 
     def last_words(self) -> str:
-        """Return the end of its log as a sentence after others; empty when it has said nothing."""
+        """Return the end of its log as a sentence that follows others; empty for an empty log."""
         with self._log.open("rb") as file:
             file.seek(self._log_start)
-            said = (line.strip() for line in file.read().decode(errors="replace").splitlines())
-        lines = [line for line in said if line.strip("^~ ")]  # without Python's marks below a line
-        return (
-            f" Its log ends: {' | '.join(lines[-LOG_LINES:])[-LONGEST_END:]} (all of it: {self._log})" if lines else ""
-        )
+            written = (line.strip() for line in file.read().decode(errors="replace").splitlines())
+        lines = [line for line in written if line.strip("^~ ")]  # without Python's marks below a line
+        end = " | ".join(lines[-LOG_LINES:])[-LONGEST_END:]
+        return f" Its log ends: {end} (all of it: {self._log})" if lines else ""
 
     def processes(self) -> list[Any]:
-        """Return its processes as psutil knows them."""
+        """Return its processes, as psutil's."""
         return [] if self._guardian is None else family_of([self._guardian.pid])[1:]
 
     def close(self) -> None:
-        """End it and wait until it is gone."""
+        """End it, and wait until it is gone."""
         if self._guardian is None:
             return
         assert self._guardian.stdin is not None
-        self._guardian.stdin.close()
+        with suppress(OSError):
+            self._guardian.stdin.close()
         try:
             self._guardian.wait(ENDING_S)
         except subprocess.TimeoutExpired:
@@ -98,27 +106,20 @@ class Server:
         self._guardian = None
 
 
-def _how(code: int) -> str:
-    number = -code if code < 0 else code - guardian.KILLED
-    if number in set(signal.Signals):
-        return f"was ended by {signal.Signals(number).name}"
-    return f"ended with exit code {code}"
-
-
 def program_path(program: str) -> str | None:
     """Return where a program lies: on PATH, or beside the Python that runs lem; None when it is in neither."""
     return shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
+    """Return a port of this machine at which nothing is listening."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def answers(host: str, port: int, timeout_s: float) -> bool:
-    """Tell whether somebody takes connections at an address."""
+    """Return whether something is listening at an address."""
     try:
         with socket.create_connection((host, port), timeout_s):
             return True
@@ -127,7 +128,7 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return a server's variables: this process's, with the GPUs that it is to see; None leaves those alone."""
+    """Return a server's variables: this process's, with these GPUs visible; None leaves visibility alone."""
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
     variables.pop("PYTHONSAFEPATH", None)  # of lem's own processes; a user's server may lie beside its modules
     if shown_gpus is not None:

@@ -1,7 +1,7 @@
-"""An engine with exactly known times and tokens, for trying grids and for tests. No model runs.
+"""An engine with exactly known times and tokens, for trying out grids and for tests. No model runs.
 
 A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. A prompt's
-tokens are its words; the output's length follows from the seed and the prompt's position.
+tokens are its words; the seed and the prompt's position decide the length of the output.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ END_TOKEN = 0
 
 
 class Simulated(Backend):
-    """See the module."""
+    """The simulated engine."""
 
-    tells = frozenset(["prefill"])
+    reports = frozenset(["prefill"])
 
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, SimulatedBackend)
@@ -41,25 +41,27 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to more GPUs than there are, and to options of a model: none runs."""
+        """Object to more GPUs than are visible, and to options of a model, since none runs."""
         assert isinstance(experiment.backend, SimulatedBackend)
-        return [*_gpu_objections(experiment.backend, host), *_model_objections(experiment)]
+        needed, visible = experiment.backend.gpus, len(host.gpus)
+        too_few = Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {needed}, visible: {visible}.")
+        return [*([too_few] if needed > visible else []), *_ignored(experiment)]
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether GPUs are claimed."""
+        """Return whether it claims GPUs."""
         assert isinstance(experiment.backend, SimulatedBackend)
         return experiment.backend.gpus > 0
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the first visible GPUs, as many as are claimed."""
+        """Return the GPUs that it claims: the first visible ones."""
         return host.gpus[: self._options.gpus]
 
     def load(self) -> None:
         """Do nothing: there is no model."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Take each word as a token."""
+        """Make a token of each word."""
         limit = self._experiment.max_input_tokens
         encoded = []
         for index, text in enumerate(texts):
@@ -68,7 +70,7 @@ class Simulated(Backend):
         return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Sleep as long as the batch takes, then yield its prompts."""
+        """Sleep for as long as a batch takes, then yield its outputs."""
         start_ns = time.perf_counter_ns()  # planning is part of the work
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
@@ -93,10 +95,10 @@ class Simulated(Backend):
             start_ns = time.perf_counter_ns()
 
     def _work(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
-        """Sleep through prefill and decoding; return when each was done, and when streaming, each step.
+        """Sleep through prefill and decode; return when each ended and, when streaming, when each step did.
 
-        It sleeps to moments, not for times, and what it wakes late by is taken off the next batch: else it would add
-        up, and batches would take longer than they are said to.
+        Sleeps until moments, not for durations, and takes any delay in waking off the next batch; otherwise delays
+        would add up and batches would take too long.
         """
         due_ns = start_ns - self._late_ns + round(self._prefill_s(members) * NS_PER_S)
         prefill_end_ns = _sleep_until(due_ns)
@@ -105,12 +107,12 @@ class Simulated(Backend):
         chunks = [Chunk(_sleep_until(due_ns + round(step * step_ns)), 1) for step in timed]
         due_ns += round(steps * step_ns)
         end_ns = _sleep_until(due_ns)
-        # After a long stop it does not rush.
+        # Does not rush after a long interruption.
         self._late_ns = min(end_ns - due_ns, end_ns - start_ns)
         return prefill_end_ns, chunks, end_ns
 
     def peak_memory(self) -> Memory:
-        """Return this process's own peak."""
+        """Return this process's peak."""
         return Memory(peak_memory_bytes(), "process, since its start")
 
     def model_info(self) -> ModelInfo | None:
@@ -122,7 +124,7 @@ class Simulated(Backend):
         return EngineInfo("simulated", __version__, "none", "none", {})
 
     def warnings(self) -> list[CodedWarning]:
-        """Say that nothing here was measured on a model."""
+        """Warn that nothing here was measured on a model."""
         return [warning("simulated", "No model ran: times and tokens are simulated.")]
 
     def _output(self, prompt: Encoded) -> tuple[int, ...]:
@@ -137,7 +139,7 @@ class Simulated(Backend):
 
 
 def _sleep_until(moment_ns: int) -> int:
-    """Sleep until a moment of `time.perf_counter_ns`, and return when it really was."""
+    """Sleep until a moment of `time.perf_counter_ns`; return the moment of waking."""
     left_ns = moment_ns - time.perf_counter_ns()
     if left_ns > 0:
         time.sleep(left_ns / NS_PER_S)
@@ -148,14 +150,8 @@ def _finish_reason(output: Sequence[int]) -> FinishReason:
     return "stop" if output[-1] == END_TOKEN else "length"
 
 
-# ------------------------------------------------------------------ objections
-def _gpu_objections(options: SimulatedBackend, host: Host) -> Iterator[Objection]:
-    if options.gpus > len(host.gpus):
-        reason = f"GPUs asked for: {options.gpus}, visible: {len(host.gpus)}."
-        yield Objection("too_few_gpus", "backend.gpus", reason, "Lower it.")
-
-
-def _model_objections(experiment: Experiment) -> Iterator[Objection]:
+def _ignored(experiment: Experiment) -> Iterator[Objection]:
+    """Object to options of a model, which does not run here."""
     weights = {
         "revision": experiment.revision is not None,
         "adapter": experiment.adapter is not None,
@@ -169,6 +165,6 @@ def _model_objections(experiment: Experiment) -> Iterator[Objection]:
         "parallelism.strategy": experiment.parallelism.strategy in ("tensor_parallel", "pipeline_parallel"),
     }
     for path in (path for path, is_set in weights.items() if is_set):
-        yield without_effect("no_weights_to_change", path, "no model is loaded.", "Leave it out.")
+        yield without_effect("no_weights_to_change", path, "no model is loaded.")
     for path in (path for path, is_set in ways.items() if is_set):
-        yield without_effect("no_effect_on_simulation", path, "no model runs.", "Choose another backend to use it.")
+        yield without_effect("no_effect_on_simulation", path, "no model runs.")

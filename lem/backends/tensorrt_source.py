@@ -1,7 +1,7 @@
 """What the installed TensorRT-LLM accepts, read off its source: arguments, those of their parts, and values of some.
 
-Importing it takes many seconds and looks for GPUs; parsing the files with its arguments takes a tenth of one. Knows no
-experiment. Where the source is laid out in another way nothing is told, and the engine itself has to refuse.
+Importing it takes many seconds and looks for GPUs; parsing the files with its arguments takes 0.1 s. Where the source
+is laid out in another way, what it accepts is unknown, and the engine itself has to refuse. Knows no experiment.
 Written against `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at the commits that docs/tensorrt.md names.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 PACKAGE, DISTRIBUTION = "tensorrt_llm", "tensorrt-llm"
 ARGUMENTS = "TorchLlmArgs"
 SPECULATION = "DecodingBaseConfig"
-# Where classes of arguments are defined: all but the last two have been the place of LoraConfig.
+# Where classes of arguments are defined; LoraConfig has been in each but the last two.
 FILES = (
     "llmapi/llm_args.py",
     "_torch/peft/lora/config.py",
@@ -26,9 +26,9 @@ FILES = (
     "llmapi/llm.py",
     "sampling_params.py",
 )
-# Where tokens are drawn: one file in former versions, a folder since.
+# Where tokens are sampled: one file in former versions, a folder since.
 SAMPLERS = ("_torch/pyexecutor/sampler.py", "_torch/pyexecutor/sampler/*.py")
-# Where a request is made: what it does not leave in its sampling_config it keeps as py_<option>.
+# Where a request is made: it keeps an option in its sampling_config, or as py_<option>.
 REQUESTS = ("_torch/pyexecutor/llm_request.py",)
 SAMPLING_CONFIG, KEPT = "sampling_config", "py_"
 GENERATE = "generate_async"
@@ -36,7 +36,7 @@ GENERATE = "generate_async"
 
 @dataclass(frozen=True)
 class Argument:
-    """A field of a class of arguments: its type as it stands there, and its default; None where there is none."""
+    """A field of a class of arguments: its annotation, and its default, None for a required one."""
 
     annotation: ast.expr
     default: ast.expr | None
@@ -52,7 +52,7 @@ def version() -> str:
 
 # ------------------------------------------------------------------ arguments
 def arguments(of: str = ARGUMENTS) -> dict[str, Argument]:
-    """Return the arguments that a class takes, those of its bases included; empty when they cannot be told."""
+    """Return the arguments of a class, those of its bases included; empty when unknown."""
     defined = _definitions().get(of)
     if not isinstance(defined, ast.ClassDef):
         return {}
@@ -71,7 +71,7 @@ def _fields(defined: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
 
 
 def _default(value: ast.expr | None) -> ast.expr | None:
-    """Return what stands for a default, inside of Field(…) or outside."""
+    """Return the default, inside Field(…) or outside."""
     if not isinstance(value, ast.Call) or _called(value) not in ("Field", "PydanticField"):
         return value
     named = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -83,7 +83,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of arguments that an argument of the LLM is made of; None for a value, or for several."""
+    """Return the class of an argument of LLM that has arguments itself; None for a value, or for several classes."""
     argument = arguments().get(name)
     if argument is None:
         return None
@@ -106,7 +106,7 @@ def _classes(annotation: ast.expr) -> list[str]:
 
 # ------------------------------------------------------------------ values
 def choices(argument: str, of: str = ARGUMENTS) -> tuple[str, ...]:
-    """Return the values that an argument may have by its type; empty when it may have any, or they cannot be told."""
+    """Return the values that an argument may have by its type; empty when it may have any, or they are unknown."""
     found = arguments(of).get(argument)
     return () if found is None else tuple(dict.fromkeys(_values(found.annotation)))
 
@@ -126,7 +126,7 @@ def _values(annotation: ast.expr) -> Iterator[str]:
 
 
 def decoding_types() -> dict[str, str]:
-    """Return the ways to draft tokens, and the class of arguments of each; empty when they cannot be told."""
+    """Return the ways to draft tokens, and the class of arguments of each; empty when unknown."""
     found = {}
     for name, defined in _definitions().items():
         if isinstance(defined, ast.ClassDef) and SPECULATION in _bases(name):
@@ -140,29 +140,28 @@ def decoding_types() -> dict[str, str]:
 
 def _bases(name: str) -> list[str]:
     defined = _definitions().get(name)
-    direct = (
-        [base.id for base in defined.bases if isinstance(base, ast.Name)] if isinstance(defined, ast.ClassDef) else []
-    )
+    bases = defined.bases if isinstance(defined, ast.ClassDef) else ()
+    direct = [base.id for base in bases if isinstance(base, ast.Name)]
     return direct + [further for base in direct for further in _bases(base)]
 
 
 # ------------------------------------------------------------------ behaviour
 def sampling_options_read() -> frozenset[str]:
-    """Return the sampling options that the installed sampler looks at; empty when it cannot be told."""
+    """Return the sampling options that the installed sampler reads; empty when unknown."""
     folder = _folder()
-    return frozenset() if folder is None else sampling_options_looked_at(folder) | sampling_options_kept(folder)
+    return frozenset() if folder is None else sampling_options_in_config(folder) | sampling_options_kept(folder)
 
 
-def sampling_options_looked_at(package: Path) -> frozenset[str]:
-    """Return the options that the samplers of the package in a folder look at in a request's sampling_config."""
+def sampling_options_in_config(package: Path) -> frozenset[str]:
+    """Return the options that a package's samplers read in a request's sampling_config."""
     return _of_sampling_config(_attributes(package, SAMPLERS))
 
 
 def sampling_options_kept(package: Path) -> frozenset[str]:
-    """Return the options that a request takes out of its sampling_config and the samplers look at as py_<option>."""
-    seen = {name for _, name in _attributes(package, SAMPLERS)}
-    taken = _of_sampling_config(_attributes(package, REQUESTS))
-    return frozenset(option for option in taken if f"{KEPT}{option}" in seen)
+    """Return the options that a request keeps as py_<option>, and that a package's samplers read there."""
+    read = {name for _, name in _attributes(package, SAMPLERS)}
+    kept = _of_sampling_config(_attributes(package, REQUESTS))
+    return frozenset(option for option in kept if f"{KEPT}{option}" in read)
 
 
 def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str]:
@@ -171,7 +170,7 @@ def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str
 
 @cache
 def _attributes(package: Path, patterns: tuple[str, ...]) -> frozenset[tuple[str, str]]:
-    """Return what files look at, as the owner's name and the attribute's: `a.b.c` and `getattr(b, "c")` as b, c."""
+    """Return the attributes that files read, with their owners' names: `a.b.c` and `getattr(b, "c")` as b, c."""
     found = set()
     for file in [file for pattern in patterns for file in package.glob(pattern)]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -187,7 +186,7 @@ def _last_name(node: ast.expr) -> str:
 
 
 def generate_arguments() -> frozenset[str]:
-    """Return the arguments of the call that takes a request; empty when they cannot be told."""
+    """Return the arguments of the call that takes a request; empty when unknown."""
     for defined in _definitions().values():
         for node in defined.body if isinstance(defined, ast.ClassDef) else ():
             if isinstance(node, ast.FunctionDef) and node.name == GENERATE:

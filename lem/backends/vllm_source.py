@@ -1,14 +1,14 @@
-"""What the installed vLLM accepts, read off its source: its arguments and the values of some of them.
+"""What the installed vLLM accepts, read off its source, and what can be asked of its workers.
 
-Importing vLLM takes ten seconds and more, parsing the file with its arguments 40 ms. Knows no experiment. Where the
-source is laid out in another way nothing is told, and the engine itself has to refuse.
+Importing vLLM takes ten seconds and more, parsing the file with its arguments 40 ms. Where the source is laid out in
+another way, what it accepts is unknown, and the engine itself has to refuse. Knows no experiment.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache, reduce
 from importlib import util
 from operator import or_
@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from lem.machine import host
 from lem.machine.host import peak_memory_bytes
-from lem.record import CodedWarning
-from lem.warning_codes import warning
 
+# Types of arguments that are checked.
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
+# The class of the engine's arguments, and its file.
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
-# Types of arguments that are a choice of names, and where they are defined.
+# Types of arguments that are a choice of names, and their files.
 CHOICES = {
     "kv_cache_dtype": ("config/cache.py", "CacheDType"),
     "attention_backend": ("v1/attention/backends/registry.py", "AttentionBackendEnum"),
@@ -30,10 +30,22 @@ CHOICES = {
     "quantization": ("model_executor/layers/quantization/__init__.py", "QuantizationMethods"),
     "speculative.method": ("config/speculative.py", "SpeculativeMethod"),
 }
+# The engine's counters, and their names in records.
+COUNTERS = {
+    "vllm:prompt_tokens": "prompt_tokens",
+    "vllm:generation_tokens": "generation_tokens",
+    "vllm:prefix_cache_queries": "prefix_cache_queried_tokens",
+    "vllm:prefix_cache_hits": "prefix_cache_hit_tokens",
+    "vllm:num_preemptions": "preemptions",
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "accepted_draft_tokens",
+}
 
 
+# ------------------------------------------------------------------ source
 def is_built_for_cpu() -> bool:
-    """Tell whether the installed vLLM is a build without CUDA."""
+    """Return whether the installed vLLM is a build without CUDA."""
     return host.is_built_for_cpu("vllm")
 
 
@@ -43,15 +55,15 @@ def version() -> str:
 
 
 def arguments() -> frozenset[str]:
-    """Return the names of the engine's arguments; empty when they cannot be told."""
+    """Return the names of the engine's arguments; empty when unknown."""
     return frozenset(_annotations())
 
 
 def type_of(argument: str) -> tuple[str, Any] | None:
-    """Return an argument's type where it is plain, in words and as a type; None where it is not.
+    """Return an argument's type in words and as a type; None where it is not plain.
 
-    Plain are int, float, bool, str and texts to choose from, and null besides. Names of types that are defined
-    elsewhere are not looked up: the engine may take more for those than they say.
+    Plain are int, float, bool, str, a choice of texts, and null besides one of these. Names of types that are defined
+    elsewhere are not looked up: the engine may accept more than they say.
     """
     annotation = _annotations().get(argument)
     if annotation is None or not (members := list(_plain_members(annotation))) or None in members:
@@ -69,7 +81,7 @@ def _annotations() -> dict[str, ast.expr]:
 
 
 def _plain_members(annotation: ast.expr) -> Iterator[Any]:
-    """Yield the plain types that a type is made of, and None for whatever else is in it."""
+    """Yield the plain types that a type is made of, and None for any other part."""
     match annotation:
         case ast.BinOp(left, ast.BitOr(), right):
             yield from _plain_members(left)
@@ -87,13 +99,13 @@ def _plain_members(annotation: ast.expr) -> Iterator[Any]:
 
 
 def choices(argument: str) -> tuple[str, ...]:
-    """Return the values that an argument may have; empty when they cannot be told."""
+    """Return the values that an argument may have; empty when unknown."""
     file, name = CHOICES[argument]
     return tuple(dict.fromkeys(_members(file, name)))
 
 
 def _members(file: str, name: str) -> Iterator[str]:
-    """Yield the names of an enumeration, or the texts of a Literal, those of other Literals in it included."""
+    """Yield the names of an enumeration, or the texts of a Literal and of other Literals in it."""
     defined = _definitions(file).get(name)
     if isinstance(defined, ast.ClassDef):
         for member in defined.body:
@@ -122,69 +134,47 @@ def _definitions(file: str) -> dict[str, ast.AST]:
     return found
 
 
-# The engine's counters and what they are called in records.
-COUNTERS = {
-    "vllm:prompt_tokens": "prompt_tokens",
-    "vllm:generation_tokens": "generation_tokens",
-    "vllm:prefix_cache_queries": "prefix_cache_queried_tokens",
-    "vllm:prefix_cache_hits": "prefix_cache_hit_tokens",
-    "vllm:num_preemptions": "preemptions",
-    "vllm:spec_decode_num_drafts": "drafts",
-    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
-    "vllm:spec_decode_num_accepted_tokens": "accepted_draft_tokens",
-}
-
-
-def warnings_of(counts: Mapping[str, float]) -> Iterator[CodedWarning]:
-    """Say so where the engine did less or more work than the tokens say."""
-    if hits := counts.get("prefix_cache_hit_tokens"):
-        share = hits / counts["prefix_cache_queried_tokens"]
-        yield warning("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache.")
-    if preemptions := counts.get("preemptions"):
-        text = f"requests were put off {preemptions:.0f} times for want of cache, and computed anew."
-        yield warning("preempted", text)
-
-
-def attention_backends(worker: Any) -> list[str]:
+# ------------------------------------------------------------------ functions that run in a worker
+def worker_kernels(worker: Any) -> list[str]:
     """Return the kernels of the model's attention layers."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
     return sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")})
 
 
-def weights(worker: Any) -> tuple[int, int]:
+def worker_weights(worker: Any) -> tuple[int, int]:
     """Return the number of the model's weights, and their size in bytes."""
     parameters = list(worker.model_runner.get_model().parameters())
     return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
 
-def device_uuid(_worker: Any) -> str:
-    """Return the GPU that the worker computes on."""
+def worker_gpu_uuid(_worker: Any) -> str:
+    """Return the UUID of the GPU that the worker computes on."""
     import torch
 
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def synchronize(_worker: Any) -> None:
-    """Wait until the worker's GPU has done what it was given."""
+def worker_synchronize(_worker: Any) -> None:
+    """Wait until the worker's GPU has finished its work."""
     import torch
 
     torch.cuda.synchronize()
 
 
-def reset_peak(_worker: Any) -> None:
+def worker_reset_gpu_peak(_worker: Any) -> None:
     """Reset the CUDA allocator's peak."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
 
 
-def peak_on_gpu(_worker: Any) -> int:
+def worker_gpu_peak(_worker: Any) -> int:
     """Return the CUDA allocator's peak since the reset, in bytes."""
     import torch
 
     return int(torch.cuda.max_memory_allocated())
 
 
-def peak_of_process(_worker: Any) -> int | None:
+def worker_process_peak(_worker: Any) -> int | None:
     """Return the worker process's own peak, in bytes."""
     return peak_memory_bytes()

@@ -1,11 +1,19 @@
-"""What the commands share: the app they belong to, and the options that several of them have."""
+"""What the commands share: the app they belong to, options that several have, and how errors are printed."""
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lem.errors import Interrupted, LemError
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="Measure what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.",
@@ -19,9 +27,43 @@ ResultsDir = Annotated[
     typer.Option("--results-dir", "-o", help="Results directory (default: LLM_ENERGY_RESULTS_DIR, else results/)."),
 ]
 
+AnyMachine = Annotated[
+    bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
+]
+
 ConfigDir = Annotated[
     Path | None,
     typer.Option(
-        "--config-dir", help="Directory of your own presets, datasets, … (default: conf/ beside the config file)."
+        "--config-dir", help="Directory with your own presets, datasets, … (default: conf/ beside the config file)."
     ),
 ]
+
+
+def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> int:
+    """Run a command and return its exit code; print an error that lem raises on purpose, `shown` line by line."""
+    try:
+        return run()
+    except Interrupted as stop:
+        ignore_ctrl_c()
+        log_origin(stop)
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        ignore_ctrl_c()
+        return Interrupted.exit_code
+    except LemError as error:
+        log_origin(error)
+        for line in str(error).splitlines():
+            print(f"Error: {shown(line)}", file=sys.stderr)
+        return error.exit_code
+
+
+def ignore_ctrl_c() -> None:
+    """Ignore Ctrl-C from here on: the command is ending, with its exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def log_origin(error: Exception) -> None:
+    """Log an error's traceback, and that of its cause (raise … from None)."""
+    error.__suppress_context__ = False
+    log.debug("where the error comes from", exc_info=error)

@@ -6,20 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lem.cli import flags
 from lem.cli.base import ConfigDir, ResultsDir, app
-from lem.cli.flags import (
-    DatasetFlag,
-    ForceFlag,
-    FreshFlag,
-    ModelFlag,
-    NoAggregateFlag,
-    PresetFlag,
-    PromptsFlag,
-    SampleSizeFlag,
-    dataset_flags,
-    is_override,
-    value_flags,
-)
 from lem.errors import ConfigError
 
 
@@ -29,39 +17,41 @@ def batch(
         list[str],
         typer.Argument(
             metavar="PATTERN… | KEY=VALUE",
-            help="Config files, folders or quoted patterns ('configs/**/*.yaml'), and Hydra overrides for all.",
+            help="Config files, folders or quoted patterns ('configs/**/*.yaml'), and Hydra overrides for all files.",
             show_default=False,
         ),
     ],
-    dataset: DatasetFlag = None,
-    prompts: PromptsFlag = None,
-    sample_size: SampleSizeFlag = None,
-    preset: PresetFlag = None,
-    model: ModelFlag = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Experiments at a time, each with GPUs of its own.")] = 1,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Begin no other experiment after one failed.")] = False,
+    dataset: flags.Dataset = None,
+    prompts: flags.Prompts = None,
+    sample_size: flags.SampleSize = None,
+    preset: flags.Preset = None,
+    model: flags.Model = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Number of experiments at a time, each on its own GPUs.")] = 1,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start no other experiment after a failure.")] = False,
     config_dir: ConfigDir = None,
-    no_aggregate: NoAggregateFlag = False,
+    no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before running.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
-    force: ForceFlag = False,
-    fresh: FreshFlag = False,
+    force: flags.Force = False,
+    fresh: flags.Fresh = False,
 ) -> None:
-    """Run many config files, each an experiment, after all of them have been checked."""
+    """Run many config files, one experiment each, after checking all of them."""
     from lem.studies import batch as batch_app
-    from lem.studies.ask import Options
+    from lem.studies.ask import RunOptions
 
-    overrides = [text for text in arguments if is_override(text)]
-    patterns = [text for text in arguments if text not in overrides]
+    given = [text for text in arguments if flags.is_override(text)]
+    patterns = [text for text in arguments if text not in given]
     if not patterns:
         raise ConfigError("A batch needs config files: name them, their folder, or a pattern such as 'configs/*.yaml'.")
-    flags = [] if preset is None else [f"preset={preset}"]
-    flags += dataset_flags(dataset, prompts)
-    flags += value_flags({"model": model, "dataset.sample_size": sample_size, "io.results_dir": results_dir})
-    options = Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    values = {"model": model, "dataset.sample_size": sample_size, "io.results_dir": results_dir}
+    overrides = [
+        *flags.choice_overrides({"preset": preset}),
+        *flags.dataset_overrides(dataset, prompts),
+        *flags.value_overrides(values),
+        *given,
+    ]
+    options = RunOptions(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
     raise typer.Exit(
-        batch_app.main(
-            patterns, [*flags, *overrides], options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir
-        )
+        batch_app.main(patterns, overrides, options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir)
     )

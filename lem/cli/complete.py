@@ -1,6 +1,6 @@
-"""What a shell's completion offers: presets, datasets, experiment ids. Knows their names, not what they hold.
+"""What shell completion offers: presets, datasets, experiment ids.
 
-A shell asks with each press of the key: nothing heavy is imported, and whatever fails offers nothing.
+A shell calls this at each key press: nothing heavy is imported, and an error offers nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import typer
 
 def presets(incomplete: str) -> list[tuple[str, str]]:
     """Offer presets with their purposes."""
-    return _choices("preset", incomplete)
+    return _options("preset", incomplete)
 
 
 def datasets(incomplete: str) -> list[tuple[str, str]]:
-    """Offer the built-in datasets with what they hold."""
-    return _choices("dataset", incomplete)
+    """Offer the built-in datasets with their content."""
+    return _options("dataset", incomplete)
 
 
 def backends(incomplete: str) -> list[tuple[str, str]]:
     """Offer the backends."""
-    return _choices("backend", incomplete)
+    return _options("backend", incomplete)
 
 
 def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -40,7 +40,7 @@ def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in reversed(ids) if name.startswith(incomplete)]
 
 
-def _choices(group: str, incomplete: str) -> list[tuple[str, str]]:
-    from lem.config.inventory import choices
+def _options(group: str, incomplete: str) -> list[tuple[str, str]]:
+    from lem.config.inventory import summaries
 
-    return [(choice.name, choice.purpose) for choice in choices(group) if choice.name.startswith(incomplete)]
+    return [(option.name, option.purpose) for option in summaries(group) if option.name.startswith(incomplete)]

@@ -1,4 +1,4 @@
-"""`lem config`: checking, showing and making configurations."""
+"""`lem config`: checking, showing and creating configurations."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from lem.cli.base import ConfigDir, ResultsDir, app
+from lem.cli import flags
+from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 
-config_app = typer.Typer(help="Check, show and make configurations.", no_args_is_help=True)
+config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 
@@ -18,14 +19,12 @@ def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Config files.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Let pass what is inadvisable (not what is impossible).")
+        bool, typer.Option("--force", help="Accept what is inadvisable (not what is impossible).")
     ] = False,
-    any_machine: Annotated[
-        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
-    ] = False,
+    any_machine: AnyMachine = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Check config files: text, keys, types, ranges, inheritance, rules; all problems of each at once."""
+    """Check config files: text, keys, types, ranges, inheritance, rules; report all problems of each at once."""
     from lem.cli import validate
 
     raise typer.Exit(
@@ -43,38 +42,31 @@ def show(
             show_default=False,
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from a preset.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", help="Dataset: a name, a hub id or a local file.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Model.")] = None,
+    preset: flags.Preset = None,
+    dataset: flags.Dataset = None,
+    model: flags.Model = None,
     backend: Annotated[str | None, typer.Option(help="Inference backend.")] = None,
     results_dir: ResultsDir = None,
     origin: Annotated[
-        bool, typer.Option("--origin", help="Say of each value where it comes from: file and line, preset, …")
+        bool, typer.Option("--origin", help="Show where each value comes from: file and line, preset, …")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Show what a config file and overrides resolve to, as a config file itself."""
+    """Show what a config file and overrides resolve to, as a complete config file."""
     from lem.cli import validate
-    from lem.cli.experiment import _split_arguments
-    from lem.cli.flags import value_flags
 
-    config_file, overrides = _split_arguments(arguments or [])
-    choices = {"preset": preset, "dataset": dataset, "backend": backend}
-    flags = [f"{group}={option}" for group, option in choices.items() if option is not None]
-    values = {"model": model, "io.results_dir": results_dir}
-    flags += value_flags(values)
-    raise typer.Exit(
-        validate.show(config_file, [*flags, *overrides], config_dir=config_dir, with_origin=origin, as_json=as_json)
-    )
+    config_file, given = flags.split_arguments(arguments or [])
+    overrides = flags.choice_overrides({"preset": preset, "dataset": dataset, "backend": backend})
+    overrides += [*flags.value_overrides({"model": model, "io.results_dir": results_dir}), *given]
+    raise typer.Exit(validate.show(config_file, overrides, config_dir=config_dir, with_origin=origin, as_json=as_json))
 
 
 @config_app.command("generate-grid")
 def generate_grid(
     base: Annotated[
-        Path, typer.Argument(metavar="BASE.yaml", help="The config file that all inherit from.", show_default=False)
+        Path,
+        typer.Argument(metavar="BASE.yaml", help="The config file that the others inherit from.", show_default=False),
     ],
     vary: Annotated[
         list[str],
@@ -92,27 +84,25 @@ def generate_grid(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier grid in that directory; other files stay.")
     ] = False,
-    any_machine: Annotated[
-        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
-    ] = False,
+    any_machine: AnyMachine = False,
     as_group: Annotated[
         bool, typer.Option("--as-group", help="Write whole configs, which plain Hydra reads as options of a group.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
     """Write a config file for each combination of some values, and check them all."""
     from lem.studies import grid
 
-    how = grid.How(
+    options = grid.GridOptions(
         validate=validate, strict=strict, force=force, any_machine=any_machine, as_group=as_group, as_json=as_json
     )
-    raise typer.Exit(grid.generate(base, vary, output_dir, how, config_dir))
+    raise typer.Exit(grid.generate(base, vary, output_dir, options, config_dir))
 
 
 @config_app.command("schema")
 def schema(config_dir: ConfigDir = None) -> None:
-    """Print the JSON Schema of config files, with which editors check and complete them."""
+    """Print the JSON Schema of config files, for editors to check and complete them."""
     from lem.config import file_schema
     from lem.config.options import Options
 
@@ -124,17 +114,17 @@ def new(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The file to write; without it experiment.yaml on a terminal, else it is printed."
+            "--output", "-o", help="The file to write (default: experiment.yaml on a terminal, else standard output)."
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from a preset; lem presets lists them.")] = None,
+    preset: flags.Preset = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask nothing; write a template with every value explained.")
+        bool, typer.Option("--yes", "-y", help="Ask nothing; write a template that explains every value.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Make a config file: by questions on a terminal, else a commented template."""
+    """Write a new config file: from answers to questions on a terminal, else a commented template."""
     from lem.cli import new
 
     raise typer.Exit(new.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

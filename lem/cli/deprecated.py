@@ -1,4 +1,4 @@
-"""The flags of `lem experiment` that stay for quick trials: they work, and name what belongs into a config file."""
+"""The deprecated flags of `lem experiment`: they work, and print what to write into a config file instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lem.spec.schema import leaf
 
 @dataclass(frozen=True)
 class Flag:
-    """A deprecated flag, the value that replaces it, and the overrides that it stands for."""
+    """A deprecated flag, the value that replaces it, and the overrides it stands for."""
 
     name: str
     path: str
@@ -25,12 +25,12 @@ class Flag:
 def _gpus(text: str) -> list[str]:
     entries = [part.strip() for part in text.split(",")]
     if not all(entries):
-        raise ConfigError(f"--gpu-list {text!r} is no list; write indices or UUIDs with commas between them: 0,1.")
+        raise ConfigError(f"--gpu-list {text!r} is not a list; separate indices or UUIDs by commas, as in 0,1.")
     return [f"gpus=[{','.join(entry if entry.isdecimal() else repr(entry) for entry in entries)}]"]
 
 
 def _temperature(value: float) -> list[str]:
-    # 0 is what other tools call greedy decoding.
+    # Other tools use 0 for greedy decoding.
     if value == 0:
         return ["decoder.do_sample=false"]
     return ["decoder.do_sample=true", f"decoder.temperature={value}"]
@@ -43,7 +43,7 @@ FLAGS = {
     "gpu_list": Flag("--gpu-list", "gpus", _gpus),
     "temperature": Flag("--temperature", "decoder.temperature", _temperature),
     "quantization": Flag(
-        "--quantization", "quantization.quantization", lambda value: [f"quantization.quantization={value}".lower()]
+        "--quantization", "quantization.quantization", lambda on: [f"quantization.quantization={on}".lower()]
     ),
 }
 
@@ -55,24 +55,18 @@ def option(name: str, *declarations: str) -> Any:
 
 
 def overrides(given: Mapping[str, Any]) -> list[str]:
-    """Return the overrides that the given flags stand for; None is a flag that was not given.
-
-    Each that was given is warned of, once.
-    """
+    """Return the overrides that the given flags stand for, and warn of each; None is a flag that was not given."""
     result: list[str] = []
     for name, value in given.items():
         if value is None:
             continue
         flag = FLAGS[name]
         own = flag.overrides(value)
-        print(f"Warning: {flag.name} is deprecated; {_instead(own)}", file=sys.stderr)
+        lines, texts = " and ".join(f"`{_yaml(text)}`" for text in own), " ".join(own)
+        instead = f"write {lines} into the config file, or {texts} on the command line."
+        print(f"Warning: {flag.name} is deprecated; {instead}", file=sys.stderr)
         result += own
     return result
-
-
-def _instead(own: list[str]) -> str:
-    lines = " and ".join(f"`{_yaml(text)}`" for text in own)
-    return f"write {lines} into the config file, or {' '.join(own)} on the command line."
 
 
 def _yaml(override: str) -> str:

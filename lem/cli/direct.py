@@ -1,9 +1,9 @@
-"""The direct form: a launcher of the user's own starts all processes, and they make one experiment among themselves.
+"""The direct form: the user's launcher starts all processes, which run one experiment together.
 
     accelerate launch --num_processes 2 -m lem.cli.direct --config my.yaml --dataset alpaca -n 100
 
 The first process composes, checks, claims the directory and writes the plan, as `lem experiment` does; then all run as
-workers, and the first one writes the row and shows it. It can be resumed by `lem experiment --resume`.
+workers, and the first one writes the row and shows it. `lem experiment --resume` can resume it.
 """
 
 from __future__ import annotations
@@ -15,45 +15,36 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lem.cli.base import exit_code_of
+from lem.cli.flags import choice_overrides, value_overrides
 from lem.cli.streams import forgiving_streams
-from lem.config.compose import Request, prepare
+from lem.config.compose import Composition, prepare
 from lem.config.layers import origin
-from lem.config.overrides import quoted
-from lem.errors import ConfigError, Interrupted, LemError
+from lem.errors import ConfigError, Interrupted
 from lem.machine import host
-from lem.results import show
 from lem.results.directory import ExperimentDir
 from lem.results.store import Store
 from lem.runner import worker
 from lem.runner.job import Outcome, fingerprint, resume, run_ready
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Report
-from lem.runner.ranks import Ranks, hear, named_by_launcher, say_ended, tell, wait_for_ends
+from lem.runner.ranks import Ranks, announce_end, named_by_launcher, publish, receive, wait_for_ends
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 from lem.spec.schema import leaf
+from lem.studies.ask import print_warnings, show_outcome
 from lem.studies.display import display
 
-# What the first process tells the others when there is nothing to run.
+# Sent by the first process to the others if there is nothing to run.
 NOTHING = "nothing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the processes that a launcher has started; return its exit code."""
+    """Run as one of the processes that a launcher has started; return its exit code."""
     forgiving_streams()
     here = named_by_launcher()
     options = _parser().parse_intermixed_args(argv)
-    try:
-        return _follow(here) if here.rank else _lead(here, options)
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return Interrupted.exit_code
-    except LemError as error:
-        for line in str(error).splitlines():
-            print(f"Error: {line}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: _follow(here) if here.rank else _lead(here, options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,52 +57,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", help="start from a preset; lem presets lists them")
     parser.add_argument("--results-dir", "-o", help=leaf("io.results_dir").description)
     parser.add_argument("--force", action="store_true", help="run despite options that are inadvisable")
-    parser.add_argument("--fresh", action="store_true", help="start anew where the same experiment is unfinished")
+    parser.add_argument("--fresh", action="store_true", help="start over even if the same experiment is unfinished")
     return parser
 
 
-# ------------------------------------------------------------------ the first process
 def _lead(here: Ranks, options: argparse.Namespace) -> int:
-    """Make the experiment, run it with the others, and show it; whatever happens, the others are not left waiting."""
+    """Compose the experiment, run it with the others, and show it; in any case the others are not left waiting."""
     others = _Others(here)
+    choices = {"preset": options.preset, "dataset": options.dataset}
+    values = {"model": options.model, "dataset.sample_size": options.sample_size, "io.results_dir": options.results_dir}
+    overrides = [*choice_overrides(choices), *value_overrides(values), *options.overrides]
     try:
-        overrides = _overrides(options)
         ready = _ready(options.config, overrides, here.size, force=options.force)
         outcome = _run(ready, overrides, options, others)
     finally:
         others.dismiss()
-    show.show_row(outcome.row)
-    print(f"\nRaw records: {outcome.directory.path}\nTable:       {outcome.store.experiments_table}")
-    return 0 if outcome.row.status == "completed" else 1
-
-
-def _overrides(options: argparse.Namespace) -> list[str]:
-    """Return the flags and overrides of the command line as overrides."""
-    flags = {
-        "preset": options.preset,
-        "dataset": options.dataset,
-        "model": options.model and quoted(options.model),
-        "dataset.sample_size": options.sample_size,
-        "io.results_dir": options.results_dir and quoted(options.results_dir),
-    }
-    return [*(f"{path}={value}" for path, value in flags.items() if value is not None), *options.overrides]
+    return show_outcome(outcome)
 
 
 def _ready(config_file: Path | None, overrides: Sequence[str], started: int, *, force: bool) -> Ready:
-    """Compose and check the experiment that the started processes are to run."""
+    """Compose and check the experiment that the started processes will run."""
     import dotenv
 
     _check_all_started(os.environ)
     dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
-    request = prepare(config_file, overrides)
-    ready = preflight(_shared_by(started, request), host.look(), force=force)
-    for warning in ready.warnings:
-        show.console(stderr=True).print(f"Warning: {warning}", markup=False, style="yellow")
+    ready = preflight(_shared_by(started, prepare(config_file, overrides)), host.look(), force=force)
+    print_warnings(*ready.warnings)
     return ready
 
 
 def _check_all_started(environ: os._Environ[str]) -> None:
-    """Object when accelerate was asked for several processes and started this one only, without saying so."""
+    """Raise if accelerate was asked for several processes and silently started only this one."""
     by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in environ, "MASTER_PORT" in environ
     if by_accelerate and several and "WORLD_SIZE" not in environ:
         raise ConfigError(
@@ -120,10 +96,10 @@ def _check_all_started(environ: os._Environ[str]) -> None:
         )
 
 
-def _shared_by(started: int, request: Request) -> Experiment:
-    """Return the experiment for the number of processes that the launcher has started."""
-    experiment = request.experiment()
-    source = origin(request.sources.layers(), ("num_processes",))
+def _shared_by(started: int, composition: Composition) -> Experiment:
+    """Return the experiment with the number of processes that the launcher has started."""
+    experiment = composition.experiment()
+    source = origin(composition.sources.layers(), ("num_processes",))
     if experiment.parallelism.strategy == "none" and (source is None or source.kind == "default"):
         return replace(experiment, num_processes=started)
     planned, _ = process_counts(experiment)
@@ -137,36 +113,32 @@ def _shared_by(started: int, request: Request) -> Experiment:
 
 
 def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, others: _Others) -> Outcome:
-    """Run the experiment, or go on with the same one if it was left unfinished."""
+    """Run the experiment, or resume the same one if it was left unfinished."""
     store = Store(Path(ready.experiment.io.results_dir))
     unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
     with display() as progress:
         if unfinished:
-            print(f"Going on with {unfinished[-1].id}, which was left unfinished.", file=sys.stderr)
+            print(f"Resuming {unfinished[-1].id}, which was left unfinished.", file=sys.stderr)
             return resume(store, unfinished[-1], report=progress, launcher=others.work_together)
         return run_ready(
-            ready,
-            overrides=overrides,
-            config_file=options.config,
-            report=progress,
-            launcher=others.work_together,
+            ready, overrides=overrides, config_file=options.config, report=progress, launcher=others.work_together
         )
 
 
 class _Others:
-    """The other processes as the first one sees them: they wait for a word, and work when it comes."""
+    """The other processes, seen from the first one: they wait for a message and then work."""
 
     def __init__(self, here: Ranks) -> None:
         self._ranks = range(1, here.size)
         self._waiting = here.size > 1
 
     def work_together(self, directory: ExperimentDir, attempt: int, host: host.Host, report: Report) -> None:
-        """Do what `lem.runner.launch.launch` does, with processes that are there already.
+        """Do what `lem.runner.launch.launch` does, with processes that are already running.
 
         Raises:
-            Interrupted: this process was told to stop; what was finished is kept.
+            Interrupted: this process was asked to stop; what was finished is kept.
         """
-        self._say(f"{attempt} {directory.path.absolute()}")
+        self._send(f"{attempt} {directory.path.absolute()}")
         code = _work(directory, attempt, report)
         wait_for_ends(self._ranks)
         failed = any(r.status == "failed" and r.attempt == attempt for r in directory.records())
@@ -174,26 +146,25 @@ class _Others:
             raise Interrupted("The run was interrupted; what was finished is kept.")
 
     def dismiss(self) -> None:
-        """Let them go if there was nothing to do."""
-        self._say(NOTHING)
+        """Let them end if there was nothing to do."""
+        self._send(NOTHING)
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         if self._waiting:
-            tell(text)
+            publish(text)
             self._waiting = False
 
 
-# ------------------------------------------------------------------ all processes
 def _follow(here: Ranks) -> int:
-    """Wait for the first process to say what to do, and do it."""
-    told = hear()
-    if told == NOTHING:
+    """Wait for the first process's message and do what it says."""
+    message = receive()
+    if message == NOTHING:
         return 0
-    attempt, _, path = told.partition(" ")
+    attempt, _, path = message.partition(" ")
     try:
         return _work(ExperimentDir(Path(path)), int(attempt))
     finally:
-        say_ended(here.rank)
+        announce_end(here.rank)
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
@@ -201,7 +172,7 @@ def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.mig_uuid or gpu.uuid for gpu in chosen)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.visible_uuid for gpu in chosen)
     return worker.main([str(directory.path), "--attempt", str(attempt)], *report)
 
 

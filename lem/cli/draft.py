@@ -1,4 +1,4 @@
-"""The first draft of a config file: the values that `lem config new` starts from."""
+"""The draft of a config file: the values that `lem config new` sets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from lem.config.options import Options
 from lem.config.userfile import UserFile
 
 WIDTH = 80
-
-
-# What works on any machine, without a network.
+# They work on any machine, without a network.
 MODEL, DATASET, SAMPLE_SIZE = "tiny", "sample", 10
-
-
 # Set in every new file, unless a preset sets them.
 FIRST = ("fp_precision", "max_output_tokens", "batching.batch_size")
 
@@ -30,11 +26,11 @@ class Draft:
     values: dict[str, Any] = field(default_factory=dict)
 
     def effective(self) -> dict[str, Any]:
-        """Return everything that holds with this draft, nested."""
+        """Return the whole configuration with this draft, nested."""
         return plain_values(UserFile(self.options), self.choices, self.values)
 
     def at(self, path: str) -> Any:
-        """Return the value that holds at a dotted path."""
+        """Return the value at a dotted path of the whole configuration."""
         value: Any = self.effective()
         for part in path.split("."):
             value = value[part]
@@ -43,7 +39,7 @@ class Draft:
     def preset_values(self) -> dict[str, Any]:
         """Return what the chosen preset sets, by dotted path."""
         name = self.choices.get("preset")
-        return inventory.choice(self.options, "preset", name).values if name else {}
+        return inventory.summary(self.options, "preset", name).values if name else {}
 
     def choose(self, group: str, option: str | None) -> Draft:
         """Choose an option of a group, or none."""
@@ -56,7 +52,7 @@ class Draft:
 
 
 def first_draft(options: Options, preset: str | None) -> Draft:
-    """Return what a file that nobody was asked about sets."""
+    """Return what a file sets if no questions are asked."""
     draft = Draft(options).choose("preset", preset).choose("dataset", DATASET)
     draft = draft.set("model", MODEL).set("dataset.sample_size", SAMPLE_SIZE)
     for path in FIRST:

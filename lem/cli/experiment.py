@@ -1,4 +1,4 @@
-"""`lem experiment`: flags become overrides, whose help texts come from the schema."""
+"""`lem experiment`: its flags, whose help texts come from the schema, become overrides."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from typing import Annotated
 
 import typer
 
-from lem.cli import complete, deprecated
+from lem.cli import complete, deprecated, flags
 from lem.cli.base import ConfigDir, ResultsDir, app
-from lem.cli.flags import (
-    DatasetFlag,
-    ForceFlag,
-    FreshFlag,
-    ModelFlag,
-    NoAggregateFlag,
-    PresetFlag,
-    PromptsFlag,
-    SampleSizeFlag,
-    dataset_flags,
-    value_flags,
-)
 from lem.errors import ConfigError
 from lem.spec.schema import leaf
+
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID",
+        help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
+        "With --force, also one that a host which is gone has left as running.",
+        autocompletion=complete.experiment_ids,
+    ),
+]
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -35,13 +33,13 @@ def experiment(
             show_default=False,
         ),
     ] = None,
-    dataset: DatasetFlag = None,
-    prompts: PromptsFlag = None,
-    sample_size: SampleSizeFlag = None,
+    dataset: flags.Dataset = None,
+    prompts: flags.Prompts = None,
+    sample_size: flags.SampleSize = None,
     split: Annotated[str | None, typer.Option(help=leaf("dataset.split").description)] = None,
     column: Annotated[str | None, typer.Option(help=leaf("dataset.column").description)] = None,
-    preset: PresetFlag = None,
-    model: ModelFlag = None,
+    preset: flags.Preset = None,
+    model: flags.Model = None,
     backend: Annotated[
         str | None, typer.Option(help=leaf("backend.name").description, autocompletion=complete.backends)
     ] = None,
@@ -52,25 +50,17 @@ def experiment(
     max_tokens: Annotated[int | None, typer.Option(help=leaf("max_output_tokens").description)] = None,
     seed: Annotated[int | None, typer.Option(help=leaf("seed").description)] = None,
     cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=leaf("cycles").description)] = None,
-    no_aggregate: NoAggregateFlag = False,
-    fresh: FreshFlag = False,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID",
-            help="Go on with an experiment that was interrupted or failed; the beginning of its id is enough. "
-            "With --force also where another host, which is gone, still has it as running.",
-            autocompletion=complete.experiment_ids,
-        ),
-    ] = None,
+    no_aggregate: flags.NoAggregate = False,
+    fresh: flags.Fresh = False,
+    resume: Resume = None,
     results_dir: ResultsDir = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Do not ask; go on with the same experiment if it is unfinished.")
+        bool, typer.Option("--yes", "-y", help="Skip confirmation; resume the same experiment if it is unfinished.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the configuration, run nothing.")
     ] = False,
-    force: ForceFlag = False,
+    force: flags.Force = False,
     config_dir: ConfigDir = None,
     multirun: Annotated[
         bool, typer.Option("--multirun", help="Run every combination of comma-separated override values.")
@@ -86,10 +76,7 @@ def experiment(
     from lem.studies import ask
     from lem.studies import experiment as run_app
 
-    config_file, overrides = _split_arguments(arguments or [])
-    choices = {"preset": preset, "backend": backend}
-    flags = [f"{group}={option}" for group, option in choices.items() if option is not None]
-    flags += dataset_flags(dataset, prompts)
+    config_file, given = flags.split_arguments(arguments or [])
     values = {
         "model": model,
         "dataset.split": split,
@@ -102,44 +89,36 @@ def experiment(
         "streaming.warmup_requests": streaming_warmup,
         "io.results_dir": results_dir,
     }
-    flags += value_flags(values)
-    flags += deprecated.overrides(
-        {
-            "batch_size": batch_size,
-            "precision": precision,
-            "num_processes": num_processes,
-            "gpu_list": gpu_list,
-            "temperature": temperature,
-            "quantization": quantization,
-        }
-    )
-    options = ask.Options(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    old_flags = {
+        "batch_size": batch_size,
+        "precision": precision,
+        "num_processes": num_processes,
+        "gpu_list": gpu_list,
+        "temperature": temperature,
+        "quantization": quantization,
+    }
+    overrides = [
+        *flags.choice_overrides({"preset": preset, "backend": backend}),
+        *flags.dataset_overrides(dataset, prompts),
+        *flags.value_overrides(values),
+        *deprecated.overrides(old_flags),
+        *given,
+    ]
+    options = ask.RunOptions(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
     if resume is not None:
-        _check_alone(config_file, [*flags, *overrides], fresh=fresh, multirun=multirun)
+        _check_alone(config_file, overrides, fresh=fresh, multirun=multirun)
         raise typer.Exit(run_app.resume(resume, results_dir, options))
     if multirun:
         from lem.studies import sweep
 
-        raise typer.Exit(sweep.main(config_file, [*flags, *overrides], options, config_dir=config_dir))
-    raise typer.Exit(run_app.main(config_file, [*flags, *overrides], options, config_dir=config_dir))
+        raise typer.Exit(sweep.main(config_file, overrides, options, config_dir=config_dir))
+    raise typer.Exit(run_app.main(config_file, overrides, options, config_dir=config_dir))
 
 
 def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:
-    """Refuse whatever else would decide what is run: a resumed experiment is the one that was begun."""
+    """Refuse everything that would change what is run: a resumed experiment keeps its configuration."""
     given = [str(config_file)] if config_file else []
     given += [text for text in overrides if not text.startswith("io.results_dir=")]
     given += ["--fresh"] * fresh + ["--multirun"] * multirun
     if given:
-        raise ConfigError(f"--resume goes on with the configuration it began with; leave out {', '.join(given)}.")
-
-
-def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Tell the config file from the overrides."""
-    files = [text for text in arguments if _is_config_file(text)]
-    if len(files) > 1:
-        raise ConfigError(f"An experiment has one config file, not {len(files)}: {', '.join(files)}.")
-    return (Path(files[0]) if files else None), [text for text in arguments if text not in files]
-
-
-def _is_config_file(text: str) -> bool:
-    return "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))
+        raise ConfigError(f"--resume continues with the configuration it began with; leave out {', '.join(given)}.")

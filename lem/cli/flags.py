@@ -1,4 +1,4 @@
-"""Flags that several commands have, and how they become overrides."""
+"""Flags shared by several commands, and how they become overrides."""
 
 from __future__ import annotations
 
@@ -10,47 +10,40 @@ from typing import Annotated
 import typer
 
 from lem.cli import complete
-from lem.errors import DatasetError
+from lem.errors import ConfigError, DatasetError
 from lem.spec.schema import leaf
 
-DatasetFlag = Annotated[
+Dataset = Annotated[
     str | None,
     typer.Option(
-        "--dataset",
-        "-d",
-        help="Dataset: a built-in name, a hub id or a local file.",
-        autocompletion=complete.datasets,
+        "--dataset", "-d", help="Dataset: a built-in name, a hub id or a local file.", autocompletion=complete.datasets
     ),
 ]
-PromptsFlag = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one on each line.")]
-SampleSizeFlag = Annotated[
-    int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)
-]
-PresetFlag = Annotated[
+Prompts = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
+SampleSize = Annotated[int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)]
+Preset = Annotated[
     str | None, typer.Option(help="Start from a preset; lem presets lists them.", autocompletion=complete.presets)
 ]
-ModelFlag = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
-NoAggregateFlag = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
-ForceFlag = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
-FreshFlag = Annotated[
-    bool, typer.Option("--fresh", help="Start anew, also where the same experiment was left unfinished.")
-]
+Model = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
+NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
 
-# A key of Hydra's grammar. A path is none, but for hydra/launcher and the like.
+# A key of Hydra's grammar. A path is not a key, except hydra/launcher and the like.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
 
 
 def is_override(text: str) -> bool:
-    """Tell an override (key=value) from a file or a pattern; a file that exists is a file."""
+    """Tell whether a text is an override (key=value), not a file or a pattern; a file that exists is a file."""
     return OVERRIDE.match(text) is not None and not Path(text).expanduser().exists()
 
 
-def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
+def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
     """Return the overrides that select the prompts."""
     from lem.config.overrides import quoted
 
     if dataset is not None and prompts is not None:
-        raise DatasetError("--dataset and --prompts exclude each other; give one of them.")
+        raise DatasetError("--dataset and --prompts exclude each other; give only one.")
     if dataset is not None:
         return [f"dataset={dataset}"]
     if prompts is None:
@@ -61,13 +54,25 @@ def dataset_flags(dataset: str | None, prompts: Path | None) -> list[str]:
     return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
 
 
-def value_flags(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
-    """Return the overrides of the values that were given; None was not."""
-    return [override(path, value) for path, value in values.items() if value is not None]
+def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
+    """Return the overrides that choose options of groups; None is a flag that was not given."""
+    return [f"{group}={option}" for group, option in choices.items() if option is not None]
 
 
-def override(path: str, value: str | int | float | Path) -> str:
-    """Write a value as an override."""
+def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
+    """Return the overrides that set values; None is a flag that was not given."""
     from lem.config.overrides import quoted
 
-    return f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"
+    return [
+        f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"
+        for path, value in values.items()
+        if value is not None
+    ]
+
+
+def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the config file among arguments, if there is one, and the overrides."""
+    files = [text for text in arguments if "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))]
+    if len(files) > 1:
+        raise ConfigError(f"An experiment has one config file, not {len(files)}: {', '.join(files)}.")
+    return (Path(files[0]) if files else None), [text for text in arguments if text not in files]

@@ -1,86 +1,87 @@
-"""lem as a plain Hydra app: `python -m lem.cli.hydra_app key=value …`, Hydra's own flags included."""
+"""lem as a plain Hydra app: `python -m lem.cli.hydra_app key=value …`, with all of Hydra's own flags.
+
+Overrides are translated for Hydra as `lem experiment` does, and a plain `--multirun` is the same sweep; everything else
+is Hydra's.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lem.cli.base import exit_code_of
 from lem.config.compose import CONFIG_NAME, prepare, to_experiment
 from lem.config.options import CONFIG_MODULE
-from lem.errors import ConfigError, Interrupted, LemError
+from lem.errors import ConfigError, Interrupted
 from lem.machine import host
 from lem.runner.preflight import preflight
-from lem.spec.experiment import Experiment
-from lem.studies.ask import Options
-from lem.studies.experiment import _run, _show, _warn
+from lem.studies import sweep
+from lem.studies.ask import RunOptions, print_warnings
+from lem.studies.experiment import run
+
+OPTIONS = RunOptions(yes=True)
 
 
 def hydra_app(argv: Sequence[str] | None = None) -> int:
-    """Run as `python -m lem.cli.hydra_app`: overrides and Hydra's own flags, nothing else."""
-    import hydra
-    from hydra._internal.utils import get_args_parser
+    """Run the app; return its exit code."""
+    return exit_code_of(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
+
+def _run(arguments: list[str]) -> int:
+    import hydra
+
     # Overrides first, wherever they stood: --info would take one that follows it as its own value.
     given = [text for text in arguments if "=" in text and not text.startswith("-")]
     flags = [text for text in arguments if text not in given]
-    asked = get_args_parser().parse_args([*given, *flags])
+    parsed, _ = _parser().parse_known_args([*given, *flags])
     codes: list[int] = []
 
     def task(composed: Any) -> None:
-        codes.append(_run_composed(to_experiment, composed))
+        # Errors are printed here, since Hydra would print a traceback.
+        code = exit_code_of(lambda: _run_composed(composed))
+        if code == Interrupted.exit_code:
+            sys.exit(code)
+        codes.append(code)
 
-    try:
-        if sum(map(bool, (asked.run, asked.multirun, asked.cfg, asked.info, asked.shell_completion))) > 1:
-            raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion exclude each other.")
-        if asked.multirun and len(flags) == 1:
-            from lem.studies import sweep
-
-            return sweep.main(None, asked.overrides, Options(yes=True))
-        sys.argv[1:] = [*_for_hydra(asked), *flags]
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(task)()
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
-    except LemError as error:
-        return _failed(error)
+    if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
+        raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion exclude each other.")
+    if parsed.multirun and len(flags) == 1:
+        return sweep.main(None, parsed.overrides, OPTIONS)
+    if parsed.shell_completion:
+        overrides = parsed.overrides  # its own command, not configuration
+    elif parsed.hydra_help:
+        overrides = []  # it takes none
+    else:
+        groups_in = None if parsed.config_dir is None else Path(parsed.config_dir)
+        overrides = prepare(None, parsed.overrides, groups_in=groups_in).overrides
+    sys.argv[1:] = [*overrides, *flags]
+    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(task)()
     return max(codes, default=0)
 
 
-def _for_hydra(asked: Any) -> Sequence[str]:
-    """Return the overrides in Hydra's form; its help takes none, and its completion a word of its own."""
-    if asked.hydra_help:
-        return []
-    if asked.shell_completion:
-        return list(asked.overrides)
-    given = None if asked.config_dir is None else Path(asked.config_dir)
-    return prepare(None, asked.overrides, groups_in=given).overrides
+def _parser() -> argparse.ArgumentParser:
+    """Return a parser of the flags of Hydra that matter here, and of those with a value, which is not an override."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    for names in (("--run", "-r"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--hydra-help",)):
+        parser.add_argument(*names, action="store_true")
+    for names in (("--cfg", "-c"), ("--config-dir", "-cd"), ("--config-path", "-cp"), ("--config-name", "-cn")):
+        parser.add_argument(*names)
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--experimental-rerun")
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    return parser
 
 
-def _run_composed(convert: Any, composed: Any) -> int:
-    """Run one composed config; errors are told here, since Hydra would show them as its own."""
+def _run_composed(composed: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
 
-    options = Options(yes=True)
-    try:
-        experiment: Experiment = convert(composed)
-        ready = preflight(experiment, host.look())
-        _warn(ready)
-        outcome = _run(ready, list(HydraConfig.get().overrides.task), None, options)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except LemError as error:
-        return _failed(error)
-    _show(outcome, options)
-    return 0 if outcome.row.status == "completed" else 1
-
-
-def _failed(error: LemError) -> int:
-    print(f"Error: {error}", file=sys.stderr)
-    return error.exit_code
+    ready = preflight(to_experiment(composed), host.look())
+    print_warnings(*ready.warnings)
+    return run(ready, OPTIONS, list(HydraConfig.get().overrides.task))
 
 
 if __name__ == "__main__":

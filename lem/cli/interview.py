@@ -1,6 +1,6 @@
 """The questions of `lem config new`, on a terminal; each answer is checked at once against the schema.
 
-Help texts and choices come from the schema and from conf/. Knows nothing of the file that is written.
+Help texts and choices come from the schema and from conf/. Does not know the file that is written.
 """
 
 from __future__ import annotations
@@ -9,34 +9,31 @@ import json
 import textwrap
 from typing import Any, Literal, get_args, get_origin
 
+import questionary
+
 from lem.cli.draft import DATASET, FIRST, MODEL, SAMPLE_SIZE, WIDTH, Draft
-from lem.config import inventory
 from lem.config.check import examine
 from lem.config.file_schema import type_words
+from lem.config.inventory import summaries
 from lem.config.options import CUSTOM, Options
-from lem.config.userfile import Choice, UserFile
+from lem.config.overrides import choice_of
+from lem.config.userfile import UserFile
 from lem.machine import host
 from lem.spec.schema import Leaf, leaf
 from lem.studies.grid import judge
 
-# Offered where nothing holds yet.
+# Offered for values that are not set yet.
 SUGGESTIONS = {"model": MODEL, "dataset.sample_size": SAMPLE_SIZE, "batching.max_tokens_per_batch": 8192}
+VALUES = ("dataset.sample_size", "fp_precision", "max_output_tokens", "batching.strategy", "batching.batch_size")
 ELSEWHERE = "a hub id or a local file"
 
 
-def hold(options: Options, preset: str | None) -> Draft:
-    """Ask all questions; KeyboardInterrupt and EOFError are the user's leaving."""
+def ask_all(options: Options, preset: str | None) -> Draft:
+    """Ask all questions; the user leaves by KeyboardInterrupt or EOFError."""
     draft = _value(Draft(options), "model")
     draft = draft.choose("preset", preset) if preset else _option(draft, "preset")
-    draft = _option(draft, "backend")
-    draft = _dataset(draft)
-    for path in (
-        "dataset.sample_size",
-        "fp_precision",
-        "max_output_tokens",
-        "batching.strategy",
-        "batching.batch_size",
-    ):
+    draft = _dataset(_option(draft, "backend"))
+    for path in VALUES:
         draft = _value(draft, path)
     if draft.at("batching.strategy").endswith("dynamic"):
         draft = _value(draft, "batching.max_tokens_per_batch")
@@ -45,31 +42,22 @@ def hold(options: Options, preset: str | None) -> Draft:
 
 
 def agrees(question: str) -> bool:
-    """Ask for a yes; no is the default."""
-    import questionary
-
+    """Ask a question whose default answer is no."""
     return bool(questionary.confirm(question, default=False).unsafe_ask())
 
 
 def is_content(draft: Draft) -> bool:
-    """Show what speaks against running the draft here, and ask whether to write it all the same."""
-    chosen = {group: _choice(draft.options, group, name) for group, name in draft.choices.items()}
+    """Print why the draft cannot be run here, and ask whether to write it anyway."""
+    chosen = {group: choice_of(group, name, draft.options) for group, name in draft.choices.items()}
     problems = judge(UserFile(draft.options), {**chosen, **draft.values}, host.look())
     for problem in problems:
         print(problem)
-    return not problems or agrees("As it is, this cannot be run here. Write it all the same?")
+    return not problems or agrees("As it is, this cannot be run here. Write it anyway?")
 
 
-def _choice(options: Options, group: str, name: str) -> Choice:
-    return Choice(name) if options.get(group, name) else Choice(CUSTOM, name)
-
-
-# ------------------------------------------------------------------ questions
 def _option(draft: Draft, group: str) -> Draft:
-    """Ask for an option of a group; the default is what holds without asking."""
-    import questionary
-
-    found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in inventory.choices(group, draft.options)]
+    """Ask for an option of a group; the default is the one that applies already."""
+    found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in summaries(group, draft.options)]
     if group == "preset":
         found.insert(0, questionary.Choice("none", ""))
     default = "" if group == "preset" else str(draft.at(f"{group}.name"))
@@ -79,31 +67,27 @@ def _option(draft: Draft, group: str) -> Draft:
 
 
 def _dataset(draft: Draft) -> Draft:
-    import questionary
-
-    named = [c for c in inventory.choices("dataset", draft.options) if c.name != CUSTOM]
+    named = (c for c in summaries("dataset", draft.options) if c.name != CUSTOM)
     found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in named]
     found.append(questionary.Choice(ELSEWHERE, CUSTOM))
     print()
     answer = str(questionary.select("Dataset:", found, default=DATASET).unsafe_ask())
     if answer == CUSTOM:
-        question = questionary.text(
-            "Hub id (owner/name) or local file:", validate=lambda t: _is_dataset(draft, t.strip())
-        )
-        answer = str(question.unsafe_ask()).strip()
+
+        def known(text: str) -> bool | str:
+            found = draft.options.get("dataset", text.strip()) or draft.options.is_source(text.strip())
+            return bool(found) or f"dataset: {draft.options.unknown('dataset', text.strip())}"
+
+        answer = str(questionary.text("Hub id (owner/name) or local file:", validate=known).unsafe_ask()).strip()
     return draft.choose("dataset", answer)
 
 
-def _is_dataset(draft: Draft, text: str) -> bool | str:
-    known = draft.options.get("dataset", text) or draft.options.is_source(text)
-    return True if known else f"dataset: {draft.options.unknown('dataset', text)}"
-
-
 def _value(draft: Draft, path: str) -> Draft:
-    """Ask for a value; it is set if it is another one than holds already, or one that every new file sets."""
+    """Ask for a value; set it if it differs from the one that applies already, or if every new file sets it."""
     item, now = leaf(path), draft.at(path)
     print(f"\n{textwrap.fill(item.description, WIDTH, break_on_hyphens=False)}")
-    answer = _one_of(item, now) if _names(item) else _typed(draft, item, now)
+    names = _names(item)
+    answer = questionary.select(f"{path}:", names, default=now).unsafe_ask() if names else _typed(draft, item, now)
     stays = path in FIRST and path not in draft.preset_values()
     return draft.set(path, answer) if stays or answer != now else draft
 
@@ -113,27 +97,19 @@ def _names(item: Leaf) -> list[str]:
     return list(get_args(annotation)) if get_origin(annotation) is Literal else []
 
 
-def _one_of(item: Leaf, now: Any) -> str:
-    import questionary
-
-    return str(questionary.select(f"{item.path}:", _names(item), default=now).unsafe_ask())
-
-
 def _typed(draft: Draft, item: Leaf, now: Any) -> Any:
-    import questionary
-
     start = SUGGESTIONS.get(item.path) if now is None else now
     question = questionary.text(
         f"{item.path}:",
         default="" if start is None else str(start),
         instruction=f"({type_words(item).replace(' null', ' nothing')}) ",
-        validate=lambda text: fault(draft, item, text) or True,
+        validate=lambda text: problem_with(draft, item, text) or True,
     )
     return parsed(item, question.unsafe_ask())
 
 
 def parsed(item: Leaf, text: str) -> Any:
-    """Return the value that a typed text means: nothing is null where null is allowed."""
+    """Return the value that a typed text means: an empty one is null if null is allowed."""
     text, words = text.strip(), type_words(item)
     if not text and words.endswith("null"):
         return None
@@ -145,8 +121,8 @@ def parsed(item: Leaf, text: str) -> Any:
         return text
 
 
-def fault(draft: Draft, item: Leaf, text: str) -> str:
-    """Return what is wrong with an answer, as a sentence; empty if nothing is."""
+def problem_with(draft: Draft, item: Leaf, text: str) -> str:
+    """Return what is wrong with an answer, as a sentence, or the empty text."""
     value = parsed(item, text)
     if item.path == "model" and not value:
         return "An experiment needs a model."

@@ -1,7 +1,7 @@
-"""`lem config new`: a config file that holds every value of the schema, most of them commented out.
+"""`lem config new`: a config file with every value of the schema, most of them commented out.
 
-Which values are set is a `Draft`: the few that people change first, or the answers to questions on a terminal. A value
-that is commented out shows what holds without it, so that taking all the `#` away changes nothing. Knows nothing of
+A `Draft` says which values are set: the few that people change first, or the answers to questions on a terminal. A
+value that is commented out is the one that applies anyway, so that removing every `#` changes nothing. Does not know
 inheritance.
 """
 
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from lem.cli.draft import WIDTH, Draft, first_draft
-from lem.config import file_schema, inventory
+from lem.config import file_schema
 from lem.config.file_schema import type_words
+from lem.config.inventory import summaries
 from lem.config.options import CUSTOM, SUFFIXES, Options
 from lem.config.yamltext import flow
 from lem.errors import ConfigError, Interrupted
@@ -27,16 +28,17 @@ DEFAULT_FILE = Path("experiment.yaml")
 HEAD = """\
 {editor}
 # An experiment of lem: lem config validate checks it, lem experiment runs it.
-# A value behind a # is what holds anyway; to set it, delete its # and that of
+# A value after a # is what applies anyway; to set it, delete its # and that of
 # its group."""
 
 
-# ------------------------------------------------------------------ the text
 def render(draft: Draft) -> str:
     """Return the file's text."""
     values = draft.effective()
+    preset = draft.choices.get("preset")
     lines = [HEAD.format(editor=file_schema.EDITOR_LINE), ""]
-    lines += _preset_lines(draft)
+    lines += _comment("Values to start from; what this file sets replaces them.")
+    lines += [*_option_lines(draft, "preset"), f"preset: {flow(preset)}" if preset else "#preset: null", ""]
     for item in leaves():
         if "." not in item.path:
             lines += _value_lines(draft, item, values[item.path])
@@ -45,20 +47,13 @@ def render(draft: Draft) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _preset_lines(draft: Draft) -> Iterator[str]:
-    preset = draft.choices.get("preset")
-    yield from _comment("Values to start from, below all that this file sets.")
-    yield from _option_lines(draft, "preset")
-    yield f"preset: {flow(preset)}" if preset else "#preset: null"
-    yield ""
-
-
 def _part_lines(draft: Draft, part: str, values: dict[str, Any]) -> Iterator[str]:
-    """Yield a section: what it is, and its values."""
-    own = [item for item in _leaves_of(part, values) if item.path != f"{part}.name"]
+    """Yield a section: its purpose and its values."""
+    kind = BACKENDS[values["name"]] if part == "backend" else get_type_hints(Experiment)[part]
+    own = [item for item in leaves(kind, f"{part}.") if item.path != f"{part}.name"]
     is_set = part in draft.choices or any(path.startswith(f"{part}.") for path in draft.values)
     yield f"# {part} ".ljust(WIDTH, "-")
-    yield from _comment(_purpose(part, values))
+    yield from _comment(str(kind.__doc__).splitlines()[0])
     yield f"{'' if is_set else '#'}{part}:"
     if part in GROUPS:
         yield from _option_lines(draft, part, "  ")
@@ -77,22 +72,9 @@ def _part_lines(draft: Draft, part: str, values: dict[str, Any]) -> Iterator[str
         yield from _other_backends(values["name"])
 
 
-def _leaves_of(part: str, values: dict[str, Any]) -> list[Leaf]:
-    if part == "backend":
-        return list(leaves(BACKENDS[values["name"]], "backend."))
-    return [item for item in leaves() if item.path.startswith(f"{part}.")]
-
-
-def _purpose(part: str, values: dict[str, Any]) -> str:
-    kind = BACKENDS[values["name"]] if part == "backend" else get_type_hints(Experiment)[part]
-    return str(kind.__doc__).splitlines()[0]
-
-
 def _option_lines(draft: Draft, group: str, indent: str = "") -> Iterator[str]:
     """Yield the options of a group with their purposes."""
-    options = [
-        option for option in inventory.choices(group, draft.options) if (group, option.name) != ("dataset", CUSTOM)
-    ]
+    options = [option for option in summaries(group, draft.options) if (group, option.name) != ("dataset", CUSTOM)]
     width = max(len(option.name) for option in options)
     for option in options:
         yield f"{indent}#   {option.name.ljust(width)}  {option.purpose}".rstrip()
@@ -105,17 +87,14 @@ def _value_lines(draft: Draft, item: Leaf, value: Any, indent: str = "") -> Iter
     yield from _comment(item.description, indent)
     yield from _comment(f"[{type_words(item)}; default {flow(item.default)}{by_preset}]", indent)
     name = item.path.rpartition(".")[2]
-    # A value that is set is written as it was given: it may be an interpolation.
-    yield (
-        f"{indent}{name}: {flow(draft.values[item.path])}"
-        if item.path in draft.values
-        else f"{indent}#{name}: {flow(value)}"
-    )
+    # A value that is set is written as given: it may be an interpolation.
+    given = item.path in draft.values
+    yield f"{indent}{name}: {flow(draft.values[item.path])}" if given else f"{indent}#{name}: {flow(value)}"
     yield ""
 
 
 def _other_backends(chosen: str) -> Iterator[str]:
-    """Yield the values of the backends that are not chosen: as prose, since they cannot be set here."""
+    """Yield the values of the backends that are not chosen, as prose, since they cannot be set."""
     for name, backend in BACKENDS.items():
         if name == chosen:
             continue
@@ -134,15 +113,14 @@ def _comment(text: str, indent: str = "", hanging: str = "") -> Iterator[str]:
     )
 
 
-# ------------------------------------------------------------------ the command
 def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config_dir: Path | None = None) -> int:
     """Write a new config file, or print it; return the exit code.
 
     Args:
-        file: where to; without one the file is experiment.yaml on a terminal, else the text is printed.
+        file: the file; None is experiment.yaml on a terminal, else the text is printed.
         preset: the preset to start from.
         yes: ask nothing.
-        force: replace a file that exists.
+        force: replace an existing file.
         config_dir: a directory of the user's own options.
 
     Raises:
@@ -176,13 +154,13 @@ def _check_target(file: Path, *, replaceable: bool) -> None:
 
 
 def _asked(options: Options, preset: str | None, file: Path | None, force: bool) -> Draft | None:
-    """Return the answers, or None if the user would rather not write."""
+    """Return the answers, or None if the user does not want the file to be written."""
     from lem.cli import interview
 
     try:
         if file is not None and file.exists() and not force and not interview.agrees(f"{file} exists. Replace it?"):
             return None
-        draft = interview.hold(options, preset)
+        draft = interview.ask_all(options, preset)
         return draft if interview.is_content(draft) else None
     except (KeyboardInterrupt, EOFError):
         raise Interrupted("Nothing was written.") from None

@@ -1,4 +1,4 @@
-"""`lem aggregate` and `lem results`: reading a results directory back."""
+"""`lem aggregate` and `lem results`: reading a results directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from lem.cli import complete
 from lem.cli.base import ResultsDir, app
 
-results_app = typer.Typer(help="Look at results.", no_args_is_help=True)
+results_app = typer.Typer(help="Inspect results.", no_args_is_help=True)
 app.add_typer(results_app, name="results")
 
 
@@ -21,18 +21,19 @@ def aggregate(
             help="Experiment id, or the beginning of one.", show_default=False, autocompletion=complete.experiment_ids
         ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All whose row is missing or old.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All experiments whose row is missing or out of date.")
+    ] = False,
     results_dir: ResultsDir = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Anew, also where a row exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it exists.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Fail when anything is missing, or take what there is.")
+        bool, typer.Option("--strict/--no-strict", help="Fail if anything is missing, or use what exists.")
     ] = True,
     allow_mixed_backends: Annotated[
-        bool,
-        typer.Option("--allow-mixed-backends", help="Put records of different backends together (not recommended)."),
+        bool, typer.Option("--allow-mixed-backends", help="Combine records of different backends (not recommended).")
     ] = False,
 ) -> None:
-    """Turn raw records into rows of the tables; lem experiment does it by itself."""
+    """Turn raw records into rows of the tables; lem experiment does so at its end."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)
@@ -47,20 +48,21 @@ def aggregate(
 def results_list(
     results_dir: ResultsDir = None,
     everything: Annotated[
-        bool, typer.Option("--all", "-a", help="Also those that have no row: planned, running, interrupted.")
+        bool, typer.Option("--all", "-a", help="Also experiments without a row: planned, running, interrupted.")
     ] = False,
     status: Annotated[
         str | None, typer.Option("--status", help="Only completed, failed, interrupted, running or planned ones.")
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Only models with this in their name.")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Only backends with this in their name.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets with this in their name.")] = None,
-    since: Annotated[str | None, typer.Option("--since", help="Only those begun at this time or later.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Only backends whose name contains this.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets whose name contains this.")] = None,
+    since: Annotated[str | None, typer.Option("--since", help="Only those started at this time or later.")] = None,
     last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of these.")] = None,
     sort: Annotated[
-        str | None, typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j [begin].")
+        str | None,
+        typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
     ] = None,
-    reverse: Annotated[bool, typer.Option("--reverse", help="Largest, or newest, first.")] = False,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Largest or newest first.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all columns.")] = False,
 ) -> None:
     """List experiments, oldest first."""
@@ -74,19 +76,18 @@ def results_list(
 @results_app.command("show")
 def results_show(
     experiment_id: Annotated[
-        str,
-        typer.Argument(help="Experiment id, or the beginning of one.", autocompletion=complete.experiment_ids),
+        str, typer.Argument(help="Experiment id, or the beginning of one.", autocompletion=complete.experiment_ids)
     ],
     results_dir: ResultsDir = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="The records of each process, cycle and attempt: phases, readings.")
+        bool, typer.Option("--raw", help="The record of each process, cycle and attempt: phases, readings.")
     ] = False,
     environment: Annotated[
-        bool, typer.Option("--environment", "-e", help="Also the machine and the software that it ran on.")
+        bool, typer.Option("--environment", "-e", help="Also the machine and the software it ran on.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show one experiment: what it measured, its cycles, where it stands."""
+    """Show one experiment: its measurements, its cycles, its state."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)

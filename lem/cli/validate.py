@@ -1,6 +1,6 @@
 """`lem config validate` and `lem config show`: what is wrong with configurations, and what they resolve to.
 
-Runs nothing, looks for no model, loads no prompts and asks no network.
+Runs nothing, looks for no model, loads no prompts and uses no network.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lem.config.check import Found, examine, without
-from lem.config.compose import Asked, ask, located, values_of, without_echoes
-from lem.config.layers import Layer, Sources, leaf_paths, origin
-from lem.config.problem import Faults, Place, Problem, shown_path
-from lem.config.yamlfile import Path_, resolvers
+from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
+from lem.config.layers import Sources, leaf_paths, origin
+from lem.config.problem import Location, Problem, Problems, impossible, shown_path
+from lem.config.userfile import Layer
+from lem.config.yamlfile import KeyPath, resolvers
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.host import Host, look
 from lem.results.codec import to_plain
 from lem.runner.preflight import objections
 from lem.spec.experiment import Experiment
-from lem.spec.rules import CATALOGUE
 
 COMMENT_COLUMN = 46
 
@@ -37,13 +40,40 @@ class Verdict:
     force: bool = False
 
     def blocks(self, problem: Problem) -> bool:
-        """Tell whether a problem keeps the file from being run."""
+        """Tell whether a problem prevents the file from being run."""
         return problem.severity == "impossible" or (problem.severity == "inadvisable" and not self.force)
 
     @property
     def valid(self) -> bool:
-        """Whether nothing keeps the file from being run or inherited from."""
+        """Whether nothing prevents the file from being run or inherited from."""
         return not any(map(self.blocks, self.problems))
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"file": str(self.file), "valid": self.valid, "problems": list(map(_plain, self.problems))}
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each problem, and one if the file is valid."""
+        for problem in self.problems:
+            blocks = self.blocks(problem)
+            remedy = " (--force runs it anyway)" if blocks and problem.severity == "inadvisable" else ""
+            where, kind = problem.where or shown_path(self.file), "error" if blocks else "warning"
+            yield f"{where}: {kind}: {problem.sentence}{remedy} [{problem.code}]"
+        if self.valid:
+            yield f"{shown_path(self.file)}: valid"
+
+
+def _plain(problem: Problem) -> dict[str, Any]:
+    location = problem.location
+    return {
+        "code": problem.code,
+        "severity": problem.severity,
+        "path": problem.path or None,
+        "message": problem.message,
+        "file": shown_path(location.file) if location else None,
+        "line": location.line if location else None,
+        "column": location.column if location else None,
+    }
 
 
 def validate(
@@ -53,10 +83,9 @@ def validate(
     host = look()
     verdicts = [Verdict(file, tuple(problems(file, host, config_dir, any_machine)), force) for file in files]
     if as_json:
-        print(json.dumps([_verdict_as_data(verdict) for verdict in verdicts], indent=2, ensure_ascii=False))
+        print(json.dumps([verdict.plain() for verdict in verdicts], indent=2, ensure_ascii=False))
     else:
-        for verdict in verdicts:
-            _print_verdict(verdict)
+        print("\n".join(line for verdict in verdicts for line in verdict.lines()))
         if len(verdicts) > 1:
             valid = sum(verdict.valid for verdict in verdicts)
             print(f"{len(verdicts)} files: {valid} valid, {len(verdicts) - valid} not.")
@@ -64,97 +93,62 @@ def validate(
 
 
 def problems(file: Path, host: Host, config_dir: Path | None = None, any_machine: bool = False) -> list[Problem]:
-    """Return all that is wrong with a config file: its text, its keys and values, and the rules between them.
+    """Return everything that is wrong with a config file: its text, its keys and values, and the rules between them.
 
     Args:
         file: the config file.
-        host: the machine on which it is to run.
+        host: the machine it is checked for.
         config_dir: a directory of the user's own options.
         any_machine: leave out what is wrong on this machine only.
     """
-    asked = ask(file, (), config_dir)
-    if not asked.sources.file.layers:
-        return list(asked.problems)  # the text cannot be read
-    values, found = values_of(asked.sources)
-    told = without_echoes(asked.problems, located(asked.sources, found))
-    experiment = _sound_part(values, found) if values else None
+    inputs = read_inputs(file, (), config_dir)
+    if not inputs.sources.file.layers:
+        return list(inputs.problems)  # the text cannot be read
+    values, found = values_of(inputs.sources)
+    known = without_echoes(inputs.problems, located(inputs.sources, found))
+    # Without the values that are wrong, so that the rules can check the rest.
+    experiment = examine(without(values, [path for path, _ in found]))[0] if values else None
     if experiment is None:
-        return _in_order(told, file)
-    if experiment.model is None and not _speaks_of("model", told):
-        told.append(Problem("no_model", "model", "no model is named: a base for other files.", Place(file)))
-    return _in_order([*told, *_objections(experiment, host, asked, any_machine, told)], file)
+        return _in_order(known, file)
+    if experiment.model is None and not _is_about("model", known):
+        known.append(Problem("no_model", "model", "no model is named: a base for other files.", Location(file)))
+    return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known)], file)
 
 
 def _in_order(found: Sequence[Problem], first: Path) -> list[Problem]:
-    """Return problems by file and line, those of no line last."""
-    files = list(dict.fromkeys([first, *(problem.place.file for problem in found if problem.place)]))
+    """Return problems by file and line, those without a line last."""
+    files = list(dict.fromkeys([first, *(problem.location.file for problem in found if problem.location)]))
     last = len(files), 0
 
     def key(problem: Problem) -> tuple[int, int]:
-        place = problem.place
-        return (files.index(place.file), place.line) if place and place.line else last
+        location = problem.location
+        return (files.index(location.file), location.line) if location and location.line else last
 
     return sorted(found, key=key)
 
 
-def _sound_part(values: dict[str, Any], found: Found) -> Experiment | None:
-    """Return the experiment without the values that are at fault, so that rules can be asked about the rest."""
-    return examine(without(values, [path for path, _ in found]))[0]
-
-
 def _objections(
-    experiment: Experiment, host: Host, asked: Asked, any_machine: bool, told: Sequence[Problem]
+    experiment: Experiment, host: Host, inputs: Inputs, any_machine: bool, known: Sequence[Problem]
 ) -> list[Problem]:
-    """Return what the rules say; where a value is at fault, a rule that speaks of it is not asked."""
+    """Return the rules' objections, without those about a value that is known to be wrong."""
     found: Found = [
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
         for objection in objections(experiment, host)
-        if not (any_machine and CATALOGUE[objection.code].scope == "machine")
-        and not _speaks_of(f"{objection.path} {objection.message}", told)
+        if not (any_machine and objection.scope == "machine")
+        and not _is_about(f"{objection.path} {objection.message}", known)
     ]
-    return located(asked.sources, found)
+    return located(inputs.sources, found)
 
 
-def _speaks_of(text: str, faulty: Sequence[Problem]) -> bool:
-    names = {problem.path.rpartition(".")[2] for problem in faulty if problem.path and problem.severity == "impossible"}
+def _is_about(text: str, known: Sequence[Problem]) -> bool:
+    names = {problem.path.rpartition(".")[2] for problem in impossible(known) if problem.path}
     return any(re.search(rf"\b{re.escape(name)}\b", text) for name in names)
-
-
-def _print_verdict(verdict: Verdict) -> None:
-    for problem in verdict.problems:
-        blocks = verdict.blocks(problem)
-        remedy = " (--force runs it all the same)" if blocks and problem.severity == "inadvisable" else ""
-        where, kind = problem.where or shown_path(verdict.file), "error" if blocks else "warning"
-        print(f"{where}: {kind}: {problem.sentence}{remedy} [{problem.code}]")
-    if verdict.valid:
-        print(f"{shown_path(verdict.file)}: valid")
-
-
-def _verdict_as_data(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "file": str(verdict.file),
-        "valid": verdict.valid,
-        "problems": [_problem_as_data(problem) for problem in verdict.problems],
-    }
-
-
-def _problem_as_data(problem: Problem) -> dict[str, Any]:
-    place = problem.place
-    return {
-        "code": problem.code,
-        "severity": problem.severity,
-        "path": problem.path or None,
-        "message": problem.message,
-        "file": shown_path(place.file) if place else None,
-        "line": place.line if place else None,
-        "column": place.column if place else None,
-    }
 
 
 # ------------------------------------------------------------------ show
 @dataclass(frozen=True)
 class Origin:
-    """Where a value comes from; file and line are those of the value, if it stands in a file of the user's."""
+    """Where a value comes from; file and line are the value's own, if it stands in a user's file."""
 
     kind: str
     name: str | None = None
@@ -162,20 +156,12 @@ class Origin:
     line: int | None = None
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.file else ""
+        location = f"{self.file}:{self.line}" if self.file else ""
         if self.kind == "file":
-            return place
+            return location
         shown = {"option": "option {}", "preset": "preset {}", "environment": "environment {}"}
         text = shown.get(self.kind, self.kind).format(self.name)
-        return f"{text} ({place})" if place else text
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A configuration, checked, with the origin of each of its values."""
-
-    experiment: Experiment
-    origins: dict[Path_, Origin]
+        return f"{text} ({location})" if location else text
 
 
 def show(
@@ -186,52 +172,50 @@ def show(
     with_origin: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Print a configuration as it would run, as YAML that is a config file itself, or as JSON."""
-    resolved = resolve(config_file, overrides, config_dir)
-    values = to_plain(resolved.experiment)
+    """Print a configuration as it would run, as YAML that is a complete config file, or as JSON."""
+    values, sources = resolve(config_file, overrides, config_dir)
+    origins: dict[KeyPath, Origin] = {}
+    if with_origin:
+        layers = sources.layers()
+        origins |= {path: _origin(origin(layers, path), path) for path, _ in leaf_paths(values)}
     if as_json and with_origin:
-        rows = {".".join(path): (value, resolved.origins[path]) for path, value in leaf_paths(values)}
-        data = {path: {"value": value, "origin": asdict(origin)} for path, (value, origin) in rows.items()}
-        print(json.dumps(data, indent=2, ensure_ascii=False))
+        rows = {".".join(path): {"value": v, "origin": asdict(origins[path])} for path, v in leaf_paths(values)}
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(_lines(values, resolved.origins if with_origin else {})))
+        print("\n".join(_lines(values, origins)))
     return 0
 
 
-def resolve(config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None) -> Resolved:
-    """Compose and check a configuration and tell where each value comes from; raises `ConfigError`."""
-    asked = ask(config_file, overrides, config_dir)
-    if swept := [override.text for override in asked.overrides if override.is_sweep]:
+def resolve(
+    config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[dict[str, Any], Sources]:
+    """Return a configuration's checked values, and the sources they come from; raises `ConfigError`."""
+    inputs = read_inputs(config_file, overrides, config_dir)
+    if swept := [override.text for override in inputs.overrides if override.is_sweep]:
         raise ConfigError(f"{swept[0]}: these are several values; lem config show shows one configuration.")
-    if hydras := [override.text for override in asked.overrides if not override.key]:
-        raise ConfigError(f"{hydras[0]}: settings of Hydra mean nothing here; leave it out.")
-    if faults := [problem for problem in asked.faults() if problem.severity == "impossible"]:
-        raise Faults(faults)
-    values, _ = values_of(asked.sources)
+    if settings := [override.text for override in inputs.overrides if not override.key]:
+        raise ConfigError(f"{settings[0]}: settings of Hydra have no effect here; leave it out.")
+    if found := impossible(inputs.all_problems()):
+        raise Problems(found)
+    values, _ = values_of(inputs.sources)
     experiment, _ = examine(values)
     assert experiment is not None
-    return Resolved(experiment, origins(asked.sources, to_plain(experiment)))
+    return to_plain(experiment), inputs.sources
 
 
-def origins(sources: Sources, values: dict[str, Any]) -> dict[Path_, Origin]:
-    """Return the origin of each value: the last of the layers, from which it was composed, that has it."""
-    layers = sources.layers()
-    return {path: _origin(origin(layers, path), path) for path, _ in leaf_paths(values)}
-
-
-def _origin(layer: Layer | None, path: Path_) -> Origin:
+def _origin(layer: Layer | None, path: KeyPath) -> Origin:
     if layer is None:
         return Origin("default")
-    # What a file's word stands for (a dataset's path, its name) stands where the word does.
+    # A value that a word in a file stands for (a dataset's path, its name) has the word's location.
     above = (path[:end] for end in range(len(path), 0, -1))
-    place = next((layer.places[part] for part in above if part in layer.places), None)
+    location = next((layer.locations[part] for part in above if part in layer.locations), None)
     name = shown_path(Path(layer.name)) if layer.kind == "file" and layer.name else layer.name
-    return Origin(layer.kind, name, shown_path(place.file) if place else None, place.line if place else None)
+    return Origin(layer.kind, name, shown_path(location.file), location.line) if location else Origin(layer.kind, name)
 
 
-def _lines(values: dict[str, Any], origins: dict[Path_, Origin], path: Path_ = ()) -> Iterator[str]:
+def _lines(values: dict[str, Any], origins: dict[KeyPath, Origin], path: KeyPath = ()) -> Iterator[str]:
     indent = "  " * len(path)
     for key, value in values.items():
         at = (*path, key)
@@ -244,19 +228,10 @@ def _lines(values: dict[str, Any], origins: dict[Path_, Origin], path: Path_ = (
 
 
 def as_yaml(value: Any) -> str:
-    """Write a value on one line so that a config file means the same by it."""
-    import yaml
+    """Write a value on one line so that a config file reads the same value."""
 
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers = resolvers(yaml.SafeDumper)
 
-    # A text that looks like an interpolation is none.
-    plain = _escaped(value)
-    text: str = yaml.dump([plain], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    text: str = yaml.dump([escaped(value)], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
     return text.strip()[1:-1]
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("${", "\\${")
-    return [_escaped(item) for item in value] if isinstance(value, list) else value

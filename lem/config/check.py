@@ -1,6 +1,6 @@
-"""Composed values against the schema: interpolations resolved, types and ranges checked, all faults at once.
+"""Composed values against the schema: interpolations resolved, types and ranges checked, all problems at once.
 
-Each fault has the path of its value; where that value came from is not known here.
+Each problem has the path of its value; this module does not know where that value came from.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from lem.config.problem import Faults, Problem, shortened
-from lem.config.yamlfile import Path_, dotted
+from pydantic import ValidationError
+
+from lem.config.problem import Problem, Problems, shortened
+from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
 from lem.results.codec import adapter
 from lem.spec.engines import BACKENDS
@@ -21,34 +23,32 @@ from lem.spec.schema import leaves
 
 MISSING = "???"
 Values = dict[str, Any]
-Found = list[tuple[Path_, Problem]]
+Found = list[tuple[KeyPath, Problem]]
 
 
 def check(values: Values) -> Experiment:
-    """Check a plain mapping against the schema; raises `Faults` (a `ConfigError`) with all problems."""
+    """Check a plain mapping against the schema; raises `Problems` (a `ConfigError`)."""
     experiment, found = examine(values)
     if experiment is None:
-        raise Faults(problem for _, problem in found)
+        raise Problems(problem for _, problem in found)
     return experiment
 
 
 def examine(values: Values) -> tuple[Experiment | None, Found]:
-    """Return the experiment that the values make, or None and what is wrong with them."""
-    from pydantic import ValidationError
-
+    """Return the experiment that the values make, or None and what is wrong with the values."""
     try:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"the configuration holds a value that is not plain data: {shortened(str(error))}."
         return None, [((), Problem("wrong_type", "", message))]
     try:
-        # As JSON: strict about types, but a mapping may become a dataclass.
+        # As JSON: strict about types, except that a mapping may become a dataclass.
         return adapter(Experiment).validate_json(text), []
     except ValidationError as error:
-        return None, list(_found(values, error.errors(include_url=False)))
+        return None, list(_problems(values, error.errors(include_url=False)))
 
 
-def without(values: Values, paths: Iterable[Path_]) -> Values:
+def without(values: Values, paths: Iterable[KeyPath]) -> Values:
     """Return the values without those at some paths."""
     result: Values = json.loads(json.dumps(values))
     for *parents, last in paths:
@@ -61,15 +61,15 @@ def without(values: Values, paths: Iterable[Path_]) -> Values:
 
 
 # ------------------------------------------------------------------ what pydantic found
-def _found(values: Values, details: Iterable[Any]) -> Iterator[tuple[Path_, Problem]]:
-    by_path: dict[Path_, list[Any]] = {}
+def _problems(values: Values, details: Iterable[Any]) -> Iterator[tuple[KeyPath, Problem]]:
+    by_path: dict[KeyPath, list[Any]] = {}
     for detail in details:
         by_path.setdefault(_path(values, detail["loc"]), []).append(detail)
     for path, same in by_path.items():
         yield path, _problem(path, same, backend_of(values))
 
 
-def _path(values: Values, location: tuple[str | int, ...]) -> Path_:
+def _path(values: Values, location: tuple[str | int, ...]) -> KeyPath:
     """Return a value's path: pydantic's, without the names of a union's members (backend.pytorch.device)."""
     path: list[str | int] = []
     holder: Any = values
@@ -81,7 +81,7 @@ def _path(values: Values, location: tuple[str | int, ...]) -> Path_:
     return tuple(path)
 
 
-def _problem(path: Path_, details: list[Any], backend: str | None) -> Problem:
+def _problem(path: KeyPath, details: list[Any], backend: str | None) -> Problem:
     kind, name = details[0]["type"], dotted(path)
     if kind == "unexpected_keyword_argument":
         return Problem("unknown_key", name, unknown_key(path, backend))
@@ -89,12 +89,9 @@ def _problem(path: Path_, details: list[Any], backend: str | None) -> Problem:
         tag = details[0].get("ctx", {}).get("tag", "nothing")
         message = f"there is no {shortened(str(tag))!r}; choose one of {', '.join(BACKENDS)}."
         return Problem("unknown_option", f"{name}.name", message)
-    wanted = " or ".join(dict.fromkeys(_wanted(detail) for detail in details))
-    return Problem(_code(kind), name, f"it should be {wanted}, not {_shown(details[0]['input'])}.")
-
-
-def _wanted(detail: Any) -> str:
-    return str(detail["msg"]).removeprefix("Input should be ")
+    wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
+    given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))
+    return Problem(_code(kind), name, f"it should be {wanted}, not {given}.")
 
 
 def _code(kind: str) -> str:
@@ -104,23 +101,19 @@ def _code(kind: str) -> str:
     return "wrong_type" if is_type else "out_of_range"
 
 
-def _shown(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False, default=str))
-
-
 def backend_of(values: Values) -> str | None:
-    """Return the name of the backend that values choose; None where they choose none that there is."""
+    """Return the name of the backend that values choose, or None if there is no such backend."""
     backend = values.get("backend")
     name = backend.get("name") if isinstance(backend, dict) else None
     return name if name in BACKENDS else None
 
 
-def unknown_key(path: Path_ | str, backend: str | None = None) -> str:
-    """Return the sentence about a key that does not exist, with the nearest ones that do.
+def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
+    """Return the sentence about a key that does not exist, with the most similar ones that do.
 
     Args:
-        path: the key's path; a text is one key, whatever dots it has.
-        backend: the chosen backend, whose keys alone are meant by `backend.…`; None stands for all of them.
+        path: the key's path; a text is one key, even if it has dots.
+        backend: the chosen backend, the only one whose keys `backend.…` may suggest; None stands for all.
     """
     parts = (path,) if isinstance(path, str) else path
     name = dotted(parts)
@@ -130,30 +123,27 @@ def unknown_key(path: Path_ | str, backend: str | None = None) -> str:
         return f"in a file this is written nested, {outer}: {{{inner}: …}}."
     if about := _about_backends_key(name, backend):
         return f"unknown key: {about}"
-    there = [known for known in paths if not _is_of_another_backend(known, backend)]
-    # A leaf's own name is what people remember: batch_size, temperature.
-    by_leaf = [known for known in there if known.split(".")[-1] == name.split(".")[-1]]
-    beside = [known for known in there if "." in name and known.rpartition(".")[0] == name.rpartition(".")[0]]
+    others = set() if backend is None else {key for key in paths if key.startswith("backend.")} - _keys_of(backend)
+    usable = [known for known in paths if known not in others]
+    # People remember a leaf's own name: batch_size, temperature.
+    by_leaf = [known for known in usable if known.split(".")[-1] == name.split(".")[-1]]
+    beside = [known for known in usable if "." in name and known.rpartition(".")[0] == name.rpartition(".")[0]]
     if name in paths:
         near = did_you_mean(name, beside) if backend else ""
         return f"unknown key: the chosen options have no such key.{near}"
-    hint = f" Did you mean '{by_leaf[0]}'?" if len(by_leaf) == 1 else did_you_mean(name, beside or there)
+    hint = f" Did you mean '{by_leaf[0]}'?" if len(by_leaf) == 1 else did_you_mean(name, beside or usable)
     return f"unknown key.{hint}"
 
 
 def _about_backends_key(name: str, backend: str | None) -> str | None:
-    """Return what the chosen backend says of a key that is none of its own: its engine may know it."""
+    """Return what the chosen backend says about a key that is not one of its own: its engine may know it."""
     from lem.backends import backend_class
 
     group, _, key = name.partition(".")
     if backend is None or group != "backend":
         return None
-    # Arguments of an engine are one mapping, which is given as a whole.
+    # The arguments of an engine are a single value: one mapping.
     return backend_class(backend).about_key(key.removeprefix("engine_args.").removeprefix("extra_args."))
-
-
-def _is_of_another_backend(path: str, backend: str | None) -> bool:
-    return backend is not None and path.startswith("backend.") and path not in _keys_of(backend)
 
 
 @cache
@@ -174,10 +164,11 @@ def _with_parents(paths: Iterable[str]) -> frozenset[str]:
 
 # ------------------------------------------------------------------ interpolations, secrets
 def resolved(values: Values) -> tuple[Values, Found]:
-    """Return the values with their interpolations resolved, and what could not be; faulty values stay as they are."""
-    texts = list(_texts(values, ()))
-    found = [(path, _missing(path)) for path, text in texts if text == MISSING]
-    interpolated = [path for path, text in texts if "${" in text]
+    """Return the values with their interpolations resolved, and what is wrong with those that stay as they are."""
+    found_texts = list(texts(values))
+    message = "??? stands for a value that has to be given; give it."
+    found = [(path, Problem("missing_value", dotted(path), message)) for path, text in found_texts if text == MISSING]
+    interpolated = [path for path, text in found_texts if "${" in text]
     if interpolated:
         values, unresolved = _interpolated(values, interpolated)
         found += unresolved
@@ -187,81 +178,61 @@ def resolved(values: Values) -> tuple[Values, Found]:
 def secrets(values: Values) -> Found:
     """Find values that hold the hub's token: configurations are written to files that people publish."""
     token = os.environ.get("HF_TOKEN")
-    return [(path, _secret(path)) for path, text in _texts(values, ()) if token in text] if token else []
+    message = "the value holds your HF_TOKEN; leave it out, the hub's client reads it from the environment."
+    found = (path for path, text in texts(values) if token in text) if token else ()
+    return [(path, Problem("secret", dotted(path), message)) for path in found]
 
 
-def _texts(value: Any, path: Path_) -> Iterator[tuple[Path_, str]]:
+def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the path and value of each text."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, child in value.items():
-            yield from _texts(child, (*path, key))
+            yield from texts(child, (*path, key))
     elif isinstance(value, list):
         for i, child in enumerate(value):
-            yield from _texts(child, (*path, i))
+            yield from texts(child, (*path, i))
 
 
-def is_missing(problem: Problem) -> bool:
-    """Say whether a problem is that of a value which has to be given."""
-    return problem.code == "missing_value"
-
-
-def _missing(path: Path_) -> Problem:
-    return Problem("missing_value", dotted(path), "??? stands for a value that has to be given; give it.")
-
-
-def _secret(path: Path_) -> Problem:
-    message = "the value holds your HF_TOKEN; leave it out, the hub's client reads it from the environment."
-    return Problem("secret", dotted(path), message)
-
-
-def _interpolated(values: Values, paths: list[Path_]) -> tuple[Values, Found]:
-    from omegaconf import OmegaConf
-
-    # Texts that are no interpolation at all would make OmegaConf refuse the whole.
-    found = [(path, problem) for path in paths if (problem := _unreadable(path, _at(values, path)))]
-    good = [path for path in paths if path not in dict(found)]
-    config = OmegaConf.create(_replaced(values, {path: None for path, _ in found}))
-    results: dict[Path_, Any] = {}
-    for path in good:
-        try:
-            results[path] = _plain(_at(config, path))
-        except Exception as error:  # a resolver may raise anything
-            found.append((path, _bad_interpolation(path, _at(values, path), error)))
-    return _replaced(values, results), found
-
-
-def _plain(value: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _unreadable(path: Path_, text: str) -> Problem | None:
+def _interpolated(values: Values, paths: list[KeyPath]) -> tuple[Values, Found]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        OmegaConf.create({"value": text})
-    except (OmegaConfBaseException, RecursionError) as error:
-        return _bad_interpolation(path, text, error)
-    return None
+    problems: dict[KeyPath, Problem] = {}
+    for path in paths:
+        # A text that OmegaConf cannot even read would make it refuse the whole configuration.
+        try:
+            OmegaConf.create({"value": _at(values, path)})
+        except (OmegaConfBaseException, RecursionError) as error:
+            problems[path] = _bad_interpolation(path, _at(values, path), error)
+    config = OmegaConf.create(_replaced(values, dict.fromkeys(problems)))
+    results: dict[KeyPath, Any] = {}
+    for path in paths:
+        if path in problems:
+            continue
+        try:
+            value = _at(config, path)
+            results[path] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except Exception as error:  # a resolver may raise anything
+            problems[path] = _bad_interpolation(path, _at(values, path), error)
+    return _replaced(values, results), list(problems.items())
 
 
-def _bad_interpolation(path: Path_, text: str, error: BaseException) -> Problem:
+def _bad_interpolation(path: KeyPath, text: str, error: BaseException) -> Problem:
     reason = shortened(str(error).splitlines()[0] if str(error) else type(error).__name__, 200)
     circle = isinstance(error, RecursionError) or "recursi" in str(error).casefold()
     reason = "it refers to itself" if circle else reason
     return Problem("bad_interpolation", dotted(path), f"{shortened(text)!r} cannot be resolved: {reason.rstrip('.')}.")
 
 
-def _at(values: Any, path: Path_) -> Any:
+def _at(values: Any, path: KeyPath) -> Any:
     for part in path:
         values = values[part]
     return values
 
 
-def _replaced(values: Any, news: dict[Path_, Any], path: Path_ = ()) -> Any:
+def _replaced(values: Any, news: dict[KeyPath, Any], path: KeyPath = ()) -> Any:
     if path in news:
         return news[path]
     if isinstance(values, dict):

@@ -1,8 +1,8 @@
-"""The JSON Schema of a config file, for editors: that of `lem.spec`'s dataclasses, widened to what a file may hold.
+"""The JSON Schema of a config file, for editors: the one of `lem.spec`'s dataclasses, widened to what a file may hold.
 
-A file differs from a whole `Experiment` in that nothing is required, that groups may be chosen by a plain name
-(`dataset: alpaca`), that `defaults:` and `preset:` may stand in it, and that any value may be an interpolation
-(`${max_output_tokens}`). Knows nothing of rules between values; `lem config validate` does.
+Unlike a whole `Experiment`, a file need not set anything, may choose groups by a plain name (`dataset: alpaca`), may
+hold `defaults:` and `preset:`, and may give any value as an interpolation (`${max_output_tokens}`). Does not know the
+rules between values; `lem config validate` does.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lem.config.options import Options
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, Leaf
 
-# Lies beside the files that refer to it, so that it is found offline and after a clone; *.yaml does not match it.
+# Lies beside the files that refer to it, so that editors find it offline and after a clone; *.yaml does not match it.
 SCHEMA_FILE = ".lem-schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
-# The newest draft that the YAML language server reads in full.
+# The newest draft that the YAML language server supports in full.
 DRAFT = "http://json-schema.org/draft-07/schema#"
+TYPE_NAMES = {
+    "integer": "whole number", "string": "text", "boolean": "true | false", "array": "list", "object": "mapping",
+}  # fmt: skip
 INTERPOLATION = {"$ref": "#/$defs/Interpolation"}
 
 
 def file_schema(options: Options) -> dict[str, Any]:
     """Return the JSON Schema of a config file whose groups have these options."""
-    from pydantic import TypeAdapter
-
     schema = TypeAdapter(Experiment).json_schema()
     definitions = {name: _part(part) for name, part in schema["$defs"].items()}
     properties = _part(schema)["properties"]
@@ -38,7 +41,7 @@ def file_schema(options: Options) -> dict[str, Any]:
         names = [option for option in options.names("backend") if option not in others]
         definitions[backend.__name__]["properties"]["name"]["enum"] = names
     definitions["Energy"]["properties"]["name"]["enum"] = list(options.names("energy"))
-    definitions["Interpolation"] = {"type": "string", "pattern": r"\$\{.+\}", "description": "Another value's."}
+    definitions["Interpolation"] = {"type": "string", "pattern": r"\$\{.+\}", "description": "Another value."}
     return {
         "$schema": DRAFT,
         "title": "lem experiment",
@@ -51,37 +54,35 @@ def file_schema(options: Options) -> dict[str, Any]:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """Return an object's schema for a file: nothing required, interpolations allowed, no titles made from names."""
+    """Return an object's schema for a file: nothing required, interpolations allowed, no titles."""
     properties = {key: _value(value) for key, value in part["properties"].items()}
     kept = {key: part[key] for key in ("type", "description", "additionalProperties")}
     return {**kept, "properties": properties}
 
 
 def _value(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a value's schema with the interpolation as one more way to give it."""
+    """Return a value's schema, with an interpolation allowed as well."""
     if "$ref" in value or "oneOf" in value:
         return {"anyOf": _alternatives(value)}
     if "const" in value:
         return {"type": "string", "description": value["description"]}
     about: dict[str, Any] = {key: value[key] for key in ("description", "default") if key in value}
     ways = _alternatives(value)
-    # A text may hold an interpolation anyway.
+    # The schema of a text allows an interpolation already.
     return {**about, "anyOf": ways} if {"type": "string"} in ways else {**about, "anyOf": [*ways, INTERPOLATION]}
 
 
 def _alternatives(value: dict[str, Any]) -> list[dict[str, Any]]:
-    for several in ("anyOf", "oneOf"):
-        if several in value:
-            return list(value[several])
-    own = {key: item for key, item in value.items() if key not in ("title", "description", "default", "env")}
-    return [own]
+    if several := value.get("anyOf") or value.get("oneOf"):
+        return list(several)
+    return [{key: item for key, item in value.items() if key not in ("title", "description", "default", "env")}]
 
 
 def _group(group: str, mapping: dict[str, Any] | None, options: Options) -> dict[str, Any]:
-    """Return a group's schema: an option's name, or a mapping of values with perhaps a `name`."""
+    """Return a group's schema: an option's name, or a mapping of values, which may include a `name`."""
     names: dict[str, Any] = {"enum": list(options.names(group))}
     if group == "dataset":
-        # A hub id or a local file is as good.
+        # A hub id or a local file is allowed as well.
         names = {"examples": names["enum"], "minLength": 1}
     ways = [{"type": "string", **names}, *(mapping["anyOf"] if mapping else [{"type": "null"}])]
     return {"description": f"The {group}, chosen by name.", "anyOf": ways}
@@ -94,7 +95,7 @@ def _defaults() -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {
-        "description": "Files to inherit from, named as seen from this one (base is base.yaml beside it).",
+        "description": "Files to inherit from, relative to this one (base is base.yaml beside it).",
         "type": "array",
         "items": {"anyOf": [{"type": "string"}, choice]},
     }
@@ -110,28 +111,17 @@ def as_text(options: Options) -> str:
     return json.dumps(file_schema(options), indent=2, ensure_ascii=False) + "\n"
 
 
-# ------------------------------------------------------------------ one value in words
 def type_words(leaf: Leaf) -> str:
-    """Return a value's type and range in words: `whole number, 1 to 65536`, `auto | cpu | cuda`, `text or null`."""
-    from pydantic import TypeAdapter
-
+    """Describe a value's type and range: `whole number from 1 to 65536`, `auto | cpu | cuda`, `text, or null`."""
     schema = TypeAdapter(leaf.annotation).json_schema()
-    ways = [_way_words(way) for way in schema.get("anyOf", [schema])]
-    return ", or ".join(ways)
+    return ", or ".join(map(_way_words, schema.get("anyOf", [schema])))
 
 
 def _way_words(way: dict[str, Any]) -> str:
     if "enum" in way or "const" in way:
         return " | ".join(way.get("enum", [way.get("const")]))
     kind = str(way["type"])
-    names = {
-        "integer": "whole number",
-        "string": "text",
-        "boolean": "true | false",
-        "array": "list",
-        "object": "mapping",
-    }
-    return names.get(kind, kind) + _range_words(way)
+    return TYPE_NAMES.get(kind, kind) + _range_words(way)
 
 
 def _range_words(way: dict[str, Any]) -> str:

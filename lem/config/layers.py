@@ -2,9 +2,9 @@
 
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
-This is what Hydra composes from conf/config.yaml, done by merging plain dictionaries: a thousand times as fast, which a
-grid needs, and able to say which layer a value comes from, which Hydra cannot. Tests compare the two. Knows
-nothing of Hydra's grammar, and does not check values.
+This is what Hydra composes from conf/config.yaml, by merging plain dictionaries: a thousand times as fast, which a
+grid needs, and with the layer that each value comes from, which Hydra does not keep. Tests hold it against Hydra's
+composition. Does not know Hydra's grammar and does not check values.
 """
 
 from __future__ import annotations
@@ -15,39 +15,28 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from functools import cache, lru_cache, reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lem.config import yamlfile
 from lem.config.options import CONFIG_MODULE, CUSTOM, OptionFile, Options
-from lem.config.problem import Faults, Place, Problem
-from lem.config.userfile import Choice, FileLayer, UserFile, examine, merged
-from lem.config.yamlfile import Path_
+from lem.config.problem import Location, Problem, Problems, impossible
+from lem.config.userfile import Choice, Layer, UserFile, examine_file, flattened, merged
+from lem.config.yamlfile import KeyPath
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, leaves
 
-Kind = Literal["default", "environment", "option", "preset", "file", "command line"]
 Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Values of one source: its kind, its name (variable, option, preset, file, override), the places of values."""
-
-    kind: Kind
-    name: str | None
-    values: Values
-    places: Mapping[Path_, Place] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Option:
-    """An option's content: values as they lie in the whole configuration, and the options that a preset chooses."""
+    """An option's content: its values, nested as in the whole configuration, and the options that a preset chooses."""
 
     file: OptionFile
     layers: tuple[Layer, ...]
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    # A preset's values of the groups that it chooses: they hold only where its choice does.
+    # A preset's values for the groups that it chooses: they apply only together with its choice.
     bound: Mapping[str, Layer] = field(default_factory=dict)
 
 
@@ -56,15 +45,21 @@ Chosen = tuple[tuple[str, str | None, str | None, str | None], ...]
 
 @dataclass(frozen=True)
 class Sources:
-    """All that one configuration is composed of, apart from the schema."""
+    """Everything that a configuration is composed of, apart from the schema."""
 
     file: UserFile = field(default_factory=UserFile)
     # What the command line chooses and sets; a value's layer is named for its override.
     choices: Mapping[str, Choice] = field(default_factory=dict)
     given: tuple[Layer, ...] = ()
 
+    @classmethod
+    def of(cls, file: UserFile, choices: Mapping[str, Choice], values: Mapping[str, Any]) -> Sources:
+        """Return the sources with plain values by dotted path in place of the command line's."""
+        given = (Layer("command line", path, nested(path, value)) for path, value in values.items())
+        return cls(file, choices, tuple(given))
+
     def settled(self) -> Sources:
-        """Return the sources with the file's values dropped where the command line chooses another option."""
+        """Return the sources without the file's values for a group whose option the command line replaces."""
         file = self.file
         for group, choice in self.choices.items():
             named = file.choices.get(group)
@@ -74,7 +69,7 @@ class Sources:
         return Sources(file, self.choices, self.given)
 
     def chosen(self, group: str) -> Choice:
-        """Return the choice that holds for a group: the command line's, the file's, the preset's or the default."""
+        """Return the choice that applies to a group: the command line's, the file's, the preset's or the default."""
         own = self.choices.get(group) or self.file.choices.get(group)
         if own is not None and (own.name is not None or group == "preset"):
             return own
@@ -84,18 +79,16 @@ class Sources:
                 return by_preset
         return Choice(default_choices()[group])
 
+    def _all_chosen(self) -> Chosen:
+        """Return the choices that apply, as a key of caches."""
+        chosen = ((group, self.chosen(group)) for group in default_choices())
+        return tuple((group, choice.name, choice.source, choice.preset) for group, choice in chosen)
+
     def layers(self) -> list[Layer]:
         """Return all layers, lowest first."""
         settled = self.settled()
-        return [*settled._base(), *map(_file_layer, settled.file.layers), *settled.given]
-
-    def _base(self) -> tuple[Layer, ...]:
-        return _base_layers(self.file.options, self._all_chosen(), _environment())
-
-    def _all_chosen(self) -> Chosen:
-        """Return the choices that hold, as a key of caches."""
-        chosen = ((group, self.chosen(group)) for group in default_choices())
-        return tuple((group, choice.name, choice.source, choice.preset) for group, choice in chosen)
+        base = _base_layers(self.file.options, settled._all_chosen(), _environment())
+        return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
         """Compose, interpolations unresolved. Subtrees may be shared with other results."""
@@ -105,18 +98,12 @@ class Sources:
         return reduce(merged, above, base)
 
 
-def flattened(layers: Iterable[Layer]) -> Values:
-    """Merge the values of layers, lowest first."""
-    nothing: Values = {}
-    return reduce(merged, (layer.values for layer in layers), nothing)
-
-
-def origin(layers: Iterable[Layer], path: Path_) -> Layer | None:
-    """Return the layer whose value at a path holds: the last that has one there."""
+def origin(layers: Iterable[Layer], path: KeyPath) -> Layer | None:
+    """Return the layer that the value at a path comes from: the last that has one there."""
     return next((layer for layer in reversed(list(layers)) if holds(layer.values, path)), None)
 
 
-def holds(values: Any, path: Path_) -> bool:
+def holds(values: Any, path: KeyPath) -> bool:
     """Tell whether there is a value at a path."""
     for part in path:
         inside = part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values))
@@ -127,12 +114,19 @@ def holds(values: Any, path: Path_) -> bool:
 
 
 def leaf_paths(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the path and value of everything that is not a mapping with content."""
+    """Yield the path and value of everything except mappings with content."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from leaf_paths(value, (*prefix, key))
         else:
             yield (*prefix, key), value
+
+
+def nested(path: str, value: Any) -> Values:
+    """Return the mapping that holds a value at a dotted path."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------ the layers below the file
@@ -146,7 +140,7 @@ def _base_layers(options: Options, chosen: Chosen, environment: tuple[tuple[str,
 
 
 def layers_of(options: Options, group: str, choice: Choice) -> tuple[Layer, ...]:
-    """Return the layers that a choice stands for: the option's, and the values of a preset that come with it."""
+    """Return the layers of a choice: the option's, and the values of the preset that chose it."""
     assert choice.name is not None
     own = option(options, group, choice.name, choice.source).layers
     return (*own, option(options, "preset", choice.preset).bound[group]) if choice.preset else own
@@ -161,7 +155,7 @@ def schema_layers(environment: tuple[tuple[str, str], ...] | None = None) -> Ite
     """Yield the schema's defaults and the values of environment variables."""
     yield Layer("default", None, schema_defaults())
     for name, value in _environment() if environment is None else environment:
-        # What looks like an interpolation is none here.
+        # A variable holds no interpolations, even where it looks so.
         yield Layer("environment", name, nested(_variables()[name], value.replace("${", "\\${")))
 
 
@@ -178,7 +172,7 @@ def _variables() -> dict[str, str]:
 
 @cache
 def schema_defaults(backend: str | None = None) -> Values:
-    """Return the defaults of a backend's options; without one those of all else, `backend` having its own group."""
+    """Return the defaults of a backend's options; without one, of everything except the group `backend`."""
     cls: type[Any] = BACKENDS[backend] if backend else Experiment
     node: Values = {}
     for f in fields(cls):
@@ -197,30 +191,19 @@ def default_choices() -> Mapping[str, str | None]:
     return {group: name for group, name in pairs if group in GROUPS}
 
 
-def nested(path: str, value: Any) -> Values:
-    """Return the mapping that holds a value at a dotted path."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return value  # type: ignore[no-any-return]
-
-
-def _file_layer(layer: FileLayer) -> Layer:
-    return Layer("file", str(layer.path), layer.values, layer.places)
-
-
 # ------------------------------------------------------------------ options
 @lru_cache(maxsize=1024)
 def option(options: Options, group: str, name: str, source: str | None = None) -> Option:
     """Read an option, built-in or a user's.
 
     Args:
-        options: what there is.
+        options: the options that exist.
         group: its group.
         name: its name; it must exist.
         source: the hub id or file of the dataset `custom`.
 
     Raises:
-        Faults: the user's file is at fault.
+        Problems: something is wrong in the user's file.
     """
     file = options.get(group, name)
     assert file is not None, (group, name)
@@ -237,44 +220,44 @@ def _builtin(file: OptionFile) -> Option:
     if file.group == "preset":
         chosen = {key.removeprefix("override /"): Choice(str(name)) for entry in entries for key, name in entry.items()}
         return Option(file, (Layer("preset", file.name, values),), chosen)
-    return Option(file, (*_engine(file, values), _option_layer(file, {file.group: values})))
+    return Option(file, (*_engine_defaults(file, values), _option_layer(file, {file.group: values})))
 
 
 def _users(file: OptionFile, options: Options) -> Option:
     group = None if file.group == "preset" else file.group
-    read = examine(file.path, options, group)
+    read = examine_file(file.path, options, group)
     if "preset" in read.choices:
-        place = read.choices["preset"].place
-        message = "a preset names no other; inherit from its file with defaults: [name]."
-        read.problems.append(Problem("wrong_type", "preset", message, place))
-    places = {path: place for layer in read.layers for path, place in layer.places.items()}
+        message = "a preset cannot name another one; inherit from its file with defaults: [name]."
+        read.problems.append(Problem("wrong_type", "preset", message, read.choices["preset"].location))
+    locations = {path: location for layer in read.layers for path, location in layer.locations.items()}
     values = read.values
     own = values.setdefault(file.group, {}) if group else {}
     if file.group in ("dataset", "decoder"):
         own.setdefault("name", file.name)
     if file.group == "backend" and own.setdefault("name", file.name) not in BACKENDS:
-        engines = ", ".join(BACKENDS)
-        place = places.get(("backend", "name"), Place(file.path))
-        message = f"an option of this group names its engine, one of {engines}."
-        read.problems.append(Problem("unknown_option", "name", message, place))
-    if errors := [problem for problem in read.problems if problem.severity == "impossible"]:
-        raise Faults(errors)
+        location = locations.get(("backend", "name"), Location(file.path))
+        message = f"an option of this group names its engine, one of {', '.join(BACKENDS)}."
+        read.problems.append(Problem("unknown_option", "name", message, location))
+    if problems := impossible(read.problems):
+        raise Problems(problems)
     if group is None:
         chosen = {inner: choice for inner, choice in read.choices.items() if choice.name is not None}
         bound = {
-            inner: Layer("preset", file.name, {inner: values.pop(inner)}, places) for inner in chosen if inner in values
+            inner: Layer("preset", file.name, {inner: values.pop(inner)}, locations)
+            for inner in chosen
+            if inner in values
         }
         choices = {inner: replace(c, preset=file.name if inner in bound else None) for inner, c in chosen.items()}
-        return Option(file, (Layer("preset", file.name, values, places),), choices, bound)
-    return Option(file, (*_engine(file, own), _option_layer(file, values, places)))
+        return Option(file, (Layer("preset", file.name, values, locations),), choices, bound)
+    return Option(file, (*_engine_defaults(file, own), _option_layer(file, values, locations)))
 
 
-def _engine(file: OptionFile, values: Values) -> tuple[Layer, ...]:
-    """Return the defaults below an option of the group backend: those of its engine."""
+def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
+    """Return the layer below an option of the group backend: the defaults of its engine."""
     if file.group != "backend":
         return ()
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)
 
 
-def _option_layer(file: OptionFile, values: Values, places: Mapping[Path_, Place] | None = None) -> Layer:
-    return Layer("option", f"{file.group}={file.name}", values, places or {})
+def _option_layer(file: OptionFile, values: Values, locations: Mapping[KeyPath, Location] | None = None) -> Layer:
+    return Layer("option", f"{file.group}={file.name}", values, locations or {})

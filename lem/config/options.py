@@ -1,9 +1,9 @@
-"""Which options each group has and in which files they stand: those of conf/ that come with lem, and a user's own.
+"""The options of each group and their files: those of lem's own conf/, and a user's.
 
-A user's options are the YAML files in `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of a directory of
-theirs: the one that --config-dir names, else `conf/` beside the config file or beside those that it inherits from,
-else `conf/` in the working directory when there is no file. An option of theirs wins over a built-in one of the same
-name. Reads no option; `lem.config.layers` does.
+A user's options are the YAML files in `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one directory:
+the one that --config-dir names, else `conf/` beside the config file or beside the files it inherits from, else `conf/`
+in the working directory if there is no file. A user's option replaces a built-in one of the same name. Does not read
+options; `lem.config.layers` does.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from lem.spec.schema import GROUPS
 CONFIG_MODULE = "lem.conf"
 FOLDER = "conf"
 SUFFIXES = (".yaml", ".yml")
-# Any hub dataset or local file; nobody chooses it by this name to get prompts.
+# Stands for any hub dataset or local file; it has no prompts itself.
 CUSTOM = "custom"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
 class OptionFile:
-    """Where an option stands."""
+    """An option and its file."""
 
     group: str
     name: str
     path: Path
     is_users: bool
-    # A user's option that has taken a built-in one's name.
+    # A user's option with the name of a built-in one.
     shadows: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """What can be chosen by name; `folder` holds the user's options, if there are any."""
+    """The options that can be chosen by name; `folder` holds the user's, if there are any."""
 
     folder: Path | None = None
 
     @classmethod
     def find(cls, config_dir: Path | None = None, config_file: Path | None = None) -> Options:
-        """Return the options that are known beside a config file, or here without one.
+        """Return the options known to a config file, or in the working directory without one.
 
         `lem.config.userfile.find_options` looks beside a file's parents as well.
 
         Raises:
-            ConfigError: the directory that was named holds no options.
+            ConfigError: the named directory holds no options.
         """
         if config_dir is not None:
             if not any((config_dir / group).is_dir() for group in GROUPS):
@@ -59,25 +59,23 @@ class Options:
                 )
             return cls(config_dir.resolve())
         folder = (config_file.parent if config_file else Path()) / FOLDER
-        # lem's own conf/ is a package; in its checkout it is no user's.
+        # lem's own conf/ is a package; seen from its checkout it is not a user's.
         return cls(folder.resolve() if folder.is_dir() and not (folder / "__init__.py").exists() else None)
 
     @cached_property
     def _files(self) -> dict[str, dict[str, OptionFile]]:
-        return {group: self._of_group(group) for group in GROUPS}
-
-    def _of_group(self, group: str) -> dict[str, OptionFile]:
-        found = dict(builtin(group))
-        for path in _yaml_files(self.folder / group) if self.folder else ():
-            found[path.stem] = OptionFile(group, path.stem, path, True, path.stem in builtin(group))
-        return dict(sorted(found.items()))
+        found = {group: dict(builtin(group)) for group in GROUPS}
+        for group, files in found.items():
+            for path in _yaml_files(self.folder / group) if self.folder else ():
+                files[path.stem] = OptionFile(group, path.stem, path, True, path.stem in builtin(group))
+        return {group: dict(sorted(files.items())) for group, files in found.items()}
 
     def names(self, group: str) -> tuple[str, ...]:
         """Return the names of a group's options."""
         return tuple(self._files[group])
 
     def get(self, group: str, name: str) -> OptionFile | None:
-        """Return where an option stands, or None when there is no such option."""
+        """Return an option's file, or None if there is no such option."""
         return self._files[group].get(name)
 
     def unknown(self, group: str, name: str) -> str:
@@ -87,7 +85,7 @@ class Options:
         return f"there is no '{name}'.{did_you_mean(name, names)} Choose one of {', '.join(names)}{more}."
 
     def is_source(self, name: str) -> bool:
-        """Tell a dataset that is a hub id or a local file from one that is chosen by name."""
+        """Tell whether a dataset is a hub id or a local file, not one of the options."""
         if self.get("dataset", name):
             return False
         try:

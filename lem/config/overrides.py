@@ -1,4 +1,4 @@
-"""The command line's overrides, `key=value`: parsed by Hydra's grammar, checked, and put into Hydra's form.
+"""The command line's overrides, `key=value`: parsed by Hydra's grammar, checked, and expanded into those of a sweep.
 
 An option may be chosen as `group=name` or `group.name=name`, a dataset also by its hub id or file; sweeps are
 `a,b`, `choice(a,b)`, `range(1,5)` and `glob(*)`. Knows the keys of the schema, not their types.
@@ -7,81 +7,111 @@ An option may be chosen as `group=name` or `group.name=name`, a dataset also by 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lem.config.check import known_keys, unknown_key
-from lem.config.layers import Layer, nested
+from lem.config.layers import nested
 from lem.config.options import CUSTOM, Options
-from lem.config.problem import Problem, shortened
-from lem.config.userfile import PARTS, Choice
+from lem.config.problem import Problem, Problems, shortened
+from lem.config.userfile import PARTS, Choice, Layer
 from lem.spec.schema import GROUPS
 
-# A preset that is none: Hydra has no other way to take back an option of a group.
+# A preset that sets nothing: Hydra has no other way to take back a group's option.
 NO_PRESET = "none"
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
-# A range is made in no time and may be larger than any memory.
+# A range is quickly written and may be larger than any memory.
 MOST_VALUES = 100_000
+SEVERAL = "these are several values; add --multirun to run each, or write a list as [a,b]."
 HYDRA = ("hydra.", "hydra/", "+hydra", "++hydra", "~hydra")
 
 
 @dataclass(frozen=True)
 class Override:
-    """One override: of a value, or of a group's option; several values or options are a sweep."""
+    """One override, of a value or of a group's option; several values or options are a sweep.
+
+    `parts` are the values or options as Hydra writes them. An override of Hydra's own settings has no key.
+    """
 
     text: str
-    key: str
+    key: str = ""
     values: tuple[Any, ...] = ()
     choices: tuple[Choice, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def is_sweep(self) -> bool:
         """Whether it stands for several experiments."""
-        return len(self.values) + len(self.choices) > 1
+        return len(self.parts) > 1
+
+    @property
+    def shown(self) -> str:
+        """The override as a user would write it; Hydra's name of an option may be another one."""
+        if not self.choices:
+            return self.text
+        return f"{self.key}={','.join(choice.source or choice.name or 'null' for choice in self.choices)}"
 
     def layer(self) -> Layer:
-        """Return the value that it sets; of a sweep the first."""
+        """Return the value that it sets; the first one of a sweep."""
         return Layer("command line", self.text, nested(self.key, self.values[0]))
 
+    def each(self) -> list[Override]:
+        """Return an override for each of its values or options."""
+        return [
+            Override(f"{self.key}={part}", self.key, self.values[i : i + 1], self.choices[i : i + 1], (part,))
+            for i, part in enumerate(self.parts)
+        ] or [self]
 
-class BadOverride(Exception):
-    """One override that cannot be used; collected, never shown as it is."""
 
-    def __init__(self, code: str, path: str, message: str) -> None:
-        self.problem = Problem(code, path, message)
+def combinations(overrides: Iterable[Override]) -> list[tuple[Override, ...]]:
+    """Expand a sweep into the overrides of its cells, in the order of Hydra's own sweeper: the last varies fastest.
+
+    If a key is given more than once, its last override holds, in the place of its first.
+    """
+    by_key = {override.key or override.text: override.each() for override in overrides}
+    return list(itertools.product(*by_key.values()))
 
 
 def parse(
     texts: Sequence[str], options: Options, groups_in: Path | None = None
 ) -> tuple[list[Override], list[Problem]]:
-    """Parse overrides; of several choices for one group the last holds.
+    """Parse overrides; of several choices for one group only the last is returned.
 
     Args:
         texts: the overrides.
         options: what can be chosen by name.
-        groups_in: a config directory that Hydra itself has been given: `+group=…` of a group there is Hydra's.
+        groups_in: a config directory known to Hydra; `+group=…` of a group there is passed on to Hydra.
     """
     found: list[Override] = []
     problems: list[Problem] = []
     for text in texts:
+        group = text.partition("=")[0].removeprefix("+")
+        added = text.startswith("+") and groups_in is not None and group not in GROUPS and (groups_in / group).is_dir()
         try:
-            found.append(Override(text, "") if _is_hydras(text, groups_in) else _parsed(text, options))
-        except BadOverride as bad:
-            problems.append(bad.problem)
+            found.append(Override(text) if added or is_hydra_setting(text) else _parsed(text, options))
+        except Problems as error:
+            problems += error.found
     last = {override.key: i for i, override in enumerate(found)}
     return [o for i, o in enumerate(found) if not o.choices or last[o.key] == i], problems
 
 
-def _is_hydras(text: str, groups_in: Path | None) -> bool:
-    group = text.partition("=")[0].removeprefix("+")
-    added = text.startswith("+") and groups_in is not None and group not in GROUPS and (groups_in / group).is_dir()
-    return added or text.startswith(HYDRA)
+def is_hydra_setting(text: str) -> bool:
+    """Tell whether an override is one of Hydra's own settings, such as `hydra.sweep.dir` or `hydra/launcher`."""
+    return text.startswith(HYDRA)
+
+
+def has_several_values(text: str) -> bool:
+    """Tell whether Hydra's grammar reads several values in an override; False if it cannot read it."""
+    try:
+        return bool(_read(text).is_sweep_override())
+    except Problems:
+        return False
 
 
 def _parsed(text: str, options: Options) -> Override:
@@ -91,29 +121,28 @@ def _parsed(text: str, options: Options) -> Override:
     if name.endswith(".name") and name.removesuffix(".name") in GROUPS:
         name = name.removesuffix(".name")
     if name in GROUPS:
-        return _choice(name, value, options)
+        return _parsed_choice(name, value, options)
     if name not in known_keys():
-        raise BadOverride("unknown_key", shortened(name), unknown_key(tuple(name.split("."))))
-    # A key exists always, so that adding (+) and forcing (++) are setting.
-    override = _grammar(f"{name}={value}")
-    values = tuple(_elements(override))
+        raise Problems.one("unknown_key", shortened(name), unknown_key(tuple(name.split("."))))
+    # Every key of the schema exists, so adding (+) and forcing (++) are the same as setting.
+    values, parts = _elements(_read(f"{name}={value}"))
     if name in PARTS and not all(isinstance(given, dict) for given in values):
-        raise BadOverride("wrong_type", name, f"it holds named values; set one of them, as {_example(name)}=….")
-    return Override(f"{name}={value}", name, values)
+        raise Problems.one("wrong_type", name, f"it holds named values; set one of them, as in {_example(name)}=….")
+    return Override(f"{name}={value}", name, values, parts=parts)
 
 
 def _check_form(text: str, key: str, equals: str, name: str) -> None:
     shown = shortened(text)
     if equals and not name:
-        raise BadOverride("unknown_key", "", f"The override {shown!r} names no key.")
+        raise Problems.one("unknown_key", "", f"The override {shown!r} names no key.")
     if key.startswith("~"):
-        message = f"The override {shown!r} removes a value, and each has one always; give it another, or null."
-        raise BadOverride("unknown_key", "", message)
+        message = f"The override {shown!r} removes a value, but none can be left out; set another value, or null."
+        raise Problems.one("unknown_key", "", message)
     if not equals:
         message = f"'{shown}' is neither an option, a config file (.yaml) nor an override (key=value)."
-        raise BadOverride("unknown_key", "", message)
+        raise Problems.one("unknown_key", "", message)
     if "@" in name:
-        raise BadOverride("unknown_key", "", f"The override {shown!r} names a package (@), and there are none.")
+        raise Problems.one("unknown_key", "", f"The override {shown!r} names a package (@); lem has none.")
 
 
 def _example(part: str) -> str:
@@ -121,63 +150,69 @@ def _example(part: str) -> str:
 
 
 # ------------------------------------------------------------------ options
-def _choice(group: str, value: str, options: Options) -> Override:
+def _parsed_choice(group: str, value: str, options: Options) -> Override:
     literal = _unquoted(value)
     if options.get(group, literal) or (group == "dataset" and _exists(literal)):
-        choices = [_chosen(group, literal, options)]
+        names = [literal]
     else:
-        choices = [_chosen(group, name, options) for name in _names(group, value, literal, options)]
-    if not choices:
-        raise BadOverride("unknown_option", group, f"{shortened(value)!r} matches none of its options.")
-    named = ",".join(hydra_name(group, choice, options) for choice in choices)
-    return Override(f"{group}={named}", group, choices=tuple(choices))
+        names = _names(group, value, literal, options)
+    if not names:
+        raise Problems.one("unknown_option", group, f"{shortened(value)!r} matches none of its options.")
+    choices = tuple(choice_of(group, name, options) for name in names)
+    parts = tuple(hydra_name(group, choice, options) for choice in choices)
+    return Override(f"{group}={','.join(parts)}", group, choices=choices, parts=parts)
 
 
 def _names(group: str, value: str, literal: str, options: Options) -> list[Any]:
     from hydra.core.override_parser.types import Glob
 
     try:
-        override = _grammar(f"{group}={value}")
-    except BadOverride:
-        # Names that Hydra's grammar cannot take, one or several.
+        override = _read(f"{group}={value}")
+    except Problems:
+        # One or several names that Hydra's grammar cannot read.
         names = [name.strip() for name in literal.split(",")]
         return names if all(options.get(group, name) or _exists(name) for name in names) else [literal]
     if isinstance(override.value(), Glob):
         names = [name for name in options.names(group) if (group, name) != ("dataset", CUSTOM)]
         return list(override.value().filter(names))
-    return list(_elements(override))
+    return list(_elements(override)[0])
 
 
-def _chosen(group: str, name: Any, options: Options) -> Choice:
+def choice_of(group: str, name: Any, options: Options) -> Choice:
+    """Return the choice that a name means: an option, a dataset's hub id or file, or no preset.
+
+    Raises:
+        Problems: there is no such option, or it is not a name.
+    """
     if name is None and group == "preset":
         return Choice(None)
     if not isinstance(name, str):
         message = f"it is chosen by name, one of {', '.join(options.names(group))}."
         if isinstance(name, dict):
-            message += f" Set its values one by one, as {_example(group)}=…."
-        raise BadOverride("wrong_type", group, message)
+            message += f" Set its values one by one, as in {_example(group)}=…."
+        raise Problems.one("wrong_type", group, message)
     if options.get(group, name):
         return Choice(name)
     if group == "dataset" and options.is_source(name):
         return Choice(CUSTOM, name)
-    raise BadOverride("unknown_option", group, options.unknown(group, shortened(name)))
+    raise Problems.one("unknown_option", group, options.unknown(group, shortened(name)))
 
 
 def hydra_name(group: str, choice: Choice, options: Options) -> str:
     """Return the name by which Hydra knows a choice; that of a user's option or file is registered with it."""
     if choice.preset is not None:
-        return _word(choice.preset, "preset", is_free=False)
+        return _hydra_word(choice.preset, "preset", is_free=False)
     if choice.name is None:
         return NO_PRESET if options.get(group, NO_PRESET) is None else f"user/{NO_PRESET}"
     if choice.source is not None and choice.name == CUSTOM:
-        return _word(choice.source, "source", is_free=options.get(group, choice.source) is None)
+        return _hydra_word(choice.source, "source", is_free=options.get(group, choice.source) is None)
     file = options.get(group, choice.name)
     assert file is not None, choice
-    return _word(choice.name, "user", is_free=not file.shadows) if file.is_users else choice.name
+    return _hydra_word(choice.name, "user", is_free=not file.shadows) if file.is_users else choice.name
 
 
-def _word(name: str, prefix: str, is_free: bool) -> str:
-    """Return a name that Hydra's grammar takes as it is: the same, or a like one that no other name has."""
+def _hydra_word(name: str, prefix: str, is_free: bool) -> str:
+    """Return a name that Hydra's grammar reads as it is: the same one, or a similar one that is used for no other."""
     is_plain = PLAIN_NAME.fullmatch(name) and name.lower() not in NOT_NAMES and not name.endswith((".yaml", ".yml"))
     if is_plain and is_free:
         return name
@@ -186,8 +221,8 @@ def _word(name: str, prefix: str, is_free: bool) -> str:
 
 
 def _unquoted(value: str) -> str:
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return re.sub(r"\\(['\"])", r"\1", value[1:-1]) if quoted else value
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return re.sub(r"\\(['\"])", r"\1", value[1:-1]) if is_quoted else value
 
 
 def _exists(name: str) -> bool:
@@ -213,7 +248,8 @@ def _parser() -> Any:
     return OverridesParser.create()
 
 
-def _grammar(text: str) -> Any:
+def _read(text: str) -> Any:
+    """Return the override as Hydra's grammar reads it; raises `Problems`."""
     from hydra.errors import HydraException
 
     try:
@@ -222,35 +258,48 @@ def _grammar(text: str) -> Any:
         message = f"The override {shortened(text)!r} cannot be read: {first_sentence(error)}. Quote a value of text."
     except RecursionError:
         message = f"The override {shortened(text)!r} is nested too deep."
-    raise BadOverride("yaml_syntax", "", message)
+    raise Problems.one("yaml_syntax", "", message)
 
 
-def _elements(override: Any) -> Iterator[Any]:
-    """Yield the values that an override stands for."""
-    from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
-    from hydra.core.override_parser.types import Override as Parsed
+def _elements(override: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """Return the values of an override as plain data, and as Hydra writes them."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep, Transformer
 
     value = override.value()
     if isinstance(value, (Glob, IntervalSweep)):
-        message = f"{shortened(override.input_line)!r} names no values; list them, as a,b or range(1,5)."
-        raise BadOverride("wrong_type", override.key_or_group, message)
+        message = f"{shortened(override.input_line)!r} names no values; list them, as in a,b or range(1,5)."
+        raise Problems.one("wrong_type", override.key_or_group, message)
     if not override.is_sweep_override():
-        yield value
-        return
+        return (value,), (override.get_value_element_as_str(),)
     elements = value.range() if isinstance(value, RangeSweep) else ()
-    if next(islice(elements, MOST_VALUES, None), None) is not None:
+    if next(itertools.islice(elements, MOST_VALUES, None), None) is not None:
         message = f"{shortened(override.input_line)!r} stands for more than {MOST_VALUES:,} values; name fewer."
-        raise BadOverride("out_of_range", override.key_or_group, message)
-    for element in override.sweep_iterator():
-        yield Parsed._convert_value(element)
+        raise Problems.one("out_of_range", override.key_or_group, message)
+    # Once: a shuffled sweep is in another order each time.
+    found = list(override.sweep_iterator())
+    if not found:
+        raise Problems.one("wrong_type", override.key_or_group, f"{shortened(override.input_line)!r} names no values.")
+    return tuple(map(_without_quotes, found)), tuple(map(Transformer.str, found))
+
+
+def _without_quotes(element: Any) -> Any:
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(element, QuotedString):
+        return element.text
+    if isinstance(element, list):
+        return list(map(_without_quotes, element))
+    if isinstance(element, dict):
+        return {_without_quotes(key): _without_quotes(value) for key, value in element.items()}
+    return element
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return what Hydra or OmegaConf says, as a sentence of our own where theirs would not help."""
+    """Return the message of a Hydra or OmegaConf error as one sentence, in lem's words where theirs do not help."""
     text = " ".join(str(error).split())
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:
-        return f"{several[1]}: these are several values; add --multirun to run each, or write a list as [a,b]."
+        return f"{several[1]}: {SEVERAL}"
     missing = re.search(r"Could not override '([^']+)'", text)
     if missing:
         return f"{missing[1]}: the chosen options have no such key."

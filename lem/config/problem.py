@@ -1,7 +1,7 @@
-"""What is wrong with a configuration and where it stands: a code, a path, a sentence, a line of a file.
+"""What is wrong with a configuration and where: a code, a path, a sentence, a line of a file.
 
-The severity of a code, its meaning and its remedy stand in `lem.spec.rules`. This module knows neither YAML nor Hydra
-nor the schema.
+The severity of a code, its meaning and its remedy are in `lem.spec.rules`. This module does not know YAML, Hydra or
+the schema.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lem.errors import ConfigError
-from lem.spec.rules import CATALOGUE, Severity
+from lem.spec.rules import RULES, Severity
 
 
 @dataclass(frozen=True)
-class Place:
-    """A place in a file; line and column count from 1."""
+class Location:
+    """A position in a file; line and column count from 1."""
 
     file: Path
     line: int | None = None
@@ -28,25 +28,25 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault of a configuration."""
+    """One thing that is wrong with a configuration."""
 
     code: str
     path: str
     message: str
-    place: Place | None = None
+    location: Location | None = None
 
     @property
     def severity(self) -> Severity:
-        """What the catalogue says of the code."""
-        return CATALOGUE[self.code].severity
+        """The severity of the code, from the catalogue."""
+        return RULES[self.code].severity
 
     @property
     def where(self) -> str:
-        """`my.yaml:12`, with the column where the text itself is broken; empty without a file."""
-        if self.place is None:
+        """`my.yaml:12`, with the column if the text itself is broken; empty without a file."""
+        if self.location is None:
             return ""
-        exact = self.code == "yaml_syntax" and self.place.column
-        return f"{self.place}:{self.place.column}" if exact else str(self.place)
+        exact = self.code == "yaml_syntax" and self.location.column
+        return f"{self.location}:{self.location.column}" if exact else str(self.location)
 
     @property
     def sentence(self) -> str:
@@ -57,17 +57,27 @@ class Problem:
         return ": ".join(filter(None, [self.where, self.sentence]))
 
 
-class Faults(ConfigError):
-    """Problems of a configuration, located."""
+class Problems(ConfigError):
+    """All problems that were found in a configuration."""
 
     def __init__(self, found: Iterable[Problem]) -> None:
-        # The same fault may be met twice: a parent of two parents is read twice.
+        # The same problem may be found twice: a file that two others inherit from is read twice.
         self.found = tuple(dict.fromkeys(found))
         super().__init__(*map(str, self.found))
 
+    @classmethod
+    def one(cls, code: str, path: str, message: str, location: Location | None = None) -> Problems:
+        """Return the error for a single problem."""
+        return cls([Problem(code, path, message, location)])
+
+
+def impossible(problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems that keep a configuration from being used at all."""
+    return [problem for problem in problems if problem.severity == "impossible"]
+
 
 def shown_path(file: Path) -> str:
-    """Return a path as people would write it here: relative below the working directory."""
+    """Return a path as people would write it here: relative if it is below the working directory."""
     try:
         return str(file.relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -75,6 +85,6 @@ def shown_path(file: Path) -> str:
 
 
 def shortened(text: str, limit: int = 60) -> str:
-    """Return a text that fits into a sentence, on one line."""
+    """Return a text cut to fit into a sentence, on one line."""
     line = "".join(c if c.isprintable() else "·" for c in text[: limit + 1])
     return line if len(text) <= limit else f"{line[: limit - 3]}…"

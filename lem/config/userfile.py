@@ -2,21 +2,22 @@
 
 A file may name options of config groups (`backend: pytorch`, `dataset: alpaca`, or `name:` inside the group's
 mapping), hold values, and inherit from other files through a `defaults:` list (`- base` is `base.yaml` beside
-the file). Each file stays a layer of its own, so that every value is known to stand in a file and line. Nothing is
-composed here, and whether a value suits the schema is not known here.
+the file). Each file stays a separate layer, so that every value has a file and a line. This module composes nothing
+and does not know whether a value suits the schema.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lem.config import yamlfile
 from lem.config.options import CUSTOM, SUFFIXES, Options
-from lem.config.problem import Faults, Place, Problem, shortened
-from lem.config.yamlfile import Path_, dotted, kind_of
+from lem.config.problem import Location, Problem, Problems, impossible, shortened
+from lem.config.yamlfile import KeyPath, dotted, kind_of
 from lem.errors import did_you_mean
 from lem.spec.experiment import Decoder
 from lem.spec.schema import GROUPS, leaves
@@ -26,77 +27,75 @@ STAYS_WHEN_OPTION_CHANGES = {
     "energy": frozenset({"country_iso_code", "carbon_intensity_g_per_kwh"}),
 }
 MAX_FILES = 100
-# The parts of the schema: mappings, which neither a list nor a scalar can replace.
+# The parts of the schema are mappings; neither a list nor a scalar can replace them.
 PARTS = tuple(dict.fromkeys(leaf.path.partition(".")[0] for leaf in leaves() if "." in leaf.path))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An option chosen for a group; None is no preset, or whatever is the default."""
+    """An option chosen for a group; the name None is no preset, or the group's default."""
 
     name: str | None
-    # The hub id or file of a dataset that is none of the named ones.
+    # The hub id or file of a dataset without a name.
     source: str | None = None
-    place: Place | None = None
-    # The preset that chose it and sets values of it as well, which go with the choice.
+    location: Location | None = None
+    # The preset that chose it and also sets values of it, which belong to the choice.
     preset: str | None = None
 
     def is_same(self, other: Choice) -> bool:
-        """Tell whether values that were meant for the other one still make sense."""
+        """Tell whether values meant for the other one still apply."""
         return (self.source or self.name) == (other.source or other.name)
 
 
 @dataclass(frozen=True)
-class FileLayer:
-    """The values of one file, and the place of each."""
+class Layer:
+    """Values of one source: its kind, its name (variable, option, preset, file, override) and where values stand."""
 
-    path: Path
+    kind: Literal["default", "environment", "option", "preset", "file", "command line"]
+    name: str | None
     values: dict[str, Any]
-    places: Mapping[Path_, Place]
+    locations: Mapping[KeyPath, Location] = field(default_factory=dict)
 
 
 @dataclass
 class UserFile:
-    """What a file and its parents say (interpolations unresolved), parents first."""
+    """The content of a file and its parents (interpolations unresolved), parents first."""
 
     options: Options = field(default_factory=Options)
     path: Path | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
-    layers: list[FileLayer] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     @property
     def values(self) -> dict[str, Any]:
         """The values of all layers, merged."""
-        result: dict[str, Any] = {}
-        for layer in self.layers:
-            result = merged(result, layer.values)
-        return result
+        return flattened(self.layers)
 
     def without_values_of(self, group: str) -> UserFile:
-        """Drop the values that belonged to a group's option, because another option takes its place.
+        """Drop the values that belong to a group's option, because another option replaces it.
 
-        A batch of options for one engine, or the column of one dataset, means nothing to another; a sample
-        size or a country stays.
+        The options of one engine, or the column of one dataset, mean nothing to another; a sample size or a country
+        stays.
         """
-        return replace(self, layers=[_without(layer, group) for layer in self.layers])
+        stays = STAYS_WHEN_OPTION_CHANGES.get(group, frozenset())
+        layers = []
+        for layer in self.layers:
+            old = layer.values.get(group)
+            if isinstance(old, dict):
+                kept = {key: value for key, value in old.items() if key in stays}
+                layer = replace(layer, values=layer.values | {group: kept})
+            layers.append(layer)
+        return replace(self, layers=layers)
 
     def without_group(self, group: str) -> UserFile:
         """Drop the choice of a group and all of its values."""
-        choices = {other: choice for other, choice in self.choices.items() if other != group}
-        layers = [
-            replace(layer, values={key: value for key, value in layer.values.items() if key != group})
-            for layer in self.layers
-        ]
-        return replace(self, choices=choices, layers=layers)
 
+        def rest(mapping: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in mapping.items() if key != group}
 
-def _without(layer: FileLayer, group: str) -> FileLayer:
-    old = layer.values.get(group)
-    if not isinstance(old, dict):
-        return layer
-    stays = STAYS_WHEN_OPTION_CHANGES.get(group, frozenset())
-    return replace(layer, values=layer.values | {group: {key: value for key, value in old.items() if key in stays}})
+        layers = [replace(layer, values=rest(layer.values)) for layer in self.layers]
+        return replace(self, choices=rest(self.choices), layers=layers)
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -108,21 +107,27 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flattened(layers: Iterable[Layer]) -> dict[str, Any]:
+    """Merge the values of layers, lowest first."""
+    nothing: dict[str, Any] = {}
+    return reduce(merged, (layer.values for layer in layers), nothing)
+
+
 def read(path: Path, config_dir: Path | None = None) -> UserFile:
-    """Read a config file with its parents and raise when anything about their shape is wrong.
+    """Read a config file with its parents.
 
     Raises:
-        Faults: no such file, broken YAML (with line and column), a parent that is missing or that
+        Problems: no such file, broken YAML (with line and column), a parent that is missing or that
             inherits from its own child, an option that does not exist, or a file that is not a mapping.
     """
-    file = examine(path, find_options(path, config_dir))
-    if errors := [problem for problem in file.problems if problem.severity == "impossible"]:
-        raise Faults(errors)
+    file = examine_file(path, find_options(path, config_dir))
+    if problems := impossible(file.problems):
+        raise Problems(problems)
     return file
 
 
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
-    """Return the options known to a config file: of a directory named, else beside the file or the nearest parent.
+    """Return the options known to a config file: of the named directory, else beside the file or its nearest parent.
 
     Raises:
         ConfigError: the directory that was named holds no options.
@@ -139,22 +144,22 @@ def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
 
 
 def _parents(path: Path) -> list[Path]:
-    """Return the files from which one inherits, without a word about what is wrong with it."""
+    """Return the files that one inherits from, as far as it can be read."""
     try:
-        own = _Own(Options(), None, yamlfile.read(path), path)
-    except Faults:
+        own = _OwnContent(Options(), None, yamlfile.read(path), path)
+    except Problems:
         return []
     own.split()
     return [parent for parent, _ in own.parents]
 
 
-def examine(path: Path, options: Options, group: str | None = None) -> UserFile:
-    """Read a config file with its parents; what is wrong is left out and told in `problems`.
+def examine_file(path: Path, options: Options, group: str | None = None) -> UserFile:
+    """Read a config file with its parents; what is wrong is left out and listed in `problems`.
 
     Args:
         path: the file.
         options: what can be chosen by name.
-        group: the group of which the file is an option, its content being the values of that group alone.
+        group: the group of which the file is an option; its content is then the values of that group alone.
     """
     return _Reader(options, group).file(path, ())
 
@@ -172,27 +177,27 @@ class _Reader:
         self.files += 1
         try:
             document = yamlfile.read(path)
-        except Faults as faults:
-            result.problems += faults.found
+        except Problems as error:
+            result.problems += error.found
             return result
         result.problems += document.problems
-        own = _Own(self.options, self.group, document, path)
+        own = _OwnContent(self.options, self.group, document, path)
         own_layer = own.split()
-        for parent, place in own.parents:
-            _merge_into(result, self._parent(parent, place, (*children, path)))
+        for parent, location in own.parents:
+            _merge_into(result, self._parent(parent, location, (*children, path)))
         _merge_into(result, UserFile(self.options, path, own.choices, [own_layer], own.problems))
         return result
 
-    def _parent(self, path: Path, place: Place, children: tuple[Path, ...]) -> UserFile:
+    def _parent(self, path: Path, location: Location, children: tuple[Path, ...]) -> UserFile:
         ring = [child.resolve() for child in children]
         if path.resolve() in ring:
             names = " -> ".join(child.name for child in (*ring[ring.index(path.resolve()) :], path))
-            problem = Problem("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", place)
-            return UserFile(problems=[problem])
-        if self.files >= MAX_FILES:
-            message = f"it inherits from more than {MAX_FILES} files."
-            return UserFile(problems=[Problem("too_large", "defaults", message, place)])
-        return self.file(path, children)
+            problem = Problem("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", location)
+        elif self.files >= MAX_FILES:
+            problem = Problem("too_large", "defaults", f"it inherits from more than {MAX_FILES} files.", location)
+        else:
+            return self.file(path, children)
+        return UserFile(problems=[problem])
 
 
 def _merge_into(base: UserFile, over: UserFile) -> None:
@@ -207,49 +212,48 @@ def _merge_into(base: UserFile, over: UserFile) -> None:
 
 # ------------------------------------------------------------------ one file
 @dataclass
-class _Own:
-    """Separates what one file says into parents, options and values."""
+class _OwnContent:
+    """Splits the content of one file into parents, options and values."""
 
     options: Options
     group: str | None
     document: yamlfile.Document
     path: Path
-    parents: list[tuple[Path, Place]] = field(default_factory=list)
+    parents: list[tuple[Path, Location]] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def split(self) -> FileLayer:
+    def split(self) -> Layer:
         """Fill `parents`, `choices` and `problems`; return the values."""
         content = dict(self.document.values)
         if "defaults" in content:
             self._defaults(content.pop("defaults"))
-        places: dict[Path_, Place] = self.document.places
+        locations: dict[KeyPath, Location] = self.document.locations
         if self.group:
-            return FileLayer(self.path, {self.group: content}, {(self.group, *at): p for at, p in places.items()})
+            inside = {(self.group, *at): location for at, location in locations.items()}
+            return Layer("file", str(self.path), {self.group: content}, inside)
         for key, value in content.items():
             if key == "hydra":
-                self._note("forbidden_key", (key,), "settings of Hydra itself belong on the command line (hydra.…=…).")
+                self._report("forbidden_key", (key,), "settings of Hydra belong on the command line (hydra.…=…).")
             elif key in GROUPS:
                 self.values = merged(self.values, self._choice(key, value))
             elif key in PARTS and not isinstance(value, dict):
-                self._note("wrong_type", (key,), f"it holds named values, not {kind_of(value)}.")
+                self._report("wrong_type", (key,), f"it holds named values, not {kind_of(value)}.")
             else:
                 self.values[key] = value
-        return FileLayer(self.path, self.values, places)
+        return Layer("file", str(self.path), self.values, locations)
 
-    def _note(self, code: str, at: Path_, message: str) -> None:
-        # A value that could not be read has been told of already.
-        told = {problem.path for problem in self.document.problems}
-        if dotted(at) not in told:
-            self.problems.append(Problem(code, dotted(at), message, self._place(at)))
+    def _report(self, code: str, at: KeyPath, message: str) -> None:
+        # A value that could not be read has its problem already.
+        if dotted(at) not in {problem.path for problem in self.document.problems}:
+            self.problems.append(Problem(code, dotted(at), message, self._location(at)))
 
-    def _place(self, at: Path_) -> Place:
-        return self.document.places.get(at) or Place(self.path)
+    def _location(self, at: KeyPath) -> Location:
+        return self.document.locations.get(at) or Location(self.path)
 
-    # -------------------------------------------------------------- options
     def _choice(self, group: str, value: Any) -> dict[str, Any]:
-        """Note the option that the value chooses; return the group's values, as a mapping to merge."""
+        """Record the option that the value chooses; return the group's values, as a mapping to merge."""
         if group == "preset":
             self._preset(value)
             return {}
@@ -257,57 +261,56 @@ class _Own:
             return {group: self._named(group, value, {}, (group,))}
         if not isinstance(value, dict):
             message = f"it is chosen by name ({', '.join(self.options.names(group))}), or holds named values; "
-            self._note("wrong_type", (group,), message + f"it cannot be {kind_of(value)}.")
+            self._report("wrong_type", (group,), message + f"it cannot be {kind_of(value)}.")
             return {}
         values = dict(value)
         if "name" in values:
             return {group: self._named(group, values.pop("name"), values, (group, "name"))}
         if group == "dataset" and isinstance(source := values.get("path"), str):
-            self.choices[group] = Choice(CUSTOM, source, self._place((group, "path")))
+            self.choices[group] = Choice(CUSTOM, source, self._location((group, "path")))
             values = {"name": source} | values
         return {group: values}
 
     def _preset(self, value: Any) -> None:
-        place = self._place(("preset",))
+        location = self._location(("preset",))
         if value is None:
-            self.choices["preset"] = Choice(None, place=place)
+            self.choices["preset"] = Choice(None, location=location)
         elif not isinstance(value, str):
             names = ", ".join(self.options.names("preset"))
-            self._note("wrong_type", ("preset",), f"a preset is chosen by name ({names}), not {kind_of(value)}.")
+            self._report("wrong_type", ("preset",), f"a preset is chosen by name ({names}), not {kind_of(value)}.")
         elif self.options.get("preset", value):
-            self.choices["preset"] = Choice(value, place=place)
+            self.choices["preset"] = Choice(value, location=location)
         else:
-            self._note("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
+            self._report("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
 
-    def _named(self, group: str, name: Any, values: dict[str, Any], at: Path_) -> dict[str, Any]:
-        """Choose the option of this name, or what the name means otherwise; return the group's values."""
-        place = self._place(at)
+    def _named(self, group: str, name: Any, values: dict[str, Any], at: KeyPath) -> dict[str, Any]:
+        """Record what the name chooses, an option or something else; return the group's values."""
+        location = self._location(at)
         if not isinstance(name, str):
-            self._note("wrong_type", at, f"an option is chosen by its name, not {kind_of(name)}.")
+            self._report("wrong_type", at, f"an option is chosen by its name, not {kind_of(name)}.")
             return values
         if self.options.get(group, name):
             source = values.get("path") if group == "dataset" else None
-            self.choices[group] = Choice(name, source if isinstance(source, str) else None, place)
+            self.choices[group] = Choice(name, source if isinstance(source, str) else None, location)
             return values
         if group == "dataset" and isinstance(source := values.get("path"), str):
-            # Its name is a label, as `lem config show` writes it.
-            self.choices[group] = Choice(CUSTOM, source, place)
+            # Its name is only a label, as `lem config show` writes it.
+            self.choices[group] = Choice(CUSTOM, source, location)
             return {"name": name} | values
         if group == "dataset" and self.options.is_source(name):
-            self.choices[group] = Choice(CUSTOM, name, place)
+            self.choices[group] = Choice(CUSTOM, name, location)
             return {"path": name, "name": name} | values
         if group == "decoder" and {f.name for f in fields(Decoder)} - {"name"} <= values.keys():
-            # All of its values are here: it needs no option, and its name is a label.
-            self.choices[group] = Choice(None, place=place)
+            # All of its values are given: it needs no option, and its name is only a label.
+            self.choices[group] = Choice(None, location=location)
             return {"name": name} | values
-        self._note("unknown_option", (group,), self.options.unknown(group, shortened(name)))
+        self._report("unknown_option", (group,), self.options.unknown(group, shortened(name)))
         return values
 
-    # -------------------------------------------------------------- defaults
     def _defaults(self, entries: Any) -> None:
         if not isinstance(entries, list):
             message = f"defaults is a list of files to inherit from, not {kind_of(entries)}."
-            self._note("bad_defaults", ("defaults",), message)
+            self._report("bad_defaults", ("defaults",), message)
             return
         for i, entry in enumerate(entries):
             if isinstance(entry, str):
@@ -317,43 +320,39 @@ class _Own:
                     self._default_choice(key, value, ("defaults", i))
             else:
                 message = f"an entry of defaults is a file name or `group: option`, not {kind_of(entry)}."
-                self._note("bad_defaults", ("defaults", i), message)
+                self._report("bad_defaults", ("defaults", i), message)
 
-    def _inherit(self, name: str, at: Path_) -> None:
+    def _inherit(self, name: str, at: KeyPath) -> None:
         if name == "_self_":
             return
         base = self.path.parent / name
         candidates = [base, *(base.with_name(base.name + suffix) for suffix in SUFFIXES)] if base.name else [base]
-        if found := next((candidate for candidate in candidates if _is_file(candidate)), None):
-            self.parents.append((found, self._place(at)))
+        if found := next((candidate for candidate in candidates if _is(candidate, Path.is_file)), None):
+            self.parents.append((found, self._location(at)))
             return
-        near = did_you_mean(name, [p.stem for p in base.parent.glob("*.yaml")] if _is_dir(base.parent) else [])
-        message = f"it inherits from '{shortened(name)}', but there is no such file beside it.{near}"
-        self._note("missing_parent", at, message)
+        siblings = [path.stem for path in base.parent.glob("*.yaml")] if _is(base.parent, Path.is_dir) else []
+        message = f"it inherits from '{shortened(name)}', but there is no such file beside it."
+        self._report("missing_parent", at, message + did_you_mean(name, siblings))
 
-    def _default_choice(self, key: str, value: Any, at: Path_) -> None:
+    def _default_choice(self, key: str, value: Any, at: KeyPath) -> None:
         group = key.removeprefix("override ").strip().lstrip("/")
         if group.startswith("hydra"):
-            self._note("forbidden_key", at, f"defaults names '{group}'; settings of Hydra belong on the command line.")
+            self._report(
+                "forbidden_key", at, f"defaults names '{group}'; settings of Hydra belong on the command line."
+            )
         elif group not in GROUPS:
             message = f"defaults names '{shortened(group)}', which is not a group ({', '.join(GROUPS)})."
-            self._note("bad_defaults", at, message)
+            self._report("bad_defaults", at, message)
         elif group == "preset" or isinstance(value, str):
-            self.document.places[(group,)] = self._place((*at, key))
+            self.document.locations[(group,)] = self._location((*at, key))
             self.values = merged(self.values, self._choice(group, value))
         else:
-            self._note("wrong_type", at, f"{group} is chosen by its name, not {kind_of(value)}.")
+            self._report("wrong_type", at, f"{group} is chosen by its name, not {kind_of(value)}.")
 
 
-def _is_file(path: Path) -> bool:
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Tell whether a path is a file or directory; False for a name that no path can have."""
     try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _is_dir(path: Path) -> bool:
-    try:
-        return path.is_dir()
+        return kind(path)
     except (OSError, ValueError):
         return False

@@ -1,24 +1,26 @@
 """Reads a YAML file as plain data, with the line of every key, and runs nothing.
 
-Numbers are those of YAML 1.2 (1e-5 is one), duplicate keys are faults, tags are the standard ones only. What a file
-may cost is bounded: its bytes, its nesting, the length of a text, and the number of values after aliases are
-expanded. This module knows no key of the configuration.
+Numbers are those of YAML 1.2 (1e-5 is one), duplicate keys are problems, only the standard tags are allowed. The cost
+of a file is bounded: its bytes, its nesting, the length of a text, and the number of values after aliases are
+expanded. This module does not know the keys of the configuration.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lem.config.problem import Faults, Place, Problem, shortened
+import yaml
+from yaml.constructor import SafeConstructor
+from yaml.reader import Reader
 
-if TYPE_CHECKING:
-    import yaml
+from lem.config.problem import Location, Problem, Problems, shortened
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 4_000_000
 MAX_DEPTH = 30
@@ -28,7 +30,7 @@ MAX_DIGITS = 400
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "value", "merge")}
 WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-# As OmegaConf reads them: YAML 1.1 wants a point and a signed exponent, and people write 1e-5.
+# As OmegaConf reads them: YAML 1.1 requires a point and a signed exponent, but people write 1e-5.
 FLOAT = re.compile(
     r"""^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+)
@@ -41,10 +43,10 @@ FLOAT = re.compile(
 
 @dataclass
 class Document:
-    """A file's mapping, the place of each key and list item, and what is wrong that hides nothing else."""
+    """A file's mapping, the location of each key and list item, and the problems that hide nothing else."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Path_, Place] = field(default_factory=dict)
+    locations: dict[KeyPath, Location] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -52,29 +54,31 @@ def read(path: Path) -> Document:
     """Read one file.
 
     Raises:
-        Faults: it cannot be read at all: no such file, no text, broken YAML, no mapping.
+        Problems: it cannot be read at all: no such file, not text, broken YAML, not a mapping.
     """
     text = _text(path)
     node = _node(path, text)
     if node is None:
-        return Document(problems=[Problem("empty_file", "", "the file sets nothing.", Place(path))])
+        return Document(problems=[Problem("empty_file", "", "the file sets nothing.", Location(path))])
     walk = _Walk(path)
     values = walk.value(node, ())
     if not isinstance(values, dict):
         message = f"a config file is a mapping of keys to values, not {kind_of(values)}."
-        raise Faults([*walk.document.problems, Problem("not_a_mapping", "", message, _place(path, node.start_mark))])
+        raise Problems(
+            [*walk.document.problems, Problem("not_a_mapping", "", message, _location(path, node.start_mark))]
+        )
     walk.document.values = values
     return walk.document
 
 
 def kind_of(value: Any) -> str:
-    """Return what people call a value's type."""
+    """Return the everyday name of a value's type."""
     kinds = ((bool, "a truth value"), (str, "a text"), (dict, "a mapping"), (list, "a list"), (type(None), "null"))
     return next((name for kind, name in kinds if isinstance(value, kind)), "a number")
 
 
 def resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
-    """Return a loader's or dumper's rules of what a plain scalar is, with FLOAT in place of YAML 1.1's floats."""
+    """Return a loader's or dumper's rules for the type of a plain scalar, with FLOAT instead of YAML 1.1's floats."""
     rules = {
         first: [(tag, rule) for tag, rule in pairs if tag not in (TAG + "float", TAG + "timestamp")]
         for first, pairs in base.yaml_implicit_resolvers.items()
@@ -90,34 +94,26 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _stop("missing_file", "no such config file.", Place(path)) from None
+        raise _fatal("missing_file", "no such config file.", Location(path)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise _stop("unreadable_file", f"the file cannot be read: {reason}.", Place(path)) from None
+        raise _fatal("unreadable_file", f"the file cannot be read: {reason}.", Location(path)) from None
     if len(data) > MAX_BYTES:
-        raise _stop("too_large", f"the file has more than {MAX_BYTES} bytes; no configuration has.", Place(path))
+        raise _fatal("too_large", f"the file has more than {MAX_BYTES} bytes; no configuration has.", Location(path))
     if data.startswith(WIDE_BOMS):
-        raise _stop("not_utf8", "the text is UTF-16 or UTF-32; save it as UTF-8.", Place(path))
+        raise _fatal("not_utf8", "the text is UTF-16 or UTF-32; save it as UTF-8.", Location(path))
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         bad = f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8."
-        raise _stop("not_utf8", bad, _place_at(path, data[: error.start].decode("utf-8", "replace"))) from None
-    _check_characters(path, text)
+        raise _fatal("not_utf8", bad, _location_at(path, data[: error.start].decode("utf-8", "replace"))) from None
+    if found := Reader.NON_PRINTABLE.search(text.removeprefix("\ufeff")):
+        message = f"broken YAML: the character U+{ord(found[0]):04X} is not allowed."
+        raise _fatal("yaml_syntax", message, _location_at(path, text[: found.start()]))
     return text
 
 
-def _check_characters(path: Path, text: str) -> None:
-    from yaml.reader import Reader
-
-    if found := Reader.NON_PRINTABLE.search(text.removeprefix("\ufeff")):
-        message = f"broken YAML: the character U+{ord(found[0]):04X} cannot stand in a text."
-        raise _stop("yaml_syntax", message, _place_at(path, text[: found.start()]))
-
-
 def _node(path: Path, text: str) -> yaml.Node | None:
-    import yaml
-
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         yaml_implicit_resolvers = resolvers(yaml.SafeLoader)
 
@@ -126,26 +122,24 @@ def _node(path: Path, text: str) -> yaml.Node | None:
         node: yaml.Node | None = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = _place(path, mark) if mark else Place(path)
-        raise _stop("yaml_syntax", f"broken YAML: {error.problem or error.context}.", place) from None
+        location = _location(path, mark) if mark else Location(path)
+        raise _fatal("yaml_syntax", f"broken YAML: {error.problem or error.context}.", location) from None
     except (yaml.YAMLError, ValueError) as error:
-        raise _stop("yaml_syntax", f"broken YAML: {' '.join(str(error).split())}.", Place(path)) from None
+        raise _fatal("yaml_syntax", f"broken YAML: {' '.join(str(error).split())}.", Location(path)) from None
     return node
 
 
 def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
-    """Refuse what the composer, which recurses, must not see."""
-    import yaml
-
+    """Refuse what the composer, which recurses, cannot handle."""
     depth = documents = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
-            raise _stop("too_large", f"values nested more than {MAX_DEPTH} deep.", _place(path, event.start_mark))
+            raise _fatal("too_large", f"values nested more than {MAX_DEPTH} deep.", _location(path, event.start_mark))
         if documents > 1:
-            message = "a second document begins here (---); a config file is one."
-            raise _stop("several_documents", message, _place(path, event.start_mark))
+            message = "a second document begins here (---); a config file has only one."
+            raise _fatal("several_documents", message, _location(path, event.start_mark))
 
 
 # ------------------------------------------------------------------ nodes to data
@@ -153,17 +147,13 @@ class _Walk:
     """Turns nodes into plain data; an alias is expanded each time it is met, within MAX_VALUES."""
 
     def __init__(self, path: Path) -> None:
-        from yaml.constructor import SafeConstructor
-
         self.path = path
         self.document = Document()
         self.scalars = SafeConstructor()
         self.open: set[int] = set()
         self.count = 0
 
-    def value(self, node: yaml.Node, at: Path_) -> Any:
-        import yaml
-
+    def value(self, node: yaml.Node, at: KeyPath) -> Any:
         self._count(node)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, at)
@@ -171,17 +161,17 @@ class _Walk:
         if node.tag != expected:
             self._forbidden(node, at)
             return None
-        with _Opened(self, node):
+        with self._opened(node):
             if isinstance(node, yaml.SequenceNode):
                 return [self._item(child, (*at, i)) for i, child in enumerate(node.value)]
             return {key: self._item(child, (*at, key), mark) for key, mark, child in self._pairs(node, at)}
 
-    def _item(self, node: yaml.Node, at: Path_, mark: Any = None) -> Any:
-        self.document.places[at] = _place(self.path, mark or node.start_mark)
+    def _item(self, node: yaml.Node, at: KeyPath, mark: Any = None) -> Any:
+        self.document.locations[at] = _location(self.path, mark or node.start_mark)
         return self.value(node, at)
 
-    def _pairs(self, node: yaml.Node, at: Path_) -> list[tuple[str, Any, yaml.Node]]:
-        """Return key, mark and value of a mapping's own entries and of those merged by `<<`, which come after."""
+    def _pairs(self, node: yaml.Node, at: KeyPath) -> list[tuple[str, Any, yaml.Node]]:
+        """Return key, mark and value of a mapping's own entries, then of those merged by `<<`."""
         own: dict[str, tuple[str, Any, yaml.Node]] = {}
         merged: list[tuple[str, Any, yaml.Node]] = []
         for key_node, child in node.value:
@@ -191,41 +181,39 @@ class _Walk:
             elif (key := self._key(key_node, at)) is None:
                 continue
             elif key in own:
-                message = f"the key stands here a second time, first in line {own[key][1].line + 1}."
-                self._note("duplicate_key", (*at, key), message, key_node)
+                message = f"the key is given a second time, first in line {own[key][1].line + 1}."
+                self._report("duplicate_key", (*at, key), message, key_node)
             else:
                 own[key] = (key, key_node.start_mark, child)
         for pair in merged:
             own.setdefault(pair[0], pair)
         return list(own.values())
 
-    def _merged(self, node: yaml.Node, at: Path_) -> list[tuple[str, Any, yaml.Node]]:
-        import yaml
-
+    def _merged(self, node: yaml.Node, at: KeyPath) -> list[tuple[str, Any, yaml.Node]]:
         self._count(node)
-        with _Opened(self, node):
+        with self._opened(node):
             if isinstance(node, yaml.MappingNode):
                 return self._pairs(node, at)
             if isinstance(node, yaml.SequenceNode):
                 return [pair for child in node.value for pair in self._merged(child, at)]
-        raise _stop("yaml_syntax", "broken YAML: << merges mappings only.", _place(self.path, node.start_mark))
+        raise _fatal("yaml_syntax", "broken YAML: << merges mappings only.", _location(self.path, node.start_mark))
 
-    def _key(self, node: yaml.Node, at: Path_) -> str | None:
+    def _key(self, node: yaml.Node, at: KeyPath) -> str | None:
         if node.tag in (TAG + "str", TAG + "value") and isinstance(node.value, str):
             if len(node.value) <= MAX_TEXT:
                 return node.value
-            self._note("too_large", at, f"a key of {len(node.value)} characters.", node)
+            self._report("too_large", at, f"a key of {len(node.value)} characters.", node)
             return None
         shown = shortened(node.value) if isinstance(node.value, str) else "a collection"
-        self._note("bad_key", at, f"the key {shown!r} is not a word; if it is meant as one, quote it.", node)
+        self._report("bad_key", at, f"the key {shown!r} is not a word; quote it if it is meant as one.", node)
         return None
 
-    def _scalar(self, node: yaml.ScalarNode, at: Path_) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, at: KeyPath) -> Any:
         if node.tag not in SCALARS:
             self._forbidden(node, at)
             return None
         if len(node.value) > (MAX_TEXT if node.tag == TAG + "str" else MAX_DIGITS):
-            self._note("too_large", at, f"a value of {len(node.value)} characters.", node)
+            self._report("too_large", at, f"a value of {len(node.value)} characters.", node)
             return None
         if node.tag in (TAG + "str", TAG + "value", TAG + "merge"):
             return node.value
@@ -233,55 +221,48 @@ class _Walk:
             return self.scalars.construct_object(node)
         except (ValueError, KeyError, OverflowError):
             kind = node.tag.removeprefix(TAG)
-            self._note("yaml_syntax", at, f"broken YAML: {shortened(node.value)!r} is not of type {kind}.", node)
+            self._report("yaml_syntax", at, f"broken YAML: {shortened(node.value)!r} is not of type {kind}.", node)
             return None
 
-    def _forbidden(self, node: yaml.Node, at: Path_) -> None:
+    def _forbidden(self, node: yaml.Node, at: KeyPath) -> None:
         tag = shortened(node.tag.replace(TAG, "!!"))
-        self._note("forbidden_tag", at, f"the tag {tag} is not allowed; a config file holds plain data.", node)
+        self._report("forbidden_tag", at, f"the tag {tag} is not allowed; a config file holds plain data.", node)
 
-    def _note(self, code: str, at: Path_, message: str, node: yaml.Node) -> None:
-        problem = Problem(code, dotted(at), message, _place(self.path, node.start_mark))
+    def _report(self, code: str, at: KeyPath, message: str, node: yaml.Node) -> None:
+        problem = Problem(code, dotted(at), message, _location(self.path, node.start_mark))
         self.document.problems.append(problem)
 
     def _count(self, node: yaml.Node) -> None:
         self.count += 1
         if self.count > MAX_VALUES:
             message = f"with its aliases expanded the file holds more than {MAX_VALUES} values."
-            raise _stop("too_large", message, _place(self.path, node.start_mark))
+            raise _fatal("too_large", message, _location(self.path, node.start_mark))
+
+    @contextmanager
+    def _opened(self, node: yaml.Node) -> Iterator[None]:
+        """Hold a collection open while its content is read: meeting it again inside is an endless anchor."""
+        location = _location(self.path, node.start_mark)
+        if id(node) in self.open:
+            raise _fatal("yaml_syntax", "broken YAML: an anchor contains its own alias.", location)
+        if len(self.open) > MAX_DEPTH:
+            raise _fatal("too_large", f"values nested more than {MAX_DEPTH} deep.", location)
+        self.open.add(id(node))
+        yield
+        self.open.discard(id(node))
 
 
-class _Opened:
-    """Holds a collection open while what is in it is read: meeting it again inside is an endless anchor."""
-
-    def __init__(self, walk: _Walk, node: yaml.Node) -> None:
-        self.walk, self.node = walk, node
-
-    def __enter__(self) -> None:
-        if id(self.node) in self.walk.open:
-            place = _place(self.walk.path, self.node.start_mark)
-            raise _stop("yaml_syntax", "broken YAML: an anchor contains its own alias.", place)
-        if len(self.walk.open) > MAX_DEPTH:
-            place = _place(self.walk.path, self.node.start_mark)
-            raise _stop("too_large", f"values nested more than {MAX_DEPTH} deep.", place)
-        self.walk.open.add(id(self.node))
-
-    def __exit__(self, *_: object) -> None:
-        self.walk.open.discard(id(self.node))
-
-
-def dotted(path: Path_) -> str:
-    """Return a path as people write it, shortened where a key is absurdly long."""
+def dotted(path: KeyPath) -> str:
+    """Return a path as people write it, shortened if a key is absurdly long."""
     return shortened(".".join(map(str, path)), 200)
 
 
-def _place(path: Path, mark: Any) -> Place:
-    return Place(path, mark.line + 1, mark.column + 1)
+def _location(path: Path, mark: Any) -> Location:
+    return Location(path, mark.line + 1, mark.column + 1)
 
 
-def _place_at(path: Path, before: str) -> Place:
-    return Place(path, before.count("\n") + 1, len(before) - before.rfind("\n"))
+def _location_at(path: Path, before: str) -> Location:
+    return Location(path, before.count("\n") + 1, len(before) - before.rfind("\n"))
 
 
-def _stop(code: str, message: str, place: Place) -> Faults:
-    return Faults([Problem(code, "", message, place)])
+def _fatal(code: str, message: str, location: Location) -> Problems:
+    return Problems([Problem(code, "", message, location)])

@@ -1,6 +1,7 @@
 """The family of energy meters: one file each, one interface, chosen by the `energy` group.
 
-A new meter is a file here that passes the contract suite, a name in `lem.spec.experiment.Energy` and a line below.
+A new meter is a file here that passes the contract suite, a name in `lem.spec.experiment.Energy`, its YAML
+in `conf/energy/`, and a line below.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["Meter", "make_meter", "meter_class"]
 
 
 def meter_class(name: str) -> type[Meter]:
-    """Return the class of a meter; its module imports its library only when the meter is opened."""
+    """Return the class of a meter; importing it does not import its library, which `open` does."""
     module, class_name = {
         "none": ("base", "NoMeter"),
         "auto": ("auto", "AutoMeter"),
@@ -31,5 +32,5 @@ def meter_class(name: str) -> type[Meter]:
 
 
 def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
-    """Return the meter that the configuration names, for the physical GPUs in use (none: no GPU is read)."""
+    """Return the configured meter for the physical GPUs in use; without any, no GPU is read."""
     return meter_class(energy.name).configured(energy, gpus)

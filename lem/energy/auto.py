@@ -1,4 +1,4 @@
-"""The best meters that this machine has, one for each component: counters before estimates."""
+"""The best available meter for each component: counters before estimates."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ class AutoMeter(CombinedMeter):
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object to the sampling rate of the GPUs' power where no GPU is used."""
         if not uses_gpu and changed(energy, "power_hz"):
-            yield without_effect("no_effect_without_gpu", "energy.power_hz", "the run uses no GPU.", "Leave it out.")
+            yield without_effect("no_effect_without_gpu", "energy.power_hz", "the run uses no GPU.")

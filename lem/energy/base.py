@@ -1,7 +1,7 @@
 """The interface of the energy meters and its null object.
 
-A meter is opened once, then measures windows one after another, never two at a time. It knows nothing of
-models, tokens or experiments; `lem.runner.window` decides where a window begins and ends.
+A meter is opened once, then measures windows one after another, never two at a time. It knows nothing of models, tokens
+or experiments; `lem.runner.window` decides where a window begins and ends.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Meter(ABC):
     """Reads the energy of some components over windows.
 
     Contract, checked for each meter by `tests/energy/test_energy.py`: `begin` and `end` alternate; `end` returns a
-    reading for each device the meter watches, in the same order each time; what cannot be read has
-    `energy_j=None` and a reason; nothing is read as 0 for lack of a sensor. All calls come from one thread.
+    reading for each device the meter watches, always in the same order; what cannot be read has `energy_j=None` and a
+    reason, never 0. All calls come from one thread.
     """
 
-    # Options of the energy group that this meter reads; idle phases are metered by any.
+    # Options of the energy group that this meter reads; every meter that reads anything also meters idle phases.
     options: ClassVar[tuple[str, ...]] = ("idle_s",)
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> Meter:
-        """Return the meter that the configuration describes, for the physical GPUs in use; nothing is opened yet."""
+        """Return the configured meter for the physical GPUs in use; nothing is opened yet."""
         return cls()
 
     @classmethod
@@ -39,34 +39,34 @@ class Meter(ABC):
         return iter(())
 
     def open(self) -> None:
-        """Acquire the sensors and pay all one-time costs. Raises `BadInput` when there is nothing to read."""
+        """Acquire the sensors and pay all one-time costs; raises `BadInput` when there is nothing to read."""
 
     def settle(self) -> None:
-        """Wait for the moment at which a window is best begun, for a meter that has one; `begin` follows at once."""
+        """Wait for the best moment to begin a window, for a meter that has one; `begin` follows at once."""
 
     @abstractmethod
     def begin(self) -> None:
         """Open a window."""
 
     def mark(self) -> None:
-        """Fix the end of the window, for a meter whose `end` has to wait before it can tell; `end` follows at once."""
+        """Fix the end of the window, for a meter whose `end` must wait for a result; `end` follows at once."""
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
-        """Close the window, where it was marked if it was, and return what it took, in joules."""
+        """Close the window, at its mark if it has one, and return its energy in joules."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return what the open window has taken until now, or None where that cannot be told without closing it.
+        """Return the energy of the open window until now, or None where a meter cannot give it.
 
-        For keeping the energy of a run that may be killed: called between batches, inside of the measured window, so
-        it never waits, costs well under a millisecond, raises for no lost device, and changes nothing of what `end`
-        will return. The readings are `end`'s, device by device. Their energy only grows and is at most `end`'s: it
-        is that of the sensor's last tick or sample, null with a reason before the first.
+        This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
+        it never waits, costs well under a millisecond, does not raise for a lost device, and does not change what
+        `end` will return. The readings are those of `end`, device by device. Their energy only grows and is at most
+        that of `end`: it is the value at the sensor's last tick or sample, null with a reason before the first.
         """
         return None
 
     def trace(self) -> list[PowerSample]:
-        """Return the power samples taken so far, where the meter takes any."""
+        """Return the power samples so far; empty for a meter that takes none."""
         return []
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Meter(ABC):
 
 
 class NoMeter(Meter):
-    """Reads nothing, so that energy is null in the record: for `energy=none`."""
+    """Reads nothing, so that energy is null in the record; for `energy=none`."""
 
     options = ()
 
@@ -107,7 +107,7 @@ class CombinedMeter(Meter):
             meter.settle()
 
     def begin(self) -> None:
-        """Begin in reverse order, so that the first meter's window is the tightest; none waits for another."""
+        """Begin in reverse order, so that the first meter's window is the tightest and none waits for another."""
         self.settle()
         for meter in reversed(self._meters):
             meter.begin()
@@ -118,13 +118,13 @@ class CombinedMeter(Meter):
             meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """End in reverse order after marking: what the first meter waits for is in no other one's window."""
+        """End in reverse order after marking, so that no other window includes what the first meter waits for."""
         self.mark()
         parts = [meter.end() for meter in reversed(self._meters)]
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all; None when one cannot tell, since some devices would look like all of them."""
+        """Return the readings of all; None when one has none, so that the others are not taken for all devices."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 
@@ -138,45 +138,21 @@ class CombinedMeter(Meter):
             meter.close()
 
 
-class OnlyComponents(Meter):
+class OnlyComponents(CombinedMeter):
     """Another meter without the components that a better one reads."""
 
     def __init__(self, meter: Meter, *components: Component) -> None:
-        self._meter = meter
+        super().__init__(meter)
         self._components = components
-
-    def open(self) -> None:
-        """Open the meter."""
-        self._meter.open()
-
-    def settle(self) -> None:
-        """Settle the meter."""
-        self._meter.settle()
-
-    def begin(self) -> None:
-        """Begin the meter's window."""
-        self._meter.begin()
-
-    def mark(self) -> None:
-        """Mark the meter's window."""
-        self._meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
         """Return the readings of the wanted components."""
-        return self._wanted(self._meter.end())
+        return self._wanted(super().end())
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
         """Return the readings of the wanted components, or None as the meter does."""
-        readings = self._meter.so_far()
+        readings = super().so_far()
         return None if readings is None else self._wanted(readings)
 
     def _wanted(self, readings: tuple[EnergyReading, ...]) -> tuple[EnergyReading, ...]:
         return tuple(reading for reading in readings if reading.component in self._components)
-
-    def trace(self) -> list[PowerSample]:
-        """Return the meter's samples."""
-        return self._meter.trace()
-
-    def close(self) -> None:
-        """Close the meter."""
-        self._meter.close()

@@ -1,7 +1,7 @@
 """Carbon intensity: what turns joules into grams of CO2e.
 
-A forced intensity comes first, then the mean of a named country's grid from codecarbon's tables. Without either
-there is none, and CO2e stays null: no country is ever assumed. Knows nothing of energy meters.
+A configured intensity comes first, then the mean of a named country's grid from codecarbon's tables. Without either,
+CO2e is null: no country is ever assumed. Knows nothing of energy meters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ G_PER_KG = 1000.0
 
 
 def carbon_intensity(energy: Energy) -> Carbon | None:
-    """Return the intensity that the configuration asks for, or None.
+    """Return the configured intensity, or None.
 
     Raises:
         ConfigError: the tables have no such country.
@@ -39,11 +39,10 @@ def _country_intensity(country: str) -> float:
 
     tables = DataSource()
     known = tables.get_global_energy_mix_data()
-    # The library would quietly take the world's average for a country it does not know.
+    # For a country it does not know, the library would silently use the world's average.
     if country not in known:
         raise ConfigError(
-            f"energy.country_iso_code: no carbon intensity is known for '{country}'."
-            f"{did_you_mean(country, known)} Give energy.carbon_intensity_g_per_kwh instead."
+            f"energy.country_iso_code: no carbon intensity is known for '{country}'.{did_you_mean(country, known)}"
         )
     one_kwh = KilowattHours.from_energy(kWh=1.0)
     place = GeoMetadata(country_iso_code=country, country_name=known[country].get("country_name"))

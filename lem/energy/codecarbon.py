@@ -1,8 +1,8 @@
 """CPU and memory energy as codecarbon estimates or reads it, for the whole machine.
 
-codecarbon reads RAPL where the kernel lets it, else derives the CPU's power from its load and rated power;
-memory is a heuristic per module. Both of the latter are estimates and labelled so. GPUs are left to the NVML
-meter, CO2e to `lem.energy.carbon`: the tracker's own grid look-up is never used.
+codecarbon reads RAPL where the kernel permits it, otherwise it derives the CPU's power from its load and rated power;
+memory is a heuristic per module. The last two are estimates and labelled as such. GPUs are left to the NVML meter,
+CO2e to `lem.energy.carbon`: the tracker's own grid look-up is never used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLED_MODES = ("cpu_load", "constant")
 
 
 class CodecarbonMeter(Meter):
-    """codecarbon's offline tracker, a task for each window."""
+    """codecarbon's offline tracker, with a task for each window."""
 
     def __init__(self) -> None:
         self._tracker: Any = None
@@ -32,7 +32,7 @@ class CodecarbonMeter(Meter):
         self._begun_ns = 0
 
     def open(self) -> None:
-        """Create the tracker and run a throw-away task, which pays for the probing of the hardware."""
+        """Create the tracker and run a throw-away task, so that probing the hardware costs no window."""
         self._tracker = _offline_tracker()
         self._tracker.start_task("set-up")
         data = self._tracker.stop_task("set-up")
@@ -55,21 +55,21 @@ class CodecarbonMeter(Meter):
         )
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Add up the samples that the tracker's own thread took, up to a second ago; asks it for nothing, some 20 µs.
+        """Add up the samples that the tracker's own thread has taken, the last up to a second ago; takes about 20 µs.
 
-        Another measurement in between would change the result: the power that it takes from the CPU's load is no
-        linear function of it.
+        An extra measurement in between would change the result: the power that it derives is not linear in the CPU's
+        load.
         """
-        cpu, cpu_j = self._hardware("CPU"), None
+        cpu, cpu_j = self._cpu(), None
         if getattr(cpu, "_mode", None) in SAMPLED_MODES:
             cpu_j = sum(power.W * seconds for power, seconds in list(getattr(cpu, "_power_history", ())))
         elapsed_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
-        return self._readings(cpu_j, self._ram_power_w * elapsed_s, "codecarbon cannot tell before its next sample")
+        return self._readings(cpu_j, self._ram_power_w * elapsed_s, "codecarbon has taken no sample yet")
 
     def _readings(self, cpu_j: float | None, ram_j: float | None, reason: str) -> tuple[EnergyReading, ...]:
         return (
             self._reading("cpu", cpu_j, reason, *self._cpu_method()),
-            self._reading("dram", ram_j, reason, *self._ram_method()),
+            self._reading("dram", ram_j, reason, "estimate", "machine", "codecarbon: constant power per memory module"),
         )
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class CodecarbonMeter(Meter):
     def _reading(
         self, component: Component, energy_j: float | None, reason: str, source: Source, scope: Scope, method: str
     ) -> EnergyReading:
-        # The tracker swallows its own errors: nothing, or exactly zero, means that nothing was read.
+        # The tracker hides its own errors: None, or exactly zero, means that nothing was read.
         return EnergyReading(
             component=component,
             source=source,
@@ -94,19 +94,15 @@ class CodecarbonMeter(Meter):
         )
 
     def _cpu_method(self) -> tuple[Source, Scope, str]:
-        cpu = self._hardware("CPU")
+        cpu = self._cpu()
         mode, model = getattr(cpu, "_mode", "unknown"), getattr(cpu, "_model", "unknown CPU")
         if mode == "intel_rapl":
             return "counter", "package", f"codecarbon: RAPL of {model}"
         tdp_w = getattr(cpu, "_tdp", None)
         return "estimate", "machine", f"codecarbon: {mode}, {tdp_w} W rated for {model}"
 
-    def _ram_method(self) -> tuple[Source, Scope, str]:
-        return "estimate", "machine", "codecarbon: constant power per memory module"
-
-    def _hardware(self, kind: str) -> Any:
-        parts = getattr(self._tracker, "_hardware", [])
-        return next((part for part in parts if type(part).__name__ == kind), None)
+    def _cpu(self) -> Any:
+        return next((part for part in getattr(self._tracker, "_hardware", ()) if type(part).__name__ == "CPU"), None)
 
 
 def _offline_tracker() -> Any:
@@ -116,7 +112,7 @@ def _offline_tracker() -> Any:
     level = os.environ.get("CODECARBON_LOG_LEVEL", "error").lower()
     logging.getLogger("codecarbon").setLevel(level.upper())
     return OfflineEmissionsTracker(
-        # Any country will do: only the tracker's energy is used, never its emissions.
+        # Any country: only the tracker's energy is used, never its emissions.
         country_iso_code="FRA",
         measure_power_secs=SAMPLING_PERIOD_S,
         output_methods=[],

@@ -1,12 +1,12 @@
 """GPU energy from the driver (NVML), per physical GPU: its energy counter, and a power trace beside it.
 
-`nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded, on Volta and newer, and
-advances in ticks of some 100 ms (NVML API reference; ML.ENERGY, 2026-03). The tick is learnt when the meter is
-opened; a window is corrected for the part of a tick at each of its edges, which leaves a second-order error where
-a bare difference is off by up to a tick. Power is the instant value where the driver has it (field 186), else
-`nvmlDeviceGetPowerUsage`, a one-second average on Ampere and newer. A GPU without a counter is read by integrating
-the trace, and labelled so. A MIG instance has neither: its parent's value is given and labelled as shared. On a GH200
-the driver's values are those of the whole module, and labelled so. Opens no CUDA context.
+`nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded, on Volta and newer, and advances
+in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03). The tick is measured when the meter is opened, and a
+window is corrected for the part of a tick at each of its edges: that leaves a second-order error where a plain
+difference is off by up to a tick. Power is the instant value where the driver has it (field 186), otherwise
+`nvmlDeviceGetPowerUsage`, a one-second average on Ampere and newer. Without a counter a GPU's energy is the integral
+of the trace. A MIG instance has neither, so its reading is the parent's. On a GH200 the driver's values are those of
+the whole module. Readings are labelled accordingly. Opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from lem.energy.base import Meter
 from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.errors import BadInput
-from lem.machine.gpu import Gpu
+from lem.machine.gpu import W_PER_MW, Gpu
 from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
 from lem.spec.experiment import Energy
@@ -32,17 +32,16 @@ COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 J_PER_MJ = 1e-3
 MODULES = ("GH200",)
-W_PER_MW = 1e-3
-# Long enough for five ticks of 100 ms.
+# Enough for five ticks of 100 ms.
 LEARN_TICK_S = 0.6
-# Longest wait for a tick at a window's edge; counters without a known tick are not waited for.
+# Longest wait for a tick at a window's edge; there is none for counters without a known tick.
 EDGE_WAIT_S = 0.3
 POLL_S = 0.001
 
 
 @dataclass(frozen=True)
 class Edge:
-    """The counter at a moment: interpolated between ticks where the tick is known; `counter_mj` is what it showed."""
+    """The counter at a moment, interpolated where the tick is known; `counter_mj` is the value read."""
 
     energy_mj: float | None
     reason: str | None = None
@@ -69,19 +68,19 @@ class NvmlMeter(Meter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> NvmlMeter:
-        """Read the GPUs in use, at the rate that is asked for."""
+        """Read the GPUs in use, and their power at the configured rate."""
         return cls(gpus, energy.power_hz)
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object where no NVIDIA GPU is visible, or none is used."""
         if not host.gpus:
-            yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.", "Use energy=auto.")
+            yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.")
         elif not uses_gpu:
-            yield Objection("no_gpu_in_use", "energy", "nvml meters GPUs, and none is used.", "Use energy=auto.")
+            yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, and the run uses none.")
 
     def open(self) -> None:
-        """Initialise NVML, find the GPUs by UUID, learn their counters' ticks, start the power trace."""
+        """Initialise NVML, find the GPUs by UUID, measure their counters' ticks, start the power trace."""
         if not self._gpus:
             raise BadInput("energy=nvml needs an NVIDIA GPU in use; use energy=auto instead.")
         import pynvml
@@ -97,8 +96,8 @@ class NvmlMeter(Meter):
         self._sampler.start()
 
     def settle(self) -> None:
-        """Wait for each counter's next tick, so that the window begins where its counter is known."""
-        wait_for_ticks(self._devices, go_on=True)
+        """Wait for each counter's next tick, so that the window begins where its value is known."""
+        wait_for_ticks(self._devices, keep_polling=True)
         self._is_settled = True
 
     def begin(self) -> None:
@@ -107,7 +106,7 @@ class NvmlMeter(Meter):
         if not self._is_settled:
             self.settle()
         for device in self._devices:
-            device.poll()  # others may have begun in between
+            device.poll()  # time may have passed since it settled
         self._is_settled, self._marked_ns = False, None
         seen = self._sampler.count
         self._sampler.sample_now()
@@ -124,12 +123,12 @@ class NvmlMeter(Meter):
         self._sampler.sample_now()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Return what each GPU took since `begin`; waits for the next tick to interpolate, after the window."""
+        """Return each GPU's energy since `begin`; waits, after the window, for the next tick to interpolate."""
         assert self._sampler is not None
         if self._marked_ns is None:
             self.mark()
         assert self._marked_ns is not None
-        wait_for_ticks(self._devices, go_on=False)
+        wait_for_ticks(self._devices, keep_polling=False)
         samples = self._sampler.samples()
         traces = [[sample for sample in samples if sample.device == gpu.uuid] for gpu in self._gpus]
         return tuple(
@@ -142,14 +141,14 @@ class NvmlMeter(Meter):
     def so_far(self) -> tuple[EnergyReading, ...]:
         """Return each counter's increase up to its last tick, and the trace's integral up to its last sample.
 
-        Asks the driver once for each GPU that has a counter, for nothing else; does not wait for a tick.
+        Makes one call to the driver for each GPU that has a counter, and does not wait for a tick.
         """
         assert self._traced is not None
         traced_j = self._traced.up_to_now()
         readings = []
         for device, begun in zip(self._devices, self._begun, strict=True):
             device.poll()
-            # A trace whose GPU has stopped answering ends in the past.
+            # If the GPU has stopped answering, its trace ends in the past.
             trace_j = None if device.power_reason else traced_j.get(device.gpu.uuid) or None
             readings.append(self._reading(device, begun, device.ticked_since(begun), trace_j))
         return tuple(readings)
@@ -173,52 +172,44 @@ class NvmlMeter(Meter):
                 yield PowerSample(time.perf_counter_ns(), "gpu", device.gpu.uuid, power_w)
 
     def _reading(self, device: Device, begun: Edge, ended: Edge, trace_j: float | None) -> EnergyReading:
-        if not device.has_counter:
-            return self._integral(device, begun, trace_j)
-        energy_j, reason = _increase_j(begun, ended)
+        uuid = device.gpu.uuid
+        resolution_j: float | None = None
+        if device.has_counter:
+            energy_j, reason = _increase_j(begun, ended)
+            reason = f"the energy counter of {uuid}: {reason}"
+            method, resolution_j, resolution_s = COUNTER, J_PER_MJ, device.tick_s
+        else:
+            energy_j, unread = trace_j, device.power_reason or "no sample at an edge of the window"
+            reason = f"{uuid}: no counter ({begun.reason}), no power ({unread})"
+            method = f"integral of {device.power_method}, {self._power_hz:g} Hz: this GPU has no energy counter"
+            resolution_s = 1 / self._power_hz
         return EnergyReading(
             component=device.component,
-            source="counter",
+            source="counter" if device.has_counter else "integral",
             scope=device.scope,
-            device=device.gpu.uuid,
+            device=uuid,
             energy_j=energy_j,
-            method=COUNTER,
-            resolution_j=J_PER_MJ,
-            resolution_s=device.tick_s,
+            method=method,
+            resolution_j=resolution_j,
+            resolution_s=resolution_s,
             trace_energy_j=trace_j,
-            reason=None if energy_j is not None else f"the energy counter of {device.gpu.uuid}: {reason}",
-        )
-
-    def _integral(self, device: Device, begun: Edge, trace_j: float | None) -> EnergyReading:
-        unread = device.power_reason or "no sample at an edge of the window"
-        return EnergyReading(
-            component=device.component,
-            source="integral",
-            scope=device.scope,
-            device=device.gpu.uuid,
-            energy_j=trace_j,
-            method=f"integral of {device.power_method}, {self._power_hz:g} Hz: this GPU has no energy counter",
-            resolution_s=1 / self._power_hz,
-            trace_energy_j=trace_j,
-            reason=None
-            if trace_j is not None
-            else f"{device.gpu.uuid}: no counter ({begun.reason}), no power ({unread})",
+            reason=None if energy_j is not None else reason,
         )
 
 
 def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
-    """Return what the counter gained between two edges, or None and why that is not known."""
+    """Return the counter's increase between two edges, or None and why it is not known."""
     if begun.energy_mj is None or ended.energy_mj is None:
         return None, begun.reason or ended.reason
     gained_mj = ended.energy_mj - begun.energy_mj
     if gained_mj < 0:
         return None, "it went backwards (driver reloaded?)"
-    # A GPU that takes nothing does not exist; a counter that stands still is one that does not count.
+    # Every GPU takes some power, so a counter that stands still does not count.
     return (gained_mj * J_PER_MJ, None) if gained_mj else (None, "it did not advance")
 
 
 class Device:
-    """One GPU's counter and power, and the last two ticks that were seen of the counter."""
+    """One GPU's counter and power, with the last two ticks seen of the counter."""
 
     def __init__(self, lib: Any, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -230,7 +221,7 @@ class Device:
         self._ticked_ns: int | None = None
         self._polled_ns = 0
         self._polled_mj: int | None = None
-        self._looked_away_s = 0.0
+        self._unpolled_s = 0.0
         self._reason: str | None = None
         self.power_reason: str | None = None
         self.has_counter = self._counter_exists()
@@ -238,17 +229,17 @@ class Device:
 
     @property
     def scope(self) -> Any:
-        """`shared_device` where only an instance of the GPU is ours."""
+        """`shared_device` where only an instance of the GPU is in use."""
         return "shared_device" if self.gpu.mig_uuid else "device"
 
     @property
     def component(self) -> Component:
-        """`module` where the driver's values cover more than the GPU (a note in zeus's NVIDIA device layer)."""
+        """`module` where the driver's values cover more than the GPU (documented in zeus's NVIDIA device layer)."""
         return "module" if any(name in self.gpu.name for name in MODULES) else "gpu"
 
     @property
     def power_method(self) -> str:
-        """Which of the driver's power values is read."""
+        """The name of the driver's power value that is read."""
         return "NVML_FI_DEV_POWER_INSTANT" if self._instant else "nvmlDeviceGetPowerUsage"
 
     def _counter_exists(self) -> bool:
@@ -269,32 +260,32 @@ class Device:
             self._reason, self._polled_mj = str(error), None
             return False
         now_ns = time.perf_counter_ns()
-        away_s = (now_ns - self._polled_ns) / NS_PER_S
+        unpolled_s = (now_ns - self._polled_ns) / NS_PER_S
         self._reason, self._polled_ns, self._polled_mj = None, now_ns, value
         if value == self._value_mj:
             return False
         self._before_mj, self._value_mj, self._ticked_ns = self._value_mj, value, now_ns
-        self._looked_away_s = away_s
+        self._unpolled_s = unpolled_s
         return True
 
     @property
     def readable(self) -> bool:
-        """The last reading succeeded."""
+        """True when the last reading succeeded."""
         return self._reason is None
 
     def extrapolated(self, at_ns: int) -> Edge:
-        """Return the counter just after a tick: the tick's value, and the little since at the rate before it."""
+        """Return the counter just after a tick: the tick's value, extrapolated at the rate of the step before it."""
         if self._polled_mj is None or self._value_mj is None:
             return Edge(None, self._reason or "it was not read")
-        if not self.tick_s or self._before_mj is None or self._ticked_ns is None or self._looked_away_s > self.tick_s:
-            # The last step is not known to be one tick's: no tick came while it was waited for.
+        if not self.tick_s or self._before_mj is None or self._ticked_ns is None or self._unpolled_s > self.tick_s:
+            # The last step may span several ticks: none came during the wait.
             return Edge(float(self._value_mj), counter_mj=self._value_mj)
         rate = (self._value_mj - self._before_mj) / self.tick_s
         since_s = min((at_ns - self._ticked_ns) / NS_PER_S, self.tick_s)
         return Edge(self._value_mj + rate * since_s, counter_mj=self._value_mj)
 
     def interpolated(self, at_ns: int) -> Edge:
-        """Return the counter at a moment within the tick that has just ended."""
+        """Return the counter at a moment within the step that has just ended."""
         if self._polled_mj is None or self._value_mj is None:
             return Edge(None, self._reason or "it was not read")
         if not self.tick_s or self._before_mj is None or self._ticked_ns is None:
@@ -303,7 +294,7 @@ class Device:
         return Edge(self._before_mj + (self._value_mj - self._before_mj) * min(max(share, 0.0), 1.0))
 
     def ticked_since(self, begun: Edge) -> Edge:
-        """Return the counter as it was last read, without a value until it has advanced since `begun`."""
+        """Return the counter as last read, without a value until it has advanced since `begun`."""
         if self._polled_mj is None or self._value_mj is None:
             return Edge(None, self._reason or "it was not read")
         if self._value_mj == begun.counter_mj:
@@ -311,17 +302,17 @@ class Device:
         return Edge(float(self._value_mj))
 
     def power_w(self) -> float | None:
-        """Return the power at this moment, or None when it cannot be read; `power_reason` then says why."""
+        """Return the current power, or None when it cannot be read; `power_reason` then says why."""
         try:
-            power_w = self._instant_power_w() if self._instant else self._power_usage_w()
+            if self._instant:
+                power_w = self._instant_power_w()
+            else:
+                power_w = float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * W_PER_MW
         except self._lib.NVMLError as error:
             self.power_reason = str(error)
             return None
         self.power_reason = None
         return power_w
-
-    def _power_usage_w(self) -> float:
-        return float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * W_PER_MW
 
     def _instant_power_w(self) -> float:
         (value,) = self._lib.nvmlDeviceGetFieldValues(self._handle, [INSTANT_POWER_FIELD])
@@ -338,7 +329,7 @@ class Device:
 
 
 def learn_ticks(devices: Sequence[Device]) -> None:
-    """Watch the counters for a moment and set each device's tick to the median time between its advances."""
+    """Poll the counters for a moment and set each device's tick to the median time between its advances."""
     seen: dict[str, list[int]] = {device.gpu.uuid: [] for device in devices}
     until_ns = time.perf_counter_ns() + int(LEARN_TICK_S * NS_PER_S)
     while time.perf_counter_ns() < until_ns:
@@ -352,11 +343,11 @@ def learn_ticks(devices: Sequence[Device]) -> None:
         device.tick_s = statistics.median(gaps) if len(gaps) >= 2 else None
 
 
-def wait_for_ticks(devices: Sequence[Device], *, go_on: bool) -> None:
+def wait_for_ticks(devices: Sequence[Device], *, keep_polling: bool) -> None:
     """Poll until each counter with a known tick has advanced once.
 
-    With `go_on` those that have are followed further, so that all are known at the end; without it each stays at
-    its first advance.
+    With `keep_polling` those that have are polled further, so that all are up to date at the end; otherwise each stays
+    at its first advance.
     """
     for device in devices:
         device.poll()
@@ -364,6 +355,6 @@ def wait_for_ticks(devices: Sequence[Device], *, go_on: bool) -> None:
     until_ns = time.perf_counter_ns() + int(EDGE_WAIT_S * NS_PER_S)
     while waiting and time.perf_counter_ns() < until_ns:
         time.sleep(POLL_S)
-        for device in devices if go_on else list(waiting):
+        for device in devices if keep_polling else list(waiting):
             if device.poll() or not device.readable:
                 waiting.discard(device)

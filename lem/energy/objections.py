@@ -1,4 +1,4 @@
-"""Why the energy group may be refused or warned about: options a meter does not read, countries, its own reasons."""
+"""Why the energy group may be refused or warned about: unread options, unknown countries, and each meter's reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lem.spec.experiment import Energy
 from lem.spec.processes import changed
 from lem.spec.rules import Objection, without_effect
 
-# Options that belong to meters; the others of the group hold for all.
+# Options that only some meters read, besides `trace`; the others of the group apply to all.
 METER_OPTIONS = ("idle_s", "power_hz", "powercap_dir")
 
 
@@ -26,32 +26,21 @@ def objections(energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Object
 def _unread(energy: Energy) -> Iterator[Objection]:
     """Object to options that the chosen meter does not read."""
     if energy.trace is not None and energy.name != "replay":
-        yield without_effect(
-            "no_effect_trace", "energy.trace", "only the replay meter reads a trace.", "Use energy=replay."
-        )
+        yield without_effect("no_effect_trace", "energy.trace", "only the replay meter reads a trace.")
     unread = [name for name in METER_OPTIONS if name not in meter_class(energy.name).options]
     for name in changed(energy, *unread):
-        yield without_effect(
-            "no_effect_meter_option",
-            f"energy.{name}",
-            f"energy={energy.name} does not read it.",
-            "Leave it out, or choose another meter.",
-        )
+        yield without_effect("no_effect_meter_option", f"energy.{name}", f"energy={energy.name} does not read it.")
 
 
 def _carbon(energy: Energy) -> Iterator[Objection]:
     given = changed(energy, "country_iso_code", "carbon_intensity_g_per_kwh")
     if energy.name == "none":
         for name in given:
-            yield without_effect("no_effect_carbon", f"energy.{name}", "no energy is measured.", "Choose a meter.")
+            yield without_effect("no_effect_carbon", f"energy.{name}", "no energy is measured.")
     if len(given) > 1:
-        yield without_effect(
-            "no_effect_country",
-            "energy.country_iso_code",
-            "energy.carbon_intensity_g_per_kwh is used instead.",
-            "Leave one of them out.",
-        )
+        fact = "energy.carbon_intensity_g_per_kwh is used instead."
+        yield without_effect("no_effect_country", "energy.country_iso_code", fact)
     try:
         carbon_intensity(energy)
     except ConfigError as error:
-        yield Objection("unknown_country", "energy.country_iso_code", str(error).partition(": ")[2], "")
+        yield Objection("unknown_country", "energy.country_iso_code", str(error).partition(": ")[2])

@@ -1,4 +1,4 @@
-"""Silence for libraries that print on import which hardware they have not found."""
+"""Silence for libraries that print when they are imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Swallow what is printed: some libraries announce on import which hardware they have not found."""
+    """Discard what is printed: some libraries list on import the hardware they have not found."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

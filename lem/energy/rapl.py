@@ -1,13 +1,12 @@
 """CPU and memory energy from the processor's own counters (RAPL), read through Linux's powercap tree.
 
-Read are the packages (`intel-rapl:N`; AMD's appear under the same driver) and the DRAM zones inside of them
-(`intel-rapl:N:M`). Left out is whatever would be counted twice: core and uncore are parts of their package,
-psys is the whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package counts all
-that runs on it, whoever started it. On client processors memory often has no zone; it is then not in the
-readings at all. Knows no GPU and estimates nothing.
+It reads the packages (`intel-rapl:N`; AMD's appear under the same driver) and the DRAM zones inside them
+(`intel-rapl:N:M`), and leaves out what would be counted twice: core and uncore are parts of their package, psys is the
+whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package counts everything that runs on
+it. On client processors memory often has no zone, and then no reading. Knows no GPU and estimates nothing.
 
-A counter has 32 bits and wraps around after some 65 to 262 kJ, minutes to an hour of load. A thread reads it now
-and then while a window is open, so that a window may be longer than that.
+A counter has 32 bits and wraps around after about 65 to 262 kJ, minutes to an hour of load. A thread reads it
+regularly while a window is open, so that a window may be longer than that.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from lem.units import NS_PER_S
 
 POWERCAP_DIR = "/sys/class/powercap"
 UJ_PER_J = 1e6
-# More than any one package or its memory draws for long: a counter that was left alone for less time than this
-# power needs to fill it has wrapped at most once.
+# More than any one package or its memory draws for long: a counter that was not read for less time than this power
+# needs to fill it has wrapped at most once.
 MAX_POWER_W = 1000.0
-# A peak of power and the kernel's own update of the counter may lie just beside a look.
+# A peak of power and the kernel's own update of the counter may fall just beside a reading.
 GAIN_SLACK_S = 1.0
 COUNTER_MAX = 2**32 - 1
 
@@ -45,7 +44,7 @@ _PACKAGE_NAME = re.compile(r"package-\d+(-die-\d+)?")
 
 @dataclass(frozen=True)
 class Zone:
-    """A zone of the powercap tree that is counted, such as `intel-rapl:0 package-0`."""
+    """A zone of the powercap tree that is read, such as `intel-rapl:0 package-0`."""
 
     directory: Path
     name: str
@@ -53,23 +52,23 @@ class Zone:
 
     @property
     def label(self) -> str:
-        """The zone's id and name, as a reading's device."""
+        """The zone's id and name, which is a reading's device."""
         return f"{self.directory.name} {self.name}"
 
     def energy_uj(self) -> int:
-        """Return the counter; raises OSError or ValueError when there is nothing to be read."""
+        """Return the counter; raises OSError or ValueError when it cannot be read."""
         return int((self.directory / "energy_uj").read_text())
 
     def range_uj(self) -> int:
-        """Return the counter's largest value; raises OSError or ValueError when there is nothing to be read."""
+        """Return the counter's largest value; raises OSError or ValueError when it cannot be read."""
         return int((self.directory / "max_energy_range_uj").read_text())
 
 
 class RaplMeter(Meter):
     """Increase of the energy counters of all packages and their DRAM zones.
 
-    `poll_s` is the time between two looks at the counters while a window is open; it must be shorter than a
-    counter takes to wrap around.
+    `poll_s` is the time between two readings of the counters while a window is open; it must be shorter than a counter
+    takes to wrap around.
     """
 
     options = ("idle_s", "powercap_dir")
@@ -91,24 +90,20 @@ class RaplMeter(Meter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> RaplMeter:
-        """Read the powercap tree that is named."""
+        """Read the configured powercap tree."""
         return cls(energy.powercap_dir)
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Open the meter once: it says best what is missing, and reading its counters costs nothing."""
-        meter = cls(energy.powercap_dir)
-        try:
-            meter.open()
-        except BadInput as error:
-            yield Objection("rapl_unreadable", "energy", str(error), "")
-        finally:
-            meter.close()
+        """Object to counters that are missing or may not be read."""
+        if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
+            yield Objection("rapl_unreadable", "energy", fact)
 
     def open(self) -> None:
         """Find the zones and start the thread that watches for wrap-arounds."""
         zones = find_zones(self._powercap_dir)
-        _check(zones, self._powercap_dir)
+        if fact := _why_unreadable(zones, self._powercap_dir):
+            raise BadInput(Objection("rapl_unreadable", "energy", fact).message)
         self._counters = [_Counter(zone, self._clock_ns) for zone in zones]
         self._closing.clear()
         self._thread = threading.Thread(target=self._poll, name="lem-rapl", daemon=True)
@@ -128,7 +123,7 @@ class RaplMeter(Meter):
             return self._advanced()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Look at the counters once more, as the thread does: a file read for each zone, some 10 µs."""
+        """Read the counters once more, as the thread does: one file for each zone, about 10 µs."""
         with self._lock:
             return self._advanced()
 
@@ -153,7 +148,7 @@ class RaplMeter(Meter):
 
 
 class _Counter:
-    """A zone's energy over one window, gathered over any number of looks at its counter."""
+    """A zone's energy over one window, accumulated over any number of readings of its counter."""
 
     def __init__(self, zone: Zone, clock_ns: Callable[[], int]) -> None:
         self._zone = zone
@@ -165,7 +160,7 @@ class _Counter:
         self._failure: str | None = None
 
     def start(self) -> None:
-        """Begin a window here."""
+        """Begin a window."""
         self._total_uj, self._failure = 0, None
         try:
             self._range_uj = self._zone.range_uj()
@@ -175,7 +170,7 @@ class _Counter:
         self._last_ns = self._clock_ns()
 
     def advance(self) -> None:
-        """Add what was counted since the last look. After a failure the window stays without a value."""
+        """Add the increase since the last reading; after a failure the window stays without a value."""
         if self._failure is not None:
             return
         try:
@@ -186,14 +181,19 @@ class _Counter:
         now_ns = self._clock_ns()
         gap_s = (now_ns - self._last_ns) / NS_PER_S
         gained_uj = increase_uj(self._last_uj, now_uj, self._range_uj)
-        self._check_gap(gap_s)
-        self._check_gain(gained_uj / UJ_PER_J, gap_s)
+        counter = f"the counter of {self._zone.label}"
+        # As when the process was stopped for a while.
+        if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
+            self._failure = f"{counter} was not read for {gap_s:.0f} s and may have wrapped unseen"
+        # A counter that was reset looks like one that wrapped around, and gains more than a package can draw.
+        if gained_uj / UJ_PER_J > MAX_POWER_W * (gap_s + GAIN_SLACK_S):
+            self._failure = f"{counter} was reset in the window (machine suspended?)"
         self._total_uj += gained_uj
         self._last_uj, self._last_ns = now_uj, now_ns
 
     def reading(self) -> EnergyReading:
         """Return the window's energy."""
-        # Firmware and virtual machines that offer a zone without counting show a constant.
+        # Some firmware and virtual machines have zones whose counter never changes.
         reason = self._failure or (None if self._total_uj else f"the counter of {self._zone.label} did not advance")
         return EnergyReading(
             component=self._zone.component,
@@ -210,39 +210,27 @@ class _Counter:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         self._failure = f"the counter of {self._zone.label} could not be read: {why}"
 
-    def _check_gap(self, gap_s: float) -> None:
-        """Refuse a gap in which the counter may have wrapped more than once: the process was stopped, say."""
-        if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
-            self._failure = (
-                f"the counter of {self._zone.label} was not read for {gap_s:.0f} s, in which it may have wrapped unseen"
-            )
-
-    def _check_gain(self, gained_j: float, gap_s: float) -> None:
-        """Refuse more than a package can draw: a counter that began anew looks like one that wrapped around."""
-        if gained_j > MAX_POWER_W * (gap_s + GAIN_SLACK_S):
-            self._failure = f"the counter of {self._zone.label} began anew in the window (machine suspended?)"
-
 
 def step_uj(range_uj: int) -> int:
     """Return a counter's step in µJ from its largest value, which is 2^32 - 1 steps.
 
-    The steps of real counters are 15.3 and 61 µJ; a smaller range says nothing and is taken as counted in µJ,
-    the granularity of the file.
+    Real counters have steps of 15.3 or 61 µJ; a smaller range implies nothing, and 1 µJ is assumed, the granularity of
+    the file.
     """
     return max(1, round(range_uj / COUNTER_MAX))
 
 
 def increase_uj(before_uj: int, after_uj: int, range_uj: int) -> int:
-    """Return what a counter gained between two looks with at most one wrap-around between them.
+    """Return a counter's increase between two readings with at most one wrap-around between them.
 
-    From its largest value one step more leads to 0, so a whole turn is the range and a step.
+    One step after its largest value comes 0, so a full turn is the range plus a step.
     """
     gained_uj = after_uj - before_uj
     return gained_uj if gained_uj >= 0 else gained_uj + range_uj + step_uj(range_uj)
 
 
 def find_zones(powercap_dir: str = POWERCAP_DIR) -> tuple[Zone, ...]:
-    """Return the zones to be counted, packages first, in the kernel's order; empty when there is no RAPL."""
+    """Return the zones to read, packages first, in the kernel's order; empty when there is no RAPL."""
     directories = {path.name: path for path in _directories(Path(powercap_dir))}
     packages = [
         Zone(path, name, "cpu")
@@ -264,7 +252,7 @@ def readable(powercap_dir: str = POWERCAP_DIR) -> bool:
 
 
 def _directories(root: Path) -> Iterator[Path]:
-    """Yield all zones' directories; /sys/class/powercap shows a subzone both beside and inside of its package."""
+    """Yield all zones' directories; /sys/class/powercap shows a subzone both beside and inside its package."""
     for pattern in ("intel-rapl:*/intel-rapl:*", "intel-rapl:*"):
         try:
             yield from sorted(root.glob(pattern))
@@ -292,16 +280,17 @@ def _is_readable(zone: Zone) -> bool:
     return True
 
 
-def _check(zones: tuple[Zone, ...], powercap_dir: str) -> None:
-    """Raise `BadInput` with the remedy unless some package can be read."""
+def _why_unreadable(zones: tuple[Zone, ...], powercap_dir: str) -> str | None:
+    """Return why no package's counter can be read; None if one can."""
     packages = [zone for zone in zones if zone.component == "cpu"]
     if not packages:
-        raise BadInput(
-            f"This machine has no RAPL counters (no package zone in {powercap_dir}; virtual machines and containers "
-            "rarely have one); use energy=codecarbon for an estimate."
+        return (
+            f"this machine has no RAPL counters: {powercap_dir} has no package zone (virtual machines and containers "
+            "rarely have one)."
         )
     if not any(_is_readable(zone) for zone in packages):
-        raise BadInput(
-            f"The RAPL counters in {powercap_dir} cannot be read: since CVE-2020-8694 the kernel gives them to root "
-            f"only; run as root or, until the next boot, sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj"
+        return (
+            f"since CVE-2020-8694 the kernel lets only root read the RAPL counters in {powercap_dir}; until the next "
+            f"boot, sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj lets everyone."
         )
+    return None

@@ -1,4 +1,4 @@
-"""Energy from a recorded power trace: for tests, and for replaying a measurement made elsewhere.
+"""Energy from a recorded power trace, for tests and for replaying a measurement made elsewhere.
 
 The trace is a CSV file with the columns `t_s` and `power_w`, and optionally `component` (default gpu). Time 0 of
 the trace is the moment the meter is opened; between samples power is interpolated linearly. Knows no sensor.
@@ -44,12 +44,12 @@ class ReplayMeter(Meter):
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object to a trace that is missing or cannot be read."""
         if energy.trace is None:
-            yield Objection("bad_trace", "energy.trace", "the replay meter needs a trace.", "Name a CSV file.")
+            yield Objection("bad_trace", "energy.trace", "the replay meter needs a trace.")
             return
         try:
             read_trace(Path(energy.trace))
         except BadInput as error:
-            yield Objection("bad_trace", "energy.trace", str(error), "")
+            yield Objection("bad_trace", "energy.trace", str(error))
 
     def open(self) -> None:
         """Read the trace and start its clock."""
@@ -67,13 +67,13 @@ class ReplayMeter(Meter):
         return self.so_far()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return the same up to now; some 50 µs, and more for thousands of samples in the window."""
+        """Return the same up to now; takes about 50 µs, more with thousands of samples in the window."""
         start_s = (self._begun_ns - self._opened_ns) / NS_PER_S
         end_s = (self._clock_ns() - self._opened_ns) / NS_PER_S
         return tuple(self._reading(component, trace, start_s, end_s) for component, trace in self._traces.items())
 
     def _reading(self, component: Component, trace: Trace, start_s: float, end_s: float) -> EnergyReading:
-        energy_j = integral_j(trace, start_s, end_s)
+        energy_j, (t_s, _) = integral_j(trace, start_s, end_s), trace
         return EnergyReading(
             component=component,
             source="replay",
@@ -81,26 +81,20 @@ class ReplayMeter(Meter):
             device=str(self._path),
             energy_j=energy_j,
             method="trapezoidal integral of a recorded trace",
-            resolution_s=_spacing_s(trace),
-            reason=None if energy_j is not None else _why_outside(trace, start_s, end_s),
+            resolution_s=float(np.diff(t_s).max()) if len(t_s) > 1 else None,  # the longest gap
+            reason=None if energy_j is not None else _outside_reason(trace, start_s, end_s),
         )
 
 
-def _why_outside(trace: Trace, start_s: float, end_s: float) -> str:
+def _outside_reason(trace: Trace, start_s: float, end_s: float) -> str:
     t_s, _ = trace
     if start_s < t_s[0]:
         return f"the trace begins at {t_s[0]:.3f} s, the window at {start_s:.3f} s"
     return f"the trace ends at {t_s[-1]:.3f} s, before {end_s:.3f} s"
 
 
-def _spacing_s(trace: Trace) -> float | None:
-    """Return the longest time between two samples."""
-    t_s, _ = trace
-    return float(np.diff(t_s).max()) if len(t_s) > 1 else None
-
-
 def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
-    """Return the trapezoidal integral of power over [start_s, end_s], or None outside of the trace."""
+    """Return the trapezoidal integral of power over [start_s, end_s], or None outside the trace."""
     t_s, power_w = trace
     if start_s < t_s[0] or end_s > t_s[-1]:
         return None
@@ -110,7 +104,7 @@ def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
 
 
 def read_trace(path: Path) -> dict[Component, Trace]:
-    """Read a trace; raises `BadInput` naming the file and what is wrong with it."""
+    """Read a trace; raises `BadInput` with the file and what is wrong with it."""
     try:
         samples = _samples(path)
     except FileNotFoundError:
@@ -121,7 +115,8 @@ def read_trace(path: Path) -> dict[Component, Trace]:
         raise BadInput(f"The power trace {path} cannot be read: {error}.") from None
     if not samples:
         raise BadInput(f"The power trace {path} has no samples.")
-    return {component: _arrays(points) for component, points in samples.items()}
+    columns = {component: np.array(sorted(points)).T for component, points in samples.items()}
+    return {component: (t_s, power_w) for component, (t_s, power_w) in columns.items()}
 
 
 def _samples(path: Path) -> dict[Component, list[tuple[float, float]]]:
@@ -139,7 +134,7 @@ def _samples(path: Path) -> dict[Component, list[tuple[float, float]]]:
                 raise ValueError(f"unknown component '{component}'")
             sample = (_number(row["t_s"]), _number(row["power_w"]))
             if not np.isfinite(sample).all() or sample[1] < 0:
-                raise ValueError(f"{sample[1]} W at {sample[0]} s is no power")
+                raise ValueError(f"{sample[1]} W at {sample[0]} s is not a valid power")
             samples.setdefault(component, []).append(sample)  # type: ignore[arg-type]
     return samples
 
@@ -148,8 +143,3 @@ def _number(text: str | None) -> float:
     if text is None:
         raise ValueError("a row has fewer values than there are columns")
     return float(text)
-
-
-def _arrays(points: list[tuple[float, float]]) -> Trace:
-    t_s, power_w = np.array(sorted(points)).T
-    return t_s, power_w

@@ -1,8 +1,8 @@
 """Power traces: sampling in the background, integrating over a window. Knows no particular sensor.
 
-Samples are taken at a fixed rate by a thread that sleeps in between; a sample at each edge of a window is added by
-the meter, so that the integral covers exactly the window. Twenty samples a second follow square waves of up to 3 Hz
-within 2 % over 5 s; ten alias with a wave of 2 Hz (measured on simulated waves, `docs/accuracy.md`).
+A thread that sleeps in between takes samples at a fixed rate; the meter adds a sample at each edge of a window, so that
+the integral covers exactly the window. Twenty samples a second follow square waves of up to 3 Hz within 2 % over 5 s;
+ten alias with a wave of 2 Hz (measured on simulated waves, `docs/accuracy.md`).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def _piece_j(left: PowerSample, right: PowerSample, start_ns: int, end_ns: int) 
 
 
 class RunningIntegral:
-    """The integral of each device's samples since a moment; bringing it up to date costs only the new samples."""
+    """The integral of each device's samples since a moment; an update costs only the new samples."""
 
     def __init__(self, sampler: Sampler, seen: int, start_ns: int) -> None:
-        # The first samples after those `seen` lie before the start: the meter has taken one of each device there.
+        # The first samples after those `seen` lie before the start: the meter took one of each device there.
         self._sampler = sampler
         self._seen = seen
         self._start_ns = start_ns
@@ -53,7 +53,7 @@ class RunningIntegral:
         self._total_j: dict[str, float] = {}
 
     def up_to_now(self) -> dict[str, float]:
-        """Return each device's joules up to its last sample; without those that have no sample before the start."""
+        """Return each device's joules up to its last sample, without devices that have no sample before the start."""
         new = self._sampler.samples(self._seen)
         self._seen += len(new)
         for sample in new:
@@ -90,7 +90,7 @@ class Sampler:
             self._thread.join()
 
     def sample_now(self) -> None:
-        """Add a sample out of turn: at the edge of a window."""
+        """Add a sample outside the schedule, at the edge of a window."""
         with self._lock:
             self._samples.extend(self._take())
 
@@ -109,5 +109,5 @@ class Sampler:
         due_s = time.monotonic()
         while not self._stopped.wait(max(0.0, due_s - time.monotonic())):
             self.sample_now()
-            # Missed turns are left out rather than caught up with in a burst.
+            # Missed samples are left out, not taken in a burst afterwards.
             due_s = max(due_s + self._period_s, time.monotonic())

@@ -1,8 +1,8 @@
-"""GPU energy through zeus: for AMD GPUs and others that its device layer knows and NVML does not.
+"""GPU energy through zeus, for AMD GPUs and others that its device layer supports and NVML does not.
 
-zeus reads the energy counter where the GPU has one, else it integrates sampled power; the reading says which. GPUs
-are those that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by zeus's numbering; of UUIDs and MIG
-instances it knows nothing. Processors are left to the RAPL meter. Needs the extra `zeus`.
+zeus reads the energy counter where the GPU has one, otherwise it integrates sampled power; the reading says which. The
+GPUs are those that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by zeus's numbering; zeus does not
+know UUIDs or MIG instances. Processors are left to the RAPL meter. Needs the extra `zeus`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ J_PER_MJ = 1e-3
 
 
 class ZeusMeter(Meter):
-    """zeus's monitor, a window of it for each of ours."""
+    """zeus's monitor, with one of its windows for each of ours."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
-        # Where NVML knows the GPUs in use, they are the first visible ones; elsewhere all visible ones are read.
+        # Where NVML knows the GPUs in use, they are the first visible ones; otherwise all visible ones are read.
         self._indices = list(range(len(gpus))) if gpus else None
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
+        # For each GPU, what zeus reads of it, and its name.
         self._labels: dict[int, tuple[Source, str]] = {}
         self._begun_j: dict[int, float | None] = {}
         self._failure: str | None = None
@@ -45,11 +46,10 @@ class ZeusMeter(Meter):
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
         """Object where the package is missing or no GPU is used; where NVML knows no GPU, zeus itself is asked."""
         if not host.has("zeus"):
-            yield Objection(
-                "missing_package", "energy", "the zeus meter needs the package zeus.", "pip install 'lem[zeus]'."
-            )
+            fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
+            yield Objection("missing_package", "energy", fact)
         elif not (uses_gpu if host.gpus else _finds_a_gpu()):
-            yield Objection("no_gpu_in_use", "energy", "zeus meters GPUs, and none is used.", "Use energy=auto.")
+            yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, and the run uses none.")
 
     def open(self) -> None:
         """Find the GPUs; raises `BadInput` where zeus finds none."""
@@ -64,50 +64,52 @@ class ZeusMeter(Meter):
         try:
             gpus = get_gpus()
             self._monitor = ZeusMonitor(gpu_indices=self._indices, cpu_indices=[])
-            self._labels = {index: _label(gpus, index) for index in self._monitor.gpu_indices}
+            for index in self._monitor.gpu_indices:
+                has_counter = gpus.supports_get_total_energy_consumption(index)
+                self._labels[index] = "counter" if has_counter else "integral", gpus.get_name(index)
         except ZeusGPUInitError as error:
             raise BadInput(f"energy=zeus found no GPU that it can read ({error}); use energy=auto instead.") from None
         except ZeusBaseGPUError as error:
             raise BadInput(f"energy=zeus cannot read the visible GPUs ({error}); use energy=auto instead.") from None
         except ValueError:
             raise BadInput(
-                "energy=zeus knows the numbers of GPUs only, and CUDA_VISIBLE_DEVICES names others; "
+                "energy=zeus knows GPUs only by number, and CUDA_VISIBLE_DEVICES names others; "
                 "name them by number, or use energy=auto instead."
             ) from None
         if not self._labels:
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
 
     def begin(self) -> None:
-        """Begin a window; the device was synchronised by the caller."""
-        _, self._failure = self._tried(lambda: self._monitor.begin_window(WINDOW, sync_execution=False, restart=True))
+        """Begin a window; the caller has synchronised the device."""
+        _, self._failure = self._try(lambda: self._monitor.begin_window(WINDOW, sync_execution=False, restart=True))
         self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """End the window and return each GPU's energy; of none when one of them is lost, as zeus does it."""
+        """End the window and return each GPU's energy; null for all when one is lost, as zeus fails as a whole."""
         measured, failure = None, self._failure
         if failure is None:
-            measured, failure = self._tried(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
+            measured, failure = self._try(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
         reason = failure or "zeus saw no energy in this window"
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each counter once, beside zeus's window; zeus integrates power at the end of a window only."""
+        """Read each counter once, beside zeus's window; zeus integrates power only at the end of a window."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:
         before_j, (now_j, failure) = self._begun_j[index], self._counter_j(index)
         if before_j is None or now_j is None:
-            return self._reading(index, None, failure or self._failure or "zeus integrates power at the end only")
+            return self._reading(index, None, failure or self._failure or "zeus integrates power only at the end")
         return self._reading(index, now_j - before_j, "its counter has not advanced yet")
 
     def _counter_j(self, index: int) -> tuple[float | None, str | None]:
         if self._labels[index][0] != "counter":
             return None, None
-        value_mj, failure = self._tried(lambda: self._monitor.gpus.get_total_energy_consumption(index))
+        value_mj, failure = self._try(lambda: self._monitor.gpus.get_total_energy_consumption(index))
         return None if value_mj is None else value_mj * J_PER_MJ, failure
 
-    def _tried(self, call: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Return what zeus answers, or None and why it did not."""
+    def _try(self, call: Callable[[], Any]) -> tuple[Any, str | None]:
+        """Return zeus's answer, or None and why it gave none."""
         try:
             return call(), None
         except self._errors as error:
@@ -137,8 +139,3 @@ def _finds_a_gpu() -> bool:
         return len(get_gpus()) > 0
     except ZeusBaseGPUError:
         return False
-
-
-def _label(gpus: Any, index: int) -> tuple[Source, str]:
-    """Return what zeus reads of a GPU, and the GPU's name."""
-    return "counter" if gpus.supports_get_total_energy_consumption(index) else "integral", gpus.get_name(index)

@@ -1,1 +1,1 @@
-"""What the run runs on: GPUs, the host, families of processes."""
+"""What an experiment runs on: GPUs, the host, families of processes."""

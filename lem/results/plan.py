@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -67,6 +68,11 @@ class Plan:
     def counts(self, rank: int) -> bool:
         """Return whether the process counts its prompts: among those that run the same ones, the first does."""
         return rank % (self.processes // self.replicas) == 0
+
+    def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:
+        """Return the cycles that lack prompts, by the positions of those that are finished in each cycle."""
+        cycles = range(1, self.experiment.cycles + 1)
+        return [cycle for cycle in cycles if len(finished.get(cycle, ())) < self.prompts.count]
 
     @property
     def fingerprint(self) -> str:

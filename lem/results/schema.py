@@ -1,4 +1,4 @@
-"""The columns of the experiments and cycles tables: the single source of the results' schema."""
+"""The columns of the experiments and cycles tables, with units: their single source. Requests are `lem.record`'s."""
 
 # Annotations are evaluated here, not kept as text: every command that reads a table needs them at once.
 
@@ -13,7 +13,8 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     """What an experiment and each of its cycles measured: the columns that both tables have.
 
     Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' where it was
-    read from them, else the sum of the estimates; `energy_source` says which.
+    read from them, else that of the components that were measured, else the sum of the estimates; `energy_source` says
+    which.
     """
 
     # In a table a column follows the one before it in its class, except these, which follow the one named here.

@@ -1,10 +1,10 @@
-"""A results directory: claiming ids, writing files whole or not at all, reading them back.
+"""A results directory: claiming ids, finding experiments, what is unfinished.
 
     <results>/raw/<id>/           spec.json, prompts.jsonl: what is to be run; arrivals.json: when, of a trace
                                   state.json: where it stands; aggregated.json: that it has its rows, once it has
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
-                                  power_<rank>_c<cycle>_a<attempt>.parquet, worker_<rank>.log
+                                  power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
     <results>/unfinished/<id>     the fingerprint of an experiment that is not completed
     <results>/experiments/        the aggregated table: a row for each experiment
     <results>/cycles/             a row for each cycle

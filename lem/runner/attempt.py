@@ -1,308 +1,319 @@
-"""What one process knows of its attempt at an experiment, and the records that it leaves."""
+"""One process's attempt at an experiment: start, measure cycle by cycle, and whatever happens leave a record.
+
+What is measured inside a cycle is `lem.runner.window`'s, what a record says `lem.runner.records`'.
+"""
 
 from __future__ import annotations
 
-import socket
+import errno
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from msgspec.structs import replace
+from msgspec import structs
 
-from lem import __version__, warning_codes
-from lem.backends import Backend
+from lem import warning_codes
+from lem.backends import Encoded, make_backend
+from lem.energy import make_meter
 from lem.energy.base import Meter, NoMeter
-from lem.energy.carbon import carbon_intensity
-from lem.energy.trace import integral_j
+from lem.errors import Interrupted, LemError
 from lem.machine import host
 from lem.machine.gpu import Gpu
-from lem.record import (
-    FORMAT_VERSION,
-    CodedWarning,
-    DeviceState,
-    ErrorInfo,
-    Flops,
-    Memory,
-    PowerRecord,
-    PowerSample,
-    Prefill,
-    ProcessRecord,
-    RequestRecord,
-    Status,
-)
+from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, ErrorInfo, Flops, Phase, PowerRecord, Status
 from lem.results.directory import ExperimentDir
-from lem.results.journal import DIED, Checkpoint, Journal
-from lem.results.plan import Plan
-from lem.runner.ranks import Ranks
-from lem.runner.stopping import UNDISTURBED
-from lem.runner.window import MeasuredRequest, Measurement
-from lem.units import NS_PER_S, timestamp
+from lem.results.journal import DIED, Checkpoint, Journal, read
+from lem.runner.progress import Event, Report
+from lem.runner.ranks import Ranks, join, named_by_launcher
+from lem.runner.records import EngineReport, Snapshot, WindowId, power_rows, process_record, request_row
+from lem.runner.stopping import UNDISTURBED, ignore_signals
+from lem.runner.window import Bench, MeasuredRequest, Measurement, Queue
+from lem.spec.experiment import Cooldown
+from lem.units import timestamp
 from lem.warning_codes import warning
 from lem.workload import flops
 from lem.workload.flops import Architecture
-from lem.workload.tokens import token_times
+from lem.workload.traffic import arrival_times_s
+
+COOLDOWN_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What there is once the model is loaded, the same for all cycles; each record repeats its phases and warnings."""
+
+    bench: Bench
+    prompts: Sequence[Encoded]
+    architecture: Architecture | None
+    phases: tuple[Phase, ...]
+    warnings: tuple[CodedWarning, ...]
+    journal: Journal | None
 
 
 @dataclass
-class Run:
-    """One process's run while it goes on: what it works with, and what has become of the cycle it is in."""
+class Cycle:
+    """The cycle that is being measured."""
 
-    directory: ExperimentDir
-    plan: Plan
-    rank: int
-    attempt: int
-    here: host.Host
-    backend: Backend
-    journal: Journal | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    started_at: str = field(default_factory=timestamp)
-    meter: Meter = field(default_factory=NoMeter)
-    architecture: Architecture | None = None
-    gpus: tuple[Gpu, ...] = ()
-    devices_before: tuple[DeviceState, ...] = ()
-    is_cool: bool = True
-    loaded: bool = False
-    cycle: int = 1
-    measurement: Measurement = field(default_factory=Measurement)
+    number: int
+    measured: Measurement = field(default_factory=Measurement)
     total_flops: float = 0.0
-    traced_until_ns: int = 0
-    status: Status = "completed"
-    error: ErrorInfo | None = None
 
-    # -------------------------------------------------------------- as a recorder of the measured window
-    def opens(self) -> None:
-        """Note in the journal that a window opens, with the record as it stands."""
-        self.measurement.window_opened_unix_s = time.time()
-        if self.journal is not None:
-            killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
-            self.journal.open_window(replace(_record(self), status="interrupted", error=killed))
 
-    def finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """Note a batch in the journal that is done."""
-        if self.journal is not None:
-            with UNDISTURBED:
-                rows = [_request_row(self, request) for request in batch]
-                self.journal.add(rows, replace(checkpoint, flops=self._flops_so_far(rows)))
+class Attempt:
+    """One process's attempt at a planned experiment; also the recorder of the windows that it measures."""
 
-    def _flops_so_far(self, rows: Sequence[RequestRecord]) -> Flops | None:
-        if self.architecture is None:
+    def __init__(self, directory: ExperimentDir, number: int) -> None:
+        self._directory, self._number = directory, number
+        self._plan = directory.plan()
+        self._rank = named_by_launcher().rank
+        self._host = host.look()
+        self._backend = make_backend(self._plan.experiment)
+        self._started_at = timestamp()
+        self._ranks = Ranks()
+        self._meter: Meter = NoMeter()
+        self._gpus: tuple[Gpu, ...] = ()
+        self._devices_before: tuple[DeviceState, ...] = ()
+        self._loaded: Loaded | None = None
+        self._cycle = Cycle(1)
+        self._traced_until_ns = 0
+
+    def run(self, report: Report) -> Status:
+        """Measure all cycles that are not finished, and leave a record of each; return how it ended."""
+        status: Status = "completed"
+        try:
+            self._measure(report)
+        except BaseException as caught:
+            ignore_signals()
+            status = self._record_failure(caught)
+        self._close()
+        return status
+
+    # -------------------------------------------------------------- start
+    def _measure(self, report: Report) -> None:
+        """Start the engine, wait until the machine is ready, and measure each cycle that is not finished."""
+        report(Event("load"))
+        self._ranks = join(self._plan.processes, share_a_model=self._plan.replicas < self._plan.processes)
+        finished = self._directory.finished(before_attempt=self._number)
+        texts = self._directory.prompts()
+        unfinished = self._plan.unfinished_cycles(finished)
+        self._cycle = Cycle(unfinished[0])
+        warnings = self._start(report)
+        energy = self._plan.experiment.energy
+        is_metered = energy.name != "none" and not self._backend.runs_elsewhere()
+        if is_metered and self._rank == ENERGY_OWNER:
+            self._meter = make_meter(energy, self._gpus)
+        self._meter.open()
+        bench = Bench(self._backend, self._meter, self._ranks, report)
+        loaded = self._loaded = self._load(bench, texts, energy.idle_s if is_metered else 0.0, warnings)
+        for number in unfinished:
+            self._cycle = Cycle(number, Measurement(phases=list(loaded.phases)))
+            self._measure_cycle(loaded, finished.get(number, set()))
+            self._write("completed")
+
+    def _start(self, report: Report) -> tuple[CodedWarning, ...]:
+        """Start the engine and let the GPUs cool down; return warnings about the machine."""
+        experiment, backend = self._plan.experiment, self._backend
+        backend.local_rank, backend.log_folder = self._ranks.local_rank, self._directory.path
+        backend.start()
+        self._gpus = tuple(backend.gpus_in_use(self._host))
+        is_cool = cool_down(experiment.cooldown, self._gpus, report)
+        self._devices_before = host.device_states(self._gpus, backend.server_pids())
+        warnings = []
+        if type(backend).wants_gpu(experiment, self._host) and not self._gpus:
+            text = "a GPU is visible, but the engine was built without CUDA and ran on the CPU."
+            warnings.append(warning("gpu_unused", text))
+        if not is_cool:
+            warnings.append(warning("not_cooled_down", f"a GPU was still warmer than {experiment.cooldown.to_c:g} °C."))
+        return tuple(warnings)
+
+    def _load(self, bench: Bench, texts: Sequence[str], idle_s: float, warnings: tuple[CodedWarning, ...]) -> Loaded:
+        """Load the model, between the two idle phases, and encode this process's prompts."""
+        plan, measured = self._plan, self._cycle.measured
+        share = plan.share(self._rank)
+        prompts = bench.prepare([texts[i] for i in share], share, idle_s, measured)
+        return Loaded(
+            bench=bench,
+            prompts=prompts,
+            architecture=self._backend.architecture(),
+            phases=tuple(measured.phases),
+            warnings=warnings,
+            journal=(
+                Journal(self._directory.journal_file(self._rank, self._number)) if plan.counts(self._rank) else None
+            ),
+        )
+
+    # -------------------------------------------------------------- a cycle
+    def _measure_cycle(self, loaded: Loaded, finished: set[int]) -> None:
+        """Warm up, and measure what earlier attempts have left of the cycle."""
+        experiment, cycle = self._plan.experiment, self._cycle
+        left = [p for p in loaded.prompts if p.index not in finished]
+        cycle.measured.indices = [p.index for p in left]
+        loaded.bench.report(Event("cycle", cycle.number, experiment.cycles))
+        warmup, streaming = experiment.warmup, experiment.streaming
+        if streaming.enabled and warmup.until_cv is None:
+            warmup = replace(warmup, prompts=streaming.warmup_requests)
+        loaded.bench.warm_up(loaded.prompts, warmup, experiment.batching.batch_size, cycle.measured)
+        loaded.bench.run_window(
+            left,
+            self,
+            cycle.measured,
+            first_batch=self._directory.batches(self._rank, cycle.number, self._number),
+            queue=self._queue(left, finished),
+        )
+
+    def _queue(self, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
+        """Return how the prompts that are left arrive; the last arrival of earlier attempts is time 0."""
+        plan = self._plan
+        traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
+        if traffic.pattern == "closed":
             return None
-        self.total_flops += flops.total_flops(self.architecture, ((r.input_tokens, r.output_tokens) for r in rows))
-        return Flops(self.total_flops, flops.METHOD)
-
-
-def _record(this: Run) -> ProcessRecord:
-    measurement, backend = this.measurement, this.backend
-    requests = measurement.requests if this.plan.counts(this.rank) else []
-    return ProcessRecord(
-        format_version=FORMAT_VERSION,
-        lem_version=__version__,
-        experiment_id=this.plan.experiment_id,
-        rank=this.rank,
-        world_size=this.plan.processes,
-        status=this.status,
-        started_at=this.started_at,
-        hostname=socket.gethostname(),
-        cycle=this.cycle,
-        attempt=this.attempt,
-        config_sha256=this.plan.config_sha256,
-        backend=this.plan.experiment.backend.name,
-        window_opened_unix_s=measurement.window_opened_unix_s,
-        error=this.error,
-        model=backend.model_info() if this.loaded else None,
-        engine=backend.engine_info() if this.loaded else None,
-        phases=tuple(measurement.phases),
-        requests_planned=len(measurement.indices) if this.plan.counts(this.rank) else 0,
-        requests_completed=len(requests),
-        input_tokens=sum(len(r.prompt.token_ids) for r in requests),
-        output_tokens=sum(r.generation.output_tokens for r in requests),
-        memory=_memory(backend, measurement.requests) if this.loaded else None,
-        flops=_flops(this.architecture, requests) if this.loaded else None,
-        carbon=carbon_intensity(this.plan.experiment.energy),
-        prefill=prefill_of(measurement, this.meter.trace()),
-        warmup=measurement.warmup,
-        cpu_load=measurement.cpu_load,
-        counters=backend.counters() if this.loaded else None,
-        environment=host.environment(this.here, this.devices_before, _devices_after(this)),
-        warnings=tuple(_warnings(this)) if this.loaded else (),
-    )
-
-
-def _devices_after(this: Run) -> tuple[DeviceState, ...]:
-    return host.device_states(this.gpus, this.backend.server_pids() if this.loaded else ())
-
-
-def _memory(backend: Backend, requests: Sequence[MeasuredRequest]) -> Memory:
-    """Return the peak memory, with the cache that the largest batch needs at its end."""
-    memory = backend.peak_memory()
-    per_token = backend.kv_cache_bytes_per_token()
-    if per_token is None or not requests:
-        return memory
-    batches: dict[int, list[MeasuredRequest]] = {}
-    for request in requests:
-        batches.setdefault(request.generation.batch, []).append(request)
-    slots = max(
-        len(members)
-        * (max(len(m.prompt.token_ids) for m in members) + max(m.generation.output_tokens for m in members))
-        for members in batches.values()
-    )
-    return replace(memory, kv_cache_bytes=slots * per_token)
-
-
-def prefill_of(measurement: Measurement, trace: Sequence[PowerSample]) -> Prefill | None:
-    """Return the prefill's share of the window, or None when the backend cannot tell where it ends."""
-    spans = _merged(
-        (r.generation.start_ns, r.generation.prefill_end_ns)
-        for r in measurement.requests
-        if r.generation.prefill_end_ns is not None
-    )
-    if not spans:
-        return None
-    duration_s = sum(end - start for start, end in spans) / NS_PER_S
-    by_device: dict[str, list[PowerSample]] = {}
-    for sample in trace:
-        if sample.component == "gpu":
-            by_device.setdefault(sample.device, []).append(sample)
-    if not by_device:
-        return Prefill(duration_s)
-    pieces = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
-    if any(piece is None for piece in pieces):
-        return Prefill(duration_s)
-    energy_j = sum(piece for piece in pieces if piece is not None)
-    return Prefill(duration_s, energy_j, _trace_uncertainty_j(by_device, spans))
-
-
-def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return spans in order, those that overlap as one: requests may be taken in side by side."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and start < merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        if traffic.pattern == "concurrency":
+            return Queue(None, (traffic.concurrency or 1) // plan.replicas, at_most)
+        if plan.arrivals_sha256:  # the trace's, as it was when the experiment began
+            times_s = self._directory.arrivals_s()
         else:
-            merged.append((start, end))
-    return merged
+            times_s = arrival_times_s(traffic, plan.prompts.count, plan.experiment.seed)
+        begin_s = max((times_s[i] for i in finished), default=0.0)
+        return Queue([max(0.0, times_s[p.index] - begin_s) for p in left], 1, at_most)
 
+    def window_opens(self) -> None:
+        """Open a window in the journal, with the record that stands in if this process is killed."""
+        self._cycle.measured.window_opened_unix_s = time.time()
+        if self._journal is not None:
+            killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
+            self._journal.open_window(process_record(self._snapshot("interrupted", killed)))
 
-def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequence[tuple[int, int]]) -> float:
-    """Bound what lies between samples: half a period at each edge of each span, at the range of power seen."""
-    total = 0.0
-    for samples in by_device.values():
-        inside = [s for s in samples if spans[0][0] <= s.t_ns <= spans[-1][1]]
-        if len(inside) > 1:
-            period_s = (inside[-1].t_ns - inside[0].t_ns) / NS_PER_S / (len(inside) - 1)
-            powers = [s.power_w for s in inside]
-            total += len(spans) * period_s * (max(powers) - min(powers))
-    return total
+    def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
+        """Write a finished batch to the journal."""
+        loaded, cycle = self._loaded, self._cycle
+        if loaded is None or loaded.journal is None:
+            return
+        with UNDISTURBED:
+            rows = [request_row(self._window_id, request) for request in batch]
+            if loaded.architecture is not None:
+                sizes = ((row.input_tokens, row.output_tokens) for row in rows)
+                cycle.total_flops += flops.total_flops(loaded.architecture, sizes)
+                checkpoint = structs.replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
+            loaded.journal.add(rows, checkpoint)
 
+    # -------------------------------------------------------------- the record
+    @property
+    def _window_id(self) -> WindowId:
+        return WindowId(self._plan.experiment_id, self._rank, self._cycle.number, self._number)
 
-def _flops(architecture: Architecture | None, requests: Sequence[MeasuredRequest]) -> Flops | None:
-    if architecture is None:
-        return None
-    sizes = ((len(r.prompt.token_ids), r.generation.output_tokens) for r in requests)
-    return Flops(flops.total_flops(architecture, sizes), flops.METHOD)
+    @property
+    def _journal(self) -> Journal | None:
+        return None if self._loaded is None else self._loaded.journal
 
-
-def _warnings(this: Run) -> list[CodedWarning]:
-    """Return what is to be doubted apart from the numbers themselves: the engine, the machine, the prompts."""
-    notes, experiment = this.backend.warnings(), this.plan.experiment
-    if type(this.backend).wants_gpu(experiment, this.here) and not this.gpus:
-        notes.append(
-            warning("gpu_unused", "a GPU is visible, but the engine was built without CUDA and ran on the CPU.")
-        )
-    if not this.is_cool:
-        notes.append(warning("not_cooled_down", f"a GPU was still above {experiment.cooldown.to_c:g} °C."))
-    if this.plan.shared_with:
-        others = f"{this.plan.shared_with} other{'s' if this.plan.shared_with > 1 else ''}"
-        notes.append(
-            warning("shared_hardware", f"it ran beside {others}; what is not of a GPU of its own includes theirs.")
-        )
-    wanted, there = experiment.dataset.sample_size, this.plan.prompts.count
-    if wanted is not None and there < wanted:
-        text = f"{wanted} prompts were asked for, the dataset holds {there} that are not empty."
-        notes.append(warning("fewer_prompts", text))
-    lost_s, behind_s = this.measurement.lost_s, this.measurement.energy_behind_s
-    if lost_s is not None:
-        energy = f", its energy {behind_s:.3g} s before that" if behind_s else ""
-        end = f"{lost_s:.3g} s after its last finished request, with which it ends{energy}"
-        notes.append(warning("window_cut", f"the window was broken off {end}."))
-    requests = this.measurement.requests
-    truncated = sum(r.prompt.truncated for r in requests)
-    if truncated:
-        notes.append(warning("input_truncated", f"{truncated} of {len(requests)} prompts were cut."))
-    return notes
-
-
-def _write(this: Run) -> None:
-    """Write the cycle's power trace, then its record with its doubts: a record says that its rows are there."""
-    from lem.results import parquet
-
-    record, requests = _record(this), this.measurement.requests
-    trace = [sample for sample in this.meter.trace() if sample.t_ns > this.traced_until_ns]
-    rows = [_request_row(this, r) for r in requests] if this.plan.counts(this.rank) else []
-    record = replace(record, warnings=(*record.warnings, *warning_codes.of_record(record, rows)))
-    if trace:
-        samples = _power_rows(this, trace)
-        parquet.write_rows(this.directory.power_file(this.rank, this.cycle, this.attempt), PowerRecord, samples)
-        this.traced_until_ns = trace[-1].t_ns
-    this.directory.write_record(record)
-
-
-def _power_rows(this: Run, trace: Sequence[PowerSample]) -> Iterator[PowerRecord]:
-    zero_ns = this.measurement.window_opened_ns or trace[0].t_ns
-    for sample in trace:
-        yield PowerRecord(
-            experiment_id=this.plan.experiment_id,
-            rank=this.rank,
-            cycle=this.cycle,
-            attempt=this.attempt,
-            t_s=(sample.t_ns - zero_ns) / NS_PER_S,
-            component=sample.component,
-            device=sample.device,
-            power_w=sample.power_w,
+    def _snapshot(self, status: Status, error: ErrorInfo | None) -> Snapshot:
+        """Ask the engine, the machine and the meter what a record of the current cycle is made of."""
+        engine = None if self._loaded is None else self._engine_report(self._loaded)
+        server_pids = () if self._loaded is None else self._backend.server_pids()
+        devices_after = host.device_states(self._gpus, server_pids)
+        return Snapshot(
+            plan=self._plan,
+            window=self._window_id,
+            started_at=self._started_at,
+            measured=self._cycle.measured,
+            environment=host.environment(self._host, self._devices_before, devices_after),
+            engine=engine,
+            trace=self._meter.trace(),
+            status=status,
+            error=error,
         )
 
+    def _engine_report(self, loaded: Loaded) -> EngineReport:
+        backend = self._backend
+        return EngineReport(
+            model=backend.model_info(),
+            engine=backend.engine_info(),
+            memory=backend.peak_memory(),
+            kv_cache_bytes_per_token=backend.kv_cache_bytes_per_token(),
+            counters=backend.counters(),
+            architecture=loaded.architecture,
+            warnings=(*backend.warnings(), *loaded.warnings),
+        )
 
-def _request_row(this: Run, request: MeasuredRequest) -> RequestRecord:
-    return RequestRecord(
-        experiment_id=this.plan.experiment_id,
-        rank=this.rank,
-        cycle=this.cycle,
-        attempt=this.attempt,
-        request=request.generation.index,
-        batch=request.generation.batch,
-        input_tokens=len(request.prompt.token_ids),
-        output_tokens=request.generation.output_tokens,
-        input_truncated=request.prompt.truncated,
-        finish_reason=request.generation.finish_reason,
-        start_s=request.start_s,
-        end_s=request.end_s,
-        latency_s=request.end_s - (request.start_s if request.arrived_s is None else request.arrived_s),
-        arrived_s=request.arrived_s,
-        queue_s=_queue_s(request),
-        prefill_s=_prefill_s(request),
-        **_token_times(request),
-    )
+    def _write(self, status: Status, error: ErrorInfo | None = None) -> None:
+        """Write the cycle's power trace, then its record: where a record is, its rows are."""
+        from lem.results import parquet
+
+        known, window = self._snapshot(status, error), self._window_id
+        record, requests = process_record(known), known.measured.requests
+        rows = [request_row(window, r) for r in requests] if self._plan.counts(self._rank) else []
+        record = structs.replace(record, warnings=(*record.warnings, *warning_codes.of_record(record, rows)))
+        trace = [sample for sample in known.trace if sample.t_ns > self._traced_until_ns]
+        if trace:
+            file = self._directory.power_file(self._rank, self._cycle.number, self._number)
+            zero_ns = known.measured.window_opened_ns or trace[0].t_ns
+            parquet.write_rows(file, PowerRecord, power_rows(window, zero_ns, trace))
+            self._traced_until_ns = trace[-1].t_ns
+        self._directory.write_record(record)
+
+    # -------------------------------------------------------------- the end
+    def _record_failure(self, caught: BaseException) -> Status:
+        """Report what ended the run, and write the record of what was measured until then; return how it ended."""
+        error = _error_info(caught, self._cycle.measured)
+        _report_error(caught)
+        self._cut_back_to_journal()
+        status: Status = "interrupted" if isinstance(caught, (Interrupted, KeyboardInterrupt)) else "failed"
+        self._write(status, error)
+        return status
+
+    def _cut_back_to_journal(self) -> None:
+        """End the window with the last batch that is in the journal: a signal or a full disk may have preceded it."""
+        if self._journal is None:
+            return
+        windows = read(self._directory.journal_file(self._rank, self._number).read_bytes())
+        of_cycle = [window for window in windows if window.record.cycle == self._cycle.number]
+        if of_cycle and len(of_cycle[-1].rows) != len(self._cycle.measured.requests):
+            kept = of_cycle[-1]
+            self._cycle.measured.cut_back(len(kept.rows), kept.salvaged().phase("measured"), kept.metered)
+
+    def _close(self) -> None:
+        """Release what the attempt holds; the records are written, so that a failure here is only printed."""
+        for part in (self._journal, self._meter, self._backend, self._ranks):
+            try:
+                if part is not None:
+                    part.close()
+            except Exception:
+                traceback.print_exc()
 
 
-def _token_times(request: MeasuredRequest) -> dict[str, Any]:
-    generation = request.generation
-    begin_ns = generation.start_ns if generation.arrived_ns is None else generation.arrived_ns
-    times = token_times(begin_ns, generation.chunks)
-    if times is None:
-        return {}
-    return {"ttft_s": times.ttft_s, "tpot_s": times.tpot_s, "itl_s": list(times.itl_s), "itl_spread": times.spread}
+def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> bool:
+    """Wait for a time, then until the GPUs in use are cool enough; False when they were not within `max_s`."""
+    if cooldown.wait_s or (cooldown.to_c is not None and gpus):
+        report(Event("cooldown"))
+    time.sleep(cooldown.wait_s)
+    if cooldown.to_c is None:
+        return True
+    until_s = time.monotonic() + cooldown.max_s
+    while time.monotonic() < until_s:
+        known = [s.temperature_c for s in host.device_states(gpus) if s.temperature_c is not None]
+        if all(temperature <= cooldown.to_c for temperature in known):
+            return True
+        time.sleep(COOLDOWN_POLL_S)
+    return False
 
 
-def _queue_s(request: MeasuredRequest) -> float | None:
-    """Return how long a request waited; None where it came into no queue, or the engine does not tell its beginning."""
-    if request.arrived_s is None or not request.generation.start_is_told:
-        return None
-    return request.start_s - request.arrived_s
+def _error_info(caught: BaseException, measured: Measurement) -> ErrorInfo:
+    if isinstance(caught, (Interrupted, KeyboardInterrupt)):
+        message = str(caught) or "stopped by Ctrl-C"
+    elif isinstance(caught, LemError):
+        message = str(caught)
+    elif isinstance(caught, OSError) and caught.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = "There is no space left for the results. Free some, then continue with lem experiment --resume."
+    else:
+        message = f"{type(caught).__name__}: {' '.join(str(caught).split())[:500]}"
+    return ErrorInfo(type(caught).__name__, message, measured.current)
 
 
-def _prefill_s(request: MeasuredRequest) -> float | None:
-    generation = request.generation
-    if generation.prefill_end_ns is None:
-        return None
-    return (generation.prefill_end_ns - generation.start_ns) / NS_PER_S
+def _report_error(caught: BaseException) -> None:
+    """Print on stderr what ended the run; with a traceback where it is no error of lem's."""
+    if isinstance(caught, Interrupted):
+        print(f"\n{caught}", file=sys.stderr)
+    elif isinstance(caught, LemError):
+        print(f"Error: {caught}", file=sys.stderr)
+    else:
+        traceback.print_exc()

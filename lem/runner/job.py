@@ -1,7 +1,7 @@
-"""One experiment from a checked configuration to its row: preflight, claim an id, launch, aggregate; and again.
+"""One experiment from a checked configuration to its row: preflight, claim an id, launch, aggregate; or resume it.
 
-The same job for the command line, for a sweep's cell and for a library user; knows nothing of Hydra or of how
-results are shown.
+The command line, the cells of studies and library users all run experiments through here. Knows nothing of Hydra or of
+how results are shown.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from lem.results.directory import ExperimentDir
 from lem.results.plan import FINISHED, Plan, PromptsInfo, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
-from lem.runner.launch import launch, undisturbed
+from lem.runner.launch import launch
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Report, silent
+from lem.runner.stopping import signals_ignored
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 from lem.units import timestamp
 
 log = logging.getLogger(__name__)
 
-# Runs an attempt at an experiment on the GPUs of a host, as lem.runner.launch.launch does.
+# Runs an attempt at an experiment on the GPUs of a host, like lem.runner.launch.launch.
 Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 
 
@@ -66,7 +67,7 @@ def run(experiment: Experiment, *, force: bool = False, report: Report = silent)
 
     Raises:
         ConfigError: the experiment cannot run.
-        RunError: it began and failed.
+        RunError: the disk is full. A failed run is no exception: the row says so.
         Interrupted: it was stopped from outside.
     """
     return run_ready(preflight(experiment, host.look(), force=force), report=report)
@@ -90,13 +91,13 @@ def run_ready(
 
     Args:
         ready: what preflight returned.
-        overrides: those of the command line, for the record.
+        overrides: the command line's, for the record.
         config_file: the user's, for the record.
-        write_tables: write the row to the tables, not the raw records alone.
-        shared_with: other experiments that run on this machine at the same time, at most.
-        unfinished: the same experiment where it was left unfinished, to go on with instead of a new one.
-        claimed: told the experiment's directory before the run, whatever then becomes of it.
-        report: told how far it is.
+        write_tables: write the row to the tables, not only the raw records.
+        shared_with: the most other experiments that run on this machine at the same time.
+        unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
+        claimed: called with the experiment's directory before the run, however that ends.
+        report: receives the progress.
         launcher: runs the workers to their end.
 
     Raises:
@@ -130,19 +131,19 @@ def resume(
     report: Report = silent,
     launcher: Launcher = launch,
 ) -> Outcome:
-    """Go on with an experiment: the same configuration and prompts, only what is not finished.
+    """Resume an experiment: the same configuration and prompts, only what is not finished.
 
     Args:
         store: the results directory.
         directory: the experiment.
-        write_tables: write the row to the tables, not the raw records alone.
-        take_over: also where another host says that it runs it.
-        report: told how far it is.
+        write_tables: write the row to the tables, not only the raw records.
+        take_over: even if another host claims to run it.
+        report: receives the progress.
         launcher: runs the workers to their end.
 
     Raises:
-        ResultsError: it is completed already, another process runs it, or its files are damaged.
-        Interrupted: stopped from outside once more.
+        ResultsError: it is already complete, another process runs it, or its files are damaged.
+        Interrupted: stopped from outside again.
     """
     if directory.state().status in FINISHED:
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
@@ -159,49 +160,43 @@ def _execute(
     *,
     take_over: bool = False,
 ) -> Outcome:
-    """Run what is not finished, say how it went in the state, and write the row."""
+    """Run what is not finished, write how it ended into the state, and write the row."""
     plan = directory.plan()
     with _full_disk(store, directory), directory.run(take_over=take_over) as attempt:
-        # Only now, while it is running: others with the same configuration must not take it for one left behind.
+        # Only now that it is running, so that others with the same configuration do not resume it.
         store.mark_unfinished(directory.id, plan.fingerprint)
         log.debug("experiment %s, attempt %d, in %s", directory.id, attempt, directory.path)
         try:
-            if not _is_complete(directory, plan):
+            if plan.unfinished_cycles(directory.finished()):
                 launcher(directory, attempt, host.look().only(plan.experiment.gpus), report)
         except Interrupted as stop:
-            with undisturbed():
+            with signals_ignored():
                 directory.write_state(directory.state().now("interrupted", str(stop)))
                 _row(store, directory, write_tables)
-            raise Interrupted(f"{stop} To go on: {resume_command(store, directory)}") from None
-        status, error = _how_it_went(directory, plan)
+            raise Interrupted(f"{stop} To resume: {resume_command(store, directory)}") from None
+        status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))
         if status == "completed":
             store.mark_finished(directory.id)
         return Outcome(_row(store, directory, write_tables), directory, store)
 
 
-def _is_complete(directory: ExperimentDir, plan: Plan) -> bool:
-    """Tell whether every prompt of every cycle is done: then nothing is to be run, however the processes ended."""
-    finished = directory.finished()
-    return all(len(finished.get(cycle, ())) == plan.prompts.count for cycle in range(1, plan.experiment.cycles + 1))
-
-
-def _how_it_went(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:
-    if _is_complete(directory, plan):
+def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:
+    if not plan.unfinished_cycles(directory.finished()):  # however the processes ended
         return "completed", None
     records = directory.records()
-    last = max(record.attempt for record in records)
-    # Where one failed, the others were stopped for its sake.
-    told = sorted((r for r in records if r.attempt == last and r.error), key=lambda r: r.status != "failed")
-    error = next((r.error.message for r in told if r.error), None)
-    interrupted = any(r.attempt == last and r.status == "interrupted" for r in records)
-    failed = any(r.attempt == last and r.status == "failed" for r in records)
-    return ("interrupted" if interrupted and not failed else "failed"), error
+    attempt = max(record.attempt for record in records)
+    last = [record for record in records if record.attempt == attempt]
+    statuses = {record.status for record in last}
+    # When one fails, the others are interrupted.
+    errors = sorted((r for r in last if r.error), key=lambda r: r.status != "failed")
+    message = next((r.error.message for r in errors if r.error), None)
+    return ("interrupted" if "interrupted" in statuses and "failed" not in statuses else "failed"), message
 
 
 @contextmanager
 def _full_disk(store: Store, directory: ExperimentDir) -> Iterator[None]:
-    """Say in a sentence that there is no space, and what to do about it."""
+    """Turn a full disk into an error of one sentence with the remedy."""
     try:
         yield
     except OSError as error:

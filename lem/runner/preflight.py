@@ -1,7 +1,7 @@
-"""Everything that can be known to be wrong before the first joule: (experiment, host) -> objections and prompts.
+"""Everything that can be found wrong before a run: (experiment, host) -> objections, the model and the prompts.
 
-Finds the model, loads the prompts, asks the backend, and holds the options against this machine and its files; those
-against each other are `lem.spec.conflicts`'. Loads no weights and leaves nothing behind.
+Finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the options against
+this machine and its files; `lem.spec.conflicts` checks them against each other. Loads no weights and leaves no files.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ready:
-    """An experiment that can run: its model is there, its prompts are loaded."""
+    """An experiment that can run: its model is found and its prompts are loaded."""
 
     experiment: Experiment
     model: Model | None
     prompts: Prompts
     warnings: tuple[Objection, ...]
-    # When the requests of a trace arrive; None where the configuration alone says it.
+    # When the requests of a trace arrive; None for other patterns of traffic.
     arrivals_s: Sequence[float] | None = None
 
 
@@ -50,29 +50,29 @@ def preflight(
     force: bool = False,
     load: Callable[[Dataset, int], Prompts] = load_prompts,
 ) -> Ready:
-    """Check an experiment against this machine.
+    """Check an experiment against this machine, and load its prompts.
 
     Args:
-        experiment: already checked by itself (types, ranges).
+        experiment: with types and ranges already checked.
         host: the machine.
-        force: run despite objections that are only inadvisable.
-        load: loads the prompts; whoever checks many experiments may remember them.
+        force: run despite inadvisable options.
+        load: loads the prompts; a caller that checks many experiments may cache them.
 
     Raises:
         ConfigError: all the reasons why it cannot run, or should not.
     """
     prompts, arrivals_s = None, None
-    model, problems, warnings = _without_prompts(experiment, host, force=force)
+    model, reasons, warnings = _without_prompts(experiment, host, force=force)
     try:
         prompts = load(experiment.dataset, experiment.seed)
     except BadInput as error:
-        problems.append(str(error))
+        reasons.append(str(error))
     try:
         arrivals_s = recorded_times_s(experiment.traffic, len(prompts.texts) if prompts else 0)
     except BadInput as error:
-        problems.append(str(_bad_arrivals(error)))
-    if problems or prompts is None:
-        raise ConfigError(*dict.fromkeys(problems))
+        reasons.append(str(_bad_arrivals(error)))
+    if reasons or prompts is None:
+        raise ConfigError(*dict.fromkeys(reasons))
     log.debug("prompts: %d of %d from %s", len(prompts.texts), prompts.available, prompts.source)
     return Ready(experiment, model, prompts, warnings, arrivals_s)
 
@@ -80,51 +80,51 @@ def preflight(
 def check_again(
     experiment: Experiment, host: Host, *, force: bool = False, has_arrivals: bool = False
 ) -> tuple[Objection, ...]:
-    """Check an experiment that was begun before, whose prompts are written down; return the warnings.
+    """Check an experiment that is resumed, whose prompts are already written down; return the warnings.
 
     Args:
-        experiment: what it was begun with.
+        experiment: what it was started with.
         host: the machine.
-        force: run despite objections that are only inadvisable.
-        has_arrivals: those of its trace are written down as well, so that the file plays no part any more.
+        force: run despite inadvisable options.
+        has_arrivals: whether the arrivals of its trace are written down too, so that its file is not needed.
 
     Raises:
         ConfigError: all the reasons why it cannot run here and now, or should not.
     """
-    needless = frozenset({"traffic_trace"} if has_arrivals else ())
-    _, problems, warnings = _without_prompts(experiment, host, force=force, needless=needless)
-    if problems:
-        raise ConfigError(*problems)
+    without = frozenset({"traffic_trace"} if has_arrivals else ())
+    _, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
+    if reasons:
+        raise ConfigError(*reasons)
     return warnings
 
 
 def _without_prompts(
-    experiment: Experiment, host: Host, *, force: bool, needless: frozenset[str] = frozenset()
+    experiment: Experiment, host: Host, *, force: bool, without: frozenset[str] = frozenset()
 ) -> tuple[Model | None, list[str], tuple[Objection, ...]]:
-    """Return the model, what speaks against a run, and what is only to be warned of; not by the rules in `needless`."""
-    problems: list[str] = []
+    """Return the model, the reasons not to run, and the warnings, without some rules."""
+    reasons: list[str] = []
     model = None
     try:
         model = _model(experiment)
     except BadInput as error:
-        problems.append(str(error))
-    found = [o for o in objections(experiment, host, model) if o.code not in needless]
+        reasons.append(str(error))
+    found = [o for o in objections(experiment, host, model) if o.code not in without]
     log.debug("model: %s; objections: %s", model, [o.code for o in found])
     blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
-    problems += [str(o) if o.severity == "impossible" else f"{o} (--force runs it all the same)" for o in blocking]
-    return model, problems, tuple(o for o in found if o not in blocking)
+    reasons += [str(o) if o.severity == "impossible" else f"{o} (--force runs it all the same)" for o in blocking]
+    return model, reasons, tuple(o for o in found if o not in blocking)
 
 
 def objections(experiment: Experiment, host: Host, model: Model | None = None) -> list[Objection]:
-    """Return all that speaks against an experiment on a machine, without looking for the model or loading prompts.
+    """Return all objections to an experiment on a machine, without looking for the model or loading prompts.
 
     Args:
-        experiment: already checked by itself (types, ranges).
+        experiment: with types and ranges already checked.
         host: the machine.
-        model: where it has been found; without it nothing is said about its config.
+        model: the model if it has been found; None skips the rules about it.
     """
     wrong = list(_wrong_gpus(experiment, host))
-    if wrong:  # what else there is to say is said of the GPUs that there are
+    if wrong:  # the other rules then consider all visible GPUs
         experiment = replace(experiment, gpus=None)
     chosen = host.only(experiment.gpus)
     return [
@@ -154,26 +154,22 @@ def _wants_gpu(experiment: Experiment, host: Host) -> bool:
 
 
 def _wrong_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
-    """Object to entries of `gpus` that mean no visible GPU, or one that was named before."""
+    """Object to entries of `gpus` that match no visible GPU, or one that is already named."""
     if experiment.gpus is None:
         return
     if not host.gpus:
-        yield Objection("no_gpu", "gpus", "no NVIDIA GPU is visible.", "Leave gpus out; lem gpus shows what is there.")
+        yield Objection("no_gpu", "gpus", "no NVIDIA GPU is visible.")
         return
     seen: list[Gpu] = []
     for entry in experiment.gpus:
         gpu = pick(entry, host.gpus)
         if gpu is None:
-            reason = f"{entry} is not one of the visible GPUs, {_indices(host)}."
-            yield Objection("unknown_gpu", "gpus", reason, "lem gpus shows them and their UUIDs.")
+            indices = "0" if len(host.gpus) == 1 else f"0 to {len(host.gpus) - 1}"
+            yield Objection("unknown_gpu", "gpus", f"{entry} is not one of the visible GPUs ({indices}).")
         elif gpu in seen:
-            yield Objection("repeated_gpu", "gpus", f"{entry} means a GPU that is named before it.", "Name each once.")
+            yield Objection("repeated_gpu", "gpus", f"{entry} means a GPU that an earlier entry names.")
         else:
             seen.append(gpu)
-
-
-def _indices(host: Host) -> str:
-    return "0" if len(host.gpus) == 1 else f"0 to {len(host.gpus) - 1}"
 
 
 def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
@@ -182,17 +178,18 @@ def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
         return
     path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
     where = "visible" if experiment.gpus is None else "named in gpus"
-    yield Objection("too_few_gpus", path, f"GPUs needed: {needed}, {where}: {there}.", "Lower it.")
+    yield Objection("too_few_gpus", path, f"GPUs needed: {needed}, {where}: {there}.")
 
 
 def _without_gpu(experiment: Experiment, host: Host) -> Iterator[Objection]:
-    """Object to options about GPUs where the run is on the CPU."""
+    """Object to options about GPUs if the run uses none."""
     if _wants_gpu(experiment, host):
         return
     if experiment.gpus is not None and host.gpus:
-        yield without_effect("no_effect_gpus", "gpus", "the run uses no GPU.", "Leave it out, or run on a GPU.")
+        yield without_effect("no_effect_gpus", "gpus", "the run uses no GPU.")
     if experiment.cooldown.to_c is not None:
-        yield without_effect("no_effect_without_gpu", "cooldown.to_c", "the run uses no GPU.", "Use cooldown.wait_s.")
+        fact = "the run uses no GPU; cooldown.wait_s needs none."
+        yield without_effect("no_effect_without_gpu", "cooldown.to_c", fact)
 
 
 # ------------------------------------------------------------------ files
@@ -204,36 +201,32 @@ def _arrivals(traffic: Traffic) -> Iterator[Objection]:
 
 
 def _bad_arrivals(error: BadInput) -> Objection:
-    return Objection("traffic_trace", "traffic.trace", str(error), "")
+    return Objection("traffic_trace", "traffic.trace", str(error))
 
 
 def _sources(experiment: Experiment) -> Iterator[Objection]:
-    """Object to options of the hub where model or prompts do not come from it."""
+    """Object to hub options of a model or prompts that do not come from the hub."""
     model, dataset = experiment.model or "", experiment.dataset
     is_local = model == tiny.NAME or (bool(model) and Path(model).expanduser().is_dir())
     if experiment.revision is not None and is_local and experiment.backend.name != "simulated":
-        yield without_effect("no_effect_revision", "revision", f"{model} does not come from the hub.", "Leave it out.")
+        yield without_effect("no_effect_revision", "revision", f"{model} does not come from the hub.")
     path = dataset.path or ""
     if path.startswith(builtin.PREFIX) or Path(path).expanduser().is_file():
         for name in changed(dataset, "config", "files"):
-            yield without_effect(
-                "no_effect_dataset_option",
-                f"dataset.{name}",
-                f"{path} does not come from the hub.",
-                "Leave it out.",
-            )
+            fact = f"{path} does not come from the hub."
+            yield without_effect("no_effect_dataset_option", f"dataset.{name}", fact)
 
 
 def _results(results_dir: str) -> Iterator[Objection]:
     store = Store(Path(results_dir))
     for folder in (store.root / "raw", store.experiments_table, store.requests_table):
-        # Not Path.exists, which raises where a parent may not be read.
+        # Not Path.exists, which raises if a parent may not be read.
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
         if not os.path.isdir(there):
-            reason = f"{there} is a file"
+            fact = f"{there} is a file."
         elif not os.access(there, os.W_OK | os.X_OK):
-            reason = f"{there} cannot be written to"
+            fact = f"{there} cannot be written to."
         else:
             continue
-        yield Objection("results_unwritable", "io.results_dir", f"it cannot be used: {reason}.", "Choose another.")
+        yield Objection("results_unwritable", "io.results_dir", fact)
         return

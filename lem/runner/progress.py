@@ -1,7 +1,7 @@
-"""How far a run is: from the worker, through a pipe, to the person who waits.
+"""How far a run is: events from the workers, through a pipe, to the parent.
 
-The worker says little (a few lines a second at most) so that telling costs nothing beside the model; the parent
-sleeps until a line arrives and draws only then.
+A worker sends a few lines a second at most, so that reporting costs nothing beside the model; the parent sleeps until
+a line arrives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 class Event:
     """Work done in a phase by one process; `total` 0 means that it cannot be counted.
 
-    The phase `cycle` says which cycle of how many begins; what follows belongs to it.
+    The phase `cycle` announces the beginning of cycle `done` of `total`; the events that follow belong to it.
     """
 
     phase: str
@@ -45,7 +45,7 @@ class PipeReport:
         self._last_s = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Send an event; one that comes too soon after another of its phase is left out, but for the last."""
+        """Send an event, unless it comes too soon after another of its phase; a phase's last is always sent."""
         now_s = time.monotonic()
         is_news = event.phase != self._phase or event.done == event.total
         if self._descriptor is None or not (is_news or now_s - self._last_s >= self._period_s):
@@ -54,27 +54,24 @@ class PipeReport:
         try:
             os.write(self._descriptor, json.dumps(asdict(event) | {"rank": self._rank}).encode() + b"\n")
         except BlockingIOError:
-            return  # whoever listens is busy; a measurement waits for nobody
+            return  # the reader is busy; a measurement does not wait for it
         except OSError:
-            self._descriptor = None  # nobody listens any more; the measurement goes on
+            self._descriptor = None  # the reader is gone; the measurement continues
 
 
-class Together:
-    """Puts the events of several processes together: the first says which phase it is, all add to its work."""
+class CombinedReport:
+    """Combines the events of several processes: the first process says which phase it is, all add to its work."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
         self._last: dict[int, Event] = {}
 
     def __call__(self, event: Event) -> None:
-        """Pass the sum on."""
+        """Report the sum."""
         self._last[event.rank] = event
         lead = self._last.get(0)
-        if lead is None or (event.rank and event.phase != lead.phase) or (event.rank and event.phase == "cycle"):
+        if lead is None or (event.rank and (event.phase != lead.phase or event.phase == "cycle")):
             return
         same = [e for e in self._last.values() if e.phase == lead.phase] if lead.phase == "measured" else [lead]
         done, total = sum(e.done for e in same), sum(e.total for e in same)
         self._report(Event(lead.phase, done, total, sum(e.output_tokens for e in same)))
-
-
-# ------------------------------------------------------------------ several runs

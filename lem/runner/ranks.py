@@ -1,7 +1,7 @@
-"""The processes of one experiment that run together on this node: which one this is, and waiting for each other.
+"""The processes that run one experiment together on this node: their ranks, barriers and short messages.
 
-The launcher (accelerate's on GPUs, torch's elastic one on the CPU) says who is who in RANK, LOCAL_RANK and
-WORLD_SIZE. Knows neither model nor meter.
+A launcher (accelerate's on GPUs, torch's elastic one on the CPU) sets RANK, LOCAL_RANK and WORLD_SIZE. Knows neither
+model nor meter.
 """
 
 from __future__ import annotations
@@ -15,39 +15,38 @@ from typing import Any
 
 from lem.errors import RunError
 
-# A rank may wait for as long as another one works,
-PATIENCE = timedelta(days=7)
-# looks up this often,
-SLICE = timedelta(seconds=1)
+# A rank may wait while another one works,
+BARRIER_TIMEOUT = timedelta(days=7)
+# returns to Python this often, which handles no signal while torch waits,
+BARRIER_POLL = timedelta(seconds=1)
 # and all end at about the same time.
-ENDING = timedelta(seconds=60)
+END_TIMEOUT = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process alone: nobody to wait for."""
+    """A process that runs alone and waits for no other."""
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
 
     def barrier(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait until all processes have come here; `meanwhile` is called now and then."""
+        """Wait until all processes have arrived; `meanwhile` is called about once a second."""
 
     def close(self) -> None:
-        """Part from the others."""
+        """Leave the group."""
 
 
 class TorchRanks(Ranks):
     """Processes that a launcher has started, connected by torch.distributed."""
 
     def barrier(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait for the others; raises what torch raises when one of them is gone."""
+        """Wait for the others; raises torch's error when one of them is gone."""
         import torch.distributed as dist
 
         arrival = dist.barrier(group=_gloo(), async_op=True)
-        # In slices: Python hears no signal while torch waits.
-        while not _came(arrival):
+        while not _has_arrived(arrival):
             meanwhile()
 
     def close(self) -> None:
@@ -59,14 +58,14 @@ class TorchRanks(Ranks):
             _gloo.cache_clear()
 
 
-def _came(arrival: Any) -> bool:
-    """Wait a while for a barrier; raises what torch raises when another process is gone."""
+def _has_arrived(arrival: Any) -> bool:
+    """Wait a moment for a barrier; raises torch's error when another process is gone."""
     try:
-        arrival.wait(SLICE)
+        arrival.wait(BARRIER_POLL)
     except RuntimeError:
         if not arrival.is_completed():
             return False
-        arrival.wait()  # it may have come just after the slice had ended
+        arrival.wait()  # it may have completed just after the timeout
     return True
 
 
@@ -79,25 +78,25 @@ def _gloo() -> Any:
 
 
 def named_by_launcher() -> Ranks:
-    """Return who this process is, as its launcher says; it is not connected to the others yet."""
+    """Return this process's ranks as its launcher has set them, not yet connected to the others."""
     rank = int(os.environ.get("RANK", "0"))
     return Ranks(rank, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def join(promised: int, *, share_a_model: bool = False) -> Ranks:
-    """Return this process among those that the plan promises.
+def join(planned: int, *, share_a_model: bool = False) -> Ranks:
+    """Connect this process to the others of the plan.
 
     Args:
-        promised: number of processes.
+        planned: number of processes.
         share_a_model: several processes run one model together, so that its GPUs talk to each other.
 
     Raises:
-        RunError: the launcher has started another number of processes: the work would be done twice or not at all.
+        RunError: the launcher started another number of processes; work would be done twice or not at all.
     """
     here = named_by_launcher()
-    if here.size != promised:
+    if here.size != planned:
         raise RunError(
-            f"The plan has {promised} processes, but the launcher started {here.size}. On a machine without GPUs "
+            f"The plan has {planned} processes, but the launcher started {here.size}. On a machine without GPUs "
             "accelerate launch starts a single one; use python -m torch.distributed.run --nproc_per_node there."
         )
     if here.size == 1:
@@ -105,45 +104,45 @@ def join(promised: int, *, share_a_model: bool = False) -> Ranks:
     import torch
     import torch.distributed as dist
 
-    # NCCL only where it is used: it would be one more thing that takes memory and power on every GPU.
+    # NCCL only where it is used: it takes memory and power on every GPU.
     backend = "cpu:gloo,cuda:nccl" if share_a_model and torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=_store(), rank=here.rank, world_size=here.size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=_store(), rank=here.rank, world_size=here.size, timeout=BARRIER_TIMEOUT)
     return TorchRanks(here.rank, here.local_rank, here.size)
 
 
-# ------------------------------------------------------------------ before and after they are connected
+# ------------------------------------------------------------------ messages, also before and after the connection
 @cache
 def _store() -> Any:
     """Return the launcher's key-value store, through which its processes find each other."""
     import torch.distributed as dist
 
     store, _, _ = next(dist.rendezvous("env://"))
-    store.set_timeout(PATIENCE)
+    store.set_timeout(BARRIER_TIMEOUT)
     return store
 
 
-def tell(text: str) -> None:
-    """Tell the other processes a text, once; each of them hears it."""
-    _store().set("lem/told", text)
+def publish(message: str) -> None:
+    """Send a message to the other processes, once; each of them can receive it."""
+    _store().set("lem/message", message)
 
 
-def hear() -> str:
-    """Wait for what the first process tells."""
-    return str(_store().get("lem/told").decode())
+def receive() -> str:
+    """Wait for the first process's message and return it."""
+    return str(_store().get("lem/message").decode())
 
 
-def say_ended(rank: int) -> None:
-    """Let the first process know that this one has written all its files."""
+def announce_end(rank: int) -> None:
+    """Announce to the first process that this one has written all its files."""
     _store().set(f"lem/ended/{rank}", "")
 
 
 def wait_for_ends(ranks: Sequence[int]) -> None:
-    """Wait until processes have said that they ended, but not for one that never will."""
+    """Wait until processes have announced their end, up to `END_TIMEOUT`."""
     if not ranks:
         return
     from torch.distributed import DistStoreError
 
     try:
-        _store().wait([f"lem/ended/{rank}" for rank in ranks], ENDING)
+        _store().wait([f"lem/ended/{rank}" for rank in ranks], END_TIMEOUT)
     except DistStoreError:
         return

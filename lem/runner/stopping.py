@@ -1,7 +1,7 @@
-"""How a worker process is stopped: by signals, or because its launcher is gone.
+"""How a run is stopped: by signals, in a worker and in its parent, or because the parent is gone.
 
-A signal becomes `Interrupted`, once; those that follow must not break off the writing of the record. Knows nothing of
-the run.
+In a worker a signal becomes `Interrupted`, once; those that follow must not break off the writing of the record.
+Knows nothing of the run.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lem.errors import Interrupted
-from lem.runner.launch import GRACE_S
 
 INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# How long interrupted workers have to write their records before they are killed.
+GRACE_S = 8.0
 
 
+# ------------------------------------------------------------------ in a worker
 class Undisturbed:
-    """A stretch of work that no signal comes into: what has been finished is written down whole.
+    """A stretch of work that no signal interrupts, so that what is finished is written whole.
 
-    The run is interrupted at its end. There is one for the process, as signals are the process's.
+    A signal that arrives meanwhile interrupts the run at the end of the stretch. Signals belong to the process, so
+    there is one instance.
     """
 
     def __init__(self) -> None:
@@ -50,7 +55,7 @@ UNDISTURBED = Undisturbed()
 
 
 def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
-    """Turn signals into `Interrupted`; Ctrl-C is left to the launcher, where there is one, for it reaches both."""
+    """Turn signals into `Interrupted`; a parent handles Ctrl-C, because that reaches both."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         # The second of two signals must not break off the writing of the record.
@@ -66,14 +71,14 @@ def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
 
 
 def ignore_signals() -> None:
-    """Let nothing come between a run that ended early and its record."""
+    """Ignore all signals that interrupt, until this process ends."""
     for number in INTERRUPTING:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with_launcher(lifeline: Path) -> None:
-    """Stop when the launcher is gone, however it ended: nobody is left behind, in whatever group or session."""
-    # Without O_NONBLOCK it would wait here for a launcher that is gone already.
+def end_with_parent(lifeline: Path) -> None:
+    """Stop this process when its parent is gone, however that ended and whatever group or session it was in."""
+    # Without O_NONBLOCK, opening would wait for a parent that is already gone.
     end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(end, True)
 
@@ -84,3 +89,33 @@ def end_with_launcher(lifeline: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait_for_the_end, name="lifeline", daemon=True).start()
+
+
+# ------------------------------------------------------------------ in the parent
+def signals_ignored() -> AbstractContextManager[None]:
+    """Ignore signals while the end of a run is written down and reported."""
+    return _handled_by(dict.fromkeys(INTERRUPTING, signal.SIG_IGN))
+
+
+def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
+    """Treat SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) like Ctrl-C: raise `error(name)`."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise error(signal.Signals(number).name)
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    return _handled_by(dict.fromkeys(heard, interrupt))
+
+
+@contextmanager
+def _handled_by(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Install signal handlers for a while; only the main thread can, so that in any other nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window holds
 the generation of exactly the planned prompts: idling, loading, tokenizing and warm-up are outside. Windows are timed
 with `perf_counter_ns`; the device is synchronised and the processes wait for each other at both edges. A window that
-is cut short ends with its last finished batch. Here alone a backend meets a meter; neither knows the other, and this
+is cut short ends with its last finished batch. Only here does a backend meet a meter; neither knows the other, and this
 module knows no engine and no sensor.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from msgspec import structs
 
 from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
+from lem.machine import processes
 from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo
 from lem.results.journal import Checkpoint
 from lem.runner.progress import Event, Report
@@ -28,13 +29,13 @@ from lem.spec.experiment import Warmup
 from lem.units import NS_PER_S
 from lem.workload.traffic import Arrivals
 
-# How often the meter is asked inside of the window, at most.
-MOST_OFTEN_NS = 100_000_000
+# Shortest time between two readings of the meter inside the window.
+METER_POLL_NS = 100_000_000
 
 
 @dataclass(frozen=True)
 class MeasuredRequest:
-    """A generation beside the prompt it belongs to; times are relative to the window's opening."""
+    """A generation and its prompt; times are relative to the window's opening."""
 
     generation: Generation
     prompt: Encoded
@@ -45,11 +46,12 @@ class MeasuredRequest:
 
 @dataclass
 class Measurement:
-    """What has been measured of one cycle so far; filled as the run goes, so that nothing is lost when it ends early.
+    """What has been measured of one cycle so far; filled as the run proceeds, so that an early end loses nothing.
 
-    `indices` are the positions of this process's prompts among the experiment's, those of earlier attempts left out.
-    Of a window that was cut short, at what it had finished last, `lost_s` is how long it had gone on since, and
-    `energy_behind_s` how long before its end its energy is known to; None else, and where nothing metered it.
+    `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
+    finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
+    interrupted, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and where
+    nothing metered it.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -64,25 +66,47 @@ class Measurement:
     energy_behind_s: float | None = None
 
     def add(self, generation: Generation, prompt: Encoded) -> MeasuredRequest:
-        """Take in one finished request of the measured window."""
+        """Add one finished request of the measured window."""
+        arrived_ns = generation.arrived_ns
         request = MeasuredRequest(
             generation,
             prompt,
-            start_s=(generation.start_ns - self.window_opened_ns) / NS_PER_S,
-            end_s=(generation.end_ns - self.window_opened_ns) / NS_PER_S,
-            arrived_s=None
-            if generation.arrived_ns is None
-            else (generation.arrived_ns - self.window_opened_ns) / NS_PER_S,
+            start_s=self.since_opening_s(generation.start_ns),
+            end_s=self.since_opening_s(generation.end_ns),
+            arrived_s=None if arrived_ns is None else self.since_opening_s(arrived_ns),
         )
         self.requests.append(request)
         return request
 
+    def since_opening_s(self, at_ns: int) -> float:
+        """Return a moment in seconds after the window's opening."""
+        return (at_ns - self.window_opened_ns) / NS_PER_S
+
+    def cut_back(self, requests: int, window: Phase | None, metered: Checkpoint | None) -> None:
+        """Put the end of an interrupted window earlier.
+
+        Args:
+            requests: how many of its requests are kept.
+            window: the measured phase up to the last of them; None when there is none.
+            metered: the last checkpoint up to there that knows its energy.
+        """
+        before = next((phase for phase in self.phases if phase.name == "measured"), None)
+        del self.requests[requests:]
+        others = [phase for phase in self.phases if phase.name != "measured"]
+        self.phases = [*others, window] if window else others
+        lost_s, self.lost_s, self.energy_behind_s = self.lost_s, None, None
+        if window is None or before is None or lost_s is None:
+            return
+        self.lost_s = lost_s + before.duration_s - window.duration_s
+        if metered is not None and metered.energy:
+            self.energy_behind_s = window.duration_s - (metered.energy_at_s or 0.0)
+
 
 @dataclass(frozen=True)
 class Queue:
-    """How the prompts of a window arrive: at times after its opening, or `concurrency` at any time.
+    """How the prompts of a window arrive: `times_s` after its opening, or always `concurrency` in the system (None).
 
-    The engine takes `at_most` of those that wait.
+    The engine takes up to `at_most` of those that wait.
     """
 
     times_s: Sequence[float] | None
@@ -91,18 +115,18 @@ class Queue:
 
 
 class Recorder(Protocol):
-    """Is told what is finished, as soon as it is."""
+    """Keeps what is finished, as soon as it is."""
 
-    def opens(self) -> None:
-        """The measured window is about to open."""
+    def window_opens(self) -> None:
+        """Record that the measured window is about to open."""
 
-    def finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """A batch is finished, or nothing but time has passed; the window up to here is `checkpoint`."""
+    def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
+        """Record a finished batch, empty when only time has passed, and the window up to here."""
 
 
 @dataclass
 class Bench:
-    """What a process measures with, over all its cycles: an engine, a meter, its peers, and who is told."""
+    """What a process measures with in all its cycles: an engine, a meter, its peers, and where progress is reported."""
 
     backend: Backend
     meter: Meter
@@ -117,16 +141,16 @@ class Bench:
             texts: the prompts of this process.
             indices: their positions among the experiment's.
             idle_s: length of each of the two idle phases; 0 for none.
-            into: takes the phases.
+            into: receives the phases.
 
         Returns:
-            The encoded prompts, which know their positions.
+            The encoded prompts, with those positions.
         """
         self._idle("idle_before", idle_s, into)
         with self.phase("load", into):
             self.report(Event("load"))
             self.backend.load()
-        # An engine numbers the texts that it is given; from here on they go by their place in the experiment.
+        # An engine numbers the texts it is given; from here on a prompt's index is its place in the experiment.
         prompts = [replace(p, index=indices[p.index]) for p in self.backend.encode(texts)]
         self._idle("idle_loaded", idle_s, into)
         return prompts
@@ -140,12 +164,40 @@ class Bench:
 
     # -------------------------------------------------------------- each cycle
     def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batch_size: int, into: Measurement) -> None:
-        """Run some prompts before the window, as many as `warmup` says."""
+        """Run as many prompts before the window as `warmup` says."""
         if prompts and (warmup.prompts or warmup.until_cv is not None):
             with self.phase("warmup", into):
-                into.warmup = _warm_up(prompts, warmup, batch_size, self.backend, self.report)
+                if warmup.until_cv is None:
+                    into.warmup = self._warm_up_fixed(prompts, warmup.prompts)
+                else:
+                    into.warmup = self._warm_up_until_steady(prompts[:batch_size], warmup)
         self.backend.forget()
         self.backend.reset_peak_memory()
+
+    def _warm_up_fixed(self, prompts: Sequence[Encoded], count: int) -> WarmupInfo:
+        self.report(Event("warmup", 0, count))
+        # The prompts' own indices may repeat here; warm-up generations are never looked up by index.
+        repeated = [prompts[i % len(prompts)] for i in range(count)]
+        done = 0
+        for batch in self.backend.generate(repeated):
+            done += len(batch)
+            self.report(Event("warmup", done, count))
+        return WarmupInfo(count, "fixed", None)
+
+    def _warm_up_until_steady(self, batch: Sequence[Encoded], warmup: Warmup) -> WarmupInfo:
+        """Repeat one batch, the same work each time, until its latencies are steady or a limit is reached."""
+        latencies_s: list[float] = []
+        done, began_ns = 0, time.perf_counter_ns()
+        while True:
+            before_ns = time.perf_counter_ns()
+            done += sum(len(finished) for finished in self.backend.generate(batch))
+            latencies_s.append((time.perf_counter_ns() - before_ns) / NS_PER_S)
+            self.report(Event("warmup", done))
+            last_s = latencies_s[-warmup.cv_batches :]
+            cv = statistics.stdev(last_s) / statistics.fmean(last_s) if len(last_s) == warmup.cv_batches else None
+            ended = _end_of_warmup(warmup, cv, done, (time.perf_counter_ns() - began_ns) / NS_PER_S)
+            if ended is not None:
+                return WarmupInfo(done, ended, cv)
 
     def run_window(
         self,
@@ -159,15 +211,15 @@ class Bench:
         """Run the prompts once, in the measured window; on an error `into` keeps what was finished until then.
 
         Args:
-            prompts: what is to be run; may be empty, so that this process only waits for the others.
-            recorder: is told of each batch.
-            into: takes the phase and the requests.
-            first_batch: number of the first batch; not 0 when a former attempt has run some.
+            prompts: what to run; may be empty, so that this process only waits for the others.
+            recorder: keeps each batch.
+            into: receives the phase and the requests.
+            first_batch: number of the first batch; above 0 when an earlier attempt has run some.
             queue: how the prompts arrive; None when all are there from the beginning.
         """
         self.report(Event("measured", 0, len(prompts)))
         window = _Window(self, into)
-        recorder.opens()  # before the window, for it takes time
+        recorder.window_opens()  # before it does, because recording takes time
         window.open()
         try:
             by_index = {prompt.index: prompt for prompt in prompts}
@@ -176,7 +228,7 @@ class Bench:
                 if first_batch:
                     batch = [replace(g, batch=g.batch + first_batch) for g in batch]
                 done = [into.add(g, by_index[g.index]) for g in batch]
-                recorder.finished(done, window.checkpoint())
+                recorder.batch_finished(done, window.checkpoint())
                 output_tokens += sum(g.output_tokens for g in batch)
                 self.report(Event("measured", len(into.requests), len(prompts), output_tokens))
             window.close(recorder)
@@ -187,7 +239,7 @@ class Bench:
     def _generate(
         self, prompts: Sequence[Encoded], queue: Queue | None, opened_ns: int
     ) -> Iterator[Sequence[Generation]]:
-        """Yield what the engine makes of the prompts, all at once or as they arrive."""
+        """Yield what the engine generates for the prompts, all at once or as they arrive."""
         if not prompts:
             return
         if queue is None:
@@ -198,12 +250,9 @@ class Bench:
 
     @contextmanager
     def phase(self, name: PhaseName, into: Measurement) -> Iterator[None]:
-        """Time and meter a phase; it is kept, with what it took, also when it ends in an error."""
+        """Time and meter a phase; it is kept even when it ends in an error."""
         into.current = name
-        self.backend.synchronize()
-        self.meter.settle()
-        self.ranks.barrier()
-        self.meter.begin()
+        self.open_together()
         opened_ns = time.perf_counter_ns()
         try:
             yield
@@ -215,111 +264,78 @@ class Bench:
             into.phases.append(Phase(name, (closed_ns - opened_ns) / NS_PER_S, self.meter.end()))
         into.current = None
 
+    def open_together(self) -> None:
+        """Synchronise the device, settle the meter, wait for the other processes, and begin metering."""
+        self.backend.synchronize()
+        self.meter.settle()
+        self.ranks.barrier()
+        self.meter.begin()
+
 
 class _Window:
-    """The measured window: opened and closed with the other processes; ends at its last batch when it is cut short."""
+    """The measured window: opened and closed with the other processes; when cut short it ends at its last batch."""
 
     def __init__(self, bench: Bench, into: Measurement) -> None:
         self._bench, self._into = bench, into
-        self._load = _LoadClock()
-        self._of_engine: Sequence[int] = ()
+        self._load = _CpuClock()
         self._last: Checkpoint | None = None
         self._metered: Checkpoint | None = None
-        self._ask_again_ns = 0
+        self._next_reading_ns = 0
 
     def open(self) -> None:
-        """Synchronise, wait for the others, and note time and energy."""
+        """Open the window together with the other processes."""
         into = self._into
         into.current = "measured"
-        self._of_engine = self._bench.backend.server_pids()
-        self._bench.backend.synchronize()
-        self._bench.meter.settle()
-        self._bench.ranks.barrier()
-        self._bench.meter.begin()
+        server_pids = self._bench.backend.server_pids()
+        self._bench.open_together()
         into.window_opened_unix_s = time.time()
         into.window_opened_ns = time.perf_counter_ns()
-        self._load.start(self._of_engine)
+        self._load.start(server_pids)
 
     def checkpoint(self) -> Checkpoint:
-        """Return how far the window has come; asks the meter as often as costs a hundredth of the time."""
+        """Return how far the window has come; polls the meter using at most 1 % of the time."""
         now_ns = time.perf_counter_ns()
         energy, energy_at_s = None, None
-        if now_ns >= self._ask_again_ns:
+        if now_ns >= self._next_reading_ns:
             energy = self._bench.meter.so_far()
-            asked_ns = time.perf_counter_ns()
-            energy_at_s = None if energy is None else self._since(asked_ns)
-            self._ask_again_ns = asked_ns + max(MOST_OFTEN_NS, 100 * (asked_ns - now_ns))
-            now_ns = asked_ns
-        self._last = Checkpoint(self._since(now_ns), energy=energy, energy_at_s=energy_at_s)
+            read_ns = time.perf_counter_ns()
+            energy_at_s = None if energy is None else self._into.since_opening_s(read_ns)
+            self._next_reading_ns = read_ns + max(METER_POLL_NS, 100 * (read_ns - now_ns))
+            now_ns = read_ns
+        self._last = Checkpoint(self._into.since_opening_s(now_ns), energy=energy, energy_at_s=energy_at_s)
         if energy is not None:
             self._metered = self._last
         return self._last
 
     def close(self, recorder: Recorder) -> None:
-        """Synchronise, wait for the others, and note time and energy; those who work on may be killed meanwhile."""
+        """Close the window together with the other processes; records checkpoints while it waits for them."""
         into = self._into
         self._bench.backend.synchronize()
-        self._bench.ranks.barrier(lambda: recorder.finished((), self.checkpoint()))
-        duration_s = self._since(time.perf_counter_ns())
+        self._bench.ranks.barrier(lambda: recorder.batch_finished((), self.checkpoint()))
+        duration_s = into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
         into.cpu_load = self._load.stop()
         into.phases.append(Phase("measured", duration_s, self._bench.meter.end()))
         into.current = None
 
     def cut(self) -> None:
-        """End the window with the last batch: what was begun after it will be run again, or was never finished."""
-        broken_off_s = self._since(time.perf_counter_ns())
+        """End the window with its last batch: what began after that is run again, or was never finished."""
+        interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
         readings = self._bench.meter.end()
         if self._last is None:
             return
-        self._into.lost_s = broken_off_s - self._last.duration_s
+        self._into.lost_s = interrupted_s - self._last.duration_s
         if self._metered is None:
-            lost = "the window was broken off, and the meter cannot tell what it had read before"
-            readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=lost) for r in readings)
+            reason = "the window was interrupted, and the meter reads energy only at the end of a window"
+            readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=reason) for r in readings)
         else:
             readings = self._metered.energy or ()
             if readings:
                 self._into.energy_behind_s = self._last.duration_s - (self._metered.energy_at_s or 0.0)
         self._into.phases.append(Phase("measured", self._last.duration_s, readings))
 
-    def _since(self, now_ns: int) -> float:
-        return (now_ns - self._into.window_opened_ns) / NS_PER_S
-
 
 # ------------------------------------------------------------------ warm-up
-def _warm_up(
-    prompts: Sequence[Encoded], warmup: Warmup, batch_size: int, backend: Backend, report: Report
-) -> WarmupInfo:
-    if warmup.until_cv is not None:
-        return _warm_up_until_steady(prompts, warmup, batch_size, backend, report)
-    report(Event("warmup", 0, warmup.prompts))
-    # The prompts' own indices may repeat here; warm-up generations are never looked up by index.
-    repeated = [prompts[i % len(prompts)] for i in range(warmup.prompts)]
-    done = 0
-    for batch in backend.generate(repeated):
-        done += len(batch)
-        report(Event("warmup", done, warmup.prompts))
-    return WarmupInfo(warmup.prompts, "fixed", None)
-
-
-def _warm_up_until_steady(
-    prompts: Sequence[Encoded], warmup: Warmup, batch_size: int, backend: Backend, report: Report
-) -> WarmupInfo:
-    """Repeat the first batch, the same work each time, until its latencies are steady or a limit is reached."""
-    batch = prompts[:batch_size]
-    latencies_s: list[float] = []
-    done, began_ns = 0, time.perf_counter_ns()
-    while True:
-        before_ns = time.perf_counter_ns()
-        done += sum(len(finished) for finished in backend.generate(batch))
-        latencies_s.append((time.perf_counter_ns() - before_ns) / NS_PER_S)
-        report(Event("warmup", done))
-        cv = variation(latencies_s[-warmup.cv_batches :]) if len(latencies_s) >= warmup.cv_batches else None
-        ended = _end_of_warmup(warmup, cv, done, (time.perf_counter_ns() - began_ns) / NS_PER_S)
-        if ended is not None:
-            return WarmupInfo(done, ended, cv)
-
-
 def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) -> WarmupEnd | None:
     if cv is not None and warmup.until_cv is not None and cv < warmup.until_cv:
         return "converged"
@@ -328,21 +344,18 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
     return "max_s" if spent_s >= warmup.max_s else None
 
 
-def variation(values: Sequence[float]) -> float | None:
-    """Return the coefficient of variation (sample standard deviation over mean); None for fewer than two values."""
-    if len(values) < 2 or statistics.fmean(values) == 0:
-        return None
-    return statistics.stdev(values) / statistics.fmean(values)
+# ------------------------------------------------------------------ processor time
+class _CpuClock:
+    """Processor time over a span, in busy cores: of the machine, and of this process, its children and servers."""
 
-
-class _LoadClock:
-    """Processor time of the machine, and of this process, its children and the engine's, over a span, in busy cores."""
-
-    def start(self, of_engine: Sequence[int]) -> None:
-        """Note the times; an engine's workers have been started by now, and looking for them takes milliseconds."""
+    def start(self, server_pids: Sequence[int]) -> None:
+        """Begin the span; listing the processes takes milliseconds, and an engine's workers have started by now."""
         import psutil
 
-        self._children = [*psutil.Process().children(recursive=True), *_living(of_engine)]
+        self._processes = processes.children()
+        for pid in server_pids:
+            with suppress(psutil.Error):  # it may be gone
+                self._processes.append(psutil.Process(pid))
         self._wall_ns, self._machine_s, self._process_s = self._now()
 
     def stop(self) -> CpuLoad:
@@ -356,17 +369,7 @@ class _LoadClock:
 
         machine = psutil.cpu_times()
         busy_s = machine.user + machine.system + getattr(machine, "nice", 0.0) + getattr(machine, "softirq", 0.0)
-        return time.perf_counter_ns(), float(busy_s), time.process_time() + sum(map(_cpu_s, self._children))
-
-
-def _living(pids: Sequence[int]) -> Iterator[Any]:
-    import psutil
-
-    for pid in pids:
-        try:
-            yield psutil.Process(pid)
-        except psutil.Error:
-            continue
+        return time.perf_counter_ns(), float(busy_s), time.process_time() + sum(map(_cpu_s, self._processes))
 
 
 def _cpu_s(process: Any) -> float:

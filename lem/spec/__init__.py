@@ -1,1 +1,1 @@
-"""What can be asked for: the schema of an experiment, its rules and conflicts."""
+"""The configuration of an experiment: its schema, the rules that it may break, and conflicts between options."""

@@ -1,4 +1,4 @@
-"""The options of each backend: a dataclass for each, the source of the backend group."""
+"""The options of each backend: one dataclass each, the source of the backend group."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pydantic import Field
 from lem.spec.fields import config
 
 
+# ------------------------------------------------------------------ engines of lem's own processes
 @config
 class PytorchBackend:
     """transformers' `generate` on PyTorch, in the worker process."""
 
+    # Whether one process runs a tensor-parallel model on all of its GPUs.
     spreads_a_model_itself: ClassVar[bool] = False
+    # Whether a request may replace one that finishes (batching.strategy=continuous).
     runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
@@ -28,43 +31,39 @@ class PytorchBackend:
     ] = "auto"
     cache_implementation: Annotated[
         Literal["dynamic", "static", "none"],
-        Field(description="Key/value cache: growing, preallocated, or none (every step recomputes all)."),
+        Field(description="Key/value cache: growing, preallocated, or none (every step recomputes everything)."),
     ] = "dynamic"
     torch_compile: Annotated[
-        bool, Field(description="Compile the model's forward pass with torch.compile; pays in warm-up.")
+        bool, Field(description="Compile the model's forward pass with torch.compile, at the cost of the warm-up.")
     ] = False
     torch_compile_mode: Annotated[
         Literal["default", "reduce-overhead", "max-autotune"],
-        Field(description="Mode of torch.compile; read only when torch_compile is true."),
+        Field(description="Mode of torch.compile; used only when torch_compile is true."),
     ] = "default"
 
 
 @config
 class SimulatedBackend:
-    """A stand-in engine with exactly known times: for trying grids and for tests. No model runs."""
+    """A stand-in engine with exactly known times, for trying out grids and for tests. No model runs."""
 
     spreads_a_model_itself: ClassVar[bool] = False
     runs_continuously: ClassVar[bool] = False
 
     name: Annotated[Literal["simulated"], Field(description="Inference backend.")] = "simulated"
-    prefill_s_per_token: Annotated[float, Field(ge=0, description="Time that one input token takes, in seconds.")] = (
-        1e-5
-    )
-    decode_s_per_token: Annotated[
-        float, Field(ge=0, description="Time that one output token takes, per batch step, in seconds.")
-    ] = 1e-4
+    prefill_s_per_token: Annotated[float, Field(ge=0, description="Seconds per input token.")] = 1e-5
+    decode_s_per_token: Annotated[float, Field(ge=0, description="Seconds per decode step of a batch.")] = 1e-4
     gpus: Annotated[
-        int,
-        Field(ge=0, le=1024, description="Visible GPUs that it claims: they are metered, though nothing runs on them."),
+        int, Field(ge=0, le=1024, description="Visible GPUs that are metered, although nothing runs on them.")
     ] = 0
     fail_at_request: Annotated[
-        int | None, Field(ge=0, description="Fail when this request's batch is reached (null: never).")
+        int | None, Field(ge=0, description="Fail on reaching the batch of this request; null: never.")
     ] = None
 
 
+# ------------------------------------------------------------------ vLLM
 @config
 class VllmSpeculation:
-    """Speculative decoding: a cheap method drafts tokens, the model checks several of them in one step."""
+    """Speculative decoding: a cheap method drafts tokens, and the model checks several of them in one step."""
 
     method: Annotated[
         str | None,
@@ -85,7 +84,7 @@ class VllmSpeculation:
         int | None, Field(ge=1, description="Shortest n-gram that ngram looks for in the text so far.")
     ] = None
     draft_tensor_parallel_size: Annotated[
-        int | None, Field(ge=1, description="GPUs that each layer of the draft model is split over.")
+        int | None, Field(ge=1, description="Number of GPUs that each layer of the draft model is split over.")
     ] = None
 
 
@@ -93,24 +92,22 @@ class VllmSpeculation:
 class VllmBackend:
     """vLLM's engine, in the worker process. Null leaves an option to vLLM's own default."""
 
-    # One process of lem's runs the model on all of its GPUs.
     spreads_a_model_itself: ClassVar[bool] = True
-    # The next request may take the place of one that is finished (batching.strategy=continuous).
     runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["vllm"], Field(description="Inference backend.")] = "vllm"
     max_model_len: Annotated[
-        int | None, Field(ge=1, description="Tokens of a prompt and its output together, at most.")
+        int | None, Field(ge=1, description="Maximum number of tokens of a prompt and its output together.")
     ] = None
     max_num_batched_tokens: Annotated[
-        int | None, Field(ge=1, description="Tokens that one step of the engine computes, at most.")
+        int | None, Field(ge=1, description="Maximum number of tokens that one step of the engine computes.")
     ] = None
     gpu_memory_utilization: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Share of a GPU's memory that vLLM takes (on a CPU: of the machine's)."),
+        Field(gt=0, le=1, description="Fraction of a GPU's memory that vLLM uses (on a CPU: of main memory)."),
     ] = None
     kv_cache_memory_bytes: Annotated[
-        int | None, Field(ge=1, description="Size of the key/value cache of a GPU, instead of what the share leaves.")
+        int | None, Field(ge=1, description="Size of a GPU's key/value cache, instead of what the fraction leaves.")
     ] = None
     kv_cache_dtype: Annotated[
         str | None, Field(min_length=1, description="Dtype of the key/value cache: auto, bfloat16, fp8, …")
@@ -120,7 +117,7 @@ class VllmBackend:
         bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
     ] = None
     enable_chunked_prefill: Annotated[
-        bool | None, Field(description="Take in long prompts in pieces, beside the decoding of others.")
+        bool | None, Field(description="Process long prompts in pieces, alongside the decoding of others.")
     ] = None
     enforce_eager: Annotated[bool | None, Field(description="Neither compile the model nor capture CUDA graphs.")] = (
         None
@@ -129,13 +126,13 @@ class VllmBackend:
         str | None, Field(min_length=1, description="Attention kernels: FLASH_ATTN, FLASHINFER, TRITON_ATTN, …")
     ] = None
     quantization: Annotated[
-        str | None, Field(min_length=1, description="Method of quantized weights: awq, gptq, fp8, …")
+        str | None, Field(min_length=1, description="Quantization method of the weights: awq, gptq, fp8, …")
     ] = None
     load_format: Annotated[
         str | None, Field(min_length=1, description="Format of the weights: auto, safetensors, dummy (random), …")
     ] = None
     cpu_offload_gb: Annotated[
-        float | None, Field(ge=0, description="Weights of a GPU that stay in main memory, in GiB.")
+        float | None, Field(ge=0, description="Amount of a GPU's weights to keep in main memory, in GiB.")
     ] = None
     speculative: VllmSpeculation = field(default_factory=VllmSpeculation)
     engine_args: Annotated[
@@ -144,15 +141,16 @@ class VllmBackend:
     ] = None
 
 
+# ------------------------------------------------------------------ TensorRT-LLM
 @config
 class TensorrtKvCache:
     """The key/value cache: options of TensorRT-LLM's KvCacheConfig."""
 
     free_gpu_memory_fraction: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Share of a GPU's memory, of what loading leaves free, that the cache takes."),
+        Field(gt=0, le=1, description="Fraction of the GPU memory left after loading that the cache takes."),
     ] = None
-    max_tokens: Annotated[int | None, Field(ge=1, description="Tokens that the cache holds, at most.")] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="Maximum number of tokens in the cache.")] = None
     dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (
         None
     )
@@ -161,17 +159,19 @@ class TensorrtKvCache:
         bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
     ] = None
     host_cache_size: Annotated[
-        int | None, Field(ge=0, description="Main memory for blocks that a GPU has no room for, in bytes.")
+        int | None, Field(ge=0, description="Main memory for blocks that do not fit on a GPU, in bytes.")
     ] = None
 
 
 @config
 class TensorrtScheduler:
-    """Which requests run at the same time: options of TensorRT-LLM's SchedulerConfig."""
+    """Which requests run concurrently: options of TensorRT-LLM's SchedulerConfig."""
 
     capacity_scheduler_policy: Annotated[
         str | None,
-        Field(min_length=1, description="How requests are let in: GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH."),
+        Field(
+            min_length=1, description="How requests are admitted: GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH."
+        ),
     ] = None
     context_chunking_policy: Annotated[
         str | None,
@@ -183,7 +183,7 @@ class TensorrtScheduler:
 
 @config
 class TensorrtSpeculation:
-    """Speculative decoding: a cheap method drafts tokens, the model checks several of them in one step."""
+    """Speculative decoding: a cheap method drafts tokens, and the model checks several of them in one step."""
 
     decoding_type: Annotated[
         str | None,
@@ -192,7 +192,9 @@ class TensorrtSpeculation:
     speculative_model: Annotated[
         str | None, Field(min_length=1, description="Draft model or head: a hub id or a local directory.")
     ] = None
-    max_draft_len: Annotated[int | None, Field(ge=1, description="Tokens drafted for each step, at most.")] = None
+    max_draft_len: Annotated[int | None, Field(ge=1, description="Maximum number of tokens drafted for each step.")] = (
+        None
+    )
     max_matching_ngram_size: Annotated[
         int | None, Field(ge=1, description="Longest n-gram that NGram looks for in the text so far.")
     ] = None
@@ -207,26 +209,26 @@ class TensorrtBackend:
 
     name: Annotated[Literal["tensorrt"], Field(description="Inference backend.")] = "tensorrt"
     max_seq_len: Annotated[
-        int | None, Field(ge=1, description="Tokens of a prompt and its output together, at most.")
+        int | None, Field(ge=1, description="Maximum number of tokens of a prompt and its output together.")
     ] = None
     max_num_tokens: Annotated[
-        int | None, Field(ge=1, description="Tokens that one step of the engine computes, at most.")
+        int | None, Field(ge=1, description="Maximum number of tokens that one step of the engine computes.")
     ] = None
     attn_backend: Annotated[
         str | None, Field(min_length=1, description="Attention kernels: TRTLLM, FLASHINFER, VANILLA.")
     ] = None
     chunked_prefill: Annotated[
-        bool | None, Field(description="Take in long prompts in pieces, beside the decoding of others.")
+        bool | None, Field(description="Process long prompts in pieces, alongside the decoding of others.")
     ] = None
     overlap_scheduler: Annotated[
-        bool | None, Field(description="Prepare a step on the processor while the GPU computes the one before.")
+        bool | None, Field(description="Prepare a step on the CPU while the GPU computes the previous one.")
     ] = None
-    cuda_graphs: Annotated[bool | None, Field(description="Capture decoding steps as CUDA graphs at load.")] = None
+    cuda_graphs: Annotated[bool | None, Field(description="Capture decode steps as CUDA graphs while loading.")] = None
     force_dynamic_quantization: Annotated[
-        bool | None, Field(description="Take the scales of quantized activations from each step, not the checkpoint.")
+        bool | None, Field(description="Compute activation scales at each step instead of using the checkpoint's.")
     ] = None
     moe_expert_parallel_size: Annotated[
-        int | None, Field(ge=1, description="GPUs, of those of tensor_parallel, that share out a layer's experts.")
+        int | None, Field(ge=1, description="Of the tensor_parallel GPUs, how many share out a layer's experts.")
     ] = None
     kv_cache: TensorrtKvCache = field(default_factory=TensorrtKvCache)
     scheduler: TensorrtScheduler = field(default_factory=TensorrtScheduler)
@@ -237,11 +239,12 @@ class TensorrtBackend:
     ] = None
 
 
+# ------------------------------------------------------------------ servers
 @config
 class OpenaiBackend:
-    """A server that speaks OpenAI's protocol: one that runs already, or one that is started for the run."""
+    """A server that speaks OpenAI's protocol: one that is already running, or one that lem starts for the run."""
 
-    # It spreads a model by itself; lem's one process asks it.
+    # One process sends all requests; the server spreads the model.
     spreads_a_model_itself: ClassVar[bool] = True
     runs_continuously: ClassVar[bool] = True
 
@@ -250,7 +253,7 @@ class OpenaiBackend:
         str | None,
         Field(
             min_length=1,
-            description="Address of the server, http://127.0.0.1:8000; null: a free port of this machine, for command.",
+            description="Address of the server (http://127.0.0.1:8000); null: a free port here, for command.",
         ),
     ] = None
     command: Annotated[
@@ -259,7 +262,7 @@ class OpenaiBackend:
             min_length=1,
             description="Starts the server, without a shell; it ends with the run. {model}, {port}, {host}, "
             "{revision}, {dtype}, {seed}, {batch_size} and {degree} are filled in: vllm serve {model} --port {port}. "
-            "null: it runs already.",
+            "null: it is already running.",
         ),
     ] = None
     model_name: Annotated[
@@ -269,36 +272,34 @@ class OpenaiBackend:
     dialect: Annotated[
         Literal["vllm", "openai"],
         Field(
-            description="Fields of a request that the server knows: vllm (top_k, min_p, end tokens, token ids, …) or "
-            "OpenAI's alone."
+            description="Fields of a request that the server knows: vllm's (top_k, min_p, end tokens, token ids, …) or "
+            "only OpenAI's."
         ),
     ] = "vllm"
     device: Annotated[
         Literal["auto", "cpu", "remote"],
         Field(
-            description="Where the model runs: auto is this machine's GPUs, else its CPU, if the address is its own or "
-            "the command was started here, else another machine."
+            description="Where the model runs; auto: on this machine's GPUs, else its CPU, if the address is local or "
+            "lem starts the server, and otherwise on another machine."
         ),
     ] = "auto"
     extra_body: Annotated[
         dict[str, Any] | None, Field(description="Any other field of a request by its name: {priority: 1}.")
     ] = None
     api_key_env: Annotated[
-        str, Field(min_length=1, description="Environment variable that holds the server's API key, if it wants one.")
+        str, Field(min_length=1, description="Environment variable that holds the server's API key, if it needs one.")
     ] = "OPENAI_API_KEY"
     start_timeout_s: Annotated[
-        float, Field(gt=0, le=86_400, description="Seconds that a server that is started has until it answers.")
+        float, Field(gt=0, le=86_400, description="Seconds that a server started by lem has to become ready.")
     ] = 900.0
     timeout_s: Annotated[
-        float, Field(gt=0, le=86_400, description="Seconds that the server may be silent in the midst of an answer.")
+        float, Field(gt=0, le=86_400, description="Seconds that the server may be silent within an answer.")
     ] = 600.0
 
 
 Backend = Annotated[
     PytorchBackend | SimulatedBackend | VllmBackend | TensorrtBackend | OpenaiBackend, Field(discriminator="name")
 ]
-
-
 BACKENDS: dict[str, type[Any]] = {
     "pytorch": PytorchBackend,
     "simulated": SimulatedBackend,

@@ -1,31 +1,26 @@
 """What is measured: `Experiment` and its parts, the single source of the configuration.
 
-Each field carries its constraints and its description; the help of the command-line flags, the reference
-page, the JSON Schema and the checks all come from here. A value of these types is plain data: creating one
-asks no hub, sets no variable and probes no device. This module knows nothing of Hydra, of files or of how a
-value came about; `lem.config.compose` does.
+Each field carries its constraints and its description: the help of the command-line flags, the reference page, the
+JSON Schema and the checks all come from here and from `lem.spec.engines`. A value of these types is plain data:
+creating one contacts no hub, sets no variable and probes no device. This module knows nothing of Hydra, of files or of
+where a value came from; `lem.config.compose` does.
 """
 
 from __future__ import annotations
 
 from dataclasses import field
-from typing import (
-    Annotated,
-    Literal,
-)
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lem.spec.engines import Backend, PytorchBackend
-from lem.spec.fields import Env, config
-
-# ------------------------------------------------------------------ backends
+from lem.spec.fields import config
 
 
 # ------------------------------------------------------------------ what goes in
 @config
 class Dataset:
-    """Where the prompts come from and which of them are used."""
+    """Where the prompts come from, and which of them are used."""
 
     name: Annotated[str, Field(description="Name of the dataset choice; a label.")] = "custom"
     path: Annotated[
@@ -36,13 +31,12 @@ class Dataset:
     files: Annotated[str | None, Field(description="One file of a hub dataset that has no loading configuration.")] = (
         None
     )
-    split: Annotated[str | None, Field(description="Split to read; null is the dataset's own default, else train.")] = (
-        None
-    )
+    split: Annotated[
+        str | None, Field(description="Split to read; null uses the dataset's own default, or train if it has none.")
+    ] = None
     column: Annotated[str | None, Field(description="Column that holds the prompts; null detects it by name.")] = None
     sample_size: Annotated[
-        int | None,
-        Field(ge=1, description="Number of prompts, drawn with the seed after empty ones are dropped."),
+        int | None, Field(ge=1, description="Number of prompts, drawn with the seed after empty ones are dropped.")
     ] = None
 
 
@@ -53,64 +47,69 @@ class Decoder:
     name: Annotated[str, Field(description="Name of the decoder choice; a label.")] = "deterministic"
     do_sample: Annotated[bool, Field(description="Sample; false takes the most likely token (greedy).")] = False
     temperature: Annotated[float, Field(gt=0, le=10, description="Sampling temperature.")] = 1.0
-    top_k: Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0 is all.")] = 0
-    top_p: Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: smallest set of this mass.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0 means all.")] = 0
+    top_p: Annotated[
+        float, Field(gt=0, le=1, description="Sample from the smallest set of tokens with this probability (nucleus).")
+    ] = 1.0
     min_p: Annotated[
-        float, Field(ge=0, le=1, description="Drop tokens below this share of the most likely one; 0 is off.")
+        float,
+        Field(
+            ge=0, le=1, description="Drop tokens below this fraction of the most likely one's probability; 0 is off."
+        ),
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Field(gt=0, le=10, description="Penalty on tokens already present; 1 is off.")
+        float, Field(gt=0, le=10, description="Penalty on tokens that are already present; 1 is off.")
     ] = 1.0
-    no_repeat_ngram_size: Annotated[
-        int, Field(ge=0, description="Forbid repeating n-grams of this size; 0 is off.")
-    ] = 0
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, description="Ban repeated n-grams of this size; 0 is off.")] = 0
 
 
 # ------------------------------------------------------------------ how it runs
 @config
 class Batching:
-    """How requests are put together."""
+    """How requests are grouped."""
 
     strategy: Annotated[
         Literal["static", "dynamic", "sorted_static", "sorted_dynamic", "continuous"],
         Field(
-            description="static: batch_size requests in order; dynamic: as many as max_tokens_per_batch "
-            "and batch_size allow; sorted_*: the same, longest inputs first; continuous: the next request takes the "
-            "place of one that is finished, batch_size at a time."
+            description="static: batch_size requests in order; dynamic: as many as max_tokens_per_batch and batch_size "
+            "allow; sorted_*: the same, longest inputs first; continuous: batch_size at a time, the next request "
+            "replacing each one that finishes."
         ),
     ] = "static"
     batch_size: Annotated[
-        int, Field(ge=1, le=65536, description="Requests in a batch, or that run at the same time, at most.")
+        int, Field(ge=1, le=65536, description="Maximum number of requests in a batch, or of concurrent requests.")
     ] = 1
     max_tokens_per_batch: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Input tokens in a batch, padding included, at most (dynamic strategies); "
-            "a longer single prompt is a batch of its own.",
+            description="Maximum number of input tokens in a batch, padding included (dynamic strategies); a longer "
+            "single prompt gets its own batch.",
         ),
     ] = None
 
 
 @config
 class Parallelism:
-    """How one model is spread over devices, or repeated on them."""
+    """How one model is spread over devices, or replicated on them."""
 
     strategy: Annotated[
         Literal["none", "data_parallel", "tensor_parallel", "pipeline_parallel"],
         Field(
-            description="data_parallel: a whole model in each process, prompts shared out; tensor_parallel: each "
+            description="data_parallel: a whole model in each process, which share the prompts; tensor_parallel: each "
             "layer split over the processes; pipeline_parallel: the layers spread over the GPUs of one process."
         ),
     ] = "none"
-    degree: Annotated[int, Field(ge=1, le=1024, description="Processes (pipeline_parallel: GPUs) of the strategy.")] = 1
+    degree: Annotated[
+        int, Field(ge=1, le=1024, description="Number of processes of the strategy (pipeline_parallel: of GPUs).")
+    ] = 1
 
 
 @config
 class Quantization:
     """Weights in fewer bits, through bitsandbytes."""
 
-    quantization: Annotated[bool, Field(description="Quantize the weights at load.")] = False
+    quantization: Annotated[bool, Field(description="Quantize the weights while loading.")] = False
     load_in_8bit: Annotated[bool, Field(description="8-bit weights (LLM.int8).")] = False
     load_in_4bit: Annotated[bool, Field(description="4-bit weights.")] = False
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], Field(description="4-bit number format.")] = "nf4"
@@ -125,7 +124,7 @@ class Warmup:
     """Work done before the measured window opens."""
 
     prompts: Annotated[
-        int, Field(ge=0, le=10_000, description="Prompts run before the window, batched like the real ones.")
+        int, Field(ge=0, le=10_000, description="Prompts run before the window, batched like the measured ones.")
     ] = 2
     until_cv: Annotated[
         float | None,
@@ -137,25 +136,28 @@ class Warmup:
         ),
     ] = None
     cv_batches: Annotated[
-        int, Field(ge=2, le=100, description="Latencies that until_cv looks at; read only with until_cv.")
+        int, Field(ge=2, le=100, description="Number of latencies that until_cv considers; used only with until_cv.")
     ] = 5
     max_prompts: Annotated[
-        int, Field(ge=1, le=100_000, description="Prompts after which until_cv gives up; read only with until_cv.")
+        int, Field(ge=1, le=100_000, description="Prompts after which until_cv gives up; used only with until_cv.")
     ] = 200
     max_s: Annotated[
-        float, Field(gt=0, description="Seconds after which until_cv gives up; read only with until_cv.")
+        float, Field(gt=0, description="Seconds after which until_cv gives up; used only with until_cv.")
     ] = 120.0
 
 
 @config
 class Streaming:
-    """Timing each token as it comes."""
+    """Timing of each token as it is generated."""
 
     enabled: Annotated[
         bool, Field(description="Time each token: TTFT, inter-token latency, time per output token.")
     ] = False
     warmup_requests: Annotated[
-        int, Field(ge=0, le=10_000, description="Requests before the window when tokens are timed, for warmup.prompts.")
+        int,
+        Field(
+            ge=0, le=10_000, description="Requests before the window when tokens are timed, instead of warmup.prompts."
+        ),
     ] = 5
 
 
@@ -166,35 +168,39 @@ class Traffic:
     pattern: Annotated[
         Literal["closed", "constant", "poisson", "concurrency", "trace"],
         Field(
-            description="closed: all are there at once; constant, poisson: at target_qps, whether or not the engine "
-            "keeps up; concurrency: so many at any time; trace: as recorded."
+            description="closed: all at once; constant, poisson: at target_qps, whether or not the engine keeps up; "
+            "concurrency: always the same number in the system; trace: as recorded."
         ),
     ] = "closed"
     target_qps: Annotated[
-        float | None, Field(gt=0, description="Requests a second that arrive (constant, poisson).")
+        float | None, Field(gt=0, description="Requests that arrive per second (constant, poisson).")
     ] = None
     concurrency: Annotated[int | None, Field(ge=1, description="Requests in the system at any time (concurrency).")] = (
         None
     )
-    trace: Annotated[str | None, Field(description="CSV of the trace: a column t_s, when each request arrives.")] = None
+    trace: Annotated[
+        str | None, Field(description="CSV file of the trace, with a column t_s: when each request arrives.")
+    ] = None
     ttft_limit_s: Annotated[
-        float | None, Field(gt=0, description="Time to first token that a good request keeps; for goodput.")
+        float | None, Field(gt=0, description="For goodput: longest time to first token of a good request.")
     ] = None
     itl_limit_s: Annotated[
-        float | None, Field(gt=0, description="Mean inter-token latency that a good request keeps; for goodput.")
+        float | None, Field(gt=0, description="For goodput: longest mean inter-token latency of a good request.")
     ] = None
 
 
 @config
 class Cooldown:
-    """Waiting before anything is measured, so that runs begin alike."""
+    """Waiting before anything is measured, so that runs start from the same state."""
 
     wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait.")] = 0.0
     to_c: Annotated[
         float | None,
         Field(gt=0, lt=120, description="Wait until the GPUs in use are at or below this temperature, °C."),
     ] = None
-    max_s: Annotated[float, Field(gt=0, description="Seconds after which waiting for to_c ends all the same.")] = 600.0
+    max_s: Annotated[
+        float, Field(gt=0, description="Seconds after which waiting for to_c ends, whatever the temperature.")
+    ] = 600.0
 
 
 @config
@@ -203,25 +209,25 @@ class Energy:
 
     name: Annotated[
         Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "none"],
-        Field(description="Meter: auto takes the best available for each component."),
+        Field(description="Meter; auto takes the best one available for each component."),
     ] = "auto"
     idle_s: Annotated[
         float,
         Field(
             ge=0,
             le=3600,
-            description="Length of each of the two idle measurements, before loading and with the model resident; "
-            "0 leaves them out.",
+            description="Length of each of the two idle measurements, before loading and with the model loaded; 0 "
+            "skips them.",
         ),
     ] = 3.0
     power_hz: Annotated[
-        float, Field(gt=0, le=100, description="Samples a second of the GPU power trace beside the counter.")
+        float, Field(gt=0, le=100, description="Samples per second of the GPU power trace taken beside the counter.")
     ] = 20.0
     powercap_dir: Annotated[
         str, Field(min_length=1, description="The kernel's powercap tree, which the rapl meter reads.")
     ] = "/sys/class/powercap"
     trace: Annotated[
-        str | None, Field(description="CSV of the replay meter: columns t_s, power_w and optional component.")
+        str | None, Field(description="CSV file for the replay meter: columns t_s, power_w and optionally component.")
     ] = None
     country_iso_code: Annotated[
         str | None,
@@ -237,15 +243,10 @@ class Energy:
 
 @config
 class Io:
-    """Where results go."""
+    """Where results are written."""
 
     results_dir: Annotated[
-        str,
-        Field(
-            min_length=1,
-            description="Results directory.",
-            json_schema_extra=dict(Env("LLM_ENERGY_RESULTS_DIR")),
-        ),
+        str, Field(min_length=1, description="Results directory.", json_schema_extra={"env": "LLM_ENERGY_RESULTS_DIR"})
     ] = "results"
 
 
@@ -256,35 +257,37 @@ class Experiment:
 
     model: Annotated[
         str | None,
-        Field(
-            min_length=1,
-            description="Model: a hub id, a local directory, or tiny (built in, random weights).",
-        ),
+        Field(min_length=1, description="Model: a hub id, a local directory, or tiny (built in, random weights)."),
     ] = None
     revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
     adapter: Annotated[str | None, Field(description="LoRA adapter: a hub id or a local directory.")] = None
     trust_remote_code: Annotated[
-        bool, Field(description="Run Python code that comes with the model. Only for authors you trust.")
+        bool, Field(description="Run Python code that comes with the model; only for authors you trust.")
     ] = False
     fp_precision: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"],
         Field(description="Dtype of weights and arithmetic; auto: the checkpoint's on a GPU, float32 on a CPU."),
     ] = "auto"
     max_input_tokens: Annotated[
-        int | None, Field(ge=1, description="Cut prompts to this many tokens, keeping their beginning.")
+        int | None, Field(ge=1, description="Truncate prompts to this many tokens, keeping their beginning.")
     ] = None
     max_output_tokens: Annotated[
-        int, Field(ge=1, le=1_000_000, description="Tokens to generate for a request, at most.")
+        int, Field(ge=1, le=1_000_000, description="Maximum number of tokens to generate per request.")
     ] = 128
     min_output_tokens: Annotated[
-        int, Field(ge=0, description="Tokens to generate for a request, at least (holds off the end token).")
+        int,
+        Field(
+            ge=0, description="Minimum number of tokens to generate per request; holds off the end token until then."
+        ),
     ] = 0
     chat_template: Annotated[
         bool, Field(description="Wrap each prompt as a user turn of the model's chat template.")
     ] = False
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of the sampling of prompts and of tokens.")] = 42
+    seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="Seed for drawing prompts from the dataset and for sampling tokens.")
+    ] = 42
     cycles: Annotated[
-        int, Field(ge=1, le=10, description="Times to measure the same prompts, the model staying loaded.")
+        int, Field(ge=1, le=10, description="How often to measure the same prompts while the model stays loaded.")
     ] = 1
     num_processes: Annotated[
         int,
@@ -294,7 +297,7 @@ class Experiment:
         list[int | str] | None,
         Field(
             min_length=1,
-            description="GPUs to use, by index among the visible ones or by UUID (GPU-…, MIG-…); null is all visible.",
+            description="GPUs to use, by index among the visible ones or by UUID (GPU-…, MIG-…); null: all.",
         ),
     ] = None
     backend: Backend = field(default_factory=PytorchBackend)
@@ -309,6 +312,3 @@ class Experiment:
     cooldown: Cooldown = field(default_factory=Cooldown)
     energy: Energy = field(default_factory=Energy)
     io: Io = field(default_factory=Io)
-
-
-# ------------------------------------------------------------------ reading the schema

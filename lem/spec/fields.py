@@ -1,4 +1,4 @@
-"""How a field of the configuration is declared: its description, range and environment variable."""
+"""How a part of the configuration is declared: a dataclass whose fields pydantic can check."""
 
 from __future__ import annotations
 
@@ -16,8 +16,3 @@ def config(cls: type[T]) -> type[T]:
     checks = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     cls.__pydantic_config__ = checks  # type: ignore[attr-defined]
     return dataclass(kw_only=True)(cls)
-
-
-def Env(variable: str) -> dict[str, str]:  # noqa: N802 - reads as part of a field's declaration
-    """Name the environment variable that gives a field's default (below every other source)."""
-    return {"env": variable}

@@ -1,4 +1,4 @@
-"""The configuration seen as a schema: its groups, and each of its values by dotted path."""
+"""The configuration as a schema: its groups, and each of its values by dotted path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from lem.spec.experiment import Experiment
 
-# Parts that are chosen by name among the files of a folder of conf/.
+# Parts that are chosen by name from the files of a folder of conf/.
 GROUPS = ("backend", "dataset", "decoder", "energy", "preset")
 
 
@@ -26,12 +26,12 @@ class Leaf:
 
     @property
     def description(self) -> str:
-        """The sentence that says what the value is for."""
+        """What the value is for, in a sentence."""
         return self.info.description or ""
 
     @property
     def env(self) -> str | None:
-        """The environment variable below the value's other sources, if it has one."""
+        """The environment variable that gives its default (below every other source), if it has one."""
         extra = self.info.json_schema_extra
         return str(extra["env"]) if isinstance(extra, dict) and "env" in extra else None
 
@@ -47,35 +47,30 @@ def _leaves(cls: Any, prefix: str) -> tuple[Leaf, ...]:
     found: list[Leaf] = []
     for f in fields(cls):
         annotation, path = hints[f.name], prefix + f.name
-        parts = [t for t in _flatten(annotation) if is_dataclass(t)]
+        parts = [t for t in _member_types(annotation) if is_dataclass(t)]
         for part in parts:
             found += leaves(part, f"{path}.")  # type: ignore[arg-type]
         if not parts:
-            found.append(Leaf(path, annotation, _field_info(annotation), f.default))
+            infos = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, FieldInfo)]
+            found.append(Leaf(path, annotation, infos[0] if infos else FieldInfo(annotation=annotation), f.default))
     return tuple(found)
 
 
 def leaf(path: str) -> Leaf:
-    """Return the leaf at a dotted path; KeyError when there is none."""
-    return _first_leaves()[path]
+    """Return the leaf at a dotted path, the first backend's where several have it; KeyError when there is none."""
+    return _leaves_by_path()[path]
 
 
 @cache
-def _first_leaves() -> dict[str, Leaf]:
-    """Return the leaves by path, of those that several backends have the first."""
+def _leaves_by_path() -> dict[str, Leaf]:
     return {each.path: each for each in reversed(leaves())}
 
 
-def _flatten(annotation: Any) -> list[Any]:
-    """Return an annotation's member types: of an Annotated its first, of a union all."""
+def _member_types(annotation: Any) -> list[Any]:
+    """Return the types that an annotation allows: an Annotated's own, all of a union, none of a Literal."""
     if get_origin(annotation) is Annotated:
-        return _flatten(get_args(annotation)[0])
+        return _member_types(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return []
     members = get_args(annotation)
-    return [t for member in members for t in _flatten(member)] if members else [annotation]
-
-
-def _field_info(annotation: Any) -> FieldInfo:
-    found = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, FieldInfo)]
-    return found[0] if found else FieldInfo(annotation=annotation)
+    return [t for member in members for t in _member_types(member)] if members else [annotation]

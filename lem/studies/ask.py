@@ -1,4 +1,4 @@
-"""What a command asks before it runs, and how it words it."""
+"""What a command asks and says around a run: the question before it, warnings, how much is done, the outcome."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import sys
 from dataclasses import dataclass
 
 from lem.errors import Interrupted
+from lem.results import show
 from lem.results.directory import ExperimentDir
+from lem.runner.job import Outcome
 from lem.runner.preflight import Ready
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to go about it, apart from what is measured."""
+class RunOptions:
+    """How a command runs experiments; nothing of it changes what is measured."""
 
     yes: bool = False
     dry_run: bool = False
@@ -21,23 +23,8 @@ class Options:
     fresh: bool = False
 
 
-def left(directory: ExperimentDir) -> str:
-    """Say how much of an experiment is done, and by that what is left."""
-    plan = directory.plan()
-    finished = directory.finished()
-    total = plan.prompts.count * plan.experiment.cycles
-    cycles = f" in {plan.experiment.cycles} cycles" if plan.experiment.cycles > 1 else ""
-    return f"{sum(map(len, finished.values()))} of {total} prompts{cycles} are done"
-
-
-def words(ready: Ready) -> str:
-    """Say what would run."""
-    wanted = ready.experiment
-    return f"{len(ready.prompts.texts)} prompts of {wanted.dataset.name} through {wanted.model} ({wanted.backend.name})"
-
-
 def confirmed(question: str) -> bool:
-    """Ask on a terminal; without one there is nobody to ask, and the answer is yes.
+    """Ask on a terminal; without one the answer is yes.
 
     Raises:
         Interrupted: the answer is Ctrl-C.
@@ -50,3 +37,35 @@ def confirmed(question: str) -> bool:
         return typer.confirm(question, default=True, err=True)
     except typer.Abort:
         raise Interrupted("Nothing was run.") from None
+
+
+def progress_of(directory: ExperimentDir) -> str:
+    """Return how much of an experiment is done, in words."""
+    plan = directory.plan()
+    finished = directory.finished()
+    total = plan.prompts.count * plan.experiment.cycles
+    cycles = f" in {plan.experiment.cycles} cycles" if plan.experiment.cycles > 1 else ""
+    return f"{sum(map(len, finished.values()))} of {total} prompts{cycles} are done"
+
+
+def summary_of(ready: Ready) -> str:
+    """Return what would run, in words."""
+    wanted = ready.experiment
+    return f"{len(ready.prompts.texts)} prompts of {wanted.dataset.name} through {wanted.model} ({wanted.backend.name})"
+
+
+def print_warnings(*warnings: object) -> None:
+    """Print warnings on stderr, in colour on a terminal."""
+    for warning in warnings:
+        show.console(stderr=True).print(f"Warning: {warning}", markup=False, highlight=False, style="yellow")
+
+
+def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
+    """Print what an experiment measured and where its files are; return the exit code."""
+    show.show_row(outcome.row)
+    print(f"\nRaw records: {outcome.directory.path}")
+    if write_tables:
+        print(f"Table:       {outcome.store.experiments_table}")
+    else:
+        print(f"Not aggregated; lem aggregate {outcome.directory.id} does it.")
+    return 0 if outcome.row.status == "completed" else 1

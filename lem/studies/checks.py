@@ -1,32 +1,34 @@
-"""Checks of all cells of a sweep before the first one runs."""
+"""Checks all cells of a study before the first one runs."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from lem.errors import BadInput, ConfigError
-from lem.results import show
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
 from lem.results.store import Store
 from lem.runner.job import fingerprint
 from lem.runner.preflight import Ready
 from lem.spec.experiment import Dataset
+from lem.studies.ask import print_warnings, summary_of
+from lem.studies.manifest import Cell
 from lem.workload.datasets import load_prompts
 from lem.workload.prompts import Prompts
 
 
 class RecentPrompts:
-    """Loads prompts and remembers the last two sets: neighbouring cells mostly share theirs."""
+    """Loads prompts and keeps the last two sets: neighbouring cells mostly share theirs."""
 
     def __init__(self, size: int = 2) -> None:
         self._kept: OrderedDict[tuple[str, int], Prompts] = OrderedDict()
         self._size = size
 
     def __call__(self, dataset: Dataset, seed: int) -> Prompts:
-        """Return the prompts; raises `DatasetError` when they cannot be had."""
+        """Return the prompts; raises `DatasetError` if they cannot be loaded."""
         key = (to_json(dataset), seed)
         if key not in self._kept:
             self._kept[key] = load_prompts(dataset, seed)
@@ -36,60 +38,64 @@ class RecentPrompts:
         return self._kept[key]
 
 
-class Unfinished:
-    """Finds where the same experiment was left unfinished; gives each such to one cell only."""
+@dataclass(frozen=True)
+class Candidate:
+    """A cell to be checked: `check` composes it and runs preflight; it raises `BadInput`."""
 
-    def __init__(self, *, fresh: bool) -> None:
-        self._fresh = fresh
-        self._given: set[Path] = set()
-
-    def __call__(self, ready: Ready) -> ExperimentDir | None:
-        """Return the newest one, or None where there is none, or all are to start anew."""
-        if self._fresh:
-            return None
-        store = Store(Path(ready.experiment.io.results_dir))
-        left_behind = [each for each in store.unfinished(fingerprint(ready)) if each.path not in self._given]
-        if not left_behind:
-            return None
-        self._given.add(left_behind[-1].path)
-        return left_behind[-1]
+    label: str
+    overrides: tuple[str, ...]
+    config_file: Path | None
+    check: Callable[[], Ready]
 
 
-class Checks:
-    """Checks the cells of a sweep and keeps what is wrong, so that all of it is told in one go."""
+def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
+    """Check all cells and print their warnings, each once with the cells it is about.
 
-    def __init__(self) -> None:
-        self._problems: list[tuple[str, str]] = []
-        self._warnings: list[tuple[str, str]] = []
+    Args:
+        candidates: the cells.
+        fresh: resume none that was left unfinished.
 
-    def cell(self, label: str, check: Callable[[], Ready]) -> Ready | None:
-        """Return the checked cell, or None after keeping its problems."""
+    Raises:
+        ConfigError: all problems of all cells.
+    """
+    cells: list[Cell] = []
+    problems: list[tuple[str, str]] = []
+    warnings: list[tuple[str, str]] = []
+    resumed: set[Path] = set()
+    for each in candidates:
         try:
-            ready = check()
+            ready = each.check()
         except BadInput as error:
-            self._problems += [(problem, label) for problem in str(error).splitlines()]
-            return None
-        self._warnings += [(f"Warning: {warning}", label) for warning in ready.warnings]
-        return ready
+            problems += [(problem, each.label) for problem in str(error).splitlines()]
+            continue
+        warnings += [(str(warning), each.label) for warning in ready.warnings]
+        unfinished = None if fresh else _unfinished(ready, resumed)
+        # Only the words are kept: the prompts of a hundred cells would fill the memory.
+        words = summary_of(ready)
+        cells.append(Cell(each.label, ready.experiment, each.overrides, each.config_file, words, unfinished))
+    if problems:
+        raise ConfigError(*_each_once(problems))
+    print_warnings(*_each_once(warnings))
+    return cells
 
-    def conclude(self) -> None:
-        """Raise all problems, or else show all warnings, each once with the cells that it is about."""
-        if self._problems:
-            raise ConfigError(*_each_once(self._problems))
-        for warning in _each_once(self._warnings):
-            show.console(stderr=True).print(warning, markup=False, style="yellow")
+
+def _unfinished(ready: Ready, resumed: set[Path]) -> ExperimentDir | None:
+    """Return the newest unfinished run of the same experiment that no other cell resumes."""
+    store = Store(Path(ready.experiment.io.results_dir))
+    left = [each for each in store.unfinished(fingerprint(ready)) if each.path not in resumed]
+    if not left:
+        return None
+    resumed.add(left[-1].path)
+    return left[-1]
 
 
 def _each_once(found: Iterable[tuple[str, str]]) -> list[str]:
     labels: dict[str, list[str]] = {}
     for text, label in found:
         labels.setdefault(text, []).append(label)
-    # A problem of a file begins with the file's name.
-    return [
-        text if len(those) == 1 and those[0] in text else f"{text} [in {_first_of(those)}]"
-        for text, those in labels.items()
-    ]
-
-
-def _first_of(labels: Sequence[str]) -> str:
-    return labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
+    result = []
+    for text, (first, *others) in labels.items():
+        more = f" and {len(others)} more" if others else ""
+        # A problem of a file begins with the file's name.
+        result.append(text if first in text and not others else f"{text} [in {first}{more}]")
+    return result

@@ -1,8 +1,8 @@
-"""One experiment of a parallel batch, in a process of its own: `python -m lem.studies.child <job file> --report-fd N`.
+"""One experiment of a parallel batch as a child process: `python -m lem.studies.child <job file> --report-fd N`.
 
-Runs the composed experiment that the file holds, and tells its parent through the pipe which directory it has
-claimed, how far it is, and why it could not run. Its output goes to the log that the parent gave it. Knows no other
-run of the batch, and nothing of Hydra.
+Runs the composed experiment in the file and sends its parent, through the pipe, the directory it has claimed, its
+progress, and why it could not run. Its output goes to the log that the parent opened. Does not know the other runs of
+the batch, or Hydra.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 
 from lem.errors import Interrupted, LemError
 from lem.machine import host
-from lem.results import show
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
-from lem.runner.progress import Event, PipeReport, Report
+from lem.runner.progress import Event, PipeReport
 from lem.spec.experiment import Experiment
+from lem.studies.ask import show_outcome
 from lem.studies.display import Lines
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a child is to run, and how."""
+    """What a child runs, and how."""
 
     experiment: Experiment
     overrides: tuple[str, ...]
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lem.studies.child", description="Run one experiment of a batch.")
     parser.add_argument("job", type=Path, help="the job file")
-    parser.add_argument("--report-fd", type=int, required=True, help="where progress goes, as JSON lines")
+    parser.add_argument("--report-fd", type=int, required=True, help="the file descriptor for progress, as JSON lines")
     options = parser.parse_args(argv)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -56,39 +56,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, file=sys.stderr)
         return Interrupted.exit_code
     except LemError as error:
-        _tell(options.report_fd, "error", " ".join(str(error).split()))
+        _send(options.report_fd, "error", " ".join(str(error).split()))
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
-        _tell(options.report_fd, "error", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        _send(options.report_fd, "error", f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise
 
 
-def _run(job: Job, report_to: int) -> int:
+def _run(job: Job, report_fd: int) -> int:
     ready = preflight(job.experiment, host.look(), force=job.force)
-    to_parent = PipeReport(report_to)
-    with Lines(sys.stderr) as to_log:
-        outcome = run_ready(
-            ready,
-            overrides=job.overrides,
-            config_file=Path(job.config_file) if job.config_file else None,
-            write_tables=job.write_tables,
-            shared_with=job.shared_with,
-            unfinished=ExperimentDir(Path(job.unfinished)) if job.unfinished else None,
-            claimed=lambda directory: _tell(report_to, "claimed", str(directory.path.resolve())),
-            report=lambda event: _to_both(event, to_parent, to_log),
-        )
-    show.show_row(outcome.row)
-    print(f"\nRaw records: {outcome.directory.path}")
-    return 0 if outcome.row.status == "completed" else 1
+    to_parent, to_log = PipeReport(report_fd), Lines(sys.stderr)
+
+    def report(event: Event) -> None:
+        to_parent(event)
+        to_log(event)
+
+    outcome = run_ready(
+        ready,
+        overrides=job.overrides,
+        config_file=Path(job.config_file) if job.config_file else None,
+        write_tables=job.write_tables,
+        shared_with=job.shared_with,
+        unfinished=ExperimentDir(Path(job.unfinished)) if job.unfinished else None,
+        claimed=lambda directory: _send(report_fd, "claimed", str(directory.path.resolve())),
+        report=report,
+    )
+    return show_outcome(outcome, write_tables=job.write_tables)
 
 
-def _to_both(event: Event, *reports: Report) -> None:
-    for each in reports:
-        each(event)
-
-
-def _tell(descriptor: int, what: str, text: str) -> None:
+def _send(descriptor: int, what: str, text: str) -> None:
     os.write(descriptor, json.dumps({what: text}).encode() + b"\n")
 
 
@@ -97,7 +94,7 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the standard input, which the parent holds open as long as it lives."""
+    """Wait for the end of the standard input, which the parent keeps open until it ends."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

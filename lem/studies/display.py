@@ -1,11 +1,12 @@
-"""How far an experiment or a sweep is: bars on a terminal, lines elsewhere."""
+"""The progress of an experiment or a study: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
 from lem.runner.progress import Event, Report
@@ -21,33 +22,52 @@ TITLES = {
 }
 
 
-class Display(Protocol):
-    """Shows events to a person; a context manager around a run."""
-
-    def __enter__(self) -> Report: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-def display() -> Display:
-    """Return bars where stderr is a terminal, plain lines where it is anything else."""
-    stream = sys.stderr
-    return Bars() if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines(stream)
+@contextmanager
+def display() -> Iterator[Report]:
+    """Show the events of a run: bars if stderr is a terminal, else lines."""
+    if _is_terminal(sys.stderr):
+        with bars() as report:
+            yield report
+    else:
+        yield Lines(sys.stderr)
 
 
-class Bars:
-    """rich's progress bars on stderr; drawn when an event arrives, not by a clock of their own."""
+@contextmanager
+def bars() -> Iterator[Report]:
+    """Show events as rich's progress bars on stderr, drawn when an event arrives, not by a timer."""
+    with _progress() as progress:
+        phases = _Phases(progress)
+        yield phases
+        phases.finish()
 
-    def __enter__(self) -> Report:
-        self._progress = _bars()
-        self._phases = _Phases(self._progress)
-        self._progress.start()
-        return self._phases
 
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._phases.finish()
-        self._progress.stop()
+@contextmanager
+def study_display(total: int, *, at_once: int = 1) -> Iterator[StudyDisplay]:
+    """Show `total` runs, `at_once` at the same time: bars if stderr is a terminal, else lines."""
+    if _is_terminal(sys.stderr):
+        with _progress(30 if at_once == 1 else 10) as progress:
+            yield StudyBars(progress, total, at_once)
+    else:
+        yield StudyLines(sys.stderr, total, at_once)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _progress(bar_width: int = 30) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description:<18}", markup=False),
+        BarColumn(bar_width=bar_width),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    )
 
 
 class _Phases:
@@ -66,7 +86,7 @@ class _Phases:
         title = TITLES.get(event.phase, event.phase) + self._cycle
         if title != self._current:
             self.finish()
-            if title in self._tasks:  # entered again, as loading is after the idle time: its bar was filled
+            if title in self._tasks:  # entered again, like loading after the idle time: its bar is already full
                 self._progress.remove_task(self._tasks[title])
             self._tasks[title] = self._progress.add_task(title, total=event.total or None, note="")
             self._current = title
@@ -76,7 +96,7 @@ class _Phases:
         self._progress.refresh()
 
     def finish(self) -> None:
-        """Fill and stop the bars of phases that could not be counted."""
+        """Stop all bars and fill those of phases without a count."""
         for task in self._progress.tasks:
             if task.id in self._tasks.values():
                 if task.total is None:
@@ -84,38 +104,21 @@ class _Phases:
                 self._progress.stop_task(task.id)
 
     def clear(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         for task in self._tasks.values():
             self._progress.remove_task(task)
-
-
-def _bars(bar_width: int = 30) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    return Progress(
-        TextColumn("{task.description:<18}", markup=False),
-        BarColumn(bar_width=bar_width),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=Console(stderr=True),
-        auto_refresh=False,
-    )
 
 
 class Lines:
     """A line at the start of each phase, at each tenth of the prompts, and at the end."""
 
     def __init__(self, stream: TextIO, prefix: str = "") -> None:
-        self._stream = stream
-        self._prefix = prefix
+        self._stream, self._prefix = stream, prefix
+        self._phase = self._cycle = ""
+        self._tenth, self._rate = -1, Rate()
 
-    def __enter__(self) -> Report:
-        self._phase, self._tenth, self._rate, self._cycle = "", -1, Rate(), ""
-        return self._show
-
-    def _show(self, event: Event) -> None:
+    def __call__(self, event: Event) -> None:
+        """Print an event, if it is news."""
         if event.phase == "cycle":
             self._cycle = f" in cycle {event.done}/{event.total}" if event.total > 1 else ""
             return
@@ -128,59 +131,39 @@ class Lines:
         title = TITLES.get(event.phase, event.phase)
         print(f"{self._prefix}{title}{count}{self._cycle} {note}".rstrip(), file=self._stream, flush=True)
 
-    def __exit__(self, *error: object) -> None:
-        return None
 
-
-class BatchDisplay(Protocol):
-    """Shows the runs of a batch to a person; a context manager around all of them."""
-
-    def __enter__(self) -> BatchDisplay: ...
+class StudyDisplay(Protocol):
+    """Shows the runs of a study."""
 
     def begin(self, number: int, label: str) -> Report:
-        """Show that a run begins; returns what its events are to be told to."""
+        """Show that a run begins; return what its events are passed to."""
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Show how a run ended."""
 
-    def __exit__(self, *error: object) -> None: ...
 
+class StudyBars:
+    """A bar for the study, above those of the one run, or above one bar for each of several runs."""
 
-def batch_display(total: int, *, at_once: int = 1) -> BatchDisplay:
-    """Return the display of a batch of `total` runs, `at_once` at the same time: bars, or lines without a terminal."""
-    stream = sys.stderr
-    is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    return BatchBars(total, at_once) if is_terminal else BatchLines(stream, total, at_once)
-
-
-class BatchBars:
-    """A bar for the batch above those of the run, or above one for each run where there are several at once."""
-
-    def __init__(self, total: int, at_once: int) -> None:
-        self._total, self._at_once = total, at_once
+    def __init__(self, progress: Any, total: int, at_once: int) -> None:
+        self._progress, self._total, self._at_once = progress, total, at_once
         self._failed = 0
         self._runs: dict[int, tuple[str, Any]] = {}
-
-    def __enter__(self) -> BatchDisplay:
-        self._progress = _bars(30 if self._at_once == 1 else 10)
-        self._batch = self._progress.add_task("Batch", total=self._total, note="")
-        self._progress.start()
-        return self
+        self._all = progress.add_task("Experiments", total=total, note="")
 
     def begin(self, number: int, label: str) -> Report:
         """Add the run's bars."""
         run = _Phases(self._progress) if self._at_once == 1 else _OneBar(self._progress, label)
         self._runs[number] = label, run
         self._head()
-        report: Report = run
-        return report
+        return run
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
-        """Take the run's bars away and leave its sentence above the batch."""
+        """Remove the run's bars and print its sentence above the others."""
         label, run = self._runs.pop(number)
         run.clear()
         self._failed += failed
-        self._progress.advance(self._batch)
+        self._progress.advance(self._all)
         style = "red" if failed else None
         self._progress.console.print(
             f"[{number + 1}/{self._total}] {label}: {sentence}", markup=False, highlight=False, style=style
@@ -190,19 +173,18 @@ class BatchBars:
     def _head(self) -> None:
         labels = [label for label, _ in self._runs.values()] if self._at_once == 1 else []
         note = "  ".join([*([f"{self._failed} failed"] if self._failed else []), *labels])
-        self._progress.update(self._batch, note=note)
+        self._progress.update(self._all, note=note)
         self._progress.refresh()
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
 
 
 class _OneBar:
-    """One bar for a whole run: its prompts, or the phase that it is in; short enough for 80 columns."""
+    """One bar for a whole run: its prompts, or its current phase; short enough for 80 columns."""
 
     def __init__(self, progress: Any, label: str) -> None:
         self._progress, self._rate = progress, Rate()
-        self._task = progress.add_task(_tail(label, 18), total=None, note="starting")
+        # The end of a label is what distinguishes files.
+        title = label if len(label) <= 18 else f"…{label[-17:]}"
+        self._task = progress.add_task(title, total=None, note="starting")
         self._cycle = ""
 
     def __call__(self, event: Event) -> None:
@@ -216,44 +198,33 @@ class _OneBar:
         self._progress.refresh()
 
     def clear(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.remove_task(self._task)
 
 
-def _tail(text: str, width: int) -> str:
-    """Return a text's end, which is what tells files from each other."""
-    return text if len(text) <= width else f"…{text[1 - width :]}"
-
-
-class BatchLines:
-    """A line when a run begins and one when it ends, with those of its phases in between."""
+class StudyLines:
+    """A line when a run begins and one when it ends, with its phases in between."""
 
     def __init__(self, stream: TextIO, total: int, at_once: int) -> None:
         self._stream, self._total, self._at_once = stream, total, at_once
         self._done = self._failed = 0
         self._labels: dict[int, str] = {}
 
-    def __enter__(self) -> BatchDisplay:
-        return self
-
     def begin(self, number: int, label: str) -> Report:
-        """Say which run begins."""
+        """Print which run begins."""
         self._labels[number] = label
-        self._say(f"[{number + 1}/{self._total}] {label}")
-        return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "").__enter__()
+        self._print(f"[{number + 1}/{self._total}] {label}")
+        return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "")
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
-        """Say how the run ended, and how many have."""
+        """Print how the run ended, and how many have ended so far."""
         self._done += 1
         self._failed += failed
         so_far = f"{self._done} of {self._total} ended" + (f", {self._failed} failed" if self._failed else "")
-        self._say(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
+        self._print(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
 
 class Rate:
@@ -265,7 +236,7 @@ class Rate:
         self._since_s = 0.0
 
     def __call__(self, event: Event) -> str:
-        """Return the words beside the bar."""
+        """Return the text beside the bar."""
         now_s = self._clock_s()
         if event.phase != self._phase:
             self._phase, self._since_s = event.phase, now_s

@@ -2,8 +2,8 @@
 
     --vary texts ─> axes ─> points (their product, the last axis fastest) ─> judged ─> named ─> written
 
-The texts are read by Hydra's grammar, as those of --multirun are. A point is composed by merging plain dictionaries and
-checked by the schema and the rules; Hydra would take a tenth of a second for each. Knows nothing of running them.
+The texts are read by Hydra's grammar, like those of --multirun. A point is composed by merging plain dictionaries and
+checked by the schema and the rules; Hydra would take a tenth of a second for each. Does not know how they are run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lem import __version__
 from lem.config import file_schema, overrides, userfile
-from lem.config.check import examine, known_keys, resolved, unknown_key
+from lem.config.check import examine, known_keys, resolved, texts, unknown_key
 from lem.config.compose import located
-from lem.config.layers import Layer, Sources, nested
+from lem.config.layers import Sources, nested
 from lem.config.options import CUSTOM, SUFFIXES, Options
 from lem.config.problem import shortened, shown_path
 from lem.config.userfile import Choice, UserFile, merged
@@ -37,16 +38,15 @@ from lem.config.yamltext import block, flow
 from lem.errors import ConfigError
 from lem.machine import host
 from lem.machine.host import Host
-from lem.results import show
 from lem.runner.preflight import objections
-from lem.spec.rules import CATALOGUE
-from lem.spec.schema import GROUPS, leaf, leaves
+from lem.spec.schema import GROUPS, leaves
+from lem.studies.ask import print_warnings
 
-MANIFEST = "grid.yaml"
-# The manifest's first key, by which other commands know it from a config file; its value is the format.
-MANIFEST_KEY, FORMAT = "lem_grid", 1
+INDEX = "grid.yaml"
+# The index's first key, which distinguishes it from a config file; its value is the format.
+INDEX_KEY, FORMAT = "lem_grid", 1
 MAX_POINTS = 100_000
-# File systems take 255 bytes; what is appended to a name (.yaml, .part) needs room as well.
+# File systems allow 255 bytes; what is appended to a name (.yaml, .part) needs room as well.
 MAX_STEM = 180
 MAX_VALUE = 60
 
@@ -89,7 +89,7 @@ class Grid:
 
     @property
     def valid(self) -> tuple[Point, ...]:
-        """The points with which nothing is wrong."""
+        """The points without problems."""
         return tuple(point for point in self.points if not point.problems)
 
     @property
@@ -108,26 +108,26 @@ def make(base: Path, vary: Sequence[str], config_dir: Path | None = None, *, any
 
     Args:
         base: the config file that all points inherit from.
-        vary: texts such as `batch_size=1,2`, in the order in which names show them.
+        vary: texts such as `batch_size=1,2`, in the order of their keys in file names.
         config_dir: a directory of the user's own options.
         any_machine: leave out what is wrong on this machine only.
 
     Raises:
-        ConfigError: a faulty base, or texts that name no values of an existing key.
+        ConfigError: a base that cannot be used, or texts that name no values of an existing key.
     """
     file = userfile.read(base, config_dir)
     axes, notes = read_axes(vary, file.options)
     machine = host.look()
-    names = stems(axes)
-    points = [
-        Point(point, f"{name}.yaml", judge(file, point, machine, any_machine=any_machine))
-        for point, name in zip(_product(axes), names, strict=True)
-    ]
+    combinations = itertools.product(*(axis.values for axis in axes))
+    points = []
+    for values, name in zip(combinations, stems(axes), strict=True):
+        point = dict(zip((axis.key for axis in axes), values, strict=True))
+        points.append(Point(point, f"{name}.yaml", judge(file, point, machine, any_machine=any_machine)))
     return Grid(file, axes, tuple(points), notes)
 
 
 def read_axes(vary: Sequence[str], options: Options) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
-    """Parse the texts; return the axes, and a note for each value that stands there twice."""
+    """Parse the texts; return the axes, and a note for each value that is given twice."""
     problems: list[str] = []
     notes: list[str] = []
     axes: list[Axis] = []
@@ -160,7 +160,7 @@ def _axis(text: str, options: Options) -> Axis:
 
 
 def full_key(name: str) -> str:
-    """Return the dotted path of a value or a group that is named in full or by its last part alone."""
+    """Return the dotted path of a value or a group that is named in full or by its last part."""
     paths = dict.fromkeys(leaf.path for leaf in leaves())
     if name in paths or name in GROUPS:
         return name
@@ -175,26 +175,17 @@ def full_key(name: str) -> str:
 
 
 def _distinct(axis: Axis, notes: list[str]) -> tuple[Any, ...]:
+    """Return an axis's values, each once; 1 and 1.0 are the same if fractions are allowed."""
+    allows_fractions = any("float" in str(item.annotation) for item in leaves() if item.path == axis.key)
     found: dict[str, Any] = {}
     for value in axis.values:
-        if (same := _normal(axis.key, _plain(value))) in found:
-            notes.append(f"{axis.key}: {flow(_plain(value))} stands there more than once; it is taken once.")
+        plain = _plain(value)
+        is_whole = isinstance(plain, int) and not isinstance(plain, bool)
+        same = repr(float(plain) if is_whole and allows_fractions else plain)
+        if same in found:
+            notes.append(f"{axis.key}: {flow(plain)} is given more than once; it is used once.")
         found.setdefault(same, value)
     return tuple(found.values())
-
-
-def _normal(key: str, value: Any) -> str:
-    """Return a text that equal values share: 1 and 1.0 are the same where fractions are allowed."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return repr(float(value) if is_whole and _takes_fractions(key) else value)
-
-
-@lru_cache(maxsize=1024)
-def _takes_fractions(key: str) -> bool:
-    try:
-        return "float" in str(leaf(key).annotation)
-    except KeyError:
-        return False
 
 
 def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
@@ -205,52 +196,42 @@ def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
             yield f"{other}: it is a part of {key}, which is varied as well; vary one of them."
 
 
-def _product(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
-    keys = [axis.key for axis in axes]
-    return (dict(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes)))
-
-
-# ------------------------------------------------------------------ is a point valid?
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
-    """Return what speaks against running a point: faults of its values, else objections that block."""
+    """Return why a point cannot be run: problems of its values, else objections that block it."""
     sources = _sources(base, point)
-    values, found = resolved(sources.values())
-    experiment, faults = examine(values)
-    if found or experiment is None:
-        return tuple(dict.fromkeys(str(problem) for problem in located(sources, [*found, *faults])))
+    values, unresolved = resolved(sources.values())
+    experiment, found = examine(values)
+    if unresolved or experiment is None:
+        return tuple(dict.fromkeys(str(problem) for problem in located(sources, [*unresolved, *found])))
     return tuple(
         str(objection)
         for objection in objections(experiment, machine)
-        if objection.severity != "warning" and not (any_machine and CATALOGUE[objection.code].scope == "machine")
+        if objection.severity != "warning" and not (any_machine and objection.scope == "machine")
     )
 
 
 def _sources(base: UserFile, point: dict[str, Any]) -> Sources:
     choices = {key: value for key, value in point.items() if isinstance(value, Choice)}
-    given = tuple(Layer("command line", key, nested(key, v)) for key, v in point.items() if key not in choices)
-    return Sources(base, choices, given)
+    return Sources.of(base, choices, {key: value for key, value in point.items() if key not in choices})
 
 
 # ------------------------------------------------------------------ names
 def stems(axes: Sequence[Axis]) -> Iterator[str]:
     """Yield the file name of every point, without suffix: `batch_size-4--fp_precision-float16`.
 
-    Letters, digits, `_`, `-` and `.` only, so that no shell, glob or Hydra override reads it as something else.
-    Unique also where a file system does not tell upper from lower case.
+    It has letters, digits, `_`, `-` and `.` only, so that no shell, glob or Hydra override misreads it, and is unique
+    even if the file system ignores case.
     """
-    labels = _labels([axis.key for axis in axes])
+    last = Counter(axis.key.rpartition(".")[2] for axis in axes)
+    short = (axis.key.rpartition(".")[2] for axis in axes)
+    labels = [name if last[name] == 1 else axis.key for axis, name in zip(axes, short, strict=True)]
     parts = [[f"{label}-{slug}" for slug in _slugs(axis.plain)] for label, axis in zip(labels, axes, strict=True)]
     for combination in itertools.product(*parts):
         yield _shortened("--".join(combination), MAX_STEM)
 
 
-def _labels(keys: Sequence[str]) -> list[str]:
-    last = Counter(key.rpartition(".")[2] for key in keys)
-    return [key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in keys]
-
-
 def _slugs(values: Sequence[Any]) -> list[str]:
-    """Return a word for each value; those that would be alike, or say nothing, get a hash."""
+    """Return a word for each value; those that would be alike, or empty, get a hash."""
     words = [_word(value) for value in values]
     times = Counter(word.casefold() for word in words)
     return [
@@ -277,7 +258,7 @@ def _digest(value: Any) -> str:
 
 # ------------------------------------------------------------------ the files
 def file_text(point: Point, parent: str, about: str) -> str:
-    """Return a point's file: where it inherits from, and the values that make it this point."""
+    """Return a point's file: its parent and the values that make it this point."""
     tree: dict[str, Any] = {}
     # Options first, so that a value of a group joins the option's name.
     for key, value in sorted(point.values.items(), key=lambda item: not isinstance(item[1], Choice)):
@@ -289,21 +270,13 @@ def file_text(point: Point, parent: str, about: str) -> str:
 
 
 def group_text(base: UserFile, point: Point, about: str) -> str:
-    """Return a point's file as an option of a config group that plain Hydra reads: everything composed, no parent."""
+    """Return a point's file as an option of a config group for plain Hydra: everything composed, no parent."""
     values, _ = resolved(_sources(base, point.values).values())
-    if any("${" in text for text in _strings(values)):
-        raise ConfigError(f"{point.file}: a value holds the text '${{', which Hydra would resolve once more.")
-    # Hydra would merge the values into those of the default backend, whose keys are others.
+    if any("${" in text for _, text in texts(values)):
+        raise ConfigError(f"{point.file}: a value holds the text '${{', which Hydra would resolve again.")
+    # Otherwise Hydra merges the values into those of the default backend, which has other keys.
     engine = f"defaults: [override /backend: {flow(values['backend']['name'])}, _self_]"
     return _text(["# @package _global_", file_schema.EDITOR_LINE, f"# {about}", engine, *block(values)])
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
-    elif isinstance(value, str):
-        yield value
 
 
 def _text(lines: Sequence[str]) -> str:
@@ -314,51 +287,42 @@ def _text(lines: Sequence[str]) -> str:
 def write(
     grid: Grid, folder: Path, points: Sequence[Point], *, force: bool = False, as_group: bool = False
 ) -> dict[str, Any]:
-    """Write the points' files, the manifest and the schema for editors; return the manifest.
+    """Write the points' files, the index and the schema for editors; return the index.
 
     Args:
         grid: the grid.
-        folder: where to; made if need be.
-        points: those that are written; the grid's others are listed as skipped.
+        folder: the folder to write to; created if it does not exist.
+        points: the points to write; the grid's others are listed as skipped.
         force: replace an earlier grid in that folder; nothing else in it is touched.
-        as_group: write options of a Hydra config group in place of files that inherit from the base.
+        as_group: write options of a Hydra config group instead of files that inherit from the base.
 
     Raises:
-        ConfigError: the folder cannot be used, or there are files in it that would be overwritten.
+        ConfigError: the folder cannot be used, or files in it would be overwritten.
     """
-    base = _absolute(grid.base)
+    assert grid.base.path is not None
+    base = grid.base.path.parent.resolve() / grid.base.path.name
     stale = _earlier_files(folder, {point.file for point in points}, base, force=force)
-    manifest = _manifest(grid, points, os.path.relpath(base, folder.resolve()))
-    texts = _texts(grid, points, _parent(base, folder), as_group=as_group)
+    index = _index(grid, points, os.path.relpath(base, folder.resolve()))
+    parent, contents = _parent(base, folder), []
+    for number, point in enumerate(points, start=1):
+        about = f"Point {number} of {len(points)} of the grid in {INDEX}; made by lem config generate-grid."
+        contents.append(group_text(grid.base, point, about) if as_group else file_text(point, parent, about))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in stale:
             file.unlink(missing_ok=True)
-        # First, so that all the files of a grid are listed even when the writing is interrupted.
-        (folder / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
-        for point, text in zip(points, texts, strict=True):
+        # First, so that all files of a grid are listed even if the writing is interrupted.
+        (folder / INDEX).write_text(_index_text(index), encoding="utf-8")
+        for point, text in zip(points, contents, strict=True):
             (folder / point.file).write_text(text, encoding="utf-8")
-        file_schema.write_beside(folder / MANIFEST, grid.base.options)
+        file_schema.write_beside(folder / INDEX, grid.base.options)
     except OSError as error:
         raise ConfigError(f"{folder}: the grid cannot be written there: {error.strerror}.") from None
-    return manifest
-
-
-def _texts(grid: Grid, points: Sequence[Point], parent: str, *, as_group: bool) -> list[str]:
-    texts = []
-    for number, point in enumerate(points, start=1):
-        about = f"Point {number} of {len(points)} of the grid in {MANIFEST}; made by lem config generate-grid."
-        texts.append(group_text(grid.base, point, about) if as_group else file_text(point, parent, about))
-    return texts
-
-
-def _absolute(base: UserFile) -> Path:
-    assert base.path is not None
-    return base.path.parent.resolve() / base.path.name
+    return index
 
 
 def _parent(base: Path, folder: Path) -> str:
-    """Return the name by which a file in the folder inherits from the base: without suffix if that is unmistakable."""
+    """Return the name by which a file in the folder inherits from the base: without suffix if that is unambiguous."""
     full = os.path.relpath(base, folder.resolve())
     stem = base.with_suffix("")
     candidates = [stem, *(stem.with_name(stem.name + suffix) for suffix in SUFFIXES)]
@@ -367,15 +331,15 @@ def _parent(base: Path, folder: Path) -> str:
 
 
 def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) -> list[Path]:
-    """Return the files of an earlier grid that are no more; refuse whatever would be lost otherwise."""
-    manifest = folder / MANIFEST
+    """Return the files of an earlier grid that the new one lacks; refuse to overwrite or delete any other."""
+    index = folder / INDEX
     earlier: set[str] = set()
-    if os.path.lexists(manifest):
-        if not is_manifest(manifest):
-            raise ConfigError(f"{manifest} is not the manifest of a grid; choose another --output-dir.")
+    if os.path.lexists(index):
+        if not is_index(index):
+            raise ConfigError(f"{index} is not the index of a grid; choose another --output-dir.")
         if not force:
             raise ConfigError(f"{folder} holds a grid already; --force replaces it, or choose another --output-dir.")
-        earlier = _listed_files(manifest)
+        earlier = _listed_files(index)
     if base.parent == folder.resolve() and base.name in earlier | names:
         raise ConfigError(f"{shown_path(base)} is itself a file of that grid; choose another --output-dir.")
     others = sorted(name for name in names - earlier if os.path.lexists(folder / name))
@@ -385,37 +349,37 @@ def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) ->
     return [folder / name for name in sorted(earlier - names)]
 
 
-def is_manifest(path: Path) -> bool:
-    """Tell the manifest of a grid from a config file."""
+def is_index(path: Path) -> bool:
+    """Tell whether a file is the index of a grid, not a config file."""
     try:
         with path.open(encoding="utf-8") as file:
-            return any(line.startswith(f"{MANIFEST_KEY}:") for line in itertools.islice(file, 5))
+            return any(line.startswith(f"{INDEX_KEY}:") for line in itertools.islice(file, 5))
     except (OSError, UnicodeDecodeError):
-        return False
+        return False  # reading it as a config says what is wrong
 
 
-def _listed_files(manifest: Path) -> set[str]:
-    """Return the names that a manifest lists, of files beside it and nowhere else."""
-    import yaml
-
+def _listed_files(index: Path) -> set[str]:
+    """Return the names that an index lists, of files beside it only."""
     try:
-        content = yaml.load(manifest.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(index.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         names = {str(entry["file"]) for entry in content["files"]}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(f"{manifest}: the manifest cannot be read ({type(error).__name__}); delete it.") from None
-    return {name for name in names if Path(name).name == name and name.endswith(SUFFIXES) and name != MANIFEST}
+        raise ConfigError(f"{index}: the index cannot be read ({type(error).__name__}); delete it.") from None
+    return {name for name in names if Path(name).name == name and name.endswith(SUFFIXES) and name != INDEX}
 
 
-# ------------------------------------------------------------------ the manifest
-def _manifest(grid: Grid, points: Sequence[Point], base: str) -> dict[str, Any]:
+def _index(grid: Grid, points: Sequence[Point], base: str) -> dict[str, Any]:
     written = {point.file for point in points}
     return {
-        MANIFEST_KEY: FORMAT,
+        INDEX_KEY: FORMAT,
         "lem_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": base,
         "vary": {axis.key: list(axis.plain) for axis in grid.axes},
-        "files": [_entry(point) for point in points],
+        "files": [
+            {"file": point.file, "point": point.plain, **({"problems": list(point.problems)} if point.problems else {})}
+            for point in points
+        ],
         "skipped": [
             {"point": point.plain, "problems": list(point.problems)}
             for point in grid.points
@@ -424,15 +388,10 @@ def _manifest(grid: Grid, points: Sequence[Point], base: str) -> dict[str, Any]:
     }
 
 
-def _entry(point: Point) -> dict[str, Any]:
-    entry: dict[str, Any] = {"file": point.file, "point": point.plain}
-    return entry | {"problems": list(point.problems)} if point.problems else entry
-
-
-def _manifest_text(manifest: dict[str, Any]) -> str:
-    """Write the manifest with a line for each file: PyYAML would take longer than all the rest."""
-    lines = ["# The manifest of a grid: what lem config generate-grid wrote here, and from what. Not a config file."]
-    for key, value in manifest.items():
+def _index_text(index: dict[str, Any]) -> str:
+    """Write the index with a line for each file: PyYAML would take longer than everything else together."""
+    lines = ["# The index of a grid: what lem config generate-grid wrote here, and from what. Not a config file."]
+    for key, value in index.items():
         if isinstance(value, list) and value:
             lines += [f"{key}:", *(f"  - {flow(entry)}" for entry in value)]
         else:
@@ -442,8 +401,8 @@ def _manifest_text(manifest: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------ the command
 @dataclass(frozen=True)
-class How:
-    """How a grid is generated, apart from what is in it."""
+class GridOptions:
+    """How a grid is generated, apart from its content."""
 
     # Leave out the invalid points.
     validate: bool = False
@@ -455,43 +414,46 @@ class How:
     as_json: bool = False
 
 
-def generate(base: Path, vary: Sequence[str], folder: Path, how: How, config_dir: Path | None = None) -> int:
-    """Generate a grid and tell about it; return the exit code.
+def generate(
+    base: Path, vary: Sequence[str], folder: Path, options: GridOptions, config_dir: Path | None = None
+) -> int:
+    """Generate a grid and print a summary; return the exit code.
 
     Raises:
         ConfigError: nothing has been written.
     """
-    grid = make(base, vary, config_dir, any_machine=how.any_machine)
-    points = grid.valid if how.validate else grid.points
-    if grid.invalid and (how.strict or not points):
+    grid = make(base, vary, config_dir, any_machine=options.any_machine)
+    points = grid.valid if options.validate else grid.points
+    if grid.invalid and (options.strict or not points):
         headline = f"Nothing was written: {len(grid.invalid)} of {len(grid.points)} points are invalid."
         raise ConfigError(headline, *reasons(grid.invalid))
-    manifest = write(grid, folder, points, force=how.force, as_group=how.as_group)
+    index = write(grid, folder, points, force=options.force, as_group=options.as_group)
     for note in grid.notes:
-        print(f"CodedWarning: {note}", file=sys.stderr)
-    if how.as_json:
-        print(json.dumps(manifest, indent=2, ensure_ascii=False))
+        print(f"Note: {note}", file=sys.stderr)
+    if options.as_json:
+        print(json.dumps(index, indent=2, ensure_ascii=False))
     else:
-        _tell(grid, folder, len(points))
+        _print_summary(grid, folder, len(points))
     return 0
 
 
-def _tell(grid: Grid, folder: Path, written: int) -> None:
+def _print_summary(grid: Grid, folder: Path, written: int) -> None:
     if grid.invalid:
         is_left_out = written < len(grid.points)
-        what = "left out as invalid" if is_left_out else "invalid, and written all the same"
-        warning = f"Warning: {len(grid.invalid)} of {len(grid.points)} points {what}:"
-        show.console(stderr=True).print(warning, markup=False, highlight=False, style="yellow")
+        what = "are left out as invalid" if is_left_out else "are written although they are invalid"
+        print_warnings(f"{len(grid.invalid)} of {len(grid.points)} points {what}:")
         for reason in reasons(grid.invalid):
-            print(textwrap.fill(reason, 80, initial_indent="  ", subsequent_indent="    "), file=sys.stderr)
+            print(_indented(reason), file=sys.stderr)
         if not is_left_out:
-            print("--validate leaves them out; --strict writes nothing then.", file=sys.stderr)
-    print(f"{written} config files in {folder}, listed in {folder / MANIFEST}")
+            print("--validate leaves them out; with --strict nothing is written.", file=sys.stderr)
+    print(f"{written} config files in {folder}, listed in {folder / INDEX}")
     for axis in grid.axes:
-        print(
-            textwrap.fill(f"{axis.key}: {_enumerated(axis.plain)}", 80, initial_indent="  ", subsequent_indent="    ")
-        )
+        print(_indented(f"{axis.key}: {_enumerated(axis.plain)}"))
     print(f"Run them with: lem batch {shlex.quote(str(folder))}")
+
+
+def _indented(text: str) -> str:
+    return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    ")
 
 
 def _enumerated(values: Sequence[Any]) -> str:
@@ -500,7 +462,7 @@ def _enumerated(values: Sequence[Any]) -> str:
 
 
 def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
-    """Yield what is wrong, each reason once, with the number of points and the first of them."""
+    """Yield what is wrong, each reason once, with its number of points and the first of them."""
     found: dict[str, list[Point]] = {}
     for point in points:
         for problem in point.problems:
@@ -509,4 +471,4 @@ def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
         first = ", ".join(f"{key}={shortened(flow(value))}" for key, value in same[0].plain.items())
         yield f"{problem} [{len(same)} points; {first}]" if len(same) > 1 else f"{problem} [{first}]"
     if len(found) > limit:
-        yield f"… and {len(found) - limit} reasons more."
+        yield f"… and {len(found) - limit} more reasons."

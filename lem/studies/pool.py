@@ -1,7 +1,7 @@
-"""Several experiments at once: each a process of its own, pinned to GPUs of its own where there are some.
+"""Several experiments at once: each in a child process, pinned to separate GPUs if there are enough.
 
-A child is told what to run by a file, tells how far it is through a pipe, and writes its output to a log; see
-`lem.studies.child`. This module knows which GPU entries a child may see, not what runs on them.
+A child reads its job from a file, reports its progress through a pipe, and writes its output to a log; see
+`lem.studies.child`. This module knows which GPUs a child may see, not what runs on them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lem.config.multirun import cell_name
 from lem.errors import LemError
 from lem.machine.gpu import Gpu
 from lem.results.aggregate import aggregate
@@ -27,21 +28,22 @@ from lem.results.directory import ExperimentDir
 from lem.results.files import write_atomically
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
-from lem.runner.launch import GRACE_S
 from lem.runner.progress import Event, Report
+from lem.runner.stopping import GRACE_S
 from lem.spec.experiment import Experiment
-from lem.studies.ask import Options
+from lem.studies.ask import RunOptions
 from lem.studies.child import Job
-from lem.studies.display import BatchDisplay
-from lem.studies.manifest import Books, row_of
+from lem.studies.display import StudyDisplay
+from lem.studies.manifest import Manifest, row_of
+from lem.studies.study import Runner
 
-# What a child needs to end beyond the time that it gives its worker.
+# A child's grace period for its worker, and some time to end after it.
 STOP_S = GRACE_S + 5.0
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one run at a time; `devices` is its CUDA_VISIBLE_DEVICES, None leaves that as it is."""
+    """A share of the GPUs, for one run at a time; `devices` is its CUDA_VISIBLE_DEVICES, None leaves that as it is."""
 
     gpus: tuple[Gpu, ...]
     devices: str | None = None
@@ -50,145 +52,147 @@ class Slot:
 def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -> list[Slot]:
     """Split the visible GPUs into `parallel` disjoint sets of the same size; a remainder stays unused.
 
-    With fewer GPUs than that the slots have none in particular. The names are the user's own entries of
-    CUDA_VISIBLE_DEVICES, so that a GPU which that hides stays hidden, or else UUIDs.
+    With fewer GPUs than `parallel`, every slot has all of them. The devices are named by the user's own entries of
+    CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden, or else by UUID.
     """
     each = len(gpus) // parallel
     if not each:
         return [Slot(tuple(gpus))] * parallel
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    # `gpus` are in the order of the entries, and end where those name no device.
+    # `gpus` are in the order of the entries and end at the first entry that names no device.
     names = [gpu.uuid for gpu in gpus] if chosen is None else [name.strip() for name in chosen.split(",")]
     bounds = [range(i * each, (i + 1) * each) for i in range(parallel)]
     return [Slot(tuple(gpus[i] for i in those), ",".join(names[i] for i in those)) for those in bounds]
 
 
-def are_disjoint(places: Sequence[Slot]) -> bool:
+def are_disjoint(shares: Sequence[Slot]) -> bool:
     """Tell whether no physical GPU is in two slots; instances of one GPU share its energy counter."""
-    uuids = [uuid for place in places for uuid in {gpu.uuid for gpu in place.gpus}]
+    uuids = [uuid for share in shares for uuid in {gpu.uuid for gpu in share.gpus}]
     return len(uuids) == len(set(uuids))
 
 
 @dataclass
 class Child:
-    """A running cell: its process, and what that has told so far."""
+    """A running cell: its process, and what that has reported so far."""
 
     number: int
     slot: Slot
     process: subprocess.Popen[bytes]
-    tell: Report
+    report: Report
     results_dir: Path
     directory: ExperimentDir | None = None
     error: str | None = None
     watcher: threading.Thread | None = field(default=None, repr=False)
 
-    def hear(self, line: bytes) -> None:
-        """Take in a line from the child; one that it could not finish because it was killed counts for nothing."""
+    def receive(self, line: bytes) -> None:
+        """Handle a line from the child; ignore one that is cut off because the child was killed."""
         try:
-            said: dict[str, Any] = json.loads(line)
+            message: dict[str, Any] = json.loads(line)
         except ValueError:
             return
-        if "claimed" in said:
-            self.directory = ExperimentDir(Path(said["claimed"]))
-        elif "error" in said:
-            self.error = str(said["error"])
+        if "claimed" in message:
+            self.directory = ExperimentDir(Path(message["claimed"]))
+        elif "error" in message:
+            self.error = str(message["error"])
         else:
-            self.tell(Event(**said))
+            self.report(Event(**message))
 
 
-class Pool:
-    """Runs cells in child processes, one in each slot; its methods are called from the main thread."""
+@dataclass
+class Pool(Runner):
+    """Runs cells in child processes, one in each free slot; its methods are called from the main thread.
 
-    def __init__(
-        self, books: Books, display: BatchDisplay, options: Options, places: Sequence[Slot], shared_with: Sequence[int]
-    ) -> None:
-        self._books, self._display, self._options = books, display, options
-        self._shared_with = shared_with
-        self._free = list(reversed(places))
-        self._running: list[Child] = []
-        self._ended: queue.Queue[Child] = queue.Queue()
+    `shared_with` is, for each cell, the number of other runs that may affect its numbers.
+    """
+
+    manifest: Manifest
+    display: StudyDisplay
+    options: RunOptions
+    free: list[Slot]
+    shared_with: Sequence[int]
+    running: list[Child] = field(default_factory=list)
+    ended: queue.Queue[Child] = field(default_factory=queue.Queue)
 
     def run(self, number: int, experiment: Experiment) -> None:
         """Start a cell as soon as a slot is free."""
-        while not self._free:
+        while not self.free:
             self._wait_for_one()
-        if self._books.is_over:
+        if self.manifest.is_over:
             return
         try:
             self._start(number, experiment)
         except OSError as error:
-            self._books.change(number, status="failed", error=f"its process could not be started: {error}.")
+            self.manifest.change(number, status="failed", error=f"its process could not be started: {error}.")
 
     def finish(self) -> None:
         """Wait for all children."""
-        while self._running:
+        while self.running:
             self._wait_for_one()
 
     def stop(self) -> None:
-        """End all children; what they measured is kept. Those that do not end, or a second Ctrl-C, end by force."""
-        for child in self._running:
+        """Terminate all children, which keep what they measured; kill them after STOP_S or at a second Ctrl-C."""
+        for child in self.running:
             child.process.terminate()
         deadline = time.monotonic() + STOP_S
         try:
-            while self._running:
+            while self.running:
                 self._wait_for_one(max(0.0, deadline - time.monotonic()), stopped=True)
         except (queue.Empty, KeyboardInterrupt):
-            for child in self._running:
+            for child in self.running:
                 child.process.kill()
-            while self._running:
+            while self.running:
                 self._wait_for_one(stopped=True)
 
-    # -------------------------------------------------------------- one child
     def _start(self, number: int, experiment: Experiment) -> None:
-        cell, root = self._books.cells[number], self._books.directory
-        job_file, log_file = root / "plan" / "jobs" / f"{_name(number)}.json", root / "logs" / f"{_name(number)}.log"
+        cell, root, name = self.manifest.cells[number], self.manifest.directory, cell_name(number)
+        job_file, log_file = root / "plan" / "jobs" / f"{name}.json", root / "logs" / f"{name}.log"
         job = Job(
             experiment=experiment,
             overrides=cell.overrides,
             config_file=str(cell.config_file) if cell.config_file else None,
-            force=self._options.force,
-            write_tables=self._options.write_tables,
-            shared_with=self._shared_with[number],
+            force=self.options.force,
+            write_tables=self.options.write_tables,
+            shared_with=self.shared_with[number],
             unfinished=str(cell.unfinished.path.resolve()) if cell.unfinished else None,
         )
         write_atomically(job_file, to_json(job))
         log_file.parent.mkdir(exist_ok=True)
-        slot = self._free.pop()
+        slot = self.free.pop(0)
         reading, writing = os.pipe()
         try:
             process = _popen(job_file, log_file, slot, writing)
         except OSError:
             os.close(reading)
-            self._free.append(slot)
+            self.free.append(slot)
             raise
         finally:
             os.close(writing)
-        tell = self._display.begin(number, cell.label)
-        child = Child(number, slot, process, tell, Path(experiment.io.results_dir))
-        self._running.append(child)
-        self._books.change(number, status="running", log=log_file)
+        report = self.display.begin(number, cell.label)
+        child = Child(number, slot, process, report, Path(experiment.io.results_dir))
+        self.running.append(child)
+        self.manifest.change(number, status="running", log=log_file)
         child.watcher = threading.Thread(target=self._watch, args=(child, reading), daemon=True)
         child.watcher.start()
 
     def _watch(self, child: Child, descriptor: int) -> None:
-        """Listen to a child until it has ended; sleeps in between."""
+        """Receive a child's lines until it has ended."""
         with os.fdopen(descriptor, "rb") as lines:
             for line in lines:
-                child.hear(line)
+                child.receive(line)
         child.process.wait()
-        self._ended.put(child)
+        self.ended.put(child)
 
     def _wait_for_one(self, timeout_s: float | None = None, *, stopped: bool = False) -> None:
-        """Wait until a child has ended and note how; raises `queue.Empty` after the timeout."""
-        child = self._ended.get(timeout=timeout_s)
-        self._running.remove(child)
-        self._free.append(child.slot)
+        """Wait until a child has ended and record how; raises `queue.Empty` after the timeout."""
+        child = self.ended.get(timeout=timeout_s)
+        self.running.remove(child)
+        self.free.append(child.slot)
         if child.process.stdin is not None:
             child.process.stdin.close()
-        entry = self._books.change(child.number, directory=child.directory, **self._outcome(child, stopped))
-        self._display.end(child.number, entry.sentence, failed=entry.status == "failed")
+        state = self.manifest.change(child.number, directory=child.directory, **self._how_it_ended(child, stopped))
+        self.display.end(child.number, state.sentence, failed=state.status == "failed")
 
-    def _outcome(self, child: Child, stopped: bool) -> dict[str, Any]:
+    def _how_it_ended(self, child: Child, stopped: bool) -> dict[str, Any]:
         code = child.process.returncode
         killed = code < 0
         row = self._orphaned_row(child) if killed else row_of(child.directory)
@@ -200,31 +204,27 @@ class Pool:
         return {"status": "failed", "row": row, "error": child.error or f"its process {how}."}
 
     def _orphaned_row(self, child: Child) -> ExperimentRow | None:
-        """Return the row of a child that was killed: its workers follow it, and write what they had measured."""
+        """Return the row of a child that was killed: its workers end after it and write what they measured."""
         if child.directory is None:
             return None
         try:
-            with child.directory.hold(exclusive=True):  # until none of them is left
-                if self._options.write_tables:
+            with child.directory.hold(exclusive=True):  # waits until they have ended
+                if self.options.write_tables:
                     return aggregate(Store(child.results_dir), child.directory, strict=False, force=True)
         except LemError:
             pass  # nothing was measured
         return row_of(child.directory)
 
 
-def _name(number: int) -> str:
-    return f"c{number:03d}"
-
-
 def _popen(job_file: Path, log_file: Path, slot: Slot, report_to: int) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own: Ctrl-C reaches it once, through its parent."""
-    # -P: a file of the user's working directory must not stand in for a library.
+    """Start a child in a new session: Ctrl-C reaches it once, through its parent."""
+    # -P: a file in the user's working directory must not shadow a library.
     command = [sys.executable, "-P", "-m", "lem.studies.child", str(job_file), "--report-fd", str(report_to)]
     pinned = {} if slot.devices is None else {"CUDA_VISIBLE_DEVICES": slot.devices}
     with log_file.open("wb") as log:
         return subprocess.Popen(
             command,
-            # Never written to: its end tells the child that its parent is gone.
+            # Never written to: when it closes, the child knows that its parent is gone.
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -1,4 +1,4 @@
-"""Putting requests into batches by the length of their inputs. Knows nothing of models or tokens' values."""
+"""Putting requests into batches by the length of their inputs. Knows nothing of models or of what tokens mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
     Args:
         lengths: input tokens of each request, without padding.
         batching: the strategy and its limits. The dynamic strategies need `max_tokens_per_batch`, which bounds
-            the padded input (longest input × requests); a single request above it is a batch of its own.
+            the padded input (longest input × requests); a single request above it is a batch alone.
 
     Raises:
         ValueError: a dynamic strategy without `max_tokens_per_batch`.
@@ -22,17 +22,13 @@ def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
     if batching.strategy == "continuous":
         return [order] if order else []  # the engine itself decides which run at the same time
     if batching.strategy.startswith("sorted"):
-        # Longest first: if memory does not suffice, the run fails at its beginning and not at its end.
+        # Longest first, so that a run without enough memory fails at its beginning.
         order.sort(key=lambda i: -lengths[i])
     if batching.strategy.endswith("static"):
-        return _fixed(order, batching.batch_size)
+        return [order[i : i + batching.batch_size] for i in range(0, len(order), batching.batch_size)]
     if batching.max_tokens_per_batch is None:
         raise ValueError(f"{batching.strategy} batching needs batching.max_tokens_per_batch")
     return _by_budget(order, lengths, batching.batch_size, batching.max_tokens_per_batch)
-
-
-def _fixed(order: list[int], size: int) -> list[list[int]]:
-    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _by_budget(order: list[int], lengths: Sequence[int], size: int, budget: int) -> list[list[int]]:

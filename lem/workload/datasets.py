@@ -1,4 +1,4 @@
-"""The family of prompt sources: built in, local files, the hub. A new dataset is a YAML file in conf/dataset."""
+"""The family of prompt sources: built-in, local files, the hub. A new dataset is only a YAML file in conf/dataset."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lem.workload.prompts import Prompts, Row, pick
 
 
 def load_prompts(dataset: Dataset, seed: int) -> Prompts:
-    """Load the prompts that the configuration names.
+    """Load the configured prompts.
 
     Raises:
-        DatasetError: they cannot be had as asked for; the message says what can.
+        DatasetError: they cannot be loaded as configured; the message says what can.
     """
     if dataset.path is None:
         raise DatasetError("No prompts: name them with --dataset, --prompts or dataset.path.")
@@ -24,13 +24,11 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
 
 
 def _rows(dataset: Dataset, path: str) -> tuple[Iterable[Row], str | None]:
-    local = Path(path).expanduser()
-    if path.startswith(builtin.PREFIX):
-        _no_split(dataset)
-        return builtin.read(path), None
-    if local.is_file():
-        _no_split(dataset)
-        return file.read(local), None
+    local, is_builtin = Path(path).expanduser(), path.startswith(builtin.PREFIX)
+    if is_builtin or local.is_file():
+        if dataset.split is not None:
+            raise DatasetError(f"{dataset.path} has no splits; leave out --split.")
+        return builtin.read(path) if is_builtin else file.read(local), None
     if not local.is_dir() and looks_like_a_file(path):
         raise DatasetError(f"There is no file {path}.")
     split = dataset.split or hub.DEFAULT_SPLIT
@@ -38,10 +36,5 @@ def _rows(dataset: Dataset, path: str) -> tuple[Iterable[Row], str | None]:
 
 
 def looks_like_a_file(path: str) -> bool:
-    """Tell a local path that does not exist from a hub id, which is `owner/name`."""
+    """Tell whether a path that does not exist means a local file, not a hub id (`owner/name`)."""
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in file.BUILDERS
-
-
-def _no_split(dataset: Dataset) -> None:
-    if dataset.split is not None:
-        raise DatasetError(f"{dataset.path} has no splits; leave out --split.")

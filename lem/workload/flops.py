@@ -1,10 +1,10 @@
 """Model FLOPs of counted tokens, from a model's architecture.
 
-Counted are the matrix products of the forward pass, a multiply-add as two operations: 2 for each weight that a
-token meets, and in each attention layer 4·(heads·head_dim) for each position that a token attends to (QKᵀ and
-the weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361,
-table 1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that all parameters
-are matrices. Padding, recomputation, norms and softmax are not counted. Knows no engine.
+It counts the matrix products of the forward pass, with a multiply-add as two operations: 2 for each weight that a token
+passes through, and in each attention layer 4·(heads·head_dim) for each position that a token attends to (QKᵀ and the
+weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361, table 1;
+Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that all parameters are matrices.
+Padding, recomputation, norms and softmax are not counted. Knows no engine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ METHOD = "formula: 2 per weight met + 4·heads·head_dim per attended position, 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes that decide a decoder's FLOPs.
+    """The sizes that determine a decoder's FLOPs.
 
-    `body_weights` are the matrix weights that every token meets (for a mixture of experts those of the experts
-    it is sent to), `head_weights` those of the output projection, which is computed only where a token is
-    chosen. `attention_width` is heads·head_dim, summed over the attention layers.
+    `body_weights` are the matrix weights that every token passes through (in a mixture of experts, its experts'
+    weights), `head_weights` those of the output projection, which is computed only where a token is chosen.
+    `attention_width` is heads·head_dim, summed over the attention layers.
     """
 
     body_weights: int

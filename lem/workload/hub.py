@@ -1,4 +1,4 @@
-"""Prompts from a dataset of the Hugging Face hub, or from a local directory laid out like one."""
+"""Prompts from a dataset on the Hugging Face hub, or from a local directory with the same layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
 
     Args:
         path: hub id or local directory.
-        config: name of a configuration, if the dataset has several.
-        files: one file of a repository without a configuration.
+        config: name of a configuration, where the dataset has several.
+        files: one file of a repository without configurations.
         split: split to read; None is `train`.
 
     Raises:
@@ -37,17 +37,17 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
             config,
             data_files=files,
             split=split or DEFAULT_SPLIT,
-            # The library's cache tells local directories apart by their last name only, and does not see changes.
+            # The library's cache identifies local directories only by their last name, and does not notice changes.
             streaming=Path(path).is_dir(),
         )
     except DatasetError:
         raise
-    except Exception as error:  # the library and the hub client raise a dozen kinds
+    except Exception as error:  # the library and the hub client raise many kinds
         raise DatasetError(_sentence(path, split or DEFAULT_SPLIT, error)) from None
 
 
 def quiet(datasets: Any) -> None:
-    """Keep the library's progress bars and log lines out of ours; its errors arrive as exceptions."""
+    """Turn off the library's progress bars and log lines; its errors arrive as exceptions."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
 

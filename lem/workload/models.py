@@ -1,4 +1,4 @@
-"""Finding a model: the built-in one, a local directory, or the hub. Reads its config.json, loads no weights."""
+"""Finding a model: built-in, a local directory, or on the hub. Reads its config.json and loads no weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ OFFLINE_HINT = "Use --model tiny, which comes with lem, or a local directory."
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model lies and what its config.json says.
-
-    `path` is what transformers is given: a directory or a hub id.
-    """
+    """A model's location and its config.json; `path` is a directory or a hub id, as transformers takes it."""
 
     name: str
     path: str
@@ -28,12 +25,12 @@ class Model:
 
     @property
     def random_weights(self) -> bool:
-        """The weights are random: what the model writes means nothing."""
+        """True when the weights are random, so that the model's text is meaningless."""
         return self.name == tiny.NAME
 
 
 def find(name: str, revision: str | None = None) -> Model:
-    """Find a model by `tiny`, a local directory or a hub id.
+    """Find a model by its name: `tiny`, a local directory or a hub id.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached and it is not cached.
@@ -46,13 +43,10 @@ def find(name: str, revision: str | None = None) -> Model:
         return Model(name, str(local), None, _read_config(local))
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"There is no model directory {name}.")
-    if "/" not in name and _looks_mistyped(name):
-        raise ModelError(f"There is no model '{name}'.{did_you_mean(name, [tiny.NAME])}")
+    suggestion = did_you_mean(name, [tiny.NAME])
+    if "/" not in name and suggestion:
+        raise ModelError(f"There is no model '{name}'.{suggestion}")
     return Model(name, name, revision, _hub_config(name, revision))
-
-
-def _looks_mistyped(name: str) -> bool:
-    return bool(did_you_mean(name, [tiny.NAME]))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
     import huggingface_hub
     from huggingface_hub import errors
 
-    # Its retries are reported as warnings; the error that ends them is ours to tell.
+    # It logs its retries as warnings; the final error is reported here.
     huggingface_hub.logging.set_verbosity_error()
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
@@ -86,13 +80,11 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
     except errors.RevisionNotFoundError:
         raise ModelError(f"The model {name} has no revision '{revision}'.") from None
     except errors.HFValidationError:
-        raise ModelError(f"'{name}' is no model: neither a directory nor a hub id (owner/name).") from None
-    except Exception as error:  # the client raises those of its transport as well
-        raise ModelError(_other_failure(name, error)) from None
+        raise ModelError(f"'{name}' is neither a model directory nor a hub id (owner/name).") from None
+    except Exception as error:  # also those of the client's transport
+        if is_unreachable(error):
+            reason = "is not cached on this machine and the hub cannot be reached."
+        else:
+            reason = f"cannot be read from the hub: {' '.join(str(error).split())[:200]}"
+        raise ModelError(f"The model {name} {reason} {OFFLINE_HINT}") from None
     return _read_config(Path(file).parent)
-
-
-def _other_failure(name: str, error: Exception) -> str:
-    if is_unreachable(error):
-        return f"The model {name} is not cached on this machine and the hub cannot be reached. {OFFLINE_HINT}"
-    return f"The model {name} cannot be read from the hub: {' '.join(str(error).split())[:200]} {OFFLINE_HINT}"

@@ -1,7 +1,7 @@
-"""The Hugging Face hub as a place that may be out of reach. Knows nothing of models or datasets.
+"""Using the Hugging Face hub's cache where the hub is unreachable. Knows nothing of models or datasets.
 
-Without a network the hub's client retries for half a minute before it falls back on its cache. One look-up of
-the host's name tells at once; the client is then put in its offline mode, which uses the cache.
+Without a network the hub's client retries for half a minute before it falls back on its cache. Looking up the host's
+name shows it at once; the client is then put into its offline mode, which uses the cache.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ CONNECTION_WORDS = (
 
 
 def use_cache_if_unreachable() -> None:
-    """Put the hub's client, here and in child processes, in offline mode when the host has no address.
+    """Put the hub's client, here and in child processes, into offline mode when its host has no address.
 
-    To be called before `huggingface_hub` is imported, which reads the variable once. Behind a proxy the name
-    need not resolve here, so nothing is changed.
+    Call this before importing `huggingface_hub`, which reads the variable once. Behind a proxy the name need not
+    resolve here, so nothing is changed.
     """
     if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
         return
@@ -34,7 +34,7 @@ def use_cache_if_unreachable() -> None:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that led to it, is about the connection."""
+    """Tell whether an error, or one of its causes, is about the connection."""
     while error is not None:
         text = f"{type(error).__name__} {error}".lower()
         if isinstance(error, (ConnectionError, TimeoutError)) or any(word in text for word in CONNECTION_WORDS):

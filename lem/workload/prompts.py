@@ -1,6 +1,6 @@
-"""Prompts: picking the text out of rows, dropping empty ones, drawing a sample.
+"""Prompts: taking the text from rows, dropping empty ones, drawing a sample.
 
-Knows rows as mappings of column names to values, and nothing of where they come from.
+Rows are mappings from column names to values; nothing here knows where they come from.
 """
 
 from __future__ import annotations
@@ -14,18 +14,10 @@ from typing import Any
 
 from lem.errors import DatasetError, did_you_mean
 
-# Columns that hold prompts in common datasets, the likeliest first.
+# Columns that hold prompts in common datasets, the most likely first.
 PROMPT_COLUMNS = (
-    "text",
-    "prompt",
-    "instruction",
-    "question",
-    "query",
-    "input",
-    "conversations",
-    "messages",
-    "content",
-)
+    "text", "prompt", "instruction", "question", "query", "input", "conversations", "messages", "content",
+)  # fmt: skip
 USER_ROLES = ("human", "user")
 
 Row = Mapping[str, Any]
@@ -33,9 +25,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of an experiment, in the order in which they are run.
+    """The prompts of an experiment, in order.
 
-    `available` counts the non-empty prompts that the source holds, `dropped_empty` those left out.
+    `available` counts the source's non-empty prompts, `dropped_empty` its empty ones.
     """
 
     texts: tuple[str, ...]
@@ -54,12 +46,10 @@ class Prompts:
 def pick(
     rows: Iterable[Row], *, source: str, split: str | None, column: str | None, n: int | None, seed: int
 ) -> Prompts:
-    """Take the prompts out of rows: empty ones are dropped first, then `n` are drawn with the seed.
-
-    The drawn prompts keep the order of the source, so that the same sample is the same sequence.
+    """Take the prompts from rows: drop empty ones, then draw `n` with the seed, in the order of the source.
 
     Raises:
-        DatasetError: no such column, no column that looks like prompts, values that are no text, or no prompts.
+        DatasetError: no such column, no column that looks like prompts, values that are not text, or no prompts.
     """
     rows = list(rows)
     if not rows:
@@ -81,14 +71,14 @@ def pick(
 
 
 def draw(texts: Sequence[str], n: int | None, seed: int) -> list[str]:
-    """Return `n` of the texts, drawn without replacement with the seed, in their order; all of them if fewer."""
+    """Return `n` of the texts, drawn without replacement, in their order; all of them if there are fewer."""
     if n is None or n >= len(texts):
         return list(texts)
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), n))]
 
 
 def choose_column(columns: Sequence[str], asked: str | None, rows: Sequence[Row], source: str) -> str:
-    """Return the column that holds the prompts: the one asked for, else the first that looks like it."""
+    """Return the column that holds the prompts: the one asked for, otherwise the first that looks like it."""
     if asked is not None:
         if asked not in columns:
             raise DatasetError(
@@ -100,7 +90,7 @@ def choose_column(columns: Sequence[str], asked: str | None, rows: Sequence[Row]
     if by_name or len(textual) == 1:
         return textual[0]
     raise DatasetError(
-        f"{source}: no column is called like a prompt. Name it with --column; the columns: {', '.join(columns)}."
+        f"{source}: no column looks like prompts. Name one with --column; the columns: {', '.join(columns)}."
     )
 
 
@@ -108,7 +98,7 @@ def text_of(value: Any) -> str | None:
     """Return a cell's prompt: the text itself, or the first user turn of a conversation; None if neither.
 
     A conversation is a list of turns, `{"from": "human", "value": …}` (ShareGPT) or
-    `{"role": "user", "content": …}`. A conversation without a user turn and a missing cell are empty.
+    `{"role": "user", "content": …}`. A conversation without a user turn is empty, and so is a missing cell.
     """
     if value is None:
         return ""
@@ -123,7 +113,7 @@ def _user_text(turn: Row) -> str | None:
     role = turn.get("from", turn.get("role"))
     text = turn.get("value", turn.get("content"))
     if isinstance(text, (list, tuple)):
-        # Content in parts: text, and perhaps images, which a language model does not take.
+        # Content in parts: text and perhaps images, which are left out.
         parts = [part.get("text") for part in text if isinstance(part, Mapping)]
         text = "\n".join(part for part in parts if isinstance(part, str))
     return text if role in USER_ROLES and isinstance(text, str) else None

@@ -1,8 +1,8 @@
 """The built-in model `tiny`: a small Llama with random weights, made on first use in the user's cache.
 
-The same bytes every time and everywhere: weights are uniform numbers from MT19937, whose stream numpy keeps
-frozen; the tokenizer is trained on the prompts that come with lem. It writes text
-without meaning, but does the work of a real model of its size. Needs neither torch nor transformers.
+Its bytes are always the same: the weights are uniform numbers from MT19937, whose stream numpy keeps frozen, and the
+tokenizer is trained on the prompts that come with lem. Its text is meaningless, but it does the work of a real model of
+its size. Needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAME = "tiny"
-# Part of the directory's name: raise it when the bytes change.
+# Part of the directory's name; raise it when the bytes change.
 VERSION = 1
 SEED = 20_240_601
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
@@ -54,7 +54,7 @@ CONFIG: dict[str, Any] = {
 
 
 def path() -> Path:
-    """Return the model's directory, making it if it is not there yet."""
+    """Return the model's directory; make it first if it does not exist."""
     target = cache_dir() / "models" / f"{NAME}-v{VERSION}"
     if not target.is_dir():
         _make(target)
@@ -69,7 +69,7 @@ def cache_dir() -> Path:
 
 
 def _make(target: Path) -> None:
-    """Write all files beside the target and rename, so that two processes at once do no harm."""
+    """Write all files beside the target and rename, so that two processes can do so at once."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -77,7 +77,7 @@ def _make(target: Path) -> None:
         scratch.chmod(0o755)
         scratch.rename(target)
     except OSError:
-        if not target.is_dir():  # else another process was faster, with the same bytes
+        if not target.is_dir():  # otherwise another process was faster, with the same bytes
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -103,8 +103,8 @@ def _weights() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     stream = np.random.RandomState(SEED)
 
     def matrix(rows: int, columns: int) -> np.ndarray[Any, Any]:
-        # Uniform with a standard deviation of about 1/16. Subtraction, product and rounding are IEEE
-        # operations, so every machine gets the same bits; a normal distribution would need log and sqrt.
+        # Uniform with a standard deviation of about 1/16. Subtraction, product and rounding are IEEE operations, so the
+        # bits are the same on every machine; a normal distribution would need log and sqrt.
         return ((stream.random_sample((rows, columns)) - 0.5) * 0.21875).astype(np.float32)
 
     yield "model.embed_tokens.weight", matrix(VOCAB, HIDDEN)

@@ -1,4 +1,9 @@
-"""When each token was there: chunks of tokens, TTFT, inter-token latency, time per output token."""
+"""When tokens came: TTFT, inter-token latency and time per output token of one request, from chunks of tokens.
+
+An engine hands out tokens in chunks: mostly of one token, of several with speculation or over a network. Latencies are
+of tokens, never of chunks: the tokens of a chunk are spread evenly over the time since the previous one. Knows no
+engine.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from lem.units import NS_PER_S
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that came together; `at_ns` is a reading of `time.perf_counter_ns`."""
+    """Tokens that came together, at `at_ns` on the clock `time.perf_counter_ns`."""
 
     at_ns: int
     tokens: int
@@ -21,8 +26,8 @@ class Chunk:
 class TokenTimes:
     """The latencies of one request's tokens.
 
-    `ttft_s` is the time to the first token; `itl_s` holds a gap for each further one; `tpot_s` is their mean, None for
-    a single token. `spread` tells whether tokens of one chunk were spread over the time since the chunk before.
+    `ttft_s` is the time to the first token; `itl_s` holds the gap before each further one; `tpot_s` is their mean, None
+    for a single token. `spread` is True when tokens of one chunk were spread over the time since the previous one.
     """
 
     ttft_s: float
@@ -36,7 +41,7 @@ def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
 
     Args:
         start_ns: when the engine was given the request.
-        chunks: the tokens as they came, in order. The further tokens of the first chunk came with the first one:
+        chunks: the tokens as they came, in order. The further tokens of the first chunk came with the first one, so
             their gap is 0.
     """
     chunks = [chunk for chunk in chunks if chunk.tokens > 0]
@@ -55,7 +60,7 @@ def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
 
 
 def first_tokens(chunks: Sequence[Chunk], count: int) -> tuple[Chunk, ...]:
-    """Return the chunks of the first `count` tokens: an engine may go on after a request's end token."""
+    """Return the chunks of the first `count` tokens, because an engine may continue after the end token."""
     kept: list[Chunk] = []
     for chunk in chunks:
         if count <= 0:

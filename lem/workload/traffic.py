@@ -1,7 +1,7 @@
-"""When requests arrive: all at once, at a rate, as many at a time, or as a trace recorded them.
+"""When requests arrive: all at once, at a rate, at a fixed concurrency, or as a trace recorded them.
 
-Open-loop traffic (constant, poisson, trace) arrives whether or not the engine keeps up, and waits in a queue until its
-turn comes. Knows neither engine nor meter; times are readings of `time.perf_counter_ns`.
+Open-loop traffic (constant, poisson, trace) arrives whether or not the engine keeps up, and waits in a queue. Knows
+neither engine nor meter; times in ns are on the clock `time.perf_counter_ns`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lem.units import NS_PER_S
 T = TypeVar("T")
 R = TypeVar("R")
 
-# A trace that goes on for longer is taken for a mistake, as milliseconds in the column of seconds.
+# A longer trace is considered a mistake, such as milliseconds in the column of seconds.
 LONGEST_S = 30 * 86400.0
 
 
 def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
-    """Return when each request of open-loop traffic arrives, in seconds after the first could have.
+    """Return when each request of open-loop traffic arrives, in seconds after the window's opening.
 
-    Poisson traffic has exponential gaps of mean 1 / target_qps, the first one before the first request; constant
-    traffic begins at once. The same seed gives the same times, and a longer run begins like a shorter one.
+    Poisson traffic has exponential gaps of mean 1 / target_qps, including one before the first request; constant
+    traffic begins at once. The same seed gives the same times, and a longer run begins with the times of a shorter one.
 
     Raises:
         BadInput: the trace cannot be read, or holds fewer arrivals than there are requests.
@@ -48,7 +48,7 @@ def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
 
 
 def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
-    """Return the arrivals of a trace; None for other patterns, whose configuration alone says when requests arrive.
+    """Return the arrivals of a trace; None for other patterns, whose arrivals follow from the configuration.
 
     Raises:
         BadInput: as `read_trace`.
@@ -62,7 +62,7 @@ def read_trace(path: Path, count: int) -> list[float]:
     """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0.
 
     Raises:
-        BadInput: it cannot be read, holds fewer, or holds a time that is not finite or `LONGEST_S` after the first.
+        BadInput: it cannot be read, holds fewer, or a time that is not finite or over `LONGEST_S` after the first.
     """
     try:
         times = _times(path)
@@ -78,7 +78,7 @@ def read_trace(path: Path, count: int) -> list[float]:
 
 
 def _times(path: Path) -> list[float]:
-    """Return the times of a trace in order; raises ValueError, with the line, for one that is no arrival's."""
+    """Return the times of a trace in order; raises ValueError with the line of an invalid one."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         found = [(row["t_s"], rows.line_num) for row in rows]
@@ -95,9 +95,9 @@ def _seconds(text: str | None, line: int) -> float:
     try:
         t_s = float(text or "")
     except ValueError:
-        raise ValueError(f"line {line}: '{text or ''}' is no number of seconds") from None
+        raise ValueError(f"line {line}: '{text or ''}' is not a number of seconds") from None
     if not math.isfinite(t_s):
-        raise ValueError(f"line {line}: {text} is no time that a request can arrive at")
+        raise ValueError(f"line {line}: {text} is not a possible time of arrival")
     return t_s
 
 
@@ -110,17 +110,17 @@ class Arrived(Generic[T]):
 
 
 class Arrivals(Generic[T]):
-    """The requests of a window, as they arrive; those of a fixed concurrency arrive as others are finished."""
+    """The requests of a window as they arrive; with a fixed concurrency, as others are finished."""
 
     def __init__(
         self, requests: Sequence[T], times_s: Sequence[float] | None, concurrency: int, opened_ns: int
     ) -> None:
-        """Take the requests in order.
+        """Queue the requests in order.
 
         Args:
             requests: what arrives.
             times_s: when, after the opening; None for a fixed concurrency.
-            concurrency: requests in the system at any time, where `times_s` is None.
+            concurrency: requests in the system at any time, when `times_s` is None.
             opened_ns: when the window opened.
         """
         self._left = list(requests)[::-1]
@@ -132,7 +132,7 @@ class Arrivals(Generic[T]):
         return bool(self._left)
 
     def next_ns(self) -> int | None:
-        """Return when the next one arrives; None when that depends on others being finished, or none is left."""
+        """Return when the next one arrives; None when none is left, or it waits for others to be finished."""
         if not self._left:
             return None
         if self._times_ns is not None:
@@ -140,7 +140,7 @@ class Arrivals(Generic[T]):
         return self._free_at_ns[0] if self._free_at_ns else None
 
     def take(self, now_ns: int, at_most: int) -> list[Arrived[T]]:
-        """Return those that have arrived, in order, and are not taken yet."""
+        """Take those that have arrived, in order."""
         taken: list[Arrived[T]] = []
         while len(taken) < at_most and (at_ns := self.next_ns()) is not None and at_ns <= now_ns:
             taken.append(Arrived(self._left.pop(), at_ns))
@@ -151,7 +151,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """Note that requests are finished, so that as many others may arrive."""
+        """Let as many others arrive as have been finished."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 
@@ -159,9 +159,9 @@ class Arrivals(Generic[T]):
 def in_turn(
     arrivals: Arrivals[T], at_most: int, run: Callable[[Sequence[T]], Iterator[Sequence[R]]]
 ) -> Iterator[tuple[Sequence[Arrived[T]], Sequence[R]]]:
-    """Serve arrivals with an engine that takes a batch and is busy until it is done.
+    """Serve arrivals with an engine that is busy with one batch at a time.
 
-    Sleeps until the next arrival when nothing waits; else takes what has arrived by then, `at_most` at once.
+    Sleeps until the next arrival when nothing waits; otherwise takes up to `at_most` of what has arrived.
 
     Yields:
         The batch that was taken, and each part of it as it is finished.
@@ -184,16 +184,16 @@ def as_places_become_free(
     begin: Callable[[Arrived[T]], None],
     advance: Callable[[], Sequence[R]],
 ) -> Iterator[Sequence[R]]:
-    """Serve arrivals with an engine that takes others in between two steps of its work.
+    """Serve arrivals with an engine that accepts requests between two steps of its work.
 
     Sleeps until the next arrival when there is nothing to do.
 
     Args:
         arrivals: what arrives, and when.
-        at_most: how many requests the engine has at the same time.
-        running: how many it has now.
-        begin: gives it one.
-        advance: lets it take a step, and returns what has been finished in that.
+        at_most: how many requests the engine runs at the same time.
+        running: returns how many it runs now.
+        begin: passes it one.
+        advance: makes it take a step, and returns what that has finished.
 
     Yields:
         What is finished in the same step.
@@ -210,5 +210,5 @@ def as_places_become_free(
 
 def _sleep_until_the_next(arrivals: Arrivals[T]) -> None:
     next_ns = arrivals.next_ns()
-    assert next_ns is not None  # nothing is being served that others could wait for
+    assert next_ns is not None  # nothing is being served that it could wait for
     time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)

@@ -1,6 +1,6 @@
 """How each feature of tests/backends/features.py is confirmed: what runs here, and what only arrives in an engine.
 
-The support matrix (docs/support.md) takes its words from here, and test_support.py runs it. A backend joins by a line
+The support matrix (docs/support.md) takes its words from here, and test_features.py runs it. A backend joins by a line
 in ENGINES, where it can run on a processor; else by lines in ARRIVES.
 """
 
@@ -13,10 +13,10 @@ from operator import eq
 from pathlib import Path
 from typing import Literal
 
-from lem.machine.host import Host
 from lem.spec.engines import PytorchBackend, SimulatedBackend, VllmBackend
 from lem.spec.experiment import Batching, Experiment
 from tests.backends.features import ADAPTER, DRAFT, TRACE, Feature, support
+from tests.hosts import PROCESSOR
 
 # Backends whose engine runs in these tests, with the options that it needs for that.
 ENGINES = {
@@ -25,7 +25,8 @@ ENGINES = {
     "vllm": VllmBackend(kv_cache_memory_bytes=2**26, enforce_eager=True),
 }
 
-# What a test of its own shows to work on the processor, since it takes processes, minutes or another model.
+# What a separate test shows to work on the processor, as it takes processes, minutes or another model; paths are
+# relative to this folder.
 ELSEWHERE = {
     ("openai", "greedy"): "test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
     ("openai", "continuous batching"): "test_openai.py::test_continuous_batching_keeps_as_many_in_flight",
@@ -40,14 +41,17 @@ ELSEWHERE = {
     ("openai", "maximum input"): "test_backends.py::test_long_inputs_are_cut_to_their_beginning_and_marked",
     ("openai", "seed"): "test_backends.py::test_same_seed_gives_same_tokens_and_another_seed_gives_others",
     ("openai", "the engine's counters"): "test_openai.py::test_counters_are_those_of_the_window",
-    ("pytorch", "several processes"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
-    ("pytorch", "data parallel"): "test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
-    ("pytorch", "tensor parallel"): "test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
+    ("pytorch", "several processes"): "../runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    ("pytorch", "data parallel"): "../runner/test_parallel.py::test_two_processes_run_each_prompt_exactly_once",
+    (
+        "pytorch",
+        "tensor parallel",
+    ): "../runner/test_parallel.py::test_a_model_split_over_processes_writes_and_weighs_the_same",
     ("pytorch", "torch.compile"): "test_pytorch.py::test_compiled_model_writes_the_same",
     ("pytorch", "bitsandbytes, 8 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
     ("pytorch", "bitsandbytes, 4 bits"): "test_quantization.py::test_quantized_weights_are_smaller_named_and_run",
-    ("simulated", "several processes"): "test_support.py::test_simulated_processes_share_the_prompts",
-    ("simulated", "data parallel"): "test_support.py::test_simulated_processes_share_the_prompts",
+    ("simulated", "several processes"): "test_features.py::test_simulated_processes_share_the_prompts",
+    ("simulated", "data parallel"): "test_features.py::test_simulated_processes_share_the_prompts",
     ("vllm", "several processes"): "test_vllm.py::test_run_on_two_replicas",
     ("vllm", "data parallel"): "test_vllm.py::test_run_on_two_replicas",
     ("vllm", "tensor parallel"): "test_vllm.py::test_run_on_two_workers",
@@ -86,21 +90,8 @@ ON_A_STAND_IN = {
 Confirmation = Literal["tested", "arrives", "stand-in", "not run"]
 
 
-class ProcessorHost(Host):
-    """The machine that the tests are sure of: no GPU, engines built for the processor, all packages that run there."""
-
-    def has(self, package):
-        return not package.startswith("flash_attn")
-
-    def is_built_for_cpu(self, package):
-        return True
-
-
-PROCESSOR = ProcessorHost(())
-
-
 def confirmation(feature: Feature, backend: str) -> Confirmation:
-    """Return how it is confirmed that a backend has a feature, which it says that it has."""
+    """Return how it is confirmed that a backend has a feature that it declares."""
     if (backend, feature.name) in ELSEWHERE or is_checked(feature, backend):
         return "tested"
     if (backend, feature.name) in ARRIVES:
@@ -109,9 +100,9 @@ def confirmation(feature: Feature, backend: str) -> Confirmation:
 
 
 def is_checked(feature: Feature, backend: str) -> bool:
-    """Tell whether test_support.py runs the feature on the backend's engine."""
+    """Return whether test_features.py runs the feature on the backend's engine."""
     runs = backend in ENGINES and support(feature, backend, PROCESSOR).answer == "yes"
-    return runs and feature.name in CHECKS | TELLINGS and (backend, feature.name) not in ELSEWHERE
+    return runs and feature.name in CHECKS | REPORTS and (backend, feature.name) not in ELSEWHERE
 
 
 # ------------------------------------------------------------------ a backend to try features on
@@ -141,7 +132,7 @@ class Engines:
                 backend.close()
                 raise
         self._kept[kind] = made_of, backend
-        # What is about requests alone is read when the engine is given one.
+        # Options of requests are read when the engine is given one.
         backend._experiment = experiment
         backend.forget()
         return backend
@@ -503,7 +494,7 @@ def cache_size(bench: Bench, asked: Experiment) -> None:
     assert bench.tokens(asked) == bench.tokens(bench.plain)
 
 
-# ------------------------------------------------------------------ what it tells
+# ------------------------------------------------------------------ what it reports
 def model(bench: Bench, asked: Experiment) -> bool:
     return bench.loaded(asked).model_info() is not None
 
@@ -574,8 +565,8 @@ CHECKS = {
     "no compilation": _setting("enforce_eager", "on"),
     "any other engine argument": _setting("engine_args", '{"max_logprobs": 5}'),
 }
-# Of what an engine tells, each is asked whether it does, and that is held against what it declares.
-TELLINGS = {
+# Each returns whether the engine reports it, to be compared with what the backend declares.
+REPORTS = {
     "the model": model,
     "prefill": prefill,
     "model FLOPs": flops,

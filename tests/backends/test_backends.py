@@ -55,13 +55,13 @@ class Member:
     def most_at_once(self, backend, generations):
         """Return how many requests ran at the same time at most."""
         if self.experiment.backend.name == "tensorrt":
-            # It begins on the next one before the end of the last one is heard of here: the engine has to tell.
-            return backend._llm.most_at_once
+            # It begins on the next one before the end of the last one is noticed here: only the engine knows.
+            return backend._loaded.engine.most_at_once
         return max(sum(g.start_ns <= at.start_ns < g.end_ns for g in generations) for at in generations)
 
     def skip_where_end_tokens_cannot_be_held_off(self):
         if self.experiment.backend.name == "tensorrt":
-            pytest.skip("it can hold off one end token, and the model has 400")
+            pytest.skip("it can hold off only one end token, and the model has 400")
 
     def loaded(self, **changes):
         wanted = replace(self.experiment, **changes)
@@ -214,7 +214,7 @@ def test_no_output_is_longer_than_max_output_tokens(member, texts, limit):
 
 def test_no_output_is_shorter_than_min_output_tokens(member, texts):
     if member.experiment.backend.name == "tensorrt":
-        with pytest.raises(RunError, match="can hold off one end token, and the model has 400"):
+        with pytest.raises(RunError, match="can hold off only one end token, and the model has 400"):
             member.loaded(min_output_tokens=9)
         return
     freely = run(member.loaded(batching=Batching(batch_size=4)), texts)
@@ -311,7 +311,7 @@ def assert_tokens_are_timed(generations):
 
 
 def assert_in_order(*times_ns):
-    """Those that are known: not every engine tells the end of the prefill, or has a queue."""
+    """Those that are known: not every engine reports the end of the prefill, or has a queue."""
     known = [ns for ns in times_ns if ns is not None]
     assert known == sorted(known)
 
@@ -409,7 +409,7 @@ def test_simulation_has_no_model_and_says_so():
     backend.load()
     assert backend.model_info() is None
     assert backend.architecture() is None
-    assert [note.code for note in backend.warnings()] == ["simulated"]
+    assert [each.code for each in backend.warnings()] == ["simulated"]
 
 
 def test_tiny_is_described_as_loaded(tiny_folder, monkeypatch):
@@ -422,7 +422,7 @@ def test_tiny_is_described_as_loaded(tiny_folder, monkeypatch):
     assert info.weights_bytes == 4 * info.parameters
     assert info.random_weights
     assert (info.revision, info.adapter, info.quantization) == (None, None, None)
-    assert [note.code for note in backend.warnings()] == ["random_weights"]
+    assert [each.code for each in backend.warnings()] == ["random_weights"]
 
 
 def test_simulated_time_is_that_of_its_tokens(texts):

@@ -9,6 +9,7 @@ import pytest
 
 from lem.spec.experiment import Traffic
 from lem.workload.traffic import arrival_times_s
+from tests.backends.conftest import rows
 from tests.conftest import begin, command, kill_group, raw_record, wait_for, workers_of
 
 pytestmark = pytest.mark.processes
@@ -17,10 +18,6 @@ COMMON = (
     "experiment", "--backend", "pytorch", "-m", "tiny", "-d", "sample", "-n", "14", "-y", "energy=none",
     "backend.device=cpu", "batching.strategy=continuous", "batching.batch_size=4", "max_output_tokens=24",
 )  # fmt: skip
-
-
-def rows(results):
-    return sorted(pq.read_table(results / "requests").to_pylist(), key=lambda row: (row["cycle"], row["request"]))
 
 
 def completed(*options, cwd):

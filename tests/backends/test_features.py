@@ -1,4 +1,4 @@
-"""Each backend has what it says that it has, refuses the rest, and the support matrix says no more than that.
+"""Each backend has the features that it claims and refuses the rest; the support matrix claims no more.
 
 What is tried, and how, is in tests/backends/confirmations.py; `pytest -k vllm` runs it on the real vLLM (nox -s vllm).
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lem.config.compose import ask, values_of
+from lem.config.compose import read_inputs, values_of
 from lem.machine.host import look
 from lem.runner.preflight import objections
 from lem.spec.conflicts import conflicts
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
-from lem.spec.rules import OBJECTIONS
+from lem.spec.rules import EXPERIMENT_RULES
 from lem.workload import builtin
 from tests.backends.confirmations import (
     ARRIVES,
@@ -28,19 +28,18 @@ from tests.backends.confirmations import (
     ELSEWHERE,
     ENGINES,
     ON_A_STAND_IN,
-    PROCESSOR,
-    TELLINGS,
+    REPORTS,
     Bench,
     confirmation,
     is_checked,
 )
-from tests.backends.features import IdealHost, features, support
 from tests.backends.features import feature as named
+from tests.backends.features import features, support
 from tests.conftest import SIMULATED, command
+from tests.hosts import IDEAL, PROCESSOR
 
 pytestmark = pytest.mark.engines
 
-IDEAL = IdealHost()
 # The package behind an engine, where it is not one that lem needs anyway.
 PACKAGES = {"vllm": "vllm"}
 EVERY = [(backend, feature) for backend in BACKENDS for feature in features()]
@@ -83,10 +82,10 @@ def test_a_feature_that_is_declared_works(benches, backend, feature):
     CHECKS[feature.name](bench, bench.asks(feature))
 
 
-@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: b in ENGINES and f.name in TELLINGS))
-def test_a_backend_tells_what_it_declares_and_nothing_else(benches, backend, feature):
+@pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: b in ENGINES and f.name in REPORTS))
+def test_a_backend_reports_what_it_declares_and_nothing_else(benches, backend, feature):
     bench = bench_of(benches, backend)
-    assert TELLINGS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
+    assert REPORTS[feature.name](bench, bench.plain) == (support(feature, backend, IDEAL).answer == "yes")
 
 
 REFUSED = [
@@ -125,8 +124,8 @@ def test_the_command_refuses_before_anything_runs(lem, backend, feature, answer)
 def test_what_the_page_shows_is_what_is_asked_for(backend, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for feature in features():
-        asked = ask(None, [f"backend={backend}", *feature.overrides(backend)])
-        assert asked.faults() == []
+        asked = read_inputs(None, [f"backend={backend}", *feature.overrides(backend)])
+        assert asked.all_problems() == []
         values, _ = values_of(asked.sources)
         for path, value in (feature.asked_of(backend) or {}).items():
             assert reduce(getitem, path.split("."), values) == value
@@ -177,14 +176,14 @@ def test_what_another_test_shows_is_shown_by_a_test_that_there_is(table):
 def test_every_check_is_of_a_feature():
     names = [feature.name for feature in features()]
     assert len(set(names)) == len(names)
-    assert CHECKS.keys() | TELLINGS.keys() <= set(names)
+    assert CHECKS.keys() | REPORTS.keys() <= set(names)
     assert all(feature.meaning.endswith(".") for feature in features())
 
 
 def test_every_backend_has_an_answer_and_every_code_a_rule():
     for backend, feature in EVERY:
         answer = support(feature, backend, IDEAL)
-        assert set(answer.codes) <= set(OBJECTIONS)
+        assert set(answer.codes) <= set(EXPERIMENT_RULES)
         assert (answer.answer in ("no", "no effect")) >= bool(answer.codes)
         assert feature.tells or answer.answer in ("yes", "no option") or answer.codes
 

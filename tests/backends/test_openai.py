@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def served():
-    """Start a server that behaves as is said, and load a backend that asks it; both end with the test."""
+    """Start a server with a behaviour, and load a backend that asks it; both end with the test."""
     ending = []
 
     def serve(behaviour=None, options=None, tokens=counted_tokens, **experiment):
@@ -106,30 +106,30 @@ def test_metrics_are_summed_over_their_labels():
 
 # ------------------------------------------------------------------ tokens and their times
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize(("tells_ids", "usage"), [(True, "final"), (True, "never"), (False, "final"), (False, "each")])
-def test_tokens_are_counted_by_ids_or_usage(served, streaming, tells_ids, usage):
-    behaviour = Behaviour(tells_ids=tells_ids, usage=usage, tokens_in_event=2)
+@pytest.mark.parametrize(("sends_ids", "usage"), [(True, "final"), (True, "never"), (False, "final"), (False, "each")])
+def test_tokens_are_counted_by_ids_or_usage(served, streaming, sends_ids, usage):
+    behaviour = Behaviour(sends_ids=sends_ids, usage=usage, tokens_in_event=2)
     _, backend = served(behaviour, streaming=Streaming(enabled=streaming))
     done = run(backend)
     assert [g.output_tokens for g in done] == [6, 6, 6]
-    assert [g.token_ids for g in done] == (expected() if tells_ids else [(), (), ()])
+    assert [g.token_ids for g in done] == (expected() if sends_ids else [(), (), ()])
     counted_by = backend.engine_info().settings["output_tokens_counted_by"]
-    assert counted_by == ("ids" if tells_ids else "the server's usage")
+    assert counted_by == ("ids" if sends_ids else "the server's usage")
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 def test_a_server_that_counts_nothing_is_refused(served, streaming):
     with pytest.raises(RunError, match="neither the ids nor the number of the output's tokens"):
-        served(Behaviour(tells_ids=False, usage="never"), streaming=Streaming(enabled=streaming))
+        served(Behaviour(sends_ids=False, usage="never"), streaming=Streaming(enabled=streaming))
 
 
 def transcript(*reads):
     """Return the answer of events that came in reads from the network, one each millisecond."""
-    told = Transcript(0)
+    answered = Transcript(0)
     for number, received in enumerate(reads, 1):
         for piece in [received] if isinstance(received, bytes) else received:
-            told.take(piece, number, number * 1_000_000)
-    return told.answer()
+            answered.take(piece, number, number * 1_000_000)
+    return answered.answer()
 
 
 def event(*ids, finish=None, **more):
@@ -195,7 +195,7 @@ def test_without_ids_usage_counts(reads, chunks, are_known):
 
 
 def test_ids_and_usage_that_disagree_are_not_believed():
-    with pytest.raises(RunError, match="tells 2 token ids and counts 3 output tokens"):
+    with pytest.raises(RunError, match="sends 2 token ids and counts 3 output tokens"):
         transcript(event(1, 2, finish="length", **usage(3)))
 
 
@@ -206,8 +206,8 @@ def test_ids_and_usage_that_disagree_are_not_believed():
     Behaviour(tokens_in_event=3),
     Behaviour(merged=3),
     Behaviour(tokens_in_event=3, cut=9),
-    Behaviour(tells_ids=False, usage="each"),
-    Behaviour(tokens_in_event=3, tells_ids=False, usage="each"),
+    Behaviour(sends_ids=False, usage="each"),
+    Behaviour(tokens_in_event=3, sends_ids=False, usage="each"),
 ], ids=["whole", "bytes", "pieces", "several", "merged", "both", "by usage", "several by usage"])  # fmt: skip
 def test_tokens_are_timed_as_they_travel(served, behaviour):
     wait_s = 0.05
@@ -223,16 +223,16 @@ def test_tokens_are_timed_as_they_travel(served, behaviour):
         assert moments[-1] == g.end_ns
         waits = 6 // behaviour.tokens_in_event - 1
         assert g.end_ns - g.start_ns >= waits * wait_s * 1e9
-    assert "tokens_not_timed" not in [note.code for note in backend.warnings()]
+    assert "tokens_not_timed" not in [each.code for each in backend.warnings()]
 
 
-def test_gaps_that_nobody_tells_are_spread_and_said_to_be(served):
-    behaviour = Behaviour(tokens_in_event=2, tells_ids=False, usage="final", wait_s=0.1)
+def test_unknown_gaps_are_spread_and_warned_about(served):
+    behaviour = Behaviour(tokens_in_event=2, sends_ids=False, usage="final", wait_s=0.1)
     _, backend = served(behaviour, streaming=STREAMING)
     (g,) = run(backend, 1)
     assert [chunk.tokens for chunk in g.chunks] == [1, 5]
     assert g.start_ns < g.chunks[0].at_ns < g.chunks[1].at_ns == g.end_ns
-    assert "tokens_not_timed" in [note.code for note in backend.warnings()]
+    assert "tokens_not_timed" in [each.code for each in backend.warnings()]
 
 
 def test_without_streaming_nothing_is_timed_by_token(served):
@@ -243,7 +243,7 @@ def test_without_streaming_nothing_is_timed_by_token(served):
 
 def test_queueing_in_a_server_is_not_known(served):
     _, backend = served()
-    assert all(not g.start_is_told and g.prefill_end_ns is None for g in run(backend))
+    assert all(not g.start_is_known and g.prefill_end_ns is None for g in run(backend))
 
 
 @pytest.mark.parametrize(("ends", "finish"), [({103}, "stop"), (set(), "length")])
@@ -398,13 +398,13 @@ def test_a_fixed_concurrency_sends_the_next_one_before_the_last_is_dealt_with(se
     next(generations)
     until_s = time.monotonic() + 30
     while len(server.bodies) < 1 + 4 and time.monotonic() < until_s:
-        time.sleep(0.05)  # whoever takes the results is slow
+        time.sleep(0.05)  # the results are taken slowly
     assert len(server.bodies) == 1 + 4
     assert server.most_in_flight == 2
     assert len(list(generations)) == 3
 
 
-def test_requests_that_nobody_waits_for_are_broken_off(served):
+def test_requests_that_are_no_longer_waited_for_are_cancelled(served):
     batching = Batching(strategy="continuous", batch_size=2)
     _, backend = served(batching=batching)
     generations = backend.generate(prompts(6))
@@ -413,15 +413,15 @@ def test_requests_that_nobody_waits_for_are_broken_off(served):
     assert [g.token_ids for g in sorted(run(backend, 4), key=lambda g: g.index)] == expected(4)
 
 
-def test_what_an_answer_asks_for_as_all_is_broken_off_is_not_sent(served):
+def test_a_request_sent_by_an_answer_while_all_are_cancelled_is_not_sent(served):
     _, backend = served(batching=Batching(strategy="continuous", batch_size=2))
-    client = backend._client
-    body = backend._body(prompts(1)[0], backend._experiment)
+    client = backend._loaded.client
+    body = backend._loaded.body(prompts(1)[0], backend._experiment)
 
     def asked_for_too_late():
-        breaking_off = client._loop.create_task(client._cancel())
-        client.send(7, body)  # begins after that, which nobody could take back
-        return breaking_off
+        cancelling = client._loop.create_task(client._cancel())
+        client.send(7, body)  # begins after that, when it could no longer be cancelled
+        return cancelling
 
     client.run(asked_for_too_late)
     client.run(lambda: None)  # all that was asked for until here has begun
@@ -431,7 +431,7 @@ def test_what_an_answer_asks_for_as_all_is_broken_off_is_not_sent(served):
     assert client._done.empty()
 
 
-# ------------------------------------------------------------------ what the server tells
+# ------------------------------------------------------------------ what the server reports
 def test_counters_are_those_of_the_window(served):
     _, backend = served()
     assert backend.counters() is None  # nothing has run, and that is not 0
@@ -446,16 +446,16 @@ def test_counters_are_those_of_the_window(served):
 
 
 def test_a_server_without_metrics_has_no_counters(served):
-    _, backend = served(Behaviour(tells_metrics=False))
+    _, backend = served(Behaviour(sends_metrics=False))
     run(backend)
     assert backend.counters() is None
 
 
-@pytest.mark.parametrize(("resets", "tells_metrics", "is_noted"), [(True, True, False), (False, False, True)])
-def test_a_prefix_cache_that_cannot_be_emptied_is_noted(served, resets, tells_metrics, is_noted):
-    server, backend = served(Behaviour(resets=resets, tells_metrics=tells_metrics))
+@pytest.mark.parametrize(("resets", "sends_metrics", "is_warned_about"), [(True, True, False), (False, False, True)])
+def test_a_prefix_cache_that_cannot_be_emptied_is_noted(served, resets, sends_metrics, is_warned_about):
+    server, backend = served(Behaviour(resets=resets, sends_metrics=sends_metrics))
     run(backend)
-    assert ("prefix_cache_kept" in [note.code for note in backend.warnings()]) == is_noted
+    assert ("prefix_cache_kept" in [each.code for each in backend.warnings()]) == is_warned_about
     assert server.resets == resets
     assert backend.engine_info().settings["prefix_cache_reset"] == ("on" if resets else "off")
 
@@ -463,17 +463,17 @@ def test_a_prefix_cache_that_cannot_be_emptied_is_noted(served, resets, tells_me
 def test_a_cache_that_was_not_emptied_and_not_hit_does_no_harm(served):
     _, backend = served(Behaviour(resets=False))
     run(backend)
-    assert "prefix_cache_kept" not in [note.code for note in backend.warnings()]
+    assert "prefix_cache_kept" not in [each.code for each in backend.warnings()]
 
 
 def test_others_who_use_the_server_are_noted(served):
     server, backend = served()
     run(backend)
-    assert "server_shared" not in [note.code for note in backend.warnings()]
+    assert "server_shared" not in [each.code for each in backend.warnings()]
     backend.forget()
     run(backend)
     server.generated += 100
-    assert "server_shared" in [note.code for note in backend.warnings()]
+    assert "server_shared" in [each.code for each in backend.warnings()]
 
 
 def test_what_is_not_known_is_none(served):
@@ -509,7 +509,7 @@ def test_the_servers_own_limit_counts(served):
     ],
 )
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
-def test_what_goes_wrong_is_told_in_a_sentence(served, behaviour, words, streaming):
+def test_what_goes_wrong_is_reported_in_a_sentence(served, behaviour, words, streaming):
     if behaviour.error_in_stream and not streaming:
         pytest.skip("there is no stream")
     server, backend = served(streaming=Streaming(enabled=streaming))
@@ -517,7 +517,7 @@ def test_what_goes_wrong_is_told_in_a_sentence(served, behaviour, words, streami
     with pytest.raises(RunError, match=words) as caught:
         run(backend, 1)
     assert "\n" not in str(caught.value)
-    # What can still be told is told, without waiting for the server.
+    # What is still known is reported, without waiting for the server.
     assert backend.model_info().name == "tiny"
     assert backend.counters() is None
 
@@ -547,7 +547,7 @@ def test_models_are_chosen_by_name(served):
         served(Behaviour(models=("a", "b")))
 
 
-def test_the_key_is_sent_and_a_wrong_one_is_told(served, monkeypatch):
+def test_the_key_is_sent_and_a_wrong_one_is_reported(served, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-sesame")
     server, _ = served(Behaviour(key="sk-sesame"), {"api_key_env": "MY_KEY"})
     assert set(server.keys) == {"Bearer sk-sesame"}
@@ -611,7 +611,7 @@ def test_a_server_that_is_killed_takes_its_family_along(tmp_path, in_root):
     server.close()
 
 
-def test_nobody_outlives_who_started_the_server(tmp_path, in_root):
+def test_no_process_outlives_the_one_that_started_the_server(tmp_path, in_root):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -639,7 +639,7 @@ time.sleep(600)
     ],
     ids=["another kind", "none"],
 )
-def test_a_server_that_does_not_get_ready_is_told_of_with_its_last_answer(tmp_path, program, timeout_s, words):
+def test_a_server_that_does_not_get_ready_is_reported_with_its_last_answer(tmp_path, program, timeout_s, words):
     options = OpenaiBackend(
         command=f"{shlex.join([sys.executable, *program])} {{port}}", device="cpu", start_timeout_s=timeout_s
     )
@@ -651,8 +651,8 @@ def test_a_server_that_does_not_get_ready_is_told_of_with_its_last_answer(tmp_pa
             backend.load()
     finally:
         backend.close()
-    told = rf"The server was not ready after {timeout_s:g} s \(backend\.start_timeout_s\)\. {words}"
-    assert re.match(told, str(caught.value))
+    expected = rf"The server was not ready after {timeout_s:g} s \(backend\.start_timeout_s\)\. {words}"
+    assert re.match(expected, str(caught.value))
 
 
 COMMON = ("experiment", "--backend", "openai", "-m", "tiny", "-d", "sample", "-n", "8", "-y", "energy=none",
@@ -698,14 +698,14 @@ def test_run_of_poisson_arrivals_at_a_server(tmp_path):
     assert (row["energy_j"], row["device"]) == (None, "another machine")
     record = raw_record(tmp_path / "results")
     assert all(phase["energy"] == [] for phase in record["phases"])
-    assert "server_elsewhere" in [note["code"] for note in record["warnings"]]
+    assert "server_elsewhere" in [each["code"] for each in record["warnings"]]
     assert "runs on another machine" in " ".join(done.out.split())
 
 
 def test_no_server_is_bad_input(lem):
     finished = lem(*COMMON, f"backend.url=http://127.0.0.1:{free_port()}")
     assert finished.code == 2
-    assert "no server answers at http://127.0.0.1" in " ".join((finished.out + finished.err).split())
+    assert "nothing is listening at http://127.0.0.1" in " ".join((finished.out + finished.err).split())
 
 
 @pytest.mark.processes
@@ -719,7 +719,7 @@ def test_no_server_is_bad_input(lem):
     ],
     ids=["refuses", "does not start", "falls silent", "hangs up"],
 )
-def test_a_failed_run_is_a_record_and_leaves_nobody(tmp_path, in_root, options, words):
+def test_a_failed_run_leaves_a_record_and_no_process(tmp_path, in_root, options, words):
     process = begin(*COMMON, starting("--children", *options), "backend.timeout_s=2.0", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, out + err
@@ -741,7 +741,7 @@ def processes_with(folder):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "kill -9 of the group", "kill -9 of the worker", "of the server"])
-def test_nobody_is_left_however_a_run_ends(tmp_path, in_root, how):
+def test_no_process_is_left_however_a_run_ends(tmp_path, in_root, how):
     slow = starting("--children", "--stubborn", "--behaviour", '{"first_wait_s": 1.0}')
     process = begin(*COMMON, slow, "-n", "20", cwd=tmp_path)
     try:

@@ -17,16 +17,10 @@ from lem.spec.engines import PytorchBackend
 from lem.spec.experiment import Batching, Dataset, Decoder, Experiment, Quantization
 from lem.workload import models
 from lem.workload.datasets import load_prompts
+from tests.hosts import EVERY_PACKAGE, FakeHost, bare
 from tests.models_for_tests import NEW_TOKENS, POSITIONS, gpt2, mistral, mixed_prompts, mixtral, qwen2, write_prompts
 
 pytestmark = pytest.mark.engines
-
-
-class BareHost(Host):
-    """A machine on which no optional package is installed, whatever there is on this one."""
-
-    def has(self, package):
-        return False
 
 
 GPUS = (Gpu(0, "GPU-0", "NVIDIA", 80 * 2**30),)
@@ -51,7 +45,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(folders, texts):
-    """What plain transformers writes for each prompt by itself."""
+    """What plain transformers writes for each prompt alone."""
     return {name: generate_alone(folder, texts) for name, folder in folders.items()}
 
 
@@ -135,7 +129,7 @@ def forward_calls(backend, texts):
     def note(module, args, options):
         calls.append((options["input_ids"].shape[1], type(options.get("past_key_values")).__name__))
 
-    hook = backend._model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = backend._loaded.model.register_forward_pre_hook(note, with_kwargs=True)
     list(backend.generate(backend.encode(texts)))
     hook.remove()
     return calls
@@ -304,17 +298,17 @@ def test_model_with_an_adapter_is_compiled_too(folders, texts, adapter):
     assert graphs > 0
 
 
-def test_compiling_in_the_window_is_doubted_and_having_compiled_before_is_not(folders, texts):
+def test_compiling_in_the_window_is_warned_about_and_having_compiled_before_is_not(folders, texts):
     from torch._dynamo import reset
 
     reset()
     wanted = experiment(folders["gpt2"], max_output_tokens=1)
     backend = load(replace(wanted, backend=PytorchBackend(device="cpu", torch_compile=True)))
-    doubted = []
+    warned = []
     for _ in range(2):
         list(backend.generate(backend.encode(texts[:1])))
-        doubted.append("compiled_in_window" in [note.code for note in backend.warnings()])
-    assert doubted == [True, False]
+        warned.append("compiled_in_window" in [each.code for each in backend.warnings()])
+    assert warned == [True, False]
 
 
 def run_compiled(wanted, texts):
@@ -364,7 +358,7 @@ def test_attention_kernel_is_used_with_continuous_batching_and_given_back(folder
     assert backend.engine_info().settings["cache_implementation"] == "paged"
     written = {g.index: g.token_ids for batch in backend.generate(prompts) for g in batch}
     assert [written[i] for i in range(8)] == alone["gpt2"][:8]
-    model = backend._model
+    model = backend._loaded.model
     backend.close()
     assert model.config._attn_implementation == kernel
 
@@ -409,8 +403,8 @@ def test_cache_is_as_large_as_what_can_run_at_the_same_time_needs(folders, texts
 def test_cache_that_does_not_fit_is_refused_in_a_sentence(folders, texts):
     wanted = experiment(folders["qwen2"], batching=Batching(strategy="continuous", batch_size=65536))
     backend = load(replace(wanted, max_output_tokens=POSITIONS - 100))
-    backend._continuous._model.config.num_hidden_layers = 100_000
-    backend._continuous._model.config.layer_types = None
+    backend._runner._model.config.num_hidden_layers = 100_000
+    backend._runner._model.config.layer_types = None
     with pytest.raises(
         RunError, match=r"no memory for a key/value cache of 65536 requests .* Lower batching.batch_size"
     ):
@@ -430,7 +424,7 @@ def test_error_in_a_step_comes_out_where_it_happened(folders, texts, monkeypatch
     prompts = backend.encode(texts)
     generations = backend.generate(prompts)
     next(generations)
-    monkeypatch.setattr(backend._model, "forward", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(backend._loaded.model, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(generations)
 
@@ -509,7 +503,7 @@ def test_cuda_without_a_gpu_is_impossible(folders):
 )
 def test_flash_attention_without_its_package_is_impossible(folders, kernel, package):
     wanted = experiment(folders["gpt2"], fp_precision="bfloat16", backend=PytorchBackend(attn_implementation=kernel))
-    found, text = objections(wanted, BareHost(gpus=GPUS))
+    found, text = objections(wanted, FakeHost(GPUS, lacks=EVERY_PACKAGE))
     assert found == [("impossible", "backend.attn_implementation")]
     assert package in text
 
@@ -523,14 +517,14 @@ def test_flash_attention_on_a_cpu_or_in_float32_is_impossible(folders):
 
 def test_quantization_without_its_package_is_impossible(folders):
     wanted = experiment(folders["gpt2"], quantization=Quantization(quantization=True, load_in_8bit=True))
-    found, text = objections(wanted, BareHost(gpus=()))
+    found, text = objections(wanted, bare())
     assert found == [("impossible", "quantization.quantization")]
     assert "lem[bitsandbytes]" in text
 
 
 def test_adapter_without_its_package_is_impossible(folders, adapter):
     wanted = experiment(folders["gpt2"], adapter=str(adapter))
-    found, text = objections(wanted, BareHost(gpus=()))
+    found, text = objections(wanted, bare())
     assert found == [("impossible", "adapter")]
     assert "lem[lora]" in text
     assert objections(wanted) == ([], "")

@@ -24,11 +24,21 @@ from lem.machine import processes
 from lem.spec.engines import TensorrtBackend, TensorrtKvCache, TensorrtScheduler, TensorrtSpeculation
 from lem.spec.experiment import Batching, Decoder, Experiment, Streaming
 from lem.spec.processes import gpus_needed, process_counts
-from lem.workload import builtin
 from lem.workload.models import Model, find
-from lem.workload.traffic import Arrivals
 from tests import models_for_tests
-from tests.backends.test_vllm import on_pytorch, rows, run, spread, tokens
+from tests.backends.conftest import (
+    check_arrivals_are_taken_in,
+    check_cancelled,
+    check_concurrency,
+    check_places_are_filled,
+    check_same_output,
+    check_seeds_differ,
+    on_pytorch,
+    rows,
+    run,
+    tokens,
+)
+from tests.backends.test_vllm import spread
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 from tests.nvml_standin import environment, scenario
 from tests.tensorrt_standin.build import build
@@ -131,17 +141,13 @@ def test_sampling_is_passed_on_and_zero_top_k_stays_all():
 
 
 def test_each_prompt_of_each_experiment_has_a_seed_of_its_own():
-    seeds = [
-        sampling_parameters(replace(TINY, decoder=SAMPLING, seed=seed), index, END)["seed"]
-        for seed in (0, 1, 2**32 - 1)
-        for index in (0, 1, 2, 999_999)
-    ]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**64 for seed in seeds)
+    check_seeds_differ(
+        lambda seed, index: sampling_parameters(replace(TINY, decoder=SAMPLING, seed=seed), index, END), below=2**64
+    )
 
 
 # ------------------------------------------------------------------ the installed version
-def test_the_source_tells_what_the_package_itself_does():
+def test_the_source_says_what_the_package_itself_does():
     from tensorrt_llm.llmapi import llm_args
 
     assert set(tensorrt_source.arguments()) == set(llm_args.TorchLlmArgs.model_fields)
@@ -201,29 +207,16 @@ def test_a_former_name_of_an_argument_is_used_where_it_is_the_only_one(tmp_path,
 
 
 # ------------------------------------------------------------------ the loaded engine
-@pytest.fixture(scope="module")
-def texts():
-    return [row["text"] for row in builtin.read("builtin:sample")][:20]
-
-
 @pytest.fixture
-def loaded(monkeypatch, tmp_path):
-    """Load backends, and close them at the end; keywords of the stand-in's own become its options."""
-    begun = []
+def loaded(fresh, monkeypatch, tmp_path):
+    """Load backends, and close them at the end; keywords become options of the stand-in."""
 
     def load(wanted, **standin):
         monkeypatch.setenv("TENSORRT_STANDIN", json.dumps(standin))
         monkeypatch.setenv("TENSORRT_STANDIN_LOG", str(tmp_path / "calls.jsonl"))
-        backend = make_backend(wanted)
-        begun.append(backend)
-        backend.start()
-        backend.load()
-        backend.forget()
-        return backend
+        return fresh(wanted)
 
-    yield load
-    for backend in begun:
-        backend.close()
+    return load
 
 
 def calls(tmp_path, name):
@@ -276,7 +269,7 @@ ARRIVALS = [
 
 @pytest.mark.parametrize(("engine", "path", "value"), ARRIVALS, ids=lambda v: v if isinstance(v, str) else "")
 def test_an_engine_option_arrives(loaded, engine, path, value):
-    found = loaded(experiment(engine=engine))._llm.args
+    found = loaded(experiment(engine=engine))._loaded.engine.args
     for name in path.split("."):
         found = getattr(found, name)
     assert found == value
@@ -342,68 +335,36 @@ def test_it_gives_the_tokens_that_pytorch_gives(loaded, texts, ending, options, 
     wanted = replace(TINY, model=ending, **options)
     here, there = loaded(wanted, keep_end_token=keep), loaded(on_pytorch(wanted))
     assert here.encode(texts) == there.encode(texts)
-    mine, theirs = run(here, texts[:8]), run(there, texts[:8])
-    assert tokens(mine) == tokens(theirs)
-    assert {i: g.finish_reason for i, g in mine.items()} == {i: g.finish_reason for i, g in theirs.items()}
+    mine = check_same_output(here, there, texts, 8)
     if not options:
         assert {g.finish_reason for g in mine.values()} == {"stop", "length"}
-    assert here.architecture() == there.architecture()
-    assert here.model_info() == there.model_info()
 
 
 def test_an_adapter_changes_tokens_and_flops_as_on_pytorch(loaded, texts, tmp_path):
     wanted = replace(TINY, adapter=str(models_for_tests.adapter(tmp_path / "adapter", find("tiny").path)))
     here, there = loaded(wanted), loaded(on_pytorch(wanted))
-    mine = tokens(run(here, texts[:4]))
-    assert mine == tokens(run(there, texts[:4]))
+    mine = tokens(check_same_output(here, there, texts, 4))
     assert mine != tokens(run(loaded(TINY), texts[:4]))
-    assert here.architecture() == there.architecture()
-    assert here.model_info() == there.model_info()
     assert {call["lora_request"] for call in calls(tmp_path, "generate_async")} == {wanted.adapter, None}
 
 
 def test_continuous_batching_fills_places_as_they_become_free(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=3)))
-    before = time.perf_counter_ns()
-    batches = list(backend.generate(backend.encode(texts)))
-    after = time.perf_counter_ns()
-    done = [g for batch in batches for g in batch]
-    assert sorted(g.index for g in done) == list(range(20))
-    assert {g.batch for g in done} == {0}
-    assert len(batches) > 1
-    assert all(before <= g.arrived_ns <= g.start_ns < g.prefill_end_ns <= g.end_ns <= after for g in done)
-    waited = [g.start_ns - g.arrived_ns for g in sorted(done, key=lambda g: g.start_ns)]
-    assert min(waited[3:]) > max(waited[:3])
+    check_places_are_filled(backend, texts, began_ns=lambda g: g.start_ns)
 
 
 def test_requests_that_arrive_while_others_run_are_taken_in(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64)), step_s=0.05)
-    prompts = backend.encode(texts)[:6]
-    opened_ns = time.perf_counter_ns()
-    times_s = [0.01 * i for i in range(5)] + [3.0]
-    done = [g for some in backend.serve(Arrivals(prompts, times_s, 1, opened_ns), 64) for g in some]
-    assert {g.index: g.arrived_ns for g in done} == {i: opened_ns + round(t * 1e9) for i, t in enumerate(times_s)}
-    assert all(g.arrived_ns <= g.start_ns < g.end_ns for g in done)
-    first, second, *_, last = sorted(done, key=lambda g: g.index)
-    assert second.start_ns < first.end_ns, "the first one is not waited for"
-    assert last.start_ns - opened_ns >= 3e9
+    check_arrivals_are_taken_in(backend, backend.encode(texts)[:6], [0.01 * i for i in range(5)] + [3.0])
 
 
 def test_a_fixed_concurrency_is_never_exceeded(loaded, texts):
-    backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64)))
-    prompts = backend.encode(texts)
-    done = [g for some in backend.serve(Arrivals(prompts, None, 3, time.perf_counter_ns()), 64) for g in some]
-    assert sorted(g.index for g in done) == list(range(len(texts)))
-    assert max(sum(g.arrived_ns <= at.arrived_ns < g.end_ns for g in done) for at in done) == 3
+    check_concurrency(loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64))), texts)
 
 
-def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
-    backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=2)), step_s=0.01)
-    generations = backend.generate(backend.encode(texts))
-    first = next(generations)
-    generations.close()
-    assert sorted(run(backend, texts[:5])) == [0, 1, 2, 3, 4]
-    assert len(first) < 20
+def test_requests_that_are_no_longer_waited_for_are_cancelled(loaded, texts):
+    two_at_a_time = replace(TINY, batching=Batching(strategy="continuous", batch_size=2))
+    check_cancelled(loaded(two_at_a_time, step_s=0.01), texts)
 
 
 # ------------------------------------------------------------------ times and counts
@@ -437,17 +398,17 @@ def test_an_end_token_that_is_kept_back_has_its_time(loaded, texts, ending):
     assert any(g.finish_reason == "stop" for g in done.values())
 
 
-def test_what_the_engine_does_not_tell_is_not_told(loaded, texts):
+def test_what_the_engine_does_not_report_is_unknown(loaded, texts):
     backend = loaded(TINY, no_metrics=True)
     done = run(backend, texts[:4])
-    assert all(not g.start_is_told and g.start_ns == g.arrived_ns and g.prefill_end_ns is None for g in done.values())
+    assert all(not g.start_is_known and g.start_ns == g.arrived_ns and g.prefill_end_ns is None for g in done.values())
     assert set(backend.counters()) == {"prefix_cache_hit_tokens", "prefix_cache_queried_tokens"}
 
 
-def test_times_of_another_clock_are_not_believed(loaded, texts):
+def test_times_of_another_clock_are_not_believed(loaded, texts, monkeypatch):
+    monkeypatch.setattr(tensorrt, "clock_offset_ns", lambda: 10**12)
     backend = loaded(TINY)
-    backend._clock_offset_ns = 10**12
-    assert not any(g.start_is_told for g in run(backend, texts[:4]).values())
+    assert not any(g.start_is_known for g in run(backend, texts[:4]).values())
 
 
 def test_the_engines_counts(loaded, texts):
@@ -462,17 +423,17 @@ def test_the_engines_counts(loaded, texts):
     assert backend.counters() is None
 
 
-def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
+def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_reported(loaded, texts):
     backend = loaded(TINY)
     alike = [texts[0] * 3 + text for text in texts[:3]]
     run(backend, alike[:1])
     backend.forget()
     run(backend, alike[:1])
     assert backend.counters()["prefix_cache_hit_tokens"] == 0
-    assert "prefix_cached" not in [note.code for note in backend.warnings()]
+    assert "prefix_cached" not in [each.code for each in backend.warnings()]
     run(backend, alike)
     assert backend.counters()["prefix_cache_hit_tokens"] > 0
-    assert "prefix_cached" in [note.code for note in backend.warnings()]
+    assert "prefix_cached" in [each.code for each in backend.warnings()]
 
 
 def test_settings_are_those_that_the_engine_has_settled_on(loaded):
@@ -505,7 +466,7 @@ def test_settings_are_those_that_the_engine_has_settled_on(loaded):
         ({"extra_args": {"attention": 1}}, {}, "could not load tiny: Extra inputs are not permitted"),
     ],
 )
-def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, standin, words):
+def test_what_the_engine_refuses_is_reported_in_a_sentence(loaded, engine, standin, words):
     with pytest.raises(RunError, match=words) as caught:
         loaded(experiment(engine=engine), **standin)
     assert "\n" not in str(caught.value)
@@ -523,7 +484,7 @@ def test_a_prompt_that_no_step_can_take_in_is_refused(loaded, texts):
     loaded(experiment(engine={"max_num_tokens": 20, "chunked_prefill": True})).encode(texts)
 
 
-def test_an_engine_that_stops_leaves_what_can_still_be_told(loaded, texts):
+def test_an_engine_that_stops_leaves_what_can_still_be_reported(loaded, texts):
     backend = loaded(TINY, error_after=20)
     with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
         run(backend, texts)
@@ -533,9 +494,9 @@ def test_an_engine_that_stops_leaves_what_can_still_be_told(loaded, texts):
     assert backend.engine_info().settings["attn_backend"] == "TRTLLM"
 
 
-def test_a_request_that_the_engine_does_not_take_is_told(loaded, texts, monkeypatch):
+def test_a_request_that_the_engine_does_not_take_is_reported(loaded, texts, monkeypatch):
     backend = loaded(TINY)
-    monkeypatch.setattr(backend._llm.args, "max_num_tokens", 1)
+    monkeypatch.setattr(backend._loaded.engine.args, "max_num_tokens", 1)
     prompts = [replace(p, index=p.index + 3) for p in loaded(TINY).encode(texts[:1])]
     with pytest.raises(RunError, match="refuses prompt 3: The sum of prompt length"):
         list(backend.generate(prompts))
@@ -544,7 +505,7 @@ def test_a_request_that_the_engine_does_not_take_is_told(loaded, texts, monkeypa
 @pytest.mark.processes
 def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
     backend = loaded(TINY, process=True, die_after=20)
-    (process,) = backend._processes
+    (process,) = backend._engine.processes
     with pytest.raises(RunError, match="one of its processes has died"):
         run(backend, texts)
     backend.close()
@@ -555,9 +516,9 @@ def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
 def test_an_engine_that_does_not_answer_is_given_up_and_ended(loaded, texts, monkeypatch):
     monkeypatch.setattr(tensorrt, "SILENCE_S", -14.0)  # seconds; one for each token of an output are added
     backend = loaded(TINY, process=True, hang_after=20)
-    (process,) = backend._processes
+    (process,) = backend._engine.processes
     began = time.monotonic()
-    with pytest.raises(RunError, match="does not answer: nothing has come from it"):
+    with pytest.raises(RunError, match="does not answer: it has sent nothing"):
         run(backend, texts)
     backend.close()
     assert not processes.is_alive(process)
@@ -634,8 +595,8 @@ def test_a_run_without_the_engines_times_has_no_queue(machine, tmp_path):
     [
         ("fp_precision=float32", "most of TensorRT-LLM's kernels have no float32"),
         ("fp_precision=auto", "the checkpoint is float32"),
-        ("backend.extra_args={stream_intervall: 2}", "no such argument. Did you mean 'stream_interval'"),
-        ("backend.extra_args={use_cuda_graph: true}", "has no use_cuda_graph any more. Set backend.cuda_graphs"),
+        ("backend.extra_args={stream_intervall: 2}", "no argument stream_intervall. Did you mean 'stream_interval'"),
+        ("backend.extra_args={use_cuda_graph: true}", "no longer has use_cuda_graph; use backend.cuda_graphs"),
         ("num_processes=3", "GPUs needed: 3, visible: 2"),
     ],
 )
@@ -664,7 +625,7 @@ def test_without_a_gpu_or_the_package_it_says_so(tmp_path):
         ({"die_after": 60, "process": True}, "one of its processes has died"),
     ],
 )
-def test_a_run_that_fails_is_a_record_and_leaves_nobody(machine, tmp_path, options, words):
+def test_a_failed_run_leaves_a_record_and_no_process(machine, tmp_path, options, words):
     process = begin(*COMMON, "batching.batch_size=2", cwd=tmp_path, **machine(**options))
     try:
         out, err = process.communicate(timeout=200)
@@ -679,7 +640,7 @@ def test_a_run_that_fails_is_a_record_and_leaves_nobody(machine, tmp_path, optio
 
 
 @pytest.mark.processes
-def test_an_interrupted_run_leaves_nobody(machine, tmp_path):
+def test_an_interrupted_run_leaves_no_process(machine, tmp_path):
     options = ("--max-tokens", "3000", "batching.batch_size=1")
     process = begin(*COMMON, *options, cwd=tmp_path, **machine(process=True, step_s=0.02))
     try:

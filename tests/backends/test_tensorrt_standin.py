@@ -251,7 +251,7 @@ def test_other_classes_are_built_as_well(arguments):
 
 
 def test_sampling_options_are_read_however_the_sampler_comes_by_them(package):
-    assert tensorrt_source.sampling_options_looked_at(package) == {"top_k", "seed", "min_p"}
+    assert tensorrt_source.sampling_options_in_config(package) == {"top_k", "seed", "min_p"}
     # py_best_of is made, and no sampler looks at it; py_slot is looked at, and is no option.
     assert tensorrt_source.sampling_options_kept(package) == {"min_length", "no_repeat_ngram_size"}
 

@@ -29,21 +29,32 @@ from lem.backends.vllm_options import (
     DROPPED,
     OF_LEM,
     RESOLVED,
-    _type,
     engine_arguments,
     sampling_parameters,
+    wrong_type,
 )
 from lem.errors import RunError
-from lem.runner.attempt import prefill_of
+from lem.runner.records import prefill_of
 from lem.runner.window import Measurement
-from lem.spec.engines import PytorchBackend, VllmBackend, VllmSpeculation
+from lem.spec.engines import VllmBackend, VllmSpeculation
 from lem.spec.experiment import Batching, Decoder, Experiment, Parallelism, Streaming, Traffic
 from lem.spec.processes import gpus_needed, process_counts
-from lem.workload import builtin
 from lem.workload.batching import plan_batches
 from lem.workload.models import Model, find
-from lem.workload.traffic import Arrivals, arrival_times_s
+from lem.workload.traffic import arrival_times_s
 from tests import models_for_tests
+from tests.backends.conftest import (
+    check_arrivals_are_taken_in,
+    check_cancelled,
+    check_concurrency,
+    check_places_are_filled,
+    check_same_output,
+    check_seeds_differ,
+    on_pytorch,
+    rows,
+    run,
+    tokens,
+)
 from tests.conftest import begin, command, kill_group, raw_record, wait_for
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
@@ -110,18 +121,18 @@ def test_one_process_spreads_a_model_over_its_gpus(strategy):
 
 
 @pytest.mark.parametrize(
-    ("precision", "on_gpu", "said", "dtype"),
+    ("precision", "on_gpu", "of_checkpoint", "dtype"),
     [
         ("auto", False, "bfloat16", "float32"),
-        ("auto", True, "float32", "float32"),  # which vLLM by itself would halve
+        ("auto", True, "float32", "float32"),  # which vLLM would halve
         ("auto", True, "bfloat16", "bfloat16"),
         ("auto", True, None, "auto"),
         ("float16", True, "bfloat16", "float16"),
         ("bfloat16", False, "float32", "bfloat16"),
     ],
 )
-def test_dtype(precision, on_gpu, said, dtype):
-    model = replace(MODEL, config={"dtype": said} if said else {})
+def test_dtype(precision, on_gpu, of_checkpoint, dtype):
+    model = replace(MODEL, config={"dtype": of_checkpoint} if of_checkpoint else {})
     wanted = experiment(fp_precision=precision)
     assert engine_arguments(wanted, model, on_gpu=on_gpu, lora_rank=None)["dtype"] == dtype
 
@@ -151,13 +162,9 @@ def test_sampling_is_passed_on_and_zero_top_k_stays_all():
 
 
 def test_each_prompt_of_each_experiment_has_a_seed_of_its_own():
-    seeds = [
-        sampling_parameters(replace(TINY, decoder=SAMPLING, seed=seed), index, END)["seed"]
-        for seed in (0, 1, 2**32 - 1)
-        for index in (0, 1, 2, 999_999)
-    ]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    check_seeds_differ(
+        lambda seed, index: sampling_parameters(replace(TINY, decoder=SAMPLING, seed=seed), index, END), below=2**63
+    )
 
 
 def test_continuous_batching_gives_the_engine_all_at_once():
@@ -170,7 +177,7 @@ def test_prompts_that_are_taken_in_side_by_side_count_once():
     for index, (start, first) in enumerate([(0, 4), (2, 5), (5, 6), (8, 9), (1, 3)]):
         made = Generation(index, 0, (1,), "length", start * 10**9, 20 * 10**9, first * 10**9)
         measurement.add(made, Encoded(index, (1,)))
-    assert prefill_of(measurement, ()).duration_s == 5 + 1 + 1
+    assert prefill_of(measurement.requests, ()).duration_s == 5 + 1 + 1
 
 
 def test_the_engines_clock_is_ours_on_linux():
@@ -210,7 +217,7 @@ def test_a_build_for_gpus_without_one_is_refused(tmp_path):
 
 # ------------------------------------------------------------------ the installed version
 @needs_vllm
-def test_the_source_tells_what_the_package_itself_does():
+def test_the_source_says_what_the_package_itself_does():
     code = (
         "import dataclasses, json, typing\n"
         "from vllm.engine.arg_utils import EngineArgs\n"
@@ -237,7 +244,7 @@ def test_no_default_of_the_installed_version_is_refused_for_its_type():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     defaults = json.loads(done.stdout.partition("RESULT ")[2])
-    found = [o for name, value in defaults.items() for o in _type(f"backend.engine_args.{name}", name, value)]
+    found = [o for name, value in defaults.items() for o in wrong_type(f"backend.engine_args.{name}", name, value)]
     assert not found
     assert {"max_logprobs", "enforce_eager", "watermark", "worker_cls"} <= defaults.keys()
     assert [vllm_source.type_of(name)[1] for name in ("max_logprobs", "watermark")] == [int, float]
@@ -340,45 +347,10 @@ def attribute(config, path):
 
 
 # ------------------------------------------------------------------ the loaded engine
-@pytest.fixture(scope="module")
-def texts():
-    return [row["text"] for row in builtin.read("builtin:sample")][:20]
-
-
-@pytest.fixture
-def fresh():
-    """Load backends of their own, and close them at the end."""
-    begun = []
-
-    def load(wanted):
-        backend = make_backend(wanted)
-        begun.append(backend)
-        backend.start()
-        backend.load()
-        backend.forget()
-        return backend
-
-    yield load
-    for backend in begun:
-        backend.close()
-
-
 @pytest.fixture
 def loaded(engines):
     """Load backends, of which an engine that can run what is wanted may be running already."""
     return engines.loaded
-
-
-def run(backend, texts):
-    return {g.index: g for batch in backend.generate(backend.encode(texts)) for g in batch}
-
-
-def tokens(generations):
-    return {index: g.token_ids for index, g in generations.items()}
-
-
-def on_pytorch(wanted):
-    return replace(wanted, backend=PytorchBackend(device="cpu"))
 
 
 @needs_vllm
@@ -391,11 +363,7 @@ def test_it_gives_the_tokens_that_pytorch_gives(loaded, texts, options):
     wanted = replace(TINY, **options)
     here, there = loaded(wanted), loaded(on_pytorch(wanted))
     assert here.encode(texts) == there.encode(texts)
-    mine, theirs = run(here, texts), run(there, texts)
-    assert tokens(mine) == tokens(theirs)
-    assert {i: g.finish_reason for i, g in mine.items()} == {i: g.finish_reason for i, g in theirs.items()}
-    assert here.architecture() == there.architecture()
-    assert here.model_info() == there.model_info()
+    check_same_output(here, there, texts, len(texts))
 
 
 @needs_vllm
@@ -403,10 +371,7 @@ def test_an_adapter_changes_tokens_and_flops_as_on_pytorch(loaded, texts, tmp_pa
     pytest.importorskip("peft", reason="peft is not installed")
     wanted = replace(TINY, adapter=str(models_for_tests.adapter(tmp_path / "adapter", find("tiny").path)))
     here, there = loaded(wanted), loaded(on_pytorch(wanted))
-    mine = tokens(run(here, texts[:8]))
-    assert mine == tokens(run(there, texts[:8]))
-    assert here.architecture() == there.architecture()
-    assert here.model_info() == there.model_info()
+    mine = tokens(check_same_output(here, there, texts, 8))
     assert mine != tokens(run(loaded(TINY), texts[:8]))
 
 
@@ -423,19 +388,8 @@ def test_sampled_tokens_do_not_depend_on_the_company(loaded, texts):
 @needs_vllm
 def test_continuous_batching_fills_places_as_they_become_free(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=3)))
-    before = time.perf_counter_ns()
-    # Some end early, so that their places are taken while others go on.
-    prompts = backend.encode(texts)
-    batches = list(backend.generate(prompts))
-    after = time.perf_counter_ns()
-    done = [g for batch in batches for g in batch]
-    assert sorted(g.index for g in done) == list(range(20))
-    assert {g.batch for g in done} == {0}
-    assert len(batches) > 1
-    assert all(before <= g.arrived_ns <= g.start_ns < g.prefill_end_ns <= g.end_ns <= after for g in done)
+    done = check_places_are_filled(backend, texts, began_ns=lambda g: g.arrived_ns)
     assert max(sum(g.start_ns <= at.start_ns < g.end_ns for g in done) for at in done) == 3
-    waited = [g.start_ns - g.arrived_ns for g in sorted(done, key=lambda g: g.arrived_ns)]
-    assert min(waited[3:]) > max(waited[:3])
 
 
 @needs_vllm
@@ -452,7 +406,7 @@ def test_the_engine_counts_what_we_count(loaded, texts):
 
 
 @needs_vllm
-def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
+def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_reported(loaded, texts):
     backend = loaded(TINY)
     alike = [texts[0] * 6 + text for text in texts[:4]]
     for _ in range(2):
@@ -461,19 +415,19 @@ def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_told(loaded, texts):
     backend.forget()
     run(backend, alike[:1])
     assert backend.counters()["prefix_cache_hit_tokens"] == 0
-    assert "prefix_cached" not in [note.code for note in backend.warnings()]
+    assert "prefix_cached" not in [each.code for each in backend.warnings()]
     run(backend, alike)
-    assert "prefix_cached" in [note.code for note in backend.warnings()]
+    assert "prefix_cached" in [each.code for each in backend.warnings()]
 
 
 @needs_vllm
-def test_preemptions_are_told(loaded, texts):
+def test_preemptions_are_reported(loaded, texts):
     # Blocks for three to four of the eight requests that run side by side.
     options = {"kv_cache_memory_bytes": 11 * 786_432, "max_model_len": 512}
     backend = loaded(experiment(engine=options, max_output_tokens=300, batching=Batching(batch_size=8)))
     done = run(backend, texts[:8])
     assert backend.counters()["preemptions"] > 0
-    assert "preempted" in [note.code for note in backend.warnings()]
+    assert "preempted" in [each.code for each in backend.warnings()]
     assert tokens(done) == tokens(run(loaded(experiment(max_output_tokens=300)), texts[:8]))
 
 
@@ -529,7 +483,7 @@ def test_the_installed_version_has_what_is_given_to_it_and_nothing_that_is_calle
         ({"load_format": "pt"}, "could not load tiny: Cannot find any model weights"),
     ],
 )
-def test_what_the_engine_refuses_is_told_in_a_sentence(loaded, engine, words):
+def test_what_the_engine_refuses_is_reported_in_a_sentence(loaded, engine, words):
     with pytest.raises(RunError, match=words) as caught:
         loaded(experiment(engine=engine))
     assert "\n" not in str(caught.value)
@@ -595,45 +549,27 @@ def test_each_token_is_timed_and_is_the_same_token(loaded, texts, strategy):
 def test_requests_that_arrive_while_others_run_are_taken_in(loaded, texts):
     batching = Batching(strategy="continuous", batch_size=64)
     backend = loaded(replace(TINY, batching=batching, min_output_tokens=64, max_output_tokens=64))
-    prompts = backend.encode(texts)[:10]
-    opened_ns = time.perf_counter_ns()
-    times_s = [0.001 * i for i in range(9)] + [3.0]
-    done = [g for some in backend.serve(Arrivals(prompts, times_s, 1, opened_ns), 64) for g in some]
-    assert sorted(g.index for g in done) == list(range(10))
-    assert {g.index: g.arrived_ns for g in done} == {i: opened_ns + round(t * 1e9) for i, t in enumerate(times_s)}
-    assert all(g.arrived_ns <= g.start_ns < g.end_ns for g in done)
-    first, second, *_, last = sorted(done, key=lambda g: g.index)
-    assert second.start_ns < first.end_ns, "the first one is not waited for"
-    assert last.start_ns - opened_ns >= 3e9
+    check_arrivals_are_taken_in(backend, backend.encode(texts)[:10], [0.001 * i for i in range(9)] + [3.0])
 
 
 @needs_vllm
 def test_a_fixed_concurrency_is_never_exceeded(loaded, texts):
-    backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64)))
-    prompts = backend.encode(texts)
-    done = [g for some in backend.serve(Arrivals(prompts, None, 3, time.perf_counter_ns()), 64) for g in some]
-    assert sorted(g.index for g in done) == list(range(len(texts)))
-    assert max(sum(g.arrived_ns <= at.arrived_ns < g.end_ns for g in done) for at in done) == 3
+    check_concurrency(loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64))), texts)
 
 
 @needs_vllm
-def test_requests_that_nobody_waits_for_are_taken_back(loaded, texts):
-    backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=2)))
-    generations = backend.generate(backend.encode(texts))
-    first = next(generations)
-    generations.close()
-    assert sorted(run(backend, texts[:5])) == [0, 1, 2, 3, 4]
-    assert len(first) < 20
+def test_requests_that_are_no_longer_waited_for_are_cancelled(loaded, texts):
+    check_cancelled(loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=2))), texts)
 
 
 @needs_vllm
-def test_an_engine_that_stops_leaves_what_can_still_be_told(fresh, texts, monkeypatch):
+def test_an_engine_that_stops_leaves_what_can_still_be_reported(fresh, texts, monkeypatch):
     backend = fresh(TINY)
 
     def stops():
         raise RuntimeError("CUDA error: an illegal\nmemory access was encountered")
 
-    monkeypatch.setattr(backend._engine, "step", stops)
+    monkeypatch.setattr(backend._loaded.engine, "step", stops)
     with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
         run(backend, texts)
     backend.synchronize()
@@ -657,10 +593,6 @@ def completed(*options, cwd, **env):
     finished = command(*COMMON, *options, cwd=cwd, **env)
     assert finished.code == 0, finished.out + finished.err
     return cwd / "results"
-
-
-def rows(results):
-    return sorted(pq.read_table(results / "requests").to_pylist(), key=lambda row: (row["cycle"], row["request"]))
 
 
 @needs_vllm
@@ -751,7 +683,7 @@ def test_run_on_two_replicas(tmp_path):
 
 
 def fails(*options, cwd, **env):
-    """Run what fails while it loads: exit code 1, a record, a sentence, and nobody left; return the record's error."""
+    """Run what fails while it loads: exit code 1, a record, a sentence, no process left; return its error."""
     import psutil
 
     process = begin(*COMMON, *options, cwd=cwd, **env)
@@ -807,7 +739,7 @@ def test_an_interrupted_run_is_continued(tmp_path):
 
 
 @needs_vllm
-def test_a_worker_that_dies_ends_the_run_and_leaves_nobody(tmp_path):
+def test_a_worker_that_dies_ends_the_run_and_leaves_no_process(tmp_path):
     import psutil
 
     spread_out = ("parallelism.strategy=tensor_parallel", "parallelism.degree=2")

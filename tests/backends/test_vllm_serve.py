@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lem.backends import make_backend
-from lem.backends.openai import Openai
 from lem.spec.engines import OpenaiBackend, PytorchBackend
 from lem.spec.experiment import Batching, Decoder, Experiment, Streaming, Traffic
 from lem.workload import builtin
 from lem.workload.tokens import token_times
 from lem.workload.traffic import Arrivals, arrival_times_s
+from tests.backends.conftest import run
 from tests.conftest import begin, kill_group, raw_record, wait_for
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
@@ -52,7 +52,7 @@ def started(tmp_path_factory):
         try:
             backend.load()
             backend.forget()
-            family = backend._server.processes()
+            family = backend._loaded.server.processes()
             yield backend
         finally:
             backend.close()
@@ -61,22 +61,10 @@ def started(tmp_path_factory):
 
 
 @pytest.fixture
-def asking(started):
+def asking(started, fresh):
     """Load backends that use the server as one that runs already."""
-    begun = []
-
-    def load(**options):
-        chosen = OpenaiBackend(url=started._address.base)
-        backend = make_backend(replace(TINY, fp_precision="auto", backend=chosen, **options))
-        begun.append(backend)
-        backend.start()
-        backend.load()
-        backend.forget()
-        return backend
-
-    yield load
-    for backend in begun:
-        backend.close()
+    chosen = OpenaiBackend(url=started._loaded.address.base)
+    return lambda **options: fresh(replace(TINY, fp_precision="auto", backend=chosen, **options))
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +79,6 @@ def on_pytorch(texts):
     backend.load()
     yield tokens(run(backend, texts))
     backend.close()
-
-
-def run(backend, texts):
-    return {g.index: g for batch in backend.generate(backend.encode(texts)) for g in batch}
 
 
 def tokens(generations):
@@ -112,7 +96,7 @@ def test_greedy_tokens_are_those_of_pytorch(started, texts, on_pytorch):
     assert not {"server_shared", "prefix_cache_kept"}.intersection(codes)
 
 
-def test_the_server_tells_what_it_is(started):
+def test_the_server_reports_what_it_is(started):
     engine = started.engine_info()
     assert engine.version.startswith("vllm 0.")
     assert engine.settings["output_tokens_counted_by"] == "ids"
@@ -122,7 +106,7 @@ def test_the_server_tells_what_it_is(started):
     assert "vllm" in (started.log_folder / "server.log").read_text()
 
 
-def test_tokens_that_come_together_over_http_are_told_apart(asking, texts, on_pytorch):
+def test_tokens_that_come_together_over_http_are_counted_one_by_one(asking, texts, on_pytorch):
     backend = asking(streaming=Streaming(enabled=True))
     done = run(backend, texts)
     assert tokens(done) == on_pytorch
@@ -132,7 +116,7 @@ def test_tokens_that_come_together_over_http_are_told_apart(asking, texts, on_py
         assert len(times.itl_s) == len(g.token_ids) - 1, "of tokens, not of chunks"
         assert times.ttft_s + sum(times.itl_s) == pytest.approx((g.end_ns - g.start_ns) / 1e9, abs=1e-6)
         assert times.ttft_s > 0
-    assert "tokens_not_timed" not in [note.code for note in backend.warnings()]
+    assert "tokens_not_timed" not in [each.code for each in backend.warnings()]
 
 
 def test_sampled_tokens_do_not_depend_on_the_company(asking, texts):
@@ -144,15 +128,17 @@ def test_sampled_tokens_do_not_depend_on_the_company(asking, texts):
     assert alone == together
 
 
-def test_a_server_that_is_told_no_ids_counts_the_same(asking, texts, on_pytorch, monkeypatch):
+def test_a_server_that_is_not_asked_for_ids_counts_the_same(asking, texts, on_pytorch, monkeypatch):
+    from lem.backends.openai_session import Loaded
+
     backend = asking(streaming=Streaming(enabled=True))
-    ask = Openai._body
+    ask = Loaded.body
 
     def without_ids(self, prompt, experiment):
         return ask(self, prompt, experiment).replace(b'"return_token_ids": true', b'"return_token_ids": false')
 
-    monkeypatch.setattr(Openai, "_body", without_ids)
-    backend._tells_ids = False  # as the trial would have found
+    monkeypatch.setattr(Loaded, "body", without_ids)
+    backend._loaded = replace(backend._loaded, sends_ids=False)  # as the trial would have found
     done = run(backend, texts)
     assert {i: g.output_tokens for i, g in done.items()} == {i: len(ids) for i, (ids, _) in on_pytorch.items()}
     assert any(chunk.tokens > 1 for g in done.values() for chunk in g.chunks)
@@ -171,7 +157,7 @@ def test_poisson_arrivals(asking, texts):
     assert all(g.arrived_ns <= g.start_ns < g.chunks[0].at_ns for g in done.values())
 
 
-def test_what_the_server_refuses_is_told_in_its_words(asking, texts):
+def test_what_the_server_refuses_is_reported_in_its_words(asking, texts):
     from lem.errors import RunError
 
     backend = asking()

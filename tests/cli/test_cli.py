@@ -110,7 +110,7 @@ def test_flags_help_comes_from_the_schema(lem, monkeypatch):
         (["experiment", "-m", "tiny", "-d", "sample", "energy=replay"], "energy.trace"),
         (["experiment", "-m", "tiny", "-d", "sample", "energy.country_iso_code=XYZ"], "XYZ"),
         (["experiment", "-m", "tiny", "-d", "sample", "backend=simulated", "backend.device=cpu"], "backend.device"),
-        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "cannot be used"),
+        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "blank.txt is a file."),
         (["results", "show", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate"], "--all"),
@@ -221,7 +221,7 @@ def test_the_results_directory_comes_from_flag_file_environment_or_default_in_th
 def test_fewer_prompts_than_asked_for_are_all_run_and_noted(lem, tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     shown = lem("experiment", "-m", "any", "--backend", "simulated", "-p", "p.txt", "-n", "5", "energy=none", "-y")
-    assert "fewer_prompts: 5 prompts were asked for" in shown.out
+    assert "fewer_prompts: 5 prompts were requested" in shown.out
 
 
 def test_a_failing_run_is_a_record_a_row_and_exit_code_1(lem, tmp_path):
@@ -239,11 +239,11 @@ def test_no_aggregate_leaves_the_row_to_the_aggregate_command(lem, tmp_path):
     assert shown.code == 0
     assert "lem aggregate exp_" in shown.out
     assert not (tmp_path / "results" / "experiments").exists()
-    assert "has a row; --all shows those without one" in lem("results", "list").out
-    assert "makes its row" in lem("results", "list", "--all").out
+    assert "has a row; --all lists those without one" in lem("results", "list").out
+    assert "writes its row" in lem("results", "list", "--all").out
     assert "completed" in lem("aggregate", "--all").out
     assert "completed" in lem("results", "list").out
-    assert "rows are there already" in lem("aggregate", "--all").out
+    assert "already have their rows" in lem("aggregate", "--all").out
 
 
 def test_results_show_as_table_json_and_raw(lem):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 
 import pytest
 
 from lem.backends import tensorrt_source, vllm_source
 from lem.config.check import check
-from lem.config.compose import options, prepare
+from lem.config.compose import prepare
+from lem.config.options import builtin
 from lem.config.overrides import quoted
 from lem.errors import BadInput, ConfigError
 from lem.results.codec import from_json, to_json
@@ -48,13 +51,13 @@ def test_the_default_dataset_is_that_of_the_ai_energy_score(compose):
 
 def test_every_option_of_every_group_composes(compose):
     for group in ("backend", "dataset", "decoder", "energy", "preset"):
-        for option in options(group):
+        for option in builtin(group):
             compose(f"{group}={option}")
 
 
 def test_options_carry_their_own_name(compose):
     for group in ("backend", "dataset", "decoder", "energy"):
-        for option in options(group):
+        for option in builtin(group):
             assert getattr(compose(f"{group}={option}"), group).name == option
 
 
@@ -189,26 +192,67 @@ def test_a_file_may_have_any_name(compose, tmp_path, monkeypatch, name):
 # ------------------------------------------------------------------ sweeps
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """Compose each point of a sweep over a file's configuration."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
+    """Compose each cell of a sweep over a file's configuration."""
     monkeypatch.chdir(tmp_path)
 
     def run(text: str, *overrides: str) -> dict[str, Experiment]:
         (tmp_path / "a.yaml").write_text(text)
-        request = prepare(tmp_path / "a.yaml", overrides)
-        parsed = OverridesParser.create().parse_overrides(list(request.overrides))
-        points = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-        swept = {override.partition("=")[0].removesuffix(".name") for override in overrides}
-        return {
-            " ".join(part for part in request.visible(point) if part.partition("=")[0] in swept): request.cell(
-                point
-            ).experiment()
-            for point in points
-        }
+        found = prepare(tmp_path / "a.yaml", overrides).cells()
+        return {" ".join(override.shown for override in cell.given): cell.experiment() for cell in found}
 
     return run
+
+
+@pytest.fixture
+def run_by_hydra(monkeypatch, tmp_path):
+    """Let Hydra's own sweeper expand and run overrides; return those of each of its jobs."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    jobs: list[list[str]] = []
+
+    def task(_: object) -> None:
+        jobs.append(list(HydraConfig.get().overrides.task))
+
+    def run(overrides: Sequence[str]) -> list[list[str]]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["app", "--multirun", *overrides])
+        hydra.main(version_base="1.3", config_path="pkg://lem.conf", config_name="config")(task)()
+        return jobs
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=1,2", "batching.batch_size=4,8"],
+        ["batching.batch_size=choice(8,4)", "model=any", "seed=range(3,0,-1)"],
+        ["seed=sort(3,1,2,reverse=true)", "cooldown.wait_s=range(0,0.3,0.1)"],
+        ["decoder=glob([c*,f*])", "energy=none", "cycles=1,2"],
+        ["model='a, b','it\\'s',c", "gpus=[0,1],[2],null"],
+        ["seed=1,2", "cycles=1,2", "seed=7,8"],
+        ["seed=1,2", "cycles=3", "+seed=5"],
+        ["preset=quick-test,null", "backend=simulated", "chat_template=true,false"],
+        ["batching={strategy:static,batch_size:1},{batch_size:2}"],
+        ["seed=3", "io.results_dir='out dir'"],
+    ],
+)
+def test_cells_are_those_of_hydras_own_sweeper_in_its_order(run_by_hydra, overrides):
+    composition = prepare(None, overrides)
+    assert [list(cell.overrides) for cell in composition.cells()] == run_by_hydra(composition.overrides)
+
+
+def test_a_shuffled_sweep_is_expanded_once():
+    composition = prepare(None, ["seed=shuffle(range(0,50))"])
+    seeds = [cell.given[0].values[0] for cell in composition.cells()]
+    assert sorted(seeds) == list(range(50))
+    assert seeds == [cell.given[0].values[0] for cell in composition.cells()]
+
+
+def test_a_sweep_without_values_is_refused():
+    with pytest.raises(ConfigError, match=r"'seed=range\(1,1\)' names no values"):
+        prepare(None, ["seed=range(1,1)"])
 
 
 def test_presets_and_no_preset_among_swept_values(cells):
@@ -229,7 +273,7 @@ def test_hub_ids_and_files_among_swept_datasets(cells, tmp_path):
     }
 
 
-def test_a_files_values_for_its_own_option_hold_for_that_point_of_a_sweep_only(cells):
+def test_a_files_values_for_its_own_option_apply_to_that_cell_only(cells):
     text = "dataset: {name: alpaca, column: output, sample_size: 3}\nenergy: {name: none, idle_s: 9}\npreset: benchmark"
     found = cells(text, "dataset=alpaca,gsm8k", "energy=none,auto")
     assert {label: (e.dataset.column, e.dataset.sample_size, e.energy.idle_s) for label, e in found.items()} == {
@@ -300,23 +344,23 @@ def test_parents_are_found_from_the_files_own_directory(compose, tmp_path, monke
         ({"a": "defaults:\n  - planet: mars"}, "'planet', which is not a group"),
     ],
 )
-def test_faulty_inheritance_is_named(compose, files, message):
+def test_broken_inheritance_is_named(compose, files, message):
     with pytest.raises(ConfigError, match=message):
         compose(**files)
 
 
 # ------------------------------------------------------------------ what is refused
 KEYS_OF_ENGINES = [
-    ("vllm", "swap_space=4", "vLLM has no swap_space any more. Preempted requests are computed anew. Set kv_off"),
-    ("vllm", "num_scheduler_steps=8", "has no num_scheduler_steps any more. Set async_scheduling"),
-    ("vllm", "device=cpu", "has no device any more. The installed build of vLLM decides"),
-    ("vllm", "max_num_seqs=4", "this argument of vLLM's engine is given by batching.batch_size."),
-    ("vllm", "max_logprobs=4", "an argument of vLLM's engine; write backend.engine_args={max_logprobs: …}."),
+    ("vllm", "swap_space=4", "vLLM no longer has swap_space; preempted requests are recomputed, unless kv_off"),
+    ("vllm", "num_scheduler_steps=8", "no longer has num_scheduler_steps; use async_scheduling"),
+    ("vllm", "device=cpu", "no longer has device; the installed build of vLLM decides"),
+    ("vllm", "max_num_seqs=4", "this argument of vLLM is set by batching.batch_size."),
+    ("vllm", "max_logprobs=4", "an argument of vLLM; write backend.engine_args={max_logprobs: …}."),
     ("vllm", "engine_args.max_logprobs=4", "write backend.engine_args={max_logprobs: …}."),
     ("vllm", "attn_backend=x", "no such key. Did you mean 'backend.attention_backend'"),
     ("vllm", "batch_size=3", "Did you mean 'batching.batch_size'?"),
-    ("tensorrt", "moe_backend=x", "TensorRT-LLM has no moe_backend any more. Set moe_config in backend.extra_args."),
-    ("tensorrt", "max_batch_size=3", "this argument of TensorRT-LLM is given by batching.batch_size."),
+    ("tensorrt", "moe_backend=x", "TensorRT-LLM no longer has moe_backend; use moe_config in backend.extra_args."),
+    ("tensorrt", "max_batch_size=3", "this argument of TensorRT-LLM is set by batching.batch_size."),
     ("tensorrt", "stream_interval=3", "an argument of TensorRT-LLM; write backend.extra_args={stream_interval: …}."),
 ]
 
@@ -331,16 +375,16 @@ def test_a_key_that_only_the_engine_knows_is_explained(compose, backend, key, me
         compose(f"backend.{key}", a=f"backend: {backend}")
 
 
-def test_without_the_engine_its_dropped_names_are_explained_all_the_same(compose):
+def test_an_engines_dropped_names_are_explained_without_the_engine_too(compose):
     with pytest.raises(
-        ConfigError, match=r"a\.yaml:1: backend\.swap_space: unknown key: vLLM has no swap_space any more"
+        ConfigError, match=r"a\.yaml:1: backend\.swap_space: unknown key: vLLM no longer has swap_space"
     ):
         compose(a="backend: {name: vllm, swap_space: 4}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("key", ["swapspace", "devise", "attn_backen", "block_siz", "kv_cach"])
-def test_suggested_are_keys_of_the_chosen_backend_alone(compose, backend, key):
+def test_only_keys_of_the_chosen_backend_are_suggested(compose, backend, key):
     own = {leaf.path for leaf in leaves(BACKENDS[backend], "backend.")}
     own |= {path.rpartition(".")[0] for path in own}
     with pytest.raises(ConfigError, match="unknown key") as error:
@@ -371,7 +415,7 @@ def test_suggested_are_keys_of_the_chosen_backend_alone(compose, backend, key):
         ("batching=4", "batching"),
         ("nonsense", "neither an option, a config file"),
         ("decoder@x=creative", "names a package"),
-        ("~backend", "removes a value, and each has one"),
+        ("~backend", "removes a value, but none can be left out"),
         ("~seed", "removes a value"),
         ("decoder={name: creative}", "chosen by name.*decoder.do_sample="),
         ("decoder=3", "chosen by name"),
@@ -390,7 +434,7 @@ def test_suggested_are_keys_of_the_chosen_backend_alone(compose, backend, key):
         ("hydra=3", "unknown key"),
     ],
 )
-def test_a_faulty_override_is_one_sentence_with_the_remedy(compose, override, message):
+def test_a_bad_override_is_one_sentence_with_the_remedy(compose, override, message):
     if override.startswith("dataset=nowhere"):
         assert compose(override).dataset.path == "nowhere.jsonl"  # whether it exists is asked when it is read
         return
@@ -413,7 +457,7 @@ def test_a_value_of_the_wrong_shape_is_named(compose, text, message):
         compose(a=text)
 
 
-def test_all_problems_of_a_file_are_told_at_once(compose):
+def test_all_problems_of_a_file_are_reported_at_once(compose):
     with pytest.raises(ConfigError) as caught:
         compose(a="modl: x\nbatching: {batch_size: four, stratgy: static}\nfp_precision: fp16\n")
     text = str(caught.value)
@@ -429,13 +473,13 @@ def test_all_problems_of_a_file_are_told_at_once(compose):
         (b"- a\n- b\n", "a mapping of keys to values, not a list"),
         (b"just words\n", "a mapping of keys to values, not a text"),
         (b"\xff\xfe\x00bad", "UTF-16"),
-        (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key stands here a second time, first in line 1"),
+        (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key is given a second time, first in line 1"),
         (b"1: x\n", "not a word"),
         (b"model: !!python/object/apply:os.system ['touch ran']\n", "a.yaml:1: model: the tag"),
         (b"model: ${nowhere.at.all}\n", "nowhere"),
     ],
 )
-def test_a_faulty_file_is_named_with_the_place(tmp_path, content, message, monkeypatch):
+def test_a_bad_file_is_named_with_its_line(tmp_path, content, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "a.yaml"
     file.write_bytes(content)
@@ -475,7 +519,7 @@ def test_a_library_user_gets_the_same_checks():
 
 
 @pytest.mark.parametrize("key", ["model", "seed", "fp_precision"])
-def test_a_value_that_has_to_be_given_is_asked_for_also_where_there_is_a_default(compose, key):
+def test_a_value_that_has_to_be_given_is_asked_for_even_if_there_is_a_default(compose, key):
     with pytest.raises(BadInput, match=rf"a.yaml:1: {key}: \?\?\? stands for a value that has to be given"):
         compose(a=f"{key}: ???")
 

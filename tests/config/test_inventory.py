@@ -1,4 +1,4 @@
-"""`lem presets` and `lem datasets`: what can be chosen by name, whoever made it."""
+"""`lem presets` and `lem datasets`: what can be chosen by name, built in or a user's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lem.config.inventory import choices
+from lem.config.inventory import summaries
 from tests.conftest import command
 
 
@@ -60,7 +60,7 @@ def test_the_directory_may_be_named(lem, mine, tmp_path):
     assert (refused.code, "holds no options" in refused.err) == (2, True)
 
 
-def test_a_faulty_option_hides_no_other(lem, mine, tmp_path):
+def test_a_bad_option_hides_no_other(lem, mine, tmp_path):
     (tmp_path / "conf" / "preset" / "bad.yaml").write_text("seed: [\n")
     done = lem("presets")
     assert done.code == 2
@@ -68,7 +68,7 @@ def test_a_faulty_option_hides_no_other(lem, mine, tmp_path):
     assert "conf/preset/bad.yaml:2:1: broken YAML" in done.err
 
 
-def test_lems_own_options_are_no_users(tmp_path):
+def test_lems_own_options_are_not_the_users(tmp_path):
     from importlib import resources
     from pathlib import Path
 
@@ -80,22 +80,22 @@ def test_lems_own_options_are_no_users(tmp_path):
 def test_the_lists_fit_a_narrow_terminal(tmp_path, mine, monkeypatch, capfd):
     from rich.console import Console
 
-    from lem.config import inventory
+    from lem.cli import listing
     from lem.results import show
 
     monkeypatch.chdir(tmp_path)
     narrow = Console(width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(show, "console", lambda: narrow)
-    inventory.show_presets()
+    listing.show_presets()
     lines = capfd.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("throughput" in line for line in lines)
-    inventory.show_datasets()
+    listing.show_datasets()
     # Too wide for a table: names are not cut, and can be copied.
     assert "anon8231489123/ShareGPT_Vicuna_unfiltered" in capfd.readouterr().out
 
 
 def test_every_built_in_option_says_what_it_is_for():
     for group in ("backend", "dataset", "decoder", "energy", "preset"):
-        for choice in choices(group):
-            assert choice.purpose, (group, choice.name)
+        for option in summaries(group):
+            assert option.purpose, (group, option.name)

@@ -25,7 +25,7 @@ from tests.nvml_standin import environment, scenario
 
 CONTRACT_METERS = "CONTRACT_METERS"
 HERE = ("none", "replay", "codecarbon", "auto", "rapl")
-# Scenarios of the stand-in driver; it is met in a process of its own, in which this file's contract is run again.
+# Scenarios of the stand-in driver, which needs a separate process, where this file's contract runs again.
 ON_STANDIN = {
     "nvml": """
         devices 4
@@ -75,7 +75,7 @@ def is_steady(reading):
 
 
 class TestContract:
-    """What every meter keeps to; the one that reads nothing included."""
+    """What every meter does, including the one that reads nothing."""
 
     def test_windows_follow_one_another_with_the_same_devices(self, meter):
         seen = []
@@ -112,7 +112,7 @@ class TestContract:
             assert {devices([reading])[0] for reading in (ended, *column)} == set(devices([ended]))
             assert all((reading.energy_j is None) != (reading.reason is None) for reading in column)
             grown = [reading.energy_j for reading in column if reading.energy_j is not None]
-            # What could be told once can be told on: the unknown ones come first.
+            # Once known, energy stays known: the unknown readings come first.
             assert [reading.energy_j for reading in column[len(column) - len(grown) :]] == grown
             assert grown == sorted(grown)
             if ended.device == UNREADABLE:
@@ -168,7 +168,7 @@ def test_the_contract_holds_on_the_stand_in_driver(standin, tmp_path, name):
     assert f"{len(CONTRACT_TESTS)} passed in" in done.stdout
 
 
-def test_a_meter_that_cannot_tell_so_far_makes_the_combination_unable_too():
+def test_a_meter_without_so_far_leaves_the_combination_without_it():
     class Silent(NoMeter):
         def so_far(self):
             return None
@@ -261,8 +261,8 @@ def test_a_step_in_the_trace_is_integrated_at_its_samples(tmp_path):
         ("t_s,power_w\n0\n", "fewer values than there are columns"),
         ("time,power_w\n0,1\n", "no column 't_s'"),
         ("t_s,power_w\n0,much\n", "cannot be read"),
-        ("t_s,power_w\n0,nan\n", "no power"),
-        ("t_s,power_w\n0,-5\n", "no power"),
+        ("t_s,power_w\n0,nan\n", "not a valid power"),
+        ("t_s,power_w\n0,-5\n", "not a valid power"),
         ("t_s,power_w\n", "no samples"),
         ("t_s,power_w,component\n0,1,fan\n", "unknown component 'fan'"),
     ],

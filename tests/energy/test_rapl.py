@@ -22,8 +22,8 @@ import pytest
 from lem.energy.rapl import RaplMeter, find_zones, increase_uj, readable, step_uj
 from lem.errors import BadInput
 
-# Zone, its name, and its power in the tests with a writer. Two packages with memory; what lies inside of a package
-# or shows it once more has a power of its own, so that it would be seen in the sum.
+# Zone, its name, and its power in the tests with a writer. Two packages with memory; zones inside a package or that
+# show it again have different powers, so that they would show in the sum.
 ZONES = {
     "intel-rapl/intel-rapl:0": ("package-0", 600),
     "intel-rapl/intel-rapl:0/intel-rapl:0:0": ("core", 400),
@@ -87,7 +87,7 @@ def tree(tmp_path):
 
 @contextmanager
 def counting(root: Path, range_uj: int = RANGE_UJ) -> Iterator[tuple[Path, Callable[[], float]]]:
-    """Make a tree that counts; yield it and a function that tells for how many seconds it has done so."""
+    """Make a tree that counts; yield it and a function that returns for how many seconds it has done so."""
     flat, truth = build(root, range_uj), root / "truth"
     powers_w = {str(root / "devices/virtual/powercap" / path): power_w for path, (_, power_w) in ZONES.items()}
     arguments = [str(truth), str(range_uj + step_uj(range_uj)), str(START_UJ), json.dumps(powers_w)]
@@ -101,7 +101,7 @@ def counting(root: Path, range_uj: int = RANGE_UJ) -> Iterator[tuple[Path, Calla
 
 @pytest.fixture
 def running(tmp_path):
-    """A tree that counts, and a function that tells for how many seconds it has done so."""
+    """A tree that counts, and a function that returns for how many seconds it has done so."""
     with counting(tmp_path) as tree_and_seconds:
         yield tree_and_seconds
 
@@ -156,12 +156,12 @@ def test_joules_over_several_wrap_arounds_are_the_writers(running, opened):
     assert [r.device for r in readings] == COUNTED
     for reading in readings:
         assert reading.energy_j == pytest.approx(powers_w[reading.device] * passed_s, rel=0.03)
-    # Nothing twice: the sum of the CPUs is that of the two packages.
+    # Nothing twice: the CPUs sum up to the two packages.
     cpu_j = sum(r.energy_j for r in readings if r.component == "cpu")
     assert cpu_j == pytest.approx((600 + 450) * passed_s, rel=0.03)
 
 
-def test_wrap_arounds_that_nobody_looked_at_are_null_with_a_reason(running, opened):
+def test_wrap_arounds_that_were_not_read_are_null_with_a_reason(running, opened):
     meter = opened(running[0], poll_s=3600)
     meter.begin()
     time.sleep(0.8)
@@ -211,15 +211,15 @@ def test_a_whole_turn_of_a_counter_is_its_range_and_a_step(range_uj, step):
     assert increase_uj(7, 7, range_uj) == 0
 
 
-def test_a_counter_that_begins_anew_is_null_and_not_almost_a_whole_turn(tmp_path, opened):
+def test_a_counter_that_is_reset_is_null_and_not_almost_a_whole_turn(tmp_path, opened):
     tree = build(tmp_path, USUAL_RANGE_UJ)
     meter = opened(tree)
     meter.begin()
     for zone in ("intel-rapl:0", "intel-rapl:1"):
         (tree / zone / "energy_uj").write_text(f"{START_UJ + 5_000_000 if zone.endswith('1') else 1000}\n")
-    anew, sound, *_ = meter.end()
-    assert anew.energy_j is None
-    assert "began anew" in anew.reason
+    reset, sound, *_ = meter.end()
+    assert reset.energy_j is None
+    assert "was reset" in reset.reason
     assert sound.energy_j == 5.0
 
 
@@ -297,7 +297,7 @@ def test_close_ends_the_thread(tree):
     meter.close()
 
 
-def test_a_machine_without_rapl_is_told_what_to_use(tmp_path):
+def test_a_machine_without_rapl_learns_what_to_use(tmp_path):
     for directory in (tmp_path, tmp_path / "missing"):
         assert not readable(str(directory))
         with pytest.raises(BadInput, match=r"no RAPL counters.*energy=codecarbon"):
@@ -345,7 +345,7 @@ except BadInput as error:
 """
 
 
-def test_counters_for_root_alone_are_named_with_the_remedy():
+def test_counters_only_for_root_are_named_with_the_remedy():
     # Not in pytest's own directory, which another user may not enter.
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)

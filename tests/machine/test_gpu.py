@@ -151,7 +151,7 @@ print(json.dumps(windows))
 def test_no_meter_counts_what_another_waits_for(driver, tmp_path):
     with counting(tmp_path / "powercap", USUAL_RANGE_UJ) as (tree, _):
         windows = driver(SETTLED, "device 0 power constant 300\ndevice 0 tick_ms 100", POWERCAP=str(tree))
-    # The GPU's counter is waited for at both edges, for some 50 ms on average: a tenth of the window each.
+    # The wait for the GPU's counter is about 50 ms on average at each edge: a tenth of the window.
     for device, power_w in (("GPU-00000000", 300), ("intel-rapl:0 package-0", 600)):
         powers_w = [joules[device] / seconds for seconds, joules in windows]
         assert statistics.median(powers_w) == pytest.approx(power_w, rel=0.05)
@@ -186,7 +186,7 @@ def test_so_far_is_behind_by_at_most_a_tick_and_its_trace_agrees(driver):
         assert (counted["source"], integrated["source"]) == ("counter", "integral")
 
 
-def test_a_gpu_lost_in_the_window_is_null_so_far_and_the_other_goes_on(driver):
+def test_a_gpu_lost_in_the_window_is_null_so_far_and_the_other_continues(driver):
     scenario = "devices 3\ndevice 0 lost_after_s 1.2\ndevice 1 lost_after_s 1.2\ndevice 1 no_counter"
     found = driver(SO_FAR, scenario)
     early = [look for seconds, look in found["looks"] if 0.15 < seconds < 0.3]
@@ -266,7 +266,7 @@ def test_on_a_module_the_counter_is_the_modules(driver):
     assert [reading["component"] for reading in driver(WINDOW, scenario)["readings"]] == ["module", "gpu"]
 
 
-def test_without_a_counter_the_trace_is_integrated_and_labelled_so(driver):
+def test_without_a_counter_the_trace_is_integrated_and_labelled_as_such(driver):
     window = driver(WINDOW, "devices 1\ndevice 0 no_counter\ndevice 0 power constant 200")
     (reading,) = window["readings"]
     assert reading["source"] == "integral"

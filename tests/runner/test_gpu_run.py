@@ -1,4 +1,4 @@
-"""Whole runs on a machine with GPUs, as far as that goes without one: the driver's library is a stand-in."""
+"""Whole runs on a machine with GPUs, with a stand-in for the driver's library."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_mig_instance_is_labelled_as_shared(run):
     assert "energy_shared" in codes(row)
 
 
-def test_the_state_of_the_machine_becomes_doubts(run):
+def test_the_state_of_the_machine_becomes_warnings(run):
     text = """
         devices 1
         device 0 temperature 45
@@ -159,7 +159,7 @@ def test_two_processes_on_one_gpu_count_its_joules_once(standin, tmp_path):
     plan = Plan(directory.id, timestamp(), experiment, info, processes=2, replicas=2)
     directory.write_plan(plan, texts)
     variables = environment(standin, scenario(tmp_path / "scenario.txt", "devices 1\ndevice 0 power constant 300"))
-    both = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lem.cli.direct"]
+    both = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lem.runner.worker"]
     done = subprocess.run([*both, str(directory.path)], env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = read(directory, strict=True)
@@ -176,11 +176,11 @@ def test_more_gpus_than_there_are_is_refused(standin, tmp_path):
         cwd=tmp_path, **variables,
     )  # fmt: skip
     assert done.code == 2
-    assert "GPUs asked for: 3, visible: 2" in done.err
+    assert "GPUs needed: 3, visible: 2" in done.err
     assert done.out == ""
 
 
-def test_a_gpu_that_an_engine_without_cuda_leaves_alone_is_told(standin, tmp_path):
+def test_a_gpu_that_an_engine_without_cuda_leaves_alone_is_warned_about(standin, tmp_path):
     import torch
 
     if torch.version.cuda is not None:

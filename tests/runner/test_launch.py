@@ -1,4 +1,4 @@
-"""Starting workers and ending them: nobody is left behind, whatever becomes of the launcher or of a worker."""
+"""Starting workers and ending them: no process is left, whatever happens to the parent or to a worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def only(results: Path) -> ExperimentDir:
 
 
 def of_run(folder: Path) -> list[psutil.Process]:
-    """Return the living processes of runs in a folder, whatever their parents, groups and sessions."""
+    """Return the running processes of runs in a folder, whatever their parents, groups and sessions."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -53,7 +53,7 @@ def gone(folder: Path, within_s: float = LATE_S) -> bool:
 
 @pytest.fixture
 def planned(lem, tmp_path) -> ExperimentDir:
-    """An experiment with a plan, of which nothing has been run."""
+    """An experiment with a plan, none of which has run."""
     assert lem("experiment", *SIMULATED, "-n", "4", "-o", "results").code == 0
     directory = only(tmp_path / "results")
     for file in [*directory.path.glob("process_*"), *directory.path.glob("journal_*"), directory.path / "state.json"]:
@@ -62,7 +62,7 @@ def planned(lem, tmp_path) -> ExperimentDir:
 
 
 @pytest.mark.parametrize("missing", ["reader and writer", "writer"])
-def test_a_worker_whose_launcher_is_gone_before_it_starts_ends_at_once(planned, tmp_path, missing):
+def test_a_worker_whose_parent_is_gone_before_it_starts_ends_at_once(planned, tmp_path, missing):
     for name in ("progress", "lifeline"):
         os.mkfifo(tmp_path / name)
     reader = os.open(tmp_path / "progress", os.O_RDONLY | os.O_NONBLOCK) if missing == "writer" else None
@@ -81,7 +81,7 @@ def test_a_worker_whose_launcher_is_gone_before_it_starts_ends_at_once(planned, 
     assert sum(len(part.requests) for part in planned.parts()) == 0
 
 
-def test_a_launcher_that_does_not_listen_does_not_hold_up_the_work(tmp_path):
+def test_a_parent_that_does_not_read_does_not_hold_up_the_work(tmp_path):
     from lem.runner.progress import Event, PipeReport
 
     reader, writer = os.pipe()
@@ -92,10 +92,10 @@ def test_a_launcher_that_does_not_listen_does_not_hold_up_the_work(tmp_path):
     os.set_blocking(reader, False)
     os.read(reader, 1 << 20)
     report(Event("measured", 20_000, 20_000))
-    assert b"20000" in os.read(reader, 1 << 20), "it is heard again when there is room"
+    assert b"20000" in os.read(reader, 1 << 20), "events arrive again when there is room"
 
 
-def test_the_pipes_of_a_killed_launcher_are_removed_by_the_next(tmp_path):
+def test_the_pipes_of_a_killed_parent_are_removed_by_the_next(tmp_path):
     (tmp_path / "tmp").mkdir()
     process = begin("experiment", *SIMULATED, "-n", "20", *SLOW, cwd=tmp_path, TMPDIR=str(tmp_path / "tmp"))
     wait_for(process, "Prompts")
@@ -106,7 +106,7 @@ def test_the_pipes_of_a_killed_launcher_are_removed_by_the_next(tmp_path):
     assert not list((tmp_path / "tmp").glob("lem-*"))
 
 
-def test_a_worker_that_hears_no_signal_is_killed_after_its_grace(tmp_path):
+def test_a_worker_that_ignores_signals_is_killed_after_its_grace(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "200", *SLOW, cwd=tmp_path)
     wait_for(process, "Prompts")
     (worker,) = workers_of(process)
@@ -135,7 +135,7 @@ def test_a_second_ctrl_c_is_immediate(tmp_path):
     assert process.returncode == 130
     assert time.monotonic() - began_s < 4
     (record,) = only(tmp_path / "results").records()
-    assert record.error.message == "The worker was ended at once, for the run was interrupted a second time."
+    assert record.error.message == "The worker was killed at once, because the run was interrupted a second time."
     assert "Traceback" not in err
     assert "--resume" in err
     assert gone(tmp_path)
@@ -207,7 +207,7 @@ def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
     assert done.code == 0, done.err
     (row,) = pq.read_table(tmp_path / "results" / "experiments").to_pylist()
     assert (row["status"], row["requests_completed"], row["resumed"]) == ("completed", 4, 1)
-    # A constant 100 W; what is waited between two looks at the meter, at most a second, may be missing.
+    # A constant 100 W; the wait between two readings of the meter, at most a second, may be missing.
     assert row["duration_s"] > 8
     assert row["energy_j"] == pytest.approx(100 * row["duration_s"], abs=130)
     assert {w.partition(":")[0] for w in row["warnings"]} >= {"resumed", "window_cut"}
@@ -233,11 +233,11 @@ def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
+def test_workers_end_when_their_parent_is_killed(tmp_path):
     process = two_ranks(tmp_path, "-n", "41", "backend.decode_s_per_token=0.005")
     wait_for(process, "Prompts")
     assert len(workers_of(process)) == 2
-    process.kill()  # alone: torch's launcher and the workers know of it by the lifeline only
+    process.kill()  # alone: torch's launcher and the workers notice only by the lifeline
     process.communicate()
     assert gone(tmp_path)
 
@@ -246,6 +246,7 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
 def test_a_killed_one_of_two_is_named_before_there_is_a_window(tmp_path, which):
     process = two_ranks(tmp_path, "-n", "41", "energy.idle_s=30")
     wait_for(process, "Idle")
+    time.sleep(1)  # until both are past the barrier with which the phase begins
     assert len(workers_of(process)) == 2
     workers_of(process)[which].kill()
     process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Runs that are stopped: Ctrl-C, SIGTERM, kill -9, no memory, no space; nothing measured is lost, nobody is left."""
+"""Runs that are stopped: Ctrl-C, SIGTERM, kill -9, no memory, no space; no measurement is lost, no process is left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 
 from lem.results.directory import ExperimentDir
 from lem.results.journal import DIED
-from lem.runner.window import MOST_OFTEN_NS
+from lem.runner.window import METER_POLL_NS
 from tests.conftest import SIMULATED, begin, command, kill_group, raw_record, wait_for, workers_of
 
 pytestmark = pytest.mark.processes
@@ -62,7 +62,7 @@ def kept(folder: Path) -> tuple[dict, dict]:
 
 
 def resume_all(folder: Path, prompts: int, cycles: int = 1) -> dict:
-    """Go on until the end; return the row, whose prompts are all there, once."""
+    """Resume to the end; return the row, which has all prompts, once."""
     directory = only(folder)
     done = command("experiment", "-y", "--resume", directory.id, cwd=folder)
     assert done.code == 0, done.err
@@ -73,7 +73,7 @@ def resume_all(folder: Path, prompts: int, cycles: int = 1) -> dict:
 
 
 def forget_all(directory: ExperimentDir) -> None:
-    """Leave an experiment as it is planned."""
+    """Leave an experiment as it was planned."""
     for name in [name for name in os.listdir(directory.path) if name.startswith(OF_A_RUN)]:
         (directory.path / name).unlink()
     for table in ("requests", "cycles", "experiments"):
@@ -102,21 +102,23 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert not worker.is_running()
     record, row = kept(tmp_path)
     assert record["status"] == row["status"] == "interrupted"
-    # The worker was told to end by SIGTERM, whatever its parent was told.
+    # The worker received SIGTERM, whatever its parent received.
     what = "Ctrl-C" if how == signal.SIGINT else how.name
     assert record["error"]["message"] == row["error"] == f"stopped by {what}"
     (cut,) = [warning["text"] for warning in record["warnings"] if warning["code"] == "window_cut"]
     assert "energy" not in cut, "nothing metered it"
-    assert re.fullmatch(r"the window was broken off \S+ s after its last finished request, with which it ends\.", cut)
+    assert re.fullmatch(
+        r"the window was interrupted \S+ s after its last finished request; it now ends with that\.", cut
+    )
     assert 0 < record["requests_completed"] < 40
     assert row["requests_completed"] == record["requests_completed"]
     assert row["output_tokens"] in (None, record["output_tokens"])
-    # What it says is what goes on.
+    # The command it prints is the one that resumes.
     (resume,) = re.findall(r"lem (experiment --resume \S+)", err)
     assert command(*resume.split(), "-y", "--dry-run", cwd=tmp_path).code == 0
 
 
-def test_the_command_that_goes_on_names_the_results_directory(tmp_path):
+def test_the_command_that_resumes_names_the_results_directory(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "20", *SLOW, "-o", "my results", cwd=tmp_path)
     wait_for(process, "Prompts")
     os.killpg(process.pid, signal.SIGINT)
@@ -127,7 +129,7 @@ def test_the_command_that_goes_on_names_the_results_directory(tmp_path):
     ).returncode == 0  # fmt: skip
 
 
-def test_ctrl_c_ends_a_sweep_with_all_that_was_to_come(tmp_path):
+def test_ctrl_c_ends_a_sweep_with_all_its_remaining_cells(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "100", *SLOW, "--multirun", "seed=1,2,3", cwd=tmp_path)
     wait_for(process, "Prompts")
     os.killpg(process.pid, signal.SIGINT)
@@ -138,7 +140,7 @@ def test_ctrl_c_ends_a_sweep_with_all_that_was_to_come(tmp_path):
 
 
 def test_ctrl_c_after_the_end_changes_no_exit_code(tmp_path):
-    """Python takes its time to end, and is killed by a signal then unless it is ignored."""
+    """Python takes time to end, and a signal kills it meanwhile unless it is ignored."""
     code = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
     code += "; from lem.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "results", "list"], cwd=tmp_path, capture_output=True, text=True)
@@ -170,7 +172,7 @@ def test_a_killed_worker_leaves_a_failed_record_that_says_how_it_died(running, t
     resume_all(tmp_path, 40)
 
 
-def test_a_killed_parent_takes_its_worker_along(running, tmp_path):
+def test_a_killed_parent_ends_its_worker(running, tmp_path):
     process, worker = running
     process.kill()
     process.wait()
@@ -311,7 +313,7 @@ def test_energy_is_that_of_the_windows_and_never_of_the_gap(tmp_path, how):
     assert row["duration_s"] == pytest.approx(sum(window.duration_s for window in windows))
     # The meter was last asked at most this long before the last batch, and before the batch after that.
     longest_batch_s = max(r.latency_s for part in only(tmp_path).parts() for r in part.requests)
-    behind_s = MOST_OFTEN_NS / 1e9 + longest_batch_s
+    behind_s = METER_POLL_NS / 1e9 + longest_batch_s
     missing_s = row["duration_s"] - row["energy_j"] / 100
     assert -0.01 <= missing_s <= behind_s
     assert records[0].window_opened_unix_s > began_unix_s

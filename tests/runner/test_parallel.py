@@ -16,7 +16,7 @@ import pytest
 
 from lem.backends import make_backend
 from lem.backends.placement import split_over_ranks, spread
-from lem.backends.pytorch import Pytorch
+from lem.backends.pytorch import Pytorch, check_devices
 from lem.errors import RunError
 from lem.machine import gpu
 from lem.machine.gpu import Gpu
@@ -24,7 +24,7 @@ from lem.machine.host import Host
 from lem.record import ProcessRecord
 from lem.results.directory import ExperimentDir
 from lem.results.plan import Plan, PromptsInfo
-from lem.runner.launch import _launcher
+from lem.runner.launch import worker_command
 from lem.spec.engines import PytorchBackend, SimulatedBackend
 from lem.spec.experiment import Experiment, Parallelism
 from lem.spec.processes import gpus_needed
@@ -328,12 +328,11 @@ def devices(wanted, rank, *uuids):
     backend = make_backend(wanted)
     assert isinstance(backend, Pytorch)
     backend.local_rank = rank
-    backend._expected = backend.gpus_in_use(EIGHT)
     cuda = Cuda(*uuids)
-    backend._devices = backend._own_devices(cuda)
-    backend._check_devices(cuda)
-    assert cuda.current == backend._devices[0].index
-    return [str(device) for device in backend._devices]
+    own = backend._own_devices(cuda)
+    check_devices(cuda, own, backend.gpus_in_use(EIGHT))
+    assert cuda.current == own[0].index
+    return [str(device) for device in own]
 
 
 def test_each_process_has_the_gpu_of_its_own_number_and_a_pipeline_has_all():
@@ -374,7 +373,7 @@ def test_accelerates_own_parser_understands_the_command_line(monkeypatch, tmp_pa
     theirs.to_yaml_file(tmp_path / "default_config.yaml")
     monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default_config.yaml"))
-    python, dash_m, module, *arguments = _launcher(planned(3), EIGHT, tmp_path / "scratch")
+    python, dash_m, module, *arguments = worker_command(planned(3), EIGHT, tmp_path / "scratch")
     assert (python, dash_m, module) == (sys.executable, "-m", "accelerate.commands.launch")
     parsed = launch.launch_command_parser().parse_args([*arguments, "raw/exp", "--attempt", "2"])
     parsed, _, _ = launch._validate_launch_command(parsed)
@@ -413,7 +412,7 @@ def test_direct_form_does_what_the_command_does(folder, alone):
     assert plan.config_file == "my.yaml"
 
 
-def test_worker_in_a_process_of_its_own_is_the_direct_form_too(tmp_path):
+def test_a_worker_as_its_own_process_is_the_direct_form_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lem.cli.direct", *SIMULATED, "-n", "3"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -421,7 +420,7 @@ def test_worker_in_a_process_of_its_own_is_the_direct_form_too(tmp_path):
     assert read(tmp_path / "results")[0]["requests_completed"] == 3
 
 
-def test_accelerate_that_starts_a_single_process_is_found_out(tmp_path):
+def test_accelerate_that_starts_a_single_process_is_detected(tmp_path):
     if gpu.visible():
         pytest.skip("accelerate starts several processes on GPUs")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "lem.cli.direct"]
@@ -441,16 +440,16 @@ def test_accelerate_that_starts_a_single_process_is_found_out(tmp_path):
         (["nonsense=1"], "nonsense"),
     ],
 )
-def test_direct_form_refuses_what_cannot_be_run_and_lets_all_go(tmp_path, monkeypatch, capfd, overrides, sentence):
+def test_direct_form_refuses_what_cannot_run_and_dismisses_others(tmp_path, monkeypatch, capfd, overrides, sentence):
     from lem.cli import direct
 
-    told = []
+    published = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(direct, "tell", told.append)
+    monkeypatch.setattr(direct, "publish", published.append)
     assert direct.main([*SIMULATED, *overrides]) == 2
     assert sentence in capfd.readouterr().err
-    assert told == [direct.NOTHING]
+    assert published == [direct.NOTHING]
     assert not (tmp_path / "results").exists()
 
 
@@ -468,7 +467,7 @@ def test_interrupted_direct_form_is_kept_and_resumed_by_the_command(tmp_path):
     (path,) = (tmp_path / "results" / "raw").iterdir()
     directory = ExperimentDir(path)
     assert f"lem experiment --resume {directory.id}" in said
-    assert "lem/worker.py" not in said, "of lem's own there are sentences, no traceback"
+    assert "lem/runner/" not in said, "of lem's own there are sentences, no traceback"
     assert directory.state().status == "interrupted"
     before = [row for part in directory.parts() for row in part.requests]
     assert 0 < len(before) < 40

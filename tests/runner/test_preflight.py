@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-from lem.config.inventory import choices
+from lem.config.inventory import summaries
 from lem.errors import ConfigError
 from lem.machine.gpu import Gpu, pick
 from lem.machine.host import Host
@@ -34,7 +34,7 @@ def codes(found):
 
 
 # ------------------------------------------------------------------ all at once
-def test_options_model_prompts_and_files_are_told_in_one_go(tmp_path):
+def test_options_model_prompts_and_files_are_reported_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     wanted = simulated(
         model=None,
@@ -58,7 +58,7 @@ def test_options_model_prompts_and_files_are_told_in_one_go(tmp_path):
     ("rows", "reason"),
     [(None, "does not exist"), ("at\n1\n", "has no column t_s"), ("t_s\n1\n", "has 1 arrivals, fewer")],
 )
-def test_a_trace_of_arrivals_at_fault_is_told_once(tmp_path, rows, reason):
+def test_a_bad_trace_of_arrivals_is_reported_once(tmp_path, rows, reason):
     trace = tmp_path / "trace.csv"
     if rows is not None:
         trace.write_text(rows)
@@ -113,11 +113,11 @@ def test_rules_about_gpus_look_at_the_named_ones_only():
     on_old = simulated(backend=PytorchBackend(), fp_precision="bfloat16", gpus=["GPU-old"])
     (found,) = objections(on_old, host)
     assert found.code == "bfloat16_emulated"
-    assert "Tesla T4 (compute capability 7.5)" in found.reason
+    assert "Tesla T4 (compute capability 7.5)" in found.fact
     assert objections(simulated(backend=PytorchBackend(), fp_precision="bfloat16", gpus=[1]), host) == []
 
 
-def test_of_gpus_that_are_not_there_each_is_told_once_and_nothing_follows_from_them():
+def test_each_missing_gpu_is_reported_once_and_nothing_follows_from_it():
     wanted = simulated(backend=PytorchBackend(), gpus=[0, 7, "GPU-9", 0], num_processes=3)
     assert codes(objections(wanted, Host(GPUS))) == ["unknown_gpu", "unknown_gpu", "repeated_gpu"]
 
@@ -134,8 +134,8 @@ PICKED = """
     from lem.machine import gpu
     visible = gpu.visible()
     picked = gpu.pick("MIG-1-0", visible)
-    told = picked and [picked.compute_capability, picked.mig_uuid]
-    print(json.dumps([[g.compute_capability for g in visible], told]))
+    found = picked and [picked.compute_capability, picked.mig_uuid]
+    print(json.dumps([[g.compute_capability for g in visible], found]))
 """
 
 
@@ -145,7 +145,7 @@ def test_an_instance_of_a_visible_gpu_can_be_picked_and_has_its_compute_capabili
         assert driver(PICKED, TWO_INSTANCES, CUDA_VISIBLE_DEVICES=variable) == [[[9, 0]], picked]
 
 
-def test_a_compute_capability_that_the_driver_does_not_tell_is_none(driver):
+def test_a_compute_capability_that_the_driver_does_not_report_is_none(driver):
     code = "import json; from lem.machine import gpu; print(json.dumps(gpu.visible()[0].compute_capability))"
     assert driver(code, "device 0 unsupported nvmlDeviceGetCudaComputeCapability") is None
 
@@ -175,7 +175,7 @@ def test_zeus_is_asked_itself_where_no_nvidia_gpu_is_visible():
 def test_a_presets_values_stand_in_the_way_of_no_override(backend, override):
     from lem.config.compose import prepare
 
-    presets = [choice.name for choice in choices("preset")]
+    presets = [choice.name for choice in summaries("preset")]
     assert "benchmark" in presets
     for preset in presets:
         composed = prepare(None, [f"preset={preset}", f"backend={backend}", "dataset=sample", override]).experiment()
@@ -204,7 +204,7 @@ def test_a_file_where_results_go_is_impossible(tmp_path, taken):
     (tmp_path / taken).write_text("")
     (found,) = objections(simulated(io=Io(results_dir=str(tmp_path / "results"))), CPU)
     assert found.code == "results_unwritable"
-    assert taken in found.reason
+    assert taken in found.fact
 
 
 def become_nobody():

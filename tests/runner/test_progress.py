@@ -1,4 +1,4 @@
-"""What is said while a run goes on, and how rarely."""
+"""What is reported during a run, and how rarely."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 
 from lem.runner.progress import Event, PipeReport
-from lem.studies.display import Bars, BatchLines, Lines, Rate
+from lem.studies.display import Lines, Rate, StudyLines, bars
 
 
 def sent(events, period_s):
@@ -31,7 +31,7 @@ def test_without_a_period_everything_is_sent():
     assert len(sent([Event("measured", i, 10) for i in range(11)], period_s=0)) == 11
 
 
-def test_a_listener_that_has_gone_disturbs_nothing():
+def test_a_reader_that_is_gone_disturbs_nothing():
     reading, writing = os.pipe()
     os.close(reading)
     report = PipeReport(writing, period_s=0)
@@ -54,10 +54,10 @@ def test_the_rate_counts_from_the_beginning_of_its_phase():
 
 def test_without_a_terminal_a_line_for_each_tenth():
     stream = io.StringIO()
-    with Lines(stream) as show:
-        show(Event("load"))
-        for i in range(1001):
-            show(Event("measured", i, 1000))
+    show = Lines(stream)
+    show(Event("load"))
+    for i in range(1001):
+        show(Event("measured", i, 1000))
     lines = stream.getvalue().splitlines()
     assert lines[0] == "Loading the model"
     assert len(lines) == 12
@@ -66,7 +66,7 @@ def test_without_a_terminal_a_line_for_each_tenth():
 
 
 def test_every_phase_that_has_ended_has_a_full_bar(capsys):
-    with Bars() as show:
+    with bars() as show:
         for phase in ("load", "idle_before", "load", "idle_loaded"):
             show(Event(phase))
         show(Event("measured", 0, 2))
@@ -78,14 +78,14 @@ def test_every_phase_that_has_ended_has_a_full_bar(capsys):
     assert all(" 1/1 " in line or " 2/2 " in line for line in shown), shown
 
 
-def test_a_batch_tells_how_many_have_ended_and_failed():
+def test_a_batch_reports_how_many_have_ended_and_failed():
     stream = io.StringIO()
-    with BatchLines(stream, total=2, at_once=2) as show:
-        first, second = show.begin(0, "a.yaml"), show.begin(1, "b.yaml")
-        second(Event("load"))
-        first(Event("load"))
-        show.end(1, "failed: no", failed=True)
-        show.end(0, "completed", failed=False)
+    show = StudyLines(stream, total=2, at_once=2)
+    first, second = show.begin(0, "a.yaml"), show.begin(1, "b.yaml")
+    second(Event("load"))
+    first(Event("load"))
+    show.end(1, "failed: no", failed=True)
+    show.end(0, "completed", failed=False)
     assert stream.getvalue().splitlines() == [
         "[1/2] a.yaml",
         "[2/2] b.yaml",

@@ -1,4 +1,4 @@
-"""Who is who among the processes of a node, and that they wait for each other: two real processes over gloo."""
+"""The ranks of a node's processes, and their waiting for each other: two real processes over gloo."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lem.runner.ranks import Ranks, join, named_by_launcher
 
 pytestmark = pytest.mark.processes
 
-# Each process says when it came to the barrier and when it left, and what it heard.
+# Each process writes when it arrived at the barrier and when it left, and what it received.
 TWO = """
     import json, sys, time
-    from lem.runner.ranks import hear, join, named_by_launcher, say_ended, tell, wait_for_ends
+    from lem.runner.ranks import announce_end, join, named_by_launcher, publish, receive, wait_for_ends
     here = named_by_launcher()
-    told = "a path/with ä" if here.rank == 0 else None
-    if told:
-        tell(told)
+    sent = "a path/with ä" if here.rank == 0 else None
+    if sent:
+        publish(sent)
     ranks = join(2)
     if ranks.rank == 1:
         time.sleep(2.5)
@@ -32,11 +32,11 @@ TWO = """
     ranks.close()
     if ranks.rank == 1:
         time.sleep(0.5)
-        say_ended(1)
+        announce_end(1)
     else:
         wait_for_ends([1])
-    heard = told or hear()
-    row = [ranks.rank, ranks.local_rank, ranks.size, came, left, len(called), heard, time.time()]
+    received = sent or receive()
+    row = [ranks.rank, ranks.local_rank, ranks.size, came, left, len(called), received, time.time()]
     open(f"{sys.argv[1]}/{ranks.rank}", "w").write(json.dumps(row))
 """
 
@@ -55,7 +55,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     done = several(TWO, str(folder))
     assert done.returncode == 0, done.stderr
-    names = ("rank", "local_rank", "size", "came", "left", "called", "heard", "ended")
+    names = ("rank", "local_rank", "size", "came", "left", "called", "received", "ended")
     return [dict(zip(names, json.loads((folder / str(rank)).read_text()), strict=True)) for rank in range(2)]
 
 
@@ -63,17 +63,17 @@ def test_each_process_knows_which_one_it_is(both):
     assert [(each["rank"], each["local_rank"], each["size"]) for each in both] == [(0, 0, 2), (1, 1, 2)]
 
 
-def test_nobody_leaves_the_barrier_before_all_have_come(both):
+def test_no_process_leaves_the_barrier_before_all_have_arrived(both):
     assert min(each["left"] for each in both) >= max(each["came"] for each in both)
 
 
-def test_whoever_waits_long_is_called_now_and_then(both):
+def test_a_process_that_waits_long_is_called_now_and_then(both):
     # It waits for two seconds and a half, and looks up every second.
     assert [each["called"] for each in both] == [2, 0]
 
 
-def test_all_hear_what_the_first_one_tells(both):
-    assert {each["heard"] for each in both} == {"a path/with ä"}
+def test_all_receive_what_the_first_one_publishes(both):
+    assert {each["received"] for each in both} == {"a path/with ä"}
 
 
 def test_the_first_one_waits_for_the_ends_of_the_others(both):
@@ -96,7 +96,7 @@ def test_a_barrier_is_over_when_another_process_is_gone(tmp_path):
     assert "exitcode  : 3" in done.stderr
 
 
-def test_a_process_alone_waits_for_nobody(monkeypatch):
+def test_a_process_alone_does_not_wait(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     ranks = join(1)
@@ -105,17 +105,17 @@ def test_a_process_alone_waits_for_nobody(monkeypatch):
     ranks.close()
 
 
-def test_the_launchers_word_is_taken(monkeypatch):
+def test_the_ranks_are_the_launchers(monkeypatch):
     for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert named_by_launcher() == Ranks(5, 1, 8)
 
 
-@pytest.mark.parametrize(("promised", "started"), [(2, None), (2, "3"), (1, "2")])
-def test_another_number_of_processes_than_promised_is_an_error(monkeypatch, promised, started):
+@pytest.mark.parametrize(("planned", "started"), [(2, None), (2, "3"), (1, "2")])
+def test_another_number_of_processes_than_planned_is_an_error(monkeypatch, planned, started):
     if started is None:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
     else:
         monkeypatch.setenv("WORLD_SIZE", started)
-    with pytest.raises(RunError, match=rf"has {promised} processes.* started {started or 1}\..*torch.distributed.run"):
-        join(promised)
+    with pytest.raises(RunError, match=rf"has {planned} processes.* started {started or 1}\..*torch.distributed.run"):
+        join(planned)

@@ -1,4 +1,4 @@
-"""Going on with what was left unfinished: which experiment, what is run, what stays the same, what is refused."""
+"""Resuming what was left unfinished: which experiment, what runs, what stays the same, what is refused."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def test_an_unknown_id_is_refused_with_the_nearest(lem, killed):
     assert killed.id in done.err
 
 
-def test_an_empty_id_goes_on_with_nothing(lem, killed):
-    """As a shell's variable gives it that is not set; every id begins with nothing."""
+def test_an_empty_id_resumes_nothing(lem, killed):
+    """As from an unset shell variable; every id begins with the empty string."""
     done = lem("experiment", "-y", "--resume", "", "-o", "results")
     assert (done.code, "id is empty" in done.err) == (2, True)
     assert len(rows_of(killed)) == 3
@@ -126,7 +126,7 @@ def test_a_beginning_that_fits_several_is_refused(lem, killed):
     assert "fits 2 experiments" in done.err
 
 
-def test_whatever_else_would_decide_what_is_run_is_refused(lem, killed):
+def test_anything_else_that_would_decide_what_runs_is_refused(lem, killed):
     for other in (
         ("seed=3",), ("-m", "tiny"), ("--fresh",), ("--multirun",), ("my.yaml",), ("-n", "9"), ("--cycles", "2"),
         ("--preset", "quick-test"), ("-d", "sample"),
@@ -170,7 +170,7 @@ def test_one_that_was_killed_after_its_last_batch_is_complete(lem, tmp_path, wit
     assert any(w.startswith("window_cut") for w in row["warnings"]) is not with_record
 
 
-def test_a_dry_run_tells_what_is_left_and_does_nothing(lem, killed):
+def test_a_dry_run_prints_what_is_left_and_does_nothing(lem, killed):
     before = snapshot(killed)
     done = lem("experiment", "--resume", killed.id, "--dry-run", "-o", "results")
     assert done.code == 0
@@ -190,7 +190,7 @@ def test_a_running_one_is_left_alone(lem, killed):
     assert lem("experiment", "-y", "--resume", killed.id, "--force", "-o", "results").code == 2
 
 
-def test_a_running_one_is_not_gone_on_with_by_the_same_command(lem, killed):
+def test_a_running_one_is_not_resumed_by_the_same_command(lem, killed):
     killed.write_state(running(1))
     assert lem(*AGAIN).code == 0
     assert len(rows_of(killed)) == 3
@@ -223,15 +223,15 @@ def test_setting_the_clock_ends_no_claim(killed, monkeypatch):
     assert killed.state().status == "running"
 
 
-def test_of_two_that_go_on_with_it_at_once_one_does(killed, tmp_path):
+def test_of_two_that_resume_it_at_once_one_does(killed, tmp_path):
     both = [begin("experiment", "-y", "--resume", killed.id, "-o", "results", cwd=tmp_path) for _ in range(2)]
-    told = [process.communicate(timeout=60)[1] for process in both]
-    assert sorted(process.returncode for process in both) in ([0, 2], [0, 0]), told
+    printed = [process.communicate(timeout=60)[1] for process in both]
+    assert sorted(process.returncode for process in both) in ([0, 2], [0, 0]), printed
     assert sorted(rows_of(killed)) == list(range(8))
     assert {row.attempt for row in rows_of(killed).values()} == {1, 2}
 
 
-def test_a_process_that_nobody_has_buried_does_not_run(killed):
+def test_a_zombie_does_not_run(killed):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started_s = psutil.Process(process.pid).create_time() - psutil.boot_time()
     killed.write_state(replace(running(1), pid=process.pid, process_started_s=started_s))
@@ -296,19 +296,19 @@ def test_the_configuration_and_the_prompts_are_those_it_began_with(lem, tmp_path
     assert [row[name] for name in same if name != "overrides"] == [whole[name] for name in same if name != "overrides"]
 
 
-def test_the_same_command_goes_on_and_fresh_starts_anew(lem, killed):
+def test_the_same_command_resumes_and_fresh_starts_a_new_one(lem, killed):
     assert lem(*AGAIN, "--fresh").code == 0
     assert len(rows_of(killed)) == 3
     done = lem(*AGAIN)
     assert done.code == 0
-    assert f"Going on with {killed.id}" in done.err
+    assert f"Resuming {killed.id}" in done.err
     assert len(rows_of(killed)) == 8
     assert len(listing(lem)) == 2
     assert lem(*AGAIN).code == 0, "with nothing unfinished it is a new one"
     assert len(listing(lem)) == 3
 
 
-def test_another_configuration_does_not_go_on_with_it(lem, killed):
+def test_another_configuration_does_not_resume_it(lem, killed):
     assert lem(*AGAIN, "--seed", "5").code == 0
     assert len(rows_of(killed)) == 3
 
@@ -333,16 +333,16 @@ def on_a_terminal(arguments: tuple[str, ...], answers: str, cwd: Path) -> tuple[
     return process.wait(), shown.decode()
 
 
-def test_a_person_is_asked_whether_to_go_on(lem, killed, tmp_path):
+def test_a_person_is_asked_whether_to_resume(lem, killed, tmp_path):
     code, shown = on_a_terminal(AGAIN, "n\nn\n", tmp_path)
-    assert (code, "left unfinished" in shown, "Start anew" in shown) == (0, True, True)
+    assert (code, "left unfinished" in shown, "Start over" in shown) == (0, True, True)
     assert len(rows_of(killed)) == 3
     code, shown = on_a_terminal(AGAIN, "y\n", tmp_path)
-    assert (code, f"Going on with {killed.id}" in shown) == (0, True)
+    assert (code, f"Resuming {killed.id}" in shown) == (0, True)
     assert len(rows_of(killed)) == 8
 
 
-def test_a_question_that_is_broken_off_runs_nothing(lem, killed, tmp_path):
+def test_an_interrupted_question_runs_nothing(lem, killed, tmp_path):
     # The end of the input, which comes the same way as Ctrl-C and needs no terminal that controls the process.
     code, shown = on_a_terminal(AGAIN, "\x04", tmp_path)
     assert (code, "Nothing was run." in shown, "Traceback" in shown) == (130, True, False)
@@ -381,7 +381,7 @@ def test_a_missing_plan_is_named(lem, killed):
     assert lem("results", "list", "--all", "--json", "-o", "results").code == 0
 
 
-def test_a_note_of_an_experiment_that_was_deleted_disturbs_nothing(lem, killed, tmp_path):
+def test_a_mark_of_a_deleted_experiment_disturbs_nothing(lem, killed, tmp_path):
     for file in killed.path.iterdir():
         file.unlink()
     killed.path.rmdir()
@@ -435,7 +435,7 @@ def killed_with_trace(lem, tmp_path) -> ExperimentDir:
 
 
 @pytest.mark.parametrize("times_s", [[9.0 + i for i in range(8)], [1.0], None], ids=["others", "too_few", "none"])
-def test_the_arrivals_are_those_that_the_experiment_was_begun_with(lem, killed_with_trace, tmp_path, times_s):
+def test_the_arrivals_are_those_that_the_experiment_started_with(lem, killed_with_trace, tmp_path, times_s):
     (tmp_path / "arrivals.csv").unlink()
     if times_s is not None:
         write_trace(tmp_path, times_s)
@@ -446,7 +446,7 @@ def test_the_arrivals_are_those_that_the_experiment_was_begun_with(lem, killed_w
     assert arrived_s == pytest.approx([t - TIMES_S[2] for t in TIMES_S[3:]], abs=1e-6)  # the last before is time 0
 
 
-def test_the_same_trace_is_gone_on_with_and_another_content_is_another_experiment(lem, killed_with_trace, tmp_path):
+def test_the_same_trace_is_resumed_and_other_content_is_another_experiment(lem, killed_with_trace, tmp_path):
     write_trace(tmp_path, [t + 0.5 * (t > 5.2) for t in TIMES_S])
     assert lem(*TRACE).code == 0
     assert len(rows_of(killed_with_trace)) == 3
@@ -459,7 +459,7 @@ def test_the_same_trace_is_gone_on_with_and_another_content_is_another_experimen
 
 
 def test_an_experiment_without_arrivals_of_its_own_reads_the_file(lem, killed_with_trace, tmp_path):
-    """As one that was begun before they were written down."""
+    """As one that started before they were written down."""
     spec = killed_with_trace.path / "spec.json"
     plan = json.loads(spec.read_text())
     del plan["arrivals_sha256"]

@@ -17,7 +17,7 @@ import pytest
 from lem.record import RequestRecord
 from lem.results.directory import ExperimentDir
 from lem.results.store import Store
-from tests.conftest import TOLD, begin, kill_group
+from tests.conftest import SUMMARY, begin, kill_group
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ EARLY = 0.3
 
 @dataclass
 class Tally:
-    """What the killing came to."""
+    """The tally of the kills."""
 
     kills: int = 0
     experiments: int = 0
@@ -150,7 +150,7 @@ def kill_until_complete(
             directory = ExperimentDir(results / "raw" / found[0])
             arguments = ("experiment", "-y", "--resume", directory.id, "-o", str(results))
         elif found:
-            (only,) = (results / "raw").iterdir()  # killed before there was a plan: nothing to go on with
+            (only,) = (results / "raw").iterdir()  # killed before there was a plan: nothing to resume
             only.rename(results.parent / f"no-plan-{len(list(results.parent.iterdir()))}")
         if ended is None:
             tally.kills += 1
@@ -204,7 +204,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_counted_twice(lem,
         check_totals(results, list(seen.values()), max(cycle for cycle, _ in expected))
         assert not list(results.rglob(".*-*")), "scratch files are left"
     record_property(
-        TOLD,
+        SUMMARY,
         f"{case.name}: {tally.kills} kills (seed {SEED}), {tally.experiments} experiments, "
         f"{tally.lost} requests lost, {tally.doubled} counted twice; rows after each: {tally.rows_at_kills}",
     )
@@ -223,7 +223,7 @@ def test_twenty_started_at_once_have_twenty_ids_and_twenty_rows(tmp_path):
     assert {(row["status"], row["requests_completed"]) for row in rows} == {("completed", 2)}
 
 
-def test_the_same_started_at_once_goes_on_with_no_other_that_runs(tmp_path):
+def test_the_same_started_at_once_resumes_no_other_that_runs(tmp_path):
     """Without --fresh: each finds others of its configuration that have just begun, and must leave them alone."""
     one = ("experiment", "-y", "--backend", "simulated", "--model", "any", "-d", "sample", "-n", "2")
     started = [begin(*one, "energy=none", "warmup.prompts=0", cwd=tmp_path) for _ in range(12)]

@@ -1,4 +1,4 @@
-"""The window: what is inside, what is outside, and what is kept when it breaks off."""
+"""The window: what is inside, what is outside, and what is kept when it is interrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from lem.results.journal import Checkpoint
 from lem.runner.progress import silent
 from lem.runner.ranks import Ranks
 from lem.runner.window import Bench, Measurement
-from lem.runner.worker import move_the_end
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Batching, Experiment, Warmup
 
@@ -46,24 +45,24 @@ class ConstantPower(Meter):
 
 
 class BlindMeter(ConstantPower):
-    """One that cannot tell before the window closes."""
+    """One that knows no energy before the window closes."""
 
     def so_far(self):
         return None
 
 
-class Notes:
-    """Takes down what it is told of the window."""
+class Recording:
+    """Keeps what it receives of the window."""
 
     def __init__(self):
         self.opened = 0
         self.batches = []
         self.checkpoints = []
 
-    def opens(self):
+    def window_opens(self):
         self.opened += 1
 
-    def finished(self, batch, checkpoint):
+    def batch_finished(self, batch, checkpoint):
         self.batches.append(batch)
         self.checkpoints.append(checkpoint)
 
@@ -85,7 +84,7 @@ class SlowLoad:
         return self._backend.encode(texts)
 
 
-def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, notes=None, cycles=1, first_batch=0, **options):
+def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, recording=None, cycles=1, first_batch=0, **options):
     experiment = Experiment(
         model="any",
         max_output_tokens=20,
@@ -98,7 +97,7 @@ def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, notes=None, 
     prompts = bench.prepare(TEXTS, INDICES, idle_s, into)
     for _ in range(cycles):
         bench.warm_up(prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), 4, into)
-        bench.run_window(prompts, notes or Notes(), into, first_batch=first_batch)
+        bench.run_window(prompts, recording or Recording(), into, first_batch=first_batch)
     return into
 
 
@@ -143,16 +142,16 @@ def test_batches_follow_one_another_and_fill_the_window():
 
 
 def test_a_failure_keeps_what_was_measured_until_then_and_ends_the_window_with_the_last_batch():
-    measurement, notes = Measurement(), Notes()
+    measurement, recording = Measurement(), Recording()
     with pytest.raises(RunError):
-        run(measurement, fail_at_request=INDICES[9], warmup=0, notes=notes)
+        run(measurement, fail_at_request=INDICES[9], warmup=0, recording=recording)
     assert measurement.current == "measured"
     assert len(measurement.requests) == 8
     window = measurement.phases[-1]
     assert window.name == "measured"
-    assert window.duration_s == notes.checkpoints[-1].duration_s
+    assert window.duration_s == recording.checkpoints[-1].duration_s
     # The meter is asked now and then only: what it knows is of a checkpoint, not of the end.
-    known = [c for c in notes.checkpoints if c.energy is not None][-1]
+    known = [c for c in recording.checkpoints if c.energy is not None][-1]
     assert window.energy[0].energy_j == pytest.approx(50 * known.energy_at_s, abs=0.05)
     assert measurement.energy_behind_s == window.duration_s - known.energy_at_s
 
@@ -160,16 +159,16 @@ def test_a_failure_keeps_what_was_measured_until_then_and_ends_the_window_with_t
 def test_what_is_lost_of_a_broken_window_is_the_time_since_its_last_batch():
     measurement, since_s = Measurement(), 0.1
 
-    class Stuck(Notes):
-        def finished(self, batch, checkpoint):
-            super().finished(batch, checkpoint)
+    class Stuck(Recording):
+        def batch_finished(self, batch, checkpoint):
+            super().batch_finished(batch, checkpoint)
             if len(self.batches) == 2:
                 time.sleep(since_s)
                 raise RunError("no more")
 
     began_s = time.perf_counter()
     with pytest.raises(RunError):
-        run(measurement, warmup=0, notes=Stuck())
+        run(measurement, warmup=0, recording=Stuck())
     whole_s = time.perf_counter() - began_s
     assert since_s <= measurement.lost_s <= whole_s - measurement.phases[-1].duration_s
 
@@ -178,11 +177,12 @@ def test_what_is_lost_grows_as_the_end_is_put_earlier():
     phases, earlier = [Phase("load", 9.0), Phase("measured", 3.0)], Phase("measured", 1.0)
     energy = (EnergyReading("gpu", "replay", "device", "test", 40.0, "50 W"),)
     cut = Measurement(phases=phases, lost_s=0.5, energy_behind_s=0.25)
-    move_the_end(cut, earlier, Checkpoint(0.75, energy=energy, energy_at_s=0.75))
+    cut.cut_back(0, earlier, Checkpoint(0.75, energy=energy, energy_at_s=0.75))
     assert (cut.lost_s, cut.energy_behind_s) == (2.5, 0.25)
-    move_the_end(cut, earlier, Checkpoint(0.75, energy=(), energy_at_s=0.75))
+    assert cut.phases == [Phase("load", 9.0), earlier]
+    cut.cut_back(0, earlier, Checkpoint(0.75, energy=(), energy_at_s=0.75))
     assert cut.energy_behind_s is None
-    move_the_end(cut, None, None)  # nothing of it is in the journal
+    cut.cut_back(0, None, None)  # nothing of it is in the journal
     assert (cut.lost_s, cut.energy_behind_s) == (None, None)
 
 
@@ -193,7 +193,7 @@ def test_the_energy_of_a_broken_window_is_null_with_a_reason_where_the_meter_can
     (reading,) = measurement.phases[-1].energy
     assert (measurement.lost_s > 0, measurement.energy_behind_s) == (True, None)
     assert reading.energy_j is None
-    assert "broken off" in reading.reason
+    assert "interrupted" in reading.reason
 
 
 def test_a_window_without_a_finished_batch_is_none():
@@ -203,18 +203,18 @@ def test_a_window_without_a_finished_batch_is_none():
     assert [phase.name for phase in measurement.phases] == ["load"]
 
 
-def test_each_batch_is_told_as_soon_as_it_is_finished_with_the_window_up_to_there():
-    notes = Notes()
-    measurement = run(notes=notes)
-    assert notes.opened == 1
-    assert [len(batch) for batch in notes.batches] == [4, 4, 4]
-    assert [request for batch in notes.batches for request in batch] == measurement.requests
-    ends = [batch[0].end_s for batch in notes.batches]
-    assert all(end <= c.duration_s for end, c in zip(ends, notes.checkpoints, strict=True))
-    assert notes.checkpoints[-1].duration_s <= measurement.phases[-1].duration_s
+def test_each_batch_is_recorded_as_soon_as_it_is_finished_with_the_window_up_to_there():
+    recording = Recording()
+    measurement = run(recording=recording)
+    assert recording.opened == 1
+    assert [len(batch) for batch in recording.batches] == [4, 4, 4]
+    assert [request for batch in recording.batches for request in batch] == measurement.requests
+    ends = [batch[0].end_s for batch in recording.batches]
+    assert all(end <= c.duration_s for end, c in zip(ends, recording.checkpoints, strict=True))
+    assert recording.checkpoints[-1].duration_s <= measurement.phases[-1].duration_s
 
 
-def test_batches_go_on_counting_where_an_earlier_attempt_ended():
+def test_batches_are_numbered_on_from_an_earlier_attempt():
     assert sorted({r.generation.batch for r in run(first_batch=5).requests}) == [5, 6, 7]
 
 
@@ -223,12 +223,12 @@ def test_cycles_have_a_window_each_and_the_model_is_loaded_once():
     assert names == ["idle_before", "load", "idle_loaded", "warmup", "measured", "warmup", "measured"]
 
 
-def test_a_process_without_prompts_opens_its_window_all_the_same():
+def test_a_process_without_prompts_opens_its_window_too():
     backend = make_backend(Experiment(model="any", backend=SimulatedBackend()))
     bench, into = Bench(backend, ConstantPower(), Ranks(), silent), Measurement()
     prompts = bench.prepare([], [], 0.0, into)
     bench.warm_up(prompts, Warmup(prompts=2), 4, into)
-    bench.run_window(prompts, Notes(), into)
+    bench.run_window(prompts, Recording(), into)
     assert [phase.name for phase in into.phases] == ["load", "measured"]
     assert into.requests == []
 

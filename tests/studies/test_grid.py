@@ -45,7 +45,7 @@ def generate(lem, base):
     return run
 
 
-def manifest(folder: str = "grid") -> dict:
+def index(folder: str = "grid") -> dict:
     return yaml.safe_load(Path(folder, "grid.yaml").read_text())
 
 
@@ -106,7 +106,7 @@ def test_what_names_no_values_of_a_key_is_refused(vary, says):
         axes(*vary)
 
 
-def test_all_faults_are_told_at_once_with_exit_code_2(generate):
+def test_all_problems_are_reported_at_once_with_exit_code_2(generate):
     done = generate("batch_sise=1", "strategy=static", "seed=1,2")
     assert done.code == 2
     assert "batch_sise" in done.err
@@ -114,11 +114,11 @@ def test_all_faults_are_told_at_once_with_exit_code_2(generate):
     assert not Path("grid").exists()
 
 
-def test_a_value_that_stands_there_twice_is_taken_once_and_told(generate):
+def test_a_value_that_is_given_twice_is_used_once_with_a_note(generate):
     done = generate("batch_size=1,2,1", "temperature=1,1.0")
     assert done.code == 0
-    assert "batching.batch_size: 1 stands there more than once" in done.err
-    assert "decoder.temperature: 1.0 stands there more than once" in done.err
+    assert "batching.batch_size: 1 is given more than once" in done.err
+    assert "decoder.temperature: 1.0 is given more than once" in done.err
     assert len(names()) == 2
 
 
@@ -129,9 +129,9 @@ def test_truth_values_are_not_numbers():
 # ------------------------------------------------------------------ what the files are
 def test_the_product_in_the_order_given_the_last_varies_fastest(generate):
     generate("seed=1,2", "batch_size=4,2")
-    points = [tuple(entry["point"].values()) for entry in manifest()["files"]]
+    points = [tuple(entry["point"].values()) for entry in index()["files"]]
     assert points == [(1, 4), (1, 2), (2, 4), (2, 2)]
-    assert [entry["file"] for entry in manifest()["files"]][:2] == [
+    assert [entry["file"] for entry in index()["files"]][:2] == [
         "seed-1--batch_size-4.yaml",
         "seed-1--batch_size-2.yaml",
     ]
@@ -175,9 +175,9 @@ def test_files_compose_to_what_the_overrides_compose_to(lem, tmp_path, monkeypat
     Path("pro mpts.txt").write_text("one\ntwo\n")
     varied = [part for text in VARIED for part in ("--vary", text)]
     assert lem("config", "generate-grid", where, *varied, "-o", output).code == 0
-    entries = manifest(output)["files"]
+    entries = index(output)["files"]
     assert len(entries) == 32
-    assert (Path(output) / manifest(output)["base"]).resolve() == Path(where).resolve()
+    assert (Path(output) / index(output)["base"]).resolve() == Path(where).resolve()
     for entry in entries[::11]:
         point = entry["point"]
         overrides = [f"{key}={quoted(v) if isinstance(v, str) else v}" for key, v in point.items()]
@@ -279,22 +279,22 @@ def test_what_is_written_reads_back_the_same(tmp_path_factory, value):
 
 
 # ------------------------------------------------------------------ invalid points
-def test_without_flags_all_are_written_and_the_invalid_are_told(generate):
+def test_without_flags_all_are_written_and_the_invalid_are_reported(generate):
     done = generate("batch_size=1,70000")
     assert done.code == 0
     assert names() == {"batch_size-1.yaml", "batch_size-70000.yaml"}
-    assert "1 of 2 points invalid, and written all the same" in done.err
+    assert "1 of 2 points are written although they are invalid" in done.err
     assert "65536" in done.err
-    assert manifest()["files"][1]["problems"]
-    assert manifest()["skipped"] == []
+    assert index()["files"][1]["problems"]
+    assert index()["skipped"] == []
 
 
 def test_validate_leaves_the_invalid_out_and_lists_them(generate):
     done = generate("batch_size=1,70000", "min_output_tokens=0,500", flags=("--validate",))
     assert done.code == 0
     assert names() == {"batch_size-1--min_output_tokens-0.yaml"}
-    assert "3 of 4 points left out as invalid" in done.err
-    skipped = manifest()["skipped"]
+    assert "3 of 4 points are left out as invalid" in done.err
+    skipped = index()["skipped"]
     assert [entry["point"]["batching.batch_size"] for entry in skipped] == [1, 70000, 70000]
     assert "max_output_tokens (128)" in skipped[0]["problems"][0]
 
@@ -325,7 +325,7 @@ def test_an_option_without_effect_is_invalid_unless_it_has_one(generate):
     assert names() == {"decoder-creative--temperature-0.5.yaml"}
 
 
-def test_what_is_wrong_on_this_machine_alone_can_be_left_out(generate):
+def test_what_is_wrong_on_this_machine_only_can_be_left_out(generate):
     vary = ("backend=pytorch", "gpus=[4000]")
     assert generate(*vary, flags=("--strict",)).code == 2
     assert generate(*vary, flags=("--strict", "--any-machine")).code == 0
@@ -333,11 +333,11 @@ def test_what_is_wrong_on_this_machine_alone_can_be_left_out(generate):
 
 def test_validate_says_the_same_of_the_files(generate, lem):
     generate("backend=pytorch,simulated", "backend.gpus=0", "min_output_tokens=0,500", "device=cpu,auto")
-    for entry in manifest()["files"]:
+    for entry in index()["files"]:
         assert lem("config", "validate", f"grid/{entry['file']}").code == (2 if "problems" in entry else 0), entry
 
 
-def test_a_faulty_base_is_told_once(generate, base):
+def test_a_bad_base_is_reported_once(generate, base):
     base.write_text("model: [\n")
     done = generate("seed=1,2")
     assert done.code == 2
@@ -357,7 +357,7 @@ def test_an_earlier_grid_is_replaced_by_force_alone_and_nothing_else_is_touched(
     assert {path: path.read_text() for path in Path("grid").iterdir()} == before
     assert generate("seed=3,4", flags=("--force",)).code == 0
     assert names() == {"seed-3.yaml", "seed-4.yaml", "seed-9.yaml", "mine.yaml"}
-    assert [entry["file"] for entry in manifest()["files"]] == ["seed-3.yaml", "seed-4.yaml"]
+    assert [entry["file"] for entry in index()["files"]] == ["seed-3.yaml", "seed-4.yaml"]
 
 
 def test_a_file_of_the_users_is_not_overwritten_even_by_force(generate):
@@ -369,7 +369,7 @@ def test_a_file_of_the_users_is_not_overwritten_even_by_force(generate):
     assert Path("grid/seed-2.yaml").read_text() == "model: mine\n"
 
 
-def test_a_manifest_that_lists_other_places_deletes_nothing_there(generate):
+def test_an_index_that_lists_other_folders_deletes_nothing_there(generate):
     Path("precious.yaml").write_text("model: mine\n")
     Path("grid").mkdir()
     Path("grid/grid.yaml").write_text(
@@ -384,7 +384,7 @@ def test_a_manifest_that_lists_other_places_deletes_nothing_there(generate):
 @pytest.mark.parametrize(
     "content", ["model: tiny\n", "lem_grid: 1\nfiles: nonsense\n", "lem_grid: [\n", "lem_grid: 1\n"]
 )
-def test_a_grid_yaml_that_is_no_manifest_stays(generate, content):
+def test_a_grid_yaml_that_is_no_index_stays(generate, content):
     Path("grid").mkdir()
     Path("grid/grid.yaml").write_text(content)
     assert generate("seed=1", flags=("--force",)).code == 2
@@ -412,11 +412,11 @@ def test_an_output_that_is_a_file(generate):
     assert Path("base.yaml").read_text() == BASE
 
 
-# ------------------------------------------------------------------ manifest, batch, multirun
-def test_the_manifest_says_where_all_came_from(generate):
+# ------------------------------------------------------------------ index, batch, multirun
+def test_the_index_says_where_all_came_from(generate):
     done = generate("seed=1,2", flags=("--json",))
     printed = json.loads(done.out)
-    assert printed == manifest()
+    assert printed == index()
     assert printed["lem_grid"] == 1
     assert printed["base"] == "../base.yaml"
     assert printed["vary"] == {"seed": [1, 2]}
@@ -427,11 +427,11 @@ def test_the_manifest_says_where_all_came_from(generate):
     assert {"created_at", "lem_version"} <= set(printed)
 
 
-def test_batch_runs_a_grid_and_passes_over_its_manifest(generate, lem):
+def test_batch_runs_a_grid_and_passes_over_its_index(generate, lem):
     generate("batch_size=1,2")
     assert [path.name for path in batch.find(["grid/*.yaml"])] == ["batch_size-1.yaml", "batch_size-2.yaml"]
-    assert grid.is_manifest(Path("grid/grid.yaml"))
-    assert not grid.is_manifest(Path("base.yaml"))
+    assert grid.is_index(Path("grid/grid.yaml"))
+    assert not grid.is_index(Path("base.yaml"))
     done = lem("batch", "grid/*.yaml", "--yes", "-o", "results")
     assert done.code == 0, done.err
     assert len(list(Path("results").glob("raw/*"))) == 2
@@ -467,7 +467,7 @@ def test_as_a_group_plain_hydra_goes_through_the_files(generate, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     composed = sorted(done.stdout.splitlines())
-    points = [(entry["file"], entry["point"]) for entry in manifest("configs/grid")["files"]]
+    points = [(entry["file"], entry["point"]) for entry in index("configs/grid")["files"]]
     overrides = [
         [f"{k}={quoted(v) if isinstance(v, str) else 'null'}" for k, v in point.items()] for _, point in points
     ]

@@ -1,4 +1,4 @@
-"""Sweeps: checked before the first cell, and every cell accounted for, whatever becomes of it."""
+"""Sweeps: checked before the first cell, and every cell accounted for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lem.config.hydra import sweep_dir
+from lem.config.multirun import sweep_dir
 from lem.spec.experiment import Dataset
 from lem.studies.checks import RecentPrompts
 from tests.conftest import SIMULATED, begin, raw_record, wait_for
@@ -19,7 +19,7 @@ from tests.conftest import SIMULATED, begin, raw_record, wait_for
 pytestmark = pytest.mark.processes
 
 
-def books(tmp_path):
+def manifest(tmp_path):
     (file,) = tmp_path.glob("multirun/*/experiments.json")
     return json.loads(file.read_text())
 
@@ -30,7 +30,7 @@ def test_every_combination_runs_and_is_remembered(lem, tmp_path):
     rows = json.loads(lem("results", "list", "--json").out)
     assert {(row["batch_size"], row["seed"]) for row in rows} == {(1, 0), (1, 1), (2, 0), (2, 1)}
     assert len({row["experiment_id"] for row in rows}) == 4
-    made = books(tmp_path)
+    made = manifest(tmp_path)
     assert made[0]["label"] == "batching.batch_size=1 seed=0"
     assert [m["experiment_id"] for m in made] == [row["experiment_id"] for row in rows]
     assert {"dataset.sample_size=4", "seed=0"} <= set(made[0]["overrides"])
@@ -42,7 +42,7 @@ def test_a_failing_cell_ends_nothing(lem, tmp_path):
     sweep = lem("experiment", *SIMULATED, "-n", "4", "--multirun", "backend.fail_at_request=2,null")
     assert sweep.code == 1
     rows = json.loads(lem("results", "list", "--json").out)
-    assert [row["status"] for row in rows] == [m["status"] for m in books(tmp_path)] == ["failed", "completed"]
+    assert [row["status"] for row in rows] == [m["status"] for m in manifest(tmp_path)] == ["failed", "completed"]
     assert "backend.fail_at_request=2: simulated failure" in sweep.out
 
 
@@ -51,24 +51,24 @@ def test_a_cell_that_cannot_start_is_a_row_too(lem, tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     sweep = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=link,good")
     assert sweep.code == 1
-    failed, good = books(tmp_path)
+    failed, good = manifest(tmp_path)
     assert (failed["label"], failed["status"], failed["experiment_id"]) == ("io.results_dir=link", "failed", None)
     assert "link cannot be used" in failed["error"]
     assert failed["error"] in sweep.out
     assert (good["label"], good["status"]) == ("io.results_dir=good", "completed")
 
 
-def test_a_fault_of_lems_own_is_a_row_and_a_traceback(lem, tmp_path, monkeypatch, capfd):
+def test_a_bug_in_lem_is_a_row_and_a_traceback(lem, tmp_path, monkeypatch, capfd):
     def broken(*_arguments, **_more):
         raise RuntimeError("out of cheese")
 
-    monkeypatch.setattr("lem.studies.here.run_ready", broken)
+    monkeypatch.setattr("lem.studies.study.run_ready", broken)
     with pytest.raises(AssertionError, match="Traceback"):
         lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=1,2")
-    assert [m["error"] for m in books(tmp_path)] == ["RuntimeError: out of cheese"] * 2
+    assert [m["error"] for m in manifest(tmp_path)] == ["RuntimeError: out of cheese"] * 2
 
 
-def test_all_bad_cells_are_told_before_the_first_one_runs(lem, tmp_path):
+def test_all_bad_cells_are_reported_before_the_first_one_runs(lem, tmp_path):
     sweep = lem("experiment", *SIMULATED, "--multirun", "batching.strategy=static,dynamic,sorted_dynamic", "seed=1,2")
     assert sweep.code == 2
     assert "[in batching.strategy=dynamic seed=1 and 1 more]" in sweep.err
@@ -115,7 +115,7 @@ def test_the_directory_is_called_by_the_time_unless_it_is_named():
 
 # ------------------------------------------------------------------ prompts
 def test_the_prompts_of_neighbouring_cells_are_loaded_once(lem, monkeypatch):
-    import lem.studies.sweep as module
+    import lem.studies.checks as module
 
     loaded = []
     load = module.load_prompts
@@ -146,7 +146,7 @@ def test_an_interrupted_cell_and_those_to_come_are_listed(tmp_path, how):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in err
-    made = books(tmp_path)
+    made = manifest(tmp_path)
     assert [m["status"] for m in made] == ["interrupted", "not run", "not run"]
     assert made[0]["experiment_id"] in out
     assert "1 interrupted, 2 not run" in out
@@ -171,7 +171,7 @@ def hydra_app(*arguments: str, cwd):
 def test_the_plain_hydra_app_sweeps(tmp_path):
     done = hydra_app(*PLAIN, "--multirun", "seed=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [m["label"] for m in books(tmp_path)] == ["seed=1", "seed=2"]
+    assert [m["label"] for m in manifest(tmp_path)] == ["seed=1", "seed=2"]
 
 
 def test_the_plain_hydra_app_checks_a_sweep_first(tmp_path):

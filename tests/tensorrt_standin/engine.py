@@ -74,7 +74,7 @@ class Runner:
     def abort(self, number):
         for sequence in [s for s in self.waiting + self.running if s.number == number]:
             (self.waiting if sequence in self.waiting else self.running).remove(sequence)
-            self.tell(sequence, "cancelled")
+            self.report(sequence, "cancelled")
 
     def step(self):
         """Compute a token for each running sequence, with speculation several."""
@@ -93,7 +93,7 @@ class Runner:
                     self.running.remove(sequence)
                     break
             if reason or (sequence.streaming and sequence.steps % self.settings["stream_interval"] == 0):
-                self.tell(sequence, reason)
+                self.report(sequence, reason)
         time.sleep(max(0.0, self.controls.get("step_s", 0.0) - (time.monotonic() - began)))
 
     def begin(self, sequence):
@@ -174,7 +174,7 @@ class Runner:
         sequence.generator = sequence.generator or torch.Generator().manual_seed(params["seed"] or 0)
         return int(order[torch.multinomial(ranked, 1, generator=sequence.generator)])
 
-    def tell(self, sequence, reason):
+    def report(self, sequence, reason):
         times = {
             "arrival_time": sequence.arrival,
             "first_scheduled_time": sequence.scheduled,

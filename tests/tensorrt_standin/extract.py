@@ -2,7 +2,7 @@
 
 `python -m tests.tensorrt_standin.extract FOLDER VERSION` reads an unpacked wheel or a checkout (FOLDER holds
 tensorrt_llm/). Only declarations are taken: no code, no descriptions, no checks but those that are part of a type. What
-was read for the file that is here is told in docs/tensorrt.md.
+was read for the file that is here is in docs/tensorrt.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import typing
 from pathlib import Path
 
-from lem.backends.tensorrt_source import sampling_options_kept, sampling_options_looked_at
+from lem.backends.tensorrt_source import sampling_options_in_config, sampling_options_kept
 
 SIGNATURES = Path(__file__).parent / "signatures.json"
 # Where classes are defined, in this version or in former ones, and which; None is all that can be arguments.
@@ -49,7 +49,7 @@ def extract(package: Path, version: str) -> dict:
         "version": version,
         "classes": classes,
         "calls": {file: _parameters(package / file, *names) for file, names in CALLS.items()},
-        "sampling_options_looked_at": sorted(sampling_options_looked_at(package)),
+        "sampling_options_looked_at": sorted(sampling_options_in_config(package)),
         "sampling_options_kept": sorted(sampling_options_kept(package)),
     }
 
@@ -86,10 +86,10 @@ def _alias(node: ast.stmt) -> dict | None:
     """Return another name for a type; None for anything else."""
     value = getattr(node, "value", None)
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-    is_told = isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).endswith("TypeAlias")
+    is_alias = isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).endswith("TypeAlias")
     is_generic = isinstance(value, ast.Subscript) and ast.unparse(value.value) in GENERIC
     is_config = isinstance(value, ast.Name) and value.id.endswith("Config")
-    if isinstance(target, ast.Name) and isinstance(value, ast.expr) and (is_told or is_generic or is_config):
+    if isinstance(target, ast.Name) and isinstance(value, ast.expr) and (is_alias or is_generic or is_config):
         return {"alias": target.id, "type": _typed(value)}
     return None
 
@@ -130,7 +130,7 @@ def _members(node: ast.ClassDef) -> dict[str, str | int]:
 
 # ------------------------------------------------------------------ types
 def _typed(annotation: ast.expr) -> str:
-    """Return a type as it stands there, without quotes, and of what is told of it in calls the constraints alone."""
+    """Return a type as it is written, without quotes, and with only the constraints of calls."""
     return ast.unparse(_Plain().visit(annotation))
 
 
@@ -145,7 +145,7 @@ class _Plain(ast.NodeTransformer):
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         try:
             return ast.parse(node.value, mode="eval").body if isinstance(node.value, str) else node
-        except SyntaxError:  # words that are told of a type
+        except SyntaxError:  # words about a type
             return node
 
 

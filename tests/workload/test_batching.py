@@ -60,7 +60,7 @@ def test_sorted_strategies_put_the_longest_first_and_equals_in_their_order(lengt
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "sorted_dynamic"])
-def test_prompt_over_the_budget_is_a_batch_of_its_own(strategy):
+def test_prompt_over_the_budget_is_a_batch_alone(strategy):
     batches = plan([3, 50, 4, 2], strategy, 8, 10)
     assert [1] in batches
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3]

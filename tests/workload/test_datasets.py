@@ -247,13 +247,13 @@ def test_column_asked_for_wins_over_detection(tmp_path):
     assert texts(file, column="body") == ("yes",)
 
 
-def test_undetected_column_names_those_that_there_are(tmp_path):
+def test_undetected_column_names_the_existing_ones(tmp_path):
     message = refusal(write_jsonl(tmp_path / "prompts.jsonl", [{"head": "a", "body": "b"}]))
     assert "--column" in message
     assert "head, body" in message
 
 
-def test_wrong_column_names_those_that_there_are_and_the_nearest(tmp_path):
+def test_wrong_column_names_the_existing_ones_and_the_nearest(tmp_path):
     message = refusal(write_jsonl(tmp_path / "prompts.jsonl", [{"question": "a", "id": 1}]), column="questoin")
     assert "no column 'questoin'" in message
     assert "Did you mean 'question'?" in message
@@ -431,7 +431,7 @@ def test_ai_energy_score_gives_its_texts(energy_score):
 
 
 @pytest.mark.parametrize("split", ["train", "tset"])
-def test_unknown_split_names_those_that_there_are(mmlu, split):
+def test_unknown_split_names_the_existing_ones(mmlu, split):
     message = refusal(mmlu, config="all", split=split)
     assert all(name in message for name in ("test", "validation", "dev", split, "--split"))
 
@@ -442,12 +442,12 @@ def test_default_split_that_is_not_there_names_those_that_are(mmlu):
 
 
 @pytest.mark.parametrize("config", ["mian", None])
-def test_unknown_or_missing_configuration_names_those_that_there_are(gsm8k, config):
+def test_unknown_or_missing_configuration_names_the_existing_ones(gsm8k, config):
     message = refusal(gsm8k, config=config)
     assert all(name in message for name in ("main", "socratic", "dataset.config"))
 
 
-def test_wrong_column_of_a_dataset_names_those_that_there_are(alpaca):
+def test_wrong_column_of_a_dataset_names_the_existing_ones(alpaca):
     assert "instruction, input, output, text" in refusal(alpaca, column="prompt")
 
 
@@ -460,7 +460,7 @@ def test_directory_that_is_no_dataset_is_refused(tmp_path):
     assert str(tmp_path / "empty") in refusal(tmp_path / "empty")
 
 
-def test_changed_directory_is_read_anew(energy_score):
+def test_changed_directory_is_read_again(energy_score):
     assert len(texts(energy_score)) == 3
     write_parquet(energy_score / "data" / "train-00000-of-00001.parquet", [{"text": "changed"}])
     assert texts(energy_score) == ("changed",)
@@ -474,10 +474,10 @@ def test_directories_of_the_same_name_are_not_taken_for_each_other(tmp_path):
         assert texts(folder) == (f"prompt of {parent}",)
 
 
-# ------------------------------------------------------------------ the hub out of reach
+# ------------------------------------------------------------------ the unreachable hub
 @pytest.mark.parametrize("offline", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "https://hub.invalid"}])
-def test_hub_out_of_reach_says_so_and_names_the_prompts_that_come_along(tmp_path, offline):
-    # In a process of its own: the hub's client reads these variables once, at its import.
+def test_unreachable_hub_says_so_and_names_the_prompts_that_come_with_lem(tmp_path, offline):
+    # In a separate process: the hub's client reads these variables once, when imported.
     code = (
         "from lem.workload.datasets import load_prompts\n"
         "from lem.spec.experiment import Dataset\n"
@@ -497,7 +497,7 @@ def test_hub_out_of_reach_says_so_and_names_the_prompts_that_come_along(tmp_path
     assert "Traceback" not in done.stderr
 
 
-# ------------------------------------------------------------------ the prompts that come along
+# ------------------------------------------------------------------ the prompts that come with lem
 def test_sample_has_300_distinct_prompts_of_mixed_lengths():
     prompts = load_prompts(Dataset(path="builtin:sample"), 0)
     assert len(set(prompts.texts)) == prompts.available == 300
@@ -512,10 +512,10 @@ def test_rows_of_the_sample_say_their_kind():
     assert all(set(row) == {"text", "kind"} for row in builtin.read("builtin:sample"))
 
 
-def test_alias_sample_is_the_one_that_comes_along():
+def test_alias_sample_is_the_one_that_comes_with_lem():
     fields = yaml.safe_load((resources.files("lem.conf") / "dataset" / "sample.yaml").read_text())
     assert len(load_prompts(Dataset(**fields), 0).texts) == 300
 
 
-def test_unknown_builtin_names_those_that_there_are():
-    assert "there is sample" in refusal("builtin:samples")
+def test_unknown_builtin_names_the_existing_ones():
+    assert "the built-in ones: sample" in refusal("builtin:samples")

@@ -9,12 +9,12 @@ import pytest
 
 from lem.workload import builtin, models, tiny
 
-# Whoever changes the model's bytes on purpose raises tiny.VERSION and puts the new digests here.
+# To change the model's bytes on purpose, raise tiny.VERSION and put the new digests here.
 SHA256 = {
     "model.safetensors": "68aed4e6ee8113b3f33ddfd22bcea2d330f1d27f777a031b0595ef9a59599bea",
     "tokenizer.json": "c9988e4628246f99c31ef79d37aa4cdc79111ff48ee8f3bcde2a82832fd061ce",
 }
-MAKE_WHEN_TOLD = """
+MAKE_AT_A_SIGNAL = """
 import sys, time
 from pathlib import Path
 import numpy, platformdirs, safetensors.numpy, tokenizers
@@ -59,7 +59,7 @@ def test_two_processes_at_once_leave_one_whole_directory(folder, tmp_path, monke
     monkeypatch.setenv("LEM_CACHE_DIR", str(cache))
     ready = [tmp_path / "ready-0", tmp_path / "ready-1"]
     makers = [
-        subprocess.Popen([sys.executable, "-c", MAKE_WHEN_TOLD, str(r), str(go)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", MAKE_AT_A_SIGNAL, str(r), str(go)], stdout=subprocess.PIPE, text=True)
         for r in ready
     ]
     deadline = time.monotonic() + 60
@@ -99,9 +99,9 @@ def test_plain_transformers_loads_it_whole(folder):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
     assert 5e6 <= model.num_parameters() <= 10e6
     # Attention kernels for GPUs want heads of at least 32.
     assert model.config.head_dim >= 32

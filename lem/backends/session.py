@@ -1,0 +1,237 @@
+"""Engines that load the weights themselves and take in prompts while others run: what their backends share.
+
+Knows none of them: how one loads, is given a prompt, works and is interrupted is left to each.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+from lem.backends.base import Backend, Encoded, Generation, needed
+from lem.backends.checkpoint import Checkpoint, encode
+from lem.backends.engine import of_counters, of_weights, prompt_settings
+from lem.machine.gpu import Gpu
+from lem.machine.host import Host, cpu_model
+from lem.record import CodedWarning, EngineInfo, ModelInfo
+from lem.spec.experiment import Experiment
+from lem.spec.processes import gpus_needed, gpus_per_process
+from lem.workload.batching import plan_batches
+from lem.workload.flops import Architecture
+from lem.workload.tokens import Chunk
+from lem.workload.traffic import Arrivals, as_places_become_free
+
+
+@dataclass
+class Request:
+    """A prompt under way, and the tokens that the engine has handed out so far; `chunks` only where they are timed."""
+
+    prompt: Encoded
+    batch: int
+    arrived_ns: int
+    token_ids: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def take(self, token_ids: Sequence[int], at_ns: int, *, timed: bool) -> None:
+        """Add tokens that came together."""
+        self.token_ids += token_ids
+        if timed and token_ids:
+            self.chunks.append(Chunk(at_ns, len(token_ids)))
+
+
+R = TypeVar("R", bound=Request)
+
+
+class Session(ABC, Generic[R]):
+    """The requests under way in one engine, by key; broken once an error has come out of it.
+
+    A backend begins one with the first prompts after `Backend.forget`: without a session nothing has run.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.running: dict[int, R] = {}
+        self.is_broken = False
+
+    @abstractmethod
+    def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
+        """Give the engine a prompt; `key` is no other's among those under way."""
+
+    @abstractmethod
+    def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
+        """Let the engine work, and return by key what it has finished, which is no longer under way.
+
+        May return nothing. `next_ns` is when the next prompt arrives, if that is known: return by then.
+        """
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Take back from the engine all that is under way."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether tokens are timed."""
+        return self.experiment.streaming.enabled
+
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
+        """Run batch after batch, each yielded as a whole; or all at once, each yielded when it is finished."""
+        batching = self.experiment.batching
+        for number, positions in enumerate(plan_batches([len(p.token_ids) for p in prompts], batching)):
+            steps = self._run({position: prompts[position] for position in positions}, number)
+            if batching.strategy == "continuous":
+                yield from (list(done.values()) for done in steps)
+            else:
+                generations = {key: generation for done in steps for key, generation in done.items()}
+                yield [generations[position] for position in positions]
+
+    def _run(self, prompts: Mapping[int, Encoded], batch: int) -> Iterator[Mapping[int, Generation]]:
+        with self._in_use():
+            for key, prompt in prompts.items():
+                self.begin(key, prompt, batch, time.perf_counter_ns())
+            while self.running:
+                if done := self.advance():
+                    yield done
+
+    def serve(self, arrivals: Arrivals[Encoded], at_most: int = sys.maxsize) -> Iterator[Sequence[Generation]]:
+        """Give the engine each prompt as it arrives, amid the others, and yield those that finish together.
+
+        An engine with a queue of its own is given all that arrives; for another, `at_most` are under way at a time.
+        """
+        with self._in_use():
+            steps = as_places_become_free(
+                arrivals,
+                at_most,
+                running=lambda: len(self.running),
+                begin=lambda each: self.begin(each.request.index, each.request, 0, each.at_ns),
+                advance=lambda: list(self.advance(arrivals.next_ns()).values()),
+            )
+            for number, done in enumerate(steps):
+                yield [replace(generation, batch=number) for generation in done]
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Take back what is under way when its results are no longer wanted; after an error the session is broken."""
+        try:
+            yield
+        except GeneratorExit:
+            self.cancel()
+            raise
+        except BaseException:
+            self.is_broken = True
+            raise
+        finally:
+            self.running.clear()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine with a model in it.
+
+    `lora` is the adapter as requests name it, None without one; `adapter_weights` are its weights in the model's body
+    and at the output projection. `positions` are the tokens that a prompt and its output may have together, None where
+    there is no limit. `clock_offset_ns` is what to add to the engine's clock to get ours. `model` is None where nothing
+    is known of it. `settings` are the engine's own, as resolved, as far as they change numbers.
+    """
+
+    engine: Any
+    checkpoint: Checkpoint
+    lora: Any
+    adapter_weights: tuple[int, int]
+    positions: int | None
+    clock_offset_ns: int
+    random_weights: bool
+    model: ModelInfo | None
+    settings: Mapping[str, str]
+
+
+S = TypeVar("S", bound=Session[Any])
+
+
+class SessionBackend(Backend, Generic[S]):
+    """The backend of an engine that works on a session of requests."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        # GPUs, or workers on a CPU, that this process runs the model on.
+        self._degree = gpus_per_process(experiment)
+        self._own_gpus: Sequence[Gpu] = ()
+        self._loaded: Loaded | None = None
+        self._session: S | None = None
+
+    @property
+    @abstractmethod
+    def _versions(self) -> str:
+        """The engine's version, as for people."""
+
+    @property
+    def _on_gpu(self) -> bool:
+        return True
+
+    @abstractmethod
+    def _begin(self, loaded: Loaded) -> S:
+        """Return a session with nothing under way."""
+
+    def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
+        """Return the first visible GPUs, as many as all processes use; none for an engine built for the CPU."""
+        if not self._on_gpu:
+            return ()
+        in_use, first = host.gpus[: gpus_needed(self._experiment)], self.local_rank * self._degree
+        self._own_gpus = in_use[first : first + self._degree]
+        return in_use
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenize each text alone, with the model's own special tokens."""
+        loaded = needed(self._loaded)
+        return encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
+
+    def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
+        """Run batch after batch, each yielded as a whole; or all at once, each request yielded when it is finished."""
+        yield from self._begun().generate(prompts)
+
+    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
+        """Give each prompt to the engine as it arrives, amid the others; else run batch after batch."""
+        if self._experiment.batching.strategy == "continuous":
+            yield from self._begun().serve(arrivals)
+        else:
+            yield from super().serve(arrivals, at_most)
+
+    def _begun(self) -> S:
+        self._session = self._session or self._begin(needed(self._loaded))
+        return self._session
+
+    @property
+    def _is_broken(self) -> bool:
+        """Whether the engine has failed, or was stopped, in its work: it may not answer any more."""
+        return self._session is not None and self._session.is_broken
+
+    def model_info(self) -> ModelInfo | None:
+        """Describe the model as it was loaded; None where nothing is known of it."""
+        return needed(self._loaded).model
+
+    def engine_info(self) -> EngineInfo:
+        """Describe the engine and the configuration that it has settled on."""
+        import torch
+
+        loaded = needed(self._loaded)
+        return EngineInfo(
+            backend=self._experiment.backend.name,
+            version=f"{self._versions}, torch {torch.__version__}",
+            device=", ".join(f"cuda:{i}" for i in range(self._degree)) if self._on_gpu else "cpu",
+            device_name=self._own_gpus[0].name if self._own_gpus else cpu_model(),
+            settings={**loaded.settings, **prompt_settings(self._experiment, loaded.checkpoint.end_tokens)},
+        )
+
+    def architecture(self) -> Architecture | None:
+        """Return the sizes of the model without weights, as for PyTorch, with the adapter's."""
+        loaded = needed(self._loaded)
+        return loaded.checkpoint.architecture(loaded.adapter_weights)
+
+    def warnings(self) -> list[CodedWarning]:
+        """Warn of random weights, and of less or more work than the tokens suggest."""
+        loaded = needed(self._loaded)
+        return [*of_weights(loaded.checkpoint.model.name, loaded.random_weights), *of_counters(self.counters())]

@@ -1,0 +1,110 @@
+"""A study's plan and its Hydra multirun: a resolved config file for each cell, which Hydra composes and runs in turn.
+
+The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. Does not know what
+a cell's run does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override, setup_globals
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lem.config.overrides import first_sentence, quoted
+from lem.config.problem import shortened
+from lem.config.yamltext import escaped
+from lem.errors import ConfigError
+from lem.results.codec import to_json
+from lem.results.files import write_atomically
+from lem.spec.experiment import Experiment
+
+SWEEP_DIR = "hydra.sweep.dir="
+FOLDER, NAME = "plan", "study"
+PLAN = """\
+# The plan of this study: each file in cell/ is one resolved configuration.
+defaults:
+  - cell: c000
+  - override hydra/job_logging: none
+  - override hydra/hydra_logging: none
+  - _self_
+hydra:
+  output_subdir: null
+  job: {name: experiment}
+  run: {dir: .}
+  sweep: {subdir: .}
+"""
+
+
+def sweep_dir(overrides: Iterable[str]) -> Path:
+    """Return the directory of a study: the one that hydra.sweep.dir names, else one named for the time.
+
+    Raises:
+        ConfigError: the name holds an interpolation that cannot be resolved.
+    """
+    given = [text.removeprefix(SWEEP_DIR).strip("'\"") for text in overrides if text.startswith(SWEEP_DIR)]
+    if not given:
+        return Path("multirun") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    setup_globals()  # ${now:…}
+    try:
+        return Path(str(OmegaConf.create({"dir": given[-1]})["dir"]))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{SWEEP_DIR.rstrip('=')}: {first_sentence(error)}") from None
+
+
+def run_plan(
+    directory: Path, cells: Sequence[tuple[str, Experiment]], settings: Sequence[str], run: Callable[[int, Any], None]
+) -> None:
+    """Write the plan and let Hydra run it.
+
+    Args:
+        directory: the study's.
+        cells: a label and a checked experiment for each.
+        settings: overrides of Hydra's own settings, such as a launcher.
+        run: called with each cell's number and its composed config.
+
+    Raises:
+        ConfigError: Hydra refuses a setting.
+    """
+
+    def task(composed: Any) -> None:
+        run(int(HydraConfig.get().job.num), composed)
+
+    folder = (directory / FOLDER).resolve()
+    _write_plan(folder, cells)
+    names = ",".join(map(cell_name, range(len(cells))))
+    command_line = sys.argv
+    # hydra.main reads its overrides from there.
+    sys.argv = [*sys.argv[:1], "--multirun", f"cell={names}", *settings, f"{SWEEP_DIR}{quoted(str(directory))}"]
+    try:
+        # Without it Hydra prints its errors and exits.
+        with env_override({"HYDRA_FULL_ERROR": "1"}):
+            hydra.main(version_base="1.3", config_path=str(folder), config_name=NAME)(task)()
+    except HydraException as error:
+        raise ConfigError(first_sentence(error)) from None
+    finally:
+        sys.argv = command_line
+
+
+def cell_name(number: int) -> str:
+    """Return the name of a cell's files; it begins with a letter, so that Hydra's grammar reads it as a name."""
+    return f"c{number:03d}"
+
+
+def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]]) -> None:
+    write_atomically(folder / f"{NAME}.yaml", PLAN)
+    for number, (label, experiment) in enumerate(cells):
+        values = escaped(json.loads(to_json(experiment)))
+        head = f"# @package _global_\n# {shortened(label, 200)}\n"
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        write_atomically(folder / "cell" / f"{cell_name(number)}.yaml", head + text)

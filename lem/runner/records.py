@@ -1,0 +1,252 @@
+"""The record of one cycle, and its rows, from what a process knows.
+
+Nothing here asks an engine or a meter; `lem.runner.attempt` does, and passes the answers on.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from lem import __version__
+from lem.energy.carbon import carbon_intensity
+from lem.energy.trace import integral_j
+from lem.record import (
+    FORMAT_VERSION,
+    CodedWarning,
+    EngineInfo,
+    Environment,
+    ErrorInfo,
+    Flops,
+    Memory,
+    ModelInfo,
+    PowerRecord,
+    PowerSample,
+    Prefill,
+    ProcessRecord,
+    RequestRecord,
+    Status,
+)
+from lem.results.plan import Plan
+from lem.runner.window import MeasuredRequest, Measurement
+from lem.units import NS_PER_S, timestamp
+from lem.warning_codes import warning
+from lem.workload import flops
+from lem.workload.flops import Architecture
+from lem.workload.tokens import token_times
+
+
+@dataclass(frozen=True)
+class WindowId:
+    """Which measured window a record and its rows belong to: the fields that they share."""
+
+    experiment_id: str
+    rank: int
+    cycle: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What the engine says when a record is made; `warnings` are about it and the machine it runs on."""
+
+    model: ModelInfo | None
+    engine: EngineInfo
+    memory: Memory
+    kv_cache_bytes_per_token: int | None = None
+    counters: dict[str, float] | None = None
+    architecture: Architecture | None = None
+    warnings: tuple[CodedWarning, ...] = ()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one process knows of one cycle at the moment when it makes the record; `engine` is None until it is loaded.
+
+    `trace` holds all power samples of the attempt so far.
+    """
+
+    plan: Plan
+    window: WindowId
+    started_at: str
+    measured: Measurement
+    environment: Environment
+    engine: EngineReport | None = None
+    trace: Sequence[PowerSample] = ()
+    status: Status = "completed"
+    error: ErrorInfo | None = None
+
+
+def process_record(known: Snapshot) -> ProcessRecord:
+    """Return the record of a process that knows this, without the warnings that follow from its numbers."""
+    plan, measured, engine = known.plan, known.measured, known.engine
+    counts = plan.counts(known.window.rank)
+    requests = measured.requests if counts else []
+    record = replace(
+        bare_record(plan, known.window, known.status, known.error, known.started_at),
+        window_opened_unix_s=measured.window_opened_unix_s,
+        phases=tuple(measured.phases),
+        requests_planned=len(measured.indices) if counts else 0,
+        requests_completed=len(requests),
+        input_tokens=sum(len(r.prompt.token_ids) for r in requests),
+        output_tokens=sum(r.generation.output_tokens for r in requests),
+        carbon=carbon_intensity(plan.experiment.energy),
+        prefill=prefill_of(measured.requests, known.trace),
+        warmup=measured.warmup,
+        cpu_load=measured.cpu_load,
+        environment=known.environment,
+    )
+    if engine is None:
+        return record
+    architecture = engine.architecture
+    sizes = ((len(r.prompt.token_ids), r.generation.output_tokens) for r in requests)
+    return replace(
+        record,
+        model=engine.model,
+        engine=engine.engine,
+        memory=_with_kv_cache(engine.memory, engine.kv_cache_bytes_per_token, measured.requests),
+        flops=None if architecture is None else Flops(flops.total_flops(architecture, sizes), flops.METHOD),
+        counters=engine.counters,
+        warnings=(*engine.warnings, *_warnings(plan, measured)),
+    )
+
+
+def bare_record(
+    plan: Plan, window: WindowId, status: Status, error: ErrorInfo | None, started_at: str | None = None
+) -> ProcessRecord:
+    """Return a record with no measurements: which process it is of, and how that ended."""
+    return ProcessRecord(
+        format_version=FORMAT_VERSION,
+        lem_version=__version__,
+        **vars(window),
+        world_size=plan.processes,
+        status=status,
+        started_at=started_at or timestamp(),
+        hostname=socket.gethostname(),
+        config_sha256=plan.config_sha256,
+        backend=plan.experiment.backend.name,
+        error=error,
+    )
+
+
+def _with_kv_cache(memory: Memory, bytes_per_token: int | None, requests: Sequence[MeasuredRequest]) -> Memory:
+    """Return the memory with the size of the key/value cache that the largest batch has filled at its end."""
+    if bytes_per_token is None or not requests:
+        return memory
+    batches: dict[int, list[MeasuredRequest]] = {}
+    for request in requests:
+        batches.setdefault(request.generation.batch, []).append(request)
+    slots = max(
+        len(batch) * (max(len(r.prompt.token_ids) for r in batch) + max(r.generation.output_tokens for r in batch))
+        for batch in batches.values()
+    )
+    return replace(memory, kv_cache_bytes=slots * bytes_per_token)
+
+
+def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
+    """Yield the warnings about the plan and the prompts, and of a window that was cut short."""
+    if plan.shared_with:
+        others = f"{plan.shared_with} other{'s' if plan.shared_with > 1 else ''}"
+        text = f"it ran at the same time as {others}; energy that is not of its own GPUs includes theirs."
+        yield warning("shared_hardware", text)
+    wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
+    if wanted is not None and available < wanted:
+        text = f"{wanted} prompts were requested, and the dataset has {available} that are not empty."
+        yield warning("fewer_prompts", text)
+    if measured.lost_s is not None:
+        behind_s = measured.energy_behind_s
+        energy = f", and its energy was read {behind_s:.3g} s before that" if behind_s else ""
+        end = f"{measured.lost_s:.3g} s after its last finished request; it now ends with that{energy}"
+        yield warning("window_cut", f"the window was interrupted {end}.")
+    truncated = sum(r.prompt.truncated for r in measured.requests)
+    if truncated:
+        yield warning("input_truncated", f"{truncated} of {len(measured.requests)} prompts were cut.")
+
+
+# ------------------------------------------------------------------ prefill
+def prefill_of(requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample]) -> Prefill | None:
+    """Return the prefill's share of the window, or None when the backend does not report where it ends."""
+    spans = _merged(
+        (r.generation.start_ns, r.generation.prefill_end_ns)
+        for r in requests
+        if r.generation.prefill_end_ns is not None
+    )
+    if not spans:
+        return None
+    duration_s = sum(end - start for start, end in spans) / NS_PER_S
+    by_device: dict[str, list[PowerSample]] = {}
+    for sample in trace:
+        if sample.component == "gpu":
+            by_device.setdefault(sample.device, []).append(sample)
+    pieces_j = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
+    known_j = [piece for piece in pieces_j if piece is not None]
+    if not pieces_j or len(known_j) < len(pieces_j):
+        return Prefill(duration_s)
+    return Prefill(duration_s, sum(known_j), _trace_uncertainty_j(by_device, spans))
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return spans in order, with those that overlap merged, because requests may be prefilled side by side."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequence[tuple[int, int]]) -> float:
+    """Bound what is unknown between samples: half a period at each edge of each span, times the range of power."""
+    total = 0.0
+    for samples in by_device.values():
+        inside = [s for s in samples if spans[0][0] <= s.t_ns <= spans[-1][1]]
+        if len(inside) > 1:
+            period_s = (inside[-1].t_ns - inside[0].t_ns) / NS_PER_S / (len(inside) - 1)
+            powers = [s.power_w for s in inside]
+            total += len(spans) * period_s * (max(powers) - min(powers))
+    return total
+
+
+# ------------------------------------------------------------------ rows
+def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
+    """Return the row of one request."""
+    generation, arrived_s = request.generation, request.arrived_s
+    row = RequestRecord(
+        **vars(window),
+        request=generation.index,
+        batch=generation.batch,
+        input_tokens=len(request.prompt.token_ids),
+        output_tokens=generation.output_tokens,
+        input_truncated=request.prompt.truncated,
+        finish_reason=generation.finish_reason,
+        start_s=request.start_s,
+        end_s=request.end_s,
+        latency_s=request.end_s - (request.start_s if arrived_s is None else arrived_s),
+        prefill_s=(
+            None if generation.prefill_end_ns is None else (generation.prefill_end_ns - generation.start_ns) / NS_PER_S
+        ),
+        arrived_s=arrived_s,
+        # Unknown where the engine does not say when it began.
+        queue_s=None if arrived_s is None or not generation.start_is_known else request.start_s - arrived_s,
+    )
+    begin_ns = generation.start_ns if generation.arrived_ns is None else generation.arrived_ns
+    times = token_times(begin_ns, generation.chunks)
+    if times is None:
+        return row
+    return replace(row, ttft_s=times.ttft_s, tpot_s=times.tpot_s, itl_s=list(times.itl_s), itl_spread=times.spread)
+
+
+def power_rows(window: WindowId, zero_ns: int, samples: Iterable[PowerSample]) -> Iterator[PowerRecord]:
+    """Yield the rows of a power trace, with times relative to `zero_ns`, the opening of the window."""
+    for sample in samples:
+        yield PowerRecord(
+            **vars(window),
+            t_s=(sample.t_ns - zero_ns) / NS_PER_S,
+            component=sample.component,
+            device=sample.device,
+            power_w=sample.power_w,
+        )

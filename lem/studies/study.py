@@ -1,0 +1,171 @@
+"""Runs the checked cells of a study as one Hydra multirun and keeps its manifest: the one path of every sweep.
+
+`lem.studies.sweep` makes cells from override values, `lem.studies.batch` from config files. What became of each cell
+is in `experiments.json` of the study's directory and in the table at the end. Does not know how an experiment is
+measured.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lem.config.compose import to_experiment
+from lem.config.multirun import run_plan, sweep_dir
+from lem.config.overrides import is_hydra_setting
+from lem.errors import Interrupted, LemError
+from lem.machine import host
+from lem.results.schema import ExperimentRow
+from lem.runner.job import run_ready
+from lem.runner.preflight import preflight
+from lem.runner.progress import Report
+from lem.runner.stopping import signals_raise
+from lem.spec.experiment import Experiment
+from lem.studies.ask import RunOptions, confirmed, progress_of
+from lem.studies.checks import RecentPrompts
+from lem.studies.display import StudyDisplay, study_display
+from lem.studies.manifest import Cell, Manifest, row_of
+
+
+class Runner:
+    """Runs cells: one after another in this process, or several at once in child processes."""
+
+    def run(self, number: int, experiment: Experiment) -> None:
+        """Run a cell, or start it; an error becomes its state in the manifest, not an exception."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Wait for the cells that still run."""
+
+    def stop(self) -> None:
+        """End the cells that still run, at the user's request, and record it."""
+
+
+def run_study(
+    cells: Sequence[Cell],
+    options: RunOptions,
+    overrides: Sequence[str],
+    make_runner: Callable[[Manifest, StudyDisplay], Runner],
+    *,
+    head: str,
+    at_once: int = 1,
+    fail_fast: bool = False,
+) -> int:
+    """Run checked cells, or list them for a dry run; return 0, or 1 if an experiment did not complete.
+
+    Args:
+        cells: the cells.
+        options: of the command line.
+        overrides: those of the command line; Hydra's own settings among them apply to the multirun.
+        make_runner: makes what runs the cells.
+        head: the title of the cells' labels in the table.
+        at_once: the number of cells that run at the same time.
+        fail_fast: start no other cell after one has failed.
+
+    Raises:
+        Interrupted: after the table; what was measured is kept.
+    """
+    if options.dry_run:
+        for number, cell in enumerate(cells, start=1):
+            resumed = f", resuming {_resumed(cell)}" if cell.unfinished else ""
+            print(f"[{number}/{len(cells)}] {cell.label}: {cell.words}{resumed}")
+        return 0
+    if not (options.yes or confirmed(_question(cells, at_once))):
+        return 0
+    for cell in cells:
+        if cell.unfinished:
+            print(f"{cell.label}: resuming {_resumed(cell)}.", file=sys.stderr)
+    settings = [text for text in overrides if is_hydra_setting(text)]
+    manifest = Manifest(sweep_dir(settings), cells, head, fail_fast)
+    manifest.open()
+    try:
+        # Signals raise between cells as well.
+        with study_display(len(cells), at_once=at_once) as display, signals_raise(_stopped):
+            _run_cells(manifest, make_runner(manifest, display), settings)
+    finally:
+        manifest.close()
+        manifest.show()
+    return 0 if manifest.all_completed else 1
+
+
+def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> None:
+    def run(number: int, composed: Any) -> None:
+        if manifest.is_over:
+            return
+        try:
+            runner.run(number, to_experiment(composed))
+        except LemError as error:
+            manifest.change(number, status="failed", error=str(error))
+
+    try:
+        run_plan(manifest.directory, [(cell.label, cell.experiment) for cell in manifest.cells], settings, run)
+        runner.finish()
+    except KeyboardInterrupt as stop:
+        runner.stop()
+        reason = str(stop) or "Interrupted; what was measured is kept."
+        again = "The same command resumes what is unfinished and runs the other experiments again, completed ones too."
+        raise Interrupted(f"{reason}\n{again}") from None
+
+
+def _stopped(signal_name: str) -> KeyboardInterrupt:
+    return KeyboardInterrupt(f"Stopped by {signal_name}; what was measured is kept.")
+
+
+def _question(cells: Sequence[Cell], at_once: int) -> str:
+    together = f", {at_once} at a time" if at_once > 1 else ""
+    begun = sum(cell.unfinished is not None for cell in cells)
+    resumed = f" ({begun} left unfinished before are resumed; --fresh starts them over)" if begun else ""
+    return f"Run {len(cells)} experiments{together}{resumed}?"
+
+
+def _resumed(cell: Cell) -> str:
+    assert cell.unfinished is not None
+    return f"{cell.unfinished.id}: {progress_of(cell.unfinished)}"
+
+
+@dataclass
+class OneByOne(Runner):
+    """Runs each cell in this process, to its end; an interrupt ends it too."""
+
+    manifest: Manifest
+    display: StudyDisplay
+    options: RunOptions
+    prompts: RecentPrompts
+
+    def run(self, number: int, experiment: Experiment) -> None:
+        """Run a cell to its end."""
+        report = self.display.begin(number, self.manifest.cells[number].label)
+        self.manifest.change(number, status="running")
+        try:
+            row = self._measured(number, experiment, report)
+            self._end(number, status=row.status, row=row, error=row.error)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            self._end(number, status="interrupted", row=row_of(self.manifest.states[number].directory))
+            # Hydra continues after an Exception; only this ends the multirun.
+            raise KeyboardInterrupt(str(stop)) from None
+        except LemError as error:
+            self._end(number, status="failed", error=" ".join(str(error).split()))
+        except Exception as error:
+            self._end(number, status="failed", error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+            if not isinstance(error, OSError):  # a bug in lem: this is what to report
+                traceback.print_exc()
+
+    def _measured(self, number: int, experiment: Experiment, report: Report) -> ExperimentRow:
+        cell = self.manifest.cells[number]
+        ready = preflight(experiment, host.look(), force=self.options.force, load=self.prompts)
+        return run_ready(
+            ready,
+            overrides=cell.overrides,
+            config_file=cell.config_file,
+            write_tables=self.options.write_tables,
+            unfinished=cell.unfinished,
+            claimed=lambda directory: self.manifest.claim(number, directory),
+            report=report,
+        ).row
+
+    def _end(self, number: int, **values: Any) -> None:
+        state = self.manifest.change(number, **values)
+        self.display.end(number, state.sentence, failed=state.status == "failed")

@@ -1,0 +1,125 @@
+"""A record and its rows from plain values: no engine, no meter, no machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from lem.backends.base import Encoded, Generation
+from lem.record import CodedWarning, EngineInfo, Environment, ErrorInfo, Memory, Phase, PowerSample, Prefill
+from lem.results.plan import Plan, PromptsInfo
+from lem.runner.records import EngineReport, Snapshot, WindowId, power_rows, prefill_of, process_record, request_row
+from lem.runner.window import Measurement
+from lem.spec.experiment import Dataset, Experiment
+from lem.workload.flops import Architecture
+from lem.workload.tokens import Chunk
+
+S = 10**9
+WINDOW = WindowId("exp", rank=0, cycle=2, attempt=3)
+ENVIRONMENT = Environment("here", "Linux", "a CPU", 8, 2**34, (), {})
+ENGINE = EngineReport(
+    model=None,
+    engine=EngineInfo("simulated", "1", "cpu", "a CPU", {}),
+    memory=Memory(2**20, "process"),
+    kv_cache_bytes_per_token=100,
+    architecture=Architecture(body_weights=10, head_weights=0, attention_width=0),
+    warnings=(CodedWarning("simulated", "no model ran."),),
+)
+
+
+def plan(*, processes=1, replicas=1, count=4, **changes):
+    prompts = PromptsInfo(count, "", "builtin:sample", None, "text", count, 0)
+    experiment = Experiment(model="any", dataset=Dataset(path="builtin:sample", sample_size=4))
+    return Plan("exp", "", experiment, prompts, processes=processes, replicas=replicas, **changes)
+
+
+def measured():
+    """Two batches of two requests: 3 and 5 prompt tokens, 2 output tokens; the window opened at 10 s."""
+    into = Measurement(indices=[0, 1, 2, 3], phases=[Phase("load", 1.0)], window_opened_ns=10 * S)
+    for index in range(4):
+        start_ns = (11 + index // 2) * S
+        generation = Generation(index, index // 2, (1, 2), "length", start_ns, start_ns + S // 2)
+        into.add(generation, Encoded(index, (0,) * (3 + 2 * (index % 2)), truncated=index == 3))
+    return into
+
+
+def record_of(**changes):
+    values = {
+        "plan": plan(),
+        "window": WINDOW,
+        "started_at": "then",
+        "measured": measured(),
+        "environment": ENVIRONMENT,
+    }
+    return process_record(Snapshot(**values | changes))
+
+
+def test_a_record_says_which_window_it_is_of_and_what_was_counted():
+    record = record_of(engine=ENGINE)
+    assert (record.experiment_id, record.rank, record.cycle, record.attempt) == ("exp", 0, 2, 3)
+    assert (record.status, record.error, record.started_at) == ("completed", None, "then")
+    assert (record.requests_planned, record.requests_completed) == (4, 4)
+    assert (record.input_tokens, record.output_tokens) == (16, 8)
+    assert record.environment == ENVIRONMENT
+    assert record.phases == (Phase("load", 1.0),)
+
+
+def test_before_the_model_is_loaded_a_record_says_nothing_of_the_engine():
+    error = ErrorInfo("RunError", "no memory", "load")
+    record = record_of(measured=Measurement(), status="failed", error=error)
+    assert (record.status, record.error, record.warnings) == ("failed", error, ())
+    assert record.model is record.engine is record.memory is record.flops is record.counters is None
+
+
+def test_a_process_that_shares_the_prompts_of_another_counts_none():
+    record = record_of(plan=plan(processes=2), window=WindowId("exp", 1, 1, 1), engine=ENGINE)
+    assert (record.requests_planned, record.requests_completed, record.output_tokens) == (0, 0, 0)
+    assert record.memory.kv_cache_bytes > 0
+
+
+def test_the_cache_is_that_of_the_largest_batch_padded_to_its_longest():
+    assert record_of(engine=ENGINE).memory == Memory(2**20, "process", kv_cache_bytes=100 * 2 * (5 + 2))
+
+
+def test_flops_are_those_of_the_counted_requests():
+    # 2 for each weight and token that passes; the last output token never does.
+    assert record_of(engine=ENGINE).flops.total == 2 * 10 * (16 + 8 - 4)
+
+
+def test_warnings_are_the_engines_then_the_plans_and_those_of_the_window():
+    cut = measured()
+    cut.lost_s, cut.energy_behind_s = 1.5, 0.25
+    warnings = record_of(engine=ENGINE, measured=cut, plan=plan(count=3, shared_with=2)).warnings
+    assert [w.code for w in warnings] == [
+        "simulated", "shared_hardware", "fewer_prompts", "window_cut", "input_truncated",
+    ]  # fmt: skip
+    assert "1.5 s after its last finished request" in warnings[3].text
+    assert "0.25 s before" in warnings[3].text
+
+
+def test_prefill_energy_is_the_traces_over_the_spans_and_unknown_where_that_does_not_reach():
+    generation = Generation(0, 0, (1,), "length", 11 * S, 14 * S, prefill_end_ns=12 * S)
+    into = Measurement()
+    into.add(generation, Encoded(0, (1,)))
+    trace = [PowerSample(t * S, "gpu", "GPU-0", 50.0) for t in range(10, 14)]
+    assert prefill_of(into.requests, trace) == Prefill(1.0, 50.0, 0.0)
+    assert prefill_of(into.requests, trace[2:]) == Prefill(1.0)
+    assert prefill_of(into.requests, ()) == Prefill(1.0)
+    assert prefill_of(measured().requests, trace) is None
+
+
+def test_latency_begins_with_the_arrival_and_the_queue_is_unknown_where_the_start_is():
+    times = {"start_ns": 12 * S, "end_ns": 15 * S, "arrived_ns": 11 * S, "chunks": (Chunk(13 * S, 1), Chunk(15 * S, 1))}
+    into = Measurement(window_opened_ns=10 * S)
+    for said in (True, False):
+        into.add(Generation(0, 0, (1, 2), "stop", start_is_known=said, **times), Encoded(0, (1,)))
+    known, unknown = (request_row(WINDOW, request) for request in into.requests)
+    assert (known.arrived_s, known.queue_s, known.latency_s, known.ttft_s) == (1.0, 1.0, 4.0, 2.0)
+    assert (known.itl_s, known.tpot_s, known.itl_spread) == ([2.0], 2.0, False)
+    assert (unknown.queue_s, unknown.latency_s) == (None, 4.0)
+
+
+def test_times_of_a_power_trace_are_relative_to_the_opening():
+    samples = [PowerSample(t * S, "gpu", "GPU-0", 50.0) for t in (9, 12)]
+    rows = list(power_rows(WINDOW, 10 * S, samples))
+    assert [row.t_s for row in rows] == pytest.approx([-1.0, 2.0])
+    assert {(row.rank, row.cycle, row.attempt) for row in rows} == {(0, 2, 3)}

@@ -1,0 +1,7 @@
+"""Examples of every rule, by family; the rules in `lem.spec.rules` stand in the same order."""
+
+from tests.spec.examples import files, machine, openai, options, pytorch, simulated, tensorrt, vllm
+
+EXAMPLES = [
+    each for family in (options, machine, files, pytorch, simulated, vllm, tensorrt, openai) for each in family.EXAMPLES
+]

@@ -1,0 +1,77 @@
+"""What an example of a rule is made of: an experiment written as overrides, a machine, and a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import yaml
+
+from lem.machine.host import Host
+from lem.runner.preflight import objections
+from lem.spec.engines import BACKENDS
+from lem.spec.experiment import Experiment
+from lem.spec.rules import Objection
+from lem.workload.models import Model
+from tests.backends.features import changed_at
+from tests.hosts import CPU, ONE
+
+# Options that several families need.
+SAMPLED = "decoder.do_sample=true"
+CONTINUOUS = "batching.strategy=continuous"
+ON_CPU = "backend.device=cpu"
+EIGHT_BIT = ("quantization.quantization=true", "quantization.load_in_8bit=true")
+FOUR_BIT = ("quantization.quantization=true", "quantization.load_in_4bit=true")
+POISSON = ("traffic.pattern=poisson", "traffic.target_qps=1.0")
+
+
+def spread(strategy: str, degree: int) -> tuple[str, str]:
+    """Return the options of parallelism."""
+    return f"parallelism.strategy={strategy}_parallel", f"parallelism.degree={degree}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An experiment, the machine it is to run on, and its model if that has been found."""
+
+    experiment: Experiment
+    host: Host
+    model: Model | None
+
+    def objections(self) -> list[Objection]:
+        """Return what lem objects to."""
+        return objections(self.experiment, self.host, self.model)
+
+
+class Example(NamedTuple):
+    """A rule, the option that it objects to, what provokes it, and something close to that which does not."""
+
+    code: str
+    path: str
+    provoked_by: Asked
+    not_by: Asked
+
+
+def asks(*overrides: str, host: Host = CPU, model: Model | None = None) -> Asked:
+    """Return the experiment that overrides make of the defaults, as they would on the command line."""
+    experiment = Experiment(model="owner/name")
+    for override in overrides:
+        path, _, text = override.partition("=")
+        value = yaml.safe_load(text)
+        if path == "backend":
+            experiment.backend = BACKENDS[value]()
+        else:
+            experiment = changed_at(experiment, "energy.name" if path == "energy" else path, value)
+    return Asked(experiment, host, model)
+
+
+def model(folder: str = "model", **config: object) -> Model:
+    """Return a model in a folder, with some of its config.json."""
+    return Model("a model", folder, None, config)
+
+
+simulated = partial(asks, "backend=simulated")
+vllm = partial(asks, "backend=vllm")
+tensorrt = partial(asks, "backend=tensorrt", host=ONE)
+server = partial(asks, "backend=openai")
