@@ -1,6 +1,6 @@
-"""What a grid of 10,000 points costs in CPU time, validated and written; beside it what Hydra would take to compose it.
+"""The CPU time of a grid of 10,000 points, validated and written, and what Hydra would take to compose it.
 
-`python -m nox -s bench`. Fails when the grid takes more than its limit, which is for a machine of today.
+`python -m nox -s bench`. Fails if the grid takes more than its limit, which is for a machine of today.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def generate(base: Path, folder: Path) -> float:
 
 
 def compose_by_hydra(base: Path) -> float:
-    """Return the CPU time of one composition by Hydra, in the mean."""
-    request = prepare(base, ["batching.batch_size=2", "seed=3", "decoder=creative"])
-    request.values()  # imports, antlr's tables
+    """Return the mean CPU time of one composition by Hydra."""
+    composition = prepare(base, ["batching.batch_size=2", "seed=3", "decoder=creative"])
+    composition.values()  # imports, antlr's tables
     began = time.process_time()
     for _ in range(COMPOSED_BY_HYDRA):
-        request.values()
+        composition.values()
     return (time.process_time() - began) / COMPOSED_BY_HYDRA
 
 
 def main() -> int:
-    """Measure and print; return 1 when the limit is exceeded."""
+    """Measure and print; return 1 if the limit is exceeded."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base.yaml"
         base.write_text(BASE, encoding="utf-8")

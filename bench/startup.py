@@ -1,7 +1,7 @@
-"""What starting up costs, in CPU seconds of one run, and as a multiple of an interpreter that does nothing.
+"""The cost of starting up: CPU seconds of one run, also as a multiple of an interpreter that does nothing.
 
-`python -m nox -s bench`. Prints a table; fails when `lem --help` takes more than its limit, which is such a multiple:
-seconds say more of the machine.
+`python -m nox -s bench`. Prints a table; fails if `lem --help` takes more than its limit, which is such a multiple:
+seconds depend more on the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMANDS = {
 def cpu_s(arguments: list[str]) -> float:
     """Return the CPU time of one run of Python with these arguments."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # A command that people call again and again is compiled once.
+    # A command that is called often is compiled once.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -36,7 +36,7 @@ def cpu_s(arguments: list[str]) -> float:
 
 
 def main() -> int:
-    """Measure and print; return 1 when a limit is exceeded."""
+    """Measure and print; return 1 if the limit is exceeded."""
     medians = {}
     for name, arguments in COMMANDS.items():
         cpu_s(arguments)  # compiles bytecode, warms the disk's cache

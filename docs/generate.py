@@ -18,7 +18,7 @@ from lem.cli import app
 from lem.config.inventory import summaries
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
-from lem.results.schema import ExperimentRow
+from lem.results.schema import CycleRow, ExperimentRow
 from lem.spec.engines import BACKENDS
 from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
@@ -125,6 +125,9 @@ def results() -> str:
             "## Table `experiments`\n",
             "A row for each experiment.\n",
             _columns_table(ExperimentRow),
+            "## Table `cycles`\n",
+            "A row for each cycle.\n",
+            _columns_table(CycleRow),
             "## Table `requests`\n",
             "A row for each request of the measured window.\n",
             _columns_table(RequestRecord),
@@ -172,7 +175,7 @@ code of the rule: `decoder.temperature: it would have no effect … [no_effect_s
 |---|---|
 | impossible | The experiment does not run. Nothing overrides that. |
 | inadvisable | The experiment runs only with `--force`. |
-| warning | The experiment runs, and the sentence is shown. |
+| warning | The experiment runs, and the message is shown. |
 
 A rule with the scope *options* looks only at the configuration, *machine* also at the devices and packages of this
 machine, *files* at the model, the prompts, the results directory or the config file.

@@ -1,1 +1,1 @@
-"""The name under which lem's direct form can be started too: `llenergymeasure.orchestration.launcher`."""
+"""Another name for lem's direct form: `llenergymeasure.orchestration.launcher`."""

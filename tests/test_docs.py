@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,11 @@ def test_the_architecture_page_names_every_module():
     page = (ROOT / "docs" / "architecture.md").read_text()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lem").rglob("*.py") if path.name != "__init__.py"}
     assert sorted(module for module in modules if f"`{module}`" not in page) == []
+
+
+def test_the_architecture_page_has_the_direction_of_imports():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    (block,) = re.findall(r"## Direction of imports\n\n```\n(.*?)```", page, re.DOTALL)
+    shown = [re.split(r" {2,}", line)[0] for line in block.splitlines()]
+    layers, _ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert shown == layers["layers"]

@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ def test_the_top_shows_few_rooms_two_levels_deep():
     assert max(len(path.relative_to(PACKAGE).parts) for path in MODULES) == 2
 
 
+def test_every_room_and_its_data_are_packaged():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packaged = {name.removeprefix("lem.") for name in setuptools["packages"] if name.startswith("lem.")}
+    assert packaged - {"conf"} == folders(PACKAGE)
+    data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    places = {name: ROOT / name.replace(".", "/") for name in setuptools["package-data"] if name != "lem.conf"}
+    found = [path for name, place in places.items() for g in setuptools["package-data"][name] for path in place.glob(g)]
+    assert set(found) == data
+
+
 # In tests/ but not a room: a package that stands in for an engine.
 STANDINS = {"tensorrt_standin"}
 
@@ -94,3 +105,33 @@ def test_hydra_stays_in_its_room(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_module_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def foreign_private_names(text: str) -> list[str]:
+    """Return the private names of other modules of lem that a module imports, or reaches through what it imports."""
+    tree = ast.parse(text)
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lem")
+    ]
+    aliases = [alias for node in imports for alias in node.names]
+    bound = {alias.asname or alias.name for alias in aliases}
+    reached = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound
+    }
+    return sorted(name for name in reached | {alias.name for alias in aliases} if is_private(name.rpartition(".")[2]))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def test_a_foreign_private_name_is_found():
+    text = "from lem import __version__\nfrom lem.a import _b\nfrom lem.c import d\nd._e\nd.f\nself._g\n"
+    assert foreign_private_names(text) == ["_b", "d._e"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_module(path):
+    assert foreign_private_names(path.read_text()) == []

@@ -1,6 +1,7 @@
 """The family of inference backends: one file each, one interface, chosen by the `backend` group.
 
-A new backend is a file here that passes the contract suite, its options in `lem.spec.experiment`, and a line below.
+A new backend is a file here that passes the contract suite, its options in `lem.spec.engines`, its YAML in
+`conf/backend/`, and a line below.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Openai(Backend):
-    """See the module."""
+    """The backend for OpenAI-compatible servers; the module docstring describes it."""
 
     reports = frozenset(["tokens", "flops", "counters"])
 
@@ -130,7 +130,7 @@ class Openai(Backend):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the server's own counters since `forget`; None where it has none that are known here."""
+        """Return the server's own counters since `forget`; None if it has none that lem recognises."""
         session = self._session
         if session is not None and self._counters is None and not session.is_broken:
             now = needed(self._loaded).totals()
@@ -222,5 +222,5 @@ class Openai(Backend):
             found.append(warning("tokens_not_timed", text))
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
         if session is not None and others > 0 and not session.is_broken:
-            found.append(warning("server_shared", f"it has made {others:.0f} tokens for others in the window."))
+            found.append(warning("server_shared", f"it generated {others:.0f} tokens for other clients in the window."))
         return [*found, *of_counters(counters)]

@@ -1,4 +1,4 @@
-"""The `lem` command: each module here registers some of its commands, which call `lem.studies` and other rooms.
+"""The `lem` command: each module with the name of a group registers its commands, which call other rooms.
 
 Nothing heavy is imported here: the command that needs torch, transformers, hydra, pyarrow or codecarbon imports it.
 """
@@ -52,7 +52,7 @@ def _lem(
         bool, typer.Option("--verbose", help="Log to stderr what is done, and where an error comes from.")
     ] = False,
 ) -> None:
-    """Read .env before any command reads the environment; variables that are set already win."""
+    """Read .env before any command reads the environment; variables already set take precedence."""
     import dotenv
 
     if verbose:
@@ -126,8 +126,5 @@ def _with_output(code: int) -> int:
     lost = lost_output()
     if lost is None or isinstance(lost, BrokenPipeError):
         return code
-    print(
-        f"Error: standard output cannot be written to ({lost.strerror}); files of results are not affected.",
-        file=sys.stderr,
-    )
+    print(f"Error: standard output cannot be written to ({lost.strerror}); results are not affected.", file=sys.stderr)
     return code or 1

@@ -27,6 +27,10 @@ ResultsDir = Annotated[
     typer.Option("--results-dir", "-o", help="Results directory (default: LLM_ENERGY_RESULTS_DIR, else results/)."),
 ]
 
+AnyMachine = Annotated[
+    bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
+]
+
 ConfigDir = Annotated[
     Path | None,
     typer.Option(

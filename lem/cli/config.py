@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lem.cli.base import ConfigDir, ResultsDir, app
+from lem.cli import flags
+from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 
 config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -20,9 +21,7 @@ def validate(
     force: Annotated[
         bool, typer.Option("--force", help="Accept what is inadvisable (not what is impossible).")
     ] = False,
-    any_machine: Annotated[
-        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
-    ] = False,
+    any_machine: AnyMachine = False,
     config_dir: ConfigDir = None,
 ) -> None:
     """Check config files: text, keys, types, ranges, inheritance, rules; report all problems of each at once."""
@@ -43,11 +42,9 @@ def show(
             show_default=False,
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from a preset.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", help="Dataset: a name, a hub id or a local file.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Model.")] = None,
+    preset: flags.Preset = None,
+    dataset: flags.Dataset = None,
+    model: flags.Model = None,
     backend: Annotated[str | None, typer.Option(help="Inference backend.")] = None,
     results_dir: ResultsDir = None,
     origin: Annotated[
@@ -58,14 +55,11 @@ def show(
 ) -> None:
     """Show what a config file and overrides resolve to, as a complete config file."""
     from lem.cli import validate
-    from lem.cli.flags import choice_overrides, split_arguments, value_overrides
 
-    config_file, overrides = split_arguments(arguments or [])
-    flags = choice_overrides({"preset": preset, "dataset": dataset, "backend": backend})
-    flags += value_overrides({"model": model, "io.results_dir": results_dir})
-    raise typer.Exit(
-        validate.show(config_file, [*flags, *overrides], config_dir=config_dir, with_origin=origin, as_json=as_json)
-    )
+    config_file, given = flags.split_arguments(arguments or [])
+    overrides = flags.choice_overrides({"preset": preset, "dataset": dataset, "backend": backend})
+    overrides += [*flags.value_overrides({"model": model, "io.results_dir": results_dir}), *given]
+    raise typer.Exit(validate.show(config_file, overrides, config_dir=config_dir, with_origin=origin, as_json=as_json))
 
 
 @config_app.command("generate-grid")
@@ -90,9 +84,7 @@ def generate_grid(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier grid in that directory; other files stay.")
     ] = False,
-    any_machine: Annotated[
-        bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
-    ] = False,
+    any_machine: AnyMachine = False,
     as_group: Annotated[
         bool, typer.Option("--as-group", help="Write whole configs, which plain Hydra reads as options of a group.")
     ] = False,
@@ -125,14 +117,14 @@ def new(
             "--output", "-o", help="The file to write (default: experiment.yaml on a terminal, else standard output)."
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from a preset; lem presets lists them.")] = None,
+    preset: flags.Preset = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing; write a template that explains every value.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a new config file: from answers to questions on a terminal, else a commented template."""
+    """Write a new config file: from your answers on a terminal, else as a commented template."""
     from lem.cli import new
 
     raise typer.Exit(new.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

@@ -43,7 +43,7 @@ FLAGS = {
     "gpu_list": Flag("--gpu-list", "gpus", _gpus),
     "temperature": Flag("--temperature", "decoder.temperature", _temperature),
     "quantization": Flag(
-        "--quantization", "quantization.quantization", lambda value: [f"quantization.quantization={value}".lower()]
+        "--quantization", "quantization.quantization", lambda on: [f"quantization.quantization={on}".lower()]
     ),
 }
 
@@ -62,14 +62,11 @@ def overrides(given: Mapping[str, Any]) -> list[str]:
             continue
         flag = FLAGS[name]
         own = flag.overrides(value)
-        print(f"Warning: {flag.name} is deprecated; {_instead(own)}", file=sys.stderr)
+        lines, texts = " and ".join(f"`{_yaml(text)}`" for text in own), " ".join(own)
+        instead = f"write {lines} into the config file, or {texts} on the command line."
+        print(f"Warning: {flag.name} is deprecated; {instead}", file=sys.stderr)
         result += own
     return result
-
-
-def _instead(own: list[str]) -> str:
-    lines = " and ".join(f"`{_yaml(text)}`" for text in own)
-    return f"write {lines} into the config file, or {' '.join(own)} on the command line."
 
 
 def _yaml(override: str) -> str:

@@ -61,28 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------ the first process
 def _lead(here: Ranks, options: argparse.Namespace) -> int:
     """Compose the experiment, run it with the others, and show it; in any case the others are not left waiting."""
     others = _Others(here)
+    choices = {"preset": options.preset, "dataset": options.dataset}
+    values = {"model": options.model, "dataset.sample_size": options.sample_size, "io.results_dir": options.results_dir}
+    overrides = [*choice_overrides(choices), *value_overrides(values), *options.overrides]
     try:
-        overrides = _overrides(options)
         ready = _ready(options.config, overrides, here.size, force=options.force)
         outcome = _run(ready, overrides, options, others)
     finally:
         others.dismiss()
     return show_outcome(outcome)
-
-
-def _overrides(options: argparse.Namespace) -> list[str]:
-    """Return the flags and overrides of the command line as overrides."""
-    choices = {"preset": options.preset, "dataset": options.dataset}
-    values = {
-        "model": options.model,
-        "dataset.sample_size": options.sample_size,
-        "io.results_dir": options.results_dir,
-    }
-    return [*choice_overrides(choices), *value_overrides(values), *options.overrides]
 
 
 def _ready(config_file: Path | None, overrides: Sequence[str], started: int, *, force: bool) -> Ready:
@@ -101,8 +91,8 @@ def _check_all_started(environ: os._Environ[str]) -> None:
     by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in environ, "MASTER_PORT" in environ
     if by_accelerate and several and "WORLD_SIZE" not in environ:
         raise ConfigError(
-            "accelerate launch was asked for several processes and has started a single one, as it does on a machine "
-            "without GPUs for them. Use python -m torch.distributed.run --nproc_per_node N -m lem.cli.direct …"
+            "accelerate launch was asked for several processes but started only one, as it does on a machine "
+            "without enough GPUs. Use python -m torch.distributed.run --nproc_per_node N -m lem.cli.direct …"
         )
 
 
@@ -131,11 +121,7 @@ def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, ot
             print(f"Resuming {unfinished[-1].id}, which was left unfinished.", file=sys.stderr)
             return resume(store, unfinished[-1], report=progress, launcher=others.work_together)
         return run_ready(
-            ready,
-            overrides=overrides,
-            config_file=options.config,
-            report=progress,
-            launcher=others.work_together,
+            ready, overrides=overrides, config_file=options.config, report=progress, launcher=others.work_together
         )
 
 
@@ -169,7 +155,6 @@ class _Others:
             self._waiting = False
 
 
-# ------------------------------------------------------------------ all processes
 def _follow(here: Ranks) -> int:
     """Wait for the first process's message and do what it says."""
     message = receive()

@@ -12,6 +12,16 @@ from lem.cli.base import ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
 from lem.spec.schema import leaf
 
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID",
+        help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
+        "With --force, even one still marked as running by a host that is gone.",
+        autocompletion=complete.experiment_ids,
+    ),
+]
+
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def experiment(
@@ -42,15 +52,7 @@ def experiment(
     cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=leaf("cycles").description)] = None,
     no_aggregate: flags.NoAggregate = False,
     fresh: flags.Fresh = False,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID",
-            help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
-            "With --force, also one that a host which is gone has left as running.",
-            autocompletion=complete.experiment_ids,
-        ),
-    ] = None,
+    resume: Resume = None,
     results_dir: ResultsDir = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Skip confirmation; resume the same experiment if it is unfinished.")
@@ -119,4 +121,4 @@ def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool,
     given += [text for text in overrides if not text.startswith("io.results_dir=")]
     given += ["--fresh"] * fresh + ["--multirun"] * multirun
     if given:
-        raise ConfigError(f"--resume continues with the configuration it began with; leave out {', '.join(given)}.")
+        raise ConfigError(f"--resume keeps the experiment's original configuration; leave out {', '.join(given)}.")

@@ -16,10 +16,7 @@ from lem.spec.schema import leaf
 Dataset = Annotated[
     str | None,
     typer.Option(
-        "--dataset",
-        "-d",
-        help="Dataset: a built-in name, a hub id or a local file.",
-        autocompletion=complete.datasets,
+        "--dataset", "-d", help="Dataset: a built-in name, a hub id or a local file.", autocompletion=complete.datasets
     ),
 ]
 Prompts = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]

@@ -50,7 +50,14 @@ def _run(arguments: list[str]) -> int:
         raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion exclude each other.")
     if parsed.multirun and len(flags) == 1:
         return sweep.main(None, parsed.overrides, OPTIONS)
-    sys.argv[1:] = [*_for_hydra(parsed), *flags]
+    if parsed.shell_completion:
+        overrides = parsed.overrides  # its own command, not configuration
+    elif parsed.hydra_help:
+        overrides = []  # it takes none
+    else:
+        groups_in = None if parsed.config_dir is None else Path(parsed.config_dir)
+        overrides = prepare(None, parsed.overrides, groups_in=groups_in).overrides
+    sys.argv[1:] = [*overrides, *flags]
     hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(task)()
     return max(codes, default=0)
 
@@ -67,16 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--experimental-rerun")
     parser.add_argument("--info", "-i", nargs="?", const="all")
     return parser
-
-
-def _for_hydra(parsed: argparse.Namespace) -> Sequence[str]:
-    """Return the overrides in Hydra's form; its help takes none, and those of its completion are not configuration."""
-    if parsed.hydra_help:
-        return []
-    if parsed.shell_completion:
-        return list(parsed.overrides)
-    groups_in = None if parsed.config_dir is None else Path(parsed.config_dir)
-    return prepare(None, parsed.overrides, groups_in=groups_in).overrides
 
 
 def _run_composed(composed: Any) -> int:

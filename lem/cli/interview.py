@@ -73,16 +73,13 @@ def _dataset(draft: Draft) -> Draft:
     print()
     answer = str(questionary.select("Dataset:", found, default=DATASET).unsafe_ask())
     if answer == CUSTOM:
-        question = questionary.text(
-            "Hub id (owner/name) or local file:", validate=lambda t: _is_dataset(draft, t.strip())
-        )
-        answer = str(question.unsafe_ask()).strip()
+
+        def known(text: str) -> bool | str:
+            found = draft.options.get("dataset", text.strip()) or draft.options.is_source(text.strip())
+            return bool(found) or f"dataset: {draft.options.unknown('dataset', text.strip())}"
+
+        answer = str(questionary.text("Hub id (owner/name) or local file:", validate=known).unsafe_ask()).strip()
     return draft.choose("dataset", answer)
-
-
-def _is_dataset(draft: Draft, text: str) -> bool | str:
-    known = draft.options.get("dataset", text) or draft.options.is_source(text)
-    return True if known else f"dataset: {draft.options.unknown('dataset', text)}"
 
 
 def _value(draft: Draft, path: str) -> Draft:

@@ -19,7 +19,6 @@ from lem.results import show
 HIDDEN = "hidden by CUDA_VISIBLE_DEVICES"
 
 
-# ------------------------------------------------------------------ GPUs
 def show_gpus(as_json: bool = False) -> int:
     """Print the GPUs as a tree, or as JSON."""
     found = gpu.topology()
@@ -67,7 +66,6 @@ def _instance(instance: MigInstance, device: PhysicalGpu) -> str:
     return ", ".join(filter(None, [instance.profile or "unknown profile", size, instance.uuid, hidden]))
 
 
-# ------------------------------------------------------------------ datasets, presets
 def show_datasets(config_dir: Path | None = None, *, as_json: bool = False) -> int:
     """Print the datasets that have a name; return 2 if a user's file cannot be used."""
     found, errors = _readable("dataset", config_dir)

@@ -30,8 +30,7 @@ def aggregate(
         bool, typer.Option("--strict/--no-strict", help="Fail if anything is missing, or use what exists.")
     ] = True,
     allow_mixed_backends: Annotated[
-        bool,
-        typer.Option("--allow-mixed-backends", help="Combine records of different backends (not recommended)."),
+        bool, typer.Option("--allow-mixed-backends", help="Combine records of different backends (not recommended).")
     ] = False,
 ) -> None:
     """Turn raw records into rows of the tables; lem experiment does so at its end."""
@@ -77,8 +76,7 @@ def results_list(
 @results_app.command("show")
 def results_show(
     experiment_id: Annotated[
-        str,
-        typer.Argument(help="Experiment id, or the beginning of one.", autocompletion=complete.experiment_ids),
+        str, typer.Argument(help="Experiment id, or the beginning of one.", autocompletion=complete.experiment_ids)
     ],
     results_dir: ResultsDir = None,
     raw: Annotated[

@@ -52,10 +52,7 @@ def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:
         return stream
     stream.flush()
     return _text(
-        descriptor,
-        encoding=stream.encoding,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        descriptor, encoding=stream.encoding, line_buffering=stream.line_buffering, write_through=stream.write_through
     )
 
 

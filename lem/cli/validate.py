@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lem.config.check import Found, examine, without
 from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
 from lem.config.layers import Sources, leaf_paths, origin
 from lem.config.problem import Location, Problem, Problems, impossible, shown_path
 from lem.config.userfile import Layer
-from lem.config.yamlfile import Path_, resolvers
+from lem.config.yamlfile import KeyPath, resolvers
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.host import Host, look
 from lem.results.codec import to_plain
@@ -171,7 +174,7 @@ def show(
 ) -> int:
     """Print a configuration as it would run, as YAML that is a complete config file, or as JSON."""
     values, sources = resolve(config_file, overrides, config_dir)
-    origins: dict[Path_, Origin] = {}
+    origins: dict[KeyPath, Origin] = {}
     if with_origin:
         layers = sources.layers()
         origins |= {path: _origin(origin(layers, path), path) for path, _ in leaf_paths(values)}
@@ -191,7 +194,7 @@ def resolve(
     """Return a configuration's checked values, and the sources they come from; raises `ConfigError`."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
-        raise ConfigError(f"{swept[0]}: these are several values; lem config show shows one configuration.")
+        raise ConfigError(f"{swept[0]}: more than one value is given; lem config show shows one configuration.")
     if settings := [override.text for override in inputs.overrides if not override.key]:
         raise ConfigError(f"{settings[0]}: settings of Hydra have no effect here; leave it out.")
     if found := impossible(inputs.all_problems()):
@@ -202,7 +205,7 @@ def resolve(
     return to_plain(experiment), inputs.sources
 
 
-def _origin(layer: Layer | None, path: Path_) -> Origin:
+def _origin(layer: Layer | None, path: KeyPath) -> Origin:
     if layer is None:
         return Origin("default")
     # A value that a word in a file stands for (a dataset's path, its name) has the word's location.
@@ -212,7 +215,7 @@ def _origin(layer: Layer | None, path: Path_) -> Origin:
     return Origin(layer.kind, name, shown_path(location.file), location.line) if location else Origin(layer.kind, name)
 
 
-def _lines(values: dict[str, Any], origins: dict[Path_, Origin], path: Path_ = ()) -> Iterator[str]:
+def _lines(values: dict[str, Any], origins: dict[KeyPath, Origin], path: KeyPath = ()) -> Iterator[str]:
     indent = "  " * len(path)
     for key, value in values.items():
         at = (*path, key)
@@ -226,18 +229,9 @@ def _lines(values: dict[str, Any], origins: dict[Path_, Origin], path: Path_ = (
 
 def as_yaml(value: Any) -> str:
     """Write a value on one line so that a config file reads the same value."""
-    import yaml
 
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers = resolvers(yaml.SafeDumper)
 
-    # Everything is resolved: a text that looks like an interpolation is not one.
-    plain = _escaped(value)
-    text: str = yaml.dump([plain], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    text: str = yaml.dump([escaped(value)], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
     return text.strip()[1:-1]
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("${", "\\${")
-    return [_escaped(item) for item in value] if isinstance(value, list) else value

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
+from pydantic import ValidationError
+
 from lem.config.problem import Problem, Problems, shortened
-from lem.config.yamlfile import Path_, dotted
+from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
 from lem.results.codec import adapter
 from lem.spec.engines import BACKENDS
@@ -21,7 +23,7 @@ from lem.spec.schema import leaves
 
 MISSING = "???"
 Values = dict[str, Any]
-Found = list[tuple[Path_, Problem]]
+Found = list[tuple[KeyPath, Problem]]
 
 
 def check(values: Values) -> Experiment:
@@ -34,8 +36,6 @@ def check(values: Values) -> Experiment:
 
 def examine(values: Values) -> tuple[Experiment | None, Found]:
     """Return the experiment that the values make, or None and what is wrong with the values."""
-    from pydantic import ValidationError
-
     try:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as error:
@@ -48,7 +48,7 @@ def examine(values: Values) -> tuple[Experiment | None, Found]:
         return None, list(_problems(values, error.errors(include_url=False)))
 
 
-def without(values: Values, paths: Iterable[Path_]) -> Values:
+def without(values: Values, paths: Iterable[KeyPath]) -> Values:
     """Return the values without those at some paths."""
     result: Values = json.loads(json.dumps(values))
     for *parents, last in paths:
@@ -61,15 +61,15 @@ def without(values: Values, paths: Iterable[Path_]) -> Values:
 
 
 # ------------------------------------------------------------------ what pydantic found
-def _problems(values: Values, details: Iterable[Any]) -> Iterator[tuple[Path_, Problem]]:
-    by_path: dict[Path_, list[Any]] = {}
+def _problems(values: Values, details: Iterable[Any]) -> Iterator[tuple[KeyPath, Problem]]:
+    by_path: dict[KeyPath, list[Any]] = {}
     for detail in details:
         by_path.setdefault(_path(values, detail["loc"]), []).append(detail)
     for path, same in by_path.items():
         yield path, _problem(path, same, backend_of(values))
 
 
-def _path(values: Values, location: tuple[str | int, ...]) -> Path_:
+def _path(values: Values, location: tuple[str | int, ...]) -> KeyPath:
     """Return a value's path: pydantic's, without the names of a union's members (backend.pytorch.device)."""
     path: list[str | int] = []
     holder: Any = values
@@ -81,7 +81,7 @@ def _path(values: Values, location: tuple[str | int, ...]) -> Path_:
     return tuple(path)
 
 
-def _problem(path: Path_, details: list[Any], backend: str | None) -> Problem:
+def _problem(path: KeyPath, details: list[Any], backend: str | None) -> Problem:
     kind, name = details[0]["type"], dotted(path)
     if kind == "unexpected_keyword_argument":
         return Problem("unknown_key", name, unknown_key(path, backend))
@@ -108,7 +108,7 @@ def backend_of(values: Values) -> str | None:
     return name if name in BACKENDS else None
 
 
-def unknown_key(path: Path_ | str, backend: str | None = None) -> str:
+def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
     """Return the sentence about a key that does not exist, with the most similar ones that do.
 
     Args:
@@ -183,7 +183,7 @@ def secrets(values: Values) -> Found:
     return [(path, Problem("secret", dotted(path), message)) for path in found]
 
 
-def texts(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, str]]:
+def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Yield the path and value of each text."""
     if isinstance(value, str):
         yield path, value
@@ -195,48 +195,44 @@ def texts(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, str]]:
             yield from texts(child, (*path, i))
 
 
-def _interpolated(values: Values, paths: list[Path_]) -> tuple[Values, Found]:
+def _interpolated(values: Values, paths: list[KeyPath]) -> tuple[Values, Found]:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    # A text that OmegaConf cannot even read as an interpolation would make it refuse the whole configuration.
-    found = [(path, problem) for path in paths if (problem := _unreadable(path, _at(values, path)))]
-    good = [path for path in paths if path not in dict(found)]
-    config = OmegaConf.create(_replaced(values, {path: None for path, _ in found}))
-    results: dict[Path_, Any] = {}
-    for path in good:
+    problems: dict[KeyPath, Problem] = {}
+    for path in paths:
+        # A text that OmegaConf cannot even read would make it refuse the whole configuration.
+        try:
+            OmegaConf.create({"value": _at(values, path)})
+        except (OmegaConfBaseException, RecursionError) as error:
+            problems[path] = _bad_interpolation(path, _at(values, path), error)
+    config = OmegaConf.create(_replaced(values, dict.fromkeys(problems)))
+    results: dict[KeyPath, Any] = {}
+    for path in paths:
+        if path in problems:
+            continue
         try:
             value = _at(config, path)
             results[path] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except Exception as error:  # a resolver may raise anything
-            found.append((path, _bad_interpolation(path, _at(values, path), error)))
-    return _replaced(values, results), found
+            problems[path] = _bad_interpolation(path, _at(values, path), error)
+    return _replaced(values, results), list(problems.items())
 
 
-def _unreadable(path: Path_, text: str) -> Problem | None:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        OmegaConf.create({"value": text})
-    except (OmegaConfBaseException, RecursionError) as error:
-        return _bad_interpolation(path, text, error)
-    return None
-
-
-def _bad_interpolation(path: Path_, text: str, error: BaseException) -> Problem:
+def _bad_interpolation(path: KeyPath, text: str, error: BaseException) -> Problem:
     reason = shortened(str(error).splitlines()[0] if str(error) else type(error).__name__, 200)
     circle = isinstance(error, RecursionError) or "recursi" in str(error).casefold()
     reason = "it refers to itself" if circle else reason
     return Problem("bad_interpolation", dotted(path), f"{shortened(text)!r} cannot be resolved: {reason.rstrip('.')}.")
 
 
-def _at(values: Any, path: Path_) -> Any:
+def _at(values: Any, path: KeyPath) -> Any:
     for part in path:
         values = values[part]
     return values
 
 
-def _replaced(values: Any, news: dict[Path_, Any], path: Path_ = ()) -> Any:
+def _replaced(values: Any, news: dict[KeyPath, Any], path: KeyPath = ()) -> Any:
     if path in news:
         return news[path]
     if isinstance(values, dict):

@@ -1,7 +1,7 @@
 """From a config file and overrides to an `Experiment`, by Hydra's own composition. Only plain dataclasses leave here.
 
 The order of the sources is that of Hydra's defaults list: schema (environment variables included), group
-options, preset, config file, command line; the later wins. The result is checked as a whole: all problems are
+options, preset, config file, command line; later ones win. The result is checked as a whole: all problems are
 reported at once, each with its path and, if it stands in a file, its line.
 """
 
@@ -18,6 +18,7 @@ from lem.config.layers import Sources, Values, holds, layers_of, option, schema_
 from lem.config.options import CONFIG_MODULE, CUSTOM, Options
 from lem.config.overrides import (
     NO_PRESET,
+    SEVERAL,
     Override,
     choice_of,
     combinations,
@@ -28,7 +29,7 @@ from lem.config.overrides import (
 )
 from lem.config.problem import Location, Problem, Problems, impossible
 from lem.config.userfile import Choice, Layer, UserFile, examine_file, find_options, flattened
-from lem.config.yamlfile import Path_
+from lem.config.yamlfile import KeyPath
 from lem.errors import ConfigError
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
@@ -55,10 +56,7 @@ class Inputs:
 
 
 def read_inputs(
-    config_file: Path | None,
-    overrides: Sequence[str],
-    config_dir: Path | None = None,
-    groups_in: Path | None = None,
+    config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Inputs:
     """Read a config file and parse overrides; the result holds the problems."""
     known = find_options(config_file, config_dir)
@@ -156,7 +154,7 @@ def located(sources: Sources, found: Found) -> list[Problem]:
     return [replace(problem, location=_location(sources, layers, path)) for path, problem in found]
 
 
-def _location(sources: Sources, layers: Sequence[Layer], path: Path_) -> Location | None:
+def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Location | None:
     """Return where the value at a path stands, or what chose it or holds it; None if that is not in a file."""
     for end in range(len(path), 0, -1):
         for layer in reversed(layers):
@@ -194,8 +192,7 @@ class Composition:
         from hydra import compose, initialize_config_module
 
         if swept := next((override for override in self.given if override.is_sweep), None):
-            several = "these are several values; add --multirun to run each, or write a list as [a,b]."
-            raise ConfigError(f"{swept.text}: {several}")
+            raise ConfigError(f"{swept.text}: {SEVERAL}")
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
             composed = compose(CONFIG_NAME, overrides=list(self.overrides))
         # Hydra lets a value below take the place of a ???, but whoever wrote it wants one to be given.
@@ -213,11 +210,7 @@ class Composition:
 
 
 def prepare(
-    config_file: Path | None,
-    overrides: Sequence[str],
-    *,
-    config_dir: Path | None = None,
-    groups_in: Path | None = None,
+    config_file: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Composition:
     """Register the schema, the chosen options and the user's file with Hydra and return what to compose.
 

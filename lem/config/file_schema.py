@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lem.config.options import Options
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
@@ -21,13 +23,14 @@ SCHEMA_FILE = ".lem-schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 # The newest draft that the YAML language server supports in full.
 DRAFT = "http://json-schema.org/draft-07/schema#"
+TYPE_NAMES = {
+    "integer": "whole number", "string": "text", "boolean": "true | false", "array": "list", "object": "mapping",
+}  # fmt: skip
 INTERPOLATION = {"$ref": "#/$defs/Interpolation"}
 
 
 def file_schema(options: Options) -> dict[str, Any]:
     """Return the JSON Schema of a config file whose groups have these options."""
-    from pydantic import TypeAdapter
-
     schema = TypeAdapter(Experiment).json_schema()
     definitions = {name: _part(part) for name, part in schema["$defs"].items()}
     properties = _part(schema)["properties"]
@@ -70,11 +73,9 @@ def _value(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alternatives(value: dict[str, Any]) -> list[dict[str, Any]]:
-    for several in ("anyOf", "oneOf"):
-        if several in value:
-            return list(value[several])
-    own = {key: item for key, item in value.items() if key not in ("title", "description", "default", "env")}
-    return [own]
+    if several := value.get("anyOf") or value.get("oneOf"):
+        return list(several)
+    return [{key: item for key, item in value.items() if key not in ("title", "description", "default", "env")}]
 
 
 def _group(group: str, mapping: dict[str, Any] | None, options: Options) -> dict[str, Any]:
@@ -110,28 +111,17 @@ def as_text(options: Options) -> str:
     return json.dumps(file_schema(options), indent=2, ensure_ascii=False) + "\n"
 
 
-# ------------------------------------------------------------------ one value in words
 def type_words(leaf: Leaf) -> str:
     """Describe a value's type and range: `whole number from 1 to 65536`, `auto | cpu | cuda`, `text, or null`."""
-    from pydantic import TypeAdapter
-
     schema = TypeAdapter(leaf.annotation).json_schema()
-    ways = [_way_words(way) for way in schema.get("anyOf", [schema])]
-    return ", or ".join(ways)
+    return ", or ".join(map(_way_words, schema.get("anyOf", [schema])))
 
 
 def _way_words(way: dict[str, Any]) -> str:
     if "enum" in way or "const" in way:
         return " | ".join(way.get("enum", [way.get("const")]))
     kind = str(way["type"])
-    names = {
-        "integer": "whole number",
-        "string": "text",
-        "boolean": "true | false",
-        "array": "list",
-        "object": "mapping",
-    }
-    return names.get(kind, kind) + _range_words(way)
+    return TYPE_NAMES.get(kind, kind) + _range_words(way)
 
 
 def _range_words(way: dict[str, Any]) -> str:

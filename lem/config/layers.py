@@ -3,7 +3,7 @@
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
 This is what Hydra composes from conf/config.yaml, by merging plain dictionaries: a thousand times as fast, which a
-grid needs, and with the layer that each value comes from, which Hydra does not keep. Tests hold it against Hydra's
+grid needs, and with the layer that each value comes from, which Hydra does not keep. Tests compare it with Hydra's
 composition. Does not know Hydra's grammar and does not check values.
 """
 
@@ -21,7 +21,7 @@ from lem.config import yamlfile
 from lem.config.options import CONFIG_MODULE, CUSTOM, OptionFile, Options
 from lem.config.problem import Location, Problem, Problems, impossible
 from lem.config.userfile import Choice, Layer, UserFile, examine_file, flattened, merged
-from lem.config.yamlfile import Path_
+from lem.config.yamlfile import KeyPath
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, leaves
@@ -98,12 +98,12 @@ class Sources:
         return reduce(merged, above, base)
 
 
-def origin(layers: Iterable[Layer], path: Path_) -> Layer | None:
+def origin(layers: Iterable[Layer], path: KeyPath) -> Layer | None:
     """Return the layer that the value at a path comes from: the last that has one there."""
     return next((layer for layer in reversed(list(layers)) if holds(layer.values, path)), None)
 
 
-def holds(values: Any, path: Path_) -> bool:
+def holds(values: Any, path: KeyPath) -> bool:
     """Tell whether there is a value at a path."""
     for part in path:
         inside = part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values))
@@ -259,5 +259,5 @@ def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)
 
 
-def _option_layer(file: OptionFile, values: Values, locations: Mapping[Path_, Location] | None = None) -> Layer:
+def _option_layer(file: OptionFile, values: Values, locations: Mapping[KeyPath, Location] | None = None) -> Layer:
     return Layer("option", f"{file.group}={file.name}", values, locations or {})

@@ -7,15 +7,23 @@ a cell's run does.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override, setup_globals
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from lem.config.overrides import first_sentence, quoted
 from lem.config.problem import shortened
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.results.codec import to_json
 from lem.results.files import write_atomically
@@ -44,10 +52,6 @@ def sweep_dir(overrides: Iterable[str]) -> Path:
     Raises:
         ConfigError: the name holds an interpolation that cannot be resolved.
     """
-    from hydra.core.utils import setup_globals
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     given = [text.removeprefix(SWEEP_DIR).strip("'\"") for text in overrides if text.startswith(SWEEP_DIR)]
     if not given:
         return Path("multirun") / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -72,10 +76,6 @@ def run_plan(
     Raises:
         ConfigError: Hydra refuses a setting.
     """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.utils import env_override
-    from hydra.errors import HydraException
 
     def task(composed: Any) -> None:
         run(int(HydraConfig.get().job.num), composed)
@@ -102,22 +102,9 @@ def cell_name(number: int) -> str:
 
 
 def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]]) -> None:
-    import yaml
-
     write_atomically(folder / f"{NAME}.yaml", PLAN)
     for number, (label, experiment) in enumerate(cells):
-        values = literal(json.loads(to_json(experiment)))
+        values = escaped(json.loads(to_json(experiment)))
         head = f"# @package _global_\n# {shortened(label, 200)}\n"
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
         write_atomically(folder / "cell" / f"{cell_name(number)}.yaml", head + text)
-
-
-def literal(value: Any) -> Any:
-    """Escape texts that Hydra would take for interpolations: everything has been resolved."""
-    if isinstance(value, dict):
-        return {key: literal(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [literal(inner) for inner in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
-    return value

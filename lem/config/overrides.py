@@ -28,6 +28,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
 # A range is quickly written and may be larger than any memory.
 MOST_VALUES = 100_000
+SEVERAL = "these are several values; add --multirun to run each, or write a list as [a,b]."
 HYDRA = ("hydra.", "hydra/", "+hydra", "++hydra", "~hydra")
 
 
@@ -298,7 +299,7 @@ def first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:
-        return f"{several[1]}: these are several values; add --multirun to run each, or write a list as [a,b]."
+        return f"{several[1]}: {SEVERAL}"
     missing = re.search(r"Could not override '([^']+)'", text)
     if missing:
         return f"{missing[1]}: the chosen options have no such key."

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lem.config import yamlfile
 from lem.config.options import CUSTOM, SUFFIXES, Options
 from lem.config.problem import Location, Problem, Problems, impossible, shortened
-from lem.config.yamlfile import Path_, dotted, kind_of
+from lem.config.yamlfile import KeyPath, dotted, kind_of
 from lem.errors import did_you_mean
 from lem.spec.experiment import Decoder
 from lem.spec.schema import GROUPS, leaves
@@ -49,12 +49,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layer:
-    """Values of one source: its kind, its name (variable, option, preset, file, override) and where values stand."""
+    """Values of one source: its kind, its name (variable, option, preset, file, override) and where its values are."""
 
     kind: Literal["default", "environment", "option", "preset", "file", "command line"]
     name: str | None
     values: dict[str, Any]
-    locations: Mapping[Path_, Location] = field(default_factory=dict)
+    locations: Mapping[KeyPath, Location] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,12 +90,12 @@ class UserFile:
 
     def without_group(self, group: str) -> UserFile:
         """Drop the choice of a group and all of its values."""
-        choices = {other: choice for other, choice in self.choices.items() if other != group}
-        layers = [
-            replace(layer, values={key: value for key, value in layer.values.items() if key != group})
-            for layer in self.layers
-        ]
-        return replace(self, choices=choices, layers=layers)
+
+        def rest(mapping: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in mapping.items() if key != group}
+
+        layers = [replace(layer, values=rest(layer.values)) for layer in self.layers]
+        return replace(self, choices=rest(self.choices), layers=layers)
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
 
 
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
-    """Return the options known to a config file: of the named directory, else beside the file or its nearest parent.
+    """Return the options available to a config file: in the named directory, else beside it or its nearest parent.
 
     Raises:
         ConfigError: the directory that was named holds no options.
@@ -193,11 +193,11 @@ class _Reader:
         if path.resolve() in ring:
             names = " -> ".join(child.name for child in (*ring[ring.index(path.resolve()) :], path))
             problem = Problem("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", location)
-            return UserFile(problems=[problem])
-        if self.files >= MAX_FILES:
-            message = f"it inherits from more than {MAX_FILES} files."
-            return UserFile(problems=[Problem("too_large", "defaults", message, location)])
-        return self.file(path, children)
+        elif self.files >= MAX_FILES:
+            problem = Problem("too_large", "defaults", f"it inherits from more than {MAX_FILES} files.", location)
+        else:
+            return self.file(path, children)
+        return UserFile(problems=[problem])
 
 
 def _merge_into(base: UserFile, over: UserFile) -> None:
@@ -229,7 +229,7 @@ class _OwnContent:
         content = dict(self.document.values)
         if "defaults" in content:
             self._defaults(content.pop("defaults"))
-        locations: dict[Path_, Location] = self.document.locations
+        locations: dict[KeyPath, Location] = self.document.locations
         if self.group:
             inside = {(self.group, *at): location for at, location in locations.items()}
             return Layer("file", str(self.path), {self.group: content}, inside)
@@ -244,15 +244,14 @@ class _OwnContent:
                 self.values[key] = value
         return Layer("file", str(self.path), self.values, locations)
 
-    def _report(self, code: str, at: Path_, message: str) -> None:
+    def _report(self, code: str, at: KeyPath, message: str) -> None:
         # A value that could not be read has its problem already.
         if dotted(at) not in {problem.path for problem in self.document.problems}:
             self.problems.append(Problem(code, dotted(at), message, self._location(at)))
 
-    def _location(self, at: Path_) -> Location:
+    def _location(self, at: KeyPath) -> Location:
         return self.document.locations.get(at) or Location(self.path)
 
-    # -------------------------------------------------------------- options
     def _choice(self, group: str, value: Any) -> dict[str, Any]:
         """Record the option that the value chooses; return the group's values, as a mapping to merge."""
         if group == "preset":
@@ -284,7 +283,7 @@ class _OwnContent:
         else:
             self._report("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
 
-    def _named(self, group: str, name: Any, values: dict[str, Any], at: Path_) -> dict[str, Any]:
+    def _named(self, group: str, name: Any, values: dict[str, Any], at: KeyPath) -> dict[str, Any]:
         """Record what the name chooses, an option or something else; return the group's values."""
         location = self._location(at)
         if not isinstance(name, str):
@@ -308,7 +307,6 @@ class _OwnContent:
         self._report("unknown_option", (group,), self.options.unknown(group, shortened(name)))
         return values
 
-    # -------------------------------------------------------------- defaults
     def _defaults(self, entries: Any) -> None:
         if not isinstance(entries, list):
             message = f"defaults is a list of files to inherit from, not {kind_of(entries)}."
@@ -324,7 +322,7 @@ class _OwnContent:
                 message = f"an entry of defaults is a file name or `group: option`, not {kind_of(entry)}."
                 self._report("bad_defaults", ("defaults", i), message)
 
-    def _inherit(self, name: str, at: Path_) -> None:
+    def _inherit(self, name: str, at: KeyPath) -> None:
         if name == "_self_":
             return
         base = self.path.parent / name
@@ -336,7 +334,7 @@ class _OwnContent:
         message = f"it inherits from '{shortened(name)}', but there is no such file beside it."
         self._report("missing_parent", at, message + did_you_mean(name, siblings))
 
-    def _default_choice(self, key: str, value: Any, at: Path_) -> None:
+    def _default_choice(self, key: str, value: Any, at: KeyPath) -> None:
         group = key.removeprefix("override ").strip().lstrip("/")
         if group.startswith("hydra"):
             self._report(

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import yaml
+from yaml.constructor import SafeConstructor
+from yaml.reader import Reader
 
 from lem.config.problem import Location, Problem, Problems, shortened
 
-if TYPE_CHECKING:
-    import yaml
-
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 4_000_000
 MAX_DEPTH = 30
@@ -45,7 +46,7 @@ class Document:
     """A file's mapping, the location of each key and list item, and the problems that hide nothing else."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    locations: dict[Path_, Location] = field(default_factory=dict)
+    locations: dict[KeyPath, Location] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -89,8 +90,6 @@ def resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
 
 # ------------------------------------------------------------------ bytes to nodes
 def _text(path: Path) -> str:
-    from yaml.reader import Reader
-
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -115,8 +114,6 @@ def _text(path: Path) -> str:
 
 
 def _node(path: Path, text: str) -> yaml.Node | None:
-    import yaml
-
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         yaml_implicit_resolvers = resolvers(yaml.SafeLoader)
 
@@ -134,8 +131,6 @@ def _node(path: Path, text: str) -> yaml.Node | None:
 
 def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
     """Refuse what the composer, which recurses, cannot handle."""
-    import yaml
-
     depth = documents = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -152,17 +147,13 @@ class _Walk:
     """Turns nodes into plain data; an alias is expanded each time it is met, within MAX_VALUES."""
 
     def __init__(self, path: Path) -> None:
-        from yaml.constructor import SafeConstructor
-
         self.path = path
         self.document = Document()
         self.scalars = SafeConstructor()
         self.open: set[int] = set()
         self.count = 0
 
-    def value(self, node: yaml.Node, at: Path_) -> Any:
-        import yaml
-
+    def value(self, node: yaml.Node, at: KeyPath) -> Any:
         self._count(node)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, at)
@@ -175,11 +166,11 @@ class _Walk:
                 return [self._item(child, (*at, i)) for i, child in enumerate(node.value)]
             return {key: self._item(child, (*at, key), mark) for key, mark, child in self._pairs(node, at)}
 
-    def _item(self, node: yaml.Node, at: Path_, mark: Any = None) -> Any:
+    def _item(self, node: yaml.Node, at: KeyPath, mark: Any = None) -> Any:
         self.document.locations[at] = _location(self.path, mark or node.start_mark)
         return self.value(node, at)
 
-    def _pairs(self, node: yaml.Node, at: Path_) -> list[tuple[str, Any, yaml.Node]]:
+    def _pairs(self, node: yaml.Node, at: KeyPath) -> list[tuple[str, Any, yaml.Node]]:
         """Return key, mark and value of a mapping's own entries, then of those merged by `<<`."""
         own: dict[str, tuple[str, Any, yaml.Node]] = {}
         merged: list[tuple[str, Any, yaml.Node]] = []
@@ -190,7 +181,7 @@ class _Walk:
             elif (key := self._key(key_node, at)) is None:
                 continue
             elif key in own:
-                message = f"the key is given a second time, first in line {own[key][1].line + 1}."
+                message = f"the key is given a second time, first on line {own[key][1].line + 1}."
                 self._report("duplicate_key", (*at, key), message, key_node)
             else:
                 own[key] = (key, key_node.start_mark, child)
@@ -198,9 +189,7 @@ class _Walk:
             own.setdefault(pair[0], pair)
         return list(own.values())
 
-    def _merged(self, node: yaml.Node, at: Path_) -> list[tuple[str, Any, yaml.Node]]:
-        import yaml
-
+    def _merged(self, node: yaml.Node, at: KeyPath) -> list[tuple[str, Any, yaml.Node]]:
         self._count(node)
         with self._opened(node):
             if isinstance(node, yaml.MappingNode):
@@ -209,7 +198,7 @@ class _Walk:
                 return [pair for child in node.value for pair in self._merged(child, at)]
         raise _fatal("yaml_syntax", "broken YAML: << merges mappings only.", _location(self.path, node.start_mark))
 
-    def _key(self, node: yaml.Node, at: Path_) -> str | None:
+    def _key(self, node: yaml.Node, at: KeyPath) -> str | None:
         if node.tag in (TAG + "str", TAG + "value") and isinstance(node.value, str):
             if len(node.value) <= MAX_TEXT:
                 return node.value
@@ -219,7 +208,7 @@ class _Walk:
         self._report("bad_key", at, f"the key {shown!r} is not a word; quote it if it is meant as one.", node)
         return None
 
-    def _scalar(self, node: yaml.ScalarNode, at: Path_) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, at: KeyPath) -> Any:
         if node.tag not in SCALARS:
             self._forbidden(node, at)
             return None
@@ -235,11 +224,11 @@ class _Walk:
             self._report("yaml_syntax", at, f"broken YAML: {shortened(node.value)!r} is not of type {kind}.", node)
             return None
 
-    def _forbidden(self, node: yaml.Node, at: Path_) -> None:
+    def _forbidden(self, node: yaml.Node, at: KeyPath) -> None:
         tag = shortened(node.tag.replace(TAG, "!!"))
         self._report("forbidden_tag", at, f"the tag {tag} is not allowed; a config file holds plain data.", node)
 
-    def _report(self, code: str, at: Path_, message: str, node: yaml.Node) -> None:
+    def _report(self, code: str, at: KeyPath, message: str, node: yaml.Node) -> None:
         problem = Problem(code, dotted(at), message, _location(self.path, node.start_mark))
         self.document.problems.append(problem)
 
@@ -262,7 +251,7 @@ class _Walk:
         self.open.discard(id(node))
 
 
-def dotted(path: Path_) -> str:
+def dotted(path: KeyPath) -> str:
     """Return a path as people write it, shortened if a key is absurdly long."""
     return shortened(".".join(map(str, path)), 200)
 

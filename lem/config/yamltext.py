@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import yaml
+from yaml.representer import SafeRepresenter
+
 
 def flow(value: Any) -> str:
     """Write plain data as YAML on one line; it reads the same in YAML 1.1 and 1.2."""
@@ -22,16 +25,12 @@ def flow(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{flow(key)}: {flow(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, float):
-        from yaml.representer import SafeRepresenter
-
         return str(SafeRepresenter().represent_float(value).value)
     return json.dumps(value)
 
 
 @lru_cache(maxsize=4096)
 def _quoted(text: str) -> str:
-    import yaml
-
     is_word = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", text) and text.lower() not in (
         "true", "false", "null", "yes", "no", "on", "off", "y", "n",
     )  # fmt: skip
@@ -48,3 +47,14 @@ def block(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from block(value, indent + "  ")
         else:
             yield f"{indent}{flow(key)}: {flow(value)}"
+
+
+def escaped(value: Any) -> Any:
+    """Escape texts that would be read as interpolations, in data where everything is resolved."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+    return value

@@ -1,6 +1,7 @@
 """The family of energy meters: one file each, one interface, chosen by the `energy` group.
 
-A new meter is a file here that passes the contract suite, a name in `lem.spec.experiment.Energy`, and a line below.
+A new meter is a file here that passes the contract suite, a name in `lem.spec.experiment.Energy`, its YAML
+in `conf/energy/`, and a line below.
 """
 
 from __future__ import annotations

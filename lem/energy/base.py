@@ -25,7 +25,7 @@ class Meter(ABC):
     reason, never 0. All calls come from one thread.
     """
 
-    # Options of the energy group that this meter reads; all meter idle phases.
+    # Options of the energy group that this meter reads; every meter that reads anything also meters idle phases.
     options: ClassVar[tuple[str, ...]] = ("idle_s",)
 
     @classmethod
@@ -56,7 +56,7 @@ class Meter(ABC):
         """Close the window, at its mark if it has one, and return its energy in joules."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the energy of the open window until now, or None where only closing it gives it.
+        """Return the energy of the open window until now, or None where a meter cannot give it.
 
         This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
         it never waits, costs well under a millisecond, does not raise for a lost device, and does not change what

@@ -60,7 +60,7 @@ class CodecarbonMeter(Meter):
         An extra measurement in between would change the result: the power that it derives is not linear in the CPU's
         load.
         """
-        cpu, cpu_j = self._hardware("CPU"), None
+        cpu, cpu_j = self._cpu(), None
         if getattr(cpu, "_mode", None) in SAMPLED_MODES:
             cpu_j = sum(power.W * seconds for power, seconds in list(getattr(cpu, "_power_history", ())))
         elapsed_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
@@ -94,16 +94,15 @@ class CodecarbonMeter(Meter):
         )
 
     def _cpu_method(self) -> tuple[Source, Scope, str]:
-        cpu = self._hardware("CPU")
+        cpu = self._cpu()
         mode, model = getattr(cpu, "_mode", "unknown"), getattr(cpu, "_model", "unknown CPU")
         if mode == "intel_rapl":
             return "counter", "package", f"codecarbon: RAPL of {model}"
         tdp_w = getattr(cpu, "_tdp", None)
         return "estimate", "machine", f"codecarbon: {mode}, {tdp_w} W rated for {model}"
 
-    def _hardware(self, kind: str) -> Any:
-        parts = getattr(self._tracker, "_hardware", [])
-        return next((part for part in parts if type(part).__name__ == kind), None)
+    def _cpu(self) -> Any:
+        return next((part for part in getattr(self._tracker, "_hardware", ()) if type(part).__name__ == "CPU"), None)
 
 
 def _offline_tracker() -> Any:

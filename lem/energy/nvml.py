@@ -21,7 +21,7 @@ from typing import Any
 from lem.energy.base import Meter
 from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.errors import BadInput
-from lem.machine.gpu import Gpu
+from lem.machine.gpu import W_PER_MW, Gpu
 from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
 from lem.spec.experiment import Energy
@@ -32,7 +32,6 @@ COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 J_PER_MJ = 1e-3
 MODULES = ("GH200",)
-W_PER_MW = 1e-3
 # Enough for five ticks of 100 ms.
 LEARN_TICK_S = 0.6
 # Longest wait for a tick at a window's edge; there is none for counters without a known tick.

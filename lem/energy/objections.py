@@ -12,7 +12,7 @@ from lem.spec.experiment import Energy
 from lem.spec.processes import changed
 from lem.spec.rules import Objection, without_effect
 
-# Options that only some meters read; the others of the group apply to all.
+# Options that only some meters read, besides `trace`; the others of the group apply to all.
 METER_OPTIONS = ("idle_s", "power_hz", "powercap_dir")
 
 

@@ -1,4 +1,4 @@
-"""Processes of engines and servers: finding them, whether they are alive, their memory, ending them."""
+"""Processes of workers, engines and servers: finding them, whether they are alive, their memory, ending them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_alive(process: Any) -> bool:
 
 
 def listening_at(port: int) -> list[Any]:
-    """Return the processes that listen at a port of this machine, with their descendants.
+    """Return the processes that listen on a port of this machine, with their descendants.
 
     Finds only processes that the user may inspect.
     """

@@ -1,1 +1,1 @@
-"""Records kept, tabulated, compared and shown."""
+"""Records kept, put into tables and shown."""

@@ -9,8 +9,9 @@ without a line end was cut off when the process died, and is ignored. Knows no e
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,6 +25,9 @@ from lem.warning_codes import warning
 # The type of the error of a process that could not write its record.
 DIED = "WorkerDied"
 OPENING = b'{"record":'
+# The cycle of an opening line, at a fifth of the cost of decoding the line. No string can hold this: its quotation
+# marks would be escaped.
+CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
 
 
 class Checkpoint(msgspec.Struct, frozen=True, gc=False):
@@ -39,8 +43,14 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     energy_at_s: float | None = None
 
 
+class _Rows(msgspec.Struct, gc=False):
+    """A batch that is done, as a line of the journal. Its rows lack what all rows of a window share."""
+
+    done: list[RequestRecord]
+
+
 class _Done(Checkpoint, frozen=True, gc=False, kw_only=True):
-    """A batch that is done: a line of the journal. Its rows lack what all rows of a window share."""
+    """The same line with its checkpoint."""
 
     done: list[RequestRecord]
 
@@ -49,47 +59,33 @@ class _Opening(msgspec.Struct, gc=False):
     record: ProcessRecord
 
 
-class _Cycle(msgspec.Struct, gc=False):
-    cycle: int
+_ROWS, _DONE = msgspec.json.Decoder(_Rows), msgspec.json.Decoder(_Done)
 
 
-class _OpeningCycle(msgspec.Struct, gc=False):
-    record: _Cycle
-
-
-@dataclass
+@dataclass(frozen=True)
 class Window:
-    """A measured window as a journal holds it: the record at its opening, the rows, and the last checkpoints.
+    """A measured window as a journal holds it.
 
-    `closed`: the process has written its own record of the window, and `record` is that one.
+    Where the process has written its own record of the window, `record` is that one, and there are no checkpoints;
+    else `record` is the one at the window's opening.
     """
 
     record: ProcessRecord
-    closed: bool = False
-    rows: list[RequestRecord] = field(default_factory=list)
-    last: Checkpoint | None = None
-    metered: Checkpoint | None = None
+    rows: list[RequestRecord]
+    checkpoints: Sequence[Checkpoint] = ()
 
-    def add(self, batch: _Done) -> None:
-        """Add a batch that is done; its rows get what all rows of the window share."""
-        record = self.record
-        self.rows += [
-            replace(
-                row, experiment_id=record.experiment_id, rank=record.rank, cycle=record.cycle, attempt=record.attempt
-            )
-            for row in batch.done
-        ]
-        self.last = batch
-        if batch.energy is not None:
-            self.metered = batch
+    @property
+    def metered(self) -> Checkpoint | None:
+        """The last checkpoint with energy."""
+        return next((each for each in reversed(self.checkpoints) if each.energy is not None), None)
 
     def salvaged(self) -> ProcessRecord:
-        """Return the record of a process that could not write its own: up to the last batch that was done."""
-        record, last = self.record, self.last
-        if last is None:
-            return record
-        energy = self.metered.energy if self.metered else None
-        readings = energy if energy is not None else _unread(record)
+        """Return the process's own record, or what is known without it: up to the last batch that was done."""
+        if not self.checkpoints:
+            return self.record
+        record, last = self.record, self.checkpoints[-1]
+        metered = self.metered
+        readings = _unread(record) if metered is None else metered.energy or ()
         return replace(
             record,
             phases=(*record.phases, Phase("measured", last.duration_s, readings)),
@@ -97,17 +93,17 @@ class Window:
             input_tokens=sum(row.input_tokens for row in self.rows),
             output_tokens=sum(row.output_tokens for row in self.rows),
             flops=last.flops,
-            warnings=(*record.warnings, warning("window_cut", self._cut(last))),
+            warnings=(*record.warnings, warning("window_cut", _cut(last, metered))),
         )
 
-    def _cut(self, last: Checkpoint) -> str:
-        killed = "the process was killed, not known how long after its last finished request; its window ends with that"
-        if self.metered and not self.metered.energy:
-            return f"{killed}."
-        known = self.metered.energy_at_s if self.metered else None
-        if known is None:
-            return f"{killed}, and its energy is not known."
-        return f"{killed}, its energy {last.duration_s - known:.3g} s before that."
+
+def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
+    killed = "the process was killed an unknown time after its last finished request, where its window ends"
+    if metered and not metered.energy:
+        return f"{killed}."
+    if metered is None or metered.energy_at_s is None:
+        return f"{killed}, and its energy is not known."
+    return f"{killed}; its energy was last read {last.duration_s - metered.energy_at_s:.3g} s before that."
 
 
 def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
@@ -118,7 +114,7 @@ def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
 
 
 class Journal:
-    """Appends to a journal. Raises OSError, as when the disk is full."""
+    """Appends to a journal. Raises OSError, for example when the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -153,21 +149,48 @@ def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({
     Raises:
         ValueError: a line other than the last is damaged.
     """
-    windows: list[Window] = []
-    for number, line in enumerate(journal.split(b"\n")[:-1], start=1):
+    content = journal[: journal.rfind(b"\n") + 1]
+    try:
+        return list(_windows(content, known))
+    except (ValueError, msgspec.MsgspecError):
+        raise ValueError(_damage(content)) from None
+
+
+def _windows(content: bytes, known: Mapping[int, ProcessRecord]) -> Iterator[Window]:
+    begin = 0
+    while begin < len(content):
+        line_end = content.index(b"\n", begin)
+        opening = content[begin:line_end]
+        begin = content.find(b"\n" + OPENING, line_end) + 1 or len(content)
+        lines = content[line_end + 1 : begin]
+        cycle = CYCLE.search(opening)
+        record = known.get(int(cycle[1])) if cycle else None
+        if record is not None:
+            yield Window(record, _of_window(record, _ROWS.decode_lines(lines)))
+        else:
+            record, checkpoints = _opened(opening), _DONE.decode_lines(lines)
+            yield Window(record, _of_window(record, checkpoints), checkpoints)
+
+
+def _opened(line: bytes) -> ProcessRecord:
+    if not line.startswith(OPENING):
+        raise ValueError("it belongs to no window")
+    return from_json(_Opening, line).record
+
+
+def _of_window(record: ProcessRecord, batches: Sequence[_Rows | _Done]) -> list[RequestRecord]:
+    shared = {name: getattr(record, name) for name in COMMON}
+    return [replace(row, **shared) for batch in batches for row in batch.done]
+
+
+def _damage(content: bytes) -> str:
+    """Return which line of a damaged journal is damaged first, and how."""
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
-            if line.startswith(OPENING):
-                windows.append(_opened(line, known))
-            elif windows:
-                windows[-1].add(from_json(_Done, line))
+            if number > 1 and not line.startswith(OPENING):
+                from_json(_Done, line)
             else:
-                raise ValueError("it belongs to no window")
+                _opened(line)
         except ValueError as error:
-            text = " ".join(str(error).split())[:120]
-            raise ValueError(f"line {number} is damaged ({text})") from None
-    return windows
-
-
-def _opened(line: bytes, known: Mapping[int, ProcessRecord]) -> Window:
-    record = known.get(from_json(_OpeningCycle, line).record.cycle)
-    return Window(record, closed=True) if record else Window(from_json(_Opening, line).record)
+            return f"line {number} is damaged ({' '.join(str(error).split())[:120]})"
+    raise AssertionError("a damaged journal has a damaged line")

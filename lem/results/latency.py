@@ -1,7 +1,6 @@
-"""When each token was there: TTFT, inter-token latency, time per output token.
+"""What follows from the requests' times: percentiles of latencies, the queue and goodput.
 
-An engine hands out tokens in chunks, mostly of one token, several with speculation or over a network. Latencies are
-of tokens, never of chunks: the tokens of a chunk are spread evenly over the time since the one before. Knows no engine.
+The latencies of a request's tokens are computed by `lem.workload.tokens` when it is measured. Knows no engine.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
-    """Return what traffic is judged by: the rate that was had, the queue, the idle share of the window, goodput."""
+    """Return what traffic is judged by: the actual arrival rate, the queue, the idle share of the window, goodput."""
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)
     if not arrived:

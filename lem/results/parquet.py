@@ -14,6 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from msgspec.structs import replace
+
 from lem.results.files import replacing
 from lem.units import Unit
 
@@ -178,9 +180,9 @@ def together(tables: Iterable[Any], record_type: type[Any]) -> Any:
 def records(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> list[Any]:
     """Return an Arrow table as records; where only some columns are wanted, the others have their fillers."""
     read = wanted_names or names(record_type)
-    others = _fillers(record_type)
+    empty = record_type(**_fillers(record_type))
     rows = zip(*(column.to_pylist() for column in aligned(found, record_type, read).columns), strict=True)
-    return [record_type(**(others | dict(zip(read, values, strict=True)))) for values in rows]
+    return [replace(empty, **dict(zip(read, values, strict=True))) for values in rows]
 
 
 # ------------------------------------------------------------------ Parquet files

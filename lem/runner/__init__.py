@@ -1,1 +1,1 @@
-"""One experiment, from preflight to its records."""
+"""One experiment, from preflight to its row."""

@@ -67,7 +67,7 @@ def run(experiment: Experiment, *, force: bool = False, report: Report = silent)
 
     Raises:
         ConfigError: the experiment cannot run.
-        RunError: it began and failed.
+        RunError: the disk is full. A failed run is no exception: the row says so.
         Interrupted: it was stopped from outside.
     """
     return run_ready(preflight(experiment, host.look(), force=force), report=report)

@@ -1,8 +1,8 @@
 """A worker process: an experiment's directory in, records out. `python -m lem.runner.worker <directory> --attempt 1`.
 
-Starts from spec.json and knows nothing of how the configuration came about. Whatever happens, an error, a signal and
-a missing package included, it leaves a record with a status (`lem.runner.attempt`), and what it has finished is in
-its journal. Its exit code is 0 when it completed.
+Starts from spec.json and knows nothing of how the configuration came about. Whatever ends its attempt, an error, a
+signal and a missing package included, it leaves a record with a status (`lem.runner.attempt`), and what it has
+finished is in its journal. Its exit code is 0 when it completed.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Many experiments: sweeps, batches and grids."""
+"""What the commands that run experiments do: one experiment, sweeps, batches and grids."""

@@ -67,7 +67,6 @@ def main(
     return run_study(cells, options, overrides, make_runner, head="config", at_once=at_once, fail_fast=fail_fast)
 
 
-# ------------------------------------------------------------------ which files
 def find(patterns: Sequence[str]) -> list[Path]:
     """Return the config files that files, folders and glob patterns name, each once, in order.
 
@@ -79,8 +78,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         files = [path for path in _matches(pattern) if not is_index(path)]
         if not files:
-            missing = not (glob.has_magic(pattern) or Path(pattern).exists())
-            hint = " There is no such file." if missing else ""
+            hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
             problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
         for path in files:
             found.setdefault(path.resolve(), path)
@@ -100,7 +98,6 @@ def _matches(pattern: str) -> Iterator[Path]:
     return (hit for hit in sorted(hits) if hit.suffix in SUFFIXES and hit.is_file())
 
 
-# ------------------------------------------------------------------ checks
 @dataclass(frozen=True)
 class Check:
     """Checks a file as it will be run: alone, or beside others with a share of the GPUs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +93,9 @@ def _each_once(found: Iterable[tuple[str, str]]) -> list[str]:
     labels: dict[str, list[str]] = {}
     for text, label in found:
         labels.setdefault(text, []).append(label)
-    # A problem of a file begins with the file's name.
-    return [
-        text if len(those) == 1 and those[0] in text else f"{text} [in {_first_of(those)}]"
-        for text, those in labels.items()
-    ]
-
-
-def _first_of(labels: Sequence[str]) -> str:
-    return labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
+    result = []
+    for text, (first, *others) in labels.items():
+        more = f" and {len(others)} more" if others else ""
+        # A problem of a file begins with the file's name.
+        result.append(text if first in text and not others else f"{text} [in {first}{more}]")
+    return result

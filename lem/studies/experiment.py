@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from lem.config.compose import prepare
 from lem.errors import ResultsError
 from lem.machine import host
@@ -58,11 +60,7 @@ def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file
     """Run a checked experiment, with its progress and its results shown; return the exit code."""
     with display() as report:
         outcome = run_ready(
-            ready,
-            overrides=overrides,
-            config_file=config_file,
-            write_tables=options.write_tables,
-            report=report,
+            ready, overrides=overrides, config_file=config_file, write_tables=options.write_tables, report=report
         )
     return show_outcome(outcome, write_tables=options.write_tables)
 
@@ -112,8 +110,6 @@ def _resume_question(directory: ExperimentDir) -> str:
 
 
 def _show_plan(ready: Ready) -> None:
-    import yaml
-
     config = yaml.safe_dump(json.loads(to_json(ready.experiment)), sort_keys=False, allow_unicode=True)
     print(config, end="")
     model = f"found at {ready.model.path}" if ready.model else "none is loaded"

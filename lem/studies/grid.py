@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lem import __version__
 from lem.config import file_schema, overrides, userfile
 from lem.config.check import examine, known_keys, resolved, texts, unknown_key
@@ -164,7 +166,7 @@ def full_key(name: str) -> str:
         return name
     named_so = [path for path in paths if path.rpartition(".")[2] == name]
     if len(named_so) > 1:
-        raise ConfigError(f"{name}: there are several: {', '.join(named_so)}. Write one of them in full.")
+        raise ConfigError(f"{name} is ambiguous: {', '.join(named_so)}. Write one of them in full.")
     if named_so:
         return named_so[0]
     if name in known_keys():
@@ -358,8 +360,6 @@ def is_index(path: Path) -> bool:
 
 def _listed_files(index: Path) -> set[str]:
     """Return the names that an index lists, of files beside it only."""
-    import yaml
-
     try:
         content = yaml.load(index.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         names = {str(entry["file"]) for entry in content["files"]}

@@ -35,6 +35,7 @@ from lem.studies.ask import RunOptions
 from lem.studies.child import Job
 from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Manifest, row_of
+from lem.studies.study import Runner
 
 # A child's grace period for its worker, and some time to end after it.
 STOP_S = GRACE_S + 5.0
@@ -98,7 +99,7 @@ class Child:
 
 
 @dataclass
-class Pool:
+class Pool(Runner):
     """Runs cells in child processes, one in each free slot; its methods are called from the main thread.
 
     `shared_with` is, for each cell, the number of other runs that may affect its numbers.

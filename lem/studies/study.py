@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lem.config.compose import to_experiment
 from lem.config.multirun import run_plan, sweep_dir
@@ -30,17 +30,18 @@ from lem.studies.display import StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, row_of
 
 
-class Runner(Protocol):
+class Runner:
     """Runs cells: one after another in this process, or several at once in child processes."""
 
     def run(self, number: int, experiment: Experiment) -> None:
         """Run a cell, or start it; an error becomes its state in the manifest, not an exception."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Wait for the cells that still run."""
 
     def stop(self) -> None:
-        """End the cells that still run, at the user's request, and record it."""
+        """End the cells that are still running, at the user's request, and record that."""
 
 
 def run_study(
@@ -126,8 +127,8 @@ def _resumed(cell: Cell) -> str:
 
 
 @dataclass
-class OneByOne:
-    """Runs each cell in this process, to its end."""
+class OneByOne(Runner):
+    """Runs each cell in this process, to its end; an interrupt ends it too."""
 
     manifest: Manifest
     display: StudyDisplay
@@ -168,9 +169,3 @@ class OneByOne:
     def _end(self, number: int, **values: Any) -> None:
         state = self.manifest.change(number, **values)
         self.display.end(number, state.sentence, failed=state.status == "failed")
-
-    def finish(self) -> None:
-        """Do nothing: no cell still runs."""
-
-    def stop(self) -> None:
-        """Do nothing: the interrupt has ended the running cell."""

@@ -14,13 +14,7 @@ from lem.errors import DatasetError
 from lem.workload.hub import quiet
 from lem.workload.prompts import Row
 
-BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def read(path: Path) -> Iterator[Row]:

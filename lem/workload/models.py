@@ -30,7 +30,7 @@ class Model:
 
 
 def find(name: str, revision: str | None = None) -> Model:
-    """Find a model by `tiny`, a local directory or a hub id.
+    """Find a model by its name: `tiny`, a local directory or a hub id.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached and it is not cached.

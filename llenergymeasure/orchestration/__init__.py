@@ -1,1 +1,1 @@
-"""Holds `launcher` alone; see `lem.cli.direct`."""
+"""Holds only `launcher`; see `lem.cli.direct`."""

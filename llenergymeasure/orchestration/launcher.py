@@ -1,4 +1,4 @@
-"""`accelerate launch … -m llenergymeasure.orchestration.launcher …`, the same as `-m lem.cli.direct …`."""
+"""`accelerate launch … -m llenergymeasure.orchestration.launcher …`, which is the same as `-m lem.cli.direct …`."""
 
 from __future__ import annotations
 

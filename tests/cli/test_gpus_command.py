@@ -58,7 +58,7 @@ def gpus(standin, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_driver(monkeypatch):
-    """Skip where the machine has a driver of its own."""
+    """Skip if the machine has a driver."""
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     code = "import ctypes; ctypes.CDLL('libnvidia-ml.so.1')"
     if subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0:
@@ -96,7 +96,7 @@ def test_a_lost_gpu_is_shown_as_such_beside_the_others(gpus):
     assert last.startswith("└── [2] Stand-in GPU (80GB) - Full GPU")
 
 
-def test_a_gpu_whose_driver_tells_little_is_shown_without_it(gpus):
+def test_what_a_driver_does_not_report_is_left_out(gpus):
     text = "\n".join(
         f"device 0 unsupported nvmlDeviceGet{what}"
         for what in ("MemoryInfo", "EnforcedPowerLimit", "MigMode", "MaxMig")
@@ -223,7 +223,7 @@ def test_an_older_driver_knows_throttle_reasons_by_their_older_name(driver):
     assert states(driver, text)[0]["throttle_reasons"] == ["sw_power_cap"]
 
 
-def test_what_the_driver_does_not_tell_is_none(driver):
+def test_what_the_driver_does_not_report_is_none(driver):
     unsupported = (
         "ClockInfo", "MaxClockInfo", "Temperature", "EnforcedPowerLimit", "PowerManagementDefaultLimit",
         "PersistenceMode", "MigMode", "CurrentClocks", "ComputeRunningProcesses",

@@ -42,7 +42,7 @@ def experiment(text: str) -> Experiment:
 
 
 def uncommented(text: str) -> str:
-    """Take away every # that stands directly before a name."""
+    """Remove every # that is directly before a name."""
     return re.sub(r"^(\s*)#(\w)", r"\1\2", text, flags=re.MULTILINE)
 
 
@@ -70,7 +70,7 @@ def test_a_template_runs_as_it_is(lem):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("backend", builtin("backend"))
-def test_what_is_commented_out_is_what_holds_anyway(lem, preset, backend):
+def test_what_is_commented_out_is_what_applies_anyway(lem, preset, backend):
     text = render(first_draft(Options(), preset).choose("backend", backend))
     everything = uncommented(text)
     assert len(yaml.safe_load(everything)) == len({item.path.partition(".")[0] for item in leaves()} | {"preset"})
@@ -151,7 +151,7 @@ def answers(lem) -> Iterator[object]:
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
 
         def hold(*strokes: str, preset: str | None = None) -> Draft:
-            # A question that nobody answers is left, not waited for.
+            # A question without an answer is left, not waited for.
             keys.send_text("".join([*strokes, STOP]))
             return interview.ask_all(Options(), preset)
 
@@ -201,7 +201,7 @@ def test_a_preset_that_was_given_is_not_asked_for(answers):
     assert answers(ENTER * 11, preset="quick-test").choices == {"preset": "quick-test", "dataset": "sample"}
 
 
-def test_a_dataset_of_the_hub_after_one_that_is_none(answers):
+def test_a_dataset_of_the_hub_after_a_wrong_one(answers):
     elsewhere = DOWN * 2 + ENTER  # the last, two below sample
     draft = answers(ENTER * 3, elsewhere, "nosuch" + ENTER, ERASE + "owner/name" + ENTER, ENTER * 8)
     assert draft.choices["dataset"] == "owner/name"
@@ -241,13 +241,13 @@ def test_an_answer_is_taken_by_its_type(path, text, value):
         ("model", "", "needs a model"),
     ],
 )
-def test_a_wrong_answer_is_told_in_a_sentence(path, text, says):
+def test_a_wrong_answer_is_explained_in_a_sentence(path, text, says):
     assert says in interview.problem_with(first_draft(Options(), None), leaf(path), text)
 
 
 # ------------------------------------------------------------------ on a terminal
 class Terminal:
-    """`lem config new …` on a pseudo-terminal of 80 columns, in a process of its own."""
+    """`lem config new …` on a pseudo-terminal of 80 columns, in a child process."""
 
     def __init__(self, *arguments: str) -> None:
         self.shown = ""

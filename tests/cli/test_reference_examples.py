@@ -1,4 +1,4 @@
-"""The command lines that the users were promised, as written: with tiny, sample and local files for gated models and
+"""The command lines of the reference, as written: with tiny, sample and local files for gated models and
 hub data, and few prompts for many."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ QUICK = "model: any\nbackend: simulated\nenergy: {name: none}\nmax_output_tokens
 
 @pytest.fixture
 def shell(lem, tmp_path):
-    """Run a line as it stands in the reference, after replacing what cannot be had here."""
+    """Run a line of the reference, after replacing what does not exist here."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/llama2.yaml").write_text(QUICK)
     (tmp_path / "base.yaml").write_text(QUICK)

@@ -1,4 +1,4 @@
-"""The command in odd surroundings: streams that are closed, full or left, ASCII, narrow terminals, completion.
+"""The command in odd surroundings: closed, full or abandoned streams, ASCII, narrow terminals, completion.
 
 Each test starts real processes with real file descriptors.
 """
@@ -45,7 +45,7 @@ def shell(redirection: str, *arguments: str, cwd: Path) -> Finished:
 
 
 def terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> Finished:
-    """Run `lem …` on a terminal of its own, with all three streams on it."""
+    """Run `lem …` on a new terminal, with all three streams on it."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     process = subprocess.Popen(
@@ -73,7 +73,7 @@ def statuses(results: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A directory whose results/ holds a completed and a failed experiment; the model's name is no ASCII."""
+    """A directory whose results/ holds a completed and a failed experiment; the model's name is not ASCII."""
     there = tmp_path_factory.mktemp("made")
     for arguments in (RUN, FAILING):
         command(*arguments, "--model", "modèle-😀", cwd=there)
@@ -99,14 +99,14 @@ def test_a_run_does_not_need_the_standard_streams(redirection, arguments, status
     assert statuses(tmp_path / "results") == [status]
 
 
-def test_without_stdin_nobody_is_asked(tmp_path):
+def test_without_stdin_no_question_is_asked(tmp_path):
     assert shell("<&-", *(part for part in RUN if part != "-y"), cwd=tmp_path).code == 0
     assert statuses(tmp_path / "results") == ["completed"]
 
 
 @pytest.mark.parametrize("arguments", [("results", "list"), ("results", "list", "--json"), ("--help",)])
 def test_a_closed_stdout_is_like_dev_null(arguments, made):
-    """Whoever closes stdout does not want what is shown on it: that is no failure."""
+    """A user who closes stdout does not want its output: that is no failure."""
     finished = shell(">&-", *arguments, cwd=made)
     assert (finished.code, finished.err) == (0, "")
 
@@ -306,7 +306,7 @@ def test_a_failing_system_call_is_one_sentence(tmp_path):
 
 
 # ------------------------------------------------------------------ verbose
-def test_verbose_tells_on_stderr_what_is_done(made):
+def test_verbose_logs_to_stderr_what_is_done(made):
     quiet, verbose = (command(*more, "results", "list", "--json", cwd=made) for more in ((), ("--verbose",)))
     assert json.loads(verbose.out) == json.loads(quiet.out)
     assert quiet.err == ""

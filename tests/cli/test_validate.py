@@ -1,4 +1,4 @@
-"""`lem config validate` and `lem config show`: what is told, where it stands, and which source wins."""
+"""`lem config validate` and `lem config show`: which problems, in which lines, and which source wins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def faults(lem):
+def problems_of(lem):
     """Validate files and return (file, line, path, code) of what is wrong, with the exit code."""
 
     def run(*arguments: str) -> tuple[int, list[tuple]]:
@@ -47,7 +47,7 @@ def test_a_good_file_is_valid(lem, write):
     assert (done.code, done.out) == (0, "a.yaml: valid\n")
 
 
-def test_faults_of_all_kinds_are_told_together_in_the_order_of_the_lines(lem, write):
+def test_problems_of_all_kinds_are_reported_together_in_the_order_of_the_lines(lem, write):
     write(
         base="model: tiny\ndataset: sample\nenergy: none\ncooldown:\n  max_s: 3\nwarmup: {prompts: -1}\n",
         a="""\
@@ -115,9 +115,9 @@ def test_faults_of_all_kinds_are_told_together_in_the_order_of_the_lines(lem, wr
         ("min_output_tokens: 9\nmax_output_tokens: 3\n", 1, "min_output_tokens", "min_above_max"),
     ],
 )  # fmt: skip
-def test_each_fault_has_its_code_its_path_and_its_line(faults, write, tmp_path, text, line, path, code):
+def test_each_problem_has_its_code_its_path_and_its_line(problems_of, write, tmp_path, text, line, path, code):
     write(a=text)
-    exit_code, found = faults("a.yaml")
+    exit_code, found = problems_of("a.yaml")
     assert exit_code == 2
     assert ("a.yaml", line, path, code) in found
     assert not (tmp_path / "ran").exists()
@@ -139,30 +139,30 @@ def test_broken_yaml_has_a_column_as_well(lem, write):
     ],
     ids=["aliases", "merges", "brackets", "braces", "parents"],
 )
-def test_what_grows_without_end_is_told_soon(faults, write, text):
+def test_what_grows_without_end_is_refused_soon(problems_of, write, text):
     write(a=text, b=f"defaults: [{', '.join(['c'] * 40)}]", c=f"defaults: [{', '.join(['d'] * 40)}]", d="seed: 1")
     began = time.process_time()
-    exit_code, found = faults("a.yaml")
+    exit_code, found = problems_of("a.yaml")
     assert exit_code == 2
     assert any(code == "too_large" for *_, code in found)
     assert time.process_time() - began < 5
 
 
-def test_files_that_cannot_be_opened(faults, write, tmp_path):
+def test_files_that_cannot_be_opened(problems_of, write, tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     write(a="defaults: ['x\\0y', ../folder]\n")
-    found = faults("nowhere.yaml", "folder.yaml", "loop.yaml", "a.yaml")[1]
+    found = problems_of("nowhere.yaml", "folder.yaml", "loop.yaml", "a.yaml")[1]
     assert [code for *_, code in found if code != "no_model"] == [
         "missing_file", "unreadable_file", "unreadable_file", "missing_parent", "missing_parent",
     ]  # fmt: skip
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission(faults, write, tmp_path):
+def test_a_file_without_permission(problems_of, write, tmp_path):
     write(a=SOUND)
     (tmp_path / "a.yaml").chmod(0)
-    assert faults("a.yaml")[1] == [("a.yaml", None, None, "unreadable_file")]
+    assert problems_of("a.yaml")[1] == [("a.yaml", None, None, "unreadable_file")]
 
 
 def test_an_empty_file_and_one_without_a_model_are_valid_bases_with_a_warning(lem, write):
@@ -174,9 +174,9 @@ def test_an_empty_file_and_one_without_a_model_are_valid_bases_with_a_warning(le
     assert done.out.endswith("3 files: 3 valid, 0 not.\n")
 
 
-def test_utf8_with_a_byte_order_mark_is_utf8(faults, write):
+def test_utf8_with_a_byte_order_mark_is_utf8(problems_of, write):
     write(a=SOUND.encode("utf-8-sig"))
-    assert faults("a.yaml") == (0, [])
+    assert problems_of("a.yaml") == (0, [])
 
 
 def test_numbers_are_those_of_yaml_1_2(write, lem):
@@ -195,25 +195,25 @@ def test_what_is_inadvisable_passes_by_force_and_what_is_impossible_does_not(lem
     assert lem("config", "validate", "b.yaml", "--force").code == 2
 
 
-def test_what_only_this_machine_cannot_do_can_be_left_out(faults, write, monkeypatch):
+def test_what_only_this_machine_cannot_do_can_be_left_out(problems_of, write, monkeypatch):
     monkeypatch.setattr("lem.machine.gpu.visible", list)
     write(a="model: tiny\ndataset: sample\nbackend: {device: cuda}\n")
-    exit_code, found = faults("a.yaml")
+    exit_code, found = problems_of("a.yaml")
     assert exit_code == 2
     assert all(RULES[code].scope == "machine" for *_, code in found)
     assert found[0][:3] == ("a.yaml", 3, "backend.device")
-    assert faults("a.yaml", "--any-machine") == (0, [])
+    assert problems_of("a.yaml", "--any-machine") == (0, [])
 
 
-def test_a_rule_that_speaks_of_a_faulty_value_is_not_told(faults, write):
+def test_a_rule_about_a_wrong_value_is_not_reported(problems_of, write):
     write(a=SOUND + 'min_output_tokens: 200\nmax_output_tokens: "300"\n')
-    assert [code for *_, code in faults("a.yaml")[1]] == ["wrong_type"]
+    assert [code for *_, code in problems_of("a.yaml")[1]] == ["wrong_type"]
 
 
-def test_a_rule_on_a_presets_value_points_to_where_the_preset_is_chosen(faults, write):
+def test_a_rule_on_a_presets_value_points_to_where_the_preset_is_chosen(problems_of, write):
     write(a="model: tiny\ndataset: sample\nenergy: none\npreset: throughput\nbatching: {strategy: static}\n")
     assert ("a.yaml", 4, "batching.max_tokens_per_batch", "no_effect_token_budget") in [
-        (file, 4 if line in (4, 5) else line, path, code) for file, line, path, code in faults("a.yaml")[1]
+        (file, 4 if line in (4, 5) else line, path, code) for file, line, path, code in problems_of("a.yaml")[1]
     ]
 
 
@@ -221,8 +221,8 @@ def test_json_is_a_list_of_verdicts(lem, write):
     write(a="seed: -1\n")
     (verdict,) = json.loads(lem("config", "validate", "a.yaml", "--json").out)
     assert (verdict["file"], verdict["valid"]) == ("a.yaml", False)
-    fault = next(problem for problem in verdict["problems"] if problem["path"] == "seed")
-    assert fault == {
+    problem = next(problem for problem in verdict["problems"] if problem["path"] == "seed")
+    assert problem == {
         "code": "out_of_range",
         "severity": "impossible",
         "path": "seed",
@@ -233,7 +233,7 @@ def test_json_is_a_list_of_verdicts(lem, write):
     }
 
 
-def test_experiment_tells_the_same_places(lem, write):
+def test_experiment_reports_the_same_lines(lem, write):
     write(base="seed: -1\n", a="defaults: [base]\nmodel: tiny\nbatching:\n  batchsize: 3\npreset: quick\n")
     done = lem("experiment", "a.yaml", "fp_precision=fp16", "-y")
     assert done.code == 2
@@ -424,7 +424,7 @@ def test_the_directory_may_be_named_or_lie_beside_a_parent(origins, write):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "fault"),
+    ("name", "text", "problem"),
     [
         ("conf__preset__mine", "# x\nsede: 5\n", ("conf/preset/mine.yaml", 2, "sede", "unknown_key")),
         ("conf__preset__mine", "# x\nseed: [\n", ("conf/preset/mine.yaml", 3, None, "yaml_syntax")),
@@ -437,12 +437,12 @@ def test_the_directory_may_be_named_or_lie_beside_a_parent(origins, write):
         ("conf__preset__mine", "seed: -1\n", ("conf/preset/mine.yaml", 1, "seed", "out_of_range")),
     ],
 )  # fmt: skip
-def test_a_fault_of_an_option_is_told_with_its_place(faults, write, name, text, fault):
+def test_a_problem_of_an_option_is_reported_with_its_line(problems_of, write, name, text, problem):
     write(a=SOUND + "preset: mine\n", **{name: text})
-    exit_code, found = faults("a.yaml")
-    assert (exit_code, found) == (2, [fault])
+    exit_code, found = problems_of("a.yaml")
+    assert (exit_code, found) == (2, [problem])
 
 
-def test_a_backend_option_must_name_its_engine(faults, write):
+def test_a_backend_option_must_name_its_engine(problems_of, write):
     write(a=SOUND + "backend: fast\n", conf__backend__fast="torch_compile: true\n")
-    assert ("conf/backend/fast.yaml", None, "name", "unknown_option") in faults("a.yaml")[1]
+    assert ("conf/backend/fast.yaml", None, "name", "unknown_option") in problems_of("a.yaml")[1]

@@ -273,7 +273,7 @@ def test_hub_ids_and_files_among_swept_datasets(cells, tmp_path):
     }
 
 
-def test_a_files_values_for_its_own_option_hold_for_that_point_of_a_sweep_only(cells):
+def test_a_files_values_for_its_own_option_apply_to_that_cell_only(cells):
     text = "dataset: {name: alpaca, column: output, sample_size: 3}\nenergy: {name: none, idle_s: 9}\npreset: benchmark"
     found = cells(text, "dataset=alpaca,gsm8k", "energy=none,auto")
     assert {label: (e.dataset.column, e.dataset.sample_size, e.energy.idle_s) for label, e in found.items()} == {
@@ -344,7 +344,7 @@ def test_parents_are_found_from_the_files_own_directory(compose, tmp_path, monke
         ({"a": "defaults:\n  - planet: mars"}, "'planet', which is not a group"),
     ],
 )
-def test_faulty_inheritance_is_named(compose, files, message):
+def test_broken_inheritance_is_named(compose, files, message):
     with pytest.raises(ConfigError, match=message):
         compose(**files)
 
@@ -375,7 +375,7 @@ def test_a_key_that_only_the_engine_knows_is_explained(compose, backend, key, me
         compose(f"backend.{key}", a=f"backend: {backend}")
 
 
-def test_without_the_engine_its_dropped_names_are_explained_all_the_same(compose):
+def test_an_engines_dropped_names_are_explained_without_the_engine_too(compose):
     with pytest.raises(
         ConfigError, match=r"a\.yaml:1: backend\.swap_space: unknown key: vLLM no longer has swap_space"
     ):
@@ -384,7 +384,7 @@ def test_without_the_engine_its_dropped_names_are_explained_all_the_same(compose
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("key", ["swapspace", "devise", "attn_backen", "block_siz", "kv_cach"])
-def test_suggested_are_keys_of_the_chosen_backend_alone(compose, backend, key):
+def test_only_keys_of_the_chosen_backend_are_suggested(compose, backend, key):
     own = {leaf.path for leaf in leaves(BACKENDS[backend], "backend.")}
     own |= {path.rpartition(".")[0] for path in own}
     with pytest.raises(ConfigError, match="unknown key") as error:
@@ -434,7 +434,7 @@ def test_suggested_are_keys_of_the_chosen_backend_alone(compose, backend, key):
         ("hydra=3", "unknown key"),
     ],
 )
-def test_a_faulty_override_is_one_sentence_with_the_remedy(compose, override, message):
+def test_a_bad_override_is_one_sentence_with_the_remedy(compose, override, message):
     if override.startswith("dataset=nowhere"):
         assert compose(override).dataset.path == "nowhere.jsonl"  # whether it exists is asked when it is read
         return
@@ -457,7 +457,7 @@ def test_a_value_of_the_wrong_shape_is_named(compose, text, message):
         compose(a=text)
 
 
-def test_all_problems_of_a_file_are_told_at_once(compose):
+def test_all_problems_of_a_file_are_reported_at_once(compose):
     with pytest.raises(ConfigError) as caught:
         compose(a="modl: x\nbatching: {batch_size: four, stratgy: static}\nfp_precision: fp16\n")
     text = str(caught.value)
@@ -479,7 +479,7 @@ def test_all_problems_of_a_file_are_told_at_once(compose):
         (b"model: ${nowhere.at.all}\n", "nowhere"),
     ],
 )
-def test_a_faulty_file_is_named_with_the_place(tmp_path, content, message, monkeypatch):
+def test_a_bad_file_is_named_with_its_line(tmp_path, content, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "a.yaml"
     file.write_bytes(content)
@@ -519,7 +519,7 @@ def test_a_library_user_gets_the_same_checks():
 
 
 @pytest.mark.parametrize("key", ["model", "seed", "fp_precision"])
-def test_a_value_that_has_to_be_given_is_asked_for_also_where_there_is_a_default(compose, key):
+def test_a_value_that_has_to_be_given_is_asked_for_even_if_there_is_a_default(compose, key):
     with pytest.raises(BadInput, match=rf"a.yaml:1: {key}: \?\?\? stands for a value that has to be given"):
         compose(a=f"{key}: ???")
 

@@ -1,4 +1,4 @@
-"""What holds for any configuration: faults are found and told, the fast composition is Hydra's, origins are true."""
+"""What holds for any configuration: problems are reported, the plain composition is Hydra's, origins are true."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from lem.cli import validate
 from lem.config import compose, overrides, userfile
 from lem.config.check import examine, known_keys, resolved
 from lem.config.layers import leaf_paths, nested, origin
+from lem.config.problem import impossible
 from lem.config.userfile import merged
 from lem.errors import BadInput
 
 QUIET = settings(suppress_health_check=list(HealthCheck), database=None)
-# The quick suite takes one in eight; nox -s properties takes all.
+# The quick suite runs one in eight; nox -s properties runs all.
 ALL = bool(os.environ.get("LEM_ALL_EXAMPLES"))
 CANARY = "canary-ran"
 
@@ -88,7 +89,7 @@ def valid_values(draw) -> dict[str, Any]:
 
 
 def as_text(values: Any) -> str:
-    """Write as YAML so that texts stay texts also for a reader to whom 1e5 is a number: as JSON, which YAML is."""
+    """Write as JSON, which is YAML, so that texts stay texts even if a reader takes 1e5 for a number."""
     text = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
     return text.replace("NaN", ".nan").replace("Infinity", ".inf")
 
@@ -294,7 +295,7 @@ def test_no_mutation_of_a_valid_config_is_a_traceback_or_a_wrong_verdict(folder,
     (verdict,) = json.loads(out.getvalue())
     assert (exit_code, verdict["valid"]) == ((0, True) if valid else (2, False)), verdict
     assert all(len(problem["message"]) < 1000 for problem in verdict["problems"])
-    assert valid or any(problem["file"] for problem in verdict["problems"]), "a fault of a file stands in a file"
+    assert valid or any(problem["file"] for problem in verdict["problems"]), "a problem of a file has a location"
     assert not Path(CANARY).exists()
 
 
@@ -305,13 +306,13 @@ def test_what_is_not_valid_cannot_be_run_and_what_is_valid_can_be_composed(folde
     content, _ = data.draw(st.sampled_from(MUTATIONS))(data.draw, values)
     Path("a.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     inputs = compose.read_inputs(Path("a.yaml"), ())
-    faults = [problem for problem in inputs.all_problems() if problem.severity == "impossible"]
-    if not faults:
+    problems = impossible(inputs.all_problems())
+    if not problems:
         compose.prepare(Path("a.yaml"), ()).experiment()
         return
     with pytest.raises(BadInput) as caught:
         compose.prepare(Path("a.yaml"), ()).experiment()
-    assert {str(fault) for fault in faults} == set(str(caught.value).splitlines())
+    assert set(map(str, problems)) == set(str(caught.value).splitlines())
     assert not Path(CANARY).exists()
 
 
@@ -383,7 +384,7 @@ def as_overrides(choices: dict[str, str | None], values: dict[str, Any]) -> list
 
 @examples(120)
 @given(parent=a_file(), child=a_file(), line=command_lines(), variable=st.sampled_from([None, "", "from env", "${x}"]))
-def test_the_fast_composition_is_hydras_and_origins_are_true(folder, users_options, parent, child, line, variable):
+def test_the_plain_composition_is_hydras_and_origins_are_true(folder, users_options, parent, child, line, variable):
     Path("parent.yaml").write_text(as_text(parent))
     Path("child.yaml").write_text(as_text({"defaults": ["parent"], **child}))
     choices, values = line

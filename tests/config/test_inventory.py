@@ -1,4 +1,4 @@
-"""`lem presets` and `lem datasets`: what can be chosen by name, whoever made it."""
+"""`lem presets` and `lem datasets`: what can be chosen by name, built in or a user's."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_directory_may_be_named(lem, mine, tmp_path):
     assert (refused.code, "holds no options" in refused.err) == (2, True)
 
 
-def test_a_faulty_option_hides_no_other(lem, mine, tmp_path):
+def test_a_bad_option_hides_no_other(lem, mine, tmp_path):
     (tmp_path / "conf" / "preset" / "bad.yaml").write_text("seed: [\n")
     done = lem("presets")
     assert done.code == 2
@@ -68,7 +68,7 @@ def test_a_faulty_option_hides_no_other(lem, mine, tmp_path):
     assert "conf/preset/bad.yaml:2:1: broken YAML" in done.err
 
 
-def test_lems_own_options_are_no_users(tmp_path):
+def test_lems_own_options_are_not_the_users(tmp_path):
     from importlib import resources
     from pathlib import Path
 

@@ -467,7 +467,7 @@ def test_interrupted_direct_form_is_kept_and_resumed_by_the_command(tmp_path):
     (path,) = (tmp_path / "results" / "raw").iterdir()
     directory = ExperimentDir(path)
     assert f"lem experiment --resume {directory.id}" in said
-    assert "lem/worker.py" not in said, "of lem's own there are sentences, no traceback"
+    assert "lem/runner/" not in said, "of lem's own there are sentences, no traceback"
     assert directory.state().status == "interrupted"
     before = [row for part in directory.parts() for row in part.requests]
     assert 0 < len(before) < 40

@@ -1,4 +1,4 @@
-"""`lem batch`: many files, checked first, one after another or at once; and every one accounted for."""
+"""`lem batch`: many files, checked first, run one after another or at once, and each accounted for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lem.cli.flags import is_override
-from lem.config.multirun import literal
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.gpu import Gpu
 from lem.studies.batch import find
@@ -83,7 +83,7 @@ def test_files_folders_and_patterns_name_configs_each_once(files, patterns, foun
     assert list(map(str, find(patterns))) == found
 
 
-def test_all_patterns_that_match_nothing_are_told(files):
+def test_all_patterns_that_match_nothing_are_reported(files):
     with pytest.raises(ConfigError) as error:
         find(["nope*.yaml", "missing.yaml", "notes.txt", "empty", "sub/grid.yaml", "b.yaml"])
     assert len(error.value.problems) == 5
@@ -103,7 +103,7 @@ def test_all_patterns_that_match_nothing_are_told(files):
         ("~/configs", False),
     ],
 )
-def test_an_override_is_told_from_a_pattern(text, expected):
+def test_an_override_is_distinguished_from_a_pattern(text, expected):
     assert is_override(text) is expected
 
 
@@ -115,7 +115,7 @@ def test_a_file_whose_name_looks_like_an_override_is_a_file(tmp_path, monkeypatc
 
 
 # ------------------------------------------------------------------ before the first
-def test_all_problems_of_all_files_are_told_before_anything_runs(lem, tmp_path):
+def test_all_problems_of_all_files_are_reported_before_anything_runs(lem, tmp_path):
     write(tmp_path / "c/good.yaml")
     write(tmp_path / "c/range.yaml", seed=-1)
     write(tmp_path / "c/rule.yaml", batching={"strategy": "dynamic"})
@@ -175,7 +175,7 @@ def test_a_failing_config_ends_nothing(lem, tmp_path):
     assert not any("shared_hardware" in warning for row in listed for warning in row["warnings"])
 
 
-def test_the_plan_is_what_ran_and_hydra_keeps_its_own_books(lem, tmp_path):
+def test_the_plan_is_what_ran_and_hydra_keeps_its_own_record(lem, tmp_path):
     from lem.config.check import check
 
     (tmp_path / "p.txt").write_text("one\ntwo\n")
@@ -195,11 +195,11 @@ def test_the_plan_is_what_ran_and_hydra_keeps_its_own_books(lem, tmp_path):
 def test_a_plan_holds_texts_as_they_are(text):
     from omegaconf import OmegaConf
 
-    plan = yaml.safe_dump(literal({"model": [text]}))
+    plan = yaml.safe_dump(escaped({"model": [text]}))
     assert OmegaConf.to_container(OmegaConf.create(plan), resolve=True) == {"model": [text]}
 
 
-def test_fail_fast_begins_nothing_after_a_failure(lem, tmp_path):
+def test_fail_fast_starts_nothing_after_a_failure(lem, tmp_path):
     write_six(tmp_path / "c")
     done = lem("batch", "c/e[3-6].yaml", "--fail-fast", "-y")
     assert done.code == 1
@@ -241,7 +241,7 @@ def test_a_child_that_is_killed_is_a_failed_row_and_ends_nothing(tmp_path):
     assert (killed["status"], [m["status"] for m in others]) == ("failed", ["completed"] * 2)
     assert "SIGKILL" in killed["error"]
     assert "SIGKILL" in out
-    # What its worker had measured is kept.
+    # What its worker measured is kept.
     (row,) = [row for row in rows(tmp_path) if row["experiment_id"] == killed["experiment_id"]]
     assert (row["status"], 0 < row["requests_completed"] < 14) == ("interrupted", True)
 
@@ -270,7 +270,7 @@ def newest(tmp_path):
 
 
 @pytest.mark.parametrize(("parallel", "line"), [("1", "Prompts 0"), ("2", "[1] Prompts 0")])
-def test_the_same_batch_goes_on_with_what_was_left_unfinished(tmp_path, parallel, line):
+def test_the_same_batch_resumes_what_was_left_unfinished(tmp_path, parallel, line):
     write_six(tmp_path / "c", decode_s_per_token=0.002)
     again = ("batch", "c/e[1-3].yaml", "-n", "14", "--parallel", parallel, "-y")
     process = begin(*again, cwd=tmp_path)
@@ -296,7 +296,7 @@ def test_the_same_batch_goes_on_with_what_was_left_unfinished(tmp_path, parallel
     assert [found[i]["resumed"] for i in ids] == [int(i in left) for i in ids]
 
 
-def test_of_two_equal_files_one_goes_on_and_one_starts(tmp_path):
+def test_of_two_equal_files_one_resumes_and_one_starts(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / "c" / f"{name}.yaml", backend={"name": "simulated", "fail_at_request": 2})
     assert command("batch", "c", "-y", cwd=tmp_path).code == 1
@@ -308,7 +308,7 @@ def test_of_two_equal_files_one_goes_on_and_one_starts(tmp_path):
     assert made not in (first, second)
 
 
-def test_a_killed_batch_takes_its_children_along(tmp_path):
+def test_a_killed_batch_ends_its_children(tmp_path):
     write_six(tmp_path / "c", decode_s_per_token=0.002)
     process = begin("batch", "c/e[1-2].yaml", "-n", "100", "--parallel", "2", "-y", cwd=tmp_path)
     wait_for(process, "[1] Prompts 0")
@@ -332,7 +332,7 @@ def test_visible_gpus_are_split_into_disjoint_sets_of_the_same_size():
     assert [len(place.gpus) for place in slots(3, gpus(8), {})] == [2, 2, 2]
 
 
-def test_the_users_own_entries_are_handed_out_and_no_hidden_gpu():
+def test_the_users_own_entries_are_used_and_no_hidden_gpu():
     # As in CUDA, the first entry that names nothing ends the list: two are visible here.
     places = slots(2, gpus(2), {"CUDA_VISIBLE_DEVICES": "3, MIG-1-0,-1,5"})
     assert [place.devices for place in places] == ["3", "MIG-1-0"]
@@ -357,7 +357,7 @@ def on_gpus(standin, tmp_path, *arguments, text=FOUR_GPUS, **env):
     return command("batch", "c", "-y", *arguments, cwd=tmp_path, **known)
 
 
-def test_each_child_has_gpus_of_its_own_and_its_energy_is_its_own(standin, tmp_path):
+def test_each_child_has_separate_gpus_and_separate_energy(standin, tmp_path):
     for number in (1, 2):
         write(tmp_path / f"c/e{number}.yaml", seed=number, backend={"name": "simulated", "gpus": 1})
     done = on_gpus(standin, tmp_path, "--parallel", "2", "energy=nvml", "energy.idle_s=0", CUDA_VISIBLE_DEVICES="3,1")

@@ -106,7 +106,7 @@ def test_what_names_no_values_of_a_key_is_refused(vary, says):
         axes(*vary)
 
 
-def test_all_faults_are_told_at_once_with_exit_code_2(generate):
+def test_all_problems_are_reported_at_once_with_exit_code_2(generate):
     done = generate("batch_sise=1", "strategy=static", "seed=1,2")
     assert done.code == 2
     assert "batch_sise" in done.err
@@ -114,7 +114,7 @@ def test_all_faults_are_told_at_once_with_exit_code_2(generate):
     assert not Path("grid").exists()
 
 
-def test_a_value_that_stands_there_twice_is_taken_once_and_told(generate):
+def test_a_value_that_is_given_twice_is_used_once_with_a_note(generate):
     done = generate("batch_size=1,2,1", "temperature=1,1.0")
     assert done.code == 0
     assert "batching.batch_size: 1 is given more than once" in done.err
@@ -279,7 +279,7 @@ def test_what_is_written_reads_back_the_same(tmp_path_factory, value):
 
 
 # ------------------------------------------------------------------ invalid points
-def test_without_flags_all_are_written_and_the_invalid_are_told(generate):
+def test_without_flags_all_are_written_and_the_invalid_are_reported(generate):
     done = generate("batch_size=1,70000")
     assert done.code == 0
     assert names() == {"batch_size-1.yaml", "batch_size-70000.yaml"}
@@ -325,7 +325,7 @@ def test_an_option_without_effect_is_invalid_unless_it_has_one(generate):
     assert names() == {"decoder-creative--temperature-0.5.yaml"}
 
 
-def test_what_is_wrong_on_this_machine_alone_can_be_left_out(generate):
+def test_what_is_wrong_on_this_machine_only_can_be_left_out(generate):
     vary = ("backend=pytorch", "gpus=[4000]")
     assert generate(*vary, flags=("--strict",)).code == 2
     assert generate(*vary, flags=("--strict", "--any-machine")).code == 0
@@ -337,7 +337,7 @@ def test_validate_says_the_same_of_the_files(generate, lem):
         assert lem("config", "validate", f"grid/{entry['file']}").code == (2 if "problems" in entry else 0), entry
 
 
-def test_a_faulty_base_is_told_once(generate, base):
+def test_a_bad_base_is_reported_once(generate, base):
     base.write_text("model: [\n")
     done = generate("seed=1,2")
     assert done.code == 2

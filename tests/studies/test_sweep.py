@@ -1,4 +1,4 @@
-"""Sweeps: checked before the first cell, and every cell accounted for, whatever becomes of it."""
+"""Sweeps: checked before the first cell, and every cell accounted for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_cell_that_cannot_start_is_a_row_too(lem, tmp_path):
     assert (good["label"], good["status"]) == ("io.results_dir=good", "completed")
 
 
-def test_a_fault_of_lems_own_is_a_row_and_a_traceback(lem, tmp_path, monkeypatch, capfd):
+def test_a_bug_in_lem_is_a_row_and_a_traceback(lem, tmp_path, monkeypatch, capfd):
     def broken(*_arguments, **_more):
         raise RuntimeError("out of cheese")
 
@@ -68,7 +68,7 @@ def test_a_fault_of_lems_own_is_a_row_and_a_traceback(lem, tmp_path, monkeypatch
     assert [m["error"] for m in manifest(tmp_path)] == ["RuntimeError: out of cheese"] * 2
 
 
-def test_all_bad_cells_are_told_before_the_first_one_runs(lem, tmp_path):
+def test_all_bad_cells_are_reported_before_the_first_one_runs(lem, tmp_path):
     sweep = lem("experiment", *SIMULATED, "--multirun", "batching.strategy=static,dynamic,sorted_dynamic", "seed=1,2")
     assert sweep.code == 2
     assert "[in batching.strategy=dynamic seed=1 and 1 more]" in sweep.err
