@@ -473,7 +473,7 @@ def test_what_the_engine_refuses_is_reported_in_a_sentence(loaded, engine, stand
 
 
 def test_an_option_that_the_engine_changes_is_refused(loaded):
-    with pytest.raises(RunError, match="attn_backend is FLASHINFER, and TensorRT-LLM uses VANILLA"):
+    with pytest.raises(RunError, match="attn_backend is FLASHINFER, but TensorRT-LLM uses VANILLA"):
         loaded(experiment(engine={"attn_backend": "FLASHINFER"}), changes={"attn_backend": "VANILLA"})
 
 
