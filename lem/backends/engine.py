@@ -87,7 +87,7 @@ def as_text(setting: Any) -> str:
 
 
 def prompt_settings(experiment: Experiment, end_tokens: frozenset[int]) -> dict[str, str]:
-    """Return the settings of the prompts' own: the ids that end an output, and whether there is a chat template."""
+    """Return the settings that lem itself applies: the ids that end an output, and whether there is a chat template."""
     return {
         "end_token_ids": ",".join(map(str, sorted(end_tokens))) or "none",
         "chat_template": as_text(experiment.chat_template),

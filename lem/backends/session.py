@@ -60,7 +60,7 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a prompt; `key` is no other's among those under way."""
+        """Give the engine a prompt; `key` is unique among those under way."""
 
     @abstractmethod
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
