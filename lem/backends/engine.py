@@ -100,13 +100,13 @@ def sum_if_known(sizes: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(sizes) else None
 
 
-def of_weights(name: str, are_random: bool) -> Iterator[CodedWarning]:
+def weights_warnings(name: str, are_random: bool) -> Iterator[CodedWarning]:
     """Warn about a model whose weights are random."""
     if are_random:
         yield warning("random_weights", f"{name} has random weights: its text has no meaning.")
 
 
-def of_counters(counters: Mapping[str, float] | None) -> Iterator[CodedWarning]:
+def counter_warnings(counters: Mapping[str, float] | None) -> Iterator[CodedWarning]:
     """Warn where the engine did less or more work than the tokens suggest."""
     counters = counters or {}
     if hits := counters.get("prefix_cache_hit_tokens"):
@@ -116,7 +116,7 @@ def of_counters(counters: Mapping[str, float] | None) -> Iterator[CodedWarning]:
         yield warning("preempted", f"requests were preempted {preemptions:.0f} times for lack of cache and recomputed.")
 
 
-def of_compilation(graphs: int) -> Iterator[CodedWarning]:
+def compilation_warnings(graphs: int) -> Iterator[CodedWarning]:
     """Warn about graphs that were compiled in the window."""
     if graphs:
         yield warning("compiled_in_window", f"{graphs} graphs were compiled in the window.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lem.backends.base import Backend, Encoded, Generation, needed
 from lem.backends.checkpoint import encode
-from lem.backends.engine import of_counters, of_weights, prompt_settings
+from lem.backends.engine import counter_warnings, prompt_settings, weights_warnings
 from lem.backends.openai_options import Address, address_of, gpus_for, objections, runs_here, wants_gpu
 from lem.backends.server import free_port
 from lem.errors import ConfigError, RunError
@@ -213,7 +213,7 @@ class Openai(Backend):
         if self.runs_elsewhere():
             text = f"the server at {loaded.address.base} runs on another machine: its energy cannot be metered here."
             found.append(warning("server_elsewhere", text))
-        found += of_weights(model.name, model.random_weights)
+        found += weights_warnings(model.name, model.random_weights)
         if session is not None and not self._is_reset and counters.get("prefix_cache_hit_tokens") != 0:
             text = "the server cannot be made to drop cached prefixes, which the warm-up or others may have left."
             found.append(warning("prefix_cache_kept", text))
@@ -223,4 +223,4 @@ class Openai(Backend):
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
         if session is not None and others > 0 and not session.is_broken:
             found.append(warning("server_shared", f"it generated {others:.0f} tokens for other clients in the window."))
-        return [*found, *of_counters(counters)]
+        return [*found, *counter_warnings(counters)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from lem.backends.base import Backend, Encoded, Generation, needed
 from lem.backends.checkpoint import architecture_of, encode, end_tokens, kv_bytes_per_token, source_of
-from lem.backends.engine import compiled_graphs, of_compilation, of_weights, prompt_settings
+from lem.backends.engine import compilation_warnings, compiled_graphs, prompt_settings, weights_warnings
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.pytorch_continuous import Continuous
 from lem.backends.pytorch_objections import objections
@@ -167,7 +167,8 @@ class Pytorch(Backend):
 
     def model_info(self) -> ModelInfo | None:
         """Describe the model as it was loaded."""
-        found, model = needed(self._loaded).found, needed(self._loaded).model
+        found, model, wanted = needed(self._loaded).found, needed(self._loaded).model, self._experiment.quantization
+        bits = "8-bit" if wanted.load_in_8bit else f"4-bit {wanted.bnb_4bit_quant_type}"
         return ModelInfo(
             name=found.name,
             revision=found.revision,
@@ -177,7 +178,7 @@ class Pytorch(Backend):
             weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             adapter=self._experiment.adapter,
-            quantization=_quantization_name(self._experiment),
+            quantization=f"bitsandbytes {bits}" if wanted.quantization else None,
         )
 
     def engine_info(self) -> EngineInfo:
@@ -216,7 +217,10 @@ class Pytorch(Backend):
     def warnings(self) -> list[CodedWarning]:
         """Warn of random weights, and of compilation in the last call of `generate`."""
         found = needed(self._loaded).found
-        return [*of_weights(found.name, found.random_weights), *of_compilation(self._running.graphs_compiled)]
+        return [
+            *weights_warnings(found.name, found.random_weights),
+            *compilation_warnings(self._running.graphs_compiled),
+        ]
 
 
 # ------------------------------------------------------------------ loading
@@ -311,15 +315,15 @@ def _load_weights(torch: Any, transformers: Any, experiment: Experiment, found: 
     if experiment.backend.attn_implementation != "auto":
         options["attn_implementation"] = experiment.backend.attn_implementation
     wanted = experiment.quantization
-    if wanted.load_in_8bit and wanted.quantization:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    elif wanted.quantization:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=wanted.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=wanted.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, wanted.bnb_4bit_compute_dtype),
-        )
+    in_4_bits = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": wanted.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": wanted.bnb_4bit_use_double_quant,
+        "bnb_4bit_compute_dtype": getattr(torch, wanted.bnb_4bit_compute_dtype),
+    }
+    if wanted.quantization:
+        chosen = {"load_in_8bit": True} if wanted.load_in_8bit else in_4_bits
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**chosen)
     source = source_of(found, experiment)
     model = transformers.AutoModelForCausalLM.from_pretrained(found.path, **source, **options)
     if experiment.adapter is not None:
@@ -369,13 +373,6 @@ def _generation_config(transformers: Any, experiment: Experiment, special: dict[
         **(sampling if decoder.do_sample else {}),
         **special,
     )
-
-
-def _quantization_name(experiment: Experiment) -> str | None:
-    wanted = experiment.quantization
-    if not wanted.quantization:
-        return None
-    return "bitsandbytes 8-bit" if wanted.load_in_8bit else f"bitsandbytes 4-bit {wanted.bnb_4bit_quant_type}"
 
 
 # ------------------------------------------------------------------ batches

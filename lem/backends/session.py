@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from lem.backends.base import Backend, Encoded, Generation, needed
 from lem.backends.checkpoint import Checkpoint, encode
-from lem.backends.engine import of_counters, of_weights, prompt_settings
+from lem.backends.engine import counter_warnings, prompt_settings, weights_warnings
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model
 from lem.record import CodedWarning, EngineInfo, ModelInfo
@@ -234,4 +234,7 @@ class SessionBackend(Backend, Generic[S]):
     def warnings(self) -> list[CodedWarning]:
         """Warn of random weights, and of less or more work than the tokens suggest."""
         loaded = needed(self._loaded)
-        return [*of_weights(loaded.checkpoint.model.name, loaded.random_weights), *of_counters(self.counters())]
+        return [
+            *weights_warnings(loaded.checkpoint.model.name, loaded.random_weights),
+            *counter_warnings(self.counters()),
+        ]

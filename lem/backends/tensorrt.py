@@ -16,17 +16,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lem.backends import checkpoint, tensorrt_source
+from lem.backends import checkpoint, engine, tensorrt_source
 from lem.backends.base import Encoded, Generation, needed
 from lem.backends.checkpoint import Checkpoint
-from lem.backends.engine import (
-    MemoryHint,
-    as_text,
-    clock_offset_ns,
-    failing_as,
-    reason_of,
-    sum_if_known,
-)
 from lem.backends.placement import show_own_gpus
 from lem.backends.session import Loaded, Session, SessionBackend
 from lem.backends.tensorrt_options import (
@@ -59,7 +51,7 @@ CHECK_S = 1.0
 SILENCE_S = 600.0
 # The engine has so long to let go of requests that are cancelled, to end, and to end when it has broken down.
 CANCEL_S, ENDING_S, ENDING_BROKEN_S = 30.0, 30.0, 3.0
-MEMORY_HINT = MemoryHint(
+MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "memory allocation", "kv cache", "kvcache", "free_gpu_memory_fraction"),
     "Set backend.kv_cache.free_gpu_memory_fraction, backend.kv_cache.max_tokens or backend.max_seq_len.",
 )
@@ -86,7 +78,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
-        self._engine = Engine()
+        self._llm = Llm()
         self._follower: Follower | None = None
         self._windows = 0
 
@@ -119,16 +111,16 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         try:
             import tensorrt_llm.llmapi  # noqa: F401
         except Exception as error:  # a missing library of CUDA or MPI is an OSError, a missing driver a RuntimeError
-            raise RunError(f"TensorRT-LLM cannot be imported: {reason_of(error)}") from error
+            raise RunError(f"TensorRT-LLM cannot be imported: {engine.reason_of(error)}") from error
 
     def load(self) -> None:
         """Load tokenizer, weights and adapter, and let the engine start its processes and allocate its cache."""
-        self._loaded = load(self._experiment, self._engine)
+        self._loaded = load(self._experiment, self._llm)
         self._follower = Follower()
 
     def close(self) -> None:
         """End the engine and its processes, which frees the memory."""
-        self._engine.close(ENDING_BROKEN_S if self._is_broken else ENDING_S)
+        self._llm.close(ENDING_BROKEN_S if self._is_broken else ENDING_S)
         if self._follower is not None:
             self._follower.close()
 
@@ -153,7 +145,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     def _begin(self, loaded: Loaded) -> TensorrtSession:
         salt = f"window {self._windows}"
-        return TensorrtSession(self._experiment, loaded, self._engine, needed(self._follower), salt)
+        return TensorrtSession(self._experiment, loaded, self._llm, needed(self._follower), salt)
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
@@ -167,13 +159,13 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         """
         if self._own_gpus:
             scope = "GPU memory in use at the end of the window, the whole key/value cache and other processes included"
-            return Memory(sum_if_known([gpu.used_memory_bytes(each) for each in self._own_gpus]), scope)
-        peaks = [peak_memory_bytes(), *(peak_memory_bytes(process.pid) for process in self._engine.processes)]
-        return Memory(sum_if_known(peaks), "process and those of the engine, since their start")
+            return Memory(engine.sum_if_known([gpu.used_memory_bytes(each) for each in self._own_gpus]), scope)
+        peaks = [peak_memory_bytes(), *(peak_memory_bytes(process.pid) for process in self._llm.processes)]
+        return Memory(engine.sum_if_known(peaks), "process and those of the engine, since their start")
 
 
 # ------------------------------------------------------------------ the loaded engine
-def load(experiment: Experiment, engine: Engine) -> Loaded:
+def load(experiment: Experiment, llm: Llm) -> Loaded:
     """Load tokenizer, weights and adapter, and let the engine start its processes and allocate its cache.
 
     Raises:
@@ -192,26 +184,26 @@ def load(experiment: Experiment, engine: Engine) -> Loaded:
         adapter_weights = checkpoint.adapter_weights(folder)
         adapter, lora = Adapter(folder, checkpoint.adapter_rank(folder)), LoRARequest("adapter", 1, str(folder))
     arguments = engine_arguments(experiment, read.model, adapter)
-    with failing_as(f"TensorRT-LLM could not load {read.model.name}", MEMORY_HINT):
-        llm = engine.start(arguments)
-    _check_options(llm.args, options)
+    with engine.failing_as(f"TensorRT-LLM could not load {read.model.name}", MEMORY_HINT):
+        started = llm.start(arguments)
+    _check_options(started.args, options)
     is_dummy = str((options.extra_args or {}).get("load_format", "")).lower() == "dummy"
     random_weights = read.model.random_weights or is_dummy
     return Loaded(
-        engine=llm,
+        engine=started,
         checkpoint=read,
         lora=lora,
         adapter_weights=adapter_weights,
-        positions=_positions(read.model, llm.args),
-        clock_offset_ns=clock_offset_ns(),
+        positions=_positions(read.model, started.args),
+        clock_offset_ns=engine.clock_offset_ns(),
         random_weights=random_weights,
-        model=_model_info(llm.args, read, experiment.adapter, sum(adapter_weights), random_weights),
-        settings=_settings(llm.args, options, arguments),
+        model=_model_info(started.args, read, experiment.adapter, sum(adapter_weights), random_weights),
+        settings=_settings(started.args, options, arguments),
     )
 
 
-class Engine:
-    """The engine's processes, from their start to their end."""
+class Llm:
+    """TensorRT-LLM's LLM and the processes that it has started, from their start to their end."""
 
     def __init__(self) -> None:
         self._llm: Any = None
@@ -262,11 +254,12 @@ def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _check_options(args: Any, options: TensorrtBackend) -> None:
     """Refuse to run if TensorRT-LLM uses something other than what was requested."""
     for name, asked in given(options).items():
-        for path, wanted, used in _pairs(name, asked, getattr(args, name, None)):
-            if as_text(wanted).casefold() != as_text(used).casefold():
+        for path, *values in _pairs(name, asked, getattr(args, name, None)):
+            wanted, used = map(engine.as_text, values)
+            if wanted.casefold() != used.casefold():
                 raise RunError(
-                    f"{path} is {as_text(wanted)}, but TensorRT-LLM uses {as_text(used)} for this model on this "
-                    "device. Set it to that, or leave it out."
+                    f"{path} is {wanted}, but TensorRT-LLM uses {used} for this model on this device. "
+                    "Set it to that, or leave it out."
                 )
 
 
@@ -314,9 +307,9 @@ def _model_info(
 
 def _settings(args: Any, options: TensorrtBackend, arguments: Mapping[str, Any]) -> dict[str, str]:
     """Return the engine's resolved arguments that affect the measurements."""
-    settings = {name: as_text(getattr(args, name, None)) for name in SETTINGS}
+    settings = {name: engine.as_text(getattr(args, name, None)) for name in SETTINGS}
     for part, names in SETTINGS_OF_PARTS.items():
-        settings |= {f"{part}.{name}": as_text(getattr(getattr(args, part, None), name, None)) for name in names}
+        settings |= {f"{part}.{name}": engine.as_text(getattr(getattr(args, part, None), name, None)) for name in names}
     speculation, lora = arguments.get("speculative_config"), arguments.get("lora_config")
     return settings | {
         "cuda_graphs": "off" if getattr(args, "cuda_graph_config", None) is None else "on",
@@ -333,9 +326,9 @@ class TensorrtSession(Session[Followed]):
     `counters` holds only what the engine reports, by the names of records.
     """
 
-    def __init__(self, experiment: Experiment, loaded: Loaded, engine: Engine, follower: Follower, salt: str) -> None:
+    def __init__(self, experiment: Experiment, loaded: Loaded, llm: Llm, follower: Follower, salt: str) -> None:
         super().__init__(experiment)
-        self._loaded, self._engine, self._follower = loaded, engine, follower
+        self._loaded, self._llm, self._follower = loaded, llm, follower
         # Only requests with the same salt share blocks of the cache.
         takes_salt = "cache_salt" in inspect.signature(loaded.engine.generate_async).parameters
         self._salt = {"cache_salt": salt} if takes_salt else {}
@@ -379,7 +372,7 @@ class TensorrtSession(Session[Followed]):
 
     def _check_engine(self) -> None:
         """Raise when the engine will not answer: one of its processes is gone, or it is silent."""
-        if any(not processes.is_alive(process) for process in self._engine.processes):
+        if any(not processes.is_alive(process) for process in self._llm.processes):
             raise RunError("TensorRT-LLM stopped in the middle of its work: one of its processes has died.")
         silent_s = (time.perf_counter_ns() - self._follower.heard_ns) / NS_PER_S
         if silent_s > SILENCE_S + (0 if self.streams else self.experiment.max_output_tokens):
@@ -399,7 +392,7 @@ class TensorrtSession(Session[Followed]):
             is_refused = request.result is None and isinstance(request.error, (ValueError, TypeError))
             what = f"refuses prompt {index}" if is_refused else "stopped in the middle of its work"
             hint = "" if is_refused else MEMORY_HINT(request.error)
-            raise RunError(f"TensorRT-LLM {what}: {reason_of(request.error)}{hint}") from request.error
+            raise RunError(f"TensorRT-LLM {what}: {engine.reason_of(request.error)}{hint}") from request.error
         output = request.result.outputs[0]
         reason = FINISH_REASONS.get(output.finish_reason or "")
         if reason is None:

@@ -16,19 +16,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lem.backends import checkpoint, vllm_source
+from lem.backends import checkpoint, engine, vllm_source
 from lem.backends.base import Encoded, Generation, needed
 from lem.backends.checkpoint import Checkpoint
-from lem.backends.engine import (
-    MemoryHint,
-    as_text,
-    clock_offset_ns,
-    compiled_graphs,
-    failing_as,
-    of_compilation,
-    reason_of,
-    sum_if_known,
-)
 from lem.backends.placement import show_own_gpus
 from lem.backends.session import Loaded, Request, Session, SessionBackend
 from lem.backends.vllm_options import RESOLVED, about_key, engine_arguments, given, objections, sampling_parameters
@@ -52,7 +42,7 @@ ENVIRONMENT = {
 CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 # An interruption reaches the engine's own processes before it reaches this one.
 INTERRUPTION_S = 1.0
-MEMORY_HINT = MemoryHint(
+MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization"),
     "Set backend.gpu_memory_utilization, backend.kv_cache_memory_bytes or backend.max_model_len.",
 )
@@ -107,7 +97,7 @@ class Vllm(SessionBackend["VllmSession"]):
         try:
             import vllm.v1.engine.llm_engine  # noqa: F401
         except ImportError as error:
-            raise RunError(f"vLLM cannot be imported: {reason_of(error)}") from error
+            raise RunError(f"vLLM cannot be imported: {engine.reason_of(error)}") from error
 
     def load(self) -> None:
         """Load tokenizer, weights and adapter, and let the engine allocate its cache."""
@@ -134,7 +124,7 @@ class Vllm(SessionBackend["VllmSession"]):
         loaded = needed(self._loaded)
         loaded.engine.reset_prefix_cache()
         self._totals_before = totals(loaded.engine)
-        self._graphs_before = compiled_graphs()
+        self._graphs_before = engine.compiled_graphs()
         self._session = None
 
     def _begin(self, loaded: Loaded) -> VllmSession:
@@ -171,12 +161,12 @@ class Vllm(SessionBackend["VllmSession"]):
             return Memory(peak_memory_bytes(), "process, since its start")
         workers = [None] if self._is_broken else on_workers(loaded.engine, vllm_source.worker_process_peak)
         scope = f"process and its {self._degree} workers, since their start"
-        return Memory(sum_if_known([peak_memory_bytes(), *workers]), scope)
+        return Memory(engine.sum_if_known([peak_memory_bytes(), *workers]), scope)
 
     def warnings(self) -> list[CodedWarning]:
         """Warn of random weights, of less or more work than the tokens suggest, and of compilation in the window."""
-        graphs = 0 if self._session is None else compiled_graphs() - self._graphs_before
-        return [*super().warnings(), *of_compilation(graphs)]
+        graphs = 0 if self._session is None else engine.compiled_graphs() - self._graphs_before
+        return [*super().warnings(), *engine.compilation_warnings(graphs)]
 
 
 # ------------------------------------------------------------------ the loaded engine
@@ -194,22 +184,22 @@ def load(experiment: Experiment, ending: ExitStack) -> Loaded:
     options = experiment.backend
     read = checkpoint.read(experiment, _config_changes(options))
     adapter = None if experiment.adapter is None else checkpoint.adapter_folder(experiment.adapter)
-    engine = _load_engine(experiment, read.model, adapter)
-    ending.callback(engine.engine_core.shutdown)
-    lora, adapter_weights = (None, (0, 0)) if adapter is None else _load_adapter(engine, adapter)
-    attention = ",".join(sorted({name for names in on_workers(engine, vllm_source.worker_kernels) for name in names}))
-    _check_options(engine, options, attention)
+    llm = _load_engine(experiment, read.model, adapter)
+    ending.callback(llm.engine_core.shutdown)
+    lora, adapter_weights = (None, (0, 0)) if adapter is None else _load_adapter(llm, adapter)
+    attention = ",".join(sorted({name for names in on_workers(llm, vllm_source.worker_kernels) for name in names}))
+    _check_options(llm, options, attention)
     random_weights = read.model.random_weights or options.load_format == "dummy"
     return Loaded(
-        engine=engine,
+        engine=llm,
         checkpoint=read,
         lora=lora,
         adapter_weights=adapter_weights,
-        positions=int(engine.vllm_config.model_config.max_model_len),
-        clock_offset_ns=clock_offset_ns(),
+        positions=int(llm.vllm_config.model_config.max_model_len),
+        clock_offset_ns=engine.clock_offset_ns(),
         random_weights=random_weights,
-        model=_model_info(engine, read, experiment.adapter, sum(adapter_weights), random_weights),
-        settings=_settings(engine, options, attention),
+        model=_model_info(llm, read, experiment.adapter, sum(adapter_weights), random_weights),
+        settings=_settings(llm, options, attention),
     )
 
 
@@ -228,50 +218,50 @@ def _load_engine(experiment: Experiment, model: Model, adapter: Path | None) -> 
 
     rank = None if adapter is None else checkpoint.adapter_rank(adapter)
     arguments = engine_arguments(experiment, model, on_gpu=not vllm_source.is_built_for_cpu(), lora_rank=rank)
-    with failing_as(f"vLLM could not load {model.name}", MEMORY_HINT):
+    with engine.failing_as(f"vLLM could not load {model.name}", MEMORY_HINT):
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 
-def _load_adapter(engine: Any, folder: Path) -> tuple[Any, tuple[int, int]]:
+def _load_adapter(llm: Any, folder: Path) -> tuple[Any, tuple[int, int]]:
     from vllm.lora.request import LoRARequest
 
     lora = LoRARequest("adapter", 1, str(folder))
-    with failing_as(f"vLLM could not load the adapter {folder}"):
-        engine.engine_core.add_lora(lora)
+    with engine.failing_as(f"vLLM could not load the adapter {folder}"):
+        llm.engine_core.add_lora(lora)
     return lora, checkpoint.adapter_weights(folder)
 
 
-def _check_options(engine: Any, options: VllmBackend, attention: str) -> None:
+def _check_options(llm: Any, options: VllmBackend, attention: str) -> None:
     """Refuse to run if vLLM uses something other than what was requested.
 
     Quantization is only checked for presence: vLLM chooses faster kernels for the same weights, under other names.
     """
     for name, asked in given(options).items():
-        used = attention if name == "attention_backend" else _resolved(engine, name)
-        is_in_use = used is not None if name == "quantization" else as_text(used) == as_text(asked)
+        used = attention if name == "attention_backend" else _resolved(llm, name)
+        is_in_use = used is not None if name == "quantization" else engine.as_text(used) == engine.as_text(asked)
         if not is_in_use:
             raise RunError(
-                f"backend.{name} is {asked}, but vLLM uses {as_text(used)} for this model on this device. "
+                f"backend.{name} is {asked}, but vLLM uses {engine.as_text(used)} for this model on this device. "
                 "Set it to that, or leave it out."
             )
 
 
-def _resolved(engine: Any, name: str) -> Any:
+def _resolved(llm: Any, name: str) -> Any:
     """Return an option's value in the engine's own configuration."""
-    return attrgetter(RESOLVED[name])(engine.vllm_config)
+    return attrgetter(RESOLVED[name])(llm.vllm_config)
 
 
 def _model_info(
-    engine: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
+    llm: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
 ) -> ModelInfo:
     """Describe the model as it was loaded.
 
     On a CPU vLLM repacks the weights and empties the modules, so their size is their number times the bytes of the
     dtype, and None for quantized weights.
     """
-    config, on_gpu = engine.vllm_config.model_config, not vllm_source.is_built_for_cpu()
+    config, on_gpu = llm.vllm_config.model_config, not vllm_source.is_built_for_cpu()
     # As the workers have them.
-    count, size = (sum(each) for each in zip(*on_workers(engine, vllm_source.worker_weights), strict=True))
+    count, size = (sum(each) for each in zip(*on_workers(llm, vllm_source.worker_weights), strict=True))
     known = None if read.hollow is None else read.hollow.num_parameters()
     if not on_gpu and (known is not None or config.quantization is not None):
         size = None if config.quantization is not None else known * config.dtype.itemsize
@@ -282,18 +272,18 @@ def _model_info(
         parameters=(count if known is None else known) + adapter_weights,
         random_weights=random_weights,
         weights_bytes=None if size is None else size + adapter_weights * config.dtype.itemsize,
-        dtype=as_text(str(config.dtype)),
+        dtype=engine.as_text(str(config.dtype)),
         adapter=adapter,
         quantization=config.quantization,
     )
 
 
-def _settings(engine: Any, options: VllmBackend, attention: str) -> dict[str, str]:
+def _settings(llm: Any, options: VllmBackend, attention: str) -> dict[str, str]:
     """Return the part of the engine's resolved configuration that affects the measurements."""
-    config = engine.vllm_config
+    config = llm.vllm_config
     speculation, lora = config.speculative_config, config.lora_config
     values = {
-        **{name: _resolved(engine, name) for name in RESOLVED},
+        **{name: _resolved(llm, name) for name in RESOLVED},
         "attention_backend": attention,
         "dtype": str(config.model_config.dtype),
         "kv_cache_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
@@ -309,19 +299,19 @@ def _settings(engine: Any, options: VllmBackend, attention: str) -> dict[str, st
         else f"{speculation.method}, {speculation.num_speculative_tokens} tokens",
         "engine_args": json.dumps(options.engine_args) if options.engine_args else None,
     }
-    return {name: as_text(value) for name, value in values.items()}
+    return {name: engine.as_text(value) for name, value in values.items()}
 
 
-def on_workers(engine: Any, function: Callable[[Any], Any]) -> list[Any]:
+def on_workers(llm: Any, function: Callable[[Any], Any]) -> list[Any]:
     """Return what a function returns in each of the engine's workers."""
-    results: list[Any] = engine.collective_rpc(function)
+    results: list[Any] = llm.collective_rpc(function)
     return results
 
 
-def totals(engine: Any) -> dict[str, float]:
+def totals(llm: Any) -> dict[str, float]:
     """Return the engine's counters since its start, by the names of records."""
     found: dict[str, float] = {}
-    for metric in engine.get_metrics():
+    for metric in llm.get_metrics():
         if name := vllm_source.COUNTERS.get(metric.name):
             found[name] = found.get(name, 0.0) + metric.value
     return found
@@ -350,7 +340,7 @@ class VllmSession(Session[Request]):
         try:
             loaded.engine.add_request(str(key), tokens, parameters, lora_request=loaded.lora)
         except ValueError as error:
-            raise RunError(f"vLLM refuses prompt {prompt.index}: {reason_of(error)}") from error
+            raise RunError(f"vLLM refuses prompt {prompt.index}: {engine.reason_of(error)}") from error
         self.running[key] = Request(prompt, batch, arrived_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
@@ -365,16 +355,16 @@ class VllmSession(Session[Request]):
         return done
 
     def _step(self) -> list[Any]:
-        engine = self._loaded.engine
+        llm = self._loaded.engine
         try:
-            outputs: list[Any] = engine.step()
+            outputs: list[Any] = llm.step()
         except Interrupted:
             raise
         except Exception as error:
             if self._degree > 1:
                 time.sleep(INTERRUPTION_S)
-            has_lost_a_worker = getattr(engine.model_executor, "is_failed", False)
-            reason = "one of its worker processes has died." if has_lost_a_worker else reason_of(error)
+            has_lost_a_worker = getattr(llm.model_executor, "is_failed", False)
+            reason = "one of its worker processes has died." if has_lost_a_worker else engine.reason_of(error)
             raise RunError(f"vLLM stopped in the middle of its work: {reason}{MEMORY_HINT(error)}") from error
         return outputs
 

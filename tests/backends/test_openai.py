@@ -195,7 +195,7 @@ def test_without_ids_usage_counts(reads, chunks, are_known):
 
 
 def test_ids_and_usage_that_disagree_are_not_believed():
-    with pytest.raises(RunError, match="sends 2 token ids and counts 3 output tokens"):
+    with pytest.raises(RunError, match="sent 2 token ids but counted 3 output tokens"):
         transcript(event(1, 2, finish="length", **usage(3)))
 
 
@@ -503,9 +503,9 @@ def test_the_servers_own_limit_counts(served):
         (Behaviour(error=(400, "max_tokens is\n too large")), r"prompt 0: HTTP 400: max_tokens is too large\."),
         (Behaviour(error=(500, "out of memory")), r"prompt 0: HTTP 500: out of memory\."),
         (Behaviour(error=(503, "busy"), error_in_stream=True), r"prompt 0: busy\."),
-        (Behaviour(dies_after=2), "connection to the server .* was lost|ended its answer before the last token"),
-        (Behaviour(finish="abort"), "gave up prompt 0: abort"),
-        (Behaviour(extra_input=1), "counts 4 input tokens for prompt 0, and 3 were sent"),
+        (Behaviour(dies_after=2), "connection to the server .* was lost|ended its response before the last token"),
+        (Behaviour(finish="abort"), "gave up on prompt 0: abort"),
+        (Behaviour(extra_input=1), "counts 4 input tokens for prompt 0, but 3 were sent"),
     ],
 )
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
@@ -532,7 +532,7 @@ def test_a_server_that_falls_silent_is_not_waited_for(served, streaming):
 
 def test_a_server_that_does_not_heed_the_limits_is_found_out(served):
     _, backend = served(tokens=lambda body: [3] * (9 if body["max_tokens"] > 1 else 1))
-    with pytest.raises(RunError, match="made 9 tokens of prompt 0; asked for were 0 to 6"):
+    with pytest.raises(RunError, match="generated 9 tokens for prompt 0; 0 to 6 were requested"):
         run(backend, 1)
 
 
@@ -552,7 +552,7 @@ def test_the_key_is_sent_and_a_wrong_one_is_reported(served, monkeypatch):
     server, _ = served(Behaviour(key="sk-sesame"), {"api_key_env": "MY_KEY"})
     assert set(server.keys) == {"Bearer sk-sesame"}
     monkeypatch.setenv("MY_KEY", "sk-other")
-    with pytest.raises(RunError, match=r"wants another API key than \$MY_KEY has") as caught:
+    with pytest.raises(RunError, match=r"does not accept the API key in \$MY_KEY") as caught:
         served(Behaviour(key="sk-sesame"), {"api_key_env": "MY_KEY"})
     assert "sk-" not in str(caught.value)
 

@@ -406,7 +406,7 @@ def test_what_the_engine_does_not_report_is_unknown(loaded, texts):
 
 
 def test_times_of_another_clock_are_not_believed(loaded, texts, monkeypatch):
-    monkeypatch.setattr(tensorrt, "clock_offset_ns", lambda: 10**12)
+    monkeypatch.setattr(tensorrt.engine, "clock_offset_ns", lambda: 10**12)
     backend = loaded(TINY)
     assert not any(g.start_is_known for g in run(backend, texts[:4]).values())
 
@@ -473,7 +473,7 @@ def test_what_the_engine_refuses_is_reported_in_a_sentence(loaded, engine, stand
 
 
 def test_an_option_that_the_engine_changes_is_refused(loaded):
-    with pytest.raises(RunError, match="attn_backend is FLASHINFER, and TensorRT-LLM uses VANILLA"):
+    with pytest.raises(RunError, match="attn_backend is FLASHINFER, but TensorRT-LLM uses VANILLA"):
         loaded(experiment(engine={"attn_backend": "FLASHINFER"}), changes={"attn_backend": "VANILLA"})
 
 
@@ -505,7 +505,7 @@ def test_a_request_that_the_engine_does_not_take_is_reported(loaded, texts, monk
 @pytest.mark.processes
 def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
     backend = loaded(TINY, process=True, die_after=20)
-    (process,) = backend._engine.processes
+    (process,) = backend._llm.processes
     with pytest.raises(RunError, match="one of its processes has died"):
         run(backend, texts)
     backend.close()
@@ -516,7 +516,7 @@ def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
 def test_an_engine_that_does_not_answer_is_given_up_and_ended(loaded, texts, monkeypatch):
     monkeypatch.setattr(tensorrt, "SILENCE_S", -14.0)  # seconds; one for each token of an output are added
     backend = loaded(TINY, process=True, hang_after=20)
-    (process,) = backend._engine.processes
+    (process,) = backend._llm.processes
     began = time.monotonic()
     with pytest.raises(RunError, match="does not answer: it has sent nothing"):
         run(backend, texts)

@@ -475,7 +475,7 @@ def test_the_installed_version_has_what_is_given_to_it_and_nothing_that_is_calle
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ({"attention_backend": "FLASH_ATTN"}, "backend.attention_backend is FLASH_ATTN, and vLLM uses CPU_ATTN"),
+        ({"attention_backend": "FLASH_ATTN"}, "backend.attention_backend is FLASH_ATTN, but vLLM uses CPU_ATTN"),
         ({"kv_cache_memory_bytes": 2**50}, "Available memory .* Set backend.gpu_memory_utilization"),
         ({"kv_cache_memory_bytes": 2**16}, "No available memory for the cache blocks"),
         ({"quantization": "awq"}, "could not load tiny: Cannot find the config file for awq"),

@@ -162,7 +162,7 @@ def test_what_the_server_refuses_is_reported_in_its_words(asking, texts):
 
     backend = asking()
     ((prompt, *_),) = [backend.encode(texts[:1])]
-    with pytest.raises(RunError, match=r"not answered prompt 0: HTTP 400: .*vocab"):
+    with pytest.raises(RunError, match=r"did not answer prompt 0: HTTP 400: .*vocab"):
         list(backend.generate([replace(prompt, token_ids=(10**6,))]))
 
 
