@@ -2,7 +2,8 @@
 
 Runs in another thread, so that tokens are timed while the caller does something else. All that one
 read from the network brings arrived together, in however many events; an event that is cut in two counts
-once complete. Tokens are counted by the ids or the usage that the server sends, never by events. Knows neither prompt texts nor experiments.
+once complete. Tokens are counted by the ids or the usage that the server sends, never by
+events. Knows neither prompt texts nor experiments.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text separately; refuse a prompt that does not fit into a step if the engine cannot split it."""
+        """Tokenize each text separately; refuse one that does not fit into a step if the engine cannot split it."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)
@@ -276,7 +276,7 @@ def _pairs(name: str, asked: Any, used: Any) -> Iterator[tuple[str, Any, Any]]:
         yield "backend.cuda_graphs", asked is not None, used is not None
     elif not isinstance(asked, Mapping):
         yield name, asked, used
-    elif name != "speculative_config":  # its fields have other names in the engine, which refuses it or accepts all of it
+    elif name != "speculative_config":  # its fields have other names in the engine; it is refused or accepted whole
         for field, value in asked.items():
             yield f"{name}.{field}", value, getattr(used, field, None)
 

@@ -23,7 +23,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A request that is followed; `result` is the engine's, None until it has the request; `error` is set if it failed."""
+    """A request that is followed; `result` is the engine's, None until it has the request; `error` is set on failure."""
 
     key: int = 0
     last_ns: int = 0

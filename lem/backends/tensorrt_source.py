@@ -83,7 +83,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of an LLM argument that has arguments itself; None if it is a plain value or has several classes."""
+    """Return the class of an LLM argument that has arguments itself; None for a plain value or several classes."""
     argument = arguments().get(name)
     if argument is None:
         return None
@@ -202,7 +202,7 @@ def _folder() -> Path | None:
 
 
 def _definitions() -> dict[str, ast.AST]:
-    """Return the classes and the assigned values at the top of the files, by name; the first definition of a name counts."""
+    """Return the classes and the assigned values at the top of the files, by name; a name's first definition counts."""
     folder = _folder()
     return {} if folder is None else _parsed(folder)
 

@@ -1,4 +1,4 @@
-"""lem's options as vLLM takes them: engine arguments, sampling parameters; why an experiment may be refused or warned about.
+"""lem's options as vLLM takes them: engine and sampling parameters; why an experiment may be refused or warned about.
 
 Imports neither vLLM nor torch; what the installed version accepts is read from its source.
 Knows nothing about requests or time.

@@ -1,7 +1,7 @@
 """The interface of the energy meters and its null object.
 
-A meter is opened once, then measures windows one after another, never two at a time. It knows nothing about models, tokens
-or experiments; `lem.runner.window` decides where a window begins and ends.
+A meter is opened once, then measures windows one after another, never two at a time. It knows nothing about models,
+tokens or experiments; `lem.runner.window` decides where a window begins and ends.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class CombinedMeter(Meter):
             meter.settle()
 
     def begin(self) -> None:
-        """Begin in reverse order, so that the first meter's window is the tightest and no window includes another's wait."""
+        """Begin in reverse order, so that the first meter's window is the tightest and none includes another's wait."""
         self.settle()
         for meter in reversed(self._meters):
             meter.begin()
@@ -124,7 +124,7 @@ class CombinedMeter(Meter):
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all meters; None if one has none, so that the rest are not mistaken for all devices."""
+        """Return the readings of all meters; None if one has none, lest the rest be mistaken for all devices."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 

@@ -85,7 +85,7 @@ class ZeusMeter(Meter):
         self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """End the window and return each GPU's energy; if one GPU is lost, all are null, because zeus fails as a whole."""
+        """End the window and return each GPU's energy; if one is lost, all are null, as zeus fails as a whole."""
         measured, failure = None, self._failure
         if failure is None:
             measured, failure = self._try(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
