@@ -1,6 +1,6 @@
 """When not to trust a number: coded warnings, what each means, and what to do about it.
 
-The catalogue is the single source of the codes: no warning can have any other code, and `docs/warnings.md` is generated from
+The catalogue is the single source of the codes: no other code can occur, and `docs/warnings.md` is generated from
 it. Knows records and rows, not how they were measured.
 """
 
@@ -70,7 +70,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on an idle machine; whole-machine energy includes their work, and they slow this run.",
     ),
     "high_variation": WarningKind(
-        f"The time per output token, without prefill where that is known, varied between batches by more than "
+        f"The time per output token, without prefill if that is known, varied between batches by more than "
         f"{HIGH_CV:.0%} (coefficient of variation).",
         "Warm up longer, look for other load, and repeat.",
     ),
@@ -97,7 +97,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "resumed": WarningKind(
         "The run was interrupted and resumed: its windows were measured at different times, each after a warm-up.",
-        "Compare with an uninterrupted run where small differences matter.",
+        "Compare with an uninterrupted run if small differences matter.",
     ),
     "ranks_apart": WarningKind(
         "The windows of processes that should have run together do not overlap, so they did not share the work.",
@@ -116,7 +116,7 @@ WARNINGS: dict[str, WarningKind] = {
         "The energy of some components is an estimate, not a measurement.",
         "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
     ),
-    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause that the message names."),
+    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause that it names."),
     "energy_shared": WarningKind(
         "A MIG instance has no counter, so the energy is the whole GPU's.",
         "Leave the other instances idle, or turn MIG off.",

@@ -1,7 +1,7 @@
 """The interface of the inference backends.
 
 A backend turns prompts into tokens, loads a model, generates, and reports exactly which tokens came out. It knows
-nothing of energy, windows, datasets or results; `lem.runner.window` calls it between the edges of a window.
+nothing about energy, windows, datasets or results; `lem.runner.window` calls it between the edges of a window.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Generation:
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding; it is empty
     if the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request entered a
     queue, if there is one. `start_ns` is when the engine began on the request or, unless `start_is_known`, when the
-    engine was given it. `prefill_end_ns` is when the logits of the first token were ready, None where the engine does
+    engine was given it. `prefill_end_ns` is when the logits of the first token were ready, None if the engine does
     not report it. `chunks` holds the times of the tokens, if the experiment asks for streaming.
     """
 
@@ -174,7 +174,7 @@ class Backend(ABC):
         """Release the model and the device; may be called at any time, even if `load` failed."""
 
     def reset_peak_memory(self) -> None:
-        """Reset the peak of `peak_memory`, where the engine can."""
+        """Reset the peak of `peak_memory`, if the engine can."""
 
     @abstractmethod
     def peak_memory(self) -> Memory:

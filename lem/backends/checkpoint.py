@@ -28,7 +28,7 @@ NOT_SOFTMAX_ATTENTION = ("linear_attention", "mamba", "recurrent", "conv", "mlp"
 class Checkpoint:
     """A model without its weights.
 
-    `hollow` is transformers' model on the device `meta`, which has sizes and no values; None where transformers does
+    `hollow` is transformers' model on the device `meta`, which has sizes but no values; None if transformers does
     not know the model.
     """
 

@@ -321,7 +321,7 @@ class Continuous(Session[_Request]):
 
 
 class _Chooser:
-    """Chooses each request's next token from its scores; transformers' loop takes the likeliest of what is left.
+    """Chooses each request's next token from its scores; transformers' loop takes the likeliest of the rest.
 
     Takes the place of a logits processor.
     """

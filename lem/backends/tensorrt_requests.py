@@ -23,7 +23,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A request that is followed; `result` is the engine's, None until it has the request; `error` is set on failure."""
+    """A followed request; `result` is the engine's, None until it has the request; `error` is set on failure."""
 
     key: int = 0
     last_ns: int = 0
@@ -47,7 +47,7 @@ class Follower:
 
         Args:
             request: takes the tokens.
-            submit: hands it to the engine and returns its result, which can be awaited or, where tokens are streamed,
+            submit: hands it to the engine and returns its result, which can be awaited or, if tokens are streamed,
                 iterated over; called in the thread.
             streams: whether tokens are handed out as they come.
         """

@@ -1,7 +1,7 @@
 """What the installed vLLM accepts, read from its source, and functions to run in its workers.
 
 Importing vLLM takes ten seconds or more; parsing the file with its arguments, 40 ms. If the source is laid out
-differently, what it accepts is unknown, and the engine itself has to refuse. Knows no experiment.
+differently, what it accepts is unknown, and the engine itself has to refuse. Knows nothing about experiments.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded, on Volta and newer, and advances
 in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03). The tick is measured when the meter is opened, and a
-window is corrected for the part of a tick at each of its edges: that leaves a second-order error where a plain
+window is corrected for the part of a tick at each of its edges: that leaves a second-order error whereas a plain
 difference is off by up to a tick. Power is the instant value if the driver has it (field 186), otherwise
 `nvmlDeviceGetPowerUsage`, a one-second average on Ampere and newer. Without a counter a GPU's energy is the integral
 of the trace. A MIG instance has neither, so its reading is the parent's. On a GH200 the driver's values are those of

@@ -1,7 +1,7 @@
 """Energy from a recorded power trace, for tests and for replaying a measurement made elsewhere.
 
 The trace is a CSV file with the columns `t_s` and `power_w`, and optionally `component` (default gpu). Time 0 of
-the trace is when the meter is opened; between samples, power is interpolated linearly. Knows no sensor.
+the trace is when the meter is opened; between samples, power is interpolated linearly. Knows nothing about sensors.
 """
 
 from __future__ import annotations

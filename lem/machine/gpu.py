@@ -66,8 +66,8 @@ class MigInstance:
 class PhysicalGpu:
     """A GPU with its MIG instances; a field is None if the driver does not report it.
 
-    `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. A GPU that does not answer at all has
-    a `reason`.
+    `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. A GPU that does not answer has a
+    `reason`.
     """
 
     index: int

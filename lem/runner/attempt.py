@@ -178,7 +178,7 @@ class Attempt:
         return Queue([max(0.0, times_s[p.index] - begin_s) for p in left], 1, at_most)
 
     def window_opens(self) -> None:
-        """Open a window in the journal, with the record that stands in if this process is killed."""
+        """Open a window in the journal, with the record that serves as a substitute if this process is killed."""
         self._cycle.measured.window_opened_unix_s = time.time()
         if self._journal is not None:
             killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
@@ -282,7 +282,7 @@ class Attempt:
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> bool:
-    """Wait for a fixed time, then until the GPUs in use are cool enough; return False if they were not within `max_s`."""
+    """Wait for a fixed time, then until the GPUs in use are cool enough; False if they were not within `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     time.sleep(cooldown.wait_s)

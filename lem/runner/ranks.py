@@ -96,7 +96,7 @@ def join(planned: int, *, share_a_model: bool = False) -> Ranks:
     here = named_by_launcher()
     if here.size != planned:
         raise RunError(
-            f"The plan has {planned} processes, but the launcher started {here.size}. On a machine without GPUs "
+            f"The plan has {planned} processes, but the launcher started {here.size}. On a machine without GPUs, "
             "accelerate launch starts a single one; use python -m torch.distributed.run --nproc_per_node there."
         )
     if here.size == 1:

@@ -27,7 +27,7 @@ GRACE_S = 8.0
 class Undisturbed:
     """A stretch of work that no signal interrupts, so that what is finished is written completely.
 
-    A signal that arrives during the stretch interrupts the run at the end of the stretch. Signals belong to the process, so
+    A signal that arrives during the stretch interrupts the run when it ends. Signals belong to the process, so
     there is one instance.
     """
 

@@ -50,7 +50,7 @@ class Measurement:
 
     `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
     finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
-    interrupted, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and where
+    interrupted, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and if
     nothing metered it.
     """
 
@@ -104,7 +104,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Queue:
-    """How a window's prompts arrive: `times_s` after its opening or, if that is None, always `concurrency` in the system.
+    """How a window's prompts arrive: `times_s` after its opening, or always `concurrency` in the system if it is None.
 
     The engine takes up to `at_most` of those waiting.
     """
@@ -346,7 +346,7 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
 
 # ------------------------------------------------------------------ processor time
 class _CpuClock:
-    """Processor time over a span, in busy cores: of the whole machine, and of this process, its children and servers."""
+    """Processor time over a span, in busy cores: of the machine, and of this process, its children and servers."""
 
     def start(self, server_pids: Sequence[int]) -> None:
         """Begin the span; listing the processes takes milliseconds, and an engine's workers are running by now."""

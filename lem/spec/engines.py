@@ -267,7 +267,7 @@ class OpenaiBackend:
     ] = None
     model_name: Annotated[
         str | None,
-        Field(min_length=1, description="Name of the model on the server; null: the only one it has, or the value of model."),
+        Field(min_length=1, description="Name of the model on the server; null: the only one it has, or model."),
     ] = None
     dialect: Annotated[
         Literal["vllm", "openai"],

@@ -53,9 +53,7 @@ class Decoder:
     ] = 1.0
     min_p: Annotated[
         float,
-        Field(
-            ge=0, le=1, description="Drop tokens less likely than this fraction of the most likely one's probability; 0 is off."
-        ),
+        Field(ge=0, le=1, description="Drop tokens less likely than this fraction of the likeliest one; 0 is off."),
     ] = 0.0
     repetition_penalty: Annotated[
         float, Field(gt=0, le=10, description="Penalty on tokens that are already present; 1 is off.")
@@ -96,7 +94,7 @@ class Parallelism:
     strategy: Annotated[
         Literal["none", "data_parallel", "tensor_parallel", "pipeline_parallel"],
         Field(
-            description="data_parallel: a whole model in each process, with the prompts shared out; tensor_parallel: each "
+            description="data_parallel: a whole model in each process, sharing out the prompts; tensor_parallel: each "
             "layer split over the processes; pipeline_parallel: the layers spread over the GPUs of one process."
         ),
     ] = "none"
@@ -156,7 +154,7 @@ class Streaming:
     warmup_requests: Annotated[
         int,
         Field(
-            ge=0, le=10_000, description="Requests run before the window when tokens are timed, instead of warmup.prompts."
+            ge=0, le=10_000, description="Requests before the window if tokens are timed, instead of warmup.prompts."
         ),
     ] = 5
 

@@ -2,8 +2,8 @@
 
 The single source of the codes and their severities: an objection with any other code cannot be made, and the page
 `docs/rules.md` is generated from it. This module knows nothing about experiments or machines. What breaks a rule is
-decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends and the meters; for config
-files, in `lem.config`.
+decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends and the meters; for
+config files, in `lem.config`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "bans them a step late.",
             "Set it to 0, or turn speculative decoding off.",
         ),
-        "engine_arg_of_lem": ("lem itself sets this argument of the engine, from an option or to a fixed value.", "Leave it out here."),
+        "engine_arg_of_lem": ("lem sets this argument of the engine itself.", "Leave it out here."),
         "engine_arg_code": (
             "An argument names Python code that the engine would load and run with your permissions.",
             "Leave it out, or set trust_remote_code=true if you trust its authors.",
@@ -129,7 +129,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         "server_not_told": (
             "An option concerns what the server does, but nothing passes it on: requests have no field for it, at "
             "least in this dialect, and backend.command has no placeholder for it.",
-            "Leave it out, and configure the server itself where it has such an option.",
+            "Leave it out, and configure the server itself if it has such an option.",
         ),
         "server_processes": (
             "Several processes are requested, but a single process sends all requests to the server.",
@@ -137,7 +137,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "no_meter_elsewhere": (
             "The chosen meter reads this machine, but the server runs on another one.",
-            "Use energy=auto, which leaves the energy null here, or measure on the server's machine.",
+            "Use energy=auto, which then leaves the energy null, or measure on the server's machine.",
         ),
         "api_key_in_config": (
             "The server's key is in the configuration, which is written to files that people publish.",
@@ -270,7 +270,10 @@ MACHINE_IMPOSSIBLE = _rules(
     "machine",
     {
         # ------------------------------------------------------ GPUs
-        "no_gpu": ("An option needs a GPU, but none is visible.", "Run where lem gpus shows one, or leave it out."),
+        "no_gpu": (
+            "An option needs a GPU, but none is visible.",
+            "Run on a machine where lem gpus shows one, or leave it out.",
+        ),
         "no_gpu_in_use": (
             "The meter reads the GPUs in use, but the run uses none.",
             "Use energy=auto, or run on a GPU.",
@@ -396,7 +399,7 @@ FILES_IMPOSSIBLE = _rules(
     "impossible",
     "files",
     {
-        "no_tokenizer": ("The model's directory has no tokenizer.", "Save one beside the weights."),
+        "no_tokenizer": ("The model's directory has no tokenizer.", "Save one next to the weights."),
         "encoder_decoder": (
             "The model is an encoder-decoder; lem measures decoder-only models.",
             "Choose a decoder-only model.",
@@ -522,7 +525,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         "unknown_option": ("The value is not one of the choices.", "Use one of the choices that the message lists."),
         "wrong_type": ("The value's type does not match its key.", 'Correct it; "4" is text and 4 is a number.'),
         "out_of_range": ("The value is outside its range.", "Choose one inside."),
-        "missing_value": ("??? stands for a value that must be given.", "Give it, or remove the line."),
+        "missing_value": ("??? marks a value that must be given.", "Give it, or remove the line."),
         "bad_interpolation": (
             "An interpolation ${…} cannot be resolved: there is no such key or variable, or it refers to itself.",
             "Correct it; `${oc.env:NAME,default}` has a default.",
