@@ -255,7 +255,7 @@ def _read(text: str) -> Any:
     try:
         return _parser().parse_override(text)
     except HydraException as error:
-        message = f"The override {shortened(text)!r} cannot be read: {first_sentence(error)}. Put quotes around a text value."
+        message = f"The override {shortened(text)!r} cannot be read: {first_sentence(error)}. Quote text values."
     except RecursionError:
         message = f"The override {shortened(text)!r} is nested too deeply."
     raise Problems.one("yaml_syntax", "", message)

@@ -99,7 +99,7 @@ class UserFile:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings deeply; lists and scalars of `over` replace those of `base`. The result shares what it does not change."""
+    """Merge mappings deeply; lists and scalars of `over` replace those of `base`. Unchanged parts are shared."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

@@ -284,7 +284,7 @@ class ExperimentDir:
     def _check_count(self, record: ProcessRecord, rows: int) -> None:
         if record.requests_completed != rows:
             file = self.journal_file(record.rank, record.attempt)
-            counts = f"has {rows} rows of cycle {record.cycle}, but its process's record has {record.requests_completed}"
+            counts = f"has {rows} rows of cycle {record.cycle}, but the record says {record.requests_completed}"
             raise ResultsError(f"{file} {counts}.")
 
     def records(self) -> list[ProcessRecord]:
