@@ -40,7 +40,7 @@ ConfigDir = Annotated[
 
 
 def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> int:
-    """Run a command and return its exit code; print an error that lem raises on purpose; `shown` turns it into lines."""
+    """Run a command and return its exit code; print lem's own errors, which `shown` turns into lines."""
     try:
         return run()
     except Interrupted as stop:

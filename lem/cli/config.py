@@ -78,7 +78,9 @@ def generate_grid(
             show_default=False,
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Directory to write the files to.")] = Path("configs/grid"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Directory for the files.")] = Path(
+        "configs/grid"
+    ),
     validate: Annotated[bool, typer.Option("--validate", help="Write only valid combinations.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any combination is invalid.")] = False,
     force: Annotated[

@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 2 -m lem.cli.direct --config my.yaml --dataset alpaca -n 100
 
-The first process composes, checks, claims the directory and writes the plan, as `lem experiment` does; then all of them run
-as workers, and the first one writes the row and shows it. `lem experiment --resume` can resume it.
+The first process composes, checks, claims the directory and writes the plan, as `lem experiment` does; then all of them
+run as workers, and the first one writes the row and shows it. `lem experiment --resume` can resume it.
 """
 
 from __future__ import annotations

@@ -51,12 +51,13 @@ def results_list(
         bool, typer.Option("--all", "-a", help="Include experiments without a row: planned, running, interrupted.")
     ] = False,
     status: Annotated[
-        str | None, typer.Option("--status", help="Only experiments with this status: completed, failed, interrupted, running or planned.")
+        str | None,
+        typer.Option("--status", help="Only this status: completed, failed, interrupted, running or planned."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="Only backends whose name contains this.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets whose name contains this.")] = None,
-    since: Annotated[str | None, typer.Option("--since", help="Only experiments started at this time or later.")] = None,
+    since: Annotated[str | None, typer.Option("--since", help="Only those started at this time or later.")] = None,
     last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of the list.")] = None,
     sort: Annotated[
         str | None,

@@ -111,7 +111,7 @@ def problems(file: Path, host: Host, config_dir: Path | None = None, any_machine
     if experiment is None:
         return _in_order(known, file)
     if experiment.model is None and not _is_about("model", known):
-        known.append(Problem("no_model", "model", "it names no model, so it can only be a base for other files.", Location(file)))
+        known.append(Problem("no_model", "model", "no model is named, so it can only be a base.", Location(file)))
     return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known)], file)
 
 
@@ -194,7 +194,7 @@ def resolve(
     """Return a configuration's checked values, and the sources they come from; raises `ConfigError`."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
-        raise ConfigError(f"{swept[0]}: more than one value is given, but lem config show shows a single configuration; give one.")
+        raise ConfigError(f"{swept[0]}: more than one value is given, but lem config show needs a single one.")
     if settings := [override.text for override in inputs.overrides if not override.key]:
         raise ConfigError(f"{settings[0]}: Hydra's settings have no effect here; leave it out.")
     if found := impossible(inputs.all_problems()):

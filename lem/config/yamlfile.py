@@ -136,7 +136,7 @@ def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
-            raise _fatal("too_large", f"values are nested over {MAX_DEPTH} levels deep.", _location(path, event.start_mark))
+            raise _fatal("too_large", f"nested more than {MAX_DEPTH} levels deep.", _location(path, event.start_mark))
         if documents > 1:
             message = "a second document begins here (---), but a config file has only one."
             raise _fatal("several_documents", message, _location(path, event.start_mark))
@@ -245,7 +245,7 @@ class _Walk:
         if id(node) in self.open:
             raise _fatal("yaml_syntax", "broken YAML: an anchor contains its own alias.", location)
         if len(self.open) > MAX_DEPTH:
-            raise _fatal("too_large", f"values are nested over {MAX_DEPTH} levels deep.", location)
+            raise _fatal("too_large", f"nested more than {MAX_DEPTH} levels deep.", location)
         self.open.add(id(node))
         yield
         self.open.discard(id(node))

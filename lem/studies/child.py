@@ -1,8 +1,8 @@
 """One experiment of a parallel batch as a child process: `python -m lem.studies.child <job file> --report-fd N`.
 
 Runs the composed experiment in the job file and sends its parent, through the pipe, the directory it has claimed, its
-progress and, if it could not run, the reason. Its output goes to the log that the parent opened. Knows nothing about the other
-runs of the batch, or Hydra.
+progress and, if it could not run, the reason. Its output goes to the log that the parent opened. Knows nothing about
+Hydra or the other runs of the batch.
 """
 
 from __future__ import annotations

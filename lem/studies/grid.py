@@ -190,7 +190,7 @@ def _distinct(axis: Axis, notes: list[str]) -> tuple[Any, ...]:
 
 def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
     times = Counter(axis.key for axis in axes)
-    yield from (f"{key}: it is varied twice; give all of its values in one --vary." for key, n in times.items() if n > 1)
+    yield from (f"{key}: it is varied twice; give all its values in one --vary." for key, n in times.items() if n > 1)
     for key, other in itertools.permutations(times, 2):
         if other.startswith(f"{key}.") and key not in GROUPS:
             yield f"{other}: it is part of {key}, which is also varied; vary only one of them."

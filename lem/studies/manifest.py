@@ -22,7 +22,7 @@ FILE = "experiments.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One checked experiment of a study; `label` distinguishes it from the others, and `words` describe what it runs."""
+    """One checked experiment of a study; `label` distinguishes it from others, `words` describe what it runs."""
 
     label: str
     experiment: Experiment

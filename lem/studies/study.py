@@ -1,4 +1,4 @@
-"""Runs the checked cells of a study as one Hydra multirun and keeps its manifest; every sweep and batch takes this path.
+"""Runs the checked cells of a study as one Hydra multirun and keeps its manifest, for every sweep and batch.
 
 `lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files. What became of each
 cell is in `experiments.json` in the study's directory and in the table at the end. Does not know how an experiment is
