@@ -26,13 +26,15 @@ def batch(
     sample_size: flags.SampleSize = None,
     preset: flags.Preset = None,
     model: flags.Model = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Number of experiments at a time, each on its own GPUs.")] = 1,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop starting experiments after a failure.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, help="Experiments to run at a time, each on its own GPUs.")] = 1,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start no more experiments after a failure.")] = False,
     config_dir: ConfigDir = None,
     no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, list what would run, and run nothing.")
+    ] = False,
     force: flags.Force = False,
     fresh: flags.Fresh = False,
 ) -> None:

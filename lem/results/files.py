@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all."""
+"""Writes files so that they exist whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
-# A scratch file is locked well before it is as old as this.
+# Its writer locks a scratch file well before it reaches this age.
 ABANDONED_S = 1.0
 
 
@@ -25,7 +25,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 class replacing:  # noqa: N801 - reads as a statement
-    """Give a scratch path beside `path`; rename it into place at the end, or remove it on an error."""
+    """Yield a scratch path next to `path`; rename it into place at the end, or remove it on an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -34,7 +34,7 @@ class replacing:  # noqa: N801 - reads as a statement
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle, name = tempfile.mkstemp(prefix=f".{self._path.name}-", dir=self._path.parent)
         self._scratch = Path(name)
-        with suppress(OSError):  # says that its writer lives
+        with suppress(OSError):  # shows that its writer is alive
             fcntl.flock(self._handle, fcntl.LOCK_EX)
         return self._scratch
 
@@ -55,7 +55,7 @@ class replacing:  # noqa: N801 - reads as a statement
 
 
 def remove_if_abandoned(scratch: Path) -> None:
-    """Remove a scratch file whose writer was killed; a living one holds a lock on it."""
+    """Remove a scratch file whose writer was killed; a live writer holds a lock on it."""
     with suppress(OSError), scratch.open("rb") as file:
         if time.time() - scratch.stat().st_mtime > ABANDONED_S:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The tables of a results directory as pandas DataFrames. Knows nothing of how they are written."""
+"""The tables of a results directory as pandas DataFrames. Knows nothing about how they are written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Frames:
     """The tables of a results directory, each read when it is first used.
 
-    `attrs["units"]` of a DataFrame has the unit of each column that has one, such as J or s.
+    A DataFrame's `attrs["units"]` maps each column that has a unit to it, such as J or s.
     """
 
     root: Path
@@ -56,7 +56,7 @@ class Frames:
 def load(results_dir: str | Path = "results") -> Frames:
     """Return the tables of a results directory as pandas DataFrames.
 
-    After the example of `lem.run`:
+    Continues the example of `lem.run`:
 
     >>> import lem
     >>> frames = lem.load("results")
@@ -70,7 +70,7 @@ def load(results_dir: str | Path = "results") -> Frames:
         results_dir: the directory, as given to --results-dir.
 
     Raises:
-        ResultsError: it has no tables; or, when a table is used, a file of it is damaged.
+        ResultsError: it has no tables or, on first use of a table, one of its files is damaged.
     """
     root = Path(results_dir).expanduser()
     if not Tables(Store(root)).files():

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """What n values say together; the interval is Student's t for the mean, at a confidence of 95 %."""
+    """A summary of n values; the interval is Student's t for the mean, at a confidence of 95 %."""
 
     n: int
     mean: float | None
@@ -26,10 +26,10 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summarise values; with fewer than two there is no spread, with none no mean either.
+    """Summarise values; fewer than two have no spread, and none have no mean.
 
     The standard deviation is the sample's (n - 1). The interval holds for independent, roughly normal values
-    (Student 1908); cycles that follow each other on a warm machine are close to that, not exactly so.
+    (Student 1908); consecutive cycles on a warm machine come close to that, but not exactly.
     """
     n = len(values)
     if n == 0:
@@ -37,7 +37,7 @@ def summarise(values: Sequence[float]) -> Summary:
     mean = math.fsum(values) / n
     if n == 1:
         return Summary(1, mean, None, None, None, None)
-    # The statistics module's reckons in fractions, which takes ten times as long.
+    # The statistics module computes in fractions, which takes ten times as long.
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = t_quantile(0.5 + CONFIDENCE / 2, n - 1) * sd / math.sqrt(n)
     return Summary(n, mean, sd, sd / abs(mean) if mean else None, mean - half, mean + half)

@@ -1,7 +1,7 @@
-"""A results directory: claiming ids, finding experiments, what is unfinished.
+"""A results directory: claims ids, finds experiments, and tracks unfinished ones.
 
-    <results>/raw/<id>/           spec.json, prompts.jsonl: what is to be run; arrivals.json: when, of a trace
-                                  state.json: where it stands; aggregated.json: that it has its rows, once it has
+    <results>/raw/<id>/           spec.json, prompts.jsonl: what to run; arrivals.json: when, for a trace
+                                  state.json: its state; aggregated.json: present once it has its rows
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
@@ -10,7 +10,7 @@
     <results>/cycles/             a row for each cycle
     <results>/requests/           a row for each request
 
-Knows the files and their names; what the numbers mean is for others.
+Knows the files and their names, but not what the numbers mean.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
 
 
 def default_root() -> Path:
-    """Return the results directory of commands that compose no experiment: the environment's, else results/."""
+    """Return the results directory for commands that compose no experiment: the environment's, else results/."""
     return Path(os.environ.get(RESULTS_DIR_VARIABLE) or DEFAULT_RESULTS_DIR)
 
 
@@ -59,7 +59,7 @@ class Store:
         return self.root / "cycles"
 
     def claim(self, now: datetime | None = None) -> ExperimentDir:
-        """Make a directory with a new id, `exp_YYYYMMDD_HHMMSS`, with a suffix only where that is taken.
+        """Create a directory with a new id, `exp_YYYYMMDD_HHMMSS`, with a suffix only if that is taken.
 
         Raises:
             ResultsError: the results directory cannot be written to.
@@ -71,7 +71,7 @@ class Store:
             for number in range(1, 100_000):
                 path = raw / (base if number == 1 else f"{base}_{number}")
                 try:
-                    path.mkdir()  # atomic: of many processes, one gets the name
+                    path.mkdir()  # atomic: only one of many processes gets the name
                 except FileExistsError:
                     continue
                 return ExperimentDir(path)
@@ -84,17 +84,17 @@ class Store:
         raw = self.root / "raw"
         if not raw.is_dir():
             return []
-        # By the name first: what else lies there may be a link to nowhere.
+        # The name first: anything else in there may be a broken link.
         return sorted((e.name for e in os.scandir(raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
 
     def directory(self, experiment_id: str) -> ExperimentDir:
-        """Return the directory of an experiment by its whole id, there or not."""
+        """Return the directory for a full experiment id, whether or not it exists."""
         return ExperimentDir(f"{self._raw}/{experiment_id}")
 
     def find(self, text: str) -> ExperimentDir:
         """Return the experiment with an id or the beginning of one; raises `ResultsError` if not unique."""
-        if not text:  # as from a variable of the shell that is not set; every id begins with it
-            raise ResultsError("The id of an experiment is empty; lem results list shows what there is.")
+        if not text:  # for example from an unset shell variable; every id begins with the empty text
+            raise ResultsError("The id of an experiment is empty; lem results list shows the existing ones.")
         ids = self.ids()
         matches = [text] if text in ids else [name for name in ids if name.startswith(text)]
         if len(matches) == 1:
@@ -107,15 +107,15 @@ class Store:
 
     # -------------------------------------------------------------- unfinished ones
     def mark_unfinished(self, experiment_id: str, fingerprint: str) -> None:
-        """Note that an experiment is to be found by its fingerprint until it is completed."""
+        """Make an experiment findable by its fingerprint until it is completed."""
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
-        """Remove the note again."""
+        """Stop listing an experiment as unfinished."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def unfinished(self, fingerprint: str) -> list[ExperimentDir]:
-        """Return the experiments of a fingerprint that are neither completed nor running, oldest first."""
+        """Return the experiments with a fingerprint that are neither completed nor running, oldest first."""
         folder = self.root / "unfinished"
         if not folder.is_dir():
             return []
@@ -131,7 +131,7 @@ def age(experiment_id: str) -> tuple[str, int]:
 
 
 def _text(file: Path) -> str | None:
-    """Return a small file's content, None where another process has just removed it."""
+    """Return a small file's content, None if another process has just removed it."""
     try:
         return file.read_text()
     except FileNotFoundError:

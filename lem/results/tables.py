@@ -1,10 +1,10 @@
-"""The three tables of a results directory: which file holds an experiment's rows, and changing them safely.
+"""The three tables of a results directory: finds the file with an experiment's rows, and changes rows safely.
 
 A table is a folder of Parquet files. A file holds the rows of one experiment, `<id>.parquet`, or of several that were
-aggregated together, `<first>-<last>-<digest>.parquet`; files of one name in requests/, cycles/ and experiments/ hold
-the same experiments. They are written in this order, each atomically: a file without one in experiments/ does not
-count, and the next writer removes it. So no row is lost or duplicated, wherever a writer is killed. Knows rows, not
-how they are computed.
+aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
+experiments/ hold the same experiments. They are written in this order, each atomically: a file without a
+counterpart in experiments/ does not count, and the next writer removes it. So no row is lost or duplicated,
+wherever a writer is killed. Knows rows, but not how they are computed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCRATCH = re.compile(r"\..*\.parquet-\w+")
 
 @dataclass(frozen=True)
 class RowLocation:
-    """The file that holds an experiment's row; `resumed` and `status` are the row's, None where it was not read."""
+    """The file that holds an experiment's row; `resumed` and `status` are the row's, or None if it was not read."""
 
     file: str
     resumed: int | None = None
@@ -54,15 +54,15 @@ class Tables:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    # -------------------------------------------------------------- where
+    # -------------------------------------------------------------- locations
     def location(self, experiment_id: str) -> RowLocation | None:
-        """Return the location of an experiment's row, or None when it has none."""
+        """Return the location of an experiment's row, or None if it has none."""
         if (self._folder / f"{experiment_id}.parquet").is_file():
             return RowLocation(f"{experiment_id}.parquet")
         return self.locations(alone=False).get(experiment_id)
 
     def locations(self, *, alone: bool = True) -> dict[str, RowLocation]:
-        """Return the locations of all experiments' rows; without `alone` only of those that share a file.
+        """Return the locations of all experiments' rows; without `alone`, only of rows in shared files.
 
         Raises:
             ResultsError: a file of several experiments cannot be read.
@@ -79,7 +79,7 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files whose rows in the other tables are gone, or damaged, with a sentence about the damage.
+        """Return the files whose rows in the other tables are missing or damaged, with a message about any damage.
 
         Files of single experiments are not checked for damage: there may be thousands.
         """
@@ -98,19 +98,19 @@ class Tables:
         return found
 
     def files(self) -> list[Path]:
-        """Return the files of the table of experiments: those of the other tables have the same names."""
+        """Return the files of the experiments table; the other tables' files have the same names."""
         return sorted(self._folder.glob("[!.]*.parquet")) if self._folder.is_dir() else []
 
     # -------------------------------------------------------------- reading
     def row(self, experiment_id: str, at: RowLocation) -> ExperimentRow:
-        """Return an experiment's row; raises `ResultsError` when its file is damaged."""
+        """Return an experiment's row; raises `ResultsError` if its file is damaged."""
         rows: list[ExperimentRow] = self._of(self._folder / at.file, ExperimentRow, experiment_id)
         if not rows:
             raise ResultsError(f"{self._folder / at.file} is empty; {_remedy(Path(at.file))}")
         return rows[0]
 
     def cycles(self, experiment_id: str, at: RowLocation) -> list[CycleRow]:
-        """Return the rows of an experiment's cycles; raises `ResultsError` when their file is damaged."""
+        """Return the rows of an experiment's cycles; raises `ResultsError` if their file is damaged."""
         return self._of(self._store.cycles_table / at.file, CycleRow, experiment_id)
 
     def _of(self, file: Path, record_type: type[Any], experiment_id: str) -> list[Any]:
@@ -135,7 +135,7 @@ class Tables:
         return rows, damaged
 
     def whole(self, folder: Path, record_type: type[Any]) -> Any:
-        """Return one of the tables with all its rows, in Arrow; raises `ResultsError` when a file is damaged."""
+        """Return one of the tables, with all its rows, in Arrow; raises `ResultsError` if a file is damaged."""
         return parquet.together([read_file(folder / file.name) for file in self.files()], record_type)
 
     # -------------------------------------------------------------- writing
@@ -162,10 +162,10 @@ class Tables:
 
 
 class NewRows:
-    """Rows on their way into the tables, as Arrow tables: a tenth of the memory of what they are computed from.
+    """Rows waiting to be written, as Arrow tables: a tenth of the memory of the data they are computed from.
 
     Args:
-        locations: those of the experiments' previous rows, which are replaced; the other experiments share a new file.
+        locations: where the experiments' previous rows are, which are replaced; new experiments share a new file.
     """
 
     def __init__(self, locations: Mapping[str, RowLocation]) -> None:
@@ -176,7 +176,7 @@ class NewRows:
         """Add the rows of experiments, and return their statuses.
 
         Raises:
-            OverflowError: a number is too large for its column; then none of them is added.
+            OverflowError: a number is too large for its column; none of the rows are added.
         """
         statuses: dict[str, Status] = {}
         by_file: dict[str | None, list[Measured]] = {}
@@ -190,7 +190,7 @@ class NewRows:
         return [statuses[one.plan.experiment_id] for one in measured]
 
     def by_file(self) -> dict[str, list[_Made]]:
-        """Return the rows by the names of their files."""
+        """Return the rows by file name."""
         new = _name([name for made in self._held.get(None, ()) for name in made.ids])
         return {name or new: made for name, made in self._held.items()}
 
@@ -234,7 +234,7 @@ def _replace(file: Path, record_type: type[Any], ids: Sequence[str], rows: Seque
 
 
 def read_file(file: Path, names: Sequence[str] | None = None) -> Any:
-    """Read a Parquet file as an Arrow table; raises `ResultsError` when it is missing or damaged."""
+    """Read a Parquet file as an Arrow table; raises `ResultsError` if it is missing or damaged."""
     try:
         return parquet.read_table(file, names)
     except FileNotFoundError:

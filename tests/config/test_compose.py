@@ -415,7 +415,7 @@ def test_only_keys_of_the_chosen_backend_are_suggested(compose, backend, key):
         ("batching=4", "batching"),
         ("nonsense", "neither an option, a config file"),
         ("decoder@x=creative", "names a package"),
-        ("~backend", "removes a value, but none can be left out"),
+        ("~backend", "removes a value, but every value is required"),
         ("~seed", "removes a value"),
         ("decoder={name: creative}", "chosen by name.*decoder.do_sample="),
         ("decoder=3", "chosen by name"),

@@ -183,7 +183,7 @@ def test_a_record_of_another_experiment_is_refused(store):
     directory, other = several(store, 2)
     for file in (other.record_file(0, 1, 1), other.journal_file(0, 1)):
         shutil.copy(file, directory.path)
-    refused(directory, rf"process_0_c1_a1\.json is of another experiment, {other.id}", strict=False)
+    refused(directory, rf"process_0_c1_a1\.json belongs to another experiment, {other.id}", strict=False)
     assert sorted(kinds(aggregate_all(store, store.ids()))) == ["failed", "written"]
     assert set(table(store, "requests")["experiment_id"]) == {other.id}
 
@@ -207,7 +207,7 @@ def test_mixed_backends_are_refused_unless_allowed_and_then_labelled(store, stri
     directory = experiment(store, count=4, processes=2)
     add(directory, 0)
     add(directory, 1, backend="vllm", config_sha256="f" * 64)
-    refused(directory, "different backends, simulated and vllm.*--allow-mixed-backends", strict=strict)
+    refused(directory, "mixes the backends simulated and vllm.*--allow-mixed-backends", strict=strict)
     row = read(directory, strict=strict, mixed=True).row
     assert row.backend == "simulated+vllm"
     assert "mixed_backends: its processes ran on simulated and vllm." in row.warnings
