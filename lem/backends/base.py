@@ -125,7 +125,7 @@ class Backend(ABC):
         return False
 
     def server_pids(self) -> Sequence[int]:
-        """Return the engine's processes that lem has not started; called after `start`."""
+        """Return the engine's processes that lem did not start; called after `start`."""
         return ()
 
     def start(self) -> None:
