@@ -26,10 +26,8 @@ from lem.machine.processes import listening_at, peak_memory_bytes
 from lem.record import CodedWarning, EngineInfo, Memory, ModelInfo
 from lem.spec.engines import OpenaiBackend
 from lem.spec.experiment import Experiment
-from lem.spec.rules import Objection
 from lem.warning_codes import warning
 from lem.workload.flops import Architecture
-from lem.workload.models import Model
 from lem.workload.traffic import Arrivals
 
 if TYPE_CHECKING:
@@ -58,10 +56,7 @@ class Openai(Backend):
         self._peak: Memory | None = None
 
     # -------------------------------------------------------------- before the run
-    @classmethod
-    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to a server that cannot be reached, and to options that no request or command can pass on."""
-        return objections(experiment, model, host)
+    objections = staticmethod(objections)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:

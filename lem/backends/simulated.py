@@ -100,7 +100,8 @@ class Simulated(Backend):
         Sleeps until points in time, not for durations, and deducts late wake-ups from the next batch; otherwise delays
         would add up and batches would take too long.
         """
-        due_ns = start_ns - self._late_ns + round(self._prefill_s(members) * NS_PER_S)
+        prefill_s = sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
+        due_ns = start_ns - self._late_ns + round(prefill_s * NS_PER_S)
         prefill_end_ns = _sleep_until(due_ns)
         step_ns = self._options.decode_s_per_token * NS_PER_S
         timed = range(1, steps + 1) if self._experiment.streaming.enabled else ()
@@ -133,9 +134,6 @@ class Simulated(Backend):
         wanted = random.Random(f"{self._experiment.seed}:{prompt.index}").randint(shortest, 2 * longest)
         tokens = tuple(range(1, min(wanted, longest) + 1))
         return (*tokens[:-1], END_TOKEN) if wanted < longest else tokens
-
-    def _prefill_s(self, members: Sequence[Encoded]) -> float:
-        return sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
 
 
 def _sleep_until(moment_ns: int) -> int:

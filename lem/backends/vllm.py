@@ -27,7 +27,6 @@ from lem.machine.host import Host, peak_memory_bytes
 from lem.record import CodedWarning, Memory, ModelInfo
 from lem.spec.engines import VllmBackend
 from lem.spec.experiment import Experiment
-from lem.spec.rules import Objection
 from lem.units import NS_PER_S
 from lem.workload.models import Model
 
@@ -63,15 +62,8 @@ class Vllm(SessionBackend["VllmSession"]):
         self._graphs_before = 0
 
     # -------------------------------------------------------------- before the run
-    @classmethod
-    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to options that this host, this model or the installed vLLM cannot honour."""
-        return objections(experiment, model, host)
-
-    @classmethod
-    def about_key(cls, name: str) -> str | None:
-        """Return where an argument of vLLM goes, or what replaces one that it has dropped."""
-        return about_key(name)
+    objections = staticmethod(objections)
+    about_key = staticmethod(about_key)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:

@@ -284,21 +284,15 @@ def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
     for name in ("tokens/s", "J/token"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
-        numbers = (_speed(line.row), _j_per_token(line.row)) if line.row else (NOT_MEASURED, NOT_MEASURED)
-        table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), *numbers)
+        speed, cost = NOT_MEASURED, NOT_MEASURED
+        if row := line.row:
+            speed, cost = plain(row.output_tokens_per_s), marked(row, plain(row.energy_per_output_token_j))
+        table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), speed, cost)
     print_table(table)
     say_estimates(line.row for line in lines if line.row)
     for line in lines:
         if line.error:
             print(f"{line.label}: {line.error}")
-
-
-def _j_per_token(row: ExperimentRow) -> str:
-    return marked(row, plain(row.energy_per_output_token_j))
-
-
-def _speed(row: ExperimentRow) -> str:
-    return plain(row.output_tokens_per_s)
 
 
 def _energy(row: ExperimentRow) -> str:
