@@ -1,7 +1,7 @@
 """What the installed TensorRT-LLM accepts, read from its source: arguments, those of their parts, and some values.
 
 Importing it takes many seconds and looks for GPUs; parsing the files with its arguments takes 0.1 s. If the source
-is laid out differently, what it accepts is unknown, and the engine itself has to refuse. Knows nothing about experiments.
+is laid out differently, what it accepts is unknown, and the engine has to refuse. Knows nothing about experiments.
 Written against `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at the commits that docs/tensorrt.md names.
 """
 
