@@ -270,10 +270,7 @@ MACHINE_IMPOSSIBLE = _rules(
     "machine",
     {
         # ------------------------------------------------------ GPUs
-        "no_gpu": (
-            "An option needs a GPU, but none is visible.",
-            "Run on a machine where lem gpus shows one, or leave it out.",
-        ),
+        "no_gpu": ("An option needs a GPU, but none is visible.", "Run where lem gpus shows one, or leave it out."),
         "no_gpu_in_use": (
             "The meter reads the GPUs in use, but the run uses none.",
             "Use energy=auto, or run on a GPU.",
