@@ -188,34 +188,28 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_sd_j: Annotated[float | None, units.JOULE, "Standard deviation of energy_j over the cycles."] = None
     energy_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of energy_j."] = None
     energy_ci95_low_j: Annotated[float | None, units.JOULE, "Lower end of the mean's 95 % t-interval."] = None
-    energy_ci95_high_j: Annotated[float | None, units.JOULE, "Upper end of the 95 % t-interval."] = None
+    energy_ci95_high_j: Annotated[float | None, units.JOULE, "Upper end of the interval."] = None
     output_tokens_per_s_mean: Annotated[
         float | None, units.TOKEN_PER_SECOND, "Mean of the cycles' own rates: the centre of the interval."
     ] = None
     output_tokens_per_s_sd: Annotated[float | None, units.TOKEN_PER_SECOND, "Standard deviation over cycles."] = None
     output_tokens_per_s_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over the cycles."] = None
-    output_tokens_per_s_ci95_low: Annotated[
-        float | None, units.TOKEN_PER_SECOND, "Lower end of the 95 % t-interval."
-    ] = None
-    output_tokens_per_s_ci95_high: Annotated[
-        float | None, units.TOKEN_PER_SECOND, "Upper end of the 95 % t-interval."
-    ] = None
+    output_tokens_per_s_ci95_low: Annotated[float | None, units.TOKEN_PER_SECOND, "Lower end of the interval."] = None
+    output_tokens_per_s_ci95_high: Annotated[float | None, units.TOKEN_PER_SECOND, "Upper end of the interval."] = None
     latency_mean_sd_s: Annotated[float | None, units.SECOND, "Standard deviation of latency_mean_s."] = None
     latency_mean_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of latency_mean_s."] = None
-    latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end of the 95 % t-interval."] = None
-    latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end of the 95 % t-interval."] = None
+    latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end of the interval."] = None
+    latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end of the interval."] = None
     energy_per_output_token_mean_j: Annotated[
         float | None, units.JOULE_PER_TOKEN, "Mean of the cycles' own quotients: the centre of the interval."
     ] = None
-    energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Standard deviation over cycles."] = (
+    energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Spread over cycles (SD)."] = None
+    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over cycles."] = None
+    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end of the interval."] = (
         None
     )
-    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over cycles."] = None
-    energy_per_output_token_ci95_low_j: Annotated[
-        float | None, units.JOULE_PER_TOKEN, "Lower end of the 95 % t-interval."
-    ] = None
     energy_per_output_token_ci95_high_j: Annotated[
-        float | None, units.JOULE_PER_TOKEN, "Upper end of the 95 % t-interval."
+        float | None, units.JOULE_PER_TOKEN, "Upper end of the interval."
     ] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""
