@@ -205,11 +205,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     ] = None
     energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Spread over cycles (SD)."] = None
     energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over cycles."] = None
-    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end of the interval."] = (
-        None
-    )
-    energy_per_output_token_ci95_high_j: Annotated[
-        float | None, units.JOULE_PER_TOKEN, "Upper end of the interval."
-    ] = None
+    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Interval: lower end."] = None
+    energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Interval: upper end."] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""
