@@ -32,9 +32,7 @@ def batch(
     no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, list what would run, and run nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
     force: flags.Force = False,
     fresh: flags.Fresh = False,
 ) -> None:

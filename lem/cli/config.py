@@ -78,11 +78,9 @@ def generate_grid(
             show_default=False,
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Directory for the files.")] = Path(
-        "configs/grid"
-    ),
-    validate: Annotated[bool, typer.Option("--validate", help="Write only valid combinations.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any combination is invalid.")] = False,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output directory.")] = Path("configs/grid"),
+    validate: Annotated[bool, typer.Option("--validate", help="Write only the valid ones.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any is invalid.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier grid in that directory; other files stay.")
     ] = False,

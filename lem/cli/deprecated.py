@@ -15,7 +15,7 @@ from lem.spec.schema import leaf
 
 @dataclass(frozen=True)
 class Flag:
-    """A deprecated flag, the value that replaces it, and the overrides it stands for."""
+    """A deprecated flag, the value that replaces it, and the overrides that it represents."""
 
     name: str
     path: str

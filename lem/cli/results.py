@@ -52,13 +52,13 @@ def results_list(
     ] = False,
     status: Annotated[
         str | None,
-        typer.Option("--status", help="Only this status: completed, failed, interrupted, running or planned."),
+        typer.Option("--status", help="Only one status: completed, failed, interrupted, running or planned."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="Only backends whose name contains this.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets whose name contains this.")] = None,
     since: Annotated[str | None, typer.Option("--since", help="Only those started at this time or later.")] = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of the list.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of those listed.")] = None,
     sort: Annotated[
         str | None,
         typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),

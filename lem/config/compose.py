@@ -218,7 +218,7 @@ def prepare(
         config_file: a user's config file, or None.
         overrides: Hydra overrides from the command line; `group=option`, `group.name=option` and
             `dataset=<hub id or file>` choose options.
-        config_dir: a directory of the user's own options; None looks for `conf/` beside the file.
+        config_dir: a directory of the user's own options; None looks for `conf/` next to the file.
         groups_in: a config directory known to Hydra (a plain Hydra app's --config-dir).
 
     Raises:

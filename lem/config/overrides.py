@@ -47,7 +47,7 @@ class Override:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it stands for several experiments."""
+        """Whether it represents several experiments."""
         return len(self.parts) > 1
 
     @property
@@ -295,7 +295,7 @@ def _without_quotes(element: Any) -> Any:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the message of a Hydra or OmegaConf error as one sentence, in lem's words where theirs do not help."""
+    """Return the message of a Hydra or OmegaConf error as a single sentence, in lem's words if theirs do not help."""
     text = " ".join(str(error).split())
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:

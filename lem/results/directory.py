@@ -155,7 +155,7 @@ class ExperimentDir:
         write_atomically(self.path / "state.json", to_json(state))
 
     def mark_aggregated(self, state: State) -> None:
-        """Record in a file beside the state that this completed experiment has its rows."""
+        """Record in a file next to the state that this completed experiment has its rows."""
         write_atomically(self.path / AGGREGATED, to_json(state))
 
     def link_aggregated(self, source: Path) -> None:

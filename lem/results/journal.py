@@ -98,7 +98,7 @@ class Window:
 
 
 def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
-    killed = "the process was killed an unknown time after its last finished request, where its window ends"
+    killed = "the process was killed an unknown time after its last finished request, which is where its window ends"
     if metered and not metered.energy:
         return f"{killed}."
     if metered is None or metered.energy_at_s is None:

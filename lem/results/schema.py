@@ -21,7 +21,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     AFTER: ClassVar[dict[str, str]] = {}
 
     experiment_id: Annotated[str, "Unique id of the experiment."]
-    status: Annotated[str, "completed, failed or interrupted."]
+    status: Annotated[str, "How the run ended: completed, failed or interrupted."]
     # counted
     requests_completed: Annotated[int, units.REQUEST, "Requests that were finished; each has its own row."]
     input_tokens: Annotated[int, units.TOKEN, "Input tokens of all requests, without padding."]
@@ -39,7 +39,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     energy_j: Annotated[float | None, units.JOULE, "Headline energy of the measured window, gross."]
     energy_source: Annotated[str | None, "How energy_j was obtained: counter, integral, estimate or replay."]
     gpu_energy_j: Annotated[float | None, units.JOULE, "Energy of the GPUs in use, in the measured window."]
-    cpu_energy_j: Annotated[float | None, units.JOULE, "CPUs, measured window."]
+    cpu_energy_j: Annotated[float | None, units.JOULE, "Energy of the CPUs, in the measured window."]
     dram_energy_j: Annotated[float | None, units.JOULE, "Energy of main memory, in the measured window."]
     energy_idle_adjusted_j: Annotated[
         float | None, units.JOULE, "energy_j minus idle_power_loaded_w times duration_s; may be negative."
@@ -129,16 +129,16 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     model: Annotated[str, "Model, as configured."]
     random_weights: Annotated[bool | None, "Whether the weights are random: meaningless text, but real work."]
     parameters: Annotated[int | None, "Parameters of the loaded model, including an adapter's."]
-    backend: Annotated[str, "Inference backend."]
+    backend: Annotated[str, "Backend that ran."]
     engine_version: Annotated[str | None, "Version of the engine behind the backend."]
     device: Annotated[str | None, "Device the model ran on, by name."]
     dtype: Annotated[str | None, "Dtype of the loaded weights and of the arithmetic."]
     quantization: Annotated[str | None, "How the weights were quantized, or null."]
     adapter: Annotated[str | None, "LoRA adapter, or null."]
     weights_bytes: Annotated[int | None, units.BYTE, "Size of the loaded weights."]
-    dataset: Annotated[str, "Dataset choice."]
+    dataset: Annotated[str, "Name of the dataset."]
     prompts_sha256: Annotated[str, "Digest of the prompts in order: equal digests mean equal prompts."]
-    decoder: Annotated[str, "Decoder choice."]
+    decoder: Annotated[str, "Name of the decoder."]
     batching_strategy: Annotated[str, "Batching strategy."]
     batch_size: Annotated[int, units.REQUEST, "Maximum number of requests in a batch."]
     max_output_tokens: Annotated[int, units.TOKEN, "Maximum number of generated tokens per request."]
@@ -188,24 +188,24 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_sd_j: Annotated[float | None, units.JOULE, "Standard deviation of energy_j over the cycles."] = None
     energy_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of energy_j."] = None
     energy_ci95_low_j: Annotated[float | None, units.JOULE, "Lower end of the mean's 95 % t-interval."] = None
-    energy_ci95_high_j: Annotated[float | None, units.JOULE, "Upper end."] = None
+    energy_ci95_high_j: Annotated[float | None, units.JOULE, "Upper end of the interval."] = None
     output_tokens_per_s_mean: Annotated[
         float | None, units.TOKEN_PER_SECOND, "Mean of the cycles' own rates: the centre of the interval."
     ] = None
     output_tokens_per_s_sd: Annotated[float | None, units.TOKEN_PER_SECOND, "Standard deviation over cycles."] = None
     output_tokens_per_s_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over the cycles."] = None
-    output_tokens_per_s_ci95_low: Annotated[float | None, units.TOKEN_PER_SECOND, "Lower end."] = None
-    output_tokens_per_s_ci95_high: Annotated[float | None, units.TOKEN_PER_SECOND, "Upper end."] = None
+    output_tokens_per_s_ci95_low: Annotated[float | None, units.TOKEN_PER_SECOND, "Lower end of the interval."] = None
+    output_tokens_per_s_ci95_high: Annotated[float | None, units.TOKEN_PER_SECOND, "Upper end of the interval."] = None
     latency_mean_sd_s: Annotated[float | None, units.SECOND, "Standard deviation of latency_mean_s."] = None
-    latency_mean_cv: Annotated[float | None, units.RATIO, "CV of latency_mean_s."] = None
-    latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end."] = None
-    latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end."] = None
+    latency_mean_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of latency_mean_s."] = None
+    latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end of the interval."] = None
+    latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end of the interval."] = None
     energy_per_output_token_mean_j: Annotated[
         float | None, units.JOULE_PER_TOKEN, "Mean of the cycles' own quotients: the centre of the interval."
     ] = None
-    energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Over the cycles."] = None
-    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "CV of energy_per_output_token_j."] = None
-    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end."] = None
-    energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Upper end."] = None
+    energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Spread over cycles (SD)."] = None
+    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over cycles."] = None
+    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Interval: lower end."] = None
+    energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Interval: upper end."] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

@@ -318,5 +318,5 @@ def row_dict(row: ExperimentRow) -> dict[str, Any]:
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Return plain data as JSON, escaped where stdout's encoding lacks characters."""
+    """Return plain data as JSON, with escapes for characters that stdout's encoding lacks."""
     return json.dumps(value, indent=indent, ensure_ascii=not (sys.stdout.encoding or "utf").lower().startswith("utf"))

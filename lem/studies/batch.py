@@ -48,7 +48,7 @@ def main(
     files = find(patterns)
     if several := next(filter(has_several_values, overrides), None):
         raise ConfigError(
-            f"{several}: a batch must have one value for all files. lem config generate-grid makes a file for each "
+            f"{several}: a batch must have one value for all files. lem config generate-grid writes a file for each "
             "value, and lem experiment FILE --multirun runs them without files."
         )
     at_once = min(parallel, len(files))

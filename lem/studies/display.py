@@ -236,7 +236,7 @@ class Rate:
         self._since_s = 0.0
 
     def __call__(self, event: Event) -> str:
-        """Return the text beside the bar."""
+        """Return the text next to the bar."""
         now_s = self._clock_s()
         if event.phase != self._phase:
             self._phase, self._since_s = event.phase, now_s

@@ -106,7 +106,7 @@ def test_strict_names_everything_that_is_missing(store):
         add(directory, rank, cycle=2, positions=[rank] if rank else [])
     refused(
         directory,
-        r"no record of process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2; no record of process 0, 1, 2 of 3 "
+        r"no record from process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2; no record from process 0, 1, 2 of 3 "
         r"in cycle 3\. --no-strict",
     )
     assert read(directory, strict=False).row.cycles_completed == 0
@@ -158,12 +158,12 @@ def test_a_record_of_another_configuration_is_refused(store):
     other = json.loads(directory.record_file(1, 1, 1).read_text()) | {"config_sha256": "f" * 64}
     directory.record_file(1, 1, 1).write_text(json.dumps(other))
     for strict in (True, False):
-        refused(directory, r"process_1_c1_a1\.json was measured with another configuration", strict=strict)
+        refused(directory, r"process_1_c1_a1\.json was measured with a configuration that differs", strict=strict)
 
 
 def test_a_record_of_another_number_of_processes_is_refused(store):
     directory = shared(store, world_size=4)
-    refused(directory, "of one among 4 processes; the plan has 2")
+    refused(directory, "by one of 4 processes, but the plan has 2")
 
 
 def test_two_processes_that_took_themselves_for_the_same_one_are_refused(store):
@@ -294,7 +294,7 @@ def test_a_number_that_no_table_takes_stops_nothing_else(store):
     (failed,) = [outcome.text for outcome in outcomes if outcome.kind == "failed"]
     assert failed.startswith(str(directories[2].path))
     assert sorted(table(store)["experiment_id"]) == [each.id for each in directories if each is not directories[2]]
-    with pytest.raises(ResultsError, match=f"{directories[2].id} holds a number that is too large for the tables"):
+    with pytest.raises(ResultsError, match=f"{directories[2].id} contains a number that is too large for the tables"):
         aggregate(store, directories[2])
 
 
