@@ -175,7 +175,7 @@ code of the rule: `decoder.temperature: it would have no effect … [no_effect_s
 |---|---|
 | impossible | The experiment does not run. Nothing overrides that. |
 | inadvisable | The experiment runs only with `--force`. |
-| warning | The experiment runs, and the sentence is shown. |
+| warning | The experiment runs, and the message is shown. |
 
 A rule with the scope *options* looks only at the configuration, *machine* also at the devices and packages of this
 machine, *files* at the model, the prompts, the results directory or the config file.

@@ -79,15 +79,15 @@ class PowerRecord(Struct, frozen=True, gc=False):
     t_s: Annotated[float, units.SECOND, "Time of the sample; negative before the measured window."]
     component: Annotated[str, "Component, such as gpu."]
     device: Annotated[str, "Device, by UUID."]
-    power_w: Annotated[float, units.WATT, "Power as the driver told it at that moment."]
+    power_w: Annotated[float, units.WATT, "Power reported by the driver at that time."]
 
 
 class Prefill(Struct, frozen=True, gc=False):
     """The part of the measured window in which prompts were taken in, until the first token of each batch or request.
 
     Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
-    `uncertainty_j` bounds what the samples' period leaves open, and holds for the decode part, which is the rest of
-    the window, as well.
+    `uncertainty_j` bounds the sampling error, and also holds for the decode part, which is the rest of
+    the window.
     """
 
     duration_s: Annotated[float, units.SECOND]
@@ -119,7 +119,7 @@ class CodedWarning(Struct, frozen=True, gc=False):
 
 
 class ModelInfo(Struct, frozen=True, gc=False):
-    """The model as it was loaded; None where that cannot be told, as of one in a server."""
+    """The model as it was loaded; None where that cannot be determined, as for one in a server."""
 
     name: str
     revision: str | None
@@ -173,7 +173,7 @@ class ForeignProcess(Struct, frozen=True, gc=False):
 
 
 class DeviceState(Struct, frozen=True, gc=False):
-    """A GPU at one moment; a field is None where the driver does not tell."""
+    """A GPU at one point in time; a field is None if the driver does not report it."""
 
     uuid: str
     sm_clock_mhz: int | None = None
@@ -231,15 +231,15 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     input_truncated: Annotated[bool, "The prompt was cut to max_input_tokens."]
     finish_reason: Annotated[str, "stop (end token) or length (max_output_tokens)."]
     start_s: Annotated[float, units.SECOND, "When the engine took the request."]
-    end_s: Annotated[float, units.SECOND, "When its last token was there."]
+    end_s: Annotated[float, units.SECOND, "When its last token was available."]
     latency_s: Annotated[
-        float, units.SECOND, "end_s less arrived_s, or start_s where there is no queue; a padded batch shares it."
+        float, units.SECOND, "end_s minus arrived_s, or minus start_s without a queue; shared by a padded batch."
     ]
     prefill_s: Annotated[
-        float | None, units.SECOND, "From start_s to the first token's logits; null where the engine cannot tell."
+        float | None, units.SECOND, "From start_s to the first token's logits; null if the engine does not report it."
     ] = None
-    arrived_s: Annotated[float | None, units.SECOND, "When it came into a queue; null where there is none."] = None
-    queue_s: Annotated[float | None, units.SECOND, "start_s less arrived_s: how long it waited for its turn."] = None
+    arrived_s: Annotated[float | None, units.SECOND, "When it entered the queue; null if there is none."] = None
+    queue_s: Annotated[float | None, units.SECOND, "start_s minus arrived_s: how long it waited for its turn."] = None
     ttft_s: Annotated[
         float | None, units.SECOND, "Time to first token, from where latency_s begins; null unless streaming."
     ] = None

@@ -91,8 +91,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure several cycles (--cycles): an interval needs at least two, and five or more make it narrow.",
     ),
     "window_cut": WarningKind(
-        "The run ended inside the measured window, which is counted up to its last finished request. The sentence says "
-        "how long before the end that was; for a process that was killed it is not known.",
+        "The run ended inside the measured window, which is counted up to its last finished request. The message says "
+        "how long before the end that was; for a process that was killed, this is unknown.",
         "Nothing, if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
@@ -105,18 +105,18 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "mixed_backends": WarningKind(
         "The processes ran on different backends (--allow-mixed-backends), so the row mixes engines.",
-        "Compare this row with no other; measure with one backend.",
+        "Do not compare this row with others; measure with one backend.",
     ),
     "shared_hardware": WarningKind(
-        "Other experiments ran on this machine at the same time: they slow each other, and energy that is not of a "
-        "single GPU includes theirs.",
+        "Other experiments ran on this machine at the same time: they slow each other down, and energy that is not "
+        "read per GPU includes theirs.",
         "For numbers that matter, run one after another (without --parallel).",
     ),
     "energy_estimated": WarningKind(
         "The energy of some components is an estimate, not a measurement.",
         "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
     ),
-    "energy_missing": WarningKind("Some energy is null; the sentence says why.", "Follow the sentence."),
+    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix what the message names."),
     "energy_shared": WarningKind(
         "A MIG instance has no counter, so the energy is the whole GPU's.",
         "Leave the other instances idle, or turn MIG off.",
@@ -168,9 +168,9 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server without other clients (backend.command starts one).",
     ),
     "prefix_cache_kept": WarningKind(
-        "The server has no request that drops cached prefixes, so prompts may have profited from the warm-up, an "
+        "The server has no request that drops cached prefixes, so prompts may have benefited from the warm-up, an "
         "earlier cycle or other clients.",
-        "Turn its prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, on an address of its own machine only.",
+        "Turn its prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, bound to a local address only.",
     ),
     "tokens_not_timed": WarningKind(
         "The server does not report how many tokens an event carries: the time to the first token is measured, and the "
@@ -206,10 +206,10 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
 
 def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if duration_s < SHORT_WINDOW_S:
-        yield warning("short_window", f"the window is {duration_s:.3g} s, and reliable from {SHORT_WINDOW_S:g} s.")
+        yield warning("short_window", f"the window is {duration_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable.")
     ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
     if ticks and min(ticks) < FEW_TICKS:
-        text = f"the energy counter advanced about {min(ticks):.0f} times, and is reliable from {FEW_TICKS}."
+        text = f"the energy counter advanced about {min(ticks):.0f} times; {FEW_TICKS} or more is reliable."
         yield warning("few_ticks", text)
     for r in readings:
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:

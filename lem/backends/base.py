@@ -125,7 +125,7 @@ class Backend(ABC):
         return False
 
     def server_pids(self) -> Sequence[int]:
-        """Return the engine's processes that lem has not started; called after `load`."""
+        """Return the engine's processes that lem has not started; called after `start`."""
         return ()
 
     def start(self) -> None:
@@ -171,7 +171,7 @@ class Backend(ABC):
         """Wait until the device has finished its work; does nothing for a synchronous engine."""
 
     def close(self) -> None:
-        """Release the model and the device; may be called at any time, also when `load` has failed."""
+        """Release the model and the device; may be called at any time, even if `load` has failed."""
 
     def reset_peak_memory(self) -> None:
         """Reset the peak of `peak_memory`, where the engine can."""

@@ -196,7 +196,7 @@ class EngineArguments:
         return None
 
     def _dropped(self, name: str) -> str | None:
-        """Return what to do without an argument that only former versions had; None if it is not such a one."""
+        """Return what to do without an argument that only earlier versions had; None for any other."""
         if name not in self.dropped or name in self.source.arguments():
             return None
         return f"{self.engine} no longer has {name}; {self.dropped[name]}."

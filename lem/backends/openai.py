@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lem.backends.base import Backend, Encoded, Generation, needed
 from lem.backends.checkpoint import encode
 from lem.backends.engine import of_counters, of_weights, prompt_settings
-from lem.backends.openai_options import gpus_for, objections, runs_here, wants_gpu
+from lem.backends.openai_options import Address, address_of, gpus_for, objections, runs_here, wants_gpu
+from lem.backends.server import free_port
+from lem.errors import ConfigError, RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model
 from lem.machine.processes import listening_at, peak_memory_bytes
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Openai(Backend):
-    """See the module."""
+    """The backend for OpenAI-compatible servers; the module docstring describes it."""
 
     reports = frozenset(["tokens", "flops", "counters"])
 
@@ -43,6 +46,7 @@ class Openai(Backend):
         self._experiment = experiment
         self._options = experiment.backend
         self._gpus: Sequence[Gpu] = ()
+        self._address: Address | None = None
         self._ending = ExitStack()
         self._loaded: Loaded | None = None
         self._session: OpenaiSession | None = None
@@ -76,14 +80,22 @@ class Openai(Backend):
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import the client."""
+        """Import the client, and settle on the address."""
         from lem.backends import openai_session  # noqa: F401
+
+        try:
+            self._address = address_of(self._options)
+        except ConfigError as error:
+            raise RunError(f"backend.url: {error}") from None
+        if self._address.port is None:
+            self._address = replace(self._address, port=free_port())
 
     def load(self) -> None:
         """Load the tokenizer, start the server if that is asked for, and try it out."""
         from lem.backends import openai_session
 
-        self._loaded = openai_session.load(self._experiment, self._gpus, self.log_folder or Path.cwd(), self._ending)
+        address, log_folder = needed(self._address), self.log_folder or Path.cwd()
+        self._loaded = openai_session.load(self._experiment, address, self._gpus, log_folder, self._ending)
 
     def close(self) -> None:
         """End the connections, and the server if it was started here."""
@@ -118,7 +130,7 @@ class Openai(Backend):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the server's own counters since `forget`; None where it has none that are known here."""
+        """Return the server's own counters since `forget`; None if it has none that lem recognises."""
         session = self._session
         if session is not None and self._counters is None and not session.is_broken:
             now = needed(self._loaded).totals()
@@ -127,13 +139,14 @@ class Openai(Backend):
 
     def server_pids(self) -> Sequence[int]:
         """Return the processes of a server on this machine that was running already."""
-        return [] if needed(self._loaded).server is not None else [process.pid for process in self._processes()]
+        is_own = self._loaded is not None and self._loaded.server is not None
+        return [] if is_own else [process.pid for process in self._processes()]
 
     def _processes(self) -> list[Any]:
-        loaded = needed(self._loaded)
-        if loaded.server is not None:
-            return loaded.server.processes()
-        return [] if self.runs_elsewhere() or loaded.address.port is None else listening_at(loaded.address.port)
+        if self._loaded is not None and self._loaded.server is not None:
+            return self._loaded.server.processes()
+        port = None if self._address is None else self._address.port
+        return [] if self.runs_elsewhere() or port is None else listening_at(port)
 
     def peak_memory(self) -> Memory:
         """Return the peaks of main memory of the server's processes; its GPU memory is unknown."""
@@ -209,5 +222,5 @@ class Openai(Backend):
             found.append(warning("tokens_not_timed", text))
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
         if session is not None and others > 0 and not session.is_broken:
-            found.append(warning("server_shared", f"it has made {others:.0f} tokens for others in the window."))
+            found.append(warning("server_shared", f"it generated {others:.0f} tokens for other clients in the window."))
         return [*found, *of_counters(counters)]

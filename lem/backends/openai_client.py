@@ -216,7 +216,7 @@ class Client:
 
     @contextmanager
     def _failing_as_gone(self, timeout_s: float) -> Iterator[None]:
-        """Turn errors of the transport into `ServerGone`, in a sentence."""
+        """Turn transport errors into `ServerGone`, with a readable message."""
         try:
             yield
         except (httpcore.ReadTimeout, TimeoutError):
@@ -431,11 +431,11 @@ class Transcript:
         """Return the answer, after the end of the stream.
 
         Raises:
-            ServerGone: it has ended too early.
-            Refused: the server has not sent how many tokens there were.
+            ServerGone: it ended too early.
+            Refused: the server did not report the number of tokens.
         """
         if self._finish_reason is None:
-            raise ServerGone("The server has ended its answer before the last token.")
+            raise ServerGone("The server ended its response before the last token.")
         output_tokens, token_ids = _counted(None if self._lacks_ids else self._token_ids, self._usage)
         chunks, are_known = self._chunks(output_tokens)
         return Answer(
@@ -486,7 +486,7 @@ def _counted(token_ids: Sequence[int] | None, usage: dict[str, Any]) -> tuple[in
             raise Refused("it sends neither the ids nor the number of the output's tokens (usage.completion_tokens).")
         return count, None
     if count is not None and count != len(token_ids):
-        raise Refused(f"it sends {len(token_ids)} token ids and counts {count} output tokens.")
+        raise Refused(f"it sent {len(token_ids)} token ids but counted {count} output tokens.")
     return len(token_ids), tuple(token_ids)
 
 
@@ -502,7 +502,7 @@ def _checked(data: bytes) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise Refused(f"what it sends is not a JSON object: {data[:80].decode(errors='replace')}.")
+        raise Refused(f"it sent something other than a JSON object: {data[:80].decode(errors='replace')}.")
     if content.get("error"):
         raise Refused(_reason_in(data))
     return content

@@ -1,6 +1,6 @@
 """lem's options as a server's: address, command, requests; why an experiment may be refused or warned about.
 
-Imports no HTTP library. Knows no request in flight and no time.
+Imports no HTTP library. Knows nothing about requests in flight or about time.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def request_body(
     """Return the body of a request for one prompt.
 
     Args:
-        experiment: without objections.
+        experiment: one that has passed preflight.
         prompt: sent as token ids.
         end_tokens: the model's.
         model_name: what the server calls it.

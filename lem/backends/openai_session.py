@@ -1,6 +1,6 @@
 """A server that is ready and the requests that it is sent: what the openai backend does with HTTP.
 
-The server is started for the run, or running already. Beside its answers it is asked what it reports: its models, its
+The server is started for the run, or running already. It is also asked for what it reports: its models, its
 version, its counters, its prefix cache. Imported when the backend starts, as its client takes a while to import.
 """
 
@@ -21,10 +21,10 @@ from lem.backends import checkpoint
 from lem.backends.base import Encoded, Generation
 from lem.backends.checkpoint import Checkpoint, encode
 from lem.backends.openai_client import Answer, Client, Refused, ServerGone, samples
-from lem.backends.openai_options import Address, address_of, command_line, request_body
-from lem.backends.server import LOG_NAME, Server, answers, environment, free_port
+from lem.backends.openai_options import Address, command_line, request_body
+from lem.backends.server import LOG_NAME, Server, answers, environment
 from lem.backends.vllm_source import COUNTERS
-from lem.errors import ConfigError, RunError
+from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.record import FinishReason
 from lem.spec.engines import OpenaiBackend
@@ -108,25 +108,26 @@ class Loaded:
             end = None if self.server is None else self.server.how_it_ended(ENDING_PATIENCE_S)
             raise RunError(f"{answer} {end or ''}".rstrip())
         if isinstance(answer, Refused):
-            raise RunError(f"The server has not answered prompt {prompt.index}: {answer}")
+            raise RunError(f"The server did not answer prompt {prompt.index}: {answer}")
         if isinstance(answer, Exception):
             raise answer
         if answer.finish_reason not in ("stop", "length"):
             reason = answer.finish_reason or "it gives no reason"
-            raise RunError(f"The server gave up prompt {prompt.index}: {reason}.")
+            raise RunError(f"The server gave up on prompt {prompt.index}: {reason}.")
         if answer.input_tokens not in (None, len(prompt.token_ids)):
             raise RunError(
-                f"The server counts {answer.input_tokens} input tokens for prompt {prompt.index}, and "
-                f"{len(prompt.token_ids)} were sent: it adds or cuts some."
+                f"The server counts {answer.input_tokens} input tokens for prompt {prompt.index}, but "
+                f"{len(prompt.token_ids)} were sent: it adds or drops some."
             )
         return answer
 
 
-def load(experiment: Experiment, gpus: Sequence[Gpu], log_folder: Path, ending: ExitStack) -> Loaded:
+def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_folder: Path, ending: ExitStack) -> Loaded:
     """Load the tokenizer, start the server if that is asked for, wait until it is ready, and try it out.
 
     Args:
-        experiment: without objections.
+        experiment: one that has passed preflight.
+        address: the server's, also of one that is started here.
         gpus: those that a server which is started here gets.
         log_folder: takes its log.
         ending: will end the connections and a server that was started here, also where this function fails.
@@ -136,12 +137,6 @@ def load(experiment: Experiment, gpus: Sequence[Gpu], log_folder: Path, ending: 
     """
     assert isinstance(experiment.backend, OpenaiBackend)
     options = experiment.backend
-    try:
-        address = address_of(options)
-    except ConfigError as error:
-        raise RunError(f"backend.url: {error}") from None
-    if address.port is None:
-        address = replace(address, port=free_port())
     read = checkpoint.read(experiment, {})
     server = None
     if options.command is not None:
@@ -188,7 +183,7 @@ def _wait_for_models(
         if status == 200:
             return _models_in(text)
         if status in (401, 403):
-            raise RunError(f"The server at {address.base} wants another API key than ${options.api_key_env} has.")
+            raise RunError(f"The server at {address.base} does not accept the API key in ${options.api_key_env}.")
         if server is not None and (end := server.how_it_ended()):
             raise RunError(f"{end} It was not ready yet.")
         if time.monotonic() > until_s:
@@ -236,7 +231,7 @@ def _version(client: Client) -> str | None:
 
 
 def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str]:
-    """Return status and text of the answer to a question beside the work; 0 and nothing when there is none."""
+    """Return the status and text of the response to a side request; 0 and nothing if there is none."""
     try:
         return client.fetch(path, method=method, timeout_s=ASIDE_S)
     except RunError:
@@ -245,9 +240,9 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 
 # ------------------------------------------------------------------ requests
 class OpenaiSession:
-    """The requests of one window, from the first prompts after `Backend.forget`; broken once an error has come of one.
+    """The requests of one window, from the first prompts after `Backend.forget`; unusable once one has failed.
 
-    `output_tokens` are those of the answers so far; `tokens_are_timed`: all of them have times of their own.
+    `output_tokens` are those of the answers so far; `tokens_are_timed`: each of them has its own time.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
@@ -324,8 +319,8 @@ class OpenaiSession:
         least, most = wanted.min_output_tokens, wanted.max_output_tokens
         if not least <= answer.output_tokens <= most:
             raise RunError(
-                f"The server has made {answer.output_tokens} tokens of prompt {prompt.index}; asked for were {least} "
-                f"to {most}: it does not heed what it is asked."
+                f"The server generated {answer.output_tokens} tokens for prompt {prompt.index}; {least} to {most} were "
+                "requested: it ignores these limits."
             )
         self.output_tokens += answer.output_tokens
         self.tokens_are_timed = self.tokens_are_timed and answer.chunks_are_known

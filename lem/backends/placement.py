@@ -61,7 +61,7 @@ def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _weights(part: Any) -> list[Any]:
-    """Return the parameters of a module; a part that is a tensor is its own only weight."""
+    """Return the parameters of a module; a part that is itself a tensor is its only weight."""
     return list(part.parameters()) if hasattr(part, "parameters") else [part]
 
 

@@ -34,7 +34,7 @@ from lem.workload.traffic import Arrivals
 
 
 class Pytorch(Backend):
-    """See the module."""
+    """The PyTorch backend; the module docstring describes it."""
 
     reports = frozenset(["tokens", "model", "prefill", "flops", "kv_cache"])
 
@@ -80,7 +80,7 @@ class Pytorch(Backend):
         transformers.logging.disable_progress_bar()
 
     def load(self) -> None:
-        """Load tokenizer and weights, the adapter if there is one, and compile if asked to."""
+        """Load the tokenizer, the weights and any adapter, and compile the model if asked to."""
         import torch
 
         devices = self._own_devices(torch)
@@ -135,7 +135,7 @@ class Pytorch(Backend):
         return self._runner
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch of those that wait; or take each prompt in as it arrives, amid the others."""
+        """Run batch after batch of those that wait; or take each prompt in as it arrives, while others run."""
         if isinstance(self._runner, Continuous):
             yield from self._runner.serve(arrivals, at_most)
         else:

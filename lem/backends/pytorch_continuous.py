@@ -100,7 +100,7 @@ class Continuous(Session[_Request]):
         if is_too_old():
             raise RunError(f"Continuous batching needs transformers {'.'.join(map(str, OLDEST))} or newer.")
         if not getattr(type(model), "_supports_attention_backend", False):
-            raise RunError(f"{type(model).__name__} has no exchangeable attention; use static batching.")
+            raise RunError(f"{type(model).__name__} has no replaceable attention; use static batching.")
 
     # -------------------------------------------------------------- the engine
     def make_room(self, prompts: Sequence[Encoded]) -> None:
@@ -179,7 +179,7 @@ class Continuous(Session[_Request]):
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def settings(self) -> dict[str, str]:
-        """Return the engine's settings, as far as they change numbers."""
+        """Return the engine's settings that affect the measurements."""
         if self._manager is None:
             return {}
         cache = self._manager.batch_processor.cache
@@ -228,7 +228,7 @@ class Continuous(Session[_Request]):
     def _generation(self, output: Any, request: _Request) -> Generation:
         tokens, index = tuple(output.generated_tokens), request.prompt.index
         if output.error is not None:
-            raise RunError(f"transformers gave up prompt {index}: {output.error}.")
+            raise RunError(f"transformers gave up on prompt {index}: {output.error}.")
         times_ns = [round(at_s * NS_PER_S) for at_s in output.timestamps]
         if len(times_ns) != len(tokens):
             raise RunError(f"transformers preempted prompt {index} for lack of cache, and recomputed it.")

@@ -76,7 +76,7 @@ def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Object
 def _tensor_parallel(
     experiment: Experiment, options: PytorchBackend, model: Model | None, host: Host
 ) -> Iterator[Objection]:
-    """Object to a model that cannot be split over the processes, by transformers and the model's config."""
+    """Object to a model that, according to transformers and its config, cannot be split over the processes."""
     parallelism = experiment.parallelism
     if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
         return

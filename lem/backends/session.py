@@ -71,7 +71,7 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Take back from the engine all that is under way."""
+        """Take everything that is under way back from the engine."""
 
     @property
     def streams(self) -> bool:
@@ -98,7 +98,7 @@ class Session(ABC, Generic[R]):
                     yield done
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int = sys.maxsize) -> Iterator[Sequence[Generation]]:
-        """Give the engine each prompt as it arrives, amid the others, and yield those that finish together.
+        """Give the engine each prompt as it arrives, while others run, and yield those that finish together.
 
         An engine with a queue of its own is given all that arrives; for another, `at_most` are under way at a time.
         """
@@ -166,7 +166,7 @@ class SessionBackend(Backend, Generic[S]):
     @property
     @abstractmethod
     def _versions(self) -> str:
-        """The engine's version, as for people."""
+        """The engine's version, in human-readable form."""
 
     @property
     def _on_gpu(self) -> bool:
@@ -194,7 +194,7 @@ class SessionBackend(Backend, Generic[S]):
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Give each prompt to the engine as it arrives, amid the others; else run batch after batch."""
+        """Give each prompt to the engine as it arrives, while others run; else run batch after batch."""
         if self._experiment.batching.strategy == "continuous":
             yield from self._begun().serve(arrivals)
         else:

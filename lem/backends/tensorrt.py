@@ -80,7 +80,7 @@ BYTES_OF_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Tensorrt(SessionBackend["TensorrtSession"]):
-    """See the module."""
+    """The TensorRT-LLM backend; the module docstring describes it."""
 
     reports = frozenset(["tokens", "model", "prefill", "flops", "counters"])
 
@@ -177,7 +177,7 @@ def load(experiment: Experiment, engine: Engine) -> Loaded:
     """Load tokenizer, weights and adapter, and let the engine start its processes and allocate its cache.
 
     Raises:
-        RunError: TensorRT-LLM cannot load the model, or uses something else than was asked for.
+        RunError: TensorRT-LLM cannot load the model, or uses something other than what was requested.
     """
     assert isinstance(experiment.backend, TensorrtBackend)
     options = experiment.backend
@@ -218,7 +218,7 @@ class Engine:
         self.processes: Sequence[Any] = ()
 
     def start(self, arguments: Mapping[str, Any]) -> Any:
-        """Return the LLM that is made with these arguments."""
+        """Create TensorRT-LLM's `LLM` with these arguments and return it."""
         from tensorrt_llm import LLM
 
         before = set(processes.children())
@@ -229,7 +229,7 @@ class Engine:
         return self._llm
 
     def close(self, within_s: float) -> None:
-        """End the engine; processes that are left after that time are killed."""
+        """End the engine; processes still alive after `within_s` are killed."""
         llm, self._llm = self._llm, None
 
         def shut_down() -> None:
@@ -260,13 +260,13 @@ def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(args: Any, options: TensorrtBackend) -> None:
-    """Refuse to run where TensorRT-LLM uses something else than was asked for."""
+    """Refuse to run if TensorRT-LLM uses something other than what was requested."""
     for name, asked in given(options).items():
         for path, wanted, used in _pairs(name, asked, getattr(args, name, None)):
             if as_text(wanted).casefold() != as_text(used).casefold():
                 raise RunError(
-                    f"{path} is {as_text(wanted)}, and TensorRT-LLM uses {as_text(used)} for this model on this "
-                    "device. Set that, or leave it out."
+                    f"{path} is {as_text(wanted)}, but TensorRT-LLM uses {as_text(used)} for this model on this "
+                    "device. Set it to that, or leave it out."
                 )
 
 
@@ -313,7 +313,7 @@ def _model_info(
 
 
 def _settings(args: Any, options: TensorrtBackend, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Return the engine's resolved arguments, as far as they change numbers."""
+    """Return the engine's resolved arguments that affect the measurements."""
     settings = {name: as_text(getattr(args, name, None)) for name in SETTINGS}
     for part, names in SETTINGS_OF_PARTS.items():
         settings |= {f"{part}.{name}": as_text(getattr(getattr(args, part, None), name, None)) for name in names}
@@ -342,7 +342,7 @@ class TensorrtSession(Session[Followed]):
         self.counters: dict[str, float] = {}
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Have the engine given a prompt by the thread that follows it."""
+        """Have the follower thread give the engine a prompt."""
         if not self.running:
             self._follower.heard_ns = time.perf_counter_ns()
         request = self.running[key] = Followed(prompt, batch, arrived_ns, key=key)
@@ -403,7 +403,7 @@ class TensorrtSession(Session[Followed]):
         output = request.result.outputs[0]
         reason = FINISH_REASONS.get(output.finish_reason or "")
         if reason is None:
-            raise RunError(f"TensorRT-LLM gave up prompt {index}: {output.finish_reason}.")
+            raise RunError(f"TensorRT-LLM gave up on prompt {index}: {output.finish_reason}.")
         self._count(request)
         ids, end_tokens = tuple(output.token_ids), self._loaded.checkpoint.end_tokens
         if reason == "stop" and not (ids and ids[-1] in end_tokens):

@@ -1,7 +1,7 @@
 """lem's options as TensorRT-LLM's: arguments of LLM and sampling parameters; why an experiment may be refused.
 
-Imports neither TensorRT-LLM nor torch; what the installed version accepts is read off its source. Knows no request and
-no time.
+Imports neither TensorRT-LLM nor torch; what the installed version accepts is read off its source. Knows nothing
+about requests or time.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | No
     """Return the arguments of TensorRT-LLM's LLM as plain values; what is null is left to TensorRT-LLM.
 
     Args:
-        experiment: without objections.
+        experiment: one that has passed preflight.
         model: as it was found.
         adapter: None without one.
     """

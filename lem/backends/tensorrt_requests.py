@@ -72,7 +72,7 @@ class Follower:
         request.take(result.outputs[0].token_ids[len(request.token_ids) :], now_ns, timed=streams)
 
     def finished(self, within_s: float) -> list[Followed]:
-        """Return the requests that are finished; where there is none, sleep until there is, but no longer than that."""
+        """Return the requests that are finished; if there are none, sleep until one is, for at most `within_s`."""
         done = []
         with contextlib.suppress(queue.Empty):
             done.append(self._finished.get(timeout=max(0.0, within_s)))

@@ -2,7 +2,7 @@
 
 Prompts go in as token ids and come out as token ids: tokenizer, end tokens and seeds are the same for every backend.
 Times, queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported when the
-engine starts, not before: that takes ten seconds and more.
+engine starts, not before: that takes ten seconds or more.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ MEMORY_HINT = MemoryHint(
 
 
 class Vllm(SessionBackend["VllmSession"]):
-    """See the module."""
+    """The vLLM backend; the module docstring describes it."""
 
     reports = frozenset(["tokens", "model", "prefill", "flops", "counters"])
 
@@ -184,11 +184,11 @@ def load(experiment: Experiment, ending: ExitStack) -> Loaded:
     """Load tokenizer, weights and adapter, and let the engine allocate its cache.
 
     Args:
-        experiment: without objections.
+        experiment: one that has passed preflight.
         ending: will end the engine and its workers, also where this function fails after their start.
 
     Raises:
-        RunError: vLLM cannot load the model or the adapter, or uses something else than was asked for.
+        RunError: vLLM cannot load the model or the adapter, or uses something other than requested.
     """
     assert isinstance(experiment.backend, VllmBackend)
     options = experiment.backend
@@ -242,17 +242,17 @@ def _load_adapter(engine: Any, folder: Path) -> tuple[Any, tuple[int, int]]:
 
 
 def _check_options(engine: Any, options: VllmBackend, attention: str) -> None:
-    """Refuse to run where vLLM uses something else than was asked for.
+    """Refuse to run if vLLM uses something other than what was requested.
 
-    Quantization is only checked for presence: vLLM chooses faster kernels for the same weights, by other names.
+    Quantization is only checked for presence: vLLM chooses faster kernels for the same weights, under other names.
     """
     for name, asked in given(options).items():
         used = attention if name == "attention_backend" else _resolved(engine, name)
         is_in_use = used is not None if name == "quantization" else as_text(used) == as_text(asked)
         if not is_in_use:
             raise RunError(
-                f"backend.{name} is {asked}, and vLLM uses {as_text(used)} for this model on this device. "
-                "Set that, or leave it out."
+                f"backend.{name} is {asked}, but vLLM uses {as_text(used)} for this model on this device. "
+                "Set it to that, or leave it out."
             )
 
 
@@ -289,7 +289,7 @@ def _model_info(
 
 
 def _settings(engine: Any, options: VllmBackend, attention: str) -> dict[str, str]:
-    """Return the engine's resolved configuration, as far as it changes numbers."""
+    """Return the part of the engine's resolved configuration that affects the measurements."""
     config = engine.vllm_config
     speculation, lora = config.speculative_config, config.lora_config
     values = {
@@ -381,7 +381,7 @@ class VllmSession(Session[Request]):
     def _generation(self, output: Any, request: Request) -> Generation:
         (completion,), times, index = output.outputs, output.metrics, request.prompt.index
         if completion.finish_reason not in ("stop", "length"):
-            raise RunError(f"vLLM gave up prompt {index}: {completion.finish_reason}.")
+            raise RunError(f"vLLM gave up on prompt {index}: {completion.finish_reason}.")
         return Generation(
             index,
             request.batch,

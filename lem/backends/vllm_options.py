@@ -1,6 +1,7 @@
 """lem's options as vLLM's: engine arguments and sampling parameters; why an experiment may be refused or warned about.
 
-Imports neither vLLM nor torch; what the installed version accepts is read off its source. Knows no request and no time.
+Imports neither vLLM nor torch; what the installed version accepts is read off its source.
+Knows nothing about requests or time.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def engine_arguments(experiment: Experiment, model: Model, *, on_gpu: bool, lora
     """Return the arguments of vLLM's EngineArgs; what is null is left to vLLM.
 
     Args:
-        experiment: without objections.
+        experiment: one that has passed preflight.
         model: as it was found.
         on_gpu: whether vLLM is a build for GPUs.
         lora_rank: rank of the adapter; None without one.

@@ -1,6 +1,6 @@
 """What the installed vLLM accepts, read off its source, and what can be asked of its workers.
 
-Importing vLLM takes ten seconds and more, parsing the file with its arguments 40 ms. Where the source is laid out in
+Importing vLLM takes ten seconds or more; parsing the file with its arguments, 40 ms. Where the source is laid out in
 another way, what it accepts is unknown, and the engine itself has to refuse. Knows no experiment.
 """
 
@@ -62,7 +62,7 @@ def arguments() -> frozenset[str]:
 def type_of(argument: str) -> tuple[str, Any] | None:
     """Return an argument's type in words and as a type; None where it is not plain.
 
-    Plain are int, float, bool, str, a choice of texts, and null besides one of these. Names of types that are defined
+    Plain types are int, float, bool, str, a choice of texts, and any of these or null. Names of types that are defined
     elsewhere are not looked up: the engine may accept more than they say.
     """
     annotation = _annotations().get(argument)

@@ -52,7 +52,7 @@ def _lem(
         bool, typer.Option("--verbose", help="Log to stderr what is done, and where an error comes from.")
     ] = False,
 ) -> None:
-    """Read .env before any command reads the environment; variables that are set already win."""
+    """Read .env before any command reads the environment; variables already set take precedence."""
     import dotenv
 
     if verbose:

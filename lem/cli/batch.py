@@ -27,7 +27,7 @@ def batch(
     preset: flags.Preset = None,
     model: flags.Model = None,
     parallel: Annotated[int, typer.Option(min=1, help="Number of experiments at a time, each on its own GPUs.")] = 1,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start no other experiment after a failure.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop starting experiments after a failure.")] = False,
     config_dir: ConfigDir = None,
     no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,

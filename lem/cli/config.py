@@ -124,7 +124,7 @@ def new(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a new config file: from answers to questions on a terminal, else a commented template."""
+    """Write a new config file: from your answers on a terminal, else as a commented template."""
     from lem.cli import new
 
     raise typer.Exit(new.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

@@ -91,8 +91,8 @@ def _check_all_started(environ: os._Environ[str]) -> None:
     by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in environ, "MASTER_PORT" in environ
     if by_accelerate and several and "WORLD_SIZE" not in environ:
         raise ConfigError(
-            "accelerate launch was asked for several processes and has started a single one, as it does on a machine "
-            "without GPUs for them. Use python -m torch.distributed.run --nproc_per_node N -m lem.cli.direct …"
+            "accelerate launch was asked for several processes but started only one, as it does on a machine "
+            "without enough GPUs. Use python -m torch.distributed.run --nproc_per_node N -m lem.cli.direct …"
         )
 
 

@@ -17,7 +17,7 @@ Resume = Annotated[
     typer.Option(
         metavar="ID",
         help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
-        "With --force, also one that a host which is gone has left as running.",
+        "With --force, even one still marked as running by a host that is gone.",
         autocompletion=complete.experiment_ids,
     ),
 ]
@@ -121,4 +121,4 @@ def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool,
     given += [text for text in overrides if not text.startswith("io.results_dir=")]
     given += ["--fresh"] * fresh + ["--multirun"] * multirun
     if given:
-        raise ConfigError(f"--resume continues with the configuration it began with; leave out {', '.join(given)}.")
+        raise ConfigError(f"--resume keeps the experiment's original configuration; leave out {', '.join(given)}.")

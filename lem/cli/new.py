@@ -174,5 +174,5 @@ def _write(draft: Draft, file: Path) -> None:
         file_schema.write_beside(file, draft.options)
     except OSError as error:
         raise ConfigError(f"{file}: it cannot be written: {error.strerror}.") from None
-    print(f"{file} is written; {file_schema.SCHEMA_FILE} beside it is for editors.")
+    print(f"Wrote {file}; {file_schema.SCHEMA_FILE} beside it is for editors.")
     print(f"Check it with lem config validate {file}, run it with lem experiment {file}.")

@@ -194,7 +194,7 @@ def resolve(
     """Return a configuration's checked values, and the sources they come from; raises `ConfigError`."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
-        raise ConfigError(f"{swept[0]}: these are several values; lem config show shows one configuration.")
+        raise ConfigError(f"{swept[0]}: more than one value is given; lem config show shows one configuration.")
     if settings := [override.text for override in inputs.overrides if not override.key]:
         raise ConfigError(f"{settings[0]}: settings of Hydra have no effect here; leave it out.")
     if found := impossible(inputs.all_problems()):

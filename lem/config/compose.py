@@ -1,7 +1,7 @@
 """From a config file and overrides to an `Experiment`, by Hydra's own composition. Only plain dataclasses leave here.
 
 The order of the sources is that of Hydra's defaults list: schema (environment variables included), group
-options, preset, config file, command line; the later wins. The result is checked as a whole: all problems are
+options, preset, config file, command line; later ones win. The result is checked as a whole: all problems are
 reported at once, each with its path and, if it stands in a file, its line.
 """
 

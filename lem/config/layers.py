@@ -3,7 +3,7 @@
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
 This is what Hydra composes from conf/config.yaml, by merging plain dictionaries: a thousand times as fast, which a
-grid needs, and with the layer that each value comes from, which Hydra does not keep. Tests hold it against Hydra's
+grid needs, and with the layer that each value comes from, which Hydra does not keep. Tests compare it with Hydra's
 composition. Does not know Hydra's grammar and does not check values.
 """
 

@@ -49,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layer:
-    """Values of one source: its kind, its name (variable, option, preset, file, override) and where values stand."""
+    """Values of one source: its kind, its name (variable, option, preset, file, override) and where its values are."""
 
     kind: Literal["default", "environment", "option", "preset", "file", "command line"]
     name: str | None
@@ -127,7 +127,7 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
 
 
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
-    """Return the options known to a config file: of the named directory, else beside the file or its nearest parent.
+    """Return the options available to a config file: in the named directory, else beside it or its nearest parent.
 
     Raises:
         ConfigError: the directory that was named holds no options.

@@ -181,7 +181,7 @@ class _Walk:
             elif (key := self._key(key_node, at)) is None:
                 continue
             elif key in own:
-                message = f"the key is given a second time, first in line {own[key][1].line + 1}."
+                message = f"the key is given a second time, first on line {own[key][1].line + 1}."
                 self._report("duplicate_key", (*at, key), message, key_node)
             else:
                 own[key] = (key, key_node.start_mark, child)

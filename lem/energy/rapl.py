@@ -52,7 +52,7 @@ class Zone:
 
     @property
     def label(self) -> str:
-        """The zone's id and name, which is a reading's device."""
+        """The zone's id and name, which name a reading's device."""
         return f"{self.directory.name} {self.name}"
 
     def energy_uj(self) -> int:

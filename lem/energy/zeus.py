@@ -73,8 +73,8 @@ class ZeusMeter(Meter):
             raise BadInput(f"energy=zeus cannot read the visible GPUs ({error}); use energy=auto instead.") from None
         except ValueError:
             raise BadInput(
-                "energy=zeus knows GPUs only by number, and CUDA_VISIBLE_DEVICES names others; "
-                "name them by number, or use energy=auto instead."
+                "energy=zeus knows GPUs only by number, but CUDA_VISIBLE_DEVICES lists other names; "
+                "list numbers there, or use energy=auto instead."
             ) from None
         if not self._labels:
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")

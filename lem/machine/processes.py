@@ -28,7 +28,7 @@ def is_alive(process: Any) -> bool:
 
 
 def listening_at(port: int) -> list[Any]:
-    """Return the processes that listen at a port of this machine, with their descendants.
+    """Return the processes that listen on a port of this machine, with their descendants.
 
     Finds only processes that the user may inspect.
     """

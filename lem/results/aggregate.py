@@ -135,12 +135,12 @@ def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | Non
     if record.experiment_id != plan.experiment_id:
         return f"is of another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
-        return "was measured with another configuration than spec.json's"
+        return "was measured with a configuration other than spec.json's"
     if record.world_size != plan.processes:
-        return f"is of one among {record.world_size} processes; the plan has {plan.processes}"
+        return f"was made by one of {record.world_size} processes; the plan has {plan.processes}"
     for phase in record.phases:
         if not 0 <= phase.duration_s < math.inf:
-            return f"has the phase {phase.name} as {phase.duration_s:g} s long: it was changed, or is damaged"
+            return f"gives the phase {phase.name} a length of {phase.duration_s:g} s: it was edited or is damaged"
     return None
 
 

@@ -81,7 +81,7 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def config_sha256(experiment: Experiment) -> str:
-    """Return the digest of what is measured: of every value but where the results go."""
+    """Return the digest of what is measured: every value except where the results go."""
     values = to_plain(experiment)
     del values["io"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

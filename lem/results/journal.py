@@ -98,12 +98,12 @@ class Window:
 
 
 def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
-    killed = "the process was killed, not known how long after its last finished request; its window ends with that"
+    killed = "the process was killed an unknown time after its last finished request, where its window ends"
     if metered and not metered.energy:
         return f"{killed}."
     if metered is None or metered.energy_at_s is None:
         return f"{killed}, and its energy is not known."
-    return f"{killed}, its energy {last.duration_s - metered.energy_at_s:.3g} s before that."
+    return f"{killed}; its energy was last read {last.duration_s - metered.energy_at_s:.3g} s before that."
 
 
 def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
@@ -114,7 +114,7 @@ def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
 
 
 class Journal:
-    """Appends to a journal. Raises OSError, as when the disk is full."""
+    """Appends to a journal. Raises OSError, for example when the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -49,7 +49,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
-    """Return what traffic is judged by: the rate that was had, the queue, the idle share of the window, goodput."""
+    """Return what traffic is judged by: the actual arrival rate, the queue, the idle share of the window, goodput."""
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)
     if not arrived:

@@ -1,4 +1,4 @@
-"""The attempts of one process at one cycle merged into one record; warnings once each; the headline energy.
+"""The attempts of one process at one cycle merged into one record; each warning once; the headline energy.
 
 Windows follow each other, energy is summed device by device, and what one attempt lacks is unknown for all. Knows
 records only.

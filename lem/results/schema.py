@@ -42,11 +42,11 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     cpu_energy_j: Annotated[float | None, units.JOULE, "CPUs, measured window."]
     dram_energy_j: Annotated[float | None, units.JOULE, "Main memory, measured window."]
     energy_idle_adjusted_j: Annotated[
-        float | None, units.JOULE, "energy_j less idle_power_loaded_w times duration_s; negative if so."
+        float | None, units.JOULE, "energy_j minus idle_power_loaded_w times duration_s; may be negative."
     ]
     prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
     decode_duration_s: Annotated[
-        float | None, units.SECOND, "The rest of the window, less idle_share of it where that is known."
+        float | None, units.SECOND, "The rest of the window, minus its idle time where that is known."
     ]
     # derived
     average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
@@ -81,11 +81,9 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
     queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
     queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
-    idle_share: Annotated[
-        float | None, units.RATIO, "Share of the window in which no request was there, in any process."
-    ] = None
+    idle_share: Annotated[float | None, units.RATIO, "Share of the window in which no process had a request."] = None
     goodput_requests_per_s: Annotated[
-        float | None, units.REQUEST_PER_SECOND, "Requests that kept the limits on TTFT and ITL, by duration_s."
+        float | None, units.REQUEST_PER_SECOND, "Requests within the limits on TTFT and ITL / duration_s."
     ] = None
     warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = []
 
@@ -124,7 +122,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     lem_version: Annotated[str, "Version of lem that measured."]
     hostname: Annotated[str, "Machine it ran on."]
     processes: Annotated[int, "Worker processes that wrote a record."]
-    cycles_planned: Annotated[int, "Times that the prompts were to be measured."]
+    cycles_planned: Annotated[int, "Number of cycles planned."]
     cycles_completed: Annotated[int, "Cycles in which every prompt was finished."]
     resumed: Annotated[int, "Times that the experiment was resumed."]
     # what ran
@@ -163,10 +161,10 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     decode_energy_j: Annotated[
         float | None,
         units.JOULE,
-        "energy_j less prefill_energy_j; negative if so; null with idle time, whose energy is not measured apart.",
+        "energy_j minus prefill_energy_j; may be negative; null with idle time, which is not metered separately.",
     ]
     prefill_energy_uncertainty_j: Annotated[
-        float | None, units.JOULE, "Bound on what the trace's period leaves open, of prefill and of decode."
+        float | None, units.JOULE, "Bound on the trace's sampling error, for prefill and for decode."
     ]
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
@@ -177,7 +175,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     peak_memory_scope: Annotated[str | None, "What the peak covers."]
     flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
-    flops_method: Annotated[str | None, "How the FLOPs were had."]
+    flops_method: Annotated[str | None, "How the FLOPs were determined."]
     peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
     peak_flops_source: Annotated[str | None, "Where the peak is from."]
     kv_cache_bytes: Annotated[
@@ -194,19 +192,19 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     output_tokens_per_s_mean: Annotated[
         float | None, units.TOKEN_PER_SECOND, "Mean of the cycles' own rates: what the interval is around."
     ] = None
-    output_tokens_per_s_sd: Annotated[float | None, units.TOKEN_PER_SECOND, "Of output_tokens_per_s."] = None
-    output_tokens_per_s_cv: Annotated[float | None, units.RATIO, "Of output_tokens_per_s."] = None
+    output_tokens_per_s_sd: Annotated[float | None, units.TOKEN_PER_SECOND, "SD over the cycles."] = None
+    output_tokens_per_s_cv: Annotated[float | None, units.RATIO, "CV over the cycles."] = None
     output_tokens_per_s_ci95_low: Annotated[float | None, units.TOKEN_PER_SECOND, "Lower end."] = None
     output_tokens_per_s_ci95_high: Annotated[float | None, units.TOKEN_PER_SECOND, "Upper end."] = None
-    latency_mean_sd_s: Annotated[float | None, units.SECOND, "Of latency_mean_s, over the cycles."] = None
-    latency_mean_cv: Annotated[float | None, units.RATIO, "Of latency_mean_s."] = None
+    latency_mean_sd_s: Annotated[float | None, units.SECOND, "SD of latency_mean_s over the cycles."] = None
+    latency_mean_cv: Annotated[float | None, units.RATIO, "CV of latency_mean_s."] = None
     latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end."] = None
     latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end."] = None
     energy_per_output_token_mean_j: Annotated[
         float | None, units.JOULE_PER_TOKEN, "Mean of the cycles' own quotients: what the interval is around."
     ] = None
     energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Over the cycles."] = None
-    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Of energy_per_output_token_j."] = None
+    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "CV of energy_per_output_token_j."] = None
     energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end."] = None
     energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Upper end."] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []

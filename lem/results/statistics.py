@@ -1,6 +1,6 @@
 """Mean, standard deviation, coefficient of variation and confidence interval of repeated measurements.
 
-Knows numbers only. Fewer than two values have no spread: those are None, not 0.
+Works on plain numbers. With fewer than two values the spread is None, not 0.
 """
 
 from __future__ import annotations

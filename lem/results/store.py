@@ -100,7 +100,7 @@ class Store:
         if len(matches) == 1:
             return ExperimentDir(self.root / "raw" / matches[0])
         if matches:
-            raise ResultsError(f"'{text}' fits {len(matches)} experiments, {matches[0]} and {matches[1]} among them.")
+            raise ResultsError(f"'{text}' matches {len(matches)} experiments, such as {matches[0]} and {matches[1]}.")
         close = nearest(text, ids) or ids[-1:]
         hint = f" Nearest: {', '.join(close)}." if close else ""
         raise ResultsError(f"There is no experiment '{text}' in {self.root}.{hint}")
@@ -111,7 +111,7 @@ class Store:
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
-        """Take the note back."""
+        """Remove the note again."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def unfinished(self, fingerprint: str) -> list[ExperimentDir]:
@@ -139,6 +139,6 @@ def _text(file: Path) -> str | None:
 
 
 def resume_command(store: Store, directory: ExperimentDir) -> str:
-    """Return the command that goes on with an experiment."""
+    """Return the command that resumes an experiment."""
     where = "" if store.root == default_root() else f" -o {shlex.quote(str(store.root))}"
     return f"lem experiment --resume {directory.id}{where}"

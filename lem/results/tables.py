@@ -48,7 +48,7 @@ class Tables:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only writer; the kernel releases the lock when the process ends, however it ends."""
+        """Hold the write lock; the kernel releases the lock when the process ends, however it ends."""
         self._store.root.mkdir(parents=True, exist_ok=True)
         with (self._store.root / ".tables.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -120,7 +120,7 @@ class Tables:
         return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), record_type)
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
-        """Return the rows of all experiments, and a sentence about each damaged file, which hides no other.
+        """Return the rows of all experiments, and a message about each damaged file; none hides another.
 
         Args:
             names: the columns to read; None reads all.

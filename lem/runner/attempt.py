@@ -41,7 +41,7 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """What there is once the model is loaded, the same for all cycles; each record repeats its phases and warnings."""
+    """What is known once the model is loaded, shared by all cycles; every record repeats its phases and warnings."""
 
     bench: Bench
     prompts: Sequence[Encoded]
@@ -207,7 +207,7 @@ class Attempt:
         return None if self._loaded is None else self._loaded.journal
 
     def _snapshot(self, status: Status, error: ErrorInfo | None) -> Snapshot:
-        """Ask the engine, the machine and the meter what a record of the current cycle is made of."""
+        """Ask the engine, the machine and the meter for what a record of the current cycle needs."""
         engine = None if self._loaded is None else self._engine_report(self._loaded)
         server_pids = () if self._loaded is None else self._backend.server_pids()
         devices_after = host.device_states(self._gpus, server_pids)
@@ -272,7 +272,7 @@ class Attempt:
             self._cycle.measured.cut_back(len(kept.rows), kept.salvaged().phase("measured"), kept.metered)
 
     def _close(self) -> None:
-        """Release what the attempt holds; the records are written, so that a failure here is only printed."""
+        """Release what the attempt holds; the records are written, so a failure here is only printed."""
         for part in (self._journal, self._meter, self._backend, self._ranks):
             try:
                 if part is not None:

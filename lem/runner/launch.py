@@ -1,4 +1,4 @@
-"""Starting worker processes and waiting for them asleep. Knows how a worker is started, not what it measures.
+"""Starting worker processes, and sleeping until they end. Knows how a worker is started, not what it measures.
 
 A single process is started directly; several through accelerate's launcher on GPUs, and through torch's elastic one on
 the CPU, where accelerate would silently start a single process.
@@ -160,7 +160,7 @@ class _Fifo:
 
 @contextmanager
 def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
-    """Make two named pipes: one for progress, and one whose end shows the workers that this process is gone."""
+    """Make two named pipes: one for progress, and one that shows the workers, by closing, that this process is gone."""
     prefix = f"lem-{hashlib.sha256(str(directory.path.resolve()).encode()).hexdigest()[:16]}-"
     for left_by_a_killed_one in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(left_by_a_killed_one, ignore_errors=True)
@@ -229,7 +229,7 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
 
 
 def _record_cause(directory: ExperimentDir, attempt: int, cause: str) -> None:
-    """Put into the records of an interrupted attempt what stopped it; each worker knows only the signal it received."""
+    """Add what stopped it to the records of an interrupted attempt; each worker knows only the signal it received."""
     for record in directory.records():
         if record.attempt == attempt and record.error is not None and record.error.type == Interrupted.__name__:
             error = replace(record.error, message=f"stopped by {cause}")

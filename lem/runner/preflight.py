@@ -101,7 +101,7 @@ def check_again(
 def _without_prompts(
     experiment: Experiment, host: Host, *, force: bool, without: frozenset[str] = frozenset()
 ) -> tuple[Model | None, list[str], tuple[Objection, ...]]:
-    """Return the model, the reasons not to run, and the warnings, without some rules."""
+    """Return the model, the reasons not to run, and the warnings, skipping some rules."""
     reasons: list[str] = []
     model = None
     try:
@@ -111,7 +111,7 @@ def _without_prompts(
     found = [o for o in objections(experiment, host, model) if o.code not in without]
     log.debug("model: %s; objections: %s", model, [o.code for o in found])
     blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
-    reasons += [str(o) if o.severity == "impossible" else f"{o} (--force runs it all the same)" for o in blocking]
+    reasons += [str(o) if o.severity == "impossible" else f"{o} (--force runs it anyway)" for o in blocking]
     return model, reasons, tuple(o for o in found if o not in blocking)
 
 
@@ -167,7 +167,7 @@ def _wrong_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
             indices = "0" if len(host.gpus) == 1 else f"0 to {len(host.gpus) - 1}"
             yield Objection("unknown_gpu", "gpus", f"{entry} is not one of the visible GPUs ({indices}).")
         elif gpu in seen:
-            yield Objection("repeated_gpu", "gpus", f"{entry} means a GPU that an earlier entry names.")
+            yield Objection("repeated_gpu", "gpus", f"{entry} is the same GPU as an earlier entry.")
         else:
             seen.append(gpu)
 

@@ -60,7 +60,7 @@ class PipeReport:
 
 
 class CombinedReport:
-    """Combines the events of several processes: the first process says which phase it is, all add to its work."""
+    """Combines the events of several processes: the first one sets the phase, and the work of all is added up."""
 
     def __init__(self, report: Report) -> None:
         self._report = report

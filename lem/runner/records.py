@@ -133,7 +133,7 @@ def bare_record(
 
 
 def _with_kv_cache(memory: Memory, bytes_per_token: int | None, requests: Sequence[MeasuredRequest]) -> Memory:
-    """Return the memory with the size of the key/value cache that the largest batch has filled at its end."""
+    """Return `memory` with the size of the key/value cache that the largest batch fills by its end."""
     if bytes_per_token is None or not requests:
         return memory
     batches: dict[int, list[MeasuredRequest]] = {}
@@ -150,16 +150,16 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     """Yield the warnings about the plan and the prompts, and of a window that was cut short."""
     if plan.shared_with:
         others = f"{plan.shared_with} other{'s' if plan.shared_with > 1 else ''}"
-        text = f"it ran at the same time as {others}; energy that is not of its own GPUs includes theirs."
+        text = f"it ran at the same time as {others}; energy not measured on its own GPUs includes theirs."
         yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
     if wanted is not None and available < wanted:
-        text = f"{wanted} prompts were requested, and the dataset has {available} that are not empty."
+        text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
         yield warning("fewer_prompts", text)
     if measured.lost_s is not None:
         behind_s = measured.energy_behind_s
         energy = f", and its energy was read {behind_s:.3g} s before that" if behind_s else ""
-        end = f"{measured.lost_s:.3g} s after its last finished request; it now ends with that{energy}"
+        end = f"{measured.lost_s:.3g} s after its last finished request; it now ends there{energy}"
         yield warning("window_cut", f"the window was interrupted {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)
     if truncated:

@@ -1,6 +1,6 @@
 """How a run is stopped: by signals, in a worker and in its parent, or because the parent is gone.
 
-In a worker a signal becomes `Interrupted`, once; those that follow must not break off the writing of the record.
+In a worker a signal becomes `Interrupted`, once; later ones must not interrupt writing the record.
 Knows nothing of the run.
 """
 

@@ -215,7 +215,7 @@ class Bench:
             recorder: keeps each batch.
             into: receives the phase and the requests.
             first_batch: number of the first batch; above 0 when an earlier attempt has run some.
-            queue: how the prompts arrive; None when all are there from the beginning.
+            queue: how the prompts arrive; None when all are available from the start.
         """
         self.report(Event("measured", 0, len(prompts)))
         window = _Window(self, into)

@@ -80,7 +80,7 @@ def _parallelism(experiment: Experiment) -> Iterator[Objection]:
             yield without_effect("no_effect_degree", "parallelism.degree", "there is no strategy.")
         return
     if degree == 1:
-        fact = f"{strategy} of degree 1 spreads nothing."
+        fact = f"{strategy} with degree 1 splits nothing."
         yield without_effect("no_effect_strategy", "parallelism.strategy", fact)
     if runs_in_one_process(experiment) and processes > 1:
         fact = f"{processes} processes are requested, but {strategy} runs in one here."
@@ -132,4 +132,4 @@ def _traffic(experiment: Experiment) -> Iterator[Objection]:
 
 def _cooldown(cooldown: Cooldown) -> Iterator[Objection]:
     if cooldown.to_c is None and changed(cooldown, "max_s"):
-        yield without_effect("no_effect_cooldown_limit", "cooldown.max_s", "no temperature is waited for.")
+        yield without_effect("no_effect_cooldown_limit", "cooldown.max_s", "cooldown.to_c is not set.")

@@ -228,7 +228,7 @@ class TensorrtBackend:
         bool | None, Field(description="Compute activation scales at each step instead of using the checkpoint's.")
     ] = None
     moe_expert_parallel_size: Annotated[
-        int | None, Field(ge=1, description="Of the tensor_parallel GPUs, how many share out a layer's experts.")
+        int | None, Field(ge=1, description="Number of tensor_parallel GPUs that a layer's experts are split over.")
     ] = None
     kv_cache: TensorrtKvCache = field(default_factory=TensorrtKvCache)
     scheduler: TensorrtScheduler = field(default_factory=TensorrtScheduler)

@@ -287,7 +287,7 @@ class Experiment:
         int, Field(ge=0, le=2**32 - 1, description="Seed for drawing prompts from the dataset and for sampling tokens.")
     ] = 42
     cycles: Annotated[
-        int, Field(ge=1, le=10, description="How often to measure the same prompts while the model stays loaded.")
+        int, Field(ge=1, le=10, description="How many times to measure the same prompts while the model stays loaded.")
     ] = 1
     num_processes: Annotated[
         int,

@@ -64,7 +64,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the code, or set energy.carbon_intensity_g_per_kwh instead.",
         ),
         "processes_unlike_degree": (
-            "The strategy starts as many processes as its degree, and num_processes is another number.",
+            "The strategy starts as many processes as its degree, but num_processes is a different number.",
             "Leave it out, or change parallelism.degree, which sets their number.",
         ),
         "pipeline_processes": (
@@ -188,7 +188,7 @@ OPTIONS_INADVISABLE = _rules(
             "Choose a pattern that reads it, or leave it out.",
         ),
         "no_effect_cooldown_limit": (
-            "A limit on waiting for a temperature is set, but none is waited for.",
+            "A limit on waiting for a temperature is set, but cooldown.to_c is not.",
             "Set cooldown.to_c, or leave it out.",
         ),
         "no_effect_trace": (
@@ -209,7 +209,7 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_weights_to_change": (
             "Quantized weights, a revision or an adapter is requested, but the simulated backend loads no weights; the "
-            "results would bear its name.",
+            "results would still name it.",
             "Leave it out, or choose another backend.",
         ),
         "seeds_of_batches": (
@@ -225,21 +225,21 @@ OPTIONS_WARNING = _rules(
     "options",
     {
         "no_effect_token_budget": (
-            "A token budget is set, but static batching has none. Presets set one.",
+            "A token budget is set, but static batching has none. A preset may have set it.",
             "Use batching.strategy=dynamic, or set it to null.",
         ),
         "no_effect_warmup_prompts": (
             "A number of warm-up prompts is set, but warmup.until_cv or streaming.warmup_requests decides the length "
-            "of the warm-up. Presets set one.",
+            "of the warm-up. A preset may have set it.",
             "Leave it out, or turn off what overrides it.",
         ),
         "no_effect_batching": (
-            "Batching is set, but with traffic a server is sent each request as it arrives; the rows of the results "
-            "name the batching all the same. Presets set some.",
+            "Batching is set, but with traffic, requests go to the server as they arrive; the rows of the results "
+            "name the batching anyway. A preset may have set it.",
             "Leave out either batching or traffic.pattern.",
         ),
         "no_effect_strategy": (
-            "A parallel strategy of degree 1 spreads nothing.",
+            "A parallel strategy with degree 1 splits nothing.",
             "Raise parallelism.degree, unless this is the first point of a sweep over degrees.",
         ),
         "no_effect_carbon": (
@@ -247,7 +247,7 @@ OPTIONS_WARNING = _rules(
             "Choose a meter, or leave it out.",
         ),
         "no_effect_meter_option": (
-            "An option is set that the chosen meter does not read. Presets set some.",
+            "An option is set that the chosen meter does not read. A preset may have set it.",
             "Choose a meter that reads it, or leave it out.",
         ),
         "no_effect_on_simulation": (
@@ -279,7 +279,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "An entry of gpus matches no visible GPU, or more than one.",
             "See lem gpus: indices count the visible ones from 0, and UUIDs begin with GPU- or MIG-.",
         ),
-        "repeated_gpu": ("An entry of gpus means a GPU that an earlier entry names.", "Name each GPU once."),
+        "repeated_gpu": ("An entry of gpus is the same GPU as an earlier entry.", "Name each GPU once."),
         "too_few_gpus": (
             "More GPUs are needed than are visible, or than gpus names.",
             "Lower it, or make more GPUs available.",
@@ -289,7 +289,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Run on GPUs, or choose another strategy.",
         ),
         "tensor_parallel_beside_gpus": (
-            "The model is to be split over processes on the CPU, but transformers uses GPUs wherever any is visible.",
+            "The model would be split over processes on the CPU, but transformers uses GPUs wherever any is visible.",
             "Hide them with CUDA_VISIBLE_DEVICES='', or run on them.",
         ),
         "attention_needs_gpu": ("The attention kernel runs on NVIDIA GPUs only.", "Run on a GPU, or leave it out."),
@@ -335,7 +335,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Start the server, or have lem start it with backend.command.",
         ),
         "server_port_taken": (
-            "lem is to start a server at an address that is already in use.",
+            "lem would start a server at an address that is already in use.",
             "Stop the program there, choose another port, or leave backend.command out to use that program.",
         ),
         "missing_program": (
@@ -343,7 +343,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Install it, or give its full path.",
         ),
         "no_api_key": (
-            "The environment variable that is to hold the server's key is not set.",
+            "The environment variable for the server's key is not set.",
             "Set the variable, or leave the option out.",
         ),
     },
@@ -412,7 +412,7 @@ FILES_IMPOSSIBLE = _rules(
         "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave it off."),
         "no_room_for_prompts": ("The output alone may fill all of the model's positions.", "Lower it."),
         "too_few_positions": (
-            "A sequence is to hold more tokens than the model has positions.",
+            "A sequence could hold more tokens than the model has positions.",
             "Lower it, or leave it out.",
         ),
         "tensor_parallel_unsplittable": (
@@ -492,7 +492,7 @@ FILE_RULES: dict[str, Rule] = _rules(
             "A file, a text in it, its nesting, its aliases or its inheritance is larger than any configuration needs.",
             "Look for something pasted or generated by mistake.",
         ),
-        "several_documents": ("The file holds several YAML documents.", "Make a file of each, or remove the line ---."),
+        "several_documents": ("The file holds several YAML documents.", "Split the file, or remove the line ---."),
         "forbidden_tag": (
             "A YAML tag (!…) asks for something other than plain data.",
             "Remove it; config files run no code.",
@@ -513,14 +513,14 @@ FILE_RULES: dict[str, Rule] = _rules(
             "The file inherits from one that does not exist.",
             "Correct the name; it is relative to this file.",
         ),
-        "inheritance_cycle": ("A file inherits from itself.", "Remove one of the steps."),
+        "inheritance_cycle": ("A file inherits from itself.", "Remove one of the files from the defaults of another."),
         # ------------------------------------------------------ values, whatever their source
         "unknown_key": (
             "There is no such key.",
             "Correct it; the message names the nearest keys, reference/configuration all of them.",
         ),
-        "unknown_option": ("The value is none of the choices.", "Use one of the choices that the message lists."),
-        "wrong_type": ("The value has another type than its key.", 'Correct it; "4" is text and 4 is a number.'),
+        "unknown_option": ("The value is not one of the choices.", "Use one of the choices that the message lists."),
+        "wrong_type": ("The value's type does not match its key.", 'Correct it; "4" is text and 4 is a number.'),
         "out_of_range": ("The value is outside its range.", "Choose one inside."),
         "missing_value": ("??? stands for a value that must be given.", "Give it, or remove the line."),
         "bad_interpolation": (
@@ -551,7 +551,7 @@ RULES: dict[str, Rule] = EXPERIMENT_RULES | FILE_RULES
 class Objection:
     """Why an experiment is refused or warned about: the rule that it breaks, at which option, and how.
 
-    `fact` says what is wrong here, with its values; the rule says how grave it is and what to do about it.
+    `fact` says what is wrong here, with its values; the rule says how severe it is and what to do about it.
 
     Raises:
         KeyError: there is no such rule.
@@ -566,7 +566,7 @@ class Objection:
 
     @property
     def severity(self) -> Severity:
-        """How grave it is."""
+        """How severe it is."""
         return EXPERIMENT_RULES[self.code].severity
 
     @property

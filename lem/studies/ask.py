@@ -67,5 +67,5 @@ def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
     if write_tables:
         print(f"Table:       {outcome.store.experiments_table}")
     else:
-        print(f"Not aggregated; lem aggregate {outcome.directory.id} does it.")
+        print(f"Not aggregated; to do so, run lem aggregate {outcome.directory.id}.")
     return 0 if outcome.row.status == "completed" else 1

@@ -166,7 +166,7 @@ def full_key(name: str) -> str:
         return name
     named_so = [path for path in paths if path.rpartition(".")[2] == name]
     if len(named_so) > 1:
-        raise ConfigError(f"{name}: there are several: {', '.join(named_so)}. Write one of them in full.")
+        raise ConfigError(f"{name} is ambiguous: {', '.join(named_so)}. Write one of them in full.")
     if named_so:
         return named_so[0]
     if name in known_keys():

@@ -71,7 +71,7 @@ class CellState:
 
 @dataclass
 class Manifest:
-    """The study's directory and the state of each cell; `experiments.json` is up to date at any moment."""
+    """The study's directory and the state of each cell; `experiments.json` is up to date at all times."""
 
     directory: Path
     cells: Sequence[Cell]

@@ -41,7 +41,7 @@ class Runner:
         """Wait for the cells that still run."""
 
     def stop(self) -> None:
-        """End the cells that still run, at the user's request, and record it."""
+        """End the cells that are still running, at the user's request, and record that."""
 
 
 def run_study(

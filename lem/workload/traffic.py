@@ -86,7 +86,7 @@ def _times(path: Path) -> list[float]:
     first_s, first_line = min(times, default=(0.0, 0))
     for t_s, line in times:
         if t_s - first_s > LONGEST_S:
-            days, begin = LONGEST_S / 86400, f"the first arrival ({first_s:g} s in line {first_line})"
+            days, begin = LONGEST_S / 86400, f"the first arrival ({first_s:g} s on line {first_line})"
             raise ValueError(f"line {line}: {t_s:g} s is more than {days:.0f} days after {begin}")
     return sorted(t_s for t_s, _ in times)
 

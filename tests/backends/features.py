@@ -289,7 +289,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "backend.engine_args": {"max_logprobs": 5},
         }, {"backend.extra_args": {"stream_interval": 4}}),
     ),
-    "What it tells": (
+    "What it reports": (
         Feature("the model", "Its parameters, bytes and dtype as loaded.", tells="model"),
         Feature("prefill", "When a request's first token was ready.", tells="prefill"),
         Feature("model FLOPs", "Counted from the model's sizes.", tells="flops"),
