@@ -195,7 +195,8 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
     if environment:
         if around is None:
             raise ResultsError(f"{directory.id} has no record of its environment.")
-        show_environment(around)
+        print()
+        show.print_pairs(_environment_lines(around))
     return 0
 
 
@@ -458,21 +459,6 @@ def _spread_cells(row: ExperimentRow, part: str, several: bool) -> list[str]:
         written("energy", "_j", _joules),
         written("energy_per_output_token", "_j", _joules),
     ]  # fmt: skip
-
-
-def show_environment(environment: Environment) -> None:
-    """Print the machine and the software that an experiment ran on."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    print()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold", min_width=30)
-    for name, text in _environment_lines(environment):
-        if text:
-            table.add_row(name, escape(text))
-    print_table(table)
 
 
 def _environment_lines(here: Environment) -> Iterator[tuple[str, str]]:

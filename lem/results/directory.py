@@ -8,11 +8,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from lem.errors import ResultsError
 from lem.record import ProcessRecord, RequestRecord
@@ -23,11 +26,20 @@ from lem.results.plan import Plan, State, running
 from lem.units import timestamp
 from lem.workload.prompts import sha256_of
 
+T = TypeVar("T")
+
 AGGREGATED = "aggregated.json"
 JOURNAL = re.compile(r"journal_(\d+)_a(\d+)\.jsonl")
 RECORD = re.compile(r"process_(\d+)_c(\d+)_a(\d+)\.json")
 # How long the next attempt waits for the processes of one that is just ending.
 HANDOVER_S = 15.0
+
+
+class _Prompt(msgspec.Struct, gc=False):
+    text: str
+
+
+_PROMPTS = msgspec.json.Decoder(_Prompt)
 
 
 @dataclass(frozen=True)
@@ -84,25 +96,15 @@ class ExperimentDir:
 
     def plan(self) -> Plan:
         """Read the plan; raises `ResultsError` when it is missing or damaged."""
-        try:
-            return from_json(Plan, self._content("spec.json"))
-        except (OSError, ValueError) as error:
-            raise self._unreadable("spec.json", error) from None
+        return self._read("spec.json", partial(from_json, Plan))
 
     def plan_excerpt(self) -> PlanExcerpt:
-        """Read the part of the plan that rows need; raises `ResultsError` when it is missing or damaged."""
-        try:
-            return read_excerpt(self._content("spec.json"))
-        except (OSError, ValueError) as error:
-            raise self._unreadable("spec.json", error) from None
+        """Read what rows need of the plan; raises `ResultsError` when it is missing or damaged."""
+        return self._read("spec.json", read_excerpt)
 
     def prompts(self) -> list[str]:
-        """Read the prompts' texts in order; raises `ResultsError` if they are damaged or differ from the plan's."""
-        try:
-            with (self.path / "prompts.jsonl").open(encoding="utf-8") as file:
-                texts = [json.loads(line)["text"] for line in file]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise self._unreadable("prompts.jsonl", error) from None
+        """Read the prompts' texts in order; raises `ResultsError` when they are damaged or are not the plan's."""
+        texts = self._read("prompts.jsonl", lambda lines: [prompt.text for prompt in _PROMPTS.decode_lines(lines)])
         wanted = self.plan().prompts.sha256
         if wanted and sha256_of(texts) != wanted:
             raise ResultsError(f"{self.path / 'prompts.jsonl'} does not hold the prompts that spec.json describes.")
@@ -110,10 +112,7 @@ class ExperimentDir:
 
     def arrivals_s(self) -> list[float]:
         """Read the arrival times of a trace's requests; raises `ResultsError` as `prompts` does."""
-        try:
-            times_s = from_json(list[float], (self.path / "arrivals.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise self._unreadable("arrivals.json", error) from None
+        times_s = self._read("arrivals.json", partial(from_json, list[float]))
         if arrivals_sha256(times_s) != self.plan().arrivals_sha256:
             raise ResultsError(f"{self.path / 'arrivals.json'} does not hold the arrivals that spec.json describes.")
         return times_s
@@ -258,7 +257,8 @@ class ExperimentDir:
             found[record.cycle, record.attempt, record.rank] = Part(record, [])
             known.setdefault(match.group(1, 3), {})[record.cycle] = record
         for match in filter(None, map(JOURNAL.fullmatch, names)):
-            for window in self._windows(match[0], known.get(match.groups(), {})):
+            of_attempt = known.get(match.groups(), {})
+            for window in self._read(match[0], partial(journal.read, known=of_attempt)):
                 record = window.salvaged()
                 found[record.cycle, record.attempt, record.rank] = Part(record, window.rows)
         for part in found.values():
@@ -266,20 +266,11 @@ class ExperimentDir:
         return [found[key] for key in sorted(found)]
 
     def _record(self, name: str) -> ProcessRecord:
-        try:
-            record = from_json(ProcessRecord, self._content(name))
-        except (OSError, ValueError) as error:
-            raise self._unreadable(name, error) from None
+        record = self._read(name, partial(from_json, ProcessRecord))
         if f"process_{record.rank}_c{record.cycle}_a{record.attempt}.json" != name:
             held = f"process {record.rank}, cycle {record.cycle}, attempt {record.attempt}"
             raise ResultsError(f"{self.path / name} holds the record of {held}: two processes claimed the same rank.")
         return record
-
-    def _windows(self, name: str, known: Mapping[int, ProcessRecord]) -> list[journal.Window]:
-        try:
-            return journal.read(self._content(name), known)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(name, error) from None
 
     def _check_count(self, record: ProcessRecord, rows: int) -> None:
         if record.requests_completed != rows:
@@ -309,8 +300,12 @@ class ExperimentDir:
         )
         return 1 + max((row.batch for row in rows), default=-1)
 
-    def _unreadable(self, name: str, error: Exception) -> ResultsError:
-        return ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.")
+    def _read(self, name: str, read: Callable[[bytes], T]) -> T:
+        """Read a file; raises `ResultsError` when it is missing or damaged."""
+        try:
+            return read(self._content(name))
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.") from None
 
     def _content(self, name: str) -> bytes:
         # Takes a quarter of Path.read_bytes's time: `lem aggregate --all` may read tens of thousands of small files.

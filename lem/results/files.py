@@ -12,13 +12,12 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-
-# Its writer locks a scratch file well before it reaches this age.
+# A scratch file is locked well before it is this old.
 ABANDONED_S = 1.0
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it exists whole or not at all, even if the machine stops."""
+    """Write a file, whole or not at all even if the machine stops."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as scratch:
         scratch.write_bytes(data)
@@ -55,7 +54,7 @@ class replacing:  # noqa: N801 - reads as a statement
 
 
 def remove_if_abandoned(scratch: Path) -> None:
-    """Remove a scratch file whose writer was killed; a live writer holds a lock on it."""
+    """Remove a scratch file whose writer was killed; one that is alive holds a lock on it."""
     with suppress(OSError), scratch.open("rb") as file:
         if time.time() - scratch.stat().st_mtime > ABANDONED_S:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lem.errors import ResultsError
-from lem.record import PowerRecord, RequestRecord
+from lem.record import PowerRecord
 from lem.results import parquet
-from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.store import Store
 from lem.results.tables import Tables, read_file
 
@@ -30,17 +29,17 @@ class Frames:
     @cached_property
     def experiments(self) -> pd.DataFrame:
         """A row for each experiment."""
-        return _frame(self._tables.whole(Store(self.root).experiments_table, ExperimentRow))
+        return self._table("experiments")
 
     @cached_property
     def cycles(self) -> pd.DataFrame:
         """A row for each cycle."""
-        return _frame(self._tables.whole(Store(self.root).cycles_table, CycleRow))
+        return self._table("cycles")
 
     @cached_property
     def requests(self) -> pd.DataFrame:
         """A row for each request."""
-        return _frame(self._tables.whole(Store(self.root).requests_table, RequestRecord))
+        return self._table("requests")
 
     @cached_property
     def power(self) -> pd.DataFrame:
@@ -48,9 +47,8 @@ class Frames:
         files = sorted(self.root.glob("raw/*/power_*.parquet"))
         return _frame(parquet.together([read_file(file) for file in files], PowerRecord))
 
-    @property
-    def _tables(self) -> Tables:
-        return Tables(Store(self.root))
+    def _table(self, name: str) -> pd.DataFrame:
+        return _frame(Tables(Store(self.root)).whole(name))
 
 
 def load(results_dir: str | Path = "results") -> Frames:

@@ -12,9 +12,8 @@ from lem.record import RequestRecord
 from lem.results.statistics import percentile
 
 
-# ------------------------------------------------------------------ of many requests
 class Limits(Protocol):
-    """The limits within which a request counts as good, as the traffic configuration sets them."""
+    """The limits of a good request, as configured under traffic."""
 
     ttft_limit_s: float | None
     itl_limit_s: float | None
@@ -56,7 +55,7 @@ def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traf
         return good
     busy_s = 0.0
     spans, span_s = 0, 0.0
-    for attempt in {r.attempt for r in arrived}:  # each process has its own window and clock
+    for attempt in {r.attempt for r in arrived}:  # each has its own window and clock
         same = [(r.arrived_s or 0.0, r.end_s) for r in arrived if r.attempt == attempt]
         busy_s += _union_s(same)
         spans += len(same) - 1
@@ -83,7 +82,7 @@ def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffi
 
 
 def _union_s(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the total time covered by at least one span."""
+    """Return the time covered by at least one span."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

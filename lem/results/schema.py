@@ -8,6 +8,15 @@ from msgspec import Struct
 
 from lem import units
 
+Seconds = Annotated[float | None, units.SECOND]
+Joules = Annotated[float | None, units.JOULE]
+Watts = Annotated[float | None, units.WATT]
+Ratio = Annotated[float | None, units.RATIO]
+TokensPerSecond = Annotated[float | None, units.TOKEN_PER_SECOND]
+RequestsPerSecond = Annotated[float | None, units.REQUEST_PER_SECOND]
+JoulesPerToken = Annotated[float | None, units.JOULE_PER_TOKEN]
+Bytes = Annotated[int | None, units.BYTE]
+
 
 class Measures(Struct, frozen=True, gc=False, kw_only=True):
     """What an experiment and each of its cycles measured: the columns that both tables have.
@@ -27,65 +36,53 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     input_tokens: Annotated[int, units.TOKEN, "Input tokens of all requests, without padding."]
     output_tokens: Annotated[int, units.TOKEN, "Output tokens of all requests, not counting any after an end token."]
     # timed
-    duration_s: Annotated[float | None, units.SECOND, "Wall-clock length of the measured window."]
-    output_tokens_per_s: Annotated[float | None, units.TOKEN_PER_SECOND, "output_tokens / duration_s."]
-    requests_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "requests_completed / duration_s."]
-    latency_mean_s: Annotated[float | None, units.SECOND, "Mean latency of a request."]
-    latency_p50_s: Annotated[float | None, units.SECOND, "Median latency of a request."]
-    latency_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the latency."]
-    latency_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the latency."]
-    warmup_duration_s: Annotated[float | None, units.SECOND, "Duration of the warm-up, which is outside the window."]
+    duration_s: Annotated[Seconds, "Wall-clock length of the measured window."]
+    output_tokens_per_s: Annotated[TokensPerSecond, "output_tokens / duration_s."]
+    requests_per_s: Annotated[RequestsPerSecond, "requests_completed / duration_s."]
+    latency_mean_s: Annotated[Seconds, "Mean latency of a request."]
+    latency_p50_s: Annotated[Seconds, "Median latency of a request."]
+    latency_p95_s: Annotated[Seconds, "95th percentile of the latency."]
+    latency_p99_s: Annotated[Seconds, "99th percentile of the latency."]
+    warmup_duration_s: Annotated[Seconds, "Warm-up, outside the window."]
     # metered
-    energy_j: Annotated[float | None, units.JOULE, "Headline energy of the measured window, gross."]
-    energy_source: Annotated[str | None, "How energy_j was obtained: counter, integral, estimate or replay."]
-    gpu_energy_j: Annotated[float | None, units.JOULE, "Energy of the GPUs in use, in the measured window."]
-    cpu_energy_j: Annotated[float | None, units.JOULE, "Energy of the CPUs, in the measured window."]
-    dram_energy_j: Annotated[float | None, units.JOULE, "Energy of main memory, in the measured window."]
-    energy_idle_adjusted_j: Annotated[
-        float | None, units.JOULE, "energy_j minus idle_power_loaded_w times duration_s; may be negative."
-    ]
-    prefill_duration_s: Annotated[float | None, units.SECOND, "Time spent processing prompts (prefill)."]
-    decode_duration_s: Annotated[
-        float | None, units.SECOND, "The rest of the window, minus its idle time if that is known."
-    ]
+    energy_j: Annotated[Joules, "Headline energy of the measured window, gross."]
+    energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
+    gpu_energy_j: Annotated[Joules, "GPUs in use, measured window."]
+    cpu_energy_j: Annotated[Joules, "CPUs, measured window."]
+    dram_energy_j: Annotated[Joules, "Main memory, measured window."]
+    energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
+    prefill_duration_s: Annotated[Seconds, "Time in which prompts were taken in."]
+    decode_duration_s: Annotated[Seconds, "The rest of the window, minus its idle time where that is known."]
     # derived
-    average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
-    energy_per_output_token_j: Annotated[float | None, units.JOULE_PER_TOKEN, "energy_j / output_tokens."]
+    average_power_w: Annotated[Watts, "energy_j / duration_s."]
+    energy_per_output_token_j: Annotated[JoulesPerToken, "energy_j / output_tokens."]
     energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
     flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
-    mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
+    mfu: Annotated[Ratio, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
     # token by token, when streaming
-    ttft_mean_s: Annotated[float | None, units.SECOND, "Mean time to first token."] = None
-    ttft_p50_s: Annotated[float | None, units.SECOND, "Median time to first token."] = None
-    ttft_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the time to first token."] = None
-    ttft_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the time to first token."] = None
-    itl_mean_s: Annotated[float | None, units.SECOND, "Mean inter-token latency, over all tokens."] = None
-    itl_p50_s: Annotated[float | None, units.SECOND, "Median inter-token latency, over all tokens."] = None
-    itl_p95_s: Annotated[
-        float | None, units.SECOND, "95th percentile of the inter-token latency, over all tokens."
-    ] = None  # fmt: skip
-    itl_p99_s: Annotated[
-        float | None, units.SECOND, "99th percentile of the inter-token latency, over all tokens."
-    ] = None  # fmt: skip
-    tpot_mean_s: Annotated[float | None, units.SECOND, "Mean time per output token after the first."] = None
-    tpot_p50_s: Annotated[float | None, units.SECOND, "Median time per output token after the first."] = None
-    tpot_p95_s: Annotated[
-        float | None, units.SECOND, "95th percentile of the time per output token after the first."
-    ] = None
-    tpot_p99_s: Annotated[
-        float | None, units.SECOND, "99th percentile of the time per output token after the first."
-    ] = None
+    ttft_mean_s: Annotated[Seconds, "Mean time to first token."] = None
+    ttft_p50_s: Annotated[Seconds, "Median time to first token."] = None
+    ttft_p95_s: Annotated[Seconds, "95th percentile of the time to first token."] = None
+    ttft_p99_s: Annotated[Seconds, "99th percentile of the time to first token."] = None
+    itl_mean_s: Annotated[Seconds, "Mean inter-token latency, over all tokens."] = None
+    itl_p50_s: Annotated[Seconds, "Median inter-token latency, over all tokens."] = None
+    itl_p95_s: Annotated[Seconds, "95th percentile of the inter-token latency, over all tokens."] = None
+    itl_p99_s: Annotated[Seconds, "99th percentile of the inter-token latency, over all tokens."] = None
+    tpot_mean_s: Annotated[Seconds, "Mean time per output token after the first."] = None
+    tpot_p50_s: Annotated[Seconds, "Median time per output token after the first."] = None
+    tpot_p95_s: Annotated[Seconds, "95th percentile of the time per output token after the first."] = None
+    tpot_p99_s: Annotated[Seconds, "99th percentile of the time per output token after the first."] = None
     # under traffic
-    arrival_rate_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "Rate at which requests arrived."] = None
-    queue_mean_s: Annotated[float | None, units.SECOND, "Mean wait in the queue."] = None
-    queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
-    queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
-    queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
-    idle_share: Annotated[float | None, units.RATIO, "Fraction of the window in which no process had a request."] = None
-    goodput_requests_per_s: Annotated[
-        float | None, units.REQUEST_PER_SECOND, "Requests within the limits on TTFT and ITL, per second of duration_s."
-    ] = None
-    warnings: Annotated[list[str], "What to doubt, each as `code: message`; see the page on warnings."] = []
+    arrival_rate_per_s: Annotated[RequestsPerSecond, "Rate at which requests arrived."] = None
+    queue_mean_s: Annotated[Seconds, "Mean wait in the queue."] = None
+    queue_p50_s: Annotated[Seconds, "Median wait in the queue."] = None
+    queue_p95_s: Annotated[Seconds, "95th percentile of the wait in the queue."] = None
+    queue_p99_s: Annotated[Seconds, "99th percentile of the wait in the queue."] = None
+    idle_share: Annotated[Ratio, "Share of the window in which no process had a request."] = None
+    goodput_requests_per_s: Annotated[RequestsPerSecond, "Requests within the limits on TTFT and ITL / duration_s."] = (
+        None
+    )
+    warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = []
 
 
 class CycleRow(Measures, frozen=True, gc=False, kw_only=True):
@@ -135,77 +132,72 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     dtype: Annotated[str | None, "Dtype of the loaded weights and of the arithmetic."]
     quantization: Annotated[str | None, "How the weights were quantized, or null."]
     adapter: Annotated[str | None, "LoRA adapter, or null."]
-    weights_bytes: Annotated[int | None, units.BYTE, "Size of the loaded weights."]
-    dataset: Annotated[str, "Name of the dataset."]
-    prompts_sha256: Annotated[str, "Digest of the prompts in order: equal digests mean equal prompts."]
-    decoder: Annotated[str, "Name of the decoder."]
+    weights_bytes: Annotated[Bytes, "Size of the weights as loaded."]
+    dataset: Annotated[str, "Dataset choice."]
+    prompts_sha256: Annotated[str, "Digest of the prompts in order: equal digests, equal prompts."]
+    decoder: Annotated[str, "Decoder choice."]
     batching_strategy: Annotated[str, "Batching strategy."]
     batch_size: Annotated[int, units.REQUEST, "Maximum number of requests in a batch."]
     max_output_tokens: Annotated[int, units.TOKEN, "Maximum number of generated tokens per request."]
     seed: Annotated[int, "Seed for sampling."]
     # counted
-    requests_planned: Annotated[int, units.REQUEST, "Number of prompts in the experiment."]
-    load_duration_s: Annotated[float | None, units.SECOND, "Time to load the model, which is outside the window."]
-    energy_scope: Annotated[str | None, "What the headline energy covers: device, package, machine or shared_device."]
-    energy_components: Annotated[str | None, "Components in the headline energy, such as gpu or cpu+dram."]
+    requests_planned: Annotated[int, units.REQUEST, "Prompts of the experiment."]
+    load_duration_s: Annotated[Seconds, "Loading the model, outside the window."]
+    energy_scope: Annotated[str | None, "What the headline covers: device, package, machine, shared_device."]
+    energy_components: Annotated[str | None, "Components in the headline, such as gpu or cpu+dram."]
     gpu_energy_source: Annotated[str | None, "Source of gpu_energy_j."]
     cpu_energy_source: Annotated[str | None, "Source of cpu_energy_j."]
     dram_energy_source: Annotated[str | None, "Source of dram_energy_j."]
-    load_energy_j: Annotated[float | None, units.JOULE, "Like energy_j, but while the model was being loaded."]
-    warmup_energy_j: Annotated[float | None, units.JOULE, "Like energy_j, but during warm-up."]
-    idle_power_before_w: Annotated[float | None, units.WATT, "Idle power before loading, headline components."]
-    idle_power_loaded_w: Annotated[float | None, units.WATT, "Idle power with the model loaded."]
-    trace_energy_j: Annotated[float | None, units.JOULE, "Integral of the GPU power trace."]
-    counter_tick_s: Annotated[float | None, units.SECOND, "Coarsest update interval of the GPU energy counters."]
-    prefill_energy_j: Annotated[float | None, units.JOULE, "Integral of the power trace over the prefill spans."]
+    load_energy_j: Annotated[Joules, "As energy_j, while the model was loaded."]
+    warmup_energy_j: Annotated[Joules, "As energy_j, during warm-up."]
+    idle_power_before_w: Annotated[Watts, "Power before anything was loaded, headline components."]
+    idle_power_loaded_w: Annotated[Watts, "Power with the model resident and nothing running."]
+    trace_energy_j: Annotated[Joules, "Integral of the GPU power trace, beside the counter."]
+    counter_tick_s: Annotated[Seconds, "Coarsest tick of the GPU energy counters."]
+    prefill_energy_j: Annotated[Joules, "Power trace over the prefill spans (integral)."]
     decode_energy_j: Annotated[
-        float | None,
-        units.JOULE,
+        Joules,
         "energy_j minus prefill_energy_j; may be negative; null with idle time, which is not metered separately.",
     ]
-    prefill_energy_uncertainty_j: Annotated[
-        float | None, units.JOULE, "Upper bound on the power trace's sampling error, for prefill and for decode."
-    ]
+    prefill_energy_uncertainty_j: Annotated[Joules, "Bound on the trace's sampling error, for prefill and for decode."]
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
     co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
     carbon_intensity_g_per_kwh: Annotated[float | None, units.GRAM_CO2E_PER_KWH, "Carbon intensity used."]
-    carbon_intensity_source: Annotated[str | None, "Source of the carbon intensity."]
-    peak_memory_bytes: Annotated[int | None, units.BYTE, "Peak memory: the largest of all processes."]
-    peak_memory_scope: Annotated[str | None, "What the peak memory covers."]
-    flops: Annotated[float | None, units.FLOP, "Model FLOPs for the counted tokens."]
+    carbon_intensity_source: Annotated[str | None, "Where the carbon intensity comes from."]
+    peak_memory_bytes: Annotated[Bytes, "Peak memory, the largest of the processes."]
+    peak_memory_scope: Annotated[str | None, "What the peak covers."]
+    flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
     peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
-    peak_flops_source: Annotated[str | None, "Source of the peak."]
-    kv_cache_bytes: Annotated[
-        int | None, units.BYTE, "Size of the largest batch's keys and values, including padding, by formula."
-    ]
-    warmup_prompts: Annotated[int | None, units.REQUEST, "Number of prompts run for warm-up."]
-    warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts or max_s."]
-    warmup_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of the warm-up's last latencies."]
+    peak_flops_source: Annotated[str | None, "Where the peak is from."]
+    kv_cache_bytes: Annotated[Bytes, "Keys and values of the largest batch, padding included, by formula."]
+    warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
+    warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
+    warmup_cv: Annotated[Ratio, "Coefficient of variation of its last latencies."]
     # over the cycles
-    energy_sd_j: Annotated[float | None, units.JOULE, "Standard deviation of energy_j over the cycles."] = None
-    energy_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of energy_j."] = None
-    energy_ci95_low_j: Annotated[float | None, units.JOULE, "Lower end of the mean's 95 % t-interval."] = None
-    energy_ci95_high_j: Annotated[float | None, units.JOULE, "Upper end of the interval."] = None
+    energy_sd_j: Annotated[Joules, "Standard deviation of energy_j over the cycles."] = None
+    energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j."] = None
+    energy_ci95_low_j: Annotated[Joules, "95 % t-interval of mean energy_j, lower end."] = None
+    energy_ci95_high_j: Annotated[Joules, "Upper end."] = None
     output_tokens_per_s_mean: Annotated[
-        float | None, units.TOKEN_PER_SECOND, "Mean of the cycles' own rates: the centre of the interval."
+        TokensPerSecond, "Mean of the cycles' own rates: what the interval is around."
     ] = None
-    output_tokens_per_s_sd: Annotated[float | None, units.TOKEN_PER_SECOND, "Standard deviation over cycles."] = None
-    output_tokens_per_s_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over the cycles."] = None
-    output_tokens_per_s_ci95_low: Annotated[float | None, units.TOKEN_PER_SECOND, "Lower end of the interval."] = None
-    output_tokens_per_s_ci95_high: Annotated[float | None, units.TOKEN_PER_SECOND, "Upper end of the interval."] = None
-    latency_mean_sd_s: Annotated[float | None, units.SECOND, "Standard deviation of latency_mean_s."] = None
-    latency_mean_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of latency_mean_s."] = None
-    latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end of the interval."] = None
-    latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end of the interval."] = None
+    output_tokens_per_s_sd: Annotated[TokensPerSecond, "SD over the cycles."] = None
+    output_tokens_per_s_cv: Annotated[Ratio, "CV over the cycles."] = None
+    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end."] = None
+    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "Upper end."] = None
+    latency_mean_sd_s: Annotated[Seconds, "SD of latency_mean_s over the cycles."] = None
+    latency_mean_cv: Annotated[Ratio, "CV of latency_mean_s."] = None
+    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end."] = None
+    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end."] = None
     energy_per_output_token_mean_j: Annotated[
-        float | None, units.JOULE_PER_TOKEN, "Mean of the cycles' own quotients: the centre of the interval."
+        JoulesPerToken, "Mean of the cycles' own quotients: what the interval is around."
     ] = None
-    energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Spread over cycles (SD)."] = None
-    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "Coefficient of variation over cycles."] = None
-    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Interval: lower end."] = None
-    energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Interval: upper end."] = None
+    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Over the cycles."] = None
+    energy_per_output_token_cv: Annotated[Ratio, "CV of energy_per_output_token_j."] = None
+    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end."] = None
+    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end."] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

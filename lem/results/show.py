@@ -95,15 +95,20 @@ def _print_paragraphs(table: Table, out: Console) -> None:
 
 # ------------------------------------------------------------------ one experiment
 def show_row(row: ExperimentRow) -> None:
-    """Print what an experiment measured, and no lines for what it did not measure."""
+    """Print what an experiment measured, with no line for what it did not measure."""
+    console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
+    print_pairs(_lines(row))
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print names and texts, a pair on a line; none with an empty text."""
     from rich.markup import escape
     from rich.table import Table
 
-    console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold", min_width=LEAST_TEXT_WIDTH)
-    for name, text in _lines(row):
+    for name, text in pairs:
         if text:
             table.add_row(name, escape(text))
     print_table(table)

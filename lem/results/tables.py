@@ -22,12 +22,14 @@ from typing import Any
 from lem.errors import ResultsError
 from lem.record import RequestRecord, Status
 from lem.results import parquet
-from lem.results.rows import Measured, Tabulated, tabulate
+from lem.results.rows import Measured, tabulate
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.store import ID, Store
 
 SHARED_FILE = re.compile(rf"{ID.pattern}-{ID.pattern}-[0-9a-f]{{8}}")
 SCRATCH = re.compile(r"\..*\.parquet-\w+")
+# The tables by their folders, in the order in which they are written.
+KINDS: dict[str, type[Any]] = {"requests": RequestRecord, "cycles": CycleRow, "experiments": ExperimentRow}
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,11 @@ class Tables:
             for file in files:
                 if file.name not in there:
                     found.setdefault(file.name, None)
-            for name in (f.name for f in files if f.name in there and SHARED_FILE.fullmatch(f.stem)):
-                try:
-                    parquet.check(folder / name)
-                except (OSError, ValueError) as error:
-                    found[name] = _damage(folder / name, error)
+                elif SHARED_FILE.fullmatch(file.stem):
+                    try:
+                        parquet.check(folder / file.name)
+                    except (OSError, ValueError) as error:
+                        found[file.name] = _damage(folder / file.name, error)
         return found
 
     def files(self) -> list[Path]:
@@ -103,21 +105,21 @@ class Tables:
 
     # -------------------------------------------------------------- reading
     def row(self, experiment_id: str, at: RowLocation) -> ExperimentRow:
-        """Return an experiment's row; raises `ResultsError` if its file is damaged."""
-        rows: list[ExperimentRow] = self._of(self._folder / at.file, ExperimentRow, experiment_id)
+        """Return an experiment's row; raises `ResultsError` when its file is damaged."""
+        rows: list[ExperimentRow] = self._of("experiments", experiment_id, at)
         if not rows:
             raise ResultsError(f"{self._folder / at.file} is empty; {_remedy(Path(at.file))}")
         return rows[0]
 
     def cycles(self, experiment_id: str, at: RowLocation) -> list[CycleRow]:
-        """Return the rows of an experiment's cycles; raises `ResultsError` if their file is damaged."""
-        return self._of(self._store.cycles_table / at.file, CycleRow, experiment_id)
+        """Return the rows of an experiment's cycles; raises `ResultsError` when their file is damaged."""
+        return self._of("cycles", experiment_id, at)
 
-    def _of(self, file: Path, record_type: type[Any], experiment_id: str) -> list[Any]:
+    def _of(self, name: str, experiment_id: str, at: RowLocation) -> list[Any]:
         import pyarrow.compute as pc
 
-        found = read_file(file)
-        return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), record_type)
+        found = read_file(self._store.root / name / at.file)
+        return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), KINDS[name])
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
         """Return the rows of all experiments, and a message about each damaged file; none hides another.
@@ -134,31 +136,31 @@ class Tables:
                 damaged.append(str(error))
         return rows, damaged
 
-    def whole(self, folder: Path, record_type: type[Any]) -> Any:
-        """Return one of the tables, with all its rows, in Arrow; raises `ResultsError` if a file is damaged."""
-        return parquet.together([read_file(folder / file.name) for file in self.files()], record_type)
+    def whole(self, name: str) -> Any:
+        """Return a table with all its rows, in Arrow; raises `ResultsError` when a file of it is damaged."""
+        return parquet.together([read_file(self._store.root / name / f.name) for f in self.files()], KINDS[name])
 
     # -------------------------------------------------------------- writing
     def write(self, new: NewRows) -> None:
         """Write rows; the caller holds the tables `locked`."""
         self._sweep()
-        for name, together in new.by_file().items():
-            ids = [experiment_id for each in together for experiment_id in each.ids]
-            for folder, record_type, part in (
-                (self._store.requests_table, RequestRecord, "requests"),
-                (self._store.cycles_table, CycleRow, "cycles"),
-                (self._folder, ExperimentRow, "experiments"),
-            ):
-                _replace(folder / name, record_type, ids, [getattr(each, part) for each in together])
+        for file, together in new.by_file().items():
+            ids = [experiment_id for each in together for experiment_id in _ids(each)]
+            for name, record_type in KINDS.items():
+                _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
 
     def _sweep(self) -> None:
         """Remove what a killed writer has left behind."""
         valid = {file.name for file in self.files()}
-        for folder in (self._store.requests_table, self._store.cycles_table, self._folder):
+        for folder in (self._store.root / name for name in KINDS):
             for file in folder.iterdir() if folder.is_dir() else ():
                 ours = ID.fullmatch(file.stem) or SHARED_FILE.fullmatch(file.stem)
                 if SCRATCH.fullmatch(file.name) or (ours and file.suffix == ".parquet" and file.name not in valid):
                     file.unlink()
+
+
+# The rows of some experiments as Arrow tables, by the names of the tables.
+ArrowTables = dict[str, Any]
 
 
 class NewRows:
@@ -170,7 +172,7 @@ class NewRows:
 
     def __init__(self, locations: Mapping[str, RowLocation]) -> None:
         self._locations = locations
-        self._held: dict[str | None, list[_Made]] = {}
+        self._held: dict[str | None, list[ArrowTables]] = {}
 
     def add(self, measured: Sequence[Measured]) -> list[Status]:
         """Add the rows of experiments, and return their statuses.
@@ -183,35 +185,30 @@ class NewRows:
         for one in measured:
             at = self._locations.get(one.plan.experiment_id)
             by_file.setdefault(at.file if at else None, []).append(one)
-        made = {name: _tables_of(tabulate(together)) for name, together in by_file.items()}
-        for name, tables in made.items():  # all of them or none
-            self._held.setdefault(name, []).append(tables)
-            statuses |= zip(tables.ids, tables.experiments["status"].to_pylist(), strict=True)
+        made = {file: _arrow_tables(together) for file, together in by_file.items()}
+        for file, tables in made.items():  # all of them or none
+            self._held.setdefault(file, []).append(tables)
+            statuses |= zip(_ids(tables), tables["experiments"]["status"].to_pylist(), strict=True)
         return [statuses[one.plan.experiment_id] for one in measured]
 
-    def by_file(self) -> dict[str, list[_Made]]:
-        """Return the rows by file name."""
-        new = _name([name for made in self._held.get(None, ()) for name in made.ids])
-        return {name or new: made for name, made in self._held.items()}
+    def by_file(self) -> dict[str, list[ArrowTables]]:
+        """Return the rows by the names of their files."""
+        new = _name([name for tables in self._held.get(None, ()) for name in _ids(tables)])
+        return {file or new: tables for file, tables in self._held.items()}
 
 
-@dataclass(frozen=True)
-class _Made:
-    """The rows of some experiments, as Arrow tables."""
+def _arrow_tables(measured: Sequence[Measured]) -> ArrowTables:
+    rows = tabulate(measured)
+    return {
+        "requests": parquet.table(RequestRecord, rows.requests),
+        "cycles": parquet.table_of(CycleRow, rows.cycles),
+        "experiments": parquet.table_of(ExperimentRow, rows.experiments),
+    }
 
-    ids: Sequence[str]
-    experiments: Any
-    cycles: Any
-    requests: Any
 
-
-def _tables_of(rows: Tabulated) -> _Made:
-    return _Made(
-        rows.experiments["experiment_id"],
-        parquet.table_of(ExperimentRow, rows.experiments),
-        parquet.table_of(CycleRow, rows.cycles),
-        parquet.table(RequestRecord, rows.requests),
-    )
+def _ids(tables: ArrowTables) -> list[str]:
+    ids: list[str] = tables["experiments"]["experiment_id"].to_pylist()
+    return ids
 
 
 def _name(ids: Sequence[str]) -> str:
