@@ -192,7 +192,7 @@ def test_a_duration_that_cannot_be_is_refused(store):
     directory = finished(store)
     file = directory.record_file(0, 1, 1)
     file.write_text(file.read_text().replace('"duration_s": 4.0', '"duration_s": -4.0'))
-    refused(directory, "has the phase measured as -4 s long", strict=False)
+    refused(directory, "says that the phase measured lasted -4 s", strict=False)
 
 
 def test_a_directory_of_another_name_is_refused(store):
