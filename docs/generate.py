@@ -156,7 +156,7 @@ def warnings() -> str:
         [
             "# Warnings\n",
             "When not to believe a number. Each warning is in the raw record, in the row's `warnings` as "
-            "`code: sentence`, and in `lem results show`. Codes are stable.\n",
+            "`code: message`, and in `lem results show`. Codes are stable.\n",
             "| code | what it means | what to do |",
             "|---|---|---|",
             *rows,

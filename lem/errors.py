@@ -9,8 +9,8 @@
     ├── RunError            1   the run began and failed; its record says how
     └── Interrupted       130   the user or the scheduler stopped it
 
-A message says in a sentence what is wrong, where, and what to do. Any other exception that escapes is a bug in lem and
-is shown as a traceback. Rooms derive errors of their own from these. This module knows no other module of lem.
+A message says briefly what is wrong, where, and what to do. Any other exception that escapes is a bug in lem and
+is shown as a traceback. Packages derive their own errors from these. This module imports no other module of lem.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LemError(Exception):
 
 
 class BadInput(LemError):
-    """What was asked for cannot be run; raised by checks of files and the machine, before measuring. Exit code 2."""
+    """The request cannot be run; raised by checks of files and the machine, before measuring. Exit code 2."""
 
     exit_code = 2
 

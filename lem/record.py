@@ -18,10 +18,10 @@ from lem import units
 # 2  a record for each cycle and attempt; request rows in journals
 FORMAT_VERSION = 2
 
-# What all request rows of a measured window share, and its record says.
+# What all request rows of a measured window share; stated in its record.
 COMMON = ("experiment_id", "rank", "cycle", "attempt")
 
-# One process meters the node, however many there are: each would see all of its energy.
+# Only one process meters the node, however many there are, because each would see all of its energy.
 ENERGY_OWNER = 0
 
 Status = Literal["completed", "failed", "interrupted"]
@@ -36,8 +36,8 @@ FinishReason = Literal["stop", "length"]
 class EnergyReading(Struct, frozen=True, gc=False):
     """Energy of one component over one window, and how far it can be trusted.
 
-    `energy_j` is None when it could not be read; `reason` then says why. `resolution_s` is the tick of a counter or
-    the period of the samples, `trace_energy_j` the integral of a power trace over the same window, where there is one.
+    `energy_j` is None if it could not be read; `reason` then says why. `resolution_s` is the tick of a counter or
+    the period of the samples, `trace_energy_j` the integral of the power trace over the same window, if there is one.
     """
 
     component: Component
@@ -70,7 +70,7 @@ class PowerSample(Struct, frozen=True, gc=False):
 
 
 class PowerRecord(Struct, frozen=True, gc=False):
-    """One sample of a power trace, as it is written (t = 0 where the measured window opens)."""
+    """One sample of a power trace, as it is written (t = 0 when the measured window opens)."""
 
     experiment_id: str
     rank: int
@@ -86,7 +86,7 @@ class Prefill(Struct, frozen=True, gc=False):
     """The part of the measured window in which prompts were taken in, until the first token of each batch or request.
 
     Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
-    `uncertainty_j` bounds the sampling error, and also holds for the decode part, which is the rest of
+    `uncertainty_j` bounds the sampling error, and also applies to the decode part, which is the rest of
     the window.
     """
 
@@ -119,7 +119,7 @@ class CodedWarning(Struct, frozen=True, gc=False):
 
 
 class ModelInfo(Struct, frozen=True, gc=False):
-    """The model as it was loaded; None where that cannot be determined, as for one in a server."""
+    """The model as it was loaded; a field is None if it cannot be determined, as for a model in a server."""
 
     name: str
     revision: str | None
@@ -143,7 +143,7 @@ class EngineInfo(Struct, frozen=True, gc=False):
 
 
 class Memory(Struct, frozen=True, gc=False):
-    """Peak memory, and the key/value cache of the largest batch by formula; None where it cannot be told."""
+    """Peak memory, and the key/value cache of the largest batch by formula; None if it cannot be determined."""
 
     peak_bytes: Annotated[int | None, units.BYTE]
     scope: str
@@ -218,16 +218,16 @@ class CpuLoad(Struct, frozen=True, gc=False):
 
 
 class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
-    """One request: exact tokens and its time in the measured window (t = 0 where its window opens)."""
+    """One request: its exact tokens and its times in the measured window (t = 0 when that window opens)."""
 
-    experiment_id: Annotated[str, "Experiment that it belongs to."] = ""
+    experiment_id: Annotated[str, "Experiment that the request belongs to."] = ""
     rank: Annotated[int, "Process that ran it, from 0."] = 0
     cycle: Annotated[int, "Cycle that it belongs to, from 1."] = 1
     attempt: Annotated[int, "Attempt that ran it: 1, and one more for each time the experiment was resumed."] = 1
     request: Annotated[int, "Position of the prompt in the experiment's prompts, from 0."]
     batch: Annotated[int, "Batch it ran in, from 0, in order of execution."]
     input_tokens: Annotated[int, units.TOKEN, "Tokens of the prompt, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Tokens generated, the end token included, nothing after it."]
+    output_tokens: Annotated[int, units.TOKEN, "Tokens generated, including the end token but nothing after it."]
     input_truncated: Annotated[bool, "The prompt was cut to max_input_tokens."]
     finish_reason: Annotated[str, "stop (end token) or length (max_output_tokens)."]
     start_s: Annotated[float, units.SECOND, "When the engine took the request."]
@@ -248,14 +248,14 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         None
     )
     itl_spread: Annotated[
-        bool | None, "Tokens that came in one chunk were spread over the time since the chunk before."
+        bool | None, "Tokens that came in one chunk were spread over the time since the previous chunk."
     ] = None
 
 
 class ProcessRecord(Struct, frozen=True, gc=False):
-    """What one worker process knows of one cycle, in one attempt at it.
+    """What one worker process knows about one cycle, in one attempt at it.
 
-    `phases` holds those of the attempt (idle, load), the same in each of its records, and the cycle's own (warm-up,
+    `phases` holds those of the attempt (idle, load), repeated in each of its records, and the cycle's own (warm-up,
     measured). `window_opened_unix_s` is for comparing processes, not for measuring.
     """
 
@@ -291,5 +291,5 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     warnings: tuple[CodedWarning, ...] = ()
 
     def phase(self, name: PhaseName) -> Phase | None:
-        """Return the phase of that name, or None when the process did not get there."""
+        """Return the phase of that name, or None if the process did not get that far."""
         return next((phase for phase in self.phases if phase.name == name), None)

@@ -1,7 +1,7 @@
 """Units: their symbols, their factors, and how a number with a unit is written for people.
 
 Numbers in records are in SI base units of their kind (joules, watts, seconds, bytes) unless the field's name says
-otherwise. This module knows nothing of what is measured.
+otherwise. This module knows nothing about what is measured.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PREFIXES = (
 
 
 def quantity(value: float | None, unit: str, digits: int = 4) -> str:
-    """Format a value for people: `1.234 kJ`, `56.7 mJ/token`, or `–` when it was not measured."""
+    """Format a value for people: `1.234 kJ`, `56.7 mJ/token`, or `–` if it was not measured."""
     if value is None:
         return "–"
     if value == 0:
@@ -57,12 +57,12 @@ def quantity(value: float | None, unit: str, digits: int = 4) -> str:
 
 
 def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
-    """Format a value without scaling its unit: `12.3 gCO2e`, or `–` when it was not measured."""
+    """Format a value without scaling its unit: `12.3 gCO2e`, or `–` if it was not measured."""
     if value is None:
         return "–"
     return f"{value:.{digits}g} {unit}".rstrip()
 
 
 def timestamp(now: datetime | None = None) -> str:
-    """Return a moment as ISO 8601 with the local offset, to the second: a label, never a measurement."""
+    """Return a time as ISO 8601 with the local offset, to the second: a label, never a measurement."""
     return (now or datetime.now()).astimezone().isoformat(timespec="seconds")

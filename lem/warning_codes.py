@@ -1,6 +1,6 @@
 """When not to trust a number: coded warnings, what each means, and what to do about it.
 
-The catalogue is the single source of the codes: no warning can have any other, and `docs/warnings.md` is generated from
+The catalogue is the single source of the codes: no other code can occur, and `docs/warnings.md` is generated from
 it. Knows records and rows, not how they were measured.
 """
 
@@ -24,7 +24,7 @@ HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
 LEAST_CYCLES = 2
-# In a good run counter and power trace agree within this share; a difference closer to zero means nothing.
+# In a good run the counter and the power trace agree within this share; a smaller difference means nothing.
 IDLE_TOLERANCE = 0.01
 # A window is uncertain by up to a tick at each of its edges.
 EDGE_TICKS = 2
@@ -58,7 +58,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Cool the machine, raise the power limit, or lock the clocks lower.",
     ),
     "foreign_process": WarningKind(
-        "Another process used a GPU of this run: its energy is included.",
+        "Another process used a GPU of this run, and its energy is included.",
         "Wait for it to end, or use another GPU.",
     ),
     "temperature_drift": WarningKind(
@@ -70,7 +70,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on an idle machine; whole-machine energy includes their work, and they slow this run.",
     ),
     "high_variation": WarningKind(
-        f"The time per output token, without prefill where that is known, varied between batches by more than "
+        f"The time per output token, without prefill if that is known, varied between batches by more than "
         f"{HIGH_CV:.0%} (coefficient of variation).",
         "Warm up longer, look for other load, and repeat.",
     ),
@@ -79,7 +79,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
     ),
     "compiled_in_window": WarningKind(
-        "Code was compiled inside the measured window: time and energy that later prompts do not take.",
+        "Code was compiled inside the measured window, which cost time and energy that later prompts do not need.",
         "Warm up on more prompts (warmup.prompts), so that every length occurs, or turn compilation off.",
     ),
     "not_cooled_down": WarningKind(
@@ -97,7 +97,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "resumed": WarningKind(
         "The run was interrupted and resumed: its windows were measured at different times, each after a warm-up.",
-        "Compare with an uninterrupted run where small differences matter.",
+        "Compare with an uninterrupted run if small differences matter.",
     ),
     "ranks_apart": WarningKind(
         "The windows of processes that should have run together do not overlap, so they did not share the work.",
@@ -116,7 +116,7 @@ WARNINGS: dict[str, WarningKind] = {
         "The energy of some components is an estimate, not a measurement.",
         "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
     ),
-    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix what the message names."),
+    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause that it names."),
     "energy_shared": WarningKind(
         "A MIG instance has no counter, so the energy is the whole GPU's.",
         "Leave the other instances idle, or turn MIG off.",
@@ -168,7 +168,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server without other clients (backend.command starts one).",
     ),
     "prefix_cache_kept": WarningKind(
-        "The server has no request that drops cached prefixes, so prompts may have benefited from the warm-up, an "
+        "The server offers no request that drops cached prefixes, so prompts may have benefited from the warm-up, an "
         "earlier cycle or other clients.",
         "Turn its prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, bound to a local address only.",
     ),
@@ -196,7 +196,7 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
         return []
     return [
         *_of_window(window.duration_s, window.energy),
-        *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the others meter nothing
+        *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the other processes meter nothing
         *_of_devices(record),
         *_of_host([record]),
         *_of_latencies(requests),
@@ -258,7 +258,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
-    """Yield the load of processes other than these, which are all that ran together."""
+    """Yield a warning about the load of processes other than these, which together are the whole run."""
     loads = [record.cpu_load for record in records if record.cpu_load is not None]
     here = records[0].environment
     if not loads or len(loads) < records[0].world_size or here is None or not here.cpu_threads:
@@ -282,7 +282,7 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
-    """Return the decoding time per output token; with prefill in all of them where it is known for too few."""
+    """Return the decoding time per output token; including prefill in all of them if it is known for too few."""
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
         for r in requests
@@ -310,7 +310,7 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
 
     Args:
         rows: rows of cycles, by column.
-        records: for each row, the records that it was made from.
+        records: for each row, the records that it was computed from.
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
     for place, violation in (*_identities(rows, records), *_negatives(rows)):
@@ -327,7 +327,7 @@ def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:
-    """Yield the identities that a row violates, with the row's place."""
+    """Yield a warning for each identity that a row violates, with the row's place."""
 
     def totals(field: str) -> list[int]:
         return [sum(map(attrgetter(field), of_row)) for of_row in records]

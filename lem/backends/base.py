@@ -1,7 +1,7 @@
 """The interface of the inference backends.
 
 A backend turns prompts into tokens, loads a model, generates, and reports exactly which tokens came out. It knows
-nothing of energy, windows, datasets or results; `lem.runner.window` calls it between the edges of a window.
+nothing about energy, windows, datasets or results; `lem.runner.window` calls it between the edges of a window.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Generation:
     """The output for one prompt; times are readings of `time.perf_counter_ns`.
 
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding; it is empty
-    where the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request entered a
+    if the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request entered a
     queue, if there is one. `start_ns` is when the engine began on the request or, unless `start_is_known`, when the
-    engine was given it. `prefill_end_ns` is when the logits of the first token were ready, None where the engine does
+    engine was given it. `prefill_end_ns` is when the logits of the first token were ready, None if the engine does
     not report it. `chunks` holds the times of the tokens, if the experiment asks for streaming.
     """
 
@@ -77,16 +77,16 @@ class Backend(ABC):
     """One engine in the worker process.
 
     Contract, checked for each backend by `tests/backends/test_backends.py`: `start` and `load` come first, once;
-    `generate` yields every prompt exactly once and can be called again; the same seed gives the same tokens, also when
+    `generate` yields every prompt exactly once and can be called again; the same seed gives the same tokens, even if
     the first batches are left out; counts include neither padding nor anything after the end token. A method raises
-    `RunError` where the engine fails or refuses something, in a sentence that names the engine and its reason.
+    `RunError` when the engine fails or refuses something, with a message that names the engine and the reason.
     """
 
     reports: ClassVar[frozenset[Reported]] = frozenset()
-    """What it reports; the rest is None, and null in the results."""
+    """What the backend reports; everything else is None, and null in the results."""
 
     local_rank: int = 0
-    """Number of this process among those of the node; set before `start`."""
+    """This process's number among those of the node; set before `start`."""
 
     log_folder: Path | None = None
     """Where a server that the backend starts writes its log; set before `start`."""
@@ -100,12 +100,12 @@ class Backend(ABC):
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
         """Return the backend's objections to the experiment on this host, without loading anything heavy.
 
-        `model` is None when none was found, for which there is an objection already.
+        `model` is None when none was found; preflight has already objected to that.
         """
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a sentence about a key that is not an option of the backend but is or was one of its engine's."""
+        """Return a message about a key that is not an option of the backend but is or was one of its engine."""
         return None
 
     @classmethod
@@ -121,11 +121,11 @@ class Backend(ABC):
         return ()
 
     def runs_elsewhere(self) -> bool:
-        """Return whether another machine does the work, so that no meter of this one covers it."""
+        """Return whether another machine does the work, so that no meter on this one covers it."""
         return False
 
     def server_pids(self) -> Sequence[int]:
-        """Return the engine's processes that lem has not started; called after `start`."""
+        """Return the engine's processes that lem did not start; called after `start`."""
         return ()
 
     def start(self) -> None:
@@ -133,7 +133,7 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Load the model and everything that generating needs."""
+        """Load the model and everything needed to generate."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -148,13 +148,13 @@ class Backend(ABC):
         """Seed the sampling, run the prompts, and yield those that finish together, batch by batch."""
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run prompts as they arrive, and yield those that finish together, with their arrival.
+        """Run prompts as they arrive, and yield those that finish together, with their arrival times.
 
-        Here batch after batch, taken from the prompts that wait when the engine is free; overridden where an engine
-        takes in prompts while it works.
+        The default runs batch after batch, from the prompts that are waiting when the engine becomes free; engines
+        that accept prompts while they work override it.
 
         Args:
-            arrivals: what arrives, and when.
+            arrivals: the requests and when they arrive.
             at_most: the size of a batch.
         """
         for number, (taken, part) in enumerate(in_turn(arrivals, at_most, self.generate)):
@@ -162,7 +162,7 @@ class Backend(ABC):
             yield [replace(g, batch=number, arrived_ns=at_ns[g.index]) for g in part]
 
     def forget(self) -> None:
-        """Drop what earlier prompts have left behind, such as cached prefixes, and reset `counters`.
+        """Drop what earlier prompts left behind, such as cached prefixes, and reset `counters`.
 
         Called before each measured window.
         """
@@ -171,14 +171,14 @@ class Backend(ABC):
         """Wait until the device has finished its work; does nothing for a synchronous engine."""
 
     def close(self) -> None:
-        """Release the model and the device; may be called at any time, even if `load` has failed."""
+        """Release the model and the device; may be called at any time, even if `load` failed."""
 
     def reset_peak_memory(self) -> None:
-        """Reset the peak of `peak_memory`, where the engine can."""
+        """Reset the peak of `peak_memory`, if the engine can."""
 
     @abstractmethod
     def peak_memory(self) -> Memory:
-        """Return the peak memory since the reset, or over the span that its `scope` names."""
+        """Return the peak memory since the reset, or over the span named by its `scope`."""
 
     @abstractmethod
     def model_info(self) -> ModelInfo | None:
@@ -197,7 +197,7 @@ class Backend(ABC):
         return None
 
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's own counters since `forget`; None when it has none or nothing has run since."""
+        """Return the engine's own counters since `forget`; None if it has none or nothing has run since."""
         return None
 
     def warnings(self) -> list[CodedWarning]:

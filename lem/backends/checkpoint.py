@@ -1,6 +1,6 @@
-"""What lem reads of a model beside its weights: prompts as its tokens, its end tokens, its sizes, an adapter's files.
+"""What lem reads of a model in addition to its weights: tokenized prompts, end tokens, sizes, an adapter's files.
 
-Read by transformers, and the same for every engine that runs the same model; knows none of them.
+Read through transformers, so it is the same for every engine that runs the model; knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_SOFTMAX_ATTENTION = ("linear_attention", "mamba", "recurrent", "conv", "mlp"
 class Checkpoint:
     """A model without its weights.
 
-    `hollow` is transformers' model on the device `meta`, which has sizes and no values; None where transformers does
+    `hollow` is transformers' model on the device `meta`, which has sizes but no values; None if transformers does
     not know the model.
     """
 
@@ -38,7 +38,7 @@ class Checkpoint:
     end_tokens: frozenset[int]
 
     def architecture(self, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture | None:
-        """Return the sizes for the FLOPs, an adapter's weights in the body and at the output projection added."""
+        """Return the sizes for the FLOPs, including an adapter's weights in the body and at the output projection."""
         found = None if self.hollow is None else architecture_of(self.hollow)
         if found is None:
             return None
@@ -51,8 +51,8 @@ def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Ch
 
     Args:
         experiment: names the model.
-        config_changes: what the engine changes in the model's config; None where it takes another config, so that
-            nothing is known of the sizes.
+        config_changes: what the engine changes in the model's config; None if it uses a different config, so that
+            the sizes are unknown.
 
     Raises:
         ModelError: there is no such model.
@@ -97,7 +97,7 @@ def _generation_config(model: Model, source: Mapping[str, Any]) -> Any:
 
 
 def quantization_of(model: Model) -> str | None:
-    """Return how a checkpoint's weights are quantized; None when they are not, or its files do not say."""
+    """Return how a checkpoint's weights are quantized; None if they are not, or if its files do not say."""
     config = model.config.get("quantization_config") or {}
     file = Path(model.path) / "hf_quant_config.json"
     if file.is_file():
@@ -106,12 +106,12 @@ def quantization_of(model: Model) -> str | None:
 
 
 def weights_bytes(model: Model) -> int | None:
-    """Return the size of a local checkpoint's weights; None where they are not in a directory."""
+    """Return the size of a local checkpoint's weights; None if they are not in a directory."""
     return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) or None
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a sequence, by the model's generation config, else by the tokenizer."""
+    """Return the ids that end a sequence, from the model's generation config or else from the tokenizer."""
     ids = generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
@@ -122,13 +122,13 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 
 # ------------------------------------------------------------------ prompts
 def encode(tokenizer: Any, texts: Sequence[str], experiment: Experiment, positions: int | None) -> list[Encoded]:
-    """Tokenize each text alone, with the model's own special tokens, and cut it to `max_input_tokens`.
+    """Tokenize each text separately, with the model's own special tokens, and cut it to `max_input_tokens`.
 
     Args:
         tokenizer: the model's.
         texts: the prompts.
         experiment: has the limits, and says whether there is a chat template.
-        positions: tokens that a prompt and its output may have together; None where there is no limit.
+        positions: maximum number of tokens of a prompt and its output together; None if there is no limit.
 
     Raises:
         RunError: a prompt has no tokens, or does not fit.
@@ -147,7 +147,7 @@ def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
         return list(tokenizer(text)["input_ids"])
     turns = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    # The template has written the special tokens.
+    # The template has already added the special tokens.
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
@@ -181,7 +181,7 @@ def adapter_folder(adapter: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(adapter))
-    except Exception as error:  # the client also raises the errors of its transport
+    except Exception as error:  # the client also raises its transport's errors
         raise RunError(f"The adapter {adapter} cannot be fetched from the hub: {reason_of(error)}") from error
 
 
@@ -241,7 +241,7 @@ def _matrix_weights(torch: Any, module: Any) -> int:
     # Conv1D of GPT-2 is a transposed linear layer; experts are fused into three-dimensional weights.
     held = sum(int(p.numel()) for name, p in own if (p.ndim == 2 and name == "weight") or p.ndim == 3)
     if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
-        # Quantized weights are packed into fewer values; an adapter that is split over processes gives its own share
+        # Quantized weights are packed into fewer values; an adapter that is split over processes reports its own share
         # of the features, while its weight has the size of the whole.
         return max(int(module.in_features * module.out_features), held)
     return held

@@ -1,4 +1,4 @@
-"""What several engines have in common: their errors as sentences, settings as text, clock, and warnings on a record."""
+"""What several engines share: errors as messages, settings as text, the clock, and warnings on a record."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lem.warning_codes import warning
 
 # Characters of a reason.
 LONGEST_REASON = 400
-# A smaller offset between two clocks is the time between reading one and the other.
+# A smaller offset between two clocks is just the time between reading one and the other.
 SAME_CLOCK_NS = 1_000_000
 
 
 # ------------------------------------------------------------------ errors
 def sentence(text: str) -> str:
-    """Return a text in one line, cut to `LONGEST_REASON`, with a full stop."""
+    """Return a text as one line, cut to `LONGEST_REASON`, with a full stop."""
     text = " ".join(text.split()) or "no reason is given"
     if len(text) > LONGEST_REASON:
         text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
@@ -30,7 +30,7 @@ def sentence(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error as a sentence, without what pydantic or PyTorch add for developers."""
+    """Return an error as a one-line message, without what pydantic or PyTorch add for developers."""
     errors = getattr(error, "errors", None)
     details = errors() if callable(errors) else ()
     text = str(details[0]["msg"]).removeprefix("Value error, ") if details else str(error)
@@ -50,13 +50,13 @@ def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: 
 
 @dataclass(frozen=True)
 class MemoryHint:
-    """What to do about an error that is about memory, by one of these words."""
+    """What to do about an error that one of these words identifies as being about memory."""
 
     words: Sequence[str]
     remedy: str
 
     def __call__(self, error: BaseException) -> str:
-        """Return the remedy, to follow a sentence; nothing for another error."""
+        """Return the remedy, to follow a sentence; an empty string for any other error."""
         text = " ".join(str(error).lower().split())
         return f" {self.remedy}" if any(each in text for each in self.words) else ""
 
@@ -71,7 +71,7 @@ def clock_offset_ns() -> int:
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs torch.compile has made in this process so far, whatever called it."""
+    """Return how many graphs torch.compile has compiled in this process so far, whatever called it."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
@@ -87,7 +87,7 @@ def as_text(setting: Any) -> str:
 
 
 def prompt_settings(experiment: Experiment, end_tokens: frozenset[int]) -> dict[str, str]:
-    """Return the settings that lem itself applies: the ids that end an output, and whether there is a chat template."""
+    """Return the settings that concern prompts: the ids that end an output, and whether a chat template is used."""
     return {
         "end_token_ids": ",".join(map(str, sorted(end_tokens))) or "none",
         "chat_template": as_text(experiment.chat_template),
@@ -95,7 +95,7 @@ def prompt_settings(experiment: Experiment, end_tokens: frozenset[int]) -> dict[
 
 
 def sum_if_known(sizes: Sequence[int | None]) -> int | None:
-    """Return the sum; None where one is unknown."""
+    """Return the sum; None if any value is unknown."""
     known = [size for size in sizes if size is not None]
     return sum(known) if len(known) == len(sizes) else None
 

@@ -2,9 +2,9 @@
 
 A program, `guardian.py COMMAND…`, run by its path, so that it needs nothing but the standard library. It ends the
 command when its own stdin ends (the process that asked has closed it, or is dead), on a signal to end, and when the
-command's first process has ended. The family are all processes that the command has started, those included that have
-a session of their own or whose parent is dead: the kernel makes this process their parent. Its exit code is the
-command's. Knows nothing of servers.
+command's first process has ended. The family is all processes that the command has started, including those that have
+their own session or whose parent is dead: the kernel makes this process their parent. Its exit code is the
+command's. Knows nothing about servers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 # How long the command has to end on its own before it is killed.
 GRACE_S = 2.0
 POLL_S = 0.05
-# Added to the number of the signal that has ended the command, as shells do.
+# Added to the number of the signal that ended the command, as shells do.
 KILLED = 128
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Of <sys/prctl.h>.
@@ -82,7 +82,7 @@ def _wait_for(pid: int) -> int:
 
 
 def _end_family(first: int) -> None:
-    """Ask the command to end, and kill what is left of its family after `GRACE_S`."""
+    """Ask the command to end, and after `GRACE_S` kill what is left of its family."""
     _signal(first, signal.SIGTERM)
     until_s = time.monotonic() + GRACE_S
     while family := _family():
@@ -111,7 +111,7 @@ def _family() -> list[int]:
         if entry.isdecimal() and (parent := _parent(entry)) is not None:
             children.setdefault(parent, []).append(int(entry))
     found = list(children.get(os.getpid(), ()))
-    for pid in found:  # which grows meanwhile
+    for pid in found:  # which keeps growing meanwhile
         found += children.get(pid, ())
     return found
 

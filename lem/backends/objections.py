@@ -91,7 +91,7 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
 def _chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
     if not experiment.chat_template:
         return
-    import transformers  # takes seconds, so only if a template is asked for
+    import transformers  # takes seconds, so it is done only if a template is requested
 
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -112,7 +112,7 @@ def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
 
 # ------------------------------------------------------------------ GPUs
 def unused_gpus(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
-    """Object to more GPUs being named than the experiment uses."""
+    """Object if more GPUs are named than the experiment uses."""
     used = gpus_needed(experiment)
     if experiment.gpus is not None and used < len(gpus):
         fact = f"{len(gpus)} GPUs are named, and the run uses {used}."
@@ -128,12 +128,12 @@ def without_method(speculation: Any, method: str) -> Iterator[Objection]:
 
 
 def set_by_lem(path: str, owner: str) -> Objection:
-    """Object to an argument of an engine that lem sets; `owner` is the option, or says why lem always does."""
+    """Object to an engine argument that lem sets; `owner` is the option that sets it, or says why lem always does."""
     return Objection("engine_arg_of_lem", path, f"it is set by {owner}.")
 
 
 class Source(Protocol):
-    """What the installed version of an engine accepts, read off its source."""
+    """What the installed version of an engine accepts, read from its source."""
 
     def version(self) -> str:
         """Return the installed version."""
@@ -146,7 +146,7 @@ class Source(Protocol):
 class EngineArguments:
     """An engine's own arguments, which an option of the backend passes through by name.
 
-    `dropped` are arguments of former versions, each with what to use instead.
+    `dropped` are arguments of earlier versions, each with what to use instead.
     """
 
     engine: str
@@ -180,7 +180,7 @@ class EngineArguments:
                 yield from more(path, name, value)
 
     def about_key(self, name: str, owner: str | None, known: Collection[str] = ()) -> str | None:
-        """Return a sentence about a key that the backend lacks; None if the engine has no such argument either.
+        """Return a message about a key that the backend lacks; None if the engine has no such argument either.
 
         Args:
             name: the key.
@@ -207,7 +207,7 @@ class EngineArguments:
         return Objection("unknown_engine_arg", path, fact)
 
     def unknown_value(self, path: str, value: str, known: Sequence[str]) -> Iterator[Objection]:
-        """Object to a name that the installed version does not know; it knows anything where `known` is empty."""
+        """Object to a name that the installed version does not know; if `known` is empty, any name is accepted."""
         if known and value not in known:
             some = ", ".join(known[:LISTED]) + (", …" if len(known) > LISTED else "")
             fact = f"{self._installed} has no {value}.{did_you_mean(value, known) or f' It has {some}.'}"

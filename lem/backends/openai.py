@@ -1,8 +1,8 @@
-"""A server that speaks OpenAI's protocol, asked over HTTP as its users ask it; started for the run, or running already.
+"""A server that speaks OpenAI's protocol, used over HTTP like any client's; started for the run or already running.
 
 Prompts go in as token ids through the completions endpoint, so that tokenizer, end tokens and seeds are the same for
-every backend. Times are this side's, from sending a request to the arrival of its tokens. What a server does not report
-is None: when it began on a request, where prefill ended, how much GPU memory it has taken.
+every backend. Times are the client's, from sending a request to the arrival of its tokens. What a server does not
+report is None: when it began on a request, where prefill ended, how much GPU memory it has taken.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ from lem.machine.processes import listening_at, peak_memory_bytes
 from lem.record import CodedWarning, EngineInfo, Memory, ModelInfo
 from lem.spec.engines import OpenaiBackend
 from lem.spec.experiment import Experiment
-from lem.spec.rules import Objection
 from lem.warning_codes import warning
 from lem.workload.flops import Architecture
-from lem.workload.models import Model
 from lem.workload.traffic import Arrivals
 
 if TYPE_CHECKING:
@@ -50,27 +48,24 @@ class Openai(Backend):
         self._ending = ExitStack()
         self._loaded: Loaded | None = None
         self._session: OpenaiSession | None = None
-        # At `forget`: the server's counters, and whether it has emptied its prefix cache.
+        # As of `forget`: the server's counters, and whether it emptied its prefix cache.
         self._totals_before: Mapping[str, float] = {}
         self._is_reset: bool | None = None
-        # Since `forget`, once they were asked for; the peak is that of the last time that there were processes.
+        # Since `forget`, once requested; the peak is from the last time that the server had processes.
         self._counters: dict[str, float] | None = None
         self._peak: Memory | None = None
 
     # -------------------------------------------------------------- before the run
-    @classmethod
-    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to a server that cannot be reached, and to options that no request or command can pass on."""
-        return objections(experiment, model, host)
+    objections = staticmethod(objections)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True where this machine has a GPU and the server is on it, unless its device is the CPU."""
+        """Return True if this machine has a GPU and the server runs on this machine, unless its device is the CPU."""
         assert isinstance(experiment.backend, OpenaiBackend)
         return wants_gpu(experiment.backend, host)
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that the server is taken to run on."""
+        """Return the GPUs that the server is assumed to run on."""
         self._gpus = gpus_for(self._experiment, host)
         return self._gpus
 
@@ -91,19 +86,19 @@ class Openai(Backend):
             self._address = replace(self._address, port=free_port())
 
     def load(self) -> None:
-        """Load the tokenizer, start the server if that is asked for, and try it out."""
+        """Load the tokenizer, start the server if requested, and try it out."""
         from lem.backends import openai_session
 
         address, log_folder = needed(self._address), self.log_folder or Path.cwd()
         self._loaded = openai_session.load(self._experiment, address, self._gpus, log_folder, self._ending)
 
     def close(self) -> None:
-        """End the connections, and the server if it was started here."""
+        """Close the connections, and end the server if lem started it."""
         self._ending.close()
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text alone, with the model's own special tokens."""
+        """Tokenize each text separately, with the model's own special tokens."""
         loaded = needed(self._loaded)
         return encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
 
@@ -114,7 +109,7 @@ class Openai(Backend):
         self._session = self._counters = None
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send batch after batch, each yielded as a whole; or keep as many in flight as a batch has."""
+        """Send batch after batch, each yielded as a whole; or keep a batch's number of requests in flight."""
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
@@ -161,7 +156,7 @@ class Openai(Backend):
         return self._peak
 
     def model_info(self) -> ModelInfo | None:
-        """Describe the model by its files; what the server has made of them is unknown."""
+        """Describe the model by its files; what the server did with them is unknown."""
         model, hollow = needed(self._loaded).checkpoint.model, needed(self._loaded).checkpoint.hollow
         is_passed_on = "{dtype}" in (self._options.command or "") and self._experiment.fp_precision != "auto"
         return ModelInfo(
@@ -202,11 +197,11 @@ class Openai(Backend):
         )
 
     def architecture(self) -> Architecture | None:
-        """Return the sizes of the model without weights, as for PyTorch."""
+        """Return the sizes of the model without weights, as the pytorch backend does."""
         return needed(self._loaded).checkpoint.architecture()
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn of what cannot be measured or known of a server, and of what its counters show."""
+        """Warn about what cannot be measured or known of a server, and about what its counters show."""
         loaded, session, counters = needed(self._loaded), self._session, self.counters() or {}
         model = loaded.checkpoint.model
         found = []

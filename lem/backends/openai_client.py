@@ -1,8 +1,9 @@
-"""Many requests at a time to one server's completions endpoint, each answer with the times of its tokens.
+"""Many concurrent requests to one server's completions endpoint, each answer with the times of its tokens.
 
-Runs in another thread, so that tokens are timed while the caller does something else. What one read from the network
-brings came together, in however many events; an event that is cut in two counts when it is whole. Tokens are counted by
-the ids or the usage that the server sends, never by events. Knows neither prompts' texts nor experiments.
+Runs in another thread, so that tokens are timed while the caller does something else. All that one
+read from the network brings arrived together, in however many events; an event that is cut in two counts
+once complete. Tokens are counted by the ids or the usage that the server sends, never by
+events. Knows neither prompt texts nor experiments.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ class ServerGone(RunError):
 
 
 class Refused(RunError):
-    """The server has answered with an error."""
+    """The server answered with an error."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """A server's output for one prompt; times are readings of `time.perf_counter_ns`.
 
-    `token_ids` is None where the server sends only their number. `chunks` is empty unless the tokens were streamed;
-    `chunks_are_known` is False where only the times of the first and of the last one are known.
+    `token_ids` is None if the server sends only their number. `chunks` is empty unless the tokens were streamed;
+    `chunks_are_known` is False if only the times of the first and the last one are known.
     """
 
     sent_ns: int
@@ -74,7 +75,7 @@ class Client:
 
         Args:
             address: scheme, host, port and the path before /v1, without a slash at the end.
-            key: sent as a bearer token, written nowhere.
+            key: sent as a bearer token; never written anywhere.
             timeout_s: longest silence of the server within an answer.
         """
         self._address, self._timeout_s = address, timeout_s
@@ -83,7 +84,7 @@ class Client:
             self._headers["authorization"] = f"Bearer {key}"
         self._done: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
         self._running: set[asyncio.Task[None]] = set()
-        # How often all requests have been cancelled; those that were sent before the last time are not wanted.
+        # How many times all requests have been cancelled; those sent before the last time are no longer wanted.
         self._cancelled = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
@@ -92,7 +93,7 @@ class Client:
         """Called in the client's thread with each answer, before `next_done` hands it out."""
 
     def start(self) -> None:
-        """Start the thread; raise the limit of open files to its maximum, as each request in flight needs one."""
+        """Start the thread; raise the limit on open files to its maximum, since each request in flight needs one."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             with suppress(ValueError, OSError):
@@ -107,7 +108,7 @@ class Client:
         )
 
     def fetch(self, path: str, *, method: str = "GET", timeout_s: float = CONNECT_S) -> tuple[int, str]:
-        """Return status and text of a small answer.
+        """Return the status and text of a small response.
 
         Raises:
             ServerGone: nothing is listening, or the answer does not come in time.
@@ -125,7 +126,7 @@ class Client:
         self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, self._cancelled)
 
     def next_done(self) -> tuple[int, Answer | Exception]:
-        """Wait for the next request that has ended; return its number, and its answer or why there is none."""
+        """Wait for the next request to end; return its number, and its answer or why there is none."""
         return self._done.get()
 
     def run(self, function: Callable[[], None]) -> None:
@@ -160,7 +161,7 @@ class Client:
 
     # -------------------------------------------------------------- in the client's thread
     def _begin(self, number: int, body: bytes, at_ns: int | None, epoch: int) -> None:
-        if epoch != self._cancelled:  # an answer has sent the next request just before all were cancelled
+        if epoch != self._cancelled:  # an answer sent the next request just before all were cancelled
             return
         task = self._loop.create_task(self._answer(number, body, at_ns))
         self._running.add(task)
@@ -333,7 +334,7 @@ class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
         return _TimedStream(transport, self._incoming)
 
     def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable":  # an idle connection is readable when it was closed
+        if info == "is_readable":  # an idle connection becomes readable when the server closes it
             return self._incoming.has_ended or bool(self._incoming.pieces)
         return self._transport.get_extra_info(info)
 
@@ -356,7 +357,7 @@ class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
 
 # ------------------------------------------------------------------ events
 class Events:
-    """Server-sent events from bytes, however these are cut."""
+    """Parses server-sent events from bytes, however these are split."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -377,7 +378,7 @@ class Events:
 
 @dataclass(frozen=True)
 class _Part:
-    """The tokens of one event, with the read that completed it; None where it does not count them."""
+    """The number of tokens in one event, and the read that completed it; None if the event does not count them."""
 
     read: int
     at_ns: int
@@ -398,10 +399,10 @@ class Transcript:
         self._finish_reason: str | None = None
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes of a read from the network, which may bring several pieces.
+        """Add bytes from one read of the network, which may come in several pieces.
 
         Raises:
-            Refused: the server has sent an error.
+            Refused: the server sent an error.
         """
         for data in self._events.feed(received):
             if data != END_OF_STREAM:
@@ -416,7 +417,7 @@ class Transcript:
                 self._parts.append(_Part(read, at_ns, tokens))
 
     def _tokens(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> int | None:
-        """Return the number of an event's tokens, by their ids, else by the usage so far; None where it has neither."""
+        """Return the number of an event's tokens, by their ids, else by the usage so far; None if it has neither."""
         ids = choice.get("token_ids")
         if ids is not None:
             self._token_ids += ids
@@ -453,7 +454,7 @@ class Transcript:
         """Return the tokens of each read, and True; if events do not count them, the first and the rest, and False."""
         counts = [part.tokens for part in self._parts]
         if None in counts and len(counts) == output_tokens:
-            # Each event with text has a token, so as many events as tokens have one each.
+            # Each event with text has at least one token; with as many events as tokens, each has exactly one.
             counts = [1] * output_tokens
         if None in counts or sum(filter(None, counts)) != output_tokens:
             if not self._parts:
@@ -479,7 +480,7 @@ def _whole_answer(status: int, content: bytes, sent_ns: int, ended_ns: int) -> A
 
 
 def _counted(token_ids: Sequence[int] | None, usage: dict[str, Any]) -> tuple[int, tuple[int, ...] | None]:
-    """Return the number of output tokens, and their ids where the server sends them."""
+    """Return the number of output tokens, and their ids if the server sends them."""
     count = usage.get("completion_tokens")
     if token_ids is None:
         if not isinstance(count, int):
@@ -492,10 +493,10 @@ def _counted(token_ids: Sequence[int] | None, usage: dict[str, Any]) -> tuple[in
 
 # ------------------------------------------------------------------ contents
 def _checked(data: bytes) -> dict[str, Any]:
-    """Return a JSON object that is not an error.
+    """Parse a response as a JSON object that is not an error.
 
     Raises:
-        Refused: it is neither.
+        Refused: it is not JSON, or it is an error.
     """
     try:
         content = json.loads(data)

@@ -1,4 +1,4 @@
-"""lem's options as a server's: address, command, requests; why an experiment may be refused or warned about.
+"""lem's options as a server needs them: address, command, requests; why an experiment may be refused or warned about.
 
 Imports no HTTP library. Knows nothing about requests in flight or about time.
 """
@@ -31,9 +31,9 @@ from lem.workload.models import Model
 
 HERE = "127.0.0.1"
 PLACEHOLDERS = ("model", "revision", "host", "port", "dtype", "seed", "batch_size", "degree")
-PLACEHOLDER = re.compile(r"\{(\w+)\}")  # not JSON, which has quotes
+PLACEHOLDER = re.compile(r"\{(\w+)\}")  # but not JSON, which has quotes
 DEFAULT_PORTS = {"http": 80, "https": 443}
-# Fields of a request that lem sets, and from what.
+# Fields of a request that lem sets, and what each is set from.
 OF_LEM = {
     "model": "backend.model_name",
     "prompt": "dataset",
@@ -48,7 +48,7 @@ OF_LEM = {
 }
 # Decoder options that OpenAI's protocol has no field for.
 OF_VLLM = ("top_k", "min_p", "repetition_penalty")
-# Choices of energy that need no meter where the server runs.
+# Choices of energy that need no meter on the server's machine.
 NOT_OF_THIS_MACHINE = ("auto", "none")
 KEY_ARGUMENT = re.compile(r"--api[-_]key\b")
 REACH_S = 3.0
@@ -58,7 +58,7 @@ REMEMBER_S = 10.0
 # ------------------------------------------------------------------ where
 @dataclass(frozen=True)
 class Address:
-    """Where a server is; `path` is what precedes /v1. `port` is None while it is still to be chosen."""
+    """A server's address; `path` is what precedes /v1, and `port` is None until one is chosen."""
 
     scheme: str
     host: str
@@ -80,7 +80,7 @@ class Address:
 
 
 def address_of(options: OpenaiBackend) -> Address:
-    """Return the server's address; without a url, its port is still to be chosen.
+    """Return the server's address; without a url, its port has yet to be chosen.
 
     Raises:
         ConfigError: the url is not the address of a server; says why.
@@ -95,7 +95,7 @@ def address_of(options: OpenaiBackend) -> Address:
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
         raise ConfigError("it is not the URL of a server.")
     if parts.username or parts.password:
-        raise ConfigError("it holds a user name or a password, and it is written into every record.")
+        raise ConfigError("it contains a user name or a password, but it is written into every record.")
     if parts.query or parts.fragment:
         raise ConfigError("it has more than a path after the host.")
     path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/v1")
@@ -121,7 +121,7 @@ def gpus_for(experiment: Experiment, host: Host) -> Sequence[Gpu]:
     """Return the GPUs that the server is assumed to use, which are metered.
 
     For a running server they are those named in gpus, or all. A server that lem starts gets those named, but no more
-    than the parallelism needs if that has a degree or none are named.
+    than the parallelism needs if it has a degree or if none are named.
     """
     options = _options(experiment)
     if not wants_gpu(options, host):
@@ -174,7 +174,7 @@ def request_body(
 
 
 def _vllm_fields(experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return every field of the sampling that vLLM gets in process: a server may have its model's defaults."""
+    """Return every sampling field, as for vLLM in process: a server might otherwise use its model's defaults."""
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fields = neutral | sampling_parameters(experiment, prompt.index, end_tokens) | {"return_token_ids": True}
     del fields["detokenize"]
@@ -307,7 +307,7 @@ def _processes(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _batching(experiment: Experiment) -> Iterator[Objection]:
-    """Object to batches if requests are sent as they arrive, which is what the continuous strategy does anyway."""
+    """Object to batches if requests are sent as they arrive, which the continuous strategy does anyway."""
     if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
         return
     if experiment.batching != Batching():
@@ -326,7 +326,7 @@ def _key(options: OpenaiBackend) -> Iterator[Objection]:
     for name in ("url", "command", "extra_body"):
         text = str(getattr(options, name))
         if (key and key in text) or (name == "command" and KEY_ARGUMENT.search(text)):
-            fact = "it holds a key, and configurations are written to files that people publish."
+            fact = "it contains a key, but configurations are written to files that people publish."
             yield Objection("api_key_in_config", f"backend.{name}", fact)
     if changed(options, "api_key_env") and not key:
         fact = f"the environment variable {options.api_key_env} is not set."
@@ -337,5 +337,5 @@ def _meters(experiment: Experiment) -> Iterator[Objection]:
     options = _options(experiment)
     is_named = (options.url, options.command) != (None, None)
     if is_named and not runs_here(options) and experiment.energy.name not in NOT_OF_THIS_MACHINE:
-        fact = f"{experiment.energy.name} reads this machine, and the server runs on another one."
+        fact = f"{experiment.energy.name} reads this machine, but the server runs on another one."
         yield Objection("no_meter_elsewhere", "energy", fact)

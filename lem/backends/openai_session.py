@@ -1,7 +1,7 @@
-"""A server that is ready and the requests that it is sent: what the openai backend does with HTTP.
+"""A server that is ready and the requests sent to it: what the openai backend does over HTTP.
 
-The server is started for the run, or running already. It is also asked for what it reports: its models, its
-version, its counters, its prefix cache. Imported when the backend starts, as its client takes a while to import.
+The server is started for the run, or already running. It is also queried for its models, its version and its
+counters, and told to drop its prefix cache. Imported when the backend starts, as its client takes a while to import.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lem.workload.models import Model
 from lem.workload.traffic import Arrivals, Arrived
 
 READY_POLL_S = 0.5
-# For questions beside the work, which may be asked while the run is being stopped.
+# For side requests, which may be sent while the run is being stopped.
 ASIDE_S = 2.0
 # How long a server that no longer answers may take to end with all of its processes.
 ENDING_PATIENCE_S = 4.0
@@ -52,8 +52,8 @@ FOREVER_NS = sys.maxsize
 class Loaded:
     """A server that is ready, and the model in it.
 
-    `server` is None where it was running already. `card` is the server's entry of the model. `sends_ids`: it sends the
-    ids of the output's tokens, else they are counted by its usage.
+    `server` is None if it was already running. `card` is the server's entry for the model. `sends_ids`: whether it
+    sends the ids of the output's tokens; otherwise they are counted by its usage.
     """
 
     checkpoint: Checkpoint
@@ -66,20 +66,20 @@ class Loaded:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that a prompt and its output may have together; None where that is unknown."""
+        """Maximum number of tokens of a prompt and its output together; None if unknown."""
         hollow = self.checkpoint.hollow
         config = None if hollow is None else hollow.config.get_text_config()
         limits = [self.card.get("max_model_len"), getattr(config, "max_position_embeddings", None)]
         return min(filter(None, limits), default=None)
 
     def totals(self) -> dict[str, float]:
-        """Return the server's counters since its start; empty where it has none that are known here."""
+        """Return the server's counters since its start; empty if it has none that lem recognises."""
         status, text = _ask_aside(self.client, "/metrics")
         found = samples(text) if status == 200 else {}
         return {name: found[f"{full}_total"] for full, name in COUNTERS.items() if f"{full}_total" in found}
 
     def reset_prefix_cache(self) -> bool:
-        """Have the server drop cached prefixes; return whether it has."""
+        """Have the server drop cached prefixes; return whether it did."""
         for path in RESETS:
             for _ in range(RESET_TRIES):
                 status, text = _ask_aside(self.client, path, "POST")
@@ -87,7 +87,7 @@ class Loaded:
                     break  # it has no such path
                 if "false" not in text.lower():
                     return True
-                time.sleep(RESET_POLL_S)  # blocks of the last requests are still held
+                time.sleep(RESET_POLL_S)  # blocks of the last requests are still in use
         return False
 
     def body(self, prompt: Encoded, experiment: Experiment) -> bytes:
@@ -101,10 +101,10 @@ class Loaded:
         """Return an answer.
 
         Raises:
-            RunError: there is none, or it is not the answer to what the server was sent.
+            RunError: there is none, or it does not fit what the server was sent.
         """
         if isinstance(answer, ServerGone):
-            # A server that is being ended takes a while; and what has ended it may be about to end this process.
+            # A server takes a while to end, and what ended it may be about to end this process.
             end = None if self.server is None else self.server.how_it_ended(ENDING_PATIENCE_S)
             raise RunError(f"{answer} {end or ''}".rstrip())
         if isinstance(answer, Refused):
@@ -171,7 +171,7 @@ def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequen
 def _wait_for_models(
     client: Client, server: Server | None, address: Address, options: OpenaiBackend
 ) -> list[dict[str, Any]]:
-    """Return what the server serves; one that was started just now is waited for."""
+    """Return what the server serves, after waiting for it if it was just started."""
     until_s = time.monotonic() + (options.start_timeout_s if server else 0.0)
     answered = None
     while True:
@@ -206,7 +206,7 @@ def _models_in(text: str) -> list[dict[str, Any]]:
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the server's entry of the model: the one named, else the only one, else that of the model's name."""
+    """Return the server's entry for the model: the one named, else the only one, else that of the model's name."""
     assert isinstance(experiment.backend, OpenaiBackend)
     names = [str(card["id"]) for card in models]
     if experiment.backend.model_name is not None:
@@ -240,9 +240,9 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 
 # ------------------------------------------------------------------ requests
 class OpenaiSession:
-    """The requests of one window, from the first prompts after `Backend.forget`; unusable once one has failed.
+    """The requests of one window, from the first prompts after `Backend.forget`; unusable once a request has failed.
 
-    `output_tokens` are those of the answers so far; `tokens_are_timed`: each of them has its own time.
+    `output_tokens` counts those of the answers so far; `tokens_are_timed`: whether each of them has its own time.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
@@ -252,7 +252,7 @@ class OpenaiSession:
         self.tokens_are_timed = True
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send batch after batch, each yielded as a whole; or keep as many in flight as a batch has."""
+        """Send batch after batch, each yielded as a whole; or keep a batch's number of requests in flight."""
         batching = self._experiment.batching
         if batching.strategy == "continuous":
             for done in self._served(Arrivals(prompts, None, batching.batch_size, time.perf_counter_ns())):
@@ -277,18 +277,18 @@ class OpenaiSession:
         return [done[number] for number in range(len(prompts))]
 
     def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[Generation]:
-        """Yield each as it is finished; the next ones are on their way by then, however long dealing with it takes."""
+        """Yield each request as it finishes; by then the next ones have been sent, however long the caller takes."""
         numbers, waiting = itertools.count(), dict[int, Arrived[Encoded]]()
 
         def send() -> None:
-            # The client waits for the moment of each, which may lie ahead.
+            # The client sends each at its time, which may be in the future.
             for each in arrivals.take(FOREVER_NS, sys.maxsize):
                 number = next(numbers)
                 waiting[number] = each
                 self._client.send(number, self._loaded.body(each.request, self._experiment), each.at_ns)
 
         def take_the_place(answer: Answer) -> None:
-            """Let the next one arrive; called in the client's thread, which alone deals with arrivals."""
+            """Let the next one arrive; called in the client's thread, the only one that handles arrivals."""
             arrivals.finished(1, answer.ended_ns)
             send()
 
@@ -302,7 +302,7 @@ class OpenaiSession:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Break off what is in flight when its results are no longer wanted; after an error the session is broken."""
+        """Cancel what is in flight if its results are no longer wanted; after an error the session is unusable."""
         try:
             yield
         except GeneratorExit:

@@ -1,7 +1,7 @@
 """One model on several devices: its layers spread over the GPUs of a process, or each layer split over processes.
 
 Plans both from the model's config and the sizes of its weights, for which a model on the meta device is enough;
-transformers carries the plan out. Knows neither how much memory a GPU has nor how fast it is.
+transformers carries the plan out. Does not know how much memory a GPU has or how fast it is.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lem.machine.gpu import visible
 def spread(model: Any, devices: int) -> dict[str, int]:
     """Return the device, counted from 0, of each part of a model: equal shares of the weights, in order.
 
-    The middle of a part's weights decides. Modules that the model declares unsplittable stay whole, and a part that
-    shares another's weights (a tied output projection) goes to the same device.
+    A part goes where the middle of its weights falls. Modules that the model declares unsplittable stay whole,
+    and a part that shares another's weights (a tied output projection) goes to the same device.
 
     Raises:
         RunError: the model does not declare what may be split, or has too few or too unequal parts for all devices.
@@ -48,7 +48,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield what is placed whole, in the order of the model: unsplittable modules, and the leaves around them."""
+    """Yield the parts that are placed as a whole, in model order: unsplittable modules, and the leaves around them."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module

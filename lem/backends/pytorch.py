@@ -97,7 +97,7 @@ class Pytorch(Backend):
         return self._options.device == "cuda" or (self._options.device == "auto" and torch.cuda.is_available())
 
     def _own_devices(self, torch: Any) -> list[Any]:
-        """Return the devices of this process, of those that CUDA shows."""
+        """Return this process's devices among those that CUDA shows."""
         if not self._is_on_cuda(torch):
             return [torch.device("cpu")]
         if strategy_of(self._experiment) == "pipeline_parallel":
@@ -117,7 +117,7 @@ class Pytorch(Backend):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text alone; with continuous batching, allocate the cache that these prompts need."""
+        """Tokenize each text separately; with continuous batching, allocate the cache that these prompts need."""
         loaded = needed(self._loaded)
         positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         encoded = encode(loaded.tokenizer, texts, self._experiment, positions)
@@ -126,7 +126,7 @@ class Pytorch(Backend):
         return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run the prompts in batches that are finished together; or continuously."""
+        """Run the prompts in batches that finish together, or continuously."""
         yield from self._running.generate(prompts)
 
     @property
@@ -135,7 +135,7 @@ class Pytorch(Backend):
         return self._runner
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch of those that wait; or take each prompt in as it arrives, while others run."""
+        """Run batch after batch of the waiting prompts, or accept each prompt as it arrives, while others run."""
         if isinstance(self._runner, Continuous):
             yield from self._runner.serve(arrivals, at_most)
         else:
@@ -210,12 +210,12 @@ class Pytorch(Backend):
     def kv_cache_bytes_per_token(self) -> int | None:
         """Return 2 (keys, values) · layers · key/value heads · head dimension · bytes of the dtype."""
         if self._options.cache_implementation == "none" or isinstance(self._runner, Continuous):
-            return None  # nothing is cached, or the cache is allocated beforehand: see peak_memory
+            return None  # nothing is cached, or the cache is allocated in advance: see peak_memory
         model = needed(self._loaded).model
         return kv_bytes_per_token(model.config.get_text_config(), model.dtype.itemsize)
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn of random weights, and of compilation in the last call of `generate`."""
+        """Warn about random weights, and about compilation in the last call of `generate`."""
         found = needed(self._loaded).found
         return [
             *weights_warnings(found.name, found.random_weights),
@@ -229,7 +229,7 @@ class Loaded:
     """A model that can generate.
 
     `devices` are this process's; the first takes the inputs. `inner` is the model whose forward pass `model` calls:
-    another one where an adapter wraps it. `generation_config` leaves nothing to defaults that ship with the model.
+    a different one if an adapter wraps it. `generation_config` leaves nothing to defaults that ship with the model.
     """
 
     found: Model
@@ -262,7 +262,7 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
     """Make the first GPU CUDA's current one, after making sure that the GPUs that compute are those that are metered.
 
     Raises:
-        RunError: CUDA shows too few, or other ones: it may number GPUs in its own order.
+        RunError: CUDA shows too few, or different ones: it may number GPUs in its own order.
     """
     if devices[0].type != "cuda":
         return
@@ -297,7 +297,7 @@ def load(experiment: Experiment, devices: Sequence[Any]) -> Loaded:
     model = _load_weights(torch, transformers, experiment, found, devices)
     ends = end_tokens(model.generation_config, tokenizer)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends) or None}
-    # What `generate` is not given it takes from the model's own config, which may sample or penalise.
+    # What `generate` is not given, it takes from the model's own config, which may sample or penalise.
     model.generation_config = transformers.GenerationConfig(**special)
     config = _generation_config(transformers, experiment, special)
     inner = model if experiment.adapter is None else model.get_base_model()
@@ -343,7 +343,7 @@ def _placement(
     config = transformers.AutoConfig.from_pretrained(found.path, **source_of(found, experiment))
     if strategy == "tensor_parallel":
         if devices[0].type == "cpu" and torch.cuda.is_available():
-            raise RunError("tensor_parallel runs on GPUs where there are any; hide them: CUDA_VISIBLE_DEVICES=''")
+            raise RunError("tensor_parallel runs on GPUs if there are any; hide them: CUDA_VISIBLE_DEVICES=''")
         return {"distributed_config": split_over_ranks(config, experiment.parallelism.degree)}
     with torch.device("meta"):
         trusted = experiment.trust_remote_code
@@ -368,7 +368,7 @@ def _generation_config(transformers: Any, experiment: Experiment, special: dict[
         num_beams=1,
         use_cache=cache != "none",
         cache_implementation="static" if cache == "static" else None,
-        # With a static cache transformers would compile unasked; here only torch_compile decides.
+        # With a static cache transformers would compile by default; here only torch_compile decides.
         disable_compile=True,
         **(sampling if decoder.do_sample else {}),
         **special,
@@ -388,7 +388,7 @@ class Static:
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, *_: Any) -> None:
-        """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation a batch."""
+        """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation per batch."""
         if self._prefill_end_ns is None:
             self._loaded.synchronize()
             self._prefill_end_ns = time.perf_counter_ns()
@@ -398,11 +398,11 @@ class Static:
         return None
 
     def settings(self) -> dict[str, str]:
-        """Return nothing more than the backend's own."""
+        """Return no settings beyond the backend's own."""
         return {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run the prompts in batches that are finished together."""
+        """Run the prompts in batches that finish together."""
         import torch
 
         graphs_before = compiled_graphs()
@@ -451,7 +451,7 @@ class Static:
         return new
 
     def _logits_processors(self, padding: list[int]) -> Any:
-        """Ban repeated n-grams in each row's own text: transformers' option would take padding for text."""
+        """Ban repeated n-grams in each row's own text: transformers' option would treat padding as text."""
         import transformers
 
         size = self._experiment.decoder.no_repeat_ngram_size
@@ -468,7 +468,7 @@ class Static:
 
 
 class _TokenClock:
-    """What `generate` hands its tokens to: notes when they come, one for each prompt of the batch.
+    """Receives tokens from `generate`, one for each prompt of the batch, and notes when they come.
 
     Handing them over reads them back from the device, so each step waits for its token.
     """
@@ -478,18 +478,18 @@ class _TokenClock:
         self._prompt_is_next = True
 
     def put(self, value: Any) -> None:
-        """Take the prompt, which comes first, or the next token of each prompt."""
+        """Receive the prompt, which comes first, or the next token of each prompt."""
         if self._prompt_is_next:
             self._prompt_is_next = False
         else:
             self.chunks.append(Chunk(time.perf_counter_ns(), 1))
 
     def end(self) -> None:
-        """Do nothing at the end."""
+        """Do nothing when generation ends."""
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
-    """Cut a sequence after its first end token: what a batch generates after that is not output."""
+    """Cut a sequence after its first end token: what a batch generates after it is not output."""
     for position, token in enumerate(tokens):
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"

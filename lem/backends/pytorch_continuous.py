@@ -1,10 +1,10 @@
 """transformers' continuous batching, driven step by step in the worker's main thread.
 
 transformers runs its loop in another thread, which hides errors, cannot be interrupted, and hands tokens over late.
-Here its processor is asked for one step after another instead. Requests are given to it as places become free, so that
+Here its processor is asked for one step after another instead. It gets requests as places become free, so that
 each step holds at most `batch_size` of them; its cache is sized for that many of the longest, no larger. What it cannot
 do request by request (sampling with a seed for each prompt, the penalties and bans that look at the whole text) is done
-here, with transformers' own processors. Knows neither devices nor files.
+here, with transformers' own processors. Knows nothing about devices or files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lem.workload.traffic import Arrivals
 OLDEST = (5, 19)
 # Tokens in a page of the cache. Flash attention reads pages of 256; the other kernels read token by token.
 PAGE, FLASH_PAGE = 16, 256
-# Input tokens that a step takes in beside one token of each running request. Without flash attention a mask with that
+# Input tokens that a step takes in besides one token of each running request. Without flash attention a mask with that
 # many rows and the whole cache's length is allocated.
 STEP_TOKENS, FLASH_STEP_TOKENS = 512, 8192
 # A cache of layers of several kinds is handed out in units larger than a page.
@@ -51,7 +51,7 @@ def is_too_old() -> bool:
 
 
 def can_run(model_type: str) -> bool | None:
-    """Return whether transformers' code for a type of model has exchangeable attention; None if it has no code."""
+    """Return whether transformers' code for a model type has replaceable attention; None if there is no such code."""
     found = util.find_spec("transformers")
     module = model_type.replace("-", "_")
     if found is None or found.origin is None:
@@ -62,7 +62,7 @@ def can_run(model_type: str) -> bool | None:
 
 @dataclass(frozen=True)
 class _Room:
-    """What the engine is made for: the longest request and its prompt, in tokens."""
+    """What the engine is sized for: the longest request and the longest prompt, in tokens."""
 
     longest: int
     longest_prompt: int
@@ -80,7 +80,7 @@ class _Request(Request):
 
 
 class Continuous(Session[_Request]):
-    """Runs prompts so that the next one takes the place of one that is finished."""
+    """Runs prompts so that the next one takes the place of one that has finished."""
 
     cache = "paged"
     graphs_compiled = 0
@@ -104,7 +104,7 @@ class Continuous(Session[_Request]):
 
     # -------------------------------------------------------------- the engine
     def make_room(self, prompts: Sequence[Encoded]) -> None:
-        """Allocate the cache for prompts, unless they fit into the one that there is.
+        """Allocate the cache for prompts, unless they fit into the existing one.
 
         Raises:
             RunError: there is not enough memory, or the model has layers that cannot be cached in pages.
@@ -149,7 +149,7 @@ class Continuous(Session[_Request]):
                     [_Chooser(self._rows, self._shared_rules(), self.experiment.decoder.do_sample)]
                 )
             )
-        manager.warmup()  # makes the processor; with neither graphs nor compilation there is nothing to warm up
+        manager.warmup()  # creates the processor; with neither graphs nor compilation there is nothing to warm up
         return manager
 
     def _configuration(self, transformers: Any, room: _Room) -> Any:
@@ -163,12 +163,12 @@ class Continuous(Session[_Request]):
             max_requests_per_batch=self._places,
             # A measured prompt must not profit from those before it.
             allow_block_sharing=False,
-            # All that can run fit: none has to be held back.
+            # All that can run will fit: none has to be held back.
             safety_margin=0.0,
             # A step has times only if it has ended when it returns.
             use_async_batching=False,
             use_cuda_graph=False,
-            # The kernel is the one that was asked for.
+            # Keep the kernel that was requested.
             auto_switch_to_flash=False,
             disable_nccl_graph_mixing=False,
             seed=self.experiment.seed,
@@ -193,7 +193,7 @@ class Continuous(Session[_Request]):
 
     # -------------------------------------------------------------- running
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run prompts that are all there, and yield those that finish in the same step."""
+        """Run prompts that are all available, and yield those that finish in the same step."""
         self.make_room(prompts)
         arrivals = Arrivals(prompts, [0.0] * len(prompts), 1, time.perf_counter_ns())
         for done in self.serve(arrivals, self._places):
@@ -207,10 +207,10 @@ class Continuous(Session[_Request]):
         self._manager.add_request(list(prompt.token_ids), request_id=str(key), record_timestamps=True)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take a step, however long that is."""
+        """Let the engine take a step, however long it takes."""
         processor = self._manager.batch_processor
         if not processor.prepare_next_batch():
-            raise RunError("transformers' continuous batching has stopped before all requests were finished.")
+            raise RunError("transformers' continuous batching stopped before all requests were finished.")
         processor._generation_step(self._model)
         processor.update_batch()
         done = {}
@@ -247,7 +247,7 @@ class Continuous(Session[_Request]):
     # -------------------------------------------------------------- choosing the next token
     @property
     def _chooses(self) -> bool:
-        """Whether choosing a token takes more than finding the likeliest."""
+        """Whether choosing a token takes more than finding the likeliest one."""
         decoder = self.experiment.decoder
         return bool(
             decoder.do_sample
@@ -293,7 +293,7 @@ class Continuous(Session[_Request]):
         return rules
 
     def _generator(self, prompt: Encoded) -> Any:
-        """Return the source of a prompt's random numbers, so that its tokens do not depend on what runs beside it."""
+        """Return the source of a prompt's random numbers, so that its tokens do not depend on other requests."""
         if not self.experiment.decoder.do_sample:
             return None
         import torch
@@ -321,7 +321,7 @@ class Continuous(Session[_Request]):
 
 
 class _Chooser:
-    """Chooses each request's next token from its scores; transformers' loop takes the likeliest of what is left.
+    """Chooses each request's next token from its scores; transformers' loop takes the likeliest of the rest.
 
     Takes the place of a logits processor.
     """

@@ -96,12 +96,12 @@ def _tensor_parallel(
     except RunError as error:
         yield Objection("tensor_parallel_unsplittable", "parallelism.strategy", str(error))
     except (OSError, ValueError):
-        return  # transformers does not know the model: loading it says why
+        return  # transformers does not know the model: loading it will say why
 
 
 # ------------------------------------------------------------------ what a GPU can do
 def _older_than(capability: tuple[int, int], gpus: Sequence[Gpu]) -> str | None:
-    """Return the name of a GPU whose compute capability is known and too low, with it; None if there is none."""
+    """Return the name and compute capability of a GPU known to be too old; None if there is none."""
     for gpu in gpus:
         if gpu.compute_capability is not None and gpu.compute_capability < capability:
             return f"{gpu.name} (compute capability {_dotted(gpu.compute_capability)})"
@@ -158,7 +158,7 @@ def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | 
             code, "backend.cache_implementation", f"continuous batching has a paged cache, not a {cache} one."
         )
     if options.torch_compile:
-        fact = "each step of continuous batching has another shape and would be recompiled."
+        fact = "each step of continuous batching has a different shape and would be recompiled."
         yield Objection(code, "backend.torch_compile", fact)
     if strategy in ("tensor_parallel", "pipeline_parallel"):
         fact = (

@@ -32,12 +32,12 @@ class Server:
     """One server, from its start to its end."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Keep what is to be started.
+        """Keep the command; nothing is started yet.
 
         Args:
             command: the program and its arguments.
             environment: all of its variables.
-            log: the file that its output is added to.
+            log: the file to which its output is appended.
         """
         self._command, self._environment, self._log = command, environment, log
         self._log_start = 0
@@ -55,7 +55,7 @@ class Server:
         guard = [sys.executable, "-I", guardian.__file__, program, *self._command[1:]]
         with self._log.open("ab") as output:
             self._log_start = output.tell()
-            # In another session: Ctrl-C in a terminal is for lem, which then ends the server.
+            # In a separate session: Ctrl-C in a terminal is for lem, which then ends the server.
             self._guardian = subprocess.Popen(
                 guard,
                 stdin=subprocess.PIPE,
@@ -66,7 +66,7 @@ class Server:
             )
 
     def how_it_ended(self, patience_s: float = 0.0) -> str | None:
-        """Return a sentence about its end, with the end of its log; None if it still runs after waiting that long."""
+        """Return a message about its end, with the end of its log; None if it still runs after waiting that long."""
         if self._guardian is None:
             return None
         try:
@@ -79,16 +79,16 @@ class Server:
         return f"The server {how}.{self.last_words()}"
 
     def last_words(self) -> str:
-        """Return the end of its log as a sentence that follows others; empty for an empty log."""
+        """Return the end of its log as a sentence to append to others; empty for an empty log."""
         with self._log.open("rb") as file:
             file.seek(self._log_start)
             written = (line.strip() for line in file.read().decode(errors="replace").splitlines())
-        lines = [line for line in written if line.strip("^~ ")]  # without Python's marks below a line
+        lines = [line for line in written if line.strip("^~ ")]  # without Python's markers below a line
         end = " | ".join(lines[-LOG_LINES:])[-LONGEST_END:]
         return f" Its log ends: {end} (all of it: {self._log})" if lines else ""
 
     def processes(self) -> list[Any]:
-        """Return its processes, as psutil's."""
+        """Return its processes, as psutil represents them."""
         return [] if self._guardian is None else family_of([self._guardian.pid])[1:]
 
     def close(self) -> None:
@@ -107,12 +107,12 @@ class Server:
 
 
 def program_path(program: str) -> str | None:
-    """Return where a program lies: on PATH, or beside the Python that runs lem; None when it is in neither."""
+    """Return where a program is: on PATH, or next to the Python that runs lem; None if it is in neither place."""
     return shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
 
 
 def free_port() -> int:
-    """Return a port of this machine at which nothing is listening."""
+    """Return a port of this machine on which nothing is listening."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -128,9 +128,9 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return a server's variables: this process's, with these GPUs visible; None leaves visibility alone."""
+    """Return a server's variables: this process's, with these GPUs visible; None leaves their visibility unchanged."""
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    variables.pop("PYTHONSAFEPATH", None)  # of lem's own processes; a user's server may lie beside its modules
+    variables.pop("PYTHONSAFEPATH", None)  # meant for lem's own processes; a user's server may be next to its modules
     if shown_gpus is not None:
         variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": shown_gpus}
     return variables

@@ -1,6 +1,6 @@
 """Engines that load the weights themselves and take in prompts while others run: what their backends share.
 
-Knows none of them: how one loads, is given a prompt, works and is interrupted is left to each.
+Knows no particular engine: how one loads, is given a prompt, works and is interrupted is left to each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lem.workload.traffic import Arrivals, as_places_become_free
 
 @dataclass
 class Request:
-    """A prompt under way, and the tokens that the engine has handed out so far; `chunks` only where they are timed."""
+    """A prompt under way, and the tokens that the engine has handed out so far; `chunks` only if they are timed."""
 
     prompt: Encoded
     batch: int
@@ -48,9 +48,9 @@ R = TypeVar("R", bound=Request)
 
 
 class Session(ABC, Generic[R]):
-    """The requests under way in one engine, by key; broken once an error has come out of it.
+    """The requests under way in one engine, by key; unusable once the engine has raised an error.
 
-    A backend begins one with the first prompts after `Backend.forget`: without a session nothing has run.
+    A backend begins one with the first prompts after `Backend.forget`; if there is no session, nothing has run.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -71,7 +71,7 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Take everything that is under way back from the engine."""
+        """Withdraw everything that is under way from the engine."""
 
     @property
     def streams(self) -> bool:
@@ -79,7 +79,7 @@ class Session(ABC, Generic[R]):
         return self.experiment.streaming.enabled
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch, each yielded as a whole; or all at once, each yielded when it is finished."""
+        """Run batch after batch, each yielded as a whole; or all at once, each prompt yielded when it is finished."""
         batching = self.experiment.batching
         for number, positions in enumerate(plan_batches([len(p.token_ids) for p in prompts], batching)):
             steps = self._run({position: prompts[position] for position in positions}, number)
@@ -100,7 +100,7 @@ class Session(ABC, Generic[R]):
     def serve(self, arrivals: Arrivals[Encoded], at_most: int = sys.maxsize) -> Iterator[Sequence[Generation]]:
         """Give the engine each prompt as it arrives, while others run, and yield those that finish together.
 
-        An engine with a queue of its own is given all that arrives; for another, `at_most` are under way at a time.
+        An engine with its own queue is given all that arrives; any other has at most `at_most` under way at a time.
         """
         with self._in_use():
             steps = as_places_become_free(
@@ -115,7 +115,7 @@ class Session(ABC, Generic[R]):
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Take back what is under way when its results are no longer wanted; after an error the session is broken."""
+        """Withdraw what is under way if its results are no longer wanted; after an error the session is unusable."""
         try:
             yield
         except GeneratorExit:
@@ -133,9 +133,9 @@ class Loaded:
     """An engine with a model in it.
 
     `lora` is the adapter as requests name it, None without one; `adapter_weights` are its weights in the model's body
-    and at the output projection. `positions` are the tokens that a prompt and its output may have together, None where
-    there is no limit. `clock_offset_ns` is what to add to the engine's clock to get ours. `model` is None where nothing
-    is known of it. `settings` are the engine's own, as resolved, as far as they change numbers.
+    and at the output projection. `positions` is the maximum number of tokens of a prompt and its output, None if
+    there is no limit. `clock_offset_ns` is what to add to the engine's clock to get ours. `model` is None if nothing
+    is known about it. `settings` are the engine's own resolved ones that affect the numbers.
     """
 
     engine: Any
@@ -153,7 +153,7 @@ S = TypeVar("S", bound=Session[Any])
 
 
 class SessionBackend(Backend, Generic[S]):
-    """The backend of an engine that works on a session of requests."""
+    """Base of the backends whose engine works on a session of requests."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
@@ -185,7 +185,7 @@ class SessionBackend(Backend, Generic[S]):
         return in_use
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text alone, with the model's own special tokens."""
+        """Tokenize each text separately, with the model's own special tokens."""
         loaded = needed(self._loaded)
         return encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
 
@@ -206,15 +206,15 @@ class SessionBackend(Backend, Generic[S]):
 
     @property
     def _is_broken(self) -> bool:
-        """Whether the engine has failed, or was stopped, in its work: it may not answer any more."""
+        """Whether the engine failed, or was stopped, during its work: it may no longer answer."""
         return self._session is not None and self._session.is_broken
 
     def model_info(self) -> ModelInfo | None:
-        """Describe the model as it was loaded; None where nothing is known of it."""
+        """Describe the model as it was loaded; None if nothing is known about it."""
         return needed(self._loaded).model
 
     def engine_info(self) -> EngineInfo:
-        """Describe the engine and the configuration that it has settled on."""
+        """Describe the engine and the configuration that it resolved."""
         import torch
 
         loaded = needed(self._loaded)
@@ -227,12 +227,12 @@ class SessionBackend(Backend, Generic[S]):
         )
 
     def architecture(self) -> Architecture | None:
-        """Return the sizes of the model without weights, as for PyTorch, with the adapter's."""
+        """Return the sizes of the model without weights, as the pytorch backend does, including the adapter's."""
         loaded = needed(self._loaded)
         return loaded.checkpoint.architecture(loaded.adapter_weights)
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn of random weights, and of less or more work than the tokens suggest."""
+        """Warn about random weights, and about less or more work than the tokens suggest."""
         loaded = needed(self._loaded)
         return [
             *weights_warnings(loaded.checkpoint.model.name, loaded.random_weights),

@@ -41,7 +41,7 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to more GPUs than are visible, and to options of a model, since none runs."""
+        """Object to more GPUs than are visible, and to model options, since no model runs."""
         assert isinstance(experiment.backend, SimulatedBackend)
         needed, visible = experiment.backend.gpus, len(host.gpus)
         too_few = Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {needed}, visible: {visible}.")
@@ -49,19 +49,19 @@ class Simulated(Backend):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether it claims GPUs."""
+        """Return whether GPUs are requested, although nothing runs on them."""
         assert isinstance(experiment.backend, SimulatedBackend)
         return experiment.backend.gpus > 0
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that it claims: the first visible ones."""
+        """Return the requested GPUs: the first visible ones."""
         return host.gpus[: self._options.gpus]
 
     def load(self) -> None:
         """Do nothing: there is no model."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Make a token of each word."""
+        """Turn each word into a token."""
         limit = self._experiment.max_input_tokens
         encoded = []
         for index, text in enumerate(texts):
@@ -97,17 +97,18 @@ class Simulated(Backend):
     def _work(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
         """Sleep through prefill and decode; return when each ended and, when streaming, when each step did.
 
-        Sleeps until moments, not for durations, and takes any delay in waking off the next batch; otherwise delays
+        Sleeps until points in time, not for durations, and deducts late wake-ups from the next batch; otherwise delays
         would add up and batches would take too long.
         """
-        due_ns = start_ns - self._late_ns + round(self._prefill_s(members) * NS_PER_S)
+        prefill_s = sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
+        due_ns = start_ns - self._late_ns + round(prefill_s * NS_PER_S)
         prefill_end_ns = _sleep_until(due_ns)
         step_ns = self._options.decode_s_per_token * NS_PER_S
         timed = range(1, steps + 1) if self._experiment.streaming.enabled else ()
         chunks = [Chunk(_sleep_until(due_ns + round(step * step_ns)), 1) for step in timed]
         due_ns += round(steps * step_ns)
         end_ns = _sleep_until(due_ns)
-        # Does not rush after a long interruption.
+        # Do not rush to catch up after a long interruption.
         self._late_ns = min(end_ns - due_ns, end_ns - start_ns)
         return prefill_end_ns, chunks, end_ns
 
@@ -134,12 +135,9 @@ class Simulated(Backend):
         tokens = tuple(range(1, min(wanted, longest) + 1))
         return (*tokens[:-1], END_TOKEN) if wanted < longest else tokens
 
-    def _prefill_s(self, members: Sequence[Encoded]) -> float:
-        return sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
-
 
 def _sleep_until(moment_ns: int) -> int:
-    """Sleep until a moment of `time.perf_counter_ns`; return the moment of waking."""
+    """Sleep until a time of `time.perf_counter_ns`; return the time of waking."""
     left_ns = moment_ns - time.perf_counter_ns()
     if left_ns > 0:
         time.sleep(left_ns / NS_PER_S)
@@ -151,7 +149,7 @@ def _finish_reason(output: Sequence[int]) -> FinishReason:
 
 
 def _ignored(experiment: Experiment) -> Iterator[Objection]:
-    """Object to options of a model, which does not run here."""
+    """Object to model options, since no model runs here."""
     weights = {
         "revision": experiment.revision is not None,
         "adapter": experiment.adapter is not None,

@@ -1,7 +1,7 @@
-"""TensorRT-LLM's LLM API, its PyTorch flow: the engine runs in processes of its own, this one hands it requests.
+"""TensorRT-LLM's LLM API, its PyTorch flow: the engine runs in its own processes, and this one hands it requests.
 
 Prompts go in as token ids and come out as token ids: tokenizer and end tokens are the same for every backend. The times
-of requests, cache hits and accepted drafts are the engine's own figures where it reports them, else None. This process
+of requests, cache hits and accepted drafts are the engine's own figures if it reports them, else None. This process
 makes no CUDA context. TensorRT-LLM is imported when the engine starts, not before.
 """
 
@@ -38,18 +38,17 @@ from lem.machine.host import Host, peak_memory_bytes
 from lem.record import FinishReason, Memory, ModelInfo
 from lem.spec.engines import TensorrtBackend
 from lem.spec.experiment import Experiment
-from lem.spec.rules import Objection
 from lem.units import NS_PER_S
 from lem.workload.models import Model
 from lem.workload.tokens import Chunk, first_tokens
 
 ENVIRONMENT = {"TRTLLM_NO_USAGE_STATS": "1"}
-# How often a session that waits checks whether the engine's processes are alive.
+# How often a waiting session checks whether the engine's processes are alive.
 CHECK_S = 1.0
-# An engine that sends nothing for so long is taken for dead; where tokens are not streamed, a second is added for each
-# token of an output, as none is that slow.
+# An engine that sends nothing for this long is assumed dead; if tokens are not streamed, a second is added for each
+# token of an output, as no engine is that slow.
 SILENCE_S = 600.0
-# The engine has so long to let go of requests that are cancelled, to end, and to end when it has broken down.
+# How long the engine has to release cancelled requests, to end, and to end once it has broken down.
 CANCEL_S, ENDING_S, ENDING_BROKEN_S = 30.0, 30.0, 3.0
 MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "memory allocation", "kv cache", "kvcache", "free_gpu_memory_fraction"),
@@ -83,19 +82,12 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         self._windows = 0
 
     # -------------------------------------------------------------- before the run
-    @classmethod
-    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to options that this host, this model or the installed TensorRT-LLM cannot honour."""
-        return objections(experiment, model, host)
-
-    @classmethod
-    def about_key(cls, name: str) -> str | None:
-        """Return where an argument of TensorRT-LLM goes, or what replaces one that it has dropped."""
-        return about_key(name)
+    objections = staticmethod(objections)
+    about_key = staticmethod(about_key)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True where there is a GPU; without one nothing runs."""
+        """Return True if there is a GPU; without one nothing runs."""
         return bool(host.gpus)
 
     @property
@@ -126,7 +118,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text alone; refuse a prompt that does not fit into a step where the engine cannot split it."""
+        """Tokenize each text separately; refuse one that does not fit into a step if the engine cannot split it."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)
@@ -139,7 +131,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         return encoded
 
     def forget(self) -> None:
-        """Reset the counters; the next session has another salt, so it does not find the prefixes of this one."""
+        """Reset the counters; the next session has a different salt, so it does not find this one's prefixes."""
         self._windows += 1
         self._session = None
 
@@ -149,13 +141,13 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return what the engine has reported of the requests since `forget`; None when it has reported nothing."""
+        """Return what the engine has reported about the requests since `forget`; None if it has reported nothing."""
         return None if self._session is None else self._session.counters or None
 
     def peak_memory(self) -> Memory:
-        """Return the GPUs' memory in use, as the driver reports it; without GPUs the processes' own peak.
+        """Return the GPUs' memory in use, as the driver reports it; without GPUs, the processes' own peak.
 
-        The engine's allocator is in other processes and cannot be asked. The cache was allocated at load.
+        The engine's allocator is in other processes and cannot be queried. The cache was allocated at load.
         """
         if self._own_gpus:
             scope = "GPU memory in use at the end of the window, the whole key/value cache and other processes included"
@@ -237,9 +229,9 @@ class Llm:
 
 
 def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of LLM with the speculative configuration as an object of the class that it needs.
+    """Return LLM's arguments, with the speculative configuration as an object of the class that LLM needs.
 
-    Other parts are recognised by their names, so they may stay mappings.
+    LLM recognises other parts by their names, so they may stay mappings.
     """
     config = arguments.get("speculative_config")
     found = None if not isinstance(config, Mapping) else speculative_class(config)
@@ -264,12 +256,12 @@ def _check_options(args: Any, options: TensorrtBackend) -> None:
 
 
 def _pairs(name: str, asked: Any, used: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the path of each value that was asked for, the value, and the one that is used."""
+    """Yield the path of each value that was requested, the value, and the one that is used."""
     if name == "cuda_graph_config":
         yield "backend.cuda_graphs", asked is not None, used is not None
     elif not isinstance(asked, Mapping):
         yield name, asked, used
-    elif name != "speculative_config":  # whose fields have other names in the engine; it is refused or taken whole
+    elif name != "speculative_config":  # its fields have other names in the engine; it is refused or accepted whole
         for field, value in asked.items():
             yield f"{name}.{field}", value, getattr(used, field, None)
 
@@ -283,7 +275,7 @@ def _positions(model: Model, args: Any) -> int | None:
 def _model_info(
     args: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
 ) -> ModelInfo | None:
-    """Describe the model by its checkpoint, as the engine reports nothing; None where transformers does not know it."""
+    """Describe the model by its checkpoint, as the engine reports nothing; None if transformers does not know it."""
     if read.hollow is None:
         return None
     parameters = int(read.hollow.num_parameters()) + adapter_weights
@@ -321,9 +313,9 @@ def _settings(args: Any, options: TensorrtBackend, arguments: Mapping[str, Any])
 
 # ------------------------------------------------------------------ requests
 class TensorrtSession(Session[Followed]):
-    """Requests under way in TensorRT-LLM, and what the engine has counted of those that are finished.
+    """Requests under way in TensorRT-LLM, and the engine's counts for those that are finished.
 
-    `counters` holds only what the engine reports, by the names of records.
+    `counters` holds only what the engine reports, under the names that records use.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded, llm: Llm, follower: Follower, salt: str) -> None:
@@ -355,7 +347,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Wait for what is finished next, and check the engine where nothing is."""
+        """Wait for the next finished requests, and check the engine if there are none."""
         within_s = CHECK_S if next_ns is None else min(CHECK_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
         done = self._finished(within_s)
         if not done:
@@ -363,7 +355,7 @@ class TensorrtSession(Session[Followed]):
         return {request.key: self._generation(request) for request in done}
 
     def _finished(self, within_s: float) -> list[Followed]:
-        """Wait for finished requests, and take them off those under way."""
+        """Wait for finished requests, and remove them from those under way."""
         # One that was cancelled may have been finished at the same time.
         done = [each for each in self._follower.finished(within_s) if self.running.get(each.key) is each]
         for request in done:
@@ -379,7 +371,7 @@ class TensorrtSession(Session[Followed]):
             raise RunError(f"TensorRT-LLM does not answer: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
-        """Take back from the engine all that is under way, and wait until it has let go of it."""
+        """Withdraw all that is under way from the engine, and wait until it has released it."""
         self._follower.abort(list(self.running.values()))
         until_s = time.monotonic() + CANCEL_S
         while self.running and time.monotonic() < until_s:
@@ -400,7 +392,7 @@ class TensorrtSession(Session[Followed]):
         self._count(request)
         ids, end_tokens = tuple(output.token_ids), self._loaded.checkpoint.end_tokens
         if reason == "stop" and not (ids and ids[-1] in end_tokens):
-            # Computed, and kept back by the engine.
+            # Computed, but withheld by the engine.
             ids = (*ids, min(end_tokens))
         scheduled_ns, first_ns = self._times(request)
         return Generation(
@@ -417,7 +409,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def _chunks(self, request: Followed, count: int) -> tuple[Chunk, ...]:
-        """Return the times of the tokens; an end token that the engine keeps back comes with the end."""
+        """Return the times of the tokens; an end token that the engine withholds gets the time of the end."""
         if not self.streams:
             return ()
         kept_back = count - len(request.token_ids)
@@ -426,7 +418,7 @@ class TensorrtSession(Session[Followed]):
     def _times(self, request: Followed) -> tuple[int | None, int | None]:
         """Return when the engine began on a request and when it had its first token, on our clock.
 
-        Each is None where the engine does not report it, or reports a time at which it did not have the request.
+        Each is None if the engine does not report it, or reports a time at which it did not have the request.
         """
         timing = getattr(_metrics(request), "timing_metrics", None)
         moments = []
@@ -438,7 +430,7 @@ class TensorrtSession(Session[Followed]):
         return scheduled_ns, first_ns if scheduled_ns is not None and first_ns is not None else None
 
     def _count(self, request: Followed) -> None:
-        """Add up what the engine reports of a request."""
+        """Add what the engine reports about a request to the counters."""
         metrics, result = _metrics(request), request.result
         of_cache = getattr(metrics, "kv_cache_metrics", None)
         of_drafts = getattr(metrics, "speculative_decoding", None)
@@ -464,6 +456,6 @@ def _metrics(request: Followed) -> Any:
 
 
 def _seconds(moment: Any) -> float | None:
-    """Return a time of the engine's steady clock; None for none, which the engine also writes as 0."""
+    """Return a time of the engine's steady clock; None if there is none, which the engine may also write as 0."""
     seconds = getattr(moment, "total_seconds", lambda: moment)()
     return float(seconds) if isinstance(seconds, (int, float)) and seconds > 0 else None

@@ -1,6 +1,6 @@
-"""lem's options as TensorRT-LLM's: arguments of LLM and sampling parameters; why an experiment may be refused.
+"""lem's options as TensorRT-LLM takes them: LLM arguments and sampling parameters; why an experiment may be refused.
 
-Imports neither TensorRT-LLM nor torch; what the installed version accepts is read off its source. Knows nothing
+Imports neither TensorRT-LLM nor torch; what the installed version accepts is read from its source. Knows nothing
 about requests or time.
 """
 
@@ -40,10 +40,10 @@ DIRECT = {
     "moe_expert_parallel_size": "moe_expert_parallel_size",
 }
 PARTS = {"kv_cache": "kv_cache_config", "scheduler": "scheduler_config", "speculative": "speculative_config"}
-# What an argument was called in former versions.
+# What arguments were called in earlier versions.
 FORMER_NAMES = {"speculative_model": "speculative_model_dir"}
 OWN_TOKENIZER = ("tokenizer", "tokenizer_mode", "custom_tokenizer", "skip_tokenizer_init")
-# Arguments that lem sets, and from what.
+# Arguments that lem sets, and what each is set from.
 OF_LEM = {
     "model": "model",
     **dict.fromkeys(OWN_TOKENIZER, "model, whose own tokenizer is used"),
@@ -60,7 +60,7 @@ OF_LEM = {
     "encode_only": "lem, which generates",
     "mpi_session": "lem",
 }
-# Arguments of former versions, and what to use instead.
+# Arguments of earlier versions, and what to use instead.
 OF_BUILDING = (
     "build_config",
     "fast_build",
@@ -90,11 +90,11 @@ DROPPED = {
     "mixed_sampler": "requests of a batch may always be sampled differently",
 }
 ARGUMENTS = EngineArguments("TensorRT-LLM", "backend.extra_args", tensorrt_source, DROPPED)
-# A sampling option that differs from these needs a sampler that reads it.
+# Only a sampling option that differs from these needs a sampler that reads it.
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-# The one sampler of former versions that reads all sampling options.
+# The one sampler of earlier versions that reads all sampling options.
 OLD_SAMPLER = "TRTLLMSampler"
-# Seeds of requests differ by the experiment's seed and by the prompt, and fit into 64 bits.
+# The seed of a request depends on the experiment's seed and the prompt, and fits into 64 bits.
 PROMPTS_PER_SEED = 2**31
 
 
@@ -112,7 +112,7 @@ def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | No
 
     Args:
         experiment: one that has passed preflight.
-        model: as it was found.
+        model: the model that preflight found.
         adapter: None without one.
     """
     options, spread = _options(experiment), experiment.parallelism
@@ -134,7 +134,7 @@ def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | No
 
 
 def given(options: TensorrtBackend) -> dict[str, Any]:
-    """Return the options that are not null, as arguments of LLM; those of a part as a mapping."""
+    """Return the options that are not null, as arguments of LLM; each part becomes a mapping."""
     found: dict[str, Any] = {}
     for option, argument in DIRECT.items():
         value = getattr(options, option)
@@ -156,7 +156,7 @@ def _translated(option: str, value: Any) -> Any:
 
 
 def merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return both, merging the parts that both have; no field is in both, or it has been objected to."""
+    """Return both, merging the parts that both have; a field that is in both has been objected to."""
     both = {name: {**ours[name], **extra[name]} for name in ours if isinstance(extra.get(name), Mapping)}
     return {**ours, **extra, **both}
 
@@ -180,9 +180,9 @@ def _known_as(field: str, known: Mapping[str, Any]) -> str:
 def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozenset[int]) -> dict[str, Any]:
     """Return the arguments of TensorRT-LLM's SamplingParams for the prompt at a position.
 
-    One end token is the engine's own, which it holds off for `min_tokens`; others end an output as stop words do.
+    One end token is given to the engine, which holds it off for `min_tokens`; others end an output as stop words do.
     Without temperature, top_k and top_p a request is decoded greedily; with sampling top_p is always given, because
-    former versions decode greedily when given only a temperature.
+    earlier versions decode greedily when given only a temperature.
     """
     decoder = experiment.decoder
     first, *others = sorted(end_tokens) or [-1]
@@ -324,12 +324,12 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a sentence about a key that is none of the backend's; None where LLM has no such argument."""
+    """Return a message about a key that the backend lacks; None if LLM has no such argument."""
     return ARGUMENTS.about_key(name, _owner(name, None, TensorrtBackend()))
 
 
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
-    """Return what sets an argument in lem; None if nothing does. Parts may get further fields."""
+    """Return what sets an argument in lem; None if nothing does. Parts may be given further fields."""
     if name in PARTS.values() and isinstance(value, Mapping):
         return None
     if name == "cuda_graph_config" and options.cuda_graphs is None:
@@ -339,11 +339,11 @@ def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
 
 
 def _fields_of(name: str, config: Mapping[str, Any], options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to fields of a part that have an option, or that the part does not have."""
+    """Object to fields of a part that have their own option, or that the part does not have."""
     option = {argument: option for option, argument in PARTS.items()}.get(name)
     named = set(vars(getattr(options, option))) if option else set()
     if name == "speculative_config" and options.speculative.decoding_type is None:
-        named = set()  # the mapping holds all of it
+        named = set()  # the mapping is the whole value
     known = _fields_known(name, {**given(options).get(name, {}), **config})
     for field in config:
         path = f"backend.extra_args.{name}.{field}"
@@ -363,7 +363,7 @@ def _fields_known(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _parts(options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to options that the installed version does not have, and to values that it does not know."""
+    """Object to options that the installed version lacks, and to values that it does not know."""
     known = tensorrt_source.arguments()
     for option, argument in DIRECT.items():
         if known and argument not in known and getattr(options, option) is not None:
@@ -382,8 +382,8 @@ def _parts(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def _cache(options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to a cache of prefixes that cannot be dropped between the warm-up and the window."""
+    """Object to a prefix cache that cannot be emptied between the warm-up and the window."""
     taken = tensorrt_source.generate_arguments()
     if taken and "cache_salt" not in taken and options.kv_cache.enable_block_reuse is not False:
-        fact = f"TensorRT-LLM {tensorrt_source.version()} cannot drop the prefixes that the warm-up has cached."
+        fact = f"TensorRT-LLM {tensorrt_source.version()} cannot drop the prefixes that the warm-up cached."
         yield Objection("prefixes_not_forgotten", "backend.kv_cache.enable_block_reuse", fact)

@@ -1,8 +1,8 @@
 """Requests that TensorRT-LLM works on: handed over one by one, their tokens noted as they come, waited for together.
 
-TensorRT-LLM answers each request through a future of its own, of asyncio where a loop runs. Here one thread runs a loop
+TensorRT-LLM answers each request through a future, an asyncio one if a loop is running. Here one thread runs a loop
 and follows them, so that a token's time is when it came, whatever the main thread does; the main thread sleeps until
-any request is finished. Knows neither options nor models.
+any request is finished. Knows nothing about options or models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A request that is followed; `result` is the engine's, None until it has the request; `error` comes instead."""
+    """A followed request; `result` is the engine's, None until it has the request; `error` is set on failure."""
 
     key: int = 0
     last_ns: int = 0
@@ -37,7 +37,7 @@ class Follower:
     def __init__(self) -> None:
         self._finished: queue.SimpleQueue[Followed] = queue.SimpleQueue()
         self.heard_ns = time.perf_counter_ns()
-        """When the engine has last handed out something, or was given a request while it had none."""
+        """When the engine last handed something out, or was given a request while it had none."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()
@@ -47,7 +47,7 @@ class Follower:
 
         Args:
             request: takes the tokens.
-            submit: hands it to the engine and returns its result, which can be awaited or, where tokens are streamed,
+            submit: hands it to the engine and returns its result, which can be awaited or, if tokens are streamed,
                 iterated over; called in the thread.
             streams: whether tokens are handed out as they come.
         """

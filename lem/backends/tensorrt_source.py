@@ -1,7 +1,7 @@
-"""What the installed TensorRT-LLM accepts, read off its source: arguments, those of their parts, and values of some.
+"""What the installed TensorRT-LLM accepts, read from its source: arguments, those of their parts, and some values.
 
-Importing it takes many seconds and looks for GPUs; parsing the files with its arguments takes 0.1 s. Where the source
-is laid out in another way, what it accepts is unknown, and the engine itself has to refuse. Knows no experiment.
+Importing it takes many seconds and looks for GPUs; parsing the files with its arguments takes 0.1 s. If the source
+is laid out differently, what it accepts is unknown, and the engine has to refuse. Knows nothing about experiments.
 Written against `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at the commits that docs/tensorrt.md names.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 PACKAGE, DISTRIBUTION = "tensorrt_llm", "tensorrt-llm"
 ARGUMENTS = "TorchLlmArgs"
 SPECULATION = "DecodingBaseConfig"
-# Where classes of arguments are defined; LoraConfig has been in each but the last two.
+# Where argument classes are defined; LoraConfig has been in each of these files except the last two.
 FILES = (
     "llmapi/llm_args.py",
     "_torch/peft/lora/config.py",
@@ -26,9 +26,9 @@ FILES = (
     "llmapi/llm.py",
     "sampling_params.py",
 )
-# Where tokens are sampled: one file in former versions, a folder since.
+# Where tokens are sampled: one file in earlier versions, a folder since.
 SAMPLERS = ("_torch/pyexecutor/sampler.py", "_torch/pyexecutor/sampler/*.py")
-# Where a request is made: it keeps an option in its sampling_config, or as py_<option>.
+# Where a request is created: it keeps an option in its sampling_config, or as py_<option>.
 REQUESTS = ("_torch/pyexecutor/llm_request.py",)
 SAMPLING_CONFIG, KEPT = "sampling_config", "py_"
 GENERATE = "generate_async"
@@ -36,7 +36,7 @@ GENERATE = "generate_async"
 
 @dataclass(frozen=True)
 class Argument:
-    """A field of a class of arguments: its annotation, and its default, None for a required one."""
+    """A field of an argument class: its annotation, and its default, which is None if the field is required."""
 
     annotation: ast.expr
     default: ast.expr | None
@@ -52,7 +52,7 @@ def version() -> str:
 
 # ------------------------------------------------------------------ arguments
 def arguments(of: str = ARGUMENTS) -> dict[str, Argument]:
-    """Return the arguments of a class, those of its bases included; empty when unknown."""
+    """Return the arguments of a class, including those of its bases; empty when unknown."""
     defined = _definitions().get(of)
     if not isinstance(defined, ast.ClassDef):
         return {}
@@ -71,7 +71,7 @@ def _fields(defined: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
 
 
 def _default(value: ast.expr | None) -> ast.expr | None:
-    """Return the default, inside Field(…) or outside."""
+    """Return a field's default, whether or not it is inside Field(…)."""
     if not isinstance(value, ast.Call) or _called(value) not in ("Field", "PydanticField"):
         return value
     named = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -83,7 +83,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of an argument of LLM that has arguments itself; None for a value, or for several classes."""
+    """Return the class of an LLM argument that has arguments itself; None for a plain value or several classes."""
     argument = arguments().get(name)
     if argument is None:
         return None
@@ -92,7 +92,7 @@ def part(name: str) -> str | None:
 
 
 def _classes(annotation: ast.expr) -> list[str]:
-    """Return the classes that a type names, through its aliases."""
+    """Return the classes that a type names, following aliases."""
     found: list[str] = []
     for node in ast.walk(annotation):
         if isinstance(node, ast.Name):
@@ -106,13 +106,13 @@ def _classes(annotation: ast.expr) -> list[str]:
 
 # ------------------------------------------------------------------ values
 def choices(argument: str, of: str = ARGUMENTS) -> tuple[str, ...]:
-    """Return the values that an argument may have by its type; empty when it may have any, or they are unknown."""
+    """Return the values that an argument's type allows; empty if it allows any, or if they are unknown."""
     found = arguments(of).get(argument)
     return () if found is None else tuple(dict.fromkeys(_values(found.annotation)))
 
 
 def _values(annotation: ast.expr) -> Iterator[str]:
-    """Yield the texts of a Literal, and the values of an enumeration; none for a type that allows any text."""
+    """Yield the texts of a Literal or the values of an enumeration; nothing for a type that allows any text."""
     names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
     if "str" in names:
         return
@@ -158,7 +158,7 @@ def sampling_options_in_config(package: Path) -> frozenset[str]:
 
 
 def sampling_options_kept(package: Path) -> frozenset[str]:
-    """Return the options that a request keeps as py_<option>, and that a package's samplers read there."""
+    """Return the options that a request keeps as py_<option> and that a package's samplers read there."""
     read = {name for _, name in _attributes(package, SAMPLERS)}
     kept = _of_sampling_config(_attributes(package, REQUESTS))
     return frozenset(option for option in kept if f"{KEPT}{option}" in read)
@@ -170,7 +170,7 @@ def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str
 
 @cache
 def _attributes(package: Path, patterns: tuple[str, ...]) -> frozenset[tuple[str, str]]:
-    """Return the attributes that files read, with their owners' names: `a.b.c` and `getattr(b, "c")` as b, c."""
+    """Return the attributes that the files read, with their owners' names: `a.b.c` and `getattr(b, "c")` as b, c."""
     found = set()
     for file in [file for pattern in patterns for file in package.glob(pattern)]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -202,7 +202,7 @@ def _folder() -> Path | None:
 
 
 def _definitions() -> dict[str, ast.AST]:
-    """Return the classes and the assigned values at the top of the files, by name; the first of a name counts."""
+    """Return the classes and the assigned values at the top of the files, by name; a name's first definition counts."""
     folder = _folder()
     return {} if folder is None else _parsed(folder)
 

@@ -1,4 +1,4 @@
-"""vLLM's engine, driven step by step in this process; with several GPUs it starts workers of its own.
+"""vLLM's engine, driven step by step in this process; with several GPUs it starts its own workers.
 
 Prompts go in as token ids and come out as token ids: tokenizer, end tokens and seeds are the same for every backend.
 Times, queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported when the
@@ -27,7 +27,6 @@ from lem.machine.host import Host, peak_memory_bytes
 from lem.record import CodedWarning, Memory, ModelInfo
 from lem.spec.engines import VllmBackend
 from lem.spec.experiment import Experiment
-from lem.spec.rules import Objection
 from lem.units import NS_PER_S
 from lem.workload.models import Model
 
@@ -40,7 +39,7 @@ ENVIRONMENT = {
 }
 # vLLM prefers this variable to the option, so it must not be set together with the option.
 CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-# An interruption reaches the engine's own processes before it reaches this one.
+# A Ctrl-C reaches the engine's own processes before it reaches this one.
 INTERRUPTION_S = 1.0
 MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization"),
@@ -63,19 +62,12 @@ class Vllm(SessionBackend["VllmSession"]):
         self._graphs_before = 0
 
     # -------------------------------------------------------------- before the run
-    @classmethod
-    def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to options that this host, this model or the installed vLLM cannot honour."""
-        return objections(experiment, model, host)
-
-    @classmethod
-    def about_key(cls, name: str) -> str | None:
-        """Return where an argument of vLLM goes, or what replaces one that it has dropped."""
-        return about_key(name)
+    objections = staticmethod(objections)
+    about_key = staticmethod(about_key)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True where there is a GPU and vLLM was not built for the CPU."""
+        """Return True if there is a GPU and vLLM was not built for the CPU."""
         return bool(host.gpus) and not host.is_built_for_cpu("vllm")
 
     @property
@@ -88,7 +80,7 @@ class Vllm(SessionBackend["VllmSession"]):
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import vLLM, which reads its environment variables at that moment."""
+        """Import vLLM, which reads its environment variables on import."""
         os.environ.update(ENVIRONMENT)
         if self._options.kv_cache_memory_bytes is not None:
             os.environ.pop(CPU_CACHE_VARIABLE, None)
@@ -100,7 +92,7 @@ class Vllm(SessionBackend["VllmSession"]):
             raise RunError(f"vLLM cannot be imported: {engine.reason_of(error)}") from error
 
     def load(self) -> None:
-        """Load tokenizer, weights and adapter, and let the engine allocate its cache."""
+        """Load the tokenizer, weights and adapter, and let the engine allocate its cache."""
         self._loaded = load(self._experiment, self._ending)
         if not self._own_gpus:
             return
@@ -109,7 +101,7 @@ class Vllm(SessionBackend["VllmSession"]):
         if strangers:
             metered = ", ".join(gpu.uuid for gpu in self._own_gpus)
             raise RunError(
-                f"vLLM computes on {', '.join(strangers)}, and {metered} is metered. "
+                f"vLLM computes on {', '.join(strangers)}, but {metered} is metered. "
                 "Set CUDA_VISIBLE_DEVICES to the GPUs to use."
             )
 
@@ -137,7 +129,7 @@ class Vllm(SessionBackend["VllmSession"]):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's counters since `forget`; those of speculation only where it is on."""
+        """Return the engine's counters since `forget`; those of speculation only if it is on."""
         if self._session is None:
             return None
         now = totals(needed(self._loaded).engine)
@@ -171,11 +163,11 @@ class Vllm(SessionBackend["VllmSession"]):
 
 # ------------------------------------------------------------------ the loaded engine
 def load(experiment: Experiment, ending: ExitStack) -> Loaded:
-    """Load tokenizer, weights and adapter, and let the engine allocate its cache.
+    """Load the tokenizer, weights and adapter, and let the engine allocate its cache.
 
     Args:
         experiment: one that has passed preflight.
-        ending: will end the engine and its workers, also where this function fails after their start.
+        ending: will end the engine and its workers, even if this function fails after their start.
 
     Raises:
         RunError: vLLM cannot load the model or the adapter, or uses something other than requested.
@@ -204,7 +196,7 @@ def load(experiment: Experiment, ending: ExitStack) -> Loaded:
 
 
 def _config_changes(options: VllmBackend) -> dict[str, Any] | None:
-    """Return what the engine changes in the model's config; None where it takes another one."""
+    """Return what the engine changes in the model's config; None if it uses a different one."""
     arguments = options.engine_args or {}
     overrides = arguments.get("hf_overrides")
     if "hf_config_path" in arguments:
@@ -344,7 +336,7 @@ class VllmSession(Session[Request]):
         self.running[key] = Request(prompt, batch, arrived_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take a step, however long that is."""
+        """Let the engine take a step, however long it takes."""
         outputs, now_ns = self._step(), time.perf_counter_ns()
         done = {}
         for output in outputs:
@@ -378,7 +370,7 @@ class VllmSession(Session[Request]):
             tuple(request.token_ids),
             completion.finish_reason,
             start_ns=self._ns(times.scheduled_ts),
-            # Its user has a token when the step has returned.
+            # A user would get the token when the step returns.
             end_ns=request.chunks[-1].at_ns if request.chunks else self._ns(times.last_token_ts),
             prefill_end_ns=self._ns(times.first_token_ts),
             chunks=tuple(request.chunks),
@@ -386,7 +378,7 @@ class VllmSession(Session[Request]):
         )
 
     def _ns(self, engine_s: float) -> int:
-        """Return a time of the engine's clock on ours."""
+        """Convert a time of the engine's clock to ours."""
         return round(engine_s * NS_PER_S) + self._loaded.clock_offset_ns
 
     def cancel(self) -> None:

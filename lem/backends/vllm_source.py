@@ -1,7 +1,7 @@
-"""What the installed vLLM accepts, read off its source, and what can be asked of its workers.
+"""What the installed vLLM accepts, read from its source, and functions to run in its workers.
 
-Importing vLLM takes ten seconds or more; parsing the file with its arguments, 40 ms. Where the source is laid out in
-another way, what it accepts is unknown, and the engine itself has to refuse. Knows no experiment.
+Importing vLLM takes ten seconds or more; parsing the file with its arguments, 40 ms. If the source is laid out
+differently, what it accepts is unknown, and the engine itself has to refuse. Knows nothing about experiments.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, Literal
 from lem.machine import host
 from lem.machine.host import peak_memory_bytes
 
-# Types of arguments that are checked.
+# Argument types that are checked.
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
 # The class of the engine's arguments, and its file.
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
-# Types of arguments that are a choice of names, and their files.
+# Argument types that are a choice of names, and their files.
 CHOICES = {
     "kv_cache_dtype": ("config/cache.py", "CacheDType"),
     "attention_backend": ("v1/attention/backends/registry.py", "AttentionBackendEnum"),
@@ -60,7 +60,7 @@ def arguments() -> frozenset[str]:
 
 
 def type_of(argument: str) -> tuple[str, Any] | None:
-    """Return an argument's type in words and as a type; None where it is not plain.
+    """Return an argument's type in words and as a type; None if it is not plain.
 
     Plain types are int, float, bool, str, a choice of texts, and any of these or null. Names of types that are defined
     elsewhere are not looked up: the engine may accept more than they say.
@@ -81,7 +81,7 @@ def _annotations() -> dict[str, ast.expr]:
 
 
 def _plain_members(annotation: ast.expr) -> Iterator[Any]:
-    """Yield the plain types that a type is made of, and None for any other part."""
+    """Yield the plain types that a type consists of, and None for any other part."""
     match annotation:
         case ast.BinOp(left, ast.BitOr(), right):
             yield from _plain_members(left)
@@ -105,7 +105,7 @@ def choices(argument: str) -> tuple[str, ...]:
 
 
 def _members(file: str, name: str) -> Iterator[str]:
-    """Yield the names of an enumeration, or the texts of a Literal and of other Literals in it."""
+    """Yield the names of an enumeration, or the texts of a Literal and of any Literals nested in it."""
     defined = _definitions(file).get(name)
     if isinstance(defined, ast.ClassDef):
         for member in defined.body:

@@ -1,4 +1,4 @@
-"""The `lem` command: each module with the name of a group registers its commands, which call other rooms.
+"""The `lem` command: each module with the name of a group registers that group's commands, which call other rooms.
 
 Nothing heavy is imported here: the command that needs torch, transformers, hydra, pyarrow or codecarbon imports it.
 """
@@ -18,12 +18,12 @@ from lem import __version__
 from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin
 from lem.cli.streams import forgiving_streams, lost_output
 
-# Each registers its commands, in the order of lem --help.
+# Each module registers its commands, in the order of lem --help.
 # isort: off
 from lem.cli import experiment, batch, config, results, inventory  # noqa: F401
 # isort: on
 
-# The flags of values, named in errors about them.
+# The flags for values, named in errors about those values.
 FLAGS = {
     "model": "--model",
     "dataset.split": "--split",
@@ -49,7 +49,7 @@ def _lem(
         bool, typer.Option("--version", "-v", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Log to stderr what is done, and where an error comes from.")
+        bool, typer.Option("--verbose", help="Log to stderr what lem does, and where errors come from.")
     ] = False,
 ) -> None:
     """Read .env before any command reads the environment; variables already set take precedence."""
@@ -65,7 +65,7 @@ def _lem(
 
 
 class _ToStderr(logging.Handler):
-    """Writes to the current sys.stderr: while a progress bar is drawn, that is above it."""
+    """Writes to the current sys.stderr, so that lines appear above any progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
@@ -82,7 +82,7 @@ def _log_to_stderr() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; an error that lem raises on purpose is one sentence and an exit code."""
+    """Run the command line; an error that lem raises on purpose becomes a message and an exit code."""
     forgiving_streams()
     code = _with_output(exit_code_of(_run, _with_flag))
     log.debug("exit code %d", code)
@@ -92,12 +92,12 @@ def main() -> NoReturn:
 
 @cache
 def _command() -> Callable[..., Any]:
-    """Return all commands as one; assembling them takes longer than many of them run."""
+    """Return all commands as one; assembling them takes longer than running many of them."""
     return typer.main.get_command(app)
 
 
 def _run() -> int:
-    """Run the command and return its exit code; an exception other than lem's own errors is a bug, unless the OS's."""
+    """Run the command and return its exit code; any exception except lem's own errors and OSError is a bug."""
     try:
         _command()(prog_name="lem")
     except SystemExit as stop:
@@ -113,7 +113,7 @@ def _run() -> int:
 
 
 def _with_flag(line: str) -> str:
-    """Return an error with the flag of the value it is about."""
+    """Return an error, naming the flag of the value that it is about."""
     path = line.partition(":")[0]
     return line.replace(path, f"{path} ({FLAGS[path]})", 1) if path in FLAGS else line
 
@@ -121,7 +121,7 @@ def _with_flag(line: str) -> str:
 def _with_output(code: int) -> int:
     """Return the exit code, or 1 instead of 0 if some of the output is lost.
 
-    It is no error if the reader of a pipe has gone (lem … | head): it has read enough.
+    It is not an error if the reader of a pipe is gone (lem … | head): it has read enough.
     """
     lost = lost_output()
     if lost is None or isinstance(lost, BrokenPipeError):

@@ -28,19 +28,19 @@ ResultsDir = Annotated[
 ]
 
 AnyMachine = Annotated[
-    bool, typer.Option("--any-machine", help="Leave out what is wrong on this machine only: GPUs, packages.")
+    bool, typer.Option("--any-machine", help="Ignore what is wrong only on this machine: GPUs, packages.")
 ]
 
 ConfigDir = Annotated[
     Path | None,
     typer.Option(
-        "--config-dir", help="Directory with your own presets, datasets, … (default: conf/ beside the config file)."
+        "--config-dir", help="Directory with your own presets, datasets, … (default: conf/ next to the config file)."
     ),
 ]
 
 
 def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> int:
-    """Run a command and return its exit code; print an error that lem raises on purpose, `shown` line by line."""
+    """Run a command and return its exit code; print lem's own errors, which `shown` turns into lines."""
     try:
         return run()
     except Interrupted as stop:
@@ -59,7 +59,7 @@ def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> i
 
 
 def ignore_ctrl_c() -> None:
-    """Ignore Ctrl-C from here on: the command is ending, with its exit code."""
+    """Ignore Ctrl-C from now on: the command is ending and has its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,6 +1,6 @@
 """What shell completion offers: presets, datasets, experiment ids.
 
-A shell calls this at each key press: nothing heavy is imported, and an error offers nothing.
+A shell calls this at each key press, so nothing heavy is imported, and after an error nothing is offered.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def presets(incomplete: str) -> list[tuple[str, str]]:
 
 
 def datasets(incomplete: str) -> list[tuple[str, str]]:
-    """Offer the built-in datasets with their content."""
+    """Offer the built-in datasets with their descriptions."""
     return _options("dataset", incomplete)
 
 

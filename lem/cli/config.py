@@ -1,4 +1,4 @@
-"""`lem config`: checking, showing and creating configurations."""
+"""`lem config`: checks, shows and creates configurations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def validate(
     any_machine: AnyMachine = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Check config files: text, keys, types, ranges, inheritance, rules; report all problems of each at once."""
+    """Check config files: syntax, keys, types, ranges, inheritance, rules; report all problems of each at once."""
     from lem.cli import validate
 
     raise typer.Exit(
@@ -78,7 +78,7 @@ def generate_grid(
             show_default=False,
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the files go.")] = Path("configs/grid"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output directory.")] = Path("configs/grid"),
     validate: Annotated[bool, typer.Option("--validate", help="Write only the valid ones.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any is invalid.")] = False,
     force: Annotated[
@@ -86,7 +86,7 @@ def generate_grid(
     ] = False,
     any_machine: AnyMachine = False,
     as_group: Annotated[
-        bool, typer.Option("--as-group", help="Write whole configs, which plain Hydra reads as options of a group.")
+        bool, typer.Option("--as-group", help="Write complete configs, which plain Hydra reads as options of a group.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
     config_dir: ConfigDir = None,
@@ -102,7 +102,7 @@ def generate_grid(
 
 @config_app.command("schema")
 def schema(config_dir: ConfigDir = None) -> None:
-    """Print the JSON Schema of config files, for editors to check and complete them."""
+    """Print the JSON Schema of config files, with which editors can check and complete them."""
     from lem.config import file_schema
     from lem.config.options import Options
 
@@ -121,7 +121,7 @@ def new(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing; write a template that explains every value.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
     """Write a new config file: from your answers on a terminal, else as a commented template."""

@@ -1,4 +1,4 @@
-"""The deprecated flags of `lem experiment`: they work, and print what to write into a config file instead."""
+"""The deprecated flags of `lem experiment`: they still work, but print what to write in a config file instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lem.spec.schema import leaf
 
 @dataclass(frozen=True)
 class Flag:
-    """A deprecated flag, the value that replaces it, and the overrides it stands for."""
+    """A deprecated flag, the value that replaces it, and the overrides that it represents."""
 
     name: str
     path: str
@@ -25,7 +25,7 @@ class Flag:
 def _gpus(text: str) -> list[str]:
     entries = [part.strip() for part in text.split(",")]
     if not all(entries):
-        raise ConfigError(f"--gpu-list {text!r} is not a list; separate indices or UUIDs by commas, as in 0,1.")
+        raise ConfigError(f"--gpu-list {text!r} is not a list; separate indices or UUIDs with commas, as in 0,1.")
     return [f"gpus=[{','.join(entry if entry.isdecimal() else repr(entry) for entry in entries)}]"]
 
 
@@ -49,13 +49,13 @@ FLAGS = {
 
 
 def option(name: str, *declarations: str) -> Any:
-    """Return the typer option of a deprecated flag; its help is the schema's."""
+    """Return the typer option of a deprecated flag; its help text comes from the schema."""
     path = FLAGS[name].path
     return typer.Option(*declarations, help=f"Deprecated, use {path}: {leaf(path).description}", show_default=False)
 
 
 def overrides(given: Mapping[str, Any]) -> list[str]:
-    """Return the overrides that the given flags stand for, and warn of each; None is a flag that was not given."""
+    """Return the overrides that the given flags represent, and warn about each; None means a flag was not given."""
     result: list[str] = []
     for name, value in given.items():
         if value is None:
@@ -63,7 +63,7 @@ def overrides(given: Mapping[str, Any]) -> list[str]:
         flag = FLAGS[name]
         own = flag.overrides(value)
         lines, texts = " and ".join(f"`{_yaml(text)}`" for text in own), " ".join(own)
-        instead = f"write {lines} into the config file, or {texts} on the command line."
+        instead = f"write {lines} in the config file, or {texts} on the command line."
         print(f"Warning: {flag.name} is deprecated; {instead}", file=sys.stderr)
         result += own
     return result

@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 2 -m lem.cli.direct --config my.yaml --dataset alpaca -n 100
 
-The first process composes, checks, claims the directory and writes the plan, as `lem experiment` does; then all run as
-workers, and the first one writes the row and shows it. `lem experiment --resume` can resume it.
+The first process composes, checks, claims the directory and writes the plan, as `lem experiment` does; then all of them
+run as workers, and the first one writes the row and shows it. `lem experiment --resume` can resume it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lem.spec.schema import leaf
 from lem.studies.ask import print_warnings, show_outcome
 from lem.studies.display import display
 
-# Sent by the first process to the others if there is nothing to run.
+# The first process sends this to the others if there is nothing to run.
 NOTHING = "nothing"
 
 
@@ -56,13 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-size", "-n", type=int, help=leaf("dataset.sample_size").description)
     parser.add_argument("--preset", help="start from a preset; lem presets lists them")
     parser.add_argument("--results-dir", "-o", help=leaf("io.results_dir").description)
-    parser.add_argument("--force", action="store_true", help="run despite options that are inadvisable")
+    parser.add_argument("--force", action="store_true", help="run despite inadvisable options")
     parser.add_argument("--fresh", action="store_true", help="start over even if the same experiment is unfinished")
     return parser
 
 
 def _lead(here: Ranks, options: argparse.Namespace) -> int:
-    """Compose the experiment, run it with the others, and show it; in any case the others are not left waiting."""
+    """Compose the experiment, run it with the others, and show it; never leave the others waiting."""
     others = _Others(here)
     choices = {"preset": options.preset, "dataset": options.dataset}
     values = {"model": options.model, "dataset.sample_size": options.sample_size, "io.results_dir": options.results_dir}
@@ -76,7 +76,7 @@ def _lead(here: Ranks, options: argparse.Namespace) -> int:
 
 
 def _ready(config_file: Path | None, overrides: Sequence[str], started: int, *, force: bool) -> Ready:
-    """Compose and check the experiment that the started processes will run."""
+    """Compose and check the experiment that the launched processes will run."""
     import dotenv
 
     _check_all_started(os.environ)
@@ -97,7 +97,7 @@ def _check_all_started(environ: os._Environ[str]) -> None:
 
 
 def _shared_by(started: int, composition: Composition) -> Experiment:
-    """Return the experiment with the number of processes that the launcher has started."""
+    """Return the experiment, set to the number of processes that the launcher has started."""
     experiment = composition.experiment()
     source = origin(composition.sources.layers(), ("num_processes",))
     if experiment.parallelism.strategy == "none" and (source is None or source.kind == "default"):
@@ -106,7 +106,7 @@ def _shared_by(started: int, composition: Composition) -> Experiment:
     if planned != started:
         path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
         raise ConfigError(
-            f"{path}: the configuration has {planned} processes, the launcher started {started}. "
+            f"{path}: the configuration has {planned} processes, but the launcher started {started}. "
             f"Start {planned}, or change {path}."
         )
     return experiment
@@ -126,14 +126,14 @@ def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, ot
 
 
 class _Others:
-    """The other processes, seen from the first one: they wait for a message and then work."""
+    """The other processes as the first one sees them: they wait for a message, then work."""
 
     def __init__(self, here: Ranks) -> None:
         self._ranks = range(1, here.size)
         self._waiting = here.size > 1
 
     def work_together(self, directory: ExperimentDir, attempt: int, host: host.Host, report: Report) -> None:
-        """Do what `lem.runner.launch.launch` does, with processes that are already running.
+        """Do what `lem.runner.launch.launch` does, but with processes that are already running.
 
         Raises:
             Interrupted: this process was asked to stop; what was finished is kept.
@@ -146,7 +146,7 @@ class _Others:
             raise Interrupted("The run was interrupted; what was finished is kept.")
 
     def dismiss(self) -> None:
-        """Let them end if there was nothing to do."""
+        """Let the other processes end if there was nothing to do."""
         self._send(NOTHING)
 
     def _send(self, text: str) -> None:
@@ -156,7 +156,7 @@ class _Others:
 
 
 def _follow(here: Ranks) -> int:
-    """Wait for the first process's message and do what it says."""
+    """Wait for the first process's message and follow it."""
     message = receive()
     if message == NOTHING:
         return 0
@@ -168,7 +168,7 @@ def _follow(here: Ranks) -> int:
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
-    """Run as a worker, on the GPUs that the experiment names."""
+    """Run as a worker on the GPUs that the experiment names."""
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus

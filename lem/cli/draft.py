@@ -11,7 +11,7 @@ from lem.config.options import Options
 from lem.config.userfile import UserFile
 
 WIDTH = 80
-# They work on any machine, without a network.
+# These work on any machine, without a network.
 MODEL, DATASET, SAMPLE_SIZE = "tiny", "sample", 10
 # Set in every new file, unless a preset sets them.
 FIRST = ("fp_precision", "max_output_tokens", "batching.batch_size")
@@ -52,7 +52,7 @@ class Draft:
 
 
 def first_draft(options: Options, preset: str | None) -> Draft:
-    """Return what a file sets if no questions are asked."""
+    """Return the draft of a file when no questions are asked."""
     draft = Draft(options).choose("preset", preset).choose("dataset", DATASET)
     draft = draft.set("model", MODEL).set("dataset.sample_size", SAMPLE_SIZE)
     for path in FIRST:

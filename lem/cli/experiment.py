@@ -1,4 +1,4 @@
-"""`lem experiment`: its flags, whose help texts come from the schema, become overrides."""
+"""`lem experiment`: turns its flags, whose help texts come from the schema, into overrides."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def experiment(
         bool, typer.Option("--yes", "-y", help="Skip confirmation; resume the same experiment if it is unfinished.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the configuration, run nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and show the configuration, but run nothing.")
     ] = False,
     force: flags.Force = False,
     config_dir: ConfigDir = None,
@@ -116,7 +116,7 @@ def experiment(
 
 
 def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:
-    """Refuse everything that would change what is run: a resumed experiment keeps its configuration."""
+    """Refuse anything that would change what runs: a resumed experiment keeps its configuration."""
     given = [str(config_file)] if config_file else []
     given += [text for text in overrides if not text.startswith("io.results_dir=")]
     given += ["--fresh"] * fresh + ["--multirun"] * multirun

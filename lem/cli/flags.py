@@ -25,16 +25,16 @@ Preset = Annotated[
     str | None, typer.Option(help="Start from a preset; lem presets lists them.", autocompletion=complete.presets)
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
-NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write raw records only, no row in the tables.")]
+NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write only raw records, no row in the tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
 
-# A key of Hydra's grammar. A path is not a key, except hydra/launcher and the like.
+# A key in Hydra's grammar. A path is not a key, except for hydra/launcher and the like.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
 
 
 def is_override(text: str) -> bool:
-    """Tell whether a text is an override (key=value), not a file or a pattern; a file that exists is a file."""
+    """Return whether a text is an override (key=value), not a file or a pattern; a file that exists is a file."""
     return OVERRIDE.match(text) is not None and not Path(text).expanduser().exists()
 
 
@@ -55,12 +55,12 @@ def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
 
 
 def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
-    """Return the overrides that choose options of groups; None is a flag that was not given."""
+    """Return the overrides that choose options of groups; None means that the flag was not given."""
     return [f"{group}={option}" for group, option in choices.items() if option is not None]
 
 
 def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
-    """Return the overrides that set values; None is a flag that was not given."""
+    """Return the overrides that set values; None means that the flag was not given."""
     from lem.config.overrides import quoted
 
     return [
@@ -74,5 +74,5 @@ def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """Return the config file among arguments, if there is one, and the overrides."""
     files = [text for text in arguments if "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))]
     if len(files) > 1:
-        raise ConfigError(f"An experiment has one config file, not {len(files)}: {', '.join(files)}.")
+        raise ConfigError(f"An experiment takes one config file, not {len(files)}: {', '.join(files)}.")
     return (Path(files[0]) if files else None), [text for text in arguments if text not in files]

@@ -1,7 +1,7 @@
 """lem as a plain Hydra app: `python -m lem.cli.hydra_app key=value …`, with all of Hydra's own flags.
 
-Overrides are translated for Hydra as `lem experiment` does, and a plain `--multirun` is the same sweep; everything else
-is Hydra's.
+Overrides are translated for Hydra as in `lem experiment`, and a plain `--multirun` runs the same sweep; everything
+else is Hydra's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def hydra_app(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     import hydra
 
-    # Overrides first, wherever they stood: --info would take one that follows it as its own value.
+    # Overrides first, wherever they were: --info would take one that follows it as its own value.
     given = [text for text in arguments if "=" in text and not text.startswith("-")]
     flags = [text for text in arguments if text not in given]
     parsed, _ = _parser().parse_known_args([*given, *flags])
@@ -51,7 +51,7 @@ def _run(arguments: list[str]) -> int:
     if parsed.multirun and len(flags) == 1:
         return sweep.main(None, parsed.overrides, OPTIONS)
     if parsed.shell_completion:
-        overrides = parsed.overrides  # its own command, not configuration
+        overrides = parsed.overrides  # this is lem's own command, not configuration
     elif parsed.hydra_help:
         overrides = []  # it takes none
     else:
@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Return a parser of the flags of Hydra that matter here, and of those with a value, which is not an override."""
+    """Return a parser for the Hydra flags that matter here, and for those that take a value, which is no override."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
     for names in (("--run", "-r"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--hydra-help",)):

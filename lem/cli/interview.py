@@ -1,6 +1,6 @@
 """The questions of `lem config new`, on a terminal; each answer is checked at once against the schema.
 
-Help texts and choices come from the schema and from conf/. Does not know the file that is written.
+Help texts and choices come from the schema and from conf/. Knows nothing about the file that is written.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lem.machine import host
 from lem.spec.schema import Leaf, leaf
 from lem.studies.grid import judge
 
-# Offered for values that are not set yet.
+# Suggested for values that are not set yet.
 SUGGESTIONS = {"model": MODEL, "dataset.sample_size": SAMPLE_SIZE, "batching.max_tokens_per_batch": 8192}
 VALUES = ("dataset.sample_size", "fp_precision", "max_output_tokens", "batching.strategy", "batching.batch_size")
 ELSEWHERE = "a hub id or a local file"
 
 
 def ask_all(options: Options, preset: str | None) -> Draft:
-    """Ask all questions; the user leaves by KeyboardInterrupt or EOFError."""
+    """Ask all questions; KeyboardInterrupt or EOFError means that the user left."""
     draft = _value(Draft(options), "model")
     draft = draft.choose("preset", preset) if preset else _option(draft, "preset")
     draft = _dataset(_option(draft, "backend"))
@@ -42,7 +42,7 @@ def ask_all(options: Options, preset: str | None) -> Draft:
 
 
 def agrees(question: str) -> bool:
-    """Ask a question whose default answer is no."""
+    """Ask a yes-or-no question; the default answer is no."""
     return bool(questionary.confirm(question, default=False).unsafe_ask())
 
 
@@ -52,11 +52,11 @@ def is_content(draft: Draft) -> bool:
     problems = judge(UserFile(draft.options), {**chosen, **draft.values}, host.look())
     for problem in problems:
         print(problem)
-    return not problems or agrees("As it is, this cannot be run here. Write it anyway?")
+    return not problems or agrees("This configuration cannot run here as it is. Write it anyway?")
 
 
 def _option(draft: Draft, group: str) -> Draft:
-    """Ask for an option of a group; the default is the one that applies already."""
+    """Ask for an option of a group; the default is the one that already applies."""
     found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in summaries(group, draft.options)]
     if group == "preset":
         found.insert(0, questionary.Choice("none", ""))
@@ -83,7 +83,7 @@ def _dataset(draft: Draft) -> Draft:
 
 
 def _value(draft: Draft, path: str) -> Draft:
-    """Ask for a value; set it if it differs from the one that applies already, or if every new file sets it."""
+    """Ask for a value; set it if it differs from the one that already applies, or if every new file sets it."""
     item, now = leaf(path), draft.at(path)
     print(f"\n{textwrap.fill(item.description, WIDTH, break_on_hyphens=False)}")
     names = _names(item)
@@ -109,7 +109,7 @@ def _typed(draft: Draft, item: Leaf, now: Any) -> Any:
 
 
 def parsed(item: Leaf, text: str) -> Any:
-    """Return the value that a typed text means: an empty one is null if null is allowed."""
+    """Return the value that the typed text represents; an empty text is null if null is allowed."""
     text, words = text.strip(), type_words(item)
     if not text and words.endswith("null"):
         return None
@@ -122,7 +122,7 @@ def parsed(item: Leaf, text: str) -> Any:
 
 
 def problem_with(draft: Draft, item: Leaf, text: str) -> str:
-    """Return what is wrong with an answer, as a sentence, or the empty text."""
+    """Return a message about what is wrong with an answer, or an empty string."""
     value = parsed(item, text)
     if item.path == "model" and not value:
         return "An experiment needs a model."

@@ -1,4 +1,4 @@
-"""`lem gpus`, `lem datasets`, `lem presets`: what there is to choose from."""
+"""`lem gpus`, `lem datasets`, `lem presets`: the available choices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gpus(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 def datasets(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False, config_dir: ConfigDir = None
 ) -> None:
-    """List the datasets that can be named with --dataset: built-in ones and your own."""
+    """List the datasets that --dataset accepts by name: built-in ones and your own."""
     from lem.cli import listing
 
     raise typer.Exit(listing.show_datasets(config_dir, as_json=as_json))
@@ -31,7 +31,7 @@ def datasets(
 def presets(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False, config_dir: ConfigDir = None
 ) -> None:
-    """List the presets that can be named with --preset: built-in ones and your own."""
+    """List the presets that --preset accepts: built-in ones and your own."""
     from lem.cli import listing
 
     raise typer.Exit(listing.show_presets(config_dir, as_json=as_json))

@@ -1,4 +1,4 @@
-"""What `lem gpus`, `lem datasets` and `lem presets` print: what there is to choose from."""
+"""What `lem gpus`, `lem datasets` and `lem presets` print: the available choices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def show_gpus(as_json: bool = False) -> int:
     elif found is None:
         print("There is no NVIDIA driver on this machine, or it does not answer, so there are no GPUs to show.")
     elif not found.gpus:
-        print(f"The NVIDIA driver {found.driver_version or 'of this machine'} has no GPU.")
+        print(f"The NVIDIA driver {found.driver_version or 'of this machine'} finds no GPU.")
     else:
         print("\n".join(_tree(found)))
     return 0
@@ -51,7 +51,7 @@ def _branch(last: bool) -> str:
 def _device(device: PhysicalGpu) -> str:
     if device.reason is not None:
         return f"[{device.index}] does not answer: {device.reason}"
-    # Rounded, GiB are what a GPU's name calls GB.
+    # Rounded GiB match the GB in a GPU's name.
     size = "" if device.memory_bytes is None else f" ({device.memory_bytes / 2**30:.0f}GB)"
     limit = None if device.power_limit_w is None else f"power limit {device.power_limit_w:g} W"
     count = len(device.instances)
@@ -67,7 +67,7 @@ def _instance(instance: MigInstance, device: PhysicalGpu) -> str:
 
 
 def show_datasets(config_dir: Path | None = None, *, as_json: bool = False) -> int:
-    """Print the datasets that have a name; return 2 if a user's file cannot be used."""
+    """Print the named datasets; return 2 if a user's file cannot be used."""
     found, errors = _readable("dataset", config_dir)
     if as_json:
         print(json.dumps([_as_data(option, "dataset.") for option in found], indent=2, ensure_ascii=False))
@@ -112,7 +112,7 @@ def _dataset_row(option: Summary) -> tuple[str, ...]:
 
 
 def _purpose(option: Summary) -> str:
-    """Return what an option is for, and whose it is unless it is built in."""
+    """Return an option's purpose and, unless it is built in, whose it is."""
     if option.file is None:
         return option.purpose
     return f"{option.purpose} ({'yours, in place of the built-in one' if option.shadows else 'yours'})".strip()

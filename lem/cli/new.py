@@ -1,7 +1,7 @@
 """`lem config new`: a config file with every value of the schema, most of them commented out.
 
-A `Draft` says which values are set: the few that people change first, or the answers to questions on a terminal. A
-value that is commented out is the one that applies anyway, so that removing every `#` changes nothing. Does not know
+A `Draft` says which values are set: the few that people change first, or the answers to questions on a terminal. Each
+commented-out value is the one that applies anyway, so removing every `#` changes nothing. Knows nothing about
 inheritance.
 """
 
@@ -27,9 +27,8 @@ from lem.spec.schema import GROUPS, Leaf, leaves
 DEFAULT_FILE = Path("experiment.yaml")
 HEAD = """\
 {editor}
-# An experiment of lem: lem config validate checks it, lem experiment runs it.
-# A value after a # is what applies anyway; to set it, delete its # and that of
-# its group."""
+# A lem experiment: lem config validate checks it, lem experiment runs it.
+# A value after a # applies anyway; to change it, delete its # and its group's."""
 
 
 def render(draft: Draft) -> str:
@@ -37,7 +36,7 @@ def render(draft: Draft) -> str:
     values = draft.effective()
     preset = draft.choices.get("preset")
     lines = [HEAD.format(editor=file_schema.EDITOR_LINE), ""]
-    lines += _comment("Values to start from; what this file sets replaces them.")
+    lines += _comment("Values to start from; those set in this file replace them.")
     lines += [*_option_lines(draft, "preset"), f"preset: {flow(preset)}" if preset else "#preset: null", ""]
     for item in leaves():
         if "." not in item.path:
@@ -94,7 +93,7 @@ def _value_lines(draft: Draft, item: Leaf, value: Any, indent: str = "") -> Iter
 
 
 def _other_backends(chosen: str) -> Iterator[str]:
-    """Yield the values of the backends that are not chosen, as prose, since they cannot be set."""
+    """Yield the values of the backends that are not chosen, as comments only, since they cannot be set."""
     for name, backend in BACKENDS.items():
         if name == chosen:
             continue
@@ -117,14 +116,14 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
     """Write a new config file, or print it; return the exit code.
 
     Args:
-        file: the file; None is experiment.yaml on a terminal, else the text is printed.
+        file: the file; None means experiment.yaml on a terminal, otherwise the text is printed.
         preset: the preset to start from.
-        yes: ask nothing.
+        yes: ask no questions.
         force: replace an existing file.
         config_dir: a directory of the user's own options.
 
     Raises:
-        ConfigError: nothing has been written.
+        ConfigError: in that case nothing has been written.
         Interrupted: the user stopped; nothing has been written.
     """
     file = DEFAULT_FILE if file is None and sys.stdout.isatty() else file
@@ -146,15 +145,15 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
 
 def _check_target(file: Path, *, replaceable: bool) -> None:
     if file.suffix not in SUFFIXES:
-        raise ConfigError(f"{file}: a config file's name ends in {' or '.join(SUFFIXES)}.")
+        raise ConfigError(f"{file}: a config file's name must end in {' or '.join(SUFFIXES)}.")
     if file.is_dir():
         raise ConfigError(f"{file} is a directory.")
     if file.exists() and not replaceable:
-        raise ConfigError(f"{file} exists; --force replaces it.")
+        raise ConfigError(f"{file} already exists; --force replaces it.")
 
 
 def _asked(options: Options, preset: str | None, file: Path | None, force: bool) -> Draft | None:
-    """Return the answers, or None if the user does not want the file to be written."""
+    """Return the answers, or None if the user does not want to write the file."""
     from lem.cli import interview
 
     try:
@@ -173,6 +172,6 @@ def _write(draft: Draft, file: Path) -> None:
         file.write_text(text, encoding="utf-8")
         file_schema.write_beside(file, draft.options)
     except OSError as error:
-        raise ConfigError(f"{file}: it cannot be written: {error.strerror}.") from None
+        raise ConfigError(f"{file}: the file cannot be written: {error.strerror}.") from None
     print(f"Wrote {file}; {file_schema.SCHEMA_FILE} beside it is for editors.")
     print(f"Check it with lem config validate {file}, run it with lem experiment {file}.")

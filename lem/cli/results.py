@@ -1,4 +1,4 @@
-"""`lem aggregate` and `lem results`: reading a results directory."""
+"""`lem aggregate` and `lem results`: read a results directory."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def aggregate(
     results_dir: ResultsDir = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it exists.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Fail if anything is missing, or use what exists.")
+        bool, typer.Option("--strict/--no-strict", help="Fail if anything is missing, or use what there is.")
     ] = True,
     allow_mixed_backends: Annotated[
-        bool, typer.Option("--allow-mixed-backends", help="Combine records of different backends (not recommended).")
+        bool, typer.Option("--allow-mixed-backends", help="Combine records from different backends (not recommended).")
     ] = False,
 ) -> None:
-    """Turn raw records into rows of the tables; lem experiment does so at its end."""
+    """Turn raw records into rows of the tables; lem experiment does this when it ends."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)
@@ -48,22 +48,23 @@ def aggregate(
 def results_list(
     results_dir: ResultsDir = None,
     everything: Annotated[
-        bool, typer.Option("--all", "-a", help="Also experiments without a row: planned, running, interrupted.")
+        bool, typer.Option("--all", "-a", help="Include experiments without a row: planned, running, interrupted.")
     ] = False,
     status: Annotated[
-        str | None, typer.Option("--status", help="Only completed, failed, interrupted, running or planned ones.")
+        str | None,
+        typer.Option("--status", help="Only one status: completed, failed, interrupted, running or planned."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="Only backends whose name contains this.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets whose name contains this.")] = None,
     since: Annotated[str | None, typer.Option("--since", help="Only those started at this time or later.")] = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of these.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of those listed.")] = None,
     sort: Annotated[
         str | None,
         typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
     ] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="Largest or newest first.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all columns.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all columns.")] = False,
 ) -> None:
     """List experiments, oldest first."""
     from lem.results import browse
@@ -80,10 +81,10 @@ def results_show(
     ],
     results_dir: ResultsDir = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="The record of each process, cycle and attempt: phases, readings.")
+        bool, typer.Option("--raw", help="Show the record of each process, cycle and attempt: phases, readings.")
     ] = False,
     environment: Annotated[
-        bool, typer.Option("--environment", "-e", help="Also the machine and the software it ran on.")
+        bool, typer.Option("--environment", "-e", help="Also show the machine and the software that it ran on.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

@@ -1,6 +1,6 @@
-"""The standard streams, made so that none can end a run: closed, full, abandoned by its reader, or ASCII only.
+"""Standard streams that cannot end a run, even if they are closed, full, abandoned by their reader, or ASCII-only.
 
-Does not know what is written, or the exit codes.
+Knows nothing about what is written, or about exit codes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import select
 import sys
 from typing import Any, TextIO
 
-# Spellings of characters that lem and rich write, for encodings that lack them.
+# Replacements for characters that lem and rich write, for encodings that lack them.
 SPELLED = {
     "–": "-", "—": "-", "·": "|", "≈": "~", "°": "deg", "µ": "u", "×": "x", "±": "+/-", "…": "...", "→": "->",
     "≥": ">=", "≤": "<=", "‘": "'", "’": "'", "“": '"', "”": '"', "│": "|", "─": "-", "├": "+", "└": "+",
@@ -22,7 +22,7 @@ ENCODING_ERRORS = "lem.spelled"
 
 
 def forgiving_streams() -> None:
-    """Replace the process's standard streams by ones that never raise; `lost_output` returns the error instead."""
+    """Replace the process's standard streams with ones that never raise; `lost_output` returns the error instead."""
     codecs.register_error(ENCODING_ERRORS, _spelled)
     _fill_closed_descriptors()
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
@@ -38,14 +38,14 @@ def lost_output() -> OSError | None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open /dev/null as 0, 1 or 2 if closed: else the next file or pipe gets that number, and stray output with it."""
+    """Open /dev/null as 0, 1 or 2 if closed; otherwise the next file or pipe gets that number and any stray output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:
-    """Return a stream on the descriptor like the given one; keep one that was redirected within the process."""
+    """Return a stream on the descriptor like the given one; keep one that was redirected within this process."""
     if stream is None:
         return _text(descriptor, encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != descriptor:
@@ -71,7 +71,7 @@ class _Descriptor(io.FileIO):
         """Write, waiting if the reader of a non-blocking pipe is slow; report success in any case."""
         try:
             while self.lost is None:
-                # FileIO returns None, despite its type, if the descriptor would block.
+                # Despite its declared type, FileIO returns None if the descriptor would block.
                 written: int | None = super().write(data)
                 if written is not None:
                     return written
@@ -82,12 +82,12 @@ class _Descriptor(io.FileIO):
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Spell a character that the encoding lacks; escape one without a spelling as in JSON."""
+    """Replace a character that the encoding lacks by a spelling or, if there is none, by a JSON escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not text
+    if 0xDC80 <= code <= 0xDCFF:  # a byte in a file name that is not valid text
         return bytes([code - 0xDC00]), error.start + 1
     units = character.encode("utf-16-be", "surrogatepass").hex()
     escaped = "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -40,7 +40,7 @@ class Verdict:
     force: bool = False
 
     def blocks(self, problem: Problem) -> bool:
-        """Tell whether a problem prevents the file from being run."""
+        """Return whether a problem prevents the file from being run."""
         return problem.severity == "impossible" or (problem.severity == "inadvisable" and not self.force)
 
     @property
@@ -79,7 +79,7 @@ def _plain(problem: Problem) -> dict[str, Any]:
 def validate(
     files: Sequence[Path], *, config_dir: Path | None, force: bool, any_machine: bool, as_json: bool = False
 ) -> int:
-    """Check files and print what is wrong with each; return 0 when all are valid, else 2."""
+    """Check files and print what is wrong with each; return 0 if all are valid, else 2."""
     host = look()
     verdicts = [Verdict(file, tuple(problems(file, host, config_dir, any_machine)), force) for file in files]
     if as_json:
@@ -99,11 +99,11 @@ def problems(file: Path, host: Host, config_dir: Path | None = None, any_machine
         file: the config file.
         host: the machine it is checked for.
         config_dir: a directory of the user's own options.
-        any_machine: leave out what is wrong on this machine only.
+        any_machine: ignore what is wrong only on this machine.
     """
     inputs = read_inputs(file, (), config_dir)
     if not inputs.sources.file.layers:
-        return list(inputs.problems)  # the text cannot be read
+        return list(inputs.problems)  # the file cannot be read at all
     values, found = values_of(inputs.sources)
     known = without_echoes(inputs.problems, located(inputs.sources, found))
     # Without the values that are wrong, so that the rules can check the rest.
@@ -111,12 +111,12 @@ def problems(file: Path, host: Host, config_dir: Path | None = None, any_machine
     if experiment is None:
         return _in_order(known, file)
     if experiment.model is None and not _is_about("model", known):
-        known.append(Problem("no_model", "model", "no model is named: a base for other files.", Location(file)))
+        known.append(Problem("no_model", "model", "no model is named, so it can only be a base.", Location(file)))
     return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known)], file)
 
 
 def _in_order(found: Sequence[Problem], first: Path) -> list[Problem]:
-    """Return problems by file and line, those without a line last."""
+    """Return problems sorted by file and line, those without a line last."""
     files = list(dict.fromkeys([first, *(problem.location.file for problem in found if problem.location)]))
     last = len(files), 0
 
@@ -130,7 +130,7 @@ def _in_order(found: Sequence[Problem], first: Path) -> list[Problem]:
 def _objections(
     experiment: Experiment, host: Host, inputs: Inputs, any_machine: bool, known: Sequence[Problem]
 ) -> list[Problem]:
-    """Return the rules' objections, without those about a value that is known to be wrong."""
+    """Return the rules' objections, except those about values already known to be wrong."""
     found: Found = [
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
         for objection in objections(experiment, host)
@@ -148,7 +148,7 @@ def _is_about(text: str, known: Sequence[Problem]) -> bool:
 # ------------------------------------------------------------------ show
 @dataclass(frozen=True)
 class Origin:
-    """Where a value comes from; file and line are the value's own, if it stands in a user's file."""
+    """Where a value comes from; file and line are the value's own if it is in a user's file."""
 
     kind: str
     name: str | None = None
@@ -172,7 +172,7 @@ def show(
     with_origin: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Print a configuration as it would run, as YAML that is a complete config file, or as JSON."""
+    """Print a configuration as it would run, either as a complete config file in YAML or as JSON."""
     values, sources = resolve(config_file, overrides, config_dir)
     origins: dict[KeyPath, Origin] = {}
     if with_origin:
@@ -194,9 +194,9 @@ def resolve(
     """Return a configuration's checked values, and the sources they come from; raises `ConfigError`."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
-        raise ConfigError(f"{swept[0]}: more than one value is given; lem config show shows one configuration.")
+        raise ConfigError(f"{swept[0]}: more than one value is given, but lem config show needs a single one.")
     if settings := [override.text for override in inputs.overrides if not override.key]:
-        raise ConfigError(f"{settings[0]}: settings of Hydra have no effect here; leave it out.")
+        raise ConfigError(f"{settings[0]}: Hydra's settings have no effect here; leave it out.")
     if found := impossible(inputs.all_problems()):
         raise Problems(found)
     values, _ = values_of(inputs.sources)
@@ -208,7 +208,7 @@ def resolve(
 def _origin(layer: Layer | None, path: KeyPath) -> Origin:
     if layer is None:
         return Origin("default")
-    # A value that a word in a file stands for (a dataset's path, its name) has the word's location.
+    # A value that a word in a file implies (such as a dataset's path or name) has the word's location.
     above = (path[:end] for end in range(len(path), 0, -1))
     location = next((layer.locations[part] for part in above if part in layer.locations), None)
     name = shown_path(Path(layer.name)) if layer.kind == "file" and layer.name else layer.name

@@ -1,1 +1,1 @@
-"""Files, presets and overrides become an Experiment: the only room that knows Hydra, but for `lem.cli.hydra_app`."""
+"""Turns files, presets and overrides into an Experiment; no other room except `lem.cli.hydra_app` knows Hydra."""

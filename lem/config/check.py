@@ -1,4 +1,4 @@
-"""Composed values against the schema: interpolations resolved, types and ranges checked, all problems at once.
+"""Checks composed values against the schema: resolves interpolations, checks types and ranges, reports all problems.
 
 Each problem has the path of its value; this module does not know where that value came from.
 """
@@ -35,7 +35,7 @@ def check(values: Values) -> Experiment:
 
 
 def examine(values: Values) -> tuple[Experiment | None, Found]:
-    """Return the experiment that the values make, or None and what is wrong with the values."""
+    """Return the experiment that the values define, or None, and what is wrong with the values."""
     try:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as error:
@@ -49,7 +49,7 @@ def examine(values: Values) -> tuple[Experiment | None, Found]:
 
 
 def without(values: Values, paths: Iterable[KeyPath]) -> Values:
-    """Return the values without those at some paths."""
+    """Return the values except those at some paths."""
     result: Values = json.loads(json.dumps(values))
     for *parents, last in paths:
         holder: Any = result
@@ -70,7 +70,7 @@ def _problems(values: Values, details: Iterable[Any]) -> Iterator[tuple[KeyPath,
 
 
 def _path(values: Values, location: tuple[str | int, ...]) -> KeyPath:
-    """Return a value's path: pydantic's, without the names of a union's members (backend.pytorch.device)."""
+    """Return a value's path: pydantic's, without union members' names (such as backend.pytorch.device's pytorch)."""
     path: list[str | int] = []
     holder: Any = values
     for part in location:
@@ -109,23 +109,23 @@ def backend_of(values: Values) -> str | None:
 
 
 def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
-    """Return the sentence about a key that does not exist, with the most similar ones that do.
+    """Return the message about a key that does not exist, with the most similar existing ones.
 
     Args:
-        path: the key's path; a text is one key, even if it has dots.
-        backend: the chosen backend, the only one whose keys `backend.…` may suggest; None stands for all.
+        path: the key's path; a plain string is a single key, even if it has dots.
+        backend: the chosen backend, the only one whose keys `backend.…` may suggest; None means all.
     """
     parts = (path,) if isinstance(path, str) else path
     name = dotted(parts)
     paths = sorted(known_keys())
     if len(parts) == 1 and name in paths and "." in name:
         outer, _, inner = name.partition(".")
-        return f"in a file this is written nested, {outer}: {{{inner}: …}}."
+        return f"in a file, this is written nested, {outer}: {{{inner}: …}}."
     if about := _about_backends_key(name, backend):
         return f"unknown key: {about}"
     others = set() if backend is None else {key for key in paths if key.startswith("backend.")} - _keys_of(backend)
     usable = [known for known in paths if known not in others]
-    # People remember a leaf's own name: batch_size, temperature.
+    # People remember the last part of a path: batch_size, temperature.
     by_leaf = [known for known in usable if known.split(".")[-1] == name.split(".")[-1]]
     beside = [known for known in usable if "." in name and known.rpartition(".")[0] == name.rpartition(".")[0]]
     if name in paths:
@@ -136,13 +136,13 @@ def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
 
 
 def _about_backends_key(name: str, backend: str | None) -> str | None:
-    """Return what the chosen backend says about a key that is not one of its own: its engine may know it."""
+    """Return the chosen backend's message about a key that is not one of its own, which its engine may know."""
     from lem.backends import backend_class
 
     group, _, key = name.partition(".")
     if backend is None or group != "backend":
         return None
-    # The arguments of an engine are a single value: one mapping.
+    # An engine's extra arguments are a single value: one mapping.
     return backend_class(backend).about_key(key.removeprefix("engine_args.").removeprefix("extra_args."))
 
 
@@ -164,9 +164,9 @@ def _with_parents(paths: Iterable[str]) -> frozenset[str]:
 
 # ------------------------------------------------------------------ interpolations, secrets
 def resolved(values: Values) -> tuple[Values, Found]:
-    """Return the values with their interpolations resolved, and what is wrong with those that stay as they are."""
+    """Return the values with interpolations resolved, and what is wrong with those that cannot be."""
     found_texts = list(texts(values))
-    message = "??? stands for a value that has to be given; give it."
+    message = "??? marks a value that has to be set; set it."
     found = [(path, Problem("missing_value", dotted(path), message)) for path, text in found_texts if text == MISSING]
     interpolated = [path for path, text in found_texts if "${" in text]
     if interpolated:
@@ -178,7 +178,7 @@ def resolved(values: Values) -> tuple[Values, Found]:
 def secrets(values: Values) -> Found:
     """Find values that hold the hub's token: configurations are written to files that people publish."""
     token = os.environ.get("HF_TOKEN")
-    message = "the value holds your HF_TOKEN; leave it out, the hub's client reads it from the environment."
+    message = "the value contains your HF_TOKEN; leave it out: the hub's client reads it from the environment."
     found = (path for path, text in texts(values) if token in text) if token else ()
     return [(path, Problem("secret", dotted(path), message)) for path in found]
 
@@ -201,7 +201,7 @@ def _interpolated(values: Values, paths: list[KeyPath]) -> tuple[Values, Found]:
 
     problems: dict[KeyPath, Problem] = {}
     for path in paths:
-        # A text that OmegaConf cannot even read would make it refuse the whole configuration.
+        # If OmegaConf cannot even parse a text, it refuses the whole configuration.
         try:
             OmegaConf.create({"value": _at(values, path)})
         except (OmegaConfBaseException, RecursionError) as error:

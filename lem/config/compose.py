@@ -1,8 +1,8 @@
-"""From a config file and overrides to an `Experiment`, by Hydra's own composition. Only plain dataclasses leave here.
+"""Turns a config file and overrides into an `Experiment` by Hydra's own composition; returns only plain dataclasses.
 
 The order of the sources is that of Hydra's defaults list: schema (environment variables included), group
 options, preset, config file, command line; later ones win. The result is checked as a whole: all problems are
-reported at once, each with its path and, if it stands in a file, its line.
+reported at once, each with its path and, if it is in a file, its line.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Inputs:
 def read_inputs(
     config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Inputs:
-    """Read a config file and parse overrides; the result holds the problems."""
+    """Read a config file and parse overrides; the result includes the problems."""
     known = find_options(config_file, config_dir)
     file = examine_file(config_file, known) if config_file else UserFile(known)
     parsed, problems = parse(overrides, known, groups_in)
@@ -74,18 +74,18 @@ def read_inputs(
 
 
 def _of_the_backend(problem: Problem, sources: Sources) -> Problem:
-    """Reword an unknown key of the backend, now that it is known which one is chosen."""
+    """Reword the problem of an unknown backend key, now that the chosen backend is known."""
     if problem.code != "unknown_key" or not problem.path.startswith("backend."):
         return problem
     try:
         backend = backend_of(sources.values())
     except Problems:
-        return problem  # of an option, and already reported
+        return problem  # the problem is in an option, and is already reported
     return replace(problem, message=unknown_key(tuple(problem.path.split(".")), backend))
 
 
 def _option_problems(known: Options, chosen: Iterable[tuple[str, Choice]]) -> list[Problem]:
-    """Return what is wrong with the chosen options, and with those that a preset chooses."""
+    """Return what is wrong with the chosen options, including those that a preset chooses."""
     problems: list[Problem] = []
     for group, choice in chosen:
         if choice.name is None:
@@ -114,7 +114,7 @@ def values_of(sources: Sources) -> tuple[Values, Found]:
     try:
         values, found = resolved(sources.values())
     except Problems:
-        return {}, []  # of an option, and already reported
+        return {}, []  # the problem is in an option, and is already reported
     unresolved = {path for path, _ in found}
     return values, found + [(path, problem) for path, problem in examine(values)[1] if path not in unresolved]
 
@@ -124,14 +124,14 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
 
     Args:
         file: a config file that has been read, or `UserFile()`.
-        choices: options by group; a dataset also by hub id or local file, no preset as None.
+        choices: options by group; a dataset may be a hub id or a local file; None means no preset.
         values: plain values by dotted path.
 
     Returns:
-        The values, interpolations resolved, not yet checked. Parts may be shared with other results.
+        The values, with interpolations resolved but not yet checked. Parts may be shared with other results.
 
     Raises:
-        Problems: an option that does not exist or cannot be used, an interpolation that cannot be resolved.
+        Problems: an option does not exist or cannot be used, or an interpolation cannot be resolved.
     """
     chosen = {group: choice_of(group, name, file.options) for group, name in choices.items()}
     sources = Sources.of(file, chosen, values)
@@ -142,20 +142,20 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
 
 
 def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Problem]:
-    """Return problems without those that only follow from another one with the same path."""
+    """Return the problems except those that only follow from another one at the same path."""
     first = list(first)
     paths = {problem.path for problem in first if problem.path}
     return first + [problem for problem in then if problem.path not in paths]
 
 
 def located(sources: Sources, found: Found) -> list[Problem]:
-    """Return problems with the locations of their values."""
+    """Return the problems with the locations of their values."""
     layers = sources.layers() if found else []
     return [replace(problem, location=_location(sources, layers, path)) for path, problem in found]
 
 
 def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Location | None:
-    """Return where the value at a path stands, or what chose it or holds it; None if that is not in a file."""
+    """Return where a path's value is given, or what chose or contains it; None if that is not in a file."""
     for end in range(len(path), 0, -1):
         for layer in reversed(layers):
             if layer.kind == "command line" and holds(layer.values, path[:end]):
@@ -169,7 +169,7 @@ def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Locat
 # ------------------------------------------------------------------ composed by Hydra
 @dataclass(frozen=True)
 class Composition:
-    """What Hydra is to compose: the user's file as overrides, and those of the command line above them."""
+    """What Hydra will compose: the user's file as overrides, and above them those of the command line."""
 
     of_file: tuple[str, ...]
     given: tuple[Override, ...] = ()
@@ -188,14 +188,14 @@ class Composition:
         return experiment
 
     def values(self) -> Values:
-        """Compose and resolve, without a check; raises `ConfigError` if Hydra cannot."""
+        """Compose and resolve without checking; raises `ConfigError` if Hydra cannot."""
         from hydra import compose, initialize_config_module
 
         if swept := next((override for override in self.given if override.is_sweep), None):
             raise ConfigError(f"{swept.text}: {SEVERAL}")
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
             composed = compose(CONFIG_NAME, overrides=list(self.overrides))
-        # Hydra lets a value below take the place of a ???, but whoever wrote it wants one to be given.
+        # Hydra lets a lower value replace a ???, but whoever wrote it wants a value to be set explicitly.
         _, found = values_of(self.sources)
         if missing := [(path, problem) for path, problem in found if problem.code == "missing_value"]:
             raise Problems(located(self.sources, missing))
@@ -205,7 +205,7 @@ class Composition:
         """Return a composition for each cell of a sweep, in the order in which Hydra would run them."""
         file = self.sources.file
         if several := next((o.text for o in self.given if not o.key and has_several_values(o.text)), None):
-            raise ConfigError(f"{several}: a setting of Hydra takes one value for all cells.")
+            raise ConfigError(f"{several}: a setting of Hydra must have one value for all cells.")
         return [Composition(self.of_file, given, _sources(file, given)) for given in combinations(self.given)]
 
 
@@ -218,11 +218,11 @@ def prepare(
         config_file: a user's config file, or None.
         overrides: Hydra overrides from the command line; `group=option`, `group.name=option` and
             `dataset=<hub id or file>` choose options.
-        config_dir: a directory of the user's own options; None looks for `conf/` beside the file.
-        groups_in: a config directory known to Hydra (of a plain Hydra app, by --config-dir).
+        config_dir: a directory of the user's own options; None looks for `conf/` next to the file.
+        groups_in: a config directory known to Hydra (a plain Hydra app's --config-dir).
 
     Raises:
-        ConfigError: an unknown key or option, an override that cannot be parsed, or a file that cannot be used.
+        ConfigError: a key or option is unknown, an override cannot be parsed, or a file cannot be used.
     """
     inputs = read_inputs(config_file, overrides, config_dir, groups_in)
     if impossible(inputs.problems):
@@ -248,7 +248,7 @@ def register_schema() -> None:
 
 
 def _store(group: str, name: str, package: str | None, node: Values) -> None:
-    """Store a config node; a name may hold slashes, which for Hydra are folders."""
+    """Store a config node; a name may contain slashes, which Hydra treats as folders."""
     from hydra.core.config_store import ConfigStore
 
     *folders, last = name.split("/")
@@ -256,7 +256,7 @@ def _store(group: str, name: str, package: str | None, node: Values) -> None:
 
 
 def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> None:
-    """Store the options that are not files of lem's conf/: a user's, and datasets that are hub ids or local files."""
+    """Store the options that are not files in lem's conf/: the user's, and datasets given as hub ids or local files."""
     for group, choice in chosen:
         if choice.name is None:
             continue
@@ -299,7 +299,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """Turn Hydra's errors into problems with locations if the plain composition finds the same, else a sentence."""
+    """Turn Hydra's errors into problems with locations if the plain composition finds them too, else into a message."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,6 +1,6 @@
-"""The JSON Schema of a config file, for editors: the one of `lem.spec`'s dataclasses, widened to what a file may hold.
+"""The JSON Schema of a config file, for editors: that of `lem.spec`'s dataclasses, widened to what a file may hold.
 
-Unlike a whole `Experiment`, a file need not set anything, may choose groups by a plain name (`dataset: alpaca`), may
+Unlike a whole `Experiment`, a file need not set anything, may choose options by a plain name (`dataset: alpaca`), may
 hold `defaults:` and `preset:`, and may give any value as an interpolation (`${max_output_tokens}`). Does not know the
 rules between values; `lem config validate` does.
 """
@@ -18,7 +18,7 @@ from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, Leaf
 
-# Lies beside the files that refer to it, so that editors find it offline and after a clone; *.yaml does not match it.
+# Is next to the files that refer to it, so that editors find it offline and after a clone; *.yaml does not match it.
 SCHEMA_FILE = ".lem-schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 # The newest draft that the YAML language server supports in full.
@@ -45,7 +45,7 @@ def file_schema(options: Options) -> dict[str, Any]:
     return {
         "$schema": DRAFT,
         "title": "lem experiment",
-        "description": "A config file of lem: what differs from the defaults.",
+        "description": "A lem config file: what differs from the defaults.",
         "type": "object",
         "additionalProperties": False,
         "properties": {"defaults": _defaults(), **properties},
@@ -61,14 +61,14 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a value's schema, with an interpolation allowed as well."""
+    """Return a value's schema, extended to allow an interpolation."""
     if "$ref" in value or "oneOf" in value:
         return {"anyOf": _alternatives(value)}
     if "const" in value:
         return {"type": "string", "description": value["description"]}
     about: dict[str, Any] = {key: value[key] for key in ("description", "default") if key in value}
     ways = _alternatives(value)
-    # The schema of a text allows an interpolation already.
+    # A text's schema already allows an interpolation.
     return {**about, "anyOf": ways} if {"type": "string"} in ways else {**about, "anyOf": [*ways, INTERPOLATION]}
 
 
@@ -95,7 +95,7 @@ def _defaults() -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {
-        "description": "Files to inherit from, relative to this one (base is base.yaml beside it).",
+        "description": "Files to inherit from, relative to this one (base means base.yaml beside it).",
         "type": "array",
         "items": {"anyOf": [{"type": "string"}, choice]},
     }

@@ -13,7 +13,7 @@ from lem.config.options import Options
 
 @dataclass(frozen=True)
 class Summary:
-    """An option of a config group: its name, its purpose (the file's first comment), and its values by path."""
+    """An option of a config group: its name, its purpose (its file's first comment), and its values by path."""
 
     name: str
     purpose: str
@@ -31,7 +31,7 @@ def summaries(group: str, options: Options | None = None) -> Iterator[Summary]:
 
 
 def summary(options: Options, group: str, name: str) -> Summary:
-    """Return one option; raises `Problems` if it is a user's and cannot be used."""
+    """Return one option; raises `Problems` if it is a user's option that cannot be used."""
     read = option(options, group, name)
     values = {inner: chosen.name for inner, chosen in read.choices.items() if chosen.name}
     for layer in (*read.bound.values(), *read.layers):

@@ -2,8 +2,8 @@
 
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
-This is what Hydra composes from conf/config.yaml, by merging plain dictionaries: a thousand times as fast, which a
-grid needs, and with the layer that each value comes from, which Hydra does not keep. Tests compare it with Hydra's
+This is what Hydra composes from conf/config.yaml, but by merging plain dictionaries: a thousand times as fast, which a
+grid needs, and it keeps the layer that each value comes from, which Hydra does not. Tests compare it with Hydra's
 composition. Does not know Hydra's grammar and does not check values.
 """
 
@@ -36,7 +36,7 @@ class Option:
     file: OptionFile
     layers: tuple[Layer, ...]
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    # A preset's values for the groups that it chooses: they apply only together with its choice.
+    # A preset's values for the groups whose option it chooses: they apply only together with that choice.
     bound: Mapping[str, Layer] = field(default_factory=dict)
 
 
@@ -48,13 +48,13 @@ class Sources:
     """Everything that a configuration is composed of, apart from the schema."""
 
     file: UserFile = field(default_factory=UserFile)
-    # What the command line chooses and sets; a value's layer is named for its override.
+    # What the command line chooses and sets; a value's layer is named after its override.
     choices: Mapping[str, Choice] = field(default_factory=dict)
     given: tuple[Layer, ...] = ()
 
     @classmethod
     def of(cls, file: UserFile, choices: Mapping[str, Choice], values: Mapping[str, Any]) -> Sources:
-        """Return the sources with plain values by dotted path in place of the command line's."""
+        """Return the sources with the command line's values replaced by plain ones, by dotted path."""
         given = (Layer("command line", path, nested(path, value)) for path, value in values.items())
         return cls(file, choices, tuple(given))
 
@@ -63,7 +63,7 @@ class Sources:
         file = self.file
         for group, choice in self.choices.items():
             named = file.choices.get(group)
-            # Values of a file that names no option are meant for whichever is chosen.
+            # If a file names no option, its values are meant for whichever is chosen.
             if named is not None and not choice.is_same(named):
                 file = file.without_values_of(group)
         return Sources(file, self.choices, self.given)
@@ -80,7 +80,7 @@ class Sources:
         return Choice(default_choices()[group])
 
     def _all_chosen(self) -> Chosen:
-        """Return the choices that apply, as a key of caches."""
+        """Return the choices that apply, for use as a cache key."""
         chosen = ((group, self.chosen(group)) for group in default_choices())
         return tuple((group, choice.name, choice.source, choice.preset) for group, choice in chosen)
 
@@ -91,7 +91,7 @@ class Sources:
         return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
-        """Compose, interpolations unresolved. Subtrees may be shared with other results."""
+        """Compose without resolving interpolations. Subtrees may be shared with other results."""
         settled = self.settled()
         base = _base_values(self.file.options, settled._all_chosen(), _environment())
         above = [layer.values for layer in settled.file.layers] + [layer.values for layer in settled.given]
@@ -99,12 +99,12 @@ class Sources:
 
 
 def origin(layers: Iterable[Layer], path: KeyPath) -> Layer | None:
-    """Return the layer that the value at a path comes from: the last that has one there."""
+    """Return the layer that the value at a path comes from: the last one with a value there."""
     return next((layer for layer in reversed(list(layers)) if holds(layer.values, path)), None)
 
 
 def holds(values: Any, path: KeyPath) -> bool:
-    """Tell whether there is a value at a path."""
+    """Return whether there is a value at a path."""
     for part in path:
         inside = part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values))
         if not inside:
@@ -114,7 +114,7 @@ def holds(values: Any, path: KeyPath) -> bool:
 
 
 def leaf_paths(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the path and value of everything except mappings with content."""
+    """Yield the path and value of everything except non-empty mappings."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from leaf_paths(value, (*prefix, key))
@@ -155,12 +155,12 @@ def schema_layers(environment: tuple[tuple[str, str], ...] | None = None) -> Ite
     """Yield the schema's defaults and the values of environment variables."""
     yield Layer("default", None, schema_defaults())
     for name, value in _environment() if environment is None else environment:
-        # A variable holds no interpolations, even where it looks so.
+        # A variable never holds an interpolation, even if it looks like one.
         yield Layer("environment", name, nested(_variables()[name], value.replace("${", "\\${")))
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    """Return the variables that give values; an empty one counts as unset."""
+    """Return the environment variables that set values; an empty one counts as unset."""
     return tuple((name, os.environ[name]) for name in _variables() if os.environ.get(name))
 
 
@@ -200,15 +200,15 @@ def option(options: Options, group: str, name: str, source: str | None = None) -
         options: the options that exist.
         group: its group.
         name: its name; it must exist.
-        source: the hub id or file of the dataset `custom`.
+        source: the hub id or file, for the dataset `custom`.
 
     Raises:
-        Problems: something is wrong in the user's file.
+        Problems: something is wrong with the user's file.
     """
     file = options.get(group, name)
     assert file is not None, (group, name)
     if source is not None and name == CUSTOM:
-        # A file or a preset that names a source has it among its values, which lie above this.
+        # If a file or a preset names a source, it is among that layer's values, which override this one.
         given = Layer("command line", f"dataset={source}", {"dataset": {"name": source, "path": source}})
         return Option(file, (given,))
     return _users(file, options) if file.is_users else _builtin(file)
@@ -236,7 +236,7 @@ def _users(file: OptionFile, options: Options) -> Option:
         own.setdefault("name", file.name)
     if file.group == "backend" and own.setdefault("name", file.name) not in BACKENDS:
         location = locations.get(("backend", "name"), Location(file.path))
-        message = f"an option of this group names its engine, one of {', '.join(BACKENDS)}."
+        message = f"an option of this group must name its engine, one of {', '.join(BACKENDS)}."
         read.problems.append(Problem("unknown_option", "name", message, location))
     if problems := impossible(read.problems):
         raise Problems(problems)
@@ -253,7 +253,7 @@ def _users(file: OptionFile, options: Options) -> Option:
 
 
 def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
-    """Return the layer below an option of the group backend: the defaults of its engine."""
+    """Return the layer below an option of the group `backend`: its engine's defaults."""
     if file.group != "backend":
         return ()
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)

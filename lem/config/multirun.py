@@ -1,7 +1,7 @@
-"""A study's plan and its Hydra multirun: a resolved config file for each cell, which Hydra composes and runs in turn.
+"""A study's plan and its Hydra multirun: a resolved config file per cell, which Hydra composes and runs in turn.
 
 The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. Does not know what
-a cell's run does.
+running a cell does.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ hydra:
 
 
 def sweep_dir(overrides: Iterable[str]) -> Path:
-    """Return the directory of a study: the one that hydra.sweep.dir names, else one named for the time.
+    """Return the directory of a study: the one that hydra.sweep.dir names, else one named after the time.
 
     Raises:
-        ConfigError: the name holds an interpolation that cannot be resolved.
+        ConfigError: the name contains an interpolation that cannot be resolved.
     """
     given = [text.removeprefix(SWEEP_DIR).strip("'\"") for text in overrides if text.startswith(SWEEP_DIR)]
     if not given:
@@ -68,8 +68,8 @@ def run_plan(
     """Write the plan and let Hydra run it.
 
     Args:
-        directory: the study's.
-        cells: a label and a checked experiment for each.
+        directory: the study's directory.
+        cells: a label and a checked experiment for each cell.
         settings: overrides of Hydra's own settings, such as a launcher.
         run: called with each cell's number and its composed config.
 
@@ -87,7 +87,7 @@ def run_plan(
     # hydra.main reads its overrides from there.
     sys.argv = [*sys.argv[:1], "--multirun", f"cell={names}", *settings, f"{SWEEP_DIR}{quoted(str(directory))}"]
     try:
-        # Without it Hydra prints its errors and exits.
+        # Otherwise Hydra prints its errors and exits.
         with env_override({"HYDRA_FULL_ERROR": "1"}):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=NAME)(task)()
     except HydraException as error:

@@ -1,4 +1,4 @@
-"""The options of each group and their files: those of lem's own conf/, and a user's.
+"""The options of each group and their files: those in lem's own conf/, and the user's.
 
 A user's options are the YAML files in `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one directory:
 the one that --config-dir names, else `conf/` beside the config file or beside the files it inherits from, else `conf/`
@@ -19,7 +19,7 @@ from lem.spec.schema import GROUPS
 CONFIG_MODULE = "lem.conf"
 FOLDER = "conf"
 SUFFIXES = (".yaml", ".yml")
-# Stands for any hub dataset or local file; it has no prompts itself.
+# Represents any hub dataset or local file; it has no prompts of its own.
 CUSTOM = "custom"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
@@ -38,13 +38,13 @@ class OptionFile:
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options that can be chosen by name; `folder` holds the user's, if there are any."""
+    """The options that can be chosen by name; `folder` holds the user's, if any."""
 
     folder: Path | None = None
 
     @classmethod
     def find(cls, config_dir: Path | None = None, config_file: Path | None = None) -> Options:
-        """Return the options known to a config file, or in the working directory without one.
+        """Return the options available to a config file or, without one, in the working directory.
 
         `lem.config.userfile.find_options` looks beside a file's parents as well.
 
@@ -55,11 +55,11 @@ class Options:
             if not any((config_dir / group).is_dir() for group in GROUPS):
                 raise ConfigError(
                     f"{config_dir}: this config directory holds no options; "
-                    f"they are YAML files in its folders {', '.join(f'{group}/' for group in GROUPS)}."
+                    f"options are YAML files in its folders {', '.join(f'{group}/' for group in GROUPS)}."
                 )
             return cls(config_dir.resolve())
         folder = (config_file.parent if config_file else Path()) / FOLDER
-        # lem's own conf/ is a package; seen from its checkout it is not a user's.
+        # lem's own conf/ is a package; in lem's checkout it does not count as the user's.
         return cls(folder.resolve() if folder.is_dir() and not (folder / "__init__.py").exists() else None)
 
     @cached_property
@@ -79,13 +79,13 @@ class Options:
         return self._files[group].get(name)
 
     def unknown(self, group: str, name: str) -> str:
-        """Return the sentence about an option that does not exist."""
+        """Return the message about an option that does not exist."""
         names = [other for other in self.names(group) if (group, other) != ("dataset", CUSTOM)]
         more = "; or give a hub id (owner/name) or a local file" if group == "dataset" else ""
         return f"there is no '{name}'.{did_you_mean(name, names)} Choose one of {', '.join(names)}{more}."
 
     def is_source(self, name: str) -> bool:
-        """Tell whether a dataset is a hub id or a local file, not one of the options."""
+        """Return whether a dataset is a hub id or a local file, not one of the options."""
         if self.get("dataset", name):
             return False
         try:

@@ -1,7 +1,7 @@
-"""The command line's overrides, `key=value`: parsed by Hydra's grammar, checked, and expanded into those of a sweep.
+"""The command line's overrides, `key=value`: parsed by Hydra's grammar, checked, and expanded into a sweep.
 
-An option may be chosen as `group=name` or `group.name=name`, a dataset also by its hub id or file; sweeps are
-`a,b`, `choice(a,b)`, `range(1,5)` and `glob(*)`. Knows the keys of the schema, not their types.
+An option may be chosen as `group=name` or `group.name=name`, and a dataset also by its hub id or file; sweeps are
+`a,b`, `choice(a,b)`, `range(1,5)` and `glob(*)`. Knows the schema's keys, but not their types.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lem.config.problem import Problem, Problems, shortened
 from lem.config.userfile import PARTS, Choice, Layer
 from lem.spec.schema import GROUPS
 
-# A preset that sets nothing: Hydra has no other way to take back a group's option.
+# A preset that sets nothing: Hydra has no other way to undo the choice of a group's option.
 NO_PRESET = "none"
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
-# A range is quickly written and may be larger than any memory.
+# A range is short to write but may not fit in any memory.
 MOST_VALUES = 100_000
-SEVERAL = "these are several values; add --multirun to run each, or write a list as [a,b]."
+SEVERAL = "it has several values; add --multirun to run each of them, or write a list as [a,b]."
 HYDRA = ("hydra.", "hydra/", "+hydra", "++hydra", "~hydra")
 
 
 @dataclass(frozen=True)
 class Override:
-    """One override, of a value or of a group's option; several values or options are a sweep.
+    """One override, of a value or of a group's option; several values or options make a sweep.
 
     `parts` are the values or options as Hydra writes them. An override of Hydra's own settings has no key.
     """
@@ -47,18 +47,18 @@ class Override:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it stands for several experiments."""
+        """Whether it represents several experiments."""
         return len(self.parts) > 1
 
     @property
     def shown(self) -> str:
-        """The override as a user would write it; Hydra's name of an option may be another one."""
+        """The override as a user would write it; Hydra may know the option by a different name."""
         if not self.choices:
             return self.text
         return f"{self.key}={','.join(choice.source or choice.name or 'null' for choice in self.choices)}"
 
     def layer(self) -> Layer:
-        """Return the value that it sets; the first one of a sweep."""
+        """Return the value that it sets, or the first value of a sweep."""
         return Layer("command line", self.text, nested(self.key, self.values[0]))
 
     def each(self) -> list[Override]:
@@ -72,7 +72,7 @@ class Override:
 def combinations(overrides: Iterable[Override]) -> list[tuple[Override, ...]]:
     """Expand a sweep into the overrides of its cells, in the order of Hydra's own sweeper: the last varies fastest.
 
-    If a key is given more than once, its last override holds, in the place of its first.
+    If a key is given more than once, its last override applies, at the position of its first.
     """
     by_key = {override.key or override.text: override.each() for override in overrides}
     return list(itertools.product(*by_key.values()))
@@ -81,7 +81,7 @@ def combinations(overrides: Iterable[Override]) -> list[tuple[Override, ...]]:
 def parse(
     texts: Sequence[str], options: Options, groups_in: Path | None = None
 ) -> tuple[list[Override], list[Problem]]:
-    """Parse overrides; of several choices for one group only the last is returned.
+    """Parse overrides; of several choices for one group, only the last is returned.
 
     Args:
         texts: the overrides.
@@ -102,12 +102,12 @@ def parse(
 
 
 def is_hydra_setting(text: str) -> bool:
-    """Tell whether an override is one of Hydra's own settings, such as `hydra.sweep.dir` or `hydra/launcher`."""
+    """Return whether an override is one of Hydra's own settings, such as `hydra.sweep.dir` or `hydra/launcher`."""
     return text.startswith(HYDRA)
 
 
 def has_several_values(text: str) -> bool:
-    """Tell whether Hydra's grammar reads several values in an override; False if it cannot read it."""
+    """Return whether Hydra's grammar reads several values in an override; False if it cannot read it."""
     try:
         return bool(_read(text).is_sweep_override())
     except Problems:
@@ -124,7 +124,7 @@ def _parsed(text: str, options: Options) -> Override:
         return _parsed_choice(name, value, options)
     if name not in known_keys():
         raise Problems.one("unknown_key", shortened(name), unknown_key(tuple(name.split("."))))
-    # Every key of the schema exists, so adding (+) and forcing (++) are the same as setting.
+    # All keys of the schema exist, so adding (+) and forcing (++) are the same as setting.
     values, parts = _elements(_read(f"{name}={value}"))
     if name in PARTS and not all(isinstance(given, dict) for given in values):
         raise Problems.one("wrong_type", name, f"it holds named values; set one of them, as in {_example(name)}=….")
@@ -136,7 +136,7 @@ def _check_form(text: str, key: str, equals: str, name: str) -> None:
     if equals and not name:
         raise Problems.one("unknown_key", "", f"The override {shown!r} names no key.")
     if key.startswith("~"):
-        message = f"The override {shown!r} removes a value, but none can be left out; set another value, or null."
+        message = f"The override {shown!r} removes a value, but every value is required; set another one, or null."
         raise Problems.one("unknown_key", "", message)
     if not equals:
         message = f"'{shown}' is neither an option, a config file (.yaml) nor an override (key=value)."
@@ -169,7 +169,7 @@ def _names(group: str, value: str, literal: str, options: Options) -> list[Any]:
     try:
         override = _read(f"{group}={value}")
     except Problems:
-        # One or several names that Hydra's grammar cannot read.
+        # One or more names that Hydra's grammar cannot read.
         names = [name.strip() for name in literal.split(",")]
         return names if all(options.get(group, name) or _exists(name) for name in names) else [literal]
     if isinstance(override.value(), Glob):
@@ -182,7 +182,7 @@ def choice_of(group: str, name: Any, options: Options) -> Choice:
     """Return the choice that a name means: an option, a dataset's hub id or file, or no preset.
 
     Raises:
-        Problems: there is no such option, or it is not a name.
+        Problems: there is no such option, or the value is not a name.
     """
     if name is None and group == "preset":
         return Choice(None)
@@ -199,7 +199,7 @@ def choice_of(group: str, name: Any, options: Options) -> Choice:
 
 
 def hydra_name(group: str, choice: Choice, options: Options) -> str:
-    """Return the name by which Hydra knows a choice; that of a user's option or file is registered with it."""
+    """Return Hydra's name for a choice; a user's option or file is registered under that name."""
     if choice.preset is not None:
         return _hydra_word(choice.preset, "preset", is_free=False)
     if choice.name is None:
@@ -212,7 +212,7 @@ def hydra_name(group: str, choice: Choice, options: Options) -> str:
 
 
 def _hydra_word(name: str, prefix: str, is_free: bool) -> str:
-    """Return a name that Hydra's grammar reads as it is: the same one, or a similar one that is used for no other."""
+    """Return a name that Hydra's grammar reads unchanged: the same one, or a similar one that is not in use."""
     is_plain = PLAIN_NAME.fullmatch(name) and name.lower() not in NOT_NAMES and not name.endswith((".yaml", ".yml"))
     if is_plain and is_free:
         return name
@@ -233,7 +233,7 @@ def _exists(name: str) -> bool:
 
 
 def quoted(value: str) -> str:
-    """Write a text so that Hydra's override grammar reads exactly that text.
+    """Quote a text so that Hydra's override grammar reads exactly that text.
 
     In that grammar a backslash is special only before a quote, so only those are doubled.
     """
@@ -255,9 +255,9 @@ def _read(text: str) -> Any:
     try:
         return _parser().parse_override(text)
     except HydraException as error:
-        message = f"The override {shortened(text)!r} cannot be read: {first_sentence(error)}. Quote a value of text."
+        message = f"The override {shortened(text)!r} cannot be read: {first_sentence(error)}. Quote text values."
     except RecursionError:
-        message = f"The override {shortened(text)!r} is nested too deep."
+        message = f"The override {shortened(text)!r} is nested too deeply."
     raise Problems.one("yaml_syntax", "", message)
 
 
@@ -273,9 +273,9 @@ def _elements(override: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         return (value,), (override.get_value_element_as_str(),)
     elements = value.range() if isinstance(value, RangeSweep) else ()
     if next(itertools.islice(elements, MOST_VALUES, None), None) is not None:
-        message = f"{shortened(override.input_line)!r} stands for more than {MOST_VALUES:,} values; name fewer."
+        message = f"{shortened(override.input_line)!r} expands to more than {MOST_VALUES:,} values; give fewer."
         raise Problems.one("out_of_range", override.key_or_group, message)
-    # Once: a shuffled sweep is in another order each time.
+    # Read once: a shuffled sweep has a different order each time.
     found = list(override.sweep_iterator())
     if not found:
         raise Problems.one("wrong_type", override.key_or_group, f"{shortened(override.input_line)!r} names no values.")
@@ -295,7 +295,7 @@ def _without_quotes(element: Any) -> Any:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the message of a Hydra or OmegaConf error as one sentence, in lem's words where theirs do not help."""
+    """Return the message of a Hydra or OmegaConf error as a single sentence, in lem's words if theirs do not help."""
     text = " ".join(str(error).split())
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:

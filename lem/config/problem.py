@@ -1,4 +1,4 @@
-"""What is wrong with a configuration and where: a code, a path, a sentence, a line of a file.
+"""What is wrong with a configuration and where: a code, a path, a message, a line of a file.
 
 The severity of a code, its meaning and its remedy are in `lem.spec.rules`. This module does not know YAML, Hydra or
 the schema.
@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def sentence(self) -> str:
-        """The path and what is wrong there."""
+        """The path, and what is wrong there."""
         return f"{self.path}: {self.message}" if self.path else self.message
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Problem:
 
 
 class Problems(ConfigError):
-    """All problems that were found in a configuration."""
+    """All problems found in a configuration."""
 
     def __init__(self, found: Iterable[Problem]) -> None:
         # The same problem may be found twice: a file that two others inherit from is read twice.
@@ -77,7 +77,7 @@ def impossible(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def shown_path(file: Path) -> str:
-    """Return a path as people would write it here: relative if it is below the working directory."""
+    """Return a path as a user would write it: relative if it is below the working directory."""
     try:
         return str(file.relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -85,6 +85,6 @@ def shown_path(file: Path) -> str:
 
 
 def shortened(text: str, limit: int = 60) -> str:
-    """Return a text cut to fit into a sentence, on one line."""
+    """Return a text shortened to fit into a message, on one line."""
     line = "".join(c if c.isprintable() else "·" for c in text[: limit + 1])
     return line if len(text) <= limit else f"{line[: limit - 3]}…"

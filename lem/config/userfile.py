@@ -1,4 +1,4 @@
-"""A user's config file: read with its parents, checked for shape, and split into options chosen and values given.
+"""A user's config file: read with its parents, checked for shape, and split into chosen options and given values.
 
 A file may name options of config groups (`backend: pytorch`, `dataset: alpaca`, or `name:` inside the group's
 mapping), hold values, and inherit from other files through a `defaults:` list (`- base` is `base.yaml` beside
@@ -33,23 +33,23 @@ PARTS = tuple(dict.fromkeys(leaf.path.partition(".")[0] for leaf in leaves() if 
 
 @dataclass(frozen=True)
 class Choice:
-    """An option chosen for a group; the name None is no preset, or the group's default."""
+    """An option chosen for a group; the name None means no preset, or the group's default."""
 
     name: str | None
     # The hub id or file of a dataset without a name.
     source: str | None = None
     location: Location | None = None
-    # The preset that chose it and also sets values of it, which belong to the choice.
+    # The preset that chose it and also sets values for it, which belong to the choice.
     preset: str | None = None
 
     def is_same(self, other: Choice) -> bool:
-        """Tell whether values meant for the other one still apply."""
+        """Return whether values meant for the other choice still apply."""
         return (self.source or self.name) == (other.source or other.name)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Values of one source: its kind, its name (variable, option, preset, file, override) and where its values are."""
+    """One source's values: its kind, its name (variable, option, preset, file, override), and where the values are."""
 
     kind: Literal["default", "environment", "option", "preset", "file", "command line"]
     name: str | None
@@ -76,7 +76,7 @@ class UserFile:
         """Drop the values that belong to a group's option, because another option replaces it.
 
         The options of one engine, or the column of one dataset, mean nothing to another; a sample size or a country
-        stays.
+        is kept.
         """
         stays = STAYS_WHEN_OPTION_CHANGES.get(group, frozenset())
         layers = []
@@ -89,7 +89,7 @@ class UserFile:
         return replace(self, layers=layers)
 
     def without_group(self, group: str) -> UserFile:
-        """Drop the choice of a group and all of its values."""
+        """Drop a group's choice and all of its values."""
 
         def rest(mapping: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in mapping.items() if key != group}
@@ -99,7 +99,7 @@ class UserFile:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings deeply; lists and scalars of `over` replace those of `base`. Shares what it does not change."""
+    """Merge mappings deeply; lists and scalars of `over` replace those of `base`. Unchanged parts are shared."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -117,8 +117,8 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
     """Read a config file with its parents.
 
     Raises:
-        Problems: no such file, broken YAML (with line and column), a parent that is missing or that
-            inherits from its own child, an option that does not exist, or a file that is not a mapping.
+        Problems: there is no such file, its YAML is broken (with line and column), a parent is missing or inherits
+            from its own child, an option does not exist, or a file is not a mapping.
     """
     file = examine_file(path, find_options(path, config_dir))
     if problems := impossible(file.problems):
@@ -130,7 +130,7 @@ def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
     """Return the options available to a config file: in the named directory, else beside it or its nearest parent.
 
     Raises:
-        ConfigError: the directory that was named holds no options.
+        ConfigError: the named directory holds no options.
     """
     options = Options.find(config_dir, path)
     waiting = [path] if path else []
@@ -144,7 +144,7 @@ def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
 
 
 def _parents(path: Path) -> list[Path]:
-    """Return the files that one inherits from, as far as it can be read."""
+    """Return the files that a file inherits from, or those that could be read."""
     try:
         own = _OwnContent(Options(), None, yamlfile.read(path), path)
     except Problems:
@@ -154,19 +154,19 @@ def _parents(path: Path) -> list[Path]:
 
 
 def examine_file(path: Path, options: Options, group: str | None = None) -> UserFile:
-    """Read a config file with its parents; what is wrong is left out and listed in `problems`.
+    """Read a config file with its parents; anything wrong is left out and listed in `problems`.
 
     Args:
         path: the file.
         options: what can be chosen by name.
-        group: the group of which the file is an option; its content is then the values of that group alone.
+        group: the group, if the file is an option; it then holds only the values of that group.
     """
     return _Reader(options, group).file(path, ())
 
 
 @dataclass
 class _Reader:
-    """Reads files along their inheritance."""
+    """Reads a file and those that it inherits from."""
 
     options: Options
     group: str | None = None
@@ -239,13 +239,13 @@ class _OwnContent:
             elif key in GROUPS:
                 self.values = merged(self.values, self._choice(key, value))
             elif key in PARTS and not isinstance(value, dict):
-                self._report("wrong_type", (key,), f"it holds named values, not {kind_of(value)}.")
+                self._report("wrong_type", (key,), f"it must be a mapping of named values, not {kind_of(value)}.")
             else:
                 self.values[key] = value
         return Layer("file", str(self.path), self.values, locations)
 
     def _report(self, code: str, at: KeyPath, message: str) -> None:
-        # A value that could not be read has its problem already.
+        # A value that could not be read already has its problem.
         if dotted(at) not in {problem.path for problem in self.document.problems}:
             self.problems.append(Problem(code, dotted(at), message, self._location(at)))
 
@@ -253,7 +253,7 @@ class _OwnContent:
         return self.document.locations.get(at) or Location(self.path)
 
     def _choice(self, group: str, value: Any) -> dict[str, Any]:
-        """Record the option that the value chooses; return the group's values, as a mapping to merge."""
+        """Record the option that the value chooses; return the group's values as a mapping to merge."""
         if group == "preset":
             self._preset(value)
             return {}
@@ -284,7 +284,7 @@ class _OwnContent:
             self._report("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
 
     def _named(self, group: str, name: Any, values: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """Record what the name chooses, an option or something else; return the group's values."""
+        """Record what the name chooses, whether or not it is an option; return the group's values."""
         location = self._location(at)
         if not isinstance(name, str):
             self._report("wrong_type", at, f"an option is chosen by its name, not {kind_of(name)}.")
@@ -301,7 +301,7 @@ class _OwnContent:
             self.choices[group] = Choice(CUSTOM, name, location)
             return {"path": name, "name": name} | values
         if group == "decoder" and {f.name for f in fields(Decoder)} - {"name"} <= values.keys():
-            # All of its values are given: it needs no option, and its name is only a label.
+            # All values are given, so no option is needed and the name is only a label.
             self.choices[group] = Choice(None, location=location)
             return {"name": name} | values
         self._report("unknown_option", (group,), self.options.unknown(group, shortened(name)))
@@ -351,7 +351,7 @@ class _OwnContent:
 
 
 def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
-    """Tell whether a path is a file or directory; False for a name that no path can have."""
+    """Return whether a path is a file or directory; False for an impossible name."""
     try:
         return kind(path)
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Reads a YAML file as plain data, with the line of every key, and runs nothing.
+"""Reads a YAML file as plain data, with the line of every key, and runs no code.
 
-Numbers are those of YAML 1.2 (1e-5 is one), duplicate keys are problems, only the standard tags are allowed. The cost
+Numbers follow YAML 1.2 (1e-5 is one), duplicate keys are problems, and only the standard tags are allowed. The cost
 of a file is bounded: its bytes, its nesting, the length of a text, and the number of values after aliases are
 expanded. This module does not know the keys of the configuration.
 """
@@ -30,7 +30,7 @@ MAX_DIGITS = 400
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "value", "merge")}
 WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-# As OmegaConf reads them: YAML 1.1 requires a point and a signed exponent, but people write 1e-5.
+# As OmegaConf reads floats: YAML 1.1 requires a point and a signed exponent, but people write 1e-5.
 FLOAT = re.compile(
     r"""^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+)
@@ -43,7 +43,7 @@ FLOAT = re.compile(
 
 @dataclass
 class Document:
-    """A file's mapping, the location of each key and list item, and the problems that hide nothing else."""
+    """A file's mapping, the location of each key and list item, and the problems that do not hide others."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, Location] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def read(path: Path) -> Document:
     """Read one file.
 
     Raises:
-        Problems: it cannot be read at all: no such file, not text, broken YAML, not a mapping.
+        Problems: the file cannot be used at all: it is missing, not text, broken YAML, or not a mapping.
     """
     text = _text(path)
     node = _node(path, text)
@@ -99,7 +99,7 @@ def _text(path: Path) -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise _fatal("unreadable_file", f"the file cannot be read: {reason}.", Location(path)) from None
     if len(data) > MAX_BYTES:
-        raise _fatal("too_large", f"the file has more than {MAX_BYTES} bytes; no configuration has.", Location(path))
+        raise _fatal("too_large", f"the file has more than {MAX_BYTES} bytes, too many for a config.", Location(path))
     if data.startswith(WIDE_BOMS):
         raise _fatal("not_utf8", "the text is UTF-16 or UTF-32; save it as UTF-8.", Location(path))
     try:
@@ -136,15 +136,15 @@ def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
-            raise _fatal("too_large", f"values nested more than {MAX_DEPTH} deep.", _location(path, event.start_mark))
+            raise _fatal("too_large", f"nested more than {MAX_DEPTH} levels deep.", _location(path, event.start_mark))
         if documents > 1:
-            message = "a second document begins here (---); a config file has only one."
+            message = "a second document begins here (---), but a config file has only one."
             raise _fatal("several_documents", message, _location(path, event.start_mark))
 
 
 # ------------------------------------------------------------------ nodes to data
 class _Walk:
-    """Turns nodes into plain data; an alias is expanded each time it is met, within MAX_VALUES."""
+    """Turns nodes into plain data; an alias is expanded each time it occurs, up to MAX_VALUES."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -196,16 +196,16 @@ class _Walk:
                 return self._pairs(node, at)
             if isinstance(node, yaml.SequenceNode):
                 return [pair for child in node.value for pair in self._merged(child, at)]
-        raise _fatal("yaml_syntax", "broken YAML: << merges mappings only.", _location(self.path, node.start_mark))
+        raise _fatal("yaml_syntax", "broken YAML: << can merge only mappings.", _location(self.path, node.start_mark))
 
     def _key(self, node: yaml.Node, at: KeyPath) -> str | None:
         if node.tag in (TAG + "str", TAG + "value") and isinstance(node.value, str):
             if len(node.value) <= MAX_TEXT:
                 return node.value
-            self._report("too_large", at, f"a key of {len(node.value)} characters.", node)
+            self._report("too_large", at, f"the key is too long: {len(node.value)} characters.", node)
             return None
         shown = shortened(node.value) if isinstance(node.value, str) else "a collection"
-        self._report("bad_key", at, f"the key {shown!r} is not a word; quote it if it is meant as one.", node)
+        self._report("bad_key", at, f"the key {shown!r} is not a text; quote it if it is meant as one.", node)
         return None
 
     def _scalar(self, node: yaml.ScalarNode, at: KeyPath) -> Any:
@@ -213,7 +213,7 @@ class _Walk:
             self._forbidden(node, at)
             return None
         if len(node.value) > (MAX_TEXT if node.tag == TAG + "str" else MAX_DIGITS):
-            self._report("too_large", at, f"a value of {len(node.value)} characters.", node)
+            self._report("too_large", at, f"the value is too long: {len(node.value)} characters.", node)
             return None
         if node.tag in (TAG + "str", TAG + "value", TAG + "merge"):
             return node.value
@@ -240,19 +240,19 @@ class _Walk:
 
     @contextmanager
     def _opened(self, node: yaml.Node) -> Iterator[None]:
-        """Hold a collection open while its content is read: meeting it again inside is an endless anchor."""
+        """Mark a collection as open while its content is read: meeting it again inside means an endless anchor."""
         location = _location(self.path, node.start_mark)
         if id(node) in self.open:
             raise _fatal("yaml_syntax", "broken YAML: an anchor contains its own alias.", location)
         if len(self.open) > MAX_DEPTH:
-            raise _fatal("too_large", f"values nested more than {MAX_DEPTH} deep.", location)
+            raise _fatal("too_large", f"nested more than {MAX_DEPTH} levels deep.", location)
         self.open.add(id(node))
         yield
         self.open.discard(id(node))
 
 
 def dotted(path: KeyPath) -> str:
-    """Return a path as people write it, shortened if a key is absurdly long."""
+    """Return a path as a user would write it, shortened if a key is absurdly long."""
     return shortened(".".join(map(str, path)), 200)
 
 

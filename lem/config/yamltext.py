@@ -1,6 +1,6 @@
 """Writes plain data as YAML text, fast enough for ten thousand files, so that reading it gives the same data.
 
-Texts are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might read something else. Does not know the schema.
+Texts are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might read something different. Does not know the schema.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def block(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def escaped(value: Any) -> Any:
-    """Escape texts that would be read as interpolations, in data where everything is resolved."""
+    """Escape texts in fully resolved data that would otherwise be read as interpolations."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):

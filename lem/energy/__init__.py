@@ -32,5 +32,5 @@ def meter_class(name: str) -> type[Meter]:
 
 
 def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
-    """Return the configured meter for the physical GPUs in use; without any, no GPU is read."""
+    """Return the configured meter for the physical GPUs in use; if there are none, no GPU is read."""
     return meter_class(energy.name).configured(energy, gpus)

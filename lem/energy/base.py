@@ -1,7 +1,7 @@
 """The interface of the energy meters and its null object.
 
-A meter is opened once, then measures windows one after another, never two at a time. It knows nothing of models, tokens
-or experiments; `lem.runner.window` decides where a window begins and ends.
+A meter is opened once, then measures windows one after another, never two at a time. It knows nothing about models,
+tokens or experiments; `lem.runner.window` decides where a window begins and ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Meter(ABC):
     reason, never 0. All calls come from one thread.
     """
 
-    # Options of the energy group that this meter reads; every meter that reads anything also meters idle phases.
+    # Options of the energy group that this meter reads; every meter that reads anything also measures the idle phases.
     options: ClassVar[tuple[str, ...]] = ("idle_s",)
 
     @classmethod
@@ -35,7 +35,7 @@ class Meter(ABC):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Yield why this meter cannot be used on a machine, or should not."""
+        """Yield the reasons why this meter cannot or should not be used on a machine."""
         return iter(())
 
     def open(self) -> None:
@@ -56,12 +56,12 @@ class Meter(ABC):
         """Close the window, at its mark if it has one, and return its energy in joules."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the energy of the open window until now, or None where a meter cannot give it.
+        """Return the energy of the open window so far, or None if the meter cannot give it.
 
         This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
         it never waits, costs well under a millisecond, does not raise for a lost device, and does not change what
         `end` will return. The readings are those of `end`, device by device. Their energy only grows and is at most
-        that of `end`: it is the value at the sensor's last tick or sample, null with a reason before the first.
+        that of `end`: it is the value at the sensor's last tick or sample, or null with a reason before the first.
         """
         return None
 
@@ -107,13 +107,13 @@ class CombinedMeter(Meter):
             meter.settle()
 
     def begin(self) -> None:
-        """Begin in reverse order, so that the first meter's window is the tightest and none waits for another."""
+        """Begin in reverse order, so that the first meter's window is the tightest and none includes another's wait."""
         self.settle()
         for meter in reversed(self._meters):
             meter.begin()
 
     def mark(self) -> None:
-        """Fix the end for all, the first meter's first."""
+        """Fix the end for all meters, beginning with the first."""
         for meter in self._meters:
             meter.mark()
 
@@ -124,12 +124,12 @@ class CombinedMeter(Meter):
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all; None when one has none, so that the others are not taken for all devices."""
+        """Return the readings of all meters; None if one has none, lest the rest be mistaken for all devices."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 
     def trace(self) -> list[PowerSample]:
-        """Return the samples of all."""
+        """Return the samples of all meters."""
         return [sample for meter in self._meters for sample in meter.trace()]
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class CombinedMeter(Meter):
 
 
 class OnlyComponents(CombinedMeter):
-    """Another meter without the components that a better one reads."""
+    """Wraps a meter and leaves out the components that a better one reads."""
 
     def __init__(self, meter: Meter, *components: Component) -> None:
         super().__init__(meter)
@@ -150,7 +150,7 @@ class OnlyComponents(CombinedMeter):
         return self._wanted(super().end())
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of the wanted components, or None as the meter does."""
+        """Return the readings of the wanted components, or None if the meter does."""
         readings = super().so_far()
         return None if readings is None else self._wanted(readings)
 

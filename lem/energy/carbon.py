@@ -1,7 +1,7 @@
 """Carbon intensity: what turns joules into grams of CO2e.
 
 A configured intensity comes first, then the mean of a named country's grid from codecarbon's tables. Without either,
-CO2e is null: no country is ever assumed. Knows nothing of energy meters.
+CO2e is null: no country is ever assumed. Knows nothing about energy meters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ G_PER_KG = 1000.0
 
 
 def carbon_intensity(energy: Energy) -> Carbon | None:
-    """Return the configured intensity, or None.
+    """Return the configured carbon intensity, or None.
 
     Raises:
         ConfigError: the tables have no such country.

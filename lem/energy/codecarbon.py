@@ -1,6 +1,6 @@
 """CPU and memory energy as codecarbon estimates or reads it, for the whole machine.
 
-codecarbon reads RAPL where the kernel permits it, otherwise it derives the CPU's power from its load and rated power;
+codecarbon reads RAPL if the kernel permits it; otherwise it derives the CPU's power from its load and rated power;
 memory is a heuristic per module. The last two are estimates and labelled as such. GPUs are left to the NVML meter,
 CO2e to `lem.energy.carbon`: the tracker's own grid look-up is never used.
 """
@@ -24,7 +24,7 @@ SAMPLED_MODES = ("cpu_load", "constant")
 
 
 class CodecarbonMeter(Meter):
-    """codecarbon's offline tracker, with a task for each window."""
+    """Reads codecarbon's offline tracker, with a task for each window."""
 
     def __init__(self) -> None:
         self._tracker: Any = None

@@ -1,9 +1,9 @@
-"""GPU energy from the driver (NVML), per physical GPU: its energy counter, and a power trace beside it.
+"""GPU energy from the driver (NVML), per physical GPU: its energy counter, and a power trace alongside it.
 
 `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded, on Volta and newer, and advances
 in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03). The tick is measured when the meter is opened, and a
-window is corrected for the part of a tick at each of its edges: that leaves a second-order error where a plain
-difference is off by up to a tick. Power is the instant value where the driver has it (field 186), otherwise
+window is corrected for the part of a tick at each of its edges: that leaves a second-order error whereas a plain
+difference is off by up to a tick. Power is the instant value if the driver has it (field 186), otherwise
 `nvmlDeviceGetPowerUsage`, a one-second average on Ampere and newer. Without a counter a GPU's energy is the integral
 of the trace. A MIG instance has neither, so its reading is the parent's. On a GH200 the driver's values are those of
 the whole module. Readings are labelled accordingly. Opens no CUDA context.
@@ -41,7 +41,7 @@ POLL_S = 0.001
 
 @dataclass(frozen=True)
 class Edge:
-    """The counter at a moment, interpolated where the tick is known; `counter_mj` is the value read."""
+    """The counter at a point in time, interpolated if the tick is known; `counter_mj` is the value read."""
 
     energy_mj: float | None
     reason: str | None = None
@@ -54,7 +54,7 @@ class NvmlMeter(Meter):
     options = ("idle_s", "power_hz")
 
     def __init__(self, gpus: Sequence[Gpu], power_hz: float = 20.0) -> None:
-        # Two MIG instances of one GPU share its counter: the first stands for both.
+        # Two MIG instances of one GPU share its counter: the first represents both.
         self._gpus = list({gpu.uuid: gpu for gpu in reversed(gpus)}.values())[::-1]
         self._power_hz = power_hz
         self._lib: Any = None
@@ -73,11 +73,11 @@ class NvmlMeter(Meter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object where no NVIDIA GPU is visible, or none is used."""
+        """Object if no NVIDIA GPU is visible, or none is used."""
         if not host.gpus:
             yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.")
         elif not uses_gpu:
-            yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, and the run uses none.")
+            yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, but the run uses none.")
 
     def open(self) -> None:
         """Initialise NVML, find the GPUs by UUID, measure their counters' ticks, start the power trace."""
@@ -198,18 +198,18 @@ class NvmlMeter(Meter):
 
 
 def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
-    """Return the counter's increase between two edges, or None and why it is not known."""
+    """Return the counter's increase between two edges, or None and why it is unknown."""
     if begun.energy_mj is None or ended.energy_mj is None:
         return None, begun.reason or ended.reason
     gained_mj = ended.energy_mj - begun.energy_mj
     if gained_mj < 0:
         return None, "it went backwards (driver reloaded?)"
-    # Every GPU takes some power, so a counter that stands still does not count.
+    # Every GPU draws some power, so a counter that stands still is not working.
     return (gained_mj * J_PER_MJ, None) if gained_mj else (None, "it did not advance")
 
 
 class Device:
-    """One GPU's counter and power, with the last two ticks seen of the counter."""
+    """One GPU's counter and power, with the counter's last two observed ticks."""
 
     def __init__(self, lib: Any, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -229,12 +229,12 @@ class Device:
 
     @property
     def scope(self) -> Any:
-        """`shared_device` where only an instance of the GPU is in use."""
+        """`shared_device` if only an instance of the GPU is in use."""
         return "shared_device" if self.gpu.mig_uuid else "device"
 
     @property
     def component(self) -> Component:
-        """`module` where the driver's values cover more than the GPU (documented in zeus's NVIDIA device layer)."""
+        """`module` if the driver's values cover more than the GPU (documented in zeus's NVIDIA device layer)."""
         return "module" if any(name in self.gpu.name for name in MODULES) else "gpu"
 
     @property
@@ -278,14 +278,14 @@ class Device:
         if self._polled_mj is None or self._value_mj is None:
             return Edge(None, self._reason or "it was not read")
         if not self.tick_s or self._before_mj is None or self._ticked_ns is None or self._unpolled_s > self.tick_s:
-            # The last step may span several ticks: none came during the wait.
+            # The last step may span several ticks, as none came during the wait.
             return Edge(float(self._value_mj), counter_mj=self._value_mj)
         rate = (self._value_mj - self._before_mj) / self.tick_s
         since_s = min((at_ns - self._ticked_ns) / NS_PER_S, self.tick_s)
         return Edge(self._value_mj + rate * since_s, counter_mj=self._value_mj)
 
     def interpolated(self, at_ns: int) -> Edge:
-        """Return the counter at a moment within the step that has just ended."""
+        """Return the counter at a point in time within the step that has just ended."""
         if self._polled_mj is None or self._value_mj is None:
             return Edge(None, self._reason or "it was not read")
         if not self.tick_s or self._before_mj is None or self._ticked_ns is None:
@@ -329,7 +329,7 @@ class Device:
 
 
 def learn_ticks(devices: Sequence[Device]) -> None:
-    """Poll the counters for a moment and set each device's tick to the median time between its advances."""
+    """Poll the counters briefly and set each device's tick to the median time between its advances."""
     seen: dict[str, list[int]] = {device.gpu.uuid: [] for device in devices}
     until_ns = time.perf_counter_ns() + int(LEARN_TICK_S * NS_PER_S)
     while time.perf_counter_ns() < until_ns:
@@ -346,7 +346,7 @@ def learn_ticks(devices: Sequence[Device]) -> None:
 def wait_for_ticks(devices: Sequence[Device], *, keep_polling: bool) -> None:
     """Poll until each counter with a known tick has advanced once.
 
-    With `keep_polling` those that have are polled further, so that all are up to date at the end; otherwise each stays
+    With `keep_polling`, those that have advanced are polled further, so that all end up to date; otherwise each stays
     at its first advance.
     """
     for device in devices:

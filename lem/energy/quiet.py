@@ -1,4 +1,4 @@
-"""Silence for libraries that print when they are imported."""
+"""Silences libraries that print when they are imported."""
 
 from __future__ import annotations
 

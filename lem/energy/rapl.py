@@ -3,10 +3,10 @@
 It reads the packages (`intel-rapl:N`; AMD's appear under the same driver) and the DRAM zones inside them
 (`intel-rapl:N:M`), and leaves out what would be counted twice: core and uncore are parts of their package, psys is the
 whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package counts everything that runs on
-it. On client processors memory often has no zone, and then no reading. Knows no GPU and estimates nothing.
+it. On client processors memory often has no zone, and so no reading. Knows nothing about GPUs and estimates nothing.
 
-A counter has 32 bits and wraps around after about 65 to 262 kJ, minutes to an hour of load. A thread reads it
-regularly while a window is open, so that a window may be longer than that.
+A counter has 32 bits and wraps around after about 65 to 262 kJ, which takes minutes to an hour of load. A thread reads
+it regularly while a window is open, so that a window may be longer than that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UJ_PER_J = 1e6
 # More than any one package or its memory draws for long: a counter that was not read for less time than this power
 # needs to fill it has wrapped at most once.
 MAX_POWER_W = 1000.0
-# A peak of power and the kernel's own update of the counter may fall just beside a reading.
+# A power peak and the kernel's own update of the counter may fall just before or after a reading.
 GAIN_SLACK_S = 1.0
 COUNTER_MAX = 2**32 - 1
 
@@ -52,7 +52,7 @@ class Zone:
 
     @property
     def label(self) -> str:
-        """The zone's id and name, which name a reading's device."""
+        """The zone's id and name, used as the device name of a reading."""
         return f"{self.directory.name} {self.name}"
 
     def energy_uj(self) -> int:
@@ -65,7 +65,7 @@ class Zone:
 
 
 class RaplMeter(Meter):
-    """Increase of the energy counters of all packages and their DRAM zones.
+    """Reads the energy counters of all packages and their DRAM zones.
 
     `poll_s` is the time between two readings of the counters while a window is open; it must be shorter than a counter
     takes to wrap around.
@@ -95,7 +95,7 @@ class RaplMeter(Meter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object to counters that are missing or may not be read."""
+        """Object to counters that are missing or that this user may not read."""
         if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
             yield Objection("rapl_unreadable", "energy", fact)
 
@@ -182,7 +182,7 @@ class _Counter:
         gap_s = (now_ns - self._last_ns) / NS_PER_S
         gained_uj = increase_uj(self._last_uj, now_uj, self._range_uj)
         counter = f"the counter of {self._zone.label}"
-        # As when the process was stopped for a while.
+        # This happens if the process was stopped for a while.
         if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
             self._failure = f"{counter} was not read for {gap_s:.0f} s and may have wrapped unseen"
         # A counter that was reset looks like one that wrapped around, and gains more than a package can draw.
@@ -247,12 +247,12 @@ def find_zones(powercap_dir: str = POWERCAP_DIR) -> tuple[Zone, ...]:
 
 
 def readable(powercap_dir: str = POWERCAP_DIR) -> bool:
-    """Tell whether at least one package's counter can be read here."""
+    """Return whether at least one package's counter can be read here."""
     return any(zone.component == "cpu" and _is_readable(zone) for zone in find_zones(powercap_dir))
 
 
 def _directories(root: Path) -> Iterator[Path]:
-    """Yield all zones' directories; /sys/class/powercap shows a subzone both beside and inside its package."""
+    """Yield all zones' directories; /sys/class/powercap shows a subzone both next to and inside its package."""
     for pattern in ("intel-rapl:*/intel-rapl:*", "intel-rapl:*"):
         try:
             yield from sorted(root.glob(pattern))

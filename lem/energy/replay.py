@@ -1,7 +1,7 @@
 """Energy from a recorded power trace, for tests and for replaying a measurement made elsewhere.
 
 The trace is a CSV file with the columns `t_s` and `power_w`, and optionally `component` (default gpu). Time 0 of
-the trace is the moment the meter is opened; between samples power is interpolated linearly. Knows no sensor.
+the trace is when the meter is opened; between samples, power is interpolated linearly. Knows nothing about sensors.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ReplayMeter(Meter):
         return self.so_far()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return the same up to now; takes about 50 µs, more with thousands of samples in the window."""
+        """Return the integral up to now; takes about 50 µs, more with thousands of samples in the window."""
         start_s = (self._begun_ns - self._opened_ns) / NS_PER_S
         end_s = (self._clock_ns() - self._opened_ns) / NS_PER_S
         return tuple(self._reading(component, trace, start_s, end_s) for component, trace in self._traces.items())

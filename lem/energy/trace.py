@@ -19,7 +19,7 @@ from lem.units import NS_PER_S
 def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> float | None:
     """Return the trapezoidal integral of one device's samples over [start_ns, end_ns], in joules.
 
-    Samples are in order of time. None when they do not reach both edges.
+    Samples are in order of time. The result is None if they do not reach both edges.
     """
     times = [sample.t_ns for sample in samples]
     first, last = bisect_right(times, start_ns) - 1, bisect_left(times, end_ns)
@@ -42,7 +42,7 @@ def _piece_j(left: PowerSample, right: PowerSample, start_ns: int, end_ns: int) 
 
 
 class RunningIntegral:
-    """The integral of each device's samples since a moment; an update costs only the new samples."""
+    """The integral of each device's samples since a start time; an update processes only the new samples."""
 
     def __init__(self, sampler: Sampler, seen: int, start_ns: int) -> None:
         # The first samples after those `seen` lie before the start: the meter took one of each device there.
@@ -84,7 +84,7 @@ class Sampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """End sampling; the samples stay."""
+        """End sampling; the samples are kept."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -109,5 +109,5 @@ class Sampler:
         due_s = time.monotonic()
         while not self._stopped.wait(max(0.0, due_s - time.monotonic())):
             self.sample_now()
-            # Missed samples are left out, not taken in a burst afterwards.
+            # Missed samples are skipped, not taken in a burst afterwards.
             due_s = max(due_s + self._period_s, time.monotonic())

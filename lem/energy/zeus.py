@@ -1,6 +1,6 @@
 """GPU energy through zeus, for AMD GPUs and others that its device layer supports and NVML does not.
 
-zeus reads the energy counter where the GPU has one, otherwise it integrates sampled power; the reading says which. The
+zeus reads the energy counter if the GPU has one; otherwise it integrates sampled power; the reading says which. The
 GPUs are those that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by zeus's numbering; zeus does not
 know UUIDs or MIG instances. Processors are left to the RAPL meter. Needs the extra `zeus`.
 """
@@ -25,14 +25,14 @@ J_PER_MJ = 1e-3
 
 
 class ZeusMeter(Meter):
-    """zeus's monitor, with one of its windows for each of ours."""
+    """Reads zeus's monitor, with one of its windows for each of ours."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
-        # Where NVML knows the GPUs in use, they are the first visible ones; otherwise all visible ones are read.
+        # If NVML knows the GPUs in use, they are the first visible ones; otherwise all visible ones are read.
         self._indices = list(range(len(gpus))) if gpus else None
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
-        # For each GPU, what zeus reads of it, and its name.
+        # For each GPU, what zeus reads from it, and its name.
         self._labels: dict[int, tuple[Source, str]] = {}
         self._begun_j: dict[int, float | None] = {}
         self._failure: str | None = None
@@ -44,15 +44,15 @@ class ZeusMeter(Meter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object where the package is missing or no GPU is used; where NVML knows no GPU, zeus itself is asked."""
+        """Object if the package is missing or no GPU is used; if NVML knows no GPU, ask zeus itself."""
         if not host.has("zeus"):
             fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
             yield Objection("missing_package", "energy", fact)
         elif not (uses_gpu if host.gpus else _finds_a_gpu()):
-            yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, and the run uses none.")
+            yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, but the run uses none.")
 
     def open(self) -> None:
-        """Find the GPUs; raises `BadInput` where zeus finds none."""
+        """Find the GPUs; raises `BadInput` if zeus finds none."""
         with quiet_stdout():
             from zeus.device import get_gpus
             from zeus.device.exception import ZeusBaseGPUError
@@ -85,7 +85,7 @@ class ZeusMeter(Meter):
         self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """End the window and return each GPU's energy; null for all when one is lost, as zeus fails as a whole."""
+        """End the window and return each GPU's energy; if one is lost, all are null, as zeus fails as a whole."""
         measured, failure = None, self._failure
         if failure is None:
             measured, failure = self._try(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
@@ -93,7 +93,7 @@ class ZeusMeter(Meter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each counter once, beside zeus's window; zeus integrates power only at the end of a window."""
+        """Read each counter once, independently of zeus's window; zeus integrates power only at the end of a window."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:

@@ -2,7 +2,7 @@
 
 It answers three questions: which GPUs CUDA would show (`visible`), which GPUs the driver has (`topology`), and what
 state one is in (`state`). It opens no CUDA context, so any process can ask. Without a driver there are no devices.
-`CUDA_VISIBLE_DEVICES` is read, never written. Knows nothing of energy or engines.
+`CUDA_VISIBLE_DEVICES` is read, never written. Knows nothing about energy or engines.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ W_PER_MW = 1e-3
 
 @dataclass(frozen=True)
 class Gpu:
-    """A physical GPU; `mig_uuid` is set where only one MIG instance of it is visible to CUDA.
+    """A physical GPU; `mig_uuid` is set if only one MIG instance of it is visible to CUDA.
 
-    `memory_bytes` is None where the driver does not report it, as for the parent of the only accessible MIG instance.
-    `compute_capability` is CUDA's (major, minor), which decides between kernels; None where the driver does not report
+    `memory_bytes` is None if the driver does not report it, as for the parent of the only accessible MIG instance.
+    `compute_capability` is CUDA's (major, minor), which decides which kernels run; None if the driver does not report
     it.
     """
 
@@ -47,13 +47,13 @@ class Gpu:
 
     @property
     def visible_uuid(self) -> str:
-        """The UUID of what CUDA sees, the GPU or its MIG instance, as CUDA_VISIBLE_DEVICES takes it."""
+        """The UUID of what CUDA sees, the GPU or its MIG instance, as written in CUDA_VISIBLE_DEVICES."""
         return self.mig_uuid or self.uuid
 
 
 @dataclass(frozen=True)
 class MigInstance:
-    """A MIG instance of a physical GPU; `visible` unless CUDA_VISIBLE_DEVICES hides it."""
+    """A MIG instance of a physical GPU; `visible` is False if CUDA_VISIBLE_DEVICES hides it."""
 
     uuid: str | None
     name: str | None
@@ -64,9 +64,9 @@ class MigInstance:
 
 @dataclass(frozen=True)
 class PhysicalGpu:
-    """A GPU with its MIG instances; a field is None where the driver does not report it.
+    """A GPU with its MIG instances; a field is None if the driver does not report it.
 
-    `visible` unless CUDA_VISIBLE_DEVICES hides the GPU and all its instances. A GPU that does not answer at all has a
+    `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. A GPU that does not answer has a
     `reason`.
     """
 
@@ -92,7 +92,7 @@ class Topology:
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """Yield the initialised `pynvml` module, or None where there is no NVIDIA driver."""
+    """Yield the initialised `pynvml` module, or None if there is no NVIDIA driver."""
     import pynvml
 
     try:
@@ -137,7 +137,7 @@ def pick(entry: int | str, among: Sequence[Gpu]) -> Gpu | None:
 
 
 def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
-    """Return the driver's GPUs and their MIG instances, or None where there is no NVIDIA driver."""
+    """Return the driver's GPUs and their MIG instances, or None if there is no NVIDIA driver."""
     with nvml() as lib:
         if lib is None:
             return None
@@ -153,10 +153,10 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
 
 
 def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
-    """Return the current state of a GPU; only its UUID where it or the driver does not answer.
+    """Return the current state of a GPU; only its UUID if it or the driver does not answer.
 
     Process ids are the driver's; in a container with its own process ids they may be the host's. This process, those
-    that it has started and `of_engine` are not foreign.
+    that it started and `of_engine` are not foreign.
     """
     with nvml() as lib:
         handle = None if lib is None else _ask(lib, "nvmlDeviceGetHandleByUUID", uuid)
@@ -179,7 +179,7 @@ def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
 
 
 def used_memory_bytes(gpu: Gpu) -> int | None:
-    """Return the memory that all processes use on a GPU or its MIG instance; None where it is not reported."""
+    """Return the memory that all processes use on a GPU or its MIG instance; None if it is not reported."""
     with nvml() as lib:
         handle = None if lib is None else _ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
         memory = None if handle is None else _ask(lib, "nvmlDeviceGetMemoryInfo", handle)
@@ -218,7 +218,7 @@ def _parent_of(mig_uuid: str) -> Gpu | None:
 
 # ------------------------------------------------------------------ asking the driver
 def _ask(lib: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda answer: answer) -> Any:
-    """Return the converted answer of a function of the driver's library, or None where it raises an error."""
+    """Return the converted result of a function of the driver's library, or None if it raises an error."""
     try:
         return convert(getattr(lib, function)(*arguments))
     except lib.NVMLError:
@@ -305,7 +305,7 @@ def _total(memory: Any) -> int:
 
 
 def _is_on(modes: Any) -> bool:
-    """Return the current one of the current and the pending mode."""
+    """Return the current mode, of the pair of the current and the pending one."""
     return bool(modes[0])
 
 

@@ -35,14 +35,14 @@ CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGU
 
 @dataclass(frozen=True)
 class Host:
-    """What is known of the machine without running anything on it."""
+    """What is known about the machine without running anything on it."""
 
     gpus: tuple[gpu.Gpu, ...]
 
     def only(self, wanted: Sequence[int | str] | None) -> Host:
         """Return this host with only the GPUs that are named, by index among the visible ones or by UUID.
 
-        None keeps all; a name that matches none is left out, and preflight objects to it.
+        None keeps all; a name that matches no GPU is left out, and preflight objects to it.
         """
         if wanted is None:
             return self
@@ -50,16 +50,16 @@ class Host:
         return Host(gpus=tuple(each for each in found if each is not None))
 
     def has(self, package: str) -> bool:
-        """Tell whether a package can be imported."""
+        """Return whether a package can be imported."""
         return util.find_spec(package) is not None
 
     def is_built_for_cpu(self, package: str) -> bool:
-        """Tell whether the installed build of a package is without CUDA; False when it is not installed."""
+        """Return whether the installed build of a package is without CUDA; False when it is not installed."""
         return is_built_for_cpu(package)
 
 
 def is_built_for_cpu(package: str) -> bool:
-    """Tell whether the installed build of a package is without CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
+    """Return whether the installed build of a package is without CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
     _, _, local = (installed_version(package) or "").partition("+")
     return installed_version(f"{package}-cpu") is not None or "cpu" in local.split(".")
 
@@ -82,7 +82,7 @@ def device_states(gpus: Sequence[gpu.Gpu], of_engine: Sequence[int] = ()) -> tup
 
     Args:
         gpus: the GPUs.
-        of_engine: ids of the engine's processes that this one has not started, which are not foreign.
+        of_engine: ids of the engine's processes that this one did not start; they are not foreign.
     """
     return tuple(gpu.state(uuid, of_engine) for uuid in dict.fromkeys(device.uuid for device in gpus))
 
@@ -114,7 +114,7 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the working directory and whether it has changes; None, None outside a checkout."""
+    """Return the commit of the working directory and whether it has changes; (None, None) outside a checkout."""
     commit = _git("rev-parse", "HEAD")
     return (commit.strip(), bool(_git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, None)
 
@@ -150,15 +150,15 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes(pid: int | None = None) -> int | None:
-    """Return the peak resident memory of a process, by default this one; None where the kernel does not report it.
+    """Return the peak resident memory of a process, by default this one; None if the kernel does not report it.
 
-    Not from getrusage: on Linux that starts with the parent's size when it started this process.
+    Not from getrusage: on Linux its value starts at the parent's size when this process was started.
     """
     return processes.peak_memory_bytes([os.getpid() if pid is None else pid])
 
 
 def cpu_model() -> str:
-    """Return the processor's name from the kernel."""
+    """Return the processor's name as the kernel reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

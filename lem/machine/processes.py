@@ -18,7 +18,7 @@ def children() -> list[Any]:
 
 
 def is_alive(process: Any) -> bool:
-    """Tell whether a process still runs."""
+    """Return whether a process still runs."""
     import psutil
 
     try:
@@ -44,7 +44,7 @@ def listening_at(port: int) -> list[Any]:
 
 
 def family_of(pids: Iterable[int]) -> list[Any]:
-    """Return processes, each followed by its descendants, without those that are gone."""
+    """Return processes, each followed by its descendants, leaving out those that are gone."""
     import psutil
 
     found: dict[int, Any] = {}
@@ -68,7 +68,7 @@ def kill(processes: Sequence[Any]) -> None:
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int | None:
-    """Return the sum of the processes' peak resident memory; None when one of them is gone, or for none."""
+    """Return the sum of the processes' peak resident memory; None if one of them is gone, or if there are none."""
     peaks = []
     for pid in pids:
         try:

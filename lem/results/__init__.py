@@ -1,1 +1,1 @@
-"""Records kept, put into tables and shown."""
+"""Keeps records, puts them into tables and shows them."""

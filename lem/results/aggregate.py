@@ -1,6 +1,6 @@
-"""From raw files to the tables: which experiments have to be read, and whether their files fit together.
+"""From raw files to the tables: decides which experiments to read and whether their files belong together.
 
-Idempotent: an experiment whose row is as new as its state is left alone. Knows the store and the tables; what the
+Idempotent: an experiment whose row is as new as its state is left alone. Works on the store and the tables; what the
 numbers mean is up to `rows`.
 """
 
@@ -28,8 +28,8 @@ from lem.results.tables import SHARED_FILE, NewRows, RowLocation, Tables
 from lem.units import timestamp
 from lem.warning_codes import warning
 
-# How many cycles are read before their rows are computed, and how many experiments are written together, at most; and
-# how many rows of requests.
+# The most cycles read before their rows are computed; the most experiments, and the most request rows, written
+# together.
 READ_TOGETHER = 200
 WRITTEN_TOGETHER = 2_000
 REQUESTS_TOGETHER = 100_000
@@ -49,11 +49,11 @@ def measured(
     Args:
         directory: the experiment.
         strict: refuse it when anything that its plan expects is missing, or when processes did not run together.
-        mixed: accept records of different backends.
+        mixed: accept records from different backends.
         state: its state, if that has been read.
 
     Raises:
-        ResultsError: no record, a damaged one, records that do not belong together, or what `strict` refuses.
+        ResultsError: there is no record, one is damaged, they do not belong together, or `strict` refuses them.
     """
     state = state or directory.state()
     plan, parts = directory.plan_excerpt(), directory.parts()
@@ -74,13 +74,13 @@ def put_together(
     attempts: int,
     warnings: Mapping[int, Sequence[CodedWarning]] = MappingProxyType({}),
 ) -> Measured:
-    """Return what an experiment measured, from what its processes did.
+    """Combine what an experiment's processes did into what the experiment measured.
 
     Args:
-        plan: what was to be run.
-        parts: those of each cycle, at least one, by attempt and rank.
+        plan: the experiment's plan.
+        parts: what each process did, by cycle; at least one per cycle, sorted by attempt and rank.
         attempts: how many attempts the experiment has had.
-        warnings: those that no record holds, by cycle.
+        warnings: warnings that are in no record, by cycle.
     """
     cycles = [_cycle(plan, cycle, of_cycle, warnings.get(cycle, ())) for cycle, of_cycle in parts.items()]
     return Measured(plan, cycles, attempts - 1)
@@ -105,16 +105,16 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
     return Cycle(plan, number, max(attempts, 1), records, [r for part in parts for r in part.requests], warnings)
 
 
-# ------------------------------------------------------------------ does it fit together?
+# ------------------------------------------------------------------ do the files belong together?
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
     """Raise when records belong to different experiments, or a prompt was counted twice."""
     if plan.experiment_id != directory.id:
-        raise ResultsError(f"{directory.path} holds {plan.experiment_id}: rename the directory to that.")
+        raise ResultsError(f"{directory.path} holds {plan.experiment_id}: rename the directory to that id.")
     records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
-            f"{directory.id} has records of different backends, {' and '.join(backends)}: their numbers do not belong "
+            f"{directory.id} mixes the backends {' and '.join(backends)}; their numbers do not belong "
             "together. --allow-mixed-backends accepts them, with a warning in the row."
         )
     for record in records:
@@ -131,16 +131,16 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
 
 
 def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
-    """Return why a record cannot be one of the plan's, or None; `foreign`: it may be of another backend."""
+    """Return why a record cannot belong to the plan, or None; with `foreign`, its backend may differ."""
     if record.experiment_id != plan.experiment_id:
-        return f"is of another experiment, {record.experiment_id}"
+        return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
-        return "was measured with a configuration other than spec.json's"
+        return "was measured with a configuration that differs from spec.json's"
     if record.world_size != plan.processes:
-        return f"was made by one of {record.world_size} processes; the plan has {plan.processes}"
+        return f"was written by one of {record.world_size} processes, but the plan has {plan.processes}"
     for phase in record.phases:
         if not 0 <= phase.duration_s < math.inf:
-            return f"gives the phase {phase.name} a length of {phase.duration_s:g} s: it was edited or is damaged"
+            return f"says that the phase {phase.name} lasted {phase.duration_s:g} s: it was edited or is damaged"
     return None
 
 
@@ -152,7 +152,7 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
         left = plan.prompts.count - sum(len(part.requests) for part in by_cycle.get(cycle, ()))
         if ranks:
             names = ", ".join(map(str, sorted(ranks)))
-            missing.append(f"no record of process {names} of {plan.processes} in cycle {cycle}")
+            missing.append(f"no record from process {names} of {plan.processes} in cycle {cycle}")
         elif left:
             missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle}")
     if missing:
@@ -200,7 +200,7 @@ def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
 # ------------------------------------------------------------------ into the tables
 @dataclass(frozen=True)
 class Aggregated:
-    """What became of an experiment that was to be aggregated, and a sentence about it."""
+    """What became of an experiment that should have been aggregated, and a message about it."""
 
     kind: Literal["written", "fresh", "skipped", "failed"]
     text: str
@@ -235,16 +235,16 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
 def aggregate_all(
     store: Store, ids: Sequence[str], *, strict: bool = True, force: bool = False, mixed: bool = False
 ) -> Iterator[Aggregated]:
-    """Write the rows of experiments that have none, or older ones than their state; yields what became of each.
+    """Write the rows of experiments whose rows are missing or older than their state; yield what became of each.
 
     An experiment that cannot be aggregated does not stop the others. One that is running is left alone.
 
     Args:
         store: the results directory.
-        ids: experiments in it.
+        ids: the experiments to aggregate.
         strict: refuse an experiment when anything is missing.
-        force: rebuild rows that exist, too.
-        mixed: accept records of different backends.
+        force: also rebuild rows that already exist.
+        mixed: accept records from different backends.
     """
     tables = Tables(store)
     with tables.locked():
@@ -275,7 +275,7 @@ def aggregate_all(
 def _with_neighbours(
     store: Store, ids: Sequence[str], locations: Mapping[str, RowLocation], lacking: Set[str]
 ) -> Sequence[str]:
-    """Return the ids, and those of the other experiments in files of which other tables' rows are gone."""
+    """Return the ids, and those of experiments that share their files if the files' other rows are gone."""
     if not lacking:
         return ids
     there, known = set(store.ids()), set(ids)
@@ -283,10 +283,10 @@ def _with_neighbours(
 
 
 class _Writer:
-    """Writes the rows of several experiments, then records in their directories that they have them.
+    """Writes the rows of several experiments, then marks their directories as aggregated.
 
-    Records become Arrow tables in small groups, so that they do not leave the processor's cache, and few files are
-    written, as each costs some milliseconds.
+    Records become Arrow tables in small groups, so that they stay in the processor's cache, and few files are
+    written, as each takes some milliseconds.
     """
 
     def __init__(self, store: Store, locations: Mapping[str, RowLocation]) -> None:
@@ -298,7 +298,7 @@ class _Writer:
         self._requests = self._cycles = 0
 
     def add(self, directory: ExperimentDir, state: State, one: Measured) -> list[Aggregated]:
-        """Add an experiment; returns what became of all that have been written meanwhile."""
+        """Add an experiment; return what became of those written in the meantime."""
         self._read.append((directory, state, one))
         self._requests += sum([len(cycle.requests) for cycle in one.cycles])
         self._cycles += len(one.cycles)
@@ -307,11 +307,11 @@ class _Writer:
         return self.write() if len(self._made) >= WRITTEN_TOGETHER or self._requests >= REQUESTS_TOGETHER else []
 
     def _make(self) -> None:
-        """Compute the rows of what has been read."""
+        """Compute the rows of the experiments read so far."""
         try:
             self._add_rows(self._read)
-        except OverflowError:  # a number too large for a column, as in a file that was edited by hand
-            for one in self._read:  # one by one, so that only the experiment at fault fails
+        except OverflowError:  # a number is too large for its column, for example in a file edited by hand
+            for one in self._read:  # one at a time, so that only the faulty experiment fails
                 try:
                     self._add_rows([one])
                 except OverflowError as error:
@@ -323,7 +323,7 @@ class _Writer:
         self._made += [(directory, state, text) for (directory, state, _), text in zip(read, statuses, strict=True)]
 
     def write(self) -> list[Aggregated]:
-        """Write what has been added, and return what became of it."""
+        """Write the experiments added so far, and return what became of each."""
         self._make()
         failed, self._failed = self._failed, []
         if not self._made:
@@ -337,7 +337,7 @@ class _Writer:
 
 
 def _beyond(directory: ExperimentDir, error: OverflowError) -> str:
-    return f"{directory.path} holds a number that is too large for the tables: {error}."
+    return f"{directory.path} contains a number that is too large for the tables: {error}."
 
 
 def _reason_to_skip(
@@ -358,9 +358,9 @@ def _reason_to_skip(
 
 
 def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) -> bool:
-    """Return whether an experiment's row holds its last attempt; an aggregated one has no further attempts.
+    """Return whether an experiment's row covers its last attempt; an aggregated experiment has no later ones.
 
-    If a completed experiment's row is not complete, files were missing when it was computed.
+    If a completed experiment's row says it is incomplete, files were missing when the row was computed.
     """
     if state.status == "aggregated" or not state.attempt:
         return True
@@ -373,8 +373,8 @@ def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) 
 def _mark_aggregated(store: Store, completed: Sequence[tuple[ExperimentDir, State]]) -> None:
     """Record that completed experiments have their rows.
 
-    For many experiments that is one file, linked into each directory: writing it to the disk for each would take
-    longer than everything else.
+    For many experiments this is one file, hard-linked into each directory: writing it to disk for each one would
+    take longer than everything else.
     """
     for attempt in sorted({state.attempt for _, state in completed}):
         source = store.root / "raw" / f".aggregated_a{attempt}"

@@ -1,4 +1,4 @@
-"""`lem results` and `lem aggregate`: reading a results directory back."""
+"""`lem results` and `lem aggregate`: read a results directory."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ STATUSES = ("completed", "failed", "interrupted", "running", "planned")
 
 
 def store_at(results_dir: Path | None) -> Store:
-    """Return the store at --results-dir, else the environment's, else results/."""
+    """Return the store at --results-dir, else at the environment variable's path, else at results/."""
     return Store(results_dir or default_root())
 
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Pause the search for reference cycles: rows form none, and for 20,000 it takes 5 to 8 % of the time."""
+    """Pause garbage collection of reference cycles: rows form none, and for 20,000 it takes 5 to 8 % of the time."""
     gc.disable()
     try:
         yield
@@ -70,7 +70,7 @@ class Selection:
         self._first_id()
 
     def _first_id(self) -> str:
-        """Return the id of an experiment begun at --since; ids sort by time."""
+        """Return the id that an experiment started at --since would have; ids sort by time."""
         if self.since is None:
             return ""
         try:
@@ -99,14 +99,14 @@ class Selection:
 
 
 def _sorted(listed: Sequence[Listed], column: str, reverse: bool) -> list[Listed]:
-    """Sort by a column of the rows; experiments without a value come last, either way."""
+    """Sort by a column of the rows; experiments without a value come last in either direction."""
     known = [one for one in listed if one.row and getattr(one.row, column) is not None]
     others = [one for one in listed if not one.row or getattr(one.row, column) is None]
     return sorted(known, key=lambda one: getattr(one.row, column), reverse=reverse) + others
 
 
 def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
-    """Print a line for each experiment that has a row, and with `everything` for the others too."""
+    """Print a line for each experiment that has a row; with `everything`, for the others too."""
     with _no_collector():
         damaged = _list(store, selection, everything or selection.status is not None, as_json)
     for problem in damaged:
@@ -115,7 +115,7 @@ def list_experiments(store: Store, selection: Selection, *, everything: bool, as
 
 
 def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
-    """Print the list; return a sentence for each file that could not be read."""
+    """Print the list; return a message for each file that could not be read."""
     of_table = dict.fromkeys((*COLUMNS, *([selection.sort] if selection.sort else [])))
     rows, damaged = Tables(store).rows(None if as_json else list(of_table))
     ids = store.ids()
@@ -136,7 +136,7 @@ def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -
 
 
 def _print_json(listed: Sequence[Listed]) -> None:
-    """Print a JSON list with a line for each experiment: thousands as one text would take a gigabyte."""
+    """Print a JSON list, one line per experiment: thousands in a single string would take a gigabyte."""
     print("[")
     for i, one in enumerate(listed, start=1):
         print(show.as_json(_plain(one), indent=None) + ("," if i < len(listed) else ""))
@@ -177,7 +177,7 @@ def _plain(one: Listed) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ show
 def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment: bool, as_json: bool) -> int:
-    """Print one experiment: its row and its cycles, or with `raw` the records of its processes."""
+    """Print one experiment: its row and its cycles or, with `raw`, the records of its processes."""
     directory = _find(store, experiment_id)
     if raw:
         _show_raw(directory, as_json)
@@ -195,12 +195,13 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
     if environment:
         if around is None:
             raise ResultsError(f"{directory.id} has no record of its environment.")
-        show_environment(around)
+        print()
+        show.print_pairs(_environment_lines(around))
     return 0
 
 
 def _find(store: Store, text: str) -> ExperimentDir:
-    """Find an experiment by its raw files or, where those have been removed, by its row."""
+    """Find an experiment by its raw files or, if those have been removed, by its row."""
     try:
         return store.find(text)
     except ResultsError:
@@ -211,7 +212,7 @@ def _find(store: Store, text: str) -> ExperimentDir:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return the rows in the tables or, where those are missing or old, computed from the records; None without any."""
+    """Return the rows from the tables or, if missing or stale, computed from the records; None without records."""
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
@@ -227,7 +228,7 @@ OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window")
 
 
 def _at_work(rows: Rows) -> Rows:
-    """Return the rows of an experiment that is running: an unfinished cycle is running, not interrupted."""
+    """Return the rows of a running experiment: its unfinished cycle has the status running, not interrupted."""
     warnings = [text for text in rows.row.warnings if text.partition(":")[0] not in OF_A_JOURNAL]
     row = structs.replace(rows.row, status="running", error=None, warnings=warnings)
     cycles = [c if c.status == "completed" else structs.replace(c, status="running") for c in rows.cycles]
@@ -279,7 +280,7 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
 def aggregate_experiments(
     store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the rows of one experiment, or of all whose rows are missing or old; 1 when any could not be written."""
+    """Write the rows of one experiment, or of all whose rows are missing or old; return 1 if any write failed."""
     if (experiment_id is None) == (not everything):
         raise ResultsError("Name one experiment, or give --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]
@@ -290,17 +291,17 @@ def aggregate_experiments(
     except OSError as error:
         raise RunError(
             f"The tables in {store.root} cannot be written ({error.strerror or error}); the measurements are kept in "
-            "raw/. Free space or make it writable, then run lem aggregate --all."
+            "raw/. Free some space or make the directory writable, then run lem aggregate --all."
         ) from None
     if everything and kinds["fresh"]:
-        print(f"Left alone, since they already have their rows: {kinds['fresh']}.")
+        print(f"Left alone, as they already have their rows: {kinds['fresh']}.")
     if not ids:
         print(f"No experiments in {store.root}.")
     return 1 if kinds["failed"] or (kinds["skipped"] and not everything) else 0
 
 
 def _report(one: Aggregated, everything: bool) -> str:
-    """Print what became of an experiment; with `everything`, not those that were left alone. Return its kind."""
+    """Print what became of an experiment, unless `everything` and it was left alone; return its kind."""
     if one.kind == "failed" or (one.kind == "skipped" and not everything):
         show.console(stderr=True).print(one.text, markup=False, style="red")
     elif not (one.kind == "fresh" and everything):
@@ -309,7 +310,7 @@ def _report(one: Aggregated, everything: bool) -> str:
 
 
 # ------------------------------------------------------------------ tables for people
-# A table of this many lines is printed line by line: laying it out for a terminal takes longer than everything else.
+# A table of at least this many lines is printed line by line: a terminal layout would take longer than all the rest.
 MANY = 500
 NARROW_HEADERS = ("experiment", "status", "model", "tokens/s", "energy", "per token")
 WIDE_HEADERS = (
@@ -377,7 +378,7 @@ def _joules(value: float | None) -> str:
 def _with_interval(
     row: ExperimentRow, stem: str, unit: str, write: Callable[[float | None], str], wide: bool = True
 ) -> str:
-    """Return a value, with half of its interval as a share of it where it has one and there is room."""
+    """Return a value and, if it has an interval and there is room, half the interval as a percentage of the value."""
     value = getattr(row, f"{stem}{unit}")
     low, high = getattr(row, f"{stem}_ci95_low{unit}"), getattr(row, f"{stem}_ci95_high{unit}")
     if not wide or None in (value, low, high) or not value:
@@ -387,7 +388,7 @@ def _with_interval(
 
 
 def _print(headers: list[str], lines: list[list[str]]) -> None:
-    """Print a table: laid out for a terminal, or line by line where the table is long or there is no terminal."""
+    """Print a table: laid out for a terminal, or line by line if the table is long or there is no terminal."""
     if sys.stdout.isatty() and len(lines) < MANY:
         _print_laid_out(headers, lines)
         return
@@ -458,21 +459,6 @@ def _spread_cells(row: ExperimentRow, part: str, several: bool) -> list[str]:
         written("energy", "_j", _joules),
         written("energy_per_output_token", "_j", _joules),
     ]  # fmt: skip
-
-
-def show_environment(environment: Environment) -> None:
-    """Print the machine and the software that an experiment ran on."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    print()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold", min_width=30)
-    for name, text in _environment_lines(environment):
-        if text:
-            table.add_row(name, escape(text))
-    print_table(table)
 
 
 def _environment_lines(here: Environment) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Plans, records and configurations as JSON: written and read by their types. Knows no file."""
+"""Plans, records and configurations as JSON: written and read by type. Knows nothing about files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lem.spec.experiment import Experiment
 
 T = TypeVar("T")
 
-# Building one takes milliseconds.
+# Building an adapter takes milliseconds.
 _ADAPTERS: dict[Any, Any] = {}
 _READERS: dict[Any, Callable[[str | bytes], Any]] = {}
 
@@ -43,7 +43,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_json(cls: type[T], content: str | bytes) -> T:
-    """Read what `to_json` wrote; raises ValueError when it is something else."""
+    """Read what `to_json` wrote; raises ValueError if it is anything else."""
     if cls not in _READERS:
         _READERS[cls] = _reader(cls)
     try:
@@ -54,10 +54,10 @@ def from_json(cls: type[T], content: str | bytes) -> T:
 
 
 def _reader(cls: Any) -> Callable[[str | bytes], Any]:
-    """Return the function that reads a type's JSON, each value of which must be of its type.
+    """Return the function that reads a type's JSON; every value must have its declared type.
 
-    Records are read by msgspec, in a quarter of pydantic's time. A configuration chooses among dataclasses for its
-    backend, which msgspec cannot do: it is read by pydantic.
+    msgspec reads records in a quarter of pydantic's time. A configuration chooses among dataclasses for its
+    backend, which msgspec cannot do, so pydantic reads it.
     """
     try:
         return msgspec.json.Decoder(cls).decode
@@ -66,7 +66,7 @@ def _reader(cls: Any) -> Callable[[str | bytes], Any]:
 
 
 def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return pydantic's reader with the first of its errors in a line."""
+    """Return pydantic's reader; it reports only the first error, on one line."""
     from pydantic import ValidationError
 
     def read(content: str | bytes) -> Any:
@@ -81,18 +81,18 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def config_sha256(experiment: Experiment) -> str:
-    """Return the digest of what is measured: every value except where the results go."""
+    """Return the digest of what is measured: every value except the results directory."""
     values = to_plain(experiment)
     del values["io"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def arrivals_sha256(times_s: Sequence[float]) -> str:
-    """Return the digest of the arrivals of a trace."""
+    """Return the digest of a trace's arrivals."""
     return hashlib.sha256(json.dumps(list(times_s)).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------ the excerpt of a plan that rows are made from
+# ------------------------------------------------------------------ the excerpt of a plan that rows are computed from
 class _Named(msgspec.Struct, gc=False):
     name: str
 
@@ -108,7 +108,7 @@ class _Traffic(msgspec.Struct, gc=False):
 
 
 class ExperimentExcerpt(msgspec.Struct, gc=False):
-    """The values of a configuration that have columns."""
+    """The configuration values that have columns of their own."""
 
     model: str | None
     backend: _Named
@@ -122,10 +122,10 @@ class ExperimentExcerpt(msgspec.Struct, gc=False):
 
 
 class PlanExcerpt(msgspec.Struct, gc=False):
-    """What rows need of a plan; `config_json` is the whole configuration as JSON.
+    """The part of a plan that rows need; `config_json` is the whole configuration as JSON.
 
-    Reading it takes a third of the time of reading the plan, and needs no pydantic: a results directory may hold tens
-    of thousands of plans.
+    Reading it takes a third of the time of reading the plan and does not need pydantic, which matters as a results
+    directory may hold tens of thousands of plans.
     """
 
     experiment_id: str
@@ -142,10 +142,10 @@ class _Configured(msgspec.Struct, gc=False):
 
 
 def read_excerpt(content: bytes) -> PlanExcerpt:
-    """Read the excerpt of a plan; raises ValueError when the plan is damaged."""
+    """Read the excerpt of a plan; raises ValueError if the plan is damaged."""
     try:
         return _excerpt(content)
-    except ValueError:  # an older version's plan may lack a value that has a default, which only `Plan` knows
+    except ValueError:  # an older version's plan may lack a value that has a default, which only `Plan` can supply
         return excerpt_of(from_json(Plan, content))
 
 

@@ -1,7 +1,7 @@
-"""Rows by columns: reading them off objects, and computing columns from other columns.
+"""Rows as columns: reads columns from objects, and computes columns from other columns.
 
 Quotients of two columns are computed here, for cycles and for experiments, so that J = W·t, J/token = W/(tokens/s)
-and the like hold in every row. Knows no record.
+and so on hold in every row. Knows nothing about records.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any
 
 from lem.units import J_PER_KWH, J_PER_WH
 
-# Columns by name; all of the same length.
+# Columns by name, all of the same length.
 Columns = dict[str, list[Any]]
 Values = Sequence[float | None]
 
-# A smaller share of idle time comes from the window's edges, as with a fixed concurrency.
+# A smaller share of idle time only reflects the window's edges, as with a fixed concurrency.
 IDLE_LEAST_SHARE = 0.001
 
 
 def of_each(objects: Iterable[Any], name: str) -> list[Any]:
-    """Return an attribute of each object, None where there is no object."""
+    """Return an attribute of each object, or None in place of a missing object."""
     value = attrgetter(name)
     return [None if each is None else value(each) for each in objects]
 
 
 def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
-    """Return the columns that follow from others.
+    """Return the columns that are derived from others.
 
-    Rates are null where a run was not complete: its time and energy are kept, but part of them belongs to requests
-    that were not finished.
+    Rates are null if a run was not complete: its time and energy are kept, but part of both was spent on requests
+    that did not finish.
     """
     energy_j, duration_s, tokens, requests = (
         of[name] for name in ("energy_j", "duration_s", "output_tokens", "requests_completed")
@@ -63,7 +63,7 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
 
 
 def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:
-    """Return how long there was no request: 0 without a queue, or where the window is not known."""
+    """Return how long there was no request: 0 without a queue, or if the window is unknown."""
     return [max(share or 0.0, 0.0) * (duration or 0.0) for share, duration in zip(shares, durations_s, strict=True)]
 
 
@@ -76,5 +76,5 @@ def _differences(ones: Values, others: Values) -> list[float | None]:
 
 
 def ratios(values: Values, by: Values) -> list[float | None]:
-    """Return the quotients, None where either is not known or the divisor is 0."""
+    """Return the quotients; None where either value is unknown or the divisor is 0."""
     return [None if a is None or not b else a / b for a, b in zip(values, by, strict=True)]

@@ -1,6 +1,6 @@
-"""The row of an experiment from those of its cycles: means, and the spread over the cycles.
+"""Computes an experiment's row from its cycles' rows: means, and the spread over the cycles.
 
-Knows columns only.
+Knows only columns.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import summarise
 
-# The quantities whose spread over the cycles has columns of its own: the columns' stem, and their unit's suffix.
+# The quantities whose spread over the cycles has its own columns: the columns' stem, and their unit's suffix.
 SPREADS = {
     "energy_j": ("energy", "_j"),
     "output_tokens_per_s": ("output_tokens_per_s", ""),
     "latency_mean_s": ("latency_mean", "_s"),
     "energy_per_output_token_j": ("energy_per_output_token", "_j"),
 }
-# Of these an experiment has the largest of its cycles' values.
+# For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
-# Columns that say how a number came about: where cycles differ in one, all values are listed.
+# Columns that say how a number was obtained: if cycles differ in one, all values are listed.
 LABELS = re.compile(r".*_(source|scope|components|method)")
 
 _TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
-# Every number is averaged over the cycles, so that no column can be forgotten; what is the same in all stays so.
+# Every number is averaged over the cycles, so that no column can be forgotten; a value that all cycles share is kept.
 MEANS = [name for name, of in _TYPES.items() if of in (int, float) and name not in MAXIMA]
 _LABELS = [name for name, of in _TYPES.items() if of is str and LABELS.fullmatch(name)]
 
@@ -42,10 +42,10 @@ def experiment_columns(
     """Return a row for each experiment: means over its finished cycles, and their spread.
 
     Args:
-        measured: how many cycles of each experiment have a row.
-        planned: how many were to be run.
-        resumed: how often it was continued.
-        of_cycles: the columns of all their cycles, in order.
+        measured: the number of each experiment's cycles that have a row.
+        planned: the number of cycles planned.
+        resumed: how many times each was resumed.
+        of_cycles: the columns of all experiments' cycles, in order.
     """
     spans = _spans(measured)
     finished = [_completed(span, of_cycles["status"]) for span in spans]
@@ -82,27 +82,27 @@ def experiment_columns(
 
 
 def _spans(counts: Sequence[int]) -> list[range]:
-    """Return the places of each experiment's cycles among all."""
+    """Return the indices of each experiment's cycles in the list of all cycles."""
     ends = list(accumulate(counts))
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 def _completed(span: range, statuses: Sequence[Status]) -> Sequence[int]:
-    """Return the places of a span's completed cycles."""
+    """Return the indices of the completed cycles in a span."""
     if statuses[span.start : span.stop].count("completed") == len(span):
         return span
     return [i for i in span if statuses[i] == "completed"]
 
 
 def _at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    """Return the values at some places."""
+    """Return the values at some indices."""
     if isinstance(places, range):
         return list(values[places.start : places.stop])
     return [values[i] for i in places]
 
 
 def _chosen(places: Sequence[int], of_cycles: Columns) -> Columns:
-    """Return columns with the values at some places only; the same lists where those are all places."""
+    """Return columns with only the values at some indices; the lists themselves if those are all indices."""
     if len(places) == len(of_cycles["status"]):
         return dict(of_cycles)
     return {name: _at(places, values) for name, values in of_cycles.items()}
@@ -113,7 +113,7 @@ def _worst(statuses: Sequence[Status]) -> Status:
 
 
 def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
-    """Return what several cycles give: means, quotients of the means, and the spread of the cycles' own values."""
+    """Combine several cycles: means, quotients of the means, and the spread of the cycles' own values."""
 
     def over(some: Iterable[str], summed_up: Callable[[Sequence[Any]], Any]) -> Columns:
         return {name: _of_groups(summed_up, groups, of_cycles[name]) for name in some}
@@ -129,7 +129,7 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
 def _of_groups(
     summed_up: Callable[[Sequence[Any]], Any], groups: Sequence[Sequence[int]], values: Sequence[Any]
 ) -> list[Any]:
-    """Return one value for each group of values; where all values are the same, as where all are None, only once."""
+    """Apply a function to each group of values; only once if all values are equal, for example all None."""
     if values[0] == values[-1] and values.count(values[0]) == len(values):
         return [summed_up(values[:1])] * len(groups)
     return [summed_up(_at(group, values)) for group in groups]

@@ -8,11 +8,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from lem.errors import ResultsError
 from lem.record import ProcessRecord, RequestRecord
@@ -23,11 +26,20 @@ from lem.results.plan import Plan, State, running
 from lem.units import timestamp
 from lem.workload.prompts import sha256_of
 
+T = TypeVar("T")
+
 AGGREGATED = "aggregated.json"
 JOURNAL = re.compile(r"journal_(\d+)_a(\d+)\.jsonl")
 RECORD = re.compile(r"process_(\d+)_c(\d+)_a(\d+)\.json")
-# How long to wait for the processes of an attempt that is just ending before the next one may begin.
+# How long the next attempt waits for the processes of one that is just ending.
 HANDOVER_S = 15.0
+
+
+class _Prompt(msgspec.Struct, gc=False):
+    text: str
+
+
+_PROMPTS = msgspec.json.Decoder(_Prompt)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class ExperimentDir:
 
     @cached_property
     def path(self) -> Path:
-        """The directory; a Path only once it is used, as there may be tens of thousands of experiments."""
+        """The directory, turned into a Path on first use, as there may be tens of thousands of experiments."""
         return Path(self._folder)
 
     def record_file(self, rank: int, cycle: int, attempt: int) -> Path:
@@ -64,12 +76,12 @@ class ExperimentDir:
         return self.path / f"power_{rank}_c{cycle}_a{attempt}.parquet"
 
     def log_file(self, rank: int) -> Path:
-        """Return the path of a process's output, of all attempts."""
+        """Return the path of a process's output log, shared by all attempts."""
         return self.path / f"worker_{rank}.log"
 
-    # -------------------------------------------------------------- what is to be run
+    # -------------------------------------------------------------- the plan
     def write_plan(self, plan: Plan, texts: Sequence[str], arrivals_s: Sequence[float] | None = None) -> None:
-        """Write the prompts and a trace's arrivals, then the plan: a directory with a plan is complete."""
+        """Write the prompts and a trace's arrivals, and the plan last: a directory with a plan is complete."""
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         write_atomically(self.path / "prompts.jsonl", lines)
         if arrivals_s is not None:
@@ -84,25 +96,15 @@ class ExperimentDir:
 
     def plan(self) -> Plan:
         """Read the plan; raises `ResultsError` when it is missing or damaged."""
-        try:
-            return from_json(Plan, self._content("spec.json"))
-        except (OSError, ValueError) as error:
-            raise self._unreadable("spec.json", error) from None
+        return self._read("spec.json", partial(from_json, Plan))
 
     def plan_excerpt(self) -> PlanExcerpt:
         """Read what rows need of the plan; raises `ResultsError` when it is missing or damaged."""
-        try:
-            return read_excerpt(self._content("spec.json"))
-        except (OSError, ValueError) as error:
-            raise self._unreadable("spec.json", error) from None
+        return self._read("spec.json", read_excerpt)
 
     def prompts(self) -> list[str]:
         """Read the prompts' texts in order; raises `ResultsError` when they are damaged or are not the plan's."""
-        try:
-            with (self.path / "prompts.jsonl").open(encoding="utf-8") as file:
-                texts = [json.loads(line)["text"] for line in file]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise self._unreadable("prompts.jsonl", error) from None
+        texts = self._read("prompts.jsonl", lambda lines: [prompt.text for prompt in _PROMPTS.decode_lines(lines)])
         wanted = self.plan().prompts.sha256
         if wanted and sha256_of(texts) != wanted:
             raise ResultsError(f"{self.path / 'prompts.jsonl'} does not hold the prompts that spec.json describes.")
@@ -110,10 +112,7 @@ class ExperimentDir:
 
     def arrivals_s(self) -> list[float]:
         """Read the arrival times of a trace's requests; raises `ResultsError` as `prompts` does."""
-        try:
-            times_s = from_json(list[float], (self.path / "arrivals.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise self._unreadable("arrivals.json", error) from None
+        times_s = self._read("arrivals.json", partial(from_json, list[float]))
         if arrivals_sha256(times_s) != self.plan().arrivals_sha256:
             raise ResultsError(f"{self.path / 'arrivals.json'} does not hold the arrivals that spec.json describes.")
         return times_s
@@ -126,7 +125,7 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- state
     def state(self) -> State:
-        """Return the state, corrected where its process is gone; without a readable one what the files show."""
+        """Return the state, corrected if its process is gone; if unreadable, the state inferred from the files."""
         try:
             state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):
@@ -136,7 +135,7 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state that says a completed attempt has its rows; None without one."""
+        """Return the state saying that a completed experiment has its rows, or None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:
@@ -155,7 +154,7 @@ class ExperimentDir:
         write_atomically(self.path / "state.json", to_json(state))
 
     def mark_aggregated(self, state: State) -> None:
-        """Record in a file beside the state that this completed experiment has its rows."""
+        """Record in a file next to the state that this completed experiment has its rows."""
         write_atomically(self.path / AGGREGATED, to_json(state))
 
     def link_aggregated(self, source: Path) -> None:
@@ -165,7 +164,7 @@ class ExperimentDir:
         """
         try:
             os.link(source, f"{self._folder}/{AGGREGATED}")
-        except OSError:  # the file system has no links, or there is a file already, from earlier rows
+        except OSError:  # the file system has no links, or earlier rows have left a file
             write_atomically(self.path / AGGREGATED, source.read_bytes())
 
     def is_held(self) -> bool:
@@ -181,15 +180,15 @@ class ExperimentDir:
 
     @contextmanager
     def run(self, *, take_over: bool = False) -> Iterator[int]:
-        """Hold the experiment while it runs, with its state set to running; yields the attempt's number.
+        """Hold the experiment while it runs, with its state set to running; yield the attempt's number.
 
-        The caller writes the state that it ends in.
+        The caller writes the final state.
 
         Args:
             take_over: ignore another host's claim to be running it.
 
         Raises:
-            ResultsError: another process runs it.
+            ResultsError: another process is running it.
         """
         self.free_state(take_over=take_over)  # refused at once, without waiting for the lock
         with self.hold(exclusive=True):
@@ -200,7 +199,7 @@ class ExperimentDir:
             yield before.attempt + 1
 
     def free_state(self, *, take_over: bool = False) -> State:
-        """Return the state of an experiment that no process runs; raises `ResultsError` when one does."""
+        """Return the state; raises `ResultsError` if a process is running the experiment."""
         state = self.state()
         here = state.host == socket.gethostname()
         if state.status == "running" and (here or not take_over):
@@ -234,18 +233,18 @@ class ExperimentDir:
                     time.sleep(0.05)
             yield
 
-    # -------------------------------------------------------------- what has been done
+    # -------------------------------------------------------------- what the processes did
     def write_record(self, record: ProcessRecord) -> None:
         """Write a process's record of a cycle."""
         write_atomically(self.record_file(record.rank, record.cycle, record.attempt), to_json(record))
 
     def parts(self) -> list[Part]:
-        """Return what all processes did, by cycle, attempt and rank, however they ended.
+        """Return what all processes did, by cycle, attempt and rank, no matter how they ended.
 
-        Where a process was killed before it could write its record, its journal stands in.
+        If a process was killed before it could write its record, its journal takes the record's place.
 
         Raises:
-            ResultsError: a damaged file, named.
+            ResultsError: a file is damaged; the error names it.
         """
         try:
             names = sorted(os.listdir(self._folder))
@@ -258,7 +257,8 @@ class ExperimentDir:
             found[record.cycle, record.attempt, record.rank] = Part(record, [])
             known.setdefault(match.group(1, 3), {})[record.cycle] = record
         for match in filter(None, map(JOURNAL.fullmatch, names)):
-            for window in self._windows(match[0], known.get(match.groups(), {})):
+            of_attempt = known.get(match.groups(), {})
+            for window in self._read(match[0], partial(journal.read, known=of_attempt)):
                 record = window.salvaged()
                 found[record.cycle, record.attempt, record.rank] = Part(record, window.rows)
         for part in found.values():
@@ -266,25 +266,16 @@ class ExperimentDir:
         return [found[key] for key in sorted(found)]
 
     def _record(self, name: str) -> ProcessRecord:
-        try:
-            record = from_json(ProcessRecord, self._content(name))
-        except (OSError, ValueError) as error:
-            raise self._unreadable(name, error) from None
+        record = self._read(name, partial(from_json, ProcessRecord))
         if f"process_{record.rank}_c{record.cycle}_a{record.attempt}.json" != name:
             held = f"process {record.rank}, cycle {record.cycle}, attempt {record.attempt}"
             raise ResultsError(f"{self.path / name} holds the record of {held}: two processes claimed the same rank.")
         return record
 
-    def _windows(self, name: str, known: Mapping[int, ProcessRecord]) -> list[journal.Window]:
-        try:
-            return journal.read(self._content(name), known)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(name, error) from None
-
     def _check_count(self, record: ProcessRecord, rows: int) -> None:
         if record.requests_completed != rows:
             file = self.journal_file(record.rank, record.attempt)
-            counts = f"has {rows} rows of cycle {record.cycle}, its process's record counts {record.requests_completed}"
+            counts = f"has {rows} rows of cycle {record.cycle}, but the record says {record.requests_completed}"
             raise ResultsError(f"{file} {counts}.")
 
     def records(self) -> list[ProcessRecord]:
@@ -292,7 +283,7 @@ class ExperimentDir:
         return [part.record for part in self.parts()]
 
     def finished(self, before_attempt: int | None = None) -> dict[int, set[int]]:
-        """Return for each cycle the positions of the prompts finished by all attempts, or by those before one."""
+        """Return each cycle's finished prompts, by position: of all attempts, or of those before a given one."""
         done: dict[int, set[int]] = {}
         for part in self.parts():
             if before_attempt is None or part.record.attempt < before_attempt:
@@ -309,11 +300,15 @@ class ExperimentDir:
         )
         return 1 + max((row.batch for row in rows), default=-1)
 
-    def _unreadable(self, name: str, error: Exception) -> ResultsError:
-        return ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.")
+    def _read(self, name: str, read: Callable[[bytes], T]) -> T:
+        """Read a file; raises `ResultsError` when it is missing or damaged."""
+        try:
+            return read(self._content(name))
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.") from None
 
     def _content(self, name: str) -> bytes:
-        # A quarter of the time of Path.read_bytes: `lem aggregate --all` may read tens of thousands of small files.
+        # Takes a quarter of Path.read_bytes's time: `lem aggregate --all` may read tens of thousands of small files.
         descriptor = os.open(f"{self._folder}/{name}", os.O_RDONLY)
         try:
             content = os.read(descriptor, 1 << 14)

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all."""
+"""Writes files so that they exist whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-
-# A scratch file is locked well before it is as old as this.
+# A scratch file is locked well before it is this old.
 ABANDONED_S = 1.0
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it exists whole or not at all, even if the machine stops."""
+    """Write a file, whole or not at all even if the machine stops."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as scratch:
         scratch.write_bytes(data)
 
 
 class replacing:  # noqa: N801 - reads as a statement
-    """Give a scratch path beside `path`; rename it into place at the end, or remove it on an error."""
+    """Yield a scratch path next to `path`; rename it into place at the end, or remove it on an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -34,7 +33,7 @@ class replacing:  # noqa: N801 - reads as a statement
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle, name = tempfile.mkstemp(prefix=f".{self._path.name}-", dir=self._path.parent)
         self._scratch = Path(name)
-        with suppress(OSError):  # says that its writer lives
+        with suppress(OSError):  # shows that its writer is alive
             fcntl.flock(self._handle, fcntl.LOCK_EX)
         return self._scratch
 
@@ -55,7 +54,7 @@ class replacing:  # noqa: N801 - reads as a statement
 
 
 def remove_if_abandoned(scratch: Path) -> None:
-    """Remove a scratch file whose writer was killed; a living one holds a lock on it."""
+    """Remove a scratch file whose writer was killed; one that is alive holds a lock on it."""
     with suppress(OSError), scratch.open("rb") as file:
         if time.time() - scratch.stat().st_mtime > ABANDONED_S:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

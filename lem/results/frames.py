@@ -1,4 +1,4 @@
-"""The tables of a results directory as pandas DataFrames. Knows nothing of how they are written."""
+"""The tables of a results directory as pandas DataFrames. Knows nothing about how they are written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lem.errors import ResultsError
-from lem.record import PowerRecord, RequestRecord
+from lem.record import PowerRecord
 from lem.results import parquet
-from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.store import Store
 from lem.results.tables import Tables, read_file
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 class Frames:
     """The tables of a results directory, each read when it is first used.
 
-    `attrs["units"]` of a DataFrame has the unit of each column that has one, such as J or s.
+    A DataFrame's `attrs["units"]` maps each column that has a unit to it, such as J or s.
     """
 
     root: Path
@@ -30,17 +29,17 @@ class Frames:
     @cached_property
     def experiments(self) -> pd.DataFrame:
         """A row for each experiment."""
-        return _frame(self._tables.whole(Store(self.root).experiments_table, ExperimentRow))
+        return self._table("experiments")
 
     @cached_property
     def cycles(self) -> pd.DataFrame:
         """A row for each cycle."""
-        return _frame(self._tables.whole(Store(self.root).cycles_table, CycleRow))
+        return self._table("cycles")
 
     @cached_property
     def requests(self) -> pd.DataFrame:
         """A row for each request."""
-        return _frame(self._tables.whole(Store(self.root).requests_table, RequestRecord))
+        return self._table("requests")
 
     @cached_property
     def power(self) -> pd.DataFrame:
@@ -48,15 +47,14 @@ class Frames:
         files = sorted(self.root.glob("raw/*/power_*.parquet"))
         return _frame(parquet.together([read_file(file) for file in files], PowerRecord))
 
-    @property
-    def _tables(self) -> Tables:
-        return Tables(Store(self.root))
+    def _table(self, name: str) -> pd.DataFrame:
+        return _frame(Tables(Store(self.root)).whole(name))
 
 
 def load(results_dir: str | Path = "results") -> Frames:
     """Return the tables of a results directory as pandas DataFrames.
 
-    After the example of `lem.run`:
+    Continues the example of `lem.run`:
 
     >>> import lem
     >>> frames = lem.load("results")
@@ -70,7 +68,7 @@ def load(results_dir: str | Path = "results") -> Frames:
         results_dir: the directory, as given to --results-dir.
 
     Raises:
-        ResultsError: it has no tables; or, when a table is used, a file of it is damaged.
+        ResultsError: it has no tables or, on first use of a table, one of its files is damaged.
     """
     root = Path(results_dir).expanduser()
     if not Tables(Store(root)).files():

@@ -1,9 +1,9 @@
-"""What a worker has finished, written down as it goes, so that a run that is killed loses nothing.
+"""A log of what a worker has finished, written as it goes, so that a killed run loses nothing.
 
 A journal is a file of JSON lines for one process and one attempt, appended to after each batch. It has two kinds of
-lines: `{"record": …}` where a measured window opens, with what is known of the process by then; and
-`{"done": [rows], "duration_s": …}` after each batch, now and then with the energy of the window so far. A last line
-without a line end was cut off when the process died, and is ignored. Knows no engine and no meter.
+lines: `{"record": …}` when a measured window opens, with what is known about the process by then; and
+`{"done": [rows], "duration_s": …}` after each batch, occasionally with the window's energy so far. A last line
+without a line end was cut off when the process died, and is ignored. Knows nothing about engines or meters.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, Reque
 from lem.results.codec import from_json
 from lem.warning_codes import warning
 
-# The type of the error of a process that could not write its record.
+# The error type recorded for a process that could not write its record.
 DIED = "WorkerDied"
 OPENING = b'{"record":'
-# The cycle of an opening line, at a fifth of the cost of decoding the line. No string can hold this: its quotation
+# Finds an opening line's cycle at a fifth of the cost of decoding the line. No string can hold this: its quotation
 # marks would be escaped.
 CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
 
 
 class Checkpoint(msgspec.Struct, frozen=True, gc=False):
-    """How far the measured window had come when a batch was done.
+    """How far the measured window had progressed when a batch was done.
 
-    `energy` is what the meter had read `energy_at_s` after the window's opening; None where it was not polled, or
+    `energy` is the meter's reading `energy_at_s` after the window opened; None if the meter was not polled, or
     cannot be read before the window closes.
     """
 
@@ -44,7 +44,7 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Rows(msgspec.Struct, gc=False):
-    """A batch that is done, as a line of the journal. Its rows lack what all rows of a window share."""
+    """A finished batch, as a line of the journal. Its rows omit the values that all rows of a window share."""
 
     done: list[RequestRecord]
 
@@ -64,10 +64,10 @@ _ROWS, _DONE = msgspec.json.Decoder(_Rows), msgspec.json.Decoder(_Done)
 
 @dataclass(frozen=True)
 class Window:
-    """A measured window as a journal holds it.
+    """A measured window as recorded in a journal.
 
-    Where the process has written its own record of the window, `record` is that one, and there are no checkpoints;
-    else `record` is the one at the window's opening.
+    If the process has written its own record of the window, `record` is that one and there are no checkpoints;
+    otherwise `record` is the one written when the window opened.
     """
 
     record: ProcessRecord
@@ -80,7 +80,7 @@ class Window:
         return next((each for each in reversed(self.checkpoints) if each.energy is not None), None)
 
     def salvaged(self) -> ProcessRecord:
-        """Return the process's own record, or what is known without it: up to the last batch that was done."""
+        """Return the process's own record or, without one, a record of what is known up to the last finished batch."""
         if not self.checkpoints:
             return self.record
         record, last = self.record, self.checkpoints[-1]
@@ -98,7 +98,7 @@ class Window:
 
 
 def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
-    killed = "the process was killed an unknown time after its last finished request, where its window ends"
+    killed = "the process was killed an unknown time after its last finished request, which is where its window ends"
     if metered and not metered.energy:
         return f"{killed}."
     if metered is None or metered.energy_at_s is None:
@@ -107,24 +107,24 @@ def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
 
 
 def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
-    """Return the devices that were metered before, without energy: the meter is read only when a window closes."""
+    """Return the previously metered devices without energy: the meter is read only when a window closes."""
     metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
     reason = "the process was killed before its window was closed"
     return tuple(replace(reading, energy_j=None, trace_energy_j=None, reason=reason) for reading in metered)
 
 
 class Journal:
-    """Appends to a journal. Raises OSError, for example when the disk is full."""
+    """Appends to a journal. Raises OSError, for example if the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def open_window(self, record: ProcessRecord) -> None:
-        """Note that a measured window opens; `record` stands in for the process's own if that is never written."""
+        """Note that a measured window opens; `record` is used if the process's own is never written."""
         self._write(OPENING + msgspec.json.encode(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
-        """Note a batch that is done. The kernel has it when this returns: a kill cannot take it back."""
+        """Note a finished batch. The kernel has it when this returns, so a kill cannot lose it."""
         done = [{name: value for name, value in asdict(row).items() if name not in COMMON} for row in rows]
         known = {name: value for name, value in asdict(checkpoint).items() if value is not None}
         self._write(msgspec.json.encode({"done": done} | known) + b"\n")
@@ -140,10 +140,10 @@ class Journal:
 
 
 def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:
-    """Read a journal, however its writer ended.
+    """Read a journal, no matter how its writer ended.
 
     Args:
-        journal: what the file holds.
+        journal: the file's content.
         known: the records that the same process has written in this attempt, by cycle.
 
     Raises:
@@ -184,7 +184,7 @@ def _of_window(record: ProcessRecord, batches: Sequence[_Rows | _Done]) -> list[
 
 
 def _damage(content: bytes) -> str:
-    """Return which line of a damaged journal is damaged first, and how."""
+    """Return the number of a damaged journal's first damaged line, and what is wrong with it."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             if number > 1 and not line.startswith(OPENING):

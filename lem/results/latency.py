@@ -1,6 +1,6 @@
-"""What follows from the requests' times: percentiles of latencies, the queue and goodput.
+"""What is derived from the requests' times: latency percentiles, the queue and goodput.
 
-The latencies of a request's tokens are computed by `lem.workload.tokens` when it is measured. Knows no engine.
+When a request is measured, `lem.workload.tokens` computes its token latencies. Knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from lem.record import RequestRecord
 from lem.results.statistics import percentile
 
 
-# ------------------------------------------------------------------ of many requests
 class Limits(Protocol):
-    """Up to where a request counts as good, as traffic's configuration says."""
+    """The limits of a good request, as configured under traffic."""
 
     ttft_limit_s: float | None
     itl_limit_s: float | None
 
 
 def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:
-    """Return mean, median, 95th and 99th percentile under the names of their columns; None without values."""
+    """Return mean, median, 95th and 99th percentile by column name; None without values."""
     return {name: value for name, (value,) in summaries(stem, [list(values)]).items()}
 
 
 def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
-    """Return the same of several groups of values, by column."""
+    """Return the same for several groups of values, by column."""
     ordered = [sorted(values) for values in groups]
     columns: dict[str, list[float | None]] = {
         f"{stem}_mean_s": [sum(values) / len(values) if values else None for values in ordered]
@@ -37,7 +36,7 @@ def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[fl
 
 
 def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
-    """Return the summaries of TTFT and TPOT over requests, and of ITL over all their tokens; none unless streaming."""
+    """Return the summaries of TTFT and TPOT over requests, and of ITL over all their tokens; empty unless streaming."""
     timed = [r for r in requests if r.ttft_s is not None]
     if not timed:
         return {}
@@ -49,14 +48,14 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
-    """Return what traffic is judged by: the actual arrival rate, the queue, the idle share of the window, goodput."""
+    """Return the measures of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput."""
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)
     if not arrived:
         return good
     busy_s = 0.0
     spans, span_s = 0, 0.0
-    for attempt in {r.attempt for r in arrived}:  # each has a window, and a clock, of its own
+    for attempt in {r.attempt for r in arrived}:  # each has its own window and clock
         same = [(r.arrived_s or 0.0, r.end_s) for r in arrived if r.attempt == attempt]
         busy_s += _union_s(same)
         spans += len(same) - 1
@@ -83,7 +82,7 @@ def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffi
 
 
 def _union_s(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the time that at least one span covers."""
+    """Return the time covered by at least one span."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

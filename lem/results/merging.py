@@ -1,7 +1,7 @@
-"""The attempts of one process at one cycle merged into one record; each warning once; the headline energy.
+"""Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
-Windows follow each other, energy is summed device by device, and what one attempt lacks is unknown for all. Knows
-records only.
+Windows follow each other, energy is summed device by device, and a value that one attempt lacks is unknown for all.
+Knows only records.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOT_IN_ALL = "it was not metered in every attempt at the cycle"
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
     """Merge a process's attempts at one cycle, in order: windows follow each other and never span a gap.
 
-    An attempt without a window is ignored, except that the last attempt's status and error stand.
+    An attempt without a window is ignored, except that the last attempt's status and error are kept.
     """
     if len(records) == 1:
         return records[0]
@@ -45,7 +45,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
 
 
 def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
-    """Return the first attempt's phases before the window, and all windows as one."""
+    """Return the first attempt's phases up to the window, and all windows combined into one."""
     phases = [phase for phase in records[0].phases if phase.name != "measured"]
     windows = [window for r in records if (window := r.phase("measured"))]
     if not windows:
@@ -77,7 +77,7 @@ def _merged_reading(readings: Sequence[EnergyReading]) -> EnergyReading:
 
 
 def _merged_memory(parts: Sequence[Memory | None]) -> Memory | None:
-    """Return the largest peak of all attempts, and the largest cache."""
+    """Return the largest memory peak and the largest cache of all attempts."""
     known = [part for part in parts if part is not None]
     if not known:
         return None
@@ -104,28 +104,28 @@ def _merged_warnings(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ..
 
 
 def total(values: Sequence[float | None]) -> float | None:
-    """Return the sum; None without values, or where any is None."""
+    """Return the sum, or None if there are no values or any of them is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
 
 
 # ------------------------------------------------------------------ warnings
-# A number on its own: not the end of a device's name or id.
+# A standalone number: not the end of a device's name or id.
 _NUMBER = re.compile(r"(?<![\w-])\d[\d.]*(e[+-]?\d+)?")
 _AND_MORE = re.compile(r" \(and \d+ more \w+\)$")
 
 
 def as_text(warning: CodedWarning) -> str:
-    """Return a warning as rows have it: `code: sentence`."""
+    """Return a warning as it appears in rows: `code: message`."""
     return f"{warning.code}: {warning.text}"
 
 
 def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Return the warnings of several groups, once where they differ only in their numbers.
+    """Return the warnings of several groups; those that differ only in their numbers appear once.
 
     Args:
-        groups: warnings of the attempts, the processes or the cycles.
-        what: what a group belongs to, such as cycle.
+        groups: the warnings of each attempt, process or cycle.
+        what: the name for one group, such as cycle.
     """
     if len(groups) == 1:
         return list(groups[0])
@@ -151,7 +151,7 @@ MEASURED_SOURCES = ("counter", "integral", "replay")
 
 
 class Energy(NamedTuple):
-    """A sum of readings of one kind of source; `energy_j` is None when any of them is."""
+    """A sum of readings of one kind of source; `energy_j` is None if any of them is."""
 
     energy_j: float | None
     source: str | None
@@ -166,7 +166,7 @@ def headline(readings: Sequence[EnergyReading]) -> Energy:
     """Return the headline energy of one window: the GPUs', else what was measured, else the estimates."""
     if len(readings) < 2:
         return _sum(readings)
-    # A module contains its GPU: where both were read, only the module counts.
+    # A module contains its GPU: if both were read, only the module counts.
     modules = [r for r in readings if r.component == "module"]
     gpus = modules or [r for r in readings if r.component == "gpu"]
     measured = [r for r in readings if r.source in MEASURED_SOURCES]
@@ -174,7 +174,7 @@ def headline(readings: Sequence[EnergyReading]) -> Energy:
 
 
 def energy_j(readings: Sequence[EnergyReading]) -> float | None:
-    """Return the joules of the headline."""
+    """Return the headline energy in joules."""
     return readings[0].energy_j if len(readings) == 1 else headline(readings).energy_j
 
 
@@ -200,5 +200,5 @@ def _sum(readings: Sequence[EnergyReading]) -> Energy:
 
 
 def joined(words: Iterable[str]) -> str:
-    """Return words once each, with a plus between them."""
+    """Return the distinct words, joined by plus signs."""
     return "+".join(dict.fromkeys(words))

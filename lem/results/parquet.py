@@ -1,6 +1,6 @@
-"""Record types as Arrow schemas, and rows as Parquet files that carry each column's unit and meaning.
+"""Turns record types into Arrow schemas, and rows into Parquet files that carry each column's unit and meaning.
 
-Units are in the field's metadata under `unit`, descriptions under `description`. Knows no record in particular.
+Units are in the field's metadata under `unit`, descriptions under `description`. Not tied to any record type.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lem.units import Unit
 
 @dataclass(frozen=True)
 class Column:
-    """A column as the record's type declares it."""
+    """A column as declared by the record type."""
 
     name: str
     python_type: type[Any]
@@ -32,7 +32,7 @@ class Column:
 
 
 def names(record_type: type[Any]) -> list[str]:
-    """Return the columns of a record type, in order: that of its fields, but for those that its `AFTER` places."""
+    """Return the columns of a record type in the order of its fields, except those that its `AFTER` moves."""
     after: Mapping[str, str] = getattr(record_type, "AFTER", {})
     found: list[str] = []
     place = 0
@@ -58,7 +58,7 @@ def columns(record_type: type[Any]) -> Iterator[Column]:
 
 
 def defaults(record_type: type[Any]) -> dict[str, Any]:
-    """Return the default of each field that has one, apart from empty lists."""
+    """Return the default of each field that has one, except empty lists."""
     values = reversed(record_type.__struct_defaults__)
     return {
         name: value
@@ -68,13 +68,13 @@ def defaults(record_type: type[Any]) -> dict[str, Any]:
 
 
 def _fillers(record_type: type[Any]) -> dict[str, Any]:
-    """Return a value for each column, for files of older versions that lack it: the field's default, null or empty."""
+    """Return a value for each column, to fill files of older versions that lack it: its default, null or empty."""
     empty = {str: "", int: 0, float: 0.0, bool: False, list[str]: [], list[float]: []}
     values = {c.name: None if c.nullable else empty[c.python_type] for c in columns(record_type)}
     return values | defaults(record_type)
 
 
-# Building one takes a millisecond.
+# Building a schema takes a millisecond.
 _SCHEMAS: dict[type[Any], Any] = {}
 
 
@@ -117,7 +117,7 @@ def table(record_type: type[Any], rows: Iterable[Any]) -> Any:
 
 
 def table_of(record_type: type[Any], by_column: Mapping[str, Sequence[Any]]) -> Any:
-    """Return a record type's columns as an Arrow table."""
+    """Return columns of a record type as an Arrow table."""
     import pyarrow as pa
 
     wanted = schema(record_type)
@@ -137,10 +137,10 @@ def _array(values: Sequence[Any], arrow_type: Any) -> Any:
 
 @contextmanager
 def _without_pandas() -> Iterator[None]:
-    """Keep pyarrow from importing pandas, which it does at its first array to recognise a Series.
+    """Keep pyarrow from importing pandas, which it otherwise does at its first array to recognise a Series.
 
-    The import takes 0.25 s and 40 MB, in every `lem experiment` and `lem aggregate`: a quarter of aggregating 6,000
-    records. When a DataFrame is wanted later, pyarrow imports pandas all the same.
+    The import costs every `lem experiment` and `lem aggregate` 0.25 s and 40 MB: a quarter of the time to aggregate
+    6,000 records. If a DataFrame is needed later, pyarrow still imports pandas.
     """
     sys.meta_path.insert(0, _NoPandas)
     try:
@@ -157,7 +157,7 @@ class _NoPandas:
 
 
 def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> Any:
-    """Return a table with this version's columns, or with some of them: unknown ones go, missing ones are filled."""
+    """Return a table with this version's columns, or some of them; unknown ones are dropped, missing ones filled."""
     import pyarrow as pa
 
     wanted, fillers, there = schema(record_type), _fillers(record_type), set(found.column_names)
@@ -171,14 +171,14 @@ def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | No
 
 
 def together(tables: Iterable[Any], record_type: type[Any]) -> Any:
-    """Return tables of records, of any version, as one with this version's columns."""
+    """Combine tables of records, written by any version, into one with this version's columns."""
     import pyarrow as pa
 
     return pa.concat_tables([schema(record_type).empty_table(), *(aligned(each, record_type) for each in tables)])
 
 
 def records(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> list[Any]:
-    """Return an Arrow table as records; where only some columns are wanted, the others have their fillers."""
+    """Return an Arrow table as records; columns that the table lacks get their fill values."""
     read = wanted_names or names(record_type)
     empty = record_type(**_fillers(record_type))
     rows = zip(*(column.to_pylist() for column in aligned(found, record_type, read).columns), strict=True)
@@ -195,27 +195,27 @@ def write_table(path: Path, rows: Any) -> None:
     """Write an Arrow table as one Parquet file, whole or not at all."""
     import pyarrow.parquet as pq
 
-    # Numbers hardly ever repeat: a dictionary of them costs time, and the file becomes larger.
+    # Numbers rarely repeat: dictionary encoding would cost time and make the file larger.
     repeating = [f.name for f in rows.schema if f.type == "string"]
     with replacing(path) as scratch:
         pq.write_table(rows, scratch, compression="zstd", use_dictionary=repeating)
 
 
 def read_table(path: Path, wanted_names: Sequence[str] | None = None) -> Any:
-    """Read a Parquet file; with `wanted_names` only those columns, as far as the file has them.
+    """Read a Parquet file; with `wanted_names`, only those of its columns.
 
     Raises:
-        ValueError, OSError: it is damaged, or cannot be read.
+        ValueError, OSError: the file is damaged or cannot be read.
     """
     import pyarrow.parquet as pq
 
-    # As an open file: a path's text could be taken for a URI.
+    # Passed as an open file, since a path given as text could be taken for a URI.
     with path.open("rb") as file:
         return pq.ParquetFile(file).read(wanted_names)
 
 
 def check(path: Path) -> None:
-    """Read a Parquet file's metadata; raises ValueError or OSError when it is damaged."""
+    """Read a Parquet file's metadata; raises ValueError or OSError if the file is damaged."""
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:

@@ -1,10 +1,10 @@
 """Peak dense FLOP/s of NVIDIA GPUs by name and dtype, from their datasheets: for model FLOPs utilisation.
 
-A peak is what the datasheet promises at boost clock, without structured sparsity. `float32` is that of the CUDA
-cores, not TF32 on the tensor cores; `bfloat16` and `float16` are those of the tensor cores with FP32 accumulation.
-Where a datasheet gives only the figure with sparsity, the table has half of it and the source says so. A device,
-a form factor or a dtype that is not here has no peak; none is guessed, and a MIG instance or a virtual GPU, which
-has a part of the card, is never matched. Knows neither the clock nor the power limit that the device really ran at.
+A peak is the datasheet's figure at boost clock, without structured sparsity. `float32` is the CUDA cores' peak,
+not TF32 on the tensor cores; `bfloat16` and `float16` are the tensor cores' peaks with FP32 accumulation. If a
+datasheet gives only the figure with sparsity, the table has half of it and the source says so. A device, a form
+factor or a dtype that is not listed has no peak; none is guessed, and a MIG instance or a virtual GPU, which has
+only part of the card, is never matched. Knows neither the clock nor the power limit that the device really ran at.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Peak:
-    """A device's peak arithmetic throughput in FLOP/s, and the document that gives it."""
+    """A device's peak arithmetic throughput in FLOP/s, and the document that states it."""
 
     flops_per_s: float
     source: str
 
 
 class _Device(NamedTuple):
-    """A row of the table: the whole name as a pattern, without its maker's prefix, and peaks in TFLOP/s."""
+    """A row of the table: a pattern for the whole name without the maker's prefix, and the peaks in TFLOP/s."""
 
     name: str
     float32: float | None
@@ -43,7 +43,7 @@ _DEVICES = (
     # Ampere
     _Device("A100-(SXM4?|PCIE)-(40|80)GB|A100 80GB PCIE", 19.5, 312, 312, "NVIDIA A100 Tensor Core GPU datasheet"),
     _Device("A10", 31.2, 125, 125, "NVIDIA A10 datasheet"),
-    # Fewer tensor operations than the A10's, in spite of the name.
+    # Lower tensor throughput than the A10, in spite of the name.
     _Device("A10G", 35, 70, 70, "NVIDIA A10G for AWS datasheet"),
     _Device("RTX A6000", 38.7, 154.8, 154.8, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
     # GeForce: FP32 accumulation at half the rate of FP16 accumulation, which is the figure often quoted.
@@ -68,7 +68,7 @@ _MAKER = re.compile(r"^(NVIDIA )?(TESLA |GEFORCE )?")
 
 
 def peak_flops_per_s(device_name: str, dtype: str) -> Peak | None:
-    """Return the peak of a device as NVML and CUDA name it, for float32, bfloat16 or float16; None if unknown."""
+    """Return the peak for float32, bfloat16 or float16 of a device as NVML and CUDA name it; None if unknown."""
     name = _MAKER.sub("", device_name.strip().upper())
     row = next((device for device in _DEVICES if re.fullmatch(device.name, name)), None)
     if row is None:

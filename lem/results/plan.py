@@ -1,4 +1,4 @@
-"""The plan of one experiment: what its directory is there to hold; and its state. The worker starts from the plan."""
+"""The plan of one experiment, which says what its directory will hold, and its state. Workers start from the plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # History of spec.json's format:
 # 1  first version
 # 2  replicas, shared_with and the configuration's digest
-# 3  the digest of a trace's arrivals, which lie in arrivals.json
+# 3  the digest of a trace's arrivals, which are in arrivals.json
 FORMAT_VERSION = 3
 
 
@@ -40,7 +40,7 @@ class PromptsInfo:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run: the checked configuration, the prompts, and how many processes share them.
+    """What the experiment will run: the checked configuration, the prompts, and how many processes share them.
 
     The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
     parallelism). `shared_with` counts the other experiments meant to run on this machine at the same time.
@@ -66,17 +66,17 @@ class Plan:
         return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
 
     def counts(self, rank: int) -> bool:
-        """Return whether the process counts its prompts: among those that run the same ones, the first does."""
+        """Return whether the process counts its prompts: only the first of those that run the same prompts does."""
         return rank % (self.processes // self.replicas) == 0
 
     def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:
-        """Return the cycles that lack prompts, by the positions of those that are finished in each cycle."""
+        """Return the unfinished cycles, given the positions of the prompts finished in each cycle."""
         cycles = range(1, self.experiment.cycles + 1)
         return [cycle for cycle in cycles if len(finished.get(cycle, ())) < self.prompts.count]
 
     @property
     def fingerprint(self) -> str:
-        """Return what identifies the experiment: configuration, prompts in order, arrivals of a trace."""
+        """Return what identifies the experiment: its configuration, its prompts in order, and any trace's arrivals."""
         digests = (self.config_sha256, self.prompts.sha256, self.arrivals_sha256)
         return "-".join(digest[:16] for digest in digests if digest)
 
@@ -84,7 +84,7 @@ class Plan:
 StateName = Literal["planned", "running", "interrupted", "failed", "completed", "aggregated"]
 # The states in which nothing is left to run.
 FINISHED: frozenset[StateName] = frozenset({"completed", "aggregated"})
-# The kernel reports the start of a process in hundredths of a second.
+# The kernel reports a process's start time in hundredths of a second.
 SAME_START_S = 0.02
 
 
@@ -100,13 +100,13 @@ class State(Struct, frozen=True):
     error: str | None = None
 
     def now(self, status: StateName, error: str | None = None) -> State:
-        """Return the next state, with no process running the experiment."""
+        """Return the state that follows, in which no process runs the experiment."""
         return State(status, self.attempt, timestamp(), error=error)
 
     def believed(self) -> State:
-        """Return the state, or interrupted where the process that was running the experiment is gone.
+        """Return the state, changed to interrupted if the process that was running the experiment is gone.
 
-        A process on another host cannot be checked, and is believed to run.
+        A process on another host cannot be checked, so it is assumed to be running.
         """
         if self.status != "running" or self.host != socket.gethostname() or self._lives():
             return self
@@ -126,7 +126,7 @@ class State(Struct, frozen=True):
 
 
 def _started_s(process: psutil.Process) -> float:
-    """Return when a process started, in seconds after boot: setting the clock does not change that."""
+    """Return when a process started, in seconds after boot, which setting the clock does not change."""
     import psutil
 
     return process.create_time() - psutil.boot_time()

@@ -1,8 +1,8 @@
-"""From the records of processes to rows: ranks merged, many experiments at once.
+"""Computes rows from the processes' records: merges ranks, for many experiments at once.
 
 Throughput is output tokens over the wall-clock window. Rows are computed column by column, which for thousands of
-cycles takes a fraction of the time of computing them row by row. Knows records only: no file, and not how anything was
-measured.
+cycles takes a fraction of the time that row by row would. Knows only records: nothing about files, or how anything
+was measured.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Rows:
 class Cycle(NamedTuple):
     """What one cycle measured, over all processes and attempts.
 
-    `records` holds one for each process, at least one, by rank, each with its attempts merged; `requests` the rows of
-    all of them; `warnings` those that no record holds.
+    `records` has one record per process, at least one, ordered by rank, with its attempts merged; `requests` has the
+    rows of all processes; `warnings` has those that are in no record.
     """
 
     plan: PlanExcerpt
@@ -91,20 +91,20 @@ def rows_of(measured: Measured) -> Rows:
 
 
 def as_rows(row_type: type[Any], columns: Columns) -> list[Any]:
-    """Return columns as rows."""
+    """Turn columns into rows."""
     names = row_type.__struct_fields__
     rows = zip(*(columns[name] for name in names), strict=True)
     return [row_type(**dict(zip(names, values, strict=True))) for values in rows]
 
 
 # ------------------------------------------------------------------ cycles
-# Columns that only some cycles fill, such as those of streaming; None in the others.
+# Columns that only some cycles fill, such as those of streaming; they are None in the others.
 _OPTIONAL = [name for name, value in defaults(ExperimentRow).items() if value is None]
 _peak = cache(peak_flops_per_s)
 
 
 def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
-    """Return all columns of a row for each cycle, as if each were an experiment."""
+    """Return all columns of the rows, one row for each cycle, as if each were an experiment."""
     records = [cycle.records for cycle in cycles]
     first = [of_cycle[0] for of_cycle in records]
     requests = [cycle.requests for cycle in cycles]
@@ -136,7 +136,7 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
 
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
-    """Return what went wrong: where one process failed, the others were stopped because of it."""
+    """Return what went wrong: if one process failed, its error, since the others were stopped because of it."""
     failed_first = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
     return next((r.error.message for r in failed_first if r.error), None)
 
@@ -166,7 +166,7 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the backend that ran; several only where the user allowed it."""
+    """Return the backend that ran; there are several only if the user allowed it."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
@@ -174,7 +174,7 @@ def _loaded(records: Sequence[ProcessRecord]) -> Columns:
     models, engines = of_each(records, "model"), of_each(records, "engine")
     warmups, environments = of_each(records, "warmup"), of_each(records, "environment")
     peaks = [
-        # The dtype counts, not the quantized weights.
+        # The dtype determines the peak, not how the weights are quantized.
         _peak(engine.device_name, model.dtype)
         if engine and model and model.dtype and engine.device.startswith("cuda")
         else None
@@ -195,7 +195,7 @@ def _loaded(records: Sequence[ProcessRecord]) -> Columns:
 
 
 def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
-    """Return durations and energies of the process that meters: phases begin and end together in all processes."""
+    """Return durations and energies from the metering process; phases begin and end together in all processes."""
     owners = [of_cycle[0] if of_cycle[0].rank == ENERGY_OWNER else None for of_cycle in records]
     phases: list[Mapping[str, Phase]] = [
         _longest(of_cycle) if owner is None else {phase.name: phase for phase in owner.phases}
@@ -244,7 +244,7 @@ def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float 
 
 
 def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
-    """Return the longest phase of each name, for when there is no record of the process that meters."""
+    """Return the longest phase of each name, for use when the metering process has no record."""
     longest: dict[str, Phase] = {}
     for phase in (phase for record in records for phase in record.phases):
         if phase.name not in longest or phase.duration_s > longest[phase.name].duration_s:
@@ -253,7 +253,7 @@ def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
 
 
 def _prefill(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
-    """Return the prefill's time and energy; of several processes the mean time, and no energy of their own."""
+    """Return the prefill's time and energy; with several processes, their mean time and no energy."""
     known = [[r.prefill for r in of_cycle if r.requests_completed] for of_cycle in records]
     parts = [[part for part in each if part is not None] for each in known]
     alone = [each[0] if len(each) == len(of) == 1 else None for each, of in zip(parts, known, strict=True)]
@@ -299,7 +299,7 @@ def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | 
 
 
 def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
-    """Return the warnings of each cycle, once each, as `code: sentence`."""
+    """Return the warnings of each cycle, once each, as `code: message`."""
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     for cycle, of_row in zip(cycles, of_rows, strict=True):

@@ -1,6 +1,6 @@
-"""The columns of the experiments and cycles tables, with units: their single source. Requests are `lem.record`'s."""
+"""The columns of the experiments and cycles tables, with units, defined only here; for requests see `lem.record`."""
 
-# Annotations are evaluated here, not kept as text: every command that reads a table needs them at once.
+# Annotations are evaluated here, not kept as text: every command that reads a table needs them right away.
 
 from typing import Annotated, ClassVar
 
@@ -8,88 +8,85 @@ from msgspec import Struct
 
 from lem import units
 
+Seconds = Annotated[float | None, units.SECOND]
+Joules = Annotated[float | None, units.JOULE]
+Watts = Annotated[float | None, units.WATT]
+Ratio = Annotated[float | None, units.RATIO]
+TokensPerSecond = Annotated[float | None, units.TOKEN_PER_SECOND]
+RequestsPerSecond = Annotated[float | None, units.REQUEST_PER_SECOND]
+JoulesPerToken = Annotated[float | None, units.JOULE_PER_TOKEN]
+Bytes = Annotated[int | None, units.BYTE]
+
 
 class Measures(Struct, frozen=True, gc=False, kw_only=True):
     """What an experiment and each of its cycles measured: the columns that both tables have.
 
-    Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' where it was
-    read from them, else that of the components that were measured, else the sum of the estimates; `energy_source` says
+    Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' energy if
+    it was read from them, else that of the measured components, else the sum of the estimates; `energy_source` says
     which.
     """
 
-    # In a table a column follows the one before it in its class, except these, which follow the one named here.
+    # A table's columns are in the order of their class, except these, which follow the column named here.
     AFTER: ClassVar[dict[str, str]] = {}
 
     experiment_id: Annotated[str, "Unique id of the experiment."]
-    status: Annotated[str, "completed, failed or interrupted."]
+    status: Annotated[str, "How the run ended: completed, failed or interrupted."]
     # counted
-    requests_completed: Annotated[int, units.REQUEST, "Requests that have a row of their own."]
-    input_tokens: Annotated[int, units.TOKEN, "Sum over the requests, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Sum over the requests, nothing after an end token."]
+    requests_completed: Annotated[int, units.REQUEST, "Requests that were finished; each has its own row."]
+    input_tokens: Annotated[int, units.TOKEN, "Input tokens of all requests, without padding."]
+    output_tokens: Annotated[int, units.TOKEN, "Output tokens of all requests, not counting any after an end token."]
     # timed
-    duration_s: Annotated[float | None, units.SECOND, "Wall-clock length of the measured window."]
-    output_tokens_per_s: Annotated[float | None, units.TOKEN_PER_SECOND, "output_tokens / duration_s."]
-    requests_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "requests_completed / duration_s."]
-    latency_mean_s: Annotated[float | None, units.SECOND, "Mean latency of a request."]
-    latency_p50_s: Annotated[float | None, units.SECOND, "Median latency of a request."]
-    latency_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the latency."]
-    latency_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the latency."]
-    warmup_duration_s: Annotated[float | None, units.SECOND, "Warm-up, outside the window."]
+    duration_s: Annotated[Seconds, "Wall-clock length of the measured window."]
+    output_tokens_per_s: Annotated[TokensPerSecond, "output_tokens / duration_s."]
+    requests_per_s: Annotated[RequestsPerSecond, "requests_completed / duration_s."]
+    latency_mean_s: Annotated[Seconds, "Mean latency of a request."]
+    latency_p50_s: Annotated[Seconds, "Median latency of a request."]
+    latency_p95_s: Annotated[Seconds, "95th percentile of the latency."]
+    latency_p99_s: Annotated[Seconds, "99th percentile of the latency."]
+    warmup_duration_s: Annotated[Seconds, "Warm-up, outside the window."]
     # metered
-    energy_j: Annotated[float | None, units.JOULE, "Headline energy of the measured window, gross."]
+    energy_j: Annotated[Joules, "Headline energy of the measured window, gross."]
     energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
-    gpu_energy_j: Annotated[float | None, units.JOULE, "GPUs in use, measured window."]
-    cpu_energy_j: Annotated[float | None, units.JOULE, "CPUs, measured window."]
-    dram_energy_j: Annotated[float | None, units.JOULE, "Main memory, measured window."]
-    energy_idle_adjusted_j: Annotated[
-        float | None, units.JOULE, "energy_j minus idle_power_loaded_w times duration_s; may be negative."
-    ]
-    prefill_duration_s: Annotated[float | None, units.SECOND, "Time in which prompts were taken in."]
-    decode_duration_s: Annotated[
-        float | None, units.SECOND, "The rest of the window, minus its idle time where that is known."
-    ]
+    gpu_energy_j: Annotated[Joules, "GPUs in use, measured window."]
+    cpu_energy_j: Annotated[Joules, "CPUs, measured window."]
+    dram_energy_j: Annotated[Joules, "Main memory, measured window."]
+    energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
+    prefill_duration_s: Annotated[Seconds, "Time in which prompts were taken in."]
+    decode_duration_s: Annotated[Seconds, "The rest of the window, minus its idle time where that is known."]
     # derived
-    average_power_w: Annotated[float | None, units.WATT, "energy_j / duration_s."]
-    energy_per_output_token_j: Annotated[float | None, units.JOULE_PER_TOKEN, "energy_j / output_tokens."]
+    average_power_w: Annotated[Watts, "energy_j / duration_s."]
+    energy_per_output_token_j: Annotated[JoulesPerToken, "energy_j / output_tokens."]
     energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
     flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
-    mfu: Annotated[float | None, units.RATIO, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
+    mfu: Annotated[Ratio, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
     # token by token, when streaming
-    ttft_mean_s: Annotated[float | None, units.SECOND, "Mean time to first token."] = None
-    ttft_p50_s: Annotated[float | None, units.SECOND, "Median time to first token."] = None
-    ttft_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the time to first token."] = None
-    ttft_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the time to first token."] = None
-    itl_mean_s: Annotated[float | None, units.SECOND, "Mean inter-token latency, over all tokens."] = None
-    itl_p50_s: Annotated[float | None, units.SECOND, "Median inter-token latency, over all tokens."] = None
-    itl_p95_s: Annotated[
-        float | None, units.SECOND, "95th percentile of the inter-token latency, over all tokens."
-    ] = None  # fmt: skip
-    itl_p99_s: Annotated[
-        float | None, units.SECOND, "99th percentile of the inter-token latency, over all tokens."
-    ] = None  # fmt: skip
-    tpot_mean_s: Annotated[float | None, units.SECOND, "Mean time per output token after the first."] = None
-    tpot_p50_s: Annotated[float | None, units.SECOND, "Median time per output token after the first."] = None
-    tpot_p95_s: Annotated[
-        float | None, units.SECOND, "95th percentile of the time per output token after the first."
-    ] = None
-    tpot_p99_s: Annotated[
-        float | None, units.SECOND, "99th percentile of the time per output token after the first."
-    ] = None
+    ttft_mean_s: Annotated[Seconds, "Mean time to first token."] = None
+    ttft_p50_s: Annotated[Seconds, "Median time to first token."] = None
+    ttft_p95_s: Annotated[Seconds, "95th percentile of the time to first token."] = None
+    ttft_p99_s: Annotated[Seconds, "99th percentile of the time to first token."] = None
+    itl_mean_s: Annotated[Seconds, "Mean inter-token latency, over all tokens."] = None
+    itl_p50_s: Annotated[Seconds, "Median inter-token latency, over all tokens."] = None
+    itl_p95_s: Annotated[Seconds, "95th percentile of the inter-token latency, over all tokens."] = None
+    itl_p99_s: Annotated[Seconds, "99th percentile of the inter-token latency, over all tokens."] = None
+    tpot_mean_s: Annotated[Seconds, "Mean time per output token after the first."] = None
+    tpot_p50_s: Annotated[Seconds, "Median time per output token after the first."] = None
+    tpot_p95_s: Annotated[Seconds, "95th percentile of the time per output token after the first."] = None
+    tpot_p99_s: Annotated[Seconds, "99th percentile of the time per output token after the first."] = None
     # under traffic
-    arrival_rate_per_s: Annotated[float | None, units.REQUEST_PER_SECOND, "Rate at which requests arrived."] = None
-    queue_mean_s: Annotated[float | None, units.SECOND, "Mean wait in the queue."] = None
-    queue_p50_s: Annotated[float | None, units.SECOND, "Median wait in the queue."] = None
-    queue_p95_s: Annotated[float | None, units.SECOND, "95th percentile of the wait in the queue."] = None
-    queue_p99_s: Annotated[float | None, units.SECOND, "99th percentile of the wait in the queue."] = None
-    idle_share: Annotated[float | None, units.RATIO, "Share of the window in which no process had a request."] = None
-    goodput_requests_per_s: Annotated[
-        float | None, units.REQUEST_PER_SECOND, "Requests within the limits on TTFT and ITL / duration_s."
-    ] = None
+    arrival_rate_per_s: Annotated[RequestsPerSecond, "Rate at which requests arrived."] = None
+    queue_mean_s: Annotated[Seconds, "Mean wait in the queue."] = None
+    queue_p50_s: Annotated[Seconds, "Median wait in the queue."] = None
+    queue_p95_s: Annotated[Seconds, "95th percentile of the wait in the queue."] = None
+    queue_p99_s: Annotated[Seconds, "99th percentile of the wait in the queue."] = None
+    idle_share: Annotated[Ratio, "Share of the window in which no process had a request."] = None
+    goodput_requests_per_s: Annotated[RequestsPerSecond, "Requests within the limits on TTFT and ITL / duration_s."] = (
+        None
+    )
     warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = []
 
 
 class CycleRow(Measures, frozen=True, gc=False, kw_only=True):
-    """One cycle of an experiment: a pass over all its prompts. Columns mean what they mean for the experiment."""
+    """One cycle of an experiment: a pass over all its prompts. Columns have the same meaning as for the experiment."""
 
     AFTER: ClassVar[dict[str, str]] = {
         "cycle": "experiment_id", "attempts": "status",
@@ -97,16 +94,16 @@ class CycleRow(Measures, frozen=True, gc=False, kw_only=True):
     }  # fmt: skip
 
     cycle: Annotated[int, "Cycle, from 1."]
-    attempts: Annotated[int, "Attempts that it took: more than 1 when it was interrupted and resumed."]
+    attempts: Annotated[int, "Attempts that the cycle took: more than 1 if it was interrupted and resumed."]
 
 
 class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     """An experiment's row in the aggregated table.
 
-    With several cycles, what is counted, timed or metered is the mean over the cycles that were finished: it
-    describes one pass over the prompts. Quotients, such as tokens per second, are those of the means, so that they
-    agree with each other. The spread over the cycles is in the columns that end in `_sd`, `_cv`, `_ci95_low` and
-    `_ci95_high`, around the mean of the cycles' own values.
+    With several cycles, counted, timed and metered values are means over the finished cycles: they
+    describe one pass over the prompts. Quotients, such as tokens per second, are computed from the means, so that
+    they are consistent with each other. The spread over the cycles is in the columns that end in `_sd`, `_cv`,
+    `_ci95_low` and `_ci95_high`, around the mean of the cycles' own values.
     """
 
     AFTER: ClassVar[dict[str, str]] = {
@@ -117,95 +114,90 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         "kv_cache_bytes": "mfu", "energy_sd_j": "goodput_requests_per_s", "overrides": "warnings",
     }  # fmt: skip
 
-    error: Annotated[str | None, "Why it did not complete."]
-    started_at: Annotated[str, "Wall-clock start, ISO 8601 with offset; a label, not a measurement."]
-    lem_version: Annotated[str, "Version of lem that measured."]
-    hostname: Annotated[str, "Machine it ran on."]
+    error: Annotated[str | None, "Why the experiment did not complete."]
+    started_at: Annotated[str, "Wall-clock start, ISO 8601 with UTC offset; a label, not a measurement."]
+    lem_version: Annotated[str, "Version of lem that ran the experiment."]
+    hostname: Annotated[str, "Name of the machine that it ran on."]
     processes: Annotated[int, "Worker processes that wrote a record."]
     cycles_planned: Annotated[int, "Number of cycles planned."]
     cycles_completed: Annotated[int, "Cycles in which every prompt was finished."]
-    resumed: Annotated[int, "Times that the experiment was resumed."]
+    resumed: Annotated[int, "Number of times the experiment was resumed."]
     # what ran
-    model: Annotated[str, "Model as asked for."]
-    random_weights: Annotated[bool | None, "The weights are random: the text has no meaning, the work is real."]
-    parameters: Annotated[int | None, "Parameters of the loaded model, an adapter's included."]
-    backend: Annotated[str, "Inference backend."]
+    model: Annotated[str, "Model, as configured."]
+    random_weights: Annotated[bool | None, "Whether the weights are random: meaningless text, but real work."]
+    parameters: Annotated[int | None, "Parameters of the loaded model, including an adapter's."]
+    backend: Annotated[str, "Backend that ran."]
     engine_version: Annotated[str | None, "Version of the engine behind the backend."]
     device: Annotated[str | None, "Device the model ran on, by name."]
-    dtype: Annotated[str | None, "Dtype of the weights as loaded, and of the arithmetic."]
+    dtype: Annotated[str | None, "Dtype of the loaded weights and of the arithmetic."]
     quantization: Annotated[str | None, "How the weights were quantized, or null."]
     adapter: Annotated[str | None, "LoRA adapter, or null."]
-    weights_bytes: Annotated[int | None, units.BYTE, "Size of the weights as loaded."]
+    weights_bytes: Annotated[Bytes, "Size of the weights as loaded."]
     dataset: Annotated[str, "Dataset choice."]
     prompts_sha256: Annotated[str, "Digest of the prompts in order: equal digests, equal prompts."]
     decoder: Annotated[str, "Decoder choice."]
     batching_strategy: Annotated[str, "Batching strategy."]
-    batch_size: Annotated[int, units.REQUEST, "Requests in a batch, at most."]
-    max_output_tokens: Annotated[int, units.TOKEN, "Limit on generated tokens of a request."]
-    seed: Annotated[int, "Seed of the sampling."]
+    batch_size: Annotated[int, units.REQUEST, "Maximum number of requests in a batch."]
+    max_output_tokens: Annotated[int, units.TOKEN, "Maximum number of generated tokens per request."]
+    seed: Annotated[int, "Seed for sampling."]
     # counted
     requests_planned: Annotated[int, units.REQUEST, "Prompts of the experiment."]
-    load_duration_s: Annotated[float | None, units.SECOND, "Loading the model, outside the window."]
+    load_duration_s: Annotated[Seconds, "Loading the model, outside the window."]
     energy_scope: Annotated[str | None, "What the headline covers: device, package, machine, shared_device."]
     energy_components: Annotated[str | None, "Components in the headline, such as gpu or cpu+dram."]
     gpu_energy_source: Annotated[str | None, "Source of gpu_energy_j."]
     cpu_energy_source: Annotated[str | None, "Source of cpu_energy_j."]
     dram_energy_source: Annotated[str | None, "Source of dram_energy_j."]
-    load_energy_j: Annotated[float | None, units.JOULE, "As energy_j, while the model was loaded."]
-    warmup_energy_j: Annotated[float | None, units.JOULE, "As energy_j, during warm-up."]
-    idle_power_before_w: Annotated[float | None, units.WATT, "Power before anything was loaded, headline components."]
-    idle_power_loaded_w: Annotated[float | None, units.WATT, "Power with the model resident and nothing running."]
-    trace_energy_j: Annotated[float | None, units.JOULE, "Integral of the GPU power trace, beside the counter."]
-    counter_tick_s: Annotated[float | None, units.SECOND, "Coarsest tick of the GPU energy counters."]
-    prefill_energy_j: Annotated[float | None, units.JOULE, "Power trace over the prefill spans (integral)."]
+    load_energy_j: Annotated[Joules, "As energy_j, while the model was loaded."]
+    warmup_energy_j: Annotated[Joules, "As energy_j, during warm-up."]
+    idle_power_before_w: Annotated[Watts, "Power before anything was loaded, headline components."]
+    idle_power_loaded_w: Annotated[Watts, "Power with the model resident and nothing running."]
+    trace_energy_j: Annotated[Joules, "Integral of the GPU power trace, beside the counter."]
+    counter_tick_s: Annotated[Seconds, "Coarsest tick of the GPU energy counters."]
+    prefill_energy_j: Annotated[Joules, "Power trace over the prefill spans (integral)."]
     decode_energy_j: Annotated[
-        float | None,
-        units.JOULE,
+        Joules,
         "energy_j minus prefill_energy_j; may be negative; null with idle time, which is not metered separately.",
     ]
-    prefill_energy_uncertainty_j: Annotated[
-        float | None, units.JOULE, "Bound on the trace's sampling error, for prefill and for decode."
-    ]
+    prefill_energy_uncertainty_j: Annotated[Joules, "Bound on the trace's sampling error, for prefill and for decode."]
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
-    co2e_g: Annotated[float | None, units.GRAM_CO2E, "energy_j times the carbon intensity."]
+    co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
     carbon_intensity_g_per_kwh: Annotated[float | None, units.GRAM_CO2E_PER_KWH, "Carbon intensity used."]
     carbon_intensity_source: Annotated[str | None, "Where the carbon intensity comes from."]
-    peak_memory_bytes: Annotated[int | None, units.BYTE, "Peak memory, the largest of the processes."]
+    peak_memory_bytes: Annotated[Bytes, "Peak memory, the largest of the processes."]
     peak_memory_scope: Annotated[str | None, "What the peak covers."]
     flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
     peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
     peak_flops_source: Annotated[str | None, "Where the peak is from."]
-    kv_cache_bytes: Annotated[
-        int | None, units.BYTE, "Keys and values of the largest batch, padding included, by formula."
-    ]
+    kv_cache_bytes: Annotated[Bytes, "Keys and values of the largest batch, padding included, by formula."]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
     warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
-    warmup_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of its last latencies."]
+    warmup_cv: Annotated[Ratio, "Coefficient of variation of its last latencies."]
     # over the cycles
-    energy_sd_j: Annotated[float | None, units.JOULE, "Standard deviation of energy_j over the cycles."] = None
-    energy_cv: Annotated[float | None, units.RATIO, "Coefficient of variation of energy_j."] = None
-    energy_ci95_low_j: Annotated[float | None, units.JOULE, "95 % t-interval of mean energy_j, lower end."] = None
-    energy_ci95_high_j: Annotated[float | None, units.JOULE, "Upper end."] = None
+    energy_sd_j: Annotated[Joules, "Standard deviation of energy_j over the cycles."] = None
+    energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j."] = None
+    energy_ci95_low_j: Annotated[Joules, "95 % t-interval of mean energy_j, lower end."] = None
+    energy_ci95_high_j: Annotated[Joules, "Upper end."] = None
     output_tokens_per_s_mean: Annotated[
-        float | None, units.TOKEN_PER_SECOND, "Mean of the cycles' own rates: what the interval is around."
+        TokensPerSecond, "Mean of the cycles' own rates: what the interval is around."
     ] = None
-    output_tokens_per_s_sd: Annotated[float | None, units.TOKEN_PER_SECOND, "SD over the cycles."] = None
-    output_tokens_per_s_cv: Annotated[float | None, units.RATIO, "CV over the cycles."] = None
-    output_tokens_per_s_ci95_low: Annotated[float | None, units.TOKEN_PER_SECOND, "Lower end."] = None
-    output_tokens_per_s_ci95_high: Annotated[float | None, units.TOKEN_PER_SECOND, "Upper end."] = None
-    latency_mean_sd_s: Annotated[float | None, units.SECOND, "SD of latency_mean_s over the cycles."] = None
-    latency_mean_cv: Annotated[float | None, units.RATIO, "CV of latency_mean_s."] = None
-    latency_mean_ci95_low_s: Annotated[float | None, units.SECOND, "Lower end."] = None
-    latency_mean_ci95_high_s: Annotated[float | None, units.SECOND, "Upper end."] = None
+    output_tokens_per_s_sd: Annotated[TokensPerSecond, "SD over the cycles."] = None
+    output_tokens_per_s_cv: Annotated[Ratio, "CV over the cycles."] = None
+    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end."] = None
+    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "Upper end."] = None
+    latency_mean_sd_s: Annotated[Seconds, "SD of latency_mean_s over the cycles."] = None
+    latency_mean_cv: Annotated[Ratio, "CV of latency_mean_s."] = None
+    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end."] = None
+    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end."] = None
     energy_per_output_token_mean_j: Annotated[
-        float | None, units.JOULE_PER_TOKEN, "Mean of the cycles' own quotients: what the interval is around."
+        JoulesPerToken, "Mean of the cycles' own quotients: what the interval is around."
     ] = None
-    energy_per_output_token_sd_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Over the cycles."] = None
-    energy_per_output_token_cv: Annotated[float | None, units.RATIO, "CV of energy_per_output_token_j."] = None
-    energy_per_output_token_ci95_low_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Lower end."] = None
-    energy_per_output_token_ci95_high_j: Annotated[float | None, units.JOULE_PER_TOKEN, "Upper end."] = None
+    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Over the cycles."] = None
+    energy_per_output_token_cv: Annotated[Ratio, "CV of energy_per_output_token_j."] = None
+    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end."] = None
+    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end."] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
-    config_json: Annotated[str, "The whole resolved configuration, as JSON."] = ""
+    config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

@@ -1,4 +1,4 @@
-"""Rows as tables for people and as JSON for programs. Knows no file and no engine."""
+"""Shows rows as tables for people and as JSON for programs. Knows nothing about files or engines."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ STATUS_STYLE = {"completed": "green", "failed": "red", "interrupted": "yellow", 
 # Without a terminal, lines are neither cut nor folded.
 WIDTH_WITHOUT_TERMINAL = 100_000
 WIDE = 110
-# Texts folded more narrowly than this are hard to read.
+# Text wrapped to less than this width is hard to read.
 LEAST_TEXT_WIDTH = 30
-# Times with a mean and percentiles: the label of their line, and how their columns begin.
+# Times with a mean and percentiles: their line's label, and their columns' prefix.
 SPREADS = {
     "Latency": "latency",
     "Time to first token": "ttft",
@@ -35,7 +35,7 @@ ESTIMATE = "≈"
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr; wide where there is no terminal."""
+    """Return a console on stdout or stderr; very wide if there is no terminal."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -44,7 +44,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_table(table: Table) -> None:
-    """Print a table without a box, or its rows as paragraphs where words would have to be cut to make it fit."""
+    """Print a table without borders, or its rows as paragraphs if words would have to be cut to make it fit."""
     out = console()
     if not _fitted(table, out.width):
         _print_paragraphs(table, out)
@@ -59,7 +59,7 @@ def print_table(table: Table) -> None:
 
 
 def _fitted(table: Table, width: int) -> bool:
-    """Give each column the width of its longest word and a share of the rest; False where there is too little room."""
+    """Give each column its longest word's width and a share of the rest; return False if there is too little room."""
     from rich.text import Text
 
     columns = []
@@ -81,7 +81,7 @@ def _fitted(table: Table, width: int) -> bool:
 
 
 def _print_paragraphs(table: Table, out: Console) -> None:
-    """Print each row's first cell, and below it the others with their headers, folded by the terminal."""
+    """Print each row's first cell, and below it the others with their headers; the terminal wraps them."""
     headers = [column.header for column in table.columns][1:]
     for head, *cells in zip(*(column.cells for column in table.columns), strict=True):
         if not table.show_header:
@@ -96,21 +96,26 @@ def _print_paragraphs(table: Table, out: Console) -> None:
 # ------------------------------------------------------------------ one experiment
 def show_row(row: ExperimentRow) -> None:
     """Print what an experiment measured, with no line for what it did not measure."""
+    console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
+    print_pairs(_lines(row))
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print names and texts, a pair on a line; none with an empty text."""
     from rich.markup import escape
     from rich.table import Table
 
-    console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold", min_width=LEAST_TEXT_WIDTH)
-    for name, text in _lines(row):
+    for name, text in pairs:
         if text:
             table.add_row(name, escape(text))
     print_table(table)
 
 
 def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
-    """Yield names and texts, empty for what was not measured."""
+    """Yield names and texts; a text is empty if its value was not measured."""
     yield "Error", row.error or ""
     yield "Model", _model(row)
     yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
@@ -155,20 +160,20 @@ def _traffic_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
 
 
 def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
-    """Return a mean and percentiles of seconds, in three digits, so that all four fit into 80 columns."""
+    """Return a mean and percentiles in seconds, to three digits, so that all four fit into 80 columns."""
     values = {name: getattr(row, f"{stem}_{name}_s") for name in of}
     return _listed(*("" if s is None else f"{name} {quantity(s, 's', 3)}" for name, s in values.items()))
 
 
 def _limits(row: ExperimentRow) -> str:
-    """Return the limits of a good request, as configured."""
+    """Return the configured limits within which a request counts as good."""
     traffic = json.loads(row.config_json or "{}").get("traffic", {})
     limits = {"TTFT": traffic.get("ttft_limit_s"), "mean ITL": traffic.get("itl_limit_s")}
     return " and ".join(f"{name} up to {quantity(s, 's')}" for name, s in limits.items() if s is not None)
 
 
 def _known(value: float | None, unit: str, before: str = "") -> str:
-    """Return a measured value as text, empty for one that was not measured."""
+    """Return a measured value as text, empty if it was not measured."""
     return "" if value is None else before + quantity(value, unit)
 
 
@@ -256,14 +261,14 @@ def _status(status: str) -> str:
 
 
 def say_estimates(rows: Iterable[ExperimentRow]) -> None:
-    """Explain the mark of estimates, if any row has one."""
+    """Explain the mark for estimates if any row has one."""
     if any(row.energy_source == "estimate" for row in rows):
         print(f"{ESTIMATE} an estimate, not a measurement")
 
 
 @dataclass(frozen=True)
 class SweepLine:
-    """What became of one cell of a sweep; it has a row if anything was measured."""
+    """The outcome of one cell of a sweep; it has a row if anything was measured."""
 
     label: str
     status: str
@@ -273,7 +278,7 @@ class SweepLine:
 
 
 def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
-    """Print a line for each cell of a sweep, in order, then the errors; `head` is the header of the labels."""
+    """Print a line for each cell of a sweep, in order, then the errors; `head` is the label column's header."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -284,8 +289,10 @@ def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
     for name in ("tokens/s", "J/token"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
-        numbers = (_speed(line.row), _j_per_token(line.row)) if line.row else (NOT_MEASURED, NOT_MEASURED)
-        table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), *numbers)
+        speed, cost = NOT_MEASURED, NOT_MEASURED
+        if row := line.row:
+            speed, cost = plain(row.output_tokens_per_s), marked(row, plain(row.energy_per_output_token_j))
+        table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), speed, cost)
     print_table(table)
     say_estimates(line.row for line in lines if line.row)
     for line in lines:
@@ -293,20 +300,12 @@ def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
             print(f"{line.label}: {line.error}")
 
 
-def _j_per_token(row: ExperimentRow) -> str:
-    return marked(row, plain(row.energy_per_output_token_j))
-
-
-def _speed(row: ExperimentRow) -> str:
-    return plain(row.output_tokens_per_s)
-
-
 def _energy(row: ExperimentRow) -> str:
     return marked(row, quantity(row.energy_j, "J"))
 
 
 def marked(row: ExperimentRow, text: str) -> str:
-    """Return an energy as text, with a mark where it is an estimate."""
+    """Return an energy as text, with a mark if it is an estimate."""
     return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text != NOT_MEASURED else text
 
 
@@ -324,5 +323,5 @@ def row_dict(row: ExperimentRow) -> dict[str, Any]:
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Return plain data as JSON, escaped where stdout's encoding lacks characters."""
+    """Return plain data as JSON, with escapes for characters that stdout's encoding lacks."""
     return json.dumps(value, indent=indent, ensure_ascii=not (sys.stdout.encoding or "utf").lower().startswith("utf"))

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """What n values say together; the interval is Student's t for the mean, at a confidence of 95 %."""
+    """Statistics of n values; the interval is Student's t for the mean, at a confidence of 95 %."""
 
     n: int
     mean: float | None
@@ -26,10 +26,10 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summarise values; with fewer than two there is no spread, with none no mean either.
+    """Summarise values: fewer than two have no spread, none have no mean either.
 
     The standard deviation is the sample's (n - 1). The interval holds for independent, roughly normal values
-    (Student 1908); cycles that follow each other on a warm machine are close to that, not exactly so.
+    (Student 1908); consecutive cycles on a warm machine are close to that, but not exactly.
     """
     n = len(values)
     if n == 0:
@@ -37,14 +37,14 @@ def summarise(values: Sequence[float]) -> Summary:
     mean = math.fsum(values) / n
     if n == 1:
         return Summary(1, mean, None, None, None, None)
-    # The statistics module's reckons in fractions, which takes ten times as long.
+    # statistics.stdev computes with fractions, which takes ten times as long.
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = t_quantile(0.5 + CONFIDENCE / 2, n - 1) * sd / math.sqrt(n)
     return Summary(n, mean, sd, sd / abs(mean) if mean else None, mean - half, mean + half)
 
 
 # The quantiles of Student's t for a 95 % interval with 1 to 9 degrees of freedom: up to ten cycles need no scipy, whose
-# import takes longer than the rows of a thousand experiments. A test compares them with scipy's.
+# import takes longer than computing the rows of a thousand experiments. A test compares them with scipy's.
 _T_975 = (
     12.706204736432095, 4.302652729911275, 3.182446305284263, 2.7764451051977987, 2.570581835636314,
     2.4469118511449692, 2.3646242515927844, 2.306004135204166, 2.2621571627409915,

@@ -1,16 +1,16 @@
-"""A results directory: claiming ids, finding experiments, what is unfinished.
+"""A results directory: claims ids, finds experiments, and tracks unfinished ones.
 
-    <results>/raw/<id>/           spec.json, prompts.jsonl: what is to be run; arrivals.json: when, of a trace
-                                  state.json: where it stands; aggregated.json: that it has its rows, once it has
+    <results>/raw/<id>/           spec.json: the plan; prompts.jsonl; arrivals.json: the arrivals of a trace
+                                  state.json; aggregated.json: there once the experiment has its rows
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
     <results>/unfinished/<id>     the fingerprint of an experiment that is not completed
-    <results>/experiments/        the aggregated table: a row for each experiment
+    <results>/experiments/        a table with a row for each experiment
     <results>/cycles/             a row for each cycle
     <results>/requests/           a row for each request
 
-Knows the files and their names; what the numbers mean is for others.
+Knows the files and their names, not what the numbers mean.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
 
 
 def default_root() -> Path:
-    """Return the results directory of commands that compose no experiment: the environment's, else results/."""
+    """Return the results directory of commands without a configuration: the environment's, else results/."""
     return Path(os.environ.get(RESULTS_DIR_VARIABLE) or DEFAULT_RESULTS_DIR)
 
 
@@ -42,63 +42,49 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser()
         self._raw = self.root / "raw"
-
-    @property
-    def experiments_table(self) -> Path:
-        """The folder of the aggregated table."""
-        return self.root / "experiments"
-
-    @property
-    def requests_table(self) -> Path:
-        """The folder of the table of requests."""
-        return self.root / "requests"
-
-    @property
-    def cycles_table(self) -> Path:
-        """The folder of the table of cycles."""
-        return self.root / "cycles"
+        self.experiments_table = self.root / "experiments"
+        self.cycles_table = self.root / "cycles"
+        self.requests_table = self.root / "requests"
 
     def claim(self, now: datetime | None = None) -> ExperimentDir:
-        """Make a directory with a new id, `exp_YYYYMMDD_HHMMSS`, with a suffix only where that is taken.
+        """Create a directory with a new id, `exp_YYYYMMDD_HHMMSS`, with a suffix only if that is taken.
 
         Raises:
             ResultsError: the results directory cannot be written to.
         """
         base = f"exp_{now or datetime.now():%Y%m%d_%H%M%S}"
-        raw = self.root / "raw"
         try:
-            raw.mkdir(parents=True, exist_ok=True)
+            self._raw.mkdir(parents=True, exist_ok=True)
             for number in range(1, 100_000):
-                path = raw / (base if number == 1 else f"{base}_{number}")
+                path = self._raw / (base if number == 1 else f"{base}_{number}")
                 try:
-                    path.mkdir()  # atomic: of many processes, one gets the name
+                    path.mkdir()  # atomic: only one of many processes gets the name
                 except FileExistsError:
                     continue
                 return ExperimentDir(path)
         except OSError as error:
             raise ResultsError(f"The results directory {self.root} cannot be used: {error.strerror}.") from None
-        raise ResultsError(f"No free id is left under {raw}/{base}.")
+        raise ResultsError(f"No free id is left under {self._raw}/{base}.")
 
     def ids(self) -> list[str]:
         """Return the ids of all experiments, oldest first."""
-        raw = self.root / "raw"
-        if not raw.is_dir():
+        if not self._raw.is_dir():
             return []
-        # By the name first: what else lies there may be a link to nowhere.
-        return sorted((e.name for e in os.scandir(raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
+        # The name first: another entry may be a broken link.
+        return sorted((e.name for e in os.scandir(self._raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
 
     def directory(self, experiment_id: str) -> ExperimentDir:
-        """Return the directory of an experiment by its whole id, there or not."""
+        """Return the directory of an experiment by its full id, whether or not it exists."""
         return ExperimentDir(f"{self._raw}/{experiment_id}")
 
     def find(self, text: str) -> ExperimentDir:
         """Return the experiment with an id or the beginning of one; raises `ResultsError` if not unique."""
-        if not text:  # as from a variable of the shell that is not set; every id begins with it
-            raise ResultsError("The id of an experiment is empty; lem results list shows what there is.")
+        if not text:  # as from an unset shell variable; every id begins with it
+            raise ResultsError("The id of an experiment is empty; lem results list shows the ids.")
         ids = self.ids()
         matches = [text] if text in ids else [name for name in ids if name.startswith(text)]
         if len(matches) == 1:
-            return ExperimentDir(self.root / "raw" / matches[0])
+            return ExperimentDir(self._raw / matches[0])
         if matches:
             raise ResultsError(f"'{text}' matches {len(matches)} experiments, such as {matches[0]} and {matches[1]}.")
         close = nearest(text, ids) or ids[-1:]
@@ -107,31 +93,31 @@ class Store:
 
     # -------------------------------------------------------------- unfinished ones
     def mark_unfinished(self, experiment_id: str, fingerprint: str) -> None:
-        """Note that an experiment is to be found by its fingerprint until it is completed."""
+        """Let an experiment be found by its fingerprint until it is completed."""
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
-        """Remove the note again."""
+        """Remove an experiment from those that are found by their fingerprint."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def unfinished(self, fingerprint: str) -> list[ExperimentDir]:
-        """Return the experiments of a fingerprint that are neither completed nor running, oldest first."""
+        """Return the experiments with a fingerprint that are neither completed nor running, oldest first."""
         folder = self.root / "unfinished"
         if not folder.is_dir():
             return []
         names = [f.name for f in folder.iterdir() if ID.fullmatch(f.name) and _text(f) == fingerprint]
-        found = [ExperimentDir(self.root / "raw" / name) for name in sorted(names, key=age)]
+        found = [ExperimentDir(self._raw / name) for name in sorted(names, key=age)]
         return [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]
 
 
 def age(experiment_id: str) -> tuple[str, int]:
-    """Sort key: exp_20260102_030405_10 comes after exp_20260102_030405_9."""
+    """Return a sort key by which exp_20260102_030405_10 comes after exp_20260102_030405_9."""
     date, time, *suffix = [*experiment_id.removeprefix("exp_").split("_"), ""]
     return date + time, int(suffix[0]) if suffix[0].isdecimal() else 1
 
 
 def _text(file: Path) -> str | None:
-    """Return a small file's content, None where another process has just removed it."""
+    """Return a small file's content, None if another process has just removed it."""
     try:
         return file.read_text()
     except FileNotFoundError:

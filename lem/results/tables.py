@@ -1,10 +1,10 @@
-"""The three tables of a results directory: which file holds an experiment's rows, and changing them safely.
+"""The three tables of a results directory: finds the file with an experiment's rows, and changes rows safely.
 
 A table is a folder of Parquet files. A file holds the rows of one experiment, `<id>.parquet`, or of several that were
-aggregated together, `<first>-<last>-<digest>.parquet`; files of one name in requests/, cycles/ and experiments/ hold
-the same experiments. They are written in this order, each atomically: a file without one in experiments/ does not
-count, and the next writer removes it. So no row is lost or duplicated, wherever a writer is killed. Knows rows, not
-how they are computed.
+aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
+experiments/ hold the same experiments. They are written in this order, each atomically: a file without a
+counterpart in experiments/ does not count, and the next writer removes it. So no row is lost or duplicated,
+wherever a writer is killed. Knows rows, but not how they are computed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from typing import Any
 from lem.errors import ResultsError
 from lem.record import RequestRecord, Status
 from lem.results import parquet
-from lem.results.rows import Measured, Tabulated, tabulate
+from lem.results.rows import Measured, tabulate
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.store import ID, Store
 
 SHARED_FILE = re.compile(rf"{ID.pattern}-{ID.pattern}-[0-9a-f]{{8}}")
 SCRATCH = re.compile(r"\..*\.parquet-\w+")
+# The tables by their folders, in the order in which they are written.
+KINDS: dict[str, type[Any]] = {"requests": RequestRecord, "cycles": CycleRow, "experiments": ExperimentRow}
 
 
 @dataclass(frozen=True)
 class RowLocation:
-    """The file that holds an experiment's row; `resumed` and `status` are the row's, None where it was not read."""
+    """The file that holds an experiment's row; `resumed` and `status` are the row's, or None if it was not read."""
 
     file: str
     resumed: int | None = None
@@ -54,15 +56,15 @@ class Tables:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    # -------------------------------------------------------------- where
+    # -------------------------------------------------------------- locations
     def location(self, experiment_id: str) -> RowLocation | None:
-        """Return the location of an experiment's row, or None when it has none."""
+        """Return the location of an experiment's row, or None if it has none."""
         if (self._folder / f"{experiment_id}.parquet").is_file():
             return RowLocation(f"{experiment_id}.parquet")
         return self.locations(alone=False).get(experiment_id)
 
     def locations(self, *, alone: bool = True) -> dict[str, RowLocation]:
-        """Return the locations of all experiments' rows; without `alone` only of those that share a file.
+        """Return the locations of all experiments' rows; without `alone`, only of rows in shared files.
 
         Raises:
             ResultsError: a file of several experiments cannot be read.
@@ -79,7 +81,7 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files whose rows in the other tables are gone, or damaged, with a sentence about the damage.
+        """Return the files whose rows in the other tables are missing or damaged, with a message about any damage.
 
         Files of single experiments are not checked for damage: there may be thousands.
         """
@@ -90,34 +92,34 @@ class Tables:
             for file in files:
                 if file.name not in there:
                     found.setdefault(file.name, None)
-            for name in (f.name for f in files if f.name in there and SHARED_FILE.fullmatch(f.stem)):
-                try:
-                    parquet.check(folder / name)
-                except (OSError, ValueError) as error:
-                    found[name] = _damage(folder / name, error)
+                elif SHARED_FILE.fullmatch(file.stem):
+                    try:
+                        parquet.check(folder / file.name)
+                    except (OSError, ValueError) as error:
+                        found[file.name] = _damage(folder / file.name, error)
         return found
 
     def files(self) -> list[Path]:
-        """Return the files of the table of experiments: those of the other tables have the same names."""
+        """Return the files of the experiments table; the other tables' files have the same names."""
         return sorted(self._folder.glob("[!.]*.parquet")) if self._folder.is_dir() else []
 
     # -------------------------------------------------------------- reading
     def row(self, experiment_id: str, at: RowLocation) -> ExperimentRow:
         """Return an experiment's row; raises `ResultsError` when its file is damaged."""
-        rows: list[ExperimentRow] = self._of(self._folder / at.file, ExperimentRow, experiment_id)
+        rows: list[ExperimentRow] = self._of("experiments", experiment_id, at)
         if not rows:
             raise ResultsError(f"{self._folder / at.file} is empty; {_remedy(Path(at.file))}")
         return rows[0]
 
     def cycles(self, experiment_id: str, at: RowLocation) -> list[CycleRow]:
         """Return the rows of an experiment's cycles; raises `ResultsError` when their file is damaged."""
-        return self._of(self._store.cycles_table / at.file, CycleRow, experiment_id)
+        return self._of("cycles", experiment_id, at)
 
-    def _of(self, file: Path, record_type: type[Any], experiment_id: str) -> list[Any]:
+    def _of(self, name: str, experiment_id: str, at: RowLocation) -> list[Any]:
         import pyarrow.compute as pc
 
-        found = read_file(file)
-        return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), record_type)
+        found = read_file(self._store.root / name / at.file)
+        return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), KINDS[name])
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
         """Return the rows of all experiments, and a message about each damaged file; none hides another.
@@ -134,84 +136,79 @@ class Tables:
                 damaged.append(str(error))
         return rows, damaged
 
-    def whole(self, folder: Path, record_type: type[Any]) -> Any:
-        """Return one of the tables with all its rows, in Arrow; raises `ResultsError` when a file is damaged."""
-        return parquet.together([read_file(folder / file.name) for file in self.files()], record_type)
+    def whole(self, name: str) -> Any:
+        """Return a table with all its rows, in Arrow; raises `ResultsError` when a file of it is damaged."""
+        return parquet.together([read_file(self._store.root / name / f.name) for f in self.files()], KINDS[name])
 
     # -------------------------------------------------------------- writing
     def write(self, new: NewRows) -> None:
         """Write rows; the caller holds the tables `locked`."""
         self._sweep()
-        for name, together in new.by_file().items():
-            ids = [experiment_id for each in together for experiment_id in each.ids]
-            for folder, record_type, part in (
-                (self._store.requests_table, RequestRecord, "requests"),
-                (self._store.cycles_table, CycleRow, "cycles"),
-                (self._folder, ExperimentRow, "experiments"),
-            ):
-                _replace(folder / name, record_type, ids, [getattr(each, part) for each in together])
+        for file, together in new.by_file().items():
+            ids = [experiment_id for each in together for experiment_id in _ids(each)]
+            for name, record_type in KINDS.items():
+                _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
 
     def _sweep(self) -> None:
         """Remove what a killed writer has left behind."""
         valid = {file.name for file in self.files()}
-        for folder in (self._store.requests_table, self._store.cycles_table, self._folder):
+        for folder in (self._store.root / name for name in KINDS):
             for file in folder.iterdir() if folder.is_dir() else ():
                 ours = ID.fullmatch(file.stem) or SHARED_FILE.fullmatch(file.stem)
                 if SCRATCH.fullmatch(file.name) or (ours and file.suffix == ".parquet" and file.name not in valid):
                     file.unlink()
 
 
+# The rows of some experiments as Arrow tables, by the names of the tables.
+ArrowTables = dict[str, Any]
+
+
 class NewRows:
-    """Rows on their way into the tables, as Arrow tables: a tenth of the memory of what they are computed from.
+    """Rows waiting to be written, as Arrow tables: a tenth of the memory of the data they are computed from.
 
     Args:
-        locations: those of the experiments' previous rows, which are replaced; the other experiments share a new file.
+        locations: where the experiments' previous rows are, which are replaced; new experiments share a new file.
     """
 
     def __init__(self, locations: Mapping[str, RowLocation]) -> None:
         self._locations = locations
-        self._held: dict[str | None, list[_Made]] = {}
+        self._held: dict[str | None, list[ArrowTables]] = {}
 
     def add(self, measured: Sequence[Measured]) -> list[Status]:
         """Add the rows of experiments, and return their statuses.
 
         Raises:
-            OverflowError: a number is too large for its column; then none of them is added.
+            OverflowError: a number is too large for its column; none of the rows are added.
         """
         statuses: dict[str, Status] = {}
         by_file: dict[str | None, list[Measured]] = {}
         for one in measured:
             at = self._locations.get(one.plan.experiment_id)
             by_file.setdefault(at.file if at else None, []).append(one)
-        made = {name: _tables_of(tabulate(together)) for name, together in by_file.items()}
-        for name, tables in made.items():  # all of them or none
-            self._held.setdefault(name, []).append(tables)
-            statuses |= zip(tables.ids, tables.experiments["status"].to_pylist(), strict=True)
+        made = {file: _arrow_tables(together) for file, together in by_file.items()}
+        for file, tables in made.items():  # all of them or none
+            self._held.setdefault(file, []).append(tables)
+            statuses |= zip(_ids(tables), tables["experiments"]["status"].to_pylist(), strict=True)
         return [statuses[one.plan.experiment_id] for one in measured]
 
-    def by_file(self) -> dict[str, list[_Made]]:
+    def by_file(self) -> dict[str, list[ArrowTables]]:
         """Return the rows by the names of their files."""
-        new = _name([name for made in self._held.get(None, ()) for name in made.ids])
-        return {name or new: made for name, made in self._held.items()}
+        new = _name([name for tables in self._held.get(None, ()) for name in _ids(tables)])
+        return {file or new: tables for file, tables in self._held.items()}
 
 
-@dataclass(frozen=True)
-class _Made:
-    """The rows of some experiments, as Arrow tables."""
+def _arrow_tables(measured: Sequence[Measured]) -> ArrowTables:
+    rows = tabulate(measured)
+    return {
+        "requests": parquet.table(RequestRecord, rows.requests),
+        "cycles": parquet.table_of(CycleRow, rows.cycles),
+        "experiments": parquet.table_of(ExperimentRow, rows.experiments),
+    }
 
-    ids: Sequence[str]
-    experiments: Any
-    cycles: Any
-    requests: Any
 
-
-def _tables_of(rows: Tabulated) -> _Made:
-    return _Made(
-        rows.experiments["experiment_id"],
-        parquet.table_of(ExperimentRow, rows.experiments),
-        parquet.table_of(CycleRow, rows.cycles),
-        parquet.table(RequestRecord, rows.requests),
-    )
+def _ids(tables: ArrowTables) -> list[str]:
+    ids: list[str] = tables["experiments"]["experiment_id"].to_pylist()
+    return ids
 
 
 def _name(ids: Sequence[str]) -> str:
@@ -234,7 +231,7 @@ def _replace(file: Path, record_type: type[Any], ids: Sequence[str], rows: Seque
 
 
 def read_file(file: Path, names: Sequence[str] | None = None) -> Any:
-    """Read a Parquet file as an Arrow table; raises `ResultsError` when it is missing or damaged."""
+    """Read a Parquet file as an Arrow table; raises `ResultsError` if it is missing or damaged."""
     try:
         return parquet.read_table(file, names)
     except FileNotFoundError:

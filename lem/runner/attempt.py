@@ -1,6 +1,6 @@
-"""One process's attempt at an experiment: start, measure cycle by cycle, and whatever happens leave a record.
+"""One process's attempt at an experiment: start, measure cycle by cycle, and leave a record whatever happens.
 
-What is measured inside a cycle is `lem.runner.window`'s, what a record says `lem.runner.records`'.
+`lem.runner.window` defines what is measured inside a cycle; `lem.runner.records` defines what a record says.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Attempt:
 
     # -------------------------------------------------------------- a cycle
     def _measure_cycle(self, loaded: Loaded, finished: set[int]) -> None:
-        """Warm up, and measure what earlier attempts have left of the cycle."""
+        """Warm up, and measure what earlier attempts left unfinished in the cycle."""
         experiment, cycle = self._plan.experiment, self._cycle
         left = [p for p in loaded.prompts if p.index not in finished]
         cycle.measured.indices = [p.index for p in left]
@@ -163,14 +163,14 @@ class Attempt:
         )
 
     def _queue(self, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
-        """Return how the prompts that are left arrive; the last arrival of earlier attempts is time 0."""
+        """Return how the remaining prompts arrive; the last arrival of earlier attempts is time 0."""
         plan = self._plan
         traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
         if traffic.pattern == "closed":
             return None
         if traffic.pattern == "concurrency":
             return Queue(None, (traffic.concurrency or 1) // plan.replicas, at_most)
-        if plan.arrivals_sha256:  # the trace's, as it was when the experiment began
+        if plan.arrivals_sha256:  # from the trace, as it was when the experiment began
             times_s = self._directory.arrivals_s()
         else:
             times_s = arrival_times_s(traffic, plan.prompts.count, plan.experiment.seed)
@@ -178,7 +178,7 @@ class Attempt:
         return Queue([max(0.0, times_s[p.index] - begin_s) for p in left], 1, at_most)
 
     def window_opens(self) -> None:
-        """Open a window in the journal, with the record that stands in if this process is killed."""
+        """Open a window in the journal, with the record that serves as a substitute if this process is killed."""
         self._cycle.measured.window_opened_unix_s = time.time()
         if self._journal is not None:
             killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
@@ -236,7 +236,7 @@ class Attempt:
         )
 
     def _write(self, status: Status, error: ErrorInfo | None = None) -> None:
-        """Write the cycle's power trace, then its record: where a record is, its rows are."""
+        """Write the cycle's power trace, then its record, so that a record never exists without its rows."""
         from lem.results import parquet
 
         known, window = self._snapshot(status, error), self._window_id
@@ -253,7 +253,7 @@ class Attempt:
 
     # -------------------------------------------------------------- the end
     def _record_failure(self, caught: BaseException) -> Status:
-        """Report what ended the run, and write the record of what was measured until then; return how it ended."""
+        """Report what ended the run, and write the record of what had been measured by then; return how it ended."""
         error = _error_info(caught, self._cycle.measured)
         _report_error(caught)
         self._cut_back_to_journal()
@@ -262,7 +262,7 @@ class Attempt:
         return status
 
     def _cut_back_to_journal(self) -> None:
-        """End the window with the last batch that is in the journal: a signal or a full disk may have preceded it."""
+        """End the window with the journal's last batch: a signal or a full disk may have kept a later one out of it."""
         if self._journal is None:
             return
         windows = read(self._directory.journal_file(self._rank, self._number).read_bytes())
@@ -272,7 +272,7 @@ class Attempt:
             self._cycle.measured.cut_back(len(kept.rows), kept.salvaged().phase("measured"), kept.metered)
 
     def _close(self) -> None:
-        """Release what the attempt holds; the records are written, so a failure here is only printed."""
+        """Release what the attempt holds; the records are already written, so a failure here is only printed."""
         for part in (self._journal, self._meter, self._backend, self._ranks):
             try:
                 if part is not None:
@@ -282,7 +282,7 @@ class Attempt:
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> bool:
-    """Wait for a time, then until the GPUs in use are cool enough; False when they were not within `max_s`."""
+    """Wait for a fixed time, then until the GPUs in use are cool enough; False if they were not within `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     time.sleep(cooldown.wait_s)
@@ -310,7 +310,7 @@ def _error_info(caught: BaseException, measured: Measurement) -> ErrorInfo:
 
 
 def _report_error(caught: BaseException) -> None:
-    """Print on stderr what ended the run; with a traceback where it is no error of lem's."""
+    """Print on stderr what ended the run; with a traceback unless it is one of lem's own errors."""
     if isinstance(caught, Interrupted):
         print(f"\n{caught}", file=sys.stderr)
     elif isinstance(caught, LemError):

@@ -1,6 +1,6 @@
 """One experiment from a checked configuration to its row: preflight, claim an id, launch, aggregate; or resume it.
 
-The command line, the cells of studies and library users all run experiments through here. Knows nothing of Hydra or of
+The command line, the cells of studies and library users all run experiments through here. Knows nothing about Hydra or
 how results are shown.
 """
 
@@ -96,7 +96,7 @@ def run_ready(
         write_tables: write the row to the tables, not only the raw records.
         shared_with: the most other experiments that run on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
-        claimed: called with the experiment's directory before the run, however that ends.
+        claimed: called with the experiment's directory before the run, whatever its outcome.
         report: receives the progress.
         launcher: runs the workers to their end.
 
@@ -109,7 +109,7 @@ def run_ready(
         claimed(directory)
     with _full_disk(store, directory):
         if unfinished:
-            directory.check_inputs()  # they may have been damaged since
+            directory.check_inputs()  # they may have been damaged in the meantime
             directory.share(shared_with)
         else:
             plan = replace(_plan(directory.id, ready, overrides, config_file), shared_with=shared_with)
@@ -118,7 +118,7 @@ def run_ready(
 
 
 def fingerprint(ready: Ready) -> str:
-    """Return what makes an experiment the same as another one."""
+    """Return what two experiments must have in common to count as the same."""
     return _plan("", ready, (), None).fingerprint
 
 
@@ -131,13 +131,13 @@ def resume(
     report: Report = silent,
     launcher: Launcher = launch,
 ) -> Outcome:
-    """Resume an experiment: the same configuration and prompts, only what is not finished.
+    """Resume an experiment: run only what is not finished, with the same configuration and prompts.
 
     Args:
         store: the results directory.
         directory: the experiment.
         write_tables: write the row to the tables, not only the raw records.
-        take_over: even if another host claims to run it.
+        take_over: resume it even if another host claims to be running it.
         report: receives the progress.
         launcher: runs the workers to their end.
 
@@ -147,7 +147,7 @@ def resume(
     """
     if directory.state().status in FINISHED:
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
-    directory.check_inputs()  # they may have been damaged since
+    directory.check_inputs()  # they may have been damaged in the meantime
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over)
 
 
@@ -160,10 +160,10 @@ def _execute(
     *,
     take_over: bool = False,
 ) -> Outcome:
-    """Run what is not finished, write how it ended into the state, and write the row."""
+    """Run what is not finished, write the outcome into the state, and write the row."""
     plan = directory.plan()
     with _full_disk(store, directory), directory.run(take_over=take_over) as attempt:
-        # Only now that it is running, so that others with the same configuration do not resume it.
+        # Only now, while it is running, so that others with the same configuration do not resume it.
         store.mark_unfinished(directory.id, plan.fingerprint)
         log.debug("experiment %s, attempt %d, in %s", directory.id, attempt, directory.path)
         try:
@@ -182,7 +182,7 @@ def _execute(
 
 
 def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:
-    if not plan.unfinished_cycles(directory.finished()):  # however the processes ended
+    if not plan.unfinished_cycles(directory.finished()):  # no matter how the processes ended
         return "completed", None
     records = directory.records()
     attempt = max(record.attempt for record in records)
@@ -196,7 +196,7 @@ def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str 
 
 @contextmanager
 def _full_disk(store: Store, directory: ExperimentDir) -> Iterator[None]:
-    """Turn a full disk into an error of one sentence with the remedy."""
+    """Turn a full disk into a one-line error with the remedy."""
     try:
         yield
     except OSError as error:

@@ -39,7 +39,7 @@ from lem.runner.stopping import GRACE_S, signals_ignored, signals_raise
 
 log = logging.getLogger(__name__)
 
-# How long the launcher of several workers may take to end after them; it has nothing to write.
+# How long the launcher of several workers may take to end after they do; it has nothing to write.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
@@ -91,14 +91,14 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
 def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
     """Return the command that starts the plan's processes, without the worker's arguments.
 
-    -P: a user's file must not stand in for a library. Without `--log_dir` torch's launcher, which accelerate's uses,
+    -P: a user's file must not shadow a library. Without `--log_dir` torch's launcher, which accelerate's uses,
     would leave a folder behind with each run.
     """
     if plan.processes == 1:
         return [sys.executable, "-P", "-m", "lem.runner.worker"]
     if backend_class(plan.experiment.backend.name).wants_gpu(plan.experiment, host):
         several = ["--num_processes", str(plan.processes), "--num_machines", "1", "--mixed_precision", "no"]
-        # "all" leaves CUDA_VISIBLE_DEVICES alone, whatever accelerate's configuration file says.
+        # "all" leaves CUDA_VISIBLE_DEVICES unchanged, whatever accelerate's configuration file says.
         several += ["--dynamo_backend", "no", "--main_process_port", "0", "--gpu_ids", "all", "--log_dir", str(scratch)]
         return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *several, "-m", "lem.runner.worker"]
     local = ["--nnodes", "1", "--nproc_per_node", str(plan.processes), "--rdzv_backend", "c10d"]
@@ -109,7 +109,7 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
 def _environment(plan: Plan, host: Host) -> dict[str, str]:
     """Return the workers' environment: the chosen GPUs, and no more threads than cores."""
     variables = dict(os.environ)
-    # A library's bullet point must not end a run on a machine that knows only ASCII.
+    # A bullet point printed by a library must not end a run on a machine whose encoding is ASCII.
     variables["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     variables["PYTHONSAFEPATH"] = "1"
     if plan.experiment.gpus is not None:
@@ -122,7 +122,7 @@ def _environment(plan: Plan, host: Host) -> dict[str, str]:
 
 # ------------------------------------------------------------------ waiting
 class _Fifo:
-    """A named pipe that stays open at this end; any number of processes open the other end by name."""
+    """A named pipe that stays open at this end; any number of processes may open the other end by name."""
 
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
@@ -131,7 +131,7 @@ class _Fifo:
         self._waiting: threading.Thread | None = None
 
     def relay_until_end_of(self, workers: subprocess.Popen[bytes], report: Report) -> None:
-        """Pass events on until the workers have ended; sleeps in between."""
+        """Pass events on until the workers have ended, sleeping in between."""
 
         def write_the_end() -> None:
             workers.wait()
@@ -151,7 +151,7 @@ class _Fifo:
                 report(event)
 
     def close(self) -> None:
-        """Close it, unless a thread may still write to it: its number could then be another file's."""
+        """Close it, unless a thread may still write to it, as its file descriptor might then belong to another file."""
         if self._waiting is not None:
             self._waiting.join(LAUNCHER_GRACE_S)
         if self._waiting is None or not self._waiting.is_alive():
@@ -175,7 +175,7 @@ def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
 
 # ------------------------------------------------------------------ stopping
 def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> bool:
-    """Ask the worker, or several and their launcher, to end; kill them when they do not or the user insists.
+    """Ask the worker, or the workers and their launcher, to end; kill them if they do not or if the user insists.
 
     Returns whether the user insisted.
     """
@@ -208,7 +208,7 @@ def _signal(processes: Any, number: signal.Signals) -> None:
 
 # ------------------------------------------------------------------ records of workers that left none
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, how: str) -> None:
-    """Write records with that status for workers that ended without one: from their journals, otherwise bare.
+    """Write records with this status for workers that left none: from their journals if they exist, otherwise empty.
 
     `code` is the exit code of the worker, or of the launcher of several, and `how` says how it ended.
     """
@@ -220,7 +220,7 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
             directory.write_record(replace(record, status=status, error=replace(error, phase=record.error.phase)))
     cycle = next(iter(plan.unfinished_cycles(directory.finished())), plan.experiment.cycles)
     without = set(range(plan.processes)) - {record.rank for record in mine if record.cycle == cycle}
-    # When one process fails, the others are interrupted, which explains nothing.
+    # When one process fails, the others are interrupted, so their records do not explain the failure.
     unexplained = {DIED, Interrupted.__name__} if status == "failed" else {DIED}
     is_explained = any(record.error is not None and record.error.type not in unexplained for record in mine)
     if not mine or (code and without and not is_explained):

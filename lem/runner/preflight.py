@@ -39,7 +39,7 @@ class Ready:
     model: Model | None
     prompts: Prompts
     warnings: tuple[Objection, ...]
-    # When the requests of a trace arrive; None for other patterns of traffic.
+    # When the requests of a trace arrive; None for other traffic patterns.
     arrivals_s: Sequence[float] | None = None
 
 
@@ -80,13 +80,13 @@ def preflight(
 def check_again(
     experiment: Experiment, host: Host, *, force: bool = False, has_arrivals: bool = False
 ) -> tuple[Objection, ...]:
-    """Check an experiment that is resumed, whose prompts are already written down; return the warnings.
+    """Check an experiment that is being resumed, whose prompts are already stored; return the warnings.
 
     Args:
         experiment: what it was started with.
         host: the machine.
         force: run despite inadvisable options.
-        has_arrivals: whether the arrivals of its trace are written down too, so that its file is not needed.
+        has_arrivals: whether the arrivals of its trace are stored too, so that its file is not needed.
 
     Raises:
         ConfigError: all the reasons why it cannot run here and now, or should not.
@@ -154,7 +154,7 @@ def _wants_gpu(experiment: Experiment, host: Host) -> bool:
 
 
 def _wrong_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
-    """Object to entries of `gpus` that match no visible GPU, or one that is already named."""
+    """Object to entries of `gpus` that match no visible GPU, or one that is already listed."""
     if experiment.gpus is None:
         return
     if not host.gpus:
@@ -188,7 +188,7 @@ def _without_gpu(experiment: Experiment, host: Host) -> Iterator[Objection]:
     if experiment.gpus is not None and host.gpus:
         yield without_effect("no_effect_gpus", "gpus", "the run uses no GPU.")
     if experiment.cooldown.to_c is not None:
-        fact = "the run uses no GPU; cooldown.wait_s needs none."
+        fact = "the run uses no GPU; cooldown.wait_s works without one."
         yield without_effect("no_effect_without_gpu", "cooldown.to_c", fact)
 
 

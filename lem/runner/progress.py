@@ -1,6 +1,6 @@
 """How far a run is: events from the workers, through a pipe, to the parent.
 
-A worker sends a few lines a second at most, so that reporting costs nothing beside the model; the parent sleeps until
+A worker sends a few lines a second at most, so that reporting costs next to nothing; the parent sleeps until
 a line arrives.
 """
 
@@ -35,7 +35,7 @@ def silent(event: Event) -> None:
 
 
 class PipeReport:
-    """Writes events as JSON lines to a file descriptor, at most one in `period_s` within a phase."""
+    """Writes events as JSON lines to a file descriptor, at most one every `period_s` within a phase."""
 
     def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
         self._descriptor: int | None = descriptor
@@ -54,9 +54,9 @@ class PipeReport:
         try:
             os.write(self._descriptor, json.dumps(asdict(event) | {"rank": self._rank}).encode() + b"\n")
         except BlockingIOError:
-            return  # the reader is busy; a measurement does not wait for it
+            return  # the reader is busy, but a measurement does not wait for it
         except OSError:
-            self._descriptor = None  # the reader is gone; the measurement continues
+            self._descriptor = None  # the reader is gone, but the measurement continues
 
 
 class CombinedReport:

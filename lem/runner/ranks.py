@@ -1,7 +1,7 @@
 """The processes that run one experiment together on this node: their ranks, barriers and short messages.
 
-A launcher (accelerate's on GPUs, torch's elastic one on the CPU) sets RANK, LOCAL_RANK and WORLD_SIZE. Knows neither
-model nor meter.
+A launcher (accelerate's on GPUs, torch's elastic one on the CPU) sets RANK, LOCAL_RANK and WORLD_SIZE. Knows nothing
+about models or meters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ END_TIMEOUT = timedelta(seconds=60)
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process that runs alone and waits for no other."""
+    """A process that runs alone and waits for no others."""
 
     rank: int = 0
     local_rank: int = 0
@@ -42,7 +42,7 @@ class TorchRanks(Ranks):
     """Processes that a launcher has started, connected by torch.distributed."""
 
     def barrier(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait for the others; raises torch's error when one of them is gone."""
+        """Wait for the others; raises torch's error if one of them is gone."""
         import torch.distributed as dist
 
         arrival = dist.barrier(group=_gloo(), async_op=True)
@@ -59,7 +59,7 @@ class TorchRanks(Ranks):
 
 
 def _has_arrived(arrival: Any) -> bool:
-    """Wait a moment for a barrier; raises torch's error when another process is gone."""
+    """Wait briefly for a barrier; raises torch's error if another process is gone."""
     try:
         arrival.wait(BARRIER_POLL)
     except RuntimeError:
@@ -71,7 +71,7 @@ def _has_arrived(arrival: Any) -> bool:
 
 @cache
 def _gloo() -> Any:
-    """Return a group whose barriers cost the GPUs nothing."""
+    """Return a process group whose barriers cost the GPUs nothing."""
     import torch.distributed as dist
 
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
@@ -91,12 +91,12 @@ def join(planned: int, *, share_a_model: bool = False) -> Ranks:
         share_a_model: several processes run one model together, so that its GPUs talk to each other.
 
     Raises:
-        RunError: the launcher started another number of processes; work would be done twice or not at all.
+        RunError: the launcher started a different number of processes; work would be done twice or not at all.
     """
     here = named_by_launcher()
     if here.size != planned:
         raise RunError(
-            f"The plan has {planned} processes, but the launcher started {here.size}. On a machine without GPUs "
+            f"The plan has {planned} processes, but the launcher started {here.size}. On a machine without GPUs, "
             "accelerate launch starts a single one; use python -m torch.distributed.run --nproc_per_node there."
         )
     if here.size == 1:
@@ -104,7 +104,7 @@ def join(planned: int, *, share_a_model: bool = False) -> Ranks:
     import torch
     import torch.distributed as dist
 
-    # NCCL only where it is used: it takes memory and power on every GPU.
+    # NCCL only if it is needed: it takes memory and power on every GPU.
     backend = "cpu:gloo,cuda:nccl" if share_a_model and torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=_store(), rank=here.rank, world_size=here.size, timeout=BARRIER_TIMEOUT)
     return TorchRanks(here.rank, here.local_rank, here.size)
@@ -122,7 +122,7 @@ def _store() -> Any:
 
 
 def publish(message: str) -> None:
-    """Send a message to the other processes, once; each of them can receive it."""
+    """Send one message to the other processes; each of them can receive it."""
     _store().set("lem/message", message)
 
 

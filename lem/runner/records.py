@@ -1,6 +1,6 @@
-"""The record of one cycle, and its rows, from what a process knows.
+"""Builds the record of one cycle, and its rows, from what a process knows.
 
-Nothing here asks an engine or a meter; `lem.runner.attempt` does, and passes the answers on.
+Nothing here queries an engine or a meter; `lem.runner.attempt` does, and passes the answers on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class WindowId:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What the engine says when a record is made; `warnings` are about it and the machine it runs on."""
+    """What the engine reports when a record is made; `warnings` concern the engine and the machine it runs on."""
 
     model: ModelInfo | None
     engine: EngineInfo
@@ -64,7 +64,7 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one process knows of one cycle at the moment when it makes the record; `engine` is None until it is loaded.
+    """What one process knows about one cycle when it makes the record; `engine` is None until it is loaded.
 
     `trace` holds all power samples of the attempt so far.
     """
@@ -81,7 +81,7 @@ class Snapshot:
 
 
 def process_record(known: Snapshot) -> ProcessRecord:
-    """Return the record of a process that knows this, without the warnings that follow from its numbers."""
+    """Return the record built from this knowledge, without the warnings that follow from its numbers."""
     plan, measured, engine = known.plan, known.measured, known.engine
     counts = plan.counts(known.window.rank)
     requests = measured.requests if counts else []
@@ -117,7 +117,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
 def bare_record(
     plan: Plan, window: WindowId, status: Status, error: ErrorInfo | None, started_at: str | None = None
 ) -> ProcessRecord:
-    """Return a record with no measurements: which process it is of, and how that ended."""
+    """Return a record without measurements: only which process it belongs to, and how that process ended."""
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=__version__,
@@ -147,7 +147,7 @@ def _with_kv_cache(memory: Memory, bytes_per_token: int | None, requests: Sequen
 
 
 def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
-    """Yield the warnings about the plan and the prompts, and of a window that was cut short."""
+    """Yield the warnings about the plan, the prompts, and a window that was cut short."""
     if plan.shared_with:
         others = f"{plan.shared_with} other{'s' if plan.shared_with > 1 else ''}"
         text = f"it ran at the same time as {others}; energy not measured on its own GPUs includes theirs."
@@ -189,7 +189,7 @@ def prefill_of(requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample]
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return spans in order, with those that overlap merged, because requests may be prefilled side by side."""
+    """Return spans in order, with overlapping ones merged, because requests may be prefilled at the same time."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if merged and start < merged[-1][1]:
@@ -230,7 +230,7 @@ def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
             None if generation.prefill_end_ns is None else (generation.prefill_end_ns - generation.start_ns) / NS_PER_S
         ),
         arrived_s=arrived_s,
-        # Unknown where the engine does not say when it began.
+        # Unknown if the engine does not report when it began.
         queue_s=None if arrived_s is None or not generation.start_is_known else request.start_s - arrived_s,
     )
     begin_ns = generation.start_ns if generation.arrived_ns is None else generation.arrived_ns

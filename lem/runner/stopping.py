@@ -1,7 +1,7 @@
 """How a run is stopped: by signals, in a worker and in its parent, or because the parent is gone.
 
 In a worker a signal becomes `Interrupted`, once; later ones must not interrupt writing the record.
-Knows nothing of the run.
+Knows nothing about the run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ GRACE_S = 8.0
 
 # ------------------------------------------------------------------ in a worker
 class Undisturbed:
-    """A stretch of work that no signal interrupts, so that what is finished is written whole.
+    """A stretch of work that no signal interrupts, so that what is finished is written completely.
 
-    A signal that arrives meanwhile interrupts the run at the end of the stretch. Signals belong to the process, so
+    A signal that arrives during the stretch interrupts the run when it ends. Signals belong to the process, so
     there is one instance.
     """
 
@@ -55,10 +55,10 @@ UNDISTURBED = Undisturbed()
 
 
 def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
-    """Turn signals into `Interrupted`; a parent handles Ctrl-C, because that reaches both."""
+    """Turn signals into `Interrupted`; if there is a parent, it handles Ctrl-C, because that reaches both."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        # The second of two signals must not break off the writing of the record.
+        # The second of two signals must not interrupt the writing of the record.
         ignore_signals()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         UNDISTURBED.interrupt(Interrupted(f"stopped by {name}"))
@@ -77,7 +77,7 @@ def ignore_signals() -> None:
 
 
 def end_with_parent(lifeline: Path) -> None:
-    """Stop this process when its parent is gone, however that ended and whatever group or session it was in."""
+    """Stop this process when its parent is gone, however it ended and whatever group or session it was in."""
     # Without O_NONBLOCK, opening would wait for a parent that is already gone.
     end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(end, True)
@@ -93,7 +93,7 @@ def end_with_parent(lifeline: Path) -> None:
 
 # ------------------------------------------------------------------ in the parent
 def signals_ignored() -> AbstractContextManager[None]:
-    """Ignore signals while the end of a run is written down and reported."""
+    """Ignore signals while the end of a run is recorded and reported."""
     return _handled_by(dict.fromkeys(INTERRUPTING, signal.SIG_IGN))
 
 
@@ -109,7 +109,7 @@ def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManag
 
 @contextmanager
 def _handled_by(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Install signal handlers for a while; only the main thread can, so that in any other nothing changes."""
+    """Install signal handlers for a while; in any thread but the main one, which alone can do this, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,10 +1,10 @@
-"""The heart: settle, load, warm up, open the window, generate, synchronise, close.
+"""The core of a run: settle, load, warm up, open the window, generate, synchronise, close.
 
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window holds
 the generation of exactly the planned prompts: idling, loading, tokenizing and warm-up are outside. Windows are timed
 with `perf_counter_ns`; the device is synchronised and the processes wait for each other at both edges. A window that
 is cut short ends with its last finished batch. Only here does a backend meet a meter; neither knows the other, and this
-module knows no engine and no sensor.
+module knows no particular engine or sensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METER_POLL_NS = 100_000_000
 
 @dataclass(frozen=True)
 class MeasuredRequest:
-    """A generation and its prompt; times are relative to the window's opening."""
+    """A generation and its prompt; times are relative to the opening of the window."""
 
     generation: Generation
     prompt: Encoded
@@ -46,11 +46,11 @@ class MeasuredRequest:
 
 @dataclass
 class Measurement:
-    """What has been measured of one cycle so far; filled as the run proceeds, so that an early end loses nothing.
+    """What has been measured of one cycle so far; filled in as the run proceeds, so that an early end loses nothing.
 
     `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
     finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
-    interrupted, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and where
+    interrupted, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and if
     nothing metered it.
     """
 
@@ -79,16 +79,16 @@ class Measurement:
         return request
 
     def since_opening_s(self, at_ns: int) -> float:
-        """Return a moment in seconds after the window's opening."""
+        """Convert a clock reading to seconds after the window's opening."""
         return (at_ns - self.window_opened_ns) / NS_PER_S
 
     def cut_back(self, requests: int, window: Phase | None, metered: Checkpoint | None) -> None:
-        """Put the end of an interrupted window earlier.
+        """Move the end of an interrupted window back to an earlier time.
 
         Args:
             requests: how many of its requests are kept.
-            window: the measured phase up to the last of them; None when there is none.
-            metered: the last checkpoint up to there that knows its energy.
+            window: the measured phase up to the last of them; None if there are none.
+            metered: the last checkpoint up to there whose energy is known.
         """
         before = next((phase for phase in self.phases if phase.name == "measured"), None)
         del self.requests[requests:]
@@ -104,9 +104,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Queue:
-    """How the prompts of a window arrive: `times_s` after its opening, or always `concurrency` in the system (None).
+    """How a window's prompts arrive: `times_s` after its opening, or always `concurrency` in the system if it is None.
 
-    The engine takes up to `at_most` of those that wait.
+    The engine takes up to `at_most` of those waiting.
     """
 
     times_s: Sequence[float] | None
@@ -115,18 +115,18 @@ class Queue:
 
 
 class Recorder(Protocol):
-    """Keeps what is finished, as soon as it is."""
+    """Keeps each finished batch as soon as it is done."""
 
     def window_opens(self) -> None:
         """Record that the measured window is about to open."""
 
     def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """Record a finished batch, empty when only time has passed, and the window up to here."""
+        """Record a finished batch (empty if only time has passed) and the window up to here."""
 
 
 @dataclass
 class Bench:
-    """What a process measures with in all its cycles: an engine, a meter, its peers, and where progress is reported."""
+    """What a process uses to measure all its cycles: an engine, a meter, its peers, and where to report progress."""
 
     backend: Backend
     meter: Meter
@@ -135,7 +135,7 @@ class Bench:
 
     # -------------------------------------------------------------- once
     def prepare(self, texts: Sequence[str], indices: Sequence[int], idle_s: float, into: Measurement) -> list[Encoded]:
-        """Idle, load the model, encode the prompts, and idle with the model resident.
+        """Idle, load the model, encode the prompts, and idle with the model loaded.
 
         Args:
             texts: the prompts of this process.
@@ -144,7 +144,7 @@ class Bench:
             into: receives the phases.
 
         Returns:
-            The encoded prompts, with those positions.
+            The encoded prompts, indexed by those positions.
         """
         self._idle("idle_before", idle_s, into)
         with self.phase("load", into):
@@ -164,7 +164,7 @@ class Bench:
 
     # -------------------------------------------------------------- each cycle
     def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batch_size: int, into: Measurement) -> None:
-        """Run as many prompts before the window as `warmup` says."""
+        """Run as many prompts before the window as `warmup` requires."""
         if prompts and (warmup.prompts or warmup.until_cv is not None):
             with self.phase("warmup", into):
                 if warmup.until_cv is None:
@@ -208,18 +208,18 @@ class Bench:
         first_batch: int = 0,
         queue: Queue | None = None,
     ) -> None:
-        """Run the prompts once, in the measured window; on an error `into` keeps what was finished until then.
+        """Run the prompts once, in the measured window; on an error `into` keeps what was finished by then.
 
         Args:
-            prompts: what to run; may be empty, so that this process only waits for the others.
+            prompts: what to run; if empty, this process only waits for the others.
             recorder: keeps each batch.
             into: receives the phase and the requests.
-            first_batch: number of the first batch; above 0 when an earlier attempt has run some.
+            first_batch: number of the first batch; above 0 if an earlier attempt ran some.
             queue: how the prompts arrive; None when all are available from the start.
         """
         self.report(Event("measured", 0, len(prompts)))
         window = _Window(self, into)
-        recorder.window_opens()  # before it does, because recording takes time
+        recorder.window_opens()  # before the window opens, because recording takes time
         window.open()
         try:
             by_index = {prompt.index: prompt for prompt in prompts}
@@ -273,7 +273,7 @@ class Bench:
 
 
 class _Window:
-    """The measured window: opened and closed with the other processes; when cut short it ends at its last batch."""
+    """The measured window: opened and closed with the other processes; if cut short, it ends at its last batch."""
 
     def __init__(self, bench: Bench, into: Measurement) -> None:
         self._bench, self._into = bench, into
@@ -319,14 +319,14 @@ class _Window:
         into.current = None
 
     def cut(self) -> None:
-        """End the window with its last batch: what began after that is run again, or was never finished."""
+        """End the window with its last batch: anything begun after that was never finished, or will be run again."""
         interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
         readings = self._bench.meter.end()
         if self._last is None:
             return
         self._into.lost_s = interrupted_s - self._last.duration_s
         if self._metered is None:
-            reason = "the window was interrupted, and the meter reads energy only at the end of a window"
+            reason = "the window was interrupted, but the meter reads energy only at the end of a window"
             readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=reason) for r in readings)
         else:
             readings = self._metered.energy or ()
@@ -349,12 +349,12 @@ class _CpuClock:
     """Processor time over a span, in busy cores: of the machine, and of this process, its children and servers."""
 
     def start(self, server_pids: Sequence[int]) -> None:
-        """Begin the span; listing the processes takes milliseconds, and an engine's workers have started by now."""
+        """Begin the span; listing the processes takes milliseconds, and an engine's workers are running by now."""
         import psutil
 
         self._processes = processes.children()
         for pid in server_pids:
-            with suppress(psutil.Error):  # it may be gone
+            with suppress(psutil.Error):  # the process may be gone
                 self._processes.append(psutil.Process(pid))
         self._wall_ns, self._machine_s, self._process_s = self._now()
 
@@ -373,7 +373,7 @@ class _CpuClock:
 
 
 def _cpu_s(process: Any) -> float:
-    """Return the processor time of a process, 0 when it is gone."""
+    """Return the processor time of a process, or 0 if it is gone."""
     import psutil
 
     try:

@@ -1,7 +1,7 @@
 """A worker process: an experiment's directory in, records out. `python -m lem.runner.worker <directory> --attempt 1`.
 
-Starts from spec.json and knows nothing of how the configuration came about. Whatever ends its attempt, an error, a
-signal and a missing package included, it leaves a record with a status (`lem.runner.attempt`), and what it has
+Starts from spec.json and knows nothing about how the configuration came about. Whatever ends its attempt, even an
+error, a signal or a missing package, it leaves a record with a status (`lem.runner.attempt`), and what it has
 finished is in its journal. Its exit code is 0 when it completed.
 """
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
             report = PipeReport(_open_progress(options.progress), named_by_launcher().rank)
         directory = ExperimentDir(options.directory)
         with directory.hold():
-            if (now := directory.state().attempt) > options.attempt:  # it has taken over while this process started
+            if (now := directory.state().attempt) > options.attempt:  # a later attempt has taken over
                 raise RunError(
                     f"{directory.id} is at attempt {now}; this process belongs to attempt {options.attempt}."
                 )
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
 
 
 def _open_progress(fifo: Path) -> int:
-    """Open the parent's FIFO without ever waiting, now for a parent that is gone or later for one that is busy."""
+    """Open the parent's FIFO so that neither opening (parent gone) nor writing (parent busy) ever blocks."""
     try:
         return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:

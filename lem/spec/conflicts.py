@@ -1,6 +1,6 @@
 """Options that exclude each other, and options without effect, whatever the machine: experiment -> objections.
 
-Looks at the configuration alone. Knows no device, no file and nothing of how an engine works.
+Looks only at the configuration. Knows nothing about devices, files or how an engine works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrenc
 
 
 def conflicts(experiment: Experiment) -> Iterator[Objection]:
-    """Yield what is wrong between options."""
+    """Yield the objections to combinations of options."""
     yield from _decoding(experiment)
     yield from _batching(experiment)
     yield from _quantization(experiment.quantization)
@@ -83,7 +83,7 @@ def _parallelism(experiment: Experiment) -> Iterator[Objection]:
         fact = f"{strategy} with degree 1 splits nothing."
         yield without_effect("no_effect_strategy", "parallelism.strategy", fact)
     if runs_in_one_process(experiment) and processes > 1:
-        fact = f"{processes} processes are requested, but {strategy} runs in one here."
+        fact = f"{processes} processes are requested, but {strategy} runs in a single one here."
         yield Objection("pipeline_processes", "num_processes", fact)
     elif not runs_in_one_process(experiment) and processes not in (1, degree):
         fact = f"{processes} processes are requested, but {strategy} of degree {degree} starts {degree}."

@@ -53,10 +53,10 @@ class SimulatedBackend:
     prefill_s_per_token: Annotated[float, Field(ge=0, description="Seconds per input token.")] = 1e-5
     decode_s_per_token: Annotated[float, Field(ge=0, description="Seconds per decode step of a batch.")] = 1e-4
     gpus: Annotated[
-        int, Field(ge=0, le=1024, description="Visible GPUs that are metered, although nothing runs on them.")
+        int, Field(ge=0, le=1024, description="Number of visible GPUs to meter, although nothing runs on them.")
     ] = 0
     fail_at_request: Annotated[
-        int | None, Field(ge=0, description="Fail on reaching the batch of this request; null: never.")
+        int | None, Field(ge=0, description="Fail on reaching the batch that holds this request; null: never.")
     ] = None
 
 
@@ -107,14 +107,14 @@ class VllmBackend:
         Field(gt=0, le=1, description="Fraction of a GPU's memory that vLLM uses (on a CPU: of main memory)."),
     ] = None
     kv_cache_memory_bytes: Annotated[
-        int | None, Field(ge=1, description="Size of a GPU's key/value cache, instead of what the fraction leaves.")
+        int | None, Field(ge=1, description="Size of each GPU's key/value cache, instead of what the fraction leaves.")
     ] = None
     kv_cache_dtype: Annotated[
         str | None, Field(min_length=1, description="Dtype of the key/value cache: auto, bfloat16, fp8, …")
     ] = None
     block_size: Annotated[int | None, Field(ge=1, description="Tokens in a block of the key/value cache.")] = None
     enable_prefix_caching: Annotated[
-        bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
+        bool | None, Field(description="Reuse keys and values of prompts with a common beginning.")
     ] = None
     enable_chunked_prefill: Annotated[
         bool | None, Field(description="Process long prompts in pieces, alongside the decoding of others.")
@@ -132,12 +132,12 @@ class VllmBackend:
         str | None, Field(min_length=1, description="Format of the weights: auto, safetensors, dummy (random), …")
     ] = None
     cpu_offload_gb: Annotated[
-        float | None, Field(ge=0, description="Amount of a GPU's weights to keep in main memory, in GiB.")
+        float | None, Field(ge=0, description="Amount of each GPU's weights to keep in main memory, in GiB.")
     ] = None
     speculative: VllmSpeculation = field(default_factory=VllmSpeculation)
     engine_args: Annotated[
         dict[str, Any] | None,
-        Field(description="Any other argument of vLLM's EngineArgs by its name: {max_logprobs: 5}."),
+        Field(description="Other arguments of vLLM's EngineArgs by name: {max_logprobs: 5}."),
     ] = None
 
 
@@ -148,7 +148,7 @@ class TensorrtKvCache:
 
     free_gpu_memory_fraction: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Fraction of the GPU memory left after loading that the cache takes."),
+        Field(gt=0, le=1, description="Fraction that the cache takes of the GPU memory left after loading."),
     ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Maximum number of tokens in the cache.")] = None
     dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (
@@ -156,7 +156,7 @@ class TensorrtKvCache:
     )
     tokens_per_block: Annotated[int | None, Field(ge=1, description="Tokens in a block of the cache.")] = None
     enable_block_reuse: Annotated[
-        bool | None, Field(description="Reuse keys and values of prompts that begin alike.")
+        bool | None, Field(description="Reuse keys and values of prompts with a common beginning.")
     ] = None
     host_cache_size: Annotated[
         int | None, Field(ge=0, description="Main memory for blocks that do not fit on a GPU, in bytes.")
@@ -202,7 +202,7 @@ class TensorrtSpeculation:
 
 @config
 class TensorrtBackend:
-    """TensorRT-LLM's LLM API, its PyTorch flow. Null leaves an option to TensorRT-LLM's own default."""
+    """TensorRT-LLM's LLM API with the PyTorch flow. Null leaves an option to TensorRT-LLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
     runs_continuously: ClassVar[bool] = True
@@ -235,7 +235,7 @@ class TensorrtBackend:
     speculative: TensorrtSpeculation = field(default_factory=TensorrtSpeculation)
     extra_args: Annotated[
         dict[str, Any] | None,
-        Field(description="Any other argument of TensorRT-LLM's LLM by its name: {stream_interval: 4}."),
+        Field(description="Other arguments of TensorRT-LLM's LLM by name: {stream_interval: 4}."),
     ] = None
 
 
@@ -267,7 +267,7 @@ class OpenaiBackend:
     ] = None
     model_name: Annotated[
         str | None,
-        Field(min_length=1, description="What the server calls the model; null: the only one it has, or model."),
+        Field(min_length=1, description="Name of the model on the server; null: the only one it has, or model."),
     ] = None
     dialect: Annotated[
         Literal["vllm", "openai"],
@@ -284,16 +284,16 @@ class OpenaiBackend:
         ),
     ] = "auto"
     extra_body: Annotated[
-        dict[str, Any] | None, Field(description="Any other field of a request by its name: {priority: 1}.")
+        dict[str, Any] | None, Field(description="Other fields of a request by name: {priority: 1}.")
     ] = None
     api_key_env: Annotated[
         str, Field(min_length=1, description="Environment variable that holds the server's API key, if it needs one.")
     ] = "OPENAI_API_KEY"
     start_timeout_s: Annotated[
-        float, Field(gt=0, le=86_400, description="Seconds that a server started by lem has to become ready.")
+        float, Field(gt=0, le=86_400, description="Seconds within which a server started by lem must become ready.")
     ] = 900.0
     timeout_s: Annotated[
-        float, Field(gt=0, le=86_400, description="Seconds that the server may be silent within an answer.")
+        float, Field(gt=0, le=86_400, description="Seconds that the server may be silent within a response.")
     ] = 600.0
 
 

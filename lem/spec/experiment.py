@@ -2,7 +2,7 @@
 
 Each field carries its constraints and its description: the help of the command-line flags, the reference page, the
 JSON Schema and the checks all come from here and from `lem.spec.engines`. A value of these types is plain data:
-creating one contacts no hub, sets no variable and probes no device. This module knows nothing of Hydra, of files or of
+creating one contacts no hub, sets no variable and probes no device. This module knows nothing about Hydra, files or
 where a value came from; `lem.config.compose` does.
 """
 
@@ -53,9 +53,7 @@ class Decoder:
     ] = 1.0
     min_p: Annotated[
         float,
-        Field(
-            ge=0, le=1, description="Drop tokens below this fraction of the most likely one's probability; 0 is off."
-        ),
+        Field(ge=0, le=1, description="Drop tokens less likely than this fraction of the likeliest one; 0 is off."),
     ] = 0.0
     repetition_penalty: Annotated[
         float, Field(gt=0, le=10, description="Penalty on tokens that are already present; 1 is off.")
@@ -96,7 +94,7 @@ class Parallelism:
     strategy: Annotated[
         Literal["none", "data_parallel", "tensor_parallel", "pipeline_parallel"],
         Field(
-            description="data_parallel: a whole model in each process, which share the prompts; tensor_parallel: each "
+            description="data_parallel: a whole model in each process, sharing out the prompts; tensor_parallel: each "
             "layer split over the processes; pipeline_parallel: the layers spread over the GPUs of one process."
         ),
     ] = "none"
@@ -156,7 +154,7 @@ class Streaming:
     warmup_requests: Annotated[
         int,
         Field(
-            ge=0, le=10_000, description="Requests before the window when tokens are timed, instead of warmup.prompts."
+            ge=0, le=10_000, description="Requests before the window if tokens are timed, instead of warmup.prompts."
         ),
     ] = 5
 
@@ -182,10 +180,10 @@ class Traffic:
         str | None, Field(description="CSV file of the trace, with a column t_s: when each request arrives.")
     ] = None
     ttft_limit_s: Annotated[
-        float | None, Field(gt=0, description="For goodput: longest time to first token of a good request.")
+        float | None, Field(gt=0, description="For goodput: maximum time to first token of a good request.")
     ] = None
     itl_limit_s: Annotated[
-        float | None, Field(gt=0, description="For goodput: longest mean inter-token latency of a good request.")
+        float | None, Field(gt=0, description="For goodput: maximum mean inter-token latency of a good request.")
     ] = None
 
 
@@ -205,7 +203,7 @@ class Cooldown:
 
 @config
 class Energy:
-    """Which meter is read, and how joules become grams of CO2e."""
+    """Which meter is read, and how joules are converted to grams of CO2e."""
 
     name: Annotated[
         Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "none"],
@@ -221,7 +219,7 @@ class Energy:
         ),
     ] = 3.0
     power_hz: Annotated[
-        float, Field(gt=0, le=100, description="Samples per second of the GPU power trace taken beside the counter.")
+        float, Field(gt=0, le=100, description="Samples per second of the GPU power trace taken alongside the counter.")
     ] = 20.0
     powercap_dir: Annotated[
         str, Field(min_length=1, description="The kernel's powercap tree, which the rapl meter reads.")

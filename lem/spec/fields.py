@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 def config(cls: type[T]) -> type[T]:
-    """Make a dataclass of configuration: keyword-only, no unknown keys, no silent conversion of types."""
+    """Make a configuration dataclass: keyword-only, no unknown keys, no silent conversion of types."""
     checks = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     cls.__pydantic_config__ = checks  # type: ignore[attr-defined]
     return dataclass(kw_only=True)(cls)

@@ -22,7 +22,7 @@ def runs_in_one_process(experiment: Experiment) -> bool:
 
 
 def process_counts(experiment: Experiment) -> tuple[int, int]:
-    """Return how many processes an experiment starts, and how many replicas they make up."""
+    """Return how many processes an experiment starts, and how many replicas of the model they form."""
     strategy, degree = experiment.parallelism.strategy, experiment.parallelism.degree
     if strategy == "tensor_parallel" and not experiment.backend.spreads_a_model_itself:
         return degree, 1
@@ -32,7 +32,7 @@ def process_counts(experiment: Experiment) -> tuple[int, int]:
 
 
 def gpus_needed(experiment: Experiment) -> int:
-    """Return how many GPUs a run on GPUs needs: one per process, or the degree where one process spreads the model."""
+    """Return how many GPUs a run on GPUs needs: one per process, or the degree if one process spreads the model."""
     if runs_in_one_process(experiment):
         return experiment.parallelism.degree
     processes, _ = process_counts(experiment)
@@ -40,5 +40,5 @@ def gpus_needed(experiment: Experiment) -> int:
 
 
 def gpus_per_process(experiment: Experiment) -> int:
-    """Return how many GPUs, or on a CPU workers, one process runs the model on."""
+    """Return how many GPUs (or, on a CPU, workers) one process runs the model on."""
     return experiment.parallelism.degree if runs_in_one_process(experiment) else 1

@@ -1,9 +1,9 @@
 """The rules: everything that lem may object to before a run, each with a code, a severity, a meaning and a remedy.
 
 The single source of the codes and their severities: an objection with any other code cannot be made, and the page
-`docs/rules.md` is generated from it. This module knows neither experiments nor machines. What breaks a rule is decided
-where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends and the meters; for config
-files, in `lem.config`.
+`docs/rules.md` is generated from it. This module knows nothing about experiments or machines. What breaks a rule is
+decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends and the meters; for
+config files, in `lem.config`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPTIONS_IMPOSSIBLE = _rules(
     {
         "min_above_max": ("min_output_tokens is greater than max_output_tokens.", "Lower it, or raise the maximum."),
         "no_token_budget": (
-            "Dynamic batching fills a batch up to a budget of tokens, and batching.max_tokens_per_batch is not set.",
+            "Dynamic batching fills a batch up to a budget of tokens, but batching.max_tokens_per_batch is not set.",
             "Set it, for example to 8192, or use static batching.",
         ),
         "no_continuous_batching": (
@@ -76,7 +76,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Use pipeline_parallel or data_parallel, or turn quantization off.",
         ),
         "attention_float32": (
-            "Flash attention has no float32 kernels, and the model would run in float32.",
+            "Flash attention has no float32 kernels, but the model would run in float32.",
             "Set fp_precision to float16 or bfloat16, or choose another attention kernel.",
         ),
         # ------------------------------------------------------ engines
@@ -88,13 +88,13 @@ OPTIONS_IMPOSSIBLE = _rules(
             "bitsandbytes quantization belongs to the pytorch backend; TensorRT-LLM runs quantized checkpoints.",
             "Leave it out, and name a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
         ),
-        "no_ngram_ban": ("decoder.no_repeat_ngram_size is set, and vLLM cannot ban repeated n-grams.", "Set it to 0."),
+        "no_ngram_ban": ("decoder.no_repeat_ngram_size is set, but vLLM cannot ban repeated n-grams.", "Set it to 0."),
         "temperature_raised": (
             "vLLM raises a temperature below 0.01 to 0.01 and mentions it only in its log.",
             "Set it to 0.01 or more, or decode greedily (decoder.do_sample=false).",
         ),
         "speculation_min_p": (
-            "decoder.min_p is set, and vLLM's speculative decoding cannot sample with it.",
+            "decoder.min_p is set, but vLLM's speculative decoding cannot sample with it.",
             "Set it to 0, or turn speculative decoding off.",
         ),
         "speculation_incomplete": (
@@ -103,11 +103,11 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set a suitable value, or choose another method.",
         ),
         "speculation_ngram_ban": (
-            "decoder.no_repeat_ngram_size is set, and TensorRT-LLM refuses to ban n-grams while it drafts tokens, or "
+            "decoder.no_repeat_ngram_size is set, but TensorRT-LLM refuses to ban n-grams while it drafts tokens, or "
             "bans them a step late.",
             "Set it to 0, or turn speculative decoding off.",
         ),
-        "engine_arg_of_lem": ("lem sets this argument of the engine, from an option or always.", "Leave it out here."),
+        "engine_arg_of_lem": ("lem sets this argument of the engine itself.", "Leave it out here."),
         "engine_arg_code": (
             "An argument names Python code that the engine would load and run with your permissions.",
             "Leave it out, or set trust_remote_code=true if you trust its authors.",
@@ -127,17 +127,17 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the command.",
         ),
         "server_not_told": (
-            "An option concerns what the server does, and nothing passes it on: requests have no field for it, at "
+            "An option concerns what the server does, but nothing passes it on: requests have no field for it, at "
             "least in this dialect, and backend.command has no placeholder for it.",
-            "Leave it out, and configure the server itself where it has such an option.",
+            "Leave it out, and configure the server itself if it has such an option.",
         ),
         "server_processes": (
             "Several processes are requested, but a single process sends all requests to the server.",
             "Leave it out; a server has its own options for replicas.",
         ),
         "no_meter_elsewhere": (
-            "The chosen meter reads this machine, and the server runs on another one.",
-            "Use energy=auto, which leaves the energy null there, or measure on the server's machine.",
+            "The chosen meter reads this machine, but the server runs on another one.",
+            "Use energy=auto, which then leaves the energy null, or measure on the server's machine.",
         ),
         "api_key_in_config": (
             "The server's key is in the configuration, which is written to files that people publish.",
@@ -184,7 +184,7 @@ OPTIONS_INADVISABLE = _rules(
             "Turn on streaming (--streaming), or leave it out.",
         ),
         "no_effect_traffic": (
-            "A value is set that another traffic pattern reads.",
+            "A value is set that only another traffic pattern reads.",
             "Choose a pattern that reads it, or leave it out.",
         ),
         "no_effect_cooldown_limit": (
@@ -251,7 +251,7 @@ OPTIONS_WARNING = _rules(
             "Choose a meter that reads it, or leave it out.",
         ),
         "no_effect_on_simulation": (
-            "An option of how a model runs is set, but the simulated backend runs no model.",
+            "An option for how a model runs is set, but the simulated backend runs no model.",
             "Choose another backend, unless you are only trying out a grid.",
         ),
         "no_cache": (
@@ -270,9 +270,9 @@ MACHINE_IMPOSSIBLE = _rules(
     "machine",
     {
         # ------------------------------------------------------ GPUs
-        "no_gpu": ("An option needs a GPU, and none is visible.", "Run where lem gpus shows one, or leave it out."),
+        "no_gpu": ("An option needs a GPU, but none is visible.", "Run where lem gpus shows one, or leave it out."),
         "no_gpu_in_use": (
-            "The meter reads the GPUs in use, and the run uses none.",
+            "The meter reads the GPUs in use, but the run uses none.",
             "Use energy=auto, or run on a GPU.",
         ),
         "unknown_gpu": (
@@ -285,7 +285,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Lower it, or make more GPUs available.",
         ),
         "pipeline_needs_gpus": (
-            "A pipeline spreads the model's layers over GPUs, and the run is on the CPU.",
+            "A pipeline spreads the model's layers over GPUs, but the run is on the CPU.",
             "Run on GPUs, or choose another strategy.",
         ),
         "tensor_parallel_beside_gpus": (
@@ -317,16 +317,16 @@ MACHINE_IMPOSSIBLE = _rules(
             "Correct it, leave it out, or install a version that has it.",
         ),
         "engine_arg_type": (
-            "The installed version of the engine expects a value of another type.",
+            "The installed version of the engine expects a value of a different type.",
             "Correct or remove it.",
         ),
         "sampler_ignores": (
-            "The installed TensorRT-LLM accepts the sampling option, and its sampler ignores it.",
+            "The installed TensorRT-LLM accepts the sampling option, but its sampler ignores it.",
             "Turn it off, or install a version that reads it.",
         ),
         "kv_cache_on_cpu": ("vLLM's CPU build has no key/value cache of this dtype.", "Use auto, float16 or bfloat16."),
         "rapl_unreadable": (
-            "The processor's energy counters are missing, or may not be read.",
+            "The processor's energy counters are missing or not readable.",
             "Use energy=codecarbon for an estimate instead.",
         ),
         # ------------------------------------------------------ servers
@@ -339,7 +339,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Stop the program there, choose another port, or leave backend.command out to use that program.",
         ),
         "missing_program": (
-            "The program that starts the server is neither on PATH nor beside the Python that runs lem.",
+            "The program that starts the server is neither on PATH nor next to the Python that runs lem.",
             "Install it, or give its full path.",
         ),
         "no_api_key": (
@@ -363,7 +363,7 @@ MACHINE_INADVISABLE = _rules(
             "Correct it, or leave it out.",
         ),
         "prefixes_not_forgotten": (
-            "The installed TensorRT-LLM caches prefixes of prompts and cannot drop those of the warm-up.",
+            "The installed TensorRT-LLM caches prefixes of prompts but cannot drop those of the warm-up.",
             "Set it to false, or update TensorRT-LLM.",
         ),
     },
@@ -378,7 +378,7 @@ MACHINE_WARNING = _rules(
             "Name fewer, or raise num_processes or parallelism.degree.",
         ),
         "no_effect_without_gpu": (
-            "An option concerns the GPUs in use, and the run uses none.",
+            "An option concerns the GPUs in use, but the run uses none.",
             "Run on a GPU, or leave it out.",
         ),
         "more_processes_than_cores": (
@@ -396,7 +396,7 @@ FILES_IMPOSSIBLE = _rules(
     "impossible",
     "files",
     {
-        "no_tokenizer": ("The model's directory has no tokenizer.", "Save one beside the weights."),
+        "no_tokenizer": ("The model's directory has no tokenizer.", "Save one next to the weights."),
         "encoder_decoder": (
             "The model is an encoder-decoder; lem measures decoder-only models.",
             "Choose a decoder-only model.",
@@ -410,7 +410,7 @@ FILES_IMPOSSIBLE = _rules(
             "Name a directory with an adapter_config.json, or a hub id.",
         ),
         "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave it off."),
-        "no_room_for_prompts": ("The output alone may fill all of the model's positions.", "Lower it."),
+        "no_room_for_prompts": ("The output alone could fill all of the model's positions.", "Lower it."),
         "too_few_positions": (
             "A sequence could hold more tokens than the model has positions.",
             "Lower it, or leave it out.",
@@ -420,11 +420,11 @@ FILES_IMPOSSIBLE = _rules(
             "Use a degree that divides the attention heads, data_parallel or pipeline_parallel.",
         ),
         "float32_on_tensorrt": (
-            "The model would run in float32, which TensorRT-LLM accepts and most of its kernels lack.",
+            "The model would run in float32, which TensorRT-LLM accepts but most of its kernels lack.",
             "Use bfloat16 or float16.",
         ),
         "one_end_token_held_off": (
-            "min_output_tokens is set, and the model has several end tokens; TensorRT-LLM can hold off only one.",
+            "min_output_tokens is set and the model has several end tokens, but TensorRT-LLM can hold off only one.",
             "Set it to 0, or use another backend.",
         ),
         "head_size_on_cpu": (
@@ -453,7 +453,7 @@ FILES_INADVISABLE = _rules(
     {
         "no_effect_input_limit": (
             "Prompts are cut to a length that the model cannot take anyway.",
-            "Lower it to what the output leaves, or leave it out.",
+            "Lower it to what the output leaves room for, or leave it out.",
         ),
         "no_effect_revision": ("A revision is named, but the model does not come from the hub.", "Leave it out."),
         "no_effect_dataset_option": (
@@ -463,7 +463,7 @@ FILES_INADVISABLE = _rules(
     },
 )
 
-# What makes experiments be refused or warned about; each value is valid in itself.
+# Why experiments are refused or warned about, although each value is valid in itself.
 EXPERIMENT_RULES: dict[str, Rule] = (
     OPTIONS_IMPOSSIBLE
     | OPTIONS_INADVISABLE
@@ -517,18 +517,18 @@ FILE_RULES: dict[str, Rule] = _rules(
         # ------------------------------------------------------ values, whatever their source
         "unknown_key": (
             "There is no such key.",
-            "Correct it; the message names the nearest keys, reference/configuration all of them.",
+            "Correct it; the message names the nearest keys, and reference/configuration lists all of them.",
         ),
         "unknown_option": ("The value is not one of the choices.", "Use one of the choices that the message lists."),
         "wrong_type": ("The value's type does not match its key.", 'Correct it; "4" is text and 4 is a number.'),
         "out_of_range": ("The value is outside its range.", "Choose one inside."),
-        "missing_value": ("??? stands for a value that must be given.", "Give it, or remove the line."),
+        "missing_value": ("??? marks a value that must be given.", "Give it, or remove the line."),
         "bad_interpolation": (
             "An interpolation ${…} cannot be resolved: there is no such key or variable, or it refers to itself.",
             "Correct it; `${oc.env:NAME,default}` has a default.",
         ),
         "secret": (
-            "The value holds the hub's token, and configurations are written to files that people publish.",
+            "The value holds the hub's token, but configurations are written to files that people publish.",
             "Leave it out: the hub's client reads HF_TOKEN from the environment.",
         ),
     },
@@ -584,5 +584,5 @@ class Objection:
 
 
 def without_effect(code: str, path: str, fact: str) -> Objection:
-    """Object to an option that would be accepted and ignored, because of a fact."""
+    """Object to an option that would be accepted but ignored; `fact` says why."""
     return Objection(code, path, f"it would have no effect: {fact}")

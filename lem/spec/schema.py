@@ -26,12 +26,12 @@ class Leaf:
 
     @property
     def description(self) -> str:
-        """What the value is for, in a sentence."""
+        """What the value is for, in one sentence."""
         return self.info.description or ""
 
     @property
     def env(self) -> str | None:
-        """The environment variable that gives its default (below every other source), if it has one."""
+        """The environment variable that sets its default (every other source takes precedence), if any."""
         extra = self.info.json_schema_extra
         return str(extra["env"]) if isinstance(extra, dict) and "env" in extra else None
 
@@ -57,7 +57,7 @@ def _leaves(cls: Any, prefix: str) -> tuple[Leaf, ...]:
 
 
 def leaf(path: str) -> Leaf:
-    """Return the leaf at a dotted path, the first backend's where several have it; KeyError when there is none."""
+    """Return the leaf at a dotted path, the first backend's if several have it; KeyError if there is none."""
     return _leaves_by_path()[path]
 
 

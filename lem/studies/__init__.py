@@ -1,1 +1,1 @@
-"""What the commands that run experiments do: one experiment, sweeps, batches and grids."""
+"""Implements the commands that run experiments: one experiment, sweeps, batches and grids."""

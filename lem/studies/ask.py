@@ -1,4 +1,4 @@
-"""What a command asks and says around a run: the question before it, warnings, how much is done, the outcome."""
+"""What a command asks and prints around a run: the question before it, warnings, how much is done, the outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lem.runner.preflight import Ready
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a command runs experiments; nothing of it changes what is measured."""
+    """How a command runs experiments; none of this changes what is measured."""
 
     yes: bool = False
     dry_run: bool = False
@@ -24,10 +24,10 @@ class RunOptions:
 
 
 def confirmed(question: str) -> bool:
-    """Ask on a terminal; without one the answer is yes.
+    """Ask on a terminal; without one, the answer is yes.
 
     Raises:
-        Interrupted: the answer is Ctrl-C.
+        Interrupted: the user pressed Ctrl-C.
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
@@ -67,5 +67,5 @@ def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
     if write_tables:
         print(f"Table:       {outcome.store.experiments_table}")
     else:
-        print(f"Not aggregated; to do so, run lem aggregate {outcome.directory.id}.")
+        print(f"Not aggregated; to aggregate it, run lem aggregate {outcome.directory.id}.")
     return 0 if outcome.row.status == "completed" else 1

@@ -26,7 +26,7 @@ from lem.studies.manifest import Cell, Manifest
 from lem.studies.pool import Pool, Slot, are_disjoint, slots
 from lem.studies.study import OneByOne, Runner, run_study
 
-# The meters that read nothing but the GPUs in use.
+# The meters that read only the GPUs in use.
 GPU_METERS = ("nvml", "zeus")
 
 
@@ -39,16 +39,16 @@ def main(
     fail_fast: bool = False,
     config_dir: Path | None = None,
 ) -> int:
-    """Run the config files that the patterns name; return 0, or 1 if one did not complete.
+    """Run the config files that the patterns name; return 0, or 1 if any experiment did not complete.
 
     Raises:
-        BadInput: before anything has run; all problems of all files.
-        Interrupted: after the table; what was measured is kept.
+        BadInput: raised before anything runs, with all problems of all files.
+        Interrupted: raised after the table is printed; what was measured is kept.
     """
     files = find(patterns)
     if several := next(filter(has_several_values, overrides), None):
         raise ConfigError(
-            f"{several}: a batch takes one value for all files. lem config generate-grid makes a file for each "
+            f"{several}: a batch must have one value for all files. lem config generate-grid writes a file for each "
             "value, and lem experiment FILE --multirun runs them without files."
         )
     at_once = min(parallel, len(files))
@@ -71,7 +71,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
     """Return the config files that files, folders and glob patterns name, each once, in order.
 
     Raises:
-        ConfigError: patterns that match no config file, all of them.
+        ConfigError: some patterns match no config file; it lists all of them.
     """
     found: dict[Path, Path] = {}
     problems = []
@@ -100,7 +100,7 @@ def _matches(pattern: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Check:
-    """Checks a file as it will be run: alone, or beside others with a share of the GPUs."""
+    """Checks a file as it will be run: alone, or at the same time as others with a share of the GPUs."""
 
     overrides: Sequence[str]
     config_dir: Path | None
@@ -122,16 +122,16 @@ class Check:
         return preflight(experiment, Host(gpus), force=self.force, load=self.prompts)
 
     def _refuse_crowding(self, experiment: Experiment) -> None:
-        """Refuse more runs at once than there are GPUs for them."""
+        """Refuse to run more experiments at once than there are GPUs for."""
         gpus, at_once = len(self.visible), len(self.shares)
         if 0 < gpus < at_once and backend_class(experiment.backend.name).wants_gpu(experiment, Host(self.visible)):
             raise ConfigError(
-                f"--parallel: {at_once} runs at once need a GPU each, and {gpus} {'is' if gpus == 1 else 'are'} "
+                f"--parallel: {at_once} runs at once need a GPU each, but {gpus} {'is' if gpus == 1 else 'are'} "
                 f"visible. Use --parallel {gpus}, or run on the CPU."
             )
 
     def _explained(self, error: BadInput, experiment: Experiment) -> list[str]:
-        """Return the problems, with the reason if they arise because a run has only some of the GPUs."""
+        """Return the problems, adding the reason if they arise because a run gets only some of the GPUs."""
         problems = str(error).splitlines()
         share = self.shares[0].gpus
         if len(share) == len(self.visible):

@@ -21,7 +21,7 @@ from lem.workload.prompts import Prompts
 
 
 class RecentPrompts:
-    """Loads prompts and keeps the last two sets: neighbouring cells mostly share theirs."""
+    """Loads prompts and keeps the last two sets: neighbouring cells usually share them."""
 
     def __init__(self, size: int = 2) -> None:
         self._kept: OrderedDict[tuple[str, int], Prompts] = OrderedDict()
@@ -40,7 +40,7 @@ class RecentPrompts:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cell to be checked: `check` composes it and runs preflight; it raises `BadInput`."""
+    """A cell to be checked: `check` composes it, runs preflight, and raises `BadInput` if it cannot run."""
 
     label: str
     overrides: tuple[str, ...]
@@ -49,11 +49,11 @@ class Candidate:
 
 
 def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
-    """Check all cells and print their warnings, each once with the cells it is about.
+    """Check all cells and print their warnings, each once with the cells that it concerns.
 
     Args:
         candidates: the cells.
-        fresh: resume none that was left unfinished.
+        fresh: do not resume unfinished experiments.
 
     Raises:
         ConfigError: all problems of all cells.
@@ -70,7 +70,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
             continue
         warnings += [(str(warning), each.label) for warning in ready.warnings]
         unfinished = None if fresh else _unfinished(ready, resumed)
-        # Only the words are kept: the prompts of a hundred cells would fill the memory.
+        # Only the description is kept: the prompts of a hundred cells would fill the memory.
         words = summary_of(ready)
         cells.append(Cell(each.label, ready.experiment, each.overrides, each.config_file, words, unfinished))
     if problems:
@@ -80,7 +80,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
 
 
 def _unfinished(ready: Ready, resumed: set[Path]) -> ExperimentDir | None:
-    """Return the newest unfinished run of the same experiment that no other cell resumes."""
+    """Return the newest unfinished run of the same experiment that no other cell is resuming."""
     store = Store(Path(ready.experiment.io.results_dir))
     left = [each for each in store.unfinished(fingerprint(ready)) if each.path not in resumed]
     if not left:
@@ -96,6 +96,6 @@ def _each_once(found: Iterable[tuple[str, str]]) -> list[str]:
     result = []
     for text, (first, *others) in labels.items():
         more = f" and {len(others)} more" if others else ""
-        # A problem of a file begins with the file's name.
+        # A problem in a file begins with the file's name.
         result.append(text if first in text and not others else f"{text} [in {first}{more}]")
     return result

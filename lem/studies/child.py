@@ -1,8 +1,8 @@
 """One experiment of a parallel batch as a child process: `python -m lem.studies.child <job file> --report-fd N`.
 
-Runs the composed experiment in the file and sends its parent, through the pipe, the directory it has claimed, its
-progress, and why it could not run. Its output goes to the log that the parent opened. Does not know the other runs of
-the batch, or Hydra.
+Runs the composed experiment in the job file and sends its parent, through the pipe, the directory it has claimed, its
+progress and, if it could not run, the reason. Its output goes to the log that the parent opened. Knows nothing about
+Hydra or the other runs of the batch.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the standard input, which the parent keeps open until it ends."""
+    """Wait for the end of standard input, which the parent keeps open for as long as it lives."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -43,7 +43,7 @@ def bars() -> Iterator[Report]:
 
 @contextmanager
 def study_display(total: int, *, at_once: int = 1) -> Iterator[StudyDisplay]:
-    """Show `total` runs, `at_once` at the same time: bars if stderr is a terminal, else lines."""
+    """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines."""
     if _is_terminal(sys.stderr):
         with _progress(30 if at_once == 1 else 10) as progress:
             yield StudyBars(progress, total, at_once)
@@ -86,7 +86,7 @@ class _Phases:
         title = TITLES.get(event.phase, event.phase) + self._cycle
         if title != self._current:
             self.finish()
-            if title in self._tasks:  # entered again, like loading after the idle time: its bar is already full
+            if title in self._tasks:  # entered again, like loading after the idle time, when its bar is already full
                 self._progress.remove_task(self._tasks[title])
             self._tasks[title] = self._progress.add_task(title, total=event.total or None, note="")
             self._current = title
@@ -96,7 +96,7 @@ class _Phases:
         self._progress.refresh()
 
     def finish(self) -> None:
-        """Stop all bars and fill those of phases without a count."""
+        """Stop all bars, and fill those of phases without a count."""
         for task in self._progress.tasks:
             if task.id in self._tasks.values():
                 if task.total is None:
@@ -118,7 +118,7 @@ class Lines:
         self._tenth, self._rate = -1, Rate()
 
     def __call__(self, event: Event) -> None:
-        """Print an event, if it is news."""
+        """Print an event if it shows something new."""
         if event.phase == "cycle":
             self._cycle = f" in cycle {event.done}/{event.total}" if event.total > 1 else ""
             return
@@ -136,14 +136,14 @@ class StudyDisplay(Protocol):
     """Shows the runs of a study."""
 
     def begin(self, number: int, label: str) -> Report:
-        """Show that a run begins; return what its events are passed to."""
+        """Show that a run begins; return the function to pass its events to."""
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Show how a run ended."""
 
 
 class StudyBars:
-    """A bar for the study, above those of the one run, or above one bar for each of several runs."""
+    """A bar for the study, above the bars of a single run or above one bar for each of several runs."""
 
     def __init__(self, progress: Any, total: int, at_once: int) -> None:
         self._progress, self._total, self._at_once = progress, total, at_once
@@ -159,7 +159,7 @@ class StudyBars:
         return run
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
-        """Remove the run's bars and print its sentence above the others."""
+        """Remove the run's bars and print its outcome above the others."""
         label, run = self._runs.pop(number)
         run.clear()
         self._failed += failed
@@ -182,7 +182,7 @@ class _OneBar:
 
     def __init__(self, progress: Any, label: str) -> None:
         self._progress, self._rate = progress, Rate()
-        # The end of a label is what distinguishes files.
+        # Files differ at the end of their labels.
         title = label if len(label) <= 18 else f"…{label[-17:]}"
         self._task = progress.add_task(title, total=None, note="starting")
         self._cycle = ""
@@ -192,7 +192,7 @@ class _OneBar:
             self._cycle = f" in cycle {event.done}/{event.total}" if event.total > 1 else ""
             return
         rate = self._rate(event).split("  ")
-        del rate[1:2]  # tokens a second
+        del rate[1:2]  # tokens per second
         note = ("  ".join(rate) or TITLES.get(event.phase, event.phase)) + self._cycle
         self._progress.update(self._task, completed=event.done, total=event.total or None, note=note)
         self._progress.refresh()
@@ -203,7 +203,7 @@ class _OneBar:
 
 
 class StudyLines:
-    """A line when a run begins and one when it ends, with its phases in between."""
+    """A line when a run begins and another when it ends, with its phases in between."""
 
     def __init__(self, stream: TextIO, total: int, at_once: int) -> None:
         self._stream, self._total, self._at_once = stream, total, at_once
@@ -228,7 +228,7 @@ class StudyLines:
 
 
 class Rate:
-    """Prompts and tokens a second since the phase began, and the time left at that rate."""
+    """Prompts and tokens per second since the phase began, and the time left at that rate."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
@@ -236,7 +236,7 @@ class Rate:
         self._since_s = 0.0
 
     def __call__(self, event: Event) -> str:
-        """Return the text beside the bar."""
+        """Return the text next to the bar."""
         now_s = self._clock_s()
         if event.phase != self._phase:
             self._phase, self._since_s = event.phase, now_s

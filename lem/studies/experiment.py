@@ -1,4 +1,4 @@
-"""`lem experiment`: compose, check, ask, run, show, for one experiment; `lem.studies.sweep` does the same for many.
+"""`lem experiment`: composes, checks, asks, runs and shows one experiment; `lem.studies.sweep` handles many.
 
 `lem.cli.hydra_app` runs one experiment as a plain Hydra app.
 """
@@ -34,7 +34,7 @@ def main(
     """Run one experiment; return the exit code: 0, or 1 if it did not complete.
 
     Raises:
-        BadInput: before anything has run.
+        BadInput: raised before anything runs.
         Interrupted: what was measured is kept.
     """
     composition = prepare(config_file, overrides, config_dir=config_dir)
@@ -66,13 +66,13 @@ def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file
 
 
 def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) -> int:
-    """Resume an experiment; return the exit code: 0 also if there is nothing left to do.
+    """Resume an experiment; return the exit code, 0 even if there is nothing left to do.
 
     Raises:
-        ResultsError: no such experiment, or another process runs it.
-        Interrupted: stopped once more.
+        ResultsError: there is no such experiment, or another process is running it.
+        Interrupted: it was stopped again.
     """
-    if not experiment_id:  # a shell's variable that is not set; every id begins with the empty text
+    if not experiment_id:  # for example from an unset shell variable; every id begins with the empty text
         raise ResultsError("--resume: the id is empty. lem results list --all shows what can be resumed.")
     store = Store(results_dir or default_root())
     directory = store.find(experiment_id)
@@ -85,7 +85,7 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
     if options.dry_run:
         print(f"{directory.id}: {progress_of(directory)}\n# dry run: nothing was measured")
         return 0
-    # What is inadvisable was accepted when it began; the results may have been moved since.
+    # Anything inadvisable was accepted when it began; the results may have been moved since.
     experiment = replace(plan.experiment, io=replace(plan.experiment.io, results_dir=str(store.root)))
     check_again(experiment, host.look(), force=True, has_arrivals=bool(plan.arrivals_sha256))
     if not (options.yes or confirmed(f"Resume {directory.id} ({progress_of(directory)})?")):

@@ -1,9 +1,9 @@
 """`lem config generate-grid`: one config file for each combination of some values, inheriting from a base.
 
-    --vary texts ─> axes ─> points (their product, the last axis fastest) ─> judged ─> named ─> written
+    --vary texts ─> axes ─> points (their product, the last axis fastest) ─> checked ─> named ─> written
 
-The texts are read by Hydra's grammar, like those of --multirun. A point is composed by merging plain dictionaries and
-checked by the schema and the rules; Hydra would take a tenth of a second for each. Does not know how they are run.
+Hydra's grammar reads the texts, like those of --multirun. A point is composed by merging plain dictionaries and
+checked by the schema and the rules; Hydra would take a tenth of a second for each. Does not know how points are run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from lem.spec.schema import GROUPS, leaves
 from lem.studies.ask import print_warnings
 
 INDEX = "grid.yaml"
-# The index's first key, which distinguishes it from a config file; its value is the format.
+# The index's first key, which distinguishes it from a config file; its value is the format version.
 INDEX_KEY, FORMAT = "lem_grid", 1
 MAX_POINTS = 100_000
 # File systems allow 255 bytes; what is appended to a name (.yaml, .part) needs room as well.
@@ -60,7 +60,7 @@ class Axis:
 
     @property
     def plain(self) -> tuple[Any, ...]:
-        """The values as a file holds them."""
+        """The values as they are written in a file."""
         return tuple(map(_plain, self.values))
 
 
@@ -74,7 +74,7 @@ class Point:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The values as a file holds them, by dotted key."""
+        """The values as they are written in a file, by dotted key."""
         return {key: _plain(value) for key, value in self.values.items()}
 
 
@@ -102,18 +102,18 @@ def _plain(value: Any) -> Any:
     return (value.source if value.name == CUSTOM else value.name) if isinstance(value, Choice) else value
 
 
-# ------------------------------------------------------------------ making one
+# ------------------------------------------------------------------ creating a grid
 def make(base: Path, vary: Sequence[str], config_dir: Path | None = None, *, any_machine: bool = False) -> Grid:
-    """Read the base, expand what is varied, and judge every point.
+    """Read the base, expand what is varied, and check every point.
 
     Args:
         base: the config file that all points inherit from.
         vary: texts such as `batch_size=1,2`, in the order of their keys in file names.
         config_dir: a directory of the user's own options.
-        any_machine: leave out what is wrong on this machine only.
+        any_machine: ignore what is wrong only on this machine.
 
     Raises:
-        ConfigError: a base that cannot be used, or texts that name no values of an existing key.
+        ConfigError: the base cannot be used, or a text does not name values of an existing key.
     """
     file = userfile.read(base, config_dir)
     axes, notes = read_axes(vary, file.options)
@@ -127,7 +127,7 @@ def make(base: Path, vary: Sequence[str], config_dir: Path | None = None, *, any
 
 
 def read_axes(vary: Sequence[str], options: Options) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
-    """Parse the texts; return the axes, and a note for each value that is given twice."""
+    """Parse the texts; return the axes, and a note for each repeated value."""
     problems: list[str] = []
     notes: list[str] = []
     axes: list[Axis] = []
@@ -160,13 +160,13 @@ def _axis(text: str, options: Options) -> Axis:
 
 
 def full_key(name: str) -> str:
-    """Return the dotted path of a value or a group that is named in full or by its last part."""
+    """Return the dotted path of a value or a group, given in full or by its last part."""
     paths = dict.fromkeys(leaf.path for leaf in leaves())
     if name in paths or name in GROUPS:
         return name
     named_so = [path for path in paths if path.rpartition(".")[2] == name]
     if len(named_so) > 1:
-        raise ConfigError(f"{name} is ambiguous: {', '.join(named_so)}. Write one of them in full.")
+        raise ConfigError(f"{name} is ambiguous: {', '.join(named_so)}. Write one of these in full.")
     if named_so:
         return named_so[0]
     if name in known_keys():
@@ -193,7 +193,7 @@ def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
     yield from (f"{key}: it is varied twice; give all its values in one --vary." for key, n in times.items() if n > 1)
     for key, other in itertools.permutations(times, 2):
         if other.startswith(f"{key}.") and key not in GROUPS:
-            yield f"{other}: it is a part of {key}, which is varied as well; vary one of them."
+            yield f"{other}: it is part of {key}, which is also varied; vary only one of them."
 
 
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ def _sources(base: UserFile, point: dict[str, Any]) -> Sources:
 def stems(axes: Sequence[Axis]) -> Iterator[str]:
     """Yield the file name of every point, without suffix: `batch_size-4--fp_precision-float16`.
 
-    It has letters, digits, `_`, `-` and `.` only, so that no shell, glob or Hydra override misreads it, and is unique
+    It has only letters, digits, `_`, `-` and `.`, so that no shell, glob or Hydra override misreads it, and is unique
     even if the file system ignores case.
     """
     last = Counter(axis.key.rpartition(".")[2] for axis in axes)
@@ -231,7 +231,7 @@ def stems(axes: Sequence[Axis]) -> Iterator[str]:
 
 
 def _slugs(values: Sequence[Any]) -> list[str]:
-    """Return a word for each value; those that would be alike, or empty, get a hash."""
+    """Return a word for each value; those that would be identical or empty get a hash."""
     words = [_word(value) for value in values]
     times = Counter(word.casefold() for word in words)
     return [
@@ -244,7 +244,7 @@ def _word(value: Any) -> str:
     text = value if isinstance(value, str) else flow(value)
     if isinstance(value, (int, float)):
         text = re.sub(r"^-", "minus", text)
-    # Two dashes separate the values of a name.
+    # Two dashes separate the values in a name.
     return re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9.-]+", "_", text)).strip("_.-")
 
 
@@ -260,7 +260,7 @@ def _digest(value: Any) -> str:
 def file_text(point: Point, parent: str, about: str) -> str:
     """Return a point's file: its parent and the values that make it this point."""
     tree: dict[str, Any] = {}
-    # Options first, so that a value of a group joins the option's name.
+    # Options first, so that a group's values are added to the option's name.
     for key, value in sorted(point.values.items(), key=lambda item: not isinstance(item[1], Choice)):
         if isinstance(value, Choice) and any(other.startswith(f"{key}.") for other in point.values):
             tree[key] = {"name": _plain(value)}
@@ -273,8 +273,8 @@ def group_text(base: UserFile, point: Point, about: str) -> str:
     """Return a point's file as an option of a config group for plain Hydra: everything composed, no parent."""
     values, _ = resolved(_sources(base, point.values).values())
     if any("${" in text for _, text in texts(values)):
-        raise ConfigError(f"{point.file}: a value holds the text '${{', which Hydra would resolve again.")
-    # Otherwise Hydra merges the values into those of the default backend, which has other keys.
+        raise ConfigError(f"{point.file}: a value contains the text '${{', which Hydra would resolve again.")
+    # Otherwise Hydra merges the values into those of the default backend, whose keys differ.
     engine = f"defaults: [override /backend: {flow(values['backend']['name'])}, _self_]"
     return _text(["# @package _global_", file_schema.EDITOR_LINE, f"# {about}", engine, *block(values)])
 
@@ -305,13 +305,13 @@ def write(
     index = _index(grid, points, os.path.relpath(base, folder.resolve()))
     parent, contents = _parent(base, folder), []
     for number, point in enumerate(points, start=1):
-        about = f"Point {number} of {len(points)} of the grid in {INDEX}; made by lem config generate-grid."
+        about = f"Point {number} of {len(points)} of the grid in {INDEX}; written by lem config generate-grid."
         contents.append(group_text(grid.base, point, about) if as_group else file_text(point, parent, about))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in stale:
             file.unlink(missing_ok=True)
-        # First, so that all files of a grid are listed even if the writing is interrupted.
+        # First, so that all files of a grid are listed even if writing is interrupted.
         (folder / INDEX).write_text(_index_text(index), encoding="utf-8")
         for point, text in zip(points, contents, strict=True):
             (folder / point.file).write_text(text, encoding="utf-8")
@@ -322,7 +322,7 @@ def write(
 
 
 def _parent(base: Path, folder: Path) -> str:
-    """Return the name by which a file in the folder inherits from the base: without suffix if that is unambiguous."""
+    """Return the name by which files in the folder inherit from the base: without suffix if that is unambiguous."""
     full = os.path.relpath(base, folder.resolve())
     stem = base.with_suffix("")
     candidates = [stem, *(stem.with_name(stem.name + suffix) for suffix in SUFFIXES)]
@@ -331,14 +331,14 @@ def _parent(base: Path, folder: Path) -> str:
 
 
 def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) -> list[Path]:
-    """Return the files of an earlier grid that the new one lacks; refuse to overwrite or delete any other."""
+    """Return the files of an earlier grid that the new one lacks; refuse to overwrite or delete any others."""
     index = folder / INDEX
     earlier: set[str] = set()
     if os.path.lexists(index):
         if not is_index(index):
             raise ConfigError(f"{index} is not the index of a grid; choose another --output-dir.")
         if not force:
-            raise ConfigError(f"{folder} holds a grid already; --force replaces it, or choose another --output-dir.")
+            raise ConfigError(f"{folder} already holds a grid; --force replaces it, or choose another --output-dir.")
         earlier = _listed_files(index)
     if base.parent == folder.resolve() and base.name in earlier | names:
         raise ConfigError(f"{shown_path(base)} is itself a file of that grid; choose another --output-dir.")
@@ -350,16 +350,16 @@ def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) ->
 
 
 def is_index(path: Path) -> bool:
-    """Tell whether a file is the index of a grid, not a config file."""
+    """Return whether a file is the index of a grid, not a config file."""
     try:
         with path.open(encoding="utf-8") as file:
             return any(line.startswith(f"{INDEX_KEY}:") for line in itertools.islice(file, 5))
     except (OSError, UnicodeDecodeError):
-        return False  # reading it as a config says what is wrong
+        return False  # reading it as a config file reports what is wrong
 
 
 def _listed_files(index: Path) -> set[str]:
-    """Return the names that an index lists, of files beside it only."""
+    """Return the names that an index lists, but only of files next to it."""
     try:
         content = yaml.load(index.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         names = {str(entry["file"]) for entry in content["files"]}
@@ -389,7 +389,7 @@ def _index(grid: Grid, points: Sequence[Point], base: str) -> dict[str, Any]:
 
 
 def _index_text(index: dict[str, Any]) -> str:
-    """Write the index with a line for each file: PyYAML would take longer than everything else together."""
+    """Write the index with a line for each file: PyYAML would take longer than everything else combined."""
     lines = ["# The index of a grid: what lem config generate-grid wrote here, and from what. Not a config file."]
     for key, value in index.items():
         if isinstance(value, list) and value:
@@ -402,7 +402,7 @@ def _index_text(index: dict[str, Any]) -> str:
 # ------------------------------------------------------------------ the command
 @dataclass(frozen=True)
 class GridOptions:
-    """How a grid is generated, apart from its content."""
+    """How a grid is generated, regardless of its content."""
 
     # Leave out the invalid points.
     validate: bool = False
@@ -420,7 +420,7 @@ def generate(
     """Generate a grid and print a summary; return the exit code.
 
     Raises:
-        ConfigError: nothing has been written.
+        ConfigError: in that case nothing has been written.
     """
     grid = make(base, vary, config_dir, any_machine=options.any_machine)
     points = grid.valid if options.validate else grid.points
@@ -462,7 +462,7 @@ def _enumerated(values: Sequence[Any]) -> str:
 
 
 def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
-    """Yield what is wrong, each reason once, with its number of points and the first of them."""
+    """Yield each reason why points are invalid, with the number of points and the first of them."""
     found: dict[str, list[Point]] = {}
     for point in points:
         for problem in point.problems:

@@ -1,4 +1,4 @@
-"""The cells of a study and what became of each: `experiments.json` and the table at the end."""
+"""The cells of a study and what became of each: `experiments.json`, and the table at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILE = "experiments.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One checked experiment of a study; `label` distinguishes it from the others, `words` say what it runs."""
+    """One checked experiment of a study; `label` distinguishes it from others, `words` describe what it runs."""
 
     label: str
     experiment: Experiment
@@ -45,17 +45,17 @@ class CellState:
 
     @property
     def sentence(self) -> str:
-        """How it ended, in a line."""
+        """How it ended, in one line."""
         name = f" {self.directory.id}" if self.directory else ""
         return f"{self.status}{name}" + (f": {self.error}" if self.error else "")
 
     def line(self) -> SweepLine:
-        """Return its line of the table."""
+        """Return its line in the table."""
         error = f"{self.error} (log: {self.log})" if self.status == "failed" and self.log else self.error
         return SweepLine(self.cell.label, self.status, self.directory.id if self.directory else None, self.row, error)
 
     def plain(self) -> dict[str, Any]:
-        """Return its entry of `experiments.json`."""
+        """Return its entry in `experiments.json`."""
         directory, cell = self.directory, self.cell
         return {
             "label": cell.label,
@@ -75,7 +75,7 @@ class Manifest:
 
     directory: Path
     cells: Sequence[Cell]
-    # The title of the labels in the table.
+    # The header of the table's label column.
     head: str
     fail_fast: bool = False
     states: list[CellState] = field(init=False)
@@ -103,7 +103,7 @@ class Manifest:
 
     @property
     def is_over(self) -> bool:
-        """Whether no further cell is to start: one has failed and --fail-fast was given."""
+        """Whether no further cell should start: one has failed and --fail-fast was given."""
         return self.fail_fast and any(state.status == "failed" for state in self.states)
 
     @property
@@ -112,7 +112,7 @@ class Manifest:
         return all(state.status == "completed" for state in self.states)
 
     def close(self) -> None:
-        """Change every cell that is still "running" to interrupted: the interrupt came before its end was recorded."""
+        """Mark every cell still "running" as interrupted: the interrupt came before its end was recorded."""
         for number, state in enumerate(self.states):
             if state.status == "running":
                 self.change(number, status="interrupted", row=row_of(state.directory))
@@ -130,7 +130,7 @@ class Manifest:
 
 
 def row_of(directory: ExperimentDir | None) -> ExperimentRow | None:
-    """Return the row of an experiment as far as it got, or None if it has no records."""
+    """Return an experiment's row, even if it is unfinished, or None if it has no records."""
     try:
         return read(directory, strict=False).row if directory else None
     except LemError:

@@ -1,7 +1,7 @@
 """Several experiments at once: each in a child process, pinned to separate GPUs if there are enough.
 
 A child reads its job from a file, reports its progress through a pipe, and writes its output to a log; see
-`lem.studies.child`. This module knows which GPUs a child may see, not what runs on them.
+`lem.studies.child`. This module knows which GPUs a child may see, but not what runs on them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Manifest, row_of
 from lem.studies.study import Runner
 
-# A child's grace period for its worker, and some time to end after it.
+# A child's grace period for its worker, plus some time for the child itself to end.
 STOP_S = GRACE_S + 5.0
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A share of the GPUs, for one run at a time; `devices` is its CUDA_VISIBLE_DEVICES, None leaves that as it is."""
+    """A share of the GPUs, for one run at a time; `devices` is its CUDA_VISIBLE_DEVICES; None leaves that unchanged."""
 
     gpus: tuple[Gpu, ...]
     devices: str | None = None
@@ -59,21 +59,21 @@ def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.en
     if not each:
         return [Slot(tuple(gpus))] * parallel
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    # `gpus` are in the order of the entries and end at the first entry that names no device.
+    # `gpus` follow the order of the entries and stop at the first entry that names no device.
     names = [gpu.uuid for gpu in gpus] if chosen is None else [name.strip() for name in chosen.split(",")]
     bounds = [range(i * each, (i + 1) * each) for i in range(parallel)]
     return [Slot(tuple(gpus[i] for i in those), ",".join(names[i] for i in those)) for those in bounds]
 
 
 def are_disjoint(shares: Sequence[Slot]) -> bool:
-    """Tell whether no physical GPU is in two slots; instances of one GPU share its energy counter."""
+    """Return whether no physical GPU is in two slots; instances of one GPU share its energy counter."""
     uuids = [uuid for share in shares for uuid in {gpu.uuid for gpu in share.gpus}]
     return len(uuids) == len(set(uuids))
 
 
 @dataclass
 class Child:
-    """A running cell: its process, and what that has reported so far."""
+    """A running cell: its process, and what the process has reported so far."""
 
     number: int
     slot: Slot
@@ -102,7 +102,7 @@ class Child:
 class Pool(Runner):
     """Runs cells in child processes, one in each free slot; its methods are called from the main thread.
 
-    `shared_with` is, for each cell, the number of other runs that may affect its numbers.
+    `shared_with` gives, for each cell, the number of other runs that may affect its numbers.
     """
 
     manifest: Manifest
@@ -130,7 +130,7 @@ class Pool(Runner):
             self._wait_for_one()
 
     def stop(self) -> None:
-        """Terminate all children, which keep what they measured; kill them after STOP_S or at a second Ctrl-C."""
+        """Terminate all children, which save what they measured; kill them after STOP_S or on a second Ctrl-C."""
         for child in self.running:
             child.process.terminate()
         deadline = time.monotonic() + STOP_S
@@ -204,11 +204,11 @@ class Pool(Runner):
         return {"status": "failed", "row": row, "error": child.error or f"its process {how}."}
 
     def _orphaned_row(self, child: Child) -> ExperimentRow | None:
-        """Return the row of a child that was killed: its workers end after it and write what they measured."""
+        """Return the row of a killed child: its workers end after it and write what they measured."""
         if child.directory is None:
             return None
         try:
-            with child.directory.hold(exclusive=True):  # waits until they have ended
+            with child.directory.hold(exclusive=True):  # waits until the workers have ended
                 if self.options.write_tables:
                     return aggregate(Store(child.results_dir), child.directory, strict=False, force=True)
         except LemError:

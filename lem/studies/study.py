@@ -1,7 +1,7 @@
-"""Runs the checked cells of a study as one Hydra multirun and keeps its manifest: the one path of every sweep.
+"""Runs the checked cells of a study as one Hydra multirun and keeps its manifest, for every sweep and batch.
 
-`lem.studies.sweep` makes cells from override values, `lem.studies.batch` from config files. What became of each cell
-is in `experiments.json` of the study's directory and in the table at the end. Does not know how an experiment is
+`lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files. What became of each
+cell is in `experiments.json` in the study's directory and in the table at the end. Does not know how an experiment is
 measured.
 """
 
@@ -34,11 +34,11 @@ class Runner:
     """Runs cells: one after another in this process, or several at once in child processes."""
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Run a cell, or start it; an error becomes its state in the manifest, not an exception."""
+        """Run or start a cell; an error is recorded as its state in the manifest and not raised."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Wait for the cells that still run."""
+        """Wait for the cells that are still running."""
 
     def stop(self) -> None:
         """End the cells that are still running, at the user's request, and record that."""
@@ -54,19 +54,19 @@ def run_study(
     at_once: int = 1,
     fail_fast: bool = False,
 ) -> int:
-    """Run checked cells, or list them for a dry run; return 0, or 1 if an experiment did not complete.
+    """Run checked cells, or list them for a dry run; return 0, or 1 if any experiment did not complete.
 
     Args:
         cells: the cells.
-        options: of the command line.
-        overrides: those of the command line; Hydra's own settings among them apply to the multirun.
-        make_runner: makes what runs the cells.
-        head: the title of the cells' labels in the table.
+        options: the command line's options.
+        overrides: the command line's overrides; any that are Hydra's own settings apply to the multirun.
+        make_runner: creates the runner of the cells.
+        head: the header of the table's label column.
         at_once: the number of cells that run at the same time.
         fail_fast: start no other cell after one has failed.
 
     Raises:
-        Interrupted: after the table; what was measured is kept.
+        Interrupted: raised after the table is printed; what was measured is kept.
     """
     if options.dry_run:
         for number, cell in enumerate(cells, start=1):
@@ -82,7 +82,7 @@ def run_study(
     manifest = Manifest(sweep_dir(settings), cells, head, fail_fast)
     manifest.open()
     try:
-        # Signals raise between cells as well.
+        # Signals also raise between cells.
         with study_display(len(cells), at_once=at_once) as display, signals_raise(_stopped):
             _run_cells(manifest, make_runner(manifest, display), settings)
     finally:
@@ -106,7 +106,7 @@ def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> N
     except KeyboardInterrupt as stop:
         runner.stop()
         reason = str(stop) or "Interrupted; what was measured is kept."
-        again = "The same command resumes what is unfinished and runs the other experiments again, completed ones too."
+        again = "The same command resumes what is unfinished and runs all other experiments again, even completed ones."
         raise Interrupted(f"{reason}\n{again}") from None
 
 
@@ -117,7 +117,7 @@ def _stopped(signal_name: str) -> KeyboardInterrupt:
 def _question(cells: Sequence[Cell], at_once: int) -> str:
     together = f", {at_once} at a time" if at_once > 1 else ""
     begun = sum(cell.unfinished is not None for cell in cells)
-    resumed = f" ({begun} left unfinished before are resumed; --fresh starts them over)" if begun else ""
+    resumed = f" ({begun} unfinished ones are resumed; --fresh starts them over)" if begun else ""
     return f"Run {len(cells)} experiments{together}{resumed}?"
 
 
@@ -128,7 +128,7 @@ def _resumed(cell: Cell) -> str:
 
 @dataclass
 class OneByOne(Runner):
-    """Runs each cell in this process, to its end; an interrupt ends it too."""
+    """Runs each cell in this process until it ends or is interrupted."""
 
     manifest: Manifest
     display: StudyDisplay
@@ -150,7 +150,7 @@ class OneByOne(Runner):
             self._end(number, status="failed", error=" ".join(str(error).split()))
         except Exception as error:
             self._end(number, status="failed", error=f"{type(error).__name__}: {' '.join(str(error).split())}")
-            if not isinstance(error, OSError):  # a bug in lem: this is what to report
+            if not isinstance(error, OSError):  # a bug in lem: the traceback is what to report
                 traceback.print_exc()
 
     def _measured(self, number: int, experiment: Experiment, report: Report) -> ExperimentRow:

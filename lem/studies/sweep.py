@@ -18,11 +18,11 @@ from lem.studies.study import OneByOne, run_study
 def main(
     config_file: Path | None, overrides: Sequence[str], options: RunOptions, *, config_dir: Path | None = None
 ) -> int:
-    """Run every combination of the overrides' values; return 0, or 1 if an experiment did not complete.
+    """Run every combination of the overrides' values; return 0, or 1 if any experiment did not complete.
 
     Raises:
-        BadInput: before anything has run.
-        Interrupted: after the table; what was measured is kept.
+        BadInput: raised before anything runs.
+        Interrupted: raised after the table is printed; what was measured is kept.
     """
     compositions = prepare(config_file, overrides, config_dir=config_dir).cells()
     prompts, machine = RecentPrompts(), host.look()
@@ -42,7 +42,7 @@ def main(
 
 
 def _labels(compositions: Sequence[Composition]) -> Iterator[str]:
-    """Yield the overrides in which each cell differs from others."""
+    """Yield, for each cell, the overrides in which it differs from others."""
     columns = zip(*(each.given for each in compositions), strict=True)
     varied = [len({override.text for override in column}) > 1 for column in columns]
     for each in compositions:

@@ -1,4 +1,4 @@
-"""Putting requests into batches by the length of their inputs. Knows nothing of models or of what tokens mean."""
+"""Putting requests into batches by the length of their inputs. Knows nothing about models or the meaning of tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
     Args:
         lengths: input tokens of each request, without padding.
         batching: the strategy and its limits. The dynamic strategies need `max_tokens_per_batch`, which bounds
-            the padded input (longest input × requests); a single request above it is a batch alone.
+            the padded input (longest input × requests); a single request above it becomes its own batch.
 
     Raises:
         ValueError: a dynamic strategy without `max_tokens_per_batch`.
     """
     order = list(range(len(lengths)))
     if batching.strategy == "continuous":
-        return [order] if order else []  # the engine itself decides which run at the same time
+        return [order] if order else []  # the engine itself decides which requests run at the same time
     if batching.strategy.startswith("sorted"):
         # Longest first, so that a run without enough memory fails at its beginning.
         order.sort(key=lambda i: -lengths[i])

@@ -15,7 +15,7 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
     """Load the configured prompts.
 
     Raises:
-        DatasetError: they cannot be loaded as configured; the message says what can.
+        DatasetError: they cannot be loaded as configured; the message says which can.
     """
     if dataset.path is None:
         raise DatasetError("No prompts: name them with --dataset, --prompts or dataset.path.")
@@ -36,5 +36,5 @@ def _rows(dataset: Dataset, path: str) -> tuple[Iterable[Row], str | None]:
 
 
 def looks_like_a_file(path: str) -> bool:
-    """Tell whether a path that does not exist means a local file, not a hub id (`owner/name`)."""
+    """Return whether a path that does not exist means a local file, not a hub id (`owner/name`)."""
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in file.BUILDERS

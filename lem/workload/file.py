@@ -30,18 +30,18 @@ def read(path: Path) -> Iterator[Row]:
 
     quiet(datasets)
     try:
-        # Characters such as [1] in the file's name are not a pattern.
+        # Characters such as [1] in the file's name must not act as a pattern.
         literal, options = glob.escape(str(path.resolve())), _options(builder, path)
         yield from datasets.load_dataset(builder, data_files=literal, split="train", streaming=True, **options)
     except DatasetError:
         raise
-    except Exception as error:  # each builder raises the errors of its parser
+    except Exception as error:  # each builder raises its own parser's errors
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise DatasetError(f"{path} cannot be read as {builder}: {reason}") from None
 
 
 def _options(builder: str, path: Path) -> dict[str, Any]:
-    """Return the options with which a builder leaves the prompts unchanged."""
+    """Return the options that make a builder leave the prompts unchanged."""
     if builder == "json":
         # The first chunk determines the columns, so the whole file is one chunk.
         return {"chunksize": max(10 << 20, path.stat().st_size + 1)}

@@ -4,7 +4,7 @@ It counts the matrix products of the forward pass, with a multiply-add as two op
 passes through, and in each attention layer 4·(heads·head_dim) for each position that a token attends to (QKᵀ and the
 weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361, table 1;
 Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that all parameters are matrices.
-Padding, recomputation, norms and softmax are not counted. Knows no engine.
+Padding, recomputation, norms and softmax are not counted. Knows nothing about engines.
 """
 
 from __future__ import annotations

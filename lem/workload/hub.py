@@ -20,7 +20,7 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
 
     Args:
         path: hub id or local directory.
-        config: name of a configuration, where the dataset has several.
+        config: name of a configuration, if the dataset has several.
         files: one file of a repository without configurations.
         split: split to read; None is `train`.
 
@@ -42,7 +42,7 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
         )
     except DatasetError:
         raise
-    except Exception as error:  # the library and the hub client raise many kinds
+    except Exception as error:  # the library and the hub client raise many kinds of errors
         raise DatasetError(_sentence(path, split or DEFAULT_SPLIT, error)) from None
 
 

@@ -81,7 +81,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         raise ModelError(f"The model {name} has no revision '{revision}'.") from None
     except errors.HFValidationError:
         raise ModelError(f"'{name}' is neither a model directory nor a hub id (owner/name).") from None
-    except Exception as error:  # also those of the client's transport
+    except Exception as error:  # the client also raises its transport's errors
         if is_unreachable(error):
             reason = "is not cached on this machine and the hub cannot be reached."
         else:

@@ -1,7 +1,7 @@
-"""Using the Hugging Face hub's cache where the hub is unreachable. Knows nothing of models or datasets.
+"""Uses the Hugging Face hub's cache when the hub is unreachable. Knows nothing about models or datasets.
 
 Without a network the hub's client retries for half a minute before it falls back on its cache. Looking up the host's
-name shows it at once; the client is then put into its offline mode, which uses the cache.
+name reveals this at once; the client is then put into its offline mode, which uses the cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def use_cache_if_unreachable() -> None:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Tell whether an error, or one of its causes, is about the connection."""
+    """Return whether an error, or one of its causes, is about the connection."""
     while error is not None:
         text = f"{type(error).__name__} {error}".lower()
         if isinstance(error, (ConnectionError, TimeoutError)) or any(word in text for word in CONNECTION_WORDS):

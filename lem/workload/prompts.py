@@ -78,7 +78,7 @@ def draw(texts: Sequence[str], n: int | None, seed: int) -> list[str]:
 
 
 def choose_column(columns: Sequence[str], asked: str | None, rows: Sequence[Row], source: str) -> str:
-    """Return the column that holds the prompts: the one asked for, otherwise the first that looks like it."""
+    """Return the column that holds the prompts: the requested one, otherwise the first that looks suitable."""
     if asked is not None:
         if asked not in columns:
             raise DatasetError(
@@ -90,7 +90,7 @@ def choose_column(columns: Sequence[str], asked: str | None, rows: Sequence[Row]
     if by_name or len(textual) == 1:
         return textual[0]
     raise DatasetError(
-        f"{source}: no column looks like prompts. Name one with --column; the columns: {', '.join(columns)}."
+        f"{source}: no column looks like prompts. Name one with --column; the columns are {', '.join(columns)}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The built-in model `tiny`: a small Llama with random weights, made on first use in the user's cache.
+"""The built-in model `tiny`: a small Llama with random weights, created on first use in the user's cache.
 
 Its bytes are always the same: the weights are uniform numbers from MT19937, whose stream numpy keeps frozen, and the
 tokenizer is trained on the prompts that come with lem. Its text is meaningless, but it does the work of a real model of
@@ -54,7 +54,7 @@ CONFIG: dict[str, Any] = {
 
 
 def path() -> Path:
-    """Return the model's directory; make it first if it does not exist."""
+    """Return the model's directory, creating it first if it does not exist."""
     target = cache_dir() / "models" / f"{NAME}-v{VERSION}"
     if not target.is_dir():
         _make(target)
@@ -69,7 +69,7 @@ def cache_dir() -> Path:
 
 
 def _make(target: Path) -> None:
-    """Write all files beside the target and rename, so that two processes can do so at once."""
+    """Write all files next to the target and rename, so that two processes can do so at once."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -77,7 +77,7 @@ def _make(target: Path) -> None:
         scratch.chmod(0o755)
         scratch.rename(target)
     except OSError:
-        if not target.is_dir():  # otherwise another process was faster, with the same bytes
+        if not target.is_dir():  # if this fails, another process was faster and wrote the same bytes
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

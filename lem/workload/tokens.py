@@ -1,8 +1,8 @@
 """When tokens came: TTFT, inter-token latency and time per output token of one request, from chunks of tokens.
 
-An engine hands out tokens in chunks: mostly of one token, of several with speculation or over a network. Latencies are
-of tokens, never of chunks: the tokens of a chunk are spread evenly over the time since the previous one. Knows no
-engine.
+An engine hands out tokens in chunks: mostly of one token, but of several with speculation or over a network. Latencies
+are of tokens, never of chunks: the tokens of a chunk are spread evenly over the time since the previous one. Knows
+nothing about engines.
 """
 
 from __future__ import annotations

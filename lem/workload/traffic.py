@@ -128,11 +128,11 @@ class Arrivals(Generic[T]):
         self._free_at_ns = [opened_ns] * concurrency
 
     def __bool__(self) -> bool:
-        """Tell whether any are left."""
+        """Return whether any are left."""
         return bool(self._left)
 
     def next_ns(self) -> int | None:
-        """Return when the next one arrives; None when none is left, or it waits for others to be finished."""
+        """Return when the next one arrives; None if none is left, or if it waits for others to finish."""
         if not self._left:
             return None
         if self._times_ns is not None:
@@ -151,7 +151,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """Let as many others arrive as have been finished."""
+        """Let as many more requests arrive as have finished."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 
@@ -189,11 +189,11 @@ def as_places_become_free(
     Sleeps until the next arrival when there is nothing to do.
 
     Args:
-        arrivals: what arrives, and when.
+        arrivals: the requests and when they arrive.
         at_most: how many requests the engine runs at the same time.
         running: returns how many it runs now.
-        begin: passes it one.
-        advance: makes it take a step, and returns what that has finished.
+        begin: passes one to the engine.
+        advance: makes the engine take a step, and returns what the step finished.
 
     Yields:
         What is finished in the same step.
@@ -210,5 +210,5 @@ def as_places_become_free(
 
 def _sleep_until_the_next(arrivals: Arrivals[T]) -> None:
     next_ns = arrivals.next_ns()
-    assert next_ns is not None  # nothing is being served that it could wait for
+    assert next_ns is not None  # nothing is being served for the next arrival to wait for
     time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)

@@ -211,7 +211,7 @@ def test_a_build_for_gpus_without_one_is_refused(tmp_path):
     hidden = {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
     finished = command("experiment", "--backend", "vllm", "-m", "tiny", "-d", "sample", "-y", cwd=tmp_path, **hidden)
     assert finished.code == 2
-    assert "this vLLM is built for CUDA, and no NVIDIA GPU is visible" in finished.err
+    assert "this vLLM is built for CUDA, but no NVIDIA GPU is visible" in finished.err
     assert not (tmp_path / "results").exists()
 
 

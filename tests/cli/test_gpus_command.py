@@ -105,7 +105,7 @@ def test_what_a_driver_does_not_report_is_left_out(gpus):
 
 
 def test_a_driver_without_devices_is_one_sentence(gpus):
-    assert gpus("devices 0\ndriver 570.1") == "The NVIDIA driver 570.1 has no GPU.\n"
+    assert gpus("devices 0\ndriver 570.1") == "The NVIDIA driver 570.1 finds no GPU.\n"
 
 
 def test_a_driver_that_does_not_start_is_one_sentence(gpus):

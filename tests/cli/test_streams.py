@@ -67,7 +67,7 @@ def terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> Finished:
 def statuses(results: Path) -> list[str]:
     """Read the statuses of all raw records; each experiment has its row in the table."""
     store = Store(results)
-    assert all(Tables(store).place(experiment_id) for experiment_id in store.ids())
+    assert all(Tables(store).location(experiment_id) for experiment_id in store.ids())
     return [record.status for name in store.ids() for record in store.find(name).records()]
 
 

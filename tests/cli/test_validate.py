@@ -381,8 +381,8 @@ def test_show_without_a_file_and_as_json(lem):
     ("arguments", "message"),
     [
         (("seed=-1",), "seed (--seed): it should be greater"),
-        (("seed=1,2",), "seed=1,2: these are several values"),
-        (("hydra.run.dir=x",), "settings of Hydra have no effect here"),
+        (("seed=1,2",), "seed=1,2: more than one value is given"),
+        (("hydra.run.dir=x",), "Hydra's settings have no effect here"),
         (("nowhere.yaml",), "nowhere.yaml: no such config file"),
         (("a.yaml", "b.yaml"), "one config file, not 2"),
         (("--config-dir", "nowhere"), "nowhere: this config directory holds no options"),

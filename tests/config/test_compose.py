@@ -415,7 +415,7 @@ def test_only_keys_of_the_chosen_backend_are_suggested(compose, backend, key):
         ("batching=4", "batching"),
         ("nonsense", "neither an option, a config file"),
         ("decoder@x=creative", "names a package"),
-        ("~backend", "removes a value, but none can be left out"),
+        ("~backend", "removes a value, but every value is required"),
         ("~seed", "removes a value"),
         ("decoder={name: creative}", "chosen by name.*decoder.do_sample="),
         ("decoder=3", "chosen by name"),
@@ -445,8 +445,8 @@ def test_a_bad_override_is_one_sentence_with_the_remedy(compose, override, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("batching: [1]", "batching: it holds named values, not a list"),
-        ("batching: null", "a.yaml:1: batching: it holds named values, not null"),
+        ("batching: [1]", "batching: it must be a mapping of named values, not a list"),
+        ("batching: null", "a.yaml:1: batching: it must be a mapping of named values, not null"),
         ("batching: 4", "batching"),
         ("batching.batch_size: 4", r"written nested, batching: \{batch_size: …\}"),
         ("a: &x {batch_size: 3}\nbatching: *x", "a: unknown key"),
@@ -520,7 +520,7 @@ def test_a_library_user_gets_the_same_checks():
 
 @pytest.mark.parametrize("key", ["model", "seed", "fp_precision"])
 def test_a_value_that_has_to_be_given_is_asked_for_even_if_there_is_a_default(compose, key):
-    with pytest.raises(BadInput, match=rf"a.yaml:1: {key}: \?\?\? stands for a value that has to be given"):
+    with pytest.raises(BadInput, match=rf"a.yaml:1: {key}: \?\?\? marks a value that has to be set"):
         compose(a=f"{key}: ???")
 
 

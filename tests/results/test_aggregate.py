@@ -106,7 +106,7 @@ def test_strict_names_everything_that_is_missing(store):
         add(directory, rank, cycle=2, positions=[rank] if rank else [])
     refused(
         directory,
-        r"no record of process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2; no record of process 0, 1, 2 of 3 "
+        r"no record from process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2; no record from process 0, 1, 2 of 3 "
         r"in cycle 3\. --no-strict",
     )
     assert read(directory, strict=False).row.cycles_completed == 0
@@ -158,12 +158,12 @@ def test_a_record_of_another_configuration_is_refused(store):
     other = json.loads(directory.record_file(1, 1, 1).read_text()) | {"config_sha256": "f" * 64}
     directory.record_file(1, 1, 1).write_text(json.dumps(other))
     for strict in (True, False):
-        refused(directory, r"process_1_c1_a1\.json was measured with another configuration", strict=strict)
+        refused(directory, r"process_1_c1_a1\.json was measured with a configuration that differs", strict=strict)
 
 
 def test_a_record_of_another_number_of_processes_is_refused(store):
     directory = shared(store, world_size=4)
-    refused(directory, "of one among 4 processes; the plan has 2")
+    refused(directory, "by one of 4 processes, but the plan has 2")
 
 
 def test_two_processes_that_took_themselves_for_the_same_one_are_refused(store):
@@ -183,7 +183,7 @@ def test_a_record_of_another_experiment_is_refused(store):
     directory, other = several(store, 2)
     for file in (other.record_file(0, 1, 1), other.journal_file(0, 1)):
         shutil.copy(file, directory.path)
-    refused(directory, rf"process_0_c1_a1\.json is of another experiment, {other.id}", strict=False)
+    refused(directory, rf"process_0_c1_a1\.json belongs to another experiment, {other.id}", strict=False)
     assert sorted(kinds(aggregate_all(store, store.ids()))) == ["failed", "written"]
     assert set(table(store, "requests")["experiment_id"]) == {other.id}
 
@@ -192,7 +192,7 @@ def test_a_duration_that_cannot_be_is_refused(store):
     directory = finished(store)
     file = directory.record_file(0, 1, 1)
     file.write_text(file.read_text().replace('"duration_s": 4.0', '"duration_s": -4.0'))
-    refused(directory, "has the phase measured as -4 s long", strict=False)
+    refused(directory, "says that the phase measured lasted -4 s", strict=False)
 
 
 def test_a_directory_of_another_name_is_refused(store):
@@ -207,7 +207,7 @@ def test_mixed_backends_are_refused_unless_allowed_and_then_labelled(store, stri
     directory = experiment(store, count=4, processes=2)
     add(directory, 0)
     add(directory, 1, backend="vllm", config_sha256="f" * 64)
-    refused(directory, "different backends, simulated and vllm.*--allow-mixed-backends", strict=strict)
+    refused(directory, "mixes the backends simulated and vllm.*--allow-mixed-backends", strict=strict)
     row = read(directory, strict=strict, mixed=True).row
     assert row.backend == "simulated+vllm"
     assert "mixed_backends: its processes ran on simulated and vllm." in row.warnings
@@ -294,7 +294,7 @@ def test_a_number_that_no_table_takes_stops_nothing_else(store):
     (failed,) = [outcome.text for outcome in outcomes if outcome.kind == "failed"]
     assert failed.startswith(str(directories[2].path))
     assert sorted(table(store)["experiment_id"]) == [each.id for each in directories if each is not directories[2]]
-    with pytest.raises(ResultsError, match=f"{directories[2].id} holds a number that is too large for the tables"):
+    with pytest.raises(ResultsError, match=f"{directories[2].id} contains a number that is too large for the tables"):
         aggregate(store, directories[2])
 
 

@@ -58,8 +58,8 @@ def test_one_experiment_and_then_all(lem, store):
     assert lem("aggregate", first.id).out == f"{first.id} already has its row.\n"
     done = lem("aggregate", "--all")
     assert done.code == 0
-    assert done.out == f"{second.id}: completed\nLeft alone, since they already have their rows: 1.\n"
-    assert lem("aggregate", "--all").out == "Left alone, since they already have their rows: 2.\n"
+    assert done.out == f"{second.id}: completed\nLeft alone, as they already have their rows: 1.\n"
+    assert lem("aggregate", "--all").out == "Left alone, as they already have their rows: 2.\n"
     assert lem("aggregate", "--all", "--force").out == f"{first.id}: completed\n{second.id}: completed\n"
 
 

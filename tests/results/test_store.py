@@ -45,7 +45,7 @@ def test_an_id_is_found_by_its_beginning_when_that_is_unique(tmp_path):
     assert store.find("exp_202601").id == first.id
     with pytest.raises(ResultsError, match="empty"):
         store.find("")
-    with pytest.raises(ResultsError, match="fits 2 experiments"):
+    with pytest.raises(ResultsError, match="matches 2 experiments"):
         store.find("exp_2026")
     with pytest.raises(ResultsError, match=r"no experiment 'exp_20260102_030406'.*Nearest: exp_20260102_030405"):
         store.find("exp_20260102_030406")
@@ -124,10 +124,10 @@ def test_rows_that_are_gone_are_missed(tmp_path):
     directory = finished(Store(tmp_path))
     lines = directory.journal_file(0, 1).read_text().splitlines(keepends=True)
     directory.journal_file(0, 1).write_text("".join(lines[:-1]))
-    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 2 rows of cycle 1, its process's record counts 3"):
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 2 rows of cycle 1, but the record says 3"):
         directory.records()
     directory.journal_file(0, 1).unlink()
-    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 0 rows of cycle 1, its"):
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 0 rows of cycle 1, but the record"):
         directory.records()
 
 

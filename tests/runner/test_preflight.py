@@ -71,7 +71,7 @@ def test_a_bad_trace_of_arrivals_is_reported_once(tmp_path, rows, reason):
 
 def test_force_leaves_only_what_is_impossible():
     wanted = simulated(decoder=UNUSED_TEMPERATURE)
-    with pytest.raises(ConfigError, match=r"\[no_effect_sampling\] \(--force runs it all the same\)"):
+    with pytest.raises(ConfigError, match=r"\[no_effect_sampling\] \(--force runs it anyway\)"):
         preflight(wanted, CPU)
     assert "no_effect_sampling" in codes(preflight(wanted, CPU, force=True).warnings)
     wanted.min_output_tokens = 200

@@ -494,7 +494,7 @@ def test_as_a_group_the_tools_own_hydra_app_runs_the_files(generate, tmp_path):
 def test_a_range_that_no_memory_holds_is_refused(lem, swept):
     done = lem("experiment", swept, "--multirun", "--dry-run")
     assert done.code == 2
-    assert "stands for more than 100,000 values" in done.err
+    assert "expands to more than 100,000 values" in done.err
 
 
 def test_points_are_composed_without_hydra(generate, monkeypatch):

@@ -102,13 +102,38 @@ def test_a_sweeps_directory_can_be_named(lem, tmp_path):
     assert lem("experiment", *SIMULATED, "-n", "1", *given).code == 0
     (file,) = tmp_path.glob("my sweeps/2*/experiments.json")
     assert (file.parent / "multirun.yaml").is_file()
+    assert [cell.name for cell in sorted((file.parent / "plan" / "cell").iterdir())] == ["c000.yaml", "c001.yaml"]
     (tmp_path / "file").write_text("")
     refused = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=1,2", "hydra.sweep.dir=file/x")
     assert refused.code == 2
     assert "file/x cannot be used" in refused.err
 
 
-def test_the_directory_is_called_by_the_time_unless_it_is_named():
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("hydra.sweep.subdir=a,b", "a setting of Hydra takes one value for all cells"),
+        ("hydra/launcher=nope", "Could not find 'hydra/launcher/nope'"),
+        ("hydra.sweep.dir=${nope:x}", "hydra.sweep.dir: Unsupported interpolation type nope"),
+    ],
+)
+def test_a_wrong_setting_of_hydra_is_a_sentence(lem, tmp_path, setting, message):
+    refused = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=1,2", setting)
+    assert refused.code == 2
+    assert message in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_hydra_apply_to_the_multirun_and_the_command_line_is_restored(lem, tmp_path):
+    given = ("hydra/launcher=basic", "hydra.job.name=mine")
+    assert lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=1,2", *given).code == 0
+    (file,) = tmp_path.glob("multirun/*/multirun.yaml")
+    assert "name: mine" in file.read_text()
+    assert sys.argv[-1] == "hydra.job.name=mine"
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_the_directory_is_named_for_the_time_unless_it_is_given():
     assert sweep_dir(["seed=1"]).parent.name == "multirun"
     assert str(sweep_dir(["hydra.sweep.dir=a/b"])) == "a/b"
 

@@ -1,0 +1,89 @@
+"""A results directory of version 0.1.0 is read with the same numbers, and its unfinished experiments can be resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+WRITTEN = Path(__file__).parent / "written_by_0_1_0"
+IDS = [path.name for path in sorted((WRITTEN / "results" / "raw").iterdir())]
+INTERRUPTED, KILLED = "exp_20261126_020403", "exp_20261126_020408"
+ORDER = {
+    "experiments": ("experiment_id",),
+    "cycles": ("experiment_id", "cycle"),
+    "requests": ("experiment_id", "cycle", "request"),
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A copy of the directory, as if this were the machine that it was written on."""
+    shutil.copytree(WRITTEN / "results", tmp_path / "results")
+    shutil.copy(WRITTEN / "trace.csv", tmp_path)
+    file = tmp_path / "results" / "raw" / KILLED / "state.json"
+    # No process has a number as large as this.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"host": socket.gethostname(), "pid": 2**22 + 1}))
+    return tmp_path / "results"
+
+
+def expected(name):
+    return json.loads((WRITTEN / "expected" / f"{name}.json").read_text())
+
+
+def coded(warnings):
+    """Return the codes of warnings: their sentences may be reworded."""
+    return [each["code"] if isinstance(each, dict) else each.partition(":")[0] for each in warnings]
+
+
+def test_it_holds_one_of_each_kind(results):
+    statuses = [row["status"] for row in expected("list")]
+    assert statuses == ["completed", "interrupted", "interrupted", "failed", "completed", "completed"]
+    assert not list((results / "raw" / KILLED).glob("process_*")), "its journal has to stand in"
+
+
+def test_the_list_is_the_same(lem, results):
+    listed, before = json.loads(lem("results", "list", "--all", "--json").out), expected("list")
+    assert [list(row) for row in listed] == [list(row) for row in before]
+    for row, old in zip(listed, before, strict=True):
+        assert row | {"error": bool(row["error"])} == old | {"error": bool(old["error"])}
+
+
+@pytest.mark.parametrize("experiment_id", IDS)
+def test_the_records_are_the_same(lem, results, experiment_id):
+    records = json.loads(lem("results", "show", experiment_id, "--raw", "--json").out)
+    before = expected("raw")[experiment_id]
+    assert [list(record) for record in records] == [list(record) for record in before]
+    for record, old in zip(records, before, strict=True):
+        assert record | {"warnings": coded(record["warnings"])} == old | {"warnings": coded(old["warnings"])}
+
+
+def test_the_rows_are_the_same_when_they_are_computed_again(lem, results):
+    assert lem("aggregate", "--all", "--force", "--no-strict").code == 0
+    for table, keys in ORDER.items():
+        rows = pq.read_table(results / table).sort_by([(key, "ascending") for key in keys]).to_pylist()
+        before = expected(table)
+        assert [list(row) for row in rows] == [list(row) for row in before]
+        for row, old in zip(rows, before, strict=True):
+            if table != "requests":
+                row["warnings"], old["warnings"] = coded(row["warnings"]), coded(old["warnings"])
+            assert row == old
+
+
+@pytest.mark.parametrize(("experiment_id", "cycles"), [(INTERRUPTED, 2), (KILLED, 1)])
+def test_an_unfinished_experiment_can_be_resumed(lem, results, experiment_id, cycles):
+    done = lem("experiment", "--resume", experiment_id, "-y")
+    assert done.code == 0, done.err
+    row = json.loads(lem("results", "show", experiment_id, "--json").out)
+    assert (row["status"], row["requests_completed"], row["resumed"]) == ("completed", 6, 1)
+    assert [cycle["requests_completed"] for cycle in row["cycles"]] == [6] * cycles
+    assert "resumed" in coded(row["warnings"])
+    file = results / "requests" / f"{experiment_id}.parquet"
+    requests = pq.read_table(file, columns=["cycle", "request", "attempt"]).to_pylist()
+    assert sorted((r["cycle"], r["request"]) for r in requests) == [(c + 1, i) for c in range(cycles) for i in range(6)]
+    before = [r for r in expected("requests") if r["experiment_id"] == experiment_id]
+    assert len([r for r in requests if r["attempt"] == 1]) == len(before)
