@@ -129,7 +129,7 @@ def test_a_file_that_exists_stays_unless_forced(lem):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["-o", "my.json"], "ends in .yaml or .yml"),
+        (["-o", "my.json"], "must end in .yaml or .yml"),
         (["-o", "folder.yaml"], "is a directory"),
         (["-o", "file.txt/my.yaml"], "cannot be written"),
         (["--preset", "bench"], "no 'bench'"),
@@ -303,7 +303,7 @@ def test_a_person_makes_a_file_on_a_terminal(terminal, lem):
         person.answer(question, ENTER)
     person.answer("country_iso_code:", ENTER)
     assert person.ended() == 0, person.shown
-    assert "experiment.yaml is written" in person.shown
+    assert "Wrote experiment.yaml" in person.shown
     assert lem("config", "validate", "experiment.yaml").code == 0
     made = prepare(Path("experiment.yaml"), []).experiment()
     assert (made.backend.name, made.dataset.sample_size, made.max_output_tokens) == ("simulated", 3, 32)

@@ -425,7 +425,7 @@ def test_only_keys_of_the_chosen_backend_are_suggested(compose, backend, key):
         ("decoder=range(1,3)", "chosen by name"),
         ("seed=interval(0,1)", "list them"),
         ("batching=null", "named values; set one of them"),
-        ("model=???", "has to be given"),
+        ("model=???", "has to be set"),
         ("model=${nowhere}", "cannot be resolved"),
         ("model=${model}", "refers to itself"),
         ("backend.decode_s_per_token=1", "the chosen options have no such key"),
@@ -473,8 +473,8 @@ def test_all_problems_of_a_file_are_reported_at_once(compose):
         (b"- a\n- b\n", "a mapping of keys to values, not a list"),
         (b"just words\n", "a mapping of keys to values, not a text"),
         (b"\xff\xfe\x00bad", "UTF-16"),
-        (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key is given a second time, first in line 1"),
-        (b"1: x\n", "not a word"),
+        (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key is given a second time, first on line 1"),
+        (b"1: x\n", "is not a text"),
         (b"model: !!python/object/apply:os.system ['touch ran']\n", "a.yaml:1: model: the tag"),
         (b"model: ${nowhere.at.all}\n", "nowhere"),
     ],
@@ -503,7 +503,7 @@ def test_quoting_survives_hydras_grammar(compose):
 def test_a_token_cannot_get_into_a_configuration(compose, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_SomethingSecret123")
     for override in ("model=${oc.env:HF_TOKEN}", "model=hf_SomethingSecret123"):
-        with pytest.raises(ConfigError, match="holds your HF_TOKEN") as caught:
+        with pytest.raises(ConfigError, match="contains your HF_TOKEN") as caught:
             compose(override)
         assert "Secret" not in str(caught.value)
 

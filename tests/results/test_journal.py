@@ -41,7 +41,7 @@ def test_a_killed_process_is_known_up_to_its_last_batch(file):
     assert salvaged.flops.total == 2.0
     assert salvaged.warnings[-1].code == "window_cut"
     assert "1.1 s before" in salvaged.warnings[-1].text
-    assert "not known how long after its last finished request" in salvaged.warnings[-1].text
+    assert "killed an unknown time after its last finished request" in salvaged.warnings[-1].text
 
 
 def test_a_checkpoint_whose_energy_could_not_be_read_says_why_and_is_read(file):

@@ -50,7 +50,7 @@ def test_a_trace_begins_at_its_first_arrival(tmp_path):
         ("t_s\nnan\n1\n", "line 2: nan is not a possible time"),
         ("t_s\n1\n\ninf\n", "line 4: inf is not a possible time"),
         ("t_s\n1\n-inf\n", "line 3: -inf is not a possible time"),
-        ("t_s\n5\n1e300\n", "line 3: 1e.300 s is more than 30 days after the first arrival .5 s in line 2"),
+        ("t_s\n5\n1e300\n", "line 3: 1e.300 s is more than 30 days after the first arrival .5 s on line 2"),
         ("t_s\n3\n-1e308\n1e308\n", "line 2: 3 s is more than 30 days after the first arrival"),
     ],
 )
