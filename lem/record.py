@@ -83,7 +83,7 @@ class PowerRecord(Struct, frozen=True, gc=False):
 
 
 class Prefill(Struct, frozen=True, gc=False):
-    """The part of the measured window in which prompts were taken in, until the first token of each batch or request.
+    """The part of the measured window in which prompts were processed, until the first token of each batch or request.
 
     Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
     `uncertainty_j` bounds the sampling error, and also applies to the decode part, which is the rest of

@@ -135,7 +135,7 @@ WARNINGS: dict[str, WarningKind] = {
         "The window is too short for the power trace; run longer.",
     ),
     "identity_violated": WarningKind(
-        "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or tokens against their request rows.",
+        "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or token counts and their sum over requests.",
         "This is a bug in lem or damage to the files; please report it with the raw record.",
     ),
     "random_weights": WarningKind(
@@ -159,7 +159,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Lower batching.batch_size, or give the cache more memory.",
     ),
     "server_elsewhere": WarningKind(
-        "The server that ran the model is on another machine: energy is null, because no meter of this one covers it, "
+        "The server that ran the model is on another machine: energy is null, as no meter on this machine covers it, "
         "and the record's snapshot is of the client's machine.",
         "Measure on the machine where the server runs.",
     ),
@@ -174,7 +174,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "tokens_not_timed": WarningKind(
         "The server does not report how many tokens an event carries: the time to the first token is measured, and the "
-        "gaps between tokens are their mean within a request.",
+        "gaps between a request's tokens are all set to their mean.",
         "Use a server that reports token ids or usage with each event (backend.dialect=vllm); disregard percentiles of "
         "inter-token latency.",
     ),
@@ -258,7 +258,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning about the load of processes other than these, which together are the whole run."""
+    """Yield a warning about the load of other processes, if these records cover all processes of the run."""
     loads = [record.cpu_load for record in records if record.cpu_load is not None]
     here = records[0].environment
     if not loads or len(loads) < records[0].world_size or here is None or not here.cpu_threads:
@@ -282,7 +282,7 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
-    """Return the decoding time per output token; including prefill in all of them if it is known for too few."""
+    """Return each request's decoding time per output token, with prefill included in all if it is known for too few."""
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
         for r in requests

@@ -38,7 +38,7 @@ class Checkpoint:
     end_tokens: frozenset[int]
 
     def architecture(self, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture | None:
-        """Return the sizes for the FLOPs, including an adapter's weights in the body and at the output projection."""
+        """Return the sizes that decide the FLOPs, with an adapter's weights in the body and the output projection."""
         found = None if self.hollow is None else architecture_of(self.hollow)
         if found is None:
             return None

@@ -115,7 +115,7 @@ def unused_gpus(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objecti
     """Object if more GPUs are named than the experiment uses."""
     used = gpus_needed(experiment)
     if experiment.gpus is not None and used < len(gpus):
-        fact = f"{len(gpus)} GPUs are named, and the run uses {used}."
+        fact = f"{len(gpus)} GPUs are named, but the run uses {used}."
         yield Objection("unused_gpus", "gpus", fact)
 
 

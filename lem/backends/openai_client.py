@@ -1,8 +1,8 @@
 """Many concurrent requests to one server's completions endpoint, each answer with the times of its tokens.
 
 Runs in another thread, so that tokens are timed while the caller does something else. All that one
-read from the network brings arrived together, in however many events; an event that is cut in two counts
-once complete. Tokens are counted by the ids or the usage that the server sends, never by
+read from the network brings counts as arriving together, however many events it holds; an event split over two
+reads counts when it is complete. Tokens are counted by the ids or the usage that the server sends, never by
 events. Knows neither prompt texts nor experiments.
 """
 

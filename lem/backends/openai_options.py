@@ -43,7 +43,7 @@ OF_LEM = {
     "seed": "seed",
     **dict.fromkeys(("stream", "stream_options"), "streaming.enabled"),
     **dict.fromkeys(("ignore_eos", "stop_token_ids"), "lem, to the model's end tokens"),
-    "return_token_ids": "lem, which counts by them",
+    "return_token_ids": "lem, which counts tokens by them",
     **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem: one output for each prompt"),
 }
 # Decoder options that OpenAI's protocol has no field for.

@@ -123,17 +123,17 @@ class Loaded:
 
 
 def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_folder: Path, ending: ExitStack) -> Loaded:
-    """Load the tokenizer, start the server if that is asked for, wait until it is ready, and try it out.
+    """Load the tokenizer, start the server if asked to, wait until it is ready, and try it out.
 
     Args:
         experiment: one that has passed preflight.
-        address: the server's, also of one that is started here.
-        gpus: those that a server which is started here gets.
+        address: the server's, whether it is running or to be started here.
+        gpus: those given to a server that is started here.
         log_folder: takes its log.
-        ending: will end the connections and a server that was started here, also where this function fails.
+        ending: will end the connections and a server that was started here, even if this function fails.
 
     Raises:
-        RunError: the server does not start, does not get ready, or does not answer as it should.
+        RunError: the server does not start, does not become ready, or does not answer as it should.
     """
     assert isinstance(experiment.backend, OpenaiBackend)
     options = experiment.backend
@@ -206,7 +206,7 @@ def _models_in(text: str) -> list[dict[str, Any]]:
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the server's entry for the model: the one named, else the only one, else that of the model's name."""
+    """Return the server's entry for the model: the one named, else the only one, else the one with the model's name."""
     assert isinstance(experiment.backend, OpenaiBackend)
     names = [str(card["id"]) for card in models]
     if experiment.backend.model_name is not None:
@@ -288,7 +288,7 @@ class OpenaiSession:
                 self._client.send(number, self._loaded.body(each.request, self._experiment), each.at_ns)
 
         def take_the_place(answer: Answer) -> None:
-            """Let the next one arrive; called in the client's thread, the only one that handles arrivals."""
+            """Let the next request arrive; called in the client's thread, the only one that handles arrivals."""
             arrivals.finished(1, answer.ended_ns)
             send()
 

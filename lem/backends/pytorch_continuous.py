@@ -118,7 +118,7 @@ class Continuous(Session[_Request]):
             self._manager = self._make_manager(wanted)
         except (MemoryError, RuntimeError) as error:
             raise RunError(
-                f"There is no memory for a key/value cache of {self._places} requests of {wanted.longest} tokens: "
+                f"Too little memory for a key/value cache of {self._places} requests of {wanted.longest} tokens: "
                 f"{reason_of(error)} Lower batching.batch_size, max_input_tokens or max_output_tokens."
             ) from error
         except ValueError as error:

@@ -63,7 +63,7 @@ def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Object
         fact = "weights quantized by bitsandbytes cannot be split across processes."
         yield Objection("tensor_parallel_quantized", "quantization.quantization", fact)
     if strategy == "pipeline_parallel" and not gpus:
-        fact = "pipeline_parallel spreads the layers over GPUs, and the run is on the CPU."
+        fact = "pipeline_parallel spreads the layers over GPUs, but the run is on the CPU."
         yield Objection("pipeline_needs_gpus", "parallelism.strategy", fact)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not gpus and processes > cores:

@@ -1,4 +1,4 @@
-"""Engines that load the weights themselves and take in prompts while others run: what their backends share.
+"""Engines that load the weights themselves and accept prompts while others run: what their backends share.
 
 Knows no particular engine: how one loads, is given a prompt, works and is interrupted is left to each.
 """
@@ -71,7 +71,7 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Withdraw everything that is under way from the engine."""
+        """Cancel everything that is under way in the engine."""
 
     @property
     def streams(self) -> bool:
@@ -115,7 +115,7 @@ class Session(ABC, Generic[R]):
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Withdraw what is under way if its results are no longer wanted; after an error the session is unusable."""
+        """Cancel what is under way if its results are no longer wanted; after an error the session is unusable."""
         try:
             yield
         except GeneratorExit:

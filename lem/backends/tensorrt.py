@@ -371,7 +371,7 @@ class TensorrtSession(Session[Followed]):
             raise RunError(f"TensorRT-LLM does not answer: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
-        """Withdraw all that is under way from the engine, and wait until it has released it."""
+        """Cancel all that is under way in the engine, and wait until it has released it."""
         self._follower.abort(list(self.running.values()))
         until_s = time.monotonic() + CANCEL_S
         while self.running and time.monotonic() < until_s:

@@ -288,7 +288,7 @@ def _end_tokens(experiment: Experiment, model: Model | None) -> Iterator[Objecti
 
 def several_end_tokens(count: int) -> Objection:
     """Object to holding off several end tokens."""
-    fact = f"TensorRT-LLM can hold off only one end token, and the model has {count}."
+    fact = f"TensorRT-LLM can hold off only one end token, but the model has {count}."
     return Objection("one_end_token_held_off", "min_output_tokens", fact)
 
 

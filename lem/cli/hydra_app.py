@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Return a parser for the Hydra flags that matter here, and for those that take a value, which is no override."""
+    """Return a parser for the Hydra flags that matter here, and for those that take a value (not an override)."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
     for names in (("--run", "-r"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--hydra-help",)):

@@ -120,7 +120,7 @@ def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
     paths = sorted(known_keys())
     if len(parts) == 1 and name in paths and "." in name:
         outer, _, inner = name.partition(".")
-        return f"in a file, this is written nested, {outer}: {{{inner}: …}}."
+        return f"in a file, write it nested, as in {outer}: {{{inner}: …}}."
     if about := _about_backends_key(name, backend):
         return f"unknown key: {about}"
     others = set() if backend is None else {key for key in paths if key.startswith("backend.")} - _keys_of(backend)

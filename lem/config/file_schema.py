@@ -2,7 +2,7 @@
 
 Unlike a whole `Experiment`, a file need not set anything, may choose options by a plain name (`dataset: alpaca`), may
 hold `defaults:` and `preset:`, and may give any value as an interpolation (`${max_output_tokens}`). Does not know the
-rules between values; `lem config validate` does.
+rules that relate values; `lem config validate` does.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 @cache
 def _variables() -> dict[str, str]:
-    """Return the paths of the values that have an environment variable, by its name."""
+    """Return the path of each value that has an environment variable, by the variable's name."""
     return {leaf.env: leaf.path for leaf in leaves() if leaf.env}
 
 

@@ -205,7 +205,7 @@ class _Walk:
             self._report("too_large", at, f"the key is too long: {len(node.value)} characters.", node)
             return None
         shown = shortened(node.value) if isinstance(node.value, str) else "a collection"
-        self._report("bad_key", at, f"the key {shown!r} is not a text; quote it if it is meant as one.", node)
+        self._report("bad_key", at, f"the key {shown!r} is not text; quote it if it is meant to be.", node)
         return None
 
     def _scalar(self, node: yaml.ScalarNode, at: KeyPath) -> Any:
@@ -240,7 +240,7 @@ class _Walk:
 
     @contextmanager
     def _opened(self, node: yaml.Node) -> Iterator[None]:
-        """Mark a collection as open while its content is read: meeting it again inside means an endless anchor."""
+        """Mark a collection as open while its content is read: meeting it again inside means a recursive anchor."""
         location = _location(self.path, node.start_mark)
         if id(node) in self.open:
             raise _fatal("yaml_syntax", "broken YAML: an anchor contains its own alias.", location)

@@ -1,6 +1,6 @@
 """Writes plain data as YAML text, fast enough for ten thousand files, so that reading it gives the same data.
 
-Texts are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might read something different. Does not know the schema.
+Strings are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might read anything else. Does not know the schema.
 """
 
 from __future__ import annotations

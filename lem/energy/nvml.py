@@ -96,7 +96,7 @@ class NvmlMeter(Meter):
         self._sampler.start()
 
     def settle(self) -> None:
-        """Wait for each counter's next tick, so that the window begins where its value is known."""
+        """Wait for each counter's next tick, so that the window begins when the counter's value is known."""
         wait_for_ticks(self._devices, keep_polling=True)
         self._is_settled = True
 

@@ -1,6 +1,6 @@
 """Power traces: sampling in the background, integrating over a window. Knows no particular sensor.
 
-A thread that sleeps in between takes samples at a fixed rate; the meter adds a sample at each edge of a window, so that
+A thread takes samples at a fixed rate and sleeps in between; the meter adds a sample at each edge of a window, so that
 the integral covers exactly the window. Twenty samples a second follow square waves of up to 3 Hz within 2 % over 5 s;
 ten alias with a wave of 2 Hz (measured on simulated waves, `docs/accuracy.md`).
 """

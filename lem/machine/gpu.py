@@ -305,7 +305,7 @@ def _total(memory: Any) -> int:
 
 
 def _is_on(modes: Any) -> bool:
-    """Return the current mode, of the pair of the current and the pending one."""
+    """Return whether a mode is on now, given its current and its pending state."""
     return bool(modes[0])
 
 

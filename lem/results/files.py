@@ -17,7 +17,7 @@ ABANDONED_S = 1.0
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file, whole or not at all even if the machine stops."""
+    """Write a file, whole or not at all, even if the machine stops."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as scratch:
         scratch.write_bytes(data)

@@ -107,7 +107,7 @@ def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
 
 
 def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
-    """Return the previously metered devices without energy: the meter is read only when a window closes."""
+    """Return a reading without energy for each device metered before: the meter is read only when a window closes."""
     metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
     reason = "the process was killed before its window was closed"
     return tuple(replace(reading, energy_j=None, trace_energy_j=None, reason=reason) for reading in metered)

@@ -13,7 +13,7 @@ from lem.results.statistics import percentile
 
 
 class Limits(Protocol):
-    """The limits of a good request, as configured under traffic."""
+    """The limits within which a request counts as good, as configured under traffic."""
 
     ttft_limit_s: float | None
     itl_limit_s: float | None

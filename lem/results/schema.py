@@ -51,7 +51,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     cpu_energy_j: Annotated[Joules, "CPUs, measured window."]
     dram_energy_j: Annotated[Joules, "Main memory, measured window."]
     energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
-    prefill_duration_s: Annotated[Seconds, "Time in which prompts were taken in."]
+    prefill_duration_s: Annotated[Seconds, "Time in which prompts were processed."]
     decode_duration_s: Annotated[Seconds, "The rest of the window, minus its idle time where that is known."]
     # derived
     average_power_w: Annotated[Watts, "energy_j / duration_s."]
@@ -82,7 +82,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     goodput_requests_per_s: Annotated[RequestsPerSecond, "Requests within the limits on TTFT and ITL / duration_s."] = (
         None
     )
-    warnings: Annotated[list[str], "What to doubt, each as `code: sentence`; see the page on warnings."] = []
+    warnings: Annotated[list[str], "Reasons for doubt, each as `code: sentence`; see the page on warnings."] = []
 
 
 class CycleRow(Measures, frozen=True, gc=False, kw_only=True):
@@ -148,11 +148,11 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     gpu_energy_source: Annotated[str | None, "Source of gpu_energy_j."]
     cpu_energy_source: Annotated[str | None, "Source of cpu_energy_j."]
     dram_energy_source: Annotated[str | None, "Source of dram_energy_j."]
-    load_energy_j: Annotated[Joules, "As energy_j, while the model was loaded."]
+    load_energy_j: Annotated[Joules, "As energy_j, while the model was being loaded."]
     warmup_energy_j: Annotated[Joules, "As energy_j, during warm-up."]
     idle_power_before_w: Annotated[Watts, "Power before anything was loaded, headline components."]
     idle_power_loaded_w: Annotated[Watts, "Power with the model resident and nothing running."]
-    trace_energy_j: Annotated[Joules, "Integral of the GPU power trace, beside the counter."]
+    trace_energy_j: Annotated[Joules, "Integral of the GPU power trace, to compare with the counter."]
     counter_tick_s: Annotated[Seconds, "Coarsest tick of the GPU energy counters."]
     prefill_energy_j: Annotated[Joules, "Power trace over the prefill spans (integral)."]
     decode_energy_j: Annotated[
@@ -175,7 +175,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     kv_cache_bytes: Annotated[Bytes, "Keys and values of the largest batch, padding included, by formula."]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
     warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
-    warmup_cv: Annotated[Ratio, "Coefficient of variation of its last latencies."]
+    warmup_cv: Annotated[Ratio, "Coefficient of variation of the warm-up's last latencies."]
     # over the cycles
     energy_sd_j: Annotated[Joules, "Standard deviation of energy_j over the cycles."] = None
     energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j."] = None
@@ -195,7 +195,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_per_output_token_mean_j: Annotated[
         JoulesPerToken, "Mean of the cycles' own quotients: what the interval is around."
     ] = None
-    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Over the cycles."] = None
+    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "SD over the cycles."] = None
     energy_per_output_token_cv: Annotated[Ratio, "CV of energy_per_output_token_j."] = None
     energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end."] = None
     energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end."] = None

@@ -67,7 +67,7 @@ def run(experiment: Experiment, *, force: bool = False, report: Report = silent)
 
     Raises:
         ConfigError: the experiment cannot run.
-        RunError: the disk is full. A failed run is no exception: the row says so.
+        RunError: the disk is full. A run that fails raises nothing: its row says so.
         Interrupted: it was stopped from outside.
     """
     return run_ready(preflight(experiment, host.look(), force=force), report=report)
@@ -94,9 +94,9 @@ def run_ready(
         overrides: the command line's, for the record.
         config_file: the user's, for the record.
         write_tables: write the row to the tables, not only the raw records.
-        shared_with: the most other experiments that run on this machine at the same time.
+        shared_with: the largest number of other experiments running on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
-        claimed: called with the experiment's directory before the run, whatever its outcome.
+        claimed: called with the experiment's directory before the run starts, so even if it fails.
         report: receives the progress.
         launcher: runs the workers to their end.
 

@@ -229,7 +229,7 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
 
 
 def _record_cause(directory: ExperimentDir, attempt: int, cause: str) -> None:
-    """Add what stopped it to the records of an interrupted attempt; each worker knows only the signal it received."""
+    """Add the cause to the records of an interrupted attempt; each worker knows only the signal it received."""
     for record in directory.records():
         if record.attempt == attempt and record.error is not None and record.error.type == Interrupted.__name__:
             error = replace(record.error, message=f"stopped by {cause}")

@@ -50,8 +50,8 @@ class Measurement:
 
     `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
     finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
-    interrupted, and `energy_behind_s` how long before its new end its energy was last read; None otherwise, and if
-    nothing metered it.
+    interrupted, and `energy_behind_s` how long before its new end its energy was last read, None if nothing
+    metered it; otherwise both are None.
     """
 
     indices: list[int] = field(default_factory=list)

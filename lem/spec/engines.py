@@ -34,7 +34,7 @@ class PytorchBackend:
         Field(description="Key/value cache: growing, preallocated, or none (every step recomputes everything)."),
     ] = "dynamic"
     torch_compile: Annotated[
-        bool, Field(description="Compile the model's forward pass with torch.compile, at the cost of the warm-up.")
+        bool, Field(description="Compile the model's forward pass with torch.compile, at the cost of a longer warm-up.")
     ] = False
     torch_compile_mode: Annotated[
         Literal["default", "reduce-overhead", "max-autotune"],
@@ -69,7 +69,7 @@ class VllmSpeculation:
         str | None,
         Field(
             min_length=1,
-            description="How tokens are drafted: ngram, draft_model, eagle, eagle3, medusa, suffix, … null is off, or "
+            description="How tokens are drafted: ngram, draft_model, eagle, eagle3, medusa, suffix, …; null is off, or "
             "vLLM's choice when a model is given.",
         ),
     ] = None
@@ -90,7 +90,7 @@ class VllmSpeculation:
 
 @config
 class VllmBackend:
-    """vLLM's engine, in the worker process. Null leaves an option to vLLM's own default."""
+    """vLLM's engine, in the worker process. Null leaves an option at vLLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
     runs_continuously: ClassVar[bool] = True
@@ -107,7 +107,7 @@ class VllmBackend:
         Field(gt=0, le=1, description="Fraction of a GPU's memory that vLLM uses (on a CPU: of main memory)."),
     ] = None
     kv_cache_memory_bytes: Annotated[
-        int | None, Field(ge=1, description="Size of each GPU's key/value cache, instead of what the fraction leaves.")
+        int | None, Field(ge=1, description="Size of each GPU's key/value cache, overriding gpu_memory_utilization.")
     ] = None
     kv_cache_dtype: Annotated[
         str | None, Field(min_length=1, description="Dtype of the key/value cache: auto, bfloat16, fp8, …")
@@ -148,7 +148,7 @@ class TensorrtKvCache:
 
     free_gpu_memory_fraction: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Fraction that the cache takes of the GPU memory left after loading."),
+        Field(gt=0, le=1, description="Fraction of the GPU memory left after loading that the cache takes."),
     ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Maximum number of tokens in the cache.")] = None
     dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (
@@ -202,7 +202,7 @@ class TensorrtSpeculation:
 
 @config
 class TensorrtBackend:
-    """TensorRT-LLM's LLM API with the PyTorch flow. Null leaves an option to TensorRT-LLM's own default."""
+    """TensorRT-LLM's LLM API with the PyTorch flow. Null leaves an option at TensorRT-LLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
     runs_continuously: ClassVar[bool] = True
@@ -253,7 +253,7 @@ class OpenaiBackend:
         str | None,
         Field(
             min_length=1,
-            description="Address of the server (http://127.0.0.1:8000); null: a free port here, for command.",
+            description="Address of the server (http://127.0.0.1:8000); null: a free local port, for command to use.",
         ),
     ] = None
     command: Annotated[
@@ -267,7 +267,7 @@ class OpenaiBackend:
     ] = None
     model_name: Annotated[
         str | None,
-        Field(min_length=1, description="Name of the model on the server; null: the only one it has, or model."),
+        Field(min_length=1, description="The model's name on the server; null: the server's only model, else model."),
     ] = None
     dialect: Annotated[
         Literal["vllm", "openai"],

@@ -49,7 +49,7 @@ class Decoder:
     temperature: Annotated[float, Field(gt=0, le=10, description="Sampling temperature.")] = 1.0
     top_k: Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0 means all.")] = 0
     top_p: Annotated[
-        float, Field(gt=0, le=1, description="Sample from the smallest set of tokens with this probability (nucleus).")
+        float, Field(gt=0, le=1, description="Sample from the likeliest tokens with this total probability (nucleus).")
     ] = 1.0
     min_p: Annotated[
         float,
@@ -99,7 +99,7 @@ class Parallelism:
         ),
     ] = "none"
     degree: Annotated[
-        int, Field(ge=1, le=1024, description="Number of processes of the strategy (pipeline_parallel: of GPUs).")
+        int, Field(ge=1, le=1024, description="Number of processes that the strategy uses (pipeline_parallel: GPUs).")
     ] = 1
 
 
@@ -231,7 +231,7 @@ class Energy:
         str | None,
         Field(
             pattern="^[A-Z]{3}$",
-            description="Country whose grid's mean carbon intensity applies (ISO 3166 alpha-3, DEU).",
+            description="Country whose grid's mean carbon intensity applies (ISO 3166 alpha-3, such as DEU).",
         ),
     ] = None
     carbon_intensity_g_per_kwh: Annotated[

@@ -94,7 +94,7 @@ class Grid:
 
     @property
     def invalid(self) -> tuple[Point, ...]:
-        """The others."""
+        """The points with problems."""
         return tuple(point for point in self.points if point.problems)
 
 

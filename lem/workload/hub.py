@@ -37,7 +37,7 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
             config,
             data_files=files,
             split=split or DEFAULT_SPLIT,
-            # The library's cache identifies local directories only by their last name, and does not notice changes.
+            # The library's cache identifies local directories only by their path's end, and does not notice changes.
             streaming=Path(path).is_dir(),
         )
     except DatasetError:

@@ -62,7 +62,7 @@ def read_trace(path: Path, count: int) -> list[float]:
     """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0.
 
     Raises:
-        BadInput: it cannot be read, holds fewer, or a time that is not finite or over `LONGEST_S` after the first.
+        BadInput: it cannot be read, holds fewer, or has a time that is not finite or over `LONGEST_S` after the first.
     """
     try:
         times = _times(path)

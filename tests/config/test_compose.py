@@ -448,7 +448,7 @@ def test_a_bad_override_is_one_sentence_with_the_remedy(compose, override, messa
         ("batching: [1]", "batching: it must be a mapping of named values, not a list"),
         ("batching: null", "a.yaml:1: batching: it must be a mapping of named values, not null"),
         ("batching: 4", "batching"),
-        ("batching.batch_size: 4", r"written nested, batching: \{batch_size: …\}"),
+        ("batching.batch_size: 4", r"write it nested, as in batching: \{batch_size: …\}"),
         ("a: &x {batch_size: 3}\nbatching: *x", "a: unknown key"),
     ],
 )
@@ -474,7 +474,7 @@ def test_all_problems_of_a_file_are_reported_at_once(compose):
         (b"just words\n", "a mapping of keys to values, not a text"),
         (b"\xff\xfe\x00bad", "UTF-16"),
         (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key is given a second time, first on line 1"),
-        (b"1: x\n", "is not a text"),
+        (b"1: x\n", "is not text"),
         (b"model: !!python/object/apply:os.system ['touch ran']\n", "a.yaml:1: model: the tag"),
         (b"model: ${nowhere.at.all}\n", "nowhere"),
     ],
