@@ -28,7 +28,7 @@ DEFAULT_FILE = Path("experiment.yaml")
 HEAD = """\
 {editor}
 # A lem experiment: lem config validate checks it, lem experiment runs it.
-# A value after a # is already in effect; to change it, delete its # and its group's."""
+# A value after # is already in effect; to set it, delete its # and its group's."""
 
 
 def render(draft: Draft) -> str:
