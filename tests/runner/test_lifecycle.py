@@ -108,7 +108,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     (cut,) = [warning["text"] for warning in record["warnings"] if warning["code"] == "window_cut"]
     assert "energy" not in cut, "nothing metered it"
     assert re.fullmatch(
-        r"the window was interrupted \S+ s after its last finished request; it now ends with that\.", cut
+        r"the window was interrupted \S+ s after its last finished request; it now ends there\.", cut
     )
     assert 0 < record["requests_completed"] < 40
     assert row["requests_completed"] == record["requests_completed"]
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_a_sweep_with_all_its_remaining_cells(tmp_path):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert len(list(tmp_path.glob("results/raw/*"))) == 1
-    assert f"lem experiment --resume {only(tmp_path).id}\nThe same command goes on" in err
+    assert f"lem experiment --resume {only(tmp_path).id}\nThe same command resumes" in err
 
 
 def test_ctrl_c_after_the_end_changes_no_exit_code(tmp_path):

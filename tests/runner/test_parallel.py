@@ -427,7 +427,7 @@ def test_accelerate_that_starts_a_single_process_is_detected(tmp_path):
     done = subprocess.run([*launcher, *SIMULATED], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1  # accelerate's, which shows that of its process:
     assert "non-zero exit status 2" in done.stderr
-    assert "Error: accelerate launch was asked for several processes and has started a single one" in done.stderr
+    assert "Error: accelerate launch was asked for several processes but started only one" in done.stderr
     assert "torch.distributed.run --nproc_per_node" in done.stderr
     assert not (tmp_path / "results").exists()
 

@@ -123,7 +123,7 @@ def test_a_beginning_that_fits_several_is_refused(lem, killed):
     (killed.path.parent / "exp_20200101_000000").mkdir()
     done = lem("experiment", "--resume", "exp_20", "-o", "results")
     assert done.code == 2
-    assert "fits 2 experiments" in done.err
+    assert "matches 2 experiments" in done.err
 
 
 def test_anything_else_that_would_decide_what_runs_is_refused(lem, killed):
