@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,12 @@ from lem.studies.display import StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, row_of
 
 
-class Runner:
+class Runner(ABC):
     """Runs cells: one after another in this process, or several at once in child processes."""
 
+    @abstractmethod
     def run(self, number: int, experiment: Experiment) -> None:
         """Run or start a cell; an error is recorded as its state in the manifest and not raised."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """Wait for the cells that are still running."""
