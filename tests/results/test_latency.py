@@ -14,6 +14,7 @@ from lem.results.latency import of_tokens, under_load
 from lem.spec.experiment import Traffic
 from lem.workload.tokens import Chunk, first_tokens, token_times
 from lem.workload.traffic import arrival_times_s
+from tests.theory import exact_waits_s
 
 MS = 1_000_000
 
@@ -119,11 +120,16 @@ def test_queueing_agrees_with_theory_on_the_simulated_engine(lem, tmp_path):
     )  # fmt: skip
     assert done.code == 0
     requests = pd.read_parquet(tmp_path / "results/requests").sort_values("request")
-    wait_s, free_s = [], 0.0
-    for arrived_s, start_s, end_s in zip(requests.arrived_s, requests.start_s, requests.end_s, strict=True):
-        wait_s.append(max(0.0, free_s - arrived_s))
-        free_s = max(free_s, arrived_s) + (end_s - start_s)
-    # What the engine's sleep is late by is in neither service nor queue; on a busy machine it adds up.
-    assert requests.queue_s.mean() == pytest.approx(statistics.fmean(wait_s), rel=0.2, abs=0.002)
+    service_s = requests.end_s - requests.start_s
+    free_s = requests.end_s.shift(fill_value=0.0)
+    # What the engine waits for lem before a request delays those after it as service does; how long it is depends on
+    # the machine, and on what else runs there.
+    before_s = requests.start_s - requests.arrived_s.clip(lower=free_s)
+    assert 0 <= before_s.median() < 0.0025
+    usual_s = before_s.quantile(0.95)
+    least_s = statistics.fmean(exact_waits_s(requests.arrived_s, service_s))
+    most_s = statistics.fmean(exact_waits_s(requests.arrived_s, service_s + usual_s)) + usual_s
+    assert 0.99 * least_s <= requests.queue_s.mean() <= most_s
+    assert requests.queue_s.tolist() == pytest.approx((requests.start_s - requests.arrived_s).tolist(), abs=1e-6)
     expected = arrival_times_s(Traffic(pattern="poisson", target_qps=50.0), 250, 42)
     assert (requests.arrived_s - expected).abs().max() < 0.001

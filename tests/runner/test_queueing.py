@@ -15,6 +15,7 @@ import pytest
 from lem.spec.experiment import Traffic
 from lem.workload.traffic import arrival_times_s
 from tests.conftest import command
+from tests.theory import exact_waits_s
 
 SERVICE_S, RATE_PER_S, REQUESTS = 0.08, 6.25, 1875
 LOAD = RATE_PER_S * SERVICE_S
@@ -33,21 +34,15 @@ def drawn(seed: int) -> list[float]:
     return arrival_times_s(Traffic(pattern="poisson", target_qps=RATE_PER_S), REQUESTS, seed)
 
 
-def exact_waits_s(arrivals_s: Sequence[float], service_s: float = SERVICE_S) -> list[float]:
-    """Return each request's wait by Lindley's recursion: the engine is free when it has served those before."""
-    waits, free_s = [], 0.0
-    for at_s in arrivals_s:
-        start_s = max(at_s, free_s)
-        waits.append(start_s - at_s)
-        free_s = start_s + service_s
-    return waits
+def exact_mean_s(arrivals_s: Sequence[float], service_s: float = SERVICE_S) -> float:
+    return statistics.fmean(exact_waits_s(arrivals_s, [service_s] * len(arrivals_s)))
 
 
 def test_drawn_arrivals_wait_as_long_as_theory_says_on_average_over_seeds():
-    means = [statistics.fmean(exact_waits_s(drawn(seed))) for seed in range(600)]
+    means = [exact_mean_s(drawn(seed)) for seed in range(600)]
     assert statistics.stdev(means) / len(means) ** 0.5 < 0.004 * WAIT_S
     assert statistics.fmean(means) == pytest.approx(WAIT_S, rel=0.01)
-    assert statistics.fmean(exact_waits_s(drawn(SEED))) == pytest.approx(WAIT_S, rel=0.002)
+    assert exact_mean_s(drawn(SEED)) == pytest.approx(WAIT_S, rel=0.002)
 
 
 @pytest.mark.slow
@@ -63,7 +58,7 @@ def test_five_minutes_of_poisson_arrivals_queue_as_theory_says(tmp_path):
     # How long the engine waits for lem between two requests of which the second is there already.
     between_s = [b["start_s"] - a["end_s"] for a, b in pairwise(own) if b["arrived_s"] <= a["end_s"]]
     # What lem does between two requests delays the next one as service does; how long it takes is the machine's.
-    exact_s = statistics.fmean(exact_waits_s(arrivals_s, SERVICE_S + statistics.fmean(between_s)))
+    exact_s = exact_mean_s(arrivals_s, SERVICE_S + statistics.fmean(between_s))
     print(
         f"\n{len(own)} requests in {row['duration_s']:.1f} s, {priority}\n"
         f"arrivals  {row['arrival_rate_per_s']:8.3f} /s   asked for {RATE_PER_S:.3f}\n"
@@ -80,7 +75,7 @@ def test_five_minutes_of_poisson_arrivals_queue_as_theory_says(tmp_path):
     assert row["queue_mean_s"] == pytest.approx(exact_s, rel=WITHIN)
     # Not more than a fortieth of the service: beyond that lem, and not the traffic, would decide the waits.
     assert statistics.median(between_s) < SERVICE_S / 40
-    assert statistics.fmean(exact_waits_s(arrivals_s)) == pytest.approx(WAIT_S, rel=WITHIN)
+    assert exact_mean_s(arrivals_s) == pytest.approx(WAIT_S, rel=WITHIN)
     assert row["idle_share"] == pytest.approx(1 - LOAD, rel=WITHIN)
 
 
