@@ -1,6 +1,7 @@
 """Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
-Windows follow each other, energy is summed device by device, and a value that one attempt lacks is unknown for all.
+The attempts' windows are added up without the gaps between them, energy is summed per device, and a value that is
+missing from any attempt is unknown in the merged record.
 Knows only records.
 """
 
@@ -54,7 +55,7 @@ def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
 
 
 def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
-    """Sum the readings of each device; a component that one window lacks has no energy."""
+    """Sum the readings of each device; the energy of a component that any window lacks is null."""
     components = [{reading.component for reading in window.energy} for window in windows]
     by_device: dict[tuple[str, ...], list[EnergyReading]] = {}
     for reading in (reading for window in windows for reading in window.energy):
