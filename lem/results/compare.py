@@ -1,0 +1,229 @@
+"""Compares the arms of a campaign: ratios to a baseline, with intervals, p-values and verdicts.
+
+The replicate is the cell, one fresh process; values are paired by cycle, and compared as logarithms, because noise and
+drift act on a ratio. Works on plain numbers; why these methods, and how often their intervals cover, is in
+docs/campaigns.md. Knows neither tables nor how an experiment is run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lem.results.statistics import t_quantile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Verdict = Literal["less", "more", "the same", "cannot tell"]
+CONFIDENCE = 0.95
+# What `cycles_needed` looks for: the chance of an answer, and the most cycles that are worth naming.
+POWER = 0.8
+MOST_CYCLES = 10_000
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An arm against the baseline; `ratio` is its value in that of the baseline.
+
+    `cycles` are those in which both have a value above 0; no other enters. The interval is simultaneous over all
+    contrasts of a comparison (Bonferroni): `confidence` is the level of this one. `p_value` is for a ratio of 1, and
+    `p_adjusted` the same after Holm (1979). With fewer than two cycles there is neither interval nor p-value.
+    """
+
+    cycles: int
+    ratio: float | None
+    ci_low: float | None
+    ci_high: float | None
+    confidence: float
+    p_value: float | None
+    p_adjusted: float | None
+    verdict: Verdict
+    cycles_needed: int | None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The mean logarithm of a ratio, its standard error, and the degrees of freedom of that."""
+
+    mean: float
+    error: float
+    degrees_of_freedom: int
+
+
+def contrasts(
+    values: Sequence[Sequence[float | None]],
+    *,
+    baseline: int = 0,
+    positions: Sequence[Sequence[int]] | None = None,
+    confidence: float = CONFIDENCE,
+    margin: float | None = None,
+) -> list[Contrast | None]:
+    """Return each arm's contrast to the baseline, and None for the baseline itself.
+
+    Args:
+        values: a row for each cycle, with the value of each arm; None or 0 where there is none.
+        baseline: the arm that others are compared with.
+        positions: each cell's position in its cycle, which a latin design takes out; None leaves it in the noise.
+        confidence: of the intervals, all together.
+        margin: an arm is the same as the baseline if its ratio is within 1 ± margin; None: no such verdict.
+    """
+    logs = [[math.log(value) if value else math.nan for value in row] for row in values]
+    arms = range(len(logs[0]))
+    each = 1 - (1 - confidence) / max(1, len(arms) - 1)
+    effects = [None if arm == baseline else _effect(logs, positions, arm, baseline) for arm in arms]
+    tested = [_p_value(effect) for effect in effects if effect is not None]
+    adjusted = iter(holm(tested))
+    pairs = [sum(not math.isnan(row[arm]) and not math.isnan(row[baseline]) for row in logs) for arm in arms]
+    return [
+        None
+        if arm == baseline
+        else _without_interval(logs, arm, baseline, each)
+        if (effect := effects[arm]) is None
+        else _contrast(pairs[arm], effect, each, next(adjusted), margin)
+        for arm in arms
+    ]
+
+
+def paired_effects(logs: np.ndarray[Any, Any], baseline: int = 0) -> tuple[Any, Any, int]:
+    """Return means, standard errors and degrees of freedom of the arms' differences from the baseline, by cycle.
+
+    Args:
+        logs: logarithms of complete campaigns, by campaign, cycle and arm.
+        baseline: the arm that is subtracted; its own column is 0.
+    """
+    import numpy as np
+
+    cycles = logs.shape[-2]
+    differences = logs - logs[..., baseline : baseline + 1]
+    return differences.mean(-2), differences.std(-2, ddof=1) / np.sqrt(cycles), cycles - 1
+
+
+def latin_effects(
+    logs: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], baseline: int = 0
+) -> tuple[Any, Any, int]:
+    """Return the same from a linear model with cycle, arm and position, by ordinary least squares.
+
+    Args:
+        logs: logarithms by campaign, cycle and arm; NaN where a cell is missing, in all campaigns alike.
+        positions: each cell's position, from 1, by cycle and arm; the same for all campaigns.
+        baseline: the arm that is subtracted.
+    """
+    import numpy as np
+
+    cycles, arms = logs.shape[-2:]
+    of_cycle = np.repeat(np.eye(cycles), arms, axis=0)
+    of_arm = np.delete(np.tile(np.eye(arms), (cycles, 1)), baseline, axis=1)
+    of_position = np.eye(arms)[positions.reshape(-1) - 1][:, 1:]
+    design = np.hstack([of_arm, of_cycle, of_position])
+    flat = logs.reshape(-1, cycles * arms)
+    known = ~np.isnan(flat[0])
+    design, flat = design[known], flat[:, known]
+    inverse = np.linalg.pinv(design)
+    found = flat @ inverse.T
+    left = flat - found @ design.T
+    degrees_of_freedom = int(known.sum() - np.linalg.matrix_rank(design))
+    variance = (left**2).sum(-1) / max(1, degrees_of_freedom)
+    spread = np.sqrt(np.diag(inverse @ inverse.T)[: arms - 1])
+    means = np.insert(found[:, : arms - 1], baseline, 0.0, axis=1)
+    errors = np.insert(np.sqrt(variance)[:, None] * spread, baseline, 0.0, axis=1)
+    return means, errors, degrees_of_freedom
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted by Holm's step-down method, in the order given.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6
+    (1979).
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for step, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - step) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def is_within(effect: Effect, margin: float, alpha: float = 1 - CONFIDENCE) -> bool:
+    """Return whether two one-sided tests at a level of `alpha` each put the ratio within 1 ± margin.
+
+    That is the case if the interval with a confidence of 1 - 2·alpha lies inside. Source: D. J. Schuirmann, A
+    comparison of the two one-sided tests procedure and the power approach, J. Pharmacokinetics and Biopharmaceutics 15
+    (1987).
+    """
+    half = t_quantile(1 - alpha, effect.degrees_of_freedom) * effect.error
+    return math.log(1 - margin) < effect.mean - half and effect.mean + half < math.log(1 + margin)
+
+
+def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power: float = POWER) -> int | None:
+    """Return how many cycles would tell a mean from 0 with this chance; None if `MOST_CYCLES` would not do.
+
+    Args:
+        mean: the mean difference of logarithms to be found.
+        sd: the standard deviation of one cycle's difference.
+        confidence: of the interval that must exclude 0.
+        power: the chance that it does.
+    """
+    if sd == 0 or mean == 0:
+        return 2 if mean else None
+    for cycles in range(2, MOST_CYCLES + 1):
+        needed = t_quantile(0.5 + confidence / 2, cycles - 1) + t_quantile(power, cycles - 1)
+        if abs(mean) / sd * math.sqrt(cycles) >= needed:
+            return cycles
+    return None
+
+
+def _effect(
+    logs: Sequence[Sequence[float]], positions: Sequence[Sequence[int]] | None, arm: int, baseline: int
+) -> Effect | None:
+    """Return an arm's effect, or None if so few values have no spread."""
+    import numpy as np
+
+    if positions is not None:
+        means, errors, degrees_of_freedom = latin_effects(np.array([logs]), np.array(positions), baseline)
+        if degrees_of_freedom >= 1:
+            return Effect(float(means[0, arm]), float(errors[0, arm]), degrees_of_freedom)
+    both = [(row[arm], row[baseline]) for row in logs if not math.isnan(row[arm]) and not math.isnan(row[baseline])]
+    if len(both) < 2:
+        return None
+    means, errors, degrees_of_freedom = paired_effects(np.array([both]), baseline=1)
+    return Effect(float(means[0, 0]), float(errors[0, 0]), degrees_of_freedom)
+
+
+def _without_interval(logs: Sequence[Sequence[float]], arm: int, baseline: int, confidence: float) -> Contrast:
+    differences = [row[arm] - row[baseline] for row in logs]
+    known = [each for each in differences if not math.isnan(each)]
+    ratio = math.exp(math.fsum(known) / len(known)) if known else None
+    return Contrast(len(known), ratio, None, None, confidence, None, None, "cannot tell", None)
+
+
+def _contrast(cycles: int, effect: Effect, confidence: float, p_adjusted: float, margin: float | None) -> Contrast:
+    half = t_quantile(0.5 + confidence / 2, effect.degrees_of_freedom) * effect.error
+    low, high = effect.mean - half, effect.mean + half
+    verdict: Verdict = "less" if high < 0 else "more" if low > 0 else "cannot tell"
+    if margin is not None and is_within(effect, margin, 1 - confidence):
+        verdict = "the same"
+    needed = None
+    if verdict == "cannot tell":
+        needed = cycles_needed(effect.mean, effect.error * math.sqrt(cycles), confidence)
+    return Contrast(
+        cycles=cycles,
+        ratio=math.exp(effect.mean),
+        ci_low=math.exp(low),
+        ci_high=math.exp(high),
+        confidence=confidence,
+        p_value=_p_value(effect),
+        p_adjusted=p_adjusted,
+        verdict=verdict,
+        cycles_needed=needed,
+    )
+
+
+def _p_value(effect: Effect) -> float:
+    from scipy.special import stdtr
+
+    if effect.error == 0:
+        return 1.0 if effect.mean == 0 else 0.0
+    return float(2 * stdtr(effect.degrees_of_freedom, -abs(effect.mean) / effect.error))

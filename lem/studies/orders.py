@@ -1,0 +1,96 @@
+"""The orders in which a campaign measures its arms: pure functions of (structure, arms, cycles, seed).
+
+A cell is one arm in one cycle; a cycle holds every arm once. What a structure does to the comparison, and why shuffled
+is the default, is in docs/campaigns.md. The order of a cycle does not depend on how many follow, so a campaign that is
+extended keeps what it has measured. Knows nothing about configurations.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Structure = Literal["shuffled", "latin", "interleaved", "grouped"]
+STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell's place in a campaign: its cycle and its position in that cycle, from 1, and its arm, from 0."""
+
+    cycle: int
+    position: int
+    arm: int
+
+
+def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place]:
+    """Return the places in the order in which they are measured.
+
+    Args:
+        structure: `shuffled`: a new random order in each cycle; `latin`: rows of Williams squares in random order;
+            `interleaved`: the same order in each cycle; `grouped`: all cycles of one arm, then those of the next.
+        arms: the number of arms, at least one.
+        cycles: the number of cycles, at least one.
+        seed: for shuffled and latin; the same seed gives the same order on every machine.
+    """
+    if structure == "grouped":
+        return [Place(cycle, arm + 1, arm) for arm in range(arms) for cycle in range(1, cycles + 1)]
+    return [
+        Place(cycle, position, arm)
+        for cycle in range(1, cycles + 1)
+        for position, arm in enumerate(_cycle(structure, arms, cycle, seed), start=1)
+    ]
+
+
+def square_size(arms: int) -> int:
+    """Return the number of cycles in a whole design in which each arm follows each other one equally often.
+
+    Williams (1949): one square for an even number of arms, two for an odd one.
+    """
+    return arms if arms % 2 == 0 else 2 * arms
+
+
+def is_balanced(arms: int, cycles: int) -> bool:
+    """Return whether so many cycles of a latin campaign are whole squares, balanced for position and predecessor."""
+    return cycles % square_size(arms) == 0
+
+
+def _cycle(structure: Structure, arms: int, cycle: int, seed: int) -> Sequence[int]:
+    """Return the arms of a cycle in order."""
+    if structure == "interleaved":
+        return range(arms)
+    if structure == "latin":
+        size = square_size(arms)
+        square, row = divmod(cycle - 1, size)
+        return _relabelled(williams_square(arms), _random(seed, "square", square), row)
+    found = list(range(arms))
+    _random(seed, "cycle", cycle).shuffle(found)
+    return found
+
+
+def _random(seed: int, what: str, number: int) -> random.Random:
+    # Seeded by a text, of which Python hashes every byte: neighbouring seeds and cycles have unrelated streams.
+    return random.Random(f"{seed}/{what}/{number}")
+
+
+def _relabelled(square: Sequence[Sequence[int]], chance: random.Random, row: int) -> list[int]:
+    """Return a row of the square after its rows are shuffled and its arms renamed at random."""
+    rows, names = list(square), list(range(len(square[0])))
+    chance.shuffle(rows)
+    chance.shuffle(names)
+    return [names[arm] for arm in rows[row]]
+
+
+def williams_square(arms: int) -> list[list[int]]:
+    """Return the rows of a Williams design: a latin square balanced for predecessors, or two for an odd number.
+
+    Source: E. J. Williams, Experimental designs balanced for the estimation of residual effects of treatments,
+    Australian Journal of Scientific Research A 2 (1949).
+    """
+    first = [0]
+    for step in range(1, arms):
+        first.append(step // 2 + 1 if step % 2 else arms - step // 2)
+    rows = [[(arm + shift) % arms for arm in first] for shift in range(arms)]
+    return rows if arms % 2 == 0 else rows + [row[::-1] for row in rows]
