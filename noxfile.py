@@ -176,5 +176,6 @@ def bench(session: nox.Session) -> None:
 
 @in_dev
 def accuracy(session: nox.Session) -> None:
-    """Compare the GPU meter's joules with power curves whose integral is known, and measure the cost of metering."""
+    """Compare the GPU meter's joules with known power curves, measure its cost, and simulate campaigns."""
     run_in_dev(session, "python", "-m", "bench.accuracy")
+    run_in_dev(session, "python", "-m", "bench.campaigns")

@@ -178,6 +178,52 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server that reports token ids or usage with each event (backend.dialect=vllm); disregard percentiles of "
         "inter-token latency.",
     ),
+    "campaign_fixed_order": WarningKind(
+        "The arms of a campaign are measured in the same order in each cycle (interleaved), or one after the other "
+        "(grouped): a drift of the machine looks like a difference between them, and intervals cover less often than "
+        "they say.",
+        "Use --structure shuffled or latin.",
+    ),
+    "campaign_unbalanced": WarningKind(
+        "A latin campaign does not consist of whole squares, so positions and predecessors are not shared equally.",
+        "Run a multiple of the named number of cycles.",
+    ),
+    "campaign_cells_missing": WarningKind(
+        "Cells of a campaign have no result: they failed, were interrupted, or have not run.",
+        "Run the same command again: it measures what is missing.",
+    ),
+    "campaign_boards_differ": WarningKind(
+        "Cells of a campaign ran on different machines or devices, whose sensors may differ by several percent.",
+        "Measure all cells on the same machine and GPU (gpus).",
+    ),
+    "campaign_meters_differ": WarningKind(
+        "The energy of a campaign's cells has different sources, scopes or components, so it is not comparable.",
+        "Name one meter for all arms (energy=…), and see why a cell's meter changed.",
+    ),
+    "campaign_estimate": WarningKind(
+        "The energy that a campaign compares is an estimate, not a measurement.",
+        "Measure on a machine with a GPU's counter or readable RAPL counters.",
+    ),
+    "campaign_prompts_differ": WarningKind(
+        "The arms of a campaign did not run the same prompts.",
+        "Give one dataset, sample size and seed for all arms.",
+    ),
+    "campaign_lengths_differ": WarningKind(
+        "The arms of a campaign generated different numbers of output tokens, by more than 1 %.",
+        "Compare the energy per request as well, or fix the lengths (min_output_tokens = max_output_tokens).",
+    ),
+    "campaign_trend": WarningKind(
+        "The measure changed over a campaign, whatever arm was measured: the machine drifts.",
+        "Warm up longer, wait between cells (--config-gap), or cool down to a temperature (--cool-to).",
+    ),
+    "campaign_position": WarningKind(
+        "The measure depends on the position within a cycle.",
+        "Use --structure latin, which takes the position out, and wait between cells (--config-gap).",
+    ),
+    "campaign_cells_warn": WarningKind(
+        "Cells of a campaign have warnings of their own.",
+        "lem results list --campaign NAME lists the cells, and lem results show ID shows their warnings.",
+    ),
     "fewer_prompts": WarningKind("The dataset has fewer prompts than were requested.", "Lower --sample-size."),
 }
 

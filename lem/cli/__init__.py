@@ -20,7 +20,7 @@ from lem.cli.streams import forgiving_streams, lost_output
 
 # Each module registers its commands, in the order of lem --help.
 # isort: off
-from lem.cli import experiment, batch, config, results, inventory  # noqa: F401
+from lem.cli import experiment, batch, campaign, config, results, inventory  # noqa: F401
 # isort: on
 
 # The flags for values, named in errors about those values.

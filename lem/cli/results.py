@@ -57,6 +57,7 @@ def results_list(
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="Only backends whose name contains this.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets whose name contains this.")] = None,
+    campaign: Annotated[str | None, typer.Option("--campaign", help="Only cells of the campaign of this name.")] = None,
     since: Annotated[str | None, typer.Option("--since", help="Only those started at this time or later.")] = None,
     last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of those listed.")] = None,
     sort: Annotated[
@@ -69,7 +70,7 @@ def results_list(
     """List experiments, oldest first."""
     from lem.results import browse
 
-    selection = browse.Selection(status, model, backend, dataset, since, last, sort, reverse)
+    selection = browse.Selection(status, model, backend, dataset, campaign, since, last, sort, reverse)
     store = browse.store_at(results_dir)
     raise typer.Exit(browse.list_experiments(store, selection, everything=everything, as_json=as_json))
 
@@ -77,7 +78,12 @@ def results_list(
 @results_app.command("show")
 def results_show(
     experiment_id: Annotated[
-        str, typer.Argument(help="Experiment id, or the beginning of one.", autocompletion=complete.experiment_ids)
+        str,
+        typer.Argument(
+            metavar="ID|CAMPAIGN",
+            help="Experiment id, or the beginning of one; or the name of a campaign.",
+            autocompletion=complete.experiment_ids,
+        ),
     ],
     results_dir: ResultsDir = None,
     raw: Annotated[
@@ -88,8 +94,10 @@ def results_show(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show one experiment: its measurements, its cycles, its state."""
+    """Show one experiment (its measurements, cycles and state), or what a campaign has found."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)
+    if browse.is_campaign(store, experiment_id):
+        raise typer.Exit(browse.show_campaign(store, experiment_id, as_json=as_json))
     raise typer.Exit(browse.show_experiment(store, experiment_id, raw=raw, environment=environment, as_json=as_json))

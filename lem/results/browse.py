@@ -55,6 +55,7 @@ class Selection:
     model: str | None = None
     backend: str | None = None
     dataset: str | None = None
+    campaign: str | None = None
     since: str | None = None
     last: int | None = None
     sort: str | None = None
@@ -95,7 +96,8 @@ class Selection:
     def _fits(self, one: Listed) -> bool:
         pairs = ((self.model, one.model), (self.backend, one.backend), (self.dataset, one.dataset))
         within = all(wanted is None or wanted.lower() in text.lower() for wanted, text in pairs)
-        return within and self.status in (None, one.status)
+        of_campaign = self.campaign is None or (one.row is not None and one.row.campaign == self.campaign)
+        return within and of_campaign and self.status in (None, one.status)
 
 
 def _sorted(listed: Sequence[Listed], column: str, reverse: bool) -> list[Listed]:
@@ -116,7 +118,8 @@ def list_experiments(store: Store, selection: Selection, *, everything: bool, as
 
 def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
     """Print the list; return a message for each file that could not be read."""
-    of_table = dict.fromkeys((*COLUMNS, *([selection.sort] if selection.sort else [])))
+    more = [*([selection.sort] if selection.sort else []), *(["campaign"] if selection.campaign else [])]
+    of_table = dict.fromkeys((*COLUMNS, *more))
     rows, damaged = Tables(store).rows(None if as_json else list(of_table))
     ids = store.ids()
     raw, with_row = set(ids), {row.experiment_id for row in rows}
@@ -197,6 +200,28 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
             raise ResultsError(f"{directory.id} has no record of its environment.")
         print()
         show.print_pairs(_environment_lines(around))
+    return 0
+
+
+def is_campaign(store: Store, name: str) -> bool:
+    """Return whether a results directory holds a campaign of this name."""
+    from lem.results.campaign import DEFINITION, folder_of
+    from lem.spec.campaign import NAME
+
+    return NAME.fullmatch(name) is not None and (folder_of(store, name) / DEFINITION).is_file()
+
+
+def show_campaign(store: Store, name: str, *, as_json: bool) -> int:
+    """Print what a campaign has found, from its files; return 0."""
+    from lem.results.campaign import answer, folder_of, read_cells, read_definition
+    from lem.results.campaign_show import as_plain, show_answer
+
+    folder = folder_of(store, name)
+    found = answer(read_definition(folder), read_cells(store, folder))
+    if as_json:
+        print(show.as_json(as_plain(found)))
+    else:
+        show_answer(found)
     return 0
 
 

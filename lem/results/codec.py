@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from lem.results.plan import Plan, PromptsInfo
+from lem.results.plan import CampaignCell, Plan, PromptsInfo
 from lem.spec.experiment import Experiment
 
 T = TypeVar("T")
@@ -134,6 +134,7 @@ class PlanExcerpt(msgspec.Struct, gc=False):
     config_sha256: str = ""
     processes: int = 1
     overrides: list[str] = []
+    campaign: CampaignCell | None = None
     config_json: str = ""
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # 1  first version
 # 2  replicas, shared_with and the configuration's digest
 # 3  the digest of a trace's arrivals, which are in arrivals.json
-FORMAT_VERSION = 3
+# 4  the place in a campaign
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,23 @@ class PromptsInfo:
 
 
 @dataclass(frozen=True)
+class CampaignCell:
+    """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1)."""
+
+    name: str
+    arm: str
+    cycle: int
+    position: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the experiment will run: the checked configuration, the prompts, and how many processes share them.
 
     The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
     parallelism). `shared_with` counts the other experiments meant to run on this machine at the same time.
-    `arrivals_sha256` is the digest of a trace's arrivals, which are in arrivals.json; empty without them.
+    `arrivals_sha256` is the digest of a trace's arrivals, which are in arrivals.json; empty without them. `campaign` is
+    the experiment's place in a campaign, if it belongs to one.
     """
 
     experiment_id: str
@@ -58,6 +70,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
     config_file: str | None = None
     arrivals_sha256: str = ""
+    campaign: CampaignCell | None = None
     lem_version: str = __version__
     format_version: int = FORMAT_VERSION
 

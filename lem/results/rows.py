@@ -147,7 +147,7 @@ def _status(records: Sequence[ProcessRecord]) -> Status:
 
 def _configured(cycles: Sequence[Cycle]) -> Columns:
     plans = [cycle.plan for cycle in cycles]
-    wanted = [plan.experiment for plan in plans]
+    wanted, places = [plan.experiment for plan in plans], [plan.campaign for plan in plans]
     return {
         "experiment_id": of_each(plans, "experiment_id"),
         "requests_planned": of_each(plans, "prompts.count"),
@@ -162,6 +162,10 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
         "batch_size": of_each(wanted, "batching.batch_size"),
         "max_output_tokens": of_each(wanted, "max_output_tokens"),
         "seed": of_each(wanted, "seed"),
+        "campaign": of_each(places, "name"),
+        "campaign_arm": of_each(places, "arm"),
+        "campaign_cycle": of_each(places, "cycle"),
+        "campaign_position": of_each(places, "position"),
     }
 
 

@@ -111,7 +111,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         "gpu_energy_source": "gpu_energy_j", "cpu_energy_source": "cpu_energy_j",
         "dram_energy_source": "dram_energy_j", "trace_energy_j": "energy_idle_adjusted_j",
         "prefill_energy_j": "decode_duration_s", "co2e_g": "energy_per_request_j", "flops_method": "flops_per_s",
-        "kv_cache_bytes": "mfu", "energy_sd_j": "goodput_requests_per_s", "overrides": "warnings",
+        "kv_cache_bytes": "mfu", "campaign": "seed", "energy_sd_j": "goodput_requests_per_s", "overrides": "warnings",
     }  # fmt: skip
 
     error: Annotated[str | None, "Why the experiment did not complete."]
@@ -199,5 +199,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_per_output_token_cv: Annotated[Ratio, "CV of energy_per_output_token_j."] = None
     energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end."] = None
     energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end."] = None
+    campaign: Annotated[str | None, "Campaign that the experiment belongs to."] = None
+    campaign_arm: Annotated[str | None, "Its arm in the campaign."] = None
+    campaign_cycle: Annotated[int | None, "Its cycle in the campaign, from 1."] = None
+    campaign_position: Annotated[int | None, "Its position in that cycle, from 1."] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

@@ -18,7 +18,7 @@ from lem.machine import host
 from lem.results.aggregate import aggregate, read
 from lem.results.codec import arrivals_sha256, config_sha256
 from lem.results.directory import ExperimentDir
-from lem.results.plan import FINISHED, Plan, PromptsInfo, StateName
+from lem.results.plan import FINISHED, CampaignCell, Plan, PromptsInfo, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
 from lem.runner.launch import launch
@@ -81,6 +81,7 @@ def run_ready(
     write_tables: bool = True,
     shared_with: int = 0,
     unfinished: ExperimentDir | None = None,
+    campaign: CampaignCell | None = None,
     claimed: Callable[[ExperimentDir], None] | None = None,
     report: Report = silent,
     launcher: Launcher = launch,
@@ -96,6 +97,7 @@ def run_ready(
         write_tables: write the row to the tables, not only the raw records.
         shared_with: the largest number of other experiments running on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
+        campaign: the experiment's place in a campaign, for the record.
         claimed: called with the experiment's directory before the run starts, and therefore even if it fails.
         report: receives the progress.
         launcher: runs the workers to their end.
@@ -112,7 +114,8 @@ def run_ready(
             directory.check_inputs()  # they may have been damaged in the meantime
             directory.share(shared_with)
         else:
-            plan = replace(_plan(directory.id, ready, overrides, config_file), shared_with=shared_with)
+            plan = _plan(directory.id, ready, overrides, config_file)
+            plan = replace(plan, shared_with=shared_with, campaign=campaign)
             directory.write_plan(plan, ready.prompts.texts, ready.arrivals_s)
     return _execute(store, directory, write_tables, report, launcher)
 

@@ -14,6 +14,7 @@ from lem.runner.progress import Event, Report
 TITLES = {
     "cycle": "Cycle",
     "cooldown": "Cooling down",
+    "gap": "Waiting",
     "idle_before": "Idle, unloaded",
     "load": "Loading the model",
     "idle_loaded": "Idle, loaded",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lem.results import show
 from lem.results.aggregate import read
 from lem.results.directory import ExperimentDir
 from lem.results.files import write_atomically
+from lem.results.plan import CampaignCell
 from lem.results.schema import ExperimentRow
 from lem.results.show import SweepLine
 from lem.spec.experiment import Experiment
@@ -30,6 +31,7 @@ class Cell:
     config_file: Path | None
     words: str
     unfinished: ExperimentDir | None = None
+    campaign: CampaignCell | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class CellState:
             "directory": str(directory.path.resolve()) if directory else None,
             "error": self.error,
             "log": str(self.log.resolve()) if self.log else None,
+            **({"campaign": asdict(cell.campaign)} if cell.campaign else {}),
         }
 
 
@@ -89,7 +92,7 @@ class Manifest:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._write()
         except OSError as error:
-            raise ResultsError(f"The sweep's directory {self.directory} cannot be used: {error.strerror}.") from None
+            raise ResultsError(f"The study's directory {self.directory} cannot be used: {error.strerror}.") from None
 
     def change(self, number: int, **values: Any) -> CellState:
         """Change the state of a cell."""

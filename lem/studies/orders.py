@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-Structure = Literal["shuffled", "latin", "interleaved", "grouped"]
-STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+from lem.spec.campaign import Structure
+
+# So many orders are drawn for one that differs enough from those before; with many arms, the last one is reversed.
+DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place
     """Return the places in the order in which they are measured.
 
     Args:
-        structure: `shuffled`: a new random order in each cycle; `latin`: rows of Williams squares in random order;
+        structure: `shuffled`: a new random order in each cycle, but no two arms keep their order in three cycles in a
+            row, because few cycles that agree by chance would make a drift look like a difference; `latin`: rows of
+            Williams squares in random order;
             `interleaved`: the same order in each cycle; `grouped`: all cycles of one arm, then those of the next.
         arms: the number of arms, at least one.
         cycles: the number of cycles, at least one.
@@ -37,10 +40,13 @@ def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place
     """
     if structure == "grouped":
         return [Place(cycle, arm + 1, arm) for arm in range(arms) for cycle in range(1, cycles + 1)]
+    rows: list[Sequence[int]] = []
+    for cycle in range(1, cycles + 1):
+        rows.append(_cycle(structure, arms, cycle, seed, rows[-2:]))
     return [
         Place(cycle, position, arm)
-        for cycle in range(1, cycles + 1)
-        for position, arm in enumerate(_cycle(structure, arms, cycle, seed), start=1)
+        for cycle, row in enumerate(rows, start=1)
+        for position, arm in enumerate(row, start=1)
     ]
 
 
@@ -57,17 +63,27 @@ def is_balanced(arms: int, cycles: int) -> bool:
     return cycles % square_size(arms) == 0
 
 
-def _cycle(structure: Structure, arms: int, cycle: int, seed: int) -> Sequence[int]:
-    """Return the arms of a cycle in order."""
+def _cycle(structure: Structure, arms: int, cycle: int, seed: int, before: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Return the arms of a cycle in order, given the orders of up to two cycles before it."""
     if structure == "interleaved":
         return range(arms)
     if structure == "latin":
-        size = square_size(arms)
-        square, row = divmod(cycle - 1, size)
+        square, row = divmod(cycle - 1, square_size(arms))
         return _relabelled(williams_square(arms), _random(seed, "square", square), row)
+    chance = _random(seed, "cycle", cycle)
     found = list(range(arms))
-    _random(seed, "cycle", cycle).shuffle(found)
-    return found
+    for _ in range(DRAWS):
+        chance.shuffle(found)
+        if len(before) < 2 or not _keeps_a_pair(*before, found):
+            return found
+    return before[-1][::-1]
+
+
+def _keeps_a_pair(*rows: Sequence[int]) -> bool:
+    """Return whether any arm comes before some other one in all rows."""
+    places = [{arm: place for place, arm in enumerate(row)} for row in rows]
+    arms = range(len(rows[0]))
+    return any(all(place[one] < place[other] for place in places) for one in arms for other in arms if one != other)
 
 
 def _random(seed: int, what: str, number: int) -> random.Random:

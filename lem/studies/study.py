@@ -30,6 +30,8 @@ from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, row_of
 
+AGAIN = "The same command resumes what is unfinished and runs all other experiments again, even completed ones."
+
 
 class Runner(ABC):
     """Runs cells: one after another in this process, or several at once in child processes."""
@@ -81,20 +83,45 @@ def run_study(
             print(f"{cell.label}: resuming {_resumed(cell)}.", file=sys.stderr)
     settings = [text for text in overrides if is_hydra_setting(text)]
     manifest = Manifest(sweep_dir(settings), cells, head, fail_fast)
-    manifest.open()
     try:
-        # Signals also raise between cells.
-        with study_display(len(cells), at_once=at_once) as display, signals_raise(_stopped):
-            _run_cells(manifest, make_runner(manifest, display), settings)
+        run_cells(manifest, make_runner, settings, at_once=at_once)
     finally:
-        manifest.close()
         manifest.show()
     return 0 if manifest.all_completed else 1
 
 
-def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> None:
+def run_cells(
+    manifest: Manifest,
+    make_runner: Callable[[Manifest, StudyDisplay], Runner],
+    settings: Sequence[str],
+    *,
+    at_once: int = 1,
+    again: str = AGAIN,
+) -> None:
+    """Run the cells of a manifest that are not completed, in order, and keep it up to date.
+
+    Args:
+        manifest: says what has become of each cell.
+        make_runner: creates the runner of the cells.
+        settings: overrides of Hydra's own settings.
+        at_once: the number of cells that run at the same time.
+        again: how to go on after an interruption.
+
+    Raises:
+        Interrupted: what was measured is kept.
+    """
+    manifest.open()
+    try:
+        # Signals also raise between cells.
+        with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
+            _run_cells(manifest, make_runner(manifest, display), settings, again)
+    finally:
+        manifest.close()
+
+
+def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str], again: str) -> None:
     def run(number: int, composed: Any) -> None:
-        if manifest.is_over:
+        if manifest.is_over or manifest.states[number].status == "completed":
             return
         try:
             runner.run(number, to_experiment(composed))
@@ -107,7 +134,6 @@ def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> N
     except KeyboardInterrupt as stop:
         runner.stop()
         reason = str(stop) or "Interrupted; what was measured is kept."
-        again = "The same command resumes what is unfinished and runs all other experiments again, even completed ones."
         raise Interrupted(f"{reason}\n{again}") from None
 
 
@@ -139,6 +165,7 @@ class OneByOne(Runner):
     def run(self, number: int, experiment: Experiment) -> None:
         """Run a cell to its end."""
         report = self.display.begin(number, self.manifest.cells[number].label)
+        self.wait_before(number, report)
         self.manifest.change(number, status="running")
         try:
             row = self._measured(number, experiment, report)
@@ -154,6 +181,9 @@ class OneByOne(Runner):
             if not isinstance(error, OSError):  # a bug in lem: the traceback is what to report
                 traceback.print_exc()
 
+    def wait_before(self, number: int, report: Report) -> None:
+        """Wait until the cell should begin; returns at once unless a subclass waits."""
+
     def _measured(self, number: int, experiment: Experiment, report: Report) -> ExperimentRow:
         cell = self.manifest.cells[number]
         ready = preflight(experiment, host.look(), force=self.options.force, load=self.prompts)
@@ -163,6 +193,7 @@ class OneByOne(Runner):
             config_file=cell.config_file,
             write_tables=self.options.write_tables,
             unfinished=cell.unfinished,
+            campaign=cell.campaign,
             claimed=lambda directory: self.manifest.claim(number, directory),
             report=report,
         ).row

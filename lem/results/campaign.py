@@ -1,0 +1,378 @@
+"""A campaign's files and its answer: what each arm needs, and how it compares with the baseline.
+
+    <results>/campaigns/<name>/   campaign.json: what is measured, written before the first cell
+                                  experiments.json: what has become of each cell, in order
+                                  arms.parquet, pairs.parquet: the answer
+                                  plan/: the configuration of each cell, for Hydra
+
+The replicate is the cell: what its experiment repeats in a loaded process is averaged within it. Does not know how a
+cell is run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Struct
+
+from lem import __version__, units
+from lem.errors import LemError, ResultsError, nearest
+from lem.record import CodedWarning
+from lem.results import compare, parquet
+from lem.results.aggregate import read
+from lem.results.codec import from_json
+from lem.results.directory import ExperimentDir
+from lem.results.schema import ExperimentRow
+from lem.results.statistics import CONFIDENCE, summarise, t_quantile
+from lem.results.store import Store
+from lem.spec.campaign import Campaign
+from lem.spec.experiment import Experiment
+from lem.warning_codes import warning
+
+FOLDER, DEFINITION, CELLS = "campaigns", "campaign.json", "experiments.json"
+FORMAT_VERSION = 1
+# What arms are compared by: the columns, their units, and the words of a sentence.
+MEASURES = {
+    "energy_per_output_token_j": ("J/token", "energy per output token"),
+    "energy_per_request_j": ("J/request", "energy per request"),
+    "output_tokens_per_s": ("token/s", "output tokens per second"),
+    "latency_mean_s": ("s", "mean latency"),
+    "ttft_mean_s": ("s", "mean time to first token"),
+    "average_power_w": ("W", "average power"),
+}
+# Arms whose outputs differ by more than this in length do different work.
+LENGTHS_DIFFER = 0.01
+# Below this p-value a trend or an effect of the position is reported.
+SUSPICIOUS = 0.05
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A configuration that is compared; its name distinguishes it from others."""
+
+    name: str
+    experiment: Experiment
+    config_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What must not change while a campaign is measured."""
+
+    hostname: str
+    driver_version: str | None
+    gpus: tuple[str, ...]
+    versions: dict[str, str]
+    git_commit: str | None
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a campaign measures; `prompts_sha256` has the digest of each cycle's prompts, in the order of the cycles."""
+
+    campaign: Campaign
+    arms: tuple[Arm, ...]
+    prompts_sha256: tuple[str, ...]
+    machine: Machine
+    overrides: tuple[str, ...] = ()
+    lem_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class CellEntry:
+    """A cell in experiments.json."""
+
+    arm: str
+    cycle: int
+    position: int
+    experiment_id: str | None
+    status: str
+    row: ExperimentRow | None = None
+
+
+class ArmRow(Struct, frozen=True, kw_only=True):
+    """What one arm of a campaign needs: the means of its cells, with 95 % intervals (Student's t over the cells)."""
+
+    campaign: Annotated[str, "Name of the campaign."]
+    arm: Annotated[str, "Name of the arm."]
+    is_baseline: Annotated[bool, "Whether the other arms are compared with this one."]
+    cells_completed: Annotated[int, "Cells that are completed."]
+    cells_planned: Annotated[int, "Cells that the campaign plans for the arm."]
+    measure: Annotated[str, "Column of the experiments table that is averaged."]
+    unit: Annotated[str, "Unit of the mean and its interval."]
+    is_primary: Annotated[bool, "Whether this measure decides; the others describe."]
+    source: Annotated[str | None, "Source of the energy: counter, integral, estimate or replay; null without energy."]
+    mean: Annotated[float | None, "Mean over the cells; null if a completed cell lacks the value."]
+    ci95_low: Annotated[float | None, "95 % interval of the mean, lower end; null with fewer than two cells."]
+    ci95_high: Annotated[float | None, "Upper end."]
+
+
+class PairRow(Struct, frozen=True, kw_only=True):
+    """An arm of a campaign against the baseline: the ratio of one measure, from pairs of cells of the same cycle."""
+
+    campaign: Annotated[str, "Name of the campaign."]
+    arm: Annotated[str, "Name of the arm."]
+    baseline: Annotated[str, "Name of the arm that it is compared with."]
+    measure: Annotated[str, "Column of the experiments table that is compared."]
+    is_primary: Annotated[bool, "Whether this measure decides; the others describe."]
+    cycles: Annotated[int, "Cycles in which both arms have a value."]
+    ratio: Annotated[float | None, units.RATIO, "The arm's value in that of the baseline (geometric mean)."]
+    ci_low: Annotated[float | None, units.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."]
+    ci_high: Annotated[float | None, units.RATIO, "Upper end."]
+    confidence: Annotated[float, units.RATIO, "Level of this interval; those of all pairs hold together at 95 %."]
+    p_value: Annotated[float | None, units.RATIO, "For a ratio of 1."]
+    p_adjusted: Annotated[float | None, units.RATIO, "The same, adjusted for the number of pairs (Holm)."]
+    verdict: Annotated[str, "less, more, the same, or cannot tell."]
+    cycles_needed: Annotated[int | None, "If it cannot tell: about how many cycles would, with a chance of 80 %."]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a campaign has found."""
+
+    definition: Definition
+    cells: list[CellEntry]
+    arms: list[ArmRow]
+    pairs: list[PairRow]
+    warnings: list[CodedWarning]
+
+
+# ------------------------------------------------------------------ files
+def folder_of(store: Store, name: str) -> Path:
+    """Return a campaign's directory, whether or not it exists."""
+    return store.root / FOLDER / name
+
+
+def names_in(store: Store) -> list[str]:
+    """Return the names of the campaigns in a results directory."""
+    return sorted(file.parent.name for file in (store.root / FOLDER).glob(f"*/{DEFINITION}"))
+
+
+def read_definition(folder: Path) -> Definition:
+    """Read what a campaign measures.
+
+    Raises:
+        ResultsError: there is no such campaign, or its file is damaged.
+    """
+    file = folder / DEFINITION
+    try:
+        return from_json(Definition, file.read_bytes())
+    except FileNotFoundError:
+        close = nearest(folder.name, [path.parent.name for path in folder.parent.glob(f"*/{DEFINITION}")])
+        hint = f" Nearest: {', '.join(close)}." if close else ""
+        raise ResultsError(f"There is no campaign '{folder.name}' in {folder.parent.parent}.{hint}") from None
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{file} is damaged ({error}); restore it from a copy.") from None
+
+
+def read_cells(store: Store, folder: Path) -> list[CellEntry]:
+    """Read what has become of a campaign's cells, in order, with the rows of those that were completed.
+
+    Raises:
+        ResultsError: the file is missing or damaged.
+    """
+    file = folder / CELLS
+    try:
+        entries: list[dict[str, Any]] = json.loads(file.read_bytes())
+        return [_cell(store, entry) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultsError(f"{file} cannot be read ({error}); restore it from a copy.") from None
+
+
+def _cell(store: Store, entry: dict[str, Any]) -> CellEntry:
+    place, experiment_id = entry["campaign"], entry["experiment_id"]
+    row = None
+    if experiment_id and entry["status"] == "completed":
+        row = _row(store.directory(experiment_id))
+    return CellEntry(place["arm"], place["cycle"], place["position"], experiment_id, entry["status"], row)
+
+
+def _row(directory: ExperimentDir) -> ExperimentRow | None:
+    try:
+        row = read(directory, strict=False).row
+    except LemError:
+        return None
+    return row if row.status == "completed" else None
+
+
+# ------------------------------------------------------------------ the answer
+def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
+    """Return what the cells that are completed say."""
+    campaign, names = definition.campaign, [arm.name for arm in definition.arms]
+    found = {(cell.cycle, cell.arm): cell for cell in cells}
+    arms = [row for name in names for row in _arm_rows(campaign, name, cells)]
+    pairs = [row for measure in MEASURES for row in _pair_rows(campaign, names, measure, found)]
+    return Answer(definition, list(cells), arms, pairs, list(_doubts(definition, names, found)))
+
+
+def write_answer(folder: Path, found: Answer) -> None:
+    """Write the tables of a campaign's arms and pairs."""
+    parquet.write_rows(folder / "arms.parquet", ArmRow, found.arms)
+    parquet.write_rows(folder / "pairs.parquet", PairRow, found.pairs)
+
+
+def _arm_rows(campaign: Campaign, name: str, cells: Sequence[CellEntry]) -> Iterator[ArmRow]:
+    own = [cell for cell in cells if cell.arm == name]
+    rows = [cell.row for cell in own if cell.row is not None]
+    sources = dict.fromkeys(row.energy_source for row in rows if row.energy_source)
+    for measure, (unit, _) in MEASURES.items():
+        values = [getattr(row, measure) for row in rows]
+        summary = summarise([] if None in values else values)
+        if summary.n:
+            yield ArmRow(
+                campaign=campaign.name,
+                arm=name,
+                is_baseline=name == campaign.baseline,
+                cells_completed=len(rows),
+                cells_planned=len(own),
+                measure=measure,
+                unit=unit,
+                is_primary=measure == campaign.primary,
+                source="+".join(sources) or None,
+                mean=summary.mean,
+                ci95_low=summary.ci95_low,
+                ci95_high=summary.ci95_high,
+            )
+
+
+def _pair_rows(
+    campaign: Campaign, names: Sequence[str], measure: str, found: dict[tuple[int, str], CellEntry]
+) -> Iterator[PairRow]:
+    cycles = range(1, campaign.cycles + 1)
+    values = [[_value(found.get((cycle, name)), measure) for name in names] for cycle in cycles]
+    if not any(value for row in values for value in row):
+        return
+    positions = None
+    if campaign.structure == "latin":
+        positions = [[found[cycle, name].position for name in names] for cycle in cycles]
+    baseline = names.index(campaign.baseline)
+    compared = compare.contrasts(values, baseline=baseline, positions=positions, margin=campaign.margin)
+    for name, contrast in zip(names, compared, strict=True):
+        if contrast is not None:
+            yield PairRow(
+                campaign=campaign.name,
+                arm=name,
+                baseline=campaign.baseline,
+                measure=measure,
+                is_primary=measure == campaign.primary,
+                cycles=contrast.cycles,
+                ratio=contrast.ratio,
+                ci_low=contrast.ci_low,
+                ci_high=contrast.ci_high,
+                confidence=contrast.confidence,
+                p_value=contrast.p_value,
+                p_adjusted=contrast.p_adjusted,
+                verdict=contrast.verdict,
+                cycles_needed=contrast.cycles_needed,
+            )
+
+
+def _value(cell: CellEntry | None, measure: str) -> float | None:
+    return None if cell is None or cell.row is None else getattr(cell.row, measure)
+
+
+# ------------------------------------------------------------------ what speaks against it
+def _doubts(
+    definition: Definition, names: Sequence[str], found: dict[tuple[int, str], CellEntry]
+) -> Iterator[CodedWarning]:
+    """Yield what a reader of the comparison must know."""
+    campaign, rows = definition.campaign, [cell.row for cell in found.values() if cell.row is not None]
+    yield from about_order(campaign, len(names))
+    missing = [cell for cell in found.values() if cell.row is None]
+    if missing:
+        text = f"{len(missing)} of {len(found)} cells have no result, and their cycles lack these pairs."
+        yield warning("campaign_cells_missing", text)
+    yield from _different(names, found)
+    yield from _moved(campaign, names, found)
+    codes = Counter(text.partition(":")[0] for row in rows for text in set(row.warnings))
+    if notes := [f"{code} ({count} of {len(rows)})" for code, count in codes.most_common() if code != "few_cycles"]:
+        yield warning("campaign_cells_warn", f"cells have warnings of their own: {', '.join(notes)}.")
+
+
+def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
+    """Warn about an order that can make a difference between arms out of a drift, before anything is measured."""
+    if campaign.structure in ("interleaved", "grouped"):
+        yield warning("campaign_fixed_order", f"the order is {campaign.structure}: it is the same in each cycle.")
+    size = arms if arms % 2 == 0 else 2 * arms
+    if campaign.structure == "latin" and campaign.cycles % size:
+        text = f"{campaign.cycles} cycles are no multiple of {size}, so positions and predecessors are not balanced."
+        yield warning("campaign_unbalanced", text)
+
+
+def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) -> Iterator[CodedWarning]:
+    """Warn about what differs between arms apart from what is compared."""
+    rows = {name: [c.row for (_, arm), c in found.items() if arm == name and c.row is not None] for name in names}
+    everything = [row for own in rows.values() for row in own]
+    for what, of in (("the machine", "hostname"), ("the device", "device")):
+        values = dict.fromkeys(str(getattr(row, of)) for row in everything if getattr(row, of))
+        if len(values) > 1:
+            yield warning("campaign_boards_differ", f"{what} differs between cells: {', '.join(values)}.")
+    for what, of in (("source", "energy_source"), ("scope", "energy_scope"), ("components", "energy_components")):
+        values = dict.fromkeys(str(getattr(row, of)) for row in everything)
+        if len(values) > 1:
+            text = f"the energy's {what} differs between cells: {', '.join(values)}."
+            yield warning("campaign_meters_differ", text)
+    if any("estimate" in (row.energy_source or "") for row in everything):
+        yield warning("campaign_estimate", "the energy is an estimate, so its ratios are estimates too.")
+    cycles = {cycle for cycle, _ in found}
+    of_cycles = [[cell.row for (number, _), cell in found.items() if number == cycle and cell.row] for cycle in cycles]
+    if any(len({row.prompts_sha256 for row in each}) > 1 for each in of_cycles):
+        yield warning("campaign_prompts_differ", "the arms did not run the same prompts.")
+    lengths = {name: sum(r.output_tokens for r in own) / len(own) for name, own in rows.items() if own}
+    if lengths and max(lengths.values()) > (1 + LENGTHS_DIFFER) * min(lengths.values()):
+        words = ", ".join(f"{name} {length:.6g}" for name, length in lengths.items())
+        yield warning("campaign_lengths_differ", f"the numbers of output tokens differ: {words}.")
+
+
+def _moved(campaign: Campaign, names: Sequence[str], found: dict[tuple[int, str], CellEntry]) -> Iterator[CodedWarning]:
+    """Warn about a trend over the campaign, and about an effect of the position within the cycles."""
+    known = [(cell, math.log(value)) for cell in found.values() if (value := _value(cell, campaign.primary))]
+    known = [(cell, value) for cell, value in known if cell.row is not None]
+    known.sort(key=lambda each: each[0].row.started_at if each[0].row else "")
+    left, what = _without_arms(known, names), MEASURES[campaign.primary][1]
+    if trend := _change([float(i) for i in range(len(known))], left, len(names)):
+        yield warning("campaign_trend", f"{what} changes by {trend} over the campaign.")
+    if moved := _change([float(cell.position) for cell, _ in known], left, len(names)):
+        yield warning("campaign_position", f"{what} changes by {moved} from the first to the last position in a cycle.")
+
+
+def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> list[float]:
+    """Return the logarithms minus the mean of each one's arm."""
+    own = {name: [value for cell, value in known if cell.arm == name] for name in names}
+    means = {name: math.fsum(values) / len(values) for name, values in own.items() if values}
+    return [value - means[cell.arm] for cell, value in known]
+
+
+def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:
+    """Return the change over the places in words, if a straight line through the values shows one.
+
+    The values are without the means of the arms, which take as many degrees of freedom.
+    """
+    from scipy.special import stdtr
+
+    n, degrees_of_freedom = len(places), len(places) - arms - 1
+    mean = math.fsum(places) / n if n else 0.0
+    spread = math.fsum((place - mean) ** 2 for place in places)
+    if degrees_of_freedom < 1 or spread == 0:
+        return None
+    slope = math.fsum((place - mean) * value for place, value in zip(places, values, strict=True)) / spread
+    rest = math.fsum((value - slope * (place - mean)) ** 2 for place, value in zip(places, values, strict=True))
+    error = math.sqrt(rest / degrees_of_freedom / spread)
+    p_value = float(2 * stdtr(degrees_of_freedom, -abs(slope) / error)) if error else 1.0
+    if p_value >= SUSPICIOUS:
+        return None
+    return f"{math.expm1(slope * (max(places) - min(places))):+.1%} (p = {p_value:.2g})"
+
+
+# ------------------------------------------------------------------ what a campaign can tell
+def detectable_ratio(sd_log: float, cycles: int) -> float:
+    """Return the ratio that so many cycles find with a chance of 80 %, for a spread of one cell's logarithm."""
+    half = t_quantile(0.5 + CONFIDENCE / 2, cycles - 1) + t_quantile(compare.POWER, cycles - 1)
+    return math.exp(half * math.sqrt(2) * sd_log / math.sqrt(cycles))

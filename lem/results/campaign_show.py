@@ -1,0 +1,170 @@
+"""Shows a campaign's answer as text: a table of arms, a sentence for each pair, a forest plot, and its warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lem.record import CodedWarning
+from lem.results import show
+from lem.results.campaign import MEASURES, Answer, ArmRow, PairRow
+from lem.results.parquet import names
+from lem.units import quantity
+
+PLOT_WIDTH = 41
+
+
+def show_answer(answer: Answer) -> None:
+    """Print what a campaign has found."""
+    campaign = answer.definition.campaign
+    done = sum(cell.row is not None for cell in answer.cells)
+    print(f"Campaign {campaign.name}: {done} of {len(answer.cells)} cells completed, {campaign.structure}\n")
+    _show_arms(answer)
+    primary = [pair for pair in answer.pairs if pair.is_primary]
+    print()
+    for sentence in sentences(answer):
+        print(sentence)
+    if any(pair.ci_low is not None for pair in primary):
+        print()
+        for line in forest(primary):
+            print(line)
+    if answer.warnings:
+        print()
+        show.print_pairs(("Warning", f"{note.code}: {note.text}") for note in answer.warnings)
+
+
+def sentences(answer: Answer) -> Iterator[str]:
+    """Yield the sentence of each pair about the primary measure; one that says why if there is none."""
+    campaign = answer.definition.campaign
+    words = MEASURES[campaign.primary][1]
+    primary = [pair for pair in answer.pairs if pair.is_primary]
+    if not primary:
+        yield f"No cell has a value of {words} ({campaign.primary}), so the arms cannot be compared by it."
+    for pair in primary:
+        yield sentence(pair, campaign.structure)
+    if len(primary) > 1 and primary[0].ci_low is not None:
+        which = "Both" if len(primary) == 2 else f"All {len(primary)}"
+        yield f"{which} intervals hold together with a confidence of 95 % (Bonferroni)."
+
+
+def sentence(pair: PairRow, structure: str) -> str:
+    """Return what a pair says, with its interval and its verdict."""
+    words = MEASURES[pair.measure][1]
+    if pair.ratio is None:
+        return f"{pair.arm} and {pair.baseline} have no cycle in common, so they cannot be compared."
+    verb = "needs" if pair.measure.startswith("energy") else "has"
+    claim = f"{pair.arm} {verb} {pair.ratio:.3g} times the {words} of {pair.baseline}"
+    cycles = f"{pair.cycles} cycle{'s' if pair.cycles != 1 else ''}"
+    if pair.ci_low is None or pair.ci_high is None:
+        return f"{claim} ({cycles}, {structure}): no interval from fewer than two cycles, so it cannot tell."
+    digits = _digits(pair.ci_low, pair.ci_high)
+    level = f"{100 * pair.confidence:.4g} %"
+    claim = f"{pair.arm} {verb} {pair.ratio:.{digits}f} times the {words} of {pair.baseline}"
+    interval = f"{level} interval {pair.ci_low:.{digits}f}–{pair.ci_high:.{digits}f}"
+    return f"{claim} ({interval}, {cycles}, {structure}): {_verdict(pair)}."
+
+
+def _verdict(pair: PairRow) -> str:
+    p_value = "" if pair.p_adjusted is None else f" (p = {pair.p_adjusted:.2g})"
+    if pair.verdict == "cannot tell":
+        if pair.cycles_needed is None:
+            return f"it cannot tell{p_value}; more cycles would hardly help"
+        return f"it cannot tell{p_value}; about {pair.cycles_needed} cycles would"
+    return f"{'the same within the margin' if pair.verdict == 'the same' else pair.verdict}{p_value}"
+
+
+def _digits(low: float, high: float) -> int:
+    """Return how many decimals show a tenth of an interval's width, from 2 to 6."""
+    width = high - low
+    return min(6, max(2, 1 - math.floor(math.log10(width)))) if width > 0 else 2
+
+
+def forest(pairs: Sequence[PairRow]) -> Iterator[str]:
+    """Yield a line for each pair's interval on a logarithmic scale, and one below with its ends and 1."""
+    known = [(pair.arm, pair.ratio, pair.ci_low, pair.ci_high) for pair in pairs]
+    drawn = [(arm, ratio, one, other) for arm, ratio, one, other in known if ratio and one and other]
+    ends = [math.log(value) for _, _, *both in drawn for value in both]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    if low == high:
+        return
+    width = max(len(arm) for arm, *_ in drawn)
+
+    def place(ratio: float) -> int:
+        return round((math.log(ratio) - low) / (high - low) * (PLOT_WIDTH - 1))
+
+    for arm, ratio, one, other in drawn:
+        line = [" "] * PLOT_WIDTH
+        line[place(1.0)] = "│"
+        for at in range(place(one), place(other) + 1):
+            line[at] = "─"
+        line[place(one)], line[place(other)], line[place(ratio)] = "├", "┤", "●"
+        yield f"{arm:<{width}}  {''.join(line)}  {ratio:.3f}"
+    scale = [" "] * (PLOT_WIDTH + 8)
+    for mark in (math.exp(low), math.exp(high), 1.0):
+        text = "1" if mark == 1 else f"{mark:.3g}"
+        begin = max(0, place(mark) - len(text) // 2)
+        scale[begin : begin + len(text)] = text
+    yield f"{'':<{width}}  {''.join(scale).rstrip()}"
+
+
+def _show_arms(answer: Answer) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    measures = [measure for measure in MEASURES if any(row.measure == measure for row in answer.arms)]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for head in ("arm", "cells", *(MEASURES[measure][1] for measure in measures)):
+        table.add_column(head, justify="left" if head == "arm" else "right")
+    for arm in answer.definition.arms:
+        own = {row.measure: row for row in answer.arms if row.arm == arm.name}
+        cells = [cell for cell in answer.cells if cell.arm == arm.name]
+        done = f"{sum(cell.row is not None for cell in cells)}/{len(cells)}"
+        mark = " (baseline)" if arm.name == answer.definition.campaign.baseline else ""
+        table.add_row(f"{escape(arm.name)}{mark}", done, *(_mean(own.get(measure)) for measure in measures))
+    show.print_table(table)
+
+
+def _mean(row: ArmRow | None) -> str:
+    if row is None or row.mean is None:
+        return show.NOT_MEASURED
+    is_estimate = row.measure.startswith(("energy", "average_power")) and "estimate" in (row.source or "")
+    text = f"{show.ESTIMATE if is_estimate else ''}{quantity(row.mean, row.unit)}"
+    if row.ci95_low is None or row.ci95_high is None:
+        return text
+    return f"{text} ± {(row.ci95_high - row.ci95_low) / 2 / abs(row.mean):.1%}" if row.mean else text
+
+
+def as_plain(answer: Answer) -> dict[str, Any]:
+    """Return the answer as plain data, for programs."""
+    campaign = answer.definition.campaign
+    return {
+        "campaign": campaign.name,
+        "structure": campaign.structure,
+        "seed": campaign.seed,
+        "cycles": campaign.cycles,
+        "baseline": campaign.baseline,
+        "primary": campaign.primary,
+        "cells": [
+            {
+                "arm": cell.arm,
+                "cycle": cell.cycle,
+                "position": cell.position,
+                "experiment_id": cell.experiment_id,
+                "status": cell.status,
+            }
+            for cell in answer.cells
+        ],
+        "arms": [_plain(row) for row in answer.arms],
+        "pairs": [_plain(row) for row in answer.pairs],
+        "sentences": list(sentences(answer)),
+        "warnings": [_warning(note) for note in answer.warnings],
+    }
+
+
+def _plain(row: ArmRow | PairRow) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names(type(row))}
+
+
+def _warning(note: CodedWarning) -> dict[str, str]:
+    return {"code": note.code, "text": note.text}

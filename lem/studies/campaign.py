@@ -1,0 +1,520 @@
+"""`lem campaign`: measures several configurations in turn, cycle by cycle, and says how they compare.
+
+    config files ─> arms, checked ─> order ─> cells, each a fresh process, with pauses ─> manifest ─> answer
+
+A campaign lives in its own directory and can be continued there: cells that are completed are kept. The statistics are
+in `lem.results.campaign`; this module knows when a cell runs, not how it is measured.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lem.config.compose import prepare
+from lem.errors import BadInput, ConfigError, ResultsError
+from lem.machine import host
+from lem.results import campaign as results
+from lem.results.aggregate import read
+from lem.results.campaign import Arm, Definition, Machine
+from lem.results.campaign_show import show_answer
+from lem.results.codec import to_json, to_plain
+from lem.results.directory import ExperimentDir
+from lem.results.files import write_atomically
+from lem.results.plan import FINISHED, CampaignCell
+from lem.results.statistics import summarise
+from lem.results.store import Store
+from lem.results.tables import Tables
+from lem.runner.preflight import Ready, preflight
+from lem.runner.progress import Event, Report
+from lem.spec.campaign import MOST_CYCLES, NAME, STRUCTURES, Campaign
+from lem.spec.experiment import Experiment
+from lem.studies.ask import RunOptions, confirmed, print_warnings, summary_of
+from lem.studies.batch import find
+from lem.studies.checks import RecentPrompts
+from lem.studies.manifest import Cell, CellState, Manifest
+from lem.studies.orders import Place, order
+from lem.studies.study import OneByOne, run_cells
+
+# An arm is given up after so many failures in a row.
+GIVE_UP = 3
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A campaign that has been checked: its definition, its cells in order, and what each will run."""
+
+    definition: Definition
+    places: Sequence[Place]
+    experiments: Sequence[Experiment]
+    words: Sequence[str]
+    results_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        """The campaign's directory."""
+        return results.folder_of(Store(self.results_dir), self.definition.campaign.name)
+
+
+def main(
+    patterns: Sequence[str],
+    campaign: Campaign,
+    overrides: Sequence[str],
+    options: RunOptions,
+    *,
+    config_dir: Path | None = None,
+) -> int:
+    """Measure the configurations that the patterns name; return 0, or 1 if a cell has no result.
+
+    Raises:
+        BadInput: raised before anything runs, with all problems.
+        Interrupted: what was measured is kept, and the command that goes on is named.
+    """
+    check(campaign)
+    prompts = RecentPrompts()
+    arms = _arms(patterns, overrides, config_dir)
+    campaign = replace(campaign, baseline=_baseline(campaign.baseline, [arm.name for arm in arms]))
+    planned = _planned(campaign, arms, overrides, options, prompts)
+    return _measure(planned, options, prompts)
+
+
+def resume(name: str, results_dir: Path, options: RunOptions) -> int:
+    """Continue a campaign from its files, by its name or its directory.
+
+    Raises:
+        ResultsError: there is no such campaign.
+        ConfigError: what it measures on has changed, and `options.force` is not set.
+    """
+    folder = Path(name)
+    if not (folder / results.DEFINITION).is_file():
+        if not NAME.fullmatch(name):
+            raise ResultsError(f"'{name}' is neither a campaign's name nor its directory.")
+        folder = results.folder_of(Store(results_dir), name)
+    kept = results.read_definition(folder)
+    root = folder.resolve().parent.parent
+    arms = [replace(arm, experiment=_moved(arm.experiment, root)) for arm in kept.arms]
+    prompts = RecentPrompts()
+    planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
+    return _measure(planned, options, prompts)
+
+
+# ------------------------------------------------------------------ what is asked for
+def check(campaign: Campaign) -> None:
+    """Check the settings of a campaign; raises `ConfigError` with all problems."""
+    problems = []
+    if not NAME.fullmatch(campaign.name):
+        problems.append(
+            f"--campaign-name: '{campaign.name}' cannot name a directory; use at most 100 letters, digits, "
+            "'.', '_' and '-', beginning with a letter or a digit."
+        )
+    if not 1 <= campaign.cycles <= MOST_CYCLES:
+        problems.append(f"--cycles: {campaign.cycles} is not between 1 and {MOST_CYCLES}.")
+    if campaign.structure not in STRUCTURES:
+        problems.append(f"--structure: '{campaign.structure}' is not one of {', '.join(STRUCTURES)}.")
+    if campaign.primary not in results.MEASURES:
+        problems.append(f"--primary: '{campaign.primary}' is not one of {', '.join(results.MEASURES)}.")
+    for flag, gap_s in (("--config-gap", campaign.config_gap_s), ("--cycle-gap", campaign.cycle_gap_s)):
+        if gap_s is not None and not (math.isfinite(gap_s) and 0 <= gap_s <= 86_400):
+            problems.append(f"{flag}: {gap_s:g} is not between 0 and 86400 seconds.")
+    if campaign.margin is not None and not 0 < campaign.margin < 1:
+        problems.append(f"--margin: {campaign.margin:g} is not a share between 0 and 1, such as 0.02.")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _arms(patterns: Sequence[str], overrides: Sequence[str], config_dir: Path | None) -> list[Arm]:
+    """Return the arms, one for each file; a file that is named twice is two arms.
+
+    Raises:
+        ConfigError: a file is missing or wrong, or there are fewer than two.
+    """
+    files = [file for pattern in patterns for file in find([pattern])]
+    if len(files) < 2:
+        raise ConfigError(
+            f"A campaign compares at least two configurations, not {len(files)}; name several config files, or one "
+            "twice to see the noise."
+        )
+    problems: list[str] = []
+    arms = []
+    for name, file in zip(_names(files), files, strict=True):
+        try:
+            arms.append(Arm(name, prepare(file, overrides, config_dir=config_dir).experiment(), str(file)))
+        except BadInput as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return arms
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """Return a name for each arm: the shortest end of its path that distinguishes it, or a number if nothing does."""
+    whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
+    names = []
+    for parts in whole:
+        others = [other for other in whole if other != parts]
+        length = next(
+            (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), len(parts)
+        )
+        names.append("/".join(parts[-length:]))
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        if names.count(name) > 1 or seen[name] > 1:
+            names[i] = f"{name}#{seen[name]}"
+    return names
+
+
+def _baseline(wanted: str, names: Sequence[str]) -> str:
+    if not wanted:
+        return names[0]
+    if wanted not in names:
+        raise ConfigError(f"--baseline: no arm is called '{wanted}'; they are {', '.join(names)}.")
+    return wanted
+
+
+def _moved(experiment: Experiment, results_dir: Path) -> Experiment:
+    return replace(experiment, io=replace(experiment.io, results_dir=str(results_dir)))
+
+
+# ------------------------------------------------------------------ the plan
+def _planned(
+    campaign: Campaign, arms: Sequence[Arm], overrides: Sequence[str], options: RunOptions, prompts: RecentPrompts
+) -> Planned:
+    """Check every arm in every cycle that has prompts of its own; raises `ConfigError` with all problems."""
+    machine = host.look()
+    seeds = range(campaign.cycles) if campaign.resample_prompts else range(1)
+    ready: dict[tuple[str, int], Ready] = {}
+    problems: dict[str, None] = {}
+    warnings: dict[str, None] = {}
+    for shift in seeds:
+        for arm in arms:
+            experiment = replace(arm.experiment, seed=arm.experiment.seed + shift)
+            try:
+                found = preflight(experiment, machine, force=options.force, load=prompts)
+            except BadInput as error:
+                problems |= dict.fromkeys(f"{arm.name}: {problem}" for problem in str(error).splitlines())
+                continue
+            ready[arm.name, shift] = found
+            warnings |= dict.fromkeys(f"{arm.name}: {warning}" for warning in found.warnings)
+    if problems:
+        raise ConfigError(*problems)
+    print_warnings(*warnings)
+    print_warnings(*(f"{note.code}: {note.text}" for note in results.about_order(campaign, len(arms))))
+    places = order(campaign.structure, len(arms), campaign.cycles, campaign.seed)
+    shifts = [place.cycle - 1 if campaign.resample_prompts else 0 for place in places]
+    chosen = [ready[arms[place.arm].name, shift] for place, shift in zip(places, shifts, strict=True)]
+    digests = ["+".join(dict.fromkeys(ready[arm.name, shift].prompts.sha256 for arm in arms)) for shift in seeds]
+    return Planned(
+        definition=Definition(campaign, tuple(arms), tuple(digests), _machine(machine), tuple(overrides)),
+        places=places,
+        experiments=[each.experiment for each in chosen],
+        words=[summary_of(each) for each in chosen],
+        results_dir=Path(arms[0].experiment.io.results_dir).expanduser(),
+    )
+
+
+def _machine(machine: host.Host) -> Machine:
+    found = host.environment(machine)
+    return Machine(found.hostname, found.driver_version, found.gpus, found.versions, found.git_commit)
+
+
+def _changes(kept: Definition, now: Definition) -> list[str]:
+    """Return what has changed since a campaign began that its comparison depends on."""
+    changed = [
+        f"{what}: {before or 'none'} then, {after or 'none'} now"
+        for what, before, after in (
+            ("machine", kept.machine.hostname, now.machine.hostname),
+            ("driver", kept.machine.driver_version, now.machine.driver_version),
+            ("GPUs", ", ".join(kept.machine.gpus), ", ".join(now.machine.gpus)),
+            ("commit", kept.machine.git_commit, now.machine.git_commit),
+        )
+        if before != after
+    ]
+    packages = kept.machine.versions.keys() | now.machine.versions.keys()
+    changed += [
+        f"{package}: {kept.machine.versions.get(package, 'none')} then, {now.machine.versions.get(package, 'none')} now"
+        for package in sorted(packages)
+        if kept.machine.versions.get(package) != now.machine.versions.get(package)
+    ]
+    if kept.prompts_sha256 != now.prompts_sha256:
+        changed.append("the prompts are others")
+    return changed
+
+
+def _check_same(kept: Definition, now: Definition, force: bool) -> None:
+    """Refuse to continue a campaign as another one, or where what it depends on has changed."""
+    name = kept.campaign.name
+
+    def wanted(definition: Definition) -> object:
+        arms = [(arm.name, {k: v for k, v in to_plain(arm.experiment).items() if k != "io"}) for arm in definition.arms]
+        return definition.campaign, arms
+
+    if wanted(kept) != wanted(now):
+        raise ConfigError(
+            f"There is already a campaign '{name}', with other arms or settings. Choose another --campaign-name, or "
+            f"continue that one: lem campaign --resume {name}."
+        )
+    changed = _changes(kept, now)
+    if changed and not force:
+        raise ConfigError(
+            *(f"Campaign '{name}' was begun under other conditions: {each}." for each in changed),
+            "Its cells would not be comparable. Restore them, begin a campaign under another name, or give --force.",
+        )
+
+
+# ------------------------------------------------------------------ measuring
+def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> int:
+    store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.campaign.name
+    is_kept = (folder / results.DEFINITION).is_file()
+    if is_kept:
+        _check_same(results.read_definition(folder), planned.definition, options.force)
+    states = _states(planned, store) if is_kept else [CellState(cell) for cell in _cells(planned)]
+    left = [number for number, state in enumerate(states) if state.status != "completed"]
+    if options.dry_run:
+        _preview(planned, states)
+        return 0
+    if left and not (options.yes or confirmed(_question(planned, len(left)))):
+        return 0
+    with _locked(folder, name):
+        if not is_kept:
+            write_atomically(folder / results.DEFINITION, to_json(planned.definition))
+        manifest = Manifest(folder, [state.cell for state in states], "cell")
+        manifest.states = states
+        again = f"To go on: lem campaign --resume {name}" + _results_flag(store)
+        try:
+            if left:
+                run_cells(
+                    manifest,
+                    lambda manifest, display: CampaignRunner(manifest, display, options, prompts, planned),
+                    [],
+                    again=again,
+                )
+        finally:
+            found = results.answer(planned.definition, results.read_cells(store, folder)) if left or is_kept else None
+            if found is not None:
+                results.write_answer(folder, found)
+                show_answer(found)
+                _show_failures(manifest)
+                print(f"\nCampaign: {folder}")
+    return 0 if manifest.all_completed else 1
+
+
+def _results_flag(store: Store) -> str:
+    return "" if str(store.root) == "results" else f" -o {store.root}"
+
+
+def _show_failures(manifest: Manifest) -> None:
+    for state in manifest.states:
+        if state.status in ("failed", "not run") and state.error:
+            print(f"{state.cell.label}: {state.sentence}")
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """Hold a campaign's lock, which the kernel releases when this process ends.
+
+    Raises:
+        ResultsError: another process is measuring it, or the directory cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise ResultsError(f"The campaign's directory {folder} cannot be used: {error.strerror}.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResultsError(f"Another process is measuring campaign '{name}'.") from None
+        yield
+
+
+def _cells(planned: Planned) -> list[Cell]:
+    campaign, arms = planned.definition.campaign, planned.definition.arms
+    return [
+        Cell(
+            label=f"{arms[place.arm].name}, cycle {place.cycle}/{campaign.cycles}",
+            experiment=experiment,
+            overrides=planned.definition.overrides,
+            config_file=Path(file) if (file := arms[place.arm].config_file) else None,
+            words=words,
+            campaign=CampaignCell(campaign.name, arms[place.arm].name, place.cycle, place.position),
+        )
+        for place, experiment, words in zip(planned.places, planned.experiments, planned.words, strict=True)
+    ]
+
+
+def _states(planned: Planned, store: Store) -> list[CellState]:
+    """Return what has become of each cell: completed, cut and to be resumed, or not run."""
+    try:
+        entries = json.loads((planned.folder / results.CELLS).read_bytes())
+    except FileNotFoundError:  # killed before the first cell
+        entries = []
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{planned.folder / results.CELLS} cannot be read ({error}).") from None
+    states = [CellState(cell) for cell in _cells(planned)]
+    for number, (state, entry) in enumerate(zip(states, entries, strict=False)):
+        if entry.get("experiment_id"):
+            states[number] = _state(state, store.directory(str(entry["experiment_id"])))
+    return states
+
+
+def _state(state: CellState, directory: ExperimentDir) -> CellState:
+    if not directory.path.is_dir():
+        return state
+    status = directory.state().status
+    if status in FINISHED:
+        return replace(state, status="completed", directory=directory, row=read(directory, strict=False).row)
+    if status == "interrupted" and (directory.path / "spec.json").is_file():
+        return replace(state, cell=replace(state.cell, unfinished=directory), directory=directory)
+    return state
+
+
+@dataclass
+class CampaignRunner(OneByOne):
+    """Runs a campaign's cells with pauses between them; tries failed ones again, gives up an arm that only fails."""
+
+    planned: Planned
+    failures: Counter[int] = field(default_factory=Counter)
+    to_retry: list[int] = field(default_factory=list)
+    before: Place | None = None
+
+    def run(self, number: int, experiment: Experiment) -> None:
+        """Run a cell; first, those of the cycle before that failed."""
+        if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
+            self._retry()
+        self._attempt(number, experiment)
+        if self.manifest.states[number].status == "failed":
+            self.to_retry.append(number)
+
+    def finish(self) -> None:
+        """Try the failed cells of the last cycle again."""
+        self._retry()
+
+    def wait_before(self, number: int, report: Report) -> None:
+        """Pause, unless this is the first cell that runs."""
+        campaign, place = self.planned.definition.campaign, self.planned.places[number]
+        before, self.before = self.before, place
+        if before is None:
+            return
+        is_new = before.cycle != place.cycle and campaign.cycle_gap_s is not None
+        gap_s = campaign.cycle_gap_s if is_new else campaign.config_gap_s
+        count_down(gap_s or 0.0, report)
+
+    def _part(self, place: Place) -> int:
+        """Return the part of the campaign at whose end failed cells are tried again: a cycle, or an arm if grouped."""
+        return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
+
+    def _attempt(self, number: int, experiment: Experiment) -> None:
+        arm = self.planned.places[number].arm
+        if self.failures[arm] >= GIVE_UP:
+            error = f"{self.planned.definition.arms[arm].name} was given up after {GIVE_UP} failures in a row."
+            self.manifest.change(number, status="not run", error=error)
+            return
+        super().run(number, experiment)
+        self.failures[arm] = self.failures[arm] + 1 if self.manifest.states[number].status == "failed" else 0
+
+    def _retry(self) -> None:
+        for _ in range(self.planned.definition.campaign.retries):
+            for number in self.to_retry:
+                arm = self.planned.places[number].arm
+                if self.manifest.states[number].status == "failed" and self.failures[arm] < GIVE_UP:
+                    self.manifest.change(number, directory=None, row=None, error=None)
+                    self._attempt(number, self.planned.experiments[number])
+        self.to_retry.clear()
+
+
+def count_down(seconds: float, report: Report) -> None:
+    """Wait, reporting each second that has passed."""
+    until_s, total = time.monotonic() + seconds, math.ceil(seconds)
+    while (left_s := until_s - time.monotonic()) > 0:
+        report(Event("gap", total - math.ceil(left_s), total))
+        time.sleep(min(1.0, left_s))
+    if total:
+        report(Event("gap", total, total))
+
+
+# ------------------------------------------------------------------ before it runs
+def _question(planned: Planned, left: int) -> str:
+    campaign, arms = planned.definition.campaign, planned.definition.arms
+    of = f" of {len(planned.places)}" if left < len(planned.places) else ""
+    return f"Run {left}{of} cells ({len(arms)} arms in {campaign.cycles} cycles, {campaign.structure})?"
+
+
+def _preview(planned: Planned, states: Sequence[CellState]) -> None:
+    """Print the order, the pauses, and what to expect from earlier runs of the same configurations."""
+    campaign, arms = planned.definition.campaign, planned.definition.arms
+    print(
+        f"Campaign {campaign.name}: {len(arms)} arms in {campaign.cycles} cycles, {campaign.structure}, seed "
+        f"{campaign.seed}; baseline {campaign.baseline}"
+    )
+    gaps_s = 0.0
+    for number, (place, state) in enumerate(zip(planned.places, states, strict=True), start=1):
+        done = ", completed" if state.status == "completed" else ", to be resumed" if state.cell.unfinished else ""
+        print(f"[{number}/{len(states)}] {state.cell.label}: {state.cell.words}{done}")
+        after = planned.places[number] if number < len(states) else None
+        if after is not None:
+            is_new = after.cycle != place.cycle and campaign.cycle_gap_s is not None
+            gap_s = (campaign.cycle_gap_s if is_new else campaign.config_gap_s) or 0.0
+            gaps_s += gap_s
+            if gap_s:
+                print(f"      pause of {gap_s:g} s")
+    for line in _expected(planned, gaps_s):
+        print(line)
+    print("# dry run: nothing was measured")
+
+
+def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
+    """Yield what earlier rows of the same configurations let expect, or that there are none."""
+    campaign, arms = planned.definition.campaign, planned.definition.arms
+    names = [
+        "config_json",
+        "status",
+        "duration_s",
+        "load_duration_s",
+        "warmup_duration_s",
+        "energy_j",
+        campaign.primary,
+    ]
+    rows, _ = Tables(Store(planned.results_dir)).rows(list(dict.fromkeys(names)))
+    wanted = {arm.name: {k: v for k, v in to_plain(arm.experiment).items() if k != "io"} for arm in arms}
+    found: dict[str, list[object]] = {arm.name: [] for arm in arms}
+    spent_s = energy_j = 0.0
+    spreads = []
+    for arm in arms:
+        own = [row for row in rows if row.status == "completed" and _same(row.config_json, wanted[arm.name])]
+        found[arm.name] = list(own)
+        if not own:
+            continue
+        each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in own]
+        spent_s += campaign.cycles * sum(each_s) / len(own)
+        energy_j += campaign.cycles * sum(row.energy_j or 0.0 for row in own) / len(own)
+        values = [value for row in own if (value := getattr(row, campaign.primary))]
+        if len(values) > 1:
+            spreads.append(summarise([math.log(value) for value in values]).sd or 0.0)
+    unknown = [name for name, own in found.items() if not own]
+    if unknown:
+        yield f"No earlier run of {', '.join(unknown)}: the time and the energy to expect are not known."
+    else:
+        yield f"To expect from earlier runs: {(spent_s + gaps_s) / 60:.1f} min in phases and pauses, {energy_j:.4g} J."
+    if spreads and campaign.cycles > 1:
+        ratio = results.detectable_ratio(math.sqrt(sum(s**2 for s in spreads) / len(spreads)), campaign.cycles)
+        yield f"{campaign.cycles} cycles would find a difference of {ratio - 1:.1%} with a chance of 80 %."
+    else:
+        yield "What difference these cycles would find is not known: it takes two earlier runs of an arm."
+
+
+def _same(config_json: str, wanted: object) -> bool:
+    try:
+        values = json.loads(config_json)
+    except ValueError:
+        return False
+    values.pop("io", None)
+    return bool(values == json.loads(json.dumps(wanted)))

@@ -1,0 +1,245 @@
+"""`lem campaign`, through the command: order, pauses, failures, continuing, and what it says in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import begin, command
+
+QUICK = ("-d", "sample", "-n", "4", "max_output_tokens=8", "-y")
+
+
+@pytest.fixture
+def arms(tmp_path):
+    """Config files of two arms, whose power is replayed; the second takes twice as long for a token."""
+    (tmp_path / "power.csv").write_text("t_s,power_w\n0,100\n100000,100\n")
+    for name, step_s in (("quick", 0.002), ("slow", 0.004)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"model: any\nbackend: {{name: simulated, decode_s_per_token: {step_s}}}\n"
+            "energy: {name: replay, trace: power.csv, idle_s: 0.05}\nmin_output_tokens: 8\n"
+        )
+    return tmp_path
+
+
+def cells_of(folder, name="one"):
+    return json.loads((folder / "results" / "campaigns" / name / "experiments.json").read_text())
+
+
+def places(cells):
+    return [(cell["campaign"]["arm"], cell["campaign"]["cycle"], cell["campaign"]["position"]) for cell in cells]
+
+
+def test_a_campaign_measures_each_arm_in_each_cycle_and_says_how_they_compare(lem, arms):
+    done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "3", *QUICK)
+    assert done.code == 0, done.err
+    cells = cells_of(arms)
+    assert [cell["status"] for cell in cells] == ["completed"] * 6
+    assert {(arm, cycle) for arm, cycle, _ in places(cells)} == {(a, c) for a in ("quick", "slow") for c in (1, 2, 3)}
+    assert sorted(cell["experiment_id"] for cell in cells) == sorted(os.listdir(arms / "results" / "raw"))
+    pairs = pq.read_table(arms / "results" / "campaigns" / "one" / "pairs.parquet").to_pylist()
+    (pair,) = [each for each in pairs if each["is_primary"]]
+    assert (pair["arm"], pair["baseline"], pair["cycles"], pair["verdict"]) == ("slow", "quick", 3, "more")
+    assert pair["ci_low"] < pair["ratio"] < pair["ci_high"]
+    assert pair["ratio"] == pytest.approx(2, rel=0.35)
+    (sentence,) = [line for line in done.out.splitlines() if line.startswith("slow needs")]
+    assert f"{pair['ratio']:.2f} times the energy per output token of quick (95 % interval" in sentence
+    assert "3 cycles, shuffled): more" in sentence
+
+
+def test_results_know_the_campaign(lem, arms):
+    lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
+    lem("experiment", "quick.yaml", *QUICK)
+    rows = json.loads(lem("results", "list", "--campaign", "one", "--json").out)
+    found = [(row["campaign"], row["campaign_arm"], row["campaign_cycle"], row["campaign_position"]) for row in rows]
+    assert sorted(found) == sorted(("one", *place) for place in places(cells_of(arms)))
+    shown = json.loads(lem("results", "show", "one", "--json").out)
+    assert [cell["experiment_id"] for cell in shown["cells"]] == [cell["experiment_id"] for cell in cells_of(arms)]
+    assert shown["sentences"][0].startswith("slow needs")
+    assert lem("results", "show", "one").out.startswith("Campaign one: 4 of 4 cells completed, shuffled")
+
+
+def test_the_same_command_again_runs_nothing_and_shows_the_answer(lem, arms):
+    first = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
+    before = cells_of(arms)
+    again = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
+    assert again.code == 0
+    assert cells_of(arms) == before
+    assert again.out == first.out
+
+
+def test_another_campaign_of_the_same_name_is_refused(lem, arms):
+    lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
+    assert done.code == 2
+    assert "There is already a campaign 'one', with other arms or settings." in done.err
+    assert "lem campaign --resume one" in done.err
+
+
+def test_a_campaign_whose_machine_has_changed_is_not_continued_unless_forced(lem, arms):
+    lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    file = arms / "results" / "campaigns" / "one" / "campaign.json"
+    kept = json.loads(file.read_text())
+    kept["machine"]["driver_version"] = "1.2"
+    file.write_text(json.dumps(kept))
+    refused = lem("campaign", "--resume", "one", "-y")
+    assert refused.code == 2
+    assert "driver: 1.2 then, none now" in refused.err
+    assert lem("campaign", "--resume", "one", "-y", "--force").code == 0
+
+
+def test_a_failed_cell_is_tried_again_and_an_arm_that_only_fails_is_given_up(lem, arms):
+    text = (arms / "slow.yaml").read_text().replace("name: simulated,", "name: simulated, fail_at_request: 2,")
+    (arms / "slow.yaml").write_text(text)
+    done = lem(
+        "campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "3", "--retries", "1",
+        "--structure", "interleaved", *QUICK,
+    )  # fmt: skip
+    assert done.code == 1
+    cells = cells_of(arms)
+    by_arm = {arm: [cell["status"] for cell in cells if cell["campaign"]["arm"] == arm] for arm in ("quick", "slow")}
+    assert by_arm["quick"] == ["completed"] * 3
+    assert by_arm["slow"] == ["failed", "failed", "not run"]
+    assert "slow was given up after 3 failures in a row." in done.out
+    # Two in the first cycle and one in the second, then no more.
+    assert len(os.listdir(arms / "results" / "raw")) == 3 + 3
+    assert "slow and quick have no cycle in common" in done.out
+    assert "campaign_cells_missing" in done.out
+
+
+def test_pauses_are_between_cells_and_between_cycles_and_none_is_after_the_last(arms):
+    begun_s = time.monotonic()
+    done = command(
+        "campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", "--config-gap", "1",
+        "--cycle-gap", "2", *QUICK, cwd=arms,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert time.monotonic() - begun_s > 1 + 2 + 1
+    rows = [line for line in done.err.splitlines() if line.startswith("Waiting")]
+    assert [line for line in rows if line.endswith("/1")] == ["Waiting 0/1", "Waiting 1/1"] * 2
+    assert next(line for line in rows if line.endswith("/2")) == "Waiting 0/2"
+    assert done.err.rstrip().splitlines()[-1].startswith("[4/4]")
+
+
+def test_ctrl_c_in_a_pause_loses_nothing_and_names_the_command_that_goes_on(arms):
+    process = begin(
+        "campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", "--config-gap", "600", *QUICK,
+        cwd=arms,
+    )  # fmt: skip
+    while "Waiting" not in process.stderr.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "To go on: lem campaign --resume one" in err
+    assert "Campaign one: 1 of 4 cells completed" in out
+    assert [cell["status"] for cell in cells_of(arms)] == ["completed", "not run", "not run", "not run"]
+
+
+def test_new_prompts_in_each_cycle_are_the_same_for_all_arms(lem, arms):
+    done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", "--resample-prompts", *QUICK)
+    assert done.code == 0, done.err
+    rows = json.loads(lem("results", "list", "--json").out)
+    digests = {cycle: {r["prompts_sha256"] for r in rows if r["campaign_cycle"] == cycle} for cycle in (1, 2)}
+    assert [len(each) for each in digests.values()] == [1, 1]
+    assert digests[1] != digests[2]
+
+
+def test_two_files_of_one_name_and_one_file_twice_are_arms_of_their_own(lem, arms):
+    (arms / "other").mkdir()
+    (arms / "other" / "quick.yaml").write_text((arms / "quick.yaml").read_text())
+    done = lem(
+        "campaign", "quick.yaml", "quick.yaml", "other/quick.yaml", "--campaign-name", "one", "-c", "1", "--dry-run",
+        *QUICK,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    names = {line.split("] ")[1].split(", cycle")[0] for line in done.out.splitlines() if line.startswith("[")}
+    assert names == {f"{arms.name}/quick#1", f"{arms.name}/quick#2", "other/quick"}
+
+
+def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
+    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "3", "--config-gap", "60", *QUICK)
+    first = lem(*wanted, "--dry-run")
+    assert first.code == 0
+    assert "No earlier run of quick, slow" in first.out
+    assert first.out.count("pause of 60 s") == 5
+    assert not (arms / "results").exists()
+    for _ in range(2):
+        for file in ("quick.yaml", "slow.yaml"):
+            lem("experiment", file, *QUICK, "--fresh")
+    second = lem(*wanted, "--dry-run")
+    assert "To expect from earlier runs: 5." in second.out
+    assert "3 cycles would find a difference of" in second.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quick.yaml", "--campaign-name", "x"], "at least two configurations, not 1"),
+        (["quick.yaml", "slow.yaml"], "needs a name: give --campaign-name"),
+        (["--campaign-name", "x"], "needs config files"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "'a/b' cannot name a directory"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "fast"], "no arm is called 'fast'"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "0"], "--cycles: 0 is not between 1 and 1000"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "1000000"], "--cycles: 1000000 is not between"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--structure", "random"], "'random' is not one of"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--margin", "2"], "--margin: 2 is not a share"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "-1"], "--config-gap: -1 is not between"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "cost"], "--primary: 'cost' is not one of"),
+        (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
+        (["quick.yaml", "--resume", "x"], "give no config files or name with it"),
+        (["--resume", "x"], "There is no campaign 'x'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(lem, arms, arguments, message):
+    done = lem("campaign", *arguments, *(() if "--resume" in arguments else QUICK))
+    assert done.code == 2
+    assert message in done.err
+    assert not (arms / "results" / "raw").exists()
+
+
+def test_one_cycle_has_no_interval_and_says_so(lem, arms):
+    done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    assert "no interval from fewer than two cycles, so it cannot tell." in done.out
+
+
+def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
+    options = ("quick.yaml", "slow.yaml", "--dry-run", *QUICK)
+    assert "campaign_fixed_order" in lem("campaign", "--campaign-name", "x", "--structure", "grouped", *options).err
+    latin = lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "3", *options)
+    assert "campaign_unbalanced: 3 cycles are no multiple of 2" in latin.err
+    assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
+
+
+@pytest.mark.processes
+def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms):
+    """Kill it at random moments, at least six times, and continue each time until it is complete."""
+    chance = random.Random(11)
+    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "4", *QUICK)
+    for attempt in range(60):
+        process = begin(*(wanted if attempt == 0 else ("campaign", "--resume", "one", "-y")), cwd=arms)
+        try:
+            process.communicate(timeout=2 + 4 * chance.random() if attempt < 6 else 120)
+        except Exception:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            continue
+        if attempt >= 1 and process.returncode == 0:
+            break
+        if process.returncode == 2:  # killed before the campaign was written down
+            wanted_again = begin(*wanted, cwd=arms)
+            wanted_again.communicate(timeout=120)
+    cells = cells_of(arms)
+    assert [cell["status"] for cell in cells] == ["completed"] * 8
+    expected = command(*wanted[:4], "two", *wanted[5:], "--dry-run", cwd=arms)
+    order = [line.split("] ")[1].split(":")[0] for line in expected.out.splitlines() if line.startswith("[")]
+    assert [cell["label"] for cell in cells] == order
+    rows = json.loads(command("results", "list", "--campaign", "one", "--json", cwd=arms).out)
+    assert [row["requests_completed"] for row in rows] == [4] * 8
+    assert sorted(row["experiment_id"] for row in rows) == sorted(cell["experiment_id"] for cell in cells)
