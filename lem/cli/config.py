@@ -9,6 +9,9 @@ import typer
 
 from lem.cli import flags
 from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
+from lem.errors import ConfigError
+
+Campaign = Annotated[bool, typer.Option("--campaign", help="Of a campaign file, for lem campaign.")]
 
 config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -101,12 +104,15 @@ def generate_grid(
 
 
 @config_app.command("schema")
-def schema(config_dir: ConfigDir = None) -> None:
+def schema(campaign: Campaign = False, config_dir: ConfigDir = None) -> None:
     """Print the JSON Schema of config files, with which editors can check and complete them."""
     from lem.config import file_schema
     from lem.config.options import Options
 
-    print(file_schema.as_text(Options.find(config_dir)), end="")
+    if campaign:
+        print(file_schema.campaign_as_text(), end="")
+    else:
+        print(file_schema.as_text(Options.find(config_dir)), end="")
 
 
 @config_app.command("new")
@@ -118,6 +124,7 @@ def new(
         ),
     ] = None,
     preset: flags.Preset = None,
+    campaign: Campaign = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing; write a template that explains every value.")
     ] = False,
@@ -127,4 +134,8 @@ def new(
     """Write a new config file: from your answers on a terminal, else as a commented template."""
     from lem.cli import new
 
+    if campaign:
+        if preset is not None:
+            raise ConfigError("--preset is for config files; a campaign file names the files of its arms.")
+        raise typer.Exit(new.new_campaign(output, force=force))
     raise typer.Exit(new.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

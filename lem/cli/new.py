@@ -20,6 +20,7 @@ from lem.config.inventory import summaries
 from lem.config.options import CUSTOM, SUFFIXES, Options
 from lem.config.yamltext import flow
 from lem.errors import ConfigError, Interrupted
+from lem.spec.campaign import Campaign
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, Leaf, leaves
@@ -140,6 +141,44 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
         print(render(draft), end="")
     else:
         _write(draft, file)
+    return 0
+
+
+CAMPAIGN_HEAD = """\
+# A lem campaign: lem config validate checks it, lem campaign runs it.
+# A value after # is already in effect; to set it, delete its #."""
+CAMPAIGN_ARMS = ("first.yaml", "second.yaml")
+
+
+def new_campaign(file: Path | None, *, force: bool) -> int:
+    """Write a commented template of a campaign file, or print it; return the exit code.
+
+    Raises:
+        ConfigError: it cannot be written; nothing has been.
+    """
+    lines = [CAMPAIGN_HEAD, ""]
+    lines += _comment(
+        "Configurations to compare: config files relative to this one, or mappings such as {config: second.yaml, "
+        "name: large batches, overrides: [batching.batch_size=16]}."
+    )
+    lines += [f"arms: {flow(list(CAMPAIGN_ARMS))}", ""]
+    for item in leaves(Campaign):
+        if "." not in item.path:  # not a key of an arm
+            default = list(item.default) if isinstance(item.default, tuple) else item.default
+            lines += _comment(item.description)
+            lines += _comment(f"[{type_words(item)}; default {flow(default)}]")
+            lines += [f"#{item.path}: {flow(default)}", ""]
+    text = "\n".join(lines)
+    if file is None:
+        print(text, end="")
+        return 0
+    _check_target(file, replaceable=force)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: the file cannot be written: {error.strerror}.") from None
+    print(f"Wrote {file}. Name the config files of your arms in it, and run it with lem campaign {file}.")
     return 0
 
 

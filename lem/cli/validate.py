@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
 from lem.config.check import Found, examine, without
 from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
 from lem.config.layers import Sources, leaf_paths, origin
@@ -81,7 +82,10 @@ def validate(
 ) -> int:
     """Check files and print what is wrong with each; return 0 if all are valid, else 2."""
     host = look()
-    verdicts = [Verdict(file, tuple(problems(file, host, config_dir, any_machine)), force) for file in files]
+    verdicts = []
+    for file in files:
+        find = problems_of_campaign if is_campaign(file) else problems
+        verdicts.append(Verdict(file, tuple(find(file, host, config_dir, any_machine)), force))
     if as_json:
         print(json.dumps([verdict.plain() for verdict in verdicts], indent=2, ensure_ascii=False))
     else:
@@ -92,7 +96,13 @@ def validate(
     return 0 if all(verdict.valid for verdict in verdicts) else 2
 
 
-def problems(file: Path, host: Host, config_dir: Path | None = None, any_machine: bool = False) -> list[Problem]:
+def problems(
+    file: Path,
+    host: Host,
+    config_dir: Path | None = None,
+    any_machine: bool = False,
+    overrides: Sequence[str] = (),
+) -> list[Problem]:
     """Return everything that is wrong with a config file: its text, its keys and values, and the rules between them.
 
     Args:
@@ -100,8 +110,9 @@ def problems(file: Path, host: Host, config_dir: Path | None = None, any_machine
         host: the machine it is checked for.
         config_dir: a directory of the user's own options.
         any_machine: ignore what is wrong only on this machine.
+        overrides: Hydra overrides that the file is run with.
     """
-    inputs = read_inputs(file, (), config_dir)
+    inputs = read_inputs(file, overrides, config_dir)
     if not inputs.sources.file.layers:
         return list(inputs.problems)  # the file cannot be read at all
     values, found = values_of(inputs.sources)
@@ -113,6 +124,25 @@ def problems(file: Path, host: Host, config_dir: Path | None = None, any_machine
     if experiment.model is None and not _is_about("model", known):
         known.append(Problem("no_model", "model", "no model is named, so it can only be a base.", Location(file)))
     return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known)], file)
+
+
+def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_machine: bool) -> Sequence[Problem]:
+    """Return everything that is wrong with a campaign file and the config files of its arms."""
+    try:
+        campaign = compose(file, {})
+        arms = list(campaign_arms(campaign))
+    except Problems as error:
+        return _in_order(error.found, file)
+    except ConfigError as error:
+        return [Problem("missing_file", "arms", problem, Location(file)) for problem in str(error).splitlines()]
+    found: list[Problem] = []
+    for source, arm in arms:
+        overrides = [*settings_of_arms(campaign), *campaign.overrides, *source.overrides]
+        found += problems(arm, host, config_dir, any_machine, overrides)
+    if len(arms) < 2:
+        message = f"a campaign compares at least two configurations, not {len(arms)}."
+        found.append(Problem("out_of_range", "arms", message, Location(file)))
+    return _in_order(list(dict.fromkeys(found)), file)
 
 
 def _in_order(found: Sequence[Problem], first: Path) -> list[Problem]:
@@ -173,6 +203,8 @@ def show(
     as_json: bool = False,
 ) -> int:
     """Print a configuration as it would run, either as a complete config file in YAML or as JSON."""
+    if config_file is not None and is_campaign(config_file):
+        return _show_campaign(config_file, overrides, with_origin=with_origin, as_json=as_json)
     values, sources = resolve(config_file, overrides, config_dir)
     origins: dict[KeyPath, Origin] = {}
     if with_origin:
@@ -185,6 +217,19 @@ def show(
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:
         print("\n".join(_lines(values, origins)))
+    return 0
+
+
+def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, as_json: bool) -> int:
+    if overrides or with_origin:
+        raise ConfigError(
+            "lem config show shows a campaign file as it is: overrides and --origin are for config files."
+        )
+    values = to_plain(compose(file, {}))
+    if as_json:
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(f"{key}: {as_yaml(value)}" for key, value in values.items()))
     return 0
 
 

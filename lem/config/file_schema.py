@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lem.config.options import Options
+from lem.spec.campaign import Campaign
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, Leaf
@@ -109,6 +110,26 @@ def write_beside(file: Path, options: Options) -> None:
 def as_text(options: Options) -> str:
     """Return the schema as JSON text."""
     return json.dumps(file_schema(options), indent=2, ensure_ascii=False) + "\n"
+
+
+def campaign_as_text() -> str:
+    """Return the JSON Schema of a campaign file as text: nothing required, and files to inherit from."""
+    schema = TypeAdapter(Campaign).json_schema()
+    inherits = {
+        "description": "Campaign files to inherit from, relative to this one (base means base.yaml beside it).",
+        "type": "array",
+        "items": {"type": "string"},
+    }
+    whole = {
+        "$schema": DRAFT,
+        "title": "lem campaign",
+        "description": "A lem campaign file: the arms, and what differs from the defaults.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"defaults": inherits, **schema["properties"]},
+        "$defs": schema["$defs"],
+    }
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
 
 
 def type_words(leaf: Leaf) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -208,7 +209,7 @@ def is_campaign(store: Store, name: str) -> bool:
     from lem.results.campaign import DEFINITION, folder_of
     from lem.spec.campaign import NAME
 
-    return NAME.fullmatch(name) is not None and (folder_of(store, name) / DEFINITION).is_file()
+    return re.fullmatch(NAME, name) is not None and (folder_of(store, name) / DEFINITION).is_file()
 
 
 def show_campaign(store: Store, name: str, *, as_json: bool) -> int:

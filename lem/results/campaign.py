@@ -84,6 +84,17 @@ class Definition:
     lem_version: str = __version__
     format_version: int = FORMAT_VERSION
 
+    @property
+    def name(self) -> str:
+        """The campaign's name."""
+        assert self.campaign.name is not None
+        return self.campaign.name
+
+    @property
+    def baseline(self) -> str:
+        """The arm that the others are compared with."""
+        return self.campaign.baseline or self.arms[0].name
+
 
 @dataclass(frozen=True)
 class CellEntry:
@@ -205,10 +216,10 @@ def _row(directory: ExperimentDir) -> ExperimentRow | None:
 # ------------------------------------------------------------------ the answer
 def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
     """Return what the cells that are completed say."""
-    campaign, names = definition.campaign, [arm.name for arm in definition.arms]
+    names = [arm.name for arm in definition.arms]
     found = {(cell.cycle, cell.arm): cell for cell in cells}
-    arms = [row for name in names for row in _arm_rows(campaign, name, cells)]
-    pairs = [row for measure in MEASURES for row in _pair_rows(campaign, names, measure, found)]
+    arms = [row for name in names for row in _arm_rows(definition, name, cells)]
+    pairs = [row for measure in MEASURES for row in _pair_rows(definition, measure, found)]
     return Answer(definition, list(cells), arms, pairs, list(_doubts(definition, names, found)))
 
 
@@ -218,7 +229,7 @@ def write_answer(folder: Path, found: Answer) -> None:
     parquet.write_rows(folder / "pairs.parquet", PairRow, found.pairs)
 
 
-def _arm_rows(campaign: Campaign, name: str, cells: Sequence[CellEntry]) -> Iterator[ArmRow]:
+def _arm_rows(definition: Definition, name: str, cells: Sequence[CellEntry]) -> Iterator[ArmRow]:
     own = [cell for cell in cells if cell.arm == name]
     rows = [cell.row for cell in own if cell.row is not None]
     sources = dict.fromkeys(row.energy_source for row in rows if row.energy_source)
@@ -227,14 +238,14 @@ def _arm_rows(campaign: Campaign, name: str, cells: Sequence[CellEntry]) -> Iter
         summary = summarise([] if None in values else values)
         if summary.n:
             yield ArmRow(
-                campaign=campaign.name,
+                campaign=definition.name,
                 arm=name,
-                is_baseline=name == campaign.baseline,
+                is_baseline=name == definition.baseline,
                 cells_completed=len(rows),
                 cells_planned=len(own),
                 measure=measure,
                 unit=unit,
-                is_primary=measure == campaign.primary,
+                is_primary=measure == definition.campaign.primary,
                 source="+".join(sources) or None,
                 mean=summary.mean,
                 ci95_low=summary.ci95_low,
@@ -242,9 +253,8 @@ def _arm_rows(campaign: Campaign, name: str, cells: Sequence[CellEntry]) -> Iter
             )
 
 
-def _pair_rows(
-    campaign: Campaign, names: Sequence[str], measure: str, found: dict[tuple[int, str], CellEntry]
-) -> Iterator[PairRow]:
+def _pair_rows(definition: Definition, measure: str, found: dict[tuple[int, str], CellEntry]) -> Iterator[PairRow]:
+    campaign, names = definition.campaign, [arm.name for arm in definition.arms]
     cycles = range(1, campaign.cycles + 1)
     values = [[_value(found.get((cycle, name)), measure) for name in names] for cycle in cycles]
     if not any(value for row in values for value in row):
@@ -252,16 +262,16 @@ def _pair_rows(
     positions = None
     if campaign.structure == "latin":
         positions = [[found[cycle, name].position for name in names] for cycle in cycles]
-    baseline = names.index(campaign.baseline)
+    baseline = names.index(definition.baseline)
     compared = compare.contrasts(values, baseline=baseline, positions=positions, margin=campaign.margin)
     for name, contrast in zip(names, compared, strict=True):
         if contrast is not None:
             yield PairRow(
-                campaign=campaign.name,
+                campaign=definition.name,
                 arm=name,
-                baseline=campaign.baseline,
+                baseline=definition.baseline,
                 measure=measure,
-                is_primary=measure == campaign.primary,
+                is_primary=measure == definition.campaign.primary,
                 cycles=contrast.cycles,
                 ratio=contrast.ratio,
                 ci_low=contrast.ci_low,
@@ -302,7 +312,10 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
         yield warning("campaign_fixed_order", f"the order is {campaign.structure}: it is the same in each cycle.")
     size = arms if arms % 2 == 0 else 2 * arms
     if campaign.structure == "latin" and campaign.cycles % size:
-        text = f"{campaign.cycles} cycles are no multiple of {size}, so positions and predecessors are not balanced."
+        text = (
+            f"the number of cycles ({campaign.cycles}) is no multiple of {size}, so positions and predecessors are not "
+            "balanced."
+        )
         yield warning("campaign_unbalanced", text)
 
 

@@ -19,7 +19,7 @@ def show_answer(answer: Answer) -> None:
     """Print what a campaign has found."""
     campaign = answer.definition.campaign
     done = sum(cell.row is not None for cell in answer.cells)
-    print(f"Campaign {campaign.name}: {done} of {len(answer.cells)} cells completed, {campaign.structure}\n")
+    print(f"Campaign {answer.definition.name}: {done} of {len(answer.cells)} cells completed, {campaign.structure}\n")
     _show_arms(answer)
     primary = [pair for pair in answer.pairs if pair.is_primary]
     print()
@@ -120,7 +120,7 @@ def _show_arms(answer: Answer) -> None:
         own = {row.measure: row for row in answer.arms if row.arm == arm.name}
         cells = [cell for cell in answer.cells if cell.arm == arm.name]
         done = f"{sum(cell.row is not None for cell in cells)}/{len(cells)}"
-        mark = " (baseline)" if arm.name == answer.definition.campaign.baseline else ""
+        mark = " (baseline)" if arm.name == answer.definition.baseline else ""
         table.add_row(f"{escape(arm.name)}{mark}", done, *(_mean(own.get(measure)) for measure in measures))
     show.print_table(table)
 
@@ -139,11 +139,11 @@ def as_plain(answer: Answer) -> dict[str, Any]:
     """Return the answer as plain data, for programs."""
     campaign = answer.definition.campaign
     return {
-        "campaign": campaign.name,
+        "campaign": answer.definition.name,
         "structure": campaign.structure,
         "seed": campaign.seed,
         "cycles": campaign.cycles,
-        "baseline": campaign.baseline,
+        "baseline": answer.definition.baseline,
         "primary": campaign.primary,
         "cells": [
             {

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from lem.backends import backend_class
 from lem.config.compose import prepare
-from lem.config.options import SUFFIXES
+from lem.config.files import find
 from lem.config.overrides import has_several_values
 from lem.errors import BadInput, ConfigError
 from lem.machine import host
@@ -21,7 +20,6 @@ from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions
 from lem.studies.checks import Candidate, RecentPrompts, checked
 from lem.studies.display import StudyDisplay
-from lem.studies.grid import is_index
 from lem.studies.manifest import Cell, Manifest
 from lem.studies.pool import Pool, Slot, are_disjoint, slots
 from lem.studies.study import OneByOne, Runner, run_study
@@ -65,37 +63,6 @@ def main(
         return Pool(manifest, display, options, list(shares), [_shared_with(cell, shares) for cell in cells])
 
     return run_study(cells, options, overrides, make_runner, head="config", at_once=at_once, fail_fast=fail_fast)
-
-
-def find(patterns: Sequence[str]) -> list[Path]:
-    """Return the config files that files, folders and glob patterns name, each once, in order.
-
-    Raises:
-        ConfigError: some patterns match no config file; it lists all of them.
-    """
-    found: dict[Path, Path] = {}
-    problems = []
-    for pattern in patterns:
-        files = [path for path in _matches(pattern) if not is_index(path)]
-        if not files:
-            hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
-            problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
-        for path in files:
-            found.setdefault(path.resolve(), path)
-    if problems:
-        raise ConfigError(*problems)
-    return list(found.values())
-
-
-def _matches(pattern: str) -> Iterator[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        hits = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-    elif path.exists():
-        hits = [path]
-    else:
-        hits = [Path(hit) for hit in glob.glob(str(path), recursive=True)]
-    return (hit for hit in sorted(hits) if hit.suffix in SUFFIXES and hit.is_file())
 
 
 @dataclass(frozen=True)

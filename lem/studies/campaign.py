@@ -11,13 +11,16 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
 from lem.config.compose import prepare
 from lem.errors import BadInput, ConfigError, ResultsError
 from lem.machine import host
@@ -34,10 +37,9 @@ from lem.results.store import Store
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
-from lem.spec.campaign import MOST_CYCLES, NAME, STRUCTURES, Campaign
+from lem.spec.campaign import NAME, ArmSource, Campaign
 from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions, confirmed, print_warnings, summary_of
-from lem.studies.batch import find
 from lem.studies.checks import RecentPrompts
 from lem.studies.manifest import Cell, CellState, Manifest
 from lem.studies.orders import Place, order
@@ -60,29 +62,62 @@ class Planned:
     @property
     def folder(self) -> Path:
         """The campaign's directory."""
-        return results.folder_of(Store(self.results_dir), self.definition.campaign.name)
+        return results.folder_of(Store(self.results_dir), self.definition.name)
 
 
 def main(
     patterns: Sequence[str],
-    campaign: Campaign,
+    given: Mapping[str, Any],
     overrides: Sequence[str],
     options: RunOptions,
     *,
     config_dir: Path | None = None,
 ) -> int:
-    """Measure the configurations that the patterns name; return 0, or 1 if a cell has no result.
+    """Measure a campaign's arms; return 0, or 1 if a cell has no result.
+
+    Args:
+        patterns: a campaign file, or the config files of the arms.
+        given: the command line's settings of the campaign, by key.
+        overrides: the command line's Hydra overrides, for all arms.
+        options: how the command runs.
+        config_dir: a directory of the user's own options.
 
     Raises:
         BadInput: raised before anything runs, with all problems.
         Interrupted: what was measured is kept, and the command that goes on is named.
     """
-    check(campaign)
     prompts = RecentPrompts()
-    arms = _arms(patterns, overrides, config_dir)
+    campaign, arms, of_all = planned_arms(patterns, given, overrides, config_dir)
+    return _measure(_planned(campaign, arms, of_all, options, prompts), options, prompts)
+
+
+def planned_arms(
+    patterns: Sequence[str], given: Mapping[str, Any], overrides: Sequence[str], config_dir: Path | None
+) -> tuple[Campaign, list[Arm], list[str]]:
+    """Return a campaign's settings, its arms, and the overrides of all arms; raises `ConfigError` with all problems."""
+    files = [Path(pattern).expanduser() for pattern in patterns]
+    own = [file for file in files if file.is_file() and is_campaign(file)]
+    if own and len(files) > 1:
+        raise ConfigError(f"{own[0]} is a campaign file, which names its arms; give no other files with it.")
+    campaign = compose(own[0] if own else None, given)
+    if own and campaign.name is None:
+        campaign = replace(campaign, name=own[0].stem)
+    if campaign.name is None:
+        raise ConfigError("A campaign of several config files needs a name: give --campaign-name.")
+    check(campaign)
+    named = campaign if campaign.arms else replace(campaign, arms=tuple(patterns))
+    of_all = [*settings_of_arms(campaign), *campaign.overrides]
+    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir)
     campaign = replace(campaign, baseline=_baseline(campaign.baseline, [arm.name for arm in arms]))
-    planned = _planned(campaign, arms, overrides, options, prompts)
-    return _measure(planned, options, prompts)
+    return _without_arms(campaign), arms, [*of_all, *overrides]
+
+
+def _without_arms(campaign: Campaign) -> Campaign:
+    """Return a campaign without what its arms' experiments hold."""
+    return replace(
+        campaign, arms=(), overrides=(), dataset=None, sample_size=None, warmup_prompts=None, warmup_timeout_s=None,
+        cool_to_c=None,
+    )  # fmt: skip
 
 
 def resume(name: str, results_dir: Path, options: RunOptions) -> int:
@@ -94,7 +129,7 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
     """
     folder = Path(name)
     if not (folder / results.DEFINITION).is_file():
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(NAME, name):
             raise ResultsError(f"'{name}' is neither a campaign's name nor its directory.")
         folder = results.folder_of(Store(results_dir), name)
     kept = results.read_definition(folder)
@@ -107,45 +142,33 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
 
 # ------------------------------------------------------------------ what is asked for
 def check(campaign: Campaign) -> None:
-    """Check the settings of a campaign; raises `ConfigError` with all problems."""
-    problems = []
-    if not NAME.fullmatch(campaign.name):
-        problems.append(
-            f"--campaign-name: '{campaign.name}' cannot name a directory; use at most 100 letters, digits, "
-            "'.', '_' and '-', beginning with a letter or a digit."
+    """Check the name of a campaign, which has been checked otherwise; raises `ConfigError`."""
+    if not re.fullmatch(NAME, campaign.name or ""):
+        raise ConfigError(
+            f"name: '{campaign.name}' cannot name a directory; use at most 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or a digit."
         )
-    if not 1 <= campaign.cycles <= MOST_CYCLES:
-        problems.append(f"--cycles: {campaign.cycles} is not between 1 and {MOST_CYCLES}.")
-    if campaign.structure not in STRUCTURES:
-        problems.append(f"--structure: '{campaign.structure}' is not one of {', '.join(STRUCTURES)}.")
-    if campaign.primary not in results.MEASURES:
-        problems.append(f"--primary: '{campaign.primary}' is not one of {', '.join(results.MEASURES)}.")
-    for flag, gap_s in (("--config-gap", campaign.config_gap_s), ("--cycle-gap", campaign.cycle_gap_s)):
-        if gap_s is not None and not (math.isfinite(gap_s) and 0 <= gap_s <= 86_400):
-            problems.append(f"{flag}: {gap_s:g} is not between 0 and 86400 seconds.")
-    if campaign.margin is not None and not 0 < campaign.margin < 1:
-        problems.append(f"--margin: {campaign.margin:g} is not a share between 0 and 1, such as 0.02.")
-    if problems:
-        raise ConfigError(*problems)
 
 
-def _arms(patterns: Sequence[str], overrides: Sequence[str], config_dir: Path | None) -> list[Arm]:
+def _arms(
+    found: Sequence[tuple[ArmSource, Path]], of_all: Sequence[str], overrides: Sequence[str], config_dir: Path | None
+) -> list[Arm]:
     """Return the arms, one for each file; a file that is named twice is two arms.
 
     Raises:
-        ConfigError: a file is missing or wrong, or there are fewer than two.
+        ConfigError: a file is wrong, or there are fewer than two.
     """
-    files = [file for pattern in patterns for file in find([pattern])]
-    if len(files) < 2:
+    if len(found) < 2:
         raise ConfigError(
-            f"A campaign compares at least two configurations, not {len(files)}; name several config files, or one "
+            f"A campaign compares at least two configurations, not {len(found)}; name several config files, or one "
             "twice to see the noise."
         )
     problems: list[str] = []
     arms = []
-    for name, file in zip(_names(files), files, strict=True):
+    for name, (source, file) in zip(_names(found), found, strict=True):
+        everything = [*of_all, *source.overrides, *overrides]
         try:
-            arms.append(Arm(name, prepare(file, overrides, config_dir=config_dir).experiment(), str(file)))
+            arms.append(Arm(name, prepare(file, everything, config_dir=config_dir).experiment(), str(file)))
         except BadInput as error:
             problems += str(error).splitlines()
     if problems:
@@ -153,8 +176,11 @@ def _arms(patterns: Sequence[str], overrides: Sequence[str], config_dir: Path | 
     return arms
 
 
-def _names(files: Sequence[Path]) -> list[str]:
-    """Return a name for each arm: the shortest end of its path that distinguishes it, or a number if nothing does."""
+def _names(found: Sequence[tuple[ArmSource, Path]]) -> list[str]:
+    """Return a name for each arm: its own, else the shortest end of its path that distinguishes it, with a number if
+    nothing does.
+    """
+    files = [file for _, file in found]
     whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
     names = []
     for parts in whole:
@@ -163,6 +189,7 @@ def _names(files: Sequence[Path]) -> list[str]:
             (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), len(parts)
         )
         names.append("/".join(parts[-length:]))
+    names = [source.name or name for name, (source, _) in zip(names, found, strict=True)]
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):
         seen[name] += 1
@@ -171,11 +198,11 @@ def _names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def _baseline(wanted: str, names: Sequence[str]) -> str:
+def _baseline(wanted: str | None, names: Sequence[str]) -> str:
     if not wanted:
         return names[0]
     if wanted not in names:
-        raise ConfigError(f"--baseline: no arm is called '{wanted}'; they are {', '.join(names)}.")
+        raise ConfigError(f"baseline: no arm is called '{wanted}'; they are {', '.join(names)}.")
     return wanted
 
 
@@ -250,7 +277,7 @@ def _changes(kept: Definition, now: Definition) -> list[str]:
 
 def _check_same(kept: Definition, now: Definition, force: bool) -> None:
     """Refuse to continue a campaign as another one, or where what it depends on has changed."""
-    name = kept.campaign.name
+    name = kept.name
 
     def wanted(definition: Definition) -> object:
         arms = [(arm.name, {k: v for k, v in to_plain(arm.experiment).items() if k != "io"}) for arm in definition.arms]
@@ -271,7 +298,7 @@ def _check_same(kept: Definition, now: Definition, force: bool) -> None:
 
 # ------------------------------------------------------------------ measuring
 def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> int:
-    store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.campaign.name
+    store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
     is_kept = (folder / results.DEFINITION).is_file()
     if is_kept:
         _check_same(results.read_definition(folder), planned.definition, options.force)
@@ -345,7 +372,7 @@ def _cells(planned: Planned) -> list[Cell]:
             overrides=planned.definition.overrides,
             config_file=Path(file) if (file := arms[place.arm].config_file) else None,
             words=words,
-            campaign=CampaignCell(campaign.name, arms[place.arm].name, place.cycle, place.position),
+            campaign=CampaignCell(planned.definition.name, arms[place.arm].name, place.cycle, place.position),
         )
         for place, experiment, words in zip(planned.places, planned.experiments, planned.words, strict=True)
     ]
@@ -445,14 +472,18 @@ def count_down(seconds: float, report: Report) -> None:
 def _question(planned: Planned, left: int) -> str:
     campaign, arms = planned.definition.campaign, planned.definition.arms
     of = f" of {len(planned.places)}" if left < len(planned.places) else ""
-    return f"Run {left}{of} cells ({len(arms)} arms in {campaign.cycles} cycles, {campaign.structure})?"
+    return f"Run {left}{of} cells ({len(arms)} arms in {_cycles(campaign)}, {campaign.structure})?"
+
+
+def _cycles(campaign: Campaign) -> str:
+    return f"{campaign.cycles} cycle{'s' if campaign.cycles != 1 else ''}"
 
 
 def _preview(planned: Planned, states: Sequence[CellState]) -> None:
     """Print the order, the pauses, and what to expect from earlier runs of the same configurations."""
     campaign, arms = planned.definition.campaign, planned.definition.arms
     print(
-        f"Campaign {campaign.name}: {len(arms)} arms in {campaign.cycles} cycles, {campaign.structure}, seed "
+        f"Campaign {campaign.name}: {len(arms)} arms in {_cycles(campaign)}, {campaign.structure}, seed "
         f"{campaign.seed}; baseline {campaign.baseline}"
     )
     gaps_s = 0.0

@@ -30,6 +30,7 @@ from lem import __version__
 from lem.config import file_schema, overrides, userfile
 from lem.config.check import examine, known_keys, resolved, texts, unknown_key
 from lem.config.compose import located
+from lem.config.files import INDEX_KEY, is_index
 from lem.config.layers import Sources, nested
 from lem.config.options import CUSTOM, SUFFIXES, Options
 from lem.config.problem import shortened, shown_path
@@ -43,8 +44,8 @@ from lem.spec.schema import GROUPS, leaves
 from lem.studies.ask import print_warnings
 
 INDEX = "grid.yaml"
-# The index's first key, which distinguishes it from a config file; its value is the format version.
-INDEX_KEY, FORMAT = "lem_grid", 1
+# The version of the index's format: the value of its first key.
+FORMAT = 1
 MAX_POINTS = 100_000
 # File systems allow 255 bytes; what is appended to a name (.yaml, .part) needs room as well.
 MAX_STEM = 180
@@ -347,15 +348,6 @@ def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) ->
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ConfigError(f"{folder / others[0]}{more} would be overwritten; choose another --output-dir.")
     return [folder / name for name in sorted(earlier - names)]
-
-
-def is_index(path: Path) -> bool:
-    """Return whether a file is the index of a grid, not a config file."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            return any(line.startswith(f"{INDEX_KEY}:") for line in itertools.islice(file, 5))
-    except (OSError, UnicodeDecodeError):
-        return False  # reading it as a config file reports what is wrong
 
 
 def _listed_files(index: Path) -> set[str]:

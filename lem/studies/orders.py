@@ -32,8 +32,8 @@ def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place
     Args:
         structure: `shuffled`: a new random order in each cycle, but no two arms keep their order in three cycles in a
             row, because few cycles that agree by chance would make a drift look like a difference; `latin`: rows of
-            Williams squares in random order;
-            `interleaved`: the same order in each cycle; `grouped`: all cycles of one arm, then those of the next.
+            Williams squares in random order; `interleaved`: the same order in each cycle; `grouped`: all cycles of one
+            arm, then those of the next.
         arms: the number of arms, at least one.
         cycles: the number of cycles, at least one.
         seed: for shuffled and latin; the same seed gives the same order on every machine.

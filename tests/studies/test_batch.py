@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from lem.cli.flags import is_override
+from lem.config.files import find
 from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.gpu import Gpu
-from lem.studies.batch import find
 from lem.studies.pool import Slot, are_disjoint, slots
 from tests.conftest import begin, command, wait_for
 from tests.nvml_standin import environment, scenario

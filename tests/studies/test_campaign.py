@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+import subprocess
 import time
+from pathlib import Path
+from typing import get_args
 
+import jsonschema
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from lem.config.campaign import KEYS
+from lem.results.campaign import MEASURES
+from lem.results.schema import ExperimentRow
+from lem.spec.campaign import STRUCTURES, Measure
 from tests.conftest import begin, command
+
+CONF = Path(__file__).parents[2] / "conf"
 
 QUICK = ("-d", "sample", "-n", "4", "max_output_tokens=8", "-y")
 
@@ -184,14 +196,32 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         (["quick.yaml", "--campaign-name", "x"], "at least two configurations, not 1"),
         (["quick.yaml", "slow.yaml"], "needs a name: give --campaign-name"),
         (["--campaign-name", "x"], "needs config files"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "'a/b' cannot name a directory"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "it should"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "fast"], "no arm is called 'fast'"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "0"], "--cycles: 0 is not between 1 and 1000"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "1000000"], "--cycles: 1000000 is not between"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--structure", "random"], "'random' is not one of"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--margin", "2"], "--margin: 2 is not a share"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "-1"], "--config-gap: -1 is not between"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "cost"], "--primary: 'cost' is not one of"),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "0"],
+            "cycles: it should be greater than or equal to 1, not 0",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "1000000"],
+            "cycles: it should be less than or equal to 1000, not 1000000",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--structure", "random"],
+            "structure: 'random' is not one of",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--margin", "2"],
+            "margin: it should be less than 1, not 2.0",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "-1"],
+            "config_gap_s: it should be greater than or equal to 0, not -1",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "cost"],
+            "primary: it should be 'energy_per_output_token_j'",
+        ),
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
         (["quick.yaml", "--resume", "x"], "give no config files or name with it"),
         (["--resume", "x"], "There is no campaign 'x'"),
@@ -213,7 +243,7 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     options = ("quick.yaml", "slow.yaml", "--dry-run", *QUICK)
     assert "campaign_fixed_order" in lem("campaign", "--campaign-name", "x", "--structure", "grouped", *options).err
     latin = lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "3", *options)
-    assert "campaign_unbalanced: 3 cycles are no multiple of 2" in latin.err
+    assert "campaign_unbalanced: the number of cycles (3) is no multiple of 2" in latin.err
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
 
 
@@ -226,7 +256,7 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms
         process = begin(*(wanted if attempt == 0 else ("campaign", "--resume", "one", "-y")), cwd=arms)
         try:
             process.communicate(timeout=2 + 4 * chance.random() if attempt < 6 else 120)
-        except Exception:
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             continue
@@ -243,3 +273,96 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms
     rows = json.loads(command("results", "list", "--campaign", "one", "--json", cwd=arms).out)
     assert [row["requests_completed"] for row in rows] == [4] * 8
     assert sorted(row["experiment_id"] for row in rows) == sorted(cell["experiment_id"] for cell in cells)
+
+
+# ------------------------------------------------------------------ campaign files
+@pytest.fixture
+def file(arms):
+    (arms / "both.yaml").write_text(
+        "arms: [quick.yaml, {config: slow.yaml, name: sluggish, overrides: [max_output_tokens=8]}]\n"
+        "dataset: sample\nsample_size: 3\ncycles: 2\nstructure: latin\noverrides: [max_output_tokens=9]\n"
+    )
+    return arms / "both.yaml"
+
+
+def test_a_campaign_file_is_run(lem, arms, file):
+    done = lem("campaign", "both.yaml", "-y")
+    assert done.code == 0, done.err
+    assert {cell["campaign"]["arm"] for cell in cells_of(arms, "both")} == {"quick", "sluggish"}
+    rows = {row["campaign_arm"]: row for row in json.loads(lem("results", "list", "--json").out)}
+    assert {arm: row["max_output_tokens"] for arm, row in rows.items()} == {"quick": 9, "sluggish": 8}
+    assert {row["requests_planned"] for row in rows.values()} == {3}
+    assert "2 cycles, latin" in done.out
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_what_it_inherits(lem, arms, file):
+    (arms / "child.yaml").write_text("defaults: [both]\ncycles: 3\nseed: 7\n")
+    shown = json.loads(lem("config", "show", "child.yaml", "--json").out)
+    assert (shown["cycles"], shown["seed"], shown["structure"], shown["sample_size"]) == (3, 7, "latin", 3)
+    preview = lem("campaign", "child.yaml", "-c", "4", "-n", "2", "--structure", "grouped", "--dry-run")
+    assert preview.out.startswith("Campaign child: 2 arms in 4 cycles, grouped, seed 7; baseline quick")
+    assert "2 prompts of sample" in preview.out
+
+
+def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, monkeypatch):
+    (arms / "elsewhere").mkdir()
+    monkeypatch.chdir(arms / "elsewhere")
+    shown = json.loads(lem("config", "show", "../both.yaml", "--json").out)
+    assert (shown["arms"][0], shown["arms"][1]["config"]) == ("../quick.yaml", "../slow.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: [quick.yaml, slow.yaml]\ncycels: 3\n", "bad.yaml:2: cycels: unknown key. Did you mean 'cycles'?"),
+        ("arms: [quick.yaml, slow.yaml]\ncycles: 0\n", "bad.yaml:2: cycles: it should be greater than or equal to 1"),
+        ("arms: [quick.yaml, slow.yaml]\nstructure: lattin\n", "Did you mean 'latin'?"),
+        ("arms: [quick.yaml, {confg: slow.yaml}]\n", "bad.yaml:1: arms.1.confg: unknown key. Did you mean 'config'?"),
+        ("arms: [quick.yaml]\n", "at least two configurations, not 1"),
+        ("arms: [quick.yaml, gone.yaml]\n", "gone.yaml' matches no config file"),
+        ("arms: quick.yaml\n", 'bad.yaml:1: arms: it should be a valid array, not "quick.yaml"'),
+        ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
+        ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: it should be less than 1"),
+    ],
+)
+def test_a_bad_campaign_file_is_refused_with_the_line(lem, arms, text, message):
+    (arms / "bad.yaml").write_text(text)
+    for command_line in (("campaign", "bad.yaml", "-d", "sample", "--dry-run"), ("config", "validate", "bad.yaml")):
+        done = lem(*command_line)
+        assert done.code == 2
+        said = (done.out + done.err).replace(": error", "")
+        assert message in said, said
+        assert not (arms / "results").exists()
+
+
+def test_a_new_campaign_file_explains_every_key_and_is_valid(lem, arms):
+    done = lem("config", "new", "--campaign", "-o", "new.yaml")
+    assert done.code == 0, done.err
+    text = (arms / "new.yaml").read_text()
+    assert {f"#{key}:" for key in KEYS if key != "arms"} <= {line.split(" ")[0] for line in text.splitlines()}
+    (arms / "new.yaml").write_text(text.replace("first", "quick").replace("second", "slow"))
+    assert lem("config", "validate", "new.yaml").code == 0
+    (arms / "all.yaml").write_text(re.sub(r"(?m)^#(\w+:)", r"\1", (arms / "new.yaml").read_text()))
+    shown, bare = (json.loads(lem("config", "show", name, "--json").out) for name in ("all.yaml", "new.yaml"))
+    assert shown == bare
+
+
+def test_the_schema_of_campaign_files_knows_what_lem_accepts(lem, arms, file):
+    schema = json.loads(lem("config", "schema", "--campaign").out)
+    jsonschema.Draft7Validator.check_schema(schema)
+    validator = jsonschema.Draft7Validator(schema)
+    assert validator.is_valid(yaml.safe_load(file.read_text()))
+    assert not validator.is_valid({"arms": ["a.yaml"], "cycels": 3})
+    assert not validator.is_valid({"cycles": 0})
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_each_structure_has_an_option_that_says_why(structure):
+    text = (CONF / "campaign" / f"{structure}.yaml").read_text()
+    assert yaml.safe_load(text)["structure"] == structure
+    assert all("#" in line for line in text.splitlines())
+
+
+def test_the_measures_of_the_schema_are_those_that_are_compared():
+    assert set(get_args(Measure)) == set(MEASURES)
+    assert set(MEASURES) <= set(ExperimentRow.__struct_fields__)

@@ -16,13 +16,14 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lem.config import files
 from lem.config.compose import prepare
 from lem.config.options import Options
 from lem.config.overrides import quoted
 from lem.config.yamlfile import read
 from lem.config.yamltext import block, flow
 from lem.errors import ConfigError
-from lem.studies import batch, grid
+from lem.studies import grid
 from tests.conftest import Finished
 
 BASE = "model: any\nbackend: simulated\ndataset: {name: sample, sample_size: 2}\nenergy: none\nwarmup: {prompts: 0}\n"
@@ -429,9 +430,9 @@ def test_the_index_says_where_all_came_from(generate):
 
 def test_batch_runs_a_grid_and_passes_over_its_index(generate, lem):
     generate("batch_size=1,2")
-    assert [path.name for path in batch.find(["grid/*.yaml"])] == ["batch_size-1.yaml", "batch_size-2.yaml"]
-    assert grid.is_index(Path("grid/grid.yaml"))
-    assert not grid.is_index(Path("base.yaml"))
+    assert [path.name for path in files.find(["grid/*.yaml"])] == ["batch_size-1.yaml", "batch_size-2.yaml"]
+    assert files.is_index(Path("grid/grid.yaml"))
+    assert not files.is_index(Path("base.yaml"))
     done = lem("batch", "grid/*.yaml", "--yes", "-o", "results")
     assert done.code == 0, done.err
     assert len(list(Path("results").glob("raw/*"))) == 2

@@ -1,0 +1,215 @@
+"""A campaign's settings, composed by Hydra: schema < conf/campaign/<structure>.yaml < campaign file < command line.
+
+A campaign file may inherit from others (`defaults: [base]`). It is read as plain data with the line of each key, like a
+config file, and checked as a whole. The configurations of its arms are files of their own; this module only says where
+they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lem.config import yamlfile
+from lem.config.files import find
+from lem.config.options import SUFFIXES
+from lem.config.problem import Location, Problem, Problems, shortened
+from lem.config.userfile import MAX_FILES, merged
+from lem.config.yamlfile import KeyPath, dotted
+from lem.errors import did_you_mean
+from lem.results.codec import adapter, to_plain
+from lem.spec.campaign import STRUCTURES, ArmSource, Campaign
+
+CONFIG_MODULE = "lem.conf"
+ROOT = "campaign"
+KEYS = tuple(each.name for each in fields(Campaign))
+
+
+@dataclass
+class CampaignFile:
+    """The content of a campaign file and its parents, parents first, and where each value is."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    locations: dict[KeyPath, Location] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def is_campaign(file: Path) -> bool:
+    """Return whether a file is a campaign's and not an experiment's: it names arms, or a parent does."""
+    try:
+        return "arms" in yamlfile.read(file).values or "arms" in read(file).values
+    except Problems:
+        return False
+
+
+def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
+    """Read a campaign file with its parents.
+
+    Raises:
+        Problems: a file cannot be read, or inherits from itself.
+    """
+    ring = [child.resolve() for child in children]
+    if file.resolve() in ring or len(ring) >= MAX_FILES:
+        names = " -> ".join(path.name for path in (*children, file))
+        raise Problems.one("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", Location(file))
+    document = yamlfile.read(file)
+    found = CampaignFile(problems=list(document.problems))
+    content = dict(document.values)
+    for parent in _parents(content.pop("defaults", []), file):
+        below = read(parent, (*children, file))
+        found.values |= below.values
+        found.locations |= below.locations
+        found.problems += below.problems
+    if isinstance(content.get("arms"), list):
+        content["arms"] = list(_beside(content["arms"], file))
+    found.values |= content
+    found.locations |= document.locations
+    return found
+
+
+def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
+    """Return a campaign's settings.
+
+    Args:
+        file: a campaign file, or None.
+        given: the command line's values, by key; they win over the file's.
+
+    Raises:
+        Problems: values are wrong; all of them, each with its line if it is in a file.
+    """
+    found = CampaignFile() if file is None else read(file)
+    wanted = {**found.values, **given}
+    structure = wanted.get("structure", STRUCTURES[0])
+    if structure not in STRUCTURES:
+        hint = did_you_mean(str(structure), STRUCTURES)
+        message = f"'{shortened(str(structure))}' is not one of {', '.join(STRUCTURES)}.{hint}"
+        found.problems.append(Problem("unknown_option", "structure", message, _location(found, given, ("structure",))))
+        structure = STRUCTURES[0]
+        wanted.pop("structure")
+    unknown = [key for key in wanted if key not in KEYS]
+    for key in unknown:
+        message = f"unknown key.{did_you_mean(str(key), KEYS)}"
+        found.problems.append(Problem("unknown_key", str(key), message, _location(found, given, (key,))))
+    campaign, problems = _checked(_composed(structure, {k: v for k, v in wanted.items() if k not in unknown}))
+    for path, problem in problems:
+        found.problems.append(replace(problem, location=_location(found, given, path)))
+    if campaign is None or found.problems:
+        raise Problems(found.problems)
+    return campaign
+
+
+def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
+    """Yield a campaign's arms with their config files, of which a pattern may name several.
+
+    Raises:
+        ConfigError: an arm names no config file.
+    """
+    for arm in campaign.arms:
+        source = ArmSource(arm) if isinstance(arm, str) else arm
+        for file in find([source.config]):
+            yield source, file
+
+
+def settings_of_arms(campaign: Campaign) -> Iterator[str]:
+    """Yield the overrides that the campaign's settings are for each arm."""
+    if campaign.dataset is not None:
+        yield f"dataset={campaign.dataset}"
+    for path, value in (
+        ("dataset.sample_size", campaign.sample_size),
+        ("warmup.prompts", campaign.warmup_prompts),
+        ("warmup.max_s", campaign.warmup_timeout_s),
+        ("cooldown.to_c", campaign.cool_to_c),
+    ):
+        if value is not None:
+            yield f"{path}={value}"
+
+
+def _composed(structure: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Let Hydra compose the schema's defaults, the structure's option and the values."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    store = ConfigStore.instance()
+    # Values are plain data: an interpolation in a campaign file is text.
+    store.store(name="campaign_schema", node=to_plain(Campaign()))
+    store.store(name="campaign_values", node={"values": json.dumps(dict(values))})
+    root = {"defaults": ["campaign_schema", {ROOT: structure}, "campaign_values", "_self_"]}
+    store.store(name="campaign_root", node=root)
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        composed = OmegaConf.to_container(hydra_compose("campaign_root"))
+    assert isinstance(composed, dict)
+    text = composed.pop("values")
+    result: dict[str, Any] = merged({str(key): value for key, value in composed.items()}, json.loads(text))
+    return result
+
+
+def _checked(values: dict[str, Any]) -> tuple[Campaign | None, list[tuple[KeyPath, Problem]]]:
+    try:
+        return adapter(Campaign).validate_json(json.dumps(values)), []
+    except ValidationError as error:
+        by_path: dict[KeyPath, list[Any]] = {}
+        for detail in error.errors(include_url=False):
+            by_path.setdefault(_path(values, detail["loc"]), []).append(detail)
+        return None, [(path, _problem(path, details)) for path, details in by_path.items()]
+
+
+def _path(values: Any, location: Iterable[str | int]) -> KeyPath:
+    """Return a value's path: pydantic's, without the names of a union's members."""
+    path: list[str | int] = []
+    for part in location:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):  # a member's name, or a key that is missing
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _problem(path: KeyPath, details: list[Any]) -> Problem:
+    name = dotted(path)
+    if any(detail["type"] == "unexpected_keyword_argument" for detail in details):
+        keys = [each.name for each in fields(ArmSource)]
+        return Problem("unknown_key", name, f"unknown key.{did_you_mean(str(path[-1]), keys)}")
+    missing = [detail for detail in details if detail["type"] in ("missing", "missing_argument")]
+    if missing:
+        return Problem("missing_value", name, f"it names no {missing[0]['loc'][-1]}.")
+    wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
+    given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))
+    is_type = str(details[0]["type"]).endswith(("_type", "_parsing", "_from_float"))
+    return Problem("wrong_type" if is_type else "out_of_range", name, f"it should be {wanted}, not {given}.")
+
+
+def _location(found: CampaignFile, given: Mapping[str, Any], path: KeyPath) -> Location | None:
+    if path and path[0] in given:
+        return None
+    above = (path[:end] for end in range(len(path), 0, -1))
+    return next((found.locations[part] for part in above if part in found.locations), None)
+
+
+def _parents(value: Any, file: Path) -> Iterator[Path]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        message = "it should be a list of campaign files, such as [base]."
+        raise Problems.one("wrong_type", "defaults", message, Location(file))
+    for name in value:
+        if name == "_self_":
+            continue
+        path = file.parent / name
+        yield path if path.suffix in SUFFIXES else path.with_name(f"{path.name}.yaml")
+
+
+def _beside(arms: list[Any], file: Path) -> Iterator[Any]:
+    """Yield arms with their files relative to the campaign file that names them."""
+    for arm in arms:
+        if isinstance(arm, str):
+            yield str(file.parent / Path(arm).expanduser())
+        elif isinstance(arm, dict) and isinstance(arm.get("config"), str):
+            yield {**arm, "config": str(file.parent / Path(arm["config"]).expanduser())}
+        else:
+            yield arm

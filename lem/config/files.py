@@ -1,0 +1,54 @@
+"""Config files by pattern: what files, folders and glob patterns on a command line name. Reads no configuration."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lem.config.options import SUFFIXES
+from lem.errors import ConfigError
+
+# The first key of a grid's index, which distinguishes it from a config file.
+INDEX_KEY = "lem_grid"
+
+
+def find(patterns: Sequence[str]) -> list[Path]:
+    """Return the config files that files, folders and glob patterns name, each once, in order.
+
+    Raises:
+        ConfigError: some patterns match no config file; it lists all of them.
+    """
+    found: dict[Path, Path] = {}
+    problems = []
+    for pattern in patterns:
+        files = [path for path in _matches(pattern) if not is_index(path)]
+        if not files:
+            hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
+            problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
+        for path in files:
+            found.setdefault(path.resolve(), path)
+    if problems:
+        raise ConfigError(*problems)
+    return list(found.values())
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        hits = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    elif path.exists():
+        hits = [path]
+    else:
+        hits = [Path(hit) for hit in glob.glob(str(path), recursive=True)]
+    return (hit for hit in sorted(hits) if hit.suffix in SUFFIXES and hit.is_file())
+
+
+def is_index(path: Path) -> bool:
+    """Return whether a file is the index of a grid, not a config file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return any(line.startswith(f"{INDEX_KEY}:") for line in itertools.islice(file, 5))
+    except (OSError, UnicodeDecodeError):
+        return False  # reading it as a config file reports what is wrong
