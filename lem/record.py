@@ -143,7 +143,7 @@ class EngineInfo(Struct, frozen=True, gc=False):
 
 
 class Memory(Struct, frozen=True, gc=False):
-    """Peak memory, and the key/value cache of the largest batch by formula; None if it cannot be determined."""
+    """Peak memory, and the largest batch's key/value cache as it was allocated; None if it cannot be determined."""
 
     peak_bytes: Annotated[int | None, units.BYTE]
     scope: str

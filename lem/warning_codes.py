@@ -149,6 +149,11 @@ WARNINGS: dict[str, WarningKind] = {
     "input_truncated": WarningKind(
         "Prompts were cut to max_input_tokens.", "Raise it, if the model's context is long enough."
     ),
+    "flops_unknown": WarningKind(
+        "The model's sizes cannot be told from transformers' code for it and its config, so FLOPs and MFU are null: it "
+        "keeps a state instead of attending to positions, selects positions, or looks at values to route to experts.",
+        "Compare tokens and joules instead.",
+    ),
     "prefix_cached": WarningKind(
         "The engine had cached the beginnings of prompts that start like earlier ones in the window, and did not "
         "compute them again; FLOPs and tokens still count them.",

@@ -172,7 +172,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
     peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
     peak_flops_source: Annotated[str | None, "Where the peak is from."]
-    kv_cache_bytes: Annotated[Bytes, "Keys and values of the largest batch, padding included, by formula."]
+    kv_cache_bytes: Annotated[Bytes, "Allocated key/value cache of the largest batch, padding included."]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
     warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
     warmup_cv: Annotated[Ratio, "Coefficient of variation of the warm-up's last latencies."]

@@ -56,7 +56,6 @@ class EngineReport:
     model: ModelInfo | None
     engine: EngineInfo
     memory: Memory
-    kv_cache_bytes_per_token: int | None = None
     counters: dict[str, float] | None = None
     architecture: Architecture | None = None
     warnings: tuple[CodedWarning, ...] = ()
@@ -107,7 +106,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         record,
         model=engine.model,
         engine=engine.engine,
-        memory=_with_kv_cache(engine.memory, engine.kv_cache_bytes_per_token, measured.requests),
+        memory=engine.memory,
         flops=None if architecture is None else Flops(flops.total_flops(architecture, sizes), flops.METHOD),
         counters=engine.counters,
         warnings=(*engine.warnings, *_warnings(plan, measured)),
@@ -130,20 +129,6 @@ def bare_record(
         backend=plan.experiment.backend.name,
         error=error,
     )
-
-
-def _with_kv_cache(memory: Memory, bytes_per_token: int | None, requests: Sequence[MeasuredRequest]) -> Memory:
-    """Return `memory` with the size of the key/value cache that the largest batch fills by its end."""
-    if bytes_per_token is None or not requests:
-        return memory
-    batches: dict[int, list[MeasuredRequest]] = {}
-    for request in requests:
-        batches.setdefault(request.generation.batch, []).append(request)
-    slots = max(
-        len(batch) * (max(len(r.prompt.token_ids) for r in batch) + max(r.generation.output_tokens for r in batch))
-        for batch in batches.values()
-    )
-    return replace(memory, kv_cache_bytes=slots * bytes_per_token)
 
 
 def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:

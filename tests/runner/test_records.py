@@ -19,9 +19,8 @@ ENVIRONMENT = Environment("here", "Linux", "a CPU", 8, 2**34, (), {})
 ENGINE = EngineReport(
     model=None,
     engine=EngineInfo("simulated", "1", "cpu", "a CPU", {}),
-    memory=Memory(2**20, "process"),
-    kv_cache_bytes_per_token=100,
-    architecture=Architecture(body_weights=10, head_weights=0, attention_width=0),
+    memory=Memory(2**20, "process", kv_cache_bytes=1400),
+    architecture=Architecture(body_weights=10, head_weights=0),
     warnings=(CodedWarning("simulated", "no model ran."),),
 )
 
@@ -74,10 +73,6 @@ def test_a_process_that_shares_the_prompts_of_another_counts_none():
     record = record_of(plan=plan(processes=2), window=WindowId("exp", 1, 1, 1), engine=ENGINE)
     assert (record.requests_planned, record.requests_completed, record.output_tokens) == (0, 0, 0)
     assert record.memory.kv_cache_bytes > 0
-
-
-def test_the_cache_is_that_of_the_largest_batch_padded_to_its_longest():
-    assert record_of(engine=ENGINE).memory == Memory(2**20, "process", kv_cache_bytes=100 * 2 * (5 + 2))
 
 
 def test_flops_are_those_of_the_counted_requests():
