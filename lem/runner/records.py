@@ -17,6 +17,7 @@ from lem.energy.trace import integral_j
 from lem.record import (
     FORMAT_VERSION,
     CodedWarning,
+    EnergySoFar,
     EngineInfo,
     Environment,
     ErrorInfo,
@@ -30,6 +31,7 @@ from lem.record import (
     RequestRecord,
     Status,
 )
+from lem.results.merging import energy_j
 from lem.results.plan import Plan
 from lem.runner.window import MeasuredRequest, Measurement
 from lem.units import NS_PER_S, timestamp
@@ -37,6 +39,9 @@ from lem.warning_codes import warning
 from lem.workload import flops
 from lem.workload.flops import Architecture
 from lem.workload.tokens import token_times
+
+# The most readings of a window's energy in a record.
+READINGS_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         prefill=prefill_of(measured.requests, known.trace),
         warmup=measured.warmup,
         cpu_load=measured.cpu_load,
+        energy_so_far=_energy_so_far(plan, measured),
         environment=known.environment,
     )
     if engine is None:
@@ -129,6 +135,18 @@ def bare_record(
         backend=plan.experiment.backend.name,
         error=error,
     )
+
+
+def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]:
+    """Return readings of the window's energy, evenly thinned out, where a steady state may be looked for."""
+    if plan.experiment.batching.strategy != "continuous":
+        return ()
+    known = [
+        EnergySoFar(each.energy_at_s, energy)
+        for each in measured.readings
+        if each.energy_at_s is not None and (energy := energy_j(each.energy or ())) is not None
+    ]
+    return tuple(known[:: -(-len(known) // READINGS_KEPT) or 1])
 
 
 def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
