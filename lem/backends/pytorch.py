@@ -383,13 +383,14 @@ class Static:
         self.cache: str = experiment.backend.cache_implementation
         self.graphs_compiled = 0
         self._prefill_end_ns: int | None = None
-        self._output: Any = None
+        self._cache: Any = None
         self.forget_cache()
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
         """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation per batch."""
-        self._output = output
+        # Not the output itself: its logits, large after a prefill, would stay in memory for another step.
+        self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
         if self._prefill_end_ns is None:
             self._loaded.synchronize()
             self._prefill_end_ns = time.perf_counter_ns()
@@ -406,16 +407,15 @@ class Static:
     def _measure_cache(self, tokens: int) -> None:
         """Measure the cache of the last forward pass, if no batch with that many tokens, padding included, was before.
 
-        The output is looked at afterwards, as transformers works differently if it is asked to return the cache.
+        The forward passes show it, as transformers works differently if it is asked to return the cache.
         """
-        output, self._output = self._output, None
+        held, self._cache = self._cache, None
         if tokens <= self._largest:
             return
         self._largest = tokens
-        held = [cache_bytes(getattr(output, name)) for name in CACHES if getattr(output, name, None) is not None]
-        if held and held[0] is not None:
-            split = strategy_of(self._experiment) == "tensor_parallel"
-            self._cache_bytes = held[0] * (self._experiment.parallelism.degree if split else 1)
+        own = None if held is None else cache_bytes(held)
+        split = strategy_of(self._experiment) == "tensor_parallel"
+        self._cache_bytes = None if own is None else own * (self._experiment.parallelism.degree if split else 1)
 
     def settings(self) -> dict[str, str]:
         """Return no settings beyond the backend's own."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 
 from lem.backends.base import Encoded
@@ -17,7 +18,9 @@ from lem.backends.pytorch import Loaded, Static
 from lem.backends.sizing import architecture_of, cache_bytes
 from lem.spec.experiment import Batching, Experiment, PytorchBackend
 from lem.workload.flops import Attention, UnknownArchitecture, forward_flops
+from tests.conftest import command
 from tests.families import BYTES, FAMILIES, WINDOW
+from tests.models_for_tests import mamba
 
 pytestmark = pytest.mark.engines
 
@@ -132,6 +135,21 @@ def static(name):
     tokenizer = SimpleNamespace(pad_token_id=0)
     cpu = [torch.device("cpu")]
     return Static(wanted, Loaded(None, cpu, tokenizer, loaded, loaded, frozenset(), greedy))
+
+
+def test_run_of_a_model_whose_sizes_are_unknown_has_no_flops_and_says_why(tmp_path):
+    finished = command(
+        "experiment", "--backend", "pytorch", "-m", str(mamba(tmp_path / "mamba")), "-d", "sample", "-n", "2", "-y",
+        "energy=none", "backend.device=cpu", "max_output_tokens=4", cwd=tmp_path,
+    )  # fmt: skip
+    assert finished.code == 0, finished.err
+    (row,) = pq.read_table(tmp_path / "results" / "experiments").to_pylist()
+    assert row["output_tokens"] > 0
+    assert row["flops"] is row["flops_per_s"] is row["flops_per_token"] is row["mfu"] is row["flops_method"] is None
+    (told,) = [text for text in row["warnings"] if text.startswith("flops_unknown: ")]
+    assert "layers" in told
+    assert told.split(": ", 1)[1] in finished.out + finished.err
+    assert row["kv_cache_bytes"] > 0  # its states
 
 
 def test_a_storage_counts_once_and_as_a_whole():
