@@ -160,3 +160,26 @@ def test_a_storage_counts_once_and_as_a_whole():
     held.itself = held
     assert cache_bytes(held) == 2 * 10 * 4 + 3 * 4
     assert cache_bytes(SimpleNamespace(seen=torch.tensor(3))) is None
+
+
+# The defaults of these configs are the models as released. Published are the parameters that a token meets, in thousand
+# millions, in some with an embedding that is a table of its own, which is taken off here.
+PUBLISHED = {
+    "DeepseekV3": (37.0 - 0.93, 61 * 128 * (128 + 64 + 128) // 2),  # arXiv 2412.19437: 37 B of 671 B
+    "GptOss": (5.13, 36 * 64 * 64),  # arXiv 2508.10925: 5.13 B of 116.83 B, without the embedding
+    "Mixtral": (12.9 - 0.13, 32 * 32 * 128),  # arXiv 2401.04088: 12.9 B of 46.7 B
+    "Falcon": (6.9, 32 * 71 * 64),  # Falcon-7B, tied
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_model_has_the_published_number_of_active_parameters(name):
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        kind = getattr(transformers, f"{name}ForCausalLM")
+        found = architecture_of(kind(kind.config_class()))
+    billions, width = PUBLISHED[name]
+    assert (found.body_weights + found.head_weights) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert sum(part.width for part in found.attention) == width
