@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from lem.record import EnergySoFar, RequestRecord
 
+# The share of the places' time that must be taken. Between a request and the next one in its place lies a step.
+LEAST_OCCUPANCY = 0.95
+
 
 class Steady(NamedTuple):
     """A steady state: its length, the tokens that came in it, and its energy if that was read at both of its ends."""
@@ -74,7 +77,8 @@ def steady_state(
 def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, float] | None:
     """Return from when to when a process had that many requests under way, apart from moments between two of them.
 
-    None if it never had, or if none of them took another's place: then there was no queue to keep it so.
+    None if it never had, if none of them took another's place, as then there was no queue to keep it so, or if places
+    were empty for more than moments, as in an engine without memory for all of them.
     """
     if len(requests) <= taken:
         return None
@@ -87,7 +91,10 @@ def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, flo
         running += change
         if begin_s is None and running >= taken:
             begin_s = at_s
-    return None if begin_s is None or end_s is None else (begin_s, end_s)
+    if begin_s is None or end_s is None:
+        return None
+    taken_s = sum(max(0.0, min(r.end_s, end_s) - max(r.start_s, begin_s)) for r in requests)
+    return (begin_s, end_s) if taken_s >= LEAST_OCCUPANCY * taken * (end_s - begin_s) else None
 
 
 def tokens_between(request: RequestRecord, begin_s: float, end_s: float) -> int:

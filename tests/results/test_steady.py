@@ -72,6 +72,7 @@ def test_wave_after_wave_it_lasts_until_the_last_full_one_ends():
         (SPANS[:2], "no more requests than places"),
         ([(0, 1), (1, 2), (2, 3)], "one after the other"),
         ([], "nothing ran"),
+        ([(0, 2), (0, 1), (4, 6), (6, 9), (7, 8)], "a place was empty for most of the time"),
     ],
 )
 def test_there_is_none_without_a_queue(spans, why):
