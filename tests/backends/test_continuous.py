@@ -104,9 +104,6 @@ def test_ctrl_c_ends_it_and_resuming_runs_what_is_left(tmp_path):
     assert resumed.code == 0, resumed.err
     own = rows(tmp_path / "results")
     assert [(row["request"], row["output_tokens"]) for row in own] == [(i, 120) for i in range(14)]
-    (row,) = pq.read_table(tmp_path / "results" / "experiments").to_pylist()
-    assert row["status"] == "completed"
-    assert row["steady_duration_s"] is row["steady_output_tokens"] is row["steady_energy_j"] is None
 
 
 def test_options_that_do_not_go_with_it_are_refused_before_the_run(tmp_path):
