@@ -52,6 +52,13 @@ class EnergyReading(Struct, frozen=True, gc=False):
     reason: str | None = None
 
 
+class EnergySoFar(Struct, frozen=True, gc=False):
+    """The headline energy of the measured window up to a time in it, as the meter had it then."""
+
+    at_s: Annotated[float, units.SECOND]
+    energy_j: Annotated[float, units.JOULE]
+
+
 class Phase(Struct, frozen=True, gc=False):
     """A stretch of the run with its own clock and energy; phases do not overlap."""
 
@@ -143,7 +150,7 @@ class EngineInfo(Struct, frozen=True, gc=False):
 
 
 class Memory(Struct, frozen=True, gc=False):
-    """Peak memory, and the key/value cache of the largest batch by formula; None if it cannot be determined."""
+    """Peak memory, and the largest batch's key/value cache as it was allocated; None if it cannot be determined."""
 
     peak_bytes: Annotated[int | None, units.BYTE]
     scope: str
@@ -258,7 +265,8 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     """What one worker process knows about one cycle, in one attempt at it.
 
     `phases` holds those of the attempt (idle, load), repeated in each of its records, and the cycle's own (warm-up,
-    measured). `window_opened_unix_s` is for comparing processes, not for measuring.
+    measured). `window_opened_unix_s` is for comparing processes, not for measuring. `energy_so_far` are
+    readings at some of the times at which requests were finished, with continuous batching.
     """
 
     format_version: int
@@ -289,6 +297,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     warmup: WarmupInfo | None = None
     cpu_load: CpuLoad | None = None
     counters: dict[str, float] | None = None
+    energy_so_far: tuple[EnergySoFar, ...] = ()
     environment: Environment | None = None
     warnings: tuple[CodedWarning, ...] = ()
 

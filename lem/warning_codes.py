@@ -45,6 +45,11 @@ WARNINGS: dict[str, WarningKind] = {
         f"The measured window was shorter than {SHORT_WINDOW_S:g} s: sensor resolution and one-time costs dominate.",
         "Run more prompts or longer outputs; 30 s or more is better.",
     ),
+    "short_steady_state": WarningKind(
+        f"All places were taken for less than {SHORT_WINDOW_S:g} s of a window that was longer: the steady state's "
+        "energy rests on few readings, each up to a tick old.",
+        "Run more prompts, so that most of the window lies between the filling and the emptying of the places.",
+    ),
     "few_ticks": WarningKind(
         f"The energy counter advanced fewer than {FEW_TICKS} times in the window.",
         "Run longer, so that the error at the edges of the window becomes small.",
@@ -148,6 +153,11 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "input_truncated": WarningKind(
         "Prompts were cut to max_input_tokens.", "Raise it, if the model's context is long enough."
+    ),
+    "flops_unknown": WarningKind(
+        "The model's sizes cannot be told from transformers' code for it and its config, so FLOPs and MFU are null: it "
+        "keeps a state instead of attending to positions, selects positions, or looks at values to route to experts.",
+        "Compare tokens and joules instead.",
     ),
     "prefix_cached": WarningKind(
         "The engine had cached the beginnings of prompts that start like earlier ones in the window, and did not "
@@ -359,7 +369,7 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
         records: for each row, the records that it was computed from.
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
-    for place, violation in (*_identities(rows, records), *_negatives(rows)):
+    for place, violation in (*_identities(rows, records), *_negatives(rows), *_steady(rows)):
         found[place].append(violation)
     return found
 
@@ -370,6 +380,14 @@ def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]
         yield warning("few_cycles", f"{cycles_completed} finished; an interval needs at least {LEAST_CYCLES}.")
     if resumed:
         yield warning("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
+
+
+def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
+    """Yield a warning for each steady state that is too short, unless the window is already."""
+    for place, (steady_s, duration_s) in enumerate(zip(rows["steady_duration_s"], rows["duration_s"], strict=True)):
+        if steady_s is not None and steady_s < SHORT_WINDOW_S <= (duration_s or 0.0):
+            text = f"all places were taken for {steady_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable."
+            yield place, warning("short_steady_state", text)
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:

@@ -90,6 +90,16 @@ def mistral(folder):
     return _save(folder, MistralForCausalLM, config, seed=1, pad="<pad>")
 
 
+def mamba(folder):
+    """Keeps a state of one size instead of attending to what came before."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8, bos_token_id=1, eos_token_id=2
+    )
+    return _save(folder, MambaForCausalLM, config, seed=1, pad="<pad>")
+
+
 def _save(folder, model_class, config, *, seed, pad, bos=False, chat=None):
     import torch
 

@@ -25,7 +25,7 @@ from lem.workload.traffic import Arrivals, in_turn
 T = TypeVar("T")
 
 # What a backend may report: `Generation.token_ids`, `model_info`, `Generation.prefill_end_ns`, `architecture`,
-# `kv_cache_bytes_per_token`, `counters`.
+# `Memory.kv_cache_bytes`, `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
@@ -189,11 +189,11 @@ class Backend(ABC):
         """Describe the engine and the settings in effect."""
 
     def architecture(self) -> Architecture | None:
-        """Return the sizes that decide the model's FLOPs, or None when they are unknown."""
-        return None
+        """Return the sizes that decide the model's FLOPs, or None when the engine has no model to ask about.
 
-    def kv_cache_bytes_per_token(self) -> int | None:
-        """Return the bytes of one token's keys and values, or None when unknown or nothing is cached."""
+        Raises:
+            UnknownArchitecture: they are unknown, with the reason.
+        """
         return None
 
     def counters(self) -> dict[str, float] | None:

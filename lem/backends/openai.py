@@ -196,7 +196,7 @@ class Openai(Backend):
             },
         )
 
-    def architecture(self) -> Architecture | None:
+    def architecture(self) -> Architecture:
         """Return the sizes of the model without weights, as the pytorch backend does."""
         return needed(self._loaded).checkpoint.architecture()
 

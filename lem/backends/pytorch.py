@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.backends.base import Backend, Encoded, Generation, needed
-from lem.backends.checkpoint import architecture_of, encode, end_tokens, kv_bytes_per_token, source_of
+from lem.backends.checkpoint import encode, end_tokens, source_of
 from lem.backends.engine import compilation_warnings, compiled_graphs, prompt_settings, weights_warnings
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.pytorch_continuous import Continuous
 from lem.backends.pytorch_objections import objections
+from lem.backends.sizing import architecture_of, cache_bytes
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model, peak_memory_bytes, versions
@@ -31,6 +32,9 @@ from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
 from lem.workload.tokens import Chunk, first_tokens
 from lem.workload.traffic import Arrivals
+
+# Where a forward pass returns its cache.
+CACHES = ("past_key_values", "cache_params", "state", "mems")
 
 
 class Pytorch(Backend):
@@ -148,7 +152,8 @@ class Pytorch(Backend):
 
     # -------------------------------------------------------------- reporting
     def reset_peak_memory(self) -> None:
-        """Reset the CUDA allocator's peak; a process's own peak cannot be reset."""
+        """Reset the CUDA allocator's peak and the largest cache; a process's own peak cannot be reset."""
+        self._running.forget_cache()
         for device in needed(self._loaded).gpus:
             import torch
 
@@ -156,14 +161,14 @@ class Pytorch(Backend):
 
     def peak_memory(self) -> Memory:
         """Return the CUDA allocator's peaks since the reset, summed over the GPUs, or on the CPU the process's."""
-        gpus, cache_bytes = needed(self._loaded).gpus, self._running.kv_cache_bytes()
+        gpus, of_cache = needed(self._loaded).gpus, self._running.kv_cache_bytes()
         if not gpus:
-            return Memory(peak_memory_bytes(), "process, since its start", cache_bytes)
+            return Memory(peak_memory_bytes(), "process, since its start", of_cache)
         import torch
 
         several = f", sum of {len(gpus)} GPUs" if len(gpus) > 1 else ""
         peak = sum(torch.cuda.max_memory_allocated(device) for device in gpus)
-        return Memory(peak, f"GPU allocator, measured window{several}", cache_bytes)
+        return Memory(peak, f"GPU allocator, measured window{several}", of_cache)
 
     def model_info(self) -> ModelInfo | None:
         """Describe the model as it was loaded."""
@@ -203,16 +208,9 @@ class Pytorch(Backend):
             },
         )
 
-    def architecture(self) -> Architecture | None:
-        """Return the sizes of the loaded modules."""
+    def architecture(self) -> Architecture:
+        """Return the sizes of the loaded model, including the adapter's."""
         return architecture_of(needed(self._loaded).model)
-
-    def kv_cache_bytes_per_token(self) -> int | None:
-        """Return 2 (keys, values) · layers · key/value heads · head dimension · bytes of the dtype."""
-        if self._options.cache_implementation == "none" or isinstance(self._runner, Continuous):
-            return None  # nothing is cached, or the cache is allocated in advance: see peak_memory
-        model = needed(self._loaded).model
-        return kv_bytes_per_token(model.config.get_text_config(), model.dtype.itemsize)
 
     def warnings(self) -> list[CodedWarning]:
         """Warn about random weights, and about compilation in the last call of `generate`."""
@@ -385,17 +383,39 @@ class Static:
         self.cache: str = experiment.backend.cache_implementation
         self.graphs_compiled = 0
         self._prefill_end_ns: int | None = None
+        self._cache: Any = None
+        self.forget_cache()
         loaded.inner.register_forward_hook(self._after_forward)
 
-    def _after_forward(self, *_: Any) -> None:
+    def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
         """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation per batch."""
+        # Not the output itself: its logits, large after a prefill, would stay in memory for another step.
+        self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
         if self._prefill_end_ns is None:
             self._loaded.synchronize()
             self._prefill_end_ns = time.perf_counter_ns()
 
+    def forget_cache(self) -> None:
+        """Forget the size of the largest cache so far."""
+        self._largest = 0
+        self._cache_bytes: int | None = None
+
     def kv_cache_bytes(self) -> int | None:
-        """Return None: the cache grows and shrinks with each batch."""
-        return None
+        """Return the size of the cache that the largest batch had at its end, in all processes that share the model."""
+        return self._cache_bytes
+
+    def _measure_cache(self, tokens: int) -> None:
+        """Measure the cache of the last forward pass, if no batch with that many tokens, padding included, was before.
+
+        The forward passes show it, as transformers works differently if it is asked to return the cache.
+        """
+        held, self._cache = self._cache, None
+        if tokens <= self._largest:
+            return
+        self._largest = tokens
+        own = None if held is None else cache_bytes(held)
+        split = strategy_of(self._experiment) == "tensor_parallel"
+        self._cache_bytes = None if own is None else own * (self._experiment.parallelism.degree if split else 1)
 
     def settings(self) -> dict[str, str]:
         """Return no settings beyond the backend's own."""
@@ -416,6 +436,8 @@ class Static:
             start_ns = time.perf_counter_ns()
             outputs = self._generate_batch(torch, members, clock)
             end_ns = time.perf_counter_ns()
+            longest = max(len(p.token_ids) for p in members) + max(map(len, outputs))
+            self._measure_cache(len(members) * longest)
             cut = [cut_after_end(output, self._loaded.end_tokens) for output in outputs]
             yield [
                 Generation(

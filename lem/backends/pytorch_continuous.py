@@ -178,6 +178,9 @@ class Continuous(Session[_Request]):
         """Return the size of the allocated cache; None before it is allocated."""
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
+    def forget_cache(self) -> None:
+        """Do nothing: the cache is as large as it was allocated."""
+
     def settings(self) -> dict[str, str]:
         """Return the engine's settings that affect the measurements."""
         if self._manager is None:

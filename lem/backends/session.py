@@ -226,7 +226,7 @@ class SessionBackend(Backend, Generic[S]):
             settings={**loaded.settings, **prompt_settings(self._experiment, loaded.checkpoint.end_tokens)},
         )
 
-    def architecture(self) -> Architecture | None:
+    def architecture(self) -> Architecture:
         """Return the sizes of the model without weights, as the pytorch backend does, including the adapter's."""
         loaded = needed(self._loaded)
         return loaded.checkpoint.architecture(loaded.adapter_weights)

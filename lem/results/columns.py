@@ -56,6 +56,9 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
             None if (share or 0.0) > IDLE_LEAST_SHARE else value
             for share, value in zip(of["idle_share"], _differences(energy_j, of["prefill_energy_j"]), strict=True)
         ],
+        "steady_output_tokens_per_s": ratios(of["steady_output_tokens"], of["steady_duration_s"]),
+        "steady_average_power_w": ratios(of["steady_energy_j"], of["steady_duration_s"]),
+        "steady_energy_per_output_token_j": ratios(of["steady_energy_j"], of["steady_output_tokens"]),
         "flops_per_token": ratios(of["flops"], all_tokens),
         "flops_per_s": flops_per_s,
         "mfu": ratios(flops_per_s, of["peak_flops_per_s"]),

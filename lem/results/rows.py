@@ -22,6 +22,7 @@ from lem.results.merging import UNMETERED, as_text, by_component, energy_j, head
 from lem.results.parquet import defaults
 from lem.results.peaks import peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow, Measures
+from lem.results.steady import Steady, places, steady_state
 
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
 
@@ -130,6 +131,7 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
     columns |= _prefill(records) | _flops(records) | _memory(records)
     columns |= summaries("latency", [[r.latency_s for r in rows] for rows in requests])
     columns |= _streamed_and_queued(cycles, columns["duration_s"])
+    columns |= _steady(cycles, complete, columns["energy_j"])
     columns |= quotients(columns, complete)
     columns["warnings"] = _warnings(columns, cycles)
     return columns
@@ -300,6 +302,31 @@ def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | 
         for cycle, duration_s in zip(cycles, durations_s, strict=True)
     ]
     return {name: [each.get(name) for each in found] for name in dict.fromkeys(name for each in found for name in each)}
+
+
+def _steady(cycles: Sequence[Cycle], complete: Sequence[bool], energies_j: Sequence[float | None]) -> Columns:
+    """Return the measures of the steady state, of cycles that were finished at one go."""
+    found = [
+        _steady_state(cycle, is_metered=energy_j is not None) if done and cycle.attempts == 1 else None
+        for cycle, done, energy_j in zip(cycles, complete, energies_j, strict=True)
+    ]
+    return {f"steady_{name}": of_each(found, name) for name in ("duration_s", "output_tokens", "energy_j")}
+
+
+def _steady_state(cycle: Cycle, *, is_metered: bool) -> Steady | None:
+    experiment, owner = cycle.plan.experiment, cycle.records[0]
+    traffic, replicas = experiment.traffic, len({r.rank for r in cycle.requests})
+    taken = places(
+        experiment.batching.strategy,
+        experiment.batching.batch_size,
+        traffic.pattern,
+        None if traffic.concurrency is None else traffic.concurrency // max(replicas, 1),
+        by_client=experiment.backend.name == "openai",
+    )
+    if taken is None:
+        return None
+    energy = owner.energy_so_far if owner.rank == ENERGY_OWNER and is_metered else ()
+    return steady_state(cycle.requests, taken, energy, ends_at_readings=len(energy) > 0)
 
 
 def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:

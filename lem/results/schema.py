@@ -82,6 +82,13 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     goodput_requests_per_s: Annotated[RequestsPerSecond, "Requests within the limits on TTFT and ITL / duration_s."] = (
         None
     )
+    # while all places were taken, with continuous batching
+    steady_duration_s: Annotated[Seconds, "Length of the steady state: all places taken, from first to last."] = None
+    steady_output_tokens: Annotated[int | None, units.TOKEN, "Output tokens that came in the steady state."] = None
+    steady_output_tokens_per_s: Annotated[TokensPerSecond, "steady_output_tokens / steady_duration_s."] = None
+    steady_energy_j: Annotated[Joules, "As energy_j, in the steady state."] = None
+    steady_average_power_w: Annotated[Watts, "steady_energy_j / steady_duration_s."] = None
+    steady_energy_per_output_token_j: Annotated[JoulesPerToken, "steady_energy_j / steady_output_tokens."] = None
     warnings: Annotated[list[str], "Reasons for doubt, each as `code: sentence`; see the page on warnings."] = []
 
 
@@ -111,7 +118,8 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         "gpu_energy_source": "gpu_energy_j", "cpu_energy_source": "cpu_energy_j",
         "dram_energy_source": "dram_energy_j", "trace_energy_j": "energy_idle_adjusted_j",
         "prefill_energy_j": "decode_duration_s", "co2e_g": "energy_per_request_j", "flops_method": "flops_per_s",
-        "kv_cache_bytes": "mfu", "campaign": "seed", "energy_sd_j": "goodput_requests_per_s", "overrides": "warnings",
+        "kv_cache_bytes": "mfu", "campaign": "seed", "energy_sd_j": "steady_energy_per_output_token_j",
+        "overrides": "warnings",
     }  # fmt: skip
 
     error: Annotated[str | None, "Why the experiment did not complete."]
@@ -172,7 +180,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
     peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
     peak_flops_source: Annotated[str | None, "Where the peak is from."]
-    kv_cache_bytes: Annotated[Bytes, "Keys and values of the largest batch, padding included, by formula."]
+    kv_cache_bytes: Annotated[Bytes, "Allocated key/value cache of the largest batch, padding included."]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
     warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
     warmup_cv: Annotated[Ratio, "Coefficient of variation of the warm-up's last latencies."]

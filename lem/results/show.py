@@ -124,6 +124,7 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Tokens", f"{row.input_tokens} input, {row.output_tokens} output"
     yield from _time_lines(row)
     yield from _energy_lines(row)
+    yield "Steady state", _steady(row)
     yield "Peak memory", _memory(row)
     utilisation = "" if row.mfu is None else f"{row.mfu:.1%} of the datasheet's peak (MFU)"
     yield "FLOPs", _listed(_known(row.flops, "FLOP"), _known(row.flops_per_s, "FLOP/s"), utilisation)
@@ -211,6 +212,19 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
         yield "CO2e", f"{marked(row, quantity(row.co2e_g, 'gCO2e'))} ({grid})"
     else:
         yield "CO2e", "– (set energy.country_iso_code or energy.carbon_intensity_g_per_kwh)"
+
+
+def _steady(row: ExperimentRow) -> str:
+    """Return the measures of the time in which all places were taken; empty if there was none."""
+    if row.steady_duration_s is None:
+        return ""
+    speed, cost = row.steady_output_tokens_per_s, row.steady_energy_per_output_token_j
+    return _listed(
+        f"{quantity(row.steady_duration_s, 's')} with all places taken",
+        "" if speed is None else plain(speed, "output tokens/s"),
+        "" if cost is None else marked(row, quantity(cost, "J/token")),
+        "" if cost is None else marked(row, quantity(row.steady_average_power_w, "W")),
+    )
 
 
 def _part(duration_s: float | None, energy_j: float | None) -> str:

@@ -33,7 +33,7 @@ from lem.spec.experiment import Cooldown
 from lem.units import timestamp
 from lem.warning_codes import warning
 from lem.workload import flops
-from lem.workload.flops import Architecture
+from lem.workload.flops import Architecture, UnknownArchitecture
 from lem.workload.traffic import arrival_times_s
 
 COOLDOWN_POLL_S = 1.0
@@ -132,16 +132,24 @@ class Attempt:
         plan, measured = self._plan, self._cycle.measured
         share = plan.share(self._rank)
         prompts = bench.prepare([texts[i] for i in share], share, idle_s, measured)
+        architecture, unknown = self._architecture()
         return Loaded(
             bench=bench,
             prompts=prompts,
-            architecture=self._backend.architecture(),
+            architecture=architecture,
             phases=tuple(measured.phases),
-            warnings=warnings,
+            warnings=(*warnings, *unknown),
             journal=(
                 Journal(self._directory.journal_file(self._rank, self._number)) if plan.counts(self._rank) else None
             ),
         )
+
+    def _architecture(self) -> tuple[Architecture | None, tuple[CodedWarning, ...]]:
+        """Return the model's sizes; if they are unknown, a warning with the reason."""
+        try:
+            return self._backend.architecture(), ()
+        except UnknownArchitecture as error:
+            return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
 
     # -------------------------------------------------------------- a cycle
     def _measure_cycle(self, loaded: Loaded, finished: set[int]) -> None:
@@ -229,7 +237,6 @@ class Attempt:
             model=backend.model_info(),
             engine=backend.engine_info(),
             memory=backend.peak_memory(),
-            kv_cache_bytes_per_token=backend.kv_cache_bytes_per_token(),
             counters=backend.counters(),
             architecture=loaded.architecture,
             warnings=(*backend.warnings(), *loaded.warnings),

@@ -17,6 +17,7 @@ from lem.energy.trace import integral_j
 from lem.record import (
     FORMAT_VERSION,
     CodedWarning,
+    EnergySoFar,
     EngineInfo,
     Environment,
     ErrorInfo,
@@ -30,6 +31,7 @@ from lem.record import (
     RequestRecord,
     Status,
 )
+from lem.results.merging import energy_j
 from lem.results.plan import Plan
 from lem.runner.window import MeasuredRequest, Measurement
 from lem.units import NS_PER_S, timestamp
@@ -37,6 +39,9 @@ from lem.warning_codes import warning
 from lem.workload import flops
 from lem.workload.flops import Architecture
 from lem.workload.tokens import token_times
+
+# The most readings of a window's energy in a record.
+READINGS_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,6 @@ class EngineReport:
     model: ModelInfo | None
     engine: EngineInfo
     memory: Memory
-    kv_cache_bytes_per_token: int | None = None
     counters: dict[str, float] | None = None
     architecture: Architecture | None = None
     warnings: tuple[CodedWarning, ...] = ()
@@ -97,6 +101,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         prefill=prefill_of(measured.requests, known.trace),
         warmup=measured.warmup,
         cpu_load=measured.cpu_load,
+        energy_so_far=_energy_so_far(plan, measured),
         environment=known.environment,
     )
     if engine is None:
@@ -107,7 +112,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         record,
         model=engine.model,
         engine=engine.engine,
-        memory=_with_kv_cache(engine.memory, engine.kv_cache_bytes_per_token, measured.requests),
+        memory=engine.memory,
         flops=None if architecture is None else Flops(flops.total_flops(architecture, sizes), flops.METHOD),
         counters=engine.counters,
         warnings=(*engine.warnings, *_warnings(plan, measured)),
@@ -132,18 +137,16 @@ def bare_record(
     )
 
 
-def _with_kv_cache(memory: Memory, bytes_per_token: int | None, requests: Sequence[MeasuredRequest]) -> Memory:
-    """Return `memory` with the size of the key/value cache that the largest batch fills by its end."""
-    if bytes_per_token is None or not requests:
-        return memory
-    batches: dict[int, list[MeasuredRequest]] = {}
-    for request in requests:
-        batches.setdefault(request.generation.batch, []).append(request)
-    slots = max(
-        len(batch) * (max(len(r.prompt.token_ids) for r in batch) + max(r.generation.output_tokens for r in batch))
-        for batch in batches.values()
-    )
-    return replace(memory, kv_cache_bytes=slots * bytes_per_token)
+def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]:
+    """Return readings of the window's energy, evenly thinned out, where a steady state may be looked for."""
+    if plan.experiment.batching.strategy != "continuous":
+        return ()
+    known = [
+        EnergySoFar(each.energy_at_s, energy)
+        for each in measured.readings
+        if each.energy_at_s is not None and (energy := energy_j(each.energy or ())) is not None
+    ]
+    return tuple(known[:: -(-len(known) // READINGS_KEPT) or 1])
 
 
 def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:

@@ -51,7 +51,7 @@ class Measurement:
     `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
     finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
     interrupted, and `energy_behind_s` how long before its new end its energy was last read, None if nothing
-    metered it; otherwise both are None.
+    metered it; otherwise both are None. `readings` are the checkpoints of the window with energy.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -64,6 +64,7 @@ class Measurement:
     window_opened_unix_s: float | None = None
     lost_s: float | None = None
     energy_behind_s: float | None = None
+    readings: list[Checkpoint] = field(default_factory=list)
 
     def add(self, generation: Generation, prompt: Encoded) -> MeasuredRequest:
         """Add one finished request of the measured window."""
@@ -305,6 +306,7 @@ class _Window:
         self._last = Checkpoint(self._into.since_opening_s(now_ns), energy=energy, energy_at_s=energy_at_s)
         if energy is not None:
             self._metered = self._last
+            self._into.readings.append(self._last)
         return self._last
 
     def close(self, recorder: Recorder) -> None:

@@ -10,9 +10,39 @@ Padding, recomputation, norms and softmax are not counted. Knows nothing about e
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-METHOD = "formula: 2 per weight used + 4·heads·head_dim per attended position, causal, no padding"
+from lem.errors import LemError
+
+METHOD = "sizes by torch's counter, without values: 2 per weight used + 4·width per attended position, no padding"
+
+
+class UnknownArchitecture(LemError):
+    """A model's sizes cannot be told; the message is the reason, a clause without a full stop."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of some layers, added up.
+
+    `width` is heads·head_dim (where keys and values have heads of different sizes, their mean). A token attends to
+    itself and the positions before it: all of them, or with a `reach` the last so many, itself included; `in_chunks`,
+    those since the last multiple of it.
+    """
+
+    width: int
+    reach: int | None = None
+    in_chunks: bool = False
+
+    def positions(self, tokens: int) -> float:
+        """Return how many positions a sequence's tokens attend to, each token's added up."""
+        if self.reach is None or tokens <= self.reach:
+            return tokens * (tokens + 1) / 2
+        of_one = self.reach * (self.reach + 1) / 2
+        if not self.in_chunks:
+            return of_one + (tokens - self.reach) * self.reach
+        chunks, left = divmod(tokens, self.reach)
+        return chunks * of_one + left * (left + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -21,12 +51,16 @@ class Architecture:
 
     `body_weights` are the matrix weights that every token passes through (in a mixture of experts, its experts'
     weights), `head_weights` those of the output projection, which is computed only where a token is chosen.
-    `attention_width` is heads·head_dim, summed over the attention layers.
+    `attention` has an entry for each reach.
     """
 
     body_weights: int
     head_weights: int
-    attention_width: int
+    attention: tuple[Attention, ...] = ()
+
+    def with_adapter(self, of_body: int, of_head: int) -> Architecture:
+        """Return the sizes with an adapter's weights in the body and at the output projection."""
+        return replace(self, body_weights=self.body_weights + of_body, head_weights=self.head_weights + of_head)
 
 
 def forward_flops(arch: Architecture, input_tokens: int, output_tokens: int) -> float:
@@ -38,11 +72,10 @@ def forward_flops(arch: Architecture, input_tokens: int, output_tokens: int) -> 
     if output_tokens < 1:
         return 0.0
     passed = input_tokens + output_tokens - 1
-    attended = passed * (passed + 1) / 2
     return (
         2.0 * arch.body_weights * passed
         + 2.0 * arch.head_weights * output_tokens
-        + 4.0 * arch.attention_width * attended
+        + sum(4.0 * part.width * part.positions(passed) for part in arch.attention)
     )
 
 

@@ -293,7 +293,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("the model", "Its parameters, bytes and dtype as loaded.", tells="model"),
         Feature("prefill", "When a request's first token was ready.", tells="prefill"),
         Feature("model FLOPs", "Computed from the model's dimensions.", tells="flops"),
-        Feature("size of the cache by formula", "Bytes of a token's keys and values.", tells="kv_cache"),
+        Feature("cache as allocated", "Bytes of the largest batch's keys and values.", tells="kv_cache"),
         Feature("the engine's counters", "Tokens, prefix-cache hits, preemptions, drafts.", tells="counters"),
     ),
 }  # fmt: skip

@@ -53,6 +53,25 @@ def test_poisson_arrivals_are_taken_in_while_others_run_and_each_token_is_timed(
     assert row["kv_cache_bytes"] < 2**24
 
 
+def test_steady_state_is_measured_beside_the_whole(tmp_path):
+    (tmp_path / "trace.csv").write_text("t_s,power_w\n0,100\n3600,100\n")
+    varied = ("max_output_tokens=120", "min_output_tokens=24", "decoder.do_sample=true")
+    results = completed("energy=replay", "energy.trace=trace.csv", "energy.idle_s=0", *varied, cwd=tmp_path)
+    (row,) = pq.read_table(results / "experiments").to_pylist()
+    own = rows(results)
+    assert 0 < row["steady_duration_s"] < row["duration_s"]
+    assert 0 < row["steady_output_tokens"] < row["output_tokens"]
+    assert row["steady_average_power_w"] == pytest.approx(100, rel=0.01)
+    assert row["steady_energy_j"] < row["energy_j"]
+    last_taken_s, begins_s = max(r["start_s"] for r in own), sorted(r["start_s"] for r in own)[3]
+    first_free_s = min(r["end_s"] for r in own if r["end_s"] > last_taken_s)
+    assert row["steady_duration_s"] <= first_free_s - begins_s
+    shown = command("results", "show", row["experiment_id"], cwd=tmp_path)
+    (line,) = [line for line in shown.out.splitlines() if line.startswith("Steady state")]
+    assert "all places taken" in line
+    assert "100 W" in line
+
+
 def test_cycles_are_alike_and_as_batch_after_batch_counts_them(tmp_path):
     (tmp_path / "static").mkdir()
     static = rows(completed("batching.strategy=static", cwd=tmp_path / "static"))

@@ -487,7 +487,7 @@ def test_what_is_not_known_is_none(served):
     assert (engine.version, engine.device) == ("tests 9.9", "cpu")
     assert engine.settings["served_model_root"] == "/models/m"
     assert backend.architecture() is not None
-    assert backend.kv_cache_bytes_per_token() is None
+    assert backend.peak_memory().kv_cache_bytes is None
 
 
 def test_the_servers_own_limit_counts(served):

@@ -244,6 +244,26 @@ def test_growing_cache_takes_one_token_a_step(folders, texts):
     assert {cache for _, cache in calls} == {"DynamicCache"}
 
 
+@pytest.mark.parametrize("name", ["qwen2", "mixtral"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_size_of_the_cache_is_that_of_the_largest_batch(folders, texts, name, cache):
+    backend = load(experiment(folders[name], backend=PytorchBackend(device="cpu", cache_implementation=cache)))
+    prompts = backend.encode(texts[:7])
+    assert backend.peak_memory().kv_cache_bytes is None
+    sizes = {}
+    for batch in (prompts[:4], prompts[4:]):
+        longest = max(len(p.token_ids) for p in batch)
+        (made,) = backend.generate(batch)
+        # The last token is never fed back; a static cache has room for the longest output there may be.
+        tokens = longest + (NEW_TOKENS if cache == "static" else max(len(g.token_ids) for g in made)) - 1
+        # 2 layers, keys and values of 2 heads of 16, 4 bytes.
+        sizes[len(batch) * (longest + max(len(g.token_ids) for g in made))] = len(batch) * tokens * 2 * 2 * 2 * 16 * 4
+    expected = None if cache == "none" else sizes[max(sizes)]
+    assert backend.peak_memory().kv_cache_bytes == expected
+    backend.reset_peak_memory()
+    assert backend.peak_memory().kv_cache_bytes is None
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_static_cache_is_used_and_writes_the_same(folders, texts, alone, name):
     wanted = experiment(folders[name], backend=PytorchBackend(device="cpu", cache_implementation="static"))
@@ -396,8 +416,9 @@ def test_cache_is_as_large_as_what_can_run_at_the_same_time_needs(folders, texts
     needed = 4 * longest * 2 * 2 * 2 * 16 * 4
     assert needed <= backend.peak_memory().kv_cache_bytes < 2 * needed
     assert int(backend.engine_info().settings["kv_cache_tokens"]) >= 4 * longest
+    allocated = backend.peak_memory().kv_cache_bytes
     list(backend.generate(prompts[:2]))
-    assert backend.kv_cache_bytes_per_token() is None
+    assert backend.peak_memory().kv_cache_bytes == allocated
 
 
 def test_cache_that_does_not_fit_is_refused_in_a_sentence(folders, texts):

@@ -161,7 +161,7 @@ TOKENS = """
         info, sizes = backend.model_info(), backend.architecture()
         found.append([
             tokens, info.parameters, info.weights_bytes, sizes.body_weights, sizes.head_weights,
-            sizes.attention_width, backend.kv_cache_bytes_per_token(),
+            [vars(part) for part in sizes.attention], backend.peak_memory().kv_cache_bytes,
         ])
     open(f"{out}/{degree}_{ranks.rank}", "w").write(json.dumps(found))
     ranks.close()

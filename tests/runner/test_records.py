@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 
 from lem.backends.base import Encoded, Generation
-from lem.record import CodedWarning, EngineInfo, Environment, ErrorInfo, Memory, Phase, PowerSample, Prefill
+from lem.record import (
+    CodedWarning,
+    EnergyReading,
+    EngineInfo,
+    Environment,
+    ErrorInfo,
+    Memory,
+    Phase,
+    PowerSample,
+    Prefill,
+)
+from lem.results.journal import Checkpoint
 from lem.results.plan import Plan, PromptsInfo
 from lem.runner.records import EngineReport, Snapshot, WindowId, power_rows, prefill_of, process_record, request_row
 from lem.runner.window import Measurement
-from lem.spec.experiment import Dataset, Experiment
+from lem.spec.experiment import Batching, Dataset, Experiment
 from lem.workload.flops import Architecture
 from lem.workload.tokens import Chunk
 
@@ -19,16 +30,16 @@ ENVIRONMENT = Environment("here", "Linux", "a CPU", 8, 2**34, (), {})
 ENGINE = EngineReport(
     model=None,
     engine=EngineInfo("simulated", "1", "cpu", "a CPU", {}),
-    memory=Memory(2**20, "process"),
-    kv_cache_bytes_per_token=100,
-    architecture=Architecture(body_weights=10, head_weights=0, attention_width=0),
+    memory=Memory(2**20, "process", kv_cache_bytes=1400),
+    architecture=Architecture(body_weights=10, head_weights=0),
     warnings=(CodedWarning("simulated", "no model ran."),),
 )
 
 
-def plan(*, processes=1, replicas=1, count=4, **changes):
+def plan(*, processes=1, replicas=1, count=4, batching=None, **changes):
     prompts = PromptsInfo(count, "", "builtin:sample", None, "text", count, 0)
-    experiment = Experiment(model="any", dataset=Dataset(path="builtin:sample", sample_size=4))
+    dataset = Dataset(path="builtin:sample", sample_size=4)
+    experiment = Experiment(model="any", dataset=dataset, batching=batching or Batching())
     return Plan("exp", "", experiment, prompts, processes=processes, replicas=replicas, **changes)
 
 
@@ -76,8 +87,21 @@ def test_a_process_that_shares_the_prompts_of_another_counts_none():
     assert record.memory.kv_cache_bytes > 0
 
 
-def test_the_cache_is_that_of_the_largest_batch_padded_to_its_longest():
-    assert record_of(engine=ENGINE).memory == Memory(2**20, "process", kv_cache_bytes=100 * 2 * (5 + 2))
+def test_readings_of_the_energy_are_kept_with_continuous_batching_and_thinned_out():
+    def read(at_s, energy_j=None):
+        gpu = EnergyReading("gpu", "counter", "device", "GPU-0", 50.0 * at_s if energy_j is None else energy_j, "test")
+        return Checkpoint(at_s, energy=(gpu,), energy_at_s=at_s)
+
+    into = measured()
+    into.readings = [read(i / 10) for i in range(1, 251)]
+    continuous = plan(batching=Batching(strategy="continuous", batch_size=2))
+    kept = record_of(plan=continuous, measured=into).energy_so_far
+    assert len(kept) == 84  # every third
+    assert all(each.energy_j == pytest.approx(50 * each.at_s) for each in kept)
+    assert (kept[0].at_s, kept[-1].at_s) == (0.1, 25.0)
+    into.readings = [Checkpoint(0.1, energy=()), *into.readings[:2]]
+    assert [each.at_s for each in record_of(plan=continuous, measured=into).energy_so_far] == [0.1, 0.2]
+    assert record_of(measured=into).energy_so_far == ()  # batch after batch there is no steady state
 
 
 def test_flops_are_those_of_the_counted_requests():

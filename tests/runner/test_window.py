@@ -89,7 +89,7 @@ def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, recording=No
         model="any",
         max_output_tokens=20,
         batching=Batching(batch_size=4),
-        backend=SimulatedBackend(decode_s_per_token=1e-3, **options),
+        backend=SimulatedBackend(**{"decode_s_per_token": 1e-3, **options}),
     )
     backend = make_backend(experiment)
     into = into or Measurement()
@@ -99,6 +99,16 @@ def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, recording=No
         bench.warm_up(prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), 4, into)
         bench.run_window(prompts, recording or Recording(), into, first_batch=first_batch)
     return into
+
+
+def test_energy_is_read_again_and_again_while_requests_finish():
+    into = run(decode_s_per_token=10e-3)
+    assert len(into.readings) >= 3
+    for each in into.readings:
+        assert each.energy[0].energy_j == pytest.approx(50 * each.energy_at_s, rel=0.05, abs=0.05)
+    assert [each.energy_at_s for each in into.readings] == sorted(each.energy_at_s for each in into.readings)
+    assert into.readings[-1].energy_at_s <= into.phases[-1].duration_s
+    assert run(meter=BlindMeter()).readings == []
 
 
 def test_phases_are_load_warmup_measured_each_with_its_energy():

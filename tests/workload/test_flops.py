@@ -3,14 +3,15 @@
 The counter takes a multiply-add as two operations, as the formula does, and sees matrix products only. It differs
 in two ways. It counts attention in a prefill over the full square of positions, of which causal attention needs the
 lower half with the diagonal; that part is taken off by hand. And it counts the outer product that makes the rotary
-angles (head_dim a position), which is no weight's and no attention's work; it is within the 1 %.
+angles (head_dim a position), which is no weight's and no attention's work; it is within the 1 %. Other families of
+models are in tests/backends/test_families.py.
 """
 
 import pytest
 
-from lem.backends.checkpoint import architecture_of
+from lem.backends.sizing import architecture_of
 from lem.workload import tiny
-from lem.workload.flops import Architecture, forward_flops, total_flops
+from lem.workload.flops import Architecture, Attention, forward_flops, total_flops
 from tests.models_for_tests import gpt2, mixtral, qwen2
 
 pytestmark = pytest.mark.engines
@@ -90,12 +91,12 @@ def test_request_costs_its_prefill_and_its_steps(built, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_width_is_that_of_the_query_heads(built, name):
-    assert architecture_of(load(built[name])).attention_width == ATTENTION_WIDTH[name]
+    assert architecture_of(load(built[name])).attention == (Attention(ATTENTION_WIDTH[name]),)
 
 
 def test_attention_is_enough_of_the_work_for_the_comparison_to_see_it(built):
     arch = architecture_of(load(built["gpt2"]))
-    without = Architecture(arch.body_weights, arch.head_weights, attention_width=0)
+    without = Architecture(arch.body_weights, arch.head_weights)
     assert forward_flops(without, PROMPT, 1) < 0.95 * forward_flops(arch, PROMPT, 1)
 
 
@@ -144,7 +145,7 @@ def test_adapter_that_is_not_merged_costs_its_own_products(built, name, targets,
     adapted = peft.get_peft_model(plain, lora).eval()
     after = architecture_of(adapted)
     assert after.body_weights - before.body_weights == weights
-    assert (after.head_weights, after.attention_width) == (before.head_weights, before.attention_width)
+    assert (after.head_weights, after.attention) == (before.head_weights, before.attention)
     assert forward_flops(after, 1, OUTPUT) == pytest.approx(sum(counted_steps(adapted, 1, OUTPUT)), rel=0.01)
 
 
@@ -186,12 +187,30 @@ def test_precision_of_the_weights_does_not_change_the_count(built):
 
 
 # ------------------------------------------------------------------ the formula by hand
-SMALL = Architecture(body_weights=10, head_weights=3, attention_width=2)
+SMALL = Architecture(body_weights=10, head_weights=3, attention=(Attention(2),))
 
 
 def test_last_token_is_never_fed_back():
     # Passed are 3 + 2 - 1 = 4 tokens, which attend to 1 + 2 + 3 + 4 positions; two tokens are chosen.
     assert forward_flops(SMALL, 3, 2) == 2 * 10 * 4 + 2 * 3 * 2 + 4 * 2 * 10
+
+
+@pytest.mark.parametrize(
+    ("attention", "positions"),
+    [
+        (Attention(1), [1, 2, 3, 4, 5, 6, 7, 8]),
+        (Attention(1, reach=3), [1, 2, 3, 3, 3, 3, 3, 3]),
+        (Attention(1, reach=3, in_chunks=True), [1, 2, 3, 1, 2, 3, 1, 2]),
+        (Attention(1, reach=8), [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_token_attends_as_far_as_its_layers_reach(attention, positions):
+    assert [attention.positions(n) for n in range(1, 9)] == [sum(positions[:n]) for n in range(1, 9)]
+
+
+def test_layers_of_several_reaches_add_up():
+    mixed = Architecture(10, 3, (Attention(2), Attention(5, reach=2)))
+    assert forward_flops(mixed, 3, 2) - forward_flops(Architecture(10, 3), 3, 2) == 4 * 2 * 10 + 4 * 5 * (1 + 2 + 2 + 2)
 
 
 def test_request_without_output_did_no_counted_work():

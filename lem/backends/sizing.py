@@ -1,0 +1,333 @@
+"""The sizes that decide a model's FLOPs, found by running its text model without values.
+
+The text model is built on PyTorch's device `meta`, where tensors have sizes but no values, and PyTorch's own counter
+counts the matrix products of a few short forward passes. What grows with the number of tokens is the body, what grows
+with its square is attention; both are known layer by layer. So a family's peculiarities (projections of low rank, heads
+of several sizes, layers that share keys and values, shared experts) are those of transformers' code for it, and a tower
+for images is never run. A layer's reach, such as a sliding window, is read from the config. Where the passes do not fit
+this picture the sizes are unknown, and the exception has the reason. The size of a cache is not computed but measured:
+that of the tensors in it. Knows nothing about engines.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from lem.workload.flops import Architecture, Attention, UnknownArchitecture
+
+# Lengths of the forward passes: three, for a constant, a linear and a quadratic part.
+LENGTHS = (2, 3, 5)
+# Largest cost of a pass that does not depend on its length, relative to a token's.
+CONSTANT_SHARE = 0.002
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# The names under which configs have the number of experts, and how many of them a token is routed to.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+# What a config may hold that transformers would act on although here nothing is loaded.
+LOADING = ("quantization_config", "distributed_config", "device_map")
+
+
+def architecture_of(model: Any) -> Architecture:
+    """Return the sizes of transformers' model, loaded or not, with a loaded LoRA adapter's own matrices.
+
+    Raises:
+        UnknownArchitecture: with the reason.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hollow = _text_model(inner)
+    head = hollow.get_output_embeddings()
+    if head is None:
+        raise UnknownArchitecture("the model has no output projection")
+    found = (hollow.get_decoder(), hollow.base_model, getattr(hollow, "model", None))
+    decoder = next((each for each in found if each is not hollow), None)
+    if decoder is None:
+        raise UnknownArchitecture("its layers cannot be told from its output projection")
+    _check_nothing_else(hollow, decoder, head)
+    layers, body = _costs(decoder, hollow.config)
+    of_body, of_head = _adapter_weights(model) if inner is not model else (0, 0)
+    return Architecture(
+        body_weights=round(body / 2) + of_body,
+        head_weights=sum(int(p.numel()) for p in head.parameters() if p.ndim == 2) + of_head,
+        attention=_grouped(layers, hollow.config),
+    )
+
+
+# ------------------------------------------------------------------ the model without values
+def _text_model(model: Any) -> Any:
+    """Return the text part of a model on the device `meta`, in eval mode, by the kernels that the counter knows."""
+    import torch
+    import transformers
+
+    of_text = model.config.get_text_config()
+    config = copy.deepcopy(of_text)
+    for name in LOADING:
+        if hasattr(config, name):
+            delattr(config, name)
+    try:
+        with torch.device("meta"):
+            if of_text is model.config:
+                hollow = type(model)._from_config(config, attn_implementation="eager")
+            else:
+                hollow = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception as error:  # a model's own code, on tensors that it was not written for
+        raise UnknownArchitecture(f"its text model cannot be built without weights ({_brief(error)})") from error
+    hollow.eval()
+    # It selects each token's experts without looking at values; models without experts refuse it.
+    with suppress(Exception):
+        hollow.set_experts_implementation("batched_mm")
+    return hollow
+
+
+def _check_nothing_else(hollow: Any, decoder: Any, head: Any) -> None:
+    """Refuse a model with matrices that are neither in its layers nor in its output projection, as BERT has."""
+    import torch
+
+    known = {*decoder.modules(), *head.modules()}
+    for module in hollow.modules():
+        if module not in known and isinstance(module, torch.nn.Linear):
+            raise UnknownArchitecture("it has matrices beside its layers and its output projection")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _adapter_weights(model: Any) -> tuple[int, int]:
+    """Return the number of weights in a LoRA adapter's matrices: in the model's body, and at its output projection."""
+    of_body = of_head = 0
+    for name, weight in model.named_parameters():
+        if ".lora_" in name and weight.ndim == 2 and "embedding" not in name:
+            if "lm_head" in name:
+                of_head += int(weight.numel())
+            else:
+                of_body += int(weight.numel())
+    return of_body, of_head
+
+
+# ------------------------------------------------------------------ counting
+@dataclass
+class _Pass:
+    """The FLOPs of one forward pass: of each layer, of the modules that hold experts, and of everything else."""
+
+    layers: list[int]
+    experts: dict[str, int] = field(default_factory=dict)
+    rest: int = 0
+
+
+def _costs(decoder: Any, config: Any) -> tuple[list[Fraction], Fraction]:
+    """Return the FLOPs of each layer for each attended position, and of all for each token apart from attention."""
+    layers = _layers(decoder, config)
+    experts = _experts(decoder)
+    passes = [_counted(decoder, layers, experts, length) for length in LENGTHS]
+    body = _linear([each.rest for each in passes])
+    attention = []
+    for index in range(len(layers)):
+        constant, linear, quadratic = _parts([each.layers[index] for each in passes])
+        if abs(constant) > CONSTANT_SHARE * linear:
+            raise UnknownArchitecture("the work of its layers is not a multiple of the tokens")
+        if quadratic <= 0:
+            raise UnknownArchitecture("not all of its layers attend to the positions before a token")
+        attention.append(quadratic)
+        body += linear
+    for name, module in experts.items():
+        body -= _wasted(module, _linear([each.experts.get(name, 0) for each in passes]), config)
+    return attention, body
+
+
+def _layers(decoder: Any, config: Any) -> Sequence[Any]:
+    import torch
+
+    count = getattr(config, "num_hidden_layers", None)
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise UnknownArchitecture("its layers were not found")
+
+
+def _experts(decoder: Any) -> dict[str, Any]:
+    """Return the modules that hold several experts' weights in one tensor."""
+    found = {}
+    for name, module in decoder.named_modules():
+        if any(p.ndim == 3 for p in module.parameters(recurse=False)) and "conv" not in type(module).__name__.lower():
+            found[name] = module
+    return found
+
+
+def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
+    """Return the FLOPs for each token of experts that it is not routed to: some models run all and weigh the results.
+
+    Raises:
+        UnknownArchitecture: the cost is neither that of the chosen experts nor that of all.
+    """
+    tensors = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    total, active = _named(config, EXPERTS), _named(config, EXPERTS_PER_TOKEN)
+    each = sum(int(p.numel()) // int(p.shape[0]) for p in tensors)
+    if total is None or active is None or any(p.shape[0] != total for p in tensors):
+        raise UnknownArchitecture("the share of its experts that a token is routed to is unknown")
+    if cost == 2 * active * each:
+        return Fraction(0)
+    if cost == 2 * total * each:
+        return Fraction(2 * (total - active) * each)
+    raise UnknownArchitecture("its experts' work is not that of the experts that a token is routed to")
+
+
+def _named(config: Any, names: Sequence[str]) -> int | None:
+    values = [getattr(config, name, None) for name in names]
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _counted(decoder: Any, layers: Sequence[Any], experts: Mapping[str, Any], length: int) -> _Pass:
+    """Count a forward pass over that many tokens.
+
+    Raises:
+        UnknownArchitecture: the model's code needs values, as in routing to experts by loops over them.
+    """
+    import torch
+
+    found = _Pass([0] * len(layers))
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad(), _counting(found, layers, experts):
+            decoder(input_ids=ids, use_cache=True)
+    except Exception as error:  # a model's own code, on tensors that it was not written for
+        raise UnknownArchitecture(f"its code does not run without values ({_brief(error)})") from error
+    return found
+
+
+@contextmanager
+def _counting(into: _Pass, layers: Sequence[Any], experts: Mapping[str, Any]) -> Iterator[None]:
+    """Add the FLOPs of what is dispatched to the layer, and to the experts, whose module is running."""
+    running: list[tuple[str, Any]] = []
+    with ExitStack() as ending:
+        for kind, modules in (("layer", list(enumerate(layers))), ("experts", list(experts.items()))):
+            for key, module in modules:
+                begin = module.register_forward_pre_hook(lambda *_, at=(kind, key): running.append(at))
+                end = module.register_forward_hook(lambda *_: running.pop() and None)
+                ending.callback(begin.remove)
+                ending.callback(end.remove)
+
+        def add(flops: int) -> None:
+            index = next((key for kind, key in running if kind == "layer"), None)
+            if index is None:
+                into.rest += flops
+            else:
+                into.layers[index] += flops
+            for kind, key in running:
+                if kind == "experts":
+                    into.experts[key] = into.experts.get(key, 0) + flops
+
+        ending.enter_context(_counter(add))
+        yield
+
+
+def _counter(add: Any) -> Any:
+    """Return a mode that passes on the FLOPs of each matrix product, as PyTorch's own counter has them."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped here
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            packet = func._overloadpacket
+            if packet in flop_registry and not _is_outer_product(packet, args):
+                add(int(flop_registry[packet](*args, **(kwargs or {}), out_val=out)))
+            return out
+
+    def _is_outer_product(packet: Any, args: Any) -> bool:
+        """Positions times frequencies, for rotary embeddings, is written as a matrix product but is none."""
+        return packet is torch.ops.aten.bmm and args[0].shape[-1] == 1
+
+    return Counter()
+
+
+# ------------------------------------------------------------------ what the passes say
+def _parts(costs: Sequence[int]) -> tuple[Fraction, Fraction, Fraction]:
+    """Return the coefficients of the parabola through the costs of passes of `LENGTHS`."""
+    (a, b, c), (fa, fb, fc) = LENGTHS, costs
+    slope_ab, slope_bc = Fraction(fb - fa, b - a), Fraction(fc - fb, c - b)
+    quadratic = (slope_bc - slope_ab) / (c - a)
+    linear = slope_ab - quadratic * (a + b)
+    return fa - linear * a - quadratic * a * a, linear, quadratic
+
+
+def _linear(costs: Sequence[int]) -> Fraction:
+    """Return the cost of a token.
+
+    Raises:
+        UnknownArchitecture: the costs are not a multiple of it.
+    """
+    constant, linear, quadratic = _parts(costs)
+    if quadratic or abs(constant) > CONSTANT_SHARE * linear:
+        raise UnknownArchitecture("its work outside of the layers is not a multiple of the tokens")
+    return linear
+
+
+def _grouped(costs: Sequence[Fraction], config: Any) -> tuple[Attention, ...]:
+    """Return the layers' attention, added up for each reach."""
+    widths: dict[tuple[int | None, bool], Fraction] = {}
+    for index, cost in enumerate(costs):
+        reach = _reach(config, index)
+        widths[reach] = widths.get(reach, Fraction(0)) + cost / 4
+    return tuple(Attention(round(width), *reach) for reach, width in widths.items())
+
+
+def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
+    """Return how far back a layer attends, None for any distance, and whether that is counted in chunks.
+
+    Raises:
+        UnknownArchitecture: the config does not say so in words that are known here.
+    """
+    kinds = getattr(config, "layer_types", None)
+    of_layers = getattr(config, "per_layer_config", None)
+    config = of_layers[layer] if of_layers is not None else config
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    by_window = SLIDING if window is not None else CHUNKED if chunk is not None else FULL
+    kind = kinds[layer] if kinds else by_window
+    if getattr(config, "index_topk", None) is not None or kind not in (FULL, SLIDING, CHUNKED):
+        raise UnknownArchitecture("it has layers that attend to a choice of positions, or keep a state instead")
+    reach = {FULL: None, SLIDING: window, CHUNKED: chunk}[kind]
+    if kind != FULL and not isinstance(reach, int):
+        raise UnknownArchitecture("how far back its layers attend is unknown")
+    return reach, kind == CHUNKED
+
+
+# ------------------------------------------------------------------ caches
+def cache_bytes(cache: Any) -> int | None:
+    """Return the memory that a cache of transformers' occupies: of each storage that its tensors lie in, once.
+
+    A tensor that shows a part of a storage, such as the last tokens of a sequence, keeps all of it. None if there
+    are no tensors.
+    """
+    import torch
+
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    left = [cache]
+    while left:
+        each = left.pop()
+        if id(each) in seen or isinstance(each, (torch.nn.Module, str, type)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            # Scalars are counters.
+            if each.ndim > 1 and each.numel():
+                storage = _own_part(each).untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(each, Mapping):
+            left += each.values()
+        elif isinstance(each, (list, tuple)):
+            left += each
+        else:
+            left += vars(each).values() if hasattr(each, "__dict__") else ()
+    return sum(sizes.values()) or None
+
+
+def _own_part(tensor: Any) -> Any:
+    """Return this process's part of a tensor that is split over several."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
