@@ -117,6 +117,20 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
     ),
     "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause that it names."),
+    "energy_without_gpu": WarningKind(
+        "A GPU ran the model, but the meter does not read it: the energy is only that of the components named.",
+        "Use energy=nvml, or energy=auto, which reads the GPUs in use as well.",
+    ),
+    "energy_partial": WarningKind(
+        "Energy was read for a part of the measured window only, as after a change of the meter between two attempts or "
+        "before a process was killed. It is null, and enters no sum and no mean; the record holds what was read.",
+        "Measure again (--fresh) with one meter for the whole window.",
+    ),
+    "energy_mixed": WarningKind(
+        "The cycles' energies are not of the same kind: measured and estimated, or of different components or scopes. "
+        "The table of cycles has them; their mean is null.",
+        "Measure all cycles with the same meter (--fresh).",
+    ),
     "energy_shared": WarningKind(
         "A MIG instance has no counter, so the energy is the whole GPU's.",
         "Leave the other instances idle, or turn MIG off.",
@@ -197,6 +211,7 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
     return [
         *_of_window(window.duration_s, window.energy),
         *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the other processes meter nothing
+        *_of_the_gpu(record),
         *_of_devices(record),
         *_of_host([record]),
         *_of_latencies(requests),
@@ -224,7 +239,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
 def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if not readings:
         yield warning("energy_missing", "no meter was used.")
-    estimates = [r for r in readings if r.source == "estimate"]
+    estimates = [r for r in readings if not r.is_measured]
     if estimates:
         names = " and ".join(dict.fromkeys(r.component for r in estimates))
         methods = "; ".join(dict.fromkeys(r.method for r in estimates))
@@ -236,6 +251,22 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
             yield warning("energy_missing", f"{r.component}: {r.reason}.")
         elif r.source == "integral":
             yield warning("energy_integrated", f"{r.device}: {r.method}.")
+
+
+def lacks_gpu(record: ProcessRecord) -> bool:
+    """Return whether a GPU ran the model and none of the readings of its window is of a GPU."""
+    window = record.phase("measured")
+    readings = window.energy if window else ()
+    environment, engine = record.environment, record.engine
+    uses_gpu = bool(environment and environment.devices_before) or bool(engine and engine.device.startswith("cuda"))
+    return uses_gpu and bool(readings) and not any(r.component in ("gpu", "module") for r in readings)
+
+
+def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
+    if record.rank == ENERGY_OWNER and lacks_gpu(record):
+        window = record.phase("measured")
+        names = " and ".join(dict.fromkeys(r.component for r in (window.energy if window else ())))
+        yield warning("energy_without_gpu", f"the energy is that of {names} alone; the GPU that ran the model is not read.")
 
 
 def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
@@ -313,17 +344,33 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
         records: for each row, the records that it was computed from.
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
+    for place, of_row in enumerate(records):
+        found[place] += _partial(of_row)
     for place, violation in (*_identities(rows, records), *_negatives(rows)):
         found[place].append(violation)
     return found
 
 
-def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]:
-    """Yield the warnings about an experiment as a whole."""
+def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()) -> Iterator[CodedWarning]:
+    """Yield the warnings about an experiment as a whole; `kinds` are the different kinds of its cycles' energies."""
+    if len(kinds) > 1:
+        yield warning("energy_mixed", f"the energy of the cycles is {' in some and '.join(kinds)} in others; no mean.")
     if cycles_completed < LEAST_CYCLES:
         yield warning("few_cycles", f"{cycles_completed} finished; an interval needs at least {LEAST_CYCLES}.")
     if resumed:
         yield warning("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
+
+
+def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
+    """Yield a warning for each kind of energy that was read for a part of the window only."""
+    window = records[0].phase("measured") if records and records[0].rank == ENERGY_OWNER else None
+    if window is None:
+        return
+    parts = [r for r in window.energy if not window.is_covered_by(r)]
+    for r in {(r.component, r.source): r for r in parts}.values():
+        covered_s = r.seconds_of(window.duration_s)
+        text = f"the {r.component} energy ({r.source}) covers {covered_s:.3g} of {window.duration_s:.3g} s, so it is null."
+        yield warning("energy_partial", text)
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:

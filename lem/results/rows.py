@@ -202,7 +202,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
         for owner, of_cycle in zip(owners, records, strict=True)
     ]
     metered = [of_cycle if owner else {} for owner, of_cycle in zip(owners, phases, strict=True)]
-    readings = [of_cycle["measured"].energy if "measured" in of_cycle else () for of_cycle in metered]
+    readings = [of_cycle["measured"].usable() if "measured" in of_cycle else () for of_cycle in metered]
     heads = list(map(headline, readings))
     carbons = [
         owner.carbon if owner and head.energy_j is not None else None for owner, head in zip(owners, heads, strict=True)
@@ -215,6 +215,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
         "energy_source": of_each(heads, "source"),
         "energy_scope": of_each(heads, "scope"),
         "energy_components": of_each(heads, "components"),
+        "energy_without_gpu": [_lacks_gpu(of_cycle) for of_cycle in records],
         "load_energy_j": _energies_j(metered, "load"),
         "warmup_energy_j": _energies_j(metered, "warmup"),
         "idle_power_before_w": ratios(_energies_j(metered, "idle_before"), _durations_s(phases, "idle_before")),
@@ -235,12 +236,18 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     return columns
 
 
+def _lacks_gpu(records: Sequence[ProcessRecord]) -> bool | None:
+    """Return whether a GPU ran the model that the energy does not include; None if nothing was metered."""
+    window = records[0].phase("measured")
+    return warning_codes.lacks_gpu(records[0]) if window and window.energy else None
+
+
 def _durations_s(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
     return [each[name].duration_s if name in each else None for each in phases]
 
 
 def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
-    return [energy_j(each[name].energy) if name in each else None for each in phases]
+    return [energy_j(each[name].usable()) if name in each else None for each in phases]
 
 
 def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:

@@ -35,7 +35,7 @@ from lem.results.parquet import columns
 from lem.results.rows import Cycle, as_rows, cycle_columns, rows_of
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import summarise
-from tests.records import phases, plan, reading, record, request, requests
+from tests.records import GPU, phases, plan, reading, record, request, requests
 
 
 def row(*records, rows=None, **plan_values):
@@ -130,6 +130,14 @@ def test_estimates_are_summed_only_among_themselves_and_labelled():
         [reading("cpu", "estimate", 3.0, "cpu", "machine"), reading("dram", "estimate", 5.0, "dram", "machine")]
     )
     assert (energy.energy_j, energy.source, energy.components) == (8.0, "estimate", "cpu+dram")
+
+
+DRAM = reading("dram", "estimate", 5.0, "dram", "machine")
+
+
+def test_measured_and_estimated_readings_have_no_sum():
+    mixed = [reading("cpu", "counter", 9.0, "package-0", "package"), reading("cpu", "estimate", 5.0, "cpu", "machine")]
+    assert (by_component(mixed)["cpu"].energy_j, by_component(mixed)["cpu"].source) == (None, "counter+estimate")
 
 
 def test_a_module_contains_its_gpu():
@@ -326,10 +334,78 @@ def test_an_attempt_without_a_window_counts_for_nothing_but_its_error():
     assert (one.phase("measured").duration_s, one.requests_completed) == (4.0, 1)
 
 
-@pytest.mark.parametrize("later", [(), (reading("cpu", "estimate", 5.0, "cpu", "machine"),)])
+CPU = reading("cpu", "counter", 20.0, "package-0", "package")
+ESTIMATED_CPU = reading("cpu", "estimate", 300.0, "cpu", "machine")
+
+
+def resumed(first, second, durations_s=(1.0, 3.0)):
+    """Return the row of a cycle in two attempts that were metered like this."""
+    one = record(requests([0]), first, durations_s[0], attempt=1, status="interrupted")
+    return row(merged([one, record(requests([1, 2]), second, durations_s[1], attempt=2)]))
+
+
+@pytest.mark.parametrize("later", [(), (ESTIMATED_CPU,), (replace(GPU, energy_j=None, reason="lost"),)])
 def test_energy_that_an_attempt_lacks_makes_the_sum_null(later):
-    one = merged([record(requests([0]), attempt=1), record(requests([1, 2]), attempt=2, energy=later)])
-    assert row(one).energy_j is None
+    made = resumed((GPU,), later)
+    assert made.energy_j is made.gpu_energy_j is made.energy_per_output_token_j is made.average_power_w is None
+    assert "energy_partial" in codes(made)
+    assert any("gpu energy (counter) covers 1 of 4 s" in text for text in made.warnings)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_meter_that_changes_within_a_window_is_summed_from_neither(turned):
+    readings = [(CPU, reading("dram", "counter", 5.0, "dram", "package")), (ESTIMATED_CPU, DRAM)]
+    made = resumed(*(reversed(readings) if turned else readings))
+    assert made.energy_j is made.cpu_energy_j is made.dram_energy_j is made.co2e_g is None
+    assert codes(made).count("energy_partial") == 4
+    check_identities(made)
+
+
+def test_what_all_attempts_metered_alike_is_kept_beside_what_changed():
+    made = resumed((CPU, DRAM), (ESTIMATED_CPU, DRAM))
+    assert (made.energy_j, made.cpu_energy_j, made.dram_energy_j) == (None, None, 10.0)
+    assert made.dram_energy_source == "estimate"
+
+
+def test_what_was_read_of_a_part_is_kept_in_the_record():
+    parts = [record(requests([0]), (CPU,), 1.0), record(requests([1, 2]), (ESTIMATED_CPU,), 3.0, attempt=2)]
+    window = merged(parts).phase("measured")
+    assert [(r.source, r.energy_j, r.covered_s) for r in window.energy] == [
+        ("counter", 20.0, 1.0),
+        ("estimate", 300.0, 3.0),
+    ]
+    assert [r.reason for r in window.usable()] == ["it covers only 1 of 4 s", "it covers only 3 of 4 s"]
+
+
+@pytest.mark.parametrize(("covered_s", "whole"), [(4.0, True), (3.91, True), (3.89, False), (0.0, False)])
+def test_a_window_that_was_cut_has_only_energy_that_covers_it(covered_s, whole):
+    cut = record(energy=(replace(GPU, covered_s=covered_s),), status="interrupted")
+    made = row(cut)
+    assert made.energy_j == (100.0 if whole else None)
+    assert ("energy_partial" in codes(made)) is not whole
+
+
+def test_an_unmetered_hundredth_is_less_than_is_known_anyway():
+    assert resumed((), (GPU,), (0.99, 99.01)).energy_j == 100.0
+    assert resumed((), (GPU,), (1.01, 98.99)).energy_j is None
+
+
+def test_idle_and_warm_up_count_only_if_they_were_metered_throughout():
+    idle = Phase("idle_loaded", 2.0, (reading(energy_j=30.0, covered_s=1.0),))
+    made = row(record(phases=(idle, Phase("measured", 4.0, (GPU,)))))
+    assert (made.energy_j, made.idle_power_loaded_w, made.energy_idle_adjusted_j) == (100.0, None, None)
+
+
+def test_a_counter_and_an_integral_are_both_measured():
+    made = resumed((GPU,), (reading(source="integral", energy_j=11.0),))
+    assert (made.energy_j, made.energy_source) == (111.0, "counter+integral")
+
+
+def test_a_second_gpu_that_only_one_attempt_used_is_added():
+    made = resumed((GPU,), (GPU, reading(energy_j=11.0, device="GPU-1")))
+    assert made.energy_j == 211.0
+    lost = reading(energy_j=None, device="GPU-1", reason="it is lost")
+    assert resumed((GPU,), (GPU, lost)).energy_j is None
 
 
 def test_attempts_on_different_gpus_are_added_up():
@@ -435,6 +511,44 @@ def test_what_was_metered_differently_says_so():
     each = cycles(1.0, 1.0)
     each[1] = replace(each[1], energy_source="integral")
     assert over_cycles(each, plan(cycles=2)).energy_source == "counter+integral"
+
+
+def of_kinds(*energies):
+    """Return the row of an experiment whose cycles were metered like this."""
+    each = [row(record(energy=energy, cycle=n, phases=phases(2.0, energy))) for n, energy in enumerate(energies, start=1)]
+    return over_cycles(each, plan(cycles=len(each)))
+
+
+def test_measured_and_estimated_cycles_have_no_mean():
+    made = of_kinds((CPU, DRAM), (ESTIMATED_CPU, DRAM), (CPU, DRAM))
+    assert made.duration_s == 2.0
+    headline = ("energy_j", "energy_wh", "average_power_w", "energy_per_output_token_j", "energy_per_request_j")
+    spread = [name for name in ExperimentRow.__struct_fields__ if re.match("energy_.*(sd|cv|ci95|mean)", name)]
+    assert {name: getattr(made, name) for name in (*headline, "cpu_energy_j", *spread)} == dict.fromkeys(
+        (*headline, "cpu_energy_j", *spread)
+    )
+    assert made.dram_energy_j == 5.0
+    assert made.output_tokens_per_s_sd == 0.0
+    (text,) = [text for text in made.warnings if text.startswith("energy_mixed")]
+    assert "measured cpu package in some and estimated cpu+dram machine in others" in text
+
+
+def test_cycles_of_different_components_have_no_mean():
+    made = of_kinds((CPU,), (CPU, reading("dram", "counter", 5.0, "dram", "package")))
+    assert (made.energy_j, made.cpu_energy_j) == (None, 20.0)
+    assert "energy_mixed" in codes(made)
+
+
+def test_cycles_of_one_kind_have_a_mean():
+    made = of_kinds((GPU,), (reading(source="integral", energy_j=110.0),))
+    assert (made.energy_j, made.energy_source) == (105.0, "counter+integral")
+    assert "energy_mixed" not in codes(made)
+
+
+def test_one_cycle_without_energy_leaves_no_mean():
+    made = of_kinds((CPU,), (replace(CPU, covered_s=0.5),))
+    assert (made.energy_j, made.energy_cv) == (None, None)
+    assert "energy_partial" in codes(made)
 
 
 OF_THE_EXPERIMENT = {"cycles_planned", "cycles_completed", "resumed"}
