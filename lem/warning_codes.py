@@ -6,6 +6,7 @@ it. Knows records and rows, not how they were measured.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
 LEAST_CYCLES = 2
+# The percentiles of times that rows have.
+PERCENTILES = (50, 95, 99)
+# How certain it must be that the largest of the values is not below the percentile that they are to tell.
+PERCENTILE_CERTAINTY = 0.95
 # In a good run the counter and the power trace agree within this share; a smaller difference means nothing.
 IDLE_TOLERANCE = 0.01
 # A window is uncertain by up to a tick at each of its edges.
@@ -89,6 +94,13 @@ WARNINGS: dict[str, WarningKind] = {
     "few_cycles": WarningKind(
         f"Fewer than {LEAST_CYCLES} cycles: a single measurement has no confidence interval.",
         "Measure several cycles (--cycles): an interval needs at least two, and five or more make it narrow.",
+    ),
+    "few_samples": WarningKind(
+        "A percentile rests on too few values. Of n independent values, all lie below the true percentile p with a "
+        "probability of pⁿ; where that exceeds 5 %, their largest is no upper bound for it at 95 % confidence (Wilks "
+        "1941), and a percentile that is given is little more than the largest value. The median needs 5 values, p95 "
+        "59, p99 299: about 3/(1 - p).",
+        "Run more prompts, or use a lower percentile or the mean.",
     ),
     "window_cut": WarningKind(
         "The run ended inside the measured window, which is counted up to its last finished request. The message says "
@@ -371,6 +383,29 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
         covered_s = r.seconds_of(window.duration_s)
         text = f"the {r.component} energy ({r.source}) covers {covered_s:.3g} of {window.duration_s:.3g} s, so it is null."
         yield warning("energy_partial", text)
+
+
+def samples_needed(percent: float) -> int:
+    """Return how many independent values a percentile needs, so that one of them reaches it with 95 % certainty.
+
+    S. S. Wilks, Determination of sample sizes for setting tolerance limits, Annals of Mathematical Statistics 12 (1941).
+    """
+    return math.ceil(math.log(1 - PERCENTILE_CERTAINTY) / math.log(percent / 100))
+
+
+def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
+    """Yield a warning about percentiles that rest on too few values; `counts` says how many there are of each time."""
+    of_count: dict[int, list[str]] = {}
+    for name, count in counts.items():
+        of_count.setdefault(count, []).append(name)
+    parts = []
+    for count, stems in of_count.items():
+        needed = {percent: samples_needed(percent) for percent in PERCENTILES}
+        lacking = [f"p{percent} needs {least}" for percent, least in needed.items() if count < least]
+        if lacking:
+            parts.append(f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, {', '.join(lacking)}")
+    if parts:
+        yield warning("few_samples", f"{'; '.join(parts)}.")
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:

@@ -10,6 +10,7 @@ from lem.record import (
     CpuLoad,
     DeviceState,
     EnergyReading,
+    EngineInfo,
     Environment,
     ForeignProcess,
     Phase,
@@ -192,6 +193,61 @@ def test_varying_batches_have_a_warning_and_long_ones_among_equals_do_not():
 
 def test_a_run_that_did_not_reach_its_window_has_no_warning():
     assert codes(record(phases=(Phase("load", 1.0),))) == []
+
+
+@pytest.mark.parametrize(("percent", "least"), [(50, 5), (95, 59), (99, 299)])
+def test_a_percentile_needs_enough_values_for_one_of_them_to_reach_it(percent, least):
+    assert warning_codes.samples_needed(percent) == least
+    assert 1 - (percent / 100) ** least >= 0.95 > 1 - (percent / 100) ** (least - 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({"latency": 299}, None),
+        ({"latency": 298}, "latency: 298 values, p99 needs 299."),
+        ({"latency": 12}, "latency: 12 values, p95 needs 59, p99 needs 299."),
+        ({"latency": 1}, "latency: 1 value, p50 needs 5, p95 needs 59, p99 needs 299."),
+        (
+            {"latency": 71, "time to first token": 71, "inter-token latency": 9000, "queueing": 4},
+            "latency, time to first token: 71 values, p99 needs 299; "
+            "queueing: 4 values, p50 needs 5, p95 needs 59, p99 needs 299.",
+        ),
+        ({}, None),
+    ],
+)
+def test_percentiles_of_too_few_values_have_a_warning(counts, text):
+    assert [n.text for n in warning_codes.of_samples(counts)] == ([text] if text else [])
+
+
+class TestWithoutTheGpu:
+    def found(self, *readings, **more):
+        return "energy_without_gpu" in codes(record(readings, **more))
+
+    CPU = replace(GPU, component="cpu", source="estimate")
+
+    def test_a_meter_that_does_not_read_the_gpu_that_ran_the_model(self):
+        assert self.found(self.CPU)
+        assert self.found(self.CPU, replace(self.CPU, component="dram"))
+
+    def test_the_engine_knows_of_a_gpu_where_the_driver_does_not_tell(self):
+        engine = EngineInfo("pytorch", "1", "cuda:0", "NVIDIA H100 80GB HBM3", {})
+        assert self.found(self.CPU, environment=None, engine=engine)
+        assert not self.found(self.CPU, environment=None, engine=replace(engine, device="cpu"))
+
+    def test_a_gpu_that_is_read_or_could_not_be_read_is_not_left_out(self):
+        assert not self.found(GPU, self.CPU)
+        assert not self.found(replace(GPU, energy_j=None, reason="it is lost"), self.CPU)
+        assert not self.found(replace(GPU, component="module"))
+
+    def test_without_a_gpu_none_is_missing(self):
+        assert not self.found(self.CPU, environment=replace(environment(), devices_before=(), devices_after=()))
+
+    def test_no_meter_is_another_matter(self):
+        assert not self.found()
+
+    def test_the_processes_that_meter_nothing_do_not_say_so(self):
+        assert not self.found(self.CPU, rank=1)
 
 
 def test_an_unknown_code_cannot_be_used():

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lem.record import RequestRecord
 from lem.results.statistics import percentile
+from lem.warning_codes import PERCENTILES
 
 
 class Limits(Protocol):
@@ -30,7 +31,7 @@ def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[fl
     columns: dict[str, list[float | None]] = {
         f"{stem}_mean_s": [sum(values) / len(values) if values else None for values in ordered]
     }
-    for q in (50, 95, 99):
+    for q in PERCENTILES:
         columns[f"{stem}_p{q}_s"] = [percentile(values, q) if values else None for values in ordered]
     return columns
 
@@ -45,6 +46,18 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
         **summary("itl", (gap for r in timed for gap in r.itl_s or ())),
         **summary("tpot", (r.tpot_s for r in timed if r.tpot_s is not None)),
     }
+
+
+def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
+    """Return how many values there are of each time of which percentiles are given; without those that have none."""
+    counts = {
+        "latency": len(requests),
+        "time to first token": sum(r.ttft_s is not None for r in requests),
+        "inter-token latency": sum(len(r.itl_s or ()) for r in requests if r.ttft_s is not None),
+        "time per output token": sum(r.tpot_s is not None for r in requests),
+        "queueing": sum(r.queue_s is not None for r in requests),
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessReco
 from lem.results.codec import PlanExcerpt
 from lem.results.columns import Columns, of_each, quotients, ratios
 from lem.results.cycles import experiment_columns
-from lem.results.latency import of_tokens, summaries, under_load
+from lem.results.latency import of_tokens, sample_counts, summaries, under_load
 from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
 from lem.results.parquet import defaults
 from lem.results.peaks import peak_flops_per_s
@@ -311,5 +311,7 @@ def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     for cycle, of_row in zip(cycles, of_rows, strict=True):
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
-        found.append(list(dict.fromkeys([*of_processes, *map(as_text, cycle.warnings), *map(as_text, of_row)])))
+        of_samples = warning_codes.of_samples(sample_counts(cycle.requests))
+        coded = map(as_text, [*cycle.warnings, *of_row, *of_samples])
+        found.append(list(dict.fromkeys([*of_processes, *coded])))
     return found

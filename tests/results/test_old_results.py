@@ -13,6 +13,8 @@ import pytest
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 IDS = [path.name for path in sorted((WRITTEN / "results" / "raw").iterdir())]
 INTERRUPTED, KILLED = "exp_20261126_020403", "exp_20261126_020408"
+# Warnings that 0.1.0 did not know, and which its results deserve.
+NEW = {"few_samples"}
 ORDER = {
     "experiments": ("experiment_id",),
     "cycles": ("experiment_id", "cycle"),
@@ -85,6 +87,7 @@ def test_the_rows_are_the_same_when_they_are_computed_again(lem, results):
         for row, old in known_then(rows, before):
             if table != "requests":
                 row["warnings"], old["warnings"] = coded(row["warnings"]), coded(old["warnings"])
+                row["warnings"] = [code for code in row["warnings"] if code not in NEW]
             assert row == old
 
 

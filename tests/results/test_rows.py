@@ -38,6 +38,11 @@ from lem.results.statistics import summarise
 from tests.records import GPU, phases, plan, reading, record, request, requests
 
 
+CPU = reading("cpu", "counter", 20.0, "package-0", "package")
+ESTIMATED_CPU = reading("cpu", "estimate", 300.0, "cpu", "machine")
+DRAM = reading("dram", "estimate", 5.0, "dram", "machine")
+
+
 def row(*records, rows=None, **plan_values):
     cycle = Cycle(excerpt_of(plan(**plan_values)), 1, 1, records or [record()], requests() if rows is None else rows)
     (made,) = as_rows(ExperimentRow, cycle_columns([cycle]))
@@ -130,9 +135,6 @@ def test_estimates_are_summed_only_among_themselves_and_labelled():
         [reading("cpu", "estimate", 3.0, "cpu", "machine"), reading("dram", "estimate", 5.0, "dram", "machine")]
     )
     assert (energy.energy_j, energy.source, energy.components) == (8.0, "estimate", "cpu+dram")
-
-
-DRAM = reading("dram", "estimate", 5.0, "dram", "machine")
 
 
 def test_measured_and_estimated_readings_have_no_sum():
@@ -251,6 +253,28 @@ def test_numbers_that_do_not_agree_are_a_warning(wrong):
     assert "identity_violated" in codes(row(record(**wrong)))
 
 
+# ------------------------------------------------------------------ doubts
+def test_percentiles_of_few_requests_have_a_warning_that_all_cycles_share():
+    made = row()
+    assert any(w.startswith("few_samples: latency: 3 values, p50 needs 5, p95 needs 59") for w in made.warnings)
+    assert codes(over_cycles(cycles(1.0, 3.0), plan(cycles=2))).count("few_samples") == 1
+    many = [request(request=i, batch=i, start_s=i * 0.01, end_s=i * 0.01 + 0.01) for i in range(299)]
+    assert "few_samples" not in codes(row(record(many), rows=many, count=299))
+
+
+def test_tokens_are_counted_where_percentiles_are_of_tokens():
+    rows = [replace(r, ttft_s=0.1, tpot_s=0.02, itl_s=[0.02] * 150) for r in requests()]
+    (text,) = [w for w in row(rows=rows).warnings if w.startswith("few_samples")]
+    assert "time to first token, time per output token: 3 values" in text
+    assert "inter-token" not in text  # 450 values
+
+
+@pytest.mark.parametrize(("energy", "lacking"), [((CPU, DRAM), True), ((GPU, CPU), False), ((), None)])
+def test_a_row_says_whether_the_gpu_is_in_its_energy(energy, lacking):
+    made = row(record(energy=energy, environment=gpus("GPU-a")))
+    assert made.energy_without_gpu is lacking
+
+
 # ------------------------------------------------------------------ failures
 def test_a_failed_run_has_a_row_with_its_error_and_no_rates():
     made = row(record(requests([0]), status="failed", error=ErrorInfo("E", "it broke", "measured")), rows=requests([0]))
@@ -332,10 +356,6 @@ def test_an_attempt_without_a_window_counts_for_nothing_but_its_error():
     one = merged([first, second])
     assert (one.status, one.error.message) == ("failed", "out of memory")
     assert (one.phase("measured").duration_s, one.requests_completed) == (4.0, 1)
-
-
-CPU = reading("cpu", "counter", 20.0, "package-0", "package")
-ESTIMATED_CPU = reading("cpu", "estimate", 300.0, "cpu", "machine")
 
 
 def resumed(first, second, durations_s=(1.0, 3.0)):
