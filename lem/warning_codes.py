@@ -24,6 +24,14 @@ BUSY_SHARE = 0.10
 HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
+# The clocks of several processes' windows begin when each is let through the barrier, which a busy machine delays.
+TIMES_TOLERANCE_S = 0.05
+# Without traffic, requests follow each other: a larger share of the window, and time, without any is a doubt.
+UNFILLED_SHARE = 0.1
+UNFILLED_LEAST_S = 0.2
+# A sensor's own error, by which the average of a window may seem to exceed a GPU's limit.
+POWER_TOLERANCE = 0.05
+POWER_LEAST_S = 2.0
 LEAST_CYCLES = 2
 # The percentiles of times that rows have.
 PERCENTILES = (50, 95, 99)
@@ -164,6 +172,26 @@ WARNINGS: dict[str, WarningKind] = {
         "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or token counts and their sum over requests.",
         "This is a bug in lem or damage to the files; please report it with the raw record.",
     ),
+    "times_disagree": WarningKind(
+        "The requests' own times do not fit into the measured window: one began before it, or ended after it. Its "
+        "length, and all that is divided by it, is off by as much as the message says.",
+        "Look at the processes' logs and at the machine's load, and measure again (--fresh).",
+    ),
+    "window_unfilled": WarningKind(
+        f"No request was running in more than {UNFILLED_SHARE:.0%} of the window, although none had to arrive: its time "
+        "and energy are not those of the requests alone.",
+        "Look for a machine that was suspended or overloaded, or a slow disk; use longer outputs or larger batches.",
+    ),
+    "power_implausible": WarningKind(
+        f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, the error of "
+        "a sensor: the energy or the window's length is wrong.",
+        "Compare the energy with the power trace, and report it with the raw record if it happens again.",
+    ),
+    "tokens_disagree": WarningKind(
+        "Tokens that were counted twice, in independent places, do not agree: the requests' rows, and the engine's own "
+        "counters or the times of single tokens.",
+        "Report it with the raw record; until then disregard all that is given per token.",
+    ),
     "random_weights": WarningKind(
         "The model has random weights, so its text is meaningless.", "Nothing, if that is intended."
     ),
@@ -224,6 +252,8 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
         *_of_window(window.duration_s, window.energy),
         *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the other processes meter nothing
         *_of_the_gpu(record),
+        *_of_power(record),
+        *_of_counters(record),
         *_of_devices(record),
         *_of_host([record]),
         *_of_latencies(requests),
@@ -279,6 +309,40 @@ def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
         window = record.phase("measured")
         names = " and ".join(dict.fromkeys(r.component for r in (window.energy if window else ())))
         yield warning("energy_without_gpu", f"the energy is that of {names} alone; the GPU that ran the model is not read.")
+
+
+def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
+    """Yield a warning for each GPU that would have drawn more than it is limited to."""
+    window, environment = record.phase("measured"), record.environment
+    if window is None or environment is None or window.duration_s < POWER_LEAST_S:
+        return
+    limits_w = {state.uuid: state.power_limit_w for state in environment.devices_before}
+    for r in window.energy:
+        limit_w, covered_s = limits_w.get(r.device), r.seconds_of(window.duration_s)
+        if r.component != "gpu" or r.energy_j is None or not limit_w or not covered_s:
+            continue
+        power_w = r.energy_j / covered_s
+        if power_w > limit_w * (1 + POWER_TOLERANCE):
+            text = f"{r.device}: {power_w:.4g} W on average, with a limit of {limit_w:.4g} W."
+            yield warning("power_implausible", text)
+
+
+def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
+    """Yield a warning where the engine counted other numbers of tokens than the requests' rows.
+
+    Requests that were cut off, computed again after a preemption, or other clients' are counted by the engine alone, so
+    in these cases more is no contradiction.
+    """
+    counters = record.counters or {}
+    more_is_wrong = record.status == "completed" and not counters.get("preemptions") and record.backend != "openai"
+    counted = {"prompt_tokens": ("input", record.input_tokens), "generation_tokens": ("output", record.output_tokens)}
+    for name, (kind, tokens) in counted.items():
+        engines = counters.get(name)
+        if engines is None or not tokens:
+            continue
+        tolerance = IDENTITY_TOLERANCE * tokens
+        if engines < tokens - tolerance or (more_is_wrong and engines > tokens + tolerance):
+            yield warning("tokens_disagree", f"{tokens} {kind} tokens in the rows, {engines:.0f} by the engine's count.")
 
 
 def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
@@ -406,6 +470,40 @@ def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
             parts.append(f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, {', '.join(lacking)}")
     if parts:
         yield warning("few_samples", f"{'; '.join(parts)}.")
+
+
+def of_times(
+    duration_s: float, first_s: float, last_s: float, busy_s: float, *, attempts: int, filled: bool
+) -> Iterator[CodedWarning]:
+    """Yield warnings where a window's length does not fit its requests' own times.
+
+    Args:
+        duration_s: the length of the window, or the sum of the attempts' windows.
+        first_s: the earliest start of a request in its window.
+        last_s: the latest end in its window, summed over the attempts.
+        busy_s: the time in which at least one request was running.
+        attempts: how many attempts there were.
+        filled: whether requests were always waiting, so that one should always have been running.
+    """
+    tolerance_s = max(IDENTITY_TOLERANCE * duration_s, TIMES_TOLERANCE_S * attempts)
+    if first_s < -tolerance_s:
+        yield warning("times_disagree", f"a request began {-first_s:.3g} s before its window.")
+    if last_s > duration_s + tolerance_s:
+        text = f"requests ended {last_s - duration_s:.3g} s after their window of {duration_s:.3g} s."
+        yield warning("times_disagree", text)
+    unfilled_s = duration_s - busy_s
+    if filled and unfilled_s > max(UNFILLED_SHARE * duration_s, UNFILLED_LEAST_S):
+        yield warning("window_unfilled", f"no request was running in {unfilled_s:.3g} of {duration_s:.3g} s.")
+
+
+def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
+    """Yield a warning where the tokens that have a time of their own are not as many as were counted."""
+    wrong = [r for r in requests if r.ttft_s is not None and r.itl_s is not None and len(r.itl_s) + 1 != r.output_tokens]
+    if wrong:
+        first = wrong[0]
+        text = f"request {first.request} has {first.output_tokens} output tokens and {len(first.itl_s or ()) + 1} times"
+        more = f"; {len(wrong) - 1} more are alike" if len(wrong) > 1 else ""
+        yield warning("tokens_disagree", f"{text}{more}.")
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:

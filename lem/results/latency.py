@@ -6,7 +6,7 @@ When a request is measured, `lem.workload.tokens` computes its token latencies. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lem.record import RequestRecord
 from lem.results.statistics import percentile
@@ -18,6 +18,31 @@ class Limits(Protocol):
 
     ttft_limit_s: float | None
     itl_limit_s: float | None
+
+
+class Extent(NamedTuple):
+    """When the requests of a cycle ran, by their own times, which begin anew in each attempt's window.
+
+    The earliest start, the sum over the attempts of the latest end, and the time in which at least one was running.
+    """
+
+    first_s: float
+    last_s: float
+    busy_s: float
+
+
+def extent(requests: Sequence[RequestRecord]) -> Extent | None:
+    """Return when requests ran; None without requests."""
+    by_attempt: dict[int, list[tuple[float, float]]] = {}
+    for r in requests:
+        by_attempt.setdefault(r.attempt, []).append((r.start_s, r.end_s))
+    if not by_attempt:
+        return None
+    return Extent(
+        min(min(spans)[0] for spans in by_attempt.values()),
+        sum(max(end_s for _, end_s in spans) for spans in by_attempt.values()),
+        sum(map(_union_s, by_attempt.values())),
+    )
 
 
 def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessReco
 from lem.results.codec import PlanExcerpt
 from lem.results.columns import Columns, of_each, quotients, ratios
 from lem.results.cycles import experiment_columns
-from lem.results.latency import of_tokens, sample_counts, summaries, under_load
+from lem.results.latency import extent, of_tokens, sample_counts, summaries, under_load
 from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
 from lem.results.parquet import defaults
 from lem.results.peaks import peak_flops_per_s
@@ -309,9 +309,22 @@ def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
     """Return the warnings of each cycle, once each, as `code: message`."""
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
-    for cycle, of_row in zip(cycles, of_rows, strict=True):
+    for cycle, of_row, duration_s in zip(cycles, of_rows, columns["duration_s"], strict=True):
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
-        of_samples = warning_codes.of_samples(sample_counts(cycle.requests))
-        coded = map(as_text, [*cycle.warnings, *of_row, *of_samples])
+        of_requests = [
+            *warning_codes.of_samples(sample_counts(cycle.requests)),
+            *_of_times(cycle, duration_s),
+            *warning_codes.of_timed_tokens(cycle.requests),
+        ]
+        coded = map(as_text, [*cycle.warnings, *of_row, *of_requests])
         found.append(list(dict.fromkeys([*of_processes, *coded])))
     return found
+
+
+def _of_times(cycle: Cycle, duration_s: float | None) -> Iterator[CodedWarning]:
+    """Yield warnings where the requests' own times and the window's length do not fit together."""
+    ran = extent(cycle.requests)
+    if ran is not None and duration_s is not None:
+        attempts = len({r.attempt for r in cycle.requests})
+        filled = not any(r.arrived_s for r in cycle.requests)  # without traffic, all are there when the window opens
+        yield from warning_codes.of_times(duration_s, *ran, attempts=attempts, filled=filled)

@@ -275,6 +275,41 @@ def test_a_row_says_whether_the_gpu_is_in_its_energy(energy, lacking):
     assert made.energy_without_gpu is lacking
 
 
+def busy(positions, rank=0, attempt=1, late_s=0.0):
+    """Requests of a second each, one after the other without a pause, from the opening of their window."""
+    rows = requests(positions, rank=rank, attempt=attempt)
+    return [replace(r, start_s=n * 1.0, end_s=n + 1.0 + late_s) for n, r in enumerate(rows)]
+
+
+def doubts(*records, rows, **plan_values):
+    return {"times_disagree", "window_unfilled"} & set(codes(row(*records, rows=rows, **plan_values)))
+
+
+def test_a_window_that_one_process_opens_later_than_the_others_is_found():
+    """As if the meter were settled once more behind the barrier: a tick of 100 ms is missing from 2.25 s."""
+    both = [*busy([0, 1]), *busy([2, 3], rank=1, late_s=0.245)]
+    records = [record(both[:2], world_size=2, duration_s=2.245), record(both[2:], (), rank=1, world_size=2)]
+    assert doubts(*records, rows=both, processes=2, count=4) == set()
+    records[0] = record(both[:2], world_size=2, duration_s=2.147)
+    assert doubts(*records, rows=both, processes=2, count=4) == {"times_disagree"}
+
+
+def test_windows_of_attempts_fit_their_own_requests():
+    parts = [(busy([0]), 1.0), (busy([1, 2], attempt=2), 2.0)]
+    records = [record(rows, duration_s=s, attempt=n) for n, (rows, s) in enumerate(parts, start=1)]
+    rows = [r for part, _ in parts for r in part]
+    assert doubts(merged(records), rows=rows) == set()
+    records[1] = record(parts[1][0], duration_s=1.5, attempt=2)
+    assert doubts(merged(records), rows=rows) == {"times_disagree"}
+    records[1] = record(parts[1][0], duration_s=3.0, attempt=2)
+    assert doubts(merged(records), rows=rows) == {"window_unfilled"}
+
+
+def test_a_window_that_waits_for_arrivals_need_not_be_filled():
+    rows = [replace(r, arrived_s=r.start_s) for r in busy([0, 1, 2])]
+    assert doubts(record(rows, duration_s=9.0), rows=rows) == set()
+
+
 # ------------------------------------------------------------------ failures
 def test_a_failed_run_has_a_row_with_its_error_and_no_rates():
     made = row(record(requests([0]), status="failed", error=ErrorInfo("E", "it broke", "measured")), rows=requests([0]))
