@@ -75,7 +75,9 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
 def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[EnergyReading, ...]:
     """Return readings that say which time they cover: this, unless the meter has said so itself."""
-    return tuple(r if r.energy_j is None or r.covered_s is not None else replace(r, covered_s=covered_s) for r in readings)
+    return tuple(
+        r if r.energy_j is None or r.covered_s is not None else replace(r, covered_s=covered_s) for r in readings
+    )
 
 
 class Phase(Struct, frozen=True, gc=False):

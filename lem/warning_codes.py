@@ -142,8 +142,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Use energy=nvml, or energy=auto, which reads the GPUs in use as well.",
     ),
     "energy_partial": WarningKind(
-        "Energy was read for a part of the measured window only, as after a change of the meter between two attempts or "
-        "before a process was killed. It is null, and enters no sum and no mean; the record holds what was read.",
+        "Energy was read for a part of the measured window only, as when the meter changed between two attempts or a "
+        "process was killed. It is null, and enters no sum and no mean; the record holds what was read.",
         "Measure again (--fresh) with one meter for the whole window.",
     ),
     "energy_mixed": WarningKind(
@@ -178,13 +178,13 @@ WARNINGS: dict[str, WarningKind] = {
         "Look at the processes' logs and at the machine's load, and measure again (--fresh).",
     ),
     "window_unfilled": WarningKind(
-        f"No request was running in more than {UNFILLED_SHARE:.0%} of the window, although none had to arrive: its time "
-        "and energy are not those of the requests alone.",
+        f"No request was running in more than {UNFILLED_SHARE:.0%} of the window, although none had to arrive: its "
+        "time and energy are not those of the requests alone.",
         "Look for a machine that was suspended or overloaded, or a slow disk; use longer outputs or larger batches.",
     ),
     "power_implausible": WarningKind(
-        f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, the error of "
-        "a sensor: the energy or the window's length is wrong.",
+        f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, the error "
+        "of a sensor: the energy or the window's length is wrong.",
         "Compare the energy with the power trace, and report it with the raw record if it happens again.",
     ),
     "tokens_disagree": WarningKind(
@@ -308,7 +308,9 @@ def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.rank == ENERGY_OWNER and lacks_gpu(record):
         window = record.phase("measured")
         names = " and ".join(dict.fromkeys(r.component for r in (window.energy if window else ())))
-        yield warning("energy_without_gpu", f"the energy is that of {names} alone; the GPU that ran the model is not read.")
+        yield warning(
+            "energy_without_gpu", f"the energy is that of {names} alone; the GPU that ran the model is not read."
+        )
 
 
 def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
@@ -342,7 +344,9 @@ def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
             continue
         tolerance = IDENTITY_TOLERANCE * tokens
         if engines < tokens - tolerance or (more_is_wrong and engines > tokens + tolerance):
-            yield warning("tokens_disagree", f"{tokens} {kind} tokens in the rows, {engines:.0f} by the engine's count.")
+            yield warning(
+                "tokens_disagree", f"{tokens} {kind} tokens in the rows, {engines:.0f} by the engine's count."
+            )
 
 
 def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
@@ -445,14 +449,16 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
     parts = [r for r in window.energy if not window.is_covered_by(r)]
     for r in {(r.component, r.source): r for r in parts}.values():
         covered_s = r.seconds_of(window.duration_s)
-        text = f"the {r.component} energy ({r.source}) covers {covered_s:.3g} of {window.duration_s:.3g} s, so it is null."
+        text = (
+            f"the {r.component} energy ({r.source}) covers {covered_s:.3g} of {window.duration_s:.3g} s, so it is null."
+        )
         yield warning("energy_partial", text)
 
 
 def samples_needed(percent: float) -> int:
     """Return how many independent values a percentile needs, so that one of them reaches it with 95 % certainty.
 
-    S. S. Wilks, Determination of sample sizes for setting tolerance limits, Annals of Mathematical Statistics 12 (1941).
+    S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """
     return math.ceil(math.log(1 - PERCENTILE_CERTAINTY) / math.log(percent / 100))
 
@@ -498,7 +504,9 @@ def of_times(
 
 def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
     """Yield a warning where the tokens that have a time of their own are not as many as were counted."""
-    wrong = [r for r in requests if r.ttft_s is not None and r.itl_s is not None and len(r.itl_s) + 1 != r.output_tokens]
+    wrong = [
+        r for r in requests if r.ttft_s is not None and r.itl_s is not None and len(r.itl_s) + 1 != r.output_tokens
+    ]
     if wrong:
         first = wrong[0]
         text = f"request {first.request} has {first.output_tokens} output tokens and {len(first.itl_s or ()) + 1} times"

@@ -273,10 +273,9 @@ class TestPower:
 
 
 class TestTokensCountedTwice:
-    ROWS = {"input_tokens": 500, "output_tokens": 1000, "backend": "vllm"}
-
     def found(self, counters, **more):
-        made = record(counters=counters, **(self.ROWS | more))
+        rows = {"input_tokens": 500, "output_tokens": 1000, "backend": "vllm"}
+        made = record(counters=counters, **(rows | more))
         return [n.text for n in warning_codes.of_record(made, requests([1.0] * 10)) if n.code == "tokens_disagree"]
 
     @pytest.mark.parametrize("counters", [None, {}, {"preemptions": 0.0}, {"prompt_tokens": 500.0}])

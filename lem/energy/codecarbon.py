@@ -81,9 +81,7 @@ class CodecarbonMeter(Meter):
         cpu_reading, dram = self._readings(cpu_j, self._ram_power_w * elapsed_s, "codecarbon has taken no sample yet")
         return replace(cpu_reading, covered_s=sampled_s if cpu_j else None), dram
 
-    def _readings(
-        self, cpu_j: float | None, ram_j: float | None, reason: str
-    ) -> tuple[EnergyReading, EnergyReading]:
+    def _readings(self, cpu_j: float | None, ram_j: float | None, reason: str) -> tuple[EnergyReading, EnergyReading]:
         return (
             self._reading("cpu", cpu_j, reason, *self._cpu_method()),
             self._reading("dram", ram_j, reason, "estimate", "machine", "codecarbon: constant power per memory module"),

@@ -1,7 +1,7 @@
 """Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
-Windows follow each other. Energy is summed device by device, with the time that it covers; what does not cover the whole
-window enters no sum. Any other value that one attempt lacks is unknown for all. Knows only records.
+Windows follow each other. Energy is summed device by device, with the time that it covers; what does not cover the
+whole window enters no sum. Any other value that one attempt lacks is unknown for all. Knows only records.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from lem.record import CodedWarning, Component, EnergyReading, Flops, Memory, Phase, Prefill, ProcessRecord
+
 
 # ------------------------------------------------------------------ attempts of a process at one cycle
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:

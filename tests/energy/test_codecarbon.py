@@ -12,6 +12,7 @@ import pytest
 
 from lem.energy.codecarbon import CodecarbonMeter
 from lem.errors import BadInput
+from tests.conftest import command, raw_record
 
 # Prints how codecarbon gets the processor's power, and the power of the memory.
 PROBE = """
@@ -89,8 +90,24 @@ def test_a_tracker_that_does_not_start_is_named(monkeypatch):
         raise AttributeError("no attribute '_tasks'")
 
     monkeypatch.setattr(OfflineEmissionsTracker, "start_task", broken)
-    with pytest.raises(BadInput, match=r"codecarbon could not start its tracker \(AttributeError: no attribute '_tasks'"):
+    with pytest.raises(
+        BadInput, match=r"codecarbon could not start its tracker \(AttributeError: no attribute '_tasks'"
+    ):
         CodecarbonMeter().open()
+
+
+@pytest.mark.processes
+def test_a_run_whose_meter_does_not_work_ends_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "codecarbon.py").write_text("raise ImportError('it was installed by halves')\n")
+    simulated = ("--backend", "simulated", "--model", "any", "-d", "sample", "-y", "energy=codecarbon")
+    done = command("experiment", *simulated, cwd=tmp_path, PYTHONPATH=str(tmp_path / "broken"))
+    assert done.code == 1
+    assert "codecarbon could not start its tracker (ImportError: it was installed by halves)." in done.out
+    assert "Use energy=none" in done.out
+    assert "Traceback" not in done.err
+    record = raw_record(tmp_path / "results")
+    assert (record["status"], record["phases"]) == ("failed", [])
 
 
 def test_the_tracker_reads_settings_from_where_lem_keeps_it_from_them():

@@ -402,7 +402,13 @@ def test_cycles_that_were_measured_and_estimated_have_no_mean_anywhere(lem, stor
     of_cycles = [line.split() for line in shown.splitlines() if line.startswith(("1 ", "2 ", "mean", "sd"))]
     assert [any("≈" in cell for cell in cells) for cells in of_cycles] == [False, True, False, False]
     row = json.loads(lem("results", "show", directory.id, "--json").out)
-    names = ("energy_j", "energy_per_output_token_j", "average_power_w", "energy_sd_j", "energy_per_output_token_mean_j")
+    names = (
+        "energy_j",
+        "energy_per_output_token_j",
+        "average_power_w",
+        "energy_sd_j",
+        "energy_per_output_token_mean_j",
+    )
     (in_table,) = pd.read_parquet(store.experiments_table).to_dict("records")
     assert [row[name] for name in names] == [None] * len(names)
     assert all(pd.isna(in_table[name]) for name in names)

@@ -37,7 +37,6 @@ from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import summarise
 from tests.records import GPU, phases, plan, reading, record, request, requests
 
-
 CPU = reading("cpu", "counter", 20.0, "package-0", "package")
 ESTIMATED_CPU = reading("cpu", "estimate", 300.0, "cpu", "machine")
 DRAM = reading("dram", "estimate", 5.0, "dram", "machine")
@@ -570,7 +569,9 @@ def test_what_was_metered_differently_says_so():
 
 def of_kinds(*energies):
     """Return the row of an experiment whose cycles were metered like this."""
-    each = [row(record(energy=energy, cycle=n, phases=phases(2.0, energy))) for n, energy in enumerate(energies, start=1)]
+    each = [
+        row(record(energy=energy, cycle=n, phases=phases(2.0, energy))) for n, energy in enumerate(energies, start=1)
+    ]
     return over_cycles(each, plan(cycles=len(each)))
 
 

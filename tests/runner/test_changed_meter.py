@@ -20,7 +20,9 @@ pytestmark = pytest.mark.processes
 
 PROMPTS = 6
 # All zones that are counted: what the imitation draws.
-TREE_W = sum(power_w for path, (_, power_w) in ZONES.items() if path.rsplit("/", 1)[1] in {z.split()[0] for z in COUNTED})
+TREE_W = sum(
+    power_w for path, (_, power_w) in ZONES.items() if path.rsplit("/", 1)[1] in {z.split()[0] for z in COUNTED}
+)
 RUN = (
     "experiment", "--backend", "simulated", "--model", "any", "-d", "sample", "-n", str(PROMPTS), "-y",
     "energy.idle_s=0", "warmup.prompts=0", "batching.batch_size=1", "max_output_tokens=20", "min_output_tokens=20",
