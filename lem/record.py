@@ -89,6 +89,8 @@ class Phase(Struct, frozen=True, gc=False):
 
     def usable(self) -> tuple[EnergyReading, ...]:
         """Return the readings; one that does not cover all of the phase has no energy, and the reason."""
+        if all(map(self.is_covered_by, self.energy)):
+            return self.energy
         return tuple(r if self.is_covered_by(r) else _without_energy(r, self.duration_s) for r in self.energy)
 
     def is_covered_by(self, reading: EnergyReading) -> bool:

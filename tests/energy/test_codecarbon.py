@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -94,6 +95,24 @@ def test_a_tracker_that_does_not_start_is_named(monkeypatch):
         BadInput, match=r"codecarbon could not start its tracker \(AttributeError: no attribute '_tasks'"
     ):
         CodecarbonMeter().open()
+
+
+def test_what_has_been_sampled_so_far_says_which_seconds_it_covers():
+    meter = CodecarbonMeter()
+    meter.open()
+    meter.begin()
+    began_s = time.perf_counter()
+    time.sleep(2.5)
+    cpu, dram = meter.so_far()
+    passed_s = time.perf_counter() - began_s
+    meter.end()
+    meter.close()
+    assert dram.covered_s is None  # up to now
+    if cpu.source == "counter":
+        assert (cpu.energy_j, cpu.covered_s) == (None, None)
+    else:
+        assert 0.5 < cpu.covered_s <= passed_s + 0.1
+        assert cpu.energy_j > 0
 
 
 @pytest.mark.processes
