@@ -687,3 +687,39 @@ def test_totals_are_those_of_the_same_requests_in_one_process(run):
         sum(cycle.energy_j for cycle in shared.cycles),
         sum(r.energy_j for p in parts for r in p.record.phase("measured").energy),
     )
+
+
+# A meter that counts 100 W, one that estimates five times as much, and none.
+POWERS_W = {"counter": 100.0, "estimate": 500.0}
+
+
+@st.composite
+def attempts_at_a_window(draw):
+    """Attempts of some seconds each, with a meter that may change, and with readings that may not reach the end."""
+    made = []
+    for attempt in range(1, draw(st.integers(1, 4)) + 1):
+        duration_s = draw(st.floats(0.2, 50))
+        kind = draw(st.sampled_from(["counter", "counter", "estimate", "none"]))
+        behind_s = draw(st.sampled_from([0.0, 0.0, 0.05, 1.0, 40.0]))
+        covered_s = max(0.0, duration_s - behind_s)
+        power_w = POWERS_W.get(kind)
+        known = {"energy_j": power_w * covered_s, "covered_s": covered_s} if power_w and covered_s else {}
+        reading_of = reading("cpu", kind, **({"energy_j": None, "reason": "lost"} | known)) if power_w else None
+        rows = requests([attempt - 1], attempt=attempt)
+        made.append(record(rows, (reading_of,) if reading_of else (), duration_s, attempt=attempt))
+    return made
+
+
+@given(attempts_at_a_window())
+def test_energy_that_is_shown_is_that_of_the_whole_window_and_of_one_kind(attempts):
+    rows = [r for n in range(len(attempts)) for r in requests([n], attempt=n + 1)]
+    made = row(merged(attempts), rows=rows, count=len(attempts))
+    assert made.duration_s == pytest.approx(sum(a.phase("measured").duration_s for a in attempts))
+    check_identities(made)
+    if made.energy_j is None:
+        lacks_all = all(r.energy_j is None for a in attempts for r in a.phase("measured").energy)
+        assert lacks_all or "energy_partial" in codes(made)
+        return
+    right_j = POWERS_W[made.energy_source] * made.duration_s
+    allowed_j = max(0.01 * right_j, 0.1 * POWERS_W[made.energy_source])
+    assert right_j - allowed_j - 1e-6 <= made.energy_j <= right_j + 1e-6
