@@ -23,10 +23,11 @@ FORMAT_VERSION = 2
 # What all request rows of a measured window share; stated in its record.
 COMMON = ("experiment_id", "rank", "cycle", "attempt")
 
-# A reading covers a phase if it leaves out no more than the larger of these: a share that is far below a sensor's own
-# uncertainty, and a tick of a GPU's counter, which every window may lack at its edge.
+# A reading covers a phase if it leaves out no more than this share, or a tick of a GPU's counter, which any window may
+# lack at its edge; but never more than the proportional error of sensors (Yang et al. 2024).
 UNCOVERED_SHARE = 0.01
 UNCOVERED_S = 0.1
+UNCOVERED_MOST = 0.05
 
 # Only one process meters the node, however many there are, because each would see all of its energy.
 ENERGY_OWNER = 0
@@ -94,10 +95,11 @@ class Phase(Struct, frozen=True, gc=False):
         return tuple(r if self.is_covered_by(r) else _without_energy(r, self.duration_s) for r in self.energy)
 
     def is_covered_by(self, reading: EnergyReading) -> bool:
-        """Return whether a reading has no energy, or covers the phase up to what is certain at its edges."""
+        """Return whether a reading has no energy, or covers the phase up to what is uncertain at its edges anyway."""
         if reading.energy_j is None or reading.covered_s is None:
             return True
-        return self.duration_s - reading.covered_s <= max(UNCOVERED_S, UNCOVERED_SHARE * self.duration_s)
+        edge_s = min(UNCOVERED_S, UNCOVERED_MOST * self.duration_s)
+        return self.duration_s - reading.covered_s <= max(edge_s, UNCOVERED_SHARE * self.duration_s)
 
 
 def _without_energy(reading: EnergyReading, duration_s: float) -> EnergyReading:
