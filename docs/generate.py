@@ -215,7 +215,7 @@ NVIDIA GPUs and every package. What your own machine lacks is reported before a 
 | answer | meaning |
 |---|---|
 | **tested** | Supported; a test runs it on a CPU and checks its effect. |
-| arrives | Supported; a test checks that the option reaches the engine's own configuration, but has not run it. |
+| arrives | Supported; a test checks that the option reaches the engine's configuration, but no test has run it. |
 | stand-in | Supported, according to the backend; a test has run it on a stand-in for the engine, not on the engine. |
 | not run | Supported, according to the backend; no test has run it. |
 | no: `rule` | It is refused before anything runs, by [that rule](rules.md). |

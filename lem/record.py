@@ -281,7 +281,9 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     start_s: Annotated[float, units.SECOND, "When the engine took the request."]
     end_s: Annotated[float, units.SECOND, "When its last token was available."]
     latency_s: Annotated[
-        float, units.SECOND, "end_s minus arrived_s, or minus start_s without a queue; shared by a padded batch."
+        float,
+        units.SECOND,
+        "end_s minus arrived_s, or minus start_s if there is no queue; the same for all of a padded batch.",
     ]
     prefill_s: Annotated[
         float | None, units.SECOND, "From start_s to the first token's logits; null if the engine does not report it."

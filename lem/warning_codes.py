@@ -68,7 +68,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "throttled": WarningKind(
         "The driver reported reduced GPU clocks before or after the window.",
-        "Cool the machine, raise the power limit, or lock the clocks lower.",
+        "Cool the machine, raise the power limit, or lock the clocks at a lower frequency.",
     ),
     "foreign_process": WarningKind(
         "Another process used a GPU of this run, and its energy is included.",
@@ -161,7 +161,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "idle_adjusted_negative": WarningKind(
         f"The run used less than idle power times its duration, by more than {IDLE_TOLERANCE:.0%} of its energy and "
-        f"more than idle power times {EDGE_TICKS} ticks of the counter, the uncertainty at the window's edges.",
+        f"by more than the uncertainty at the window's edges (idle power times {EDGE_TICKS} ticks of the counter).",
         "Something else ran while idle power was measured; repeat on a quiet machine.",
     ),
     "decode_negative": WarningKind(

@@ -22,7 +22,7 @@ SAME_CLOCK_NS = 1_000_000
 
 # ------------------------------------------------------------------ errors
 def sentence(text: str) -> str:
-    """Return a text as one line, cut to `LONGEST_REASON`, with a full stop."""
+    """Return a string as one line, cut to `LONGEST_REASON`, with a full stop."""
     text = " ".join(text.split()) or "no reason is given"
     if len(text) > LONGEST_REASON:
         text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
@@ -56,7 +56,7 @@ class MemoryHint:
     remedy: str
 
     def __call__(self, error: BaseException) -> str:
-        """Return the remedy, to follow a sentence; an empty string for any other error."""
+        """Return the remedy, with a leading space, if the error is about memory; otherwise an empty string."""
         text = " ".join(str(error).lower().split())
         return f" {self.remedy}" if any(each in text for each in self.words) else ""
 

@@ -109,7 +109,7 @@ class Openai(Backend):
         self._session = self._counters = None
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send batch after batch, each yielded as a whole; or keep a batch's number of requests in flight."""
+        """Send batch after batch, each yielded as a whole; or keep `batch_size` requests in flight."""
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:

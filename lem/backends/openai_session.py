@@ -252,7 +252,7 @@ class OpenaiSession:
         self.tokens_are_timed = True
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send batch after batch, each yielded as a whole; or keep a batch's number of requests in flight."""
+        """Send batch after batch, each yielded as a whole; or keep `batch_size` requests in flight."""
         batching = self._experiment.batching
         if batching.strategy == "continuous":
             for done in self._served(Arrivals(prompts, None, batching.batch_size, time.perf_counter_ns())):

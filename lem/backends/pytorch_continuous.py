@@ -1,10 +1,10 @@
 """transformers' continuous batching, driven step by step in the worker's main thread.
 
 transformers runs its loop in another thread, which hides errors, cannot be interrupted, and hands tokens over late.
-Here its processor is asked for one step after another instead. It gets requests as places become free, so that
-each step holds at most `batch_size` of them; its cache is sized for that many of the longest, no larger. What it cannot
-do request by request (sampling with a seed for each prompt, the penalties and bans that look at the whole text) is done
-here, with transformers' own processors. Knows nothing about devices or files.
+Here its processor is asked for one step after another instead. It gets requests as slots become free, so
+each step holds at most `batch_size` of them; its cache has room for exactly `batch_size` requests of the longest
+length. What it cannot do request by request (sampling with a seed for each prompt, the penalties and bans that look at
+the whole text) is done here, with transformers' own processors. Knows nothing about devices or files.
 """
 
 from __future__ import annotations

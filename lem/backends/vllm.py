@@ -234,7 +234,7 @@ def _check_options(llm: Any, options: VllmBackend, attention: str) -> None:
         if not is_in_use:
             raise RunError(
                 f"backend.{name} is {asked}, but vLLM uses {engine.as_text(used)} for this model on this device. "
-                "Set it to that, or leave it out."
+                "Set it to that, or leave this option out."
             )
 
 

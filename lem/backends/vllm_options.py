@@ -80,7 +80,7 @@ CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
 # Arguments of earlier versions, and what to use instead.
 DROPPED = {
     "swap_space": "preempted requests are recomputed, unless kv_offloading_size in backend.engine_args keeps blocks",
-    "max_seq_len_to_capture": "use max_cudagraph_capture_size in backend.engine_args, which counts tokens of a step",
+    "max_seq_len_to_capture": "use max_cudagraph_capture_size in backend.engine_args, a number of tokens per step",
     "cuda_graph_sizes": "use cudagraph_capture_sizes in backend.engine_args",
     "num_scheduler_steps": "use async_scheduling in backend.engine_args, which prepares a step during the previous one",
     "multi_step_stream_outputs": "use stream_interval in backend.engine_args",

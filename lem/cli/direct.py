@@ -156,7 +156,7 @@ class _Others:
 
 
 def _follow(here: Ranks) -> int:
-    """Wait for the first process's message and follow it."""
+    """Wait for the first process's message and act on it."""
     message = receive()
     if message == NOTHING:
         return 0

@@ -34,7 +34,7 @@ OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$"
 
 
 def is_override(text: str) -> bool:
-    """Return whether a text is an override (key=value), not a file or a pattern; a file that exists is a file."""
+    """Return whether an argument is an override (key=value), not a file or a pattern; a file that exists is a file."""
     return OVERRIDE.match(text) is not None and not Path(text).expanduser().exists()
 
 
@@ -43,7 +43,7 @@ def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
     from lem.config.overrides import quoted
 
     if dataset is not None and prompts is not None:
-        raise DatasetError("--dataset and --prompts exclude each other; give only one.")
+        raise DatasetError("--dataset and --prompts are mutually exclusive; give only one.")
     if dataset is not None:
         return [f"dataset={dataset}"]
     if prompts is None:

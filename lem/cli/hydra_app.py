@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
         codes.append(code)
 
     if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
-        raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion exclude each other.")
+        raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion are mutually exclusive.")
     if parsed.multirun and len(flags) == 1:
         return sweep.main(None, parsed.overrides, OPTIONS)
     if parsed.shell_completion:

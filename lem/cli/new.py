@@ -97,7 +97,7 @@ def _other_backends(chosen: str) -> Iterator[str]:
     for name, backend in BACKENDS.items():
         if name == chosen:
             continue
-        yield from _comment(f"With name: {name} the values are these instead:", "  ")
+        yield from _comment(f"If name is {name}, these are the values instead:", "  ")
         for item in leaves(backend):
             if item.path != "name":
                 about = f"- {item.path}: {item.description} [{type_words(item)}; default {flow(item.default)}]"
@@ -173,5 +173,5 @@ def _write(draft: Draft, file: Path) -> None:
         file_schema.write_beside(file, draft.options)
     except OSError as error:
         raise ConfigError(f"{file}: the file cannot be written: {error.strerror}.") from None
-    print(f"Wrote {file}; {file_schema.SCHEMA_FILE} beside it is for editors.")
+    print(f"Wrote {file} and, for editors that check and complete it, {file_schema.SCHEMA_FILE} beside it.")
     print(f"Check it with lem config validate {file}, run it with lem experiment {file}.")

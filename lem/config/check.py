@@ -201,7 +201,7 @@ def _interpolated(values: Values, paths: list[KeyPath]) -> tuple[Values, Found]:
 
     problems: dict[KeyPath, Problem] = {}
     for path in paths:
-        # If OmegaConf cannot even parse a text, it refuses the whole configuration.
+        # If OmegaConf cannot even parse a string, it refuses the whole configuration.
         try:
             OmegaConf.create({"value": _at(values, path)})
         except (OmegaConfBaseException, RecursionError) as error:

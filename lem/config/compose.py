@@ -195,7 +195,7 @@ class Composition:
             raise ConfigError(f"{swept.text}: {SEVERAL}")
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
             composed = compose(CONFIG_NAME, overrides=list(self.overrides))
-        # Hydra lets a lower value replace a ???, but whoever wrote it wants a value to be set explicitly.
+        # Hydra lets a lower value replace a ???, but its author wants a value to be set explicitly.
         _, found = values_of(self.sources)
         if missing := [(path, problem) for path, problem in found if problem.code == "missing_value"]:
             raise Problems(located(self.sources, missing))

@@ -91,7 +91,7 @@ class Sources:
         return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
-        """Compose without resolving interpolations. Subtrees may be shared with other results."""
+        """Compose without resolving interpolations; not to be modified, as subtrees are shared between calls."""
         settled = self.settled()
         base = _base_values(self.file.options, settled._all_chosen(), _environment())
         above = [layer.values for layer in settled.file.layers] + [layer.values for layer in settled.given]
@@ -194,7 +194,7 @@ def default_choices() -> Mapping[str, str | None]:
 # ------------------------------------------------------------------ options
 @lru_cache(maxsize=1024)
 def option(options: Options, group: str, name: str, source: str | None = None) -> Option:
-    """Read an option, built-in or a user's.
+    """Read an option, whether built-in or user-defined.
 
     Args:
         options: the options that exist.

@@ -233,7 +233,7 @@ def _exists(name: str) -> bool:
 
 
 def quoted(value: str) -> str:
-    """Quote a text so that Hydra's override grammar reads exactly that text.
+    """Quote a string so that Hydra's override grammar reads exactly that string.
 
     In that grammar a backslash is special only before a quote, so only those are doubled.
     """

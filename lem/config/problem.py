@@ -85,6 +85,6 @@ def shown_path(file: Path) -> str:
 
 
 def shortened(text: str, limit: int = 60) -> str:
-    """Return a text shortened to fit into a message, on one line."""
+    """Return a string shortened to fit into a message, on one line."""
     line = "".join(c if c.isprintable() else "·" for c in text[: limit + 1])
     return line if len(text) <= limit else f"{line[: limit - 3]}…"

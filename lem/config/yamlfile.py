@@ -1,8 +1,8 @@
 """Reads a YAML file as plain data, with the line of every key, and runs no code.
 
 Numbers follow YAML 1.2 (1e-5 is one), duplicate keys are problems, and only the standard tags are allowed. The cost
-of a file is bounded: its bytes, its nesting, the length of a text, and the number of values after aliases are
-expanded. This module does not know the keys of the configuration.
+of reading a file is bounded by limits on its size in bytes, its nesting, the length of each string, and the number of
+values after aliases are expanded. This module does not know the keys of the configuration.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def read(path: Path) -> Document:
 
 def kind_of(value: Any) -> str:
     """Return the everyday name of a value's type."""
-    kinds = ((bool, "a truth value"), (str, "a text"), (dict, "a mapping"), (list, "a list"), (type(None), "null"))
+    kinds = ((bool, "a boolean"), (str, "a string"), (dict, "a mapping"), (list, "a list"), (type(None), "null"))
     return next((name for kind, name in kinds if isinstance(value, kind)), "a number")
 
 
@@ -235,7 +235,7 @@ class _Walk:
     def _count(self, node: yaml.Node) -> None:
         self.count += 1
         if self.count > MAX_VALUES:
-            message = f"with its aliases expanded the file holds more than {MAX_VALUES} values."
+            message = f"the file holds more than {MAX_VALUES} values once its aliases are expanded."
             raise _fatal("too_large", message, _location(self.path, node.start_mark))
 
     @contextmanager

@@ -1,7 +1,6 @@
 """The family of energy meters: one file each, one interface, chosen by the `energy` group.
 
-A new meter is a file here that passes the contract suite, a name in `lem.spec.experiment.Energy`, its YAML
-in `conf/energy/`, and a line below.
+"A meter" in docs/architecture.md lists what a new one needs.
 """
 
 from __future__ import annotations

@@ -108,7 +108,10 @@ class CombinedMeter(Meter):
             meter.settle()
 
     def begin(self) -> None:
-        """Begin in reverse order, so that the first meter's window is the tightest and none includes another's wait."""
+        """Settle all meters, then begin in reverse order.
+
+        So the first meter's window is the tightest, and none includes the time that another takes to settle.
+        """
         self.settle()
         for meter in reversed(self._meters):
             meter.begin()

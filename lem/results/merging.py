@@ -1,7 +1,8 @@
 """Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
-Windows follow each other. Energy is summed device by device, with the time that it covers; what does not cover the
-whole window enters no sum. Any other value that one attempt lacks is unknown for all. Knows only records.
+The attempts' windows are added up without the gaps between them. Energy is summed per device, with the time that it
+covers; what does not cover the whole window enters no sum. Any other value that is missing from any attempt is unknown
+in the merged record. Knows only records.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | 
 
 
 def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
-    """Return the warnings of each cycle, once each, as `code: message`."""
+    """Return the warnings of each cycle, without duplicates, as `code: message`."""
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     for cycle, of_row, duration_s in zip(cycles, of_rows, columns["duration_s"], strict=True):

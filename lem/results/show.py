@@ -25,7 +25,7 @@ WIDE = 110
 # Text wrapped to less than this width is hard to read.
 LEAST_TEXT_WIDTH = 30
 # Times with a mean and percentiles: their line's label, and their columns' prefix.
-SPREADS = {
+PERCENTILES = {
     "Latency": "latency",
     "Time to first token": "ttft",
     "Inter-token latency": "itl",
@@ -141,7 +141,7 @@ def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Duration", _known(row.duration_s, "s")
     speeds = {"output tokens/s": row.output_tokens_per_s, "requests/s": row.requests_per_s}
     yield "Throughput", _listed(*(plain(speed, unit) for unit, speed in speeds.items() if speed is not None))
-    for label, stem in SPREADS.items():
+    for label, stem in PERCENTILES.items():
         yield label, _spread(row, stem, ("mean", "p50", "p95", "p99"))
     if row.prefill_duration_s is not None:
         yield (

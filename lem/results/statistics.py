@@ -26,7 +26,7 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summarise values: fewer than two have no spread, none have no mean either.
+    """Summarise values; a mean needs at least one, a spread at least two.
 
     The standard deviation is the sample's (n - 1). The interval holds for independent, roughly normal values
     (Student 1908); consecutive cycles on a warm machine are close to that, but not exactly.

@@ -4,7 +4,7 @@ A table is a folder of Parquet files. A file holds the rows of one experiment, `
 aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
 experiments/ hold the same experiments. They are written in this order, each atomically: a file without a
 counterpart in experiments/ does not count, and the next writer removes it. So no row is lost or duplicated,
-wherever a writer is killed. Knows rows, but not how they are computed.
+no matter when a writer is killed. Knows rows, but not how they are computed.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def run_ready(
         write_tables: write the row to the tables, not only the raw records.
         shared_with: the largest number of other experiments running on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
-        claimed: called with the experiment's directory before the run starts, so even if it fails.
+        claimed: called with the experiment's directory before the run starts, and therefore even if it fails.
         report: receives the progress.
         launcher: runs the workers to their end.
 

@@ -151,7 +151,7 @@ class _Fifo:
                 report(event)
 
     def close(self) -> None:
-        """Close it, unless a thread may still write to it, as its file descriptor might then belong to another file."""
+        """Close the pipe, unless a thread may still write to it: its descriptor could soon belong to another file."""
         if self._waiting is not None:
             self._waiting.join(LAUNCHER_GRACE_S)
         if self._waiting is None or not self._waiting.is_alive():

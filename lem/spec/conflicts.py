@@ -1,4 +1,4 @@
-"""Options that exclude each other, and options without effect, whatever the machine: experiment -> objections.
+"""Options that are mutually exclusive, and options without effect, whatever the machine: experiment -> objections.
 
 Looks only at the configuration. Knows nothing about devices, files or how an engine works.
 """
@@ -55,7 +55,7 @@ def _batching(experiment: Experiment) -> Iterator[Objection]:
 def _quantization(wanted: Quantization) -> Iterator[Objection]:
     path = "quantization.quantization"
     if wanted.load_in_4bit and wanted.load_in_8bit:
-        yield Objection("bits_conflict", path, "load_in_4bit and load_in_8bit exclude each other.")
+        yield Objection("bits_conflict", path, "load_in_4bit and load_in_8bit are mutually exclusive.")
     elif wanted.quantization and not (wanted.load_in_4bit or wanted.load_in_8bit):
         yield Objection("no_bits", path, "no bit width is set.")
     elif not wanted.quantization:

@@ -100,7 +100,7 @@ class VllmBackend:
         int | None, Field(ge=1, description="Maximum number of tokens of a prompt and its output together.")
     ] = None
     max_num_batched_tokens: Annotated[
-        int | None, Field(ge=1, description="Maximum number of tokens that one step of the engine computes.")
+        int | None, Field(ge=1, description="Maximum number of tokens that the engine processes in one step.")
     ] = None
     gpu_memory_utilization: Annotated[
         float | None,
@@ -212,7 +212,7 @@ class TensorrtBackend:
         int | None, Field(ge=1, description="Maximum number of tokens of a prompt and its output together.")
     ] = None
     max_num_tokens: Annotated[
-        int | None, Field(ge=1, description="Maximum number of tokens that one step of the engine computes.")
+        int | None, Field(ge=1, description="Maximum number of tokens that the engine processes in one step.")
     ] = None
     attn_backend: Annotated[
         str | None, Field(min_length=1, description="Attention kernels: TRTLLM, FLASHINFER, VANILLA.")

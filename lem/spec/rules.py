@@ -44,7 +44,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "no_continuous_batching": (
             "Continuous batching needs a paged key/value cache, which the backend or an option rules out.",
-            "Leave it out, or use static batching.",
+            "Leave this option out, or use static batching.",
         ),
         "traffic_incomplete": (
             "The traffic pattern needs a value that is not set.",
@@ -65,11 +65,11 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "processes_unlike_degree": (
             "The strategy starts as many processes as its degree, but num_processes is a different number.",
-            "Leave it out, or change parallelism.degree, which sets their number.",
+            "Leave this option out, or change parallelism.degree, which sets their number.",
         ),
         "pipeline_processes": (
             "Several processes are requested, but the strategy runs the model in one process, on several GPUs.",
-            "Leave it out: parallelism.degree is the number of GPUs.",
+            "Leave this option out: parallelism.degree is the number of GPUs.",
         ),
         "tensor_parallel_quantized": (
             "Weights quantized by bitsandbytes cannot be split across processes.",
@@ -86,7 +86,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "quantized_by_tensorrt": (
             "bitsandbytes quantization belongs to the pytorch backend; TensorRT-LLM runs quantized checkpoints.",
-            "Leave it out, and name a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
+            "Leave this option out, and name a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
         ),
         "no_ngram_ban": ("decoder.no_repeat_ngram_size is set, but vLLM cannot ban repeated n-grams.", "Set it to 0."),
         "temperature_raised": (
@@ -107,10 +107,10 @@ OPTIONS_IMPOSSIBLE = _rules(
             "bans them a step late.",
             "Set it to 0, or turn speculative decoding off.",
         ),
-        "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave it out here."),
+        "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave this option out here."),
         "engine_arg_code": (
             "An argument names Python code that the engine would load and run with your permissions.",
-            "Leave it out, or set trust_remote_code=true if you trust its authors.",
+            "Leave this option out, or set trust_remote_code=true if you trust its authors.",
         ),
         "dropped_engine_arg": ("The engine no longer has this argument.", "Remove it."),
         # ------------------------------------------------------ servers
@@ -129,11 +129,11 @@ OPTIONS_IMPOSSIBLE = _rules(
         "server_not_told": (
             "An option concerns what the server does, but nothing passes it on: requests have no field for it, at "
             "least in this dialect, and backend.command has no placeholder for it.",
-            "Leave it out, and configure the server itself if it has such an option.",
+            "Leave this option out, and configure the server itself if it has such an option.",
         ),
         "server_processes": (
             "Several processes are requested, but a single process sends all requests to the server.",
-            "Leave it out; a server has its own options for replicas.",
+            "Leave this option out; a server has its own options for replicas.",
         ),
         "no_meter_elsewhere": (
             "The chosen meter reads this machine, but the server runs on another one.",
@@ -152,19 +152,19 @@ OPTIONS_INADVISABLE = _rules(
     {
         "no_effect_sampling": (
             "A sampling option is set, but the decoder does not sample.",
-            "Set decoder.do_sample=true, or leave it out.",
+            "Set decoder.do_sample=true, or leave this option out.",
         ),
         "no_effect_bits": (
             "A bit width is set, but quantization is off.",
-            "Set quantization.quantization=true, or leave it out.",
+            "Set quantization.quantization=true, or leave this option out.",
         ),
         "no_effect_4bit_option": (
             "An option of 4-bit weights is set, but the weights are not loaded in 4 bits.",
-            "Set quantization.load_in_4bit=true, or leave it out.",
+            "Set quantization.load_in_4bit=true, or leave this option out.",
         ),
         "no_effect_compile_mode": (
             "A mode of torch.compile is set, but nothing is compiled.",
-            "Set backend.torch_compile=true, or leave it out.",
+            "Set backend.torch_compile=true, or leave this option out.",
         ),
         "no_effect_degree": (
             "A degree of parallelism is set without a strategy.",
@@ -172,28 +172,28 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_effect_warmup_limit": (
             "A limit on the warm-up until latencies are steady is set, but the warm-up has a fixed length.",
-            "Set warmup.until_cv, for example to 0.05, or leave it out.",
+            "Set warmup.until_cv, for example to 0.05, or leave this option out.",
         ),
         "no_effect_streaming_warmup": (
             "A number of warm-up requests for streaming is set, but tokens are not timed, or warmup.until_cv decides "
             "the length of the warm-up.",
-            "Turn on streaming (--streaming) without warmup.until_cv, or leave it out.",
+            "Turn on streaming (--streaming) without warmup.until_cv, or leave this option out.",
         ),
         "no_effect_goodput_limit": (
             "A limit for goodput is set, but tokens are not timed.",
-            "Turn on streaming (--streaming), or leave it out.",
+            "Turn on streaming (--streaming), or leave this option out.",
         ),
         "no_effect_traffic": (
             "A value is set that only another traffic pattern reads.",
-            "Choose a pattern that reads it, or leave it out.",
+            "Choose a pattern that reads it, or leave this option out.",
         ),
         "no_effect_cooldown_limit": (
             "A limit on waiting for a temperature is set, but cooldown.to_c is not.",
-            "Set cooldown.to_c, or leave it out.",
+            "Set cooldown.to_c, or leave this option out.",
         ),
         "no_effect_trace": (
             "A power trace is named, but the chosen meter reads none.",
-            "Use energy=replay, or leave it out.",
+            "Use energy=replay, or leave this option out.",
         ),
         "no_effect_country": (
             "Both a country and a carbon intensity are set; the intensity is used.",
@@ -201,16 +201,16 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_effect_speculation": (
             "An option of speculative decoding is set, but nothing drafts tokens.",
-            "Choose how tokens are drafted, or leave it out.",
+            "Choose how tokens are drafted, or leave this option out.",
         ),
         "no_effect_start_limit": (
             "A time limit for starting a server is set, but lem starts none.",
-            "Set backend.command, or leave it out.",
+            "Set backend.command, or leave this option out.",
         ),
         "no_weights_to_change": (
             "Quantized weights, a revision or an adapter is requested, but the simulated backend loads no weights; the "
             "results would still name it.",
-            "Leave it out, or choose another backend.",
+            "Leave this option out, or choose another backend.",
         ),
         "seeds_of_batches": (
             "TensorRT-LLM samples concurrent requests from one random stream, so the same seed does not reproduce the "
@@ -231,7 +231,7 @@ OPTIONS_WARNING = _rules(
         "no_effect_warmup_prompts": (
             "A number of warm-up prompts is set, but warmup.until_cv or streaming.warmup_requests decides the length "
             "of the warm-up. A preset may have set it.",
-            "Leave it out, or turn off what overrides it.",
+            "Leave this option out, or turn off what overrides it.",
         ),
         "no_effect_batching": (
             "Batching is set, but with traffic, requests go to the server as they arrive; the rows of the results "
@@ -244,11 +244,11 @@ OPTIONS_WARNING = _rules(
         ),
         "no_effect_carbon": (
             "A country or a carbon intensity is set, but no energy is measured.",
-            "Choose a meter, or leave it out.",
+            "Choose a meter, or leave this option out.",
         ),
         "no_effect_meter_option": (
             "An option is set that the chosen meter does not read. A preset may have set it.",
-            "Choose a meter that reads it, or leave it out.",
+            "Choose a meter that reads it, or leave this option out.",
         ),
         "no_effect_on_simulation": (
             "An option for how a model runs is set, but the simulated backend runs no model.",
@@ -270,7 +270,10 @@ MACHINE_IMPOSSIBLE = _rules(
     "machine",
     {
         # ------------------------------------------------------ GPUs
-        "no_gpu": ("An option needs a GPU, but none is visible.", "Run where lem gpus shows one, or leave it out."),
+        "no_gpu": (
+            "An option needs a GPU, but none is visible.",
+            "Run where lem gpus shows one, or leave this option out.",
+        ),
         "no_gpu_in_use": (
             "The meter reads the GPUs in use, but the run uses none.",
             "Use energy=auto, or run on a GPU.",
@@ -292,7 +295,10 @@ MACHINE_IMPOSSIBLE = _rules(
             "The model would be split over processes on the CPU, but transformers uses GPUs wherever any is visible.",
             "Hide them with CUDA_VISIBLE_DEVICES='', or run on them.",
         ),
-        "attention_needs_gpu": ("The attention kernel runs on NVIDIA GPUs only.", "Run on a GPU, or leave it out."),
+        "attention_needs_gpu": (
+            "The attention kernel runs on NVIDIA GPUs only.",
+            "Run on a GPU, or leave this option out.",
+        ),
         "attention_unsupported": (
             "The GPU is too old for the attention kernel: flash attention 2 needs Ampere (compute capability 8.0), "
             "flash attention 3 needs Hopper (9.0).",
@@ -314,7 +320,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "unknown_engine_arg": (
             "The installed version of the engine has no such argument.",
-            "Correct it, leave it out, or install a version that has it.",
+            "Correct it, leave this option out, or install a version that has it.",
         ),
         "engine_arg_type": (
             "The installed version of the engine expects a value of a different type.",
@@ -353,14 +359,14 @@ MACHINE_INADVISABLE = _rules(
     "inadvisable",
     "machine",
     {
-        "no_effect_gpus": ("GPUs are named, but the run uses none.", "Run on a GPU, or leave it out."),
+        "no_effect_gpus": ("GPUs are named, but the run uses none.", "Run on a GPU, or leave this option out."),
         "bfloat16_emulated": (
             "A GPU before Ampere (compute capability 8.0) emulates bfloat16, which is slow, or cannot run it.",
             "Use float16.",
         ),
         "unknown_engine_value": (
             "The installed version of the engine has no such kernel, dtype, format or method; a plugin may add it.",
-            "Correct it, or leave it out.",
+            "Correct it, or leave this option out.",
         ),
         "prefixes_not_forgotten": (
             "The installed TensorRT-LLM caches prefixes of prompts but cannot drop those of the warm-up.",
@@ -379,7 +385,7 @@ MACHINE_WARNING = _rules(
         ),
         "no_effect_without_gpu": (
             "An option concerns the GPUs in use, but the run uses none.",
-            "Run on a GPU, or leave it out.",
+            "Run on a GPU, or leave this option out.",
         ),
         "more_processes_than_cores": (
             "More processes than processor cores share the CPU and slow each other down.",
@@ -410,10 +416,13 @@ FILES_IMPOSSIBLE = _rules(
             "Name a directory with an adapter_config.json, or a hub id.",
         ),
         "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave it off."),
-        "no_room_for_prompts": ("The output alone could fill all of the model's positions.", "Lower it."),
+        "no_room_for_prompts": (
+            "The output alone could fill all of the model's positions.",
+            "Lower max_output_tokens.",
+        ),
         "too_few_positions": (
             "A sequence could hold more tokens than the model has positions.",
-            "Lower it, or leave it out.",
+            "Lower it, or leave this option out.",
         ),
         "tensor_parallel_unsplittable": (
             "transformers has no tensor-parallel plan for the model, or cannot share its attention heads evenly.",
@@ -432,8 +441,8 @@ FILES_IMPOSSIBLE = _rules(
             "Use backend=pytorch, or run on a GPU.",
         ),
         "traffic_trace": (
-            "The trace of arrivals cannot be read, has fewer arrivals than there are requests or a time that is not "
-            "finite or more than 30 days after the first.",
+            "The arrival trace cannot be read, has fewer arrivals than there are requests, or contains a time "
+            "that is not finite or lies more than 30 days after the first.",
             "Name a CSV file with a column t_s: when each request arrives, in seconds.",
         ),
         "bad_trace": (
@@ -453,12 +462,15 @@ FILES_INADVISABLE = _rules(
     {
         "no_effect_input_limit": (
             "The limit on prompts is longer than anything the model can take.",
-            "Lower it to what the output leaves room for, or leave it out.",
+            "Lower it to what the output leaves room for, or leave this option out.",
         ),
-        "no_effect_revision": ("A revision is named, but the model does not come from the hub.", "Leave it out."),
+        "no_effect_revision": (
+            "A revision is named, but the model does not come from the hub.",
+            "Leave this option out.",
+        ),
         "no_effect_dataset_option": (
             "A configuration or a file of a hub dataset is named, but the prompts are local or come with lem.",
-            "Leave it out.",
+            "Leave this option out.",
         ),
     },
 )
@@ -529,7 +541,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         ),
         "secret": (
             "The value holds the hub's token, but configurations are written to files that people publish.",
-            "Leave it out: the hub's client reads HF_TOKEN from the environment.",
+            "Leave this option out: the hub's client reads HF_TOKEN from the environment.",
         ),
     },
 ) | _rules(

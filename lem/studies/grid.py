@@ -113,7 +113,7 @@ def make(base: Path, vary: Sequence[str], config_dir: Path | None = None, *, any
         any_machine: ignore what is wrong only on this machine.
 
     Raises:
-        ConfigError: the base cannot be used, or a text does not name values of an existing key.
+        ConfigError: the base cannot be used, or a string does not name values of an existing key.
     """
     file = userfile.read(base, config_dir)
     axes, notes = read_axes(vary, file.options)

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-METHOD = "formula: 2 per weight met + 4·heads·head_dim per attended position, causal, no padding"
+METHOD = "formula: 2 per weight used + 4·heads·head_dim per attended position, causal, no padding"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes that determine a decoder's FLOPs.
+    """The dimensions that determine a decoder's FLOPs.
 
     `body_weights` are the matrix weights that every token passes through (in a mixture of experts, its experts'
     weights), `head_weights` those of the output projection, which is computed only where a token is chosen.

@@ -73,7 +73,7 @@ ON_A_STAND_IN = {
     for test, names in {
         "test_an_engine_option_arrives": (
             "choice of attention kernels", "prefix caching", "chunked prefill", "cache in fp8", "block size",
-            "share of a GPU's memory", "length of a sequence", "tokens of a step", "n-gram speculation",
+            "share of a GPU's memory", "length of a sequence", "tokens per step", "n-gram speculation",
         ),
         "test_it_gives_the_tokens_that_pytorch_gives": ("greedy", "minimum output", "maximum output"),
         "test_an_adapter_changes_tokens_and_flops_as_on_pytorch": ("LoRA adapter", "model FLOPs"),
@@ -544,7 +544,7 @@ CHECKS = {
     "constant arrivals": arrivals,
     "Poisson arrivals": arrivals,
     "fixed concurrency": concurrency,
-    "arrivals of a trace": arrivals,
+    "arrivals from a trace": arrivals,
     "arrivals taken in while others run": taken_in,
     "float32": precision,
     "bfloat16": precision,
@@ -561,7 +561,7 @@ CHECKS = {
     "block size": _setting("block_size"),
     "size of the cache": cache_size,
     "length of a sequence": _setting("max_model_len"),
-    "tokens of a step": _setting("max_num_batched_tokens"),
+    "tokens per step": _setting("max_num_batched_tokens"),
     "no compilation": _setting("enforce_eager", "on"),
     "any other engine argument": _setting("engine_args", '{"max_logprobs": 5}'),
 }

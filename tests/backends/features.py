@@ -153,10 +153,10 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "Choosing tokens": (
         Feature("greedy", "The most likely token each time.", tells="tokens"),
         Feature("sampling", "Tokens are drawn at random.", SAMPLED),
-        Feature("temperature", "Flatter or steeper odds.", SAMPLED | {"decoder.temperature": 0.5}),
+        Feature("temperature", "Makes the distribution flatter or sharper.", SAMPLED | {"decoder.temperature": 0.5}),
         Feature("top-k", "Draws from the k most likely tokens.", SAMPLED | {"decoder.top_k": 5}),
-        Feature("top-p", "Draws from the smallest set of this mass.", SAMPLED | {"decoder.top_p": 0.8}),
-        Feature("min-p", "Leaves out tokens far less likely than the first.", SAMPLED | {"decoder.min_p": 0.2}),
+        Feature("top-p", "Draws from the fewest tokens with this total probability.", SAMPLED | {"decoder.top_p": 0.8}),
+        Feature("min-p", "Leaves out tokens far less likely than the likeliest one.", SAMPLED | {"decoder.min_p": 0.2}),
         Feature("seed", "The same seed draws the same tokens.", SAMPLED | {"seed": 7}),
         Feature("repetition penalty", "Tokens that are already present become less likely.", {
             "decoder.repetition_penalty": 1.5,
@@ -196,7 +196,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("fixed concurrency", "A fixed number of requests in the system at any time.", {
             "traffic.pattern": "concurrency", "traffic.concurrency": 2,
         }),
-        Feature("arrivals of a trace", "At the times that a file lists.", {
+        Feature("arrivals from a trace", "At the times listed in a file.", {
             "traffic.pattern": "trace", "traffic.trace": TRACE,
         }),
         Feature("arrivals taken in while others run", "Poisson arrivals with continuous batching.", (
@@ -207,7 +207,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("float32", "32-bit weights and arithmetic.", {"fp_precision": "float32"}),
         Feature("bfloat16", "16 bits, with the range of float32.", {"fp_precision": "bfloat16"}),
         Feature("float16", "16 bits, with a smaller range.", {"fp_precision": "float16"}),
-        Feature("LoRA adapter", "An adapter beside the weights.", {"adapter": ADAPTER}),
+        Feature("LoRA adapter", "An adapter applied on top of the weights.", {"adapter": ADAPTER}),
         Feature("bitsandbytes, 8 bits", "Weights quantized to 8 bits while loading.", {
             "quantization.quantization": True, "quantization.load_in_8bit": True,
         }),
@@ -217,7 +217,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _of_vllm("the engine's own quantization", "One of the engine's methods, while loading or in the checkpoint.", {
             "backend.quantization": "fp8",
         }),
-        _of_vllm("random weights", "Weights are not read but random.", {
+        _of_vllm("random weights", "Weights are random instead of being read from the checkpoint.", {
             "backend.load_format": "dummy",
         }),
         _of_vllm("weights in main memory", "Some of the weights stay in main memory.", {
@@ -245,7 +245,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _of_pytorch("static cache", "The cache has its full length from the start.", {
             "backend.cache_implementation": "static",
         }),
-        _of_pytorch("no cache", "Each step computes the whole sequence.", {"backend.cache_implementation": "none"}),
+        _of_pytorch("no cache", "Each step recomputes the whole sequence.", {"backend.cache_implementation": "none"}),
         _of_vllm("choice of attention kernels", "Kernels by name.", {"backend.attention_backend": "FLASH_ATTN"}, {
             "backend.attn_backend": "FLASHINFER",
         }),
@@ -269,7 +269,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _of_vllm("length of a sequence", "Prompt and output together.", {"backend.max_model_len": 640}, {
             "backend.max_seq_len": 640,
         }),
-        _of_vllm("tokens of a step", "Their maximum number.", {"backend.max_num_batched_tokens": 5000}, {
+        _of_vllm("tokens per step", "The maximum number.", {"backend.max_num_batched_tokens": 5000}, {
             "backend.max_num_tokens": 5000,
         }),
     ),
@@ -277,10 +277,10 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _of_vllm("n-gram speculation", "Drafts are found in the text so far.", _drafts(
             method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1,
         ), _drafts(decoding_type="NGram", max_draft_len=3, max_matching_ngram_size=3)),
-        _of_vllm("draft model", "A smaller model drafts.", _drafts(
+        _of_vllm("draft model", "A smaller model drafts the tokens.", _drafts(
             method="draft_model", model=DRAFT, num_speculative_tokens=3,
         )),
-        _of_vllm("EAGLE", "A head on the model's hidden states drafts.", _drafts(
+        _of_vllm("EAGLE", "A head on the model's hidden states drafts the tokens.", _drafts(
             method="eagle", model=DRAFT, num_speculative_tokens=2,
         )),
         _of_pytorch("torch.compile", "The forward pass is compiled.", {"backend.torch_compile": True}),
@@ -292,7 +292,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "What it reports": (
         Feature("the model", "Its parameters, bytes and dtype as loaded.", tells="model"),
         Feature("prefill", "When a request's first token was ready.", tells="prefill"),
-        Feature("model FLOPs", "Counted from the model's sizes.", tells="flops"),
+        Feature("model FLOPs", "Computed from the model's dimensions.", tells="flops"),
         Feature("size of the cache by formula", "Bytes of a token's keys and values.", tells="kv_cache"),
         Feature("the engine's counters", "Tokens, prefix-cache hits, preemptions, drafts.", tells="counters"),
     ),

@@ -95,7 +95,7 @@ def test_flags_help_comes_from_the_schema(lem, monkeypatch):
         (["experiment", "-m", "tiny", "--prompts", "empty.txt"], "is empty"),
         (["experiment", "-m", "tiny", "--prompts", "blank.txt"], "are empty"),
         (["experiment", "-m", "tiny", "--prompts", "nowhere.txt"], "no prompts file nowhere.txt"),
-        (["experiment", "-m", "tiny", "-d", "sample", "-p", "empty.txt"], "exclude each other"),
+        (["experiment", "-m", "tiny", "-d", "sample", "-p", "empty.txt"], "are mutually exclusive"),
         (["experiment", "-m", "./nowhere", "-d", "sample"], "no model directory"),
         (["experiment", "-m", "tinny", "-d", "sample"], "Did you mean 'tiny'"),
         (["experiment", "-m", "some/model", "-d", "sample"], "--model tiny"),

@@ -471,7 +471,7 @@ def test_all_problems_of_a_file_are_reported_at_once(compose):
     [
         (b"batching: {batch_size: 4\nx: 1\n", r"a.yaml:3:1|a.yaml:2:\d+: broken YAML"),
         (b"- a\n- b\n", "a mapping of keys to values, not a list"),
-        (b"just words\n", "a mapping of keys to values, not a text"),
+        (b"just words\n", "a mapping of keys to values, not a string"),
         (b"\xff\xfe\x00bad", "UTF-16"),
         (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key is given a second time, first on line 1"),
         (b"1: x\n", "is not text"),

@@ -226,5 +226,5 @@ def test_hydras_own_flags_work_beside_overrides(tmp_path, arguments, word):
 def test_hydras_modes_exclude_each_other_in_a_sentence(tmp_path):
     done = hydra_app(*PLAIN, "--multirun", "--cfg", "job", "seed=1,2", cwd=tmp_path)
     assert done.returncode == 2
-    assert "exclude each other" in done.stderr
+    assert "are mutually exclusive" in done.stderr
     assert "Traceback" not in done.stderr
