@@ -7,9 +7,11 @@ was not measured is None, never 0. Does not know how anything is measured, writt
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from lem import units
 
@@ -20,6 +22,12 @@ FORMAT_VERSION = 2
 
 # What all request rows of a measured window share; stated in its record.
 COMMON = ("experiment_id", "rank", "cycle", "attempt")
+
+# A reading covers a phase if it leaves out no more than this share, or a tick of a GPU's counter, which any window may
+# lack at its edge; but never more than the proportional error of sensors (Yang et al. 2024).
+UNCOVERED_SHARE = 0.01
+UNCOVERED_S = 0.1
+UNCOVERED_MOST = 0.05
 
 # Only one process meters the node, however many there are, because each would see all of its energy.
 ENERGY_OWNER = 0
@@ -38,6 +46,8 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
     `energy_j` is None if it could not be read; `reason` then says why. `resolution_s` is the tick of a counter or
     the period of the samples, `trace_energy_j` the integral of the power trace over the same window, if there is one.
+    `covered_s` is the time that `energy_j` covers, from the opening of the phase; over several attempts at a window, it
+    is the sum. None, as in records of 0.1.0, stands for all of the phase.
     """
 
     component: Component
@@ -50,6 +60,25 @@ class EnergyReading(Struct, frozen=True, gc=False):
     resolution_s: Annotated[float | None, units.SECOND] = None
     trace_energy_j: Annotated[float | None, units.JOULE] = None
     reason: str | None = None
+    covered_s: Annotated[float | None, units.SECOND] = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a sensor was read, now or when a replayed trace was recorded, rather than power estimated."""
+        return self.source != "estimate"
+
+    def seconds_of(self, duration_s: float) -> float:
+        """Return how many seconds of a phase of this length the energy covers; 0 if there is none."""
+        if self.energy_j is None:
+            return 0.0
+        return duration_s if self.covered_s is None else self.covered_s
+
+
+def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[EnergyReading, ...]:
+    """Return readings that say which time they cover: this, unless the meter has said so itself."""
+    return tuple(
+        r if r.energy_j is None or r.covered_s is not None else replace(r, covered_s=covered_s) for r in readings
+    )
 
 
 class EnergySoFar(Struct, frozen=True, gc=False):
@@ -65,6 +94,25 @@ class Phase(Struct, frozen=True, gc=False):
     name: PhaseName
     duration_s: Annotated[float, units.SECOND]
     energy: tuple[EnergyReading, ...] = ()
+
+    def usable(self) -> tuple[EnergyReading, ...]:
+        """Return the readings; one that does not cover all of the phase has no energy, and the reason."""
+        if all(map(self.is_covered_by, self.energy)):
+            return self.energy
+        return tuple(r if self.is_covered_by(r) else _without_energy(r, self.duration_s) for r in self.energy)
+
+    def is_covered_by(self, reading: EnergyReading) -> bool:
+        """Return whether a reading has no energy, or covers the phase up to what is uncertain at its edges anyway."""
+        if reading.energy_j is None or reading.covered_s is None:
+            return True
+        edge_s = min(UNCOVERED_S, UNCOVERED_MOST * self.duration_s)
+        return self.duration_s - reading.covered_s <= max(edge_s, UNCOVERED_SHARE * self.duration_s)
+
+
+def _without_energy(reading: EnergyReading, duration_s: float) -> EnergyReading:
+    part = f"it covers only {reading.seconds_of(duration_s):.3g} of {duration_s:.3g} s"
+    reason = f"{part} ({reading.reason})" if reading.reason else part
+    return replace(reading, energy_j=None, trace_energy_j=None, reason=reason)
 
 
 class PowerSample(Struct, frozen=True, gc=False):

@@ -6,6 +6,7 @@ it. Knows records and rows, not how they were measured.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,19 @@ BUSY_SHARE = 0.10
 HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
+# The clocks of several processes' windows begin when each is let through the barrier, which a busy machine delays.
+TIMES_TOLERANCE_S = 0.05
+# Without traffic, requests follow each other: a larger share of the window, and time, without any is a doubt.
+UNFILLED_SHARE = 0.1
+UNFILLED_LEAST_S = 0.2
+# A sensor's own error, by which the average of a window may seem to exceed a GPU's limit.
+POWER_TOLERANCE = 0.05
+POWER_LEAST_S = 2.0
 LEAST_CYCLES = 2
+# The percentiles of times that rows have.
+PERCENTILES = (50, 95, 99)
+# How certain it must be that the largest of the values is not below the percentile that they are to tell.
+PERCENTILE_CERTAINTY = 0.95
 # In a good run the counter and the power trace agree within this share; a smaller difference means nothing.
 IDLE_TOLERANCE = 0.01
 # A window is uncertain by up to a tick at each of its edges.
@@ -95,6 +108,13 @@ WARNINGS: dict[str, WarningKind] = {
         f"Fewer than {LEAST_CYCLES} cycles: a single measurement has no confidence interval.",
         "Measure several cycles (--cycles): an interval needs at least two, and five or more make it narrow.",
     ),
+    "few_samples": WarningKind(
+        "A percentile rests on too few values. Of n independent values, all lie below the true percentile p with a "
+        "probability of pⁿ; where that exceeds 5 %, their largest is no upper bound for it at 95 % confidence (Wilks "
+        "1941), and a percentile that is given is little more than the largest value. The median needs 5 values, p95 "
+        "59, p99 299: about 3/(1 - p).",
+        "Run more prompts, or use a lower percentile or the mean.",
+    ),
     "window_cut": WarningKind(
         "The run ended inside the measured window, which is counted up to its last finished request. The message says "
         "how long before the end that was; for a process that was killed, this is unknown.",
@@ -122,6 +142,20 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
     ),
     "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause that it names."),
+    "energy_without_gpu": WarningKind(
+        "A GPU ran the model, but the meter does not read it: the energy is only that of the components named.",
+        "Use energy=nvml, or energy=auto, which reads the GPUs in use as well.",
+    ),
+    "energy_partial": WarningKind(
+        "Energy was read for a part of the measured window only, as when the meter changed between two attempts or a "
+        "process was killed. It is null, and enters no sum and no mean; the record holds what was read.",
+        "Measure again (--fresh) with one meter for the whole window.",
+    ),
+    "energy_mixed": WarningKind(
+        "The cycles' energies are not of the same kind: measured and estimated, or of different components or scopes. "
+        "The table of cycles has them; their mean is null.",
+        "Measure all cycles with the same meter (--fresh).",
+    ),
     "energy_shared": WarningKind(
         "A MIG instance has no counter, so the energy is the whole GPU's.",
         "Leave the other instances idle, or turn MIG off.",
@@ -142,6 +176,26 @@ WARNINGS: dict[str, WarningKind] = {
     "identity_violated": WarningKind(
         "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or token counts and their sum over requests.",
         "This is a bug in lem or damage to the files; please report it with the raw record.",
+    ),
+    "times_disagree": WarningKind(
+        "The requests' own times do not fit into the measured window: one began before it, or ended after it. Its "
+        "length, and all that is divided by it, is off by as much as the message says.",
+        "Look at the processes' logs and at the machine's load, and measure again (--fresh).",
+    ),
+    "window_unfilled": WarningKind(
+        f"No request was running in more than {UNFILLED_SHARE:.0%} of the window, although none had to arrive: its "
+        "time and energy are not those of the requests alone.",
+        "Look for a machine that was suspended or overloaded, or a slow disk; use longer outputs or larger batches.",
+    ),
+    "power_implausible": WarningKind(
+        f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, the error "
+        "of a sensor: the energy or the window's length is wrong.",
+        "Compare the energy with the power trace, and report it with the raw record if it happens again.",
+    ),
+    "tokens_disagree": WarningKind(
+        "Tokens that were counted twice, in independent places, do not agree: the requests' rows, and the engine's own "
+        "counters or the times of single tokens.",
+        "Report it with the raw record; until then disregard all that is given per token.",
     ),
     "random_weights": WarningKind(
         "The model has random weights, so its text is meaningless.", "Nothing, if that is intended."
@@ -253,6 +307,9 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
     return [
         *_of_window(window.duration_s, window.energy),
         *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the other processes meter nothing
+        *_of_the_gpu(record),
+        *_of_power(record),
+        *_of_counters(record),
         *_of_devices(record),
         *_of_host([record]),
         *_of_latencies(requests),
@@ -280,7 +337,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
 def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if not readings:
         yield warning("energy_missing", "no meter was used.")
-    estimates = [r for r in readings if r.source == "estimate"]
+    estimates = [r for r in readings if not r.is_measured]
     if estimates:
         names = " and ".join(dict.fromkeys(r.component for r in estimates))
         methods = "; ".join(dict.fromkeys(r.method for r in estimates))
@@ -292,6 +349,60 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
             yield warning("energy_missing", f"{r.component}: {r.reason}.")
         elif r.source == "integral":
             yield warning("energy_integrated", f"{r.device}: {r.method}.")
+
+
+def lacks_gpu(record: ProcessRecord) -> bool:
+    """Return whether a GPU ran the model and none of the readings of its window is of a GPU."""
+    window = record.phase("measured")
+    readings = window.energy if window else ()
+    environment, engine = record.environment, record.engine
+    uses_gpu = bool(environment and environment.devices_before) or bool(engine and engine.device.startswith("cuda"))
+    return uses_gpu and bool(readings) and not any(r.component in ("gpu", "module") for r in readings)
+
+
+def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
+    if record.rank == ENERGY_OWNER and lacks_gpu(record):
+        window = record.phase("measured")
+        names = " and ".join(dict.fromkeys(r.component for r in (window.energy if window else ())))
+        yield warning(
+            "energy_without_gpu", f"the energy is that of {names} alone; the GPU that ran the model is not read."
+        )
+
+
+def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
+    """Yield a warning for each GPU that would have drawn more than it is limited to."""
+    window, environment = record.phase("measured"), record.environment
+    if window is None or environment is None or window.duration_s < POWER_LEAST_S:
+        return
+    limits_w = {state.uuid: state.power_limit_w for state in environment.devices_before}
+    for r in window.energy:
+        limit_w, covered_s = limits_w.get(r.device), r.seconds_of(window.duration_s)
+        if r.component != "gpu" or r.energy_j is None or not limit_w or not covered_s:
+            continue
+        power_w = r.energy_j / covered_s
+        if power_w > limit_w * (1 + POWER_TOLERANCE):
+            text = f"{r.device}: {power_w:.4g} W on average, with a limit of {limit_w:.4g} W."
+            yield warning("power_implausible", text)
+
+
+def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
+    """Yield a warning where the engine counted other numbers of tokens than the requests' rows.
+
+    Requests that were cut off, computed again after a preemption, or other clients' are counted by the engine alone, so
+    in these cases more is no contradiction.
+    """
+    counters = record.counters or {}
+    more_is_wrong = record.status == "completed" and not counters.get("preemptions") and record.backend != "openai"
+    counted = {"prompt_tokens": ("input", record.input_tokens), "generation_tokens": ("output", record.output_tokens)}
+    for name, (kind, tokens) in counted.items():
+        engines = counters.get(name)
+        if engines is None or not tokens:
+            continue
+        tolerance = IDENTITY_TOLERANCE * tokens
+        if engines < tokens - tolerance or (more_is_wrong and engines > tokens + tolerance):
+            yield warning(
+                "tokens_disagree", f"{tokens} {kind} tokens in the rows, {engines:.0f} by the engine's count."
+            )
 
 
 def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
@@ -369,13 +480,17 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
         records: for each row, the records that it was computed from.
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
+    for place, of_row in enumerate(records):
+        found[place] += _partial(of_row)
     for place, violation in (*_identities(rows, records), *_negatives(rows), *_steady(rows)):
         found[place].append(violation)
     return found
 
 
-def of_experiment(cycles_completed: int, resumed: int) -> Iterator[CodedWarning]:
-    """Yield the warnings about an experiment as a whole."""
+def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()) -> Iterator[CodedWarning]:
+    """Yield the warnings about an experiment as a whole; `kinds` are the different kinds of its cycles' energies."""
+    if len(kinds) > 1:
+        yield warning("energy_mixed", f"the energy of the cycles is {' in some and '.join(kinds)} in others; no mean.")
     if cycles_completed < LEAST_CYCLES:
         yield warning("few_cycles", f"{cycles_completed} finished; an interval needs at least {LEAST_CYCLES}.")
     if resumed:
@@ -388,6 +503,79 @@ def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
         if steady_s is not None and steady_s < SHORT_WINDOW_S <= (duration_s or 0.0):
             text = f"all places were taken for {steady_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable."
             yield place, warning("short_steady_state", text)
+
+
+def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
+    """Yield a warning for each kind of energy that was read for a part of the window only."""
+    window = records[0].phase("measured") if records and records[0].rank == ENERGY_OWNER else None
+    if window is None:
+        return
+    parts = [r for r in window.energy if not window.is_covered_by(r)]
+    for r in {(r.component, r.source): r for r in parts}.values():
+        covered_s = r.seconds_of(window.duration_s)
+        text = (
+            f"the {r.component} energy ({r.source}) covers {covered_s:.3g} of {window.duration_s:.3g} s, so it is null."
+        )
+        yield warning("energy_partial", text)
+
+
+def samples_needed(percent: float) -> int:
+    """Return how many independent values a percentile needs, so that one of them reaches it with 95 % certainty.
+
+    S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
+    """
+    return math.ceil(math.log(1 - PERCENTILE_CERTAINTY) / math.log(percent / 100))
+
+
+def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
+    """Yield a warning about percentiles that rest on too few values; `counts` says how many there are of each time."""
+    of_count: dict[int, list[str]] = {}
+    for name, count in counts.items():
+        of_count.setdefault(count, []).append(name)
+    parts = []
+    for count, stems in of_count.items():
+        needed = {percent: samples_needed(percent) for percent in PERCENTILES}
+        lacking = [f"p{percent} needs {least}" for percent, least in needed.items() if count < least]
+        if lacking:
+            parts.append(f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, {', '.join(lacking)}")
+    if parts:
+        yield warning("few_samples", f"{'; '.join(parts)}.")
+
+
+def of_times(
+    duration_s: float, first_s: float, last_s: float, busy_s: float, *, attempts: int, filled: bool
+) -> Iterator[CodedWarning]:
+    """Yield warnings where a window's length does not fit its requests' own times.
+
+    Args:
+        duration_s: the length of the window, or the sum of the attempts' windows.
+        first_s: the earliest start of a request in its window.
+        last_s: the latest end in its window, summed over the attempts.
+        busy_s: the time in which at least one request was running.
+        attempts: how many attempts there were.
+        filled: whether requests were always waiting, so that one should always have been running.
+    """
+    tolerance_s = max(IDENTITY_TOLERANCE * duration_s, TIMES_TOLERANCE_S * attempts)
+    if first_s < -tolerance_s:
+        yield warning("times_disagree", f"a request began {-first_s:.3g} s before its window.")
+    if last_s > duration_s + tolerance_s:
+        text = f"requests ended {last_s - duration_s:.3g} s after their window of {duration_s:.3g} s."
+        yield warning("times_disagree", text)
+    unfilled_s = duration_s - busy_s
+    if filled and unfilled_s > max(UNFILLED_SHARE * duration_s, UNFILLED_LEAST_S):
+        yield warning("window_unfilled", f"no request was running in {unfilled_s:.3g} of {duration_s:.3g} s.")
+
+
+def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
+    """Yield a warning where the tokens that have a time of their own are not as many as were counted."""
+    wrong = [
+        r for r in requests if r.ttft_s is not None and r.itl_s is not None and len(r.itl_s) + 1 != r.output_tokens
+    ]
+    if wrong:
+        first = wrong[0]
+        text = f"request {first.request} has {first.output_tokens} output tokens and {len(first.itl_s or ()) + 1} times"
+        more = f"; {len(wrong) - 1} more are alike" if len(wrong) > 1 else ""
+        yield warning("tokens_disagree", f"{text}{more}.")
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:

@@ -10,6 +10,7 @@ from lem.record import (
     CpuLoad,
     DeviceState,
     EnergyReading,
+    EngineInfo,
     Environment,
     ForeignProcess,
     Phase,
@@ -192,6 +193,138 @@ def test_varying_batches_have_a_warning_and_long_ones_among_equals_do_not():
 
 def test_a_run_that_did_not_reach_its_window_has_no_warning():
     assert codes(record(phases=(Phase("load", 1.0),))) == []
+
+
+@pytest.mark.parametrize(("percent", "least"), [(50, 5), (95, 59), (99, 299)])
+def test_a_percentile_needs_enough_values_for_one_of_them_to_reach_it(percent, least):
+    assert warning_codes.samples_needed(percent) == least
+    assert 1 - (percent / 100) ** least >= 0.95 > 1 - (percent / 100) ** (least - 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({"latency": 299}, None),
+        ({"latency": 298}, "latency: 298 values, p99 needs 299."),
+        ({"latency": 12}, "latency: 12 values, p95 needs 59, p99 needs 299."),
+        ({"latency": 1}, "latency: 1 value, p50 needs 5, p95 needs 59, p99 needs 299."),
+        (
+            {"latency": 71, "time to first token": 71, "inter-token latency": 9000, "queueing": 4},
+            "latency, time to first token: 71 values, p99 needs 299; "
+            "queueing: 4 values, p50 needs 5, p95 needs 59, p99 needs 299.",
+        ),
+        ({}, None),
+    ],
+)
+def test_percentiles_of_too_few_values_have_a_warning(counts, text):
+    assert [n.text for n in warning_codes.of_samples(counts)] == ([text] if text else [])
+
+
+class TestWithoutTheGpu:
+    def found(self, *readings, **more):
+        return "energy_without_gpu" in codes(record(readings, **more))
+
+    CPU = replace(GPU, component="cpu", source="estimate")
+
+    def test_a_meter_that_does_not_read_the_gpu_that_ran_the_model(self):
+        assert self.found(self.CPU)
+        assert self.found(self.CPU, replace(self.CPU, component="dram"))
+
+    def test_the_engine_knows_of_a_gpu_where_the_driver_does_not_tell(self):
+        engine = EngineInfo("pytorch", "1", "cuda:0", "NVIDIA H100 80GB HBM3", {})
+        assert self.found(self.CPU, environment=None, engine=engine)
+        assert not self.found(self.CPU, environment=None, engine=replace(engine, device="cpu"))
+
+    def test_a_gpu_that_is_read_or_could_not_be_read_is_not_left_out(self):
+        assert not self.found(GPU, self.CPU)
+        assert not self.found(replace(GPU, energy_j=None, reason="it is lost"), self.CPU)
+        assert not self.found(replace(GPU, component="module"))
+
+    def test_without_a_gpu_none_is_missing(self):
+        assert not self.found(self.CPU, environment=replace(environment(), devices_before=(), devices_after=()))
+
+    def test_no_meter_is_another_matter(self):
+        assert not self.found()
+
+    def test_the_processes_that_meter_nothing_do_not_say_so(self):
+        assert not self.found(self.CPU, rank=1)
+
+
+class TestPower:
+    """1,000 J in 20 s are 50 W."""
+
+    def found(self, limit_w, **more):
+        before = replace(COOL, power_limit_w=limit_w)
+        return "power_implausible" in codes(record(environment=environment(before=before), **more))
+
+    @pytest.mark.parametrize(("limit_w", "implausible"), [(47.0, True), (47.7, False), (400.0, False), (None, False)])
+    def test_a_gpu_does_not_draw_more_than_its_limit(self, limit_w, implausible):
+        assert self.found(limit_w) is implausible
+
+    def test_the_time_that_the_energy_covers_counts(self):
+        assert self.found(400.0, readings=[replace(GPU, covered_s=2.0)])
+
+    def test_a_peak_in_a_short_window_is_possible(self):
+        assert not self.found(400.0, duration_s=1.0)
+
+    def test_the_limit_is_that_of_the_same_gpu(self):
+        assert not self.found(47.0, readings=[replace(GPU, device="GPU-1")])
+        assert not self.found(47.0, readings=[replace(GPU, component="cpu", device="package-0")])
+
+
+class TestTokensCountedTwice:
+    def found(self, counters, **more):
+        rows = {"input_tokens": 500, "output_tokens": 1000, "backend": "vllm"}
+        made = record(counters=counters, **(rows | more))
+        return [n.text for n in warning_codes.of_record(made, requests([1.0] * 10)) if n.code == "tokens_disagree"]
+
+    @pytest.mark.parametrize("counters", [None, {}, {"preemptions": 0.0}, {"prompt_tokens": 500.0}])
+    def test_what_agrees_or_is_not_counted_is_no_contradiction(self, counters):
+        assert self.found(counters) == []
+        assert self.found((counters or {}) | {"generation_tokens": 1009.0}) == []
+
+    @pytest.mark.parametrize("output_tokens", [989.0, 1011.0, 0.0])
+    def test_an_engine_that_counts_another_number(self, output_tokens):
+        (text,) = self.found({"prompt_tokens": 500.0, "generation_tokens": output_tokens})
+        assert text == f"1000 output tokens in the rows, {output_tokens:.0f} by the engine's count."
+
+    @pytest.mark.parametrize("more", [{"backend": "openai"}, {"status": "interrupted"}])
+    def test_more_tokens_may_be_those_of_others_or_of_requests_that_were_cut_off(self, more):
+        assert self.found({"generation_tokens": 2000.0}, **more) == []
+        assert len(self.found({"generation_tokens": 900.0}, **more)) == 1
+
+    def test_what_was_preempted_is_computed_again(self):
+        assert self.found({"prompt_tokens": 700.0, "preemptions": 3.0}) == []
+
+    def test_each_token_has_its_time(self):
+        timed = [replace(r, ttft_s=0.1, itl_s=[0.1] * 9) for r in requests([1.0] * 3)]
+        assert list(warning_codes.of_timed_tokens(timed)) == []
+        timed[1:] = [replace(r, itl_s=[0.1] * 8) for r in timed[1:]]
+        (found,) = warning_codes.of_timed_tokens(timed)
+        assert found.text == "request 1 has 10 output tokens and 9 times; 1 more are alike."
+
+
+class TestTimes:
+    """A window of 20 s against its requests' own times."""
+
+    def found(self, first_s=0.0, last_s=20.0, busy_s=20.0, attempts=1, filled=True):
+        made = warning_codes.of_times(20.0, first_s, last_s, busy_s, attempts=attempts, filled=filled)
+        return [(n.code, n.text) for n in made]
+
+    def test_what_fits(self):
+        assert self.found() == []
+        assert self.found(first_s=-0.19, last_s=20.19, busy_s=18.01) == []
+
+    def test_a_window_that_opened_after_its_first_request_or_closed_before_its_last(self):
+        assert self.found(first_s=-0.21) == [("times_disagree", "a request began 0.21 s before its window.")]
+        assert self.found(last_s=20.5) == [("times_disagree", "requests ended 0.5 s after their window of 20 s.")]
+
+    def test_each_attempt_has_edges(self):
+        assert self.found(last_s=20.24, attempts=5) == []
+
+    def test_time_without_a_request(self):
+        assert self.found(busy_s=17.9) == [("window_unfilled", "no request was running in 2.1 of 20 s.")]
+        assert self.found(busy_s=1.0, filled=False) == []
 
 
 def test_an_unknown_code_cannot_be_used():

@@ -61,7 +61,8 @@ class Meter(ABC):
         This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
         it never waits, costs well under a millisecond, does not raise for a lost device, and does not change what
         `end` will return. The readings are those of `end`, device by device. Their energy only grows and is at most
-        that of `end`: it is the value at the sensor's last tick or sample, or null with a reason before the first.
+        that of `end`: it is the value at the sensor's last tick or sample, or null with a reason before the first. One
+        that lags behind by more than a tick says in `covered_s` how far it reaches.
         """
         return None
 

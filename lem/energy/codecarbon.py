@@ -2,7 +2,8 @@
 
 codecarbon reads RAPL if the kernel permits it; otherwise it derives the CPU's power from its load and rated power;
 memory is a heuristic per module. The last two are estimates and labelled as such. GPUs are left to the NVML meter,
-CO2e to `lem.energy.carbon`: the tracker's own grid look-up is never used.
+CO2e to `lem.energy.carbon`: the tracker's own grid look-up is never used. Nor are codecarbon's settings, in
+`.codecarbon.config` files and CODECARBON_* variables, which would change the numbers without a trace in the record.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from msgspec.structs import replace
 
 from lem.energy.base import Meter
 from lem.energy.quiet import quiet_stdout
@@ -21,6 +26,8 @@ from lem.units import J_PER_KWH, NS_PER_S
 SAMPLING_PERIOD_S = 1.0
 # In these modes codecarbon's CPU energy is sampled power times time; in the others it reads a counter at the end.
 SAMPLED_MODES = ("cpu_load", "constant")
+_WITHOUT = "Use energy=none to run without it."
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class CodecarbonMeter(Meter):
@@ -33,11 +40,16 @@ class CodecarbonMeter(Meter):
 
     def open(self) -> None:
         """Create the tracker and run a throw-away task, so that probing the hardware costs no window."""
-        self._tracker = _offline_tracker()
-        self._tracker.start_task("set-up")
-        data = self._tracker.stop_task("set-up")
+        try:
+            self._tracker = _offline_tracker()
+            self._tracker.start_task("set-up")
+            data = self._tracker.stop_task("set-up")
+        except Exception as error:  # it suppresses some of its own, and then lacks attributes
+            self._tracker = None
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BadInput(f"codecarbon could not start its tracker ({why}). {_WITHOUT}") from error
         if data is None:
-            raise BadInput("codecarbon could not start its tracker; use energy=none to run without it.")
+            raise BadInput(f"codecarbon could not start its tracker. {_WITHOUT}")
         self._ram_power_w = data.ram_power
 
     def begin(self) -> None:
@@ -60,13 +72,16 @@ class CodecarbonMeter(Meter):
         An extra measurement in between would change the result: the power that it derives is not linear in the CPU's
         load.
         """
-        cpu, cpu_j = self._cpu(), None
+        cpu, cpu_j, sampled_s = self._cpu(), None, None
         if getattr(cpu, "_mode", None) in SAMPLED_MODES:
-            cpu_j = sum(power.W * seconds for power, seconds in list(getattr(cpu, "_power_history", ())))
+            samples = list(getattr(cpu, "_power_history", ()))
+            cpu_j = sum(power.W * seconds for power, seconds in samples)
+            sampled_s = sum(seconds for _, seconds in samples)
         elapsed_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
-        return self._readings(cpu_j, self._ram_power_w * elapsed_s, "codecarbon has taken no sample yet")
+        cpu_reading, dram = self._readings(cpu_j, self._ram_power_w * elapsed_s, "codecarbon has taken no sample yet")
+        return replace(cpu_reading, covered_s=sampled_s if cpu_j else None), dram
 
-    def _readings(self, cpu_j: float | None, ram_j: float | None, reason: str) -> tuple[EnergyReading, ...]:
+    def _readings(self, cpu_j: float | None, ram_j: float | None, reason: str) -> tuple[EnergyReading, EnergyReading]:
         return (
             self._reading("cpu", cpu_j, reason, *self._cpu_method()),
             self._reading("dram", ram_j, reason, "estimate", "machine", "codecarbon: constant power per memory module"),
@@ -109,16 +124,35 @@ def _offline_tracker() -> Any:
     with quiet_stdout():
         from codecarbon import OfflineEmissionsTracker
 
-    level = os.environ.get("CODECARBON_LOG_LEVEL", "error").lower()
+    level = os.environ.get("CODECARBON_LOG_LEVEL", "").lower()
+    level = level if level in LOG_LEVELS else "error"
     logging.getLogger("codecarbon").setLevel(level.upper())
-    return OfflineEmissionsTracker(
-        # Any country: only the tracker's energy is used, never its emissions.
-        country_iso_code="FRA",
-        measure_power_secs=SAMPLING_PERIOD_S,
-        output_methods=[],
-        log_level=level,
-        pue=1.0,
-        tracking_mode="machine",
-        allow_multiple_runs=True,
-        gpu_ids=[],
-    )
+    with _without_settings():
+        return OfflineEmissionsTracker(
+            # Any country: only the tracker's energy is used, never its emissions.
+            country_iso_code="FRA",
+            measure_power_secs=SAMPLING_PERIOD_S,
+            output_methods=[],
+            log_level=level,
+            pue=1.0,
+            tracking_mode="machine",
+            allow_multiple_runs=True,
+            gpu_ids=[],
+        )
+
+
+@contextmanager
+def _without_settings() -> Iterator[None]:
+    """Have a tracker made here find no settings: no files in the home and working directories, and no variables.
+
+    They are meant for other programs' trackers and can, for example, force the power of the CPU and the memory. The
+    function that reads them is replaced, as it fails without a home directory or on a damaged file.
+    """
+    from codecarbon import emissions_tracker
+
+    read = emissions_tracker.get_hierarchical_config
+    emissions_tracker.get_hierarchical_config = dict
+    try:
+        yield
+    finally:
+        emissions_tracker.get_hierarchical_config = read

@@ -347,7 +347,7 @@ WIDE_HEADERS = (
 COLUMNS = (
     "experiment_id", "status", "error", "model", "random_weights", "backend", "dataset", "batching_strategy",
     "batch_size", "requests_completed", "requests_planned", "cycles_completed", "cycles_planned", "energy_source",
-    "energy_components",
+    "energy_components", "energy_without_gpu",
     *(f"{stem}{part}{unit}" for stem, unit in (("output_tokens_per_s", ""), ("energy", "_j"),
       ("energy_per_output_token", "_j")) for part in ("", "_ci95_low", "_ci95_high")),
 )  # fmt: skip
@@ -460,7 +460,8 @@ def _cycle_cells(cycle: CycleRow, several: bool) -> list[str]:
     attempts = [str(cycle.attempts)] if several else []
     return [
         str(cycle.cycle), cycle.status, *attempts, quantity(cycle.duration_s, "s"), plain(cycle.output_tokens_per_s),
-        quantity(cycle.latency_mean_s, "s"), _joules(cycle.energy_j), _joules(cycle.energy_per_output_token_j),
+        quantity(cycle.latency_mean_s, "s"),
+        *(marked(cycle, _joules(value)) for value in (cycle.energy_j, cycle.energy_per_output_token_j)),
     ]  # fmt: skip
 
 
@@ -482,8 +483,8 @@ def _spread_cells(row: ExperimentRow, part: str, several: bool) -> list[str]:
         SPREAD_LABELS[part], "", *([""] if several else []), *duration,
         written("output_tokens_per_s", "", plain),
         written("latency_mean", "_s", lambda value: quantity(value, "s")),
-        written("energy", "_j", _joules),
-        written("energy_per_output_token", "_j", _joules),
+        written("energy", "_j", lambda value: marked(row, _joules(value))),
+        written("energy_per_output_token", "_j", lambda value: marked(row, _joules(value))),
     ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lem import warning_codes
 from lem.record import Status
 from lem.results.columns import Columns, of_each, quotients
-from lem.results.merging import as_text, joined, once_each, total
+from lem.results.merging import as_text, is_estimated, joined, once_each, total
 from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import summarise
@@ -29,6 +29,15 @@ SPREADS = {
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
 # Columns that say how a number was obtained: if cycles differ in one, all values are listed.
 LABELS = re.compile(r".*_(source|scope|components|method)")
+
+# Energies, and the columns that say of what kind they are: only energies of one kind are averaged.
+KINDS = {
+    **dict.fromkeys(
+        ("energy_j", "load_energy_j", "warmup_energy_j", "idle_power_before_w", "idle_power_loaded_w"),
+        ("energy_source", "energy_components", "energy_scope"),
+    ),
+    **{f"{component}_energy_j": (f"{component}_energy_source",) for component in ("gpu", "cpu", "dram")},
+}
 
 _TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
 # Every number is averaged over the cycles, so that no column can be forgotten; a value that all cycles share is kept.
@@ -74,9 +83,9 @@ def experiment_columns(
         "warnings": [
             [
                 *once_each([of_cycles["warnings"][i] for i in span], "cycle"),
-                *map(as_text, warning_codes.of_experiment(cycles, times)),
+                *map(as_text, warning_codes.of_experiment(cycles, times, _kinds(done, of_cycles, KINDS["energy_j"]))),
             ]
-            for span, cycles, times in zip(spans, completed, resumed, strict=True)
+            for span, done, cycles, times in zip(spans, finished, completed, resumed, strict=True)
         ],
     }
 
@@ -119,11 +128,27 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
         return {name: _of_groups(summed_up, groups, of_cycles[name]) for name in some}
 
     made = over(MEANS, _mean)
+    for name, labels in KINDS.items():
+        made[name] = [
+            value if len(_kinds(group, of_cycles, labels)) < 2 else None
+            for value, group in zip(made[name], groups, strict=True)
+        ]
     made |= quotients(made, [True] * len(groups))
     made |= over(MAXIMA, _largest) | over(_LABELS, lambda values: joined(filter(None, values)) or None)
     for name in (name for name in made if _TYPES[name] is int):
         made[name] = [None if value is None else round(value) for value in made[name]]
     return made | _spreads(groups, of_cycles)
+
+
+def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> list[str]:
+    """Return the different kinds of energy that some cycles have; those without energy are of none.
+
+    Counters, integrals of sampled power and replayed traces are all measurements.
+    """
+    found = dict.fromkeys(zip(*(_at(group, of_cycles[name]) for name in labels), strict=True))
+    known = [(is_estimated(source), *others) for source, *others in found if source is not None]
+    names = (" ".join(filter(None, ["estimated" if first else "measured", *others])) for first, *others in known)
+    return list(dict.fromkeys(names))
 
 
 def _of_groups(
@@ -149,8 +174,10 @@ def _largest(values: Sequence[int | None]) -> int | None:
 def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
     spreads: Columns = {}
     for name, (stem, unit) in SPREADS.items():
+        labels = KINDS["energy_j"] if "energy" in stem else ()
         values = [_at(group, of_cycles[name]) for group in groups]
-        found = [None if None in each else summarise(each) for each in values]
+        mixed = [len(_kinds(group, of_cycles, labels)) > 1 if labels else False for group in groups]
+        found = [None if None in each or m else summarise(each) for each, m in zip(values, mixed, strict=True)]
         for part in ("mean", "sd", "ci95_low", "ci95_high"):
             spreads[f"{stem}_{part}{unit}"] = of_each(found, part)
         spreads[f"{stem}_cv"] = of_each(found, "cv")

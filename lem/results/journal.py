@@ -18,7 +18,7 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import asdict, replace
 
-from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, RequestRecord
+from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, RequestRecord, covering
 from lem.results.codec import from_json
 from lem.warning_codes import warning
 
@@ -86,6 +86,8 @@ class Window:
         record, last = self.record, self.checkpoints[-1]
         metered = self.metered
         readings = _unread(record) if metered is None else metered.energy or ()
+        if metered is not None and metered.energy_at_s is not None:
+            readings = covering(readings, metered.energy_at_s)
         return replace(
             record,
             phases=(*record.phases, Phase("measured", last.duration_s, readings)),

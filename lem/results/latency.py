@@ -6,10 +6,11 @@ When a request is measured, `lem.workload.tokens` computes its token latencies. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lem.record import RequestRecord
 from lem.results.statistics import percentile
+from lem.warning_codes import PERCENTILES
 
 
 class Limits(Protocol):
@@ -17,6 +18,31 @@ class Limits(Protocol):
 
     ttft_limit_s: float | None
     itl_limit_s: float | None
+
+
+class Extent(NamedTuple):
+    """When the requests of a cycle ran, by their own times, which begin anew in each attempt's window.
+
+    The earliest start, the sum over the attempts of the latest end, and the time in which at least one was running.
+    """
+
+    first_s: float
+    last_s: float
+    busy_s: float
+
+
+def extent(requests: Sequence[RequestRecord]) -> Extent | None:
+    """Return when requests ran; None without requests."""
+    by_attempt: dict[int, list[tuple[float, float]]] = {}
+    for r in requests:
+        by_attempt.setdefault(r.attempt, []).append((r.start_s, r.end_s))
+    if not by_attempt:
+        return None
+    return Extent(
+        min(min(spans)[0] for spans in by_attempt.values()),
+        sum(max(end_s for _, end_s in spans) for spans in by_attempt.values()),
+        sum(map(_union_s, by_attempt.values())),
+    )
 
 
 def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:
@@ -30,7 +56,7 @@ def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[fl
     columns: dict[str, list[float | None]] = {
         f"{stem}_mean_s": [sum(values) / len(values) if values else None for values in ordered]
     }
-    for q in (50, 95, 99):
+    for q in PERCENTILES:
         columns[f"{stem}_p{q}_s"] = [percentile(values, q) if values else None for values in ordered]
     return columns
 
@@ -45,6 +71,18 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
         **summary("itl", (gap for r in timed for gap in r.itl_s or ())),
         **summary("tpot", (r.tpot_s for r in timed if r.tpot_s is not None)),
     }
+
+
+def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
+    """Return how many values there are of each time of which percentiles are given; without those that have none."""
+    counts = {
+        "latency": len(requests),
+        "time to first token": sum(r.ttft_s is not None for r in requests),
+        "inter-token latency": sum(len(r.itl_s or ()) for r in requests if r.ttft_s is not None),
+        "time per output token": sum(r.tpot_s is not None for r in requests),
+        "queueing": sum(r.queue_s is not None for r in requests),
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:

@@ -1,8 +1,8 @@
 """Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
-The attempts' windows are added up without the gaps between them, energy is summed per device, and a value that is
-missing from any attempt is unknown in the merged record.
-Knows only records.
+The attempts' windows are added up without the gaps between them. Energy is summed per device, with the time that it
+covers; what does not cover the whole window enters no sum. Any other value that is missing from any attempt is unknown
+in the merged record. Knows only records.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from lem.record import CodedWarning, Component, EnergyReading, Flops, Memory, Phase, Prefill, ProcessRecord
-
-NOT_IN_ALL = "it was not metered in every attempt at the cycle"
 
 
 # ------------------------------------------------------------------ attempts of a process at one cycle
@@ -55,26 +53,36 @@ def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
 
 
 def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
-    """Sum the readings of each device; the energy of a component that any window lacks is null."""
-    components = [{reading.component for reading in window.energy} for window in windows]
-    by_device: dict[tuple[str, ...], list[EnergyReading]] = {}
-    for reading in (reading for window in windows for reading in window.energy):
-        by_device.setdefault((reading.component, reading.device, reading.source, reading.scope), []).append(reading)
-    return tuple(
-        _merged_reading(same)
-        if all(same[0].component in found for found in components)
-        else replace(same[0], energy_j=None, trace_energy_j=None, reason=NOT_IN_ALL)
-        for same in by_device.values()
-    )
+    """Sum the readings of each device, and the time that they cover."""
+    by_device = [{(r.component, r.device, r.source, r.scope): r for r in window.energy} for window in windows]
+    devices = dict.fromkeys(device for of_window in by_device for device in of_window)
+    return tuple(_merged_reading([of_window.get(device) for of_window in by_device], windows) for device in devices)
 
 
-def _merged_reading(readings: Sequence[EnergyReading]) -> EnergyReading:
+def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Phase]) -> EnergyReading:
+    """Return the sum of a device's readings, of which a window may lack one; what was read in any of them is kept."""
+    readings = [r for r in found if r is not None]
+    known_j = [r.energy_j for r in readings if r.energy_j is not None]
+    covered_s = [
+        _seconds_without(readings[0], window) if reading is None else reading.seconds_of(window.duration_s)
+        for reading, window in zip(found, windows, strict=True)
+    ]
     return replace(
         readings[-1],
-        energy_j=total([r.energy_j for r in readings]),
+        energy_j=sum(known_j) if known_j else None,
         trace_energy_j=total([r.trace_energy_j for r in readings]),
         reason=next((r.reason for r in readings if r.reason), None),
+        covered_s=sum(covered_s) if known_j else None,
     )
+
+
+def _seconds_without(device: EnergyReading, window: Phase) -> float:
+    """Return how much of a window is covered although a device has no reading in it.
+
+    If others of the same component were metered in the same way, this one was not in use; otherwise it is unknown.
+    """
+    alike = [r for r in window.energy if (r.component, r.is_measured) == (device.component, device.is_measured)]
+    return min((r.seconds_of(window.duration_s) for r in alike), default=0.0)
 
 
 def _merged_memory(parts: Sequence[Memory | None]) -> Memory | None:
@@ -148,11 +156,13 @@ def _and_more(text: str, more: int, what: str) -> str:
 
 
 # ------------------------------------------------------------------ energy
-MEASURED_SOURCES = ("counter", "integral", "replay")
+def is_estimated(source: str | None) -> bool:
+    """Return whether an energy with this source, or with several joined by plus signs, is an estimate in any part."""
+    return source is not None and "estimate" in source.split("+")
 
 
 class Energy(NamedTuple):
-    """A sum of readings of one kind of source; `energy_j` is None if any of them is."""
+    """A sum of readings; `energy_j` is None if any of them is, or if some are measured and others estimated."""
 
     energy_j: float | None
     source: str | None
@@ -170,7 +180,7 @@ def headline(readings: Sequence[EnergyReading]) -> Energy:
     # A module contains its GPU: if both were read, only the module counts.
     modules = [r for r in readings if r.component == "module"]
     gpus = modules or [r for r in readings if r.component == "gpu"]
-    measured = [r for r in readings if r.source in MEASURED_SOURCES]
+    measured = [r for r in readings if r.is_measured]
     return _sum(gpus or measured or readings)
 
 
@@ -193,7 +203,7 @@ def _sum(readings: Sequence[EnergyReading]) -> Energy:
     if len(readings) == 1:
         return Energy(readings[0].energy_j, readings[0].source, readings[0].scope, readings[0].component)
     return Energy(
-        energy_j=total([r.energy_j for r in readings]),
+        energy_j=total([r.energy_j for r in readings]) if len({r.is_measured for r in readings}) == 1 else None,
         source=joined(r.source for r in readings),
         scope=joined(r.scope for r in readings),
         components=joined(r.component for r in readings),

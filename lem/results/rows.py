@@ -7,7 +7,7 @@ was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessReco
 from lem.results.codec import PlanExcerpt
 from lem.results.columns import Columns, of_each, quotients, ratios
 from lem.results.cycles import experiment_columns
-from lem.results.latency import of_tokens, summaries, under_load
+from lem.results.latency import extent, of_tokens, sample_counts, summaries, under_load
 from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
 from lem.results.parquet import defaults
 from lem.results.peaks import peak_flops_per_s
@@ -208,7 +208,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
         for owner, of_cycle in zip(owners, records, strict=True)
     ]
     metered = [of_cycle if owner else {} for owner, of_cycle in zip(owners, phases, strict=True)]
-    readings = [of_cycle["measured"].energy if "measured" in of_cycle else () for of_cycle in metered]
+    readings = [of_cycle["measured"].usable() if "measured" in of_cycle else () for of_cycle in metered]
     heads = list(map(headline, readings))
     carbons = [
         owner.carbon if owner and head.energy_j is not None else None for owner, head in zip(owners, heads, strict=True)
@@ -221,6 +221,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
         "energy_source": of_each(heads, "source"),
         "energy_scope": of_each(heads, "scope"),
         "energy_components": of_each(heads, "components"),
+        "energy_without_gpu": [_lacks_gpu(of_cycle) for of_cycle in records],
         "load_energy_j": _energies_j(metered, "load"),
         "warmup_energy_j": _energies_j(metered, "warmup"),
         "idle_power_before_w": ratios(_energies_j(metered, "idle_before"), _durations_s(phases, "idle_before")),
@@ -241,12 +242,18 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     return columns
 
 
+def _lacks_gpu(records: Sequence[ProcessRecord]) -> bool | None:
+    """Return whether a GPU ran the model that the energy does not include; None if nothing was metered."""
+    window = records[0].phase("measured")
+    return warning_codes.lacks_gpu(records[0]) if window and window.energy else None
+
+
 def _durations_s(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
     return [each[name].duration_s if name in each else None for each in phases]
 
 
 def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float | None]:
-    return [energy_j(each[name].energy) if name in each else None for each in phases]
+    return [energy_j(each[name].usable()) if name in each else None for each in phases]
 
 
 def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
@@ -333,7 +340,22 @@ def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
     """Return the warnings of each cycle, without duplicates, as `code: message`."""
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
-    for cycle, of_row in zip(cycles, of_rows, strict=True):
+    for cycle, of_row, duration_s in zip(cycles, of_rows, columns["duration_s"], strict=True):
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
-        found.append(list(dict.fromkeys([*of_processes, *map(as_text, cycle.warnings), *map(as_text, of_row)])))
+        of_requests = [
+            *warning_codes.of_samples(sample_counts(cycle.requests)),
+            *_of_times(cycle, duration_s),
+            *warning_codes.of_timed_tokens(cycle.requests),
+        ]
+        coded = map(as_text, [*cycle.warnings, *of_row, *of_requests])
+        found.append(list(dict.fromkeys([*of_processes, *coded])))
     return found
+
+
+def _of_times(cycle: Cycle, duration_s: float | None) -> Iterator[CodedWarning]:
+    """Yield warnings where the requests' own times and the window's length do not fit together."""
+    ran = extent(cycle.requests)
+    if ran is not None and duration_s is not None:
+        attempts = len({r.attempt for r in cycle.requests})
+        filled = not any(r.arrived_s for r in cycle.requests)  # without traffic, all are there when the window opens
+        yield from warning_codes.of_times(duration_s, *ran, attempts=attempts, filled=filled)

@@ -153,6 +153,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     load_duration_s: Annotated[Seconds, "Loading the model, outside the window."]
     energy_scope: Annotated[str | None, "What the headline covers: device, package, machine, shared_device."]
     energy_components: Annotated[str | None, "Components in the headline, such as gpu or cpu+dram."]
+    energy_without_gpu: Annotated[bool | None, "Whether a GPU ran the model that no reading of energy includes."] = None
     gpu_energy_source: Annotated[str | None, "Source of gpu_energy_j."]
     cpu_energy_source: Annotated[str | None, "Source of cpu_energy_j."]
     dram_energy_source: Annotated[str | None, "Source of dram_energy_j."]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lem.record import ProcessRecord
+from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.results.schema import ExperimentRow, Measures
 from lem.units import plain, quantity
@@ -32,6 +33,7 @@ PERCENTILES = {
 }
 NOT_MEASURED = "–"
 ESTIMATE = "≈"
+WITHOUT_GPU = "without the GPU"
 
 
 def console(stderr: bool = False) -> Console:
@@ -193,7 +195,8 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     if row.energy_j is None:
         yield "Energy", "not measured"
         return
-    label = f" ({row.energy_components}, {row.energy_source}, {row.energy_scope})" if row.energy_components else ""
+    parts = [row.energy_components, row.energy_source, row.energy_scope, WITHOUT_GPU if row.energy_without_gpu else ""]
+    label = f" ({', '.join(filter(None, parts))})" if row.energy_components else ""
     yield "Energy", f"{_energy(row)} = {quantity(row.energy_wh, 'Wh')}{label}"
     yield "Average power", marked(row, quantity(row.average_power_w, "W"))
     yield "Energy per output token", marked(row, quantity(row.energy_per_output_token_j, "J/token"))
@@ -265,7 +268,9 @@ def _phase_rows(table: Table, phase: Any) -> None:
         table.add_row(phase.name, duration)
     for i, r in enumerate(phase.energy):
         head = (phase.name, duration) if i == 0 else ("", "")
-        table.add_row(*head, r.component, quantity(r.energy_j, "J"), r.source, r.scope, r.device, r.reason or r.method)
+        covers = "" if phase.is_covered_by(r) else f"; covers {quantity(r.seconds_of(phase.duration_s), 's')}"
+        how = r.reason or f"{r.method}{covers}"
+        table.add_row(*head, r.component, quantity(r.energy_j, "J"), r.source, r.scope, r.device, how)
 
 
 # ------------------------------------------------------------------ many experiments
@@ -275,9 +280,12 @@ def _status(status: str) -> str:
 
 
 def say_estimates(rows: Iterable[ExperimentRow]) -> None:
-    """Explain the mark for estimates if any row has one."""
-    if any(row.energy_source == "estimate" for row in rows):
+    """Explain the mark for estimates if any row has one, and name the rows whose energy lacks the GPU's."""
+    rows = list(rows)
+    if any(is_estimated(row.energy_source) for row in rows):
         print(f"{ESTIMATE} an estimate, not a measurement")
+    if lacking := [row.experiment_id for row in rows if row.energy_without_gpu and row.energy_j is not None]:
+        print(f"energy {WITHOUT_GPU} that ran the model: {', '.join(lacking)}")
 
 
 @dataclass(frozen=True)
@@ -318,9 +326,9 @@ def _energy(row: ExperimentRow) -> str:
     return marked(row, quantity(row.energy_j, "J"))
 
 
-def marked(row: ExperimentRow, text: str) -> str:
-    """Return an energy as text, with a mark if it is an estimate."""
-    return f"{ESTIMATE}{text}" if row.energy_source == "estimate" and text != NOT_MEASURED else text
+def marked(row: Measures, text: str) -> str:
+    """Return an energy as text, with a mark if any part of it is an estimate."""
+    return f"{ESTIMATE}{text}" if is_estimated(row.energy_source) and text != NOT_MEASURED else text
 
 
 # ------------------------------------------------------------------ for programs

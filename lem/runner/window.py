@@ -21,7 +21,7 @@ from msgspec import structs
 from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
 from lem.machine import processes
-from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo
+from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo, covering
 from lem.results.journal import Checkpoint
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks
@@ -262,7 +262,8 @@ class Bench:
         finally:
             closed_ns = time.perf_counter_ns()
             self.meter.mark()
-            into.phases.append(Phase(name, (closed_ns - opened_ns) / NS_PER_S, self.meter.end()))
+            duration_s = (closed_ns - opened_ns) / NS_PER_S
+            into.phases.append(Phase(name, duration_s, covering(self.meter.end(), duration_s)))
         into.current = None
 
     def open_together(self) -> None:
@@ -301,6 +302,7 @@ class _Window:
             energy = self._bench.meter.so_far()
             read_ns = time.perf_counter_ns()
             energy_at_s = None if energy is None else self._into.since_opening_s(read_ns)
+            energy = None if energy is None else covering(energy, energy_at_s or 0.0)
             self._next_reading_ns = read_ns + max(METER_POLL_NS, 100 * (read_ns - now_ns))
             now_ns = read_ns
         self._last = Checkpoint(self._into.since_opening_s(now_ns), energy=energy, energy_at_s=energy_at_s)
@@ -317,7 +319,7 @@ class _Window:
         duration_s = into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
         into.cpu_load = self._load.stop()
-        into.phases.append(Phase("measured", duration_s, self._bench.meter.end()))
+        into.phases.append(Phase("measured", duration_s, covering(self._bench.meter.end(), duration_s)))
         into.current = None
 
     def cut(self) -> None:

@@ -15,8 +15,11 @@ import pandas as pd
 import pytest
 from msgspec import structs
 
+from lem.record import EngineInfo
 from lem.results.plan import running
+from lem.results.show import NOT_MEASURED, marked
 from lem.results.store import Store
+from lem.results.tables import Tables
 from tests.conftest import SIMULATED
 from tests.records import experiment, finished, phases, put, reading, record, requests
 
@@ -347,3 +350,89 @@ def test_an_experiment_without_an_environment_says_so(lem, store):
     broken = record(rows, phases=phases()[:1], requests_completed=0, input_tokens=0, output_tokens=0)
     directory.write_record(structs.replace(broken, experiment_id=directory.id))
     assert lem("results", "show", directory.id, "--environment").code == 2
+
+
+# ------------------------------------------------------------------ energy that is not the whole, or not measured
+CPU = reading("cpu", "counter", 20.0, "package-0", "package")
+ESTIMATES = (
+    reading("cpu", "estimate", 300.0, "cpu", "machine"),
+    reading("dram", "estimate", 5.0, "dram", "machine"),
+)
+ON_GPU = EngineInfo("pytorch", "1", "cuda:0", "NVIDIA H100 80GB HBM3", {})
+
+
+def line_of(text: str, name: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(name))
+
+
+def metered(store, *energies, engine=None):
+    """Write an experiment with a cycle for each of these."""
+    directory = experiment(store, cycles=len(energies))
+    for cycle, energy in enumerate(energies, start=1):
+        known = {"cycle": cycle, "config_sha256": directory.plan().config_sha256, "engine": engine}
+        put(directory, record(energy=energy, duration_s=4.0 + cycle / 10, **known), requests())
+    return directory
+
+
+def test_the_headline_says_that_the_gpu_is_not_in_it(lem, store):
+    directory = metered(store, ESTIMATES, engine=ON_GPU)
+    assert lem("aggregate", directory.id).code == 0
+    shown = lem("results", "show", directory.id).out
+    assert "≈305 J" in line_of(shown, "Energy ")
+    assert "(cpu+dram, estimate, machine, without the GPU)" in line_of(shown, "Energy ")
+    listed = lem("results", "list")
+    assert f"energy without the GPU that ran the model: {directory.id}" in listed.out
+    assert json.loads(lem("results", "show", directory.id, "--json").out)["energy_without_gpu"] is True
+
+
+def test_a_headline_with_the_gpu_says_nothing_of_it(lem, store):
+    directory = metered(store, (reading(), CPU), engine=ON_GPU)
+    assert lem("aggregate", directory.id).code == 0
+    for command in (("results", "show", directory.id), ("results", "list")):
+        assert "without the GPU" not in lem(*command).out
+    assert json.loads(lem("results", "show", directory.id, "--json").out)["energy_without_gpu"] is False
+
+
+def test_cycles_that_were_measured_and_estimated_have_no_mean_anywhere(lem, store):
+    directory = metered(store, (CPU,), ESTIMATES)
+    assert lem("aggregate", directory.id).code == 0
+    shown = lem("results", "show", directory.id).out
+    assert line_of(shown, "Energy ").split() == ["Energy", "not", "measured"]
+    assert "energy_mixed" in shown
+    of_cycles = [line.split() for line in shown.splitlines() if line.startswith(("1 ", "2 ", "mean", "sd"))]
+    assert [any("≈" in cell for cell in cells) for cells in of_cycles] == [False, True, False, False]
+    row = json.loads(lem("results", "show", directory.id, "--json").out)
+    names = (
+        "energy_j",
+        "energy_per_output_token_j",
+        "average_power_w",
+        "energy_sd_j",
+        "energy_per_output_token_mean_j",
+    )
+    (in_table,) = pd.read_parquet(store.experiments_table).to_dict("records")
+    assert [row[name] for name in names] == [None] * len(names)
+    assert all(pd.isna(in_table[name]) for name in names)
+    assert NOT_MEASURED in lem("results", "list").out
+
+
+def test_an_old_mean_that_mixes_both_is_marked_as_an_estimate(lem, store):
+    """0.1.0 averaged measured and estimated cycles, and labelled the mean counter+estimate."""
+    directory = metered(store, (CPU,))
+    assert lem("aggregate", directory.id).code == 0
+    tables = Tables(store)
+    row = tables.row(directory.id, tables.location(directory.id))
+    assert marked(structs.replace(row, energy_source="counter+estimate"), "20 J") == "≈20 J"
+    assert marked(structs.replace(row, energy_source="counter+integral"), "20 J") == "20 J"
+
+
+def test_a_window_that_is_metered_in_part_has_its_seconds_in_the_record_and_no_number_in_the_row(lem, store):
+    directory = metered(store, (structs.replace(CPU, covered_s=2.5),))
+    assert lem("aggregate", directory.id).code == 0
+    shown = lem("results", "show", directory.id).out
+    assert line_of(shown, "Energy ").split() == ["Energy", "not", "measured"]
+    assert "energy_partial: the cpu energy (counter) covers 2.5 of 4.1 s, so it is null." in shown
+    raw = lem("results", "show", directory.id, "--raw").out
+    assert "20 J" in raw
+    assert "covers 2.5 s" in raw
+    row = json.loads(lem("results", "show", directory.id, "--json").out)
+    assert row["energy_j"] is row["cpu_energy_j"] is row["energy_per_output_token_j"] is None

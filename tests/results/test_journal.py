@@ -32,12 +32,14 @@ def test_rows_come_back_as_they_were(file):
 
 
 def test_a_killed_process_is_known_up_to_its_last_batch(file):
-    energy = (reading(energy_j=30.0),)
-    write(file, Checkpoint(0.5, Flops(1.0, "m"), energy, 0.4), Checkpoint(1.5, Flops(2.0, "m")))
+    write(file, Checkpoint(0.5, Flops(1.0, "m"), (reading(energy_j=30.0),), 0.4), Checkpoint(1.5, Flops(2.0, "m")))
     (window,) = read(file.read_bytes())
     salvaged = window.salvaged()
     assert (salvaged.requests_completed, salvaged.input_tokens, salvaged.output_tokens) == (2, 21, 40)
-    assert (salvaged.phase("measured").duration_s, salvaged.phase("measured").energy) == (1.5, energy)
+    window = salvaged.phase("measured")
+    assert (window.duration_s, window.energy) == (1.5, (reading(energy_j=30.0, covered_s=0.4),))
+    (usable,) = window.usable()
+    assert (usable.energy_j, usable.reason) == (None, "it covers only 0.4 of 1.5 s")
     assert salvaged.flops.total == 2.0
     assert salvaged.warnings[-1].code == "window_cut"
     assert "1.1 s before" in salvaged.warnings[-1].text

@@ -35,7 +35,11 @@ from lem.results.parquet import columns
 from lem.results.rows import Cycle, as_rows, cycle_columns, rows_of
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import summarise
-from tests.records import phases, plan, reading, record, request, requests
+from tests.records import GPU, phases, plan, reading, record, request, requests
+
+CPU = reading("cpu", "counter", 20.0, "package-0", "package")
+ESTIMATED_CPU = reading("cpu", "estimate", 300.0, "cpu", "machine")
+DRAM = reading("dram", "estimate", 5.0, "dram", "machine")
 
 
 def row(*records, rows=None, **plan_values):
@@ -130,6 +134,11 @@ def test_estimates_are_summed_only_among_themselves_and_labelled():
         [reading("cpu", "estimate", 3.0, "cpu", "machine"), reading("dram", "estimate", 5.0, "dram", "machine")]
     )
     assert (energy.energy_j, energy.source, energy.components) == (8.0, "estimate", "cpu+dram")
+
+
+def test_measured_and_estimated_readings_have_no_sum():
+    mixed = [reading("cpu", "counter", 9.0, "package-0", "package"), reading("cpu", "estimate", 5.0, "cpu", "machine")]
+    assert (by_component(mixed)["cpu"].energy_j, by_component(mixed)["cpu"].source) == (None, "counter+estimate")
 
 
 def test_a_module_contains_its_gpu():
@@ -243,6 +252,63 @@ def test_numbers_that_do_not_agree_are_a_warning(wrong):
     assert "identity_violated" in codes(row(record(**wrong)))
 
 
+# ------------------------------------------------------------------ doubts
+def test_percentiles_of_few_requests_have_a_warning_that_all_cycles_share():
+    made = row()
+    assert any(w.startswith("few_samples: latency: 3 values, p50 needs 5, p95 needs 59") for w in made.warnings)
+    assert codes(over_cycles(cycles(1.0, 3.0), plan(cycles=2))).count("few_samples") == 1
+    many = [request(request=i, batch=i, start_s=i * 0.01, end_s=i * 0.01 + 0.01) for i in range(299)]
+    assert "few_samples" not in codes(row(record(many), rows=many, count=299))
+
+
+def test_tokens_are_counted_where_percentiles_are_of_tokens():
+    rows = [replace(r, ttft_s=0.1, tpot_s=0.02, itl_s=[0.02] * 150) for r in requests()]
+    (text,) = [w for w in row(rows=rows).warnings if w.startswith("few_samples")]
+    assert "time to first token, time per output token: 3 values" in text
+    assert "inter-token" not in text  # 450 values
+
+
+@pytest.mark.parametrize(("energy", "lacking"), [((CPU, DRAM), True), ((GPU, CPU), False), ((), None)])
+def test_a_row_says_whether_the_gpu_is_in_its_energy(energy, lacking):
+    made = row(record(energy=energy, environment=gpus("GPU-a")))
+    assert made.energy_without_gpu is lacking
+
+
+def busy(positions, rank=0, attempt=1, late_s=0.0):
+    """Requests of a second each, one after the other without a pause, from the opening of their window."""
+    rows = requests(positions, rank=rank, attempt=attempt)
+    return [replace(r, start_s=n * 1.0, end_s=n + 1.0 + late_s) for n, r in enumerate(rows)]
+
+
+def doubts(*records, rows, **plan_values):
+    return {"times_disagree", "window_unfilled"} & set(codes(row(*records, rows=rows, **plan_values)))
+
+
+def test_a_window_that_one_process_opens_later_than_the_others_is_found():
+    """As if the meter were settled once more behind the barrier: a tick of 100 ms is missing from 2.25 s."""
+    both = [*busy([0, 1]), *busy([2, 3], rank=1, late_s=0.245)]
+    records = [record(both[:2], world_size=2, duration_s=2.245), record(both[2:], (), rank=1, world_size=2)]
+    assert doubts(*records, rows=both, processes=2, count=4) == set()
+    records[0] = record(both[:2], world_size=2, duration_s=2.147)
+    assert doubts(*records, rows=both, processes=2, count=4) == {"times_disagree"}
+
+
+def test_windows_of_attempts_fit_their_own_requests():
+    parts = [(busy([0]), 1.0), (busy([1, 2], attempt=2), 2.0)]
+    records = [record(rows, duration_s=s, attempt=n) for n, (rows, s) in enumerate(parts, start=1)]
+    rows = [r for part, _ in parts for r in part]
+    assert doubts(merged(records), rows=rows) == set()
+    records[1] = record(parts[1][0], duration_s=1.5, attempt=2)
+    assert doubts(merged(records), rows=rows) == {"times_disagree"}
+    records[1] = record(parts[1][0], duration_s=3.0, attempt=2)
+    assert doubts(merged(records), rows=rows) == {"window_unfilled"}
+
+
+def test_a_window_that_waits_for_arrivals_need_not_be_filled():
+    rows = [replace(r, arrived_s=r.start_s) for r in busy([0, 1, 2])]
+    assert doubts(record(rows, duration_s=9.0), rows=rows) == set()
+
+
 # ------------------------------------------------------------------ failures
 def test_a_failed_run_has_a_row_with_its_error_and_no_rates():
     made = row(record(requests([0]), status="failed", error=ErrorInfo("E", "it broke", "measured")), rows=requests([0]))
@@ -326,10 +392,81 @@ def test_an_attempt_without_a_window_counts_for_nothing_but_its_error():
     assert (one.phase("measured").duration_s, one.requests_completed) == (4.0, 1)
 
 
-@pytest.mark.parametrize("later", [(), (reading("cpu", "estimate", 5.0, "cpu", "machine"),)])
+def resumed(first, second, durations_s=(1.0, 3.0)):
+    """Return the row of a cycle in two attempts that were metered like this."""
+    one = record(requests([0]), first, durations_s[0], attempt=1, status="interrupted")
+    return row(merged([one, record(requests([1, 2]), second, durations_s[1], attempt=2)]))
+
+
+@pytest.mark.parametrize("later", [(), (ESTIMATED_CPU,), (replace(GPU, energy_j=None, reason="lost"),)])
 def test_energy_that_an_attempt_lacks_makes_the_sum_null(later):
-    one = merged([record(requests([0]), attempt=1), record(requests([1, 2]), attempt=2, energy=later)])
-    assert row(one).energy_j is None
+    made = resumed((GPU,), later)
+    assert made.energy_j is made.gpu_energy_j is made.energy_per_output_token_j is made.average_power_w is None
+    assert "energy_partial" in codes(made)
+    assert any("gpu energy (counter) covers 1 of 4 s" in text for text in made.warnings)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_meter_that_changes_within_a_window_is_summed_from_neither(turned):
+    readings = [(CPU, reading("dram", "counter", 5.0, "dram", "package")), (ESTIMATED_CPU, DRAM)]
+    made = resumed(*(reversed(readings) if turned else readings))
+    assert made.energy_j is made.cpu_energy_j is made.dram_energy_j is made.co2e_g is None
+    assert codes(made).count("energy_partial") == 4
+    check_identities(made)
+
+
+def test_what_all_attempts_metered_alike_is_kept_beside_what_changed():
+    made = resumed((CPU, DRAM), (ESTIMATED_CPU, DRAM))
+    assert (made.energy_j, made.cpu_energy_j, made.dram_energy_j) == (None, None, 10.0)
+    assert made.dram_energy_source == "estimate"
+
+
+def test_what_was_read_of_a_part_is_kept_in_the_record():
+    parts = [record(requests([0]), (CPU,), 1.0), record(requests([1, 2]), (ESTIMATED_CPU,), 3.0, attempt=2)]
+    window = merged(parts).phase("measured")
+    assert [(r.source, r.energy_j, r.covered_s) for r in window.energy] == [
+        ("counter", 20.0, 1.0),
+        ("estimate", 300.0, 3.0),
+    ]
+    assert [r.reason for r in window.usable()] == ["it covers only 1 of 4 s", "it covers only 3 of 4 s"]
+
+
+@pytest.mark.parametrize(("covered_s", "whole"), [(4.0, True), (3.91, True), (3.89, False), (0.0, False)])
+def test_a_window_that_was_cut_has_only_energy_that_covers_it(covered_s, whole):
+    cut = record(energy=(replace(GPU, covered_s=covered_s),), status="interrupted")
+    made = row(cut)
+    assert made.energy_j == (100.0 if whole else None)
+    assert ("energy_partial" in codes(made)) is not whole
+
+
+@pytest.mark.parametrize(("duration_s", "lacking_s"), [(1.0, 0.05), (5.0, 0.1), (10.0, 0.1), (60.0, 0.6)])
+def test_what_may_be_lacking_is_a_tick_a_hundredth_and_never_more_than_a_sensors_error(duration_s, lacking_s):
+    for more_s, whole in ((-1e-6, True), (1e-6, False)):
+        energy = (replace(GPU, covered_s=duration_s - lacking_s - more_s),)
+        assert (row(record(energy=energy, duration_s=duration_s)).energy_j is not None) is whole
+
+
+def test_an_unmetered_hundredth_is_less_than_is_known_anyway():
+    assert resumed((), (GPU,), (0.99, 99.01)).energy_j == 100.0
+    assert resumed((), (GPU,), (1.01, 98.99)).energy_j is None
+
+
+def test_idle_and_warm_up_count_only_if_they_were_metered_throughout():
+    idle = Phase("idle_loaded", 2.0, (reading(energy_j=30.0, covered_s=1.0),))
+    made = row(record(phases=(idle, Phase("measured", 4.0, (GPU,)))))
+    assert (made.energy_j, made.idle_power_loaded_w, made.energy_idle_adjusted_j) == (100.0, None, None)
+
+
+def test_a_counter_and_an_integral_are_both_measured():
+    made = resumed((GPU,), (reading(source="integral", energy_j=11.0),))
+    assert (made.energy_j, made.energy_source) == (111.0, "counter+integral")
+
+
+def test_a_second_gpu_that_only_one_attempt_used_is_added():
+    made = resumed((GPU,), (GPU, reading(energy_j=11.0, device="GPU-1")))
+    assert made.energy_j == 211.0
+    lost = reading(energy_j=None, device="GPU-1", reason="it is lost")
+    assert resumed((GPU,), (GPU, lost)).energy_j is None
 
 
 def test_attempts_on_different_gpus_are_added_up():
@@ -437,6 +574,46 @@ def test_what_was_metered_differently_says_so():
     assert over_cycles(each, plan(cycles=2)).energy_source == "counter+integral"
 
 
+def of_kinds(*energies):
+    """Return the row of an experiment whose cycles were metered like this."""
+    each = [
+        row(record(energy=energy, cycle=n, phases=phases(2.0, energy))) for n, energy in enumerate(energies, start=1)
+    ]
+    return over_cycles(each, plan(cycles=len(each)))
+
+
+def test_measured_and_estimated_cycles_have_no_mean():
+    made = of_kinds((CPU, DRAM), (ESTIMATED_CPU, DRAM), (CPU, DRAM))
+    assert made.duration_s == 2.0
+    headline = ("energy_j", "energy_wh", "average_power_w", "energy_per_output_token_j", "energy_per_request_j")
+    spread = [name for name in ExperimentRow.__struct_fields__ if re.match("energy_.*(sd|cv|ci95|mean)", name)]
+    assert {name: getattr(made, name) for name in (*headline, "cpu_energy_j", *spread)} == dict.fromkeys(
+        (*headline, "cpu_energy_j", *spread)
+    )
+    assert made.dram_energy_j == 5.0
+    assert made.output_tokens_per_s_sd == 0.0
+    (text,) = [text for text in made.warnings if text.startswith("energy_mixed")]
+    assert "measured cpu package in some and estimated cpu+dram machine in others" in text
+
+
+def test_cycles_of_different_components_have_no_mean():
+    made = of_kinds((CPU,), (CPU, reading("dram", "counter", 5.0, "dram", "package")))
+    assert (made.energy_j, made.cpu_energy_j) == (None, 20.0)
+    assert "energy_mixed" in codes(made)
+
+
+def test_cycles_of_one_kind_have_a_mean():
+    made = of_kinds((GPU,), (reading(source="integral", energy_j=110.0),))
+    assert (made.energy_j, made.energy_source) == (105.0, "counter+integral")
+    assert "energy_mixed" not in codes(made)
+
+
+def test_one_cycle_without_energy_leaves_no_mean():
+    made = of_kinds((CPU,), (replace(CPU, covered_s=0.5),))
+    assert (made.energy_j, made.energy_cv) == (None, None)
+    assert "energy_partial" in codes(made)
+
+
 OF_THE_EXPERIMENT = {"cycles_planned", "cycles_completed", "resumed"}
 
 
@@ -517,3 +694,39 @@ def test_totals_are_those_of_the_same_requests_in_one_process(run):
         sum(cycle.energy_j for cycle in shared.cycles),
         sum(r.energy_j for p in parts for r in p.record.phase("measured").energy),
     )
+
+
+# A meter that counts 100 W, one that estimates five times as much, and none.
+POWERS_W = {"counter": 100.0, "estimate": 500.0}
+
+
+@st.composite
+def attempts_at_a_window(draw):
+    """Attempts of some seconds each, with a meter that may change, and with readings that may not reach the end."""
+    made = []
+    for attempt in range(1, draw(st.integers(1, 4)) + 1):
+        duration_s = draw(st.floats(0.2, 50))
+        kind = draw(st.sampled_from(["counter", "counter", "estimate", "none"]))
+        behind_s = draw(st.sampled_from([0.0, 0.0, 0.05, 1.0, 40.0]))
+        covered_s = max(0.0, duration_s - behind_s)
+        power_w = POWERS_W.get(kind)
+        known = {"energy_j": power_w * covered_s, "covered_s": covered_s} if power_w and covered_s else {}
+        reading_of = reading("cpu", kind, **({"energy_j": None, "reason": "lost"} | known)) if power_w else None
+        rows = requests([attempt - 1], attempt=attempt)
+        made.append(record(rows, (reading_of,) if reading_of else (), duration_s, attempt=attempt))
+    return made
+
+
+@given(attempts_at_a_window())
+def test_energy_that_is_shown_is_that_of_the_whole_window_and_of_one_kind(attempts):
+    rows = [r for n in range(len(attempts)) for r in requests([n], attempt=n + 1)]
+    made = row(merged(attempts), rows=rows, count=len(attempts))
+    assert made.duration_s == pytest.approx(sum(a.phase("measured").duration_s for a in attempts))
+    check_identities(made)
+    if made.energy_j is None:
+        lacks_all = all(r.energy_j is None for a in attempts for r in a.phase("measured").energy)
+        assert lacks_all or "energy_partial" in codes(made)
+        return
+    right_j = POWERS_W[made.energy_source] * made.duration_s
+    allowed_j = max(0.01 * right_j, min(0.05 * right_j, 0.1 * POWERS_W[made.energy_source]))
+    assert right_j - allowed_j - 1e-6 <= made.energy_j <= right_j + 1e-6

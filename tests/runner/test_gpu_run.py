@@ -16,6 +16,7 @@ from lem.spec.experiment import Energy, Experiment
 from lem.units import timestamp
 from lem.workload.prompts import sha256_of
 from tests.conftest import command, raw_record
+from tests.energy.test_rapl import USUAL_RANGE_UJ, counting
 from tests.nvml_standin import environment, scenario
 
 pytestmark = pytest.mark.processes
@@ -75,6 +76,35 @@ def test_a_gpu_that_is_lost_in_mid_run_is_null_with_a_reason(run):
     assert "energy_missing" in codes(row)
     assert "lost" in record["phases"][-1]["energy"][0]["reason"]
     assert row["output_tokens"] > 0
+
+
+ONE_GPU = "devices 1\ndevice 0 tick_ms 100\ndevice 0 power constant 300"
+
+
+@pytest.mark.parametrize("energy", ["codecarbon", "rapl"])
+def test_a_meter_that_reads_no_gpu_says_so_in_the_row_and_the_headline(run, tmp_path, energy):
+    with counting(tmp_path / "powercap", USUAL_RANGE_UJ) as (tree, _):
+        row, _ = run(ONE_GPU, "backend.gpus=1", f"energy={energy}", f"energy.powercap_dir={tree}", "--force")
+    assert "gpu" not in row["energy_components"]
+    assert row["energy_without_gpu"]
+    assert "energy_without_gpu" in codes(row)
+    (shown,) = [
+        line for line in command("results", "show", row["experiment_id"], cwd=tmp_path).out.splitlines()
+        if line.startswith("Energy  ")
+    ]  # fmt: skip
+    assert shown.endswith("without the GPU)")
+
+
+def test_a_meter_that_reads_the_gpu_as_well_says_nothing(run):
+    row, _ = run(ONE_GPU, "backend.gpus=1", "energy=auto")
+    assert (row["energy_components"], row["energy_without_gpu"]) == ("gpu", False)
+    assert not codes(row) & {"energy_without_gpu", "power_implausible", "times_disagree", "window_unfilled"}
+
+
+def test_more_power_than_the_limit_is_a_doubt(run):
+    row, _ = run(f"{ONE_GPU}\ndevice 0 power_limit 280", "backend.gpus=1", "backend.decode_s_per_token=0.002")
+    assert row["average_power_w"] == pytest.approx(300, rel=0.02)
+    assert "power_implausible" in codes(row)
 
 
 def test_a_mig_instance_is_labelled_as_shared(run):

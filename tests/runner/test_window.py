@@ -6,6 +6,7 @@ import itertools
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from lem.backends import make_backend
 from lem.energy.base import Meter
@@ -116,6 +117,7 @@ def test_phases_are_load_warmup_measured_each_with_its_energy():
     assert [phase.name for phase in phases] == ["load", "warmup", "measured"]
     for phase in phases:
         assert phase.energy[0].energy_j == pytest.approx(50 * phase.duration_s, rel=0.02, abs=0.01)
+        assert phase.energy[0].covered_s == phase.duration_s
 
 
 def test_loading_and_encoding_are_outside_of_the_measured_window():
@@ -164,6 +166,22 @@ def test_a_failure_keeps_what_was_measured_until_then_and_ends_the_window_with_t
     known = [c for c in recording.checkpoints if c.energy is not None][-1]
     assert window.energy[0].energy_j == pytest.approx(50 * known.energy_at_s, abs=0.05)
     assert measurement.energy_behind_s == window.duration_s - known.energy_at_s
+    assert window.energy[0].covered_s == known.energy_at_s
+
+
+class Lagging(ConstantPower):
+    """One that says itself how far its last sample reaches."""
+
+    def so_far(self):
+        (reading,) = super().so_far()
+        return (replace(reading, covered_s=0.001),)
+
+
+def test_a_meter_that_says_what_its_reading_covers_is_believed():
+    measurement = Measurement()
+    with pytest.raises(RunError):
+        run(measurement, fail_at_request=INDICES[9], warmup=0, meter=Lagging())
+    assert measurement.phases[-1].energy[0].covered_s == 0.001
 
 
 def test_what_is_lost_of_a_broken_window_is_the_time_since_its_last_batch():
