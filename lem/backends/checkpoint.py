@@ -14,6 +14,7 @@ from typing import Any
 from lem.backends.base import Encoded
 from lem.backends.engine import reason_of
 from lem.errors import RunError
+from lem.paths import expanded
 from lem.spec.experiment import Experiment
 from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
@@ -174,7 +175,7 @@ def adapter_folder(adapter: str) -> Path:
     Raises:
         RunError: it cannot be fetched.
     """
-    local = Path(adapter).expanduser()
+    local = expanded(adapter)
     if local.is_dir():
         return local
     import huggingface_hub

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from lem.errors import did_you_mean
 from lem.machine.gpu import Gpu
+from lem.paths import expanded
 from lem.spec.experiment import Experiment
 from lem.spec.processes import changed, gpus_needed
 from lem.spec.rules import Objection, without_effect
@@ -45,7 +46,7 @@ def _adapter(experiment: Experiment) -> Iterator[Objection]:
     adapter = experiment.adapter
     if adapter is None:
         return
-    local = Path(adapter).expanduser()
+    local = expanded(adapter)
     if local.is_dir():
         is_missing = not (local / "adapter_config.json").is_file()
     else:

@@ -103,7 +103,7 @@ def run_ready(
     Raises:
         Interrupted: stopped from outside; what was measured is kept, and its row written.
     """
-    store = Store(Path(ready.experiment.io.results_dir))
+    store = Store(ready.experiment.io.results_dir)
     directory = unfinished or store.claim()
     if claimed is not None:
         claimed(directory)

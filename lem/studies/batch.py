@@ -16,6 +16,7 @@ from lem.errors import BadInput, ConfigError
 from lem.machine import host
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
+from lem.paths import expanded
 from lem.runner.preflight import Ready, preflight
 from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions
@@ -76,7 +77,11 @@ def find(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, Path] = {}
     problems = []
     for pattern in patterns:
-        files = [path for path in _matches(pattern) if not is_index(path)]
+        try:
+            files = [path for path in _matches(pattern) if not is_index(path)]
+        except BadInput as error:
+            problems.append(str(error))
+            continue
         if not files:
             hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
             problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
@@ -88,7 +93,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    path = Path(pattern).expanduser()
+    path = expanded(pattern)
     if path.is_dir():
         hits = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
     elif path.exists():

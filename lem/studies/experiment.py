@@ -43,7 +43,7 @@ def main(
     if options.dry_run:
         _show_plan(ready)
         return 0
-    store = Store(Path(ready.experiment.io.results_dir))
+    store = Store(ready.experiment.io.results_dir)
     unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
     question = f"Run {summary_of(ready)}?"
     if unfinished:
