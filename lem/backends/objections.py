@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from lem.backends.chat import problem_of
 from lem.errors import did_you_mean
 from lem.machine.gpu import Gpu
 from lem.paths import expanded
@@ -100,6 +101,8 @@ def _chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
     )
     if not getattr(tokenizer, "chat_template", None):
         yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
+    elif fact := problem_of(tokenizer):
+        yield Objection("chat_template_loses_prompts", "chat_template", f"{model.name}: {fact}")
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:

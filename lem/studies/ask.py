@@ -64,6 +64,9 @@ def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
     """Print what an experiment measured and where its files are; return the exit code."""
     show.show_row(outcome.row)
     print(f"\nRaw records: {outcome.directory.path}")
+    if outcome.problem:
+        print(f"Error: {outcome.problem}", file=sys.stderr)
+        return 1
     if write_tables:
         print(f"Table:       {outcome.store.experiments_table}")
     else:

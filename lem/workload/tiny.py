@@ -67,8 +67,8 @@ def path() -> Path:
             _make(target)
         except OSError as error:
             raise ModelError(
-                f"The model that comes with lem cannot be written to {target} ({error.strerror}); set LEM_CACHE_DIR to "
-                "a directory that can be written to."
+                f"The model that comes with lem cannot be written to {target} ({error.strerror or error}); "
+                "set LEM_CACHE_DIR to a directory that can be written to."
             ) from None
     return target
 

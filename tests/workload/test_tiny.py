@@ -18,6 +18,7 @@ MAKE_AT_A_SIGNAL = """
 import sys, time
 from pathlib import Path
 import numpy, platformdirs, safetensors.numpy, tokenizers
+from lem.errors import ModelError
 from lem.workload import tiny
 import lem.workload.builtin
 ready, go = map(Path, sys.argv[1:])
@@ -78,7 +79,7 @@ def test_failed_making_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch)
     monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.numpy.save_file", disk_full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ModelError, match=r"No space left.*LEM_CACHE_DIR"):
             tiny.path()
     assert list((tmp_path / "models").iterdir()) == []
     assert (tiny.path() / "model.safetensors").exists()
