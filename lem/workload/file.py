@@ -7,10 +7,9 @@ unknown, the file is refused, because its source text would become the prompts.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +201,7 @@ def _fields(count: int) -> str:
 
 def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """Return the records with the lines at which they begin, from the first that is not blank."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_physical_lines(text), delimiter=delimiter, strict=True)
     records: list[tuple[int, list[str]]] = []
     line = 1
     try:
@@ -217,6 +216,18 @@ def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]
     return records
 
 
+def _physical_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text with their ends, one at a time: io.StringIO would copy it as four bytes a character."""
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
+    start = 0
+    while (end := text.find("\n", start) + 1) > 0:
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
 def _delimiter(path: Path, text: str, column: str | None) -> str:
     """Return the delimiter with which the first line names a column of prompts, else the one that splits it most."""
     if path.name.lower().removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".tsv"):
@@ -227,7 +238,7 @@ def _delimiter(path: Path, text: str, column: str | None) -> str:
 
 
 def _header(text: str, delimiter: str) -> list[str]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_physical_lines(text), delimiter=delimiter, strict=True)
     try:
         return next(([name.strip() for name in fields] for fields in reader if any(map(str.strip, fields))), [])
     except csv.Error:

@@ -132,6 +132,8 @@ READ = [
     ("p.csv", b"id, text\n1,a\n", ("a",)),
     ("p.csv", b"prompt\n" + b"x" * 200_000 + b"\n", ("x" * 200_000,)),
     ("p.csv", b"prompt\none; two\tthree|four\n", ("one; two\tthree|four",)),
+    ("p.csv", b"id,text\r1,a\r2,b\r", ("a", "b")),
+    ("p.csv", "id,text\r\n1,a\u2028b\r\n2,c".encode(), ("a\u2028b", "c")),
     # ------------------------------------------------------ Parquet
     ("p.parquet", lambda: parquet([{"text": None}, {"text": "a"}]), ("a",)),
     ("p.parquet", lambda: parquet([{"text": "a", "vector": [1.0]}]), ("a",)),

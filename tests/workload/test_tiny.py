@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lem.errors import ModelError
 from lem.workload import builtin, models, tiny
 
 # To change the model's bytes on purpose, raise tiny.VERSION and put the new digests here.
@@ -18,7 +19,6 @@ MAKE_AT_A_SIGNAL = """
 import sys, time
 from pathlib import Path
 import numpy, platformdirs, safetensors.numpy, tokenizers
-from lem.errors import ModelError
 from lem.workload import tiny
 import lem.workload.builtin
 ready, go = map(Path, sys.argv[1:])
