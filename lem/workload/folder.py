@@ -7,6 +7,7 @@ refused.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lem.workload.prompts import Rows, choose_column
 CARD = "README.md"
 # Written by older versions of `datasets` beside the data.
 NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+HIDDEN = (".", "__")
 MOST_NAMED = 3
 
 
@@ -29,6 +31,13 @@ def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
     Raises:
         DatasetError: there is nothing to read, no such split, or files that would be left out without a word.
     """
+    try:
+        return _rows(folder, dataset)
+    except OSError as error:
+        raise DatasetError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from None
+
+
+def _rows(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved(folder, dataset)
     if dataset.files is not None:
@@ -97,10 +106,15 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix and path.name not in NO_DATA and file.kind_of(path.name) and path.is_file():
-            yield path
+    for where, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        for path in (Path(where, name) for name in names if not name.startswith(HIDDEN) and name not in NO_DATA):
+            if path.suffix and file.kind_of(path.name) and path.is_file():
+                yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _splits(folder: Path) -> Mapping[str, list[Path]]:

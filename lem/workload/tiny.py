@@ -74,10 +74,20 @@ def path() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return lem's directory in the user's cache; `LEM_CACHE_DIR` moves it."""
+    """Return lem's directory in the user's cache; `LEM_CACHE_DIR` moves it.
+
+    Raises:
+        ModelError: the user's home directory is not known.
+    """
     import platformdirs
 
-    return Path(os.environ.get("LEM_CACHE_DIR") or platformdirs.user_cache_dir("lem"))
+    try:
+        return Path(os.environ.get("LEM_CACHE_DIR") or platformdirs.user_cache_dir("lem"))
+    except RuntimeError:
+        raise ModelError(
+            "The model that comes with lem has no place: your home directory is not known. Set HOME, or LEM_CACHE_DIR "
+            "to a directory that can be written to."
+        ) from None
 
 
 def _make(target: Path) -> None:

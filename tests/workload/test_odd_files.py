@@ -334,6 +334,20 @@ def test_odd_directory_is_refused(tmp_path, files, fields, reason):
     assert message.isprintable()
 
 
+@pytest.mark.parametrize("closed", ["", "below"])
+def test_directory_that_may_not_be_read_is_refused(tmp_path, monkeypatch, closed):
+    folder = tree(tmp_path / "set", {"a.csv": CSV, "below/b.csv": CSV})
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path) == folder / closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert refusal(folder) == f"{folder / closed} cannot be read: Permission denied."
+
+
 def test_files_of_a_directory_can_be_chosen_by_a_pattern(tmp_path):
     folder = tree(tmp_path, {"a.csv": CSV, "b.txt": TEXT})
     assert load_prompts(Dataset(path=str(folder), files="*.txt"), 0).files == ("b.txt",)

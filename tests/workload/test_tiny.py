@@ -85,6 +85,16 @@ def test_failed_making_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch)
     assert (tiny.path() / "model.safetensors").exists()
 
 
+def test_user_without_a_home_directory_is_told_what_to_set(monkeypatch):
+    def unknown(*_):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("LEM_CACHE_DIR", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", unknown)
+    with pytest.raises(ModelError, match="LEM_CACHE_DIR"):
+        tiny.path()
+
+
 def disk_full(*args, **options):
     raise OSError("No space left on device")
 
