@@ -74,7 +74,10 @@ def _checked_kind(path: Path, text: str, kind: str) -> str:
             return found
         raise DatasetError(f"{path} holds JSON, not {_called(kind)}; rename it to .{found}.")
     if kind != "csv" and _is_table(text):
-        raise DatasetError(f"{path} holds a table with a line of column names, not text; rename it to .csv.")
+        raise DatasetError(
+            f"{path} begins with a line of column names, which would be a prompt; rename it to .csv, or remove that "
+            "line."
+        )
     return kind or "text"
 
 
@@ -104,8 +107,10 @@ def _tried(text: str) -> Any:
 def _is_table(text: str) -> bool:
     """Return whether a text begins like a table: column names, one of which means prompts, above as many fields."""
     first = text.split("\n", 2)[:2]
-    if len(first) < 2:
+    if len(first) < 2 or not first[1].strip():
         return False
+    if first[0].strip().strip('"') in PROMPT_COLUMNS:
+        return True
     for delimiter in DELIMITERS:
         try:
             names, fields = csv.reader(first, delimiter=delimiter, strict=True)

@@ -4,6 +4,7 @@ A file must never give other prompts than its author meant, so there is no third
 """
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lem.errors import BadInput, DatasetError
 from lem.spec.experiment import Dataset
@@ -158,9 +161,11 @@ REFUSED = [
     ("p.txt", JSON, " holds JSON, not text; rename it to .json"),
     ("p.txt", b'{\n  "text": "a"\n}\n', " holds JSON, not text"),
     ("p.csv", JSONL, " holds JSON, not CSV"),
-    ("p.txt", CSV, " holds a table"),
-    ("p.txt", b"id;prompt\n1;a\n", " holds a table"),
-    ("p", b"id\tprompt\n1\ta\n", " holds a table"),
+    ("p.txt", CSV, " begins with a line of column names"),
+    ("p.txt", b"id;prompt\n1;a\n", " begins with a line of column names"),
+    ("p", b"id\tprompt\n1\ta\n", " begins with a line of column names"),
+    ("p.txt", b"prompt\nHello, you\n", " begins with a line of column names"),
+    ("p", b'"question"\n"Who?"\n', " begins with a line of column names"),
     ("p.parquet", JSONL, " cannot be read as Parquet"),
     ("p.jsonl", b"plain text\n", ", line 1 cannot be read as JSON"),
     ("p.jsonl", b"- text: yaml\n", ", line 1 cannot be read as JSON"),
@@ -272,6 +277,50 @@ def test_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(content, "MOST_BYTES", 1 << 20)
     file = written(tmp_path, "p.txt.gz", gzip.compress(b"a" * (3 << 20)))
     assert "unpacks to more than" in refusal(file)
+
+
+# ------------------------------------------------------------------ what is written is read
+def as_csv(texts, delimiter):
+    out = io.StringIO(newline="")
+    csv.writer(out, delimiter=delimiter).writerows([["id", "prompt"], *enumerate(texts)])
+    return out.getvalue().encode()
+
+
+WRITERS = {
+    "p.csv": lambda texts: as_csv(texts, ","),
+    "semicolons.csv": lambda texts: as_csv(texts, ";"),
+    "p.tsv": lambda texts: as_csv(texts, "\t"),
+    "bars.csv.gz": lambda texts: gzip.compress(as_csv(texts, "|")),
+    "p.jsonl": lambda texts: "\n".join(json.dumps({"prompt": t}, ensure_ascii=False) for t in texts).encode(),
+    "p.json": lambda texts: json.dumps([{"id": i, "prompt": t} for i, t in enumerate(texts)]).encode(),
+    "list.json.xz": lambda texts: lzma.compress(json.dumps(texts).encode()),
+    "p.parquet": lambda texts: parquet([{"prompt": t} for t in texts]),
+}
+UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(texts=st.lists(UNICODE.filter(str.strip), min_size=1, max_size=5))
+def test_any_text_that_is_written_is_read_unchanged(tmp_path, name, texts):
+    file = written(tmp_path, name, WRITERS[name](texts))
+    assert load_prompts(Dataset(path=str(file)), 0).texts == tuple(texts)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "json", "jsonl", "parquet", "gz", "zst", ""])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.binary(min_size=1, max_size=200) | st.sampled_from([JSON, JSONL, CSV, TEXT]).flatmap(
+    lambda whole: st.integers(1, len(whole)).map(lambda end: whole[:end])))  # fmt: skip
+def test_any_bytes_are_read_or_refused_in_a_line(tmp_path, suffix, data):
+    file = written(tmp_path, f"p.{suffix}".rstrip("."), data)
+    texts, message = (), ""
+    try:
+        texts = load_prompts(Dataset(path=str(file)), 0).texts
+    except DatasetError as error:
+        message = str(error)
+    assert bool(texts) != bool(message)
+    assert not message or message.startswith(str(file))
+    assert "\n" not in message
 
 
 # ------------------------------------------------------------------ directories
