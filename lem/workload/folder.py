@@ -11,7 +11,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lem.errors import DatasetError
 from lem.spec.experiment import Dataset
@@ -21,6 +25,8 @@ from lem.workload.prompts import Rows, choose_column
 CARD = "README.md"
 # Written by older versions of `datasets` beside the data.
 NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+# What a card says of a configuration; anything else is an option of the library's reader.
+PLAIN = frozenset({"config_name", "data_files", "data_dir", "default"})
 HIDDEN = (".", "__")
 MOST_NAMED = 3
 
@@ -44,9 +50,12 @@ def _rows(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
         _refuse_split(folder, dataset.split, [hub.DEFAULT_SPLIT])
         found = _matching(folder, dataset.files)
         return _read(folder, found, dataset.column), dataset.split
-    if dataset.config is not None or _has_configurations(folder):
-        return hub.read_folder(folder, dataset.config, dataset.split), dataset.split or hub.DEFAULT_SPLIT
-    split = dataset.split or hub.DEFAULT_SPLIT
+    split, configurations = dataset.split or hub.DEFAULT_SPLIT, _configurations(folder)
+    if dataset.config is not None or configurations:
+        plain = all(isinstance(each, dict) and PLAIN.issuperset(each) for each in configurations)
+        return hub.read_folder(
+            folder, dataset.config, split, partial(_read, folder, column=dataset.column) if plain else None
+        ), split
     return _read(folder, _files_of(folder, split), dataset.column), split
 
 
@@ -60,15 +69,20 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
-def _has_configurations(folder: Path) -> bool:
-    """Return whether a dataset card says which files belong to which configuration and split."""
+def _configurations(folder: Path) -> list[Any]:
+    """Return what a dataset card says about which files belong to which configuration and split."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        return []
     before, _, rest = text.partition("---\n")
     header = rest.partition("\n---")[0] if not before else ""
-    return any(line.startswith("configs:") for line in header.split("\n"))
+    try:
+        found = yaml.safe_load(header)
+    except yaml.YAMLError as error:
+        raise DatasetError(f"{folder / CARD} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+    configurations = found.get("configs") if isinstance(found, dict) else None
+    return configurations if isinstance(configurations, list) else []
 
 
 def _refuse_split(folder: Path, asked: str | None, splits: Sequence[str]) -> None:

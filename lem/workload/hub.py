@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,16 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
         raise DatasetError(_sentence(path, split or DEFAULT_SPLIT, error)) from None
 
 
-def read_folder(folder: Path, config: str | None, split: str | None) -> Rows:
+def read_folder(
+    folder: Path, config: str | None, split: str | None, read: Callable[[Sequence[Path]], Rows] | None
+) -> Rows:
     """Return the rows of one split of a local directory whose dataset card says what belongs to it.
 
     Args:
         folder: the directory.
         config: name of a configuration, if the dataset has several.
         split: split to read; None is `train`.
+        read: reads the files; None if only the library can, because the card has options for it.
 
     Raises:
         DatasetError: it cannot be read as a dataset, or has no such configuration or split.
@@ -59,13 +62,15 @@ def read_folder(folder: Path, config: str | None, split: str | None) -> Rows:
     with tempfile.TemporaryDirectory(prefix="lem-datasets-") as cache:
         try:
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=cache)
+            files = list((builder.config.data_files or {}).get(chosen, ()))
+            is_local = bool(files) and all(Path(name).is_relative_to(folder.resolve()) for name in files)
             # As a stream: the library's cache tells directories apart only by the end of their paths.
-            rows = list(builder.as_streaming_dataset(split=chosen))
-            files = (builder.config.data_files or {}).get(chosen, ())
+            rows = [] if read and is_local else list(builder.as_streaming_dataset(split=chosen))
         except Exception as error:  # the library raises many kinds of errors
             raise DatasetError(_sentence(str(folder), chosen, error)) from None
-    names = [str(Path(name).relative_to(folder.resolve())) for name in files]
-    return Rows(str(folder), "row", rows, files=tuple(names))
+    if read and is_local:
+        return read([folder / Path(name).relative_to(folder.resolve()) for name in files])
+    return Rows(str(folder), "row", rows, files=tuple(files))
 
 
 def quiet(datasets: Any) -> None:

@@ -338,6 +338,7 @@ def tree(folder, files):
 
 
 CARD = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n"
+HEADLESS_CARD = CARD.replace(b"jsonl\n", b"csv\n  names: [id, text]\n")
 # The files of a directory, the split asked for, and the files that are read.
 DIRECTORIES = [
     ({"a.jsonl": JSONL}, None, ["a.jsonl"]),
@@ -349,13 +350,15 @@ DIRECTORIES = [
     ({"p.txt": TEXT, ".hidden.csv": CSV}, None, ["p.txt"]),
     ({"p.jsonl": JSONL, "dataset_infos.json": b"{}"}, None, ["p.jsonl"]),
     ({"a.jsonl": JSONL, "b.txt": b"of another file", "README.md": CARD}, None, ["a.jsonl"]),
+    ({"a.csv": CSV.replace(b"id,text\n", b""), "README.md": HEADLESS_CARD}, None, ["a.csv"]),
 ]
 
 
 @pytest.mark.parametrize(("files", "split", "read"), DIRECTORIES)
 def test_directory_says_which_of_its_files_were_read(tmp_path, files, split, read):
     prompts = load_prompts(Dataset(path=str(tree(tmp_path, files)), split=split), 0)
-    assert (prompts.texts, prompts.files) == (AB, tuple(read))
+    assert prompts.texts == AB
+    assert [Path(name).name if Path(name).is_absolute() else name for name in prompts.files] == read
 
 
 ODD_DIRECTORIES = [
@@ -371,6 +374,9 @@ ODD_DIRECTORIES = [
     ({"a.jsonl": JSONL, "b.jsonl": b'{"text": "a"}\n{"text": 5}\n'}, {}, "b.jsonl, line 2: column 'text' holds int"),
     ({"a.jsonl": JSONL, "b.jsonl": b'{"prompt": "a"}\n'}, {}, "b.jsonl, line 1 has no 'text'"),
     ({"a.csv": CSV, "b.csv": "text\ncaf\xe9\n".encode("latin-1")}, {}, "b.csv, line 2 is not in UTF-8"),
+    ({"a.jsonl": b'{"text": "a"}\n{"id": 1}\n', "README.md": CARD}, {}, "a.jsonl, line 2 has no 'text'"),
+    ({"a.jsonl": JSONL, "README.md": CARD}, {"config": "other"}, "Choose one with dataset.config"),
+    ({"a.jsonl": JSONL, "README.md": b"---\nconfigs: [\n---\n"}, {}, "README.md cannot be read"),
     ({"state.json": b"{}", "dataset_info.json": b"{}"}, {}, "state.json cannot be read as a part of a saved dataset"),
     ({"state.json": b'{"_data_files": [{"filename": "../../x"}]}'}, {}, "x cannot be read as Arrow"),
 ]
