@@ -22,7 +22,7 @@ def counts(ready: Ready) -> str:
     drawn = (
         f"{len(prompts.texts)} of {prompts.available} drawn" if len(prompts.texts) < prompts.available else "all used"
     )
-    return f"{prompts.read} read from {prompts.source}{files}, column {prompts.column}{empty}; {drawn}"
+    return printable(f"{prompts.read} read from {prompts.source}{files}, column {prompts.column}{empty}; {drawn}")
 
 
 def _listed(files: Sequence[str]) -> str:
@@ -36,7 +36,7 @@ def lines(ready: Ready) -> Iterator[str]:
         sent = _as_sent(ready)
     except LemError as error:
         yield f"prompts: {counts(ready)}"
-        yield f"the first prompts cannot be shown: {error}"
+        yield printable(f"the first prompts cannot be shown: {error}")
         return
     cut = sum(truncated for _, truncated, _ in sent)
     limit = ready.experiment.max_input_tokens
@@ -76,5 +76,9 @@ def shown(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in quoted)
+    return printable(json.dumps(text, ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """Return a text with what cannot be printed escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

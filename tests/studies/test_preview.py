@@ -47,6 +47,12 @@ def test_run_says_how_many_prompts_were_read_dropped_and_cut(lem, tmp_path):
     assert [row[f"prompts_{name}"] for name in ("read", "empty", "cut")] == [3, 1, 1]
 
 
+def test_name_of_a_source_paints_nothing(lem, tmp_path):
+    (tmp_path / "p\x1b[31m.txt").write_text("one\n")
+    asked = ("experiment", "-m", "any", "-p", "p\x1b[31m.txt", "backend=simulated", "--dry-run")
+    assert "prompts: 1 read from p\\x1b[31m.txt, column text; all used" in comments(lem(*asked))
+
+
 def test_long_prompt_is_shown_by_its_beginning_and_its_end():
     text = "a" * 300 + "b" * 300
     assert preview.shown(text) == f'"{"a" * 200}" … 340 more characters … "{"b" * 60}"'

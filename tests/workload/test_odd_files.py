@@ -22,6 +22,7 @@ from lem.errors import BadInput, DatasetError
 from lem.spec.experiment import Dataset
 from lem.workload import content
 from lem.workload.datasets import load_prompts
+from tests.conftest import SIMULATED
 
 AB = ("a prompt", "another, longer one")
 ROWS = [{"text": text} for text in AB]
@@ -277,6 +278,20 @@ def test_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(content, "MOST_BYTES", 1 << 20)
     file = written(tmp_path, "p.txt.gz", gzip.compress(b"a" * (3 << 20)))
     assert "unpacks to more than" in refusal(file)
+
+
+def test_an_odd_file_runs_nothing(lem, tmp_path):
+    for number, (name, data, _) in enumerate(REFUSED[::5]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        file = written(folder, name, data)
+        finished = lem("experiment", *SIMULATED[:4], "-y", "-p", str(file))
+        assert (finished.code, finished.out) == (2, ""), name
+        (line,) = finished.err.splitlines()
+        assert line.startswith(f"Error: {file}")
+        assert line.isprintable()
+        assert [entry.name for entry in folder.iterdir()] == [name]
+    assert not (tmp_path / "results").exists()
 
 
 # ------------------------------------------------------------------ what is written is read
