@@ -99,7 +99,7 @@ def text_of(path: Path, data: bytes) -> str:
         line, share = _line(data, zero), data.count(b"\0") / len(data)
         if share > 0.2:
             raise _encoded_as(path, line, "UTF-32" if share > 0.6 else "UTF-16")
-        raise DatasetError(f"{path}, line {line} is no text: it has a zero byte.")
+        raise DatasetError(f"{path}, line {line} is not text: it contains a zero byte.")
     return text
 
 
@@ -115,7 +115,7 @@ def _not_utf_8(path: Path, data: bytes, error: UnicodeDecodeError) -> DatasetErr
 def half_a_character(text: str) -> str:
     """Return the message about a text with a lone surrogate, which no encoding of Unicode can hold."""
     lone = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
-    return f"U+{ord(lone):04X} is half of a character (a lone surrogate), which is no text; remove or correct it."
+    return f"U+{ord(lone):04X} is half of a character (a lone surrogate), which is not text; remove or correct it."
 
 
 def _likely(data: bytes, position: int) -> str | None:

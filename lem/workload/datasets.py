@@ -38,7 +38,7 @@ def _rows(dataset: Dataset, path: str) -> tuple[Iterable[Row], str | None]:
     if os.path.isdir(local):
         return folder.read(local, dataset)
     if os.path.lexists(local):
-        raise DatasetError(f"{path} is no regular file; write its content to one first.")
+        raise DatasetError(f"{path} is not a regular file; save its content to one first.")
     if looks_like_a_file(path):
         raise DatasetError(f"There is no file {path}.")
     split = dataset.split or hub.DEFAULT_SPLIT

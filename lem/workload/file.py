@@ -49,7 +49,7 @@ def read(path: Path, column: str | None = None) -> Rows:
     kind = kind_of(path.name)
     if kind is None:
         raise DatasetError(
-            f"{path} is of an unknown kind; known are {KNOWN}. "
+            f"{path} is not a known kind of file ({KNOWN}). "
             "Convert it, or rename it to .txt if each of its lines is a prompt."
         )
     data = data_of(path)

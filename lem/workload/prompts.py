@@ -141,7 +141,7 @@ def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: 
     if by_name:
         return by_name[0]
     raise DatasetError(
-        f"{source}: no column has a common name of prompts. Name one with --column; the columns are {listed}.{hint}"
+        f"{source}: no column has a name that suggests prompts. Name one with --column; the columns are {listed}.{hint}"
     )
 
 

@@ -85,8 +85,8 @@ def cache_dir() -> Path:
         return Path(os.environ.get("LEM_CACHE_DIR") or platformdirs.user_cache_dir("lem"))
     except RuntimeError:
         raise ModelError(
-            "The model that comes with lem has no place: your home directory is not known. Set HOME, or LEM_CACHE_DIR "
-            "to a directory that can be written to."
+            "There is nowhere to put the model that comes with lem: your home directory is not known. Set HOME, or "
+            "LEM_CACHE_DIR to a directory that can be written to."
         ) from None
 
 

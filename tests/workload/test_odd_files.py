@@ -146,13 +146,13 @@ READ = [
 # What is refused, and what the message says after the file's name.
 REFUSED = [
     # ------------------------------------------------------ unknown kinds
-    ("p.yaml", b"- text: a\n", " is of an unknown kind"),
-    ("p.md", b"# a\n", " is of an unknown kind"),
-    ("p.toml.gz", gzip.compress(b"a = 1\n"), " is of an unknown kind"),
-    ("p.xlsx", b"PK\x03\x04...", " is of an unknown kind"),
-    ("p.v2", TEXT, " is of an unknown kind"),
-    ("p.arrow", b"ARROW1", " is of an unknown kind"),
-    ("p.tar.gz", gzip.compress(TEXT), " is of an unknown kind"),
+    ("p.yaml", b"- text: a\n", " is not a known kind of file"),
+    ("p.md", b"# a\n", " is not a known kind of file"),
+    ("p.toml.gz", gzip.compress(b"a = 1\n"), " is not a known kind of file"),
+    ("p.xlsx", b"PK\x03\x04...", " is not a known kind of file"),
+    ("p.v2", TEXT, " is not a known kind of file"),
+    ("p.arrow", b"ARROW1", " is not a known kind of file"),
+    ("p.tar.gz", gzip.compress(TEXT), " is not a known kind of file"),
     ("p.csv", b"PK\x03\x04...", " is a zip archive"),
     ("p", b"PK\x03\x04...", " is a zip archive"),
     ("p.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", " is a pointer of Git LFS"),
@@ -236,7 +236,7 @@ REFUSED = [
     ("p.txt", "one\ntwo\n".encode("utf-16"), ", line 1 is not in UTF-8 but likely UTF-16"),
     ("p.csv", "prompt\ntwo\n".encode("utf-16-le"), ", line 1 is not in UTF-8 but likely UTF-16"),
     ("p.jsonl", '{"text": "a"}\n'.encode("utf-32"), ", line 1 is not in UTF-8 but likely UTF-32"),
-    ("p.txt", b"one\n" + b"text " * 20 + b"\x00\n", ", line 2 is no text: it has a zero byte"),
+    ("p.txt", b"one\n" + b"text " * 20 + b"\x00\n", ", line 2 is not text: it contains a zero byte"),
     # ------------------------------------------------------ halves of characters, the same in every format
     ("p.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', ", line 2: U+D800 is half of a character"),
     ("p.json", b'[{"text": "a \\udc00 b"}]', ", item 1: U+DC00 is half of a character"),
@@ -453,7 +453,7 @@ def test_path_that_no_file_can_have_is_not_there(name):
 
 def test_pipe_is_refused_because_it_can_be_read_only_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
-    assert "is no regular file" in refusal(tmp_path / "pipe.txt")
+    assert "is not a regular file" in refusal(tmp_path / "pipe.txt")
 
 
 def test_name_that_begins_with_a_tilde_is_a_file(tmp_path, monkeypatch):
