@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lem.backends.base import Encoded
-from lem.backends.engine import reason_of
+from lem.backends.chat import rendered
+from lem.backends.engine import failing_as, reason_of
 from lem.backends.sizing import architecture_of
 from lem.errors import RunError
 from lem.spec.experiment import Experiment
+from lem.spec.paths import expanded
 from lem.workload.flops import Architecture, UnknownArchitecture
 from lem.workload.models import Model, find
 
@@ -146,10 +148,25 @@ def encode(tokenizer: Any, texts: Sequence[str], experiment: Experiment, positio
 def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     if not chat:
         return list(tokenizer(text)["input_ids"])
-    turns = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     # The template has already added the special tokens.
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(rendered(tokenizer, text), add_special_tokens=False)["input_ids"])
+
+
+def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
+    """Return prompts as the model receives them, as tokens and as the text that these stand for. Loads no weights.
+
+    Raises:
+        RunError: the tokenizer cannot be loaded, or a prompt has no tokens or is lost in the chat template.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with failing_as(f"The tokenizer of {model.name} cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model.path, **source_of(model, experiment))
+    return [
+        (each, tokenizer.decode(each.token_ids, clean_up_tokenization_spaces=False))
+        for each in encode(tokenizer, texts, experiment, None)
+    ]
 
 
 def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output_tokens: int) -> None:
@@ -175,7 +192,7 @@ def adapter_folder(adapter: str) -> Path:
     Raises:
         RunError: it cannot be fetched.
     """
-    local = Path(adapter).expanduser()
+    local = expanded(adapter)
     if local.is_dir():
         return local
     import huggingface_hub

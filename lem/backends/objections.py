@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from lem.backends.chat import problem_of
 from lem.errors import did_you_mean
 from lem.machine.gpu import Gpu
 from lem.spec.experiment import Experiment
+from lem.spec.paths import expanded
 from lem.spec.processes import changed, gpus_needed
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
@@ -45,7 +47,7 @@ def _adapter(experiment: Experiment) -> Iterator[Objection]:
     adapter = experiment.adapter
     if adapter is None:
         return
-    local = Path(adapter).expanduser()
+    local = expanded(adapter)
     if local.is_dir():
         is_missing = not (local / "adapter_config.json").is_file()
     else:
@@ -99,6 +101,8 @@ def _chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
     )
     if not getattr(tokenizer, "chat_template", None):
         yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
+    elif fact := problem_of(tokenizer):
+        yield Objection("chat_template_loses_prompts", "chat_template", f"{model.name}: {fact}")
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:

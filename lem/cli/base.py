@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from lem.errors import Interrupted, LemError
+from lem.spec.paths import literal
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,13 @@ app = typer.Typer(
 
 ResultsDir = Annotated[
     Path | None,
-    typer.Option("--results-dir", "-o", help="Results directory (default: LLM_ENERGY_RESULTS_DIR, else results/)."),
+    typer.Option(
+        "--results-dir",
+        "-o",
+        parser=literal,
+        metavar="PATH",
+        help="Results directory (default: LLM_ENERGY_RESULTS_DIR, else results/).",
+    ),
 ]
 
 AnyMachine = Annotated[

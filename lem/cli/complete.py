@@ -29,13 +29,14 @@ def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offer the ids in the results directory that the command would use, newest first."""
     import dotenv
 
+    from lem.errors import BadInput
     from lem.results.store import Store, default_root
 
     try:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
         given: Path | None = ctx.params.get("results_dir")
-        ids = Store(Path(given) if given else default_root()).ids()
-    except OSError:
+        ids = Store(given or default_root()).ids()
+    except (OSError, BadInput):
         return []
     return [name for name in reversed(ids) if name.startswith(incomplete)]
 

@@ -114,7 +114,7 @@ def _shared_by(started: int, composition: Composition) -> Experiment:
 
 def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, others: _Others) -> Outcome:
     """Run the experiment, or resume the same one if it was left unfinished."""
-    store = Store(Path(ready.experiment.io.results_dir))
+    store = Store(ready.experiment.io.results_dir)
     unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
     with display() as progress:
         if unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from lem.cli import complete
 from lem.errors import ConfigError, DatasetError
+from lem.spec.paths import expanded
 from lem.spec.schema import leaf
 
 Dataset = Annotated[
@@ -19,7 +21,7 @@ Dataset = Annotated[
         "--dataset", "-d", help="Dataset: a built-in name, a hub id or a local file.", autocompletion=complete.datasets
     ),
 ]
-Prompts = Annotated[Path | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
+Prompts = Annotated[str | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
 SampleSize = Annotated[int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)]
 Preset = Annotated[
     str | None, typer.Option(help="Start from a preset; lem presets lists them.", autocompletion=complete.presets)
@@ -35,10 +37,12 @@ OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$"
 
 def is_override(text: str) -> bool:
     """Return whether an argument is an override (key=value), not a file or a pattern; a file that exists is a file."""
-    return OVERRIDE.match(text) is not None and not Path(text).expanduser().exists()
+    if text.startswith("~") and text.endswith((".yaml", ".yml")):
+        return False  # a file in somebody's home directory
+    return OVERRIDE.match(text) is not None and not os.path.exists(os.path.expanduser(text))
 
 
-def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
+def dataset_overrides(dataset: str | None, prompts: str | None) -> list[str]:
     """Return the overrides that select the prompts."""
     from lem.config.overrides import quoted
 
@@ -48,9 +52,12 @@ def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
         return [f"dataset={dataset}"]
     if prompts is None:
         return []
-    if not prompts.is_file():
+    file = expanded(prompts)
+    if os.path.isdir(file):
+        raise DatasetError(f"{prompts} is a directory, but --prompts takes a file; --dataset reads directories.")
+    if not os.path.lexists(file):
         raise DatasetError(f"There is no prompts file {prompts}.")
-    path = quoted(str(prompts))
+    path = quoted(prompts)
     return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
 
 

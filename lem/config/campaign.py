@@ -24,6 +24,7 @@ from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
 from lem.results.codec import adapter, to_plain
 from lem.spec.campaign import STRUCTURES, ArmSource, Campaign
+from lem.spec.paths import expanded
 
 CONFIG_MODULE = "lem.conf"
 ROOT = "campaign"
@@ -208,8 +209,8 @@ def _beside(arms: list[Any], file: Path) -> Iterator[Any]:
     """Yield arms with their files relative to the campaign file that names them."""
     for arm in arms:
         if isinstance(arm, str):
-            yield str(file.parent / Path(arm).expanduser())
+            yield str(file.parent / expanded(arm))
         elif isinstance(arm, dict) and isinstance(arm.get("config"), str):
-            yield {**arm, "config": str(file.parent / Path(arm["config"]).expanduser())}
+            yield {**arm, "config": str(file.parent / expanded(arm["config"]))}
         else:
             yield arm

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lem.config.options import SUFFIXES
-from lem.errors import ConfigError
+from lem.errors import BadInput, ConfigError
+from lem.spec.paths import expanded
 
 # The first key of a grid's index, which distinguishes it from a config file.
 INDEX_KEY = "lem_grid"
@@ -23,7 +24,11 @@ def find(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, Path] = {}
     problems = []
     for pattern in patterns:
-        files = [path for path in _matches(pattern) if not is_index(path)]
+        try:
+            files = [path for path in _matches(pattern) if not is_index(path)]
+        except BadInput as error:
+            problems.append(str(error))
+            continue
         if not files:
             hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
             problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
@@ -35,7 +40,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    path = Path(pattern).expanduser()
+    path = expanded(pattern)
     if path.is_dir():
         hits = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
     elif path.exists():

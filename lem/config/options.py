@@ -15,13 +15,13 @@ from pathlib import Path
 
 from lem.errors import ConfigError, did_you_mean
 from lem.spec.schema import GROUPS
+from lem.workload.file import SUFFIXES as SOURCE_SUFFIXES
 
 CONFIG_MODULE = "lem.conf"
 FOLDER = "conf"
 SUFFIXES = (".yaml", ".yml")
 # Represents any hub dataset or local file; it has no prompts of its own.
 CUSTOM = "custom"
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Options:
         if self.get("dataset", name):
             return False
         try:
-            return "/" in name or name.endswith(DATA_SUFFIXES) or Path(name).exists()
+            return "/" in name or name.lower().endswith(SOURCE_SUFFIXES) or Path(name).exists()
         except (OSError, ValueError):
             return False
 

@@ -365,7 +365,10 @@ def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) 
     if state.status == "aggregated" or not state.attempt:
         return True
     if at.resumed is None:
-        row = tables.row(experiment_id, at)
+        try:
+            row = tables.row(experiment_id, at)
+        except ResultsError:
+            return False  # damaged or empty: to be computed from the records
         at = RowLocation(at.file, row.resumed, row.status)
     return at.resumed == state.attempt - 1 and not (state.status == "completed" and at.status != "completed")
 

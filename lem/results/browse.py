@@ -114,6 +114,8 @@ def list_experiments(store: Store, selection: Selection, *, everything: bool, as
         damaged = _list(store, selection, everything or selection.status is not None, as_json)
     for problem in damaged:
         show.console(stderr=True).print(problem, markup=False, style="red")
+    for stranger in Tables(store).strangers():
+        show.console(stderr=True).print(f"Warning: {stranger}", markup=False, style="yellow")
     return 1 if damaged else 0
 
 

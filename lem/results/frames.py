@@ -12,6 +12,7 @@ from lem.record import PowerRecord
 from lem.results import parquet
 from lem.results.store import Store
 from lem.results.tables import Tables, read_file
+from lem.spec.paths import expanded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,9 +69,10 @@ def load(results_dir: str | Path = "results") -> Frames:
         results_dir: the directory, as given to --results-dir.
 
     Raises:
+        BadInput: the path begins with the `~` of a user who does not exist.
         ResultsError: it has no tables or, on first use of a table, one of its files is damaged.
     """
-    root = Path(results_dir).expanduser()
+    root = expanded(results_dir)
     if not Tables(Store(root)).files():
         raise ResultsError(f"{root} has no tables; lem aggregate --all -o {root} builds them from its experiments.")
     return Frames(root)

@@ -37,6 +37,8 @@ class PromptsInfo:
     column: str | None
     available: int
     dropped_empty: int
+    # Those that were read, if the source is a directory.
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

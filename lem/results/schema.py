@@ -143,6 +143,11 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     weights_bytes: Annotated[Bytes, "Size of the weights as loaded."]
     dataset: Annotated[str, "Dataset choice."]
     prompts_sha256: Annotated[str, "Digest of the prompts in order: equal digests, equal prompts."]
+    prompts_read: Annotated[int | None, units.REQUEST, "Prompts in the source, the empty ones included."]
+    prompts_empty: Annotated[
+        int | None, units.REQUEST, "Of prompts_read, empty and dropped before the sample is drawn."
+    ]
+    prompts_cut: Annotated[int | None, units.REQUEST, "Prompts that ran cut to max_input_tokens."]
     decoder: Annotated[str, "Decoder choice."]
     batching_strategy: Annotated[str, "Batching strategy."]
     batch_size: Annotated[int, units.REQUEST, "Maximum number of requests in a batch."]

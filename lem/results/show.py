@@ -121,7 +121,7 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Error", row.error or ""
     yield "Model", _model(row)
     yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
-    yield "Prompts", f"{row.requests_completed} of {row.requests_planned} from {row.dataset}, seed {row.seed}"
+    yield "Prompts", _prompts(row)
     yield "Batching", f"{row.batching_strategy}, up to {row.batch_size} · decoder {row.decoder}"
     yield "Tokens", f"{row.input_tokens} input, {row.output_tokens} output"
     yield from _time_lines(row)
@@ -136,6 +136,13 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     )
     for warning in row.warnings:
         yield "Warning", warning
+
+
+def _prompts(row: ExperimentRow) -> str:
+    used = f"{row.requests_completed} of {row.requests_planned} from {row.dataset}, seed {row.seed}"
+    if row.prompts_read is None:
+        return used
+    return f"{used} · {row.prompts_read} read, {row.prompts_empty} empty and dropped, {row.prompts_cut} cut"
 
 
 def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:

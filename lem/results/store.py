@@ -25,6 +25,7 @@ from lem.errors import ResultsError, nearest
 from lem.results.directory import ExperimentDir
 from lem.results.files import write_atomically
 from lem.results.plan import FINISHED
+from lem.spec.paths import expanded
 
 RESULTS_DIR_VARIABLE = "LLM_ENERGY_RESULTS_DIR"
 DEFAULT_RESULTS_DIR = "results"
@@ -37,10 +38,14 @@ def default_root() -> Path:
 
 
 class Store:
-    """One results directory."""
+    """One results directory.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser()
+    Raises:
+        BadInput: its path begins with the `~` of a user who does not exist.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = expanded(root)
         self._raw = self.root / "raw"
         self.experiments_table = self.root / "experiments"
         self.cycles_table = self.root / "cycles"

@@ -101,7 +101,17 @@ class Tables:
 
     def files(self) -> list[Path]:
         """Return the files of the experiments table; the other tables' files have the same names."""
-        return sorted(self._folder.glob("[!.]*.parquet")) if self._folder.is_dir() else []
+        return [file for file in _parquet_files(self._folder) if _is_ours(file)]
+
+    def strangers(self) -> list[str]:
+        """Return a message about each file in the tables' folders that is not one of theirs."""
+        folders = [self._store.root / name for name in KINDS]
+        return [
+            f"{file} is not a part of this table, but pandas and DuckDB read it with the others; move it elsewhere."
+            for folder in folders
+            for file in _parquet_files(folder)
+            if not _is_ours(file)
+        ]
 
     # -------------------------------------------------------------- reading
     def row(self, experiment_id: str, at: RowLocation) -> ExperimentRow:
@@ -131,9 +141,13 @@ class Tables:
         damaged = []
         for file in self.files():
             try:
-                rows += parquet.records(read_file(file, names), ExperimentRow, names)
+                found = parquet.records(read_file(file, names), ExperimentRow, names)
             except ResultsError as error:
                 damaged.append(str(error))
+                continue
+            rows += found
+            if not found and ID.fullmatch(file.stem):
+                damaged.append(f"{file} is empty; {_remedy(file)}")
         return rows, damaged
 
     def whole(self, name: str) -> Any:
@@ -157,6 +171,14 @@ class Tables:
                 ours = ID.fullmatch(file.stem) or SHARED_FILE.fullmatch(file.stem)
                 if SCRATCH.fullmatch(file.name) or (ours and file.suffix == ".parquet" and file.name not in valid):
                     file.unlink()
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*.parquet")) if folder.is_dir() else []
+
+
+def _is_ours(file: Path) -> bool:
+    return bool(ID.fullmatch(file.stem) or SHARED_FILE.fullmatch(file.stem))
 
 
 # The rows of some experiments as Arrow tables, by the names of the tables.

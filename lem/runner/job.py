@@ -31,17 +31,22 @@ from lem.units import timestamp
 
 log = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # Runs an attempt at an experiment on the GPUs of a host, like lem.runner.launch.launch.
 Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an experiment ended and where its files are."""
+    """How an experiment ended and where its files are.
+
+    `problem` says why the row, which is computed from the records then, is not in the tables although it should be.
+    """
 
     row: ExperimentRow
     directory: ExperimentDir
     store: Store
+    problem: str | None = None
 
 
 def run(experiment: Experiment, *, force: bool = False, report: Report = silent) -> Outcome:
@@ -105,7 +110,7 @@ def run_ready(
     Raises:
         Interrupted: stopped from outside; what was measured is kept, and its row written.
     """
-    store = Store(Path(ready.experiment.io.results_dir))
+    store = Store(ready.experiment.io.results_dir)
     directory = unfinished or store.claim()
     if claimed is not None:
         claimed(directory)
@@ -175,13 +180,15 @@ def _execute(
         except Interrupted as stop:
             with signals_ignored():
                 directory.write_state(directory.state().now("interrupted", str(stop)))
-                _row(store, directory, write_tables)
-            raise Interrupted(f"{stop} To resume: {resume_command(store, directory)}") from None
+                _, problem = _row(store, directory, write_tables)
+            text = " ".join(filter(None, [str(stop), problem]))
+            raise Interrupted(f"{text} To resume: {resume_command(store, directory)}") from None
         status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))
         if status == "completed":
             store.mark_finished(directory.id)
-        return Outcome(_row(store, directory, write_tables), directory, store)
+        row, problem = _row(store, directory, write_tables)
+        return Outcome(row, directory, store, problem)
 
 
 def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:
@@ -203,7 +210,7 @@ def _full_disk(store: Store, directory: ExperimentDir) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise RunError(
             f"There is no space left in {store.root}; what was written is kept. Free some, then "
@@ -211,8 +218,23 @@ def _full_disk(store: Store, directory: ExperimentDir) -> Iterator[None]:
         ) from None
 
 
-def _row(store: Store, directory: ExperimentDir, write_tables: bool) -> ExperimentRow:
-    return aggregate(store, directory, strict=False, force=True) if write_tables else read(directory, strict=False).row
+def _row(store: Store, directory: ExperimentDir, write_tables: bool) -> tuple[ExperimentRow, str | None]:
+    """Return an experiment's row, and why it could not be written to the tables if it should have been.
+
+    What has been measured is shown, whatever is wrong with the tables.
+    """
+    problem = None
+    if write_tables:
+        try:
+            return aggregate(store, directory, strict=False, force=True), None
+        except ResultsError as error:
+            problem = str(error)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            problem = f"{error.filename or store.root} cannot be written to: {error.strerror or error}."
+        problem = f"The row is not in the tables: {problem} Then lem aggregate {directory.id} --force writes it."
+    return read(directory, strict=False).row, problem
 
 
 def _plan(experiment_id: str, ready: Ready, overrides: Sequence[str], config_file: Path | None) -> Plan:
@@ -230,6 +252,7 @@ def _plan(experiment_id: str, ready: Ready, overrides: Sequence[str], config_fil
             column=prompts.column,
             available=prompts.available,
             dropped_empty=prompts.dropped_empty,
+            files=prompts.files,
         ),
         config_sha256=config_sha256(ready.experiment),
         arrivals_sha256="" if ready.arrivals_s is None else arrivals_sha256(ready.arrivals_s),

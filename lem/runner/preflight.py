@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lem.backends import backend_class
 from lem.energy.objections import objections as energy_objections
@@ -207,18 +206,22 @@ def _bad_arrivals(error: BadInput) -> Objection:
 def _sources(experiment: Experiment) -> Iterator[Objection]:
     """Object to hub options of a model or prompts that do not come from the hub."""
     model, dataset = experiment.model or "", experiment.dataset
-    is_local = model == tiny.NAME or (bool(model) and Path(model).expanduser().is_dir())
+    is_local = model == tiny.NAME or (bool(model) and os.path.isdir(os.path.expanduser(model)))
     if experiment.revision is not None and is_local and experiment.backend.name != "simulated":
         yield without_effect("no_effect_revision", "revision", f"{model} does not come from the hub.")
     path = dataset.path or ""
-    if path.startswith(builtin.PREFIX) or Path(path).expanduser().is_file():
+    if path.startswith(builtin.PREFIX) or os.path.isfile(os.path.expanduser(path)):
         for name in changed(dataset, "config", "files"):
             fact = f"{path} does not come from the hub."
             yield without_effect("no_effect_dataset_option", f"dataset.{name}", fact)
 
 
 def _results(results_dir: str) -> Iterator[Objection]:
-    store = Store(Path(results_dir))
+    try:
+        store = Store(results_dir)
+    except BadInput as error:
+        yield Objection("results_unwritable", "io.results_dir", str(error))
+        return
     for folder in (store.root / "raw", store.experiments_table, store.requests_table):
         # Not Path.exists, which raises if a parent may not be read.
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))

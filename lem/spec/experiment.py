@@ -25,7 +25,10 @@ class Dataset:
     name: Annotated[str, Field(description="Name of the dataset choice; a label.")] = "custom"
     path: Annotated[
         str | None,
-        Field(description="A hub id (owner/name), a local file (json, jsonl, csv, parquet, txt), or builtin:sample."),
+        Field(
+            description="A hub id (owner/name), a local file (json, jsonl, csv, tsv, parquet, txt) or directory, or "
+            "builtin:sample."
+        ),
     ] = None
     config: Annotated[str | None, Field(description="Configuration (subset) of a hub dataset.")] = None
     files: Annotated[str | None, Field(description="One file of a hub dataset that has no loading configuration.")] = (

@@ -416,6 +416,10 @@ FILES_IMPOSSIBLE = _rules(
             "Name a directory with an adapter_config.json, or a hub id.",
         ),
         "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave it off."),
+        "chat_template_loses_prompts": (
+            "The model's chat template fails, or leaves out the prompt that it is given.",
+            "Leave it off, or correct the template in the model's files.",
+        ),
         "no_room_for_prompts": (
             "The output alone could fill all of the model's positions.",
             "Lower max_output_tokens.",

@@ -50,8 +50,10 @@ def progress_of(directory: ExperimentDir) -> str:
 
 def summary_of(ready: Ready) -> str:
     """Return what would run, in words."""
-    wanted = ready.experiment
-    return f"{len(ready.prompts.texts)} prompts of {wanted.dataset.name} through {wanted.model} ({wanted.backend.name})"
+    wanted, prompts = ready.experiment, ready.prompts
+    dropped = f" ({prompts.dropped_empty} empty ones dropped)" if prompts.dropped_empty else ""
+    source = f"{len(prompts.texts)} prompts of {wanted.dataset.name}{dropped}"
+    return f"{source} through {wanted.model} ({wanted.backend.name})"
 
 
 def print_warnings(*warnings: object) -> None:
@@ -64,6 +66,9 @@ def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
     """Print what an experiment measured and where its files are; return the exit code."""
     show.show_row(outcome.row)
     print(f"\nRaw records: {outcome.directory.path}")
+    if outcome.problem:
+        print(f"Error: {outcome.problem}", file=sys.stderr)
+        return 1
     if write_tables:
         print(f"Table:       {outcome.store.experiments_table}")
     else:

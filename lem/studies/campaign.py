@@ -39,6 +39,7 @@ from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
 from lem.spec.campaign import NAME, ArmSource, Campaign
 from lem.spec.experiment import Experiment
+from lem.spec.paths import expanded
 from lem.studies.ask import RunOptions, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.manifest import Cell, CellState, Manifest
@@ -95,7 +96,7 @@ def planned_arms(
     patterns: Sequence[str], given: Mapping[str, Any], overrides: Sequence[str], config_dir: Path | None
 ) -> tuple[Campaign, list[Arm], list[str]]:
     """Return a campaign's settings, its arms, and the overrides of all arms; raises `ConfigError` with all problems."""
-    files = [Path(pattern).expanduser() for pattern in patterns]
+    files = [expanded(pattern) for pattern in patterns]
     own = [file for file in files if file.is_file() and is_campaign(file)]
     if own and len(files) > 1:
         raise ConfigError(f"{own[0]} is a campaign file, which names its arms; give no other files with it.")
@@ -243,7 +244,7 @@ def _planned(
         places=places,
         experiments=[each.experiment for each in chosen],
         words=[summary_of(each) for each in chosen],
-        results_dir=Path(arms[0].experiment.io.results_dir).expanduser(),
+        results_dir=expanded(arms[0].experiment.io.results_dir),
     )
 
 

@@ -81,7 +81,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
 
 def _unfinished(ready: Ready, resumed: set[Path]) -> ExperimentDir | None:
     """Return the newest unfinished run of the same experiment that no other cell is resuming."""
-    store = Store(Path(ready.experiment.io.results_dir))
+    store = Store(ready.experiment.io.results_dir)
     left = [each for each in store.unfinished(fingerprint(ready)) if each.path not in resumed]
     if not left:
         return None

@@ -24,6 +24,7 @@ from lem.results.store import Store, default_root
 from lem.runner.job import fingerprint, run_ready
 from lem.runner.job import resume as resume_job
 from lem.runner.preflight import Ready, check_again, preflight
+from lem.studies import preview
 from lem.studies.ask import RunOptions, confirmed, print_warnings, progress_of, show_outcome, summary_of
 from lem.studies.display import display
 
@@ -43,7 +44,7 @@ def main(
     if options.dry_run:
         _show_plan(ready)
         return 0
-    store = Store(Path(ready.experiment.io.results_dir))
+    store = Store(ready.experiment.io.results_dir)
     unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
     question = f"Run {summary_of(ready)}?"
     if unfinished:
@@ -58,6 +59,7 @@ def main(
 
 def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file: Path | None = None) -> int:
     """Run a checked experiment, with its progress and its results shown; return the exit code."""
+    print(f"Prompts: {preview.counts(ready)}.", file=sys.stderr)
     with display() as report:
         outcome = run_ready(
             ready, overrides=overrides, config_file=config_file, write_tables=options.write_tables, report=report
@@ -113,10 +115,7 @@ def _show_plan(ready: Ready) -> None:
     config = yaml.safe_dump(json.loads(to_json(ready.experiment)), sort_keys=False, allow_unicode=True)
     print(config, end="")
     model = f"found at {ready.model.path}" if ready.model else "none is loaded"
-    prompts = ready.prompts
     print(f"# model: {model}")
-    print(
-        f"# prompts: {len(prompts.texts)} of {prompts.available} in {prompts.source}, "
-        f"column {prompts.column}; {prompts.dropped_empty} empty ones left out"
-    )
+    for line in preview.lines(ready):
+        print(f"# {line}")
     print("# dry run: nothing was measured")

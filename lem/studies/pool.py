@@ -79,7 +79,7 @@ class Child:
     slot: Slot
     process: subprocess.Popen[bytes]
     report: Report
-    results_dir: Path
+    results_dir: str
     directory: ExperimentDir | None = None
     error: str | None = None
     watcher: threading.Thread | None = field(default=None, repr=False)
@@ -168,7 +168,7 @@ class Pool(Runner):
         finally:
             os.close(writing)
         report = self.display.begin(number, cell.label)
-        child = Child(number, slot, process, report, Path(experiment.io.results_dir))
+        child = Child(number, slot, process, report, experiment.io.results_dir)
         self.running.append(child)
         self.manifest.change(number, status="running", log=log_file)
         child.watcher = threading.Thread(target=self._watch, args=(child, reading), daemon=True)

@@ -25,7 +25,7 @@ from lem.runner.preflight import preflight
 from lem.runner.progress import Report
 from lem.runner.stopping import signals_raise
 from lem.spec.experiment import Experiment
-from lem.studies.ask import RunOptions, confirmed, progress_of
+from lem.studies.ask import RunOptions, confirmed, print_warnings, progress_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, row_of
@@ -187,7 +187,7 @@ class OneByOne(Runner):
     def _measured(self, number: int, experiment: Experiment, report: Report) -> ExperimentRow:
         cell = self.manifest.cells[number]
         ready = preflight(experiment, host.look(), force=self.options.force, load=self.prompts)
-        return run_ready(
+        outcome = run_ready(
             ready,
             overrides=cell.overrides,
             config_file=cell.config_file,
@@ -196,7 +196,10 @@ class OneByOne(Runner):
             campaign=cell.campaign,
             claimed=lambda directory: self.manifest.claim(number, directory),
             report=report,
-        ).row
+        )
+        if outcome.problem:
+            print_warnings(outcome.problem)
+        return outcome.row
 
     def _end(self, number: int, **values: Any) -> None:
         state = self.manifest.change(number, **values)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from lem.errors import DatasetError
 from lem.spec.experiment import Dataset
-from lem.workload import builtin, file, hub
+from lem.spec.paths import expanded
+from lem.workload import builtin, file, folder, hub
 from lem.workload.prompts import Prompts, Row, pick
 
 
@@ -16,6 +18,7 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
 
     Raises:
         DatasetError: they cannot be loaded as configured; the message says which can.
+        BadInput: the path begins with the `~` of a user who does not exist.
     """
     if dataset.path is None:
         raise DatasetError("No prompts: name them with --dataset, --prompts or dataset.path.")
@@ -24,17 +27,29 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
 
 
 def _rows(dataset: Dataset, path: str) -> tuple[Iterable[Row], str | None]:
-    local, is_builtin = Path(path).expanduser(), path.startswith(builtin.PREFIX)
-    if is_builtin or local.is_file():
-        if dataset.split is not None:
-            raise DatasetError(f"{dataset.path} has no splits; leave out --split.")
-        return builtin.read(path) if is_builtin else file.read(local), None
-    if not local.is_dir() and looks_like_a_file(path):
+    if path.startswith(builtin.PREFIX):
+        _refuse_split(dataset)
+        return builtin.read(path), None
+    local = expanded(path)
+    # Not Path.is_file, which raises if a name is too long or a parent may not be read.
+    if os.path.isfile(local):
+        _refuse_split(dataset)
+        return file.read(local, dataset.column), None
+    if os.path.isdir(local):
+        return folder.read(local, dataset)
+    if os.path.lexists(local):
+        raise DatasetError(f"{path} is not a regular file; save its content to one first.")
+    if looks_like_a_file(path):
         raise DatasetError(f"There is no file {path}.")
     split = dataset.split or hub.DEFAULT_SPLIT
-    return hub.read(str(local) if local.is_dir() else path, dataset.config, dataset.files, split), split
+    return hub.read(path, dataset.config, dataset.files, split), split
+
+
+def _refuse_split(dataset: Dataset) -> None:
+    if dataset.split is not None:
+        raise DatasetError(f"{dataset.path} has no splits; leave out --split.")
 
 
 def looks_like_a_file(path: str) -> bool:
     """Return whether a path that does not exist means a local file, not a hub id (`owner/name`)."""
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in file.BUILDERS
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in file.SUFFIXES

@@ -1,51 +1,299 @@
-"""Prompts in a local file: json, jsonl, csv, parquet, or text with one prompt per line.
+"""Prompts in a local file: JSON, JSON lines, CSV, Parquet, or text with one prompt per line; compressed or not.
 
-The `datasets` library reads it in streaming mode, which leaves no copy in its cache.
+The suffix says what a file is meant to be, and the content what it is; if they contradict each other or the suffix is
+unknown, the file is refused, because its source text would become the prompts.
 """
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lem.errors import DatasetError
-from lem.workload.hub import quiet
-from lem.workload.prompts import Row
+from lem.workload.content import COMPRESSED, data_of, half_a_character, text_of
+from lem.workload.prompts import PROMPT_COLUMNS, Row, Rows, choose_column
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+KINDS = {
+    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".csv": "csv", ".tsv": "csv",
+    ".parquet": "parquet", ".txt": "text", ".text": "text",
+}  # fmt: skip
+SUFFIXES = (*KINDS, *COMPRESSED)
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# How Parquet files begin.
+PARQUET = b"PAR1"
+KNOWN = "json, jsonl (ndjson), csv, tsv, parquet and txt, also with .gz, .bz2, .xz or .zst"
+WITHOUT_HEADER = "If its first line is a prompt, write a line such as 'prompt' above it."
 
 
-def read(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file; with an unknown suffix it is read as text, one prompt per line.
+def kind_of(name: str) -> str | None:
+    """Return the kind of file that a name stands for, an empty text if it has no suffix, None for an unknown one."""
+    path = Path(name.lower())
+    path = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return KINDS.get(path.suffix) if path.suffix else ""
+
+
+def read(path: Path, column: str | None = None) -> Rows:
+    """Return the rows of a file, with their places.
+
+    Args:
+        path: the file.
+        column: the column asked for, which helps to find a CSV file's delimiter.
 
     Raises:
-        DatasetError: the file is empty or cannot be read in its format.
+        DatasetError: it is empty, of an unknown kind, in another encoding, or wrong in a line, which is named.
     """
-    if path.stat().st_size == 0:
-        raise DatasetError(f"{path} is empty; write one prompt per line.")
-    builder = BUILDERS.get(path.suffix.lower(), "text")
-    import datasets
+    kind = kind_of(path.name)
+    if kind is None:
+        raise DatasetError(
+            f"{path} is not a known kind of file ({KNOWN}). "
+            "Convert it, or rename it to .txt if each of its lines is a prompt."
+        )
+    data = data_of(path)
+    if data.startswith(PARQUET) or kind == "parquet":
+        return _parquet(path, data, column)
+    text = text_of(path, data)
+    kind = _checked_kind(path, text, kind)
+    if kind == "csv":
+        return _csv(path, text, column)
+    if kind == "text":
+        return Rows(str(path), "line", [{"text": line} for line in _lines(text)])
+    return _json(path, text, kind, column)
 
-    quiet(datasets)
+
+# ------------------------------------------------------------------ content against suffix
+def _checked_kind(path: Path, text: str, kind: str) -> str:
+    """Return a file's kind; raises `DatasetError` if it is said to be text or CSV, but holds something else."""
+    if kind not in ("text", "csv", ""):
+        return kind
+    if found := _json_kind(text):
+        if kind == "":
+            return found
+        raise DatasetError(f"{path} holds JSON, not {_called(kind)}; rename it to .{found}.")
+    if kind != "csv" and _is_table(text):
+        raise DatasetError(
+            f"{path} begins with a line of column names, which would be a prompt; rename it to .csv, or remove that "
+            "line."
+        )
+    return kind or "text"
+
+
+def _called(kind: str) -> str:
+    return "CSV" if kind == "csv" else "text"
+
+
+def _json_kind(text: str) -> str | None:
+    """Return `json` or `jsonl` if a text holds rows in JSON: all of its lines, or all of it."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    lines = [line for line in text.split("\n") if line.strip()]
+    if all(line.lstrip().startswith("{") for line in lines) and all(isinstance(_tried(x), dict) for x in lines):
+        return "jsonl"
+    whole = _tried(text)
+    rows = whole if isinstance(whole, list) else [whole]
+    return "json" if rows and all(isinstance(row, (dict, str)) for row in rows) else None
+
+
+def _tried(text: str) -> Any:
     try:
-        # Characters such as [1] in the file's name must not act as a pattern.
-        literal, options = glob.escape(str(path.resolve())), _options(builder, path)
-        yield from datasets.load_dataset(builder, data_files=literal, split="train", streaming=True, **options)
-    except DatasetError:
-        raise
-    except Exception as error:  # each builder raises its own parser's errors
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise DatasetError(f"{path} cannot be read as {builder}: {reason}") from None
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _options(builder: str, path: Path) -> dict[str, Any]:
-    """Return the options that make a builder leave the prompts unchanged."""
-    if builder == "json":
-        # The first chunk determines the columns, so the whole file is one chunk.
-        return {"chunksize": max(10 << 20, path.stat().st_size + 1)}
-    if builder == "csv":
-        # Words such as None and NA are text, not missing values.
-        return {"keep_default_na": False, "encoding": "utf-8-sig"}
-    return {"encoding": "utf-8-sig"} if builder == "text" else {}
+def _is_table(text: str) -> bool:
+    """Return whether a text begins like a table: column names, one of which means prompts, above as many fields."""
+    first = text.split("\n", 2)[:2]
+    if len(first) < 2 or not first[1].strip():
+        return False
+    if first[0].strip().strip('"') in PROMPT_COLUMNS:
+        return True
+    for delimiter in DELIMITERS:
+        try:
+            names, fields = csv.reader(first, delimiter=delimiter, strict=True)
+        except (csv.Error, ValueError):  # ValueError: a line with nothing on it
+            continue
+        words = [name.strip() for name in names]
+        if len(words) == len(fields) > 1 and set(words) & set(PROMPT_COLUMNS) and all(map(str.isidentifier, words)):
+            return True
+    return False
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a text; only line ends count, not other characters that separate lines."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+# ------------------------------------------------------------------ JSON
+def _json(path: Path, text: str, kind: str, column: str | None) -> Rows:
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise DatasetError(f"{path} holds no prompts; it is blank.")
+    is_list = text.lstrip().startswith("[")
+    if not is_list and (kind == "jsonl" or (len(lines) > 1 and isinstance(_tried(lines[0][1]), dict | str))):
+        values = [_parsed(path, line, number) for number, line in lines]
+        rows = Rows(str(path), "line", values, [number for number, _ in lines])
+    else:
+        whole = _parsed(path, text)
+        rows = Rows(str(path), "item", whole if isinstance(whole, list) else [whole])
+        if kind == "json" and isinstance(whole, dict):
+            _refuse_document(path, whole, column)
+    return Rows(rows.name, rows.unit, [_as_row(rows, i) for i in range(len(rows))], rows.numbers)
+
+
+def _parsed(path: Path, text: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place, reason = line or error.lineno, f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of brackets
+        place, reason = line or 1, str(error)
+    raise DatasetError(f"{path}, line {place} cannot be read as JSON: {reason}.")
+
+
+def _as_row(rows: Rows, i: int) -> Row:
+    value: Any = rows[i]
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise DatasetError(f"{rows.place(i)} is neither an object nor a text, but {json.dumps(value)[:40]}.")
+    return value
+
+
+def _refuse_document(path: Path, whole: Row, column: str | None) -> None:
+    """Refuse a JSON document whose rows are in a list inside of it: what stands beside that list is no prompt."""
+    of_prompts = {column} if column else set(PROMPT_COLUMNS)
+    is_row = any(isinstance(whole.get(name), str) for name in of_prompts)
+    for name, value in whole.items():
+        of_objects = isinstance(value, list) and any(isinstance(each, dict) for each in value)
+        of_texts = isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+        if name not in of_prompts and (of_objects or (of_texts and not is_row)):
+            raise DatasetError(
+                f"{path} is a document whose list '{name}' holds the rows, not a list of rows; "
+                f"jq -c '.[{json.dumps(name)}][]' writes them as JSON lines."
+            )
+
+
+# ------------------------------------------------------------------ CSV
+def _csv(path: Path, text: str, column: str | None) -> Rows:
+    csv.field_size_limit(sys.maxsize)
+    delimiter = _delimiter(path, text, column)
+    records = _records(path, text, delimiter)
+    header = [name.strip() or f"column {i}" for i, name in enumerate(records[0][1], start=1)]
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DatasetError(f"{path}, line {records[0][0]} names two columns '{twice}'; rename one.")
+    choose_column(header, column, str(path), f" {WITHOUT_HEADER}")
+    for line, fields in records[1:]:
+        if fields and len(fields) != len(header):
+            raise DatasetError(
+                f"{path}, line {line} has {_fields(len(fields))} where line {records[0][0]} has {len(header)} "
+                f"(separated by {DELIMITERS[delimiter]}); quote texts that contain the separator, or name the file "
+                ".txt if each line is a prompt."
+            )
+    # A line with nothing on it is an empty prompt.
+    rows = [dict(zip(header, fields or [""] * len(header), strict=True)) for _, fields in records[1:]]
+    return Rows(str(path), "line", rows, [line for line, _ in records[1:]])
+
+
+def _fields(count: int) -> str:
+    return f"{count} field{'' if count == 1 else 's'}"
+
+
+def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """Return the records with the lines at which they begin, from the first that is not blank."""
+    reader = csv.reader(_physical_lines(text), delimiter=delimiter, strict=True)
+    records: list[tuple[int, list[str]]] = []
+    line = 1
+    try:
+        for fields in reader:
+            if records or any(field.strip() for field in fields):
+                records.append((line, fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DatasetError(f"{path}, line {line} cannot be read as CSV: {error}.") from None
+    if not records:
+        raise DatasetError(f"{path} holds no prompts; it is blank.")
+    return records
+
+
+def _physical_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text with their ends, one at a time: io.StringIO would copy it as four bytes a character."""
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
+    start = 0
+    while (end := text.find("\n", start) + 1) > 0:
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _delimiter(path: Path, text: str, column: str | None) -> str:
+    """Return the delimiter with which the first line names a column of prompts, else the one that splits it most."""
+    if path.name.lower().removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".tsv"):
+        return "\t"
+    wanted = {column} if column else set(PROMPT_COLUMNS)
+    headers = {delimiter: _header(text, delimiter) for delimiter in DELIMITERS}
+    return max(headers, key=lambda each: (bool(wanted & set(headers[each])), len(headers[each])))
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    reader = csv.reader(_physical_lines(text), delimiter=delimiter, strict=True)
+    try:
+        return next(([name.strip() for name in fields] for fields in reader if any(map(str.strip, fields))), [])
+    except csv.Error:
+        return []
+
+
+# ------------------------------------------------------------------ Parquet
+def _parquet(path: Path, data: bytes, column: str | None) -> Rows:
+    """Read the column of prompts; other columns may be images or vectors."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        names = list(file.schema_arrow.names)
+        chosen = choose_column(names, column, str(path)) if file.metadata.num_rows else None
+        table = file.read([chosen] if chosen else [])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+    return arrow_rows(str(path), table)
+
+
+def arrow_rows(name: str, table: Any) -> Rows:
+    """Return the rows of an Arrow table; raises `DatasetError` at a text that is not UTF-8."""
+    rows: list[Row] = []
+    for batch in table.to_batches():
+        try:
+            rows += batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise DatasetError(f"{name}, row {_first_wrong(batch) + len(rows)}{_not_text(error)}") from None
+    return Rows(name, "row", rows)
+
+
+def _first_wrong(batch: Any) -> int:
+    for i in range(len(batch)):
+        try:
+            batch.slice(i, 1).to_pylist()
+        except UnicodeDecodeError:
+            return i + 1
+    return len(batch)
+
+
+def _not_text(error: UnicodeDecodeError) -> str:
+    try:
+        return f": {half_a_character(error.object.decode('utf-8', 'surrogatepass'))}"
+    except UnicodeDecodeError:
+        return " is not in UTF-8."
+
+
+def together(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of several files, each with its own place."""
+    places = [part.place(i) for part in parts for i in range(len(part))]
+    return Rows(parts[0].name, "row", [row for part in parts for row in part], places=places)

@@ -1,15 +1,16 @@
-"""Prompts from a dataset on the Hugging Face hub, or from a local directory with the same layout."""
+"""Prompts from a dataset on the Hugging Face hub, or from a local directory with a dataset card."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lem.errors import DatasetError
 from lem.workload.offline import is_unreachable, use_cache_if_unreachable
-from lem.workload.prompts import Row
+from lem.workload.prompts import Row, Rows
 
 DEFAULT_SPLIT = "train"
 OFFLINE_HINT = "Use -d sample, the prompts that come with lem, or a local file."
@@ -19,7 +20,7 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
     """Yield the rows of one split.
 
     Args:
-        path: hub id or local directory.
+        path: hub id.
         config: name of a configuration, if the dataset has several.
         files: one file of a repository without configurations.
         split: split to read; None is `train`.
@@ -32,18 +33,44 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
 
     quiet(datasets)
     try:
-        yield from datasets.load_dataset(
-            path,
-            config,
-            data_files=files,
-            split=split or DEFAULT_SPLIT,
-            # The library's cache identifies local directories only by their path's end, and does not notice changes.
-            streaming=Path(path).is_dir(),
-        )
+        yield from datasets.load_dataset(path, config, data_files=files, split=split or DEFAULT_SPLIT)
     except DatasetError:
         raise
     except Exception as error:  # the library and the hub client raise many kinds of errors
         raise DatasetError(_sentence(path, split or DEFAULT_SPLIT, error)) from None
+
+
+def read_folder(
+    folder: Path, config: str | None, split: str | None, read: Callable[[Sequence[Path]], Rows] | None
+) -> Rows:
+    """Return the rows of one split of a local directory whose dataset card says what belongs to it.
+
+    Args:
+        folder: the directory.
+        config: name of a configuration, if the dataset has several.
+        split: split to read; None is `train`.
+        read: reads the files; None if only the library can, because the card has options for it.
+
+    Raises:
+        DatasetError: it cannot be read as a dataset, or has no such configuration or split.
+    """
+    import datasets
+
+    quiet(datasets)
+    chosen = split or DEFAULT_SPLIT
+    # A cache of its own: the library's may be in a home directory that cannot be written to.
+    with tempfile.TemporaryDirectory(prefix="lem-datasets-") as cache:
+        try:
+            builder = datasets.load_dataset_builder(str(folder), config, cache_dir=cache)
+            files = list((builder.config.data_files or {}).get(chosen, ()))
+            is_local = bool(files) and all(Path(name).is_relative_to(folder.resolve()) for name in files)
+            # As a stream: the library's cache tells directories apart only by the end of their paths.
+            rows = [] if read and is_local else list(builder.as_streaming_dataset(split=chosen))
+        except Exception as error:  # the library raises many kinds of errors
+            raise DatasetError(_sentence(str(folder), chosen, error)) from None
+    if read and is_local:
+        return read([folder / Path(name).relative_to(folder.resolve()) for name in files])
+    return Rows(str(folder), "row", rows, files=tuple(files))
 
 
 def quiet(datasets: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.errors import ModelError, did_you_mean
+from lem.spec.paths import expanded
 from lem.workload import tiny
 from lem.workload.offline import is_unreachable, use_cache_if_unreachable
 
@@ -38,7 +39,7 @@ def find(name: str, revision: str | None = None) -> Model:
     if name == tiny.NAME:
         folder = tiny.path()
         return Model(name, str(folder), None, _read_config(folder))
-    local = Path(name).expanduser()
+    local = expanded(name)
     if local.is_dir():
         return Model(name, str(local), None, _read_config(local))
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lem.errors import ModelError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -54,18 +56,38 @@ CONFIG: dict[str, Any] = {
 
 
 def path() -> Path:
-    """Return the model's directory, creating it first if it does not exist."""
+    """Return the model's directory, creating it first if it does not exist.
+
+    Raises:
+        ModelError: it cannot be created.
+    """
     target = cache_dir() / "models" / f"{NAME}-v{VERSION}"
-    if not target.is_dir():
-        _make(target)
+    if not os.path.isdir(target):
+        try:
+            _make(target)
+        except OSError as error:
+            raise ModelError(
+                f"The model that comes with lem cannot be written to {target} ({error.strerror or error}); "
+                "set LEM_CACHE_DIR to a directory that can be written to."
+            ) from None
     return target
 
 
 def cache_dir() -> Path:
-    """Return lem's directory in the user's cache; `LEM_CACHE_DIR` moves it."""
+    """Return lem's directory in the user's cache; `LEM_CACHE_DIR` moves it.
+
+    Raises:
+        ModelError: the user's home directory is not known.
+    """
     import platformdirs
 
-    return Path(os.environ.get("LEM_CACHE_DIR") or platformdirs.user_cache_dir("lem"))
+    try:
+        return Path(os.environ.get("LEM_CACHE_DIR") or platformdirs.user_cache_dir("lem"))
+    except RuntimeError:
+        raise ModelError(
+            "There is nowhere to put the model that comes with lem: your home directory is not known. Set HOME, or "
+            "LEM_CACHE_DIR to a directory that can be written to."
+        ) from None
 
 
 def _make(target: Path) -> None:

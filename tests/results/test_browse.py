@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import datetime
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from msgspec import structs
 
@@ -436,3 +437,32 @@ def test_a_window_that_is_metered_in_part_has_its_seconds_in_the_record_and_no_n
     assert "covers 2.5 s" in raw
     row = json.loads(lem("results", "show", directory.id, "--json").out)
     assert row["energy_j"] is row["cpu_energy_j"] is row["energy_per_output_token_j"] is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no table"])
+@pytest.mark.parametrize("folder", ["experiments", "cycles", "requests"])
+def test_strange_file_in_a_table_is_named_and_in_nobodys_way(lem, store, folder, content):
+    directory = finished(store)
+    strange = store.root / folder / "of-the-user.parquet"
+    strange.parent.mkdir(parents=True)
+    strange.write_bytes(content)
+    assert lem("aggregate", directory.id).code == 0
+    assert lem("aggregate", "--all").code == 0
+    listed = lem("results", "list")
+    assert listed.code == 0
+    assert directory.id in listed.out
+    assert f"{strange.name} is not a part of this table" in listed.err.replace("\n", " ")
+    assert lem("results", "show", directory.id).code == 0
+    assert strange.read_bytes() == content
+
+
+def test_table_without_rows_is_rebuilt(lem, store):
+    directory = finished(store)
+    lem("aggregate", directory.id)
+    file = store.experiments_table / f"{directory.id}.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    listed = lem("results", "list")
+    assert listed.code == 1
+    assert "is empty; lem aggregate" in listed.err
+    assert lem("aggregate", directory.id, "--force").code == 0
+    assert directory.id in lem("results", "list").out

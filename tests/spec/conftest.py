@@ -65,10 +65,12 @@ def files(tmp_path_factory):
         drop=("cache_salt", "force_dynamic_quantization", "host_cache_size"),
         ignore=("repetition_penalty", "min_length"),
     )
-    for folder in ("templated", "untemplated"):
+    shutil.copytree(tiny.path(), root / "templated")
+    failing = "{{ raise_exception('no user turn first') }}"
+    for folder, template in {"untemplated": None, "deaf": "{{ bos_token }}", "failing": failing}.items():
         shutil.copytree(tiny.path(), root / folder)
-    settings = root / "untemplated" / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": None}))
+        settings = root / folder / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
     return root
 
 

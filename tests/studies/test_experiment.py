@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lem.workload import tiny
-from tests.conftest import command, raw_record
+from tests.conftest import SIMULATED, command, raw_record
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +144,32 @@ def test_a_prompt_that_does_not_fit_fails_with_the_remedy(tmp_path):
     done = command("experiment", "-m", "tiny", "-p", "long.txt", "-y", "energy=none", cwd=tmp_path)
     assert done.code == 1
     assert "max_input_tokens=" in done.out
+
+
+# ------------------------------------------------------------------ the tables cannot be written
+def test_row_that_cannot_be_written_is_shown_all_the_same(lem, tmp_path):
+    for name, content in {
+        "of-the-user.parquet": b"",
+        "exp_20260102_030405-exp_20260102_030406-01234567.parquet": b"damaged",
+    }.items():
+        file = tmp_path / "results" / "experiments" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        finished = lem("experiment", *SIMULATED, "-n", "2")
+        assert "completed" in finished.out
+        assert "2 of 2 from sample" in finished.out
+        is_ours = name.startswith("exp_")
+        assert finished.code == is_ours
+        assert ("The row is not in the tables" in finished.err) == is_ours
+    file.unlink()
+    assert lem("aggregate", "--all").code == 0
+    assert lem("results", "list", "--json").out.count('"experiment_id"') == 2
+
+
+def test_sweep_says_when_rows_could_not_be_written(lem, tmp_path):
+    file = tmp_path / "results" / "experiments" / "exp_20260102_030405-exp_20260102_030406-01234567.parquet"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"damaged")
+    finished = lem("experiment", *SIMULATED, "-n", "2", "--multirun", "seed=1,2")
+    assert finished.err.count("The row is not in the tables") == 2
+    assert "completed" in finished.out

@@ -105,8 +105,8 @@ def test_json_list_of_texts_is_a_list_of_prompts(tmp_path):
     assert texts(write_json(tmp_path / "prompts.json", list(TEXTS))) == TEXTS
 
 
-def test_rows_may_lack_the_column_and_differ_in_others(tmp_path):
-    rows = [{"text": "a"}, {"text": None}, {"id": 3}, {"text": "b", "late": 1}]
+def test_rows_may_have_no_prompt_in_their_column_and_differ_in_others(tmp_path):
+    rows = [{"text": "a"}, {"text": None}, {"id": 3, "text": ""}, {"text": "b", "late": 1}]
     prompts = load_prompts(Dataset(path=str(write_jsonl(tmp_path / "prompts.jsonl", rows))), 0)
     assert (prompts.texts, prompts.dropped_empty) == (("a", "b"), 2)
 
@@ -180,25 +180,6 @@ def test_prompts_that_are_all_empty_name_their_column(tmp_path):
     assert "column 'text' are empty" in message
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("prompts.json", b'[{"text": "a"}, {"te'),
-        ("prompts.jsonl", b'{"text": "a"}\n{"text": \n'),
-        ("prompts.jsonl", b'{"text": "a"}\nno json\n'),
-        ("prompts.parquet", b"PAR1 but then nothing"),
-        ("prompts.csv", b'prompt\n"never closed\n'),
-        ("prompts.txt", "caf\xe9\n".encode("latin-1")),
-    ],
-)
-def test_malformed_file_is_refused_by_name_and_format(tmp_path, name, content):
-    file = tmp_path / name
-    file.write_bytes(content)
-    message = refusal(file)
-    assert message.startswith(f"{file} cannot be read as ")
-    assert "\n" not in message
-
-
 @pytest.mark.parametrize("name", ["prompts[1].jsonl", "a*b?.jsonl", "with space#%20.jsonl"])
 def test_file_name_is_no_pattern(tmp_path, name):
     write_jsonl(tmp_path / "prompts1.jsonl", [{"text": "of another file"}])
@@ -238,8 +219,12 @@ def test_column_is_detected_by_its_name(tmp_path, name):
     assert (prompts.texts, prompts.column) == (("yes",), name)
 
 
-def test_only_column_of_text_is_taken_whatever_its_name(tmp_path):
-    assert texts(write_jsonl(tmp_path / "prompts.jsonl", [{"id": 1, "body": "yes"}])) == ("yes",)
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("row", [{"id": 1, "label": "positive"}, {"body": "yes"}])
+def test_only_column_of_text_is_not_taken_under_another_name(tmp_path, suffix, row):
+    file = WRITERS[suffix](tmp_path / f"prompts.{suffix}", [row, row])
+    assert f"the columns are {', '.join(row)}" in refusal(file)
+    assert texts(file, column=list(row)[-1]) == (list(row.values())[-1],) * 2
 
 
 def test_column_asked_for_wins_over_detection(tmp_path):
@@ -262,7 +247,7 @@ def test_wrong_column_names_the_existing_ones_and_the_nearest(tmp_path):
 
 def test_column_that_holds_no_text_is_refused(tmp_path):
     message = refusal(write_jsonl(tmp_path / "prompts.jsonl", [{"text": 1}, {"text": 2}]))
-    assert "column 'text' holds int values, not text" in message
+    assert "line 1: column 'text' holds int values, not text" in message
 
 
 # ------------------------------------------------------------------ sampling

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lem.errors import ModelError
 from lem.workload import builtin, models, tiny
 
 # To change the model's bytes on purpose, raise tiny.VERSION and put the new digests here.
@@ -78,10 +79,20 @@ def test_failed_making_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch)
     monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.numpy.save_file", disk_full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ModelError, match=r"No space left.*LEM_CACHE_DIR"):
             tiny.path()
     assert list((tmp_path / "models").iterdir()) == []
     assert (tiny.path() / "model.safetensors").exists()
+
+
+def test_user_without_a_home_directory_is_told_what_to_set(monkeypatch):
+    def unknown(*_):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("LEM_CACHE_DIR", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", unknown)
+    with pytest.raises(ModelError, match="LEM_CACHE_DIR"):
+        tiny.path()
 
 
 def disk_full(*args, **options):

@@ -21,6 +21,15 @@ EXAMPLES = [
         asks("chat_template=true", model=model("untemplated")),
         asks("chat_template=true", model=model("templated")),
     ),
+    *(
+        Example(
+            "chat_template_loses_prompts",
+            "chat_template",
+            asks("chat_template=true", model=model(folder)),
+            asks("chat_template=true", model=model("templated")),
+        )
+        for folder in ("deaf", "failing")
+    ),
     Example(
         "no_room_for_prompts",
         "max_output_tokens",

@@ -1,0 +1,194 @@
+"""Prompts in a local directory: a dataset with a card, one that `datasets` has saved to disk, or plain files of a kind.
+
+What is read is named, because a directory may hold more than its user has in mind; what would be read only in part is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lem.errors import DatasetError
+from lem.spec.experiment import Dataset
+from lem.workload import file, hub
+from lem.workload.prompts import Rows, choose_column
+
+CARD = "README.md"
+# Written by older versions of `datasets` beside the data.
+NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+# What a card says of a configuration; anything else is an option of the library's reader.
+PLAIN = frozenset({"config_name", "data_files", "data_dir", "default"})
+HIDDEN = (".", "__")
+MOST_NAMED = 3
+
+
+def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
+    """Return the rows of a directory, and the split they belong to.
+
+    Raises:
+        DatasetError: there is nothing to read, no such split, or files that would be left out without a word.
+    """
+    try:
+        return _rows(folder, dataset)
+    except OSError as error:
+        raise DatasetError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from None
+
+
+def _rows(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved(folder, dataset)
+    if dataset.files is not None:
+        _refuse_split(folder, dataset.split, [hub.DEFAULT_SPLIT])
+        found = _matching(folder, dataset.files)
+        return _read(folder, found, dataset.column), dataset.split
+    split, configurations = dataset.split or hub.DEFAULT_SPLIT, _configurations(folder)
+    if dataset.config is not None or configurations:
+        plain = all(isinstance(each, dict) and PLAIN.issuperset(each) for each in configurations)
+        return hub.read_folder(
+            folder, dataset.config, split, partial(_read, folder, column=dataset.column) if plain else None
+        ), split
+    return _read(folder, _files_of(folder, split), dataset.column), split
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    try:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+    except (ValueError, NotImplementedError):  # an empty pattern, an absolute one
+        found = []
+    if not found:
+        raise DatasetError(f"The directory {folder} has no file {pattern}.")
+    return found
+
+
+def _configurations(folder: Path) -> list[Any]:
+    """Return what a dataset card says about which files belong to which configuration and split."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    before, _, rest = text.partition("---\n")
+    header = rest.partition("\n---")[0] if not before else ""
+    try:
+        found = yaml.safe_load(header)
+    except yaml.YAMLError as error:
+        raise DatasetError(f"{folder / CARD} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+    configurations = found.get("configs") if isinstance(found, dict) else None
+    return configurations if isinstance(configurations, list) else []
+
+
+def _refuse_split(folder: Path, asked: str | None, splits: Sequence[str]) -> None:
+    if asked is not None and asked not in splits:
+        raise DatasetError(f"The directory {folder} has no split '{asked}', only {', '.join(splits)} (--split).")
+
+
+def _read(folder: Path, files: Sequence[Path], column: str | None) -> Rows:
+    parts = [file.read(path, column) for path in files]
+    return replace(file.together(parts), files=tuple(str(path.relative_to(folder)) for path in files))
+
+
+# ------------------------------------------------------------------ plain files
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split, as `datasets` finds splits by the names of files and folders."""
+    data = sorted(_data_files(folder))
+    if not data:
+        raise DatasetError(f"The directory {folder} holds no file of prompts ({file.KNOWN}).")
+    kinds = {str(file.kind_of(path.name)): path for path in reversed(data)}
+    if len(kinds) > 1:
+        named = ", ".join(str(path.relative_to(folder)) for path in sorted(kinds.values()))
+        raise DatasetError(
+            f"The directory {folder} holds files of several kinds ({named}); name one of them as the dataset, or "
+            "those to read with dataset.files, such as dataset.files='*.csv'."
+        )
+    of_split = _splits(folder)
+    left_out = sorted(set(data) - {path for paths in of_split.values() for path in paths})
+    if left_out:
+        raise DatasetError(
+            f"The directory {folder} would be read in part, without {_named(folder, left_out)}; name the files to "
+            "read with dataset.files, such as dataset.files='*.csv'."
+        )
+    _refuse_split(folder, split, list(of_split))
+    return of_split[split]
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    for where, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        for path in (Path(where, name) for name in names if not name.startswith(HIDDEN) and name not in NO_DATA):
+            if path.suffix and file.kind_of(path.name) and path.is_file():
+                yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _splits(folder: Path) -> Mapping[str, list[Path]]:
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    where = folder.resolve()  # patterns are resolved, too
+    try:
+        patterns = get_data_patterns(str(where))
+    except EmptyDatasetError:
+        return {}
+    splits: dict[str, set[Path]] = {str(split): set() for split in patterns}
+    for split, some in patterns.items():
+        for pattern in some:
+            with suppress(FileNotFoundError):  # one of several patterns that mean the same
+                splits[str(split)] |= {
+                    folder / Path(name).relative_to(where) for name in resolve_pattern(pattern, str(where))
+                }
+    return {split: sorted(found & set(_data_files(folder))) for split, found in splits.items()}
+
+
+def _named(folder: Path, paths: Sequence[Path]) -> str:
+    names = ", ".join(str(path.relative_to(folder)) for path in paths[:MOST_NAMED])
+    return names + (f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else "")
+
+
+# ------------------------------------------------------------------ saved by the library
+def _saved(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
+    """Read what `save_to_disk` has written: Arrow files, listed in state.json, in a folder for each split."""
+    given = [name for name in ("config", "files") if getattr(dataset, name) is not None]
+    if given:
+        raise DatasetError(f"The directory {folder} was written by save_to_disk; leave out dataset.{given[0]}.")
+    split, place = dataset.split, folder
+    if (folder / "dataset_dict.json").is_file():
+        splits = _listed(folder / "dataset_dict.json", "splits")
+        split = split or hub.DEFAULT_SPLIT
+        _refuse_split(folder, split, splits)
+        place = folder / split
+    elif split is not None:
+        raise DatasetError(f"The directory {folder} has no splits; leave out --split.")
+    names = [Path(name).name for name in _listed(place / "state.json", "_data_files")]
+    rows = file.together([_arrow(place / name, dataset.column) for name in names])
+    return replace(rows, files=tuple(str((place / name).relative_to(folder)) for name in names)), split
+
+
+def _listed(path: Path, key: str) -> list[str]:
+    """Return the names that a file of `save_to_disk` lists."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))[key]
+        return [each if isinstance(each, str) else each["filename"] for each in found]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DatasetError(f"{path} cannot be read as a part of a saved dataset: {error}.") from None
+
+
+def _arrow(path: Path, column: str | None) -> Rows:
+    import pyarrow as pa
+
+    try:
+        with path.open("rb") as stream:
+            table = pa.ipc.open_stream(stream).read_all()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read as Arrow: {' '.join(str(error).split())[:200]}") from None
+    chosen = choose_column(table.column_names, column, str(path)) if len(table) else None
+    return file.arrow_rows(str(path), table.select([chosen] if chosen else []))
