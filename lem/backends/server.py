@@ -24,6 +24,8 @@ from lem.machine.processes import family_of, kill
 LOG_NAME = "server.log"
 # Lines and characters of the end of a log in a message.
 LOG_LINES, LONGEST_END = 5, 900
+# How much of the end of a log is read, which may have grown to gigabytes.
+LOG_BYTES = 2**16
 # The guardian needs `GRACE_S`; on a busy machine it takes a while until the kernel has cleared away a server.
 ENDING_S = guardian.GRACE_S + 8.0
 
@@ -81,7 +83,7 @@ class Server:
     def last_words(self) -> str:
         """Return the end of its log as a sentence to append to others; empty for an empty log."""
         with self._log.open("rb") as file:
-            file.seek(self._log_start)
+            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - LOG_BYTES))
             written = (line.strip() for line in file.read().decode(errors="replace").splitlines())
         lines = [line for line in written if line.strip("^~ ")]  # without Python's markers below a line
         end = " | ".join(lines[-LOG_LINES:])[-LONGEST_END:]

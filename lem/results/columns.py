@@ -56,6 +56,10 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
             None if (share or 0.0) > IDLE_LEAST_SHARE else value
             for share, value in zip(of["idle_share"], _differences(energy_j, of["prefill_energy_j"]), strict=True)
         ],
+        "error_rate": ratios(
+            of["requests_failed"],
+            [None if n is None else n + done for n, done in zip(of["requests_failed"], requests, strict=True)],
+        ),
         "flops_per_token": ratios(of["flops"], all_tokens),
         "flops_per_s": flops_per_s,
         "mfu": ratios(flops_per_s, of["peak_flops_per_s"]),
