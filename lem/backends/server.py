@@ -19,7 +19,7 @@ from typing import Any
 
 from lem.backends import guardian
 from lem.errors import RunError
-from lem.machine.processes import family_of, kill
+from lem.machine.processes import family_of, kill, without_launchers
 
 LOG_NAME = "server.log"
 # Lines and characters of the end of a log in a message.
@@ -130,8 +130,11 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return a server's variables: this process's, with these GPUs visible; None leaves their visibility unchanged."""
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    """Return a server's variables: this process's, without a launcher's, and with these GPUs visible.
+
+    None leaves the GPUs' visibility unchanged.
+    """
+    variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
     variables.pop("PYTHONSAFEPATH", None)  # meant for lem's own processes; a user's server may be next to its modules
     if shown_gpus is not None:
         variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": shown_gpus}
