@@ -79,7 +79,8 @@ class Openai(Backend):
         GPUs that the user has named are all kept.
         """
         pids = {process.pid for process in self._processes()}
-        found = [gpu for gpu in visible if pids & (computing(gpu) or frozenset())]
+        listed = {gpu: computing(gpu) for gpu in visible}
+        found = [gpu for gpu in visible if pids & (listed[gpu] or frozenset())]
         is_chosen = self._experiment.gpus is not None
         if found and (not is_chosen or len(found) == len(visible)):
             return found, None
@@ -88,6 +89,7 @@ class Openai(Backend):
             names = ", ".join(str(gpu.index) for gpu in found)
             return visible, f"the server computes only on {names}, but {of_all}."
         why = "none of its processes is among those that the driver lists" if pids else "its processes cannot be seen"
+        why = "the driver does not list processes" if None in listed.values() else why
         return visible, f"which GPUs the server runs on is unknown: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:

@@ -482,6 +482,13 @@ def test_others_who_use_the_server_are_noted(served):
     assert "server_shared" in [each.code for each in backend.warnings()]
 
 
+def test_doubt_about_the_servers_gpus_is_a_warning(served):
+    _, backend = served()
+    assert "server_gpus_unknown" not in [each.code for each in backend.warnings()]
+    backend._doubt = "which GPUs the server runs on is unknown."
+    assert "server_gpus_unknown" in [each.code for each in backend.warnings()]
+
+
 def test_what_is_not_known_is_none(served):
     _, backend = served()
     info = backend.model_info()
