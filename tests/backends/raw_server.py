@@ -60,8 +60,9 @@ class Scripted:
         self._server.server_close()
 
     def _handle(self, connection: socketserver.StreamRequestHandler) -> None:
-        path = connection.rfile.readline().split()[1].decode()
-        length = 0
+        if not (first := connection.rfile.readline()):
+            return  # only a look whether anybody listens
+        path, length = first.split()[1].decode(), 0
         while line := connection.rfile.readline().strip():
             name, _, value = line.partition(b":")
             length = int(value) if name.lower() == b"content-length" else length
