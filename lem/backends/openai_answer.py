@@ -224,7 +224,7 @@ class Reply:
             self._tell_apart(0, self._at_ns, at_end=True)
         if self._transcript is not None:
             # Without its length, the end of a response looks like a lost connection.
-            return self._transcript.answer(is_whole=is_whole and self._is_delimited)
+            return self._transcript.answer(is_whole=is_whole and self._is_delimited and not self._unpacking.is_cut)
         content = bytes(self._content or b"")
         if self._status != OK:
             raise self._refusal(content)
@@ -294,7 +294,7 @@ class Unpacking:
             data = self._inflated(data)
         self._taken += len(data)
         if self._taken > self._largest:
-            raise Refused(f"it sent more than {self._largest // 2**20} MiB, which no completion of this size needs.")
+            raise Refused(f"it sent more than {self._largest // 2**20} MiB, more than it could have to say.")
         return data
 
     def _begin(self, head: bytes) -> None:

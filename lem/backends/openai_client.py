@@ -33,7 +33,7 @@ CONNECT_S = 10.0
 # Servers close idle connections after 5 s or more; one that is being closed must not be chosen.
 KEEP_ALIVE_S = 2.0
 # After the last event, a server that ends its response ends it at once.
-ENDING_S = 1.0
+ENDING_S = 0.25
 # A busy server is left alone at least this long before it is asked again.
 LEAST_RETRY_S = 0.25
 # Bytes of a side response, such as a list of models.

@@ -256,8 +256,10 @@ def _wait_for_models(
             status, text = client.fetch("/v1/models")
             answered = f"{address.base}/v1/models answers with HTTP {status}."
             answered = f"{answered[:-1]}: {text}" if 300 <= status < 400 else answered
-        except (ServerGone, Refused) as error:
+        except ServerGone as error:
             status, text = 0, str(error)
+        except Refused as error:
+            status, text = 0, f"{address.base}/v1/models cannot be read: {error}"
         if status == 200:
             return _models_in(text) or named or _raise_unreadable()
         if named is not None and status in NO_SUCH_PATH:
