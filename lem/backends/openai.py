@@ -210,16 +210,16 @@ class Openai(Backend):
         by_server = {"end_token_ids": "the server's own"} if self._options.dialect == "openai" else {}
         return EngineInfo(
             backend="openai",
-            version=f"{loaded.card.get('owned_by') or 'server'} {loaded.version or 'of an unknown version'}",
+            version=f"{loaded.told('owned_by') or 'server'} {loaded.version or 'of an unknown version'}",
             device="remote" if self.runs_elsewhere() else here,
             device_name="another machine" if self.runs_elsewhere() else name,
             settings={
                 "address": loaded.address.base,
                 "started_by_lem": "on" if self._options.command else "off",
                 "dialect": self._options.dialect,
-                "served_model": str(loaded.card["id"]),
-                "served_model_root": str(loaded.card.get("root") or "unknown"),
-                "max_model_len": str(loaded.card.get("max_model_len") or "unknown"),
+                "served_model": loaded.told("id") or "unknown",
+                "served_model_root": loaded.told("root") or "unknown",
+                "max_model_len": loaded.told("max_model_len") or "unknown",
                 "output_tokens_counted_by": self._counted_by(loaded),
                 "prompts_sent_as": self._options.prompts,
                 "prefix_cache_reset": {True: "on", False: "off", None: "unknown"}[self._is_reset],

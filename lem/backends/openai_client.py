@@ -8,6 +8,7 @@ network brings counts as arriving together, however many events it holds. What t
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import re
 import resource
@@ -402,5 +403,7 @@ def samples(text: str) -> dict[str, float]:
     totals: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         with suppress(ValueError):
-            totals[name] = totals.get(name, 0.0) + float(value)
+            number = float(value)
+            if math.isfinite(number):
+                totals[name] = totals.get(name, 0.0) + number
     return totals

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, cast
 from lem.backends import checkpoint
 from lem.backends.base import Encoded, Generation
 from lem.backends.checkpoint import Checkpoint, encode
+from lem.backends.engine import sentence
 from lem.backends.openai_answer import Answer, Refused, ServerGone, printable
 from lem.backends.openai_client import Client, Failure, samples
 from lem.backends.openai_options import Address, as_text, command_line, request_body
@@ -55,6 +56,8 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 NO_SUCH_PATH = (404, 405, 501)
 # Bytes that an answer may have: for each token, and besides.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
+# Characters of a server's word about itself.
+LONGEST_TOLD = 200
 # What lem may set if a server refuses the first request as such.
 REFUSED_KINDS = (400, 404, 415, 422, 500)
 HINT = (
@@ -88,7 +91,12 @@ class Loaded:
         hollow = self.checkpoint.hollow
         config = None if hollow is None else hollow.config.get_text_config()
         limits = [self.card.get("max_model_len"), getattr(config, "max_position_embeddings", None)]
-        return min(filter(None, limits), default=None)
+        return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+    def told(self, name: str) -> str | None:
+        """Return what the server's entry for the model says under a name, as a printable text; None if nothing."""
+        value = self.card.get(name)
+        return printable(str(value))[:LONGEST_TOLD] if value else None
 
     def totals(self) -> dict[str, float]:
         """Return the server's counters since its start; empty if it has none that lem recognises."""
@@ -311,15 +319,16 @@ def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, 
             return card
     raise RunError(
         f"The server at {address.base} does not serve {wanted[0]}. Set backend.model_name to what it serves: "
-        f"{', '.join(names) or 'nothing'}."
+        f"{sentence(printable(', '.join(names)))}"
     )
 
 
 def _version(client: Client) -> str | None:
     status, text = _ask_aside(client, "/version")
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(text) if status == 200 else None
-        return str(found["version"]) if isinstance(found, dict) and found.get("version") else None
+        version = found.get("version") if isinstance(found, dict) else None
+        return printable(str(version))[:LONGEST_TOLD] if version else None
     return None
 
 

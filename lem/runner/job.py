@@ -148,7 +148,9 @@ def resume(
     if directory.state().status in FINISHED:
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
     if directory.is_fruitless() and not directory.plan().unfinished_cycles(directory.finished()):
-        raise ResultsError(f"All requests of {directory.id} have failed; there is nothing left to run. Start it anew.")
+        raise ResultsError(
+            f"All requests of {directory.id} have failed; there is nothing left to run. --fresh runs it again."
+        )
     directory.check_inputs()  # they may have been damaged in the meantime
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over)
 

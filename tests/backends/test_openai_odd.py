@@ -474,6 +474,21 @@ def test_pages_of_any_size_are_refused(served, page):
     assert backend.counters() is None
 
 
+def test_what_a_server_says_about_itself_may_be_anything(served):
+    card = {"id": "m\x1b[31m", "max_model_len": "4096", "owned_by": {"a": "x" * 10**5}, "root": ["\x07"]}
+    pages = {
+        "/v1/models": json.dumps({"data": [None, 7, {}, {"id": None}, card]}).encode(),
+        "/version": b'{"version":' * 50_000,
+        "/metrics": b"vllm:generation_tokens_total NaN\nvllm:prompt_tokens_total 1e999\n",
+    }
+    _, backend = served(lambda body: stream(events(body)), others=lambda path: response(pages.get(path, b"")))
+    assert run(backend, 1)[0].error is None
+    info = backend.engine_info()
+    assert all(text.isprintable() and len(text) <= 300 for text in (info.version, *info.settings.values()))
+    assert backend.encode(["hello"])
+    assert not backend.counters()
+
+
 def test_a_redirected_server_is_named(served):
     moved = response(b"", status=308, location="https://h:1/v1/models")
     with pytest.raises(RunError, match=r"HTTP 308: it redirects to https://h:1/v1/models; set backend\.url"):
