@@ -38,7 +38,7 @@ Source = Literal["counter", "integral", "estimate", "replay"]
 Scope = Literal["device", "package", "machine", "process", "shared_device"]
 PhaseName = Literal["idle_before", "load", "idle_loaded", "warmup", "measured"]
 WarmupEnd = Literal["fixed", "converged", "max_prompts", "max_s"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 class EnergyReading(Struct, frozen=True, gc=False):
@@ -282,15 +282,18 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     request: Annotated[int, "Position of the prompt in the experiment's prompts, from 0."]
     batch: Annotated[int, "Batch it ran in, from 0, in order of execution."]
     input_tokens: Annotated[int, units.TOKEN, "Tokens of the prompt, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Tokens generated, including the end token but nothing after it."]
+    output_tokens: Annotated[
+        int | None, units.TOKEN, "Tokens generated, including the end token but nothing after it; null if it failed."
+    ]
     input_truncated: Annotated[bool, "The prompt was cut to max_input_tokens."]
-    finish_reason: Annotated[str, "stop (end token) or length (max_output_tokens)."]
+    finish_reason: Annotated[str, "stop (end token), length (max_output_tokens) or error."]
     start_s: Annotated[float, units.SECOND, "When the engine took the request."]
-    end_s: Annotated[float, units.SECOND, "When its last token was available."]
+    end_s: Annotated[float, units.SECOND, "When its last token was available, or when it failed."]
     latency_s: Annotated[
-        float,
+        float | None,
         units.SECOND,
-        "end_s minus arrived_s, or minus start_s if there is no queue; the same for all of a padded batch.",
+        "end_s minus arrived_s, or minus start_s if there is no queue; the same for all of a padded batch; null if it "
+        "failed.",
     ]
     prefill_s: Annotated[
         float | None, units.SECOND, "From start_s to the first token's logits; null if the engine does not report it."
@@ -307,6 +310,7 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     itl_spread: Annotated[
         bool | None, "Tokens that came in one chunk were spread over the time since the previous chunk."
     ] = None
+    error: Annotated[str | None, "Why it failed; null if it did not."] = None
 
 
 class ProcessRecord(Struct, frozen=True, gc=False):
@@ -336,6 +340,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     phases: tuple[Phase, ...] = ()
     requests_planned: int = 0
     requests_completed: int = 0
+    requests_failed: int = 0
     input_tokens: Annotated[int, units.TOKEN] = 0
     output_tokens: Annotated[int, units.TOKEN] = 0
     memory: Memory | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -231,6 +232,30 @@ WARNINGS: dict[str, WarningKind] = {
         "The server generated more tokens in the window than this run requested: others were using it.",
         "Use a server without other clients (backend.command starts one).",
     ),
+    "server_gpus_unknown": WarningKind(
+        "The server was already running, and the GPUs that were metered may not be the ones that it runs on: idle ones "
+        "are in the energy, or its own are missing.",
+        "Name its GPUs (gpus=[…]), run lem as the server's user and outside a container, or have lem start the server.",
+    ),
+    "requests_failed": WarningKind(
+        "Requests failed: the window's time and energy include what was spent on them, but tokens, latencies and rates "
+        "are of the others alone. Goodput counts them as missed.",
+        "Read the reasons in the column error of the requests; lower the load, or repeat.",
+    ),
+    "requests_retried": WarningKind(
+        "The server refused requests because it was busy and said when it may be asked again (Retry-After): they were "
+        "sent again then. Their latency counts from the first time.",
+        "Lower the number of requests in flight, if the server's refusals are not what you study.",
+    ),
+    "stream_ignored": WarningKind(
+        "Streaming was asked for, but the server answered in one piece, so that the times of tokens are null.",
+        "Use a server that streams, or leave --streaming out.",
+    ),
+    "tokens_by_tokenizer": WarningKind(
+        "The server reports no counts: lem counted output tokens by tokenizing the text again, plus one for the end "
+        "token. Text that was split differently when it was generated, or dropped, makes the count differ.",
+        "Use a server that reports token ids or usage; expect a few percent more uncertainty in rates per token.",
+    ),
     "prefix_cache_kept": WarningKind(
         "The server offers no request that drops cached prefixes, so prompts may have benefited from the warm-up, an "
         "earlier cycle or other clients.",
@@ -438,7 +463,10 @@ def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
     longest: dict[int, RequestRecord] = {}
     for request in requests:
-        if request.batch not in longest or request.output_tokens > longest[request.batch].output_tokens:
+        if request.error is not None:
+            continue
+        of_batch = longest.get(request.batch)
+        if of_batch is None or (request.output_tokens or 0) > (of_batch.output_tokens or 0):
             longest[request.batch] = request
     per_token_s = _per_token_s(list(longest.values()))
     if len(per_token_s) < CV_LEAST_BATCHES or statistics.fmean(per_token_s) == 0:
@@ -453,7 +481,7 @@ def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
         for r in requests
-        if r.prefill_s is not None and r.output_tokens > 1
+        if r.prefill_s is not None and r.output_tokens and r.output_tokens > 1
     ]
     if len(decode_s) >= CV_LEAST_BATCHES:
         return decode_s
@@ -485,6 +513,15 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
     for place, violation in (*_identities(rows, records), *_negatives(rows), *_steady(rows)):
         found[place].append(violation)
     return found
+
+
+def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
+    """Yield a warning if requests of a cycle failed, with the most frequent reason."""
+    reasons = Counter(r.error for r in requests if r.error is not None)
+    if reasons:
+        (reason, times), failed = reasons.most_common(1)[0], reasons.total()
+        often = "" if times == failed == 1 else f" ({times} times)"
+        yield warning("requests_failed", f"{failed} of {len(requests)} requests failed: {reason}{often}")
 
 
 def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()) -> Iterator[CodedWarning]:

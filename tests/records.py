@@ -51,6 +51,12 @@ def request(**values: Any) -> RequestRecord:
     return RequestRecord(**(known | values))
 
 
+def failed(row: RequestRecord, reason="HTTP 429: busy.") -> RequestRecord:
+    """Return the row of a request as if it had failed."""
+    nothing = dict.fromkeys(("output_tokens", "latency_s", "ttft_s", "tpot_s", "itl_s", "itl_spread"))
+    return replace(row, finish_reason="error", error=reason, **nothing)
+
+
 def phases(duration_s=4.0, energy: Sequence[EnergyReading] = (GPU,)) -> tuple[Phase, ...]:
     return (
         Phase("load", 5.0, (reading(energy_j=40.0),)),

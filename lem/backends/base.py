@@ -46,7 +46,8 @@ class Generation:
     if the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request entered a
     queue, if there is one. `start_ns` is when the engine began on the request or, unless `start_is_known`, when the
     engine was given it. `prefill_end_ns` is when the logits of the first token were ready, None if the engine does
-    not report it. `chunks` holds the times of the tokens, if the experiment asks for streaming.
+    not report it. `chunks` holds the times of the tokens, if the experiment asks for streaming. `error` says why the
+    request failed, None if it did not; a failed one has no tokens, and its `finish_reason` is error.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Generation:
     arrived_ns: int | None = None
     start_is_known: bool = True
     counted: int | None = None
+    error: str | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -123,6 +125,10 @@ class Backend(ABC):
     def runs_elsewhere(self) -> bool:
         """Return whether another machine does the work, so that no meter on this one covers it."""
         return False
+
+    def tolerated_failures(self, requests: int) -> int:
+        """Return how many of a window's requests may fail before the run ends; most engines fail as a whole."""
+        return 0
 
     def server_pids(self) -> Sequence[int]:
         """Return the engine's processes that lem did not start; called after `start`."""

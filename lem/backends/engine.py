@@ -25,7 +25,8 @@ def sentence(text: str) -> str:
     """Return a string as one line, cut to `LONGEST_REASON`, with a full stop."""
     text = " ".join(text.split()) or "no reason is given"
     if len(text) > LONGEST_REASON:
-        text = text[: text.rfind(" ", 0, LONGEST_REASON)] + " …"
+        space = text.rfind(" ", 0, LONGEST_REASON)
+        text = f"{text[: space if space > LONGEST_REASON // 2 else LONGEST_REASON]} …"
     return text if text.endswith((".", "…", "!", "?")) else f"{text}."
 
 

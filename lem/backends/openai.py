@@ -20,7 +20,7 @@ from lem.backends.engine import counter_warnings, prompt_settings, weights_warni
 from lem.backends.openai_options import Address, address_of, gpus_for, objections, runs_here, wants_gpu
 from lem.backends.server import free_port
 from lem.errors import ConfigError, RunError
-from lem.machine.gpu import Gpu
+from lem.machine.gpu import Gpu, computing
 from lem.machine.host import Host, cpu_model
 from lem.machine.processes import listening_at, peak_memory_bytes
 from lem.record import CodedWarning, EngineInfo, Memory, ModelInfo
@@ -44,6 +44,8 @@ class Openai(Backend):
         self._experiment = experiment
         self._options = experiment.backend
         self._gpus: Sequence[Gpu] = ()
+        # Why the GPUs that are metered may not be those that the server runs on.
+        self._doubt: str | None = None
         self._address: Address | None = None
         self._ending = ExitStack()
         self._loaded: Loaded | None = None
@@ -65,9 +67,35 @@ class Openai(Backend):
         return wants_gpu(experiment.backend, host)
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that the server is assumed to run on."""
+        """Return the GPUs that the server runs on, as far as the driver shows its processes there."""
         self._gpus = gpus_for(self._experiment, host)
+        if self._gpus and self._options.command is None:
+            self._gpus, self._doubt = self._of_the_server(self._gpus)
         return self._gpus
+
+    def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
+        """Return the GPUs on which a running server computes; all and the reason if that cannot be known.
+
+        GPUs that the user has named are all kept.
+        """
+        pids = {process.pid for process in self._processes()}
+        listed = {gpu: computing(gpu) for gpu in visible}
+        found = [gpu for gpu in visible if pids & (listed[gpu] or frozenset())]
+        is_chosen = self._experiment.gpus is not None
+        if found and (not is_chosen or len(found) == len(visible)):
+            return found, None
+        of_all = f"all {len(visible)} {'named' if is_chosen else 'visible'} GPUs are metered, idle ones included"
+        if found:
+            names = ", ".join(str(gpu.index) for gpu in found)
+            return visible, f"the server computes only on {names}, but {of_all}."
+        why = "none of its processes is among those that the driver lists" if pids else "its processes cannot be seen"
+        why = "the driver does not list processes" if None in listed.values() else why
+        return visible, f"which GPUs the server runs on is unknown: {why}; {of_all}."
+
+    def tolerated_failures(self, requests: int) -> int:
+        """Return the number of `backend.max_errors`, which may be a share."""
+        most = self._options.max_errors
+        return int(most * requests if most < 1 else most)
 
     def runs_elsewhere(self) -> bool:
         """Return whether the server is on another machine."""
@@ -100,7 +128,11 @@ class Openai(Backend):
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenize each text separately, with the model's own special tokens."""
         loaded = needed(self._loaded)
-        return encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
+        prompts = encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
+        if self._options.prompts == "text":
+            for prompt in prompts:
+                loaded.text_of(prompt)  # now, not in the window
+        return prompts
 
     def forget(self) -> None:
         """Have the server empty its prefix cache, if it can be asked to, and reset the counters."""
@@ -178,23 +210,29 @@ class Openai(Backend):
         by_server = {"end_token_ids": "the server's own"} if self._options.dialect == "openai" else {}
         return EngineInfo(
             backend="openai",
-            version=f"{loaded.card.get('owned_by') or 'server'} {loaded.version or 'of an unknown version'}",
+            version=f"{loaded.told('owned_by') or 'server'} {loaded.version or 'of an unknown version'}",
             device="remote" if self.runs_elsewhere() else here,
             device_name="another machine" if self.runs_elsewhere() else name,
             settings={
                 "address": loaded.address.base,
                 "started_by_lem": "on" if self._options.command else "off",
                 "dialect": self._options.dialect,
-                "served_model": str(loaded.card["id"]),
-                "served_model_root": str(loaded.card.get("root") or "unknown"),
-                "max_model_len": str(loaded.card.get("max_model_len") or "unknown"),
-                "output_tokens_counted_by": "ids" if loaded.sends_ids else "the server's usage",
+                "served_model": loaded.told("id") or "unknown",
+                "served_model_root": loaded.told("root") or "unknown",
+                "max_model_len": loaded.told("max_model_len") or "unknown",
+                "output_tokens_counted_by": self._counted_by(loaded),
+                "prompts_sent_as": self._options.prompts,
                 "prefix_cache_reset": {True: "on", False: "off", None: "unknown"}[self._is_reset],
                 **prompt_settings(self._experiment, loaded.checkpoint.end_tokens),
                 **by_server,
                 **({"extra_body": json.dumps(self._options.extra_body)} if self._options.extra_body else {}),
             },
         )
+
+    def _counted_by(self, loaded: Loaded) -> str:
+        if self._options.count == "tokenizer":
+            return "the tokenizer"
+        return "ids" if loaded.sends_ids else "the server's usage"
 
     def architecture(self) -> Architecture:
         """Return the sizes of the model without weights, as the pytorch backend does."""
@@ -208,14 +246,30 @@ class Openai(Backend):
         if self.runs_elsewhere():
             text = f"the server at {loaded.address.base} runs on another machine: its energy cannot be metered here."
             found.append(warning("server_elsewhere", text))
+        if self._doubt is not None:
+            found.append(warning("server_gpus_unknown", self._doubt))
         found += weights_warnings(model.name, model.random_weights)
         if session is not None and not self._is_reset and counters.get("prefix_cache_hit_tokens") != 0:
             text = "the server cannot be made to drop cached prefixes, which the warm-up or others may have left."
             found.append(warning("prefix_cache_kept", text))
-        if session is not None and not session.tokens_are_timed:
-            text = "the server's events do not count their tokens; these are spread from the first event to the last."
-            found.append(warning("tokens_not_timed", text))
+        found += [] if session is None else self._about(session)
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
-        if session is not None and others > 0 and not session.is_broken:
+        # What the server generated for requests that failed is unknown.
+        if session is not None and others > 0 and not session.is_broken and not session.failed:
             found.append(warning("server_shared", f"it generated {others:.0f} tokens for other clients in the window."))
         return [*found, *counter_warnings(counters)]
+
+    def _about(self, session: OpenaiSession) -> Iterator[CodedWarning]:
+        """Warn about how the server answered the window's requests."""
+        if self._options.count == "tokenizer" and session.output_tokens:
+            text = "the server reports no counts; output tokens were counted by the model's tokenizer from the text."
+            yield warning("tokens_by_tokenizer", text)
+        if session.retries:
+            text = f"the server was busy, and requests were sent again {session.retries} times after Retry-After."
+            yield warning("requests_retried", text)
+        if session.ignores_stream:
+            text = "the server answered in one piece although it was asked to stream: token times are null."
+            yield warning("stream_ignored", text)
+        if not session.tokens_are_timed:
+            text = "the server's events do not count their tokens; these are spread from the first event to the last."
+            yield warning("tokens_not_timed", text)

@@ -1,15 +1,14 @@
 """Many concurrent requests to one server's completions endpoint, each answer with the times of its tokens.
 
-Runs in another thread, so that tokens are timed while the caller does something else. All that one
-read from the network brings counts as arriving together, however many events it holds; an event split over two
-reads counts when it is complete. Tokens are counted by the ids or the usage that the server sends, never by
-events. Knows neither prompt texts nor experiments.
+Runs in another thread, so that tokens are timed while the caller does something else. All that one read from the
+network brings counts as arriving together, however many events it holds. What the bytes mean is up to
+`lem.backends.openai_answer`. Knows neither prompt texts nor experiments.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import math
 import queue
 import re
 import resource
@@ -17,80 +16,70 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import httpcore
 
-from lem.backends.engine import reason_of, sentence
+from lem.backends.engine import reason_of
+from lem.backends.openai_answer import Answer, Refused, Reply, ServerGone, Unpacking, redirection
 from lem.errors import RunError
 from lem.units import NS_PER_S
-from lem.workload.tokens import Chunk
 
 T = TypeVar("T")
 
 CONNECT_S = 10.0
 # Servers close idle connections after 5 s or more; one that is being closed must not be chosen.
 KEEP_ALIVE_S = 2.0
-OK = 200
-CONTENT_TYPE = b"content-type"
-END_OF_STREAM = b"[DONE]"
-LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # the last \r may be the half of \r\n
+# After the last event, a server that ends its response ends it at once.
+ENDING_S = 0.25
+# A busy server is left alone at least this long before it is asked again.
+LEAST_RETRY_S = 0.25
+# Bytes of a side response, such as a list of models.
+LARGEST_PAGE = 16 * 2**20
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
 
-class ServerGone(RunError):
-    """Nothing is listening at the server's address, or the connection was lost."""
-
-
-class Refused(RunError):
-    """The server answered with an error."""
-
-
 @dataclass(frozen=True)
-class Answer:
-    """A server's output for one prompt; times are readings of `time.perf_counter_ns`.
-
-    `token_ids` is None if the server sends only their number. `chunks` is empty unless the tokens were streamed;
-    `chunks_are_known` is False if only the times of the first and the last one are known.
-    """
+class Failure:
+    """Why a request has no answer, and when it was sent and failed, on the clock `time.perf_counter_ns`."""
 
     sent_ns: int
     ended_ns: int
-    finish_reason: str | None
-    output_tokens: int
-    token_ids: tuple[int, ...] | None
-    input_tokens: int | None
-    chunks: tuple[Chunk, ...] = ()
-    chunks_are_known: bool = True
+    error: RunError
+    retries: int = 0
 
 
 class Client:
     """One server, reached over HTTP/1.1."""
 
-    def __init__(self, address: str, key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, address: str, key: str | None, timeout_s: float, *, largest: int = 2**30, by_text: bool = False
+    ) -> None:
         """Keep the server's address; nothing is sent yet.
 
         Args:
             address: scheme, host, port and the path before /v1, without a slash at the end.
             key: sent as a bearer token; never written anywhere.
             timeout_s: longest silence of the server within an answer.
+            largest: bytes that no sensible answer exceeds.
+            by_text: tokens are counted by the text, so that the server need not count them.
         """
-        self._address, self._timeout_s = address, timeout_s
+        self._address, self._timeout_s, self._largest, self._by_text = address, timeout_s, largest, by_text
         self._headers = {"content-type": "application/json", "user-agent": "lem", "accept-encoding": "identity"}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
-        self._done: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[int, Answer | Failure | Exception]] = queue.SimpleQueue()
         self._running: set[asyncio.Task[None]] = set()
         # How many times all requests have been cancelled; those sent before the last time are no longer wanted.
         self._cancelled = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._pool: Any = None
-        self.on_answer: Callable[[Answer], None] = lambda _: None
-        """Called in the client's thread with each answer, before `next_done` hands it out."""
+        self.on_answer: Callable[[Answer | Failure], None] = lambda _: None
+        """Called in the client's thread with each answer or failure, before `next_done` hands it out."""
 
     def start(self) -> None:
         """Start the thread; raise the limit on open files to its maximum, since each request in flight needs one."""
@@ -115,19 +104,23 @@ class Client:
         """
         return self._wait(self._fetch(method, path, timeout_s))
 
-    def send(self, number: int, body: bytes, at_ns: int | None = None) -> None:
+    def send(self, number: int, body: bytes, at_ns: int | None = None, *, insists: bool = False) -> None:
         """Send a completion request; `next_done` returns its answer.
 
         Args:
             number: identifies the answer.
             body: as JSON.
             at_ns: when to send it, as a reading of `time.perf_counter_ns`; None for now.
+            insists: send it again after a busy server's Retry-After, waiting up to `timeout_s` in all.
         """
-        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, self._cancelled)
+        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, insists, self._cancelled)
 
-    def next_done(self) -> tuple[int, Answer | Exception]:
+    def next_done(self) -> tuple[int, Answer | Failure]:
         """Wait for the next request to end; return its number, and its answer or why there is none."""
-        return self._done.get()
+        number, done = self._done.get()
+        if isinstance(done, Exception):
+            raise done
+        return number, done
 
     def run(self, function: Callable[[], None]) -> None:
         """Call a function in the client's thread, and wait until it has returned."""
@@ -160,26 +153,40 @@ class Client:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # -------------------------------------------------------------- in the client's thread
-    def _begin(self, number: int, body: bytes, at_ns: int | None, epoch: int) -> None:
+    def _begin(self, number: int, body: bytes, at_ns: int | None, insists: bool, epoch: int) -> None:
         if epoch != self._cancelled:  # an answer sent the next request just before all were cancelled
             return
-        task = self._loop.create_task(self._answer(number, body, at_ns))
+        task = self._loop.create_task(self._answer(number, body, at_ns, insists))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _answer(self, number: int, body: bytes, at_ns: int | None) -> None:
+    async def _answer(self, number: int, body: bytes, at_ns: int | None, insists: bool) -> None:
         epoch = self._cancelled
         try:
             while at_ns is not None and (left_ns := at_ns - time.perf_counter_ns()) > 0:
                 await asyncio.sleep(left_ns / NS_PER_S)
-            answer = await self._complete(body)
+            answer = await self._insist(body, self._timeout_s if insists else 0.0)
             if epoch == self._cancelled:
                 self.on_answer(answer)
-            done: Answer | Exception = answer
+            done: Answer | Failure | Exception = answer
         except Exception as error:
             done = error
         if epoch == self._cancelled:
             self._done.put((number, done))
+
+    async def _insist(self, body: bytes, patience_s: float) -> Answer | Failure:
+        """Send a request, again while the server is busy and says when it may be asked again."""
+        sent_ns, retries = time.perf_counter_ns(), 0
+        while True:
+            try:
+                return replace(await self._complete(body, sent_ns), retries=retries)
+            except RunError as error:
+                asked_s = error.retry_after_s if isinstance(error, Refused) else None
+                wait_s = max(asked_s or 0.0, LEAST_RETRY_S)
+                if asked_s is None or wait_s > patience_s:
+                    return Failure(sent_ns, time.perf_counter_ns(), error, retries)
+                patience_s, retries = patience_s - wait_s, retries + 1
+                await asyncio.sleep(wait_s)
 
     async def _cancel(self) -> None:
         self._cancelled += 1
@@ -190,30 +197,57 @@ class Client:
 
     async def _fetch(self, method: str, path: str, timeout_s: float) -> tuple[int, str]:
         with self._failing_as_gone(timeout_s):
-            async with asyncio.timeout(timeout_s):
-                response = await self._pool.request(
+            async with (
+                asyncio.timeout(timeout_s),
+                self._pool.stream(
                     method, self._address + path, headers=self._headers, extensions=_limits(timeout_s)
-                )
-        return int(response.status), response.content.decode(errors="replace")
-
-    async def _complete(self, body: bytes) -> Answer:
-        with self._failing_as_gone(self._timeout_s):
-            sent_ns = time.perf_counter_ns()
-            async with self._pool.stream(
-                "POST",
-                f"{self._address}/v1/completions",
-                headers=self._headers,
-                content=body,
-                extensions=_limits(self._timeout_s),
-            ) as response:
-                events = (b"event-stream" in value for name, value in response.headers if name.lower() == CONTENT_TYPE)
-                if response.status != OK or not any(events):
-                    content = await response.aread()
-                    return _whole_answer(int(response.status), content, sent_ns, time.perf_counter_ns())
-                transcript, network = Transcript(sent_ns), response.extensions["network_stream"]
+                ) as response,
+            ):
+                status, headers = int(response.status), dict(response.headers)
+                if 300 <= status < 400:
+                    location = {name.lower(): value for name, value in headers.items()}.get(b"location", b"")
+                    return status, redirection(location.decode(errors="replace"))
+                unpacking, text = Unpacking.of(response.headers, LARGEST_PAGE), bytearray()
                 async for received in response.aiter_stream():
-                    transcript.take(received, network.reads, network.read_at_ns)
-                return transcript.answer()
+                    text += unpacking.take(received)
+                return status, text.decode("utf-8-sig", errors="replace")
+
+    async def _complete(self, body: bytes, sent_ns: int) -> Answer:
+        reply: Reply | None = None
+        with self._failing_as_gone(self._timeout_s):
+            try:
+                async with (
+                    asyncio.timeout(self._timeout_s) as limit,
+                    self._pool.stream(
+                        "POST",
+                        f"{self._address}/v1/completions",
+                        headers=self._headers,
+                        content=body,
+                        extensions=_limits(self._timeout_s),
+                    ) as response,
+                ):
+                    status = int(response.status)
+                    reply = Reply(sent_ns, status, response.headers, largest=self._largest, by_text=self._by_text)
+                    await self._read(response, reply, limit)
+                return reply.answer()
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, TimeoutError):
+                # All tokens may have come by then.
+                if reply is None or (answer := _despite_the_end(reply)) is None:
+                    raise
+                return answer
+
+    async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
+        """Read a response to its end, or as far as it matters, as long as whole events keep coming."""
+        network, events = response.extensions["network_stream"], 0
+        async for received in response.aiter_stream():
+            reply.take(received, network.reads, network.read_at_ns)
+            if reply.is_done:
+                limit.reschedule(self._loop.time() + ENDING_S)
+            elif reply.is_enough:
+                return
+            elif reply.events > events:
+                events = reply.events
+                limit.reschedule(self._loop.time() + self._timeout_s)
 
     @contextmanager
     def _failing_as_gone(self, timeout_s: float) -> Iterator[None]:
@@ -227,6 +261,14 @@ class Client:
             raise ServerGone(f"No server can be reached at {self._address}: {reason_of(error)}") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             raise ServerGone(f"The connection to the server at {self._address} was lost: {reason_of(error)}") from None
+
+
+def _despite_the_end(reply: Reply) -> Answer | None:
+    """Return the answer of a response that was cut off, if nothing but its end is missing."""
+    try:
+        return reply.answer(is_whole=False)
+    except ServerGone:
+        return None
 
 
 def _limits(timeout_s: float) -> dict[str, Any]:
@@ -355,176 +397,13 @@ class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
             raise httpcore.ConnectError(error.strerror or str(error)) from error
 
 
-# ------------------------------------------------------------------ events
-class Events:
-    """Parses server-sent events from bytes, however these are split."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, received: bytes) -> list[bytes]:
-        """Return the data of the events that these bytes complete."""
-        *lines, self._rest = LINE_END.split(self._rest + received)
-        whole = []
-        for line in lines:
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                whole.append(b"\n".join(self._data))
-                self._data = []
-        return whole
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The number of tokens in one event, and the read that completed it; None if the event does not count them."""
-
-    read: int
-    at_ns: int
-    tokens: int | None
-
-
-class Transcript:
-    """One streamed answer, as it comes."""
-
-    def __init__(self, sent_ns: int) -> None:
-        self._sent_ns = sent_ns
-        self._events = Events()
-        self._parts: list[_Part] = []
-        self._token_ids: list[int] = []
-        self._counted = 0
-        self._lacks_ids = False
-        self._usage: dict[str, Any] = {}
-        self._finish_reason: str | None = None
-
-    def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes from one read of the network, which may come in several pieces.
-
-        Raises:
-            Refused: the server sent an error.
-        """
-        for data in self._events.feed(received):
-            if data != END_OF_STREAM:
-                self._take_event(_checked(data), read, at_ns)
-
-    def _take_event(self, event: dict[str, Any], read: int, at_ns: int) -> None:
-        self._usage = event.get("usage") or self._usage
-        for choice in event.get("choices") or ():
-            self._finish_reason = choice.get("finish_reason") or self._finish_reason
-            tokens = self._tokens(choice, event.get("usage"))
-            if tokens or (tokens is None and choice.get("text")):
-                self._parts.append(_Part(read, at_ns, tokens))
-
-    def _tokens(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> int | None:
-        """Return the number of an event's tokens, by their ids, else by the usage so far; None if it has neither."""
-        ids = choice.get("token_ids")
-        if ids is not None:
-            self._token_ids += ids
-            return len(ids)
-        self._lacks_ids = self._lacks_ids or bool(choice.get("text"))
-        if not usage or usage.get("completion_tokens") is None:
-            return None
-        before, self._counted = self._counted, int(usage["completion_tokens"])
-        return self._counted - before
-
-    def answer(self) -> Answer:
-        """Return the answer, after the end of the stream.
-
-        Raises:
-            ServerGone: it ended too early.
-            Refused: the server did not report the number of tokens.
-        """
-        if self._finish_reason is None:
-            raise ServerGone("The server ended its response before the last token.")
-        output_tokens, token_ids = _counted(None if self._lacks_ids else self._token_ids, self._usage)
-        chunks, are_known = self._chunks(output_tokens)
-        return Answer(
-            self._sent_ns,
-            chunks[-1].at_ns if chunks else time.perf_counter_ns(),
-            self._finish_reason,
-            output_tokens,
-            token_ids,
-            self._usage.get("prompt_tokens"),
-            tuple(chunks),
-            are_known,
-        )
-
-    def _chunks(self, output_tokens: int) -> tuple[list[Chunk], bool]:
-        """Return the tokens of each read, and True; if events do not count them, the first and the rest, and False."""
-        counts = [part.tokens for part in self._parts]
-        if None in counts and len(counts) == output_tokens:
-            # Each event with text has at least one token; with as many events as tokens, each has exactly one.
-            counts = [1] * output_tokens
-        if None in counts or sum(filter(None, counts)) != output_tokens:
-            if not self._parts:
-                return [], False
-            ends = [Chunk(self._parts[0].at_ns, 1), Chunk(self._parts[-1].at_ns, output_tokens - 1)]
-            return [chunk for chunk in ends if chunk.tokens > 0], False
-        together: dict[int, Chunk] = {}
-        for part, tokens in zip(self._parts, counts, strict=True):
-            before = together.get(part.read)
-            together[part.read] = Chunk(part.at_ns, (tokens or 0) + (before.tokens if before else 0))
-        return list(together.values()), True
-
-
-def _whole_answer(status: int, content: bytes, sent_ns: int, ended_ns: int) -> Answer:
-    """Return an answer that came in one piece."""
-    if status != OK:
-        raise Refused(f"HTTP {status}: {_reason_in(content)}")
-    completion = _checked(content)
-    choice, usage = (completion.get("choices") or [{}])[0], completion.get("usage") or {}
-    output_tokens, token_ids = _counted(choice.get("token_ids"), usage)
-    finish_reason, input_tokens = choice.get("finish_reason"), usage.get("prompt_tokens")
-    return Answer(sent_ns, ended_ns, finish_reason, output_tokens, token_ids, input_tokens)
-
-
-def _counted(token_ids: Sequence[int] | None, usage: dict[str, Any]) -> tuple[int, tuple[int, ...] | None]:
-    """Return the number of output tokens, and their ids if the server sends them."""
-    count = usage.get("completion_tokens")
-    if token_ids is None:
-        if not isinstance(count, int):
-            raise Refused("it sends neither the ids nor the number of the output's tokens (usage.completion_tokens).")
-        return count, None
-    if count is not None and count != len(token_ids):
-        raise Refused(f"it sent {len(token_ids)} token ids but counted {count} output tokens.")
-    return len(token_ids), tuple(token_ids)
-
-
-# ------------------------------------------------------------------ contents
-def _checked(data: bytes) -> dict[str, Any]:
-    """Parse a response as a JSON object that is not an error.
-
-    Raises:
-        Refused: it is not JSON, or it is an error.
-    """
-    try:
-        content = json.loads(data)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise Refused(f"it sent something other than a JSON object: {data[:80].decode(errors='replace')}.")
-    if content.get("error"):
-        raise Refused(_reason_in(data))
-    return content
-
-
-def _reason_in(content: bytes) -> str:
-    """Return the text of an error, in the forms that servers use."""
-    text = content.decode(errors="replace")
-    with suppress(ValueError):
-        found = json.loads(text)
-        for name in ("error", "message", "detail"):
-            if isinstance(found, dict) and found.get(name):
-                found = found[name]
-        text = found if isinstance(found, str) else json.dumps(found)
-    return sentence(text)
-
-
+# ------------------------------------------------------------------ metrics
 def samples(text: str) -> dict[str, float]:
     """Return the values of a page of Prometheus metrics by name, summed over labels."""
     totals: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         with suppress(ValueError):
-            totals[name] = totals.get(name, 0.0) + float(value)
+            number = float(value)
+            if math.isfinite(number):
+                totals[name] = totals.get(name, 0.0) + number
     return totals

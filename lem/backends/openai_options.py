@@ -20,7 +20,7 @@ from lem.backends.base import Encoded
 from lem.backends.objections import model_objections, set_by_lem, unused_gpus
 from lem.backends.server import answers, program_path
 from lem.backends.vllm_options import raised_temperature, sampling_parameters, seed_of
-from lem.errors import ConfigError, did_you_mean
+from lem.errors import ConfigError, RunError, did_you_mean
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
 from lem.spec.engines import OpenaiBackend
@@ -152,8 +152,33 @@ def _has(options: OpenaiBackend, placeholder: str) -> bool:
 
 
 # ------------------------------------------------------------------ requests
+def as_text(tokenizer: Any, prompt: Encoded) -> str:
+    """Return the text of a prompt that the server will turn into the same tokens, with its own special ones.
+
+    Raises:
+        RunError: there is no such text.
+    """
+    ids = list(prompt.token_ids)
+    added = [token for token in tokenizer("")["input_ids"] if token in tokenizer.all_special_ids]
+    inside = ids[1:] if ids and ids[0] in added else ids
+    for some in (inside, inside[:-1] if inside and inside[-1] in added else inside):
+        text = str(tokenizer.decode(some, clean_up_tokenization_spaces=False))
+        if list(tokenizer(text)["input_ids"]) == ids:
+            return text
+    raise RunError(
+        f"Prompt {prompt.index} cannot be sent as text (backend.prompts=text): no text has exactly its tokens. Leave "
+        "out max_input_tokens or the chat template, or use a server that takes token ids."
+    )
+
+
 def request_body(
-    experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int], model_name: str, *, count_by_usage: bool
+    experiment: Experiment,
+    prompt: Encoded,
+    end_tokens: frozenset[int],
+    model_name: str,
+    *,
+    text: str | None = None,
+    count_by_usage: bool,
 ) -> dict[str, Any]:
     """Return the body of a request for one prompt.
 
@@ -162,6 +187,7 @@ def request_body(
         prompt: sent as token ids.
         end_tokens: the model's.
         model_name: what the server calls it.
+        text: the prompt as text, sent in place of its ids.
         count_by_usage: have the server report the number of tokens with each event, because it sends no ids.
     """
     options = _options(experiment)
@@ -170,7 +196,8 @@ def request_body(
     if experiment.streaming.enabled:
         each_event = {"continuous_usage_stats": True} if asks_vllm and count_by_usage else {}
         fields |= {"stream": True, "stream_options": {"include_usage": True, **each_event}}
-    return {"model": model_name, "prompt": list(prompt.token_ids), **fields, **(options.extra_body or {})}
+    content = list(prompt.token_ids) if text is None else text
+    return {"model": model_name, "prompt": content, **fields, **(options.extra_body or {})}
 
 
 def _vllm_fields(experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int]) -> dict[str, Any]:

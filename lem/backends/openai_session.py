@@ -13,15 +13,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from lem.backends import checkpoint
 from lem.backends.base import Encoded, Generation
 from lem.backends.checkpoint import Checkpoint, encode
-from lem.backends.openai_client import Answer, Client, Refused, ServerGone, samples
-from lem.backends.openai_options import Address, command_line, request_body
+from lem.backends.engine import sentence
+from lem.backends.openai_answer import Answer, Refused, ServerGone, printable
+from lem.backends.openai_client import Client, Failure, samples
+from lem.backends.openai_options import Address, as_text, command_line, request_body
 from lem.backends.server import LOG_NAME, Server, answers, environment
 from lem.backends.vllm_source import COUNTERS
 from lem.errors import RunError
@@ -45,6 +47,23 @@ RESET_POLL_S = 0.1
 # The prompt of the first request.
 TRIAL_TEXT = "Hello"
 FOREVER_NS = sys.maxsize
+# What servers call the end of an output.
+FINISH_REASONS: Mapping[str, FinishReason] = {
+    "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
+    "length": "length", "max_tokens": "length", "max_length": "length",
+}  # fmt: skip
+# Statuses by which a server without a list of models says so.
+NO_SUCH_PATH = (404, 405, 501)
+# Bytes that an answer may have: for each token, and besides.
+LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
+# Characters of a server's word about itself.
+LONGEST_TOLD = 200
+# What lem may set if a server refuses the first request as such.
+REFUSED_KINDS = (400, 404, 415, 422, 500)
+HINT = (
+    "If it takes prompts only as text, set backend.prompts=text; if it knows only OpenAI's own fields, "
+    "backend.dialect=openai."
+)
 
 
 # ------------------------------------------------------------------ the server
@@ -53,7 +72,8 @@ class Loaded:
     """A server that is ready, and the model in it.
 
     `server` is None if it was already running. `card` is the server's entry for the model. `sends_ids`: whether it
-    sends the ids of the output's tokens; otherwise they are counted by its usage.
+    sends the ids of the output's tokens; otherwise they are counted by its usage or, if asked to, by the tokenizer.
+    `texts` holds the text of prompts that are sent as such, by their tokens.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +83,7 @@ class Loaded:
     card: Mapping[str, Any]
     version: str | None
     sends_ids: bool
+    texts: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     @property
     def positions(self) -> int | None:
@@ -70,7 +91,12 @@ class Loaded:
         hollow = self.checkpoint.hollow
         config = None if hollow is None else hollow.config.get_text_config()
         limits = [self.card.get("max_model_len"), getattr(config, "max_position_embeddings", None)]
-        return min(filter(None, limits), default=None)
+        return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+    def told(self, name: str) -> str | None:
+        """Return what the server's entry for the model says under a name, as a printable text; None if nothing."""
+        value = self.card.get(name)
+        return printable(str(value))[:LONGEST_TOLD] if value else None
 
     def totals(self) -> dict[str, float]:
         """Return the server's counters since its start; empty if it has none that lem recognises."""
@@ -94,32 +120,66 @@ class Loaded:
         """Return the body of the request for a prompt."""
         end_tokens, name = self.checkpoint.end_tokens, str(self.card["id"])
         return json.dumps(
-            request_body(experiment, prompt, end_tokens, name, count_by_usage=not self.sends_ids)
+            request_body(
+                experiment,
+                prompt,
+                end_tokens,
+                name,
+                text=self.text_of(prompt) if _options(experiment).prompts == "text" else None,
+                count_by_usage=not self.sends_ids,
+            )
         ).encode()
 
-    def checked(self, prompt: Encoded, answer: Answer | Exception) -> Answer:
-        """Return an answer.
+    def text_of(self, prompt: Encoded) -> str:
+        """Return a prompt as text; raises RunError if no text has exactly its tokens."""
+        if prompt.token_ids not in self.texts:
+            self.texts[prompt.token_ids] = as_text(self.checkpoint.tokenizer, prompt)
+        return self.texts[prompt.token_ids]
+
+    def failure(self, answer: Answer | Failure) -> str | None:
+        """Return why a request failed, as a sentence; None if it did not.
 
         Raises:
-            RunError: there is none, or it does not fit what the server was sent.
+            RunError: the server that lem started has ended, so that no other request can succeed.
         """
-        if isinstance(answer, ServerGone):
-            # A server takes a while to end, and what ended it may be about to end this process.
-            end = None if self.server is None else self.server.how_it_ended(ENDING_PATIENCE_S)
-            raise RunError(f"{answer} {end or ''}".rstrip())
-        if isinstance(answer, Refused):
-            raise RunError(f"The server did not answer prompt {prompt.index}: {answer}")
-        if isinstance(answer, Exception):
-            raise answer
-        if answer.finish_reason not in ("stop", "length"):
-            reason = answer.finish_reason or "it gives no reason"
-            raise RunError(f"The server gave up on prompt {prompt.index}: {reason}.")
+        if isinstance(answer, Failure):
+            if isinstance(answer.error, ServerGone) and self.server is not None:
+                # A server takes a while to end, and what ended it may be about to end this process.
+                is_there = answers(self.address.host, self.address.port or 0, ASIDE_S)
+                end = self.server.how_it_ended(0.0 if is_there else ENDING_PATIENCE_S)
+                if end is not None:
+                    raise RunError(f"{answer.error} {end}")
+            return str(answer.error)
+        if answer.finish_reason is not None and answer.finish_reason not in FINISH_REASONS:
+            return f"The server gave up: {printable(answer.finish_reason)[:80]}."
+        return None
+
+    def counted(self, prompt: Encoded, answer: Answer, experiment: Experiment) -> Answer:
+        """Return an answer with the number of its tokens and lem's own word for its end.
+
+        Raises:
+            RunError: it does not fit what the server was sent, so that none of its counts can be trusted.
+        """
         if answer.input_tokens not in (None, len(prompt.token_ids)):
             raise RunError(
                 f"The server counts {answer.input_tokens} input tokens for prompt {prompt.index}, but "
                 f"{len(prompt.token_ids)} were sent: it adds or drops some."
             )
-        return answer
+        least, most = experiment.min_output_tokens, experiment.max_output_tokens
+        reason = None if answer.finish_reason is None else FINISH_REASONS[answer.finish_reason]
+        if _options(experiment).count == "tokenizer":
+            # The end token has no text.
+            in_text = len(self.checkpoint.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
+            reason = reason or ("length" if in_text >= most else "stop")
+            return replace(answer, output_tokens=in_text + (reason == "stop"), token_ids=None, finish_reason=reason)
+        output_tokens = answer.output_tokens or 0
+        if not least <= output_tokens <= most:
+            raise RunError(
+                f"The server generated {output_tokens} tokens for prompt {prompt.index}; {least} to {most} were "
+                "requested: it ignores these limits."
+            )
+        reason = reason or ("length" if output_tokens == most else "stop")
+        return replace(answer, output_tokens=output_tokens, finish_reason=reason)
 
 
 def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_folder: Path, ending: ExitStack) -> Loaded:
@@ -143,7 +203,13 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
         server = _server(experiment, read.model, address, gpus, log_folder / LOG_NAME)
         ending.callback(server.close)
         server.start()
-    client = Client(address.base, os.environ.get(options.api_key_env), options.timeout_s)
+    client = Client(
+        address.base,
+        os.environ.get(options.api_key_env),
+        options.timeout_s,
+        largest=LARGEST_REST + LARGEST_TOKEN * experiment.max_output_tokens,
+        by_text=options.count == "tokenizer",
+    )
     ending.callback(client.close)
     client.start()
     models = _wait_for_models(client, server, address, options)
@@ -152,9 +218,24 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
     # One token shows how the server counts, and that it accepts what it will be sent.
     short = replace(experiment, max_output_tokens=1, min_output_tokens=0)
     (prompt,) = encode(read.tokenizer, [TRIAL_TEXT], short, None)
-    client.send(0, loaded.body(prompt, short))
-    answer = loaded.checked(prompt, client.next_done()[1])
+    client.send(0, loaded.body(prompt, short), insists=True)
+    _, answer = client.next_done()
+    reason = loaded.failure(answer)
+    if isinstance(answer, Failure) or reason is not None:
+        is_kind = isinstance(answer, Failure) and _is_refusal_of_its_kind(answer)
+        raise RunError(f"The server did not answer the first request: {reason}{f' {HINT}' if is_kind else ''}")
+    answer = loaded.counted(prompt, answer, short)
     return replace(loaded, sends_ids=answer.token_ids is not None)
+
+
+def _is_refusal_of_its_kind(failure: Failure) -> bool:
+    """Return whether a server refused a request for what it is, not because it was busy."""
+    return isinstance(failure.error, Refused) and failure.error.status in REFUSED_KINDS
+
+
+def _options(experiment: Experiment) -> OpenaiBackend:
+    assert isinstance(experiment.backend, OpenaiBackend)
+    return experiment.backend
 
 
 def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequence[Gpu], log: Path) -> Server:
@@ -171,17 +252,26 @@ def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequen
 def _wait_for_models(
     client: Client, server: Server | None, address: Address, options: OpenaiBackend
 ) -> list[dict[str, Any]]:
-    """Return what the server serves, after waiting for it if it was just started."""
+    """Return what the server serves, after waiting for it if it was just started.
+
+    A server without a readable list is taken to serve `backend.model_name`.
+    """
+    named = [{"id": options.model_name}] if options.model_name is not None else None
     until_s = time.monotonic() + (options.start_timeout_s if server else 0.0)
     answered = None
     while True:
         try:
             status, text = client.fetch("/v1/models")
             answered = f"{address.base}/v1/models answers with HTTP {status}."
+            answered = f"{answered[:-1]}: {text}" if 300 <= status < 400 else answered
         except ServerGone as error:
             status, text = 0, str(error)
+        except Refused as error:
+            status, text = 0, f"{address.base}/v1/models cannot be read: {error}"
         if status == 200:
-            return _models_in(text)
+            return _models_in(text) or named or _raise_unreadable()
+        if named is not None and status in NO_SUCH_PATH:
+            return named
         if status in (401, 403):
             raise RunError(f"The server at {address.base} does not accept the API key in ${options.api_key_env}.")
         if server is not None and (end := server.how_it_ended()):
@@ -189,20 +279,31 @@ def _wait_for_models(
         if time.monotonic() > until_s:
             last = answered or text
             if server is None:
-                raise RunError(last)
+                hint = " Set backend.model_name, if it has no such list." if status in NO_SUCH_PATH else ""
+                raise RunError(f"{last}{hint}")
             limit = f"{options.start_timeout_s:g} s (backend.start_timeout_s)"
             raise RunError(f"The server was not ready after {limit}. {last}{server.last_words()}")
         time.sleep(READY_POLL_S)
 
 
 def _models_in(text: str) -> list[dict[str, Any]]:
+    """Return the entries of a list of models, in the forms that servers use; empty if it cannot be read."""
     try:
-        listed = json.loads(text).get("data")
-    except (ValueError, AttributeError):
-        listed = None
-    if not isinstance(listed, list):
-        raise RunError("The server's list of models (/v1/models) cannot be read; is it an OpenAI-compatible server?")
-    return [card for card in listed if isinstance(card, dict) and "id" in card]
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    if isinstance(found, dict):
+        found = next((found[name] for name in ("data", "models") if name in found), None)
+    cards = [{"id": each} if isinstance(each, str) else each for each in found] if isinstance(found, list) else []
+    named = [card | {"id": card.get("id") or card.get("name")} for card in cards if isinstance(card, dict)]
+    return [card for card in named if isinstance(card["id"], str)]
+
+
+def _raise_unreadable() -> NoReturn:
+    raise RunError(
+        "The server's list of models (/v1/models) is empty or cannot be read. If it is an OpenAI-compatible server, "
+        "set backend.model_name to what it serves."
+    )
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
@@ -218,15 +319,16 @@ def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, 
             return card
     raise RunError(
         f"The server at {address.base} does not serve {wanted[0]}. Set backend.model_name to what it serves: "
-        f"{', '.join(names) or 'nothing'}."
+        f"{sentence(printable(', '.join(names)))}"
     )
 
 
 def _version(client: Client) -> str | None:
     status, text = _ask_aside(client, "/version")
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(text) if status == 200 else None
-        return str(found["version"]) if isinstance(found, dict) and found.get("version") else None
+        version = found.get("version") if isinstance(found, dict) else None
+        return printable(str(version))[:LONGEST_TOLD] if version else None
     return None
 
 
@@ -240,16 +342,22 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 
 # ------------------------------------------------------------------ requests
 class OpenaiSession:
-    """The requests of one window, from the first prompts after `Backend.forget`; unusable once a request has failed.
+    """The requests of one window, from the first prompts after `Backend.forget`.
 
-    `output_tokens` counts those of the answers so far; `tokens_are_timed`: whether each of them has its own time.
+    `is_broken`: the server did not answer the last request, or it answered wrongly; it is not asked for its counters.
+    `output_tokens` counts those of the answers so far, and `failed` the requests without one; `retries` counts how
+    often requests were sent again. `tokens_are_timed`: whether each token has its own time; `ignores_stream`: whether
+    an answer came in one piece although it was to be streamed.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
         self._experiment, self._loaded, self._client = experiment, loaded, loaded.client
+        # In open-loop traffic, a request that is sent again would arrive at another time.
+        self._insists = experiment.traffic.pattern in ("closed", "concurrency")
         self.is_broken = False
-        self.output_tokens = 0
+        self.output_tokens = self.failed = self.retries = 0
         self.tokens_are_timed = True
+        self.ignores_stream = False
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Send batch after batch, each yielded as a whole; or keep `batch_size` requests in flight."""
@@ -269,7 +377,7 @@ class OpenaiSession:
     def _batch(self, prompts: Sequence[Encoded], batch: int) -> list[Generation]:
         with self._in_use():
             for number, body in enumerate([self._loaded.body(prompt, self._experiment) for prompt in prompts]):
-                self._client.send(number, body)
+                self._client.send(number, body, insists=self._insists)
             done: dict[int, Generation] = {}
             while len(done) < len(prompts):
                 number, answer = self._client.next_done()
@@ -285,9 +393,10 @@ class OpenaiSession:
             for each in arrivals.take(FOREVER_NS, sys.maxsize):
                 number = next(numbers)
                 waiting[number] = each
-                self._client.send(number, self._loaded.body(each.request, self._experiment), each.at_ns)
+                body = self._loaded.body(each.request, self._experiment)
+                self._client.send(number, body, each.at_ns, insists=self._insists)
 
-        def take_the_place(answer: Answer) -> None:
+        def take_the_place(answer: Answer | Failure) -> None:
             """Let the next request arrive; called in the client's thread, the only one that handles arrivals."""
             arrivals.finished(1, answer.ended_ns)
             send()
@@ -314,24 +423,31 @@ class OpenaiSession:
         finally:
             self._client.on_answer = lambda _: None
 
-    def _generation(self, prompt: Encoded, batch: int, answer: Answer | Exception) -> Generation:
-        answer, wanted = self._loaded.checked(prompt, answer), self._experiment
-        least, most = wanted.min_output_tokens, wanted.max_output_tokens
-        if not least <= answer.output_tokens <= most:
-            raise RunError(
-                f"The server generated {answer.output_tokens} tokens for prompt {prompt.index}; {least} to {most} were "
-                "requested: it ignores these limits."
+    def _generation(self, prompt: Encoded, batch: int, answer: Answer | Failure) -> Generation:
+        """Return what came of a request, even if that is a failure."""
+        self.retries += answer.retries
+        reason = self._loaded.failure(answer)
+        if isinstance(answer, Failure) or reason is not None:
+            self.failed += 1
+            self.is_broken = isinstance(answer, Failure) and isinstance(answer.error, ServerGone)
+            return Generation(
+                prompt.index, batch, (), "error", answer.sent_ns, answer.ended_ns, start_is_known=False, error=reason
             )
-        self.output_tokens += answer.output_tokens
-        self.tokens_are_timed = self.tokens_are_timed and answer.chunks_are_known
+        self.is_broken = False
+        answer = self._loaded.counted(prompt, answer, self._experiment)
+        output_tokens = answer.output_tokens or 0
+        chunks, are_known = answer.chunks(output_tokens)
+        self.output_tokens += output_tokens
+        self.ignores_stream |= self._experiment.streaming.enabled and not answer.is_streamed
+        self.tokens_are_timed &= are_known or not answer.is_streamed
         return Generation(
             prompt.index,
             batch,
             answer.token_ids or (),
             cast(FinishReason, answer.finish_reason),
             start_ns=answer.sent_ns,
-            end_ns=answer.ended_ns,
-            chunks=answer.chunks,
+            end_ns=chunks[-1].at_ns if chunks else answer.ended_ns,
+            chunks=chunks,
             start_is_known=False,
-            counted=answer.output_tokens if answer.token_ids is None else None,
+            counted=output_tokens if answer.token_ids is None else None,
         )

@@ -19,11 +19,13 @@ from typing import Any
 
 from lem.backends import guardian
 from lem.errors import RunError
-from lem.machine.processes import family_of, kill
+from lem.machine.processes import family_of, kill, without_launchers
 
 LOG_NAME = "server.log"
 # Lines and characters of the end of a log in a message.
 LOG_LINES, LONGEST_END = 5, 900
+# How much of the end of a log is read, which may have grown to gigabytes.
+LOG_BYTES = 2**16
 # The guardian needs `GRACE_S`; on a busy machine it takes a while until the kernel has cleared away a server.
 ENDING_S = guardian.GRACE_S + 8.0
 
@@ -81,7 +83,7 @@ class Server:
     def last_words(self) -> str:
         """Return the end of its log as a sentence to append to others; empty for an empty log."""
         with self._log.open("rb") as file:
-            file.seek(self._log_start)
+            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - LOG_BYTES))
             written = (line.strip() for line in file.read().decode(errors="replace").splitlines())
         lines = [line for line in written if line.strip("^~ ")]  # without Python's markers below a line
         end = " | ".join(lines[-LOG_LINES:])[-LONGEST_END:]
@@ -128,8 +130,11 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return a server's variables: this process's, with these GPUs visible; None leaves their visibility unchanged."""
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    """Return a server's variables: this process's, without a launcher's, and with these GPUs visible.
+
+    None leaves the GPUs' visibility unchanged.
+    """
+    variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
     variables.pop("PYTHONSAFEPATH", None)  # meant for lem's own processes; a user's server may be next to its modules
     if shown_gpus is not None:
         variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": shown_gpus}

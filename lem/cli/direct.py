@@ -42,9 +42,13 @@ NOTHING = "nothing"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as one of the processes that a launcher has started; return its exit code."""
     forgiving_streams()
-    here = named_by_launcher()
     options = _parser().parse_intermixed_args(argv)
-    return exit_code_of(lambda: _follow(here) if here.rank else _lead(here, options))
+    return exit_code_of(lambda: _take_part(options))
+
+
+def _take_part(options: argparse.Namespace) -> int:
+    here = named_by_launcher()
+    return _follow(here) if here.rank else _lead(here, options)
 
 
 def _parser() -> argparse.ArgumentParser:

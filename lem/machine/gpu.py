@@ -178,6 +178,17 @@ def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
         )
 
 
+def computing(gpu: Gpu) -> frozenset[int] | None:
+    """Return the ids of the processes that compute on a GPU or its MIG instance; None if the driver does not list them.
+
+    In a container with its own process ids they may be the host's.
+    """
+    with nvml() as lib:
+        handle = None if lib is None else _ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
+        running = None if handle is None else _ask(lib, "nvmlDeviceGetComputeRunningProcesses", handle)
+        return None if running is None else frozenset(process.pid for process in running)
+
+
 def used_memory_bytes(gpu: Gpu) -> int | None:
     """Return the memory that all processes use on a GPU or its MIG instance; None if it is not reported."""
     with nvml() as lib:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# By these, launchers of several processes (torchrun, accelerate, MPI) tell each which one it is and where the others
+# are. A shell or a pod that runs under one passes them on to everything that is started there.
+OF_LAUNCHERS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|ROLE_NAME|RDZV_.*"
+    r"|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|PET_.*|ACCELERATE_.*|FSDP_.*"
+    r"|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE|MV2_COMM_WORLD_.*|MPI_LOCAL.*|PMI_.*|PMIX_.*"
+)
 # On a busy machine the kernel takes a while to remove what was killed.
 GONE_S = 10.0
+
+
+def without_launchers(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for a process that is none of those that a launcher around this one has started."""
+    return {name: value for name, value in environ.items() if not OF_LAUNCHERS.fullmatch(name)}
 
 
 def children() -> list[Any]:

@@ -59,6 +59,10 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
         "steady_output_tokens_per_s": ratios(of["steady_output_tokens"], of["steady_duration_s"]),
         "steady_average_power_w": ratios(of["steady_energy_j"], of["steady_duration_s"]),
         "steady_energy_per_output_token_j": ratios(of["steady_energy_j"], of["steady_output_tokens"]),
+        "error_rate": ratios(
+            of["requests_failed"],
+            [None if n is None else n + done for n, done in zip(of["requests_failed"], requests, strict=True)],
+        ),
         "flops_per_token": ratios(of["flops"], all_tokens),
         "flops_per_s": flops_per_s,
         "mfu": ratios(flops_per_s, of["peak_flops_per_s"]),

@@ -273,9 +273,10 @@ class ExperimentDir:
         return record
 
     def _check_count(self, record: ProcessRecord, rows: int) -> None:
-        if record.requests_completed != rows:
+        ended = record.requests_completed + record.requests_failed
+        if ended != rows:
             file = self.journal_file(record.rank, record.attempt)
-            counts = f"has {rows} rows of cycle {record.cycle}, but the record says {record.requests_completed}"
+            counts = f"has {rows} rows of cycle {record.cycle}, but the record says {ended}"
             raise ResultsError(f"{file} {counts}.")
 
     def records(self) -> list[ProcessRecord]:
@@ -289,6 +290,14 @@ class ExperimentDir:
             if before_attempt is None or part.record.attempt < before_attempt:
                 done.setdefault(part.record.cycle, set()).update(row.request for row in part.requests)
         return done
+
+    def is_fruitless(self) -> bool:
+        """Return whether all requests of a cycle failed."""
+        ended: dict[int, bool] = {}
+        for part in self.parts():
+            for row in part.requests:
+                ended[row.cycle] = ended.get(row.cycle, True) and row.error is not None
+        return any(ended.values())
 
     def batches(self, rank: int, cycle: int, before_attempt: int) -> int:
         """Return how many batches of a cycle a process has run in earlier attempts."""

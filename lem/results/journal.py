@@ -88,12 +88,14 @@ class Window:
         readings = _unread(record) if metered is None else metered.energy or ()
         if metered is not None and metered.energy_at_s is not None:
             readings = covering(readings, metered.energy_at_s)
+        finished = [row for row in self.rows if row.error is None]
         return replace(
             record,
             phases=(*record.phases, Phase("measured", last.duration_s, readings)),
-            requests_completed=len(self.rows),
-            input_tokens=sum(row.input_tokens for row in self.rows),
-            output_tokens=sum(row.output_tokens for row in self.rows),
+            requests_completed=len(finished),
+            requests_failed=len(self.rows) - len(finished),
+            input_tokens=sum(row.input_tokens for row in finished),
+            output_tokens=sum(row.output_tokens or 0 for row in finished),
             flops=last.flops,
             warnings=(*record.warnings, warning("window_cut", _cut(last, metered))),
         )

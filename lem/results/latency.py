@@ -86,7 +86,10 @@ def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
 
 
 def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
-    """Return the measures of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput."""
+    """Return the measures of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput.
+
+    Failed requests arrived and kept the engine busy too; they are never good.
+    """
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)
     if not arrived:
@@ -111,7 +114,8 @@ def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffi
     if (ttft_s is None and itl_s is None) or not duration_s:
         return {}
     good = sum(
-        r.ttft_s is not None
+        r.error is None
+        and r.ttft_s is not None
         and (ttft_s is None or r.ttft_s <= ttft_s)
         and (itl_s is None or r.tpot_s is None or r.tpot_s <= itl_s)
         for r in requests

@@ -34,6 +34,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         phases=_merged_phases(counted),
         requests_planned=max(r.requests_planned for r in counted),
         requests_completed=sum(r.requests_completed for r in counted),
+        requests_failed=sum(r.requests_failed for r in counted),
         input_tokens=sum(r.input_tokens for r in counted),
         output_tokens=sum(r.output_tokens for r in counted),
         memory=_merged_memory([r.memory for r in counted]),

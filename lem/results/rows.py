@@ -108,8 +108,8 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
     """Return all columns of the rows, one row for each cycle, as if each were an experiment."""
     records = [cycle.records for cycle in cycles]
     first = [of_cycle[0] for of_cycle in records]
-    requests = [cycle.requests for cycle in cycles]
-    complete = [len({r.request for r in c.requests}) == c.plan.prompts.count for c in cycles]
+    requests = [[r for r in cycle.requests if r.error is None] for cycle in cycles]
+    complete = [bool(of_cycle) and _has_all(cycle) for of_cycle, cycle in zip(requests, cycles, strict=True)]
     columns: Columns = {name: [None] * len(cycles) for name in _OPTIONAL}
     columns |= {
         "status": ["completed" if done else _status(r) for done, r in zip(complete, records, strict=True)],
@@ -122,19 +122,25 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
         "cycles_completed": list(map(int, complete)),
         "resumed": [0] * len(cycles),
         "requests_completed": list(map(len, requests)),
+        "requests_failed": [len(c.requests) - len(rows) for c, rows in zip(cycles, requests, strict=True)],
         "input_tokens": [sum([r.input_tokens for r in rows]) for rows in requests],
-        "output_tokens": [sum([r.output_tokens for r in rows]) for rows in requests],
+        "output_tokens": [sum([r.output_tokens or 0 for r in rows]) for rows in requests],
     }
     columns |= _configured(cycles)
     columns |= _loaded(first)
     columns |= _timed_and_metered(records)
     columns |= _prefill(records) | _flops(records) | _memory(records)
-    columns |= summaries("latency", [[r.latency_s for r in rows] for rows in requests])
+    columns |= summaries("latency", [[r.latency_s for r in rows if r.latency_s is not None] for rows in requests])
     columns |= _streamed_and_queued(cycles, columns["duration_s"])
     columns |= _steady(cycles, complete, columns["energy_j"])
     columns |= quotients(columns, complete)
     columns["warnings"] = _warnings(columns, cycles)
     return columns
+
+
+def _has_all(cycle: Cycle) -> bool:
+    """Return whether every request has finished or failed."""
+    return len({r.request for r in cycle.requests}) == cycle.plan.prompts.count
 
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
@@ -333,7 +339,7 @@ def _steady_state(cycle: Cycle, *, is_metered: bool) -> Steady | None:
         None if traffic.concurrency is None else traffic.concurrency // max(replicas, 1),
         by_client=experiment.backend.name == "openai",
     )
-    if taken is None:
+    if taken is None or any(r.error for r in cycle.requests):
         return None
     energy = owner.energy_so_far if owner.rank == ENERGY_OWNER and is_metered else ()
     return steady_state(cycle.requests, taken, energy, ends_at_readings=len(energy) > 0)
@@ -345,10 +351,12 @@ def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     for cycle, of_row, duration_s in zip(cycles, of_rows, columns["duration_s"], strict=True):
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
+        done = [r for r in cycle.requests if r.error is None]
         of_requests = [
-            *warning_codes.of_samples(sample_counts(cycle.requests)),
+            *warning_codes.of_failures(cycle.requests),
+            *warning_codes.of_samples(sample_counts(done)),
             *_of_times(cycle, duration_s),
-            *warning_codes.of_timed_tokens(cycle.requests),
+            *warning_codes.of_timed_tokens(done),
         ]
         coded = map(as_text, [*cycle.warnings, *of_row, *of_requests])
         found.append(list(dict.fromkeys([*of_processes, *coded])))

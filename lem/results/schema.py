@@ -33,8 +33,8 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     status: Annotated[str, "How the run ended: completed, failed or interrupted."]
     # counted
     requests_completed: Annotated[int, units.REQUEST, "Requests that were finished; each has its own row."]
-    input_tokens: Annotated[int, units.TOKEN, "Input tokens of all requests, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Output tokens of all requests, not counting any after an end token."]
+    input_tokens: Annotated[int, units.TOKEN, "Input tokens of the finished requests, without padding."]
+    output_tokens: Annotated[int, units.TOKEN, "Their output tokens, not counting any after an end token."]
     # timed
     duration_s: Annotated[Seconds, "Wall-clock length of the measured window."]
     output_tokens_per_s: Annotated[TokensPerSecond, "output_tokens / duration_s."]
@@ -89,6 +89,13 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     steady_energy_j: Annotated[Joules, "As energy_j, in the steady state."] = None
     steady_average_power_w: Annotated[Watts, "steady_energy_j / steady_duration_s."] = None
     steady_energy_per_output_token_j: Annotated[JoulesPerToken, "steady_energy_j / steady_output_tokens."] = None
+    # refused or broken off
+    requests_failed: Annotated[
+        int | None,
+        units.REQUEST,
+        "Requests that failed: in no mean, total or rate, but in the window's time and energy.",
+    ] = None
+    error_rate: Annotated[Ratio, "requests_failed / (requests_completed + requests_failed)."] = None
     warnings: Annotated[list[str], "Reasons for doubt, each as `code: sentence`; see the page on warnings."] = []
 
 

@@ -122,6 +122,8 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Model", _model(row)
     yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
     yield "Prompts", _prompts(row)
+    if row.requests_failed:
+        yield "Failed", f"{row.requests_failed} requests ({row.error_rate or 0.0:.2%}), in no mean, total or rate below"
     yield "Batching", f"{row.batching_strategy}, up to {row.batch_size} · decoder {row.decoder}"
     yield "Tokens", f"{row.input_tokens} input, {row.output_tokens} output"
     yield from _time_lines(row)

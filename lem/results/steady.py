@@ -105,13 +105,13 @@ def tokens_between(request: RequestRecord, begin_s: float, end_s: float) -> int:
     if request.end_s <= begin_s or request.start_s >= end_s:
         return 0
     if request.start_s >= begin_s and request.end_s <= end_s:
-        return request.output_tokens
+        return request.output_tokens or 0
     times = _token_times_s(request)
     return bisect_right(times, end_s) - bisect_right(times, begin_s)
 
 
 def _token_times_s(request: RequestRecord) -> list[float]:
-    count = request.output_tokens
+    count = request.output_tokens or 0
     if request.ttft_s is not None and request.itl_s is not None:
         at_s = (request.start_s if request.arrived_s is None else request.arrived_s) + request.ttft_s
         times = [at_s]

@@ -18,7 +18,7 @@ from lem import warning_codes
 from lem.backends import Encoded, make_backend
 from lem.energy import make_meter
 from lem.energy.base import Meter, NoMeter
-from lem.errors import Interrupted, LemError
+from lem.errors import Interrupted, LemError, RunError
 from lem.machine import host
 from lem.machine.gpu import Gpu
 from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, ErrorInfo, Flops, Phase, PowerRecord, Status
@@ -169,6 +169,9 @@ class Attempt:
             first_batch=self._directory.batches(self._rank, cycle.number, self._number),
             queue=self._queue(left, finished),
         )
+        errors = [request.generation.error for request in cycle.measured.requests]
+        if errors and None not in errors:
+            raise RunError(f"All {len(errors)} requests failed; the last: {errors[-1]}")
 
     def _queue(self, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
         """Return how the remaining prompts arrive; the last arrival of earlier attempts is time 0."""
@@ -200,7 +203,7 @@ class Attempt:
         with UNDISTURBED:
             rows = [request_row(self._window_id, request) for request in batch]
             if loaded.architecture is not None:
-                sizes = ((row.input_tokens, row.output_tokens) for row in rows)
+                sizes = ((row.input_tokens, row.output_tokens) for row in rows if row.output_tokens is not None)
                 cycle.total_flops += flops.total_flops(loaded.architecture, sizes)
                 checkpoint = structs.replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
             loaded.journal.add(rows, checkpoint)

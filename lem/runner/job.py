@@ -155,6 +155,10 @@ def resume(
     """
     if directory.state().status in FINISHED:
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
+    if directory.is_fruitless() and not directory.plan().unfinished_cycles(directory.finished()):
+        raise ResultsError(
+            f"All requests of {directory.id} have failed; there is nothing left to run. --fresh runs it again."
+        )
     directory.check_inputs()  # they may have been damaged in the meantime
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over)
 
@@ -185,14 +189,15 @@ def _execute(
             raise Interrupted(f"{text} To resume: {resume_command(store, directory)}") from None
         status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))
-        if status == "completed":
+        if not plan.unfinished_cycles(directory.finished()):
             store.mark_finished(directory.id)
         row, problem = _row(store, directory, write_tables)
         return Outcome(row, directory, store, problem)
 
 
 def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:
-    if not plan.unfinished_cycles(directory.finished()):  # no matter how the processes ended
+    has_all = not plan.unfinished_cycles(directory.finished())
+    if has_all and not directory.is_fruitless():  # no matter how the processes ended
         return "completed", None
     records = directory.records()
     attempt = max(record.attempt for record in records)

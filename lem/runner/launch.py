@@ -28,7 +28,7 @@ from msgspec.structs import replace
 from lem.backends import backend_class
 from lem.errors import Interrupted
 from lem.machine.host import Host
-from lem.machine.processes import family_of
+from lem.machine.processes import family_of, without_launchers
 from lem.record import ErrorInfo, Status
 from lem.results.directory import ExperimentDir
 from lem.results.journal import DIED
@@ -107,8 +107,8 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
 
 
 def _environment(plan: Plan, host: Host) -> dict[str, str]:
-    """Return the workers' environment: the chosen GPUs, and no more threads than cores."""
-    variables = dict(os.environ)
+    """Return the workers' environment: the chosen GPUs, no launcher but their own, no more threads than cores."""
+    variables = without_launchers(os.environ)
     # A bullet point printed by a library must not end a run on a machine whose encoding is ASCII.
     variables["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     variables["PYTHONSAFEPATH"] = "1"

@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from lem.errors import RunError
+from lem.errors import ConfigError, RunError
 
 # A rank may wait while another one works,
 BARRIER_TIMEOUT = timedelta(days=7)
@@ -78,9 +78,20 @@ def _gloo() -> Any:
 
 
 def named_by_launcher() -> Ranks:
-    """Return this process's ranks as its launcher has set them, not yet connected to the others."""
-    rank = int(os.environ.get("RANK", "0"))
-    return Ranks(rank, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("WORLD_SIZE", "1")))
+    """Return this process's ranks as its launcher has set them, not yet connected to the others.
+
+    Raises:
+        ConfigError: they are no numbers.
+    """
+    named = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    try:
+        rank = int(named["RANK"] or 0)
+        return Ranks(rank, int(named["LOCAL_RANK"] or rank), int(named["WORLD_SIZE"] or 1))
+    except ValueError:
+        told = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
+        raise ConfigError(
+            f"The launcher's variables are not numbers: {told}. Unset them, or set all of them."
+        ) from None
 
 
 def join(planned: int, *, share_a_model: bool = False) -> Ranks:

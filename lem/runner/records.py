@@ -88,13 +88,15 @@ def process_record(known: Snapshot) -> ProcessRecord:
     """Return the record built from this knowledge, without the warnings that follow from its numbers."""
     plan, measured, engine = known.plan, known.measured, known.engine
     counts = plan.counts(known.window.rank)
-    requests = measured.requests if counts else []
+    ended = measured.requests if counts else []
+    requests = [r for r in ended if r.generation.error is None]
     record = replace(
         bare_record(plan, known.window, known.status, known.error, known.started_at),
         window_opened_unix_s=measured.window_opened_unix_s,
         phases=tuple(measured.phases),
         requests_planned=len(measured.indices) if counts else 0,
         requests_completed=len(requests),
+        requests_failed=len(ended) - len(requests),
         input_tokens=sum(len(r.prompt.token_ids) for r in requests),
         output_tokens=sum(r.generation.output_tokens for r in requests),
         carbon=carbon_intensity(plan.experiment.energy),
@@ -218,23 +220,25 @@ def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequenc
 def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
     """Return the row of one request."""
     generation, arrived_s = request.generation, request.arrived_s
+    latency_s = request.end_s - (request.start_s if arrived_s is None else arrived_s)
     row = RequestRecord(
         **vars(window),
         request=generation.index,
         batch=generation.batch,
         input_tokens=len(request.prompt.token_ids),
-        output_tokens=generation.output_tokens,
+        output_tokens=None if generation.error else generation.output_tokens,
         input_truncated=request.prompt.truncated,
         finish_reason=generation.finish_reason,
         start_s=request.start_s,
         end_s=request.end_s,
-        latency_s=request.end_s - (request.start_s if arrived_s is None else arrived_s),
+        latency_s=None if generation.error else latency_s,
         prefill_s=(
             None if generation.prefill_end_ns is None else (generation.prefill_end_ns - generation.start_ns) / NS_PER_S
         ),
         arrived_s=arrived_s,
         # Unknown if the engine does not report when it began.
         queue_s=None if arrived_s is None or not generation.start_is_known else request.start_s - arrived_s,
+        error=generation.error,
     )
     begin_ns = generation.start_ns if generation.arrived_ns is None else generation.arrived_ns
     times = token_times(begin_ns, generation.chunks)

@@ -10,6 +10,7 @@ module knows no particular engine or sensor.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from msgspec import structs
 
 from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
+from lem.errors import RunError
 from lem.machine import processes
 from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo, covering
 from lem.results.journal import Checkpoint
@@ -180,9 +182,12 @@ class Bench:
         # The prompts' own indices may repeat here; warm-up generations are never looked up by index.
         repeated = [prompts[i % len(prompts)] for i in range(count)]
         done = 0
+        failures = _Failures(self.backend, count)
         for batch in self.backend.generate(repeated):
+            failures.tolerated(batch)
             done += len(batch)
             self.report(Event("warmup", done, count))
+        failures.check_warmup()
         return WarmupInfo(count, "fixed", None)
 
     def _warm_up_until_steady(self, batch: Sequence[Encoded], warmup: Warmup) -> WarmupInfo:
@@ -191,7 +196,9 @@ class Bench:
         done, began_ns = 0, time.perf_counter_ns()
         while True:
             before_ns = time.perf_counter_ns()
-            done += sum(len(finished) for finished in self.backend.generate(batch))
+            failures = _Failures(self.backend, len(batch))
+            done += sum(len(failures.tolerated(finished)) for finished in self.backend.generate(batch))
+            failures.check_warmup()
             latencies_s.append((time.perf_counter_ns() - before_ns) / NS_PER_S)
             self.report(Event("warmup", done))
             last_s = latencies_s[-warmup.cv_batches :]
@@ -225,12 +232,16 @@ class Bench:
         try:
             by_index = {prompt.index: prompt for prompt in prompts}
             output_tokens = 0
+            failures = _Failures(self.backend, len(prompts))
             for batch in self._generate(prompts, queue, into.window_opened_ns):
                 if first_batch:
                     batch = [replace(g, batch=g.batch + first_batch) for g in batch]
-                done = [into.add(g, by_index[g.index]) for g in batch]
-                recorder.batch_finished(done, window.checkpoint())
-                output_tokens += sum(g.output_tokens for g in batch)
+                kept = failures.tolerated(batch)
+                done = [into.add(g, by_index[g.index]) for g in kept]
+                if kept:
+                    recorder.batch_finished(done, window.checkpoint())
+                failures.check()
+                output_tokens += sum(g.output_tokens for g in kept)
                 self.report(Event("measured", len(into.requests), len(prompts), output_tokens))
             window.close(recorder)
         except BaseException:
@@ -337,6 +348,44 @@ class _Window:
             if readings:
                 self._into.energy_behind_s = self._last.duration_s - (self._metered.energy_at_s or 0.0)
         self._into.phases.append(Phase("measured", self._last.duration_s, readings))
+
+
+class _Failures:
+    """Counts the failed requests of a window; more than the engine tolerates end the run.
+
+    The one that is too many is not kept, so that a resumed run sends it again.
+    """
+
+    def __init__(self, backend: Backend, requests: int) -> None:
+        self._most, self._requests = backend.tolerated_failures(requests), requests
+        self._tolerates_some = backend.tolerated_failures(sys.maxsize) > 0
+        self._failed, self._ended = 0, 0
+        self._last: Generation | None = None
+
+    def tolerated(self, batch: Sequence[Generation]) -> list[Generation]:
+        """Return a batch without the failed requests that are too many."""
+        kept = []
+        for generation in batch:
+            self._ended += 1
+            if generation.error is not None:
+                self._failed, self._last = self._failed + 1, generation
+            if generation.error is None or self._failed <= self._most:
+                kept.append(generation)
+        return kept
+
+    def check(self) -> None:
+        """Raise RunError if too many have failed."""
+        if self._last is None or self._failed <= self._most:
+            return
+        reason = f"prompt {self._last.index}: {self._last.error}"
+        if self._most == 0:
+            raise RunError(f"The engine did not finish {reason}")
+        raise RunError(f"{self._failed} of {self._requests} requests failed, more than allowed; the last was {reason}")
+
+    def check_warmup(self) -> None:
+        """Raise RunError if one has failed, or all if some may: nothing was warmed up."""
+        if self._last is not None and (not self._tolerates_some or self._failed == self._ended):
+            raise RunError(f"The engine did not finish prompt {self._last.index} of the warm-up: {self._last.error}")
 
 
 # ------------------------------------------------------------------ warm-up

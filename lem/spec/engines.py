@@ -276,6 +276,20 @@ class OpenaiBackend:
             "only OpenAI's."
         ),
     ] = "vllm"
+    prompts: Annotated[
+        Literal["ids", "text"],
+        Field(
+            description="How prompts are sent: as token ids, or as text, for a server that refuses ids and adds the "
+            "same special tokens."
+        ),
+    ] = "ids"
+    count: Annotated[
+        Literal["server", "tokenizer"],
+        Field(
+            description="Who counts output tokens: the server, or lem, by the model's tokenizer from the text, for a "
+            "server that reports no counts."
+        ),
+    ] = "server"
     device: Annotated[
         Literal["auto", "cpu", "remote"],
         Field(
@@ -295,6 +309,14 @@ class OpenaiBackend:
     timeout_s: Annotated[
         float, Field(gt=0, le=86_400, description="Seconds that the server may be silent within a response.")
     ] = 600.0
+    max_errors: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Requests of a cycle that may fail; one more ends the run. A number, or below 1 a share of the "
+            "cycle's requests.",
+        ),
+    ] = 0.0
 
 
 Backend = Annotated[

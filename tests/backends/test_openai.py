@@ -24,7 +24,8 @@ import pytest
 
 from lem.backends import make_backend
 from lem.backends.base import Encoded
-from lem.backends.openai_client import Events, Transcript, samples
+from lem.backends.openai_answer import Events, Transcript
+from lem.backends.openai_client import samples
 from lem.backends.openai_options import address_of, command_line, gpus_for, request_body, runs_here
 from lem.backends.server import Server, environment, free_port
 from lem.errors import ConfigError, RunError
@@ -87,7 +88,7 @@ PIECES = b"data: one\n\ndata:two\r\n\r\n: a comment\n\nevent: x\ndata: th\ndata:
 def test_events_come_out_whole_however_they_are_cut(size):
     events = Events()
     cut = [PIECES[i : i + size] for i in range(0, len(PIECES), size)]
-    found = [data for piece in [*cut, b"\n"] for data in events.feed(piece)]
+    found = [event.data for piece in [*cut, b"\n"] for event in events.feed(piece)]
     assert found == [b"one", b"two", b"th\nree", b"four"]
 
 
@@ -95,7 +96,8 @@ def test_half_an_event_is_none():
     events = Events()
     assert events.feed(b'data: {"a"') == []
     assert events.feed(b": 1}\n") == []
-    assert events.feed(b"\n") == [b'{"a": 1}']
+    (whole,) = events.feed(b"\n")
+    assert whole.data == b'{"a": 1}'
 
 
 def test_metrics_are_summed_over_their_labels():
@@ -148,7 +150,9 @@ ONE, TWO, LAST, DONE = event(1), event(2), event(3, finish="length"), b"data: [D
         # Chunks of HTTP in one packet are handed out one after the other.
         ([[ONE, TWO], [LAST, DONE]], [(1, 2), (2, 1)]),
         # An event counts when it is whole, whatever came with its beginning or its end.
-        ([ONE + TWO[:9], TWO[9:-1], TWO[-1:] + LAST[:-1], LAST[-1:], DONE], [(1, 1), (3, 1), (4, 1)]),
+        ([ONE + TWO[:9], TWO[9:-2], TWO[-2:] + LAST[:-2], LAST[-2:], DONE], [(1, 1), (3, 1), (4, 1)]),
+        # ... which it is with its line of data, not with the blank line after that.
+        ([ONE[:-1], ONE[-1:] + TWO[:-1], TWO[-1:], LAST + DONE], [(1, 1), (2, 1), (4, 1)]),
         ([ONE[:5], ONE[5:] + TWO + LAST[:5], LAST[5:] + DONE], [(2, 2), (3, 1)]),
         ([event(1, 2), event(3, finish="stop")], [(1, 2), (2, 1)]),
         ([event(1), event(), event(2, 3), event(finish="stop")], [(1, 1), (3, 2)]),
@@ -157,9 +161,10 @@ ONE, TWO, LAST, DONE = event(1), event(2), event(3, finish="length"), b"data: [D
 def test_tokens_have_the_time_of_the_read_that_made_their_event_whole(reads, chunks):
     answer = transcript(*reads)
     assert answer.token_ids == (1, 2, 3)
-    assert [(chunk.at_ns // 1_000_000, chunk.tokens) for chunk in answer.chunks] == chunks
-    assert answer.ended_ns == answer.chunks[-1].at_ns
-    assert answer.chunks_are_known
+    found, are_known = answer.chunks(3)
+    assert [(chunk.at_ns // 1_000_000, chunk.tokens) for chunk in found] == chunks
+    assert answer.ended_ns == found[-1].at_ns
+    assert are_known
 
 
 def usage(count):
@@ -190,8 +195,9 @@ def text(words, finish=None, **more):
 def test_without_ids_usage_counts(reads, chunks, are_known):
     answer = transcript(*reads)
     assert (answer.output_tokens, answer.token_ids, answer.input_tokens) == (4, None, 5)
-    assert [(chunk.at_ns // 1_000_000, chunk.tokens) for chunk in answer.chunks] == chunks
-    assert answer.chunks_are_known == are_known
+    found, timed = answer.chunks(4)
+    assert [(chunk.at_ns // 1_000_000, chunk.tokens) for chunk in found] == chunks
+    assert timed == are_known
 
 
 def test_ids_and_usage_that_disagree_are_not_believed():
@@ -476,6 +482,13 @@ def test_others_who_use_the_server_are_noted(served):
     assert "server_shared" in [each.code for each in backend.warnings()]
 
 
+def test_doubt_about_the_servers_gpus_is_a_warning(served):
+    _, backend = served()
+    assert "server_gpus_unknown" not in [each.code for each in backend.warnings()]
+    backend._doubt = "which GPUs the server runs on is unknown."
+    assert "server_gpus_unknown" in [each.code for each in backend.warnings()]
+
+
 def test_what_is_not_known_is_none(served):
     _, backend = served()
     info = backend.model_info()
@@ -500,25 +513,34 @@ def test_the_servers_own_limit_counts(served):
 @pytest.mark.parametrize(
     ("behaviour", "words"),
     [
-        (Behaviour(error=(400, "max_tokens is\n too large")), r"prompt 0: HTTP 400: max_tokens is too large\."),
-        (Behaviour(error=(500, "out of memory")), r"prompt 0: HTTP 500: out of memory\."),
-        (Behaviour(error=(503, "busy"), error_in_stream=True), r"prompt 0: busy\."),
-        (Behaviour(dies_after=2), "connection to the server .* was lost|ended its response before the last token"),
-        (Behaviour(finish="abort"), "gave up on prompt 0: abort"),
-        (Behaviour(extra_input=1), "counts 4 input tokens for prompt 0, but 3 were sent"),
+        (Behaviour(error=(400, "max_tokens is\n too large")), r"HTTP 400: max_tokens is too large\."),
+        (Behaviour(error=(500, "out of memory")), r"HTTP 500: out of memory\."),
+        (Behaviour(error=(503, "busy"), error_in_stream=True), r"busy\."),
+        (Behaviour(dies_after=2), "The (connection to the server .* was lost|server ended its response before).*"),
+        (Behaviour(finish="abort"), r"The server gave up: abort\."),
     ],
 )
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
-def test_what_goes_wrong_is_reported_in_a_sentence(served, behaviour, words, streaming):
+def test_a_failed_request_has_its_reason_in_a_sentence_and_its_times(served, behaviour, words, streaming):
     if behaviour.error_in_stream and not streaming:
         pytest.skip("there is no stream")
     server, backend = served(streaming=Streaming(enabled=streaming))
-    server.behaviour = behaviour
-    with pytest.raises(RunError, match=words) as caught:
-        run(backend, 1)
-    assert "\n" not in str(caught.value)
+    server.behaviour = replace(behaviour, faulty_from=2)
+    before_ns = time.perf_counter_ns()
+    failed = run(backend, 3)[1] if behaviour.finish is None else run(backend, 1)[0]
+    assert re.fullmatch(words, failed.error)
+    assert (failed.finish_reason, failed.output_tokens, failed.token_ids, failed.chunks) == ("error", 0, (), ())
+    assert before_ns < failed.start_ns < failed.end_ns < time.perf_counter_ns()
     # What is still known is reported, without waiting for the server.
     assert backend.model_info().name == "tiny"
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
+def test_a_server_that_counts_other_input_ends_the_run(served, streaming):
+    server, backend = served(streaming=Streaming(enabled=streaming))
+    server.behaviour = Behaviour(extra_input=1)
+    with pytest.raises(RunError, match="counts 4 input tokens for prompt 0, but 3 were sent"):
+        run(backend, 1)
     assert backend.counters() is None
 
 
@@ -526,8 +548,10 @@ def test_what_goes_wrong_is_reported_in_a_sentence(served, behaviour, words, str
 def test_a_server_that_falls_silent_is_not_waited_for(served, streaming):
     server, backend = served(options={"timeout_s": 0.3}, streaming=Streaming(enabled=streaming))
     server.behaviour = Behaviour(silent_after=2)
-    with pytest.raises(RunError, match=r"has sent nothing for 0\.3 s \(backend\.timeout_s"):
-        run(backend, 1)
+    (failed,) = run(backend, 1)
+    assert re.search(r"has sent nothing for 0\.3 s \(backend\.timeout_s", failed.error)
+    assert failed.end_ns - failed.start_ns >= 0.3e9
+    assert backend.counters() is None
 
 
 def test_a_server_that_does_not_heed_the_limits_is_found_out(served):

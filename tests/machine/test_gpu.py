@@ -332,3 +332,54 @@ def test_zeus_without_a_gpu_says_so():
         pytest.skip("this machine has a GPU")
     with pytest.raises(BadInput, match="found no GPU"):
         ZeusMeter([]).open()
+
+
+# ------------------------------------------------------------------ the GPUs of a server that is running
+SERVED = """
+import json, os, socket, subprocess, sys
+from lem.backends import make_backend
+from lem.machine import host
+from lem.spec.engines import OpenaiBackend
+from lem.spec.experiment import Experiment
+
+listening = socket.create_server(("127.0.0.1", 0))
+url = f"http://127.0.0.1:{listening.getsockname()[1] if os.environ.get('LISTENS', '1') == '1' else 1}"
+named = json.loads(os.environ.get("NAMED", "null"))
+backend = make_backend(Experiment(model="tiny", gpus=named, backend=OpenaiBackend(url=url)))
+backend.start()
+gpus = backend.gpus_in_use(host.look().only(named))
+print(json.dumps([[gpu.index for gpu in gpus], backend._doubt]))
+"""
+ON_TWO = "devices 4\ndevice 1 process self 100\ndevice 3 process self 100\ndevice 0 process 1 50 other"
+
+
+def test_of_a_running_server_the_gpus_that_it_computes_on_are_metered(driver):
+    """The driver lists the server's processes: seven idle GPUs beside it are none of its energy."""
+    assert driver(SERVED, ON_TWO) == [[1, 3], None]
+    assert driver(SERVED, ON_TWO, CUDA_VISIBLE_DEVICES="3,2") == [[3], None]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "env", "words"),
+    [
+        ("devices 4", {}, "none of its processes is among those that the driver lists; all 4 visible GPUs are metered"),
+        ("devices 2\ndevice 0 process 1 50", {}, "none of its processes"),
+        (ON_TWO, {"LISTENS": "0"}, "its processes cannot be seen; all 4 visible GPUs"),
+        (
+            "devices 2\n" + "\n".join(f"device {i} unsupported nvmlDeviceGetComputeRunningProcesses" for i in (0, 1)),
+            {},
+            "the driver does not list processes",
+        ),
+    ],
+)
+def test_where_the_servers_gpus_cannot_be_known_all_are_metered_with_a_warning(driver, scenario, env, words):
+    indices, doubt = driver(SERVED, scenario, **env)
+    assert indices == list(range(int(scenario.split()[1])))
+    assert words in doubt
+
+
+def test_gpus_that_are_named_are_metered_and_idle_ones_among_them_mentioned(driver):
+    assert driver(SERVED, ON_TWO, NAMED="[1, 3]") == [[1, 3], None]
+    indices, doubt = driver(SERVED, ON_TWO, NAMED="[1, 2]")
+    assert indices == [1, 2]
+    assert "the server computes only on 1, but all 2 named GPUs are metered" in doubt

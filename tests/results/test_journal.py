@@ -6,7 +6,7 @@ import pytest
 
 from lem.record import Flops
 from lem.results.journal import Checkpoint, Journal, read
-from tests.records import phases, reading, record, requests
+from tests.records import failed, phases, reading, record, requests
 
 OPENING = record([], phases=phases()[:-1], status="interrupted")
 
@@ -44,6 +44,18 @@ def test_a_killed_process_is_known_up_to_its_last_batch(file):
     assert salvaged.warnings[-1].code == "window_cut"
     assert "1.1 s before" in salvaged.warnings[-1].text
     assert "killed an unknown time after its last finished request" in salvaged.warnings[-1].text
+
+
+def test_failed_requests_of_a_killed_process_are_counted_apart(file):
+    journal, (first, second) = Journal(file), requests([0, 1])
+    journal.open_window(OPENING)
+    journal.add([first, failed(second)], Checkpoint(0.5))
+    journal.close()
+    (window,) = read(file.read_bytes())
+    assert window.rows == [first, failed(second)]
+    it = window.salvaged()
+    assert (it.requests_completed, it.requests_failed) == (1, 1)
+    assert (it.input_tokens, it.output_tokens) == (first.input_tokens, first.output_tokens)
 
 
 def test_a_checkpoint_whose_energy_could_not_be_read_says_why_and_is_read(file):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lem.record import RequestRecord
 from lem.results.latency import of_tokens, under_load
@@ -84,6 +85,16 @@ def test_inter_token_latencies_are_summarised_over_tokens_not_over_requests():
 
 def test_without_streaming_nothing_is_said_of_tokens():
     assert of_tokens([row()]) == {}
+
+
+def test_failed_requests_arrive_and_are_never_good():
+    rows = [row(i, arrived_s=i * 1.0, start_s=i * 1.0, end_s=i + 0.5, ttft_s=0.1) for i in range(3)]
+    rows[1] = replace(rows[1], error="refused", ttft_s=None)
+    rows[2] = replace(rows[2], error="broken off in the middle")
+    found = under_load(rows, 4.0, Traffic(pattern="constant", target_qps=1.0, ttft_limit_s=0.5))
+    assert found["goodput_requests_per_s"] == 0.25
+    assert found["arrival_rate_per_s"] == pytest.approx(1.0)
+    assert found["idle_share"] == pytest.approx(1 - 1.5 / 4.0)
 
 
 def test_the_idle_share_is_the_time_in_which_no_request_is_there():

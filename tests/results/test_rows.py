@@ -35,7 +35,7 @@ from lem.results.parquet import columns
 from lem.results.rows import Cycle, as_rows, cycle_columns, rows_of
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import summarise
-from tests.records import GPU, phases, plan, reading, record, request, requests
+from tests.records import GPU, failed, phases, plan, reading, record, request, requests
 
 CPU = reading("cpu", "counter", 20.0, "package-0", "package")
 ESTIMATED_CPU = reading("cpu", "estimate", 300.0, "cpu", "machine")
@@ -316,6 +316,41 @@ def test_a_failed_run_has_a_row_with_its_error_and_no_rates():
     assert made.requests_completed == 1
     assert made.energy_j == 100.0
     assert made.output_tokens_per_s is made.energy_per_output_token_j is made.energy_per_request_j is None
+
+
+def with_failures(*numbers):
+    """Return the row of three requests of which these failed, the last with another reason."""
+    rows = requests()
+    finished = [r for r in rows if r.request not in numbers]
+    for number in numbers:
+        rows[number] = failed(rows[number], "HTTP 500: out." if number == 2 else "HTTP 429: busy.")
+    counts = {"requests_planned": 3, "requests_failed": len(numbers)}
+    return row(record(finished, **counts), rows=rows)
+
+
+def test_failed_requests_are_counted_and_enter_nothing_else():
+    it, finished = with_failures(1), requests([0, 2])
+    assert (it.status, it.requests_completed, it.requests_failed, it.error_rate) == ("completed", 2, 1, 1 / 3)
+    assert it.input_tokens == sum(r.input_tokens for r in finished)
+    assert it.output_tokens == sum(r.output_tokens for r in finished)
+    assert it.latency_mean_s == sum(r.latency_s for r in finished) / 2
+    assert it.requests_per_s == 2 / it.duration_s
+    assert it.energy_per_request_j == it.energy_j / 2
+    assert "requests_failed: 1 of 3 requests failed: HTTP 429: busy." in it.warnings
+    assert "identity_violated" not in codes(it)
+
+
+def test_the_most_frequent_reason_is_told_and_nothing_where_none_failed():
+    texts = [text for text in with_failures(0, 1, 2).warnings if text.startswith("requests_failed")]
+    assert texts == ["requests_failed: 3 of 3 requests failed: HTTP 429: busy. (2 times)"]
+    assert (row().requests_failed, row().error_rate) == (0, 0.0)
+    assert "requests_failed" not in codes(row())
+
+
+def test_where_all_requests_failed_the_cycle_is_not_complete():
+    it = with_failures(0, 1, 2)
+    assert (it.status, it.requests_failed, it.error_rate) == ("interrupted", 3, 1.0)
+    assert (it.latency_mean_s, it.output_tokens_per_s, it.energy_per_output_token_j) == (None, None, None)
 
 
 def test_what_is_complete_is_complete_however_a_process_ended():

@@ -14,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from lem.machine.processes import without_launchers
 from lem.results.directory import ExperimentDir
 from tests.conftest import SIMULATED, begin, command, kill_group, wait_for, workers_of
 
@@ -269,3 +270,33 @@ def test_a_killed_one_of_two_is_named(tmp_path):
     assert gone(tmp_path)
     done = command("experiment", "-y", "--resume", only(tmp_path / "results").id, cwd=tmp_path)
     assert done.code == 0, done.err
+
+
+# What a shell has that runs under a launcher: torchrun's, accelerate's, MPI's and Slurm's.
+OF_A_LAUNCHER = {
+    "RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1", "NODE_RANK": "1",
+    "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x", "PET_NNODES": "2",
+    "PET_MASTER_ADDR": "10.255.255.1", "ACCELERATE_MIXED_PRECISION": "fp8", "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_RANK": "3", "PMI_RANK": "3", "SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launcher_around_lem_says_nothing_to_its_workers(tmp_path, processes):
+    several = (f"num_processes={processes}",) if processes > 1 else ()
+    done = command("experiment", *SIMULATED, "-n", "4", *several, cwd=tmp_path, **OF_A_LAUNCHER)
+    assert done.code == 0, done.out + done.err
+    records = only(tmp_path / "results").records()
+    assert [(record.rank, record.world_size) for record in records] == [(rank, processes) for rank in range(processes)]
+    assert records[0].environment.slurm["SLURM_JOB_ID"] == "77"
+
+
+def test_only_a_launchers_variables_are_withheld():
+    own = {
+        "RANKS": "1",
+        "MY_WORLD_SIZE": "2",
+        "NCCL_DEBUG": "INFO",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+    assert without_launchers(OF_A_LAUNCHER | own) == own | {k: v for k, v in OF_A_LAUNCHER.items() if "SLURM" in k}

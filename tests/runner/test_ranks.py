@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from lem.errors import RunError
+from lem.errors import ConfigError, RunError
 from lem.runner.ranks import Ranks, join, named_by_launcher
 
 pytestmark = pytest.mark.processes
@@ -109,6 +109,13 @@ def test_the_ranks_are_the_launchers(monkeypatch):
     for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert named_by_launcher() == Ranks(5, 1, 8)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_ranks_that_are_no_numbers_are_bad_input(monkeypatch, name):
+    monkeypatch.setenv(name, "\u0660x")
+    with pytest.raises(ConfigError, match=rf"not numbers: .*{name}="):
+        named_by_launcher()
 
 
 @pytest.mark.parametrize(("planned", "started"), [(2, None), (2, "3"), (1, "2")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 
@@ -182,6 +183,72 @@ def test_a_meter_that_says_what_its_reading_covers_is_believed():
     with pytest.raises(RunError):
         run(measurement, fail_at_request=INDICES[9], warmup=0, meter=Lagging())
     assert measurement.phases[-1].energy[0].covered_s == 0.001
+
+
+class Refusing:
+    """Makes a backend's requests fail, by prompt, and lets some of them do so."""
+
+    def __init__(self, backend, refused, most):
+        self._backend, self._refused, self._most = backend, refused, most
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def tolerated_failures(self, requests):
+        return min(self._most, requests)
+
+    def generate(self, prompts):
+        for batch in self._backend.generate(prompts):
+            yield [
+                dataclasses.replace(g, token_ids=(), error="busy.") if g.index in self._refused else g for g in batch
+            ]
+
+
+def refused(numbers, most, warmup=0):
+    backend = Refusing(make_backend(Experiment(model="any", backend=SimulatedBackend())), set(numbers), most)
+    into, recording = Measurement(), Recording()
+    bench = Bench(backend, ConstantPower(), Ranks(), silent)
+    prompts = bench.prepare(TEXTS, range(len(TEXTS)), 0.0, into)
+    try:
+        bench.warm_up(prompts, Warmup(prompts=warmup), 4, into)
+        bench.run_window(prompts, recording, into)
+    except RunError as error:
+        return into, recording, str(error)
+    return into, recording, None
+
+
+def test_as_many_requests_may_fail_as_the_backend_tolerates():
+    into, _, error = refused([2, 7], most=2)
+    assert error is None
+    assert [r.generation.error for r in into.requests if r.generation.index in (2, 7)] == ["busy.", "busy."]
+    assert len(into.requests) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "most", "words"),
+    [
+        ([7], 0, "The engine did not finish prompt 7: busy."),
+        ([2, 7], 1, "2 of 12 requests failed, more than allowed; the last was prompt 7: busy."),
+    ],
+)
+def test_one_more_ends_the_run_and_is_not_kept_so_that_it_runs_again(numbers, most, words):
+    into, recording, error = refused(numbers, most)
+    assert error == words
+    kept = [r.generation.index for r in into.requests]
+    assert 7 not in kept
+    assert len([number for number in numbers if number in kept]) == most
+    assert sum(len(batch) for batch in recording.batches) == len(kept)
+    assert into.phases[-1].name == "measured"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "most", "fails"), [([], 0, False), ([1], 0, True), ([1], 1, False), ([0, 1, 2, 3], 4, True)]
+)
+def test_a_warmup_in_which_all_fail_warms_nothing_up(numbers, most, fails):
+    _, _, error = refused(numbers, most, warmup=4)
+    assert (error is not None) == fails
+    if fails:
+        assert "of the warm-up: busy." in error
 
 
 def test_what_is_lost_of_a_broken_window_is_the_time_since_its_last_batch():

@@ -1,0 +1,677 @@
+"""One answer of a server, from its bytes as they come: decompressed, split into events, its tokens counted and timed.
+
+Servers differ from the protocol in many small ways, so the bytes decide and headers only help: whether an answer is
+compressed, and whether it is a stream of events or one JSON object. Tokens are counted by the ids or the usage that the
+server sends, never by events. Knows no network, no prompts and no experiments.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+
+from lem.backends.engine import sentence
+from lem.errors import RunError
+from lem.workload.tokens import Chunk
+
+OK = 200
+# Statuses after which a server may be asked again.
+BUSY = (429, 503)
+END_OF_STREAM = b"[DONE]"
+BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+# How a response begins that is not compressed, whatever its header says.
+PLAIN = (BOM[:2], b"{", b"[", b"<", b":", b"da", b"ev", b"id", b"re")
+LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # the last \r may be the half of \r\n
+LINE_ENDS = (b"\n", b"\r")
+EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
+LONGEST_FIELD = max(map(len, EVENT_FIELDS))
+# Bytes of one event, and of an error's text; what exceeds the first is refused, the rest of the second is not read.
+LARGEST_EVENT, LARGEST_ERROR = 8 * 2**20, 64 * 2**10
+TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.DOTALL | re.IGNORECASE)
+HTML = re.compile(r"\s*<(!doctype|html|head|body)\b", re.IGNORECASE)
+
+
+class ServerGone(RunError):
+    """Nothing is listening at the server's address, or the connection was lost."""
+
+
+class Refused(RunError):
+    """The server answered with an error, or with something that is no completion.
+
+    `status` is the HTTP status; `retry_after_s` is how long a busy server asks to wait, None if it does not.
+    """
+
+    def __init__(self, reason: str, status: int = OK, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.retry_after_s = status, retry_after_s
+
+
+class Part(NamedTuple):
+    """An event of an answer, and the read that completed it; `tokens` is None if the event does not count them."""
+
+    read: int
+    at_ns: int
+    tokens: int | None
+    has_text: bool
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A server's output for one prompt; times are readings of `time.perf_counter_ns`.
+
+    `finish_reason` is the server's word, None if it has none. `output_tokens` is None if the server does not count
+    them, `token_ids` if it sends only their number. `parts` is empty unless the tokens were streamed. `retries`
+    counts how often the server was busy and the request was sent again.
+    """
+
+    sent_ns: int
+    ended_ns: int
+    finish_reason: str | None
+    output_tokens: int | None
+    token_ids: tuple[int, ...] | None
+    input_tokens: int | None
+    text: str = ""
+    parts: tuple[Part, ...] = ()
+    retries: int = 0
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the answer came as events."""
+        return bool(self.parts)
+
+    def chunks(self, output_tokens: int) -> tuple[tuple[Chunk, ...], bool]:
+        """Return the tokens as they came, and whether each of them has its own time; none unless streamed.
+
+        Args:
+            output_tokens: how many there are. If events do not count them, the first and the rest are returned.
+        """
+        known = _tokens_of_events(self.parts, output_tokens)
+        if known is None:
+            return _first_and_rest(self.parts, output_tokens), False
+        together: dict[int, Chunk] = {}
+        for part, tokens in known:
+            before = together.get(part.read)
+            together[part.read] = Chunk(part.at_ns, tokens + (before.tokens if before else 0))
+        return tuple(together.values()), True
+
+
+def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[Part, int]] | None:
+    """Return the events that brought tokens, and how many; None if that is not known.
+
+    Each event with text has at least one token; with as many events as tokens, each has exactly one. The last token
+    may have no text, as an end token, and come with the finish reason; so may others, such as halves of a character.
+    """
+    counted = [(part, part.tokens) for part in parts if part.tokens]
+    if all(part.tokens is not None for part in parts if part.has_text) and sum(n for _, n in counted) == output_tokens:
+        return counted
+    with_text = [part for part in parts if part.has_text]
+    to_the_end = [part for part in parts if part.has_text or part.is_last]
+    for alike in (with_text, to_the_end, parts):
+        if len(alike) == output_tokens:
+            return [(part, 1) for part in alike]
+    return None
+
+
+def _first_and_rest(parts: Sequence[Part], output_tokens: int) -> tuple[Chunk, ...]:
+    """Return the first token, and all others when the last event came, even if that has no text."""
+    marks = [part for part in parts if part.has_text or part.is_last] or list(parts)
+    if not marks:
+        return ()
+    ends = (Chunk(marks[0].at_ns, min(output_tokens, 1)), Chunk(marks[-1].at_ns, output_tokens - 1))
+    return tuple(chunk for chunk in ends if chunk.tokens > 0)
+
+
+# ------------------------------------------------------------------ bytes
+class Reply:
+    """The response to one request, as its bytes come."""
+
+    def __init__(
+        self,
+        sent_ns: int,
+        status: int,
+        headers: Iterable[tuple[bytes, bytes]],
+        *,
+        largest: int,
+        by_text: bool = False,
+    ) -> None:
+        """Begin with the response's head.
+
+        Args:
+            sent_ns: when the request was sent.
+            status: of HTTP.
+            headers: in any case.
+            largest: bytes that a sensible answer does not exceed.
+            by_text: tokens will be counted by the text, so that the server need not count them.
+        """
+        headers = list(headers)
+        known = {name.lower(): value for name, value in headers}
+        self._status, self._sent_ns, self._largest, self._by_text = status, sent_ns, largest, by_text
+        self._location = known.get(b"location", b"").decode(errors="replace")
+        self._retry_after = known.get(b"retry-after", b"").decode(errors="replace")
+        self._unpacking = Unpacking.of(headers, largest)
+        self._says_events = b"event-stream" in known.get(b"content-type", b"").lower()
+        self._is_delimited = b"content-length" in known or b"chunked" in known.get(b"transfer-encoding", b"").lower()
+        self._head = b""
+        self._transcript: Transcript | None = None
+        self._content: bytearray | None = None
+        self._at_ns = sent_ns
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether an error's text is long enough, so that the rest need not be read."""
+        return self._status != OK and self._content is not None and len(self._content) >= LARGEST_ERROR
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the server has sent its mark for the end, after which only the response's end is to come."""
+        return self._transcript is not None and self._transcript.is_done
+
+    @property
+    def events(self) -> int:
+        """How many events have come."""
+        return 0 if self._transcript is None else self._transcript.events
+
+    def take(self, received: bytes, read: int, at_ns: int) -> None:
+        """Add bytes from one read of the network, which may come in several pieces.
+
+        Raises:
+            Refused: the server sent an error, or more than a completion can be.
+        """
+        self._at_ns = at_ns
+        data = self._unpacking.take(received)
+        if self._content is not None:
+            self._content += data
+        elif self._transcript is not None:
+            self._transcript.take(data, read, at_ns)
+        else:
+            self._head += data
+            self._tell_apart(read, at_ns)
+
+    def _tell_apart(self, read: int, at_ns: int, *, at_end: bool = False) -> None:
+        """Decide by the first bytes whether this is a stream of events or one object."""
+        if len(self._head) < len(BOM) and BOM.startswith(self._head) and not at_end:
+            return
+        head = self._head = self._head.removeprefix(BOM).lstrip()
+        is_open = len(head) < LONGEST_FIELD and not any(end in head for end in LINE_ENDS)
+        if self._status != OK or head[:1] in (b"{", b"[", b"<"):
+            self._content = bytearray(head)
+        elif self._says_events or head.startswith(EVENT_FIELDS):
+            self._transcript = Transcript(self._sent_ns, by_text=self._by_text)
+            self._transcript.take(head, read, at_ns)
+        elif at_end or (head and not is_open):
+            self._content = bytearray(head)
+
+    def answer(self, *, is_whole: bool = True) -> Answer:
+        """Return the answer, after its end.
+
+        Args:
+            is_whole: the connection was not lost before the end of the response.
+
+        Raises:
+            ServerGone: it ended too early.
+            Refused: the server sent an error, or did not report the number of tokens.
+        """
+        if self._content is None and self._transcript is None:
+            self._tell_apart(0, self._at_ns, at_end=True)
+        if self._transcript is not None:
+            # Without its length, the end of a response looks like a lost connection.
+            return self._transcript.answer(is_whole=is_whole and self._is_delimited and not self._unpacking.is_cut)
+        content = bytes(self._content or b"")
+        if self._status != OK:
+            raise self._refusal(content)
+        if not is_whole or self._unpacking.is_cut:
+            raise ServerGone("The server ended its response before the last token.")
+        return _whole_answer(content, self._sent_ns, self._at_ns, by_text=self._by_text)
+
+    def _refusal(self, content: bytes) -> Refused:
+        if 300 <= self._status < 400:
+            return Refused(f"HTTP {self._status}: {redirection(self._location)}", self._status)
+        wait_s = waiting_s(self._retry_after) if self._status in BUSY else None
+        return Refused(f"HTTP {self._status}: {reason_in(content)}", self._status, wait_s)
+
+
+def redirection(location: str) -> str:
+    """Return where a response redirects to, and what to do about it, as a sentence."""
+    return f"it redirects to {printable(location)[:200] or 'an unknown address'}; set backend.url to the final address."
+
+
+def waiting_s(retry_after: str) -> float | None:
+    """Return the seconds of a Retry-After header, which may be a date; None if it is neither."""
+    with suppress(ValueError, OverflowError):
+        return max(0.0, float(int(retry_after.strip())))
+    with suppress(ValueError, TypeError, OverflowError):
+        at = parsedate_to_datetime(retry_after)
+        return max(0.0, (at - datetime.now(UTC)).total_seconds())
+    return None
+
+
+class Unpacking:
+    """Undoes a compression, which nobody asked for; recognised by the header or by the first bytes."""
+
+    def __init__(self, encoding: str, largest: int) -> None:
+        """Note how the response is compressed, and the most bytes that it may unpack to."""
+        names = [name.strip().lower() for name in encoding.split(",")]
+        self._names = [name for name in names if name not in ("", "identity")]
+        self._largest, self._taken = largest, 0
+        self._head: bytes | None = b""
+        self._inflating: Any = None
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]], largest: int) -> Unpacking:
+        """Return what undoes the compression that a response's headers name."""
+        known = {name.lower(): value for name, value in headers}
+        return cls(known.get(b"content-encoding", b"").decode(errors="replace"), largest)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the compressed data has begun and not ended."""
+        return self._inflating is not None and not self._inflating.eof
+
+    def take(self, received: bytes) -> bytes:
+        """Return the unpacked data of these bytes.
+
+        Raises:
+            Refused: it is damaged, compressed in another way, or too large.
+        """
+        data = received
+        if self._head is not None:
+            data = self._head + received
+            if len(data) < len(GZIP) and (self._names or GZIP.startswith(data)):
+                self._head = data
+                return b""
+            self._head = None
+            self._begin(data)
+        if self._inflating is not None:
+            data = self._inflated(data)
+        self._taken += len(data)
+        if self._taken > self._largest:
+            raise Refused(f"it sent more than {self._largest // 2**20} MiB, more than it could have to say.")
+        return data
+
+    def _begin(self, head: bytes) -> None:
+        if head.startswith(GZIP):
+            self._inflating = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        elif self._names == ["deflate"]:
+            has_header = head[0] & 0x0F == zlib.DEFLATED and int.from_bytes(head[:2], "big") % 31 == 0
+            self._inflating = zlib.decompressobj(zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
+        elif self._names and not head.lstrip().startswith(PLAIN):
+            names = printable(", ".join(self._names))[:40]
+            raise Refused(f"its response is compressed ({names}), although lem asks for none; turn that off.")
+
+    def _inflated(self, data: bytes) -> bytes:
+        found = b""
+        try:
+            while data and len(found) <= self._largest:
+                found += self._inflating.decompress(data, self._largest + 1 - len(found))
+                data = self._inflating.unconsumed_tail
+                if self._inflating.eof:
+                    data = self._inflating.unused_data
+                    if not data.startswith(GZIP):
+                        break
+                    self._inflating = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        except zlib.error as error:
+            raise Refused(f"its compressed response is damaged ({error}).") from None
+        return found
+
+
+# ------------------------------------------------------------------ events
+class Event(NamedTuple):
+    """A server-sent event, with the read that completed its last line of data."""
+
+    name: bytes
+    data: bytes
+    read: int
+    at_ns: int
+
+
+class Events:
+    """Parses server-sent events from bytes, however these are split; events may be parted by single line ends."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+        self._data: list[bytes] = []
+        self._size = 0
+        self._name = b""
+        self._read, self._at_ns = 0, 0
+
+    def feed(self, received: bytes, read: int = 0, at_ns: int = 0) -> list[Event]:
+        """Return the events that these bytes complete.
+
+        Raises:
+            Refused: an event is too large, as from a server that never ends a line.
+        """
+        if not any(end in received for end in LINE_ENDS) and not self._rest.endswith(b"\r"):
+            self._rest += received
+            self._check_size()
+            return []
+        *lines, rest = LINE_END.split(bytes(self._rest) + received)
+        self._rest = bytearray(rest)
+        found = [event for line in lines for event in self._line(line, read, at_ns)]
+        self._check_size()
+        return found
+
+    def close(self, read: int, at_ns: int) -> list[Event]:
+        """Return the last event, if it is whole but for its blank line or its line end."""
+        line, self._rest = bytes(self._rest).removesuffix(b"\r"), bytearray()
+        found = list(self._line(line, read, at_ns)) if line else []
+        is_whole = self._data and (self._name == b"error" or _is_whole(self._data))
+        return [*found, *(self._whole() if is_whole else ())]
+
+    def _line(self, line: bytes, read: int, at_ns: int) -> Iterator[Event]:
+        if not line:
+            if self._data:
+                yield from self._whole()
+            self._name = b""
+            return
+        name, _, value = (b"data", b"", line) if line.startswith(b"{") else line.partition(b":")
+        if name in (b"data", b"event") and self._data and _is_whole(self._data):
+            yield from self._whole()
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._data.append(value)
+            self._size += len(value)
+            self._read, self._at_ns = read, at_ns
+        elif name == b"event":
+            self._name = value
+
+    def _whole(self) -> Iterator[Event]:
+        yield Event(self._name, b"\n".join(self._data), self._read, self._at_ns)
+        self._data, self._name, self._size = [], b"", 0
+
+    def _check_size(self) -> None:
+        if len(self._rest) + self._size > LARGEST_EVENT:
+            raise Refused(f"it sent an event of more than {LARGEST_EVENT // 2**20} MiB.")
+
+
+def _is_whole(data: Sequence[bytes]) -> bool:
+    """Return whether lines of data are a whole event by themselves."""
+    joined = b"\n".join(data).strip()
+    return joined == END_OF_STREAM or _parsed(joined) is not None
+
+
+class Usage(NamedTuple):
+    """How many tokens a server counts, as far as it says so."""
+
+    output: int | None
+    input: int | None
+
+
+class Transcript:
+    """One streamed answer, as it comes."""
+
+    def __init__(self, sent_ns: int, *, by_text: bool = False) -> None:
+        self._sent_ns, self._by_text = sent_ns, by_text
+        self._events = Events()
+        self._parts: list[Part] = []
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._has_ids = self._lacks_ids = self._has_output = False
+        self._usage = Usage(None, None)
+        # Whether usage has come with or after the last event of a choice, so that nothing is missing from it; whether
+        # it came in an event of its own, as at the end; and whether text has come since.
+        self._usage_is_last = self._usage_is_alone = self._text_is_later = False
+        self._finish_reason: str | None = None
+        self._read, self._at_ns = 0, sent_ns
+        self.events = 0
+        self.is_done = False
+
+    def take(self, received: bytes, read: int, at_ns: int) -> None:
+        """Add bytes from one read of the network, which may come in several pieces.
+
+        Raises:
+            Refused: the server sent an error.
+        """
+        self._read, self._at_ns = read, at_ns
+        self._take_events(self._events.feed(received, read, at_ns))
+
+    def _take_events(self, events: Sequence[Event]) -> None:
+        for event in events:
+            data = event.data.strip()
+            self.events += 1
+            if self.is_done or not data:
+                continue
+            if data == END_OF_STREAM:
+                self.is_done = True
+            elif event.name == b"error":
+                raise Refused(reason_in(data))
+            else:
+                self._take_event(checked(data), event)
+
+    def _take_event(self, content: dict[str, Any], event: Event) -> None:
+        usage, choices = usage_in(content), choices_in(content)
+        for choice in choices:
+            text, ids, reason = text_in(choice), ids_in(choice), finish_reason_in(choice)
+            self._texts.append(text)
+            self._has_output = self._has_output or bool(text or ids)
+            self._finish_reason = reason or self._finish_reason
+            tokens = self._tokens(ids, text, usage)
+            self._parts.append(Part(event.read, event.at_ns, tokens, bool(text), reason is not None))
+            self._usage_is_last = self._usage_is_alone = False
+            self._text_is_later = self._text_is_later or bool(text or ids)
+        if usage.output or (usage.output is not None and not self._has_output):
+            self._add(usage)
+            self._usage_is_alone = not choices
+        elif usage.input:
+            self._usage = Usage(self._usage.output, usage.input)
+
+    def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
+        """Return the number of an event's tokens, by their ids, else by the usage so far; None if it has neither.
+
+        A usage of 0 after some output is not a count.
+        """
+        if ids is not None:
+            self._has_ids = True
+            self._token_ids += ids
+            return len(ids)
+        self._lacks_ids = self._lacks_ids or bool(text)
+        if usage.output is None or (usage.output == 0 and self._has_output):
+            return None
+        return max(0, usage.output - (self._usage.output or 0))
+
+    def _add(self, usage: Usage) -> None:
+        before = self._usage.output or 0
+        if usage.output is not None and usage.output < before:
+            raise Refused(f"its counts of tokens contradict each other: first {before}, then {usage.output}.")
+        self._usage = Usage(usage.output, usage.input or self._usage.input)
+        self._usage_is_last, self._text_is_later = True, False
+
+    def answer(self, *, is_whole: bool = True) -> Answer:
+        """Return the answer, after the end of the stream.
+
+        Args:
+            is_whole: the response is known to have ended where the server wanted it to.
+
+        Raises:
+            ServerGone: it ended too early.
+            Refused: the server did not report the number of tokens.
+        """
+        self._take_events(self._events.close(self._read, self._at_ns))
+        ids = self._token_ids if self._has_ids and not self._lacks_ids else None
+        self._check_end(ids is not None, is_whole=is_whole or self.is_done)
+        is_current = self._usage_is_last or (ids is None and not self._text_is_later)
+        output_tokens, token_ids = counted(ids, self._usage if is_current else Usage(None, None))
+        if not self._parts:
+            raise Refused(NO_COMPLETION)
+        if output_tokens is None and not self._by_text:
+            raise Refused(NOT_COUNTED)
+        answer = Answer(
+            self._sent_ns,
+            self._parts[-1].at_ns if self._parts else self._at_ns,
+            self._finish_reason,
+            output_tokens,
+            token_ids,
+            self._usage.input,
+            "".join(self._texts),
+            tuple(self._parts),
+        )
+        if output_tokens is None:
+            return answer
+        chunks, _ = answer.chunks(output_tokens)
+        return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
+
+    def _check_end(self, has_ids: bool, *, is_whole: bool) -> None:
+        """Raise unless the stream ended after the last token, and after its count if there is one.
+
+        A server need not say why it ended, if it says that it has ended and counts all tokens.
+        """
+        # A server may write 0 until it knows the count.
+        has_count = has_ids or self._by_text or (self._usage_is_last and bool(self._usage.output))
+        if self._finish_reason is None:
+            is_told = (self.is_done and (has_count or self._usage_is_last)) or (is_whole and self._usage_is_alone)
+        else:
+            is_told = is_whole or has_count
+        if not is_told:
+            raise ServerGone("The server ended its response before the last token.")
+
+
+def _whole_answer(content: bytes, sent_ns: int, ended_ns: int, *, by_text: bool) -> Answer:
+    """Return an answer that came in one piece."""
+    completion = checked(content)
+    choice, usage = next(iter(choices_in(completion)), {}), usage_in(completion)
+    if not choice:
+        raise Refused(NO_COMPLETION)
+    text = text_in(choice)
+    if usage.output == 0 and text:
+        usage = Usage(None, usage.input)
+    output_tokens, token_ids = counted(ids_in(choice), usage)
+    if output_tokens is None and not by_text:
+        raise Refused(NOT_COUNTED)
+    reason = finish_reason_in(choice)
+    return Answer(sent_ns, ended_ns, reason, output_tokens, token_ids, usage.input or None, text)
+
+
+NO_COMPLETION = "it sent no completion (no choices)."
+NOT_COUNTED = (
+    "it sends neither the ids nor the number of the output's tokens (usage.completion_tokens); "
+    "backend.count=tokenizer counts them by the model's tokenizer."
+)
+
+
+def counted(token_ids: Sequence[int] | None, usage: Usage) -> tuple[int | None, tuple[int, ...] | None]:
+    """Return the number of output tokens, and their ids, as far as the server sends them.
+
+    Raises:
+        Refused: they contradict each other.
+    """
+    if token_ids is None:
+        return usage.output, None
+    if usage.output is not None and usage.output != len(token_ids):
+        raise Refused(f"it sent {len(token_ids)} token ids but counted {usage.output} output tokens.")
+    return len(token_ids), tuple(token_ids)
+
+
+# ------------------------------------------------------------------ contents
+def checked(data: bytes) -> dict[str, Any]:
+    """Parse a response as a JSON object that is not an error.
+
+    Raises:
+        Refused: it is not JSON, or it is an error.
+    """
+    content = _parsed(data)
+    if content is None:
+        page = data[:LARGEST_ERROR].decode(errors="replace")
+        what = reason_in(data) if HTML.match(page) else f"something other than a JSON object: {_shown(data)}."
+        raise Refused(f"it sent {what}")
+    is_error = content.get("error") or content.get("object") == "error"
+    if is_error or ("choices" not in content and (content.get("detail") or content.get("message"))):
+        raise Refused(reason_in(data))
+    return content
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(data.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _shown(data: bytes) -> str:
+    return printable(data[:80].decode(errors="replace")).strip() or "nothing"
+
+
+def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a completion's choices, of which lem asks for one."""
+    found = content.get("choices") or []
+    if not isinstance(found, list) or not all(isinstance(choice, dict) for choice in found):
+        raise Refused("its choices are not those of a completion.")
+    return [choice for choice in found if not choice.get("index")]
+
+
+def text_in(choice: dict[str, Any]) -> str:
+    """Return a choice's text, also in the forms of the chat endpoint."""
+    for found in (choice, choice.get("delta"), choice.get("message")):
+        if isinstance(found, dict) and isinstance(text := found.get("text") or found.get("content"), str):
+            return text
+    return ""
+
+
+def ids_in(choice: dict[str, Any]) -> list[int] | None:
+    """Return the ids of a choice's tokens; None if it has none."""
+    ids = choice.get("token_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+        raise Refused("its token_ids are not a list of numbers.")
+    return ids
+
+
+def finish_reason_in(choice: dict[str, Any]) -> str | None:
+    """Return why a choice ended; None if it has not, or if the server does not say."""
+    reason = choice.get("finish_reason")
+    return reason if isinstance(reason, str) and reason else None
+
+
+def usage_in(content: dict[str, Any]) -> Usage:
+    """Return the counts of tokens in a response."""
+    usage = content.get("usage")
+    if not isinstance(usage, dict):
+        return Usage(None, None)
+    return Usage(_count(usage.get("completion_tokens")), _count(usage.get("prompt_tokens")) or None)
+
+
+def _count(value: Any) -> int | None:
+    """Return a count that may be written as 8, 8.0 or "8"; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if 0 <= number < 2**53 and number == int(number) else None
+
+
+def reason_in(content: bytes) -> str:
+    """Return the text of an error, in the forms that servers use; of an HTML page only its title."""
+    text = content[:LARGEST_ERROR].decode(errors="replace")
+    if HTML.match(text):
+        title = TITLE.search(text)
+        return sentence(f"an HTML page{f', titled {printable(title[1]).strip()}' if title else ''}")
+    with suppress(ValueError, RecursionError):
+        found = _inner(json.loads(text))
+        text = found if isinstance(found, str) else json.dumps(found)
+    return sentence(printable(text))
+
+
+def _inner(found: Any) -> Any:
+    """Return the part of an error that is meant for people."""
+    for name in ("error", "message", "detail", "msg"):
+        if isinstance(found, list) and found and isinstance(found[0], dict):
+            found = found[0]
+        if isinstance(found, dict) and found.get(name):
+            found = found[name]
+    return found
+
+
+def printable(text: str) -> str:
+    """Return a text without characters that would control a terminal."""
+    return "".join(each if each.isprintable() else " " for each in text)
