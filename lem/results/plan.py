@@ -44,7 +44,8 @@ class Plan:
 
     The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
     parallelism). `shared_with` counts the other experiments meant to run on this machine at the same time.
-    `arrivals_sha256` is the digest of a trace's arrivals, which are in arrivals.json; empty without them.
+    `arrivals_sha256` is the digest of a trace's arrivals, which are in arrivals.json; empty without them. `forced`:
+    inadvisable options were accepted (--force).
     """
 
     experiment_id: str
@@ -58,6 +59,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
     config_file: str | None = None
     arrivals_sha256: str = ""
+    forced: bool = False
     lem_version: str = __version__
     format_version: int = FORMAT_VERSION
 

@@ -1,0 +1,150 @@
+"""Why the files of a model may be refused before anything is loaded: its weights, its tokenizer, its chat template.
+
+Looks at config.json, indexes and headers. The tokenizer itself is loaded only for a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lem.backends.engine import reason_of
+from lem.spec.experiment import Experiment
+from lem.spec.rules import Objection
+from lem.workload import weights
+from lem.workload.models import Model
+
+# Any of these is a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What is wrapped to see whether a chat template works; it must come out whole.
+PROBE = "How many apples are in the barrel?"
+
+
+# ------------------------------------------------------------------ weights
+def damaged_weights(model: Model | None) -> Iterator[Objection]:
+    """Object to files of weights that are missing, cut short, or Git LFS pointers."""
+    folder = None if model is None else model.folder
+    if model is None or folder is None:
+        return
+    for flaw in weights.flaws(folder):
+        if flaw.kind == "pointer":
+            yield Objection("git_lfs_pointer", "model", flaw.fact)
+        elif flaw.kind == "damaged" or model.is_local:  # what the hub's cache lacks will be downloaded
+            yield Objection("weights_incomplete", "model", flaw.fact)
+
+
+def no_weights(model: Model | None) -> Iterator[Objection]:
+    """Object to a directory in which transformers would find no weights."""
+    if model is not None and model.is_local and not weights.weight_files(Path(model.path)):
+        names = " or ".join((*weights.SINGLE_FILES, "an index of several"))
+        yield Objection("weights_incomplete", "model", f"{model.path} has no weights: no {names}.")
+
+
+# ------------------------------------------------------------------ tokenizer
+def tokenizer(model: Model) -> Iterator[Objection]:
+    """Object to a tokenizer that is not there, or that has tokens for which the model has no embedding."""
+    folder = model.folder
+    if folder is None:
+        return
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if model.is_local and not files:
+        yield Objection("no_tokenizer", "model", f"{model.path} has no tokenizer.")
+    for file in files:
+        if flaw := weights.pointer(file):
+            yield Objection("git_lfs_pointer", "model", flaw.fact)
+    rows, largest = model.text_config.get("vocab_size"), largest_id(folder)
+    if isinstance(rows, int) and largest is not None and largest >= rows:
+        fact = f"the tokenizer has ids up to {largest}, but the model's embedding has {rows} rows."
+        yield Objection("tokenizer_too_large", "model", fact)
+
+
+def padding(model: Model) -> Iterator[Objection]:
+    """Object to a padding token of the configuration that lies outside of the vocabulary."""
+    config = model.text_config
+    rows, pad = config.get("vocab_size"), config.get("pad_token_id")
+    if isinstance(rows, int) and isinstance(pad, int) and not -rows <= pad < rows:
+        fact = f"pad_token_id is {pad}, but the vocabulary has {rows} tokens, so its embedding cannot be made."
+        yield Objection("pad_token_outside", "model", fact)
+
+
+def largest_id(folder: Path) -> int | None:
+    """Return the largest id of a tokenizer's tokens, not counting the one that pads; None if that is unclear.
+
+    What pads is masked, and replaced if the model has no embedding for it.
+    """
+    for names in (("tokenizer.json",), ("vocab.json", "added_tokens.json")):
+        if (folder / names[0]).is_file():
+            ids: dict[str, int] = {}
+            for name in names:
+                file = folder / name
+                if file.is_file():
+                    ids |= _ids(str(file), file.stat().st_size, file.stat().st_mtime_ns)
+            ids = {token: number for token, number in ids.items() if token != _padding_token(folder)}
+            return max(ids.values(), default=None)
+    return None
+
+
+@lru_cache(maxsize=8)
+def _ids(file: str, _size: int, _mtime_ns: int) -> dict[str, int]:
+    """Return the ids in tokenizer.json, vocab.json or added_tokens.json; empty if it is laid out differently."""
+    content = _read(Path(file))
+    if not file.endswith("tokenizer.json"):
+        return {token: number for token, number in content.items() if isinstance(number, int)}
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # of tokens and their scores
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        added = {each["content"]: each["id"] for each in content.get("added_tokens") or ()}
+        return {**vocabulary, **added}
+    except (LookupError, TypeError, ValueError):
+        return {}
+
+
+def _padding_token(folder: Path) -> str | None:
+    named = _read(folder / "tokenizer_config.json").get("pad_token")
+    token = named.get("content") if isinstance(named, dict) else named
+    return token if isinstance(token, str) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# ------------------------------------------------------------------ chat template
+def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
+    """Object to a chat template that is not there, or that cannot wrap a prompt."""
+    if not experiment.chat_template:
+        return
+    import transformers  # takes seconds, so it is done only if a template is requested
+
+    transformers.logging.set_verbosity_error()
+    loaded = transformers.AutoTokenizer.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
+    )
+    templates = getattr(loaded, "chat_template", None)
+    if not templates:
+        yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
+    elif isinstance(templates, dict) and "default" not in templates:
+        fact = f"{model.name} has several chat templates ({', '.join(templates)}), none of which is the default."
+        yield Objection("bad_chat_template", "chat_template", fact)
+    elif (fault := _fault(loaded)) is not None:
+        yield Objection("bad_chat_template", "chat_template", f"{model.name}'s chat template {fault}")
+
+
+def _fault(loaded: Any) -> str | None:
+    """Return what is wrong with the chat template of a tokenizer; None if it wraps a prompt."""
+    turns = [{"role": "user", "content": PROBE}]
+    try:
+        rendered = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template may raise whatever it likes
+        return f"raises an error: {reason_of(error)}"
+    if not isinstance(rendered, str) or PROBE not in rendered:
+        return "leaves out the prompt: it may expect its content in parts."
+    return None
