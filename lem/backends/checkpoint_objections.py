@@ -38,7 +38,7 @@ def damaged_weights(model: Model | None) -> Iterator[Objection]:
 
 def no_weights(model: Model | None) -> Iterator[Objection]:
     """Object to a directory in which transformers would find no weights."""
-    if model is not None and model.is_local and not weights.weight_files(Path(model.path)):
+    if model is not None and model.is_local and not weights.has_any(Path(model.path)):
         names = " or ".join((*weights.SINGLE_FILES, "an index of several"))
         yield Objection("weights_incomplete", "model", f"{model.path} has no weights: no {names}.")
 

@@ -7,9 +7,9 @@ loader reports the same. Importing transformers takes seconds, so an evidently c
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from lem.backends import transformers_source
@@ -18,10 +18,22 @@ from lem.workload import weights
 from lem.workload.models import Model
 from lem.workload.weights import Fit, Tensor
 
-LAYER = re.compile(r"^(.*?\b(?:layers?|h|blocks?)\.)(\d+)\.(.+)$")
-EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
-HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# The tensors of the commonest families: those of each layer, by model type, and the others.
+_LLAMA = frozenset(
+    f"{name}.weight"
+    for name in (
+        "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+        "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )
+)  # fmt: skip
+LAYERS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA | {f"self_attn.{name}_proj.bias" for name in "qkv"},
+    "qwen3": _LLAMA | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+}
+OUTER = frozenset(["model.embed_tokens.weight", "model.norm.weight"])
+HEAD = "lm_head.weight"
 # safetensors' names of the types of values, and torch's.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -55,63 +67,69 @@ def foreseen(model: Model, experiment: Experiment) -> Fit | None:
     found = weights.tensors(folder)
     if found is None or any(tensor.dtype not in DTYPES for tensor in found.values()):
         return None
-    return Fit() if _is_evidently_complete(model, found, known[str(kind)]) else _compared(model, found)
+    if _is_evidently_complete(model, found, known[str(kind)]):
+        return Fit()
+    stamps = tuple(
+        (str(file), file.stat().st_mtime_ns) for file in (folder / "config.json", *weights.weight_files(folder))
+    )
+    return _compared(model.path, model.revision, stamps)
 
 
 # ------------------------------------------------------------------ without transformers
 def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name: str) -> bool:
-    """Return whether a checkpoint has all layers, alike and as wide as they should be, an embedding, and a head."""
+    """Return whether a checkpoint of a common family has exactly its tensors, in the sizes that its config names."""
     config = model.config
-    shapes = [found[name].shape for name in found if EMBEDDING.search(name)]
-    has_head = config.get("tie_word_embeddings") is True or any(HEAD.search(name) for name in found)
-    layers, sizes = _layers(found)
-    counts = [config[name] for name in LAYER_COUNTS if name in config]
-    return (
-        class_name in (config.get("architectures") or ())
-        and len(shapes) == 1
-        and shapes[0] == (config.get("vocab_size"), config.get("hidden_size", config.get("n_embd")))
-        and has_head
-        and counts == [layers]
-        and len(sizes) == 1
-        and _widths(config) <= {size for held in sizes for _, shape in held for size in shape}
-    )
+    needed = LAYERS.get(str(config.get("model_type")))
+    if needed is None or class_name not in (config.get("architectures") or ()):
+        return False
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        return False
+    outer = OUTER if config.get("tie_word_embeddings") is True else OUTER | {HEAD}
+    in_layers = {
+        f"model.layers.{number}.{name}" for number in range(config.get("num_hidden_layers", 0)) for name in needed
+    }
+    return found.keys() == outer | in_layers and all(_has_its_shape(config, name, found[name]) for name in found)
 
 
-def _widths(config: Mapping[str, Any]) -> set[int | None]:
-    """Return sizes that matrices of each layer must have."""
-    hidden, heads = config.get("hidden_size", config.get("n_embd")), config.get("num_attention_heads", 1)
-    kv_heads, size = config.get("num_key_value_heads"), config.get("head_dim")
-    mlp = {config["intermediate_size"]} if config.get("intermediate_size") else set()
-    keys = {kv_heads * (size or hidden // heads)} if kv_heads else set()
-    return {hidden} | mlp | keys
-
-
-def _layers(found: Mapping[str, Tensor]) -> tuple[int, set[frozenset[tuple[str, tuple[int, ...]]]]]:
-    """Return the number of consecutive layers from 0, and what they hold: one set if all are alike."""
-    held: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = defaultdict(set)
-    for name, tensor in found.items():
-        if match := LAYER.match(name):
-            held[match[1], int(match[2])].add((match[3], tensor.shape))
-    prefixes, numbers = {prefix for prefix, _ in held}, sorted(number for _, number in held)
-    if len(prefixes) != 1 or numbers != list(range(len(numbers))):
-        return 0, set()
-    return len(numbers), set(map(frozenset, held.values()))
+def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool:
+    """Return whether the larger matrices have the shapes that a config names; a missing value is no reason to trust."""
+    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, config.get("num_key_value_heads", 0) * head_dim
+    inner, vocabulary = config.get("intermediate_size"), config.get("vocab_size")
+    shapes = {
+        "embed_tokens.weight": (vocabulary, hidden),
+        HEAD: (vocabulary, hidden),
+        "q_proj.weight": (queries, hidden),
+        "k_proj.weight": (keys, hidden),
+        "v_proj.weight": (keys, hidden),
+        "o_proj.weight": (hidden, queries),
+        "gate_proj.weight": (inner, hidden),
+        "up_proj.weight": (inner, hidden),
+        "down_proj.weight": (hidden, inner),
+    }
+    return all(tensor.shape == shape for end, shape in shapes.items() if name.endswith(end))
 
 
 # ------------------------------------------------------------------ with transformers
-def _compared(model: Model, found: Mapping[str, Tensor]) -> Fit | None:
-    """Return what transformers' loader says of these tensors, given without their values."""
+@lru_cache(maxsize=8)
+def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
+    """Return what transformers' loader says of a checkpoint's tensors, given without their values.
+
+    Asked once for many cells of a study; `stamps` change with the files.
+    """
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    found = weights.tensors(Path(stamps[0][0]).parent) or {}
     hollow = {
         name: torch.empty(tensor.shape, dtype=getattr(torch, DTYPES[tensor.dtype]), device="meta")
         for name, tensor in found.items()
     }
     try:
-        config = transformers.AutoConfig.from_pretrained(model.path, revision=model.revision)
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
         with torch.device("meta"):
             model_class = type(transformers.AutoModelForCausalLM.from_config(config))
         _, info = model_class.from_pretrained(

@@ -82,6 +82,11 @@ def flaws(folder: Path) -> Iterator[Flaw]:
             yield flaw
 
 
+def has_any(folder: Path) -> bool:
+    """Return whether a folder has weights in files that transformers would look for, or an index of some."""
+    return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold the weights, as transformers would choose them; some may not exist."""
     index = _index(folder)
