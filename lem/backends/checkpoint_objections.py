@@ -71,42 +71,27 @@ def padding(model: Model) -> Iterator[Objection]:
 
 
 def largest_id(folder: Path) -> int | None:
-    """Return the largest id of a tokenizer's tokens, not counting the one that pads; None if that is unclear.
+    """Return the largest id of the tokens that a prompt's text may turn into; None if that is unclear.
 
-    What pads is masked, and replaced if the model has no embedding for it.
+    Special tokens are not counted: many tokenizers have some that their model never meets, such as one for images.
     """
-    for names in (("tokenizer.json",), ("vocab.json", "added_tokens.json")):
-        if (folder / names[0]).is_file():
-            ids: dict[str, int] = {}
-            for name in names:
-                file = folder / name
-                if file.is_file():
-                    ids |= _ids(str(file), file.stat().st_size, file.stat().st_mtime_ns)
-            ids = {token: number for token, number in ids.items() if token != _padding_token(folder)}
-            return max(ids.values(), default=None)
-    return None
+    file = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
+    return None if file is None else _largest_in(str(file), file.stat().st_size, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def _ids(file: str, _size: int, _mtime_ns: int) -> dict[str, int]:
-    """Return the ids in tokenizer.json, vocab.json or added_tokens.json; empty if it is laid out differently."""
+def _largest_in(file: str, _size: int, _mtime_ns: int) -> int | None:
+    """Return the largest id in tokenizer.json or vocab.json; None if it is laid out differently."""
     content = _read(Path(file))
-    if not file.endswith("tokenizer.json"):
-        return {token: number for token, number in content.items() if isinstance(number, int)}
     try:
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # of tokens and their scores
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        added = {each["content"]: each["id"] for each in content.get("added_tokens") or ()}
-        return {**vocabulary, **added}
-    except (LookupError, TypeError, ValueError):
-        return {}
-
-
-def _padding_token(folder: Path) -> str | None:
-    named = _read(folder / "tokenizer_config.json").get("pad_token")
-    token = named.get("content") if isinstance(named, dict) else named
-    return token if isinstance(token, str) else None
+        if not file.endswith("tokenizer.json"):
+            return max(content.values(), default=None)
+        vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or ()
+        ids = set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+        ids -= {each["id"] for each in added if each.get("special")}
+        return max(ids | {each["id"] for each in added if not each.get("special")}, default=None)
+    except (AttributeError, LookupError, TypeError):
+        return None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -136,13 +121,28 @@ def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
         yield Objection("bad_chat_template", "chat_template", fact)
     elif (fault := _fault(loaded)) is not None:
         yield Objection("bad_chat_template", "chat_template", f"{model.name}'s chat template {fault}")
+    else:
+        yield from _unknown_tokens(loaded, model)
+
+
+def _unknown_tokens(loaded: Any, model: Model) -> Iterator[Objection]:
+    """Object to a chat template whose own tokens have no embedding."""
+    rows, rendered = model.text_config.get("vocab_size"), _rendered(loaded)
+    largest = max(loaded(rendered, add_special_tokens=False)["input_ids"], default=0)
+    if isinstance(rows, int) and largest >= rows:
+        fact = f"the chat template writes the token {largest}, but the model's embedding has {rows} rows."
+        yield Objection("tokenizer_too_large", "chat_template", fact)
+
+
+def _rendered(loaded: Any) -> Any:
+    turns = [{"role": "user", "content": PROBE}]
+    return loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
 def _fault(loaded: Any) -> str | None:
     """Return what is wrong with the chat template of a tokenizer; None if it wraps a prompt."""
-    turns = [{"role": "user", "content": PROBE}]
     try:
-        rendered = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        rendered = _rendered(loaded)
     except Exception as error:  # a template may raise whatever it likes
         return f"raises an error: {reason_of(error)}"
     if not isinstance(rendered, str) or PROBE not in rendered:

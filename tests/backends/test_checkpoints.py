@@ -373,6 +373,30 @@ def test_padding_token_without_an_embedding_is_replaced_and_changes_no_token(lla
     assert [g.token_ids for g in run(loaded(folder))] == before
 
 
+def with_special_token(folder, token):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.save_pretrained(folder)
+    return tokenizer.convert_tokens_to_ids(token)
+
+
+def test_special_token_that_prompts_never_hold_needs_no_embedding_but_that_of_a_template_does(llama, tmp_path):
+    folder = saved(
+        tmp_path / "exact", model_of("llama", vocab_size=last_token(llama) + 1), chat="{{ messages[0].content }}"
+    )
+    assert with_special_token(folder, "<image>") == last_token(llama) + 1
+    assert codes(folder, chat_template=True) == set()
+    assert run(loaded(folder))
+    (folder / "chat_template.jinja").write_text("<image>{{ messages[0].content }}")
+    (objection,) = found(folder, chat_template=True)
+    assert (objection.code, objection.path) == ("tokenizer_too_large", "chat_template")
+    assert f"writes the token {last_token(llama) + 1}" in objection.fact
+    with pytest.raises(RunError, match="has the token"):
+        loaded(folder, chat_template=True).encode(TEXTS)
+
+
 def test_padding_token_of_the_config_outside_of_the_vocabulary_is_refused(copied):
     change_json(copied, "config.json", pad_token_id=VOCABULARY)
     assert "pad_token_outside" in codes(copied)
