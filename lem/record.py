@@ -174,7 +174,11 @@ class CodedWarning(Struct, frozen=True, gc=False):
 
 
 class ModelInfo(Struct, frozen=True, gc=False):
-    """The model as it was loaded; a field is None if it cannot be determined, as for a model in a server."""
+    """The model as it was loaded; a field is None if it cannot be determined, as for a model in a server.
+
+    `weights_missing` are those that the checkpoint lacks and that were drawn at random, `weights_unexpected` those that
+    it has in addition, `weights_mismatched` those whose shapes differ: the first names, and a count of the rest.
+    """
 
     name: str
     revision: str | None
@@ -185,6 +189,9 @@ class ModelInfo(Struct, frozen=True, gc=False):
     dtype: str | None
     adapter: str | None = None
     quantization: str | None = None
+    weights_missing: tuple[str, ...] | None = None
+    weights_unexpected: tuple[str, ...] | None = None
+    weights_mismatched: tuple[str, ...] | None = None
 
 
 class EngineInfo(Struct, frozen=True, gc=False):

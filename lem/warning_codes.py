@@ -199,7 +199,22 @@ WARNINGS: dict[str, WarningKind] = {
         "Report it with the raw record; until then disregard all that is given per token.",
     ),
     "random_weights": WarningKind(
-        "The model has random weights, so its text is meaningless.", "Nothing, if that is intended."
+        "All or some of the model's weights are random, so its text is meaningless.", "Nothing, if that is intended."
+    ),
+    "unused_weights": WarningKind(
+        "The model's files hold weights that were not used: they may belong to another model, or to more layers than "
+        "config.json names.",
+        "Make sure that config.json and the weights belong together.",
+    ),
+    "not_finite": WarningKind(
+        "The logits that tokens are chosen by are infinite or not a number, as NaN weights make them, so the tokens "
+        "are meaningless.",
+        "Check the checkpoint; with float16, try bfloat16 or float32.",
+    ),
+    "padding_changed_tokens": WarningKind(
+        "Prompts of different lengths ran in one batch, but the model does not mask padding: the shorter ones may have "
+        "got other tokens than alone.",
+        "Use batching.batch_size=1.",
     ),
     "simulated": WarningKind("No model ran: the backend is simulated.", "Use another backend for real numbers."),
     "gpu_unused": WarningKind(

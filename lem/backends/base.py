@@ -90,6 +90,9 @@ class Backend(ABC):
     local_rank: int = 0
     """This process's number among those of the node; set before `start`."""
 
+    forced: bool = False
+    """Whether the user has accepted what is inadvisable, such as missing weights; set before `load`."""
+
     log_folder: Path | None = None
     """Where a server that the backend starts writes its log; set before `start`."""
 

@@ -124,7 +124,14 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 
 
 # ------------------------------------------------------------------ prompts
-def encode(tokenizer: Any, texts: Sequence[str], experiment: Experiment, positions: int | None) -> list[Encoded]:
+def encode(
+    tokenizer: Any,
+    texts: Sequence[str],
+    experiment: Experiment,
+    positions: int | None,
+    *,
+    vocabulary: int | None = None,
+) -> list[Encoded]:
     """Tokenize each text separately, with the model's own special tokens, and cut it to `max_input_tokens`.
 
     Args:
@@ -132,9 +139,10 @@ def encode(tokenizer: Any, texts: Sequence[str], experiment: Experiment, positio
         texts: the prompts.
         experiment: has the limits, and says whether there is a chat template.
         positions: maximum number of tokens of a prompt and its output together; None if there is no limit.
+        vocabulary: number of the model's embeddings; None leaves tokens beyond them to the engine.
 
     Raises:
-        RunError: a prompt has no tokens, or does not fit.
+        RunError: a prompt has no tokens, does not fit, or has a token without an embedding.
     """
     limit = experiment.max_input_tokens
     encoded = []
@@ -142,7 +150,20 @@ def encode(tokenizer: Any, texts: Sequence[str], experiment: Experiment, positio
         ids = _token_ids(tokenizer, text, chat=experiment.chat_template)
         encoded.append(Encoded(index, tuple(ids[:limit]), limit is not None and len(ids) > limit))
     _check_lengths(encoded, positions, experiment.max_output_tokens)
+    if vocabulary is not None:
+        _check_vocabulary(encoded, vocabulary)
     return encoded
+
+
+def _check_vocabulary(encoded: Sequence[Encoded], vocabulary: int) -> None:
+    """Refuse tokens that have no embedding, which the model would fail on."""
+    for prompt in encoded:
+        largest = max(prompt.token_ids)
+        if largest >= vocabulary:
+            raise RunError(
+                f"Prompt {prompt.index} has the token {largest}, but the model has {vocabulary} embeddings: the "
+                "tokenizer belongs to another model."
+            )
 
 
 def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:

@@ -13,6 +13,7 @@ from lem.errors import Interrupted, RunError
 from lem.record import CodedWarning
 from lem.spec.experiment import Experiment
 from lem.warning_codes import warning
+from lem.workload.weights import Fit, summary
 
 # Characters of a reason.
 LONGEST_REASON = 400
@@ -105,6 +106,15 @@ def weights_warnings(name: str, are_random: bool) -> Iterator[CodedWarning]:
     """Warn about a model whose weights are random."""
     if are_random:
         yield warning("random_weights", f"{name} has random weights: its text has no meaning.")
+
+
+def fit_warnings(name: str, fit: Fit) -> Iterator[CodedWarning]:
+    """Warn about weights that the checkpoint lacks, or has in addition."""
+    if fit.missing:
+        text = f"{name} lacks weights, which were drawn at random: {summary(fit.missing)}."
+        yield warning("random_weights", text)
+    if fit.unexpected:
+        yield warning("unused_weights", f"{name} has weights that the model does not use: {summary(fit.unexpected)}.")
 
 
 def counter_warnings(counters: Mapping[str, float] | None) -> Iterator[CodedWarning]:

@@ -1,17 +1,15 @@
-"""Why an experiment may be refused or warned about, whichever engine runs it: model files, GPUs, engine arguments.
+"""Why an experiment may be refused or warned about, whichever engine runs it: models, GPUs, engine arguments.
 
-Looks at the model's config.json and the names of its files; loads no weights. The tokenizer is loaded only if the
-experiment asks for a chat template, to see whether there is one.
+Looks at the model's config.json; `lem.backends.checkpoint_objections` looks at its files. Loads no weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol
 
-from lem.backends.chat import problem_of
+from lem.backends import checkpoint_objections, transformers_source
 from lem.errors import did_you_mean
 from lem.machine.gpu import Gpu
 from lem.spec.experiment import Experiment
@@ -20,8 +18,8 @@ from lem.spec.processes import changed, gpus_needed
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
-# Any of these is a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Names of the number of positions in configurations.
+POSITIONS = ("max_position_embeddings", "n_positions")
 # How many values a message lists at most.
 LISTED = 8
 
@@ -38,9 +36,11 @@ def model_objections(experiment: Experiment, model: Model | None, *, limit: str 
     yield from _adapter(experiment)
     yield from _code(experiment, model)
     if model is not None:
-        yield from _files(model)
+        if model.config.get("is_encoder_decoder"):
+            yield Objection("encoder_decoder", "model", f"{model.name} is an encoder-decoder model.")
+        yield from checkpoint_objections.tokenizer(model)
         yield from _lengths(experiment, model, limit)
-        yield from _chat_template(experiment, model)
+        yield from checkpoint_objections.chat_template(experiment, model)
 
 
 def _adapter(experiment: Experiment) -> Iterator[Objection]:
@@ -57,28 +57,28 @@ def _adapter(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _code(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
+    is_pytorch = experiment.backend.name == "pytorch"
     if experiment.trust_remote_code:
         fact = "Python code that comes with the model runs with your permissions."
         yield Objection("remote_code", "trust_remote_code", fact)
-    elif model is not None and "auto_map" in model.config and "model_type" not in model.config:
+    # Other engines have code of their own for some of these models.
+    elif model is not None and needs_own_code(model) and (is_pytorch or "model_type" not in model.config):
         yield Objection("needs_remote_code", "trust_remote_code", f"{model.name} comes with its own code.")
 
 
-def _files(model: Model) -> Iterator[Objection]:
-    folder = Path(model.path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        yield Objection("no_tokenizer", "model", f"{model.path} has no tokenizer.")
-    if model.config.get("is_encoder_decoder"):
-        yield Objection("encoder_decoder", "model", f"{model.name} is an encoder-decoder model.")
+def needs_own_code(model: Model) -> bool:
+    """Return whether the model comes with code that transformers has no replacement for."""
+    known = transformers_source.language_models()
+    kind = model.config.get("model_type")
+    return "auto_map" in model.config and (kind is None or (bool(known) and kind not in known))
 
 
 def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterator[Objection]:
     at_most = None if limit is None else getattr(experiment.backend, limit)
-    most = model.config.get("max_position_embeddings")
-    if at_most is not None and isinstance(most, int) and at_most > most:
+    most = positions_of(model)
+    if at_most is not None and most is not None and at_most > most:
         yield Objection("too_few_positions", f"backend.{limit}", f"the model has {most} positions.")
-    positions = model.config.get("max_position_embeddings", model.config.get("n_positions"))
-    limits = [each for each in (positions, at_most) if isinstance(each, int)]
+    limits = [each for each in (most, at_most) if isinstance(each, int)]
     if not limits:
         return
     longest, output = min(limits), experiment.max_output_tokens
@@ -90,19 +90,15 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
         yield without_effect("no_effect_input_limit", "max_input_tokens", fact)
 
 
-def _chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
-    if not experiment.chat_template:
-        return
-    import transformers  # takes seconds, so it is done only if a template is requested
-
-    transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
-    )
-    if not getattr(tokenizer, "chat_template", None):
-        yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
-    elif fact := problem_of(tokenizer):
-        yield Objection("chat_template_loses_prompts", "chat_template", f"{model.name}: {fact}")
+def positions_of(model: Model) -> int | None:
+    """Return how many positions the model has, if its config or its type's defaults name them."""
+    config = model.text_config
+    named = [config[name] for name in POSITIONS if isinstance(config.get(name), int)]
+    if named:
+        return int(named[0])
+    kind = config.get("model_type")
+    defaults = (transformers_source.default(str(kind), name) for name in POSITIONS) if kind else ()
+    return next((each for each in defaults if each is not None), None)
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:

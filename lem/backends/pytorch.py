@@ -8,16 +8,26 @@ transformers are imported when the backend starts, not before: they take seconds
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.backends.base import Backend, Encoded, Generation, needed
 from lem.backends.checkpoint import encode, end_tokens, source_of
-from lem.backends.engine import compilation_warnings, compiled_graphs, prompt_settings, weights_warnings
+from lem.backends.engine import (
+    compilation_warnings,
+    compiled_graphs,
+    failing_as,
+    fit_warnings,
+    prompt_settings,
+    weights_warnings,
+)
+from lem.backends.fit import reported
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.pytorch_continuous import Continuous
-from lem.backends.pytorch_objections import objections
+from lem.backends.pytorch_logits import LastLogits, Noticed
+from lem.backends.pytorch_objections import PADDING_UNMASKED, objections
 from lem.backends.sizing import architecture_of, cache_bytes
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
@@ -27,11 +37,16 @@ from lem.spec.engines import PytorchBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed
 from lem.spec.rules import Objection
+from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.flops import Architecture
 from lem.workload.models import Model, find
 from lem.workload.tokens import Chunk, first_tokens
 from lem.workload.traffic import Arrivals
+from lem.workload.weights import Fit, summary
+
+# How peft says that it has drawn matrices of an adapter itself.
+ADAPTER_LACKS = "Found missing adapter keys while loading the checkpoint"
 
 # Where a forward pass returns its cache.
 CACHES = ("past_key_values", "cache_params", "state", "mems")
@@ -89,7 +104,7 @@ class Pytorch(Backend):
 
         devices = self._own_devices(torch)
         check_devices(torch, devices, self._metered)
-        loaded = self._loaded = load(self._experiment, devices)
+        loaded = self._loaded = load(self._experiment, devices, forced=self.forced)
         if self._experiment.batching.strategy == "continuous":
             self._runner = Continuous(self._experiment, loaded.inner, loaded.end_tokens)
         else:
@@ -124,7 +139,8 @@ class Pytorch(Backend):
         """Tokenize each text separately; with continuous batching, allocate the cache that these prompts need."""
         loaded = needed(self._loaded)
         positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        encoded = encode(loaded.tokenizer, texts, self._experiment, positions)
+        rows = loaded.model.get_input_embeddings().num_embeddings
+        encoded = encode(loaded.tokenizer, texts, self._experiment, positions, vocabulary=rows)
         if isinstance(self._runner, Continuous):
             self._runner.make_room(encoded)
         return encoded
@@ -144,6 +160,10 @@ class Pytorch(Backend):
             yield from self._runner.serve(arrivals, at_most)
         else:
             yield from super().serve(arrivals, at_most)
+
+    def forget(self) -> None:
+        """Start counting afresh what `warnings` reports of a window; nothing is cached between prompts."""
+        self._running.noticed = Noticed()
 
     def synchronize(self) -> None:
         """Wait for all GPUs of this process."""
@@ -172,18 +192,20 @@ class Pytorch(Backend):
 
     def model_info(self) -> ModelInfo | None:
         """Describe the model as it was loaded."""
-        found, model, wanted = needed(self._loaded).found, needed(self._loaded).model, self._experiment.quantization
+        loaded, wanted = needed(self._loaded), self._experiment.quantization
+        found, model = loaded.found, loaded.model
         bits = "8-bit" if wanted.load_in_8bit else f"4-bit {wanted.bnb_4bit_quant_type}"
         return ModelInfo(
             name=found.name,
             revision=found.revision,
             architecture=", ".join(found.config.get("architectures") or [type(model).__name__]),
             parameters=model.num_parameters(),
-            random_weights=found.random_weights,
+            random_weights=found.random_weights or bool(loaded.fit.missing),
             weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             adapter=self._experiment.adapter,
             quantization=f"bitsandbytes {bits}" if wanted.quantization else None,
+            **loaded.fit.recorded,
         )
 
     def engine_info(self) -> EngineInfo:
@@ -213,12 +235,22 @@ class Pytorch(Backend):
         return architecture_of(needed(self._loaded).model)
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn about random weights, and about compilation in the last call of `generate`."""
-        found = needed(self._loaded).found
+        """Warn about random and unused weights, about what was noticed in the window, and about compilation in it."""
+        loaded = needed(self._loaded)
         return [
-            *weights_warnings(found.name, found.random_weights),
+            *weights_warnings(loaded.found.name, loaded.found.random_weights),
+            *fit_warnings(loaded.found.name, loaded.fit),
+            *_noticed_warnings(self._running.noticed),
             *compilation_warnings(self._running.graphs_compiled),
         ]
+
+
+def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
+    if noticed.not_finite:
+        yield warning("not_finite", f"the logits of {noticed.not_finite} requests are infinite or not a number.")
+    if noticed.padded:
+        text = f"{noticed.padded} requests were padded in their batch, which the model does not mask."
+        yield warning("padding_changed_tokens", text)
 
 
 # ------------------------------------------------------------------ loading
@@ -228,6 +260,7 @@ class Loaded:
 
     `devices` are this process's; the first takes the inputs. `inner` is the model whose forward pass `model` calls:
     a different one if an adapter wraps it. `generation_config` leaves nothing to defaults that ship with the model.
+    `pad_token` is what fills rows, and is masked. `fit` is what the loader reports of the weights.
     """
 
     found: Model
@@ -237,6 +270,8 @@ class Loaded:
     inner: Any
     end_tokens: frozenset[int]
     generation_config: Any
+    pad_token: int
+    fit: Fit
 
     @property
     def gpus(self) -> list[Any]:
@@ -280,8 +315,17 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
             )
 
 
-def load(experiment: Experiment, devices: Sequence[Any]) -> Loaded:
-    """Load tokenizer and weights onto the devices, and the adapter if there is one."""
+def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loaded:
+    """Load tokenizer and weights onto the devices, and the adapter if there is one.
+
+    Args:
+        experiment: names the model.
+        devices: this process's.
+        forced: accept weights that are missing, and so random.
+
+    Raises:
+        RunError: the model cannot be loaded, or lacks weights.
+    """
     import torch
     import transformers
 
@@ -289,20 +333,32 @@ def load(experiment: Experiment, devices: Sequence[Any]) -> Loaded:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         found.path, padding_side="left", **source_of(found, experiment)
     )
-    if tokenizer.pad_token_id is None:
-        # Any token will do: padding is masked out, and what follows the end token is cut off.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    model = _load_weights(torch, transformers, experiment, found, devices)
+    model, fit = _load_weights(torch, transformers, experiment, found, devices)
+    if fit.missing and not forced:
+        raise RunError(
+            f"{found.name} lacks weights, which transformers has drawn at random: {summary(fit.missing)}. "
+            "Choose a complete checkpoint of a causal language model; --force runs it anyway."
+        )
     ends = end_tokens(model.generation_config, tokenizer)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends) or None}
+    pad = _padding_token(tokenizer, model.get_input_embeddings().num_embeddings)
+    special = {"pad_token_id": pad, "eos_token_id": sorted(ends) or None}
     # What `generate` is not given, it takes from the model's own config, which may sample or penalise.
     model.generation_config = transformers.GenerationConfig(**special)
     config = _generation_config(transformers, experiment, special)
     inner = model if experiment.adapter is None else model.get_base_model()
-    return Loaded(found, devices, tokenizer, model, inner, ends, config)
+    return Loaded(found, devices, tokenizer, model, inner, ends, config, pad, fit)
 
 
-def _load_weights(torch: Any, transformers: Any, experiment: Experiment, found: Model, devices: Sequence[Any]) -> Any:
+def _padding_token(tokenizer: Any, embeddings: int) -> int:
+    """Return a token to pad with: any will do that has an embedding, because padding is masked out and cut off."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(each) for each in candidates if each is not None and each < embeddings), 0)
+
+
+def _load_weights(
+    torch: Any, transformers: Any, experiment: Experiment, found: Model, devices: Sequence[Any]
+) -> tuple[Any, Fit]:
+    """Return the model, and what the loader reports of its weights."""
     assert isinstance(experiment.backend, PytorchBackend)
     options = _placement(torch, transformers, experiment, found, devices)
     if experiment.fp_precision != "auto":
@@ -323,12 +379,26 @@ def _load_weights(torch: Any, transformers: Any, experiment: Experiment, found: 
         chosen = {"load_in_8bit": True} if wanted.load_in_8bit else in_4_bits
         options["quantization_config"] = transformers.BitsAndBytesConfig(**chosen)
     source = source_of(found, experiment)
-    model = transformers.AutoModelForCausalLM.from_pretrained(found.path, **source, **options)
+    with failing_as(f"transformers cannot load {found.name}"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            found.path, **source, **options, output_loading_info=True
+        )
+    fit = reported(info)
     if experiment.adapter is not None:
-        import peft
+        model, lacking = _with_adapter(model, experiment.adapter)
+        fit = replace(fit, missing=(*fit.missing, *lacking))
+    return model.eval(), fit
 
-        model = peft.PeftModel.from_pretrained(model, experiment.adapter)
-    return model.eval()
+
+def _with_adapter(model: Any, adapter: str) -> tuple[Any, tuple[str, ...]]:
+    """Return the model with the adapter, and what the adapter's files lack of it."""
+    import peft
+
+    with warnings.catch_warnings(record=True) as caught, failing_as(f"peft cannot load the adapter {adapter}"):
+        warnings.filterwarnings("always", message=ADAPTER_LACKS)
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    said = [str(each.message) for each in caught if str(each.message).startswith(ADAPTER_LACKS)]
+    return model, tuple(f"matrices of the adapter {adapter}" for _ in said)
 
 
 def _placement(
@@ -385,6 +455,9 @@ class Static:
         self._prefill_end_ns: int | None = None
         self._cache: Any = None
         self.forget_cache()
+        self.noticed = Noticed()
+        self._last_logits = LastLogits(loaded.inner)
+        self._masks_padding = loaded.found.text_config.get("model_type") not in PADDING_UNMASKED
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
@@ -438,6 +511,7 @@ class Static:
             end_ns = time.perf_counter_ns()
             longest = max(len(p.token_ids) for p in members) + max(map(len, outputs))
             self._measure_cache(len(members) * longest)
+            self._notice(members)
             cut = [cut_after_end(output, self._loaded.end_tokens) for output in outputs]
             yield [
                 Generation(
@@ -454,11 +528,18 @@ class Static:
             ]
             self.graphs_compiled = compiled_graphs() - graphs_before
 
+    def _notice(self, members: Sequence[Encoded]) -> None:
+        """Look at a finished batch for what makes its tokens meaningless."""
+        self.noticed.not_finite += min(self._last_logits.not_finite(), len(members))
+        if not self._masks_padding:
+            longest = max(len(p.token_ids) for p in members)
+            self.noticed.padded += sum(len(p.token_ids) < longest for p in members)
+
     def _generate_batch(self, torch: Any, members: Sequence[Encoded], clock: _TokenClock | None) -> list[list[int]]:
         """Return the new tokens of each prompt; those after an end token are included."""
         longest = max(len(p.token_ids) for p in members)
         padding = [longest - len(p.token_ids) for p in members]
-        pad, device = self._loaded.tokenizer.pad_token_id, self._loaded.devices[0]
+        pad, device = self._loaded.pad_token, self._loaded.devices[0]
         ids = [[pad] * skipped + list(p.token_ids) for p, skipped in zip(members, padding, strict=True)]
         mask = [[0] * skipped + [1] * (longest - skipped) for skipped in padding]
         output = self._loaded.model.generate(

@@ -14,12 +14,13 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata, util
-from pathlib import Path
+from importlib import metadata
 from typing import Any
 
+from lem.backends import transformers_source
 from lem.backends.base import Encoded, Generation
 from lem.backends.engine import reason_of
+from lem.backends.pytorch_logits import LastLogits, Noticed
 from lem.backends.session import Request, Session
 from lem.errors import RunError
 from lem.spec.experiment import Experiment
@@ -37,6 +38,13 @@ STEP_TOKENS, FLASH_STEP_TOKENS = 512, 8192
 # A cache of layers of several kinds is handed out in units larger than a page.
 SPARE_PAGES = 4
 LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
+# Models with replaceable attention that fail with the paged cache or get other tokens, tried with transformers 5.23.
+_CACHE_NOT_PASSED_ON = "does not pass the paged cache on to its attention"
+_OTHER_SIZES = "has keys and values of other sizes than its configuration says"
+UNPAGED = {
+    **dict.fromkeys(("diffllama", "doge", "hrm_text", "nemotron"), _CACHE_NOT_PASSED_ON),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified_text", "jetmoe", "mimo_v2_flash"), _OTHER_SIZES),
+}
 
 
 def version() -> str:
@@ -52,12 +60,22 @@ def is_too_old() -> bool:
 
 def can_run(model_type: str) -> bool | None:
     """Return whether transformers' code for a model type has replaceable attention; None if there is no such code."""
-    found = util.find_spec("transformers")
-    module = model_type.replace("-", "_")
-    if found is None or found.origin is None:
-        return None
-    file = Path(found.origin).parent / "models" / module / f"modeling_{module}.py"
-    return "_supports_attention_backend = True" in file.read_text(encoding="utf-8") if file.is_file() else None
+    source = transformers_source.modeling(model_type)
+    return None if source is None else "_supports_attention_backend = True" in source
+
+
+def unpaged(config: Mapping[str, Any]) -> str | None:
+    """Return why attention that can be replaced cannot use the paged cache all the same; None if it can.
+
+    Args:
+        config: the configuration of the part that continues text.
+    """
+    kind = str(config.get("model_type"))
+    if config.get("kv_lora_rank"):
+        return "the cache has one width for keys and values, which multi-head latent attention makes of different ones."
+    if reason := UNPAGED.get(kind):
+        return f"a {kind} model {reason}."
+    return None
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,8 @@ class Continuous(Session[_Request]):
         """
         super().__init__(experiment)
         self._model = model
+        self.noticed = Noticed()
+        self._last_logits = LastLogits(model)
         self._end_tokens = sorted(end_tokens)
         self._room: _Room | None = None
         self._manager: Any = None
@@ -220,6 +240,8 @@ class Continuous(Session[_Request]):
         while (output := self._manager.get_result()) is not None:
             key = int(output.request_id)
             done[key] = self._generation(output, self.running.pop(key))
+        if done:
+            self.noticed.not_finite += min(self._last_logits.not_finite(), len(done))
         return done
 
     def cancel(self) -> None:

@@ -1,7 +1,7 @@
 """Why an experiment on the pytorch backend may be refused or warned about, before anything heavy is loaded.
 
-Looks at the options, the host, and the model's config.json; loads no weights. transformers is imported only if a model
-is to be split over processes, to check that it can be.
+Looks at the options, the host, and the model's config.json and headers; loads no weights. transformers is imported only
+if a model is to be split over processes, to check that it can be, or if its files do not evidently hold all weights.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from lem.backends import pytorch_continuous
-from lem.backends.objections import checkpoint_dtype, model_objections, unused_gpus
+from lem.backends import checkpoint_objections, fit, pytorch_continuous, transformers_source
+from lem.backends.objections import checkpoint_dtype, model_objections, needs_own_code, unused_gpus
 from lem.backends.placement import split_over_ranks
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
@@ -20,12 +20,26 @@ from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, process_counts
 from lem.spec.rules import Objection
 from lem.workload.models import Model
+from lem.workload.weights import summary
 
 # Packages of the attention kernels that do not come with PyTorch, and the oldest GPUs that they run on.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 ATTENTION_CAPABILITY = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 BFLOAT16_CAPABILITY = (8, 0)
 COMPILE_CAPABILITY = (7, 0)
+# Packages that transformers needs to load weights quantized by a method, and what it has no code for on a CPU.
+QUANTIZERS = {
+    "aqlm": ("aqlm",), "auto-round": ("auto_round",), "awq": ("gptqmodel",), "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed_tensors",), "eetq": ("kernels",), "fp_quant": ("fp_quant",),
+    "gptq": ("optimum", "gptqmodel"), "higgs": ("flute",), "hqq": ("hqq",), "quanto": ("optimum.quanto",),
+    "quark": ("quark",), "sinq": ("sinq",), "spqr": ("spqr_quant",), "torchao": ("torchao",), "vptq": ("vptq",),
+}  # fmt: skip
+QUANTIZERS_ON_GPU = frozenset(["eetq", "fbgemm_fp8", "fp_quant", "higgs", "spqr", "vptq"])
+# Models whose state, or whose positions, go on over padding: tried with transformers 5.23.
+PADDING_UNMASKED = frozenset([
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "minimax", "mvp", "pegasus",
+    "prophetnet", "rwkv", "trocr", "xlnet",
+])  # fmt: skip
 
 
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
@@ -42,6 +56,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_continuous(experiment, options, model),
         *_packages(experiment, host),
         *model_objections(experiment, model),
+        *(_model(experiment, model, host, used) if model is not None else ()),
         *_precision(experiment, model, used),
     ]
 
@@ -175,14 +190,70 @@ def _unavailable(model: Model | None) -> Iterator[Objection]:
         yield Objection(code, path, fact)
     if model is None:
         return
-    kind = str(model.config.get("model_type"))
+    kind, config = str(model.config.get("model_type")), model.text_config
     if pytorch_continuous.can_run(kind) is False:
         fact = f"transformers cannot replace the attention of a {kind} model, so it cannot use a paged cache."
         yield Objection(code, path, fact)
-    strange = sorted(set(model.config.get("layer_types") or ()) - pytorch_continuous.LAYER_TYPES)
+    elif (reason := pytorch_continuous.unpaged(config)) is not None:
+        yield Objection(code, path, reason)
+    strange = sorted(set(config.get("layer_types") or ()) - pytorch_continuous.LAYER_TYPES)
     if strange:
         fact = f"{model.name} has layers of {', '.join(strange)}, for which transformers has no paged cache."
         yield Objection(code, path, fact)
+
+
+# ------------------------------------------------------------------ models
+def _model(experiment: Experiment, model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Objection]:
+    kind, known = model.config.get("model_type"), transformers_source.language_models()
+    other_task = isinstance(kind, str) and bool(known) and kind not in known
+    if other_task and not needs_own_code(model):
+        yield from _unsupported(model, str(kind))
+    yield from checkpoint_objections.padding(model)
+    yield from _quantized(model, host, used)
+    yield from _padding(experiment, model)
+    yield from _weights(experiment, model)
+    reads_both_ways = transformers_source.READS_BOTH_WAYS in (transformers_source.modeling(str(kind)) or "")
+    if reads_both_ways and not model.config.get("is_decoder"):
+        yield Objection("not_a_decoder", "model", f"a {kind} model reads text in both directions.")
+
+
+def _unsupported(model: Model, kind: str) -> Iterator[Objection]:
+    if model.config.get("is_encoder_decoder"):
+        return  # there is an objection of its own
+    if kind in transformers_source.model_types():
+        fact = f"transformers has no class that continues text for a {kind} model."
+    else:
+        fact = f"transformers {transformers_source.version()} does not know models of the type {kind}."
+    yield Objection("model_unsupported", "model", fact)
+
+
+def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Objection]:
+    config = model.config.get("quantization_config") or {}
+    by_bitsandbytes = config.get("load_in_8bit") or config.get("load_in_4bit")
+    method = str(config.get("quant_method") or ("bitsandbytes" if by_bitsandbytes else None))
+    packages = [name for name in QUANTIZERS.get(method, ()) if not host.has(name)]
+    if packages:
+        fact = f"the weights are quantized by {method}, which needs {' and '.join(packages)}."
+        yield Objection("missing_quantizer", "model", fact)
+    if method in QUANTIZERS_ON_GPU and not used:
+        yield Objection("missing_quantizer", "model", f"weights quantized by {method} run on a GPU only.")
+
+
+def _padding(experiment: Experiment, model: Model) -> Iterator[Objection]:
+    batching, kind = experiment.batching, model.text_config.get("model_type")
+    if kind in PADDING_UNMASKED and batching.strategy != "continuous" and batching.batch_size > 1:
+        fact = f"transformers does not mask padding in a {kind} model, so batches change the tokens of shorter prompts."
+        yield Objection("padding_changes_tokens", "batching.batch_size", fact)
+
+
+def _weights(experiment: Experiment, model: Model) -> Iterator[Objection]:
+    damaged = [*checkpoint_objections.damaged_weights(model), *checkpoint_objections.no_weights(model)]
+    yield from damaged
+    found = None if damaged else fit.foreseen(model, experiment)
+    if found is not None and found.missing:
+        yield Objection("weights_missing", "model", f"{model.name} lacks {summary(found.missing)}.")
+    if found is not None and found.mismatched:
+        yield Objection("weights_mismatched", "model", f"shapes differ: {summary(found.mismatched)}.")
 
 
 # ------------------------------------------------------------------ packages

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.backends import tensorrt_source
+from lem.backends.checkpoint_objections import damaged_weights
 from lem.backends.objections import (
     EngineArguments,
     checkpoint_dtype,
@@ -232,6 +233,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_cache(options),
         *unused_gpus(experiment, host.gpus),
         *model_objections(experiment, model, limit="max_seq_len"),
+        *(() if (options.extra_args or {}).get("load_format") == "dummy" else damaged_weights(model)),
     ]
 
 

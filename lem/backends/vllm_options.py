@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from lem.backends import vllm_source
+from lem.backends.checkpoint_objections import damaged_weights
 from lem.backends.objections import EngineArguments, checkpoint_dtype, model_objections, unused_gpus, without_method
 from lem.machine.host import Host
 from lem.spec.engines import VllmBackend, VllmSpeculation
@@ -211,6 +212,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *(_on_cpu(options, experiment, model) if host.is_built_for_cpu("vllm") else ()),
         *unused_gpus(experiment, host.gpus),
         *model_objections(experiment, model, limit="max_model_len"),
+        *(() if options.load_format == "dummy" else damaged_weights(model)),
     ]
 
 

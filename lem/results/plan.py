@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # 1  first version
 # 2  replicas, shared_with and the configuration's digest
 # 3  the digest of a trace's arrivals, which are in arrivals.json
-# 4  the place in a campaign
+# 4  the place in a campaign, whether inadvisable options were accepted, the files of the prompts
 FORMAT_VERSION = 4
 
 
@@ -58,7 +58,7 @@ class Plan:
     The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
     parallelism). `shared_with` counts the other experiments meant to run on this machine at the same time.
     `arrivals_sha256` is the digest of a trace's arrivals, which are in arrivals.json; empty without them. `campaign` is
-    the experiment's place in a campaign, if it belongs to one.
+    the experiment's place in a campaign, if it belongs to one. `forced`: inadvisable options were accepted (--force).
     """
 
     experiment_id: str
@@ -73,6 +73,7 @@ class Plan:
     config_file: str | None = None
     arrivals_sha256: str = ""
     campaign: CampaignCell | None = None
+    forced: bool = False
     lem_version: str = __version__
     format_version: int = FORMAT_VERSION
 

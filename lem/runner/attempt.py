@@ -115,6 +115,7 @@ class Attempt:
         """Start the engine and let the GPUs cool down; return warnings about the machine."""
         experiment, backend = self._plan.experiment, self._backend
         backend.local_rank, backend.log_folder = self._ranks.local_rank, self._directory.path
+        backend.forced = self._plan.forced
         backend.start()
         self._gpus = tuple(backend.gpus_in_use(self._host))
         is_cool = cool_down(experiment.cooldown, self._gpus, report)

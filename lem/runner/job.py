@@ -263,6 +263,7 @@ def _plan(experiment_id: str, ready: Ready, overrides: Sequence[str], config_fil
         arrivals_sha256="" if ready.arrivals_s is None else arrivals_sha256(ready.arrivals_s),
         processes=processes,
         replicas=replicas,
+        forced=ready.forced,
         overrides=tuple(overrides),
         config_file=str(config_file) if config_file else None,
     )

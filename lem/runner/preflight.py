@@ -40,6 +40,8 @@ class Ready:
     warnings: tuple[Objection, ...]
     # When the requests of a trace arrive; None for other traffic patterns.
     arrivals_s: Sequence[float] | None = None
+    # Whether it runs despite inadvisable options.
+    forced: bool = False
 
 
 def preflight(
@@ -73,7 +75,7 @@ def preflight(
     if reasons or prompts is None:
         raise ConfigError(*dict.fromkeys(reasons))
     log.debug("prompts: %d of %d from %s", len(prompts.texts), prompts.available, prompts.source)
-    return Ready(experiment, model, prompts, warnings, arrivals_s)
+    return Ready(experiment, model, prompts, warnings, arrivals_s, forced=force)
 
 
 def check_again(

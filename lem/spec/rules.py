@@ -315,8 +315,13 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "continuous_unavailable": (
             "transformers cannot batch the model continuously: the installed version is too old, or the model's "
-            "attention cannot use a paged cache.",
+            "attention cannot use a paged cache, or would give other tokens with it.",
             "Use static batching, or backend=vllm.",
+        ),
+        "missing_quantizer": (
+            "The checkpoint's weights are quantized by a method whose package is not installed, or that runs on a GPU "
+            "only.",
+            "Install the package, run on a GPU, or choose a checkpoint in another format.",
         ),
         "unknown_engine_arg": (
             "The installed version of the engine has no such argument.",
@@ -403,6 +408,32 @@ FILES_IMPOSSIBLE = _rules(
     "files",
     {
         "no_tokenizer": ("The model's directory has no tokenizer.", "Save one next to the weights."),
+        "git_lfs_pointer": (
+            "A file of the model is a Git LFS pointer: the repository was cloned without its large files.",
+            "Fetch them with git lfs pull, or download the model again.",
+        ),
+        "weights_incomplete": (
+            "Files of the model's weights are missing, cut short or damaged.",
+            "Download them again.",
+        ),
+        "weights_mismatched": (
+            "Weights in the model's files have other shapes than its config.json says.",
+            "Correct config.json, or download the model again.",
+        ),
+        "model_unsupported": (
+            "transformers cannot load the model as one that continues text: it does not know its type, or the type is "
+            "for another task, such as a multimodal one.",
+            "Choose a causal language model (many multimodal ones have one of their own), or update transformers.",
+        ),
+        "pad_token_outside": (
+            "The model's padding token lies outside of its vocabulary, so transformers cannot make its embedding.",
+            "Correct pad_token_id in the model's config.json.",
+        ),
+        "bad_chat_template": (
+            "The model's chat template cannot wrap a prompt: it raises an error, has no default, or leaves the prompt "
+            "out.",
+            "Leave it off, or correct the template that comes with the tokenizer.",
+        ),
         "encoder_decoder": (
             "The model is an encoder-decoder; lem measures decoder-only models.",
             "Choose a decoder-only model.",
@@ -416,10 +447,6 @@ FILES_IMPOSSIBLE = _rules(
             "Name a directory with an adapter_config.json, or a hub id.",
         ),
         "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave it off."),
-        "chat_template_loses_prompts": (
-            "The model's chat template fails, or leaves out the prompt that it is given.",
-            "Leave it off, or correct the template in the model's files.",
-        ),
         "no_room_for_prompts": (
             "The output alone could fill all of the model's positions.",
             "Lower max_output_tokens.",
@@ -464,6 +491,24 @@ FILES_INADVISABLE = _rules(
     "inadvisable",
     "files",
     {
+        "weights_missing": (
+            "The model's files lack weights that it needs; transformers would draw them at random, differently each "
+            "time.",
+            "Choose a complete checkpoint of a causal language model.",
+        ),
+        "not_a_decoder": (
+            "The model was trained to read text in both directions, not to continue it.",
+            "Choose a causal language model.",
+        ),
+        "tokenizer_too_large": (
+            "The tokenizer has tokens for which the model has no embedding; a prompt that contains one cannot run.",
+            "Use the tokenizer that belongs to the model.",
+        ),
+        "padding_changes_tokens": (
+            "transformers does not mask padding for this type of model: in a batch of prompts of different lengths, "
+            "the shorter ones get other tokens than alone.",
+            "Use batching.batch_size=1.",
+        ),
         "no_effect_input_limit": (
             "The limit on prompts is longer than anything the model can take.",
             "Lower it to what the output leaves room for, or leave this option out.",

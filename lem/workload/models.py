@@ -13,6 +13,9 @@ from lem.workload import tiny
 from lem.workload.offline import is_unreachable, use_cache_if_unreachable
 
 OFFLINE_HINT = "Use --model tiny, which comes with lem, or a local directory."
+ADAPTER_FILE = "adapter_config.json"
+# Where the configuration of a multimodal model has that of its language model.
+LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,30 @@ class Model:
     def random_weights(self) -> bool:
         """True when the weights are random, so that the model's text is meaningless."""
         return self.name == tiny.NAME
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The configuration of the part that continues text: all of it, unless the model is multimodal."""
+        parts = (self.config.get(name) for name in LANGUAGE_PARTS)
+        return next((part for part in parts if isinstance(part, dict)), self.config)
+
+    @property
+    def folder(self) -> Path | None:
+        """The directory with the files: a local one, or what the hub's cache has of it; None if that is nothing."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        import huggingface_hub
+
+        try:
+            file = huggingface_hub.try_to_load_from_cache(self.path, "config.json", revision=self.revision)
+        except (OSError, ValueError):  # for example no hub id
+            return None
+        return Path(file).parent if isinstance(file, str) else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a local directory, to which nothing will be downloaded."""
+        return Path(self.path).is_dir()
 
 
 def find(name: str, revision: str | None = None) -> Model:
@@ -51,6 +78,7 @@ def find(name: str, revision: str | None = None) -> Model:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    _refuse_adapter(folder)
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -61,6 +89,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{file} is not a model's configuration.")
     return content
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse the directory of a LoRA adapter, beside which transformers would load a model of its choice."""
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise ModelError(
+        f"{folder} is a LoRA adapter, not a model. Name its base as the model and the adapter beside it: "
+        f"--model {base or 'BASE'} --adapter {folder}."
+    )
 
 
 def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
@@ -83,6 +126,11 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
     except errors.HFValidationError:
         raise ModelError(f"'{name}' is neither a model directory nor a hub id (owner/name).") from None
     except Exception as error:  # the client also raises its transport's errors
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise ModelError(
+                f"{name} has no config.json on the hub, so it is not a model that transformers can load. If it is a "
+                "LoRA adapter, name its base with --model and the adapter with --adapter."
+            ) from None
         if is_unreachable(error):
             reason = "is not cached on this machine and the hub cannot be reached."
         else:

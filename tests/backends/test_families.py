@@ -134,7 +134,8 @@ def static(name):
     )
     tokenizer = SimpleNamespace(pad_token_id=0)
     cpu = [torch.device("cpu")]
-    return Static(wanted, Loaded(None, cpu, tokenizer, loaded, loaded, frozenset(), greedy))
+    found = SimpleNamespace(text_config={})
+    return Static(wanted, Loaded(found, cpu, tokenizer, loaded, loaded, frozenset(), greedy))
 
 
 def test_run_of_a_model_whose_sizes_are_unknown_has_no_flops_and_says_why(tmp_path):

@@ -5,9 +5,12 @@ The rules one by one are in test_rules.py.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,7 @@ from lem.machine.host import Host
 from lem.runner.preflight import objections, preflight
 from lem.spec.engines import PytorchBackend, SimulatedBackend
 from lem.spec.experiment import Dataset, Decoder, Energy, Experiment, Io, Traffic
+from lem.workload import tiny
 
 CPU = Host(())
 GPUS = tuple(Gpu(i, f"GPU-{i}", "NVIDIA", 80 * 2**30, compute_capability=(9, 0)) for i in range(3))
@@ -229,3 +233,49 @@ def test_a_directory_without_permission_is_impossible(mode, found):
     finally:
         os.chmod(folder, 0o755)
         os.rmdir(folder)
+
+
+# ------------------------------------------------------------------ models that lack weights
+@pytest.fixture
+def headless(tmp_path):
+    """A copy of the model tiny without its output projection."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(tiny.path(), tmp_path / "headless")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+RUN_HEADLESS = ("experiment", "--model", "headless", "-d", "sample", "-n", "2", "--max-tokens", "4", "-y")
+
+
+@pytest.mark.engines
+def test_a_model_that_lacks_weights_is_refused_before_the_run(headless, lem):
+    for options in ((), ("--dry-run",)):
+        refused = lem(*RUN_HEADLESS, *options, "energy=none")
+        assert refused.code == 2
+        assert "headless lacks lm_head.weight. Choose a complete checkpoint" in refused.err
+        assert "[weights_missing] (--force runs it anyway)" in refused.err
+    assert not Path("results").exists()
+
+
+@pytest.mark.engines
+def test_a_forced_run_of_a_model_that_lacks_weights_says_that_they_are_random(headless, lem):
+    assert lem(*RUN_HEADLESS, "--force", "energy=none").code == 0
+    listed = json.loads(lem("results", "list", "--json").out)
+    assert listed[0]["random_weights"] is True
+    (record,) = (json.loads(file.read_text()) for file in Path("results").rglob("process_*.json"))
+    assert record["model"]["weights_missing"] == ["lm_head.weight"]
+    assert [each["code"] for each in record["warnings"]].count("random_weights") == 1
+
+
+@pytest.mark.engines
+def test_a_run_that_was_not_forced_fails_where_only_the_loader_finds_that_weights_are_missing(
+    headless, lem, monkeypatch
+):
+    monkeypatch.setattr("lem.backends.fit.foreseen", lambda *_: None)
+    failed = lem(*RUN_HEADLESS, "energy=none")
+    assert failed.code == 1
+    assert "headless lacks weights, which transformers has drawn at random: lm_head.weight." in failed.err + failed.out

@@ -71,7 +71,25 @@ def files(tmp_path_factory):
         shutil.copytree(tiny.path(), root / folder)
         settings = root / folder / "tokenizer_config.json"
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    for folder in ("pointer", "cut", "headless", "wider"):
+        shutil.copytree(tiny.path(), root / folder)
+    spoil_weights(root)
     return root
+
+
+def spoil_weights(root):
+    """Make the weights of copies of tiny a pointer, cut them short, or take tensors away from them."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = "model.safetensors"
+    (root / "pointer" / weights).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    content = (root / "cut" / weights).read_bytes()
+    (root / "cut" / weights).write_bytes(content[:-1000])
+    tensors = load_file(root / "headless" / weights)
+    del tensors["lm_head.weight"]
+    save_file(tensors, root / "headless" / weights)
+    config = root / "wider" / "config.json"
+    config.write_text(json.dumps(tiny.CONFIG | {"intermediate_size": 705}))
 
 
 @pytest.fixture(autouse=True)

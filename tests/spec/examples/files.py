@@ -2,9 +2,53 @@
 
 from __future__ import annotations
 
+from lem.workload import tiny
+from tests.hosts import CPU, H100, ONE, bare
 from tests.spec.examples.example import Example, asks, model
 
+
+def copy_of_tiny(folder, **changes):
+    """Return a copy of the model tiny, with its whole config.json."""
+    return model(folder, **tiny.CONFIG | changes)
+
+
+WHOLE = asks(model=copy_of_tiny("templated"))
+
 EXAMPLES = [
+    Example("git_lfs_pointer", "model", asks(model=copy_of_tiny("pointer")), WHOLE),
+    Example("weights_incomplete", "model", asks(model=copy_of_tiny("cut")), WHOLE),
+    Example("weights_incomplete", "model", asks(model=model()), WHOLE),
+    Example("weights_missing", "model", asks(model=copy_of_tiny("headless")), WHOLE),
+    Example("weights_mismatched", "model", asks(model=copy_of_tiny("wider", intermediate_size=705)), WHOLE),
+    Example("model_unsupported", "model", asks(model=model(model_type="llava")), WHOLE),
+    Example("model_unsupported", "model", asks(model=model(model_type="of tomorrow")), WHOLE),
+    Example("not_a_decoder", "model", asks(model=model(model_type="bert")), WHOLE),
+    Example(
+        "not_a_decoder",
+        "model",
+        asks(model=model(model_type="xlm-roberta")),
+        asks(model=model(model_type="xlm-roberta", is_decoder=True)),
+    ),
+    Example("pad_token_outside", "model", asks(model=copy_of_tiny("templated", pad_token_id=4096)), WHOLE),
+    Example("tokenizer_too_large", "model", asks(model=copy_of_tiny("templated", vocab_size=4095)), WHOLE),
+    Example(
+        "padding_changes_tokens",
+        "batching.batch_size",
+        asks("batching.batch_size=2", model=model(model_type="rwkv")),
+        asks("batching.batch_size=1", model=model(model_type="rwkv")),
+    ),
+    Example(
+        "missing_quantizer",
+        "model",
+        asks(model=model(quantization_config={"quant_method": "gptq"}), host=bare(H100)),
+        asks(model=model(quantization_config={"quant_method": "gptq"}), host=ONE),
+    ),
+    Example(
+        "missing_quantizer",
+        "model",
+        asks(model=model(quantization_config={"quant_method": "vptq"}), host=CPU),
+        asks(model=model(quantization_config={"quant_method": "vptq"}), host=ONE),
+    ),
     Example("no_tokenizer", "model", asks(model=model("bare")), asks(model=model())),
     Example("encoder_decoder", "model", asks(model=model(is_encoder_decoder=True)), asks(model=model())),
     Example(
@@ -12,6 +56,12 @@ EXAMPLES = [
         "trust_remote_code",
         asks(model=model(auto_map={})),
         asks("trust_remote_code=true", model=model(auto_map={})),
+    ),
+    Example(
+        "needs_remote_code",
+        "trust_remote_code",
+        asks(model=model(auto_map={}, model_type="of tomorrow")),
+        asks(model=model(auto_map={}, model_type="llama")),
     ),
     Example("no_adapter", "adapter", asks("adapter=bare"), asks("adapter=adapter")),
     Example("no_adapter", "adapter", asks("adapter=nowhere"), asks("adapter=owner/name")),
@@ -23,7 +73,7 @@ EXAMPLES = [
     ),
     *(
         Example(
-            "chat_template_loses_prompts",
+            "bad_chat_template",
             "chat_template",
             asks("chat_template=true", model=model(folder)),
             asks("chat_template=true", model=model("templated")),
@@ -35,6 +85,12 @@ EXAMPLES = [
         "max_output_tokens",
         asks(model=model(max_position_embeddings=128)),
         asks(model=model(max_position_embeddings=129)),
+    ),
+    Example(
+        "no_room_for_prompts",
+        "max_output_tokens",
+        asks(model=model(text_config={"max_position_embeddings": 128})),
+        asks(model=model(text_config={"max_position_embeddings": 129})),
     ),
     Example(
         "traffic_trace",

@@ -1,0 +1,132 @@
+"""Why the files of a model may be refused before anything is loaded: its weights, its tokenizer, its chat template.
+
+Looks at config.json, indexes and headers. The tokenizer itself is loaded only for a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lem.backends import chat
+from lem.spec.experiment import Experiment
+from lem.spec.rules import Objection
+from lem.workload import weights
+from lem.workload.models import Model
+
+# Any of these is a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+# ------------------------------------------------------------------ weights
+def damaged_weights(model: Model | None) -> Iterator[Objection]:
+    """Object to files of weights that are missing, cut short, or Git LFS pointers."""
+    folder = None if model is None else model.folder
+    if model is None or folder is None:
+        return
+    for flaw in weights.flaws(folder):
+        if flaw.kind == "pointer":
+            yield Objection("git_lfs_pointer", "model", flaw.fact)
+        elif flaw.kind == "damaged" or model.is_local:  # what the hub's cache lacks will be downloaded
+            yield Objection("weights_incomplete", "model", flaw.fact)
+
+
+def no_weights(model: Model | None) -> Iterator[Objection]:
+    """Object to a directory in which transformers would find no weights."""
+    if model is not None and model.is_local and not weights.has_any(Path(model.path)):
+        names = " or ".join((*weights.SINGLE_FILES, "an index of several"))
+        yield Objection("weights_incomplete", "model", f"{model.path} has no weights: no {names}.")
+
+
+# ------------------------------------------------------------------ tokenizer
+def tokenizer(model: Model) -> Iterator[Objection]:
+    """Object to a tokenizer that is not there, or that has tokens for which the model has no embedding."""
+    folder = model.folder
+    if folder is None:
+        return
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if model.is_local and not files:
+        yield Objection("no_tokenizer", "model", f"{model.path} has no tokenizer.")
+    for file in files:
+        if flaw := weights.pointer(file):
+            yield Objection("git_lfs_pointer", "model", flaw.fact)
+    rows, largest = model.text_config.get("vocab_size"), largest_id(folder)
+    if isinstance(rows, int) and largest is not None and largest >= rows:
+        fact = f"the tokenizer has ids up to {largest}, but the model's embedding has {rows} rows."
+        yield Objection("tokenizer_too_large", "model", fact)
+
+
+def padding(model: Model) -> Iterator[Objection]:
+    """Object to a padding token of the configuration that lies outside of the vocabulary."""
+    config = model.text_config
+    rows, pad = config.get("vocab_size"), config.get("pad_token_id")
+    if isinstance(rows, int) and isinstance(pad, int) and not -rows <= pad < rows:
+        fact = f"pad_token_id is {pad}, but the vocabulary has {rows} tokens, so its embedding cannot be made."
+        yield Objection("pad_token_outside", "model", fact)
+
+
+def largest_id(folder: Path) -> int | None:
+    """Return the largest id of the tokens that a prompt's text may turn into; None if that is unclear.
+
+    Special tokens are not counted: many tokenizers have some that their model never meets, such as one for images.
+    """
+    file = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
+    return None if file is None else _largest_in(str(file), file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _largest_in(file: str, _size: int, _mtime_ns: int) -> int | None:
+    """Return the largest id in tokenizer.json or vocab.json; None if it is laid out differently."""
+    content = _read(Path(file))
+    try:
+        if not file.endswith("tokenizer.json"):
+            return max(content.values(), default=None)
+        vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or ()
+        ids = set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+        ids -= {each["id"] for each in added if each.get("special")}
+        return max(ids | {each["id"] for each in added if not each.get("special")}, default=None)
+    except (AttributeError, LookupError, TypeError):
+        return None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# ------------------------------------------------------------------ chat template
+def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
+    """Object to a chat template that is not there, or that cannot wrap a prompt."""
+    if not experiment.chat_template:
+        return
+    import transformers  # takes seconds, so it is done only if a template is requested
+
+    transformers.logging.set_verbosity_error()
+    loaded = transformers.AutoTokenizer.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
+    )
+    templates = getattr(loaded, "chat_template", None)
+    if not templates:
+        yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
+    elif isinstance(templates, dict) and "default" not in templates:
+        fact = f"{model.name} has several chat templates ({', '.join(templates)}), none of which is the default."
+        yield Objection("bad_chat_template", "chat_template", fact)
+    elif fault := chat.problem_of(loaded):
+        yield Objection("bad_chat_template", "chat_template", f"{model.name}: {fault}")
+    else:
+        yield from _unknown_tokens(loaded, model)
+
+
+def _unknown_tokens(loaded: Any, model: Model) -> Iterator[Objection]:
+    """Object to a chat template whose own tokens have no embedding."""
+    rows, rendered = model.text_config.get("vocab_size"), chat.rendered(loaded, chat.PROBE)
+    largest = max(loaded(rendered, add_special_tokens=False)["input_ids"], default=0)
+    if isinstance(rows, int) and largest >= rows:
+        fact = f"the chat template writes the token {largest}, but the model's embedding has {rows} rows."
+        yield Objection("tokenizer_too_large", "chat_template", fact)

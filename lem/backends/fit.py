@@ -1,0 +1,149 @@
+"""Whether the tensors of a checkpoint are those that transformers' model needs.
+
+transformers draws at random whatever a checkpoint lacks. Before the run the names and shapes in the files' headers are
+compared with the model without its weights, by transformers' own loading code; while the real weights are loaded, the
+loader reports the same. Importing transformers takes seconds, so an evidently complete checkpoint is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lem.backends import transformers_source
+from lem.spec.experiment import Experiment
+from lem.workload import weights
+from lem.workload.models import Model
+from lem.workload.weights import Fit, Tensor
+
+# The tensors of the commonest families: those of each layer, by model type, and the others.
+_LLAMA = frozenset(
+    f"{name}.weight"
+    for name in (
+        "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+        "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )
+)  # fmt: skip
+LAYERS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA | {f"self_attn.{name}_proj.bias" for name in "qkv"},
+    "qwen3": _LLAMA | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+}
+OUTER = frozenset(["model.embed_tokens.weight", "model.norm.weight"])
+HEAD = "lm_head.weight"
+# safetensors' names of the types of values, and torch's.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+def reported(loading_info: Mapping[str, Iterable[Any]]) -> Fit:
+    """Return what transformers' loader reports."""
+    mismatched = [
+        f"{name} (file: {_shape(found)}, model: {_shape(needed)})"
+        for name, found, needed in loading_info["mismatched_keys"]
+    ]
+    return Fit(
+        missing=tuple(sorted(loading_info["missing_keys"])),
+        unexpected=tuple(sorted(loading_info["unexpected_keys"])),
+        mismatched=tuple(sorted(mismatched)),
+    )
+
+
+def foreseen(model: Model, experiment: Experiment) -> Fit | None:
+    """Return what the loader will report; None if that cannot be known from the files that are there.
+
+    It is not known for quantized checkpoints, whose tensors have names of their own, and for code that comes with a
+    model.
+    """
+    folder, known = model.folder, transformers_source.language_models()
+    kind = model.config.get("model_type")
+    if folder is None or kind not in known or "quantization_config" in model.config or experiment.trust_remote_code:
+        return None
+    found = weights.tensors(folder)
+    if found is None or any(tensor.dtype not in DTYPES for tensor in found.values()):
+        return None
+    if _is_evidently_complete(model, found, known[str(kind)]):
+        return Fit()
+    stamps = tuple(
+        (str(file), file.stat().st_mtime_ns) for file in (folder / "config.json", *weights.weight_files(folder))
+    )
+    return _compared(model.path, model.revision, stamps)
+
+
+# ------------------------------------------------------------------ without transformers
+def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name: str) -> bool:
+    """Return whether a checkpoint of a common family has exactly its tensors, in the sizes that its config names."""
+    config = model.config
+    needed = LAYERS.get(str(config.get("model_type")))
+    if needed is None or class_name not in (config.get("architectures") or ()):
+        return False
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        return False
+    outer = OUTER if config.get("tie_word_embeddings") is True else OUTER | {HEAD}
+    in_layers = {
+        f"model.layers.{number}.{name}" for number in range(config.get("num_hidden_layers", 0)) for name in needed
+    }
+    return found.keys() == outer | in_layers and all(_has_its_shape(config, name, found[name]) for name in found)
+
+
+def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool:
+    """Return whether the larger matrices have the shapes that a config names; a missing value is no reason to trust."""
+    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, config.get("num_key_value_heads", 0) * head_dim
+    inner, vocabulary = config.get("intermediate_size"), config.get("vocab_size")
+    shapes = {
+        "embed_tokens.weight": (vocabulary, hidden),
+        HEAD: (vocabulary, hidden),
+        "q_proj.weight": (queries, hidden),
+        "k_proj.weight": (keys, hidden),
+        "v_proj.weight": (keys, hidden),
+        "o_proj.weight": (hidden, queries),
+        "gate_proj.weight": (inner, hidden),
+        "up_proj.weight": (inner, hidden),
+        "down_proj.weight": (hidden, inner),
+    }
+    return all(tensor.shape == shape for end, shape in shapes.items() if name.endswith(end))
+
+
+# ------------------------------------------------------------------ with transformers
+@lru_cache(maxsize=8)
+def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
+    """Return what transformers' loader says of a checkpoint's tensors, given without their values.
+
+    Asked once for many cells of a study; `stamps` change with the files.
+    """
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = weights.tensors(Path(stamps[0][0]).parent) or {}
+    hollow = {
+        name: torch.empty(tensor.shape, dtype=getattr(torch, DTYPES[tensor.dtype]), device="meta")
+        for name, tensor in found.items()
+    }
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+        with torch.device("meta"):
+            model_class = type(transformers.AutoModelForCausalLM.from_config(config))
+        _, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=hollow,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception:  # whatever a model's code raises without values: loading the real weights will tell
+        return None
+    return reported(info)
+
+
+def _shape(size: Any) -> str:
+    return "×".join(map(str, size))

@@ -1,0 +1,97 @@
+"""What the installed transformers knows about families of models, read from its source.
+
+Importing transformers' models takes seconds; parsing its tables, some 20 ms. If the source is laid out differently,
+what it knows is unknown, and loading the model has to tell. Knows nothing about experiments.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import util
+from pathlib import Path
+
+from lem.machine.host import installed_version
+
+AUTO = "models/auto"
+# What transformers says while it makes a decoder of a model that was trained to read in both directions.
+READS_BOTH_WAYS = "as a standalone, add `is_decoder=True"
+
+
+def version() -> str:
+    """Return the installed version."""
+    return installed_version("transformers") or "unknown"
+
+
+def language_models() -> Mapping[str, str]:
+    """Return the classes that continue text, by model type; empty when unknown."""
+    return _table("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+def model_types() -> frozenset[str]:
+    """Return all types of models, whatever their task; empty when unknown."""
+    known = _table("auto_mappings.py", "CONFIG_MAPPING_NAMES") or _table(
+        "configuration_auto.py", "CONFIG_MAPPING_NAMES"
+    )
+    return frozenset(known) | (frozenset(language_models()) if known else frozenset())
+
+
+def modeling(model_type: str) -> str | None:
+    """Return the source of a model type's modules; None if there is none."""
+    return _source("modeling", model_type)
+
+
+def default(model_type: str, name: str) -> int | None:
+    """Return the whole number that a model type's configuration takes for a value; None if that is unclear."""
+    text = _source("configuration", model_type) or ""
+    values = {int(value) for value in re.findall(rf"\b{name}(?:: [\w\s|]+)? ?= ?(\d[\d_]*)\b", text)}
+    return values.pop() if len(values) == 1 else None
+
+
+@cache
+def _source(kind: str, model_type: str) -> str | None:
+    folder, module = _folder(), _module_of(model_type)
+    if folder is None:
+        return None
+    # Some files are named after the module, others after the type.
+    names = dict.fromkeys([module, model_type.replace("-", "_")])
+    files = [folder / "models" / module / f"{kind}_{name}.py" for name in names]
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+
+
+def _module_of(model_type: str) -> str:
+    special = _table("auto_mappings.py", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME") or _table(
+        "configuration_auto.py", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
+    )
+    return special.get(model_type, model_type.replace("-", "_"))
+
+
+def _folder() -> Path | None:
+    found = util.find_spec("transformers")
+    return None if found is None or found.origin is None else Path(found.origin).parent
+
+
+@cache
+def _table(file: str, name: str) -> dict[str, str]:
+    """Return a table that the source assigns to a name as `OrderedDict([(…, …), …])`; empty if there is none."""
+    folder = _folder()
+    path = None if folder is None else folder / AUTO / file
+    if path is None or not path.is_file():
+        return {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call) or not node.value.args:
+            continue
+        if [target.id for target in node.targets if isinstance(target, ast.Name)] == [name]:
+            return _pairs(node.value.args[0])
+    return {}
+
+
+def _pairs(node: ast.expr) -> dict[str, str]:
+    """Return the pairs of texts of a literal list; of several classes for a type, the first."""
+    try:
+        pairs = ast.literal_eval(node)
+        return {key: value if isinstance(value, str) else value[0] for key, value in pairs}
+    except (ValueError, TypeError, IndexError):
+        return {}

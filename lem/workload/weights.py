@@ -1,0 +1,220 @@
+"""What the files of a checkpoint hold, read from its index and the headers of its files: no value of a weight is read.
+
+Finds what would only be noticed while loading: files that are missing, cut short, or stand for another one (Git LFS),
+and tells the names and shapes of the tensors. Needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+# In the order in which transformers looks for them.
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+POINTER = b"version https://git-lfs"
+ZIP = b"PK"
+# Safetensors files begin with the length of their header, which is at most this.
+LENGTH_BYTES, LONGEST_HEADER = 8, 100_000_000
+
+# Names that a record keeps of each kind; of thousands, the first ones say enough.
+KEPT = 20
+
+Kind = Literal["pointer", "missing", "damaged"]
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Why a file of a checkpoint cannot be used; `fact` is a sentence."""
+
+    kind: Kind
+    fact: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as its file's header describes it; `dtype` is safetensors' name, such as BF16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of one safetensors file, and how many bytes the whole file must have."""
+
+    tensors: Mapping[str, Tensor]
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Names of tensors: those that the model needs and the checkpoint lacks, has besides, or has in another shape."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+    @property
+    def recorded(self) -> dict[str, tuple[str, ...]]:
+        """The fields of a record, each with at most `KEPT` names and the number of those left out."""
+        lists = {"missing": self.missing, "unexpected": self.unexpected, "mismatched": self.mismatched}
+        return {f"weights_{kind}": _shortened(names) for kind, names in lists.items()}
+
+
+def flaws(folder: Path) -> Iterator[Flaw]:
+    """Yield why files of the checkpoint in a folder cannot be used; nothing if it holds no weights at all."""
+    index = _index(folder)
+    if index is not None and (flaw := _pointer(index) or _damaged_index(index)):
+        yield flaw
+        return
+    files = weight_files(folder)
+    if missing := [file.name for file in files if not file.is_file()]:
+        named = f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+        yield Flaw("missing", f"{_name(index)} names {named}: {len(missing)} of {len(files)} files are missing.")
+    for file in files:
+        if file.is_file() and (flaw := _pointer(file) or _damage(file)):
+            yield flaw
+
+
+def has_any(folder: Path) -> bool:
+    """Return whether a folder has weights in files that transformers would look for, or an index of some."""
+    return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights, as transformers would choose them; some may not exist."""
+    index = _index(folder)
+    if index is None:
+        return [folder / name for name in SINGLE_FILES if (folder / name).is_file()][:1]
+    return [folder / name for name in sorted(set(_weight_map(index).values()))]
+
+
+def tensors(folder: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a checkpoint by name; None if not all of its files are there as safetensors."""
+    files = weight_files(folder)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        return None
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            found |= _header(file).tensors
+        except (OSError, ValueError):
+            return None
+    return found
+
+
+def pointer(file: Path) -> Flaw | None:
+    """Return a flaw if the file is a Git LFS pointer instead of what it should hold."""
+    return _pointer(file) if file.is_file() else None
+
+
+# ------------------------------------------------------------------ index
+def _index(folder: Path) -> Path | None:
+    """Return the index that decides; None if one file holds all the weights."""
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+        if (folder / single).is_file():
+            return None
+        if (folder / index).is_file():
+            return folder / index
+    return None
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    return weight_map if is_map else {}
+
+
+def _damaged_index(index: Path) -> Flaw | None:
+    return None if _weight_map(index) else Flaw("damaged", f"{index} is not an index of weights.")
+
+
+def _name(index: Path | None) -> str:
+    return "the model" if index is None else index.name
+
+
+# ------------------------------------------------------------------ files
+def _pointer(file: Path) -> Flaw | None:
+    if _beginning(file, len(POINTER)) != POINTER:
+        return None
+    return Flaw("pointer", f"{file} is a Git LFS pointer, a text that stands for the file itself.")
+
+
+def _damage(file: Path) -> Flaw | None:
+    if file.suffix == ".safetensors":
+        return _damaged_safetensors(file)
+    # torch writes archives; older files are pickles, which cannot be checked without reading them.
+    if _beginning(file, len(ZIP)) == ZIP and not zipfile.is_zipfile(file):
+        return Flaw("damaged", f"{file} is cut short: it is an archive without its end.")
+    return None
+
+
+def _damaged_safetensors(file: Path) -> Flaw | None:
+    size = file.stat().st_size
+    try:
+        header = _header(file)
+    except OSError as error:
+        return Flaw("damaged", f"{file} cannot be read: {error.strerror}.")
+    except ValueError:
+        return Flaw("damaged", f"{file} ({size:,} bytes) has no readable header: it is damaged, or cut short.")
+    if size < header.file_bytes:
+        return Flaw("damaged", f"{file} is cut short: it has {size:,} of {header.file_bytes:,} bytes.")
+    return None
+
+
+def _beginning(file: Path, count: int) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(count)
+    except OSError:
+        return b""
+
+
+def _header(file: Path) -> Header:
+    """Return a safetensors file's header.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has no such header.
+    """
+    status = file.stat()
+    return _header_of(str(file), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _header_of(file: str, _size: int, _mtime_ns: int) -> Header:
+    """Return a header; it is read again once the file's size or time has changed."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        if not 0 < length <= LONGEST_HEADER:
+            raise ValueError("no header")
+        text = stream.read(length)
+    content = json.loads(text)
+    try:
+        described = {name: each for name, each in content.items() if name != "__metadata__"}
+        found = {name: Tensor(str(each["dtype"]), tuple(map(int, each["shape"]))) for name, each in described.items()}
+        end = max((int(each["data_offsets"][1]) for each in described.values()), default=0)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError("not a header") from error
+    return Header(found, LENGTH_BYTES + length + end)
+
+
+# ------------------------------------------------------------------ names
+def summary(names: Sequence[Any], at_most: int = 3) -> str:
+    """Return the first of some names, and how many there are if that is not all."""
+    shown = ", ".join(map(str, names[:at_most]))
+    return shown if len(names) <= at_most else f"{shown}, … ({len(names)} in all)"
+
+
+def _shortened(names: tuple[str, ...]) -> tuple[str, ...]:
+    left_out = len(names) - KEPT
+    return names if left_out <= 0 else (*names[:KEPT], f"… and {left_out} more")
