@@ -18,6 +18,7 @@ from lem.backends.pytorch import Loaded, Static
 from lem.backends.sizing import architecture_of, cache_bytes
 from lem.spec.experiment import Batching, Experiment, PytorchBackend
 from lem.workload.flops import Attention, UnknownArchitecture, forward_flops
+from lem.workload.weights import Fit
 from tests.conftest import command
 from tests.families import BYTES, FAMILIES, WINDOW
 from tests.models_for_tests import mamba
@@ -135,7 +136,7 @@ def static(name):
     tokenizer = SimpleNamespace(pad_token_id=0)
     cpu = [torch.device("cpu")]
     found = SimpleNamespace(text_config={})
-    return Static(wanted, Loaded(found, cpu, tokenizer, loaded, loaded, frozenset(), greedy))
+    return Static(wanted, Loaded(found, cpu, tokenizer, loaded, loaded, frozenset(), greedy, 0, Fit()))
 
 
 def test_run_of_a_model_whose_sizes_are_unknown_has_no_flops_and_says_why(tmp_path):
