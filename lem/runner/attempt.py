@@ -153,7 +153,7 @@ class Attempt:
         warmup, streaming = experiment.warmup, experiment.streaming
         if streaming.enabled and warmup.until_cv is None:
             warmup = replace(warmup, prompts=streaming.warmup_requests)
-        loaded.bench.warm_up(loaded.prompts, warmup, experiment.batching.batch_size, cycle.measured)
+        loaded.bench.warm_up(loaded.prompts, warmup, experiment.batching, cycle.measured)
         loaded.bench.run_window(
             left,
             self,

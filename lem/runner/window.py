@@ -9,6 +9,7 @@ module knows no particular engine or sensor.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,9 @@ from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo
 from lem.results.journal import Checkpoint
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks
-from lem.spec.experiment import Warmup
+from lem.spec.experiment import Batching, Warmup
 from lem.units import NS_PER_S
+from lem.workload.batching import plan_batches
 from lem.workload.traffic import Arrivals
 
 # Shortest time between two readings of the meter inside the window.
@@ -163,26 +165,29 @@ class Bench:
             time.sleep(seconds)
 
     # -------------------------------------------------------------- each cycle
-    def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batch_size: int, into: Measurement) -> None:
-        """Run as many prompts before the window as `warmup` requires."""
+    def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batching: Batching, into: Measurement) -> None:
+        """Run as many prompts before the window as `warmup` requires, in batches like the measured ones."""
         if prompts and (warmup.prompts or warmup.until_cv is not None):
+            batches = warmup_batches(prompts, batching)
             with self.phase("warmup", into):
                 if warmup.until_cv is None:
-                    into.warmup = self._warm_up_fixed(prompts, warmup.prompts)
+                    into.warmup = self._warm_up_fixed(batches, warmup.prompts)
                 else:
-                    into.warmup = self._warm_up_until_steady(prompts[:batch_size], warmup)
+                    into.warmup = self._warm_up_until_steady(batches[0], warmup)
         self.backend.forget()
         self.backend.reset_peak_memory()
 
-    def _warm_up_fixed(self, prompts: Sequence[Encoded], count: int) -> WarmupInfo:
-        self.report(Event("warmup", 0, count))
-        # The prompts' own indices may repeat here; warm-up generations are never looked up by index.
-        repeated = [prompts[i % len(prompts)] for i in range(count)]
+    def _warm_up_fixed(self, batches: Sequence[Sequence[Encoded]], least: int) -> WarmupInfo:
+        """Run whole batches, from the first on, and again if they are too few, until so many prompts have run."""
+        self.report(Event("warmup", 0, least))
         done = 0
-        for batch in self.backend.generate(repeated):
-            done += len(batch)
-            self.report(Event("warmup", done, count))
-        return WarmupInfo(count, "fixed", None)
+        for batch in itertools.cycle(batches):
+            for finished in self.backend.generate(batch):
+                done += len(finished)
+                self.report(Event("warmup", done, max(done, least)))
+            if done >= least:
+                return WarmupInfo(done, "fixed", None)
+        raise AssertionError("there are no batches")
 
     def _warm_up_until_steady(self, batch: Sequence[Encoded], warmup: Warmup) -> WarmupInfo:
         """Repeat one batch, the same work each time, until its latencies are steady or a limit is reached."""
@@ -265,8 +270,13 @@ class Bench:
         into.current = None
 
     def open_together(self) -> None:
-        """Synchronise the device, settle the meter, wait for the other processes, and begin metering."""
+        """Synchronise the device, wait for the other processes, settle the meter, and begin metering with them.
+
+        The meter settles while all processes stand still, so that they begin at the moment for which it has waited.
+        Settling before they have all arrived would be in vain: the meter would have to settle again, in the window.
+        """
         self.backend.synchronize()
+        self.ranks.barrier()
         self.meter.settle()
         self.ranks.barrier()
         self.meter.begin()
@@ -336,6 +346,14 @@ class _Window:
 
 
 # ------------------------------------------------------------------ warm-up
+def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
+    """Return the batches in which the prompts are measured; for continuous batching, as many as run at a time."""
+    if batching.strategy == "continuous":
+        size = batching.batch_size
+        return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+    return [[prompts[i] for i in batch] for batch in plan_batches([len(p.token_ids) for p in prompts], batching)]
+
+
 def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) -> WarmupEnd | None:
     if cv is not None and warmup.until_cv is not None and cv < warmup.until_cv:
         return "converged"

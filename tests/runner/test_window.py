@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 
 import pytest
 
-from lem.backends import make_backend
-from lem.energy.base import Meter
+from lem.backends import Encoded, make_backend
+from lem.energy.base import CombinedMeter, Meter, NoMeter
 from lem.errors import RunError
 from lem.record import EnergyReading, Phase, WarmupInfo
 from lem.results.journal import Checkpoint
 from lem.runner.progress import silent
 from lem.runner.ranks import Ranks
-from lem.runner.window import Bench, Measurement
+from lem.runner.window import Bench, Measurement, warmup_batches
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Batching, Experiment, Warmup
 
@@ -96,7 +97,7 @@ def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, recording=No
     bench = Bench(SlowLoad(backend) if slow else backend, meter or ConstantPower(), Ranks(), silent)
     prompts = bench.prepare(TEXTS, INDICES, idle_s, into)
     for _ in range(cycles):
-        bench.warm_up(prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), 4, into)
+        bench.warm_up(prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), Batching(batch_size=4), into)
         bench.run_window(prompts, recording or Recording(), into, first_batch=first_batch)
     return into
 
@@ -241,7 +242,124 @@ def test_idle_is_measured_before_loading_and_with_the_model_resident():
 
 
 def test_a_warmup_of_fixed_length_says_so():
-    assert run(warmup=3).warmup == WarmupInfo(3, "fixed", None)
+    assert run(warmup=3).warmup == WarmupInfo(4, "fixed", None)
+
+
+# ------------------------------------------------------------------ the warm-up's batches are the measured ones
+class Batches:
+    """Makes a backend note the sizes of the batches that it runs, and which prompts are in them."""
+
+    def __init__(self, backend):
+        self._backend, self.ran = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def generate(self, prompts):
+        for batch in self._backend.generate(prompts):
+            self.ran.append([generation.index for generation in batch])
+            yield batch
+
+
+@pytest.mark.parametrize("least", [1, 2, 4, 5, 12, 13, 40])
+@pytest.mark.parametrize(
+    "batching",
+    [
+        Batching(batch_size=4),
+        Batching(strategy="sorted_static", batch_size=5),
+        Batching(strategy="sorted_dynamic", batch_size=5, max_tokens_per_batch=30),
+        Batching(batch_size=16),
+    ],
+    ids=["static", "sorted", "budgeted", "one_batch"],
+)
+def test_a_warmup_runs_whole_batches_as_they_are_measured_from_the_first_on(batching, least):
+    experiment = Experiment(
+        model="any", max_output_tokens=2, batching=batching, backend=SimulatedBackend(decode_s_per_token=1e-5)
+    )
+    backend, into = Batches(make_backend(experiment)), Measurement()
+    bench = Bench(backend, NoMeter(), Ranks(), silent)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    bench.warm_up(prompts, Warmup(prompts=least), batching, into)
+    warmed, backend.ran = backend.ran, []
+    bench.run_window(prompts, Recording(), into)
+    assert warmed == [batch for _, batch in zip(warmed, itertools.cycle(backend.ran), strict=False)]
+    ran = [len(batch) for batch in warmed]
+    assert sum(ran) - ran[-1] < least <= sum(ran) == into.warmup.prompts
+
+
+def test_a_warmup_until_steady_repeats_the_first_measured_batch():
+    batching = Batching(strategy="sorted_dynamic", batch_size=5, max_tokens_per_batch=30)
+    experiment = Experiment(
+        model="any", max_output_tokens=2, batching=batching, backend=SimulatedBackend(decode_s_per_token=1e-4)
+    )
+    backend, into = Batches(make_backend(experiment)), Measurement()
+    bench = Bench(backend, NoMeter(), Ranks(), silent)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    bench.warm_up(prompts, Warmup(until_cv=0.9, cv_batches=2, max_prompts=20), batching, into)
+    warmed, backend.ran = backend.ran, []
+    bench.run_window(prompts, Recording(), into)
+    assert {tuple(batch) for batch in warmed} == {tuple(backend.ran[0])}
+
+
+def test_continuous_batching_is_warmed_up_with_all_places_taken():
+    prompts = [Encoded(i, (1,) * (i + 1)) for i in range(11)]
+    sizes = [len(batch) for batch in warmup_batches(prompts, Batching(strategy="continuous", batch_size=4))]
+    assert sizes == [4, 4, 3]
+
+
+# ------------------------------------------------------------------ several processes
+class Ticking(ConstantPower):
+    """A meter whose counter advances every 100 ms, for which it waits when it settles."""
+
+    TICK_S = 0.1
+
+    def __init__(self):
+        super().__init__()
+        self.is_settled, self.settled = False, 0
+
+    def settle(self):
+        time.sleep(self.TICK_S - time.perf_counter() % self.TICK_S)
+        self.is_settled = True
+        self.settled += 1
+
+    def begin(self):
+        if not self.is_settled:
+            self.settle()
+        self.is_settled = False
+        super().begin()
+
+
+class Together(Ranks):
+    """Processes, here threads, that wait for each other."""
+
+    barriers = threading.Barrier(2)
+
+    def barrier(self, meanwhile=lambda: None):
+        self.barriers.wait(20)
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_all_processes_open_their_windows_together_after_the_meter_has_settled_once(combined):
+    experiment = Experiment(model="any", max_output_tokens=20, backend=SimulatedBackend(decode_s_per_token=5e-3))
+    meter, measurements = Ticking(), [Measurement(), Measurement()]
+
+    def measure(rank):
+        own = CombinedMeter(meter, NoMeter()) if combined else meter
+        bench = Bench(make_backend(experiment), NoMeter() if rank else own, Together(rank, rank, 2), silent)
+        time.sleep(0.03 * rank)
+        prompts = bench.prepare(TEXTS[:2], range(2), 0.0, measurements[rank])
+        meter.settled = 0
+        bench.run_window(prompts, Recording(), measurements[rank])
+
+    threads = [threading.Thread(target=measure, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owner, other = measurements
+    assert meter.settled == 1
+    assert abs(owner.window_opened_ns - other.window_opened_ns) < 0.05e9
+    assert owner.phases[-1].duration_s == pytest.approx(other.phases[-1].duration_s, abs=0.05)
 
 
 def test_a_warmup_ends_when_latencies_are_steady():
