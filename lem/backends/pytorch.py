@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.backends.base import Backend, Encoded, Generation, needed
+from lem.backends.base import Backend, Begun, Encoded, Generation, needed
 from lem.backends.checkpoint import architecture_of, encode, end_tokens, kv_bytes_per_token, source_of
 from lem.backends.engine import compilation_warnings, compiled_graphs, prompt_settings, weights_warnings
 from lem.backends.placement import split_over_ranks, spread
@@ -140,6 +140,10 @@ class Pytorch(Backend):
             yield from self._runner.serve(arrivals, at_most)
         else:
             yield from super().serve(arrivals, at_most)
+
+    def under_way(self) -> Sequence[Begun]:
+        """Return the requests that run, with continuous batching; batches finish together."""
+        return self._runner.under_way() if isinstance(self._runner, Continuous) else ()
 
     def synchronize(self) -> None:
         """Wait for all GPUs of this process."""
