@@ -105,6 +105,7 @@ class _Batching(msgspec.Struct, gc=False):
 class _Traffic(msgspec.Struct, gc=False):
     ttft_limit_s: float | None
     itl_limit_s: float | None
+    pattern: str = "closed"
 
 
 class ExperimentExcerpt(msgspec.Struct, gc=False):

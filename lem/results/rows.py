@@ -7,15 +7,17 @@ was measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lem import warning_codes
 from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status
 from lem.results.codec import PlanExcerpt
-from lem.results.columns import Columns, of_each, quotients, ratios
+from lem.results.columns import REPEATED_MOST_SHARE, Columns, of_each, quotients, ratios, where
 from lem.results.cycles import experiment_columns
 from lem.results.latency import of_tokens, summaries, under_load
 from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
@@ -24,6 +26,8 @@ from lem.results.peaks import peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow, Measures
 
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
+# What depends on how long requests waited for their turn.
+QUEUED = re.compile(r"(latency|ttft|queue)_.*_s|goodput_.*|idle_share")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Cycle(NamedTuple):
     """What one cycle measured, over all processes and attempts.
 
     `records` has one record per process, at least one, ordered by rank, with its attempts merged; `requests` has the
-    rows of all processes; `warnings` has those that are in no record.
+    rows of all processes; `warnings` has those that are in no record. `opened_s` says for each attempt with a window when
+    that opened on the clock of the cycle's arrivals, None if that is not known; empty for one attempt.
     """
 
     plan: PlanExcerpt
@@ -48,6 +53,19 @@ class Cycle(NamedTuple):
     records: Sequence[ProcessRecord]
     requests: Sequence[RequestRecord]
     warnings: Sequence[CodedWarning] = ()
+    opened_s: Mapping[int, float | None] = MappingProxyType({})
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether requests arrive while others run, or wait for their turn."""
+        return self.plan.experiment.traffic.pattern != "closed"
+
+    @property
+    def has_lost_its_queue(self) -> bool:
+        """Whether requests waited in a queue other than they would have without an interruption."""
+        is_resumed = self.has_arrivals and len(self.opened_s) > 1
+        repeated = any(record.cut is not None and record.cut.under_way.requests for record in self.records)
+        return is_resumed and (repeated or None in self.opened_s.values())
 
 
 class Measured(NamedTuple):
@@ -128,9 +146,11 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
     columns |= _loaded(first)
     columns |= _timed_and_metered(records)
     columns |= _prefill(records) | _flops(records) | _memory(records)
+    columns |= _repeated(records, columns["duration_s"])
     columns |= summaries("latency", [[r.latency_s for r in rows] for rows in requests])
     columns |= _streamed_and_queued(cycles, columns["duration_s"])
     columns |= quotients(columns, complete)
+    _withhold(columns, cycles, complete)
     columns["warnings"] = _warnings(columns, cycles)
     return columns
 
@@ -289,13 +309,35 @@ def _memory(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     }
 
 
+def _repeated(records: Sequence[Sequence[ProcessRecord]], durations_s: Sequence[float | None]) -> Columns:
+    """Return which share of the windows' time may have gone into requests that had to be run again."""
+    longest_s = [max([r.cut.under_way.longest_s for r in of_cycle if r.cut], default=0.0) for of_cycle in records]
+    return {"repeated_share": ratios(longest_s, durations_s)}
+
+
 def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | None]) -> Columns:
     """Return the columns that only streaming or traffic fills."""
     found = [
-        of_tokens(cycle.requests) | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic)
+        of_tokens(cycle.requests)
+        | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic, cycle.opened_s)
         for cycle, duration_s in zip(cycles, durations_s, strict=True)
     ]
     return {name: [each.get(name) for each in found] for name in dict.fromkeys(name for each in found for name in each)}
+
+
+def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool]) -> None:
+    """Make null what an interruption has falsified: what depends on the queue, and what describes a whole cycle."""
+    keeps_queue = [not cycle.has_lost_its_queue for cycle in cycles]
+    for name in (name for name in columns if QUEUED.fullmatch(name)):
+        columns[name] = where(keeps_queue, columns[name])
+    is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in columns["repeated_share"]]
+    shown = [done and once for done, once in zip(complete, is_once, strict=True)]
+    for name in ("arrival_rate_per_s", "goodput_requests_per_s"):
+        columns[name] = where(shown, columns[name])
+    # In an interrupted cycle requests had arrived that have no row.
+    has_all = [done or not cycle.has_arrivals for done, cycle in zip(complete, cycles, strict=True)]
+    for name in ("idle_share", "decode_duration_s", "decode_energy_j"):
+        columns[name] = where(has_all, columns[name])
 
 
 def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
@@ -303,6 +345,14 @@ def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     for cycle, of_row in zip(cycles, of_rows, strict=True):
+        if cycle.has_lost_its_queue:
+            of_row.append(warning_codes.warning("queue_lost", _why_queue_is_lost(cycle)))
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
         found.append(list(dict.fromkeys([*of_processes, *map(as_text, cycle.warnings), *map(as_text, of_row)])))
     return found
+
+
+def _why_queue_is_lost(cycle: Cycle) -> str:
+    if None in cycle.opened_s.values():
+        return "an attempt began with an empty queue."
+    return "requests that were under way when it was interrupted waited and ran once more."

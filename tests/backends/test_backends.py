@@ -320,6 +320,7 @@ def assert_in_order(*times_ns):
 @pytest.fixture
 def continuous(member):
     """Give what loads the backend with continuous batching, so many requests at a time."""
+
     def loaded(at_most, **changes):
         return member.loaded(batching=Batching(strategy="continuous", batch_size=at_most), **changes)
 

@@ -97,7 +97,9 @@ def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, recording=No
     bench = Bench(SlowLoad(backend) if slow else backend, meter or ConstantPower(), Ranks(), silent)
     prompts = bench.prepare(TEXTS, INDICES, idle_s, into)
     for _ in range(cycles):
-        bench.warm_up(prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), Batching(batch_size=4), into)
+        bench.warm_up(
+            prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), Batching(batch_size=4), into
+        )
         bench.run_window(prompts, recording or Recording(), into, first_batch=first_batch)
     return into
 
