@@ -43,7 +43,9 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
     Args:
         records: of one attempt at one cycle, one for each process.
     """
-    if len(records) < 2 or all(r.cut is None and r.status == "completed" for r in records):
+    owner = next((r for r in records if r.rank == ENERGY_OWNER), None)
+    is_closed = owner is not None and owner.cut is None and owner.status == "completed"
+    if len(records) < 2 or (is_closed and all(r.requests_completed >= r.requests_planned for r in records)):
         return list(records)
     if any(r.cut for r in records) and not any(r.requests_completed for r in records):  # nothing to count in them
         return [replace(r, phases=_others(r), cut=None) for r in records]
