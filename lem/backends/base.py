@@ -45,8 +45,9 @@ class Generation:
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding; it is empty
     if the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request arrived, None
     if all prompts are there from the start (`Backend.generate`). `start_ns` is when the engine began on the request or,
-    unless `start_is_known`, when the engine was given it or had room for it, whichever was later. `prefill_end_ns` is when the logits of the first token were ready, None if the engine does
-    not report it. `chunks` holds the times of the tokens, if the experiment asks for streaming.
+    unless `start_is_known`, when the engine was given it or had room for it, whichever was later. `prefill_end_ns` is
+    when the logits of the first token were ready, None if the engine does not report it. `chunks` holds the times of
+    the tokens, if the experiment asks for streaming.
     """
 
     index: int

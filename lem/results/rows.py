@@ -43,8 +43,8 @@ class Cycle(NamedTuple):
     """What one cycle measured, over all processes and attempts.
 
     `records` has one record per process, at least one, ordered by rank, with its attempts merged; `requests` has the
-    rows of all processes; `warnings` has those that are in no record. `opened_s` says for each attempt with a window when
-    that opened on the clock of the cycle's arrivals, None if that is not known; empty for one attempt.
+    rows of all processes; `warnings` has those that are in no record. `opened_s` says for each attempt with a window
+    when that opened on the clock of the cycle's arrivals, None if that is not known; empty for one attempt.
     """
 
     plan: PlanExcerpt

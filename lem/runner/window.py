@@ -123,8 +123,8 @@ class Measurement:
 class Queue:
     """How a window's prompts arrive, in seconds after its opening; before it if negative.
 
-    They arrive at `times_s` or, if that is None, so that there are always `concurrency` in the system, the first ones at
-    `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of those waiting.
+    They arrive at `times_s` or, if that is None, so that there are always `concurrency` in the system, the first ones
+    at `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of those waiting.
     """
 
     times_s: Sequence[float] | None

@@ -126,7 +126,7 @@ class Warmup:
         Field(
             ge=0,
             le=10_000,
-            description="Prompts run before the window, at least: in whole batches, like the measured ones. 0 for none.",
+            description="Prompts run before the window, at least: in whole batches, like the measured ones; 0: none.",
         ),
     ] = 2
     until_cv: Annotated[

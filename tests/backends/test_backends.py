@@ -357,6 +357,29 @@ def test_continuously_no_more_run_at_the_same_time_than_asked_for_and_places_are
         assert_in_order(g.start_ns, g.prefill_end_ns, g.end_ns)
 
 
+def test_continuously_it_knows_what_is_under_way_between_two_batches(continuous, texts):
+    backend, began_ns = continuous(3), time.perf_counter_ns()
+    prompts = backend.encode(texts)
+    left, most = {prompt.index for prompt in prompts}, 0
+    for batch in backend.generate(prompts):
+        left -= {generation.index for generation in batch}
+        under_way = backend.under_way()
+        assert len(under_way) <= 3
+        assert {begun.index for begun in under_way} <= left
+        assert all(began_ns <= begun.since_ns <= time.perf_counter_ns() for begun in under_way)
+        assert all(begun.output_tokens is None or 0 <= begun.output_tokens <= 12 for begun in under_way)
+        most = max(most, len(under_way))
+    assert most > 0
+    assert list(backend.under_way()) == []
+
+
+def test_of_batches_that_finish_together_nothing_is_under_way_between_them(member, texts):
+    backend = member.loaded(batching=Batching(batch_size=3))
+    for batch in backend.generate(backend.encode(texts)):
+        assert list(backend.under_way()) == []
+        assert {generation.arrived_ns for generation in batch} == {None}
+
+
 def test_continuously_a_prompt_that_arrives_is_taken_in_while_others_run(continuous, texts):
     backend = continuous(4)
     prompts, opened_ns = backend.encode(texts)[:3], time.perf_counter_ns()

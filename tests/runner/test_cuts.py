@@ -20,13 +20,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lem.energy.replay import ReplayMeter
 from lem.errors import Interrupted
 from lem.machine import host
-from lem.record import ENERGY_OWNER
 from lem.results.aggregate import measured
 from lem.results.codec import config_sha256
 from lem.results.directory import ExperimentDir

@@ -13,11 +13,13 @@ from lem.energy.base import CombinedMeter, Meter, NoMeter
 from lem.errors import RunError
 from lem.record import EnergyReading, Phase, WarmupInfo
 from lem.results.journal import Checkpoint
+from lem.results.latency import under_load
 from lem.runner.progress import silent
 from lem.runner.ranks import Ranks
+from lem.runner.records import WindowId, request_row
 from lem.runner.window import Bench, Measurement, warmup_batches
 from lem.spec.engines import SimulatedBackend
-from lem.spec.experiment import Batching, Experiment, Warmup
+from lem.spec.experiment import Batching, Experiment, Streaming, Warmup
 
 TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
 # As in an experiment in which another process has the even ones.
@@ -187,6 +189,88 @@ def test_what_is_lost_grows_as_the_end_is_put_earlier():
     assert cut.energy_behind_s is None
     cut.cut_back(0, None, None)  # nothing of it is in the journal
     assert (cut.lost_s, cut.energy_behind_s) == (None, None)
+
+
+# ------------------------------------------------------------------ what is under way at a cut
+def cut_while_continuous(ranks=Ranks(), replicas=1):
+    """Run three requests at a time, and break off 30 ms after the fifth was finished; return what was measured."""
+    experiment = Experiment(
+        model="any",
+        max_output_tokens=20,
+        batching=Batching(strategy="continuous", batch_size=3),
+        backend=SimulatedBackend(decode_s_per_token=5e-3, prefill_s_per_token=0),
+    )
+
+    class Stuck(Recording):
+        def batch_finished(self, batch, checkpoint):
+            super().batch_finished(batch, checkpoint)
+            if sum(map(len, self.batches)) >= 5:
+                time.sleep(0.03)
+                raise RunError("no more")
+
+    into, recording, backend = Measurement(), Stuck(), make_backend(experiment)
+    bench = Bench(backend, ConstantPower(), ranks, silent, replicas)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    with pytest.raises(RunError):
+        bench.run_window(prompts, recording, into)
+    return into, recording
+
+
+def test_the_work_on_requests_under_way_is_known_where_a_window_is_cut():
+    into, recording = cut_while_continuous()
+    window, (*_, last) = into.phases[-1], recording.checkpoints
+    assert into.under_way == last.under_way
+    assert 1 <= into.under_way.requests < 3, "a place is free where one was just finished"
+    assert 0 < into.under_way.longest_s <= into.under_way.request_s <= 2 * into.under_way.longest_s
+    assert into.under_way.longest_s < window.duration_s == last.duration_s
+    # Each step decodes a token of each.
+    assert into.under_way.output_tokens == pytest.approx(into.under_way.request_s / 5e-3, rel=0.3, abs=1)
+
+
+def test_the_energys_owner_ends_a_cut_window_where_others_may_have_ended_theirs():
+    into, recording = cut_while_continuous(Ranks(0, 0, 2), replicas=2)
+    last, window = recording.checkpoints[-1], into.phases[-1]
+    later_s = window.duration_s - last.duration_s
+    assert later_s >= 0.03
+    assert window.energy[0].energy_j == pytest.approx(50 * window.duration_s, rel=0.02)
+    assert (into.lost_s, into.energy_behind_s) == (0.0, 0.0)
+    assert into.under_way.longest_s == pytest.approx(last.under_way.longest_s + later_s)
+    # Another process ends it with its own last batch.
+    other, recording = cut_while_continuous(Ranks(1, 1, 2), replicas=2)
+    assert other.phases[-1].duration_s == recording.checkpoints[-1].duration_s
+
+
+def test_the_owner_has_a_window_even_if_only_others_have_finished_something():
+    experiment = Experiment(model="any", backend=SimulatedBackend(fail_at_request=INDICES[0]))
+    into = Measurement()
+    bench = Bench(make_backend(experiment), ConstantPower(), Ranks(0, 0, 2), silent, 2)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    with pytest.raises(RunError):
+        bench.run_window(prompts, Recording(), into)
+    assert into.phases[-1].name == "measured"
+    assert into.under_way.requests == 1
+    assert into.under_way.longest_s == into.phases[-1].duration_s
+
+
+def test_without_arrivals_latency_and_ttft_count_from_when_the_engine_takes_a_request():
+    experiment = Experiment(
+        model="any",
+        max_output_tokens=20,
+        min_output_tokens=5,
+        batching=Batching(strategy="continuous", batch_size=3),
+        streaming=Streaming(enabled=True),
+        backend=SimulatedBackend(decode_s_per_token=2e-3, prefill_s_per_token=0),
+    )
+    into, backend = Measurement(), make_backend(experiment)
+    bench = Bench(backend, NoMeter(), Ranks(), silent)
+    bench.run_window(bench.prepare(TEXTS, INDICES, 0.0, into), Recording(), into)
+    rows = [request_row(WindowId("e", 0, 1, 1), each) for each in into.requests]
+    assert max(row.start_s for row in rows) > 0.02, "not all are taken at once"
+    for row in rows:
+        assert row.arrived_s is row.queue_s is None
+        assert row.latency_s == pytest.approx(row.end_s - row.start_s)
+        assert row.ttft_s == pytest.approx(2e-3, abs=0.02)
+    assert under_load(rows, 1.0, experiment.traffic) == {}
 
 
 def test_the_energy_of_a_broken_window_is_null_with_a_reason_where_the_meter_cannot_tell():
