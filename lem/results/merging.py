@@ -53,31 +53,41 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
     end_s = max(
         end_s for end_s, r in zip(ends_s, records, strict=True) if r.requests_completed or r.rank == ENERGY_OWNER
     )
-    cuts = [_cut_at(end_s, end_s - own_s, r) for own_s, r in zip(ends_s, records, strict=True)]
+    cuts = [_cut_at(end_s - own_s, r) for own_s, r in zip(ends_s, records, strict=True)]
     longest_s = max(cut.under_way.longest_s for cut in cuts)
     return [
-        replace(
-            r,
-            phases=(*_others(r), Phase("measured", end_s, _readings_at(end_s, r, cut))),
-            cut=replace(cut, under_way=replace(cut.under_way, longest_s=longest_s)),
-            warnings=(*(each for each in r.warnings if each.code != "window_cut"), *_ends_together(r, cut)),
-        )
+        _ended(r, end_s, replace(cut, under_way=replace(cut.under_way, longest_s=longest_s)))
         for r, cut in zip(records, cuts, strict=True)
     ]
 
 
-def _ends_together(record: ProcessRecord, cut: Cut) -> Iterator[CodedWarning]:
+def _ended(record: ProcessRecord, end_s: float, cut: Cut) -> ProcessRecord:
+    """Return the record of a process whose window ended there."""
+    readings = _readings_at(end_s, record, cut)
+    told = [each for each in record.warnings if each.code != "window_cut"]
+    return replace(
+        record,
+        phases=(*_others(record), Phase("measured", end_s, readings)),
+        cut=cut,
+        warnings=(*told, *_ends_together(record, cut, readings)),
+    )
+
+
+def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
         energy = f", and their energy was read {behind_s:.3g} s before that" if behind_s else ""
         yield warning("window_cut", f"the windows of its processes were cut short and end together{energy}.")
+        window = record.phase("measured")
+        lost = () if window is not None and window.energy == readings else readings
+        yield from (warning("energy_missing", f"{each.component}: {each.reason}.") for each in lost)
 
 
 def _others(record: ProcessRecord) -> tuple[Phase, ...]:
     return tuple(phase for phase in record.phases if phase.name != "measured")
 
 
-def _cut_at(end_s: float, later_s: float, record: ProcessRecord) -> Cut:
+def _cut_at(later_s: float, record: ProcessRecord) -> Cut:
     """Return what is known of a process's window when it is taken to end later."""
     cut = record.cut or Cut(lost_s=0.0 if record.status == "completed" else None)
     has_window = record.phase("measured") is not None

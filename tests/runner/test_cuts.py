@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from lem.energy.replay import ReplayMeter
 from lem.errors import Interrupted
 from lem.machine import host
+from lem.record import ENERGY_OWNER
 from lem.results.aggregate import measured
 from lem.results.codec import config_sha256
 from lem.results.directory import ExperimentDir
@@ -328,6 +329,77 @@ def runs(draw):
         max_output_tokens=draw(st.sampled_from([5, 20, 60])),
     )
     return experiment, draw(st.integers(6, len(TEXTS))), draw(st.sampled_from([1, 1, 2])), draw(cuts)
+
+
+NOBODY: frozenset[int] = frozenset()
+OVERLOADED = Traffic(pattern="poisson", target_qps=14.0, **LIMITS)
+
+
+@pytest.mark.parametrize("killed", [NOBODY, frozenset({0})], ids=["stopped", "killed"])
+@pytest.mark.parametrize("traffic", [OVERLOADED, Traffic(pattern="concurrency", concurrency=6, **LIMITS)])
+def test_a_queue_goes_on_where_a_run_was_cut(traffic, killed):
+    experiment = simulated(batching=Batching(batch_size=2), traffic=traffic, streaming=Streaming(enabled=True))
+    made, expected = check(experiment, 40, 1, [CutAt(0.4, killed), CutAt(0.3, killed)])
+    assert made.cycles[0].attempts == 3
+    assert expected.cycles[0].queue_mean_s > 0.1
+    for name in (
+        "queue_mean_s",
+        "queue_p99_s",
+        "latency_mean_s",
+        "ttft_mean_s",
+        "goodput_requests_per_s",
+        "idle_share",
+    ):
+        assert getattr(made.row, name) == pytest.approx(getattr(expected.row, name), rel=0.01, abs=0.003), name
+    assert made.row.arrival_rate_per_s == pytest.approx(expected.row.arrival_rate_per_s, rel=0.01)
+
+
+def test_with_requests_under_way_at_a_cut_the_queue_is_not_shown():
+    batching = Batching(strategy="continuous", batch_size=4)
+    traffic = replace(OVERLOADED, target_qps=30.0)
+    made, _ = check(simulated(batching=batching, traffic=traffic), 40, 1, [CutAt(0.5, NOBODY)])
+    assert made.row.queue_mean_s is made.row.latency_mean_s is made.row.goodput_requests_per_s is None
+    assert {"queue_lost", "work_repeated"} < codes(made.row)
+
+
+def test_work_that_was_done_twice_is_said_and_leaves_no_rates():
+    batching = Batching(strategy="continuous", batch_size=4)
+    made, expected = check(simulated(batching=batching, max_output_tokens=60), 12, 1, [CutAt(0.6, NOBODY)])
+    assert made.row.repeated_share > 0.05
+    assert made.row.duration_s > expected.row.duration_s * 1.02
+    assert made.row.energy_per_output_token_j is made.row.output_tokens_per_s is None
+
+
+def test_little_work_that_was_done_twice_leaves_rates_that_are_off_by_less():
+    batching = Batching(strategy="continuous", batch_size=2)
+    made, expected = check(simulated(batching=batching), 40, 1, [CutAt(0.45, NOBODY)])
+    assert made.cycles[0].attempts == 2
+    assert 0 < made.row.repeated_share < 0.02
+    slower = expected.row.output_tokens_per_s / made.row.output_tokens_per_s - 1
+    assert 0 < slower <= made.row.repeated_share * 1.02
+
+
+@pytest.mark.parametrize("strategy", ["static", "continuous"])
+def test_what_other_ranks_had_finished_has_its_time_and_its_energy(strategy):
+    """The owner runs one long batch while the other process finishes several."""
+    batching = Batching(strategy=strategy, batch_size=1)
+    made, expected = check(simulated(batching=batching, max_output_tokens=60), 30, 2, [CutAt(0.5, NOBODY)])
+    assert made.cycles[0].attempts == 2
+    assert made.row.average_power_w == pytest.approx(POWER_W, rel=0.01)
+    assert (
+        expected.row.duration_s * 0.99
+        < made.row.duration_s
+        < expected.row.duration_s * (1 + 2 * made.row.repeated_share)
+    )
+
+
+def test_what_other_ranks_had_finished_before_the_meter_was_killed_has_its_time_and_no_energy():
+    experiment = simulated(batching=Batching(batch_size=1), max_output_tokens=60, seed=0)
+    made, expected = check(experiment, 12, 2, [CutAt(0.25, frozenset({ENERGY_OWNER}))])
+    assert made.cycles[0].attempts == 2
+    assert made.row.duration_s >= expected.row.duration_s
+    assert made.row.energy_j is made.row.average_power_w is made.row.energy_per_output_token_j is None
+    assert "energy_missing" in codes(made.row)
 
 
 QUICK = settings(

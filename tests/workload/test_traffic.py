@@ -108,7 +108,10 @@ def test_those_in_a_system_of_fixed_size_arrived_when_others_ended():
 def test_what_arrived_before_the_window_is_there_from_its_opening_with_its_own_time():
     opened_ns = time.perf_counter_ns()
     arrivals = Arrivals("abc", [-0.5, 0.0, 9.0], 1, opened_ns)
-    assert [(each.request, each.at_ns - opened_ns) for each in arrivals.take(opened_ns, 9)] == [("a", -500 * MS), ("b", 0)]
+    assert [(each.request, each.at_ns - opened_ns) for each in arrivals.take(opened_ns, 9)] == [
+        ("a", -500 * MS),
+        ("b", 0),
+    ]
     arrivals = Arrivals("abc", None, 2, opened_ns, [-0.5, -0.25])
     assert [(each.request, each.at_ns - opened_ns) for each in arrivals.take(opened_ns, 9)] == [
         ("a", -500 * MS), ("b", -250 * MS)
