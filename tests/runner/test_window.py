@@ -192,7 +192,7 @@ def test_what_is_lost_grows_as_the_end_is_put_earlier():
 
 
 # ------------------------------------------------------------------ what is under way at a cut
-def cut_while_continuous(ranks=Ranks(), replicas=1):
+def cut_while_continuous(ranks=None, replicas=1):
     """Run three requests at a time, and break off 30 ms after the fifth was finished; return what was measured."""
     experiment = Experiment(
         model="any",
@@ -209,7 +209,7 @@ def cut_while_continuous(ranks=Ranks(), replicas=1):
                 raise RunError("no more")
 
     into, recording, backend = Measurement(), Stuck(), make_backend(experiment)
-    bench = Bench(backend, ConstantPower(), ranks, silent, replicas)
+    bench = Bench(backend, ConstantPower(), ranks or Ranks(), silent, replicas)
     prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
     with pytest.raises(RunError):
         bench.run_window(prompts, recording, into)
