@@ -414,7 +414,7 @@ def test_what_a_resumed_run_shows_is_right_or_null_or_as_far_off_as_it_says(run)
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=250, derandomize=False, phases=[Phase.generate, Phase.shrink])
+@settings(QUICK, max_examples=200, derandomize=False, phases=[Phase.generate, Phase.shrink])
 @given(runs())
 def test_what_any_resumed_run_shows_is_right_or_null_or_as_far_off_as_it_says(run):
     check(*run)
