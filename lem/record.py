@@ -279,6 +279,33 @@ class CpuLoad(Struct, frozen=True, gc=False):
     process_cores: float
 
 
+class UnderWay(Struct, frozen=True, gc=False):
+    """Requests that an engine is working on at some time of a window, and the work that is in them by then.
+
+    `request_s` is the sum of how long each has been worked on, `longest_s` the longest of these times; where an engine
+    does not report when it began, they are upper bounds. `output_tokens` is None if it hands out none before the last.
+    """
+
+    requests: int = 0
+    output_tokens: Annotated[int | None, units.TOKEN] = 0
+    request_s: Annotated[float, units.SECOND] = 0.0
+    longest_s: Annotated[float, units.SECOND] = 0.0
+
+
+class Cut(Struct, frozen=True, gc=False):
+    """What is known of a measured window that was cut short, or of several.
+
+    The requests under way at its end are run again by the next attempt, while the time and energy spent on them are in
+    the window: repeating them takes `under_way.longest_s` at most. `lost_s` is the time from its end to where it was
+    interrupted, None if unknown. `energy_behind_s` is how long before its end its energy was read, None if it was not.
+    """
+
+    windows: int = 1
+    lost_s: Annotated[float | None, units.SECOND] = None
+    energy_behind_s: Annotated[float | None, units.SECOND] = None
+    under_way: UnderWay = UnderWay()
+
+
 class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     """One request: its exact tokens and its times in the measured window (t = 0 when that window opens)."""
 
@@ -294,7 +321,7 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     ]
     input_truncated: Annotated[bool, "The prompt was cut to max_input_tokens."]
     finish_reason: Annotated[str, "stop (end token), length (max_output_tokens) or error."]
-    start_s: Annotated[float, units.SECOND, "When the engine took the request."]
+    start_s: Annotated[float, units.SECOND, "When the engine took the request, or a server was sent it."]
     end_s: Annotated[float, units.SECOND, "When its last token was available, or when it failed."]
     latency_s: Annotated[
         float | None,
@@ -305,7 +332,11 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     prefill_s: Annotated[
         float | None, units.SECOND, "From start_s to the first token's logits; null if the engine does not report it."
     ] = None
-    arrived_s: Annotated[float | None, units.SECOND, "When it entered the queue; null if there is none."] = None
+    arrived_s: Annotated[
+        float | None,
+        units.SECOND,
+        "When it arrived; negative if before the window, which resumed a cycle; null if nothing arrives.",
+    ] = None
     queue_s: Annotated[float | None, units.SECOND, "start_s minus arrived_s: how long it waited for its turn."] = None
     ttft_s: Annotated[
         float | None, units.SECOND, "Time to first token, from where latency_s begins; null unless streaming."
@@ -324,8 +355,10 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     """What one worker process knows about one cycle, in one attempt at it.
 
     `phases` holds those of the attempt (idle, load), repeated in each of its records, and the cycle's own (warm-up,
-    measured). `window_opened_unix_s` is for comparing processes, not for measuring. `energy_so_far` are
-    readings at some of the times at which requests were finished, with continuous batching.
+    measured). `window_opened_unix_s` is for comparing processes, not for measuring. `energy_so_far` are readings at
+    some of the times at which requests were finished, with continuous batching. `cut` is None if the window was not
+    cut short. `arrivals_from_s` is when the window opened on the clock of the cycle's arrivals: the measured time of
+    the attempts before it; None if nothing arrives.
     """
 
     format_version: int
@@ -356,6 +389,8 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     prefill: Prefill | None = None
     warmup: WarmupInfo | None = None
     cpu_load: CpuLoad | None = None
+    cut: Cut | None = None
+    arrivals_from_s: Annotated[float | None, units.SECOND] = None
     counters: dict[str, float] | None = None
     energy_so_far: tuple[EnergySoFar, ...] = ()
     environment: Environment | None = None

@@ -125,6 +125,17 @@ WARNINGS: dict[str, WarningKind] = {
         "The run was interrupted and resumed: its windows were measured at different times, each after a warm-up.",
         "Compare with an uninterrupted run if small differences matter.",
     ),
+    "work_repeated": WarningKind(
+        "Requests were under way when a window was cut. The time and the energy spent on them until then are in the "
+        "row, and so are those of running them again; the message says how much that is at most. Above 2 % of the "
+        "window (`repeated_share`), rates and energy per token are null.",
+        "If the numbers matter, measure again (--fresh).",
+    ),
+    "queue_lost": WarningKind(
+        "The requests of a resumed cycle did not wait as they would have without the interruption, so latency, time to "
+        "first token, queue, idle share and goodput are null.",
+        "Measure again (--fresh).",
+    ),
     "ranks_apart": WarningKind(
         "The windows of processes that should have run together do not overlap, so they did not share the work.",
         "Measure again (--fresh); if it happens again, look at the logs of the processes.",
@@ -524,7 +535,7 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
     for place, of_row in enumerate(records):
-        found[place] += _partial(of_row)
+        found[place] += [*_partial(of_row), *_of_repeated(of_row, rows["repeated_share"][place])]
     for place, violation in (*_identities(rows, records), *_negatives(rows), *_steady(rows)):
         found[place].append(violation)
     return found
@@ -537,6 +548,23 @@ def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
         (reason, times), failed = reasons.most_common(1)[0], reasons.total()
         often = "" if times == failed == 1 else f" ({times} times)"
         yield warning("requests_failed", f"{failed} of {len(requests)} requests failed: {reason}{often}")
+
+
+def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Iterator[CodedWarning]:
+    """Yield a warning about requests that were under way when windows were cut."""
+    parts = [record.cut.under_way for record in records if record.cut is not None]
+    requests = sum(part.requests for part in parts)
+    if not requests:
+        return
+    tokens = [part.output_tokens for part in parts if part.requests]
+    with_tokens = "" if None in tokens else f" with {sum(filter(None, tokens))} output tokens"
+    longest_s = max(part.longest_s for part in parts)
+    of_window = "" if share is None else f" ({share:.1%} of the window)"
+    yield warning(
+        "work_repeated",
+        f"requests that were under way at a cut, and had to be run again: {requests}{with_tokens}. Up to "
+        f"{longest_s:.3g} s{of_window} of its time, and the energy of that time, was spent twice.",
+    )
 
 
 def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()) -> Iterator[CodedWarning]:

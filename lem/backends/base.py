@@ -43,11 +43,12 @@ class Generation:
     """The output for one prompt; times are readings of `time.perf_counter_ns`.
 
     `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding; it is empty
-    if the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request entered a
-    queue, if there is one. `start_ns` is when the engine began on the request or, unless `start_is_known`, when the
-    engine was given it. `prefill_end_ns` is when the logits of the first token were ready, None if the engine does
-    not report it. `chunks` holds the times of the tokens, if the experiment asks for streaming. `error` says why the
-    request failed, None if it did not; a failed one has no tokens, and its `finish_reason` is error.
+    if the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request arrived, None
+    if all prompts are there from the start (`Backend.generate`). `start_ns` is when the engine began on the request or,
+    unless `start_is_known`, when the engine was given it or had room for it, whichever was later. `prefill_end_ns` is
+    when the logits of the first token were ready, None if the engine does not report it. `chunks` holds the times of
+    the tokens, if the experiment asks for streaming. `error` says why the request failed, None if it did not; a failed
+    one has no tokens, and its `finish_reason` is error.
     """
 
     index: int
@@ -67,6 +68,19 @@ class Generation:
     def output_tokens(self) -> int:
         """Number of output tokens."""
         return len(self.token_ids) if self.counted is None else self.counted
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A request that an engine is working on.
+
+    `since_ns` is when it began on it, or the earliest time at which it may have. `output_tokens` is None if the engine
+    hands out no tokens before the last.
+    """
+
+    index: int
+    since_ns: int
+    output_tokens: int | None = None
 
 
 def needed(loaded: T | None) -> T:
@@ -169,6 +183,13 @@ class Backend(ABC):
         for number, (taken, part) in enumerate(in_turn(arrivals, at_most, self.generate)):
             at_ns = {each.request.index: each.at_ns for each in taken}
             yield [replace(g, batch=number, arrived_ns=at_ns[g.index]) for g in part]
+
+    def under_way(self) -> Sequence[Begun]:
+        """Return the requests that the engine is working on, between two batches that `generate` or `serve` yields.
+
+        Requests that wait for their turn are not among them. The default is for engines whose batches finish together.
+        """
+        return ()
 
     def forget(self) -> None:
         """Drop what earlier prompts left behind, such as cached prefixes, and reset `counters`.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lem.backends.base import Backend, Encoded, Generation, needed
+from lem.backends.base import Backend, Begun, Encoded, Generation, needed
 from lem.backends.checkpoint import encode
 from lem.backends.engine import counter_warnings, prompt_settings, weights_warnings
 from lem.backends.openai_options import Address, address_of, gpus_for, objections, runs_here, wants_gpu
@@ -147,6 +147,10 @@ class Openai(Backend):
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
         """Send each prompt when it arrives, whatever else is in flight: the server has the queue."""
         yield from self._begun().serve(arrivals)
+
+    def under_way(self) -> Sequence[Begun]:
+        """Return the requests that the server has been sent and not answered yet."""
+        return () if self._session is None else self._session.under_way()
 
     def _begun(self) -> OpenaiSession:
         from lem.backends.openai_session import OpenaiSession

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from lem.backends import checkpoint
-from lem.backends.base import Encoded, Generation
+from lem.backends.base import Begun, Encoded, Generation
 from lem.backends.checkpoint import Checkpoint, encode
 from lem.backends.engine import sentence
 from lem.backends.openai_answer import Answer, Refused, ServerGone, printable
@@ -358,6 +358,7 @@ class OpenaiSession:
         self.output_tokens = self.failed = self.retries = 0
         self.tokens_are_timed = True
         self.ignores_stream = False
+        self._waiting: dict[int, Arrived[Encoded]] = {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Send batch after batch, each yielded as a whole; or keep `batch_size` requests in flight."""
@@ -374,6 +375,12 @@ class OpenaiSession:
         for number, done in enumerate(self._served(arrivals)):
             yield [replace(done, batch=number)]
 
+    def under_way(self) -> list[Begun]:
+        """Return the requests sent and not answered yet, since they were sent: the server does not say what waits."""
+        now_ns = time.perf_counter_ns()
+        waiting = list(self._waiting.values())  # at once: the client's thread adds some
+        return [Begun(each.request.index, each.at_ns) for each in waiting if each.at_ns <= now_ns]
+
     def _batch(self, prompts: Sequence[Encoded], batch: int) -> list[Generation]:
         with self._in_use():
             for number, body in enumerate([self._loaded.body(prompt, self._experiment) for prompt in prompts]):
@@ -386,7 +393,9 @@ class OpenaiSession:
 
     def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[Generation]:
         """Yield each request as it finishes; by then the next ones have been sent, however long the caller takes."""
-        numbers, waiting = itertools.count(), dict[int, Arrived[Encoded]]()
+        numbers = itertools.count()
+        waiting: dict[int, Arrived[Encoded]] = {}
+        self._waiting = waiting
 
         def send() -> None:
             # The client sends each at its time, which may be in the future.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lem.backends.base import Backend, Encoded, Generation, needed
+from lem.backends.base import Backend, Begun, Encoded, Generation, needed
 from lem.backends.checkpoint import encode, end_tokens, source_of
 from lem.backends.engine import (
     compilation_warnings,
@@ -164,6 +164,10 @@ class Pytorch(Backend):
     def forget(self) -> None:
         """Start counting afresh what `warnings` reports of a window; nothing is cached between prompts."""
         self._running.noticed = Noticed()
+
+    def under_way(self) -> Sequence[Begun]:
+        """Return the requests that run, with continuous batching; batches finish together."""
+        return self._runner.under_way() if isinstance(self._runner, Continuous) else ()
 
     def synchronize(self) -> None:
         """Wait for all GPUs of this process."""

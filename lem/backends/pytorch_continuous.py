@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -26,7 +25,6 @@ from lem.errors import RunError
 from lem.spec.experiment import Experiment
 from lem.units import NS_PER_S
 from lem.workload.tokens import Chunk
-from lem.workload.traffic import Arrivals
 
 # The oldest transformers whose steps can be driven from outside as they are here.
 OLDEST = (5, 19)
@@ -91,8 +89,9 @@ class _Room:
 
 @dataclass
 class _Request(Request):
-    """A request with the rules for its own text, and the source of its random numbers."""
+    """A request with its name in the engine, the rules for its own text, and the source of its random numbers."""
 
+    name: str = ""
     own_rules: Any = None
     generator: Any = None
 
@@ -218,16 +217,20 @@ class Continuous(Session[_Request]):
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Run prompts that are all available, and yield those that finish in the same step."""
         self.make_room(prompts)
-        arrivals = Arrivals(prompts, [0.0] * len(prompts), 1, time.perf_counter_ns())
-        for done in self.serve(arrivals, self._places):
-            yield [replace(generation, batch=0) for generation in done]
+        yield from self.fill_places(prompts)
+
+    def tokens_so_far(self, request: _Request) -> int | None:
+        """Return how many tokens a request under way has."""
+        state = self._manager.batch_processor.scheduler.active_requests.get(request.name)
+        return 0 if state is None else len(state.generated_tokens)
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
         """Give a request to the engine, under another key: a warm-up may repeat prompts."""
         key = next(self._names)
         rules, generator = self._own_rules(prompt), self._generator(prompt)
-        self.running[key] = _Request(prompt, batch, arrived_ns, own_rules=rules, generator=generator)
-        self._manager.add_request(list(prompt.token_ids), request_id=str(key), record_timestamps=True)
+        request = _Request(prompt, batch, arrived_ns, name=str(key), own_rules=rules, generator=generator)
+        self.running[key] = request
+        self._manager.add_request(list(prompt.token_ids), request_id=request.name, record_timestamps=True)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
         """Let the engine take a step, however long it takes."""

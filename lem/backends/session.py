@@ -5,6 +5,7 @@ Knows no particular engine: how one loads, is given a prompt, works and is inter
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from lem.backends.base import Backend, Encoded, Generation, needed
+from lem.backends.base import Backend, Begun, Encoded, Generation, needed
 from lem.backends.checkpoint import Checkpoint, encode
 from lem.backends.engine import counter_warnings, prompt_settings, weights_warnings
 from lem.machine.gpu import Gpu
@@ -29,13 +30,18 @@ from lem.workload.traffic import Arrivals, as_places_become_free
 
 @dataclass
 class Request:
-    """A prompt under way, and the tokens that the engine has handed out so far; `chunks` only if they are timed."""
+    """A prompt given to the engine, and the tokens that the engine has handed out so far; `chunks` only if timed.
+
+    `number` counts the prompts given to the engine in one run, from 0.
+    """
 
     prompt: Encoded
     batch: int
     arrived_ns: int
     token_ids: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    number: int = field(default=0, kw_only=True)
+    given_ns: int = field(default_factory=time.perf_counter_ns, kw_only=True)
 
     def take(self, token_ids: Sequence[int], at_ns: int, *, timed: bool) -> None:
         """Add tokens that came together."""
@@ -57,6 +63,8 @@ class Session(ABC, Generic[R]):
         self.experiment = experiment
         self.running: dict[int, R] = {}
         self.is_broken = False
+        self._given = 0
+        self._ended_ns: list[int] = []
 
     @abstractmethod
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
@@ -78,23 +86,59 @@ class Session(ABC, Generic[R]):
         """Whether tokens are timed."""
         return self.experiment.streaming.enabled
 
+    # -------------------------------------------------------------- what is under way
+    def under_way(self) -> list[Begun]:
+        """Return the requests that the engine is working on.
+
+        An engine with a queue of its own is taken to run as many as have a place, in the order in which it was given
+        them, and to begin on one as soon as there is a place for it.
+        """
+        first = itertools.islice(self.running.values(), self.experiment.batching.batch_size)
+        return [Begun(each.prompt.index, self.taken_ns(each), self.tokens_so_far(each)) for each in first]
+
+    def taken_ns(self, request: R) -> int:
+        """Return when the engine was given a request or had a place for it, whichever was later."""
+        place = min(request.number - self.experiment.batching.batch_size, len(self._ended_ns) - 1)
+        return request.given_ns if place < 0 else max(request.given_ns, self._ended_ns[place])
+
+    def tokens_so_far(self, request: R) -> int | None:
+        """Return how many tokens a request under way has, None if that is not known."""
+        return len(request.token_ids) if self.streams else None
+
+    def _give(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
+        self.begin(key, prompt, batch, arrived_ns)
+        next(reversed(self.running.values())).number = self._given
+        self._given += 1
+
+    def _advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
+        done = self.advance(next_ns)
+        self._ended_ns += sorted(generation.end_ns for generation in done.values())
+        return done
+
+    # -------------------------------------------------------------- running
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Run batch after batch, each yielded as a whole; or all at once, each prompt yielded when it is finished."""
         batching = self.experiment.batching
         for number, positions in enumerate(plan_batches([len(p.token_ids) for p in prompts], batching)):
             steps = self._run({position: prompts[position] for position in positions}, number)
             if batching.strategy == "continuous":
-                yield from (list(done.values()) for done in steps)
+                yield from ([replace(each, arrived_ns=None) for each in done.values()] for done in steps)
             else:
                 generations = {key: generation for done in steps for key, generation in done.items()}
-                yield [generations[position] for position in positions]
+                yield [replace(generations[position], arrived_ns=None) for position in positions]
+
+    def fill_places(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
+        """Run prompts that are all there, giving the engine one as soon as it has a place: for one without a queue."""
+        everything = Arrivals(prompts, [0.0] * len(prompts), 1, time.perf_counter_ns())
+        for done in self.serve(everything, self.experiment.batching.batch_size):
+            yield [replace(generation, batch=0, arrived_ns=None) for generation in done]
 
     def _run(self, prompts: Mapping[int, Encoded], batch: int) -> Iterator[Mapping[int, Generation]]:
         with self._in_use():
             for key, prompt in prompts.items():
-                self.begin(key, prompt, batch, time.perf_counter_ns())
+                self._give(key, prompt, batch, time.perf_counter_ns())
             while self.running:
-                if done := self.advance():
+                if done := self._advance():
                     yield done
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int = sys.maxsize) -> Iterator[Sequence[Generation]]:
@@ -107,8 +151,8 @@ class Session(ABC, Generic[R]):
                 arrivals,
                 at_most,
                 running=lambda: len(self.running),
-                begin=lambda each: self.begin(each.request.index, each.request, 0, each.at_ns),
-                advance=lambda: list(self.advance(arrivals.next_ns()).values()),
+                begin=lambda each: self._give(each.request.index, each.request, 0, each.at_ns),
+                advance=lambda: list(self._advance(arrivals.next_ns()).values()),
             )
             for number, done in enumerate(steps):
                 yield [replace(generation, batch=number) for generation in done]
@@ -116,6 +160,7 @@ class Session(ABC, Generic[R]):
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         """Cancel what is under way if its results are no longer wanted; after an error the session is unusable."""
+        self._given, self._ended_ns = 0, []
         try:
             yield
         except GeneratorExit:
@@ -199,6 +244,10 @@ class SessionBackend(Backend, Generic[S]):
             yield from self._begun().serve(arrivals)
         else:
             yield from super().serve(arrivals, at_most)
+
+    def under_way(self) -> Sequence[Begun]:
+        """Return the requests that the engine is working on."""
+        return () if self._session is None else self._session.under_way()
 
     def _begun(self) -> S:
         self._session = self._session or self._begin(needed(self._loaded))

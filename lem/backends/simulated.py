@@ -1,17 +1,20 @@
 """An engine with exactly known times and tokens, for trying out grids and for tests. No model runs.
 
-A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. A prompt's
-tokens are its words; the seed and the prompt's position decide the length of the output.
+A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. With continuous
+batching, a step takes that for the prompts that it takes in, while the others wait, and then decodes a token of each
+request. A prompt's tokens are its words; the seed and the prompt's position decide the length of the output.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from lem import __version__
-from lem.backends.base import Backend, Encoded, Generation
+from lem.backends.base import Backend, Begun, Encoded, Generation
+from lem.backends.session import Request, Session
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, peak_memory_bytes
@@ -24,6 +27,7 @@ from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.models import Model
 from lem.workload.tokens import Chunk, first_tokens
+from lem.workload.traffic import Arrivals
 
 END_TOKEN = 0
 
@@ -37,7 +41,8 @@ class Simulated(Backend):
         assert isinstance(experiment.backend, SimulatedBackend)
         self._experiment = experiment
         self._options = experiment.backend
-        self._late_ns = 0
+        self._clock = _Clock()
+        self._session = SimulatedSession(experiment, self._output)
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
@@ -70,13 +75,16 @@ class Simulated(Backend):
         return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Sleep for as long as a batch takes, then yield its outputs."""
+        """Sleep for as long as a batch takes, then yield its outputs; or step by step, with continuous batching."""
+        if self._experiment.batching.strategy == "continuous":
+            yield from self._session.fill_places(prompts)
+            return
         start_ns = time.perf_counter_ns()  # planning is part of the work
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
-            if any(p.index == self._options.fail_at_request for p in members):
-                raise RunError(f"simulated failure at request {self._options.fail_at_request}")
+            for prompt in members:
+                _fail_at(prompt, self._options)
             outputs = [self._output(p) for p in members]
             prefill_end_ns, chunks, end_ns = self._work(start_ns, members, max(map(len, outputs)))
             yield [
@@ -95,22 +103,28 @@ class Simulated(Backend):
             start_ns = time.perf_counter_ns()
 
     def _work(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
-        """Sleep through prefill and decode; return when each ended and, when streaming, when each step did.
-
-        Sleeps until points in time, not for durations, and deducts late wake-ups from the next batch; otherwise delays
-        would add up and batches would take too long.
-        """
-        prefill_s = sum(len(p.token_ids) for p in members) * self._options.prefill_s_per_token
-        due_ns = start_ns - self._late_ns + round(prefill_s * NS_PER_S)
-        prefill_end_ns = _sleep_until(due_ns)
-        step_ns = self._options.decode_s_per_token * NS_PER_S
-        timed = range(1, steps + 1) if self._experiment.streaming.enabled else ()
-        chunks = [Chunk(_sleep_until(due_ns + round(step * step_ns)), 1) for step in timed]
-        due_ns += round(steps * step_ns)
-        end_ns = _sleep_until(due_ns)
-        # Do not rush to catch up after a long interruption.
-        self._late_ns = min(end_ns - due_ns, end_ns - start_ns)
+        """Sleep through prefill and decode; return when each ended and, when streaming, when each step did."""
+        self._clock.begin(start_ns)
+        prefill_end_ns = self._clock.work(_prefill_s(members, self._options))
+        step_s = self._options.decode_s_per_token
+        if self._experiment.streaming.enabled:
+            chunks = [Chunk(self._clock.work(step_s), 1) for _ in range(steps)]
+            end_ns = chunks[-1].at_ns
+        else:
+            chunks, end_ns = [], self._clock.work(steps * step_s)
+        self._clock.end(end_ns)
         return prefill_end_ns, chunks, end_ns
+
+    def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
+        """Run batch after batch of the waiting prompts; with continuous batching, take each in while others run."""
+        if self._experiment.batching.strategy == "continuous":
+            yield from self._session.serve(arrivals, at_most)
+        else:
+            yield from super().serve(arrivals, at_most)
+
+    def under_way(self) -> Sequence[Begun]:
+        """Return the requests that run, with continuous batching; batches finish together."""
+        return self._session.under_way()
 
     def peak_memory(self) -> Memory:
         """Return this process's peak."""
@@ -134,6 +148,101 @@ class Simulated(Backend):
         wanted = random.Random(f"{self._experiment.seed}:{prompt.index}").randint(shortest, 2 * longest)
         tokens = tuple(range(1, min(wanted, longest) + 1))
         return (*tokens[:-1], END_TOKEN) if wanted < longest else tokens
+
+
+def _fail_at(prompt: Encoded, options: SimulatedBackend) -> None:
+    """Raise if the configuration wants a failure at this prompt."""
+    if prompt.index == options.fail_at_request:
+        raise RunError(f"simulated failure at request {prompt.index}")
+
+
+def _prefill_s(prompts: Sequence[Encoded], options: SimulatedBackend) -> float:
+    return sum(len(p.token_ids) for p in prompts) * options.prefill_s_per_token
+
+
+class _Clock:
+    """Sleeps through stretches of work that follow each other.
+
+    Sleeps until points in time, not for durations, and deducts late wake-ups from the next stretch; otherwise delays
+    would add up and work would take too long.
+    """
+
+    def __init__(self) -> None:
+        self._late_ns = 0
+        self._begun_ns = self._due_ns = 0
+
+    def begin(self, start_ns: int) -> None:
+        """Begin with work at a time that may be past already."""
+        self._begun_ns, self._due_ns = start_ns, start_ns - self._late_ns
+
+    def work(self, duration_s: float) -> int:
+        """Work for some time; return when it ended."""
+        self._due_ns += round(duration_s * NS_PER_S)
+        return _sleep_until(self._due_ns)
+
+    def end(self, end_ns: int) -> None:
+        """Note how late the work ended, but do not rush to catch up after a long interruption."""
+        self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
+
+
+@dataclass
+class _Running(Request):
+    """A request with the output that it will have; `start_ns` is None until a step takes it in."""
+
+    output: tuple[int, ...] = ()
+    start_ns: int | None = None
+    prefill_end_ns: int = 0
+
+
+class SimulatedSession(Session[_Running]):
+    """Continuous batching: each step takes in the prompts that it was given, and decodes a token of each request."""
+
+    def __init__(self, experiment: Experiment, output: Callable[[Encoded], tuple[int, ...]]) -> None:
+        super().__init__(experiment)
+        assert isinstance(experiment.backend, SimulatedBackend)
+        self._options, self._output = experiment.backend, output
+        self._clock = _Clock()
+
+    def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
+        """Put a prompt where the next step takes it in."""
+        _fail_at(prompt, self._options)
+        self.running[key] = _Running(prompt, batch, arrived_ns, output=self._output(prompt))
+
+    def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
+        """Sleep through a step."""
+        start_ns = time.perf_counter_ns()
+        self._clock.begin(start_ns)
+        for request in self.running.values():
+            if request.start_ns is None:
+                request.start_ns = start_ns
+                request.prefill_end_ns = self._clock.work(_prefill_s([request.prompt], self._options))
+        end_ns = self._clock.work(self._options.decode_s_per_token)
+        self._clock.end(end_ns)
+        for request in self.running.values():
+            request.take([request.output[len(request.token_ids)]], end_ns, timed=self.streams)
+        done = {key: r for key, r in self.running.items() if len(r.token_ids) == len(r.output)}
+        return {key: self._generation(self.running.pop(key), end_ns) for key in done}
+
+    def tokens_so_far(self, request: _Running) -> int | None:
+        """Return how many tokens a request under way has."""
+        return len(request.token_ids)
+
+    def cancel(self) -> None:
+        """Do nothing: nothing runs between two steps."""
+
+    def _generation(self, request: _Running, end_ns: int) -> Generation:
+        assert request.start_ns is not None
+        return Generation(
+            request.prompt.index,
+            request.batch,
+            request.output,
+            _finish_reason(request.output),
+            request.start_ns,
+            end_ns,
+            request.prefill_end_ns,
+            tuple(request.chunks),
+            request.arrived_ns,
+        )
 
 
 def _sleep_until(moment_ns: int) -> int:

@@ -400,7 +400,7 @@ class TensorrtSession(Session[Followed]):
             request.batch,
             ids,
             reason,
-            start_ns=request.arrived_ns if scheduled_ns is None else scheduled_ns,
+            start_ns=self.taken_ns(request) if scheduled_ns is None else scheduled_ns,
             start_is_known=scheduled_ns is not None,
             end_ns=request.last_ns,
             prefill_end_ns=first_ns,

@@ -96,6 +96,7 @@ class CombinedMeter(Meter):
 
     def __init__(self, *meters: Meter) -> None:
         self._meters = meters
+        self._is_settled = False
 
     def open(self) -> None:
         """Open all."""
@@ -103,16 +104,19 @@ class CombinedMeter(Meter):
             meter.open()
 
     def settle(self) -> None:
-        """Settle all."""
-        for meter in self._meters:
+        """Settle all, the first last: the windows begin at the moment for which it waits."""
+        for meter in reversed(self._meters):
             meter.settle()
+        self._is_settled = True
 
     def begin(self) -> None:
-        """Settle all meters, then begin in reverse order.
+        """Begin in reverse order, after settling all meters unless that has been done.
 
         So the first meter's window is the tightest, and none includes the time that another takes to settle.
         """
-        self.settle()
+        if not self._is_settled:
+            self.settle()
+        self._is_settled = False
         for meter in reversed(self._meters):
             meter.begin()
 

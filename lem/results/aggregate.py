@@ -19,7 +19,7 @@ from lem.results.codec import PlanExcerpt, to_json
 from lem.results.directory import ExperimentDir, Part
 from lem.results.files import write_atomically
 from lem.results.journal import DIED
-from lem.results.merging import merged
+from lem.results.merging import merged, together
 from lem.results.plan import State
 from lem.results.rows import Cycle, Measured, Rows, rows_of
 from lem.results.schema import ExperimentRow
@@ -97,12 +97,25 @@ def by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
 def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequence[CodedWarning]) -> Cycle:
     if len(parts) == 1:
         return Cycle(plan, number, 1, [parts[0].record], parts[0].requests, warnings)
-    by_rank: dict[int, list[ProcessRecord]] = {}
+    by_attempt: dict[int, list[ProcessRecord]] = {}
     for part in parts:
-        by_rank.setdefault(part.record.rank, []).append(part.record)
-    records = [merged(by_rank[rank]) for rank in sorted(by_rank)]
-    attempts = len({part.record.attempt for part in parts if part.record.phase("measured")})
-    return Cycle(plan, number, max(attempts, 1), records, [r for part in parts for r in part.requests], warnings)
+        by_attempt.setdefault(part.record.attempt, []).append(part.record)
+    by_rank: dict[int, list[ProcessRecord]] = {}
+    opened_s: dict[int, float | None] = {}
+    for attempt, records in by_attempt.items():
+        for record in together(records):
+            by_rank.setdefault(record.rank, []).append(record)
+            if record.phase("measured"):
+                opened_s[attempt] = record.arrivals_from_s if opened_s.keys() - {attempt} else 0.0
+    return Cycle(
+        plan,
+        number,
+        max(len(opened_s), 1),
+        [merged(by_rank[rank]) for rank in sorted(by_rank)],
+        [r for part in parts for r in part.requests],
+        warnings,
+        opened_s,
+    )
 
 
 # ------------------------------------------------------------------ do the files belong together?

@@ -16,6 +16,8 @@ from lem.units import J_PER_KWH, J_PER_WH
 Columns = dict[str, list[Any]]
 Values = Sequence[float | None]
 
+# If a larger share of a window's work was done twice, no rate is shown.
+REPEATED_MOST_SHARE = 0.02
 # A smaller share of idle time only reflects the window's edges, as with a fixed concurrency.
 IDLE_LEAST_SHARE = 0.001
 
@@ -30,13 +32,14 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
     """Return the columns that are derived from others.
 
     Rates are null if a run was not complete: its time and energy are kept, but part of both was spent on requests
-    that did not finish.
+    that did not finish. They are also null if too much of both was spent on requests that had to be run again.
     """
+    is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in of["repeated_share"]]
+    complete = [done and once for done, once in zip(complete, is_once, strict=True)]
     energy_j, duration_s, tokens, requests = (
         of[name] for name in ("energy_j", "duration_s", "output_tokens", "requests_completed")
     )
-    complete_j = [value if done else None for value, done in zip(energy_j, complete, strict=True)]
-    complete_s = [value if done else None for value, done in zip(duration_s, complete, strict=True)]
+    complete_j, complete_s = where(complete, energy_j), where(complete, duration_s)
     all_tokens = [one + other for one, other in zip(of["input_tokens"], tokens, strict=True)]
     flops_per_s = ratios(of["flops"], complete_s)
     energy_kwh = [None if value is None else value / J_PER_KWH for value in energy_j]
@@ -49,13 +52,16 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
         "energy_per_request_j": ratios(complete_j, requests),
         "energy_idle_adjusted_j": _differences(energy_j, _products(of["idle_power_loaded_w"], duration_s)),
         "co2e_g": _products(energy_kwh, of["carbon_intensity_g_per_kwh"]),
-        "decode_duration_s": _differences(
-            _differences(duration_s, of["prefill_duration_s"]), _idle_durations_s(of["idle_share"], duration_s)
+        "decode_duration_s": where(
+            is_once,
+            _differences(
+                _differences(duration_s, of["prefill_duration_s"]), _idle_durations_s(of["idle_share"], duration_s)
+            ),
         ),
-        "decode_energy_j": [
-            None if (share or 0.0) > IDLE_LEAST_SHARE else value
-            for share, value in zip(of["idle_share"], _differences(energy_j, of["prefill_energy_j"]), strict=True)
-        ],
+        "decode_energy_j": where(
+            [once and (idle or 0.0) <= IDLE_LEAST_SHARE for once, idle in zip(is_once, of["idle_share"], strict=True)],
+            _differences(energy_j, of["prefill_energy_j"]),
+        ),
         "steady_output_tokens_per_s": ratios(of["steady_output_tokens"], of["steady_duration_s"]),
         "steady_average_power_w": ratios(of["steady_energy_j"], of["steady_duration_s"]),
         "steady_energy_per_output_token_j": ratios(of["steady_energy_j"], of["steady_output_tokens"]),
@@ -67,6 +73,11 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
         "flops_per_s": flops_per_s,
         "mfu": ratios(flops_per_s, of["peak_flops_per_s"]),
     }
+
+
+def where(shown: Sequence[bool], values: Values) -> list[float | None]:
+    """Return the values, None where they should not be shown."""
+    return [value if is_shown else None for is_shown, value in zip(shown, values, strict=True)]
 
 
 def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:

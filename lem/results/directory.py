@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from lem.record import ProcessRecord, RequestRecord
 from lem.results import journal
 from lem.results.codec import PlanExcerpt, arrivals_sha256, from_json, read_excerpt, to_json
 from lem.results.files import remove_if_abandoned, write_atomically
+from lem.results.merging import together
 from lem.results.plan import Plan, State, running
 from lem.units import timestamp
 from lem.workload.prompts import sha256_of
@@ -48,6 +50,36 @@ class Part:
 
     record: ProcessRecord
     requests: list[RequestRecord]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The attempts at one cycle so far, each with what its processes did."""
+
+    attempts: Sequence[Sequence[Part]]
+
+    @property
+    def _lengths_s(self) -> list[float]:
+        """How long each attempt's window was."""
+        ended = [together([part.record for part in parts]) for parts in self.attempts]
+        windows = [next(filter(None, (record.phase("measured") for record in records)), None) for records in ended]
+        return [window.duration_s if window else 0.0 for window in windows]
+
+    @property
+    def measured_s(self) -> float:
+        """How long their windows were together."""
+        return sum(self._lengths_s)
+
+    def ends_s(self, rank: int) -> list[float]:
+        """Return when a process's requests ended, as if the windows had followed each other without a gap."""
+        opened_s = accumulate(self._lengths_s, initial=0.0)
+        return [
+            from_s + row.end_s
+            for from_s, parts in zip(opened_s, self.attempts, strict=False)
+            for part in parts
+            if part.record.rank == rank
+            for row in part.requests
+        ]
 
 
 class ExperimentDir:
@@ -308,6 +340,14 @@ class ExperimentDir:
             for row in part.requests
         )
         return 1 + max((row.batch for row in rows), default=-1)
+
+    def earlier(self, cycle: int, before_attempt: int) -> Earlier:
+        """Return what earlier attempts have measured of a cycle."""
+        attempts: dict[int, list[Part]] = {}
+        for part in self.parts():
+            if part.record.cycle == cycle and part.record.attempt < before_attempt:
+                attempts.setdefault(part.record.attempt, []).append(part)
+        return Earlier(list(attempts.values()))
 
     def _read(self, name: str, read: Callable[[bytes], T]) -> T:
         """Read a file; raises `ResultsError` when it is missing or damaged."""

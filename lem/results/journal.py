@@ -18,8 +18,19 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import asdict, replace
 
-from lem.record import COMMON, EnergyReading, Flops, Phase, ProcessRecord, RequestRecord, covering
+from lem.record import (
+    COMMON,
+    Cut,
+    EnergyReading,
+    Flops,
+    Phase,
+    ProcessRecord,
+    RequestRecord,
+    UnderWay,
+    covering,
+)
 from lem.results.codec import from_json
+from lem.results.merging import unread
 from lem.warning_codes import warning
 
 # The error type recorded for a process that could not write its record.
@@ -34,13 +45,14 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     """How far the measured window had progressed when a batch was done.
 
     `energy` is the meter's reading `energy_at_s` after the window opened; None if the meter was not polled, or
-    cannot be read before the window closes.
+    cannot be read before the window closes. `under_way` is None if no request was.
     """
 
     duration_s: float
     flops: Flops | None = None
     energy: tuple[EnergyReading, ...] | None = None
     energy_at_s: float | None = None
+    under_way: UnderWay | None = None
 
 
 class _Rows(msgspec.Struct, gc=False):
@@ -85,7 +97,8 @@ class Window:
             return self.record
         record, last = self.record, self.checkpoints[-1]
         metered = self.metered
-        readings = _unread(record) if metered is None else metered.energy or ()
+        unread_because = "the process was killed before its window was closed"
+        readings = unread(record, unread_because) if metered is None else metered.energy or ()
         if metered is not None and metered.energy_at_s is not None:
             readings = covering(readings, metered.energy_at_s)
         finished = [row for row in self.rows if row.error is None]
@@ -97,8 +110,15 @@ class Window:
             input_tokens=sum(row.input_tokens for row in finished),
             output_tokens=sum(row.output_tokens or 0 for row in finished),
             flops=last.flops,
+            cut=Cut(1, None, _behind_s(last, metered), last.under_way or UnderWay()),
             warnings=(*record.warnings, warning("window_cut", _cut(last, metered))),
         )
+
+
+def _behind_s(last: Checkpoint, metered: Checkpoint | None) -> float | None:
+    if metered is None or not metered.energy or metered.energy_at_s is None:
+        return None
+    return last.duration_s - metered.energy_at_s
 
 
 def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
@@ -107,14 +127,7 @@ def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
         return f"{killed}."
     if metered is None or metered.energy_at_s is None:
         return f"{killed}, and its energy is not known."
-    return f"{killed}; its energy was last read {last.duration_s - metered.energy_at_s:.3g} s before that."
-
-
-def _unread(record: ProcessRecord) -> tuple[EnergyReading, ...]:
-    """Return a reading without energy for each device metered before: the meter is read only when a window closes."""
-    metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
-    reason = "the process was killed before its window was closed"
-    return tuple(replace(reading, energy_j=None, trace_energy_j=None, reason=reason) for reading in metered)
+    return f"{killed}; its energy was last read {_behind_s(last, metered):.3g} s before that."
 
 
 class Journal:

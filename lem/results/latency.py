@@ -5,7 +5,8 @@ When a request is measured, `lem.workload.tokens` computes its token latencies. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from lem.record import RequestRecord
@@ -85,28 +86,43 @@ def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def under_load(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:
+def under_load(
+    requests: Sequence[RequestRecord],
+    duration_s: float | None,
+    traffic: Limits,
+    opened_s: Mapping[int, float | None] = MappingProxyType({}),
+) -> dict[str, float | None]:
     """Return the measures of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput.
 
     Failed requests arrived and kept the engine busy too; they are never good.
+
+    Args:
+        requests: of one cycle.
+        duration_s: of all windows together.
+        traffic: the limits for goodput.
+        opened_s: when each attempt's window opened on the clock of the arrivals; 0 if not given. If one is None, what
+            depends on that is None.
     """
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)
     if not arrived:
         return good
-    busy_s = 0.0
-    spans, span_s = 0, 0.0
-    for attempt in {r.attempt for r in arrived}:  # each has its own window and clock
-        same = [(r.arrived_s or 0.0, r.end_s) for r in arrived if r.attempt == attempt]
-        busy_s += _union_s(same)
-        spans += len(same) - 1
-        span_s += max(same)[0] - min(same)[0]
+    queue = summary("queue", (r.queue_s for r in arrived if r.queue_s is not None))
+    if None in opened_s.values():
+        return {**queue, **good}
+    present = [(_on_clock(r.arrived_s or 0.0, r, opened_s), _on_clock(r.end_s, r, opened_s)) for r in arrived]
+    span_s = max(present)[0] - min(present)[0]
     return {
-        "arrival_rate_per_s": spans / span_s if span_s > 0 else None,
-        **summary("queue", (r.queue_s for r in arrived if r.queue_s is not None)),
-        "idle_share": 1 - busy_s / duration_s if duration_s else None,
+        "arrival_rate_per_s": (len(present) - 1) / span_s if span_s > 0 else None,
+        **queue,
+        "idle_share": 1 - _union_s(present) / duration_s if duration_s else None,
         **good,
     }
+
+
+def _on_clock(t_s: float, request: RequestRecord, opened_s: Mapping[int, float | None]) -> float:
+    """Return a time of a request's window on the clock of the arrivals."""
+    return t_s + (opened_s.get(request.attempt) or 0.0)
 
 
 def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffic: Limits) -> dict[str, float | None]:

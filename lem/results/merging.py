@@ -8,12 +8,121 @@ in the merged record. Knows only records.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from lem.record import CodedWarning, Component, EnergyReading, Flops, Memory, Phase, Prefill, ProcessRecord
+from lem.record import (
+    ENERGY_OWNER,
+    CodedWarning,
+    Component,
+    Cut,
+    EnergyReading,
+    Flops,
+    Memory,
+    Phase,
+    Prefill,
+    ProcessRecord,
+    UnderWay,
+)
+from lem.warning_codes import warning
+
+# A larger share of a window for which its energy is not known makes its energy null.
+UNMETERED_SHARE = 0.02
+
+
+# ------------------------------------------------------------------ processes of one attempt
+def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
+    """Let the windows of processes that were cut short together end at one moment.
+
+    Each process knows only its own last finished request, and only the energy's owner meters. The common end is the
+    owner's or, if a process finished something after that, that process's. What a process had under way then is counted
+    from its own end on; energy that was read too long before the common end is null.
+
+    Args:
+        records: of one attempt at one cycle, one for each process.
+    """
+    owner = next((r for r in records if r.rank == ENERGY_OWNER), None)
+    is_closed = owner is not None and owner.cut is None and owner.status == "completed"
+    if len(records) < 2 or (is_closed and all(r.requests_completed >= r.requests_planned for r in records)):
+        return list(records)
+    if any(r.cut for r in records) and not any(r.requests_completed for r in records):  # nothing to count in them
+        return [replace(r, phases=_others(r), cut=None) for r in records]
+    ends_s = [window.duration_s if (window := r.phase("measured")) else 0.0 for r in records]
+    end_s = max(
+        end_s for end_s, r in zip(ends_s, records, strict=True) if r.requests_completed or r.rank == ENERGY_OWNER
+    )
+    cuts = [_cut_at(end_s - own_s, r) for own_s, r in zip(ends_s, records, strict=True)]
+    longest_s = max(cut.under_way.longest_s for cut in cuts)
+    return [
+        _ended(r, end_s, replace(cut, under_way=replace(cut.under_way, longest_s=longest_s)))
+        for r, cut in zip(records, cuts, strict=True)
+    ]
+
+
+def _ended(record: ProcessRecord, end_s: float, cut: Cut) -> ProcessRecord:
+    """Return the record of a process whose window ended there."""
+    readings = _readings_at(end_s, record, cut)
+    told = [each for each in record.warnings if each.code != "window_cut"]
+    return replace(
+        record,
+        phases=(*_others(record), Phase("measured", end_s, readings)),
+        cut=cut,
+        warnings=(*told, *_ends_together(record, cut, readings)),
+    )
+
+
+def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
+    if record.rank == ENERGY_OWNER:
+        behind_s = cut.energy_behind_s
+        energy = f", and their energy was read {behind_s:.3g} s before that" if behind_s else ""
+        yield warning("window_cut", f"the windows of its processes were cut short and end together{energy}.")
+        window = record.phase("measured")
+        lost = () if window is not None and window.energy == readings else readings
+        yield from (warning("energy_missing", f"{each.component}: {each.reason}.") for each in lost)
+
+
+def _others(record: ProcessRecord) -> tuple[Phase, ...]:
+    return tuple(phase for phase in record.phases if phase.name != "measured")
+
+
+def _cut_at(later_s: float, record: ProcessRecord) -> Cut:
+    """Return what is known of a process's window when it is taken to end later."""
+    cut = record.cut or Cut(lost_s=0.0 if record.status == "completed" else None)
+    has_window = record.phase("measured") is not None
+    behind_s = None if cut.energy_behind_s is None else cut.energy_behind_s + later_s
+    if record.requests_completed < record.requests_planned:
+        cut = replace(cut, under_way=longer(cut.under_way, later_s))
+    lost_s = None if cut.lost_s is None else max(0.0, cut.lost_s - later_s)
+    return replace(cut, lost_s=lost_s, energy_behind_s=behind_s if has_window else None)
+
+
+def _readings_at(end_s: float, record: ProcessRecord, cut: Cut) -> tuple[EnergyReading, ...]:
+    window = record.phase("measured")
+    if window is None:
+        reason = "the process that meters was stopped before it had finished anything, while others had"
+        return unread(record, reason)
+    behind_s = cut.energy_behind_s or 0.0
+    if behind_s <= UNMETERED_SHARE * end_s:
+        return window.energy
+    reason = f"it was last read {behind_s:.3g} s before the other processes' last requests were finished"
+    return tuple(replace(each, energy_j=None, trace_energy_j=None, reason=reason) for each in window.energy)
+
+
+def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
+    """Return a reading without energy for each device that was metered in the last phase before."""
+    metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
+    return tuple(replace(each, energy_j=None, trace_energy_j=None, reason=reason) for each in metered)
+
+
+def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
+    """Return what is under way some time later, while nothing is finished: at least one request is."""
+    known = under_way or UnderWay()
+    if by_s <= 0:
+        return known
+    requests = max(known.requests, 1)
+    return UnderWay(requests, None, known.request_s + requests * by_s, known.longest_s + by_s)
 
 
 # ------------------------------------------------------------------ attempts of a process at one cycle
@@ -40,6 +149,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         memory=_merged_memory([r.memory for r in counted]),
         flops=_merged_flops([r.flops for r in ran]) if ran else latest.flops,
         prefill=_merged_prefill([r.prefill for r in ran]),
+        cut=merged_cut([r.cut for r in counted]),
         warnings=_merged_warnings(counted),
     )
 
@@ -108,9 +218,41 @@ def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
     return Prefill(sum(p.duration_s for p in known), total([p.energy_j for p in known]), uncertainty_j)
 
 
+def merged_cut(cuts: Sequence[Cut | None], windows: int | None = None) -> Cut | None:
+    """Return what several cuts amount to; `windows` is how many windows they cut, if not one each."""
+    known = [cut for cut in cuts if cut is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    parts = [cut.under_way for cut in known]
+    tokens = [part.output_tokens for part in parts if part.output_tokens is not None]
+    return Cut(
+        windows=sum(cut.windows for cut in known) if windows is None else windows,
+        lost_s=total([cut.lost_s for cut in known]),
+        energy_behind_s=total([cut.energy_behind_s for cut in known]),
+        under_way=UnderWay(
+            requests=sum(part.requests for part in parts),
+            output_tokens=sum(tokens) if len(tokens) == len(parts) else None,
+            request_s=sum(part.request_s for part in parts),
+            longest_s=sum(part.longest_s for part in parts),
+        ),
+    )
+
+
 def _merged_warnings(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ...]:
-    texts = once_each([list(map(as_text, r.warnings)) for r in records], "attempt")
-    return tuple(CodedWarning(code, text) for code, _, text in (text.partition(": ") for text in texts))
+    cuts = [r.cut for r in records if r.cut is not None]
+    several = merged_cut(cuts) if len(cuts) > 1 else None
+    kept = [[each for each in r.warnings if several is None or each.code != "window_cut"] for r in records]
+    texts = once_each([list(map(as_text, warnings)) for warnings in kept], "attempt")
+    found = tuple(CodedWarning(code, text) for code, _, text in (text.partition(": ") for text in texts))
+    return found if several is None else (*found, _of_several(several))
+
+
+def _of_several(cut: Cut) -> CodedWarning:
+    lost = "an unknown time" if cut.lost_s is None else f"{cut.lost_s:.3g} s in all"
+    behind_s = cut.energy_behind_s
+    energy = f", and their energy was read {behind_s:.3g} s before that in all" if behind_s else ""
+    text = f"{cut.windows} windows were interrupted {lost} after their last finished requests, where they end{energy}."
+    return warning("window_cut", text)
 
 
 def total(values: Sequence[float | None]) -> float | None:

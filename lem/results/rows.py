@@ -7,15 +7,17 @@ was measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lem import warning_codes
 from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status
 from lem.results.codec import PlanExcerpt
-from lem.results.columns import Columns, of_each, quotients, ratios
+from lem.results.columns import REPEATED_MOST_SHARE, Columns, of_each, quotients, ratios, where
 from lem.results.cycles import experiment_columns
 from lem.results.latency import extent, of_tokens, sample_counts, summaries, under_load
 from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
@@ -25,6 +27,8 @@ from lem.results.schema import CycleRow, ExperimentRow, Measures
 from lem.results.steady import Steady, places, steady_state
 
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
+# What depends on how long requests waited for their turn.
+QUEUED = re.compile(r"(latency|ttft|queue)_.*_s|goodput_.*|idle_share")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Cycle(NamedTuple):
     """What one cycle measured, over all processes and attempts.
 
     `records` has one record per process, at least one, ordered by rank, with its attempts merged; `requests` has the
-    rows of all processes; `warnings` has those that are in no record.
+    rows of all processes; `warnings` has those that are in no record. `opened_s` says for each attempt with a window
+    when that opened on the clock of the cycle's arrivals, None if that is not known; empty for one attempt.
     """
 
     plan: PlanExcerpt
@@ -49,6 +54,19 @@ class Cycle(NamedTuple):
     records: Sequence[ProcessRecord]
     requests: Sequence[RequestRecord]
     warnings: Sequence[CodedWarning] = ()
+    opened_s: Mapping[int, float | None] = MappingProxyType({})
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether requests arrive while others run, or wait for their turn."""
+        return self.plan.experiment.traffic.pattern != "closed"
+
+    @property
+    def has_lost_its_queue(self) -> bool:
+        """Whether requests waited in a queue other than they would have without an interruption."""
+        is_resumed = self.has_arrivals and len(self.opened_s) > 1
+        repeated = any(record.cut is not None and record.cut.under_way.requests for record in self.records)
+        return is_resumed and (repeated or None in self.opened_s.values())
 
 
 class Measured(NamedTuple):
@@ -131,9 +149,11 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
     columns |= _timed_and_metered(records)
     columns |= _prefill(records) | _flops(records) | _memory(records)
     columns |= summaries("latency", [[r.latency_s for r in rows if r.latency_s is not None] for rows in requests])
+    columns |= _repeated(records, columns["duration_s"])
     columns |= _streamed_and_queued(cycles, columns["duration_s"])
     columns |= _steady(cycles, complete, columns["energy_j"])
     columns |= quotients(columns, complete)
+    _withhold(columns, cycles, complete)
     columns["warnings"] = _warnings(columns, cycles)
     return columns
 
@@ -311,10 +331,17 @@ def _memory(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     }
 
 
+def _repeated(records: Sequence[Sequence[ProcessRecord]], durations_s: Sequence[float | None]) -> Columns:
+    """Return which share of the windows' time may have gone into requests that had to be run again."""
+    longest_s = [max([r.cut.under_way.longest_s for r in of_cycle if r.cut], default=0.0) for of_cycle in records]
+    return {"repeated_share": ratios(longest_s, durations_s)}
+
+
 def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | None]) -> Columns:
     """Return the columns that only streaming or traffic fills."""
     found = [
-        of_tokens(cycle.requests) | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic)
+        of_tokens(cycle.requests)
+        | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic, cycle.opened_s)
         for cycle, duration_s in zip(cycles, durations_s, strict=True)
     ]
     return {name: [each.get(name) for each in found] for name in dict.fromkeys(name for each in found for name in each)}
@@ -345,11 +372,28 @@ def _steady_state(cycle: Cycle, *, is_metered: bool) -> Steady | None:
     return steady_state(cycle.requests, taken, energy, ends_at_readings=len(energy) > 0)
 
 
+def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool]) -> None:
+    """Make null what an interruption has falsified: what depends on the queue, and what describes a whole cycle."""
+    keeps_queue = [not cycle.has_lost_its_queue for cycle in cycles]
+    for name in (name for name in columns if QUEUED.fullmatch(name)):
+        columns[name] = where(keeps_queue, columns[name])
+    is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in columns["repeated_share"]]
+    shown = [done and once for done, once in zip(complete, is_once, strict=True)]
+    for name in ("arrival_rate_per_s", "goodput_requests_per_s"):
+        columns[name] = where(shown, columns[name])
+    # In an interrupted cycle requests had arrived that have no row.
+    has_all = [done or not cycle.has_arrivals for done, cycle in zip(complete, cycles, strict=True)]
+    for name in ("idle_share", "decode_duration_s", "decode_energy_j"):
+        columns[name] = where(has_all, columns[name])
+
+
 def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
     """Return the warnings of each cycle, without duplicates, as `code: message`."""
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     for cycle, of_row, duration_s in zip(cycles, of_rows, columns["duration_s"], strict=True):
+        if cycle.has_lost_its_queue:
+            of_row.append(warning_codes.warning("queue_lost", _why_queue_is_lost(cycle)))
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
         done = [r for r in cycle.requests if r.error is None]
         of_requests = [
@@ -370,3 +414,9 @@ def _of_times(cycle: Cycle, duration_s: float | None) -> Iterator[CodedWarning]:
         attempts = len({r.attempt for r in cycle.requests})
         filled = not any(r.arrived_s for r in cycle.requests)  # without traffic, all are there when the window opens
         yield from warning_codes.of_times(duration_s, *ran, attempts=attempts, filled=filled)
+
+
+def _why_queue_is_lost(cycle: Cycle) -> str:
+    if None in cycle.opened_s.values():
+        return "an attempt began with an empty queue."
+    return "requests that were under way when it was interrupted waited and ran once more."

@@ -59,6 +59,11 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
     flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
     mfu: Annotated[Ratio, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
+    # of a run that was interrupted
+    repeated_share: Annotated[
+        Ratio,
+        "At most this share of duration_s went into requests that were under way when a window was cut, and ran again.",
+    ] = None
     # token by token, when streaming
     ttft_mean_s: Annotated[Seconds, "Mean time to first token."] = None
     ttft_p50_s: Annotated[Seconds, "Median time to first token."] = None

@@ -34,7 +34,7 @@ from lem.units import timestamp
 from lem.warning_codes import warning
 from lem.workload import flops
 from lem.workload.flops import Architecture, UnknownArchitecture
-from lem.workload.traffic import arrival_times_s
+from lem.workload.traffic import arrival_times_s, in_system_s
 
 COOLDOWN_POLL_S = 1.0
 
@@ -104,7 +104,7 @@ class Attempt:
         if is_metered and self._rank == ENERGY_OWNER:
             self._meter = make_meter(energy, self._gpus)
         self._meter.open()
-        bench = Bench(self._backend, self._meter, self._ranks, report)
+        bench = Bench(self._backend, self._meter, self._ranks, report, self._plan.replicas)
         loaded = self._loaded = self._load(bench, texts, energy.idle_s if is_metered else 0.0, warnings)
         for number in unfinished:
             self._cycle = Cycle(number, Measurement(phases=list(loaded.phases)))
@@ -162,32 +162,40 @@ class Attempt:
         warmup, streaming = experiment.warmup, experiment.streaming
         if streaming.enabled and warmup.until_cv is None:
             warmup = replace(warmup, prompts=streaming.warmup_requests)
-        loaded.bench.warm_up(loaded.prompts, warmup, experiment.batching.batch_size, cycle.measured)
+        loaded.bench.warm_up(loaded.prompts, warmup, experiment.batching, cycle.measured)
         loaded.bench.run_window(
             left,
             self,
             cycle.measured,
             first_batch=self._directory.batches(self._rank, cycle.number, self._number),
-            queue=self._queue(left, finished),
+            queue=self._queue(left),
         )
         errors = [request.generation.error for request in cycle.measured.requests]
         if errors and None not in errors:
             raise RunError(f"All {len(errors)} requests failed; the last: {errors[-1]}")
 
-    def _queue(self, left: Sequence[Encoded], finished: set[int]) -> Queue | None:
-        """Return how the remaining prompts arrive; the last arrival of earlier attempts is time 0."""
+    def _queue(self, left: Sequence[Encoded]) -> Queue | None:
+        """Return how the remaining prompts arrive.
+
+        Their clock goes on from where earlier attempts' windows ended, so that what had arrived by then, and was not
+        finished, has waited since then.
+        """
         plan = self._plan
         traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
         if traffic.pattern == "closed":
             return None
+        earlier = self._directory.earlier(self._cycle.number, self._number)
+        from_s = self._cycle.measured.arrivals_from_s = earlier.measured_s
         if traffic.pattern == "concurrency":
-            return Queue(None, (traffic.concurrency or 1) // plan.replicas, at_most)
+            counting = self._rank - self._rank % (plan.processes // plan.replicas)
+            concurrency = (traffic.concurrency or 1) // plan.replicas
+            first_s = in_system_s(concurrency, earlier.ends_s(counting))
+            return Queue(None, concurrency, at_most, [at_s - from_s for at_s in first_s])
         if plan.arrivals_sha256:  # from the trace, as it was when the experiment began
             times_s = self._directory.arrivals_s()
         else:
             times_s = arrival_times_s(traffic, plan.prompts.count, plan.experiment.seed)
-        begin_s = max((times_s[i] for i in finished), default=0.0)
-        return Queue([max(0.0, times_s[p.index] - begin_s) for p in left], 1, at_most)
+        return Queue([times_s[p.index] - from_s for p in left], 1, at_most)
 
     def window_opens(self) -> None:
         """Open a window in the journal, with the record that serves as a substitute if this process is killed."""
@@ -280,7 +288,8 @@ class Attempt:
         of_cycle = [window for window in windows if window.record.cycle == self._cycle.number]
         if of_cycle and len(of_cycle[-1].rows) != len(self._cycle.measured.requests):
             kept = of_cycle[-1]
-            self._cycle.measured.cut_back(len(kept.rows), kept.salvaged().phase("measured"), kept.metered)
+            last = kept.checkpoints[-1] if kept.checkpoints else None
+            self._cycle.measured.cut_back(len(kept.rows), kept.salvaged().phase("measured"), kept.metered, last)
 
     def _close(self) -> None:
         """Release what the attempt holds; the records are already written, so a failure here is only printed."""

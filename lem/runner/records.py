@@ -17,6 +17,7 @@ from lem.energy.trace import integral_j
 from lem.record import (
     FORMAT_VERSION,
     CodedWarning,
+    Cut,
     EnergySoFar,
     EngineInfo,
     Environment,
@@ -30,6 +31,7 @@ from lem.record import (
     ProcessRecord,
     RequestRecord,
     Status,
+    UnderWay,
 )
 from lem.results.merging import energy_j
 from lem.results.plan import Plan
@@ -104,6 +106,8 @@ def process_record(known: Snapshot) -> ProcessRecord:
         warmup=measured.warmup,
         cpu_load=measured.cpu_load,
         energy_so_far=_energy_so_far(plan, measured),
+        cut=None if measured.lost_s is None else _cut(measured, counts=counts),
+        arrivals_from_s=measured.arrivals_from_s,
         environment=known.environment,
     )
     if engine is None:
@@ -119,6 +123,11 @@ def process_record(known: Snapshot) -> ProcessRecord:
         counters=engine.counters,
         warnings=(*engine.warnings, *_warnings(plan, measured)),
     )
+
+
+def _cut(measured: Measurement, *, counts: bool) -> Cut:
+    under_way = measured.under_way if counts else None
+    return Cut(1, measured.lost_s, measured.energy_behind_s, under_way or UnderWay())
 
 
 def bare_record(
@@ -161,7 +170,9 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     if wanted is not None and available < wanted:
         text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
         yield warning("fewer_prompts", text)
-    if measured.lost_s is not None:
+    if measured.lost_s is not None and measured.ends_when_cut:
+        yield warning("window_cut", "the window ends where it was interrupted, as those of the other processes do.")
+    elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
         energy = f", and its energy was read {behind_s:.3g} s before that" if behind_s else ""
         end = f"{measured.lost_s:.3g} s after its last finished request; it now ends there{energy}"

@@ -3,12 +3,13 @@
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window holds
 the generation of exactly the planned prompts: idling, loading, tokenizing and warm-up are outside. Windows are timed
 with `perf_counter_ns`; the device is synchronised and the processes wait for each other at both edges. A window that
-is cut short ends with its last finished batch. Only here does a backend meet a meter; neither knows the other, and this
-module knows no particular engine or sensor.
+is cut short ends with its last finished batch; what was under way then is recorded, as the next attempt runs it again.
+Only here does a backend meet a meter; neither knows the other, and this module knows no particular engine or sensor.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -23,12 +24,24 @@ from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
 from lem.errors import RunError
 from lem.machine import processes
-from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo, covering
+from lem.record import (
+    ENERGY_OWNER,
+    CpuLoad,
+    EnergyReading,
+    Phase,
+    PhaseName,
+    UnderWay,
+    WarmupEnd,
+    WarmupInfo,
+    covering,
+)
 from lem.results.journal import Checkpoint
+from lem.results.merging import longer
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks
-from lem.spec.experiment import Warmup
+from lem.spec.experiment import Batching, Warmup
 from lem.units import NS_PER_S
+from lem.workload.batching import plan_batches
 from lem.workload.traffic import Arrivals
 
 # Shortest time between two readings of the meter inside the window.
@@ -52,8 +65,11 @@ class Measurement:
 
     `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
     finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
-    interrupted, and `energy_behind_s` how long before its new end its energy was last read, None if nothing
-    metered it; otherwise both are None. `readings` are the checkpoints of the window with energy.
+    interrupted, `energy_behind_s` how long before its new end its energy was last read, None if nothing
+    metered it, and `under_way` what the engine was working on at its new end; otherwise all three are None.
+    `ends_when_cut`: a cut window reaches to the interruption, because other processes' windows may. `arrivals_from_s`
+    is the time on the clock of the cycle's arrivals at which the window opens, None if nothing arrives. `readings` are
+    the checkpoints of the window with energy.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -67,6 +83,9 @@ class Measurement:
     lost_s: float | None = None
     energy_behind_s: float | None = None
     readings: list[Checkpoint] = field(default_factory=list)
+    under_way: UnderWay | None = None
+    ends_when_cut: bool = False
+    arrivals_from_s: float | None = None
 
     def add(self, generation: Generation, prompt: Encoded) -> MeasuredRequest:
         """Add one finished request of the measured window."""
@@ -85,36 +104,47 @@ class Measurement:
         """Convert a clock reading to seconds after the window's opening."""
         return (at_ns - self.window_opened_ns) / NS_PER_S
 
-    def cut_back(self, requests: int, window: Phase | None, metered: Checkpoint | None) -> None:
+    def cut_back(
+        self, requests: int, window: Phase | None, metered: Checkpoint | None, last: Checkpoint | None = None
+    ) -> None:
         """Move the end of an interrupted window back to an earlier time.
 
         Args:
             requests: how many of its requests are kept.
             window: the measured phase up to the last of them; None if there are none.
             metered: the last checkpoint up to there whose energy is known.
+            last: the last checkpoint up to there.
         """
         before = next((phase for phase in self.phases if phase.name == "measured"), None)
         del self.requests[requests:]
+        under_way = None if last is None else last.under_way
+        if self.ends_when_cut:  # only what was finished changes, not the end
+            behind_s = 0.0 if before is None or last is None else before.duration_s - last.duration_s
+            self.under_way = longer(under_way, behind_s)
+            return
         others = [phase for phase in self.phases if phase.name != "measured"]
         self.phases = [*others, window] if window else others
-        lost_s, self.lost_s, self.energy_behind_s = self.lost_s, None, None
+        lost_s, self.lost_s, self.energy_behind_s, self.under_way = self.lost_s, None, None, None
         if window is None or before is None or lost_s is None:
             return
         self.lost_s = lost_s + before.duration_s - window.duration_s
+        self.under_way = under_way
         if metered is not None and metered.energy:
             self.energy_behind_s = window.duration_s - (metered.energy_at_s or 0.0)
 
 
 @dataclass(frozen=True)
 class Queue:
-    """How a window's prompts arrive: `times_s` after its opening, or always `concurrency` in the system if it is None.
+    """How a window's prompts arrive, in seconds after its opening; before it if negative.
 
-    The engine takes up to `at_most` of those waiting.
+    They arrive at `times_s` or, if that is None, so that there are always `concurrency` in the system, the first ones
+    at `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of those waiting.
     """
 
     times_s: Sequence[float] | None
     concurrency: int
     at_most: int
+    first_s: Sequence[float] | None = None
 
 
 class Recorder(Protocol):
@@ -129,12 +159,16 @@ class Recorder(Protocol):
 
 @dataclass
 class Bench:
-    """What a process uses to measure all its cycles: an engine, a meter, its peers, and where to report progress."""
+    """What a process uses to measure all its cycles: an engine, a meter, its peers, and where to report progress.
+
+    `replicas` is how many of the processes run prompts of their own, not those of another.
+    """
 
     backend: Backend
     meter: Meter
     ranks: Ranks
     report: Report
+    replicas: int = 1
 
     # -------------------------------------------------------------- once
     def prepare(self, texts: Sequence[str], indices: Sequence[int], idle_s: float, into: Measurement) -> list[Encoded]:
@@ -166,29 +200,32 @@ class Bench:
             time.sleep(seconds)
 
     # -------------------------------------------------------------- each cycle
-    def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batch_size: int, into: Measurement) -> None:
-        """Run as many prompts before the window as `warmup` requires."""
+    def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batching: Batching, into: Measurement) -> None:
+        """Run as many prompts before the window as `warmup` requires, in batches like the measured ones."""
         if prompts and (warmup.prompts or warmup.until_cv is not None):
+            batches = warmup_batches(prompts, batching)
             with self.phase("warmup", into):
                 if warmup.until_cv is None:
-                    into.warmup = self._warm_up_fixed(prompts, warmup.prompts)
+                    into.warmup = self._warm_up_fixed(batches, warmup.prompts)
                 else:
-                    into.warmup = self._warm_up_until_steady(prompts[:batch_size], warmup)
+                    into.warmup = self._warm_up_until_steady(batches[0], warmup)
         self.backend.forget()
         self.backend.reset_peak_memory()
 
-    def _warm_up_fixed(self, prompts: Sequence[Encoded], count: int) -> WarmupInfo:
-        self.report(Event("warmup", 0, count))
-        # The prompts' own indices may repeat here; warm-up generations are never looked up by index.
-        repeated = [prompts[i % len(prompts)] for i in range(count)]
+    def _warm_up_fixed(self, batches: Sequence[Sequence[Encoded]], least: int) -> WarmupInfo:
+        """Run whole batches, from the first on, and again if they are too few, until so many prompts have run."""
+        self.report(Event("warmup", 0, least))
         done = 0
-        failures = _Failures(self.backend, count)
-        for batch in self.backend.generate(repeated):
-            failures.tolerated(batch)
-            done += len(batch)
-            self.report(Event("warmup", done, count))
-        failures.check_warmup()
-        return WarmupInfo(count, "fixed", None)
+        failures = _Failures(self.backend, least)
+        for batch in itertools.cycle(batches):
+            for finished in self.backend.generate(batch):
+                failures.tolerated(finished)
+                done += len(finished)
+                self.report(Event("warmup", done, max(done, least)))
+            if done >= least:
+                failures.check_warmup()
+                return WarmupInfo(done, "fixed", None)
+        raise AssertionError("there are no batches")
 
     def _warm_up_until_steady(self, batch: Sequence[Encoded], warmup: Warmup) -> WarmupInfo:
         """Repeat one batch, the same work each time, until its latencies are steady or a limit is reached."""
@@ -245,7 +282,7 @@ class Bench:
                 self.report(Event("measured", len(into.requests), len(prompts), output_tokens))
             window.close(recorder)
         except BaseException:
-            window.cut()
+            window.cut(is_unfinished=len(into.requests) < len(prompts))
             raise
 
     def _generate(
@@ -257,7 +294,7 @@ class Bench:
         if queue is None:
             yield from self.backend.generate(prompts)
             return
-        arrivals = Arrivals(prompts, queue.times_s, queue.concurrency, opened_ns)
+        arrivals = Arrivals(prompts, queue.times_s, queue.concurrency, opened_ns, queue.first_s)
         yield from self.backend.serve(arrivals, queue.at_most)
 
     @contextmanager
@@ -278,8 +315,13 @@ class Bench:
         into.current = None
 
     def open_together(self) -> None:
-        """Synchronise the device, settle the meter, wait for the other processes, and begin metering."""
+        """Synchronise the device, wait for the other processes, settle the meter, and begin metering with them.
+
+        The meter settles while all processes stand still, so that they begin at the moment for which it has waited.
+        Settling before they have all arrived would be in vain: the meter would have to settle again, in the window.
+        """
         self.backend.synchronize()
+        self.ranks.barrier()
         self.meter.settle()
         self.ranks.barrier()
         self.meter.begin()
@@ -316,7 +358,8 @@ class _Window:
             energy = None if energy is None else covering(energy, energy_at_s or 0.0)
             self._next_reading_ns = read_ns + max(METER_POLL_NS, 100 * (read_ns - now_ns))
             now_ns = read_ns
-        self._last = Checkpoint(self._into.since_opening_s(now_ns), energy=energy, energy_at_s=energy_at_s)
+        duration_s, under_way = self._into.since_opening_s(now_ns), self._under_way(now_ns)
+        self._last = Checkpoint(duration_s, energy=energy, energy_at_s=energy_at_s, under_way=under_way)
         if energy is not None:
             self._metered = self._last
             self._into.readings.append(self._last)
@@ -333,21 +376,46 @@ class _Window:
         into.phases.append(Phase("measured", duration_s, covering(self._bench.meter.end(), duration_s)))
         into.current = None
 
-    def cut(self) -> None:
-        """End the window with its last batch: anything begun after that was never finished, or will be run again."""
+    def _under_way(self, now_ns: int) -> UnderWay | None:
+        """Return the work that is in the requests which the engine has begun."""
+        begun = self._bench.backend.under_way()
+        if not begun:
+            return None
+        opened_ns = self._into.window_opened_ns
+        spent_s = [max(0, now_ns - max(each.since_ns, opened_ns)) / NS_PER_S for each in begun]
+        tokens = [each.output_tokens for each in begun if each.output_tokens is not None]
+        return UnderWay(len(begun), sum(tokens) if len(tokens) == len(begun) else None, sum(spent_s), max(spent_s))
+
+    def cut(self, *, is_unfinished: bool) -> None:
+        """End the window with its last batch: anything begun after that was never finished, or will be run again.
+
+        If other processes run prompts of their own, the energy's owner ends it now: they may have finished some since.
+        """
         interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
+        self._bench.meter.mark()
         readings = self._bench.meter.end()
-        if self._last is None:
-            return
-        self._into.lost_s = interrupted_s - self._last.duration_s
+        if self._bench.replicas > 1 and self._bench.ranks.rank == ENERGY_OWNER:
+            self._end_now(interrupted_s, readings, is_unfinished=is_unfinished)
+        elif self._last is not None:
+            self._end_with(self._last, interrupted_s, readings)
+
+    def _end_now(self, interrupted_s: float, readings: tuple[EnergyReading, ...], *, is_unfinished: bool) -> None:
+        last = self._last or Checkpoint(0.0)
+        self._into.ends_when_cut, self._into.lost_s = True, 0.0
+        self._into.energy_behind_s = 0.0 if readings else None
+        self._into.under_way = longer(last.under_way, interrupted_s - last.duration_s) if is_unfinished else None
+        self._into.phases.append(Phase("measured", interrupted_s, covering(readings, interrupted_s)))
+
+    def _end_with(self, last: Checkpoint, interrupted_s: float, readings: tuple[EnergyReading, ...]) -> None:
+        self._into.lost_s, self._into.under_way = interrupted_s - last.duration_s, last.under_way
         if self._metered is None:
             reason = "the window was interrupted, but the meter reads energy only at the end of a window"
             readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=reason) for r in readings)
         else:
             readings = self._metered.energy or ()
             if readings:
-                self._into.energy_behind_s = self._last.duration_s - (self._metered.energy_at_s or 0.0)
-        self._into.phases.append(Phase("measured", self._last.duration_s, readings))
+                self._into.energy_behind_s = last.duration_s - (self._metered.energy_at_s or 0.0)
+        self._into.phases.append(Phase("measured", last.duration_s, readings))
 
 
 class _Failures:
@@ -389,6 +457,14 @@ class _Failures:
 
 
 # ------------------------------------------------------------------ warm-up
+def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
+    """Return the batches in which the prompts are measured; for continuous batching, as many as run at a time."""
+    if batching.strategy == "continuous":
+        size = batching.batch_size
+        return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+    return [[prompts[i] for i in batch] for batch in plan_batches([len(p.token_ids) for p in prompts], batching)]
+
+
 def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) -> WarmupEnd | None:
     if cv is not None and warmup.until_cv is not None and cv < warmup.until_cv:
         return "converged"

@@ -47,9 +47,6 @@ def _batching(experiment: Experiment) -> Iterator[Objection]:
         yield Objection("no_token_budget", path, f"{batching.strategy} batching needs a token budget.")
     if not is_dynamic and budget is not None:
         yield without_effect("no_effect_token_budget", path, f"{batching.strategy} batching has no token budget.")
-    if batching.strategy == "continuous" and not experiment.backend.runs_continuously:
-        fact = f"the {experiment.backend.name} backend runs batch after batch."
-        yield Objection("no_continuous_batching", "batching.strategy", fact)
 
 
 def _quantization(wanted: Quantization) -> Iterator[Objection]:

@@ -17,8 +17,6 @@ class PytorchBackend:
 
     # Whether one process runs a tensor-parallel model on all of its GPUs.
     spreads_a_model_itself: ClassVar[bool] = False
-    # Whether a request may replace one that finishes (batching.strategy=continuous).
-    runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
     device: Annotated[
@@ -47,7 +45,6 @@ class SimulatedBackend:
     """A stand-in engine with exactly known times, for trying out grids and for tests. No model runs."""
 
     spreads_a_model_itself: ClassVar[bool] = False
-    runs_continuously: ClassVar[bool] = False
 
     name: Annotated[Literal["simulated"], Field(description="Inference backend.")] = "simulated"
     prefill_s_per_token: Annotated[float, Field(ge=0, description="Seconds per input token.")] = 1e-5
@@ -93,7 +90,6 @@ class VllmBackend:
     """vLLM's engine, in the worker process. Null leaves an option at vLLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
-    runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["vllm"], Field(description="Inference backend.")] = "vllm"
     max_model_len: Annotated[
@@ -205,7 +201,6 @@ class TensorrtBackend:
     """TensorRT-LLM's LLM API with the PyTorch flow. Null leaves an option at TensorRT-LLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
-    runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["tensorrt"], Field(description="Inference backend.")] = "tensorrt"
     max_seq_len: Annotated[
@@ -246,7 +241,6 @@ class OpenaiBackend:
 
     # One process sends all requests; the server spreads the model.
     spreads_a_model_itself: ClassVar[bool] = True
-    runs_continuously: ClassVar[bool] = True
 
     name: Annotated[Literal["openai"], Field(description="Inference backend.")] = "openai"
     url: Annotated[

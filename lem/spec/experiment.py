@@ -125,7 +125,12 @@ class Warmup:
     """Work done before the measured window opens."""
 
     prompts: Annotated[
-        int, Field(ge=0, le=10_000, description="Prompts run before the window, batched like the measured ones.")
+        int,
+        Field(
+            ge=0,
+            le=10_000,
+            description="Prompts run before the window, at least: in whole batches, like the measured ones; 0: none.",
+        ),
     ] = 2
     until_cv: Annotated[
         float | None,

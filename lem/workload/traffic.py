@@ -47,6 +47,16 @@ def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
     return times
 
 
+def in_system_s(concurrency: int, ends_s: Sequence[float]) -> list[float]:
+    """Return when those requests arrived that are in the system, of a fixed number, once some have ended.
+
+    Args:
+        concurrency: how many there are at any time; the first ones arrive at 0, each other one when one ends.
+        ends_s: when requests have ended so far.
+    """
+    return sorted([*[0.0] * concurrency, *ends_s])[len(ends_s) :]
+
+
 def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
     """Return the arrivals of a trace; None for other patterns, whose arrivals follow from the configuration.
 
@@ -113,19 +123,26 @@ class Arrivals(Generic[T]):
     """The requests of a window as they arrive; with a fixed concurrency, as others are finished."""
 
     def __init__(
-        self, requests: Sequence[T], times_s: Sequence[float] | None, concurrency: int, opened_ns: int
+        self,
+        requests: Sequence[T],
+        times_s: Sequence[float] | None,
+        concurrency: int,
+        opened_ns: int,
+        first_s: Sequence[float] | None = None,
     ) -> None:
         """Queue the requests in order.
 
         Args:
             requests: what arrives.
-            times_s: when, after the opening; None for a fixed concurrency.
+            times_s: when, in seconds after the opening, before it if negative; None for a fixed concurrency.
             concurrency: requests in the system at any time, when `times_s` is None.
             opened_ns: when the window opened.
+            first_s: when those arrive that are in the system from the start, as `times_s`; None for the opening.
         """
         self._left = list(requests)[::-1]
         self._times_ns = None if times_s is None else [opened_ns + round(t * NS_PER_S) for t in times_s][::-1]
-        self._free_at_ns = [opened_ns] * concurrency
+        first_s = [0.0] * concurrency if first_s is None else first_s
+        self._free_at_ns = [opened_ns + round(t * NS_PER_S) for t in first_s]
 
     def __bool__(self) -> bool:
         """Return whether any are left."""

@@ -83,7 +83,7 @@ def server(tiny_that_ends):
 @pytest.fixture(params=MEMBERS)
 def member(request, tiny_that_ends, engines, tensorrt_standin):
     if request.param == "simulated":
-        fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4)
+        fast = SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-3)
         made = Member(Experiment(model="any", backend=fast, max_output_tokens=12), frozenset([0]), engines)
     else:
         served = request.param == "openai"
@@ -320,8 +320,6 @@ def assert_in_order(*times_ns):
 @pytest.fixture
 def continuous(member):
     """Give what loads the backend with continuous batching, so many requests at a time."""
-    if not member.experiment.backend.runs_continuously:
-        pytest.skip("runs batch after batch")
 
     def loaded(at_most, **changes):
         return member.loaded(batching=Batching(strategy="continuous", batch_size=at_most), **changes)
@@ -355,7 +353,31 @@ def test_continuously_no_more_run_at_the_same_time_than_asked_for_and_places_are
     # Batch after batch, all would begin with the first of theirs.
     assert any(g.start_ns < at.start_ns < g.end_ns for g in generations for at in generations)
     for g in generations:
-        assert_in_order(g.arrived_ns, g.start_ns, g.prefill_end_ns, g.end_ns)
+        assert g.arrived_ns is None, "nothing arrives where all prompts are there from the start"
+        assert_in_order(g.start_ns, g.prefill_end_ns, g.end_ns)
+
+
+def test_continuously_it_knows_what_is_under_way_between_two_batches(continuous, texts):
+    backend, began_ns = continuous(3), time.perf_counter_ns()
+    prompts = backend.encode(texts)
+    left, most = {prompt.index for prompt in prompts}, 0
+    for batch in backend.generate(prompts):
+        left -= {generation.index for generation in batch}
+        under_way = backend.under_way()
+        assert len(under_way) <= 3
+        assert {begun.index for begun in under_way} <= left
+        assert all(began_ns <= begun.since_ns <= time.perf_counter_ns() for begun in under_way)
+        assert all(begun.output_tokens is None or 0 <= begun.output_tokens <= 12 for begun in under_way)
+        most = max(most, len(under_way))
+    assert most > 0
+    assert list(backend.under_way()) == []
+
+
+def test_of_batches_that_finish_together_nothing_is_under_way_between_them(member, texts):
+    backend = member.loaded(batching=Batching(batch_size=3))
+    for batch in backend.generate(backend.encode(texts)):
+        assert list(backend.under_way()) == []
+        assert {generation.arrived_ns for generation in batch} == {None}
 
 
 def test_continuously_a_prompt_that_arrives_is_taken_in_while_others_run(continuous, texts):

@@ -353,6 +353,15 @@ def test_continuous_batching_fills_places_as_they_become_free(loaded, texts):
     check_places_are_filled(backend, texts, began_ns=lambda g: g.start_ns)
 
 
+def test_where_the_engine_does_not_report_it_a_request_begins_when_there_is_a_place_for_it(loaded, texts):
+    wanted = replace(TINY, batching=Batching(strategy="continuous", batch_size=3))
+    backend = loaded(wanted, no_metrics=True)
+    done = sorted((g for batch in backend.generate(backend.encode(texts[:9])) for g in batch), key=lambda g: g.index)
+    ends_ns = sorted(g.end_ns for g in done)
+    assert max(g.start_ns for g in done[:3]) < ends_ns[0]
+    assert all(g.start_ns >= ends_ns[g.index - 3] for g in done[3:])
+
+
 def test_requests_that_arrive_while_others_run_are_taken_in(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=64)), step_s=0.05)
     check_arrivals_are_taken_in(backend, backend.encode(texts)[:6], [0.01 * i for i in range(5)] + [3.0])
@@ -400,8 +409,10 @@ def test_an_end_token_that_is_kept_back_has_its_time(loaded, texts, ending):
 
 def test_what_the_engine_does_not_report_is_unknown(loaded, texts):
     backend = loaded(TINY, no_metrics=True)
+    before_ns = time.perf_counter_ns()
     done = run(backend, texts[:4])
-    assert all(not g.start_is_known and g.start_ns == g.arrived_ns and g.prefill_end_ns is None for g in done.values())
+    assert all(not g.start_is_known and g.prefill_end_ns is None for g in done.values())
+    assert all(before_ns <= g.start_ns < g.end_ns for g in done.values())
     assert set(backend.counters()) == {"prefix_cache_hit_tokens", "prefix_cache_queried_tokens"}
 
 

@@ -388,7 +388,7 @@ def test_sampled_tokens_do_not_depend_on_the_company(loaded, texts):
 @needs_vllm
 def test_continuous_batching_fills_places_as_they_become_free(loaded, texts):
     backend = loaded(replace(TINY, batching=Batching(strategy="continuous", batch_size=3)))
-    done = check_places_are_filled(backend, texts, began_ns=lambda g: g.arrived_ns)
+    done = check_places_are_filled(backend, texts, began_ns=lambda g: g.index)
     assert max(sum(g.start_ns <= at.start_ns < g.end_ns for g in done) for at in done) == 3
 
 

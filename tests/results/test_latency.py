@@ -109,9 +109,20 @@ def test_the_idle_share_is_the_time_in_which_no_request_is_there():
     assert found["arrival_rate_per_s"] == pytest.approx(2 / 5)
 
 
-def test_the_windows_of_two_attempts_have_clocks_of_their_own():
+def test_the_windows_of_two_attempts_follow_each_other_on_the_clock_of_the_arrivals():
+    poisson = Traffic(pattern="poisson", target_qps=1.0)
+    # Of the second attempt's requests one arrived in the first one's window, and was there until it ended at 2 s.
+    rows = [row(0, arrived_s=0.0, end_s=1.0), row(1, arrived_s=-0.5, end_s=1.0, attempt=2)]
+    rows.append(row(2, arrived_s=1.5, end_s=2.0, attempt=2))
+    found = under_load(rows, 4.0, poisson, {1: 0.0, 2: 2.0})
+    assert found["idle_share"] == pytest.approx(1 - (1.0 + 1.5 + 0.5) / 4.0)
+    assert found["arrival_rate_per_s"] == pytest.approx(2 / 3.5)
+
+
+def test_what_depends_on_the_clock_of_the_arrivals_is_null_if_that_is_not_known():
     rows = [row(0, arrived_s=0.0, end_s=1.0), row(1, arrived_s=0.0, end_s=1.0, attempt=2)]
-    assert under_load(rows, 4.0, Traffic(pattern="poisson", target_qps=1.0))["idle_share"] == pytest.approx(0.5)
+    found = under_load(rows, 4.0, Traffic(pattern="poisson", target_qps=1.0), {1: 0.0, 2: None})
+    assert found.get("idle_share") is found.get("arrival_rate_per_s") is None
 
 
 def test_goodput_counts_what_keeps_every_limit():

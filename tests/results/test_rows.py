@@ -15,6 +15,7 @@ from lem.record import (
     Carbon,
     CodedWarning,
     CpuLoad,
+    Cut,
     DeviceState,
     EngineInfo,
     Environment,
@@ -24,17 +25,19 @@ from lem.record import (
     ModelInfo,
     Phase,
     Prefill,
+    UnderWay,
 )
 from lem.results.aggregate import by_cycle, put_together
 from lem.results.codec import excerpt_of
 from lem.results.columns import quotients
 from lem.results.cycles import MAXIMA, experiment_columns
 from lem.results.directory import Part
-from lem.results.merging import by_component, headline, merged, once_each
+from lem.results.merging import by_component, headline, merged, once_each, together
 from lem.results.parquet import columns
 from lem.results.rows import Cycle, as_rows, cycle_columns, rows_of
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import summarise
+from lem.spec.experiment import Traffic
 from tests.records import GPU, failed, phases, plan, reading, record, request, requests
 
 CPU = reading("cpu", "counter", 20.0, "package-0", "package")
@@ -356,6 +359,148 @@ def test_where_all_requests_failed_the_cycle_is_not_complete():
 def test_what_is_complete_is_complete_however_a_process_ended():
     made = row(record(status="interrupted", error=ErrorInfo("WorkerDied", "killed")))
     assert (made.status, made.error) == ("completed", None)
+
+
+PER_UNIT = re.compile(r"(token|request|FLOP)/s|J/(token|request)")
+
+
+def test_what_is_interrupted_has_no_rate_of_any_kind():
+    rows = [replace(each, arrived_s=each.start_s, queue_s=0.0, ttft_s=0.1, itl_s=[0.1]) for each in requests([0, 1])]
+    limited = Traffic(pattern="poisson", target_qps=1.0, ttft_limit_s=1.0)
+    whole = row(record(flops=Flops(1e9, "m")), rows=[*rows, replace(rows[1], request=2)], traffic=limited)
+    made = row(record(rows, flops=Flops(1e9, "m"), status="interrupted"), rows=rows, traffic=limited)
+    rates = [column.name for column in columns(ExperimentRow) if PER_UNIT.fullmatch(column.unit or "")]
+    rates = [name for name in rates if not re.search("^peak_|_(mean|sd|ci95_low|ci95_high)(_j)?$", name)]
+    assert {"goodput_requests_per_s", "arrival_rate_per_s", "flops_per_s"} < set(rates)
+    assert [name for name in rates if getattr(whole, name) is None] == []
+    assert [name for name in rates if getattr(made, name) is not None] == []
+
+
+# ------------------------------------------------------------------ work that was done twice
+def cut(longest_s, requests=2, tokens=7, **more):
+    return Cut(**{"lost_s": 0.5, "under_way": UnderWay(requests, tokens, 2 * longest_s, longest_s)} | more)
+
+
+def test_what_was_done_twice_is_a_share_of_the_window_and_leaves_no_rate_if_it_is_large():
+    first = record(requests([0]), duration_s=1.0, attempt=1, status="interrupted", cut=cut(0.5))
+    second = record(requests([1, 2]), duration_s=3.0, attempt=2, energy=(reading(energy_j=11.0),))
+    made = row(merged([first, second]))
+    assert made.repeated_share == pytest.approx(0.5 / 4)
+    assert (made.status, made.duration_s, made.energy_j, made.average_power_w) == ("completed", 4.0, 111.0, 111.0 / 4)
+    for name in ("output_tokens_per_s", "requests_per_s", "energy_per_output_token_j", "energy_per_request_j"):
+        assert getattr(made, name) is None, name
+    (text,) = [each for each in made.warnings if each.startswith("work_repeated")]
+    assert "2 with 7 output tokens. Up to 0.5 s (12.5% of the window)" in text
+
+
+def test_a_small_share_leaves_the_rates_and_a_warning_that_names_it():
+    first = record(requests([0]), duration_s=1.0, attempt=1, status="interrupted", cut=cut(0.04, tokens=None))
+    made = row(merged([first, record(requests([1, 2]), duration_s=3.0, attempt=2)]))
+    assert made.output_tokens_per_s == pytest.approx(60 / 4)
+    (text,) = [each for each in made.warnings if each.startswith("work_repeated")]
+    assert "run again: 2. Up to 0.04 s (1.0% of the window)" in text
+
+
+def test_several_cuts_add_up_and_one_warning_names_their_sum():
+    both = [cut(0.5, energy_behind_s=0.25), cut(0.25, tokens=None, energy_behind_s=0.5)]
+    text = CodedWarning("window_cut", "the window was interrupted 0.5 s after its last finished request.")
+    first, second = (record(requests([i]), attempt=i + 1, cut=of, warnings=(text,)) for i, of in enumerate(both))
+    one = merged([first, second, record(requests([2]), attempt=3)])
+    assert one.cut == Cut(2, 1.0, 0.75, UnderWay(4, None, 1.5, 0.75))
+    assert [each.text for each in one.warnings] == [
+        "2 windows were interrupted 1 s in all after their last finished requests, where they end, and their energy "
+        "was read 0.75 s before that in all."
+    ]
+
+
+def test_a_run_that_was_never_cut_has_done_nothing_twice():
+    assert row(record()).repeated_share == 0.0
+
+
+def test_the_mean_over_cycles_has_the_mean_share():
+    once, twice = row(record()), row(merged([record(requests(), attempt=1, cut=cut(0.1)), record([], attempt=2)]))
+    of = plan(cycles=2)
+    made = over_cycles([once, twice], of)
+    assert made.repeated_share == pytest.approx(twice.repeated_share / 2)
+    assert made.output_tokens_per_s is not None
+
+
+# ------------------------------------------------------------------ queues that an interruption cut
+QUEUED = ("latency_mean_s", "latency_p99_s", "ttft_p50_s", "queue_mean_s", "idle_share", "goodput_requests_per_s")
+
+
+def queued(of_cut, opened_s, pattern="poisson"):
+    rows = [replace(each, arrived_s=each.start_s, queue_s=0.0, ttft_s=0.1, itl_s=[0.1]) for each in requests()]
+    rows = [replace(each, attempt=1 + (each.request > 0)) for each in rows]
+    traffic = Traffic(pattern=pattern, target_qps=1.0, ttft_limit_s=1.0)
+    of = excerpt_of(plan(traffic=traffic))
+    one = replace(record(rows), cut=of_cut)
+    (made,) = as_rows(ExperimentRow, cycle_columns([Cycle(of, 1, 2, [one], rows, (), opened_s)]))
+    return made
+
+
+def test_a_queue_that_goes_on_where_it_was_cut_keeps_its_numbers():
+    made = queued(Cut(1, 0.5), {1: 0.0, 2: 1.0})
+    assert [name for name in QUEUED if getattr(made, name) is None] == []
+    assert "queue_lost" not in codes(made)
+
+
+@pytest.mark.parametrize(
+    ("of_cut", "opened_s"),
+    [(cut(0.001), {1: 0.0, 2: 1.0}), (Cut(1, 0.5), {1: 0.0, 2: None})],
+    ids=["requests_waited_twice", "begun_with_an_empty_queue"],
+)
+def test_of_a_queue_that_an_interruption_changed_nothing_is_shown(of_cut, opened_s):
+    made = queued(of_cut, opened_s)
+    assert [name for name in QUEUED if getattr(made, name) is not None] == []
+    assert "queue_lost" in codes(made)
+    assert made.output_tokens_per_s is not None
+
+
+# ------------------------------------------------------------------ ranks that are cut together
+def cut_ranks(owner, other):
+    """Return the records of two ranks of an attempt, of (window, finished of 2, Cut)."""
+    made = []
+    for rank, (duration_s, finished, of_cut) in enumerate((owner, other)):
+        rows = requests(range(rank, 2 * finished, 2), rank=rank)
+        values = {"rank": rank, "world_size": 2, "status": "interrupted", "requests_planned": 2, "cut": of_cut}
+        if duration_s is None:
+            values["phases"] = phases()[:2]
+        made.append(replace(record(rows, duration_s=duration_s or 0.0, energy=() if rank else (GPU,)), **values))
+    return made
+
+
+def test_what_other_ranks_have_under_way_is_counted_up_to_the_owners_end():
+    owner, other = together(cut_ranks((4.0, 1, Cut(1, 0.0, 0.0, UnderWay(1, None, 1.0, 1.0))), (1.5, 1, Cut(1, 2.5))))
+    assert owner.phase("measured") == Phase("measured", 4.0, (GPU,))
+    assert other.phase("measured").duration_s == 4.0
+    assert other.cut.under_way == UnderWay(1, None, 2.5, 2.5)
+    assert owner.cut.under_way == UnderWay(1, None, 1.0, 2.5)
+
+
+def test_what_a_rank_finished_before_the_owner_had_finished_anything_has_time_but_no_energy():
+    owner, other = together(cut_ranks((None, 0, None), (3.0, 1, Cut(1, 0.1))))
+    window = owner.phase("measured")
+    assert (window.duration_s, window.energy[0].energy_j) == (3.0, None)
+    assert "stopped before" in window.energy[0].reason
+    assert (owner.cut.under_way, other.phase("measured").duration_s) == (UnderWay(1, None, 3.0, 3.0), 3.0)
+
+
+@pytest.mark.parametrize(("later_s", "energy_j"), [(4.05, 100.0), (5.0, None)])
+def test_energy_that_was_read_long_before_another_ranks_last_request_is_null(later_s, energy_j):
+    owner, _ = together(cut_ranks((4.0, 1, Cut(1, None, 0.01)), (later_s, 1, Cut(1, None))))
+    window = owner.phase("measured")
+    assert (window.duration_s, window.energy[0].energy_j) == (later_s, energy_j)
+    assert owner.cut.energy_behind_s == pytest.approx(later_s - 4.0 + 0.01)
+
+
+def test_an_attempt_in_which_no_rank_finished_anything_has_no_window():
+    assert all(r.phase("measured") is None for r in together(cut_ranks((4.0, 0, Cut(1, 0.0)), (None, 0, None))))
+
+
+def test_ranks_that_ended_well_are_left_as_they_are():
+    records, _ = two_ranks()
+    assert together(records) == records
 
 
 # ------------------------------------------------------------------ ranks

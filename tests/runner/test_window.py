@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import time
 
 import pytest
 from msgspec.structs import replace
 
-from lem.backends import make_backend
-from lem.energy.base import Meter
+from lem.backends import Encoded, make_backend
+from lem.energy.base import CombinedMeter, Meter, NoMeter
 from lem.errors import RunError
 from lem.record import EnergyReading, Phase, WarmupInfo
 from lem.results.journal import Checkpoint
+from lem.results.latency import under_load
 from lem.runner.progress import silent
 from lem.runner.ranks import Ranks
-from lem.runner.window import Bench, Measurement
+from lem.runner.records import WindowId, request_row
+from lem.runner.window import Bench, Measurement, warmup_batches
 from lem.spec.engines import SimulatedBackend
-from lem.spec.experiment import Batching, Experiment, Warmup
+from lem.spec.experiment import Batching, Experiment, Streaming, Warmup
 
 TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
 # As in an experiment in which another process has the even ones.
@@ -98,7 +101,9 @@ def run(into=None, *, slow=False, warmup=3, idle_s=0.0, meter=None, recording=No
     bench = Bench(SlowLoad(backend) if slow else backend, meter or ConstantPower(), Ranks(), silent)
     prompts = bench.prepare(TEXTS, INDICES, idle_s, into)
     for _ in range(cycles):
-        bench.warm_up(prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), 4, into)
+        bench.warm_up(
+            prompts, warmup if isinstance(warmup, Warmup) else Warmup(prompts=warmup), Batching(batch_size=4), into
+        )
         bench.run_window(prompts, recording or Recording(), into, first_batch=first_batch)
     return into
 
@@ -281,6 +286,88 @@ def test_what_is_lost_grows_as_the_end_is_put_earlier():
     assert (cut.lost_s, cut.energy_behind_s) == (None, None)
 
 
+# ------------------------------------------------------------------ what is under way at a cut
+def cut_while_continuous(ranks=None, replicas=1):
+    """Run three requests at a time, and break off 30 ms after the fifth was finished; return what was measured."""
+    experiment = Experiment(
+        model="any",
+        max_output_tokens=20,
+        batching=Batching(strategy="continuous", batch_size=3),
+        backend=SimulatedBackend(decode_s_per_token=5e-3, prefill_s_per_token=0),
+    )
+
+    class Stuck(Recording):
+        def batch_finished(self, batch, checkpoint):
+            super().batch_finished(batch, checkpoint)
+            if sum(map(len, self.batches)) >= 5:
+                time.sleep(0.03)
+                raise RunError("no more")
+
+    into, recording, backend = Measurement(), Stuck(), make_backend(experiment)
+    bench = Bench(backend, ConstantPower(), ranks or Ranks(), silent, replicas)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    with pytest.raises(RunError):
+        bench.run_window(prompts, recording, into)
+    return into, recording
+
+
+def test_the_work_on_requests_under_way_is_known_where_a_window_is_cut():
+    into, recording = cut_while_continuous()
+    window, (*_, last) = into.phases[-1], recording.checkpoints
+    assert into.under_way == last.under_way
+    assert 1 <= into.under_way.requests < 3, "a place is free where one was just finished"
+    assert 0 < into.under_way.longest_s <= into.under_way.request_s <= 2 * into.under_way.longest_s
+    assert into.under_way.longest_s < window.duration_s == last.duration_s
+    # Each step decodes a token of each.
+    assert into.under_way.output_tokens == pytest.approx(into.under_way.request_s / 5e-3, rel=0.3, abs=1)
+
+
+def test_the_energys_owner_ends_a_cut_window_where_others_may_have_ended_theirs():
+    into, recording = cut_while_continuous(Ranks(0, 0, 2), replicas=2)
+    last, window = recording.checkpoints[-1], into.phases[-1]
+    later_s = window.duration_s - last.duration_s
+    assert later_s >= 0.03
+    assert window.energy[0].energy_j == pytest.approx(50 * window.duration_s, rel=0.02)
+    assert (into.lost_s, into.energy_behind_s) == (0.0, 0.0)
+    assert into.under_way.longest_s == pytest.approx(last.under_way.longest_s + later_s)
+    # Another process ends it with its own last batch.
+    other, recording = cut_while_continuous(Ranks(1, 1, 2), replicas=2)
+    assert other.phases[-1].duration_s == recording.checkpoints[-1].duration_s
+
+
+def test_the_owner_has_a_window_even_if_only_others_have_finished_something():
+    experiment = Experiment(model="any", backend=SimulatedBackend(fail_at_request=INDICES[0]))
+    into = Measurement()
+    bench = Bench(make_backend(experiment), ConstantPower(), Ranks(0, 0, 2), silent, 2)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    with pytest.raises(RunError):
+        bench.run_window(prompts, Recording(), into)
+    assert into.phases[-1].name == "measured"
+    assert into.under_way.requests == 1
+    assert into.under_way.longest_s == into.phases[-1].duration_s
+
+
+def test_without_arrivals_latency_and_ttft_count_from_when_the_engine_takes_a_request():
+    experiment = Experiment(
+        model="any",
+        max_output_tokens=20,
+        min_output_tokens=5,
+        batching=Batching(strategy="continuous", batch_size=3),
+        streaming=Streaming(enabled=True),
+        backend=SimulatedBackend(decode_s_per_token=2e-3, prefill_s_per_token=0),
+    )
+    into, backend = Measurement(), make_backend(experiment)
+    bench = Bench(backend, NoMeter(), Ranks(), silent)
+    bench.run_window(bench.prepare(TEXTS, INDICES, 0.0, into), Recording(), into)
+    rows = [request_row(WindowId("e", 0, 1, 1), each) for each in into.requests]
+    assert max(row.start_s for row in rows) > 0.02, "not all are taken at once"
+    for row in rows:
+        assert row.arrived_s is row.queue_s is None
+        assert row.latency_s == pytest.approx(row.end_s - row.start_s)
+        assert row.ttft_s == pytest.approx(2e-3, abs=0.02)
+    assert under_load(rows, 1.0, experiment.traffic) == {}
+
+
 def test_the_energy_of_a_broken_window_is_null_with_a_reason_where_the_meter_cannot_tell():
     measurement = Measurement()
     with pytest.raises(RunError):
@@ -336,7 +423,124 @@ def test_idle_is_measured_before_loading_and_with_the_model_resident():
 
 
 def test_a_warmup_of_fixed_length_says_so():
-    assert run(warmup=3).warmup == WarmupInfo(3, "fixed", None)
+    assert run(warmup=3).warmup == WarmupInfo(4, "fixed", None)
+
+
+# ------------------------------------------------------------------ the warm-up's batches are the measured ones
+class Batches:
+    """Makes a backend note the sizes of the batches that it runs, and which prompts are in them."""
+
+    def __init__(self, backend):
+        self._backend, self.ran = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def generate(self, prompts):
+        for batch in self._backend.generate(prompts):
+            self.ran.append([generation.index for generation in batch])
+            yield batch
+
+
+@pytest.mark.parametrize("least", [1, 2, 4, 5, 12, 13, 40])
+@pytest.mark.parametrize(
+    "batching",
+    [
+        Batching(batch_size=4),
+        Batching(strategy="sorted_static", batch_size=5),
+        Batching(strategy="sorted_dynamic", batch_size=5, max_tokens_per_batch=30),
+        Batching(batch_size=16),
+    ],
+    ids=["static", "sorted", "budgeted", "one_batch"],
+)
+def test_a_warmup_runs_whole_batches_as_they_are_measured_from_the_first_on(batching, least):
+    experiment = Experiment(
+        model="any", max_output_tokens=2, batching=batching, backend=SimulatedBackend(decode_s_per_token=1e-5)
+    )
+    backend, into = Batches(make_backend(experiment)), Measurement()
+    bench = Bench(backend, NoMeter(), Ranks(), silent)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    bench.warm_up(prompts, Warmup(prompts=least), batching, into)
+    warmed, backend.ran = backend.ran, []
+    bench.run_window(prompts, Recording(), into)
+    assert warmed == [batch for _, batch in zip(warmed, itertools.cycle(backend.ran), strict=False)]
+    ran = [len(batch) for batch in warmed]
+    assert sum(ran) - ran[-1] < least <= sum(ran) == into.warmup.prompts
+
+
+def test_a_warmup_until_steady_repeats_the_first_measured_batch():
+    batching = Batching(strategy="sorted_dynamic", batch_size=5, max_tokens_per_batch=30)
+    experiment = Experiment(
+        model="any", max_output_tokens=2, batching=batching, backend=SimulatedBackend(decode_s_per_token=1e-4)
+    )
+    backend, into = Batches(make_backend(experiment)), Measurement()
+    bench = Bench(backend, NoMeter(), Ranks(), silent)
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    bench.warm_up(prompts, Warmup(until_cv=0.9, cv_batches=2, max_prompts=20), batching, into)
+    warmed, backend.ran = backend.ran, []
+    bench.run_window(prompts, Recording(), into)
+    assert {tuple(batch) for batch in warmed} == {tuple(backend.ran[0])}
+
+
+def test_continuous_batching_is_warmed_up_with_all_places_taken():
+    prompts = [Encoded(i, (1,) * (i + 1)) for i in range(11)]
+    sizes = [len(batch) for batch in warmup_batches(prompts, Batching(strategy="continuous", batch_size=4))]
+    assert sizes == [4, 4, 3]
+
+
+# ------------------------------------------------------------------ several processes
+class Ticking(ConstantPower):
+    """A meter whose counter advances every 100 ms, for which it waits when it settles."""
+
+    TICK_S = 0.1
+
+    def __init__(self):
+        super().__init__()
+        self.is_settled, self.settled = False, 0
+
+    def settle(self):
+        time.sleep(self.TICK_S - time.perf_counter() % self.TICK_S)
+        self.is_settled = True
+        self.settled += 1
+
+    def begin(self):
+        if not self.is_settled:
+            self.settle()
+        self.is_settled = False
+        super().begin()
+
+
+class Together(Ranks):
+    """Processes, here threads, that wait for each other."""
+
+    barriers = threading.Barrier(2)
+
+    def barrier(self, meanwhile=lambda: None):
+        self.barriers.wait(20)
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_all_processes_open_their_windows_together_after_the_meter_has_settled_once(combined):
+    experiment = Experiment(model="any", max_output_tokens=20, backend=SimulatedBackend(decode_s_per_token=5e-3))
+    meter, measurements = Ticking(), [Measurement(), Measurement()]
+
+    def measure(rank):
+        own = CombinedMeter(meter, NoMeter()) if combined else meter
+        bench = Bench(make_backend(experiment), NoMeter() if rank else own, Together(rank, rank, 2), silent)
+        time.sleep(0.03 * rank)
+        prompts = bench.prepare(TEXTS[:2], range(2), 0.0, measurements[rank])
+        meter.settled = 0
+        bench.run_window(prompts, Recording(), measurements[rank])
+
+    threads = [threading.Thread(target=measure, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owner, other = measurements
+    assert meter.settled == 1
+    assert abs(owner.window_opened_ns - other.window_opened_ns) < 0.05e9
+    assert owner.phases[-1].duration_s == pytest.approx(other.phases[-1].duration_s, abs=0.05)
 
 
 def test_a_warmup_ends_when_latencies_are_steady():

@@ -9,7 +9,7 @@ import pytest
 
 from lem.errors import BadInput
 from lem.spec.experiment import Traffic
-from lem.workload.traffic import Arrivals, arrival_times_s, in_turn
+from lem.workload.traffic import Arrivals, arrival_times_s, in_system_s, in_turn
 
 MS = 1_000_000
 
@@ -97,3 +97,22 @@ def test_what_has_arrived_in_the_meantime_is_taken_together():
 def test_with_a_fixed_concurrency_others_arrive_as_some_are_finished():
     begun = serve(Arrivals("abcde", None, 2, time.perf_counter_ns()), 8, 0.01)
     assert [batch for _, batch in begun] == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_those_in_a_system_of_fixed_size_arrived_when_others_ended():
+    assert in_system_s(2, []) == [0.0, 0.0]
+    assert in_system_s(2, [0.5]) == [0.0, 0.5]
+    assert in_system_s(2, [0.75, 0.5, 1.0]) == [0.75, 1.0]
+
+
+def test_what_arrived_before_the_window_is_there_from_its_opening_with_its_own_time():
+    opened_ns = time.perf_counter_ns()
+    arrivals = Arrivals("abc", [-0.5, 0.0, 9.0], 1, opened_ns)
+    assert [(each.request, each.at_ns - opened_ns) for each in arrivals.take(opened_ns, 9)] == [
+        ("a", -500 * MS),
+        ("b", 0),
+    ]
+    arrivals = Arrivals("abc", None, 2, opened_ns, [-0.5, -0.25])
+    assert [(each.request, each.at_ns - opened_ns) for each in arrivals.take(opened_ns, 9)] == [
+        ("a", -500 * MS), ("b", -250 * MS)
+    ]  # fmt: skip

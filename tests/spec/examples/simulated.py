@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from tests.hosts import ONE, TWO
-from tests.spec.examples.example import CONTINUOUS, EIGHT_BIT, SAMPLED, Example, asks, simulated, spread
+from tests.spec.examples.example import EIGHT_BIT, SAMPLED, Example, asks, simulated, spread
 
 EXAMPLES = [
-    Example("no_continuous_batching", "batching.strategy", simulated(CONTINUOUS), asks("backend=vllm", CONTINUOUS)),
     Example("no_weights_to_change", "quantization.quantization", simulated(*EIGHT_BIT), asks(*EIGHT_BIT)),
     Example("no_weights_to_change", "revision", simulated("revision=main"), asks("revision=main")),
     Example("no_weights_to_change", "adapter", simulated("adapter=adapter"), asks("adapter=adapter")),
