@@ -38,6 +38,8 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
     `energy_j` is None if it could not be read; `reason` then says why. `resolution_s` is the tick of a counter or
     the period of the samples, `trace_energy_j` the integral of the power trace over the same window, if there is one.
+    `trace_reach_s` is how far back the power may lie that a sample of the trace reports: what the sensor averages over,
+    the driver's update period and that of the samples.
     """
 
     component: Component
@@ -50,6 +52,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
     resolution_s: Annotated[float | None, units.SECOND] = None
     trace_energy_j: Annotated[float | None, units.JOULE] = None
     reason: str | None = None
+    trace_reach_s: Annotated[float | None, units.SECOND] = None
 
 
 class Phase(Struct, frozen=True, gc=False):

@@ -275,7 +275,7 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
     torch.cuda.set_device(devices[0])
     for device in devices if metered else ():
         expected, uuid = metered[device.index], str(torch.cuda.get_device_properties(device).uuid)
-        if not expected.mig_uuid and uuid not in expected.uuid:
+        if not expected.is_divided and uuid not in expected.uuid:
             raise RunError(
                 f"CUDA's GPU {device.index} is {uuid}, the driver's is {expected.uuid}. "
                 "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."

@@ -12,7 +12,7 @@ import os
 import time
 from typing import Any
 
-from lem.energy.base import Meter
+from lem.energy.base import ImmediateMeter
 from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
 from lem.record import Component, EnergyReading, Scope, Source
@@ -23,7 +23,7 @@ SAMPLING_PERIOD_S = 1.0
 SAMPLED_MODES = ("cpu_load", "constant")
 
 
-class CodecarbonMeter(Meter):
+class CodecarbonMeter(ImmediateMeter):
     """Reads codecarbon's offline tracker, with a task for each window."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class CodecarbonMeter(Meter):
         self._tracker.start_task("window")
         self._begun_ns = time.perf_counter_ns()
 
-    def end(self) -> tuple[EnergyReading, ...]:
+    def _taken(self) -> tuple[EnergyReading, ...]:
         """Stop the task and return its CPU and memory energy."""
         data = self._tracker.stop_task()
         return self._readings(

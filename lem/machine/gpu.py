@@ -31,11 +31,11 @@ W_PER_MW = 1e-3
 
 @dataclass(frozen=True)
 class Gpu:
-    """A physical GPU; `mig_uuid` is set if only one MIG instance of it is visible to CUDA.
+    """A physical GPU; `mig_uuid` is set if one MIG instance of it is named in CUDA_VISIBLE_DEVICES.
 
     `memory_bytes` is None if the driver does not report it, as for the parent of the only accessible MIG instance.
     `compute_capability` is CUDA's (major, minor), which decides which kernels run; None if the driver does not report
-    it.
+    it. `mig` is whether the driver has the GPU in MIG mode.
     """
 
     index: int
@@ -44,6 +44,17 @@ class Gpu:
     memory_bytes: int | None
     mig_uuid: str | None = None
     compute_capability: tuple[int, int] | None = None
+    mig: bool = False
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether CUDA uses a MIG instance of it: also one in MIG mode that is named by its index, or not at all."""
+        return self.mig or self.mig_uuid is not None
+
+    @property
+    def computing_name(self) -> str:
+        """The name of what computes: the GPU's, marked if it is only an instance, so that it has no datasheet."""
+        return f"{self.name} (MIG instance)" if self.is_divided else self.name
 
     @property
     def visible_uuid(self) -> str:
@@ -233,6 +244,8 @@ def _gpu(lib: Any, index: int) -> Gpu:
         name=_text(lib.nvmlDeviceGetName(handle)),
         memory_bytes=_ask(lib, "nvmlDeviceGetMemoryInfo", handle, convert=_total),
         compute_capability=_ask(lib, "nvmlDeviceGetCudaComputeCapability", handle),
+        # GPUs without MIG do not support the question.
+        mig=bool(_ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on)),
     )
 
 

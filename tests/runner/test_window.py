@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lem.backends import make_backend
-from lem.energy.base import Meter
+from lem.energy.base import ImmediateMeter
 from lem.errors import RunError
 from lem.record import EnergyReading, Phase, WarmupInfo
 from lem.results.journal import Checkpoint
@@ -23,7 +23,7 @@ TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
 INDICES = range(1, 2 * len(TEXTS), 2)
 
 
-class ConstantPower(Meter):
+class ConstantPower(ImmediateMeter):
     """A meter of exactly 50 W, which also refuses overlapping windows."""
 
     def __init__(self):
@@ -37,7 +37,7 @@ class ConstantPower(Meter):
         assert self.begun_s is None, "windows overlap"
         self.begun_s = time.perf_counter()
 
-    def end(self):
+    def _taken(self):
         energy_j = 50 * (time.perf_counter() - self.begun_s)
         self.begun_s = None
         self.windows += 1
