@@ -88,14 +88,16 @@ class PowerRecord(Struct, frozen=True, gc=False):
 class Prefill(Struct, frozen=True, gc=False):
     """The part of the measured window in which prompts were processed, until the first token of each batch or request.
 
-    Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
-    `uncertainty_j` bounds the sampling error, and also applies to the decode part, which is the rest of
-    the window.
+    Time is measured directly; it is None if other requests were decoding meanwhile, because the spans then hold both.
+    Energy is the integral of the power trace over those spans, None without a trace or if they are short against how
+    far back its samples reach; `uncertainty_j` bounds the error from that, and also applies to the decode part, which
+    is the rest of the window. `reason` says why a value is None.
     """
 
-    duration_s: Annotated[float, units.SECOND]
+    duration_s: Annotated[float | None, units.SECOND]
     energy_j: Annotated[float | None, units.JOULE] = None
     uncertainty_j: Annotated[float | None, units.JOULE] = None
+    reason: str | None = None
 
 
 class WarmupInfo(Struct, frozen=True, gc=False):
@@ -239,7 +241,10 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         float, units.SECOND, "end_s minus arrived_s, or minus start_s without a queue; shared by a padded batch."
     ]
     prefill_s: Annotated[
-        float | None, units.SECOND, "From start_s to the first token's logits; null if the engine does not report it."
+        float | None,
+        units.SECOND,
+        "From start_s to the first token's logits, with what the engine does for other requests meanwhile; null if the "
+        "engine does not report it.",
     ] = None
     arrived_s: Annotated[float | None, units.SECOND, "When it entered the queue; null if there is none."] = None
     queue_s: Annotated[float | None, units.SECOND, "start_s minus arrived_s: how long it waited for its turn."] = None

@@ -61,8 +61,9 @@ class Meter(ABC):
 
         This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
         it never waits for a sensor's next value, costs no more than one call to the driver (mostly well under a
-        millisecond), does not raise for a lost device, and does not change what `end` will return. The readings are those of `end`, device by device. Their energy only grows and is at most
-        that of `end`: it is the value at the sensor's last tick or sample, or null with a reason before the first.
+        millisecond), does not raise for a lost device, and does not change what `end` will return. The readings are
+        those of `end`, device by device. Their energy only grows and is at most that of `end`: it is the value at the
+        sensor's last tick or sample, or null with a reason before the first.
         """
         return None
 

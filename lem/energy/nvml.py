@@ -27,7 +27,6 @@ from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
 from lem.spec.experiment import Energy
 from lem.spec.rules import Objection
-from lem.units import NS_PER_S
 
 COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT

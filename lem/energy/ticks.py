@@ -115,9 +115,7 @@ class Counter:
                 return None
             width_ns = reading.at_ns - before.at_ns
             calls_ns = reading.got_ns - reading.asked_ns + before.got_ns - before.asked_ns
-            tick = Tick(
-                (before.at_ns + reading.at_ns) // 2, abs(width_ns) // 2, calls_ns, before.value_mj, value_mj
-            )
+            tick = Tick((before.at_ns + reading.at_ns) // 2, abs(width_ns) // 2, calls_ns, before.value_mj, value_mj)
             self._ticks.append(tick)
             return tick
 

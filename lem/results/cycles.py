@@ -28,7 +28,7 @@ SPREADS = {
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
 # Columns that say how a number was obtained: if cycles differ in one, all values are listed.
-LABELS = re.compile(r".*_(source|scope|components|method)")
+LABELS = re.compile(r".*_(source|scope|components|method|reason)")
 
 _TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
 # Every number is averaged over the cycles, so that no column can be forgotten; a value that all cycles share is kept.

@@ -23,6 +23,8 @@ from lem.results.parquet import defaults
 from lem.results.peaks import peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow, Measures
 
+# Why prefill has no energy of its own.
+SEVERAL = "several processes share the meter"
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
 
 
@@ -257,13 +259,20 @@ def _prefill(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     known = [[r.prefill for r in of_cycle if r.requests_completed] for of_cycle in records]
     parts = [[part for part in each if part is not None] for each in known]
     alone = [each[0] if len(each) == len(of) == 1 else None for each, of in zip(parts, known, strict=True)]
+    durations_s = [
+        total([p.duration_s for p in each]) if len(each) == len(of) else None
+        for each, of in zip(parts, known, strict=True)
+    ]
     return {
         "prefill_duration_s": [
-            sum([p.duration_s for p in each]) / len(each) if each and len(each) == len(of) else None
-            for each, of in zip(parts, known, strict=True)
+            None if seconds is None else seconds / len(each) for seconds, each in zip(durations_s, parts, strict=True)
         ],
         "prefill_energy_j": of_each(alone, "energy_j"),
         "prefill_energy_uncertainty_j": of_each(alone, "uncertainty_j"),
+        "prefill_reason": [
+            SEVERAL if len(of) > 1 and part is None and each else joined(p.reason for p in each if p.reason) or None
+            for part, each, of in zip(alone, parts, known, strict=True)
+        ],
     }
 
 

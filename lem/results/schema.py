@@ -51,7 +51,9 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     cpu_energy_j: Annotated[Joules, "CPUs, measured window."]
     dram_energy_j: Annotated[Joules, "Main memory, measured window."]
     energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
-    prefill_duration_s: Annotated[Seconds, "Time in which prompts were processed."]
+    prefill_duration_s: Annotated[
+        Seconds, "Time in which prompts were processed; null if others were decoding meanwhile."
+    ]
     decode_duration_s: Annotated[Seconds, "The rest of the window, minus its idle time where that is known."]
     # derived
     average_power_w: Annotated[Watts, "energy_j / duration_s."]
@@ -154,12 +156,18 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     idle_power_loaded_w: Annotated[Watts, "Power with the model resident and nothing running."]
     trace_energy_j: Annotated[Joules, "Integral of the GPU power trace, to compare with the counter."]
     counter_tick_s: Annotated[Seconds, "Coarsest tick of the GPU energy counters."]
-    prefill_energy_j: Annotated[Joules, "Power trace over the prefill spans (integral)."]
+    prefill_energy_j: Annotated[
+        Joules, "Power trace over the prefill spans (integral); null if the sensor does not resolve them."
+    ]
     decode_energy_j: Annotated[
         Joules,
         "energy_j minus prefill_energy_j; may be negative; null with idle time, which is not metered separately.",
     ]
-    prefill_energy_uncertainty_j: Annotated[Joules, "Bound on the trace's sampling error, for prefill and for decode."]
+    prefill_energy_uncertainty_j: Annotated[
+        Joules,
+        "Bound on the error from sampling and from how far back the power samples reach, for prefill and for decode.",
+    ]
+    prefill_reason: Annotated[str | None, "Why prefill_duration_s or prefill_energy_j is null, where known."] = None
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
     co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]

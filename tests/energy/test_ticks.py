@@ -58,7 +58,7 @@ def machine(monkeypatch):
 
 
 def window(it, counter, seconds=5.0, before_s=0.0, goes_on=False):
-    """Measure a window of a load that starts when it opens and stops with it, or goes on; return the error in joules."""
+    """Measure a window of a load that starts with it, and stops with it or goes on; return the error in joules."""
     counter.watch()
     it.sleep(before_s)
     begun_s = it.now_s
@@ -74,7 +74,7 @@ def window(it, counter, seconds=5.0, before_s=0.0, goes_on=False):
 
 @pytest.mark.parametrize(("tick_s", "call_s"), [(0.1, 0.0), (0.1, 0.003), (0.1, 0.015), (0.01, 0.0), (0.1, 0.024)])
 def test_the_tick_is_learnt_whatever_a_call_takes(machine, tick_s, call_s):
-    it, counter = machine(tick_s=tick_s, call_s=call_s, phase_s=0.037)
+    _, counter = machine(tick_s=tick_s, call_s=call_s, phase_s=0.037)
     counter.learn()
     assert counter.tick_s == pytest.approx(tick_s, rel=0.05)
 

@@ -338,6 +338,15 @@ def test_attempts_on_different_gpus_are_added_up():
     assert row(one).energy_j == 111.0
 
 
+def test_prefill_that_is_not_told_apart_is_null_everywhere_with_its_reason():
+    unknown = Prefill(None, reason="others were decoding")
+    made = row(record(prefill=unknown))
+    assert (made.prefill_duration_s, made.prefill_energy_j, made.prefill_reason) == (None, None, "others were decoding")
+    assert (made.decode_duration_s, made.decode_energy_j) == (None, None)
+    one = merged([record(requests(), attempt=1, prefill=Prefill(1.0, 30.0, 2.0)), record(attempt=2, prefill=unknown)])
+    assert one.prefill == unknown
+
+
 def test_an_attempt_that_ran_nothing_does_not_hide_the_others_prefill():
     ran = record(requests(), attempt=1, prefill=Prefill(1.0, 30.0, 2.0), flops=Flops(5.0, "m"))
     one = merged([ran, record([], attempt=2, duration_s=0.1, flops=None)])
@@ -487,7 +496,9 @@ def runs(draw):
 
 
 # What says how many took part, and what that changes: percentiles are of the same requests, prefill is a mean.
-OF_THE_SHARING = {"processes", "resumed", "warnings", "attempts", "prefill_duration_s", "decode_duration_s"}
+OF_THE_SHARING = {
+    "processes", "resumed", "warnings", "attempts", "prefill_duration_s", "decode_duration_s", "prefill_reason",
+}  # fmt: skip
 
 
 @given(runs())

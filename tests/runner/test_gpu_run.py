@@ -52,13 +52,30 @@ def test_joules_are_power_times_time_of_the_gpus_in_use_and_no_others(run, tmp_p
     assert row["counter_tick_s"] == pytest.approx(0.1, rel=0.1)
     assert row["idle_power_before_w"] == pytest.approx(800, rel=0.02)
     assert row["energy_idle_adjusted_j"] == pytest.approx(0, abs=0.04 * row["energy_j"])
-    assert row["prefill_energy_j"] == pytest.approx(800 * row["prefill_duration_s"], rel=0.05)
-    assert row["prefill_energy_j"] + row["decode_energy_j"] == pytest.approx(row["energy_j"])
+    assert 0 < row["prefill_duration_s"] < row["duration_s"]
+    assert pd.isna(row["prefill_energy_j"]), "prefills of milliseconds"
+    assert pd.isna(row["decode_energy_j"])
+    assert "shorter" in row["prefill_reason"]
     assert len(record["environment"]["devices_before"]) == 4
     power = pd.read_parquet(next(tmp_path.glob("results/raw/*/power_0_c1_a1.parquet")))
     assert set(power["device"]) == {f"GPU-{i:08d}" for i in range(4)}
     assert power["power_w"].eq(200).all()
     assert not codes(row) & {"counter_trace_mismatch", "identity_violated", "energy_missing"}
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_long_prefills_have_an_energy_with_a_bound_unless_the_sensor_averages_over_a_second(run, averages):
+    text = "device 0 tick_ms 100\ndevice 0 power constant 200\n"
+    text += "device 0 no_instant\ndevice 0 average_s 1" if averages else "device 0 power_update_ms 100"
+    row, _ = run(text, "backend.gpus=1", "-n", "4", "batching.batch_size=2", "backend.prefill_s_per_token=0.1")
+    assert row["prefill_duration_s"] > 2.5
+    if averages:
+        assert pd.isna(row["prefill_energy_j"])
+        assert "reach back 1.25 s" in row["prefill_reason"]
+        return
+    assert row["prefill_energy_j"] == pytest.approx(200 * row["prefill_duration_s"], rel=0.02)
+    assert row["prefill_energy_j"] + row["decode_energy_j"] == pytest.approx(row["energy_j"])
+    assert row["prefill_energy_uncertainty_j"] == 0
 
 
 def test_cuda_visible_devices_decides_which(run):
