@@ -194,6 +194,20 @@ class DeviceState(Struct, frozen=True, gc=False):
     foreign_processes: tuple[ForeignProcess, ...] | None = None
 
 
+class DeviceWindow(Struct, frozen=True, gc=False):
+    """What happened to a GPU while the window was measured; a field is None if the driver does not report it.
+
+    `throttled_s` is how long each of the driver's policies held clocks down, by the driver's own counters, `reasons`
+    the share of samples in which each reason was in force, and `foreign_processes` every other process that was seen.
+    """
+
+    uuid: str
+    duration_s: Annotated[float, units.SECOND]
+    throttled_s: dict[str, float] | None = None
+    reasons: dict[str, float] | None = None
+    foreign_processes: tuple[ForeignProcess, ...] | None = None
+
+
 class Environment(Struct, frozen=True, gc=False):
     """The machine and the software; never holds a secret."""
 
@@ -297,6 +311,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     counters: dict[str, float] | None = None
     environment: Environment | None = None
     warnings: tuple[CodedWarning, ...] = ()
+    devices_during: tuple[DeviceWindow, ...] = ()
 
     def phase(self, name: PhaseName) -> Phase | None:
         """Return the phase of that name, or None if the process did not get that far."""

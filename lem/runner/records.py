@@ -105,6 +105,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         warmup=measured.warmup,
         cpu_load=measured.cpu_load,
         environment=known.environment,
+        devices_during=measured.devices,
     )
     if engine is None:
         return record

@@ -21,7 +21,8 @@ from msgspec import structs
 from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
 from lem.machine import processes
-from lem.record import CpuLoad, Phase, PhaseName, WarmupEnd, WarmupInfo
+from lem.machine.watch import Watch
+from lem.record import CpuLoad, DeviceWindow, Phase, PhaseName, WarmupEnd, WarmupInfo
 from lem.results.journal import Checkpoint
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks
@@ -59,6 +60,7 @@ class Measurement:
     requests: list[MeasuredRequest] = field(default_factory=list)
     warmup: WarmupInfo | None = None
     cpu_load: CpuLoad | None = None
+    devices: tuple[DeviceWindow, ...] = ()
     current: PhaseName | None = None
     window_opened_ns: int = 0
     window_opened_unix_s: float | None = None
@@ -132,6 +134,7 @@ class Bench:
     meter: Meter
     ranks: Ranks
     report: Report
+    watch: Watch = field(default_factory=Watch)
 
     # -------------------------------------------------------------- once
     def prepare(self, texts: Sequence[str], indices: Sequence[int], idle_s: float, into: Measurement) -> list[Encoded]:
@@ -287,6 +290,7 @@ class _Window:
         into = self._into
         into.current = "measured"
         server_pids = self._bench.backend.server_pids()
+        self._bench.watch.begin()
         self._bench.open_together()
         into.window_opened_unix_s = time.time()
         into.window_opened_ns = time.perf_counter_ns()
@@ -314,6 +318,7 @@ class _Window:
         self._bench.ranks.barrier(lambda: recorder.batch_finished((), self.checkpoint()))
         duration_s = into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
+        into.devices = self._bench.watch.end()
         into.cpu_load = self._load.stop()
         into.phases.append(Phase("measured", duration_s, self._bench.meter.end()))
         into.current = None
@@ -321,6 +326,7 @@ class _Window:
     def cut(self) -> None:
         """End the window with its last batch: anything begun after that was never finished, or will be run again."""
         interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
+        self._into.devices = self._bench.watch.end()
         readings = self._bench.meter.end()
         if self._last is None:
             return

@@ -114,6 +114,25 @@ def test_the_state_of_the_machine_becomes_warnings(run):
     assert state["foreign_processes"][0]["pid"] == 4242
 
 
+def test_what_happened_during_the_window_only_becomes_warnings_too(run):
+    # The window opens some 2 s after the first question to the driver, after idling twice for 0.5 s.
+    text = """
+        devices 1
+        device 0 tick_ms 100
+        device 0 throttle 0x4 1.5 600
+        device 0 violation 74 1
+        device 0 visitor 1.5 600 4242 100 stranger
+        device 0 process self 100 ours
+    """
+    row, record = run(text, "backend.gpus=1", "-n", "60")
+    (during,) = record["devices_during"]
+    assert during["throttled_s"]["power"] == pytest.approx(during["duration_s"], rel=0.3)
+    assert during["reasons"] == {"sw_power_cap": 1.0}
+    assert [process["pid"] for process in during["foreign_processes"]] == [4242]
+    assert {"throttled", "foreign_process"} <= codes(row)
+    assert during["duration_s"] == pytest.approx(row["duration_s"], rel=0.1)
+
+
 def test_a_hot_gpu_is_waited_for_until_patience_ends(run):
     row, _ = run("devices 1\ndevice 0 temperature 80", "backend.gpus=1", "cooldown.to_c=50", "cooldown.max_s=1")
     assert row["status"] == "completed"
