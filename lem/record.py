@@ -135,6 +135,8 @@ class ModelInfo(Struct, frozen=True, gc=False):
     dtype: str | None
     adapter: str | None = None
     quantization: str | None = None
+    # The dtype of the matrix products, where the engine is told it apart from that of the weights.
+    arithmetic: str | None = None
 
 
 class EngineInfo(Struct, frozen=True, gc=False):

@@ -67,8 +67,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "counter_trace_mismatch": WarningKind(
         f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} and what "
-        "the trace may miss at the window's edges: how far back its samples reach (0.2 s, or 1.2 s if the driver averages, "
-        "and one sampling period) as a share of the window.",
+        "the trace may miss at the window's edges: how far back its samples reach (0.2 s, or 1.2 s if the driver "
+        "averages, and one sampling period) as a share of the window.",
         "Check the trace for a changing load, and repeat; on a module (GH200) the two may cover different components.",
     ),
     "throttled": WarningKind(

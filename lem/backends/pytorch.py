@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.backends.base import Backend, Encoded, Generation, needed
-from lem.backends.checkpoint import architecture_of, encode, end_tokens, kv_bytes_per_token, source_of
+from lem.backends.checkpoint import architecture_of, encode, end_tokens, kv_bytes_per_token, quantization_of, source_of
 from lem.backends.engine import compilation_warnings, compiled_graphs, prompt_settings, weights_warnings
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.pytorch_continuous import Continuous
@@ -169,6 +169,7 @@ class Pytorch(Backend):
         """Describe the model as it was loaded."""
         found, model, wanted = needed(self._loaded).found, needed(self._loaded).model, self._experiment.quantization
         bits = "8-bit" if wanted.load_in_8bit else f"4-bit {wanted.bnb_4bit_quant_type}"
+        arithmetic = "int8" if wanted.load_in_8bit else wanted.bnb_4bit_compute_dtype
         return ModelInfo(
             name=found.name,
             revision=found.revision,
@@ -178,7 +179,8 @@ class Pytorch(Backend):
             weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             adapter=self._experiment.adapter,
-            quantization=f"bitsandbytes {bits}" if wanted.quantization else None,
+            quantization=f"bitsandbytes {bits}" if wanted.quantization else quantization_of(found),
+            arithmetic=arithmetic if wanted.quantization else None,
         )
 
     def engine_info(self) -> EngineInfo:

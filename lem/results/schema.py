@@ -131,7 +131,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     backend: Annotated[str, "Backend that ran."]
     engine_version: Annotated[str | None, "Version of the engine behind the backend."]
     device: Annotated[str | None, "Device the model ran on, by name."]
-    dtype: Annotated[str | None, "Dtype of the loaded weights and of the arithmetic."]
+    dtype: Annotated[str | None, "Dtype of the loaded weights, and of the arithmetic unless they are quantized."]
     quantization: Annotated[str | None, "How the weights were quantized, or null."]
     adapter: Annotated[str | None, "LoRA adapter, or null."]
     weights_bytes: Annotated[Bytes, "Size of the weights as loaded."]
@@ -178,7 +178,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
-    peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
+    peak_flops_per_s: Annotated[
+        float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the arithmetic's dtype."
+    ]
     peak_flops_source: Annotated[str | None, "Where the peak is from."]
     kv_cache_bytes: Annotated[Bytes, "Keys and values of the largest batch, padding included, by formula."]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
