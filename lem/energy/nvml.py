@@ -124,7 +124,10 @@ class NvmlMeter(Meter):
         assert self._marked_ns is not None
         wait(self._pending)
         begun = self._begun or self._edges(self._begun_ns)
-        ended = self._edges(self._marked_ns)
+        ended = [
+            device.counter.at(self._marked_ns, edge, self._begun_ns)
+            for device, edge in zip(self._devices, begun, strict=True)
+        ]
         samples = self._sampler.samples()
         traces = [[sample for sample in samples if sample.device == gpu.uuid] for gpu in self._gpus]
         integrals_j = [integral_j(own, self._begun_ns, self._marked_ns) for own in traces]

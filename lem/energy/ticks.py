@@ -175,8 +175,15 @@ class Counter:
         time.sleep(count * (self.tick_s or 0.0))
 
     # -------------------------------------------------------------- what is known
-    def at(self, at_ns: int) -> Edge:
-        """Return the energy at a time, interpolated between the ticks that enclose it."""
+    def at(self, at_ns: int, begun: Edge | None = None, begun_ns: int = 0) -> Edge:
+        """Return the energy at a time, interpolated between the ticks that enclose it.
+
+        Args:
+            at_ns: the time.
+            begun: at the end of a window, the energy at its beginning: the readings after the end do not tell the
+                power before it, but the window's mean does.
+            begun_ns: when that was.
+        """
         if self.error is not None:
             return Edge(None, self.reason)
         with self._lock:
@@ -185,11 +192,13 @@ class Counter:
             return Edge(None, "it was not read")
         tick = self._best_tick(at_ns)
         if tick is None or not self.tick_s:
-            known = [(r.at_ns, r.value_mj) for r in readings]
+            known = [(r.at_ns, float(r.value_mj)) for r in readings]
             step_ns = 0.0 if self.tick_s else NEAR_S * NS_PER_S
         else:
             step_ns = self.tick_s * NS_PER_S
             known = _at_ticks(readings, tick, step_ns)
+        if begun is not None and begun.energy_mj is not None and begun_ns < known[0][0]:
+            known = [(begun_ns, begun.energy_mj), *known]
         energy_mj = _energy_mj(known, at_ns, longest_step_ns=1.5 * step_ns)
         return Edge(max(energy_mj, _least_mj(readings, at_ns)))
 
@@ -215,7 +224,7 @@ class Counter:
         return min(near, key=lambda tick: tick.within_ns + JITTER / 2 * abs(tick.at_ns - at_ns), default=None)
 
 
-def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, int]]:
+def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
     """Return the times of ticks, from one of them, and the counter's values at them, in order.
 
     A reading that may have been taken on either side of a tick is left out.
@@ -227,10 +236,10 @@ def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[t
         within = (tick.within_ns + (reading.got_ns - reading.asked_ns) / 2) / step_ns + JITTER
         if within < steps - number < 1 - within:
             values.setdefault(number, reading.value_mj)
-    return [(tick.at_ns + round(number * step_ns), values[number]) for number in sorted(values)]
+    return [(tick.at_ns + round(number * step_ns), float(values[number])) for number in sorted(values)]
 
 
-def _energy_mj(known: Sequence[tuple[int, int]], at_ns: int, longest_step_ns: float) -> float:
+def _energy_mj(known: Sequence[tuple[int, float]], at_ns: int, longest_step_ns: float) -> float:
     """Return the energy at a time, from energies at others, in order.
 
     Beyond the ends it goes on at the rate of the last step, unless that is longer than `longest_step_ns`.
@@ -248,7 +257,7 @@ def _energy_mj(known: Sequence[tuple[int, int]], at_ns: int, longest_step_ns: fl
     return end[1] + _power(step) * (at_ns - end[0])
 
 
-def _share(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]], at_ns: int) -> float:
+def _share(before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]], at_ns: int) -> float:
     """Return the share of the energy between the last of some times and the first of others that lies before a time.
 
     The power is taken to change at that time, from what it was before the one to what it is after the other.
@@ -266,7 +275,7 @@ def _share(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]], 
     return min(max(share, 0.0), 1.0)
 
 
-def _power(step: Sequence[tuple[int, int]]) -> float:
+def _power(step: Sequence[tuple[int, float]]) -> float:
     """Return the mean power between two times, in millijoules a nanosecond."""
     return (step[1][1] - step[0][1]) / max(step[1][0] - step[0][0], 1)
 
