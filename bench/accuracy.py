@@ -87,15 +87,19 @@ import json, sys, time
 from lem.machine import gpu
 from lem.energy.nvml import NvmlMeter
 seconds, windows = float(sys.argv[1]), int(sys.argv[2])
+def while_it(acts):
+    before_s = time.monotonic()
+    acts()
+    return (before_s + time.monotonic()) / 2
 meter = NvmlMeter(gpu.visible())
 meter.open()
 for k in range(windows):
     meter.settle()
-    start_s, cpu_s = time.monotonic(), time.process_time()
-    meter.begin()
+    cpu_s = time.process_time()
+    start_s = while_it(meter.begin)
     time.sleep(seconds + k * 0.0237)
-    meter.mark()
-    cpu_s, end_s = time.process_time() - cpu_s, time.monotonic()
+    end_s = while_it(meter.mark)
+    cpu_s = time.process_time() - cpu_s
     readings = meter.end()
     print(json.dumps({
         "start_s": start_s, "end_s": end_s, "cpu_share": cpu_s / (end_s - start_s),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from lem.energy.base import Meter
@@ -86,7 +86,7 @@ class NvmlMeter(Meter):
             raise BadInput(f"The NVIDIA driver does not answer ({error}); see what nvidia-smi says.") from None
         # Two for each: in a short window, the readings around both edges overlap.
         self._pool = ThreadPoolExecutor(2 * len(self._devices), thread_name_prefix="nvml")
-        wait(self._on_each(lambda device: device.counter.learn()))
+        _finish(self._on_each(lambda device: device.counter.learn()))
         self._sampler = Sampler(self._sample, self._power_hz)
         self._sampler.start()
 
@@ -94,7 +94,7 @@ class NvmlMeter(Meter):
         """See a tick of each counter, so that the ticks around the window's beginning are known."""
         if self._is_settled:
             return
-        wait(self._on_each(lambda device: device.counter.watch()))
+        _finish(self._on_each(lambda device: device.counter.watch()))
         self._is_settled = True
 
     def begin(self) -> None:
@@ -122,7 +122,7 @@ class NvmlMeter(Meter):
         assert self._sampler is not None
         self.mark()
         assert self._marked_ns is not None
-        wait(self._pending)
+        _finish(self._pending)
         begun = self._begun or self._edges(self._begun_ns)
         ended = [
             device.counter.at(self._marked_ns, edge, self._begun_ns)
@@ -144,7 +144,7 @@ class NvmlMeter(Meter):
         is_begun = all(each.done() for each in self._pending)
         if is_begun:
             self._begun = self._begun or self._edges(self._begun_ns)
-            wait(self._on_each(lambda device: device.counter.poll()))
+            _finish(self._on_each(lambda device: device.counter.poll()))
         begun = self._begun or [Edge(None, "its first tick has not come yet")] * len(self._devices)
         readings = []
         for device, edge in zip(self._devices, begun, strict=True):
@@ -211,6 +211,12 @@ class NvmlMeter(Meter):
             reason=None if energy_j is not None else reason,
             trace_reach_s=None if trace_j is None else device.power_reach_s + 1 / self._power_hz,
         )
+
+
+def _finish(tasks: Iterable[Future[None]]) -> None:
+    """Wait until tasks are done; raises what they raised."""
+    for task in tasks:
+        task.result()
 
 
 def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:

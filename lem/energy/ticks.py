@@ -203,13 +203,15 @@ class Counter:
         return Edge(max(energy_mj, _least_mj(readings, at_ns)))
 
     def last_since(self, begun: Edge) -> Edge:
-        """Return the counter as last read, without a value until it has advanced since `begun`."""
+        """Return the counter as last read, without a value until it has advanced beyond `begun`."""
         if begun.energy_mj is None:
             return begun
         if self.error is not None or not self._readings:
             return Edge(None, self.reason or "it was not read")
         value_mj = self._readings[-1].value_mj
-        return Edge(float(value_mj)) if value_mj != begun.energy_mj else Edge(None, "it has not advanced yet")
+        if value_mj <= begun.energy_mj:
+            return Edge(None, "it has not advanced beyond the window's beginning")
+        return Edge(float(value_mj))
 
     def _is_sharp(self, tick: Tick) -> bool:
         return self.tick_s is not None and tick.within_ns <= self.tick_s * NS_PER_S / 4
