@@ -23,6 +23,9 @@ from lem.units import NS_PER_S
 
 # Enough for five ticks of 100 ms.
 LEARN_S = 0.6
+# With slow calls it takes longer to know the period to this share.
+PERIOD_WITHIN = 0.02
+LEARN_MOST_S = 2.0
 # Longest time to look for a tick; there is none for counters without a known tick.
 WATCH_S = 0.3
 POLL_S = 0.001
@@ -122,17 +125,18 @@ class Counter:
     def learn(self) -> None:
         """Read the counter for a while, and note the time from tick to tick; None if it cannot be told."""
         self.poll()
-        times_ns, polls = [], 0
-        until_ns = time.perf_counter_ns() + int(LEARN_S * NS_PER_S)
-        while time.perf_counter_ns() < until_ns and self.error is None:
+        ticks: list[Tick] = []
+        polls, begun_ns = 0, time.perf_counter_ns()
+        while self.error is None and not _is_enough(ticks, (time.perf_counter_ns() - begun_ns) / NS_PER_S):
             time.sleep(POLL_S)
             polls += 1
             if tick := self.poll():
-                times_ns.append(tick.at_ns)
-        if len(times_ns) >= 3 and len(times_ns) <= CHANGES_ALWAYS * polls:
-            gap_ns = statistics.median(later - earlier for earlier, later in itertools.pairwise(times_ns))
-            span_ns = times_ns[-1] - times_ns[0]
-            self.tick_s = span_ns / max(1, round(span_ns / gap_ns)) / NS_PER_S
+                ticks.append(tick)
+        if len(ticks) >= 3 and len(ticks) <= CHANGES_ALWAYS * polls:
+            gaps_ns = [later.at_ns - earlier.at_ns for earlier, later in itertools.pairwise(ticks)]
+            usual_ns = statistics.median(gaps_ns)
+            # A longer gap holds a tick that was missed.
+            self.tick_s = sum(gaps_ns) / sum(max(1, round(gap_ns / usual_ns)) for gap_ns in gaps_ns) / NS_PER_S
 
     def watch(self) -> bool:
         """Read the counter until it ticks between two readings close together, and return whether it did.
@@ -224,6 +228,13 @@ class Counter:
         with self._lock:
             near = [tick for tick in self._ticks if abs(tick.at_ns - at_ns) <= reach_ns and self._is_sharp(tick)]
         return min(near, key=lambda tick: tick.within_ns + JITTER / 2 * abs(tick.at_ns - at_ns), default=None)
+
+
+def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
+    """Return whether ticks seen in some time tell their period: the slower the calls, the more are needed."""
+    if seconds < LEARN_S or not ticks or seconds > LEARN_MOST_S:
+        return seconds >= LEARN_S
+    return 2 * statistics.median(tick.within_ns for tick in ticks) <= PERIOD_WITHIN * (ticks[-1].at_ns - ticks[0].at_ns)
 
 
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
