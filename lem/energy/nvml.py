@@ -98,14 +98,15 @@ class NvmlMeter(Meter):
         self._is_settled = True
 
     def begin(self) -> None:
-        """Note the time; each counter is read at once and after its next tick, without waiting here."""
+        """Note the time; each counter is read at once and after its next two ticks, without waiting here."""
         assert self._sampler is not None
         self.settle()
         self._is_settled, self._marked_ns, self._begun = False, None, None
         seen = self._sampler.count
         self._sampler.sample_now()
-        self._begun_ns = time.perf_counter_ns()
         self._pending = self._on_each(lambda device: device.counter.follow())
+        # Last, because the caller's clock starts when this returns.
+        self._begun_ns = time.perf_counter_ns()
         self._traced = RunningIntegral(self._sampler, seen, self._begun_ns)
 
     def mark(self) -> None:
