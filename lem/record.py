@@ -48,6 +48,8 @@ class EnergyReading(Struct, frozen=True, gc=False):
     the period of the samples, `trace_energy_j` the integral of the power trace over the same window, if there is one.
     `covered_s` is the time that `energy_j` covers, from the opening of the phase; over several attempts at a window, it
     is the sum. None, as in records of 0.1.0, stands for all of the phase.
+    `trace_reach_s` is how far back the power may lie that a sample of the trace reports: what the sensor averages over,
+    the driver's update period and that of the samples.
     """
 
     component: Component
@@ -61,6 +63,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
     trace_energy_j: Annotated[float | None, units.JOULE] = None
     reason: str | None = None
     covered_s: Annotated[float | None, units.SECOND] = None
+    trace_reach_s: Annotated[float | None, units.SECOND] = None
 
     @property
     def is_measured(self) -> bool:
@@ -140,14 +143,16 @@ class PowerRecord(Struct, frozen=True, gc=False):
 class Prefill(Struct, frozen=True, gc=False):
     """The part of the measured window in which prompts were processed, until the first token of each batch or request.
 
-    Time is measured directly. Energy is the integral of the power trace over those spans, None without a trace;
-    `uncertainty_j` bounds the sampling error, and also applies to the decode part, which is the rest of
-    the window.
+    Time is measured directly; it is None if other requests were decoding meanwhile, because the spans then hold both.
+    Energy is the integral of the power trace over those spans, None without a trace or if they are short against how
+    far back its samples reach; `uncertainty_j` bounds the error from that, and also applies to the decode part, which
+    is the rest of the window. `reason` says why a value is None.
     """
 
-    duration_s: Annotated[float, units.SECOND]
+    duration_s: Annotated[float | None, units.SECOND]
     energy_j: Annotated[float | None, units.JOULE] = None
     uncertainty_j: Annotated[float | None, units.JOULE] = None
+    reason: str | None = None
 
 
 class WarmupInfo(Struct, frozen=True, gc=False):
@@ -192,6 +197,8 @@ class ModelInfo(Struct, frozen=True, gc=False):
     weights_missing: tuple[str, ...] | None = None
     weights_unexpected: tuple[str, ...] | None = None
     weights_mismatched: tuple[str, ...] | None = None
+    # The dtype of the matrix products, where the engine is told it apart from that of the weights.
+    arithmetic: str | None = None
 
 
 class EngineInfo(Struct, frozen=True, gc=False):
@@ -248,6 +255,20 @@ class DeviceState(Struct, frozen=True, gc=False):
     ecc: bool | None = None
     mig: bool | None = None
     throttle_reasons: tuple[str, ...] | None = None
+    foreign_processes: tuple[ForeignProcess, ...] | None = None
+
+
+class DeviceWindow(Struct, frozen=True, gc=False):
+    """What happened to a GPU while the window was measured; a field is None if the driver does not report it.
+
+    `throttled_s` is how long each of the driver's policies held clocks down, by the driver's own counters, `reasons`
+    the share of samples in which each reason was in force, and `foreign_processes` every other process that was seen.
+    """
+
+    uuid: str
+    duration_s: Annotated[float, units.SECOND]
+    throttled_s: dict[str, float] | None = None
+    reasons: dict[str, float] | None = None
     foreign_processes: tuple[ForeignProcess, ...] | None = None
 
 
@@ -330,7 +351,10 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         "failed.",
     ]
     prefill_s: Annotated[
-        float | None, units.SECOND, "From start_s to the first token's logits; null if the engine does not report it."
+        float | None,
+        units.SECOND,
+        "From start_s to the first token's logits, with what the engine does for other requests meanwhile; null if the "
+        "engine does not report it.",
     ] = None
     arrived_s: Annotated[
         float | None,
@@ -395,6 +419,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     energy_so_far: tuple[EnergySoFar, ...] = ()
     environment: Environment | None = None
     warnings: tuple[CodedWarning, ...] = ()
+    devices_during: tuple[DeviceWindow, ...] = ()
 
     def phase(self, name: PhaseName) -> Phase | None:
         """Return the phase of that name, or None if the process did not get that far."""

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from lem.record import ENERGY_OWNER, CodedWarning, EnergyReading, ProcessRecord, RequestRecord
+from lem.record import (
+    ENERGY_OWNER,
+    CodedWarning,
+    DeviceState,
+    DeviceWindow,
+    EnergyReading,
+    ProcessRecord,
+    RequestRecord,
+)
 
 SHORT_WINDOW_S = 5.0
 FEW_TICKS = 50
@@ -42,6 +50,14 @@ PERCENTILE_CERTAINTY = 0.95
 IDLE_TOLERANCE = 0.01
 # A window is uncertain by up to a tick at each of its edges.
 EDGE_TICKS = 2
+# Clocks held down for a smaller share of the window change nothing.
+THROTTLED_LEAST = 0.01
+# The reasons that the driver also counts, by policy.
+COUNTED_AS = {
+    "sw_power_cap": "power",
+    "sw_thermal_slowdown": "thermal",
+    "hw_thermal_slowdown": "thermal",
+}
 # Limits set by the user or the operator are not throttling.
 NOT_THROTTLING = frozenset({"applications_clocks_setting", "sync_boost"})
 
@@ -69,11 +85,14 @@ WARNINGS: dict[str, WarningKind] = {
         "Run longer, so that the error at the edges of the window becomes small.",
     ),
     "counter_trace_mismatch": WarningKind(
-        "The energy counter and the integral of the power trace differ by more than 5 %.",
+        f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} and what "
+        "the trace may miss at the window's edges: how far back its samples reach (0.2 s, or 1.2 s if the driver "
+        "averages, and one sampling period) as a share of the window.",
         "Check the trace for a changing load, and repeat; on a module (GH200) the two may cover different components.",
     ),
     "throttled": WarningKind(
-        "The driver reported reduced GPU clocks before or after the window.",
+        f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, by its own "
+        "counters or in samples taken during the window; if it reports neither, before or after the window.",
         "Cool the machine, raise the power limit, or lock the clocks at a lower frequency.",
     ),
     "foreign_process": WarningKind(
@@ -379,7 +398,8 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
             continue
         ratio = r.trace_energy_j / r.energy_j
-        if abs(ratio - 1) > TRACE_TOLERANCE:
+        # A step of power at an edge is seen that much late.
+        if abs(ratio - 1) > TRACE_TOLERANCE + (r.trace_reach_s or 0.0) / duration_s:
             yield warning(
                 "counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter's energy."
             )
@@ -457,15 +477,10 @@ def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
-    if record.environment is None:
-        return
-    before, after = record.environment.devices_before, record.environment.devices_after
-    for state in (*before, *after):
-        reasons = [reason for reason in state.throttle_reasons or () if reason not in NOT_THROTTLING]
-        if reasons:
-            yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}.")
-        for process in state.foreign_processes or ():
-            yield warning("foreign_process", f"{state.uuid}: process {process.pid} ({process.name or 'unnamed'}).")
+    here = record.environment
+    before, after = (here.devices_before, here.devices_after) if here is not None else ((), ())
+    yield from _of_throttling(record.devices_during, (*before, *after))
+    yield from _of_strangers((*before, *record.devices_during, *after))
     for first, last in zip(before, after, strict=False):
         if first.temperature_c is None or last.temperature_c is None:
             continue
@@ -473,6 +488,38 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
         if abs(drift) > TEMPERATURE_DRIFT_C:
             text = f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
             yield warning("temperature_drift", text)
+
+
+def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
+    """Yield what held clocks down in the window; for GPUs that were not watched then, before or after it."""
+    for window in during:
+        if held := _held_down(window):
+            yield warning("throttled", f"{window.uuid}: {', '.join(held)} of the window.")
+    watched = {window.uuid for window in during if window.throttled_s is not None or window.reasons is not None}
+    for state in outside:
+        reasons = [reason for reason in state.throttle_reasons or () if reason not in NOT_THROTTLING]
+        if reasons and state.uuid not in watched:
+            yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}.")
+
+
+def _of_strangers(devices: Sequence[DeviceState | DeviceWindow]) -> Iterator[CodedWarning]:
+    """Yield each process that is not of this run, once, whenever it was seen."""
+    names: dict[tuple[str, int], str | None] = {}
+    for device in devices:
+        for process in device.foreign_processes or ():
+            names.setdefault((device.uuid, process.pid), process.name)
+    for (uuid, pid), name in names.items():
+        yield warning("foreign_process", f"{uuid}: process {pid} ({name or 'unnamed'}).")
+
+
+def _held_down(window: DeviceWindow) -> list[str]:
+    """Return what held a GPU's clocks down, each with its share of the window."""
+    counted_s = window.throttled_s
+    shares = {} if counted_s is None else {name: min(s / window.duration_s, 1.0) for name, s in counted_s.items()}
+    for reason, share in (window.reasons or {}).items():
+        if reason not in NOT_THROTTLING and (counted_s is None or reason not in COUNTED_AS):
+            shares[reason] = share
+    return [f"{name} for {share:.0%}" for name, share in shares.items() if share >= THROTTLED_LEAST]
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:

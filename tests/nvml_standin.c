@@ -13,7 +13,10 @@
  *   device I power ramp FROM_W TO_W PERIOD_S         a sawtooth
  *   device I power square LOW_W HIGH_W FREQUENCY_HZ  low in the first half of a period, high in the second
  *   device I average_s S                   nvmlDeviceGetPowerUsage is the mean of the last S seconds (default 0: now)
- *   device I tick_ms MS                    the energy counter advances at multiples of MS only (0: continuously)
+ *   device I power_update_ms MS            both power values are those at the last multiple of MS (default 0: now)
+ *   device I tick_ms MS [PHASE_MS]         the energy counter advances at PHASE_MS + multiples of MS (0: continuously)
+ *   device I counter_ms MS                 reading the counter takes MS; the value is that in the middle
+ *   counters_in_turn                       only one counter at a time is read, as with a driver that has one lock
  *   device I no_counter                    these three are NOT_SUPPORTED: the energy counter,
  *   device I no_power                      nvmlDeviceGetPowerUsage,
  *   device I no_instant                    the field NVML_FI_DEV_POWER_INSTANT
@@ -24,16 +27,20 @@
  *   device I max_clocks SM_MHZ MEMORY_MHZ
  *   device I power_limit W [DEFAULT_W]
  *   device I persistence 0|1
- *   device I throttle MASK [AFTER_S]       clocks-event reasons, from AFTER_S seconds after nvmlInit on
+ *   device I throttle MASK [AFTER_S [UNTIL_S]]   clocks-event reasons, from AFTER_S to UNTIL_S seconds after nvmlInit
+ *   device I violation FIELD SHARE         the field NVML_FI_DEV_PERF_POLICY_… of that number (74 to 81) counts SHARE
+ *                                          seconds a second while throttle holds
  *   device I ecc 0|1|none
  *   device I compute_capability MAJOR MINOR
  *   device I process PID|self MIB|- [NAME] repeatable: a compute process; self is the calling one, - is not available
+ *   device I visitor FROM_S UNTIL_S PID|self MIB|- [NAME]   the same, only between these times after nvmlInit
  *   device I mig PROFILE MIB               repeatable: puts the device into MIG mode and adds an instance
  *
  * Power is a function of CLOCK_MONOTONIC in seconds (Python's time.monotonic), phase 0 at clock 0. The counter at
  * time t is the integral of power from 0 to floor(t / tick) * tick, in mJ, rounded down. Device I has the UUID
  * GPU-0000000I; its MIG instance K, counted from 0, has MIG-I-K and the name "<device's name> MIG <profile>".
  */
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,26 +52,29 @@ enum {
     DRIVER_NOT_LOADED = 9, GPU_IS_LOST = 15, VERSION_MISMATCH = 25
 };
 enum { MAX_GPUS = 16, MAX_INSTANCES = 7, MAX_PROCESSES = 8, MAX_UNSUPPORTED = 16, POWER_INSTANT = 186 };
+enum { FIRST_POLICY = 74, LAST_POLICY = 81 };
 enum { CLOCK_GRAPHICS, CLOCK_SM, CLOCK_MEMORY };
 static const unsigned long long MIB = 1ULL << 20, NOT_AVAILABLE = ~0ULL;
 static const double NEVER_S = 1e18;
 
 typedef enum { CONSTANT, RAMP, SQUARE } shape_t;
 typedef struct { shape_t shape; double low_w, high_w, period_s; } curve_t;
-typedef struct { unsigned pid; unsigned long long used; char name[64]; } process_t;
+typedef struct { unsigned pid; unsigned long long used; char name[64]; double from_s, until_s; } process_t;
 typedef struct device {
     struct device *parent; /* of a MIG instance; NULL for a physical GPU */
     int index, instance_count, process_count, unsupported_count;
     char uuid[32], name[96], unsupported[MAX_UNSUPPORTED][64];
     unsigned long long total, used, throttle;
     curve_t power;
-    double average_s, tick_ms, lost_after_s, throttle_after_s, limit_w, default_limit_w;
+    double average_s, power_update_ms, tick_ms, tick_phase_ms, counter_ms, lost_after_s, limit_w, default_limit_w;
+    double throttle_after_s, throttle_until_s, violations[LAST_POLICY - FIRST_POLICY + 1];
     int no_instant, temperature, sm_mhz, memory_mhz, max_sm_mhz, max_memory_mhz, persistence, ecc, major, minor;
     process_t processes[MAX_PROCESSES];
 } device_t;
 
 static device_t gpus[MAX_GPUS], instances[MAX_GPUS][MAX_INSTANCES];
-static int gpu_count = 1, highest_described = -1, cuda_version = 13000, init_fails, users;
+static int gpu_count = 1, highest_described = -1, cuda_version = 13000, init_fails, users, in_turn;
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
 static char driver_version[80] = "580.65.06";
 static double started_s, counter_reset_after_s = NEVER_S;
 
@@ -75,6 +85,16 @@ static double now_s(void) {
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 static int passed(double after_s) { return after_s < NEVER_S && now_s() - started_s >= after_s; }
+
+/* How long the device has been throttled by now. */
+static double throttled_s(const device_t *d) {
+    double t = now_s() - started_s, until = t < d->throttle_until_s ? t : d->throttle_until_s;
+    return until > d->throttle_after_s ? until - d->throttle_after_s : 0;
+}
+static unsigned long long throttle_reasons(const device_t *d) {
+    double t = now_s() - started_s;
+    return t >= d->throttle_after_s && t < d->throttle_until_s ? d->throttle : 0;
+}
 
 static double power_w(const curve_t *p, double t) {
     double phase = p->shape == CONSTANT ? 0 : t / p->period_s - (long long)(t / p->period_s);
@@ -90,15 +110,30 @@ static double energy_j(const curve_t *p, double t) {
     double in_second_half = rest > p->period_s / 2 ? rest - p->period_s / 2 : 0;
     return whole + p->low_w * (rest - in_second_half) + p->high_w * in_second_half;
 }
-static unsigned long long counter_mj(const device_t *d) {
-    double t = now_s(), tick_s = d->tick_ms / 1e3;
-    double at = tick_s > 0 ? (double)(long long)(t / tick_s) * tick_s : t;
+static double at_last(double t, double step_ms) {
+    return step_ms > 0 ? (double)(long long)(t * 1e3 / step_ms) * step_ms / 1e3 : t;
+}
+static void sleep_ms(double ms) {
+    struct timespec t = { (time_t)(ms / 1e3), (long)((ms / 1e3 - (time_t)(ms / 1e3)) * 1e9) };
+    if (ms > 0) nanosleep(&t, NULL);
+}
+static unsigned long long counted_mj(const device_t *d) {
+    double t = now_s(), phase_s = d->tick_phase_ms / 1e3;
+    double at = at_last(t - phase_s, d->tick_ms) + phase_s;
     double since = passed(counter_reset_after_s) ? started_s + counter_reset_after_s : 0;
     return at <= since ? 0 : (unsigned long long)(1e3 * (energy_j(&d->power, at) - energy_j(&d->power, since)));
 }
+static unsigned long long counter_mj(const device_t *d) {
+    if (in_turn) pthread_mutex_lock(&turn);
+    sleep_ms(d->counter_ms / 2);
+    unsigned long long value = counted_mj(d);
+    sleep_ms(d->counter_ms / 2);
+    if (in_turn) pthread_mutex_unlock(&turn);
+    return value;
+}
 static unsigned milli(double w) { return (unsigned)(w * 1e3 + 0.5); }
 static unsigned mean_power_mw(const device_t *d) {
-    double t = now_s(), a = d->average_s;
+    double t = at_last(now_s(), d->power_update_ms), a = d->average_s;
     double w = a > 0 ? (energy_j(&d->power, t) - energy_j(&d->power, t - a)) / a : power_w(&d->power, t);
     return milli(w);
 }
@@ -113,6 +148,8 @@ static void defaults(void) {
             .max_memory_mhz = 1593, .persistence = 1, .ecc = 1, .major = 9, .minor = 0,
         };
         snprintf(gpus[i].uuid, sizeof gpus[i].uuid, "GPU-%08d", i);
+        gpus[i].throttle_until_s = NEVER_S;
+        for (int k = 0; k <= LAST_POLICY - FIRST_POLICY; k++) gpus[i].violations[k] = -1; /* not supported */
     }
 }
 static int set_power(device_t *d, const char *text) {
@@ -126,7 +163,14 @@ static int set_power(device_t *d, const char *text) {
 static int set_throttle(device_t *d, const char *text) {
     char *rest;
     d->throttle = strtoull(text, &rest, 0); /* decimal or 0x… */
-    return rest != text && (*rest == 0 || sscanf(rest, "%lf", &d->throttle_after_s) == 1);
+    return rest != text && (*rest == 0 || sscanf(rest, "%lf %lf", &d->throttle_after_s, &d->throttle_until_s) >= 1);
+}
+static int set_violation(device_t *d, const char *text) {
+    int field;
+    double share;
+    if (sscanf(text, "%d %lf", &field, &share) != 2 || field < FIRST_POLICY || field > LAST_POLICY) return 0;
+    d->violations[field - FIRST_POLICY] = share;
+    return 1;
 }
 static int set_ecc(device_t *d, const char *text) {
     if (strcmp(text, "none") != 0) return sscanf(text, "%d", &d->ecc);
@@ -150,14 +194,21 @@ static int add_unsupported(device_t *d, const char *symbol) {
     snprintf(d->unsupported[d->unsupported_count++], sizeof d->unsupported[0], "%s", symbol);
     return *symbol != 0;
 }
-static int add_process(device_t *d, const char *text) {
+static int add_process(device_t *d, const char *text, double from_s, double until_s) {
     char pid[16], mib[24];
     if (d->process_count == MAX_PROCESSES) return 0;
     process_t *p = &d->processes[d->process_count++];
     if (sscanf(text, "%15s %23s %63[^\n]", pid, mib, p->name) < 2) return 0;
     p->pid = strcmp(pid, "self") == 0 ? (unsigned)getpid() : (unsigned)atoi(pid);
     p->used = strcmp(mib, "-") == 0 ? NOT_AVAILABLE : strtoull(mib, NULL, 10) * MIB;
+    p->from_s = from_s;
+    p->until_s = until_s;
     return p->pid > 0;
+}
+static int add_visitor(device_t *d, const char *text) {
+    double from_s, until_s;
+    int at = 0;
+    return sscanf(text, "%lf %lf %n", &from_s, &until_s, &at) == 2 && add_process(d, text + at, from_s, until_s);
 }
 static int add_instance(device_t *d, const char *text) {
     char profile[32];
@@ -174,7 +225,9 @@ static int set_device(device_t *d, const char *key, const char *text) {
     if (!strcmp(key, "memory_mib")) return set_memory(d, text);
     if (!strcmp(key, "power")) return set_power(d, text);
     if (!strcmp(key, "average_s")) return sscanf(text, "%lf", &d->average_s);
-    if (!strcmp(key, "tick_ms")) return sscanf(text, "%lf", &d->tick_ms);
+    if (!strcmp(key, "tick_ms")) return sscanf(text, "%lf %lf", &d->tick_ms, &d->tick_phase_ms) >= 1;
+    if (!strcmp(key, "power_update_ms")) return sscanf(text, "%lf", &d->power_update_ms);
+    if (!strcmp(key, "counter_ms")) return sscanf(text, "%lf", &d->counter_ms);
     if (!strcmp(key, "no_counter")) return add_unsupported(d, "nvmlDeviceGetTotalEnergyConsumption");
     if (!strcmp(key, "no_power")) return add_unsupported(d, "nvmlDeviceGetPowerUsage");
     if (!strcmp(key, "no_instant")) return d->no_instant = 1;
@@ -188,7 +241,9 @@ static int set_device(device_t *d, const char *key, const char *text) {
     if (!strcmp(key, "throttle")) return set_throttle(d, text);
     if (!strcmp(key, "ecc")) return set_ecc(d, text);
     if (!strcmp(key, "compute_capability")) return sscanf(text, "%d %d", &d->major, &d->minor) == 2;
-    if (!strcmp(key, "process")) return add_process(d, text);
+    if (!strcmp(key, "process")) return add_process(d, text, 0, NEVER_S);
+    if (!strcmp(key, "visitor")) return add_visitor(d, text);
+    if (!strcmp(key, "violation")) return set_violation(d, text);
     if (!strcmp(key, "mig")) return add_instance(d, text);
     return 0;
 }
@@ -199,6 +254,7 @@ static int set_line(const char *line) {
     if (sscanf(line, "cuda %d", &cuda_version) == 1) return 1;
     if (sscanf(line, "devices %d", &gpu_count) == 1) return gpu_count >= 0 && gpu_count <= MAX_GPUS;
     if (sscanf(line, "init_fails %d", &init_fails) == 1) return 1;
+    if (!strcmp(line, "counters_in_turn")) return in_turn = 1;
     if (sscanf(line, "counter_reset_after_s %lf", &counter_reset_after_s) == 1) return 1;
     if (sscanf(line, "device %d %31s %n", &i, key, &at) < 2 || i < 0 || i >= MAX_GPUS) return 0;
     if (i > highest_described) highest_described = i;
@@ -403,11 +459,15 @@ typedef struct {
 int nvmlDeviceGetFieldValues(device_t *device, int count, field_t *fields) {
     ANY(device);
     for (field_t *field = fields; field < fields + count; field++) {
-        field->code = field->id == POWER_INSTANT && !device->parent && !device->no_instant ? SUCCESS : NOT_SUPPORTED;
+        int is_power = field->id == POWER_INSTANT && !device->no_instant;
+        int is_policy = field->id >= FIRST_POLICY && field->id <= LAST_POLICY
+                        && device->violations[field->id - FIRST_POLICY] >= 0;
+        field->code = !device->parent && (is_power || is_policy) ? SUCCESS : NOT_SUPPORTED;
         if (field->code != SUCCESS) continue;
         field->timestamp = time(NULL) * 1000000LL;
-        field->type = 1; /* unsigned int */
-        field->value.u = milli(power_w(&device->power, now_s()));
+        field->type = is_power ? 1 : 3; /* unsigned int, unsigned long long */
+        if (is_power) field->value.u = milli(power_w(&device->power, at_last(now_s(), device->power_update_ms)));
+        else field->value.ull = (unsigned long long)(device->violations[field->id - FIRST_POLICY] * throttled_s(device) * 1e9);
     }
     return SUCCESS;
 }
@@ -440,8 +500,8 @@ int nvmlDeviceGetMaxClockInfo(device_t *device, int type, unsigned *mhz) {
     GPU(device);
     return clock_mhz(type, device->max_sm_mhz, device->max_memory_mhz, mhz);
 }
-GETTER(nvmlDeviceGetCurrentClocksEventReasons, unsigned long long, passed(d->throttle_after_s) ? d->throttle : 0)
-GETTER(nvmlDeviceGetCurrentClocksThrottleReasons, unsigned long long, passed(d->throttle_after_s) ? d->throttle : 0)
+GETTER(nvmlDeviceGetCurrentClocksEventReasons, unsigned long long, throttle_reasons(d))
+GETTER(nvmlDeviceGetCurrentClocksThrottleReasons, unsigned long long, throttle_reasons(d))
 GETTER(nvmlDeviceGetPersistenceMode, int, d->persistence)
 int nvmlDeviceGetEccMode(device_t *device, int *current, int *pending) {
     GPU(device);
@@ -452,11 +512,15 @@ int nvmlDeviceGetEccMode(device_t *device, int *current, int *pending) {
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } process_info_t;
 int nvmlDeviceGetComputeRunningProcesses_v3(device_t *device, unsigned *count, process_info_t *infos) {
     ANY(device);
-    unsigned room = *count, needed = device->process_count;
+    unsigned room = *count, needed = 0, at = 0;
+    double t = now_s() - started_s;
+    const process_t *present[MAX_PROCESSES];
+    for (int i = 0; i < device->process_count; i++)
+        if (t >= device->processes[i].from_s && t < device->processes[i].until_s)
+            present[needed++] = &device->processes[i];
     *count = needed;
     if (needed > room || (needed && !infos)) return INSUFFICIENT_SIZE;
-    for (unsigned i = 0; i < needed; i++)
-        infos[i] = (process_info_t){ device->processes[i].pid, device->processes[i].used, ~0u, ~0u };
+    for (; at < needed; at++) infos[at] = (process_info_t){ present[at]->pid, present[at]->used, ~0u, ~0u };
     return SUCCESS;
 }
 int nvmlDeviceGetComputeRunningProcesses_v2(device_t *device, unsigned *count, process_info_t *infos) {

@@ -22,7 +22,7 @@ SONAME = "libnvidia-ml.so.1"
 def build(folder: Path) -> Path:
     """Compile the stand-in into the folder and return the library."""
     library = folder / SONAME
-    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror", f"-Wl,-soname,{SONAME}"]
+    flags = ["-shared", "-fPIC", "-pthread", "-O2", "-Wall", "-Werror", f"-Wl,-soname,{SONAME}"]
     subprocess.run(["gcc", *flags, "-o", str(library), str(SOURCE)], check=True)
     return library
 

@@ -9,6 +9,7 @@ from lem import warning_codes
 from lem.record import (
     CpuLoad,
     DeviceState,
+    DeviceWindow,
     EnergyReading,
     EngineInfo,
     Environment,
@@ -100,6 +101,63 @@ def test_a_good_measurement_has_no_warning():
 )
 def test_each_cause_has_its_warning(made, code):
     assert code in codes(made)
+
+
+WINDOW = DeviceWindow("GPU-0", 20.0, throttled_s={}, reasons={}, foreign_processes=())
+
+
+@pytest.mark.parametrize(
+    ("during", "said"),
+    [
+        ({"throttled_s": {"power": 9.65, "thermal": 0.5}}, ["GPU-0: power for 48%, thermal for 2% of the window."]),
+        ({"throttled_s": {"power": 20.5}}, ["GPU-0: power for 100% of the window."]),
+        ({"throttled_s": {"power": 0.1}}, []),
+        # The driver's own count is better than samples; what it does not count is sampled.
+        ({"reasons": {"sw_power_cap": 0.5, "hw_slowdown": 0.25}}, ["GPU-0: hw_slowdown for 25% of the window."]),
+        ({"reasons": {"sw_power_cap": 0.5}, "throttled_s": None}, ["GPU-0: sw_power_cap for 50% of the window."]),
+        ({"reasons": {"applications_clocks_setting": 1.0}}, []),
+        ({"reasons": None, "throttled_s": None}, []),
+    ],
+)
+def test_throttling_is_that_of_the_window(during, said):
+    made = record(devices_during=(replace(WINDOW, **during),))
+    assert [w.text for w in warning_codes.of_record(made, []) if w.code == "throttled"] == said
+
+
+def test_what_an_idle_gpu_says_counts_only_where_nothing_watched_the_window():
+    slow = environment(after=replace(COOL, throttle_reasons=("hw_slowdown",)))
+    assert "throttled" not in codes(record(environment=slow, devices_during=(WINDOW,)))
+    assert "throttled" in codes(record(environment=slow, devices_during=(replace(WINDOW, uuid="GPU-1"),)))
+    blind = replace(WINDOW, reasons=None, throttled_s=None)
+    assert "throttled" in codes(record(environment=slow, devices_during=(blind,)))
+
+
+def test_another_process_is_named_once_whenever_it_was_seen():
+    visitor, stayer = ForeignProcess(7, None, None), ForeignProcess(8, None, "x")
+    made = record(
+        environment=environment(*(replace(COOL, foreign_processes=(stayer,)),) * 2),
+        devices_during=(replace(WINDOW, foreign_processes=(visitor, stayer)),),
+    )
+    texts = [w.text for w in warning_codes.of_record(made, []) if w.code == "foreign_process"]
+    assert texts == ["GPU-0: process 8 (x).", "GPU-0: process 7 (unnamed)."]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "duration_s", "reach_s", "warns"),
+    [
+        (0.921, 3.6, 0.25, False),  # an H100 with 10 values a second
+        (0.87, 3.6, 0.25, True),
+        (0.93, 20.0, 0.25, True),
+        (0.945, 60.0, 0.25, True),
+        (0.945, 20.0, 0.25, False),
+        (0.88, 20.0, 1.25, True),
+        (0.90, 10.0, 1.25, False),  # the mean of a second
+        (0.94, 3.6, None, True),
+    ],
+)
+def test_counter_and_trace_may_differ_by_what_the_trace_misses_at_the_edges(ratio, duration_s, reach_s, warns):
+    reading = replace(GPU, trace_energy_j=ratio * GPU.energy_j, trace_reach_s=reach_s)
+    assert ("counter_trace_mismatch" in codes(record([reading], duration_s))) == warns
 
 
 def test_a_limit_that_was_set_is_not_throttling():

@@ -210,7 +210,7 @@ class Openai(Backend):
         """Describe the server, as far as it reports."""
         loaded = needed(self._loaded)
         here = ", ".join(f"cuda:{i}" for i in range(len(self._gpus))) if self._gpus else "cpu"
-        name = self._gpus[0].name if self._gpus else cpu_model()
+        name = self._gpus[0].computing_name if self._gpus else cpu_model()
         by_server = {"end_token_ids": "the server's own"} if self._options.dialect == "openai" else {}
         return EngineInfo(
             backend="openai",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.backends.base import Backend, Begun, Encoded, Generation, needed
-from lem.backends.checkpoint import encode, end_tokens, source_of
+from lem.backends.checkpoint import encode, end_tokens, quantization_of, source_of
 from lem.backends.engine import (
     compilation_warnings,
     compiled_graphs,
@@ -199,6 +199,7 @@ class Pytorch(Backend):
         loaded, wanted = needed(self._loaded), self._experiment.quantization
         found, model = loaded.found, loaded.model
         bits = "8-bit" if wanted.load_in_8bit else f"4-bit {wanted.bnb_4bit_quant_type}"
+        arithmetic = "int8" if wanted.load_in_8bit else wanted.bnb_4bit_compute_dtype
         return ModelInfo(
             name=found.name,
             revision=found.revision,
@@ -208,8 +209,9 @@ class Pytorch(Backend):
             weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             adapter=self._experiment.adapter,
-            quantization=f"bitsandbytes {bits}" if wanted.quantization else None,
             **loaded.fit.recorded,
+            quantization=f"bitsandbytes {bits}" if wanted.quantization else quantization_of(found),
+            arithmetic=arithmetic if wanted.quantization else None,
         )
 
     def engine_info(self) -> EngineInfo:
@@ -312,7 +314,7 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
     torch.cuda.set_device(devices[0])
     for device in devices if metered else ():
         expected, uuid = metered[device.index], str(torch.cuda.get_device_properties(device).uuid)
-        if not expected.mig_uuid and uuid not in expected.uuid:
+        if not expected.is_divided and uuid not in expected.uuid:
             raise RunError(
                 f"CUDA's GPU {device.index} is {uuid}, the driver's is {expected.uuid}. "
                 "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."

@@ -271,7 +271,7 @@ class SessionBackend(Backend, Generic[S]):
             backend=self._experiment.backend.name,
             version=f"{self._versions}, torch {torch.__version__}",
             device=", ".join(f"cuda:{i}" for i in range(self._degree)) if self._on_gpu else "cpu",
-            device_name=self._own_gpus[0].name if self._own_gpus else cpu_model(),
+            device_name=self._own_gpus[0].computing_name if self._own_gpus else cpu_model(),
             settings={**loaded.settings, **prompt_settings(self._experiment, loaded.checkpoint.end_tokens)},
         )
 

@@ -97,7 +97,7 @@ class Vllm(SessionBackend["VllmSession"]):
         if not self._own_gpus:
             return
         used = on_workers(self._loaded.engine, vllm_source.worker_gpu_uuid)
-        strangers = [uuid for uuid in used if not any(gpu.mig_uuid or uuid in gpu.uuid for gpu in self._own_gpus)]
+        strangers = [uuid for uuid in used if not any(gpu.is_divided or uuid in gpu.uuid for gpu in self._own_gpus)]
         if strangers:
             metered = ", ".join(gpu.uuid for gpu in self._own_gpus)
             raise RunError(

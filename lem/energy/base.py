@@ -48,21 +48,23 @@ class Meter(ABC):
     def begin(self) -> None:
         """Open a window."""
 
+    @abstractmethod
     def mark(self) -> None:
-        """Fix the end of the window, for a meter whose `end` must wait for a result; `end` follows at once."""
+        """Fix the end of the window, without waiting; `end` follows. Only the first call for a window counts."""
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
-        """Close the window, at its mark if it has one, and return its energy in joules."""
+        """Close the window, at its mark if it has one, else now, and return its energy in joules."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
         """Return the energy of the open window so far, or None if the meter cannot give it.
 
         This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
-        it never waits, costs well under a millisecond, does not raise for a lost device, and does not change what
-        `end` will return. The readings are those of `end`, device by device. Their energy only grows and is at most
-        that of `end`: it is the value at the sensor's last tick or sample, or null with a reason before the first. One
-        that lags behind by more than a tick says in `covered_s` how far it reaches.
+        it never waits for a sensor's next value, costs no more than one call to the driver (mostly well under a
+        millisecond), does not raise for a lost device, and does not change what `end` will return. The readings are
+        those of `end`, device by device. Their energy only grows and is at most that of `end`: it is the value at the
+        sensor's last tick or sample, or null with a reason before the first. One that lags behind by more than a tick
+        says in `covered_s` how far it reaches.
         """
         return None
 
@@ -74,7 +76,28 @@ class Meter(ABC):
         """Release the sensors; the meter is not used afterwards."""
 
 
-class NoMeter(Meter):
+class ImmediateMeter(Meter):
+    """A meter that knows a window's energy at its end at once."""
+
+    _ended: tuple[EnergyReading, ...] | None = None
+
+    def mark(self) -> None:
+        """Close the window, unless it is closed already."""
+        if self._ended is None:
+            self._ended = self._taken()
+
+    def end(self) -> tuple[EnergyReading, ...]:
+        """Return the energy of the window that is closed, or that is closed now."""
+        readings = self._taken() if self._ended is None else self._ended
+        self._ended = None
+        return readings
+
+    @abstractmethod
+    def _taken(self) -> tuple[EnergyReading, ...]:
+        """Close the window now and return its energy."""
+
+
+class NoMeter(ImmediateMeter):
     """Reads nothing, so that energy is null in the record; for `energy=none`."""
 
     options = ()
@@ -82,8 +105,7 @@ class NoMeter(Meter):
     def begin(self) -> None:
         """Do nothing."""
 
-    def end(self) -> tuple[EnergyReading, ...]:
-        """Return no readings."""
+    def _taken(self) -> tuple[EnergyReading, ...]:
         return ()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
@@ -126,7 +148,7 @@ class CombinedMeter(Meter):
             meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """End in reverse order after marking, so that no other window includes what the first meter waits for."""
+        """End all after marking them, so that no window includes what another meter waits for."""
         self.mark()
         parts = [meter.end() for meter in reversed(self._meters)]
         return tuple(reading for part in reversed(parts) for reading in part)

@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from lem.energy.base import Meter
+from lem.energy.base import ImmediateMeter
 from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
 from lem.record import Component, EnergyReading, Scope, Source
@@ -30,7 +30,7 @@ _WITHOUT = "Use energy=none to run without it."
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
-class CodecarbonMeter(Meter):
+class CodecarbonMeter(ImmediateMeter):
     """Reads codecarbon's offline tracker, with a task for each window."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class CodecarbonMeter(Meter):
         self._tracker.start_task("window")
         self._begun_ns = time.perf_counter_ns()
 
-    def end(self) -> tuple[EnergyReading, ...]:
+    def _taken(self) -> tuple[EnergyReading, ...]:
         """Stop the task and return its CPU and memory energy."""
         data = self._tracker.stop_task()
         return self._readings(

@@ -1,24 +1,25 @@
 """GPU energy from the driver (NVML), per physical GPU: its energy counter, and a power trace alongside it.
 
 `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded, on Volta and newer, and advances
-in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03). The tick is measured when the meter is opened, and a
-window is corrected for the part of a tick at each of its edges: that leaves a second-order error whereas a plain
-difference is off by up to a tick. Power is the instant value if the driver has it (field 186), otherwise
-`nvmlDeviceGetPowerUsage`, a one-second average on Ampere and newer. Without a counter a GPU's energy is the integral
-of the trace. A MIG instance has neither, so its reading is the parent's. On a GH200 the driver's values are those of
-the whole module. Readings are labelled accordingly. Opens no CUDA context.
+in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03), while a call takes 3 ms on an H100 and sometimes 15.
+So readings are kept with the times of their calls, and the counter's value at a window's edge is interpolated between
+the ticks that enclose it (`lem.energy.ticks`); a plain difference would be off by up to a tick at each edge. The GPUs
+are read side by side, because eight calls in a row would read the last GPU long after the first. Power is the
+instant value if the driver has it (field 186), otherwise `nvmlDeviceGetPowerUsage`, a one-second average on Ampere and
+newer. Without a counter a GPU's energy is the integral of the trace. A MIG instance has neither, so its reading is the
+parent's. On a GH200 the driver's values are those of the whole module. Readings are labelled accordingly. Opens no
+CUDA context.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from lem.energy.base import Meter
+from lem.energy.ticks import Counter, Edge
 from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.errors import BadInput
 from lem.machine.gpu import W_PER_MW, Gpu
@@ -26,26 +27,15 @@ from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
 from lem.spec.experiment import Energy
 from lem.spec.rules import Objection
-from lem.units import NS_PER_S
 
 COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 J_PER_MJ = 1e-3
 MODULES = ("GH200",)
-# Enough for five ticks of 100 ms.
-LEARN_TICK_S = 0.6
-# Longest wait for a tick at a window's edge; there is none for counters without a known tick.
-EDGE_WAIT_S = 0.3
-POLL_S = 0.001
-
-
-@dataclass(frozen=True)
-class Edge:
-    """The counter at a point in time, interpolated if the tick is known; `counter_mj` is the value read."""
-
-    energy_mj: float | None
-    reason: str | None = None
-    counter_mj: int | None = None
+# The driver renews its power values every 0.1 s, the instant one at times every 0.2 s (H100, measured 2026-11-26).
+POWER_UPDATE_S = 0.2
+# What nvmlDeviceGetPowerUsage averages over (same GPU: it rises for 1.0 s after a step of power).
+POWER_AVERAGE_S = 1.0
 
 
 class NvmlMeter(Meter):
@@ -60,7 +50,10 @@ class NvmlMeter(Meter):
         self._lib: Any = None
         self._devices: list[Device] = []
         self._sampler: Sampler | None = None
-        self._begun: list[Edge] = []
+        self._pool: ThreadPoolExecutor | None = None
+        # Readings that are being taken around the window's edges.
+        self._pending: list[Future[None]] = []
+        self._begun: list[Edge] | None = None
         self._begun_ns = 0
         self._traced: RunningIntegral | None = None
         self._is_settled = False
@@ -91,66 +84,74 @@ class NvmlMeter(Meter):
             self._devices = [Device(pynvml, gpu) for gpu in self._gpus]
         except pynvml.NVMLError as error:
             raise BadInput(f"The NVIDIA driver does not answer ({error}); see what nvidia-smi says.") from None
-        learn_ticks(self._devices)
+        # Two for each: in a short window, the readings around both edges overlap.
+        self._pool = ThreadPoolExecutor(2 * len(self._devices), thread_name_prefix="nvml")
+        _finish(self._on_each(lambda device: device.counter.learn()))
         self._sampler = Sampler(self._sample, self._power_hz)
         self._sampler.start()
 
     def settle(self) -> None:
-        """Wait for each counter's next tick, so that the window begins when the counter's value is known."""
-        wait_for_ticks(self._devices, keep_polling=True)
+        """See a tick of each counter, so that the ticks around the window's beginning are known."""
+        if self._is_settled:
+            return
+        _finish(self._on_each(lambda device: device.counter.watch()))
         self._is_settled = True
 
     def begin(self) -> None:
-        """Note the counters, just after a tick of each."""
+        """Note the time; each counter is read at once and after its next two ticks, without waiting here."""
         assert self._sampler is not None
-        if not self._is_settled:
-            self.settle()
-        for device in self._devices:
-            device.poll()  # time may have passed since it settled
-        self._is_settled, self._marked_ns = False, None
+        self.settle()
+        self._is_settled, self._marked_ns, self._begun = False, None, None
         seen = self._sampler.count
         self._sampler.sample_now()
+        self._pending = self._on_each(lambda device: device.counter.follow())
+        # Last, because the caller's clock starts when this returns.
         self._begun_ns = time.perf_counter_ns()
-        self._begun = [device.extrapolated(self._begun_ns) for device in self._devices]
         self._traced = RunningIntegral(self._sampler, seen, self._begun_ns)
 
     def mark(self) -> None:
-        """Note the time, the counters and the power."""
+        """Note the time and the power; each counter is read at once and until its next tick, without waiting here."""
         assert self._sampler is not None
+        if self._marked_ns is not None:
+            return
         self._marked_ns = time.perf_counter_ns()
-        for device in self._devices:
-            device.poll()
+        self._pending += self._on_each(lambda device: device.counter.watch_end())
         self._sampler.sample_now()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Return each GPU's energy since `begin`; waits, after the window, for the next tick to interpolate."""
+        """Return each GPU's energy since `begin`; waits, after the window, for the two ticks after its end."""
         assert self._sampler is not None
-        if self._marked_ns is None:
-            self.mark()
+        self.mark()
         assert self._marked_ns is not None
-        wait_for_ticks(self._devices, keep_polling=False)
+        _finish(self._pending)
+        begun = self._begun or self._edges(self._begun_ns)
+        ended = [
+            device.counter.at(self._marked_ns, edge, self._begun_ns)
+            for device, edge in zip(self._devices, begun, strict=True)
+        ]
         samples = self._sampler.samples()
         traces = [[sample for sample in samples if sample.device == gpu.uuid] for gpu in self._gpus]
-        return tuple(
-            self._reading(
-                device, begun, device.interpolated(self._marked_ns), integral_j(own, self._begun_ns, self._marked_ns)
-            )
-            for device, begun, own in zip(self._devices, self._begun, traces, strict=True)
-        )
+        integrals_j = [integral_j(own, self._begun_ns, self._marked_ns) for own in traces]
+        return tuple(map(self._reading, self._devices, begun, ended, integrals_j))
 
     def so_far(self) -> tuple[EnergyReading, ...]:
         """Return each counter's increase up to its last tick, and the trace's integral up to its last sample.
 
-        Makes one call to the driver for each GPU that has a counter, and does not wait for a tick.
+        Makes one call to the driver for each GPU that has a counter, all at the same time, and does not wait for a
+        tick.
         """
         assert self._traced is not None
         traced_j = self._traced.up_to_now()
+        is_begun = all(each.done() for each in self._pending)
+        if is_begun:
+            self._begun = self._begun or self._edges(self._begun_ns)
+            _finish(self._on_each(lambda device: device.counter.poll()))
+        begun = self._begun or [Edge(None, "its first tick has not come yet")] * len(self._devices)
         readings = []
-        for device, begun in zip(self._devices, self._begun, strict=True):
-            device.poll()
+        for device, edge in zip(self._devices, begun, strict=True):
             # If the GPU has stopped answering, its trace ends in the past.
             trace_j = None if device.power_reason else traced_j.get(device.gpu.uuid) or None
-            readings.append(self._reading(device, begun, device.ticked_since(begun), trace_j))
+            readings.append(self._reading(device, edge, device.counter.last_since(edge), trace_j))
         return tuple(readings)
 
     def trace(self) -> list[PowerSample]:
@@ -161,15 +162,30 @@ class NvmlMeter(Meter):
         """Stop the trace and release NVML."""
         if self._sampler is not None:
             self._sampler.stop()
+        if self._pool is not None:
+            self._pool.shutdown()
         if self._lib is not None:
             self._lib.nvmlShutdown()
             self._lib = None
 
+    def _on_each(self, act: Callable[[Device], object]) -> list[Future[None]]:
+        """Begin to do something with all devices that have a counter, side by side."""
+        assert self._pool is not None
+
+        def quietly(device: Device) -> None:
+            act(device)
+
+        return [self._pool.submit(quietly, device) for device in self._devices if device.has_counter]
+
+    def _edges(self, at_ns: int) -> list[Edge]:
+        return [device.counter.at(at_ns) for device in self._devices]
+
     def _sample(self) -> Iterable[PowerSample]:
         for device in self._devices:
+            asked_ns = time.perf_counter_ns()
             power_w = device.power_w()
             if power_w is not None:
-                yield PowerSample(time.perf_counter_ns(), "gpu", device.gpu.uuid, power_w)
+                yield PowerSample((asked_ns + time.perf_counter_ns()) // 2, "gpu", device.gpu.uuid, power_w)
 
     def _reading(self, device: Device, begun: Edge, ended: Edge, trace_j: float | None) -> EnergyReading:
         uuid = device.gpu.uuid
@@ -177,10 +193,10 @@ class NvmlMeter(Meter):
         if device.has_counter:
             energy_j, reason = _increase_j(begun, ended)
             reason = f"the energy counter of {uuid}: {reason}"
-            method, resolution_j, resolution_s = COUNTER, J_PER_MJ, device.tick_s
+            method, resolution_j, resolution_s = COUNTER, J_PER_MJ, device.counter.tick_s
         else:
             energy_j, unread = trace_j, device.power_reason or "no sample at an edge of the window"
-            reason = f"{uuid}: no counter ({begun.reason}), no power ({unread})"
+            reason = f"{uuid}: no counter ({device.counter.reason}), no power ({unread})"
             method = f"integral of {device.power_method}, {self._power_hz:g} Hz: this GPU has no energy counter"
             resolution_s = 1 / self._power_hz
         return EnergyReading(
@@ -194,7 +210,14 @@ class NvmlMeter(Meter):
             resolution_s=resolution_s,
             trace_energy_j=trace_j,
             reason=None if energy_j is not None else reason,
+            trace_reach_s=None if trace_j is None else device.power_reach_s + 1 / self._power_hz,
         )
+
+
+def _finish(tasks: Iterable[Future[None]]) -> None:
+    """Wait until tasks are done; raises what they raised."""
+    for task in tasks:
+        task.result()
 
 
 def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
@@ -209,28 +232,21 @@ def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
 
 
 class Device:
-    """One GPU's counter and power, with the counter's last two observed ticks."""
+    """One GPU's counter and power."""
 
     def __init__(self, lib: Any, gpu: Gpu) -> None:
         self.gpu = gpu
-        self.tick_s: float | None = None
         self._lib = lib
         self._handle = lib.nvmlDeviceGetHandleByUUID(gpu.uuid)
-        self._value_mj: int | None = None
-        self._before_mj: int | None = None
-        self._ticked_ns: int | None = None
-        self._polled_ns = 0
-        self._polled_mj: int | None = None
-        self._unpolled_s = 0.0
-        self._reason: str | None = None
-        self.power_reason: str | None = None
+        self.counter = Counter(self._energy_mj, lib.NVMLError)
         self.has_counter = self._counter_exists()
+        self.power_reason: str | None = None
         self._instant = self._has_instant_power()
 
     @property
     def scope(self) -> Any:
         """`shared_device` if only an instance of the GPU is in use."""
-        return "shared_device" if self.gpu.mig_uuid else "device"
+        return "shared_device" if self.gpu.is_divided else "device"
 
     @property
     def component(self) -> Component:
@@ -242,64 +258,18 @@ class Device:
         """The name of the driver's power value that is read."""
         return "NVML_FI_DEV_POWER_INSTANT" if self._instant else "nvmlDeviceGetPowerUsage"
 
-    def _counter_exists(self) -> bool:
-        try:
-            self._value_mj = int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._lib.NVMLError as error:
-            self._reason = str(error)
-            return not isinstance(error, self._lib.NVMLError_NotSupported)
-        return True
-
-    def poll(self) -> bool:
-        """Read the counter; return whether it has advanced, and remember when."""
-        if not self.has_counter:
-            return False
-        try:
-            value = int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._lib.NVMLError as error:
-            self._reason, self._polled_mj = str(error), None
-            return False
-        now_ns = time.perf_counter_ns()
-        unpolled_s = (now_ns - self._polled_ns) / NS_PER_S
-        self._reason, self._polled_ns, self._polled_mj = None, now_ns, value
-        if value == self._value_mj:
-            return False
-        self._before_mj, self._value_mj, self._ticked_ns = self._value_mj, value, now_ns
-        self._unpolled_s = unpolled_s
-        return True
-
     @property
-    def readable(self) -> bool:
-        """True when the last reading succeeded."""
-        return self._reason is None
+    def power_reach_s(self) -> float:
+        """How far back the power may lie that a value reports: what it averages over, and the driver's update."""
+        return POWER_UPDATE_S if self._instant else POWER_AVERAGE_S + POWER_UPDATE_S
 
-    def extrapolated(self, at_ns: int) -> Edge:
-        """Return the counter just after a tick: the tick's value, extrapolated at the rate of the step before it."""
-        if self._polled_mj is None or self._value_mj is None:
-            return Edge(None, self._reason or "it was not read")
-        if not self.tick_s or self._before_mj is None or self._ticked_ns is None or self._unpolled_s > self.tick_s:
-            # The last step may span several ticks, as none came during the wait.
-            return Edge(float(self._value_mj), counter_mj=self._value_mj)
-        rate = (self._value_mj - self._before_mj) / self.tick_s
-        since_s = min((at_ns - self._ticked_ns) / NS_PER_S, self.tick_s)
-        return Edge(self._value_mj + rate * since_s, counter_mj=self._value_mj)
+    def _energy_mj(self) -> int:
+        return int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
-    def interpolated(self, at_ns: int) -> Edge:
-        """Return the counter at a point in time within the step that has just ended."""
-        if self._polled_mj is None or self._value_mj is None:
-            return Edge(None, self._reason or "it was not read")
-        if not self.tick_s or self._before_mj is None or self._ticked_ns is None:
-            return Edge(float(self._value_mj))
-        share = 1 - (self._ticked_ns - at_ns) / NS_PER_S / self.tick_s
-        return Edge(self._before_mj + (self._value_mj - self._before_mj) * min(max(share, 0.0), 1.0))
-
-    def ticked_since(self, begun: Edge) -> Edge:
-        """Return the counter as last read, without a value until it has advanced since `begun`."""
-        if self._polled_mj is None or self._value_mj is None:
-            return Edge(None, self._reason or "it was not read")
-        if self._value_mj == begun.counter_mj:
-            return Edge(None, "it has not advanced yet")
-        return Edge(float(self._value_mj))
+    def _counter_exists(self) -> bool:
+        """Read the counter once; one that fails for another reason than being absent is null later on, with it."""
+        self.counter.poll()
+        return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
 
     def power_w(self) -> float | None:
         """Return the current power, or None when it cannot be read; `power_reason` then says why."""
@@ -326,35 +296,3 @@ class Device:
         except self._lib.NVMLError:
             return False
         return True
-
-
-def learn_ticks(devices: Sequence[Device]) -> None:
-    """Poll the counters briefly and set each device's tick to the median time between its advances."""
-    seen: dict[str, list[int]] = {device.gpu.uuid: [] for device in devices}
-    until_ns = time.perf_counter_ns() + int(LEARN_TICK_S * NS_PER_S)
-    while time.perf_counter_ns() < until_ns:
-        for device in devices:
-            if device.has_counter and device.poll():
-                seen[device.gpu.uuid].append(time.perf_counter_ns())
-        time.sleep(POLL_S)
-    for device in devices:
-        times = seen[device.gpu.uuid]
-        gaps = [(later - earlier) / NS_PER_S for earlier, later in itertools.pairwise(times)]
-        device.tick_s = statistics.median(gaps) if len(gaps) >= 2 else None
-
-
-def wait_for_ticks(devices: Sequence[Device], *, keep_polling: bool) -> None:
-    """Poll until each counter with a known tick has advanced once.
-
-    With `keep_polling`, those that have advanced are polled further, so that all end up to date; otherwise each stays
-    at its first advance.
-    """
-    for device in devices:
-        device.poll()
-    waiting = {device for device in devices if device.tick_s and device.readable}
-    until_ns = time.perf_counter_ns() + int(EDGE_WAIT_S * NS_PER_S)
-    while waiting and time.perf_counter_ns() < until_ns:
-        time.sleep(POLL_S)
-        for device in devices if keep_polling else list(waiting):
-            if device.poll() or not device.readable:
-                waiting.discard(device)

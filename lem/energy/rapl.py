@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lem.energy.base import Meter
+from lem.energy.base import ImmediateMeter
 from lem.errors import BadInput
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
@@ -64,7 +64,7 @@ class Zone:
         return int((self.directory / "max_energy_range_uj").read_text())
 
 
-class RaplMeter(Meter):
+class RaplMeter(ImmediateMeter):
     """Reads the energy counters of all packages and their DRAM zones.
 
     `poll_s` is the time between two readings of the counters while a window is open; it must be shorter than a counter
@@ -116,7 +116,7 @@ class RaplMeter(Meter):
             for counter in self._counters:
                 counter.start()
 
-    def end(self) -> tuple[EnergyReading, ...]:
+    def _taken(self) -> tuple[EnergyReading, ...]:
         """Return the counters' increase since `begin`, packages first."""
         with self._lock:
             self._window_is_open = False

@@ -13,7 +13,7 @@ from typing import get_args
 
 import numpy as np
 
-from lem.energy.base import Meter
+from lem.energy.base import ImmediateMeter
 from lem.errors import BadInput
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
@@ -25,7 +25,7 @@ from lem.units import NS_PER_S
 Trace = tuple[np.ndarray, np.ndarray]
 
 
-class ReplayMeter(Meter):
+class ReplayMeter(ImmediateMeter):
     """Integrates a recorded trace over each window."""
 
     def __init__(self, trace: str | None, clock_ns: Callable[[], int] = time.perf_counter_ns) -> None:
@@ -62,7 +62,7 @@ class ReplayMeter(Meter):
         """Note the time."""
         self._begun_ns = self._clock_ns()
 
-    def end(self) -> tuple[EnergyReading, ...]:
+    def _taken(self) -> tuple[EnergyReading, ...]:
         """Return the integral of the trace since `begin`, per component."""
         return self.so_far()
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lem.energy.base import Meter
+from lem.energy.base import ImmediateMeter
 from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
 from lem.machine.gpu import Gpu
@@ -24,12 +24,14 @@ WINDOW = "lem"
 J_PER_MJ = 1e-3
 
 
-class ZeusMeter(Meter):
+class ZeusMeter(ImmediateMeter):
     """Reads zeus's monitor, with one of its windows for each of ours."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
         # If NVML knows the GPUs in use, they are the first visible ones; otherwise all visible ones are read.
         self._indices = list(range(len(gpus))) if gpus else None
+        # Of a GPU in MIG mode, zeus too reads the whole.
+        self._divided = {index for index, gpu in enumerate(gpus) if gpu.is_divided}
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
         # For each GPU, what zeus reads from it, and its name.
@@ -84,7 +86,7 @@ class ZeusMeter(Meter):
         _, self._failure = self._try(lambda: self._monitor.begin_window(WINDOW, sync_execution=False, restart=True))
         self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
-    def end(self) -> tuple[EnergyReading, ...]:
+    def _taken(self) -> tuple[EnergyReading, ...]:
         """End the window and return each GPU's energy; if one is lost, all are null, as zeus fails as a whole."""
         measured, failure = None, self._failure
         if failure is None:
@@ -123,7 +125,7 @@ class ZeusMeter(Meter):
         return EnergyReading(
             component="gpu",
             source=source,
-            scope="device",
+            scope="shared_device" if index in self._divided else "device",
             device=f"zeus GPU {index}: {name}",
             energy_j=energy_j if is_known else None,
             method=f"zeus: {'the energy counter' if source == 'counter' else 'the integral of sampled power'}",

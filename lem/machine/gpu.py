@@ -31,11 +31,11 @@ W_PER_MW = 1e-3
 
 @dataclass(frozen=True)
 class Gpu:
-    """A physical GPU; `mig_uuid` is set if only one MIG instance of it is visible to CUDA.
+    """A physical GPU; `mig_uuid` is set if one MIG instance of it is named in CUDA_VISIBLE_DEVICES.
 
     `memory_bytes` is None if the driver does not report it, as for the parent of the only accessible MIG instance.
     `compute_capability` is CUDA's (major, minor), which decides which kernels run; None if the driver does not report
-    it.
+    it. `mig` is whether the driver has the GPU in MIG mode.
     """
 
     index: int
@@ -44,6 +44,17 @@ class Gpu:
     memory_bytes: int | None
     mig_uuid: str | None = None
     compute_capability: tuple[int, int] | None = None
+    mig: bool = False
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether CUDA uses a MIG instance of it: also one in MIG mode that is named by its index, or not at all."""
+        return self.mig or self.mig_uuid is not None
+
+    @property
+    def computing_name(self) -> str:
+        """The name of what computes: the GPU's, marked if it is only an instance, so that it has no datasheet."""
+        return f"{self.name} (MIG instance)" if self.is_divided else self.name
 
     @property
     def visible_uuid(self) -> str:
@@ -141,11 +152,11 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
     with nvml() as lib:
         if lib is None:
             return None
-        cuda = _ask(lib, "nvmlSystemGetCudaDriverVersion")
+        cuda = ask(lib, "nvmlSystemGetCudaDriverVersion")
         indices = range(lib.nvmlDeviceGetCount())
         chosen = _chosen([gpu for i in indices if (gpu := _answering(lib, i)) is not None], environ)
         return Topology(
-            driver_version=_ask(lib, "nvmlSystemGetDriverVersion", convert=_text),
+            driver_version=ask(lib, "nvmlSystemGetDriverVersion", convert=_text),
             # 12080 is 12.8
             cuda_version=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
             gpus=tuple(_physical(lib, i, chosen) for i in indices),
@@ -159,21 +170,21 @@ def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
     that it started and `of_engine` are not foreign.
     """
     with nvml() as lib:
-        handle = None if lib is None else _ask(lib, "nvmlDeviceGetHandleByUUID", uuid)
+        handle = None if lib is None else ask(lib, "nvmlDeviceGetHandleByUUID", uuid)
         if handle is None:
             return DeviceState(uuid)
         return DeviceState(
             uuid=uuid,
-            sm_clock_mhz=_ask(lib, "nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_SM),
-            memory_clock_mhz=_ask(lib, "nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_MEM),
-            max_sm_clock_mhz=_ask(lib, "nvmlDeviceGetMaxClockInfo", handle, lib.NVML_CLOCK_SM),
-            temperature_c=_ask(lib, "nvmlDeviceGetTemperature", handle, lib.NVML_TEMPERATURE_GPU),
-            power_limit_w=_ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle, convert=_watts),
-            default_power_limit_w=_ask(lib, "nvmlDeviceGetPowerManagementDefaultLimit", handle, convert=_watts),
-            persistence=_ask(lib, "nvmlDeviceGetPersistenceMode", handle, convert=bool),
-            ecc=_ask(lib, "nvmlDeviceGetEccMode", handle, convert=_is_on),
-            mig=_ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on),
-            throttle_reasons=_throttle_reasons(lib, handle),
+            sm_clock_mhz=ask(lib, "nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_SM),
+            memory_clock_mhz=ask(lib, "nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_MEM),
+            max_sm_clock_mhz=ask(lib, "nvmlDeviceGetMaxClockInfo", handle, lib.NVML_CLOCK_SM),
+            temperature_c=ask(lib, "nvmlDeviceGetTemperature", handle, lib.NVML_TEMPERATURE_GPU),
+            power_limit_w=ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle, convert=_watts),
+            default_power_limit_w=ask(lib, "nvmlDeviceGetPowerManagementDefaultLimit", handle, convert=_watts),
+            persistence=ask(lib, "nvmlDeviceGetPersistenceMode", handle, convert=bool),
+            ecc=ask(lib, "nvmlDeviceGetEccMode", handle, convert=_is_on),
+            mig=ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on),
+            throttle_reasons=throttle_reasons(lib, handle),
             foreign_processes=_foreign_processes(lib, handle, of_engine),
         )
 
@@ -184,16 +195,16 @@ def computing(gpu: Gpu) -> frozenset[int] | None:
     In a container with its own process ids they may be the host's.
     """
     with nvml() as lib:
-        handle = None if lib is None else _ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
-        running = None if handle is None else _ask(lib, "nvmlDeviceGetComputeRunningProcesses", handle)
+        handle = None if lib is None else ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
+        running = None if handle is None else ask(lib, "nvmlDeviceGetComputeRunningProcesses", handle)
         return None if running is None else frozenset(process.pid for process in running)
 
 
 def used_memory_bytes(gpu: Gpu) -> int | None:
     """Return the memory that all processes use on a GPU or its MIG instance; None if it is not reported."""
     with nvml() as lib:
-        handle = None if lib is None else _ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
-        memory = None if handle is None else _ask(lib, "nvmlDeviceGetMemoryInfo", handle)
+        handle = None if lib is None else ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
+        memory = None if handle is None else ask(lib, "nvmlDeviceGetMemoryInfo", handle)
         return None if memory is None else int(memory.used)
 
 
@@ -228,7 +239,7 @@ def _parent_of(mig_uuid: str) -> Gpu | None:
 
 
 # ------------------------------------------------------------------ asking the driver
-def _ask(lib: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda answer: answer) -> Any:
+def ask(lib: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda answer: answer) -> Any:
     """Return the converted result of a function of the driver's library, or None if it raises an error."""
     try:
         return convert(getattr(lib, function)(*arguments))
@@ -242,8 +253,10 @@ def _gpu(lib: Any, index: int) -> Gpu:
         index=index,
         uuid=_text(lib.nvmlDeviceGetUUID(handle)),
         name=_text(lib.nvmlDeviceGetName(handle)),
-        memory_bytes=_ask(lib, "nvmlDeviceGetMemoryInfo", handle, convert=_total),
-        compute_capability=_ask(lib, "nvmlDeviceGetCudaComputeCapability", handle),
+        memory_bytes=ask(lib, "nvmlDeviceGetMemoryInfo", handle, convert=_total),
+        compute_capability=ask(lib, "nvmlDeviceGetCudaComputeCapability", handle),
+        # GPUs without MIG do not support the question.
+        mig=bool(ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on)),
     )
 
 
@@ -264,8 +277,8 @@ def _physical(lib: Any, index: int, chosen: list[Gpu]) -> PhysicalGpu:
         uuid=gpu.uuid,
         name=gpu.name,
         memory_bytes=gpu.memory_bytes,
-        power_limit_w=_ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle, convert=_watts),
-        mig=_ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on),
+        power_limit_w=ask(lib, "nvmlDeviceGetEnforcedPowerLimit", handle, convert=_watts),
+        mig=ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on),
         visible=any(other.uuid == gpu.uuid for other in chosen),
         instances=tuple(_instances(lib, handle, [other for other in chosen if other.uuid == gpu.uuid])),
     )
@@ -273,38 +286,41 @@ def _physical(lib: Any, index: int, chosen: list[Gpu]) -> PhysicalGpu:
 
 def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance]:
     named = {gpu.mig_uuid for gpu in chosen}
-    for k in range(_ask(lib, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
-        instance = _ask(lib, "nvmlDeviceGetMigDeviceHandleByIndex", handle, k)
+    for k in range(ask(lib, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+        instance = ask(lib, "nvmlDeviceGetMigDeviceHandleByIndex", handle, k)
         if instance is None:
             continue  # a free slot
-        uuid, name = (_ask(lib, f"nvmlDeviceGet{what}", instance, convert=_text) for what in ("UUID", "Name"))
+        uuid, name = (ask(lib, f"nvmlDeviceGet{what}", instance, convert=_text) for what in ("UUID", "Name"))
         yield MigInstance(
             uuid=uuid,
             name=name,
             # The driver names it "<GPU> MIG <profile>".
             profile=None if name is None else name.rpartition(" MIG ")[2],
-            memory_bytes=_ask(lib, "nvmlDeviceGetMemoryInfo", instance, convert=_total),
+            memory_bytes=ask(lib, "nvmlDeviceGetMemoryInfo", instance, convert=_total),
             visible=None in named or (uuid is not None and uuid in named),
         )
 
 
-def _throttle_reasons(lib: Any, handle: Any) -> tuple[str, ...] | None:
-    mask = _ask(lib, "nvmlDeviceGetCurrentClocksEventReasons", handle)
+def throttle_reasons(lib: Any, handle: Any) -> tuple[str, ...] | None:
+    """Return the reasons that hold a GPU's clocks down now; None if the driver does not report them."""
+    mask = ask(lib, "nvmlDeviceGetCurrentClocksEventReasons", handle)
     if mask is None:  # the function's name before driver 535
-        mask = _ask(lib, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        mask = ask(lib, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     return None if mask is None else tuple(name for bit, name in THROTTLE_REASONS.items() if mask & bit)
 
 
 def _foreign_processes(lib: Any, handle: Any, of_engine: Collection[int]) -> tuple[ForeignProcess, ...] | None:
-    running = _ask(lib, "nvmlDeviceGetComputeRunningProcesses", handle)
+    running = ask(lib, "nvmlDeviceGetComputeRunningProcesses", handle)
     if running is None:
         return None
     own = {os.getpid(), *(child.pid for child in children()), *of_engine}
-    return tuple(
-        ForeignProcess(p.pid, p.usedGpuMemory, _ask(lib, "nvmlSystemGetProcessName", p.pid, convert=_text))
-        for p in running
-        if p.pid not in own
-    )
+    return tuple(foreign(lib, process) for process in running if process.pid not in own)
+
+
+def foreign(lib: Any, process: Any) -> ForeignProcess:
+    """Describe a process that the driver lists."""
+    name = ask(lib, "nvmlSystemGetProcessName", process.pid, convert=_text)
+    return ForeignProcess(process.pid, process.usedGpuMemory, name)
 
 
 def _watts(milliwatts: int) -> float:

@@ -28,7 +28,7 @@ SPREADS = {
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
 # Columns that say how a number was obtained: if cycles differ in one, all values are listed.
-LABELS = re.compile(r".*_(source|scope|components|method)")
+LABELS = re.compile(r".*_(source|scope|components|method|reason)")
 
 # Energies, and the columns that say of what kind they are: only energies of one kind are averaged.
 KINDS = {

@@ -214,8 +214,12 @@ def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts):
         return None
-    uncertainty_j = total([p.uncertainty_j for p in known])
-    return Prefill(sum(p.duration_s for p in known), total([p.energy_j for p in known]), uncertainty_j)
+    return Prefill(
+        duration_s=total([p.duration_s for p in known]),
+        energy_j=total([p.energy_j for p in known]),
+        uncertainty_j=total([p.uncertainty_j for p in known]),
+        reason=joined(p.reason for p in known if p.reason) or None,
+    )
 
 
 def merged_cut(cuts: Sequence[Cut | None], windows: int | None = None) -> Cut | None:

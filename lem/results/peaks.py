@@ -1,10 +1,11 @@
 """Peak dense FLOP/s of NVIDIA GPUs by name and dtype, from their datasheets: for model FLOPs utilisation.
 
 A peak is the datasheet's figure at boost clock, without structured sparsity. `float32` is the CUDA cores' peak,
-not TF32 on the tensor cores; `bfloat16` and `float16` are the tensor cores' peaks with FP32 accumulation. If a
-datasheet gives only the figure with sparsity, the table has half of it and the source says so. A device, a form
-factor or a dtype that is not listed has no peak; none is guessed, and a MIG instance or a virtual GPU, which has
-only part of the card, is never matched. Knows neither the clock nor the power limit that the device really ran at.
+not TF32 on the tensor cores; `bfloat16`, `float16` and `float8` are the tensor cores' peaks with FP32 accumulation.
+The dtype is that of the arithmetic: weights in 4 bits are unpacked and multiplied in a wider one. If a datasheet
+gives only the figure with sparsity, the table has half of it and the source says so. A device, a form factor or a
+dtype that is not listed has no peak; none is guessed, and a MIG instance or a virtual GPU, which has only part of
+the card, is never matched. Knows neither the clock nor the power limit that the device really ran at.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class _Device(NamedTuple):
     bfloat16: float | None
     float16: float | None
     source: str
+    # None without units for it, or if the source does not give it.
+    float8: float | None = None
 
 
 _HALF = "half of the figure with sparsity"
@@ -49,29 +52,48 @@ _DEVICES = (
     # GeForce: FP32 accumulation at half the rate of FP16 accumulation, which is the figure often quoted.
     _Device("RTX 3090", 35.6, 71, 71, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
     # Ada
-    _Device("RTX 4090", 82.6, 165.2, 165.2, "NVIDIA Ada GPU Architecture whitepaper"),
-    _Device("L4", 30.3, 121, 121, f"NVIDIA L4 Tensor Core GPU datasheet ({_HALF})"),
-    _Device("L40S", 91.6, 362.05, 362.05, "NVIDIA L40S datasheet"),
+    _Device("RTX 4090", 82.6, 165.2, 165.2, "NVIDIA Ada GPU Architecture whitepaper", 330.3),
+    _Device("L4", 30.3, 121, 121, f"NVIDIA L4 Tensor Core GPU datasheet ({_HALF})", 242.5),
+    _Device("L40S", 91.6, 362.05, 362.05, "NVIDIA L40S datasheet", 733),
     # Hopper
-    _Device("H100 80GB HBM3", 66.9, 989.4, 989.4, "NVIDIA H100 Tensor Core GPU Architecture whitepaper, SXM5"),
-    _Device("H100 PCIE", 51.2, 756, 756, "NVIDIA H100 Tensor Core GPU Architecture whitepaper, PCIe"),
-    _Device("H100 NVL", 60, 835.5, 835.5, f"NVIDIA H100 Tensor Core GPU datasheet, NVL ({_HALF})"),
-    _Device("H200", 67, 989.5, 989.5, f"NVIDIA H200 Tensor Core GPU datasheet, SXM ({_HALF})"),
-    _Device("H200 NVL", 60, 835.5, 835.5, f"NVIDIA H200 Tensor Core GPU datasheet, NVL ({_HALF})"),
-    _Device(r"GH200 \d+GB?( HBM3E?)?", 67, 989.5, 989.5, f"NVIDIA GH200 Grace Hopper Superchip datasheet ({_HALF})"),
+    _Device("H100 80GB HBM3", 66.9, 989.4, 989.4, "NVIDIA H100 Tensor Core GPU Architecture whitepaper, SXM5", 1978.9),
+    _Device("H100 PCIE", 51.2, 756, 756, "NVIDIA H100 Tensor Core GPU Architecture whitepaper, PCIe", 1513),
+    _Device("H100 NVL", 60, 835.5, 835.5, f"NVIDIA H100 Tensor Core GPU datasheet, NVL ({_HALF})", 1670.5),
+    _Device("H200", 67, 989.5, 989.5, f"NVIDIA H200 Tensor Core GPU datasheet, SXM ({_HALF})", 1979),
+    _Device("H200 NVL", 60, 835.5, 835.5, f"NVIDIA H200 Tensor Core GPU datasheet, NVL ({_HALF})", 1670.5),
+    _Device(
+        r"GH200 \d+GB?( HBM3E?)?", 67, 989.5, 989.5, f"NVIDIA GH200 Grace Hopper Superchip datasheet ({_HALF})", 1979
+    ),
     # Blackwell
-    _Device("B200", 75, 2250, 2250, f"NVIDIA Blackwell datasheet, GPU of the HGX B200 ({_HALF})"),
+    _Device("B200", 75, 2250, 2250, f"NVIDIA Blackwell datasheet, GPU of the HGX B200 ({_HALF})", 4500),
 )
 # fmt: on
 
 _MAKER = re.compile(r"^(NVIDIA )?(TESLA |GEFORCE )?")
 
 
+# How engines and checkpoints name quantizations whose weights are unpacked into the model's dtype for the arithmetic …
+_WEIGHTS_ONLY = re.compile(r"awq(_marlin)?|gptq(_marlin)?|w[48]a16(_awq|_gptq)?|bitsandbytes 4-bit .*")
+# … and those in which the arithmetic itself is in 8 bits of floating point, on devices that have units for it.
+_FLOAT8 = re.compile(r"fp8|fbgemm_fp8|ptpc_fp8")
+
+
+def arithmetic_dtype(dtype: str | None, quantization: str | None) -> str | None:
+    """Return the dtype of the matrix products of a model, by its own and its quantization's name; None if unknown."""
+    if quantization is None or _WEIGHTS_ONLY.fullmatch(quantization.lower()):
+        return dtype
+    return "float8" if _FLOAT8.fullmatch(quantization.lower()) else None
+
+
 def peak_flops_per_s(device_name: str, dtype: str) -> Peak | None:
-    """Return the peak for float32, bfloat16 or float16 of a device as NVML and CUDA name it; None if unknown."""
+    """Return the peak of a device, as NVML and CUDA name it, for a dtype of the arithmetic; None if unknown.
+
+    The dtypes are float32, bfloat16, float16 and float8.
+    """
     name = _MAKER.sub("", device_name.strip().upper())
     row = next((device for device in _DEVICES if re.fullmatch(device.name, name)), None)
     if row is None:
         return None
-    tflops_per_s = {"float32": row.float32, "bfloat16": row.bfloat16, "float16": row.float16}.get(dtype)
+    known = {"float32": row.float32, "bfloat16": row.bfloat16, "float16": row.float16, "float8": row.float8}
+    tflops_per_s = known.get(dtype)
     return None if tflops_per_s is None else Peak(tflops_per_s * 1e12, row.source)

@@ -15,17 +15,30 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lem import warning_codes
-from lem.record import ENERGY_OWNER, CodedWarning, Component, Phase, ProcessRecord, RequestRecord, Status
+from lem.record import (
+    ENERGY_OWNER,
+    CodedWarning,
+    Component,
+    EngineInfo,
+    Environment,
+    ModelInfo,
+    Phase,
+    ProcessRecord,
+    RequestRecord,
+    Status,
+)
 from lem.results.codec import PlanExcerpt
 from lem.results.columns import REPEATED_MOST_SHARE, Columns, of_each, quotients, ratios, where
 from lem.results.cycles import experiment_columns
 from lem.results.latency import extent, of_tokens, sample_counts, summaries, under_load
 from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
 from lem.results.parquet import defaults
-from lem.results.peaks import peak_flops_per_s
+from lem.results.peaks import Peak, arithmetic_dtype, peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow, Measures
 from lem.results.steady import Steady, places, steady_state
 
+# Why prefill has no energy of its own.
+SEVERAL = "several processes share the meter"
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
 # What depends on how long requests waited for their turn.
 QUEUED = re.compile(r"(latency|ttft|queue)_.*_s|goodput_.*|idle_share")
@@ -208,13 +221,7 @@ def _backend(cycle: Cycle) -> str:
 def _loaded(records: Sequence[ProcessRecord]) -> Columns:
     models, engines = of_each(records, "model"), of_each(records, "engine")
     warmups, environments = of_each(records, "warmup"), of_each(records, "environment")
-    peaks = [
-        # The dtype determines the peak, not how the weights are quantized.
-        _peak(engine.device_name, model.dtype)
-        if engine and model and model.dtype and engine.device.startswith("cuda")
-        else None
-        for engine, model in zip(engines, models, strict=True)
-    ]
+    peaks = list(map(_peak_of, engines, models, environments))
     gpus = [len({state.uuid for state in each.devices_before}) if each else 0 for each in environments]
     of_model = ("random_weights", "parameters", "dtype", "quantization", "adapter", "weights_bytes")
     return {
@@ -227,6 +234,16 @@ def _loaded(records: Sequence[ProcessRecord]) -> Columns:
         "warmup_ended": of_each(warmups, "ended"),
         "warmup_cv": of_each(warmups, "cv"),
     }
+
+
+def _peak_of(engine: EngineInfo | None, model: ModelInfo | None, environment: Environment | None) -> Peak | None:
+    """Return a GPU's peak for the arithmetic; None if it is unknown, or if only an instance of the GPU computed."""
+    if engine is None or model is None or not engine.device.startswith("cuda"):
+        return None
+    if environment is not None and any(state.mig for state in environment.devices_before):
+        return None
+    dtype = model.arithmetic or arithmetic_dtype(model.dtype, model.quantization)
+    return None if dtype is None else _peak(engine.device_name, dtype)
 
 
 def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
@@ -299,13 +316,20 @@ def _prefill(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     known = [[r.prefill for r in of_cycle if r.requests_completed] for of_cycle in records]
     parts = [[part for part in each if part is not None] for each in known]
     alone = [each[0] if len(each) == len(of) == 1 else None for each, of in zip(parts, known, strict=True)]
+    durations_s = [
+        total([p.duration_s for p in each]) if len(each) == len(of) else None
+        for each, of in zip(parts, known, strict=True)
+    ]
     return {
         "prefill_duration_s": [
-            sum([p.duration_s for p in each]) / len(each) if each and len(each) == len(of) else None
-            for each, of in zip(parts, known, strict=True)
+            None if seconds is None else seconds / len(each) for seconds, each in zip(durations_s, parts, strict=True)
         ],
         "prefill_energy_j": of_each(alone, "energy_j"),
         "prefill_energy_uncertainty_j": of_each(alone, "uncertainty_j"),
+        "prefill_reason": [
+            SEVERAL if len(of) > 1 and part is None and each else joined(p.reason for p in each if p.reason) or None
+            for part, each, of in zip(alone, parts, known, strict=True)
+        ],
     }
 
 

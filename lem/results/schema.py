@@ -51,7 +51,9 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     cpu_energy_j: Annotated[Joules, "CPUs, measured window."]
     dram_energy_j: Annotated[Joules, "Main memory, measured window."]
     energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
-    prefill_duration_s: Annotated[Seconds, "Time in which prompts were processed."]
+    prefill_duration_s: Annotated[
+        Seconds, "Time in which prompts were processed; null if others were decoding meanwhile."
+    ]
     decode_duration_s: Annotated[Seconds, "The rest of the window, minus its idle time where that is known."]
     # derived
     average_power_w: Annotated[Watts, "energy_j / duration_s."]
@@ -149,7 +151,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     backend: Annotated[str, "Backend that ran."]
     engine_version: Annotated[str | None, "Version of the engine behind the backend."]
     device: Annotated[str | None, "Device the model ran on, by name."]
-    dtype: Annotated[str | None, "Dtype of the loaded weights and of the arithmetic."]
+    dtype: Annotated[str | None, "Dtype of the loaded weights, and of the arithmetic unless they are quantized."]
     quantization: Annotated[str | None, "How the weights were quantized, or null."]
     adapter: Annotated[str | None, "LoRA adapter, or null."]
     weights_bytes: Annotated[Bytes, "Size of the weights as loaded."]
@@ -180,12 +182,18 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     idle_power_loaded_w: Annotated[Watts, "Power with the model resident and nothing running."]
     trace_energy_j: Annotated[Joules, "Integral of the GPU power trace, to compare with the counter."]
     counter_tick_s: Annotated[Seconds, "Coarsest tick of the GPU energy counters."]
-    prefill_energy_j: Annotated[Joules, "Power trace over the prefill spans (integral)."]
+    prefill_energy_j: Annotated[
+        Joules, "Power trace over the prefill spans (integral); null if the sensor does not resolve them."
+    ]
     decode_energy_j: Annotated[
         Joules,
         "energy_j minus prefill_energy_j; may be negative; null with idle time, which is not metered separately.",
     ]
-    prefill_energy_uncertainty_j: Annotated[Joules, "Bound on the trace's sampling error, for prefill and for decode."]
+    prefill_energy_uncertainty_j: Annotated[
+        Joules,
+        "Bound on the error from sampling and from how far back the power samples reach, for prefill and for decode.",
+    ]
+    prefill_reason: Annotated[str | None, "Why prefill_duration_s or prefill_energy_j is null, where known."] = None
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
     co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
@@ -196,7 +204,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
-    peak_flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the dtype."]
+    peak_flops_per_s: Annotated[
+        float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the arithmetic's dtype."
+    ]
     peak_flops_source: Annotated[str | None, "Where the peak is from."]
     kv_cache_bytes: Annotated[Bytes, "Allocated key/value cache of the largest batch, padding included."]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]

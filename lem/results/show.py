@@ -130,7 +130,7 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield from _energy_lines(row)
     yield "Steady state", _steady(row)
     yield "Peak memory", _memory(row)
-    utilisation = "" if row.mfu is None else f"{row.mfu:.1%} of the datasheet's peak (MFU)"
+    utilisation = "" if row.mfu is None else f"{_percent(row.mfu)} of the datasheet's peak (MFU)"
     yield "FLOPs", _listed(_known(row.flops, "FLOP"), _known(row.flops_per_s, "FLOP/s"), utilisation)
     yield (
         "Outside",
@@ -159,6 +159,8 @@ def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
             f"{_part(row.prefill_duration_s, row.prefill_energy_j)}, "
             + _part(row.decode_duration_s, row.decode_energy_j),
         )
+    elif row.prefill_reason is not None:
+        yield "Prefill, decode", f"not told apart: {row.prefill_reason}"
     yield from _traffic_lines(row)
 
 
@@ -187,6 +189,12 @@ def _limits(row: ExperimentRow) -> str:
 def _known(value: float | None, unit: str, before: str = "") -> str:
     """Return a measured value as text, empty if it was not measured."""
     return "" if value is None else before + quantity(value, unit)
+
+
+def _percent(share: float) -> str:
+    """Return a share as a percentage, to two significant digits, and all digits before the point."""
+    percent = 100 * share
+    return f"{percent:.0f} %" if abs(percent) >= 10 else f"{percent:.2g} %"
 
 
 def _listed(*texts: str) -> str:

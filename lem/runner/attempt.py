@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 import traceback
@@ -19,8 +20,9 @@ from lem.backends import Encoded, make_backend
 from lem.energy import make_meter
 from lem.energy.base import Meter, NoMeter
 from lem.errors import Interrupted, LemError, RunError
-from lem.machine import host
+from lem.machine import host, processes
 from lem.machine.gpu import Gpu
+from lem.machine.watch import Watch
 from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, ErrorInfo, Flops, Phase, PowerRecord, Status
 from lem.results.directory import ExperimentDir
 from lem.results.journal import DIED, Checkpoint, Journal, read
@@ -104,7 +106,8 @@ class Attempt:
         if is_metered and self._rank == ENERGY_OWNER:
             self._meter = make_meter(energy, self._gpus)
         self._meter.open()
-        bench = Bench(self._backend, self._meter, self._ranks, report, self._plan.replicas)
+        watch = Watch(self._gpus if self._rank == ENERGY_OWNER else (), self._own_pids)
+        bench = Bench(self._backend, self._meter, self._ranks, report, self._plan.replicas, watch)
         loaded = self._loaded = self._load(bench, texts, energy.idle_s if is_metered else 0.0, warnings)
         for number in unfinished:
             self._cycle = Cycle(number, Measurement(phases=list(loaded.phases)))
@@ -119,7 +122,7 @@ class Attempt:
         backend.start()
         self._gpus = tuple(backend.gpus_in_use(self._host))
         is_cool = cool_down(experiment.cooldown, self._gpus, report)
-        self._devices_before = host.device_states(self._gpus, backend.server_pids())
+        self._devices_before = host.device_states(self._gpus, self._others_pids())
         warnings = []
         if type(backend).wants_gpu(experiment, self._host) and not self._gpus:
             text = "a GPU is visible, but the engine was built without CUDA and ran on the CPU."
@@ -151,6 +154,15 @@ class Attempt:
             return self._backend.architecture(), ()
         except UnknownArchitecture as error:
             return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
+
+    def _others_pids(self) -> Sequence[int]:
+        """Return the processes of the run that this one did not start: the engine's, and the other ranks'."""
+        ranks = processes.family_of([os.getppid()]) if self._plan.processes > 1 else ()
+        return [*self._backend.server_pids(), *(process.pid for process in ranks)]
+
+    def _own_pids(self) -> set[int]:
+        """Return all processes of the run."""
+        return {os.getpid(), *(process.pid for process in processes.children()), *self._others_pids()}
 
     # -------------------------------------------------------------- a cycle
     def _measure_cycle(self, loaded: Loaded, finished: set[int]) -> None:
@@ -229,8 +241,7 @@ class Attempt:
     def _snapshot(self, status: Status, error: ErrorInfo | None) -> Snapshot:
         """Ask the engine, the machine and the meter for what a record of the current cycle needs."""
         engine = None if self._loaded is None else self._engine_report(self._loaded)
-        server_pids = () if self._loaded is None else self._backend.server_pids()
-        devices_after = host.device_states(self._gpus, server_pids)
+        devices_after = host.device_states(self._gpus, () if self._loaded is None else self._others_pids())
         return Snapshot(
             plan=self._plan,
             window=self._window_id,

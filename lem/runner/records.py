@@ -18,6 +18,7 @@ from lem.record import (
     FORMAT_VERSION,
     CodedWarning,
     Cut,
+    EnergyReading,
     EnergySoFar,
     EngineInfo,
     Environment,
@@ -44,6 +45,11 @@ from lem.workload.tokens import token_times
 
 # The most readings of a window's energy in a record.
 READINGS_KEPT = 100
+# Prompts whose processing overlaps other requests' decoding for a larger share of its time are not told apart.
+SHARED_LEAST = 0.01
+# How many times as long as the power sensor reaches back a prefill must be, on average.
+LEAST_REACHES = 5
+SHARED = "other requests were decoding while prompts were processed"
 
 
 @dataclass(frozen=True)
@@ -102,13 +108,14 @@ def process_record(known: Snapshot) -> ProcessRecord:
         input_tokens=sum(len(r.prompt.token_ids) for r in requests),
         output_tokens=sum(r.generation.output_tokens for r in requests),
         carbon=carbon_intensity(plan.experiment.energy),
-        prefill=prefill_of(measured.requests, known.trace),
+        prefill=prefill_of(measured.requests, known.trace, _readings(measured)),
         warmup=measured.warmup,
         cpu_load=measured.cpu_load,
         energy_so_far=_energy_so_far(plan, measured),
         cut=None if measured.lost_s is None else _cut(measured, counts=counts),
         arrivals_from_s=measured.arrivals_from_s,
         environment=known.environment,
+        devices_during=measured.devices,
     )
     if engine is None:
         return record
@@ -183,8 +190,22 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
 
 
 # ------------------------------------------------------------------ prefill
-def prefill_of(requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample]) -> Prefill | None:
-    """Return the prefill's share of the window, or None when the backend does not report where it ends."""
+def _readings(measured: Measurement) -> Sequence[EnergyReading]:
+    return next((phase.energy for phase in measured.phases if phase.name == "measured"), ())
+
+
+def prefill_of(
+    requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
+) -> Prefill | None:
+    """Return the prefill's share of the window, or None when the backend does not report where it ends.
+
+    Args:
+        requests: the window's requests.
+        trace: the power samples, at least those of the window.
+        readings: the window's energy, which says how far back the samples of each device reach.
+    """
+    if any(r.generation.prefill_end_ns is None for r in requests):
+        return None
     spans = _merged(
         (r.generation.start_ns, r.generation.prefill_end_ns)
         for r in requests
@@ -192,16 +213,54 @@ def prefill_of(requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample]
     )
     if not spans:
         return None
-    duration_s = sum(end - start for start, end in spans) / NS_PER_S
+    decoding = _merged(
+        (r.generation.prefill_end_ns, r.generation.end_ns) for r in requests if r.generation.prefill_end_ns is not None
+    )
+    duration_ns = sum(end - start for start, end in spans)
+    if _common_ns(spans, decoding) > SHARED_LEAST * duration_ns:
+        return Prefill(None, reason=SHARED)
+    return _with_energy(Prefill(duration_ns / NS_PER_S), spans, trace, readings)
+
+
+def _with_energy(
+    prefill: Prefill, spans: Sequence[tuple[int, int]], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
+) -> Prefill:
+    """Add the energy of the spans, if the sensor resolves them."""
     by_device: dict[str, list[PowerSample]] = {}
     for sample in trace:
         if sample.component == "gpu":
             by_device.setdefault(sample.device, []).append(sample)
+    if not by_device:
+        return replace(prefill, reason="there is no power trace")
+    reaches_s = {reading.device: reading.trace_reach_s for reading in readings if reading.trace_reach_s}
+    known_s = [reaches_s[device] for device in by_device if device in reaches_s]
+    if len(known_s) < len(by_device):
+        return replace(prefill, reason="the power trace does not cover the window, or what it averages is not known")
+    reach_s = max(known_s)
+    if (prefill.duration_s or 0.0) < LEAST_REACHES * reach_s * len(spans):
+        short = (
+            f"prefills shorter than {LEAST_REACHES * reach_s:.3g} s on average cannot be told apart by power samples"
+        )
+        return replace(prefill, reason=f"{short} that reach back {reach_s:.3g} s")
     pieces_j = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
     known_j = [piece for piece in pieces_j if piece is not None]
-    if not pieces_j or len(known_j) < len(pieces_j):
-        return Prefill(duration_s)
-    return Prefill(duration_s, sum(known_j), _trace_uncertainty_j(by_device, spans))
+    if len(known_j) < len(pieces_j):
+        return replace(prefill, reason="the power trace does not cover all prefills")
+    uncertainty_j = sum(_uncertainty_j(samples, spans, reaches_s[device]) for device, samples in by_device.items())
+    return replace(prefill, energy_j=sum(known_j), uncertainty_j=uncertainty_j)
+
+
+def _common_ns(ones: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
+    """Return how long spans of one list overlap those of another; both in order, without overlaps of their own."""
+    common, place = 0, 0
+    for start, end in ones:
+        while place < len(others) and others[place][1] <= start:
+            place += 1
+        for other_start, other_end in others[place:]:
+            if other_start >= end:
+                break
+            common += min(end, other_end) - max(start, other_start)
+    return common
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -215,16 +274,13 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _trace_uncertainty_j(by_device: dict[str, list[PowerSample]], spans: Sequence[tuple[int, int]]) -> float:
-    """Bound what is unknown between samples: half a period at each edge of each span, times the range of power."""
-    total = 0.0
-    for samples in by_device.values():
-        inside = [s for s in samples if spans[0][0] <= s.t_ns <= spans[-1][1]]
-        if len(inside) > 1:
-            period_s = (inside[-1].t_ns - inside[0].t_ns) / NS_PER_S / (len(inside) - 1)
-            powers = [s.power_w for s in inside]
-            total += len(spans) * period_s * (max(powers) - min(powers))
-    return total
+def _uncertainty_j(samples: Sequence[PowerSample], spans: Sequence[tuple[int, int]], reach_s: float) -> float:
+    """Bound what samples that reach back in time may put on the wrong side of the spans' edges.
+
+    At each edge that is at most the reach times the range of power in the window.
+    """
+    inside = [s.power_w for s in samples if spans[0][0] <= s.t_ns <= spans[-1][1] + reach_s * NS_PER_S]
+    return 2 * len(spans) * reach_s * (max(inside) - min(inside)) if inside else 0.0
 
 
 # ------------------------------------------------------------------ rows

@@ -24,9 +24,11 @@ from lem.backends.base import Backend, Encoded, Generation
 from lem.energy.base import Meter
 from lem.errors import RunError
 from lem.machine import processes
+from lem.machine.watch import Watch
 from lem.record import (
     ENERGY_OWNER,
     CpuLoad,
+    DeviceWindow,
     EnergyReading,
     Phase,
     PhaseName,
@@ -77,6 +79,7 @@ class Measurement:
     requests: list[MeasuredRequest] = field(default_factory=list)
     warmup: WarmupInfo | None = None
     cpu_load: CpuLoad | None = None
+    devices: tuple[DeviceWindow, ...] = ()
     current: PhaseName | None = None
     window_opened_ns: int = 0
     window_opened_unix_s: float | None = None
@@ -169,6 +172,7 @@ class Bench:
     ranks: Ranks
     report: Report
     replicas: int = 1
+    watch: Watch = field(default_factory=Watch)
 
     # -------------------------------------------------------------- once
     def prepare(self, texts: Sequence[str], indices: Sequence[int], idle_s: float, into: Measurement) -> list[Encoded]:
@@ -342,6 +346,7 @@ class _Window:
         into = self._into
         into.current = "measured"
         server_pids = self._bench.backend.server_pids()
+        self._bench.watch.begin()
         self._bench.open_together()
         into.window_opened_unix_s = time.time()
         into.window_opened_ns = time.perf_counter_ns()
@@ -372,6 +377,7 @@ class _Window:
         self._bench.ranks.barrier(lambda: recorder.batch_finished((), self.checkpoint()))
         duration_s = into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
+        into.devices = self._bench.watch.end()
         into.cpu_load = self._load.stop()
         into.phases.append(Phase("measured", duration_s, covering(self._bench.meter.end(), duration_s)))
         into.current = None
@@ -393,6 +399,7 @@ class _Window:
         """
         interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
+        self._into.devices = self._bench.watch.end()
         readings = self._bench.meter.end()
         if self._bench.replicas > 1 and self._bench.ranks.rank == ENERGY_OWNER:
             self._end_now(interrupted_s, readings, is_unfinished=is_unfinished)

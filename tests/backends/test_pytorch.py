@@ -5,11 +5,12 @@ import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lem.backends import make_backend
-from lem.backends.pytorch import Pytorch
+from lem.backends.pytorch import Pytorch, check_devices
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
@@ -29,6 +30,24 @@ NEUTRAL = Decoder()
 SAMPLING = Decoder(do_sample=True)
 BUILDERS = {"gpt2": gpt2, "qwen2": qwen2, "mixtral": mixtral}
 STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic", "continuous")
+
+
+def test_an_instance_of_the_gpu_that_is_metered_is_accepted_and_another_gpu_is_not():
+    # CUDA gives an instance an id of its own.
+    cuda = SimpleNamespace(
+        device_count=lambda: 1,
+        set_device=lambda _: None,
+        get_device_properties=lambda _: SimpleNamespace(uuid="7d1c"),
+    )
+    torch, device = SimpleNamespace(cuda=cuda), SimpleNamespace(type="cuda", index=0)
+    for metered in (
+        replace(GPUS[0], mig=True),
+        replace(GPUS[0], mig_uuid="MIG-0-0"),
+        replace(GPUS[0], uuid="GPU-7d1c"),
+    ):
+        check_devices(torch, [device], [metered])
+    with pytest.raises(RunError, match="the driver's is GPU-0"):
+        check_devices(torch, [device], GPUS)
 
 
 # ------------------------------------------------------------------ models and prompts

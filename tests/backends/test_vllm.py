@@ -172,12 +172,14 @@ def test_continuous_batching_gives_the_engine_all_at_once():
     assert plan_batches([], Batching(strategy="continuous")) == []
 
 
-def test_prompts_that_are_taken_in_side_by_side_count_once():
+def test_prompts_that_are_taken_in_side_by_side_count_once_if_nothing_decodes_meanwhile():
     measurement = Measurement()
-    for index, (start, first) in enumerate([(0, 4), (2, 5), (5, 6), (8, 9), (1, 3)]):
-        made = Generation(index, 0, (1,), "length", start * 10**9, 20 * 10**9, first * 10**9)
+    for index, (start, first) in enumerate([(0, 4), (2, 4), (5, 6), (8, 9), (1, 4)]):
+        made = Generation(index, 0, (1,), "length", start * 10**9, (first + 1) * 10**9, first * 10**9)
         measurement.add(made, Encoded(index, (1,)))
-    assert prefill_of(measurement.requests, ()).duration_s == 5 + 1 + 1
+    assert prefill_of(measurement.requests, (), ()).duration_s == 4 + 1 + 1
+    measurement.add(Generation(5, 0, (1,), "length", 0, 9 * 10**9, 3 * 10**9), Encoded(5, (1,)))
+    assert prefill_of(measurement.requests, (), ()).duration_s is None
 
 
 def test_the_engines_clock_is_ours_on_linux():
@@ -609,7 +611,8 @@ def test_run_in_cycles_with_continuous_batching(tmp_path):
         assert all(row["latency_s"] == pytest.approx(row["end_s"] - row["arrived_s"]) for row in own)
         phases = {phase["name"]: phase["duration_s"] for phase in record["phases"]}
         assert max(row["end_s"] for row in own) <= phases["measured"]
-        assert 0 < record["prefill"]["duration_s"] < phases["measured"]
+        assert record["prefill"]["duration_s"] is None, "prompts are taken in while others decode"
+        assert "decoding" in record["prefill"]["reason"]
         assert record["flops"]["total"] > 0
     assert "Initializing a V1 LLM engine" in next(results.glob("raw/*/worker_0.log")).read_text()
 

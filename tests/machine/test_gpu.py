@@ -6,15 +6,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
 
 import pytest
 
-from lem.energy.nvml import Device
 from lem.energy.zeus import ZeusMeter
 from lem.errors import BadInput
 from lem.machine import gpu
+from lem.results.peaks import peak_flops_per_s
 from tests.energy.test_rapl import USUAL_RANGE_UJ, counting
 
 VISIBLE = """
@@ -86,6 +84,26 @@ def test_two_instances_of_one_gpu_are_one_counter_labelled_as_shared(driver):
     scenario = "device 0 mig 1g.10gb 9728\ndevice 0 mig 1g.10gb 9728"
     (reading,) = driver(WINDOW, scenario, CUDA_VISIBLE_DEVICES="MIG-0-0,MIG-0-1")["readings"]
     assert reading["scope"] == "shared_device"
+
+
+@pytest.mark.parametrize("variable", [{}, {"CUDA_VISIBLE_DEVICES": "0"}])
+def test_a_gpu_in_mig_mode_is_shared_however_it_is_named(driver, variable):
+    scenario = "devices 2\ndevice 0 mig 1g.10gb 9728\ndevice 0 mig 1g.10gb 9728"
+    first, *others = driver(WINDOW, scenario, **variable)["readings"]
+    assert first["scope"] == "shared_device"
+    assert [other["scope"] for other in others] == ([] if variable else ["device"])
+
+
+def test_what_computes_on_a_gpu_in_mig_mode_has_no_datasheet(driver):
+    code = """
+import json
+from lem.machine import gpu
+print(json.dumps([each.computing_name for each in gpu.visible()]))
+"""
+    scenario = "devices 2\ndevice 0 name NVIDIA H200\ndevice 0 mig 1g.18gb 18000\ndevice 1 name NVIDIA H200"
+    whole = driver(code, scenario)
+    assert [peak_flops_per_s(name, "float16") is None for name in whole] == [True, False]
+    assert peak_flops_per_s(*driver(code, scenario, CUDA_VISIBLE_DEVICES="MIG-0-0"), "float16") is None
 
 
 def test_a_gpu_without_any_reading_is_null_with_a_reason_and_not_zero(driver):
@@ -202,23 +220,6 @@ def test_a_counter_that_stands_still_is_null_and_not_zero(driver):
     assert "did not advance" in reading["reason"]
 
 
-def test_a_tick_that_does_not_come_is_not_extrapolated_from_an_old_one():
-    counter_mj = [0]
-    library = SimpleNamespace(
-        NVMLError=OSError,
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetTotalEnergyConsumption=lambda _: counter_mj[0],
-        nvmlDeviceGetFieldValues=lambda *_: [SimpleNamespace(nvmlReturn=3)],
-    )
-    device = Device(library, gpu.Gpu(0, "GPU-0", "", None))
-    device.tick_s = 0.05
-    device.poll()
-    time.sleep(0.2)
-    counter_mj[0] = 1_000_000  # all that the GPU took between two windows
-    device.poll()
-    assert device.extrapolated(time.perf_counter_ns() + 50_000_000).energy_mj == 1_000_000
-
-
 LONG_WINDOW = """
 import json, time
 from lem.machine import gpu
@@ -259,6 +260,40 @@ def test_counter_and_trace_agree_with_the_analytic_integral(driver):
         assert trace_j == pytest.approx(truth, rel=0.02)
         assert tick_s == pytest.approx((0.1, 0.01)[i % 2], rel=0.2)
     assert window["samples"] > 4 * 5 * 15
+
+
+WINDOWS = """
+import json, time
+from lem.machine import gpu
+from lem.energy.nvml import NvmlMeter
+meter = NvmlMeter(gpu.visible())
+meter.open()
+windows = []
+for k in range(4):
+    meter.settle()
+    meter.begin()
+    start_s = time.monotonic()
+    time.sleep(0.7 + 0.023 * k)
+    end_s = time.monotonic()
+    meter.mark()
+    windows.append([start_s, end_s, [reading.energy_j for reading in meter.end()]])
+meter.close()
+print(json.dumps(windows))
+"""
+
+
+@pytest.mark.parametrize("more", ["counter_ms 1", "counter_ms 3", "counter_ms 15", "counter_ms 3\ncounters_in_turn"])
+def test_eight_gpus_with_slow_calls_end_their_window_together(driver, more):
+    scenario = "devices 8\n"
+    for i in range(8):  # each ticks at another time
+        scenario += f"device {i} power constant 500\ndevice {i} tick_ms 100 {12 * i}\ndevice {i} {more}\n"
+    windows = driver(WINDOWS, scenario)
+    errors_ms = [1e3 * (joules / 500 - (end - start)) for start, end, found in windows for joules in found]
+    # One after the other, the eighth GPU would be read 20 to 100 ms after the first, and all would be late.
+    unsure = 3 if "in_turn" in more else 1  # a round takes 24 ms: ticks are known to half of that
+    assert abs(statistics.median(errors_ms)) < 3 * unsure
+    by_gpu_ms = [statistics.median(errors_ms[i::8]) for i in range(8)]
+    assert max(map(abs, by_gpu_ms)) < 15 * unsure
 
 
 def test_on_a_module_the_counter_is_the_modules(driver):

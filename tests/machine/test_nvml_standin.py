@@ -215,6 +215,63 @@ def test_other_fields_are_not_supported_one_by_one(driver):
     assert driver(code) == [[186, 0], [185, 3]]
 
 
+def test_what_lasts_only_for_a_while_and_is_counted(driver):
+    found = driver(
+        ASK
+        + """
+import time
+def look():
+    fields = n.nvmlDeviceGetFieldValues(gpus[0], [n.NVML_FI_DEV_PERF_POLICY_POWER, n.NVML_FI_DEV_PERF_POLICY_THERMAL])
+    return [n.nvmlDeviceGetCurrentClocksEventReasons(gpus[0]), [f.nvmlReturn for f in fields],
+            fields[0].value.ullVal / 1e9, [p.pid for p in n.nvmlDeviceGetComputeRunningProcesses(gpus[0])]]
+looks = []
+for _ in range(3):
+    looks.append(look())
+    time.sleep(0.5)
+print(json.dumps(looks))
+""",
+        "device 0 throttle 0x4 0.3 0.7\ndevice 0 violation 74 0.5\ndevice 0 visitor 0.3 0.7 7 -",
+    )
+    assert [look[0] for look in found] == [0, 4, 0]
+    assert [look[1] for look in found] == [[0, 3]] * 3
+    assert [look[2] for look in found] == pytest.approx([0, 0.1, 0.2], abs=0.05)
+    assert [look[3] for look in found] == [[], [7], []]
+
+
+def test_a_counter_may_take_its_time_and_tick_at_another_phase(driver):
+    code = (
+        ASK
+        + """
+import time
+def poll(gpu):
+    begun, value, ended = time.monotonic(), n.nvmlDeviceGetTotalEnergyConsumption(gpu), time.monotonic()
+    return [begun, ended, value]
+print(json.dumps([poll(gpus[0]) for _ in range(60)]))
+"""
+    )
+    polls = driver(code, "device 0 tick_ms 100 30\ndevice 0 counter_ms 4\ndevice 0 power constant 100")
+    assert all(ended - begun > 0.004 for begun, ended, _ in polls)
+    for begun, ended, value in polls:
+        ticked_s = [0.1 * math.floor((t - 0.03) / 0.1) + 0.03 for t in (begun, ended)]
+        assert 1e5 * ticked_s[0] - 1.1 <= value <= 1e5 * ticked_s[1] + 1.1
+
+
+def test_power_may_be_renewed_now_and_then(driver):
+    code = (
+        ASK
+        + """
+import time
+found = []
+for _ in range(100):
+    found.append(n.nvmlDeviceGetFieldValues(gpus[0], [n.NVML_FI_DEV_POWER_INSTANT])[0].value.uiVal)
+    time.sleep(0.005)
+print(json.dumps(found))
+"""
+    )
+    text = "device 0 power ramp 0 1000 100\ndevice 0 power_update_ms 200"
+    assert 2 <= len(set(driver(code, text))) <= 6
+
+
 def test_a_lost_device_and_its_instances_answer_nothing_and_the_others_do(driver):
     found = driver(
         ASK

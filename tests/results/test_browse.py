@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from msgspec import structs
 
-from lem.record import EngineInfo
+from lem.record import EngineInfo, Flops, ModelInfo, Prefill
 from lem.results.plan import running
 from lem.results.show import NOT_MEASURED, marked
 from lem.results.store import Store
@@ -269,6 +269,30 @@ def test_one_cycle_has_no_table(lem, store):
     out = lem("results", "show", directory.id).out
     assert "cycle  status" not in out
     assert "100 J" in out
+
+
+@pytest.mark.parametrize(
+    ("flops_per_s", "shown"), [(3.46e11, "0.035 %"), (9.894e12, "1 %"), (4.1e14, "41 %"), (9.894e14, "100 %")]
+)
+def test_a_small_utilisation_is_not_shown_as_none(lem, store, flops_per_s, shown):
+    model = ModelInfo("m", None, "A", 1, False, 1, "bfloat16")
+    engine = EngineInfo("pytorch", "1", "cuda:0", "NVIDIA H100 80GB HBM3", {})
+    directory = finished(store, model=model, engine=engine, flops=Flops(4.0 * flops_per_s, "m"))
+    lem("aggregate", "--all")
+    assert f" {shown} of the datasheet's peak" in lem("results", "show", directory.id).out
+
+
+def test_prefill_that_is_not_told_apart_is_null_wherever_it_is_looked_at(lem, store):
+    reason = "other requests were decoding"
+    directory = finished(store, prefill=Prefill(None, reason=reason))
+    lem("aggregate", "--all")
+    assert f"not told apart: {reason}" in lem("results", "show", directory.id).out
+    row = json.loads(lem("results", "show", directory.id, "--json").out)
+    (stored,) = pd.read_parquet(directory.path.parents[1] / "experiments").to_dict("records")
+    for name in ("prefill_duration_s", "prefill_energy_j", "decode_duration_s", "decode_energy_j"):
+        assert row[name] is None
+        assert pd.isna(stored[name])
+    assert row["prefill_reason"] == stored["prefill_reason"] == reason
 
 
 def test_an_interrupted_experiment_says_how_to_go_on(lem, store):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lem.results.peaks import _DEVICES, peak_flops_per_s
+from lem.results.peaks import _DEVICES, arithmetic_dtype, peak_flops_per_s
 
 NAMES = {
     "Tesla V100-SXM2-16GB": 125,
@@ -71,6 +71,35 @@ def test_a_dtype_that_the_source_does_not_give_has_no_peak():
     assert peak_flops_per_s("NVIDIA H200", "int8") is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "arithmetic"),
+    [
+        ("bfloat16", None, "bfloat16"),
+        ("float16", "awq_marlin", "float16"),
+        ("float16", "gptq", "float16"),
+        ("bfloat16", "W4A16_AWQ", "bfloat16"),
+        ("float16", "bitsandbytes 4-bit nf4", "float16"),
+        ("bfloat16", "fp8", "float8"),
+        ("bfloat16", "FP8", "float8"),
+        # 8-bit integers, or not known from the name.
+        ("float16", "bitsandbytes 8-bit", None),
+        ("float16", "bitsandbytes", None),
+        ("bfloat16", "compressed-tensors", None),
+        ("bfloat16", "NVFP4", None),
+        ("bfloat16", "mxfp4", None),
+        ("float16", "W4A8_AWQ", None),
+        (None, None, None),
+    ],
+)
+def test_the_arithmetic_has_the_dtype_of_the_products_and_not_of_the_weights(dtype, quantization, arithmetic):
+    assert arithmetic_dtype(dtype, quantization) == arithmetic
+
+
+def test_a_device_without_units_for_8_bits_has_no_peak_for_them():
+    assert peak_flops_per_s("NVIDIA A100-SXM4-80GB", "float8") is None
+    assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "float8").flops_per_s == 1978.9e12
+
+
 def test_every_row_is_found_by_one_name_and_by_no_other_row():
     rows = {peak_flops_per_s(name, "float16") for name in NAMES}
     assert {row.source for row in _DEVICES} == {peak.source for peak in rows if peak}
@@ -83,3 +112,4 @@ def test_the_figures_hang_together(row):
     assert row.float16 >= 2 * (row.float32 or 0) * 0.99
     # The tensor cores of every device that has bfloat16 do it at float16's rate.
     assert row.bfloat16 in (None, row.float16)
+    assert row.float8 is None or row.float8 == pytest.approx(2 * row.float16, rel=0.02)  # L40S: rounded figures

@@ -249,6 +249,39 @@ def test_utilisation_is_against_the_datasheets_peak_of_all_gpus_in_use(uuids, pe
     assert row(record(model=model, flops=Flops(4e14, "m"))).mfu is None
 
 
+@pytest.mark.parametrize(
+    ("model", "peak"),
+    [
+        ({"dtype": "bfloat16", "quantization": "fp8"}, 1978.9e12),
+        ({"dtype": "bfloat16", "quantization": "awq"}, 989.4e12),
+        ({"dtype": "float16", "quantization": "bitsandbytes 4-bit nf4", "arithmetic": "float32"}, 66.9e12),
+        ({"dtype": "float16", "quantization": "bitsandbytes 8-bit", "arithmetic": "int8"}, None),
+        ({"dtype": "bfloat16", "quantization": "compressed-tensors"}, None),
+    ],
+)
+def test_utilisation_is_against_the_peak_of_the_arithmetic_or_null(model, peak):
+    model = ModelInfo("m", None, "A", 1, False, 1, **model)
+    engine = EngineInfo("vllm", "1", "cuda:0", "NVIDIA H100 80GB HBM3", {})
+    made = row(record(model=model, engine=engine, flops=Flops(4e14, "m"), environment=gpus("GPU-a")))
+    assert made.peak_flops_per_s == (None if peak is None else pytest.approx(peak))
+    assert (made.mfu is None) == (peak is None)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"])
+def test_an_instance_of_a_gpu_has_no_utilisation_whatever_the_backend_calls_it(name):
+    states = (DeviceState("GPU-a", mig=True),)
+    made = row(
+        record(
+            model=ModelInfo("m", None, "A", 1, False, 1, "bfloat16"),
+            engine=EngineInfo("vllm", "1", "cuda:0", name, {}),
+            flops=Flops(4e14, "m"),
+            environment=Environment("h", "os", "cpu", 8, 1, (), {}, devices_before=states),
+        )
+    )
+    assert (made.peak_flops_per_s, made.mfu) == (None, None)
+    assert made.flops_per_s == 1e14
+
+
 @pytest.mark.parametrize("wrong", [{"output_tokens": 61}, {"input_tokens": 34}, {"requests_completed": 4}])
 def test_numbers_that_do_not_agree_are_a_warning(wrong):
     assert "identity_violated" not in codes(row())
@@ -656,6 +689,15 @@ def test_attempts_on_different_gpus_are_added_up():
     assert row(one).energy_j == 111.0
 
 
+def test_prefill_that_is_not_told_apart_is_null_everywhere_with_its_reason():
+    unknown = Prefill(None, reason="others were decoding")
+    made = row(record(prefill=unknown))
+    assert (made.prefill_duration_s, made.prefill_energy_j, made.prefill_reason) == (None, None, "others were decoding")
+    assert (made.decode_duration_s, made.decode_energy_j) == (None, None)
+    one = merged([record(requests(), attempt=1, prefill=Prefill(1.0, 30.0, 2.0)), record(attempt=2, prefill=unknown)])
+    assert one.prefill == unknown
+
+
 def test_an_attempt_that_ran_nothing_does_not_hide_the_others_prefill():
     ran = record(requests(), attempt=1, prefill=Prefill(1.0, 30.0, 2.0), flops=Flops(5.0, "m"))
     one = merged([ran, record([], attempt=2, duration_s=0.1, flops=None)])
@@ -845,7 +887,9 @@ def runs(draw):
 
 
 # What says how many took part, and what that changes: percentiles are of the same requests, prefill is a mean.
-OF_THE_SHARING = {"processes", "resumed", "warnings", "attempts", "prefill_duration_s", "decode_duration_s"}
+OF_THE_SHARING = {
+    "processes", "resumed", "warnings", "attempts", "prefill_duration_s", "decode_duration_s", "prefill_reason",
+}  # fmt: skip
 
 
 @given(runs())

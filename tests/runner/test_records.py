@@ -120,15 +120,70 @@ def test_warnings_are_the_engines_then_the_plans_and_those_of_the_window():
     assert "0.25 s before" in warnings[3].text
 
 
-def test_prefill_energy_is_the_traces_over_the_spans_and_unknown_where_that_does_not_reach():
-    generation = Generation(0, 0, (1,), "length", 11 * S, 14 * S, prefill_end_ns=12 * S)
+def generated(*times_s):
+    """Return requests of one window, from (start, end of prefill, end)."""
     into = Measurement()
-    into.add(generation, Encoded(0, (1,)))
+    for index, times in enumerate(times_s):
+        start_ns, prefill_end_ns, end_ns = (round(t * S) for t in times)
+        into.add(Generation(index, 0, (1,), "length", start_ns, end_ns, prefill_end_ns), Encoded(index, (1,)))
+    return into.requests
+
+
+def metered(reach_s=0.1, device="GPU-0"):
+    """Return a window's reading of a device whose samples reach back so far."""
+    return (EnergyReading("gpu", "counter", "device", device, 1.0, "test", trace_reach_s=reach_s),)
+
+
+def test_prefill_energy_is_the_traces_over_the_spans_and_unknown_where_that_does_not_reach():
+    requests = generated((11, 12, 14))
     trace = [PowerSample(t * S, "gpu", "GPU-0", 50.0) for t in range(10, 14)]
-    assert prefill_of(into.requests, trace) == Prefill(1.0, 50.0, 0.0)
-    assert prefill_of(into.requests, trace[2:]) == Prefill(1.0)
-    assert prefill_of(into.requests, ()) == Prefill(1.0)
-    assert prefill_of(measured().requests, trace) is None
+    assert prefill_of(requests, trace, metered()) == Prefill(1.0, 50.0, 0.0)
+    for samples, readings in ((trace[2:], metered()), ((), metered()), (trace, ()), (trace, metered(None))):
+        unknown = prefill_of(requests, samples, readings)
+        assert (unknown.duration_s, unknown.energy_j, unknown.uncertainty_j) == (1.0, None, None)
+        assert "power trace" in unknown.reason
+    assert prefill_of(measured().requests, trace, metered()) is None
+
+
+@pytest.mark.parametrize(
+    ("reach_s", "spans", "known"),
+    [(0.1, 1, True), (0.2, 1, True), (0.25, 1, False), (1.2, 1, False), (0.1, 2, True), (0.15, 2, False)],
+)
+def test_prefill_energy_needs_spans_that_are_long_against_what_the_sensor_averages(reach_s, spans, known):
+    # One second in all; 700 W while prompts are processed, 100 W otherwise.
+    length_s = 1.0 / spans
+    requests = generated(*((10 + 2 * i, 10 + 2 * i + length_s, 11.5 + 2 * i) for i in range(spans)))
+    trace = [
+        PowerSample(round((9 + k / 20) * S), "gpu", "GPU-0", 700.0 if ((k / 20 - 1) % 2) < length_s else 100.0)
+        for k in range(140)
+    ]
+    found = prefill_of(requests, trace, metered(reach_s))
+    assert (found.energy_j is not None) == known
+    assert (found.reason is None) == known
+    if known:
+        assert found.uncertainty_j == pytest.approx(2 * spans * reach_s * 600)
+        assert abs(found.energy_j - 700) < found.uncertainty_j
+
+
+def test_what_a_sensor_that_averages_shifts_lies_within_the_bound():
+    # A prefill of 8 s at 700 W, then 100 W, as the mean of the last second reports it.
+    def mean_w(t):
+        return 100 + 600 * max(0.0, min(t, 18) - max(t - 1, 10)) if t > 10 else 100
+
+    trace = [PowerSample(round(t * S), "gpu", "GPU-0", mean_w(t)) for t in (8 + k / 20 for k in range(400))]
+    found = prefill_of(generated((10, 18, 25)), trace, metered(1.25))
+    assert found.energy_j == pytest.approx(8 * 700 - 300, rel=0.01)
+    assert 300 < found.uncertainty_j <= 2 * 1.25 * 600
+
+
+def test_prefill_is_unknown_where_requests_overlap_and_says_why():
+    # As in continuous batching: the second is taken in while the first decodes.
+    for requests in (generated((0, 1, 5), (3, 4, 6)), generated((0, 1, 5), (0, 2, 6))):
+        found = prefill_of(requests, (), ())
+        assert (found.duration_s, found.energy_j, found.uncertainty_j) == (None, None, None)
+        assert "decoding" in found.reason
+    # Requests of one batch share their prefill, and batches follow each other.
+    assert prefill_of(generated((0, 1, 5), (0, 1, 5), (5, 7, 9)), (), ()).duration_s == 3
 
 
 def test_latency_begins_with_the_arrival_and_the_queue_is_unknown_where_the_start_is():

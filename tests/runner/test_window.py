@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from lem.backends import Encoded, make_backend
-from lem.energy.base import CombinedMeter, Meter, NoMeter
+from lem.energy.base import CombinedMeter, ImmediateMeter, NoMeter
 from lem.errors import RunError
 from lem.record import EnergyReading, Phase, WarmupInfo
 from lem.results.journal import Checkpoint
@@ -28,7 +28,7 @@ TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
 INDICES = range(1, 2 * len(TEXTS), 2)
 
 
-class ConstantPower(Meter):
+class ConstantPower(ImmediateMeter):
     """A meter of exactly 50 W, which also refuses overlapping windows."""
 
     def __init__(self):
@@ -42,7 +42,7 @@ class ConstantPower(Meter):
         assert self.begun_s is None, "windows overlap"
         self.begun_s = time.perf_counter()
 
-    def end(self):
+    def _taken(self):
         energy_j = 50 * (time.perf_counter() - self.begun_s)
         self.begun_s = None
         self.windows += 1

@@ -1,0 +1,126 @@
+"""What happens to GPUs while a window is measured: how long the driver held their clocks down, and who else used them.
+
+A GPU that idles before and after a window shows neither. The driver counts how long each policy has held clocks down;
+these counters are read at both edges. The reasons in force and the processes are sampled by a thread in between, which
+takes some 10 µs for each GPU and sample (H100, measured 2026-11-26). Knows nothing about energy; opens no CUDA context.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lem.machine import gpu
+from lem.machine.gpu import Gpu
+from lem.record import DeviceWindow, ForeignProcess
+from lem.units import NS_PER_S
+
+PERIOD_S = 0.1
+# NVML_FI_DEV_PERF_POLICY_…: nanoseconds in which a policy has held clocks down. Left out are those that limit no work:
+# low utilisation, clocks that were set, and GPUs kept in step.
+POLICIES = {74: "power", 75: "thermal", 77: "board_limit", 79: "reliability"}
+
+
+class Watch:
+    """Watches each physical GPU of some, one window at a time.
+
+    Args:
+        gpus: the GPUs; without any, nothing is watched.
+        own: returns the ids of the processes that belong to the run; asked when one appears that is not known yet.
+    """
+
+    def __init__(self, gpus: Sequence[Gpu] = (), own: Callable[[], Collection[int]] = tuple) -> None:
+        self._uuids = tuple(dict.fromkeys(each.uuid for each in gpus))
+        self._own = own
+        self._open = ExitStack()
+        self._seen: list[_Seen] = []
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._begun_ns = 0
+
+    def begin(self) -> None:
+        """Read the counters and begin to sample."""
+        self._stop()
+        lib = self._open.enter_context(gpu.nvml()) if self._uuids else None
+        self._seen = [] if lib is None else [_Seen(lib, uuid) for uuid in self._uuids]
+        self._begun_ns = time.perf_counter_ns()
+        if self._seen:
+            self._stopped.clear()
+            self._thread = threading.Thread(target=self._sample, name="gpu-watch", daemon=True)
+            self._thread.start()
+
+    def end(self) -> tuple[DeviceWindow, ...]:
+        """Return what was seen since `begin`; empty without a driver."""
+        duration_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
+        throttled_s = [seen.throttled_s() for seen in self._seen]
+        self._stop()
+        found = tuple(seen.summary(duration_s, s) for seen, s in zip(self._seen, throttled_s, strict=True))
+        self._seen = []
+        return found
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._open.close()
+
+    def _sample(self) -> None:
+        while True:
+            for seen in self._seen:
+                seen.sample(self._own)
+            if self._stopped.wait(PERIOD_S):
+                return
+
+
+class _Seen:
+    """What has been seen of one GPU."""
+
+    def __init__(self, lib: Any, uuid: str) -> None:
+        self.uuid = uuid
+        self._lib = lib
+        self._handle = gpu.ask(lib, "nvmlDeviceGetHandleByUUID", uuid)
+        self._begun_s = self._counters_s()
+        self._samples = 0
+        self._reasons: Counter[str] | None = None
+        self._processes: dict[int, ForeignProcess | None] | None = None
+
+    def _counters_s(self) -> dict[str, float]:
+        fields = None
+        if self._handle is not None:
+            fields = gpu.ask(self._lib, "nvmlDeviceGetFieldValues", self._handle, list(POLICIES))
+        return {POLICIES[f.fieldId]: f.value.ullVal / NS_PER_S for f in fields or () if f.nvmlReturn == 0}
+
+    def throttled_s(self) -> dict[str, float] | None:
+        """Return for how long each policy has held clocks down, without those that did not; None if not counted."""
+        now_s = self._counters_s()
+        known = self._begun_s.keys() & now_s.keys()
+        if not known:
+            return None
+        return {name: now_s[name] - s for name, s in self._begun_s.items() if name in known and now_s[name] > s}
+
+    def sample(self, own: Callable[[], Collection[int]]) -> None:
+        """Note the reasons in force and the processes that are new."""
+        if self._handle is None:
+            return
+        self._samples += 1
+        reasons = gpu.throttle_reasons(self._lib, self._handle)
+        if reasons is not None:
+            self._reasons = Counter() if self._reasons is None else self._reasons
+            self._reasons.update(reasons)
+        running = gpu.ask(self._lib, "nvmlDeviceGetComputeRunningProcesses", self._handle)
+        if running is not None:
+            self._processes = {} if self._processes is None else self._processes
+            new = [process for process in running if process.pid not in self._processes]
+            ours = own() if new else ()
+            self._processes |= {p.pid: None if p.pid in ours else gpu.foreign(self._lib, p) for p in new}
+
+    def summary(self, duration_s: float, throttled_s: dict[str, float] | None) -> DeviceWindow:
+        """Return what was seen, as it is recorded."""
+        shares = None if self._reasons is None else {name: n / self._samples for name, n in self._reasons.items()}
+        processes = None if self._processes is None else tuple(filter(None, self._processes.values()))
+        return DeviceWindow(self.uuid, duration_s, throttled_s, shares, processes)
