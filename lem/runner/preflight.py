@@ -66,7 +66,7 @@ def preflight(
     try:
         prompts = load(experiment.dataset, experiment.seed)
     except BadInput as error:
-        reasons.append(str(error))
+        reasons += error.problems
     try:
         arrivals_s = recorded_times_s(experiment.traffic, len(prompts.texts) if prompts else 0)
     except BadInput as error:
@@ -107,7 +107,7 @@ def _without_prompts(
     try:
         model = _model(experiment)
     except BadInput as error:
-        reasons.append(str(error))
+        reasons += error.problems
     found = [o for o in objections(experiment, host, model) if o.code not in without]
     log.debug("model: %s; objections: %s", model, [o.code for o in found])
     blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
