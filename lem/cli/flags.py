@@ -28,6 +28,16 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").d
 NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write only raw records, no row in the tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
+AllowCommand = Annotated[
+    bool,
+    typer.Option("--allow-command", help="Start programs that config files name without asking (backend.command)."),
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run code that config files name without asking (trust_remote_code).")
+]
+AllowKey = Annotated[
+    bool, typer.Option("--allow-key", help="Send API keys to other machines that config files name without asking.")
+]
 
 # A key in Hydra's grammar. A path is not a key, except for hydra/launcher and the like.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
@@ -41,6 +51,7 @@ def is_override(text: str) -> bool:
 def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
     """Return the overrides that select the prompts."""
     from lem.config.overrides import quoted
+    from lem.config.yamltext import escaped
 
     if dataset is not None and prompts is not None:
         raise DatasetError("--dataset and --prompts exclude each other; give only one.")
@@ -50,7 +61,7 @@ def dataset_overrides(dataset: str | None, prompts: Path | None) -> list[str]:
         return []
     if not prompts.is_file():
         raise DatasetError(f"There is no prompts file {prompts}.")
-    path = quoted(str(prompts))
+    path = quoted(escaped(str(prompts)))
     return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
 
 
@@ -60,11 +71,15 @@ def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
 
 
 def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
-    """Return the overrides that set values; None means that the flag was not given."""
+    """Return the overrides that set values; None means that the flag was not given.
+
+    A text is taken as it is: a directory called `${x}` is no interpolation.
+    """
     from lem.config.overrides import quoted
+    from lem.config.yamltext import escaped
 
     return [
-        f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"
+        f"{path}={quoted(escaped(str(value))) if isinstance(value, (str, Path)) else value}"
         for path, value in values.items()
         if value is not None
     ]
