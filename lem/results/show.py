@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -346,5 +347,17 @@ def row_dict(row: ExperimentRow) -> dict[str, Any]:
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Return plain data as JSON, with escapes for characters that stdout's encoding lacks."""
-    return json.dumps(value, indent=indent, ensure_ascii=not (sys.stdout.encoding or "utf").lower().startswith("utf"))
+    """Return plain data as JSON, with escapes for what stdout's encoding lacks; what is not finite is null."""
+    ascii_only = not (sys.stdout.encoding or "utf").lower().startswith("utf")
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -77,7 +77,8 @@ class Tables:
                 continue
             some = read_file(file, ["experiment_id", "resumed", "status"])
             for name, resumed, status in zip(*(column.to_pylist() for column in some.columns), strict=True):
-                found[name] = RowLocation(file.name, resumed, status)
+                if ID.fullmatch(name):  # not a path to somewhere else
+                    found[name] = RowLocation(file.name, resumed, status)
         return found
 
     def lacking(self) -> dict[str, str | None]:
@@ -101,7 +102,11 @@ class Tables:
 
     def files(self) -> list[Path]:
         """Return the files of the experiments table; the other tables' files have the same names."""
-        return sorted(self._folder.glob("[!.]*.parquet")) if self._folder.is_dir() else []
+        if not self._folder.is_dir():
+            return []
+        entries = (e for e in os.scandir(self._folder) if e.name.endswith(".parquet") and not e.name.startswith("."))
+        # Not a pipe, which would be waited for.
+        return sorted(self._folder / entry.name for entry in entries if entry.is_file())
 
     # -------------------------------------------------------------- reading
     def row(self, experiment_id: str, at: RowLocation) -> ExperimentRow:
@@ -131,7 +136,9 @@ class Tables:
         damaged = []
         for file in self.files():
             try:
-                rows += parquet.records(read_file(file, names), ExperimentRow, names)
+                of_file = parquet.records(read_file(file, names), ExperimentRow, names)
+                _check_ids(file, of_file)
+                rows += of_file
             except ResultsError as error:
                 damaged.append(str(error))
         return rows, damaged
@@ -238,6 +245,13 @@ def read_file(file: Path, names: Sequence[str] | None = None) -> Any:
         raise ResultsError(f"{file} is missing; lem aggregate --all rebuilds it.") from None
     except (OSError, ValueError) as error:
         raise ResultsError(_damage(file, error)) from None
+
+
+def _check_ids(file: Path, rows: Sequence[ExperimentRow]) -> None:
+    for row in rows:
+        if not ID.fullmatch(row.experiment_id):
+            what = f"{file} has a row of {row.experiment_id!r}, which is no experiment's id"
+            raise ResultsError(f"{what}; {_remedy(file)}")
 
 
 def _damage(file: Path, error: Exception) -> str:
