@@ -6,6 +6,7 @@ this machine and its files; `lem.spec.conflicts` checks them against each other.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -219,6 +220,12 @@ def _sources(experiment: Experiment) -> Iterator[Objection]:
 
 def _results(results_dir: str) -> Iterator[Objection]:
     store = Store(Path(results_dir))
+    try:
+        os.stat(store.root / "raw")
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            yield Objection("results_unwritable", "io.results_dir", f"it cannot be created: {error.strerror}.")
+            return
     for folder in (store.root / "raw", store.experiments_table, store.requests_table):
         # Not Path.exists, which raises if a parent may not be read.
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))

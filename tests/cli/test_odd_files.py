@@ -271,13 +271,13 @@ def test_checking_them_runs_nothing_and_paints_nothing(there, odd, sings):
     assert not sings[0].exists()
 
 
-def test_a_batch_of_all_of_them_reports_each_problem_on_a_line(there, odd, sings):
+def test_a_batch_of_them_reports_each_problem_on_a_line(there, odd, sings):
     with in_time("the batch", BATCH_S):
-        done = there("batch", "-y", ".")
+        done = there("batch", "-y", "[c-g]*.yaml", "n*.yaml")
     assert done.code == 2
     check_printed(done.err, "the batch")
     assert all(re.match(r"Error: |Warning: ", line) for line in done.err.rstrip("\n").split("\n"))
-    assert len(done.err.splitlines()) > 60
+    assert len(done.err.splitlines()) > 30
     assert not sings[0].exists()
     assert not (odd / "results").exists()
     assert not (odd / "multirun").exists()
