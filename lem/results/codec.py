@@ -83,7 +83,7 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 # A negative number, a large exponent or many digits: worth a closer look, which most files do without.
 _SUSPICIOUS = re.compile(rb"[:,\[]\s*-\d|\d[eE]\+?\d\d|\d{18}")
-NEVER_NEGATIVE = re.compile(
+AMOUNT = re.compile(
     r".*(energy_j|duration_s|tokens|bytes|planned|completed|resolution_[js]|total|uncertainty_j|per_kwh|prompts|power_w"
     r"|latency_s|ttft_s|tpot_s|itl_s|cores)"
 )
@@ -125,8 +125,8 @@ def _check_numbers(value: Any, path: str, name: str) -> None:
         for i, child in enumerate(value):
             _check_numbers(child, f"{path}.{i}", name)
     elif isinstance(value, (int, float)):
-        is_negative = value < -ROUNDING and NEVER_NEGATIVE.fullmatch(name)
-        if is_negative or abs(value) > MOST or (isinstance(value, int) and abs(value) >= 1 << 63):
+        is_odd = value < -ROUNDING or (isinstance(value, int) and value >= 1 << 63)
+        if abs(value) > MOST or (is_odd and AMOUNT.fullmatch(name)):
             raise ValueError(f"{path} is {value:.6g}, which no run can have: it was edited or is damaged")
 
 
