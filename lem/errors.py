@@ -10,13 +10,15 @@
     └── Interrupted       130   the user or the scheduler stopped it
 
 A message says briefly what is wrong, where, and what to do. Any other exception that escapes is a bug in lem and
-is shown as a traceback. Packages derive their own errors from these. This module imports no other module of lem.
+is shown as a traceback. Packages derive their own errors from these.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+from lem.units import one_line
 
 
 class LemError(Exception):
@@ -30,13 +32,14 @@ class BadInput(LemError):
 
     exit_code = 2
 
+    def __init__(self, *problems: str) -> None:
+        """Keep the problems, each on one line whatever names it quotes; the message has a line for each."""
+        self.problems = tuple(map(one_line, problems))
+        super().__init__("\n".join(self.problems))
+
 
 class ConfigError(BadInput):
     """A configuration has one or more problems, all in `problems`; raised by `config` and preflight. Exit code 2."""
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 class DatasetError(BadInput):

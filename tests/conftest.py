@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,9 @@ from tests.tensorrt_standin.build import build as build_tensorrt
 # No test may wait for a hub that is unreachable.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)
+# What a test agrees to is forgotten with the tests.
+os.environ["LEM_STATE_DIR"] = tempfile.mkdtemp(prefix="lem-tests-state-")
+atexit.register(shutil.rmtree, os.environ["LEM_STATE_DIR"], ignore_errors=True)
 # When a script starts it in the background, this process ignores Ctrl-C, and so would the commands that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -309,15 +309,20 @@ def _owner(name: str, options: VllmBackend) -> str | None:
 
 def _code(options: VllmBackend) -> Iterator[Objection]:
     """Object to options that name code, since the configuration may be someone else's."""
+    for path in code_arguments(options):
+        yield Objection("engine_arg_code", path, "it names Python code that vLLM would load and run.")
+
+
+def code_arguments(options: VllmBackend) -> dict[str, Any]:
+    """Return the options that name code which vLLM would load and run, by their paths, with their values."""
     named = {
-        f"backend.engine_args.{name}"
+        f"backend.engine_args.{name}": value
         for name, value in (options.engine_args or {}).items()
         if name in CODE or (isinstance(value, dict) and not value.keys().isdisjoint(CODE_INSIDE))
     }
     if options.speculative.method == CODE_METHOD:
-        named.add("backend.speculative.method")
-    for path in sorted(named):
-        yield Objection("engine_arg_code", path, "it names Python code that vLLM would load and run.")
+        named["backend.speculative.method"] = [CODE_METHOD, options.speculative.model]
+    return dict(sorted(named.items()))
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:

@@ -16,7 +16,9 @@ import typer
 
 from lem import __version__
 from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin
+from lem.cli.environment import load_dotenv
 from lem.cli.streams import forgiving_streams, lost_output
+from lem.units import one_line
 
 # Each module registers its commands, in the order of lem --help.
 # isort: off
@@ -33,6 +35,9 @@ FLAGS = {
     "seed": "--seed",
     "io.results_dir": "--results-dir",
 }
+
+# typer's error about wrong arguments, which it does not export.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +58,11 @@ def _lem(
     ] = False,
 ) -> None:
     """Read .env before any command reads the environment; variables already set take precedence."""
-    import dotenv
-
     if verbose:
         _log_to_stderr()
-    file = dotenv.find_dotenv(usecwd=True)
-    dotenv.load_dotenv(file)
+    load_dotenv()
     log.debug("lem %s, Python %s (%s) in %s", __version__, sys.version.split()[0], sys.executable, Path.cwd())
     log.debug("command line: %s", sys.argv[1:])
-    log.debug(".env: %s", file or "none")
 
 
 class _ToStderr(logging.Handler):
@@ -99,17 +100,31 @@ def _command() -> Callable[..., Any]:
 def _run() -> int:
     """Run the command and return its exit code; any exception except lem's own errors and OSError is a bug."""
     try:
-        _command()(prog_name="lem")
+        return int(_command()(prog_name="lem", standalone_mode=False) or 0)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        return 1
+    except UsageError as error:
+        return _misused(error)
     except OSError as error:
         if error.strerror is None:
             raise
         log_origin(error)
         file = f"{error.filename}: " if error.filename is not None else ""
-        print(f"Error: {file}{error.strerror}. lem --verbose … shows where it happened.", file=sys.stderr)
+        print(f"Error: {one_line(file)}{error.strerror}. lem --verbose … shows where it happened.", file=sys.stderr)
         return 1
-    return 0
+
+
+def _misused(error: Any) -> int:
+    """Print what is wrong with the arguments, as typer does but with control characters escaped; return its code."""
+    from typer import rich_utils
+
+    message = error.format_message()
+    error.format_message = lambda: one_line(message)
+    rich_utils.rich_format_error(error)
+    return int(error.exit_code)
 
 
 def _with_flag(line: str) -> str:

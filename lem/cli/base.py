@@ -60,7 +60,7 @@ def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> i
         return Interrupted.exit_code
     except LemError as error:
         log_origin(error)
-        for line in str(error).splitlines():
+        for line in str(error).split("\n"):
             print(f"Error: {shown(line)}", file=sys.stderr)
         return error.exit_code
 

@@ -34,6 +34,9 @@ def batch(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
     force: flags.Force = False,
+    allow_command: flags.AllowCommand = False,
+    allow_code: flags.AllowCode = False,
+    allow_key: flags.AllowKey = False,
     fresh: flags.Fresh = False,
 ) -> None:
     """Run many config files, one experiment each, after checking all of them."""
@@ -51,7 +54,10 @@ def batch(
         *flags.value_overrides(values),
         *given,
     ]
-    options = RunOptions(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    options = RunOptions(
+        yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh,
+        allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
+    )  # fmt: skip
     raise typer.Exit(
         batch_app.main(patterns, overrides, options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir)
     )

@@ -16,10 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from lem.cli.base import exit_code_of
+from lem.cli.environment import load_dotenv
 from lem.cli.flags import choice_overrides, value_overrides
 from lem.cli.streams import forgiving_streams
 from lem.config.compose import Composition, prepare
 from lem.config.layers import origin
+from lem.config.trust import asked_by
 from lem.errors import ConfigError, Interrupted
 from lem.machine import host
 from lem.results.directory import ExperimentDir
@@ -32,7 +34,8 @@ from lem.runner.ranks import Ranks, announce_end, named_by_launcher, publish, re
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 from lem.spec.schema import leaf
-from lem.studies.ask import print_warnings, show_outcome
+from lem.studies.ask import RunOptions, print_warnings, show_outcome
+from lem.studies.consent import Consents
 from lem.studies.display import display
 
 # The first process sends this to the others if there is nothing to run.
@@ -61,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", help="start from a preset; lem presets lists them")
     parser.add_argument("--results-dir", "-o", help=leaf("io.results_dir").description)
     parser.add_argument("--force", action="store_true", help="run despite inadvisable options")
+    for kind, what in {"command": "start programs", "code": "run code", "key": "send API keys"}.items():
+        parser.add_argument(f"--allow-{kind}", action="store_true", help=f"{what} that the config file names")
     parser.add_argument("--fresh", action="store_true", help="start over even if the same experiment is unfinished")
     return parser
 
@@ -72,20 +77,25 @@ def _lead(here: Ranks, options: argparse.Namespace) -> int:
     values = {"model": options.model, "dataset.sample_size": options.sample_size, "io.results_dir": options.results_dir}
     overrides = [*choice_overrides(choices), *value_overrides(values), *options.overrides]
     try:
-        ready = _ready(options.config, overrides, here.size, force=options.force)
+        allowed = RunOptions(
+            force=options.force, allow_command=options.allow_command, allow_code=options.allow_code,
+            allow_key=options.allow_key,
+        )  # fmt: skip
+        ready = _ready(options.config, overrides, here.size, allowed)
         outcome = _run(ready, overrides, options, others)
     finally:
         others.dismiss()
     return show_outcome(outcome)
 
 
-def _ready(config_file: Path | None, overrides: Sequence[str], started: int, *, force: bool) -> Ready:
+def _ready(config_file: Path | None, overrides: Sequence[str], started: int, options: RunOptions) -> Ready:
     """Compose and check the experiment that the launched processes will run."""
-    import dotenv
-
     _check_all_started(os.environ)
-    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
-    ready = preflight(_shared_by(started, prepare(config_file, overrides)), host.look(), force=force)
+    load_dotenv()
+    composition = prepare(config_file, overrides)
+    experiment = _shared_by(started, composition)
+    Consents(options).require(asked_by(experiment, composition.sources))
+    ready = preflight(experiment, host.look(), force=options.force)
     print_warnings(*ready.warnings)
     return ready
 

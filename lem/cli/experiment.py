@@ -61,6 +61,9 @@ def experiment(
         bool, typer.Option("--dry-run", help="Check everything and show the configuration, but run nothing.")
     ] = False,
     force: flags.Force = False,
+    allow_command: flags.AllowCommand = False,
+    allow_code: flags.AllowCode = False,
+    allow_key: flags.AllowKey = False,
     config_dir: ConfigDir = None,
     multirun: Annotated[
         bool, typer.Option("--multirun", help="Run every combination of comma-separated override values.")
@@ -104,7 +107,10 @@ def experiment(
         *deprecated.overrides(old_flags),
         *given,
     ]
-    options = ask.RunOptions(yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh)
+    options = ask.RunOptions(
+        yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh,
+        allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
+    )  # fmt: skip
     if resume is not None:
         _check_alone(config_file, overrides, fresh=fresh, multirun=multirun)
         raise typer.Exit(run_app.resume(resume, results_dir, options))

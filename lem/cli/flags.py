@@ -30,6 +30,16 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").d
 NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write only raw records, no row in the tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
+AllowCommand = Annotated[
+    bool,
+    typer.Option("--allow-command", help="Start programs that config files name without asking (backend.command)."),
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run code that config files name without asking (trust_remote_code).")
+]
+AllowKey = Annotated[
+    bool, typer.Option("--allow-key", help="Send API keys to other machines that config files name without asking.")
+]
 
 # A key in Hydra's grammar. A path is not a key, except for hydra/launcher and the like.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
@@ -45,6 +55,7 @@ def is_override(text: str) -> bool:
 def dataset_overrides(dataset: str | None, prompts: str | None) -> list[str]:
     """Return the overrides that select the prompts."""
     from lem.config.overrides import quoted
+    from lem.config.yamltext import escaped
 
     if dataset is not None and prompts is not None:
         raise DatasetError("--dataset and --prompts are mutually exclusive; give only one.")
@@ -57,7 +68,7 @@ def dataset_overrides(dataset: str | None, prompts: str | None) -> list[str]:
         raise DatasetError(f"{prompts} is a directory, but --prompts takes a file; --dataset reads directories.")
     if not os.path.lexists(file):
         raise DatasetError(f"There is no prompts file {prompts}.")
-    path = quoted(prompts)
+    path = quoted(escaped(prompts))
     return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
 
 
@@ -67,11 +78,15 @@ def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
 
 
 def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
-    """Return the overrides that set values; None means that the flag was not given."""
+    """Return the overrides that set values; None means that the flag was not given.
+
+    A text is taken as it is: a directory called `${x}` is no interpolation.
+    """
     from lem.config.overrides import quoted
+    from lem.config.yamltext import escaped
 
     return [
-        f"{path}={quoted(str(value)) if isinstance(value, (str, Path)) else value}"
+        f"{path}={quoted(escaped(str(value))) if isinstance(value, (str, Path)) else value}"
         for path, value in values.items()
         if value is not None
     ]

@@ -9,24 +9,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lem.cli.base import exit_code_of
+from lem.cli.streams import forgiving_streams
 from lem.config.compose import CONFIG_NAME, prepare, to_experiment
 from lem.config.options import CONFIG_MODULE
+from lem.config.trust import all_asked
 from lem.errors import ConfigError, Interrupted
 from lem.machine import host
 from lem.runner.preflight import preflight
 from lem.studies import sweep
 from lem.studies.ask import RunOptions, print_warnings
+from lem.studies.consent import Consents
 from lem.studies.experiment import run
 
-OPTIONS = RunOptions(yes=True)
+# lem's own flags, which Hydra does not know.
+ALLOW = ("--allow-command", "--allow-code", "--allow-key")
 
 
 def hydra_app(argv: Sequence[str] | None = None) -> int:
     """Run the app; return its exit code."""
+    forgiving_streams()
     return exit_code_of(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -35,13 +41,14 @@ def _run(arguments: list[str]) -> int:
 
     # Overrides first, wherever they were: --info would take one that follows it as its own value.
     given = [text for text in arguments if "=" in text and not text.startswith("-")]
-    flags = [text for text in arguments if text not in given]
+    options = RunOptions(yes=True, **{flag[2:].replace("-", "_"): flag in arguments for flag in ALLOW})
+    flags = [text for text in arguments if text not in given and text not in ALLOW]
     parsed, _ = _parser().parse_known_args([*given, *flags])
     codes: list[int] = []
 
     def task(composed: Any) -> None:
         # Errors are printed here, since Hydra would print a traceback.
-        code = exit_code_of(lambda: _run_composed(composed))
+        code = exit_code_of(lambda: _run_composed(composed, options))
         if code == Interrupted.exit_code:
             sys.exit(code)
         codes.append(code)
@@ -49,7 +56,7 @@ def _run(arguments: list[str]) -> int:
     if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
         raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion are mutually exclusive.")
     if parsed.multirun and len(flags) == 1:
-        return sweep.main(None, parsed.overrides, OPTIONS)
+        return sweep.main(None, parsed.overrides, options)
     if parsed.shell_completion:
         overrides = parsed.overrides  # this is lem's own command, not configuration
     elif parsed.hydra_help:
@@ -76,12 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_composed(composed: Any) -> int:
+def _run_composed(composed: Any, options: RunOptions) -> int:
     from hydra.core.hydra_config import HydraConfig
 
-    ready = preflight(to_experiment(composed), host.look())
+    overrides = list(HydraConfig.get().overrides.task)
+    experiment = to_experiment(composed)
+    own = {text.partition("=")[0].lstrip("+") for text in overrides if "${" not in text}
+    asked = [replace(each, is_own=each.path in own) for each in all_asked(experiment)]
+    Consents(options).require(asked)
+    ready = preflight(experiment, host.look())
     print_warnings(*ready.warnings)
-    return run(ready, OPTIONS, list(HydraConfig.get().overrides.task))
+    return run(ready, options, overrides)
 
 
 if __name__ == "__main__":

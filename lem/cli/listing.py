@@ -146,12 +146,11 @@ def _print_errors(errors: Sequence[Problems]) -> int:
 
 
 def _print_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         table.add_column(header, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(show.cell, row))
     show.print_table(table)

@@ -1,6 +1,7 @@
 """Standard streams that cannot end a run, even if they are closed, full, abandoned by their reader, or ASCII-only.
 
-Knows nothing about what is written, or about exit codes.
+They show the control characters in what is printed, so that no name paints a terminal. Knows nothing about what is
+written, or about exit codes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import io
 import os
 import select
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, cast
+
+from lem.units import printable
 
 # Replacements for characters that lem and rich write, for encodings that lack them.
 SPELLED = {
@@ -26,8 +30,8 @@ def forgiving_streams() -> None:
     codecs.register_error(ENCODING_ERRORS, _spelled)
     _fill_closed_descriptors()
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
-    sys.stdout = _forgiving(sys.stdout, 1)
-    sys.stderr = _forgiving(sys.stderr, 2)
+    sys.stdout = _guarded(_forgiving(sys.stdout, 1))
+    sys.stderr = _guarded(_forgiving(sys.stderr, 2))
 
 
 def lost_output() -> OSError | None:
@@ -60,6 +64,35 @@ def _text(descriptor: int, **options: Any) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(_Descriptor(descriptor)), errors=ENCODING_ERRORS, **options)
 
 
+class _Guard:
+    """A text stream in which control characters are escaped; in all other respects the stream that it wraps."""
+
+    def __init__(self, stream: TextIO) -> None:
+        # Consoles of rich, which colour what they print, write to this attribute of a stream if it has it. What they
+        # print for lem they have escaped before (`lem.results.show.console`).
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, escaped; return the number of its characters."""
+        self.rich_proxied_file.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write texts, escaped."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rich_proxied_file)
+
+
+def _guarded(stream: TextIO) -> TextIO:
+    return stream if isinstance(stream, _Guard) else cast(TextIO, _Guard(stream))
+
+
 class _Descriptor(io.FileIO):
     """Writes to a descriptor until a write fails; keeps the error and drops everything after it."""
 
@@ -87,7 +120,7 @@ def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
         raise error
     character = error.object[error.start]
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte in a file name that is not valid text
+    if 0xDCA0 <= code <= 0xDCFF:  # a byte in a file name that is not valid text, nor a control character of Latin-1
         return bytes([code - 0xDC00]), error.start + 1
     units = character.encode("utf-16-be", "surrogatepass").hex()
     escaped = "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
-from lem.config.check import Found, examine, without
+from lem.config.check import Found, examine, texts, without
 from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
 from lem.config.layers import Sources, leaf_paths, origin
 from lem.config.problem import Location, Problem, Problems, impossible, shown_path
@@ -27,6 +27,7 @@ from lem.machine.host import Host, look
 from lem.results.codec import to_plain
 from lem.runner.preflight import objections
 from lem.spec.experiment import Experiment
+from lem.units import is_printable, one_line
 
 COMMENT_COLUMN = 46
 
@@ -59,9 +60,9 @@ class Verdict:
             blocks = self.blocks(problem)
             remedy = " (--force runs it anyway)" if blocks and problem.severity == "inadvisable" else ""
             where, kind = problem.where or shown_path(self.file), "error" if blocks else "warning"
-            yield f"{where}: {kind}: {problem.sentence}{remedy} [{problem.code}]"
+            yield one_line(f"{where}: {kind}: {problem.sentence}{remedy} [{problem.code}]")
         if self.valid:
-            yield f"{shown_path(self.file)}: valid"
+            yield one_line(f"{shown_path(self.file)}: valid")
 
 
 def _plain(problem: Problem) -> dict[str, Any]:
@@ -278,5 +279,6 @@ def as_yaml(value: Any) -> str:
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers = resolvers(yaml.SafeDumper)
 
-    text: str = yaml.dump([escaped(value)], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    shown = all(is_printable(text) for _, text in texts(value))  # YAML leaves some control characters as they are
+    text: str = yaml.dump([escaped(value)], Dumper=Dumper, default_flow_style=True, allow_unicode=shown, width=10**9)
     return text.strip()[1:-1]

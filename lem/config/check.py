@@ -172,7 +172,7 @@ def resolved(values: Values) -> tuple[Values, Found]:
     if interpolated:
         values, unresolved = _interpolated(values, interpolated)
         found += unresolved
-    return values, found + secrets(values)
+    return values, found + secrets(values) + unusable(values)
 
 
 def secrets(values: Values) -> Found:
@@ -181,6 +181,12 @@ def secrets(values: Values) -> Found:
     message = "the value contains your HF_TOKEN; leave it out: the hub's client reads it from the environment."
     found = (path for path, text in texts(values) if token in text) if token else ()
     return [(path, Problem("secret", dotted(path), message)) for path in found]
+
+
+def unusable(values: Values) -> Found:
+    """Find texts that no name, path or request can hold."""
+    message = "the text holds a null character; leave it out."
+    return [(path, Problem("out_of_range", dotted(path), message)) for path, text in texts(values) if "\0" in text]
 
 
 def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.config.check import Found, backend_of, check, examine, resolved, secrets, unknown_key
+from lem.config.check import Found, backend_of, check, examine, resolved, secrets, unknown_key, unusable
 from lem.config.layers import Sources, Values, holds, layers_of, option, schema_defaults, schema_layers
 from lem.config.options import CONFIG_MODULE, CUSTOM, Options
 from lem.config.overrides import (
@@ -324,7 +324,7 @@ def to_values(composed: Any, sources: Sources | None = None) -> Values:
     with _hydra_errors(sources):
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     plain.pop("hydra", None)
-    if found := secrets(plain):
+    if found := [*secrets(plain), *unusable(plain)]:
         raise Problems(located(sources or Sources(), found))
     values: Values = plain
     return values

@@ -85,7 +85,13 @@ def run_plan(
     names = ",".join(map(cell_name, range(len(cells))))
     command_line = sys.argv
     # hydra.main reads its overrides from there.
-    sys.argv = [*sys.argv[:1], "--multirun", f"cell={names}", *settings, f"{SWEEP_DIR}{quoted(str(directory))}"]
+    sys.argv = [
+        *sys.argv[:1],
+        "--multirun",
+        f"cell={names}",
+        *settings,
+        f"{SWEEP_DIR}{quoted(escaped(str(directory)))}",
+    ]
     try:
         # Otherwise Hydra prints its errors and exits.
         with env_override({"HYDRA_FULL_ERROR": "1"}):

@@ -102,4 +102,7 @@ def builtin(group: str) -> dict[str, OptionFile]:
 
 
 def _yaml_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    # Not a pipe, which would be waited for.
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())

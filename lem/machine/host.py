@@ -30,6 +30,8 @@ SLURM_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST",
     "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME",
 )  # fmt: skip
+# Settings of a checkout by which `git status` runs a program.
+PROGRAMS_OF_GIT = r"^(core\.fsmonitor|filter\..*\.(clean|smudge|process)|extensions\.worktreeconfig)$"
 CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGULARITY_CONTAINER", "oci": "container"}
 
 
@@ -114,14 +116,25 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the working directory and whether it has changes; (None, None) outside a checkout."""
+    """Return the commit of the working directory and whether it has changes; (None, None) outside a checkout.
+
+    Whether it has changes is None if the checkout's own settings name programs that git would run to find out: it may
+    have come with somebody's archive.
+    """
     commit = _git("rev-parse", "HEAD")
-    return (commit.strip(), bool(_git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, None)
+    if not commit:
+        return None, None
+    if _git("config", "--local", "--includes", "--name-only", "--get-regexp", PROGRAMS_OF_GIT):
+        return commit.strip(), None
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
+    return commit.strip(), None if changes is None else bool(changes)
 
 
 def _git(*arguments: str) -> str | None:
+    # A setting of a submodule or of a worktree does not count either.
+    command = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -27,7 +27,7 @@ from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.show import NOT_MEASURED, STATUS_STYLE, WIDE, console, marked, print_table, say_estimates
 from lem.results.store import Store, age, default_root, resume_command
 from lem.results.tables import Tables
-from lem.units import plain, quantity
+from lem.units import one_line, plain, quantity
 
 STATUSES = ("completed", "failed", "interrupted", "running", "planned")
 
@@ -113,9 +113,9 @@ def list_experiments(store: Store, selection: Selection, *, everything: bool, as
     with _no_collector():
         damaged = _list(store, selection, everything or selection.status is not None, as_json)
     for problem in damaged:
-        show.console(stderr=True).print(problem, markup=False, style="red")
+        show.console(stderr=True).print(one_line(problem), markup=False, style="red")
     for stranger in Tables(store).strangers():
-        show.console(stderr=True).print(f"Warning: {stranger}", markup=False, style="yellow")
+        show.console(stderr=True).print(f"Warning: {one_line(stranger)}", markup=False, style="yellow")
     return 1 if damaged else 0
 
 
@@ -287,9 +287,9 @@ def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row
         print()
     attempts = f"after {state.attempt} attempt{'s' if state.attempt > 1 else ''}" if state.attempt else "not yet run"
     text = _where(state) if state.status == "running" else f"is {state.status}, {attempts}"
-    print(f"{directory.id} {text}.")
+    print(one_line(f"{directory.id} {text}."))
     if state.error and not has_row:
-        print(state.error)
+        print(one_line(state.error))
     if state.status not in ("running", *FINISHED):
         print(f"To continue: {resume_command(store, directory)}")
 
@@ -331,9 +331,9 @@ def aggregate_experiments(
 def _report(one: Aggregated, everything: bool) -> str:
     """Print what became of an experiment, unless `everything` and it was left alone; return its kind."""
     if one.kind == "failed" or (one.kind == "skipped" and not everything):
-        show.console(stderr=True).print(one.text, markup=False, style="red")
+        show.console(stderr=True).print(one_line(one.text), markup=False, style="red")
     elif not (one.kind == "fresh" and everything):
-        print(one.text)
+        print(one_line(one.text))
     return one.kind
 
 
@@ -378,7 +378,7 @@ def show_list(listed: Sequence[Listed]) -> None:
         print("± half of the 95 % interval over the cycles")
     for one in listed:
         if one.detail:
-            print(f"{one.experiment_id}: {one.detail}")
+            print(one_line(f"{one.experiment_id}: {one.detail}"))
 
 
 def _cells(one: Listed, wide: bool) -> list[str]:
@@ -420,6 +420,7 @@ def _print(headers: list[str], lines: list[list[str]]) -> None:
     if sys.stdout.isatty() and len(lines) < MANY:
         _print_laid_out(headers, lines)
         return
+    lines = [list(map(one_line, cells)) for cells in lines]
     widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
     # As a template: formatting each cell in Python would take longer than the rest.
     line = "  ".join(f"%{'' if h in NUMBERS else '-'}{width}s" for h, width in zip(headers, widths, strict=True))
@@ -427,7 +428,6 @@ def _print(headers: list[str], lines: list[list[str]]) -> None:
 
 
 def _print_laid_out(headers: list[str], lines: list[list[str]]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -437,7 +437,7 @@ def _print_laid_out(headers: list[str], lines: list[list[str]]) -> None:
         justify: Any = "right" if header in NUMBERS else "left"
         table.add_column(header, justify=justify, no_wrap=not words, overflow="fold")
     for cells in lines:
-        table.add_row(*(_styled(header, escape(cell)) for header, cell in zip(headers, cells, strict=True)))
+        table.add_row(*(_styled(header, show.cell(text)) for header, text in zip(headers, cells, strict=True)))
     print_table(table)
 
 

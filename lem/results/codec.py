@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -78,6 +79,55 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
     return read
+
+
+# A negative number, a large exponent or many digits: worth a closer look, which most files do without.
+_SUSPICIOUS = re.compile(rb"[:,\[]\s*-\d|\d[eE]\+?\d\d|\d{18}")
+AMOUNT = re.compile(
+    r".*(energy_j|duration_s|tokens|bytes|planned|completed|resolution_[js]|total|uncertainty_j|per_kwh|prompts|power_w"
+    r"|latency_s|ttft_s|tpot_s|itl_s|cores)"
+)
+# More than any quantity of a run, and little enough for sums and squares of it. Differences of times may round below 0.
+MOST, ROUNDING = 1e30, 1e-6
+
+
+def check_numbers(content: bytes) -> bytes:
+    """Return JSON lines unchanged if no number in them is one that no run can have.
+
+    Raises:
+        ValueError: a number is too large, or an amount is negative; says which.
+    """
+    if _SUSPICIOUS.search(content):
+        for document in _documents(content):
+            _check_numbers(document, "", "")
+    return content
+
+
+def _documents(content: bytes) -> Iterator[Any]:
+    """Yield what can be read of a JSON file or of JSON lines; reading it by type says what is wrong with the rest."""
+    whole = _plain(content)
+    parts = [whole] if whole is not None else map(_plain, content.splitlines())
+    yield from (part for part in parts if part is not None)
+
+
+def _plain(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_numbers(value: Any, path: str, name: str) -> None:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            _check_numbers(child, f"{path}.{key}" if path else key, key)
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            _check_numbers(child, f"{path}.{i}", name)
+    elif isinstance(value, (int, float)):
+        is_odd = value < -ROUNDING or (isinstance(value, int) and value >= 1 << 63)
+        if abs(value) > MOST or (is_odd and AMOUNT.fullmatch(name)):
+            raise ValueError(f"{path} is {value:.6g}, which no run can have: it was edited or is damaged")
 
 
 def config_sha256(experiment: Experiment) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,8 +21,8 @@ import msgspec
 from lem.errors import ResultsError
 from lem.record import ProcessRecord, RequestRecord
 from lem.results import journal
-from lem.results.codec import PlanExcerpt, arrivals_sha256, from_json, read_excerpt, to_json
-from lem.results.files import remove_if_abandoned, write_atomically
+from lem.results.codec import PlanExcerpt, arrivals_sha256, check_numbers, from_json, read_excerpt, to_json
+from lem.results.files import open_to_read, remove_if_abandoned, write_atomically
 from lem.results.merging import together
 from lem.results.plan import Plan, State, running
 from lem.units import timestamp
@@ -80,6 +80,10 @@ class Earlier:
             if part.record.rank == rank
             for row in part.requests
         ]
+
+
+def _windows(content: bytes, known: Mapping[int, ProcessRecord]) -> list[journal.Window]:
+    return list(journal.read(check_numbers(content), known))
 
 
 class ExperimentDir:
@@ -202,7 +206,7 @@ class ExperimentDir:
     def is_held(self) -> bool:
         """Return whether processes of a run are still alive, even if they are only ending."""
         try:
-            with (self.path / ".lock").open("rb") as lock:
+            with os.fdopen(open_to_read(f"{self._folder}/.lock"), "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -223,6 +227,7 @@ class ExperimentDir:
             ResultsError: another process is running it.
         """
         self.free_state(take_over=take_over)  # refused at once, without waiting for the lock
+        self._check_plain()
         with self.hold(exclusive=True):
             before = self.free_state(take_over=take_over)
             self.clean()
@@ -238,6 +243,16 @@ class ExperimentDir:
             remedy = "" if here else f" If that host is gone: lem experiment --resume {self.id} --force takes it over."
             raise ResultsError(f"{self.id} is already running, as process {state.pid} on {state.host}.{remedy}")
         return state
+
+    def _check_plain(self) -> None:
+        """Refuse to run in a directory with links, pipes or devices; raises `ResultsError`.
+
+        It may have come from somebody, and a log that is a link would grow at the end of any of the user's files.
+        """
+        for entry in os.scandir(self.path):
+            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+                what = f"{self.path / entry.name} is a link, a pipe or a device"
+                raise ResultsError(f"{what}, and running the experiment would write there; replace it by a plain file.")
 
     def clean(self) -> None:
         """Remove the scratch files of killed processes, in this directory and in the tables."""
@@ -290,7 +305,7 @@ class ExperimentDir:
             known.setdefault(match.group(1, 3), {})[record.cycle] = record
         for match in filter(None, map(JOURNAL.fullmatch, names)):
             of_attempt = known.get(match.groups(), {})
-            for window in self._read(match[0], partial(journal.read, known=of_attempt)):
+            for window in self._read(match[0], partial(_windows, known=of_attempt)):
                 record = window.salvaged()
                 found[record.cycle, record.attempt, record.rank] = Part(record, window.rows)
         for part in found.values():
@@ -298,7 +313,7 @@ class ExperimentDir:
         return [found[key] for key in sorted(found)]
 
     def _record(self, name: str) -> ProcessRecord:
-        record = self._read(name, partial(from_json, ProcessRecord))
+        record = self._read(name, lambda content: from_json(ProcessRecord, check_numbers(content)))
         if f"process_{record.rank}_c{record.cycle}_a{record.attempt}.json" != name:
             held = f"process {record.rank}, cycle {record.cycle}, attempt {record.attempt}"
             raise ResultsError(f"{self.path / name} holds the record of {held}: two processes claimed the same rank.")
@@ -358,7 +373,7 @@ class ExperimentDir:
 
     def _content(self, name: str) -> bytes:
         # Takes a quarter of Path.read_bytes's time: `lem aggregate --all` may read tens of thousands of small files.
-        descriptor = os.open(f"{self._folder}/{name}", os.O_RDONLY)
+        descriptor = open_to_read(f"{self._folder}/{name}")
         try:
             content = os.read(descriptor, 1 << 14)
             while more := os.read(descriptor, 1 << 20):

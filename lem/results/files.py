@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import stat
 import tempfile
 import time
 from contextlib import suppress
@@ -51,6 +53,18 @@ class replacing:  # noqa: N801 - reads as a statement
         os.fsync(self._handle)
         self._scratch.replace(self._path)
         log.debug("wrote %s", self._path)
+
+
+def open_to_read(path: str) -> int:
+    """Return a descriptor of a plain file, possibly through a link; raises OSError for anything else.
+
+    A pipe or a device in a results directory could be read for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a plain file")
 
 
 def remove_if_abandoned(scratch: Path) -> None:

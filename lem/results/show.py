@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lem.record import ProcessRecord
 from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.results.schema import ExperimentRow, Measures
-from lem.units import plain, quantity
+from lem.units import one_line, plain, printable, quantity
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,13 +38,34 @@ ESTIMATE = "≈"
 WITHOUT_GPU = "without the GPU"
 
 
-def console(stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr; very wide if there is no terminal."""
+@cache
+def _console_class() -> type[Console]:
+    """Return a console that escapes control characters: in texts before they are laid out, and in all that is left."""
     from rich.console import Console
 
+    class PrintableConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(printable(text), **options)
+
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Any]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    return PrintableConsole
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console on stdout or stderr that escapes control characters; very wide if there is no terminal."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=not stream.isatty())
+    return _console_class()(stderr=stderr, width=width, highlight=False, emoji=False, soft_wrap=not stream.isatty())
+
+
+def cell(text: str) -> str:
+    """Return a text as rich shows it literally, on one line: neither its markup nor its control characters count."""
+    from rich.markup import escape
+
+    return escape(one_line(text))
 
 
 def print_table(table: Table) -> None:
@@ -66,9 +89,9 @@ def _fitted(table: Table, width: int) -> bool:
 
     columns = []
     for column in table.columns:
-        cells = [Text.from_markup(str(cell)) for cell in (column.header, *column.cells)]
-        most = max(cell.cell_len for cell in cells)
-        word = max(part.cell_len for cell in cells for part in cell.split(" "))
+        cells = [Text.from_markup(str(text), emoji=False) for text in (column.header, *column.cells)]
+        most = max(text.cell_len for text in cells)
+        word = max(part.cell_len for text in cells for part in text.split(" "))
         least = most if column.no_wrap else max(word, min(most, column.min_width or 0))
         columns.append((most - least, least, column))
     edge = 0 if table.pad_edge else table.padding[1]
@@ -90,7 +113,7 @@ def _print_paragraphs(table: Table, out: Console) -> None:
             out.print(f"[bold]{head}:[/bold] {' '.join(map(str, cells))}", soft_wrap=True)
             continue
         known = zip(headers, cells, strict=True)
-        details = " · ".join(f"{header}: {cell}" for header, cell in known if cell not in ("", NOT_MEASURED))
+        details = " · ".join(f"{header}: {text}" for header, text in known if text not in ("", NOT_MEASURED))
         for line in filter(None, (head, details and f"  {details}")):
             out.print(line, soft_wrap=True)
 
@@ -98,13 +121,12 @@ def _print_paragraphs(table: Table, out: Console) -> None:
 # ------------------------------------------------------------------ one experiment
 def show_row(row: ExperimentRow) -> None:
     """Print what an experiment measured, with no line for what it did not measure."""
-    console().print(f"{row.experiment_id}  {_status(row.status)}", soft_wrap=True)
+    console().print(f"{cell(row.experiment_id)}  {_status(row.status)}", soft_wrap=True)
     print_pairs(_lines(row))
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     """Print names and texts, a pair on a line; none with an empty text."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -112,7 +134,7 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold", min_width=LEAST_TEXT_WIDTH)
     for name, text in pairs:
         if text:
-            table.add_row(name, escape(text))
+            table.add_row(name, cell(text))
     print_table(table)
 
 
@@ -265,7 +287,8 @@ def show_records(records: Sequence[ProcessRecord]) -> None:
 
     for record in records:
         where = f"process {record.rank} of {record.world_size}, cycle {record.cycle}, attempt {record.attempt}"
-        print(f"{where}, on {record.hostname}: {record.status}, {record.requests_completed} requests")
+        how = f"{record.status}, {record.requests_completed} requests"
+        print(one_line(f"{where}, on {record.hostname}: {how}"))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for header in ("phase", "duration", "component", "energy", "source", "scope", "device", "method"):
             table.add_column(header, overflow="fold")
@@ -274,9 +297,9 @@ def show_records(records: Sequence[ProcessRecord]) -> None:
         if record.phases:
             print_table(table)
         if record.error:
-            print(f"error in {record.error.phase or 'start-up'}: {record.error.message}")
+            print(one_line(f"error in {record.error.phase or 'start-up'}: {record.error.message}"))
         for warning in record.warnings:
-            print(f"warning: {warning.code}: {warning.text}")
+            print(one_line(f"warning: {warning.code}: {warning.text}"))
 
 
 def _phase_rows(table: Table, phase: Any) -> None:
@@ -287,13 +310,14 @@ def _phase_rows(table: Table, phase: Any) -> None:
         head = (phase.name, duration) if i == 0 else ("", "")
         covers = "" if phase.is_covered_by(r) else f"; covers {quantity(r.seconds_of(phase.duration_s), 's')}"
         how = r.reason or f"{r.method}{covers}"
-        table.add_row(*head, r.component, quantity(r.energy_j, "J"), r.source, r.scope, r.device, how)
+        texts = (r.component, quantity(r.energy_j, "J"), r.source, r.scope, r.device, how)
+        table.add_row(*map(cell, (*head, *texts)))
 
 
 # ------------------------------------------------------------------ many experiments
 def _status(status: str) -> str:
     style = STATUS_STYLE.get(status, "dim")
-    return f"[{style}]{status}[/{style}]"
+    return f"[{style}]{cell(status)}[/{style}]"
 
 
 def say_estimates(rows: Iterable[ExperimentRow]) -> None:
@@ -318,7 +342,6 @@ class SweepLine:
 
 def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
     """Print a line for each cell of a sweep, in order, then the errors; `head` is the label column's header."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -331,12 +354,12 @@ def show_sweep(lines: Sequence[SweepLine], head: str) -> None:
         speed, cost = NOT_MEASURED, NOT_MEASURED
         if row := line.row:
             speed, cost = plain(row.output_tokens_per_s), marked(row, plain(row.energy_per_output_token_j))
-        table.add_row(escape(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), speed, cost)
+        table.add_row(cell(line.label), line.experiment_id or NOT_MEASURED, _status(line.status), speed, cost)
     print_table(table)
     say_estimates(line.row for line in lines if line.row)
     for line in lines:
         if line.error:
-            print(f"{line.label}: {line.error}")
+            print(one_line(f"{line.label}: {line.error}"))
 
 
 def _energy(row: ExperimentRow) -> str:
@@ -362,5 +385,17 @@ def row_dict(row: ExperimentRow) -> dict[str, Any]:
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Return plain data as JSON, with escapes for characters that stdout's encoding lacks."""
-    return json.dumps(value, indent=indent, ensure_ascii=not (sys.stdout.encoding or "utf").lower().startswith("utf"))
+    """Return plain data as JSON, with escapes for what stdout's encoding lacks; what is not finite is null."""
+    ascii_only = not (sys.stdout.encoding or "utf").lower().startswith("utf")
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

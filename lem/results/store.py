@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lem.errors import ResultsError, nearest
+from lem.results.codec import config_sha256
 from lem.results.directory import ExperimentDir
 from lem.results.files import write_atomically
 from lem.results.plan import FINISHED
@@ -112,13 +113,23 @@ class Store:
             return []
         names = [f.name for f in folder.iterdir() if ID.fullmatch(f.name) and _text(f) == fingerprint]
         found = [ExperimentDir(self._raw / name) for name in sorted(names, key=age)]
-        return [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]
+        left = [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]
+        return [each for each in left if _says_the_same(each, fingerprint)]
 
 
 def age(experiment_id: str) -> tuple[str, int]:
     """Return a sort key by which exp_20260102_030405_10 comes after exp_20260102_030405_9."""
     date, time, *suffix = [*experiment_id.removeprefix("exp_").split("_"), ""]
     return date + time, int(suffix[0]) if suffix[0].isdecimal() else 1
+
+
+def _says_the_same(directory: ExperimentDir, fingerprint: str) -> bool:
+    """Return False if a directory only claims a fingerprint: what it would run is a different configuration."""
+    try:
+        plan = directory.plan()
+    except ResultsError:
+        return True  # resuming it says what is wrong
+    return fingerprint.startswith(config_sha256(plan.experiment)[:16])
 
 
 def _text(file: Path) -> str | None:

@@ -77,7 +77,8 @@ class Tables:
                 continue
             some = read_file(file, ["experiment_id", "resumed", "status"])
             for name, resumed, status in zip(*(column.to_pylist() for column in some.columns), strict=True):
-                found[name] = RowLocation(file.name, resumed, status)
+                if ID.fullmatch(name):  # not a path to somewhere else
+                    found[name] = RowLocation(file.name, resumed, status)
         return found
 
     def lacking(self) -> dict[str, str | None]:
@@ -142,6 +143,7 @@ class Tables:
         for file in self.files():
             try:
                 found = parquet.records(read_file(file, names), ExperimentRow, names)
+                _check_ids(file, found)
             except ResultsError as error:
                 damaged.append(str(error))
                 continue
@@ -174,7 +176,11 @@ class Tables:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!.]*.parquet")) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    entries = (e for e in os.scandir(folder) if e.name.endswith(".parquet") and not e.name.startswith("."))
+    # Not a pipe, which would be waited for.
+    return sorted(folder / entry.name for entry in entries if entry.is_file())
 
 
 def _is_ours(file: Path) -> bool:
@@ -260,6 +266,13 @@ def read_file(file: Path, names: Sequence[str] | None = None) -> Any:
         raise ResultsError(f"{file} is missing; lem aggregate --all rebuilds it.") from None
     except (OSError, ValueError) as error:
         raise ResultsError(_damage(file, error)) from None
+
+
+def _check_ids(file: Path, rows: Sequence[ExperimentRow]) -> None:
+    for row in rows:
+        if not ID.fullmatch(row.experiment_id):
+            what = f"{file} has a row of {row.experiment_id!r}, which is no experiment's id"
+            raise ResultsError(f"{what}; {_remedy(file)}")
 
 
 def _damage(file: Path, error: Exception) -> str:

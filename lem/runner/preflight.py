@@ -6,6 +6,7 @@ this machine and its files; `lem.spec.conflicts` checks them against each other.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,7 @@ def preflight(
     try:
         prompts = load(experiment.dataset, experiment.seed)
     except BadInput as error:
-        reasons.append(str(error))
+        reasons += error.problems
     try:
         arrivals_s = recorded_times_s(experiment.traffic, len(prompts.texts) if prompts else 0)
     except BadInput as error:
@@ -108,7 +109,7 @@ def _without_prompts(
     try:
         model = _model(experiment)
     except BadInput as error:
-        reasons.append(str(error))
+        reasons += error.problems
     found = [o for o in objections(experiment, host, model) if o.code not in without]
     log.debug("model: %s; objections: %s", model, [o.code for o in found])
     blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
@@ -224,6 +225,12 @@ def _results(results_dir: str) -> Iterator[Objection]:
     except BadInput as error:
         yield Objection("results_unwritable", "io.results_dir", str(error))
         return
+    try:
+        os.stat(store.root / "raw")
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            yield Objection("results_unwritable", "io.results_dir", f"it cannot be created: {error.strerror}.")
+            return
     for folder in (store.root / "raw", store.experiments_table, store.requests_table):
         # Not Path.exists, which raises if a parent may not be read.
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))

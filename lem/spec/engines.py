@@ -47,8 +47,8 @@ class SimulatedBackend:
     spreads_a_model_itself: ClassVar[bool] = False
 
     name: Annotated[Literal["simulated"], Field(description="Inference backend.")] = "simulated"
-    prefill_s_per_token: Annotated[float, Field(ge=0, description="Seconds per input token.")] = 1e-5
-    decode_s_per_token: Annotated[float, Field(ge=0, description="Seconds per decode step of a batch.")] = 1e-4
+    prefill_s_per_token: Annotated[float, Field(ge=0, le=3600, description="Seconds per input token.")] = 1e-5
+    decode_s_per_token: Annotated[float, Field(ge=0, le=3600, description="Seconds per decode step of a batch.")] = 1e-4
     gpus: Annotated[
         int, Field(ge=0, le=1024, description="Number of visible GPUs to meter, although nothing runs on them.")
     ] = 0

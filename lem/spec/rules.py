@@ -565,6 +565,19 @@ FILE_RULES: dict[str, Rule] = _rules(
             "The key configures Hydra itself, which config files cannot do.",
             "Set it on the command line (hydra.…=…).",
         ),
+        # ------------------------------------------------------ what a file would run
+        "command_not_agreed": (
+            "A file names a program that lem would start with your permissions, and you have not agreed to it.",
+            "Look at the command; agree on a terminal, where lem asks once, or give --allow-command.",
+        ),
+        "code_not_agreed": (
+            "A file has lem run Python code of a model or an engine with your permissions, and you have not agreed.",
+            "Look at the code; agree on a terminal, where lem asks once, or give --allow-code.",
+        ),
+        "key_not_agreed": (
+            "A file has lem send the API key in an environment variable to another machine, and you have not agreed.",
+            "Look at the address; agree on a terminal, where lem asks once, or give --allow-key.",
+        ),
         # ------------------------------------------------------ inheritance
         "bad_defaults": (
             "The defaults of a file are not a list of files to inherit from and options to choose.",

@@ -10,6 +10,7 @@ from lem.results import show
 from lem.results.directory import ExperimentDir
 from lem.runner.job import Outcome
 from lem.runner.preflight import Ready
+from lem.units import one_line
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class RunOptions:
     force: bool = False
     write_tables: bool = True
     fresh: bool = False
+    # Consent, for this command only, to what files name: programs, code of models, keys sent to other machines.
+    allow_command: bool = False
+    allow_code: bool = False
+    allow_key: bool = False
 
 
 def confirmed(question: str) -> bool:
@@ -34,7 +39,7 @@ def confirmed(question: str) -> bool:
     import typer
 
     try:
-        return typer.confirm(question, default=True, err=True)
+        return typer.confirm(one_line(question), default=True, err=True)
     except typer.Abort:
         raise Interrupted("Nothing was run.") from None
 
@@ -59,7 +64,7 @@ def summary_of(ready: Ready) -> str:
 def print_warnings(*warnings: object) -> None:
     """Print warnings on stderr, in colour on a terminal."""
     for warning in warnings:
-        show.console(stderr=True).print(f"Warning: {warning}", markup=False, highlight=False, style="yellow")
+        show.console(stderr=True).print(one_line(f"Warning: {warning}"), markup=False, highlight=False, style="yellow")
 
 
 def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:

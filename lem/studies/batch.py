@@ -11,6 +11,7 @@ from lem.backends import backend_class
 from lem.config.compose import prepare
 from lem.config.files import find
 from lem.config.overrides import has_several_values
+from lem.config.trust import asked_by
 from lem.errors import BadInput, ConfigError
 from lem.machine import host
 from lem.machine.gpu import Gpu
@@ -19,6 +20,7 @@ from lem.runner.preflight import Ready, preflight
 from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions
 from lem.studies.checks import Candidate, RecentPrompts, checked
+from lem.studies.consent import Consents
 from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Cell, Manifest
 from lem.studies.pool import Pool, Slot, are_disjoint, slots
@@ -53,7 +55,7 @@ def main(
     visible = host.look().gpus
     shares = slots(at_once, visible) if at_once > 1 else [Slot(visible)]
     prompts = RecentPrompts()
-    check = Check(overrides, config_dir, options.force, shares, visible, prompts)
+    check = Check(overrides, config_dir, options.force, shares, visible, prompts, Consents(options))
     candidates = (Candidate(str(file), tuple(overrides), file, partial(check, file)) for file in files)
     cells = checked(candidates, fresh=options.fresh)
 
@@ -75,10 +77,13 @@ class Check:
     shares: Sequence[Slot]
     visible: tuple[Gpu, ...]
     prompts: RecentPrompts
+    consents: Consents
 
     def __call__(self, file: Path) -> Ready:
         """Return the checked experiment; raises `BadInput` with everything that is wrong."""
-        experiment = prepare(file, self.overrides, config_dir=self.config_dir).experiment()
+        composition = prepare(file, self.overrides, config_dir=self.config_dir)
+        experiment = composition.experiment()
+        self.consents.require(asked_by(experiment, composition.sources))
         self._refuse_crowding(experiment)
         try:
             return self._with_gpus(experiment, self.shares[0].gpus)
@@ -99,7 +104,7 @@ class Check:
 
     def _explained(self, error: BadInput, experiment: Experiment) -> list[str]:
         """Return the problems, adding the reason if they arise because a run gets only some of the GPUs."""
-        problems = str(error).splitlines()
+        problems = list(error.problems)
         share = self.shares[0].gpus
         if len(share) == len(self.visible):
             return problems

@@ -66,7 +66,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
         try:
             ready = each.check()
         except BadInput as error:
-            problems += [(problem, each.label) for problem in str(error).splitlines()]
+            problems += [(problem, each.label) for problem in error.problems]
             continue
         warnings += [(str(warning), each.label) for warning in ready.warnings]
         unfinished = None if fresh else _unfinished(ready, resumed)

@@ -6,10 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, Protocol, TextIO, cast
 
+from lem.results import show
 from lem.runner.progress import Event, Report
+from lem.units import one_line
 
 TITLES = {
     "cycle": "Cycle",
@@ -36,7 +38,7 @@ def display() -> Iterator[Report]:
 @contextmanager
 def bars() -> Iterator[Report]:
     """Show events as rich's progress bars on stderr, drawn when an event arrives, not by a timer."""
-    with _progress() as progress:
+    with _shown(_progress()) as progress:
         phases = _Phases(progress)
         yield phases
         phases.finish()
@@ -46,7 +48,7 @@ def bars() -> Iterator[Report]:
 def study_display(total: int, *, at_once: int = 1) -> Iterator[StudyDisplay]:
     """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines."""
     if _is_terminal(sys.stderr):
-        with _progress(30 if at_once == 1 else 10) as progress:
+        with _shown(_progress(30 if at_once == 1 else 10)) as progress:
             yield StudyBars(progress, total, at_once)
     else:
         yield StudyLines(sys.stderr, total, at_once)
@@ -57,7 +59,6 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _progress(bar_width: int = 30) -> Any:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
@@ -66,9 +67,41 @@ def _progress(bar_width: int = 30) -> Any:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        console=Console(stderr=True),
+        console=show.console(stderr=True),
         auto_refresh=False,
+        # rich would take control characters in what is printed meanwhile for colours.
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
+
+
+@contextmanager
+def _shown(progress: Any) -> Iterator[Any]:
+    """Show bars; what is printed on the terminal meanwhile appears above them."""
+    above = [_Above(stream, progress.console) for stream in (sys.stdout, sys.stderr)]
+    with progress, redirect_stdout(cast(TextIO, above[0])), redirect_stderr(cast(TextIO, above[1])):
+        yield progress
+
+
+class _Above:
+    """A stream whose lines appear above the bars if it is the terminal; otherwise the stream itself."""
+
+    def __init__(self, stream: TextIO, console: Any) -> None:
+        self._stream, self._console, self._begun = stream, console, ""
+        # Where consoles of rich write, this one included.
+        self.rich_proxied_file = getattr(stream, "rich_proxied_file", stream)
+
+    def write(self, text: str) -> int:
+        """Write a text; a line appears when it is complete."""
+        if not self._stream.isatty():
+            return self._stream.write(text)
+        *lines, self._begun = (self._begun + text).split("\n")
+        if lines:
+            self._console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Phases:
@@ -154,8 +187,8 @@ class StudyBars:
 
     def begin(self, number: int, label: str) -> Report:
         """Add the run's bars."""
-        run = _Phases(self._progress) if self._at_once == 1 else _OneBar(self._progress, label)
-        self._runs[number] = label, run
+        run = _Phases(self._progress) if self._at_once == 1 else _OneBar(self._progress, one_line(label))
+        self._runs[number] = one_line(label), run
         self._head()
         return run
 
@@ -166,9 +199,8 @@ class StudyBars:
         self._failed += failed
         self._progress.advance(self._all)
         style = "red" if failed else None
-        self._progress.console.print(
-            f"[{number + 1}/{self._total}] {label}: {sentence}", markup=False, highlight=False, style=style
-        )
+        line = one_line(f"[{number + 1}/{self._total}] {label}: {sentence}")
+        self._progress.console.print(line, markup=False, highlight=False, style=style)
         self._head()
 
     def _head(self) -> None:
@@ -225,7 +257,7 @@ class StudyLines:
         self._print(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        print(one_line(line), file=self._stream, flush=True)
 
 
 class Rate:

@@ -14,6 +14,8 @@ from pathlib import Path
 import yaml
 
 from lem.config.compose import prepare
+from lem.config.problem import Location
+from lem.config.trust import all_asked, asked_by
 from lem.errors import ResultsError
 from lem.machine import host
 from lem.results.aggregate import aggregate
@@ -26,6 +28,7 @@ from lem.runner.job import resume as resume_job
 from lem.runner.preflight import Ready, check_again, preflight
 from lem.studies import preview
 from lem.studies.ask import RunOptions, confirmed, print_warnings, progress_of, show_outcome, summary_of
+from lem.studies.consent import Consents
 from lem.studies.display import display
 
 
@@ -39,7 +42,9 @@ def main(
         Interrupted: what was measured is kept.
     """
     composition = prepare(config_file, overrides, config_dir=config_dir)
-    ready = preflight(composition.experiment(), host.look(), force=options.force)
+    experiment = composition.experiment()
+    Consents(options).require(asked_by(experiment, composition.sources))
+    ready = preflight(experiment, host.look(), force=options.force)
     print_warnings(*ready.warnings)
     if options.dry_run:
         _show_plan(ready)
@@ -87,6 +92,9 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
     if options.dry_run:
         print(f"{directory.id}: {progress_of(directory)}\n# dry run: nothing was measured")
         return 0
+    # The plan may be somebody else's, so none of its words count as the command line's.
+    spec = Location(directory.path / "spec.json")
+    Consents(options).require(replace(each, where=spec) for each in all_asked(plan.experiment))
     # Anything inadvisable was accepted when it began; the results may have been moved since.
     experiment = replace(plan.experiment, io=replace(plan.experiment.io, results_dir=str(store.root)))
     check_again(experiment, host.look(), force=True, has_arrivals=bool(plan.arrivals_sha256))

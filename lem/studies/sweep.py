@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from lem.config.compose import Composition, prepare
+from lem.config.trust import asked_by
 from lem.machine import host
 from lem.runner.preflight import Ready, preflight
 from lem.studies.ask import RunOptions
 from lem.studies.checks import Candidate, RecentPrompts, checked
+from lem.studies.consent import Consents
 from lem.studies.study import OneByOne, run_study
 
 
@@ -25,10 +27,12 @@ def main(
         Interrupted: raised after the table is printed; what was measured is kept.
     """
     compositions = prepare(config_file, overrides, config_dir=config_dir).cells()
-    prompts, machine = RecentPrompts(), host.look()
+    prompts, machine, consents = RecentPrompts(), host.look(), Consents(options)
 
     def check(composition: Composition) -> Ready:
-        return preflight(composition.experiment(), machine, force=options.force, load=prompts)
+        experiment = composition.experiment()
+        consents.require(asked_by(experiment, composition.sources))
+        return preflight(experiment, machine, force=options.force, load=prompts)
 
     candidates = (
         Candidate(label, tuple(override.shown for override in each.given), config_file, partial(check, each))

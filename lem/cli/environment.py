@@ -1,0 +1,89 @@
+"""Loads `.env`, except for variables by which a file that came with somebody's folder could run code.
+
+A variable that is already set takes precedence. Knows nothing about what the variables mean to lem.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+
+from lem.errors import ConfigError
+from lem.units import one_line
+
+log = logging.getLogger(__name__)
+
+# Python's variables that load no code.
+OF_PYTHON = frozenset(
+    f"PYTHON{name}"
+    for name in (
+        "UNBUFFERED", "HASHSEED", "IOENCODING", "UTF8", "DONTWRITEBYTECODE", "FAULTHANDLER", "SAFEPATH", "NOUSERSITE",
+        "DEVMODE", "TRACEMALLOC", "MALLOC", "NODEBUGRANGES", "INTMAXSTRDIGITS", "COERCECLOCALE",
+    )
+)  # fmt: skip
+# The variables that make a program load or run what they name, or look for it where they say.
+LOADERS = re.compile(
+    "|".join(
+        (
+            # the dynamic linker and the C library
+            r"LD_\w+", r"DYLD_\w+", r"_RLD\w*", r"GCONV_PATH", r"GLIBC_TUNABLES", r"LOCPATH", r"NLSPATH",
+            # where programs, settings and consents are found
+            r"PATH", r"HOME", r"SHELL", r"XDG_\w+", r"LEM_STATE_DIR",
+            # shells
+            r"BASH_ENV", r"BASH_FUNC_.*", r"BASHOPTS", r"SHELLOPTS", r"ENV", r"ZDOTDIR", r"FPATH", r"PS[0-4]",
+            r"PROMPT_COMMAND", r"IFS", r"CDPATH",
+            # interpreters
+            r"PYTHON\w*", r"IPYTHONDIR", r"JUPYTER_\w+", r"PERL\w*", r"RUBY(OPT|LIB)", r"GEM_(HOME|PATH)",
+            r"NODE_(OPTIONS|PATH)", r"LUA_(C?PATH|INIT)\w*", r"PHPRC", r"R_(PROFILE|LIBS|ENVIRON)\w*", r"JULIA_\w+",
+            r"_?JAVA_(TOOL_)?OPTIONS", r"JDK_JAVA_OPTIONS", r"CLASSPATH",
+            # programs that are started on the way
+            r"EDITOR", r"VISUAL", r"PAGER", r"BROWSER", r"LESS(OPEN|CLOSE)", r"GIT_\w+", r"SSH_ASKPASS", r"PIP_\w+",
+            r"UV_\w+", r"CC", r"CXX", r"CPP", r"LD", r"NVCC\w*", r"CUDACXX", r"CUDAHOSTCXX", r"\w*FLAGS",
+            r"CMAKE_\w+", r"\w+_COMPILER_LAUNCHER",
+            # libraries with plugins, hooks and caches of compiled code
+            r"OPENSSL_\w+", r"SASL_PATH", r"KRB5_CONFIG", r"CURL_HOME", r"CUDA_(HOME|PATH|CACHE_PATH)",
+            r"\w+_INJECTION(32|64)_PATH", r"NCCL_\w*PLUGIN\w*", r"NCCL_CONF_FILE", r"UCX_MODULE_DIR", r"OMPI_MCA_\w+",
+            r"PMIX_MCA_\w+", r"FI_PROVIDER_PATH", r"OMP_TOOL_LIBRARIES", r"OCL_ICD\w*", r"VK_\w+", r"HSA_TOOLS_LIB",
+            r"TORCHINDUCTOR_\w*(DIR|PATH)", r"TORCH_EXTENSIONS_DIR", r"TRITON_\w*(DIR|PATH|HOME)", r"NUMBA_CACHE_DIR",
+            r"CUPY_CACHE_DIR", r"FLASHINFER_\w*(DIR|PATH|BASE)", r"VLLM_(CACHE|CONFIG)_ROOT", r"VLLM_\w*PLUGIN\w*",
+            r"HF_MODULES_CACHE", r"MPLBACKEND", r"MPLCONFIGDIR", r"HDF5_PLUGIN_PATH", r"GDAL_DRIVER_PATH",
+            r"QT_PLUGIN_PATH", r"GTK_(PATH|MODULES)", r"GIO_(EXTRA_MODULES|MODULE_DIR)", r"GST_PLUGIN\w*",
+        )
+    ),
+    re.IGNORECASE,
+)  # fmt: skip
+
+
+def loads_code(name: str) -> bool:
+    """Return whether a variable makes processes load code, or look for code or consents where it says."""
+    return LOADERS.fullmatch(name) is not None and name not in OF_PYTHON
+
+
+def load_dotenv() -> None:
+    """Set the variables of the nearest `.env` that are not set yet; warn about those that are refused."""
+    import dotenv
+
+    file = dotenv.find_dotenv(usecwd=True)
+    log.debug(".env: %s", file or "none")
+    if not file:
+        return
+    try:
+        values = dotenv.dotenv_values(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: it cannot be read ({error}); correct or remove it.") from None
+    new = {name: value for name, value in values.items() if value is not None and name not in os.environ}
+    for name in new:
+        if loads_code(name):
+            _warn(
+                file, f"{name} is ignored, because it can make programs load code; set it in the shell if you need it."
+            )
+        elif "\0" in new[name]:
+            _warn(file, f"{name} is ignored, because its value holds a null character.")
+        else:
+            os.environ[name] = new[name]
+
+
+def _warn(file: str, text: str) -> None:
+    print(one_line(f"Warning: {file}: {text}"), file=sys.stderr)

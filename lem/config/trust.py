@@ -1,0 +1,171 @@
+"""What a configuration would run with the user's permissions, and whether the user's own command line names it.
+
+A program that starts a server, Python code that comes with a model or that an engine's argument names, and an API key
+that would be sent away: whoever wrote the file decides about them, so the user has to see them first
+(`lem.studies.consent`). What the command line itself says is the user's own word. Runs nothing and imports no code of a
+model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lem.backends.openai_options import address_of
+from lem.backends.vllm_options import code_arguments
+from lem.config.layers import Sources, holds, origin
+from lem.config.problem import Location, shown_path
+from lem.errors import ConfigError
+from lem.spec.engines import OpenaiBackend, SimulatedBackend, VllmBackend
+from lem.spec.experiment import Experiment
+from lem.workload import tiny
+
+Kind = Literal["command", "code", "key"]
+# What is digested of a file that a command or a model names; a server's program may be larger, its scripts are not.
+MOST_BYTES = 64_000_000
+# Files of a model that say which code to load.
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Something that a configuration asks to run or to send, at which option, and in which words.
+
+    `digest` identifies the words and the content of the files that they name; `is_own` means that the command line
+    says it, and `where` is the file that does otherwise.
+    """
+
+    kind: Kind
+    path: str
+    text: str
+    digest: str
+    is_own: bool = False
+    where: Location | None = None
+
+
+def asked_by(experiment: Experiment, sources: Sources) -> list[Asked]:
+    """Return what a composed experiment asks to run, with the origin of each."""
+    layers = sources.layers()
+    return [_with_origin(each, layers) for each in all_asked(experiment)]
+
+
+def _with_origin(asked: Asked, layers: list[Any]) -> Asked:
+    paths = [tuple(path.split(".")) for path in (asked.path, *(("backend.url",) if asked.kind == "key" else ()))]
+    found = [(path, layer) for path in paths if (layer := origin(layers, path)) and layer.kind != "default"]
+    # An interpolation takes words from elsewhere, whoever writes it.
+    foreign = [(path, layer) for path, layer in found if layer.kind != "command line" or _interpolates(layer, path)]
+    if found and not foreign:
+        return replace(asked, is_own=True)
+    for path, layer in foreign:
+        above = (layer.locations.get(path[:end]) for end in range(len(path), 0, -1))
+        if location := next(filter(None, above), None):
+            return replace(asked, where=location)
+    return asked
+
+
+def _interpolates(layer: Any, path: tuple[str, ...]) -> bool:
+    value = layer.values
+    for part in path:
+        value = value[part] if holds(value, (part,)) else None
+    return "${" in json.dumps(value, default=str)
+
+
+def all_asked(experiment: Experiment) -> Iterator[Asked]:
+    """Yield what an experiment asks to run, whoever wrote it; `is_own` is False."""
+    backend = experiment.backend
+    if isinstance(backend, OpenaiBackend):
+        if backend.command is not None:
+            yield _asked("command", "backend.command", backend.command, _files_named_in(backend.command))
+        yield from _key(backend)
+    if not experiment.trust_remote_code or isinstance(backend, SimulatedBackend):
+        return
+    yield _code_of_models(experiment)
+    if isinstance(backend, VllmBackend):
+        for path, value in code_arguments(backend).items():
+            yield _asked("code", path, f"{path.rpartition('.')[2]}={json.dumps(value, default=str)}")
+
+
+def _asked(kind: Kind, path: str, text: str, files: Iterable[Path] = ()) -> Asked:
+    digest = hashlib.sha256(json.dumps([kind, path, text]).encode())
+    for file in files:
+        digest.update(_digest_of(file).encode())
+    return Asked(kind, path, text, digest.hexdigest())
+
+
+# ------------------------------------------------------------------ commands
+def _files_named_in(command: str) -> Iterator[Path]:
+    """Yield the files that the words of a command name: the same words in another folder may run another script."""
+    with suppress(ValueError):
+        for word in shlex.split(command):
+            module = Path(*word.split(".")) if word.replace(".", "").isidentifier() else None
+            beside = [module.with_suffix(".py"), module / "__main__.py"] if module else []
+            yield from (file for file in (Path(word).expanduser(), *beside) if _is_file(file))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _digest_of(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.sha256(opened.read(MOST_BYTES)).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+# ------------------------------------------------------------------ code
+def _code_of_models(experiment: Experiment) -> Asked:
+    """Return the request to run the code of the models that are loaded."""
+    drafts = getattr(getattr(experiment.backend, "speculative", None), "model", None)
+    names = [name for name in (experiment.model, drafts, experiment.adapter) if name]
+    folders = {name: folder for name in names if (folder := _local_folder(name)) is not None}
+    texts, files = [], []
+    for name in names:
+        if name in folders:
+            inside = _code_files(folders[name])
+            files += [*inside, *(folders[name] / config for config in CONFIGS if (folders[name] / config).is_file())]
+            listed = ", ".join(str(file.relative_to(folders[name])) for file in inside)
+            texts.append(f"the Python code in {shown_path(folders[name])}: {listed or 'no file at present'}")
+        else:
+            revision = f" at revision {experiment.revision}" if experiment.revision and name == experiment.model else ""
+            texts.append(f"the Python code that comes with {name}{revision}")
+    return _asked("code", "trust_remote_code", "; ".join(texts), files)
+
+
+def _local_folder(name: str) -> Path | None:
+    if name == tiny.NAME:
+        return None
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def _code_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*.py") if _is_file(file))
+
+
+# ------------------------------------------------------------------ keys
+def _key(backend: OpenaiBackend) -> Iterator[Asked]:
+    """Yield the request to send an API key to another machine."""
+    if not os.environ.get(backend.api_key_env) or backend.url is None:
+        return
+    try:
+        address = address_of(backend)
+    except ConfigError:
+        return  # it is refused anyway
+    if not address.is_here:
+        text = f"the value of {backend.api_key_env} to {address.scheme}://{address.host}:{address.port}"
+        yield _asked("key", "backend.api_key_env", text)

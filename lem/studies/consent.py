@@ -1,0 +1,124 @@
+"""The user's consent to run what a file names: asked for on a terminal, once for the same words, and remembered.
+
+Agreements are files named by the digest of what was agreed to, in lem's directory in the user's state
+(`~/.local/state/lem/agreed`). What the command line says needs no consent; it is remembered, so that the experiment can
+be resumed. Does not know what a configuration can ask for; `lem.config.trust` does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lem.config.problem import Problem, Problems, shortened
+from lem.config.trust import Asked, Kind
+from lem.errors import Interrupted
+from lem.results.files import write_atomically
+from lem.studies.ask import RunOptions, print_warnings
+from lem.units import one_line
+
+STATE_VARIABLE = "LEM_STATE_DIR"
+# What happens if the user agrees; and the question. A refusal's remedy is in `lem.spec.rules`.
+DOES = {
+    "command": "starts a program with your permissions",
+    "code": "runs Python code with your permissions",
+    "key": "sends your key to another machine",
+}
+QUESTION = {"command": "Start this program?", "code": "Run this code?", "key": "Send it?"}
+FLAGS = {"command": "--allow-command", "code": "--allow-code", "key": "--allow-key"}
+LONGEST_SHOWN = 300
+
+
+def agreements() -> Path:
+    """Return the directory of the agreements; `LEM_STATE_DIR` moves it."""
+    import platformdirs
+
+    return Path(os.environ.get(STATE_VARIABLE) or platformdirs.user_state_dir("lem")) / "agreed"
+
+
+@dataclass
+class Consents:
+    """What the user has agreed to, before this command or in it."""
+
+    options: RunOptions
+    _agreed: set[str] = field(default_factory=set)
+
+    def require(self, asked: Iterable[Asked]) -> None:
+        """Make sure that the user agrees to everything that is asked for; on a terminal, ask.
+
+        In a dry run, which starts no program and sends no key, only code needs consent: checking a model may load it.
+
+        Raises:
+            Problems: the user does not agree, or there is no terminal to ask on.
+            Interrupted: the user pressed Ctrl-C.
+        """
+        lacking: list[Asked] = []
+        for each in asked:
+            if each.is_own:
+                self._agree(each, permanently=not self.options.dry_run)
+            elif each.digest in self._agreed or self._is_allowed(each.kind) or _is_remembered(each):
+                continue
+            elif self.options.dry_run and each.kind != "code":
+                print_warnings(f"{_said(each)} Running it needs your consent, or {FLAGS[each.kind]}.")
+                self._agreed.add(each.digest)
+            elif _on_terminal() and _agrees(each):
+                self._agree(each, permanently=True)
+            else:
+                lacking.append(each)
+        if lacking:
+            raise Problems(map(_refusal, lacking))
+
+    def _is_allowed(self, kind: Kind) -> bool:
+        options = self.options
+        allowed = {"command": options.allow_command, "code": options.allow_code, "key": options.allow_key}
+        return allowed[kind]
+
+    def _agree(self, asked: Asked, *, permanently: bool) -> None:
+        if permanently and asked.digest not in self._agreed and not _is_remembered(asked):
+            _remember(asked)
+        self._agreed.add(asked.digest)
+
+
+def _is_remembered(asked: Asked) -> bool:
+    return os.path.isfile(agreements() / asked.digest)
+
+
+def _remember(asked: Asked) -> None:
+    try:
+        agreements().mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(agreements() / asked.digest, f"{asked.path}: {one_line(asked.text)}\n")
+    except OSError as error:
+        if not asked.is_own:
+            print_warnings(f"Your consent cannot be remembered: {agreements()}: {error.strerror}.")
+
+
+def _said(asked: Asked) -> str:
+    where = f"{asked.where}: " if asked.where else ""
+    return f"{where}{asked.path} {DOES[asked.kind]}: {shortened(one_line(asked.text), LONGEST_SHOWN)}."
+
+
+def _refusal(asked: Asked) -> Problem:
+    message = f"it {DOES[asked.kind]}, and you have not agreed: {shortened(one_line(asked.text), LONGEST_SHOWN)}. "
+    message += f"Agree on a terminal, where lem asks once, or give {FLAGS[asked.kind]}."
+    return Problem(f"{asked.kind}_not_agreed", asked.path, message, asked.where)
+
+
+# ------------------------------------------------------------------ on a terminal
+def _on_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _agrees(asked: Asked) -> bool:
+    """Show all of the words and ask, whatever --yes says; the default answer is no."""
+    import typer
+
+    where = f"{asked.where}: " if asked.where else ""
+    print(one_line(f"{where}{asked.path} {DOES[asked.kind]}, here in {Path.cwd()}:"), file=sys.stderr)
+    print(f"    {one_line(asked.text)}", file=sys.stderr)
+    try:
+        return typer.confirm(QUESTION[asked.kind], default=False, err=True)
+    except typer.Abort:
+        raise Interrupted("Nothing was run.") from None
