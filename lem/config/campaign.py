@@ -8,6 +8,7 @@ they are.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from lem.config import yamlfile
 from lem.config.files import find
 from lem.config.options import SUFFIXES
-from lem.config.problem import Location, Problem, Problems, shortened
+from lem.config.problem import Location, Problem, Problems, shortened, shown_path
 from lem.config.userfile import MAX_FILES, merged
 from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
@@ -41,11 +42,22 @@ class CampaignFile:
 
 
 def is_campaign(file: Path) -> bool:
-    """Return whether a file is a campaign's and not an experiment's: it names arms, or a parent does."""
-    try:
-        return "arms" in yamlfile.read(file).values or "arms" in read(file).values
-    except Problems:
-        return False
+    """Return whether a file is a campaign's and not an experiment's: it names arms, or a file that it inherits from."""
+    waiting, seen = [file], set[Path]()
+    while waiting and len(seen) < MAX_FILES:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        try:
+            values = yamlfile.read(path).values
+            # Not a pipe, which would be waited for.
+            waiting += [each for each in _parents(values.get("defaults", []), path) if each.is_file()]
+        except Problems:
+            continue
+        if "arms" in values:
+            return True
+    return False
 
 
 def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
@@ -54,14 +66,17 @@ def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
     Raises:
         Problems: a file cannot be read, or inherits from itself.
     """
-    ring = [child.resolve() for child in children]
-    if file.resolve() in ring or len(ring) >= MAX_FILES:
+    ring = [os.path.realpath(child) for child in children]
+    if os.path.realpath(file) in ring or len(ring) >= MAX_FILES:
         names = " -> ".join(path.name for path in (*children, file))
         raise Problems.one("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", Location(file))
     document = yamlfile.read(file)
     found = CampaignFile(problems=list(document.problems))
     content = dict(document.values)
     for parent in _parents(content.pop("defaults", []), file):
+        if not parent.is_file():
+            message = f"it inherits from {shown_path(parent)}, and there is no such file."
+            raise Problems.one("missing_parent", "defaults", message, document.locations.get(("defaults",)))
         below = read(parent, (*children, file))
         found.values |= below.values
         found.locations |= below.locations
@@ -201,6 +216,8 @@ def _parents(value: Any, file: Path) -> Iterator[Path]:
     for name in value:
         if name == "_self_":
             continue
+        if "\0" in name:
+            raise Problems.one("missing_parent", "defaults", "no file can have such a name.", Location(file))
         path = file.parent / name
         yield path if path.suffix in SUFFIXES else path.with_name(f"{path.name}.yaml")
 

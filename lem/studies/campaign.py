@@ -507,6 +507,7 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
     """Yield what earlier rows of the same configurations let expect, or that there are none."""
     campaign, arms = planned.definition.campaign, planned.definition.arms
     names = [
+        "experiment_id",
         "config_json",
         "status",
         "duration_s",

@@ -259,6 +259,7 @@ def test_configs_run_nothing_paint_nothing_and_each_refusal_is_a_line(there, odd
         assert not (odd / "results").exists()
 
 
+@pytest.mark.processes
 def test_checking_them_runs_nothing_and_paints_nothing(there, odd, sings):
     for name in files_of(odd):
         if name == "pipe.yaml":

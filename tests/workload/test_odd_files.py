@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from lem.errors import BadInput, DatasetError
 from lem.spec.experiment import Dataset
+from lem.units import one_line
 from lem.workload import content
 from lem.workload.datasets import load_prompts
 from tests.conftest import SIMULATED
@@ -448,7 +449,7 @@ def test_saved_dataset_with_splits_is_read(tmp_path):
 # ------------------------------------------------------------------ paths
 @pytest.mark.parametrize("name", ["x" * 300 + ".txt", "/" + "y/" * 3000 + "p.txt", "./p\0.txt"])
 def test_path_that_no_file_can_have_is_not_there(name):
-    assert refusal(name) == f"There is no file {name}."
+    assert refusal(name) == f"There is no file {one_line(name)}."
 
 
 def test_pipe_is_refused_because_it_can_be_read_only_once(tmp_path):
