@@ -58,13 +58,19 @@ def campaign(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show the order, run nothing.")] = False,
     force: flags.Force = False,
+    allow_command: flags.AllowCommand = False,
+    allow_code: flags.AllowCode = False,
+    allow_key: flags.AllowKey = False,
 ) -> None:
     """Measure several configurations in turn and say how they compare."""
     from lem.results.store import default_root
     from lem.studies import campaign as study
     from lem.studies.ask import RunOptions
 
-    options = RunOptions(yes=yes, dry_run=dry_run, force=force)
+    options = RunOptions(
+        yes=yes, dry_run=dry_run, force=force,
+        allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
+    )  # fmt: skip
     if resume is not None:
         if arguments or name:
             raise ConfigError("--resume continues a campaign as it was planned; give no config files or name with it.")

@@ -135,7 +135,7 @@ def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_ma
     except Problems as error:
         return _in_order(error.found, file)
     except ConfigError as error:
-        return [Problem("missing_file", "arms", problem, Location(file)) for problem in str(error).splitlines()]
+        return [Problem("missing_file", "arms", problem, Location(file)) for problem in error.problems]
     found: list[Problem] = []
     for source, arm in arms:
         overrides = [*settings_of_arms(campaign), *campaign.overrides, *source.overrides]

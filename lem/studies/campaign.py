@@ -22,6 +22,7 @@ from typing import Any
 
 from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
 from lem.config.compose import prepare
+from lem.config.trust import all_asked, asked_by
 from lem.errors import BadInput, ConfigError, ResultsError
 from lem.machine import host
 from lem.results import campaign as results
@@ -42,6 +43,7 @@ from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
 from lem.studies.ask import RunOptions, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
+from lem.studies.consent import Consents
 from lem.studies.manifest import Cell, CellState, Manifest
 from lem.studies.orders import Place, order
 from lem.studies.study import OneByOne, run_cells
@@ -88,12 +90,16 @@ def main(
         Interrupted: what was measured is kept, and the command that goes on is named.
     """
     prompts = RecentPrompts()
-    campaign, arms, of_all = planned_arms(patterns, given, overrides, config_dir)
+    campaign, arms, of_all = planned_arms(patterns, given, overrides, config_dir, Consents(options))
     return _measure(_planned(campaign, arms, of_all, options, prompts), options, prompts)
 
 
 def planned_arms(
-    patterns: Sequence[str], given: Mapping[str, Any], overrides: Sequence[str], config_dir: Path | None
+    patterns: Sequence[str],
+    given: Mapping[str, Any],
+    overrides: Sequence[str],
+    config_dir: Path | None,
+    consents: Consents,
 ) -> tuple[Campaign, list[Arm], list[str]]:
     """Return a campaign's settings, its arms, and the overrides of all arms; raises `ConfigError` with all problems."""
     files = [expanded(pattern) for pattern in patterns]
@@ -108,7 +114,7 @@ def planned_arms(
     check(campaign)
     named = campaign if campaign.arms else replace(campaign, arms=tuple(patterns))
     of_all = [*settings_of_arms(campaign), *campaign.overrides]
-    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir)
+    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir, consents)
     campaign = replace(campaign, baseline=_baseline(campaign.baseline, [arm.name for arm in arms]))
     return _without_arms(campaign), arms, [*of_all, *overrides]
 
@@ -136,6 +142,8 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
     kept = results.read_definition(folder)
     root = folder.resolve().parent.parent
     arms = [replace(arm, experiment=_moved(arm.experiment, root)) for arm in kept.arms]
+    for arm in arms:
+        Consents(options).require(all_asked(arm.experiment))
     prompts = RecentPrompts()
     planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
     return _measure(planned, options, prompts)
@@ -152,7 +160,11 @@ def check(campaign: Campaign) -> None:
 
 
 def _arms(
-    found: Sequence[tuple[ArmSource, Path]], of_all: Sequence[str], overrides: Sequence[str], config_dir: Path | None
+    found: Sequence[tuple[ArmSource, Path]],
+    of_all: Sequence[str],
+    overrides: Sequence[str],
+    config_dir: Path | None,
+    consents: Consents,
 ) -> list[Arm]:
     """Return the arms, one for each file; a file that is named twice is two arms.
 
@@ -169,9 +181,13 @@ def _arms(
     for name, (source, file) in zip(_names(found), found, strict=True):
         everything = [*of_all, *source.overrides, *overrides]
         try:
-            arms.append(Arm(name, prepare(file, everything, config_dir=config_dir).experiment(), str(file)))
+            # Without the overrides of a campaign file, which are not the command line's own words.
+            own = prepare(file, overrides, config_dir=config_dir).sources
+            experiment = prepare(file, everything, config_dir=config_dir).experiment()
+            consents.require(asked_by(experiment, own))
+            arms.append(Arm(name, experiment, str(file)))
         except BadInput as error:
-            problems += str(error).splitlines()
+            problems += error.problems
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return arms
@@ -227,7 +243,7 @@ def _planned(
             try:
                 found = preflight(experiment, machine, force=options.force, load=prompts)
             except BadInput as error:
-                problems |= dict.fromkeys(f"{arm.name}: {problem}" for problem in str(error).splitlines())
+                problems |= dict.fromkeys(f"{arm.name}: {problem}" for problem in error.problems)
                 continue
             ready[arm.name, shift] = found
             warnings |= dict.fromkeys(f"{arm.name}: {warning}" for warning in found.warnings)

@@ -374,3 +374,20 @@ def test_each_structure_has_an_option_that_says_why(structure):
 def test_the_measures_of_the_schema_are_those_that_are_compared():
     assert set(get_args(Measure)) == set(MEASURES)
     assert set(MEASURES) <= set(ExperimentRow.__struct_fields__)
+
+
+# ------------------------------------------------------------------ consent
+@pytest.mark.parametrize("by_campaign", [False, True])
+def test_a_program_that_a_file_names_is_not_started_unasked(lem, arms, by_campaign):
+    canary = arms / "canary"
+    command_line = f"touch {canary}"
+    server = f"model: any\nbackend: {{name: openai, command: '{command_line}'}}\nenergy: none\n"
+    bare = "model: any\nbackend: openai\nenergy: none\n"
+    (arms / "server.yaml").write_text(bare if by_campaign else server)
+    overrides = f"overrides: [\"backend.command='{command_line}'\"]\n" if by_campaign else ""
+    (arms / "both.yaml").write_text(f"arms: [server.yaml, server.yaml]\ndataset: sample\nsample_size: 2\n{overrides}")
+    done = lem("campaign", "both.yaml", "-y")
+    assert done.code == 2
+    assert "starts a program with your permissions, and you have not agreed" in done.err
+    assert "--allow-command" in done.err
+    assert not canary.exists()
