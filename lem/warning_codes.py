@@ -113,7 +113,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Warm up longer, look for other load, and repeat.",
     ),
     "warmup_not_steady": WarningKind(
-        "The warm-up reached its limit before latencies were steady.",
+        "The warm-up reached its limit before latencies were steady, or before as many prompts as wanted had run.",
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
     ),
     "compiled_in_window": WarningKind(
@@ -563,9 +563,9 @@ def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
 
 def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.warmup is not None and record.warmup.ended in ("max_prompts", "max_s"):
-        cv = "unknown" if record.warmup.cv is None else f"{record.warmup.cv:.3f}"
+        cv = "" if record.warmup.cv is None else f", with a coefficient of variation of {record.warmup.cv:.3f}"
         yield warning(
-            "warmup_not_steady", f"it ended at {record.warmup.ended}, with a coefficient of variation of {cv}."
+            "warmup_not_steady", f"it ended at {record.warmup.ended}, after {record.warmup.prompts} prompts{cv}."
         )
 
 

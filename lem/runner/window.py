@@ -210,25 +210,28 @@ class Bench:
             batches = warmup_batches(prompts, batching)
             with self.phase("warmup", into):
                 if warmup.until_cv is None:
-                    into.warmup = self._warm_up_fixed(batches, warmup.prompts)
+                    into.warmup = self._warm_up_fixed(batches, warmup)
                 else:
                     into.warmup = self._warm_up_until_steady(batches[0], warmup)
         self.backend.forget()
         self.backend.reset_peak_memory()
 
-    def _warm_up_fixed(self, batches: Sequence[Sequence[Encoded]], least: int) -> WarmupInfo:
-        """Run whole batches, from the first on, and again if they are too few, until so many prompts have run."""
+    def _warm_up_fixed(self, batches: Sequence[Sequence[Encoded]], warmup: Warmup) -> WarmupInfo:
+        """Run whole batches, from the first on and again if they are too few, until enough prompts have run.
+
+        The batch after which the time is up is the last.
+        """
+        least, done, began_s = warmup.prompts, 0, time.monotonic()
         self.report(Event("warmup", 0, least))
-        done = 0
         failures = _Failures(self.backend, least)
         for batch in itertools.cycle(batches):
             for finished in self.backend.generate(batch):
                 failures.tolerated(finished)
                 done += len(finished)
                 self.report(Event("warmup", done, max(done, least)))
-            if done >= least:
+            if done >= least or time.monotonic() - began_s >= warmup.max_s:
                 failures.check_warmup()
-                return WarmupInfo(done, "fixed", None)
+                return WarmupInfo(done, "fixed" if done >= least else "max_s", None)
         raise AssertionError("there are no batches")
 
     def _warm_up_until_steady(self, batch: Sequence[Encoded], warmup: Warmup) -> WarmupInfo:

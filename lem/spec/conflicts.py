@@ -14,7 +14,7 @@ from lem.spec.rules import Objection, without_effect
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 OF_4_BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
-WARMUP_LIMITS = ("cv_batches", "max_prompts", "max_s")
+WARMUP_LIMITS = ("cv_batches", "max_prompts")
 # The value that each pattern of traffic reads.
 TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrency": "concurrency", "trace": "trace"}
 

@@ -148,7 +148,7 @@ class Warmup:
         int, Field(ge=1, le=100_000, description="Prompts after which until_cv gives up; used only with until_cv.")
     ] = 200
     max_s: Annotated[
-        float, Field(gt=0, description="Seconds after which until_cv gives up; used only with until_cv.")
+        float, Field(gt=0, description="Seconds after which the warm-up ends, with the batch that runs.")
     ] = 120.0
 
 

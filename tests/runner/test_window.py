@@ -405,6 +405,15 @@ def test_cycles_have_a_window_each_and_the_model_is_loaded_once():
     assert names == ["idle_before", "load", "idle_loaded", "warmup", "measured", "warmup", "measured"]
 
 
+def test_a_warmup_ends_when_its_time_is_up():
+    backend = make_backend(Experiment(model="any", backend=SimulatedBackend(decode_s_per_token=0.01)))
+    bench, into = Bench(backend, ConstantPower(), Ranks(), silent), Measurement()
+    prompts = bench.prepare(TEXTS, range(len(TEXTS)), 0.0, into)
+    bench.warm_up(prompts, Warmup(prompts=10_000, max_s=0.2), Batching(batch_size=2), into)
+    assert into.warmup.ended == "max_s"
+    assert 2 <= into.warmup.prompts < 10_000
+
+
 def test_a_process_without_prompts_opens_its_window_too():
     backend = make_backend(Experiment(model="any", backend=SimulatedBackend()))
     bench, into = Bench(backend, ConstantPower(), Ranks(), silent), Measurement()
