@@ -512,7 +512,7 @@ def flops(bench: Bench, asked: Experiment) -> bool:
 
 def kv_cache(bench: Bench, asked: Experiment) -> bool:
     backend = bench.loaded(asked)
-    bench.run(asked)
+    bench.run(asked, again=True)
     return backend.peak_memory().kv_cache_bytes is not None
 
 

@@ -364,7 +364,8 @@ def test_continuously_it_knows_what_is_under_way_between_two_batches(continuous,
     for batch in backend.generate(prompts):
         left -= {generation.index for generation in batch}
         under_way = backend.under_way()
-        assert len(under_way) <= 3
+        # A server's places are taken again at once, while the answers wait to be handed over.
+        assert len(under_way) <= (6 if type(backend).__name__ == "Openai" else 3)
         assert {begun.index for begun in under_way} <= left
         assert all(began_ns <= begun.since_ns <= time.perf_counter_ns() for begun in under_way)
         assert all(begun.output_tokens is None or 0 <= begun.output_tokens <= 12 for begun in under_way)
