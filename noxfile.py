@@ -155,7 +155,7 @@ def types(session: nox.Session) -> None:
     """Check the types of lem/ with mypy, strictly."""
     # The heavy libraries count as untyped anyway (see pyproject.toml), so they need not be installed.
     install(session, "mypy", "msgspec", "pydantic", "typer", "rich", "pyyaml", "numpy", "pandas-stubs", "types-PyYAML",
-            "types-psutil", "platformdirs", "python-dotenv", "omegaconf")  # fmt: skip
+            "types-psutil", "platformdirs", "python-dotenv", "omegaconf", "charset-normalizer")  # fmt: skip
     session.run("mypy")
 
 
