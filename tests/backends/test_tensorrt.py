@@ -570,7 +570,7 @@ def test_run_in_cycles_with_continuous_batching(machine, tmp_path):
         assert (record["status"], len(own)) == ("completed", 12)
         assert record["counters"]["prefix_cache_hit_tokens"] == 0
         assert record["engine"]["settings"]["kv_cache_config.dtype"] == "fp8"
-        assert all(r["queue_s"] == pytest.approx(r["start_s"] - r["arrived_s"]) for r in own)
+        assert {(r["queue_s"], r["arrived_s"]) for r in own} == {(None, None)}  # nothing arrives
         assert record["flops"]["total"] > 0
     assert record["environment"]["versions"]["tensorrt-llm"] == "1.0+standin"
     assert {call["cache_salt"] for call in calls(tmp_path, "generate_async")} == {f"window {i}" for i in range(3)}

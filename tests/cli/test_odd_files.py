@@ -298,8 +298,10 @@ def test_what_is_read_because_it_is_there_does_no_harm(arguments, there, sings):
 @pytest.mark.processes
 def test_a_run_in_that_folder_runs_only_what_was_asked_for(odd, sings, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "prompts.txt").write_text("a prompt\nand another one\n")
     done = command(
-        "experiment", "--backend", "simulated", "--model", f"m{ESC}[31m[red]", "-p", str(odd / "x.sh"), "energy=none",
+        "experiment", "--backend", "simulated", "--model", f"m{ESC}[31m[red]", "-p", str(tmp_path / "prompts.txt"),
+        "energy=none",
         "-y", "-o", str(tmp_path / "r"), cwd=odd,
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -124,8 +124,9 @@ def test_a_token_in_the_environment_is_written_nowhere(tmp_path):
 def test_a_model_that_fails_to_load_leaves_a_record_and_a_row(tmp_path):
     broken = tmp_path / "broken-model"
     shutil.copytree(tiny.path(), broken)
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    config = json.loads((broken / "config.json").read_text())
+    # Neither the files' headers nor the names of the weights show it.
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_act": "of tomorrow"}))
     done = command("experiment", "-m", "./broken-model", "-d", "sample", "-n", "2", "-y", "energy=none", cwd=tmp_path)
     assert done.code == 1
     assert "failed" in done.out
