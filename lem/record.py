@@ -48,7 +48,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
     the period of the samples, `trace_energy_j` the integral of the power trace over the same window, if there is one.
     `covered_s` is the time that `energy_j` covers, from the opening of the phase; over several attempts at a window, it
     is the sum. None, as in records of 0.1.0, stands for all of the phase.
-    `trace_reach_s` is how far back the power may lie that a sample of the trace reports: what the sensor averages over,
+    `trace_reach_s` is how old the power that a sample of the trace reports may be: what the sensor averages over,
     the driver's update period and that of the samples.
     """
 

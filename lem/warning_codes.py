@@ -459,8 +459,8 @@ def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
 def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
     """Yield a warning where the engine counted other numbers of tokens than the requests' rows.
 
-    Requests that were cut off, computed again after a preemption, or other clients' are counted by the engine alone, so
-    in these cases more is no contradiction.
+    Only the engine counts requests that were cut off, computed again after a preemption, or sent by other clients; in
+    these cases a higher count of the engine's is no contradiction.
     """
     counters = record.counters or {}
     more_is_wrong = record.status == "completed" and not counters.get("preemptions") and record.backend != "openai"

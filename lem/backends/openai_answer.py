@@ -360,7 +360,7 @@ class Events:
         return found
 
     def close(self, read: int, at_ns: int) -> list[Event]:
-        """Return the last event, if it is whole but for its blank line or its line end."""
+        """Return the last event, if it is complete except for its blank line or its line end."""
         line, self._rest = bytes(self._rest).removesuffix(b"\r"), bytearray()
         found = list(self._line(line, read, at_ns)) if line else []
         is_whole = self._data and (self._name == b"error" or _is_whole(self._data))

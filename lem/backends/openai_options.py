@@ -321,7 +321,7 @@ def _not_in_dialect(experiment: Experiment) -> Iterator[Objection]:
         return
     paths = [f"decoder.{name}" for name in changed(decoder, *OF_VLLM)]
     for path in [*paths, *(["min_output_tokens"] if experiment.min_output_tokens else [])]:
-        fact = "OpenAI's protocol has no field for it; backend.dialect=vllm has."
+        fact = "OpenAI's protocol has no field for it; backend.dialect=vllm has one."
         yield Objection("server_not_told", path, fact)
 
 

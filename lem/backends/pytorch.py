@@ -484,9 +484,9 @@ class Static:
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
-        """Measure the cache of the last forward pass, if no batch with that many tokens, padding included, was before.
+        """Measure the cache after the last forward pass, unless an earlier batch had as many tokens, padding included.
 
-        The forward passes show it, as transformers works differently if it is asked to return the cache.
+        It is taken from the forward passes: asking transformers to return the cache changes how it generates.
         """
         held, self._cache = self._cache, None
         if tokens <= self._largest:

@@ -87,7 +87,7 @@ class Server:
             written = (line.strip() for line in file.read().decode(errors="replace").splitlines())
         lines = [line for line in written if line.strip("^~ ")]  # without Python's markers below a line
         end = " | ".join(lines[-LOG_LINES:])[-LONGEST_END:]
-        return f" Its log ends: {end} (all of it: {self._log})" if lines else ""
+        return f" The end of its log: {end} (full log: {self._log})" if lines else ""
 
     def processes(self) -> list[Any]:
         """Return its processes, as psutil represents them."""

@@ -128,7 +128,7 @@ class Session(ABC, Generic[R]):
                 yield [replace(generations[position], arrived_ns=None) for position in positions]
 
     def fill_places(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run prompts that are all there, giving the engine one as soon as it has a place: for one without a queue."""
+        """Run prompts that are all available, on an engine without a queue: give it one whenever it has a place."""
         everything = Arrivals(prompts, [0.0] * len(prompts), 1, time.perf_counter_ns())
         for done in self.serve(everything, self.experiment.batching.batch_size):
             yield [replace(generation, batch=0, arrived_ns=None) for generation in done]

@@ -32,10 +32,12 @@ Force = Annotated[bool, typer.Option("--force", help="Run despite options that a
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
 AllowCommand = Annotated[
     bool,
-    typer.Option("--allow-command", help="Start programs that config files name without asking (backend.command)."),
+    typer.Option(
+        "--allow-command", help="Do not ask before starting programs named in config files (backend.command)."
+    ),
 ]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run code that config files name without asking (trust_remote_code).")
+    bool, typer.Option("--allow-code", help="Do not ask before running code named in config files (trust_remote_code).")
 ]
 AllowKey = Annotated[
     bool, typer.Option("--allow-key", help="Send API keys to other machines that config files name without asking.")

@@ -42,7 +42,7 @@ def lost_output() -> OSError | None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open /dev/null as 0, 1 or 2 if closed; otherwise the next file or pipe gets that number and any stray output."""
+    """Open /dev/null as 0, 1 or 2 if closed, or the next file opened would get that number and any stray output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

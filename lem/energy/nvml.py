@@ -260,14 +260,14 @@ class Device:
 
     @property
     def power_reach_s(self) -> float:
-        """How far back the power may lie that a value reports: what it averages over, and the driver's update."""
+        """How old the power that a value reports may be: what it averages over, and the driver's update."""
         return POWER_UPDATE_S if self._instant else POWER_AVERAGE_S + POWER_UPDATE_S
 
     def _energy_mj(self) -> int:
         return int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
     def _counter_exists(self) -> bool:
-        """Read the counter once; one that fails for another reason than being absent is null later on, with it."""
+        """Read the counter once, and return whether it exists; any other failure becomes the energy's reason."""
         self.counter.poll()
         return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
 

@@ -221,7 +221,7 @@ class Counter:
         return self.tick_s is not None and tick.within_ns <= self.tick_s * NS_PER_S / 4
 
     def _best_tick(self, at_ns: int) -> Tick | None:
-        """Return the tick that tells the times of those around a time best; None if none is sharp and near enough."""
+        """Return the tick that best fixes the times of those around a given time; None if none is sharp and near."""
         if not self.tick_s:
             return None
         reach_ns = FRESH_TICKS * self.tick_s * NS_PER_S

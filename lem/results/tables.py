@@ -271,7 +271,7 @@ def read_file(file: Path, names: Sequence[str] | None = None) -> Any:
 def _check_ids(file: Path, rows: Sequence[ExperimentRow]) -> None:
     for row in rows:
         if not ID.fullmatch(row.experiment_id):
-            what = f"{file} has a row of {row.experiment_id!r}, which is no experiment's id"
+            what = f"{file} has a row for {row.experiment_id!r}, which is not a valid experiment id"
             raise ResultsError(f"{what}; {_remedy(file)}")
 
 

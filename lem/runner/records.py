@@ -170,8 +170,8 @@ def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]
 def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     """Yield the warnings about the plan, the prompts, and a window that was cut short."""
     if plan.shared_with:
-        others = f"{plan.shared_with} other{'s' if plan.shared_with > 1 else ''}"
-        text = f"it ran at the same time as {others}; energy not measured on its own GPUs includes theirs."
+        others = f"{plan.shared_with} other experiment{'s' if plan.shared_with > 1 else ''}"
+        text = f"it ran at the same time as {others}; energy not measured on its own GPUs includes that of theirs."
         yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
     if wanted is not None and available < wanted:

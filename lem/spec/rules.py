@@ -580,7 +580,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         ),
         # ------------------------------------------------------ inheritance
         "bad_defaults": (
-            "The defaults of a file are not a list of files to inherit from and options to choose.",
+            "A file's `defaults` is not a list of files to inherit from and options to choose.",
             "Write `defaults: [base]`, and options as `backend: pytorch` outside of it.",
         ),
         "missing_parent": (

@@ -80,5 +80,5 @@ def _quoted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text with what cannot be printed escaped."""
+    """Return a text with its unprintable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -26,7 +26,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # How Parquet files begin.
 PARQUET = b"PAR1"
 KNOWN = "json, jsonl (ndjson), csv, tsv, parquet and txt, also with .gz, .bz2, .xz or .zst"
-WITHOUT_HEADER = "If its first line is a prompt, write a line such as 'prompt' above it."
+WITHOUT_HEADER = "If its first line is already a prompt, add a header line such as 'prompt' above it."
 
 
 def kind_of(name: str) -> str | None:

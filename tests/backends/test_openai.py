@@ -631,7 +631,7 @@ def test_a_server_that_is_killed_takes_its_family_along(tmp_path, in_root):
     until_s = time.monotonic() + 10
     while server.how_it_ended() is None and time.monotonic() < until_s:
         time.sleep(0.05)
-    assert re.match(r"The server was ended by SIGKILL\. Its log ends: serving at \d+", server.how_it_ended())
+    assert re.match(r"The server was ended by SIGKILL\. The end of its log: serving at \d+", server.how_it_ended())
     server.close()
 
 
@@ -658,7 +658,11 @@ time.sleep(600)
     ("program", "timeout_s", "words"),
     [
         # It answers, and is another kind of server.
-        (["-m", "http.server"], 5.0, r"http://\S+/v1/models answers with HTTP 404\. Its log ends: .*GET /v1/models"),
+        (
+            ["-m", "http.server"],
+            5.0,
+            r"http://\S+/v1/models answers with HTTP 404\. The end of its log: .*GET /v1/models",
+        ),
         (["-c", "import time; time.sleep(600)"], 0.1, r"No server can be reached at http://\S+: .*\.$"),
     ],
     ids=["another kind", "none"],
@@ -737,7 +741,10 @@ def test_no_server_is_bad_input(lem):
     ("options", "words"),
     [
         (["--behaviour", '{"error": [400, "no such thing"], "faulty_from": 4}'], "prompt .: HTTP 400: no such thing"),
-        (["--no-such-option"], r"ended with exit code 2\. Its log ends: .*unrecognized arguments: --no-such-option"),
+        (
+            ["--no-such-option"],
+            r"ended with exit code 2\. The end of its log: .*unrecognized arguments: --no-such-option",
+        ),
         (["--behaviour", '{"silent_after": 0, "faulty_from": 3}'], r"has sent nothing for 2 s"),
         (["--behaviour", '{"dies_after": 0, "faulty_from": 3}'], r"connection to the server .* was lost"),
     ],

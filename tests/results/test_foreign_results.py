@@ -113,7 +113,7 @@ def test_a_row_with_an_odd_id_is_named_and_not_followed(name, theirs, lem):
         pq.write_table(odd.cast(table.schema), theirs / "experiments" / f"{wanted}.parquet")
     done = lem("results", "list")
     assert done.code == 1
-    assert all("which is no experiment's id" in line for line in done.err.splitlines())
+    assert all("which is not a valid experiment id" in line for line in done.err.splitlines())
     assert ESC not in done.err
     assert lem("results", "show", name).code == 2
 
