@@ -423,7 +423,7 @@ def _state(state: CellState, directory: ExperimentDir) -> CellState:
 
 @dataclass
 class CampaignRunner(OneByOne):
-    """Runs a campaign's cells with pauses between them; retries failed ones, gives up on an arm whose cells all fail."""
+    """Runs a campaign's cells with pauses between them; retries failed ones, gives up on an arm that only fails."""
 
     planned: Planned
     failures: Counter[int] = field(default_factory=Counter)

@@ -214,8 +214,8 @@ REFUSED = [
     ("p.csv", b'prompt\n"a" b\n', ", line 2 cannot be read as CSV"),
     ("p.tsv", b"id\ttext\n1\ta\tb\n", ", line 2 has 3 fields where line 1 has 2 (separated by tabs)"),
     # ------------------------------------------------------ columns
-    ("no_header.csv", b"Tell me a joke\nAnd another\n", "If its first line is a prompt"),
-    ("no_header.csv", b"1,Tell me a joke\n2,And another\n", "If its first line is a prompt"),
+    ("no_header.csv", b"Tell me a joke\nAnd another\n", "If its first line is already a prompt"),
+    ("no_header.csv", b"1,Tell me a joke\n2,And another\n", "If its first line is already a prompt"),
     ("labels.csv", b"id,label\n1,positive\n", "the columns are id, label"),
     ("labels.jsonl", b'{"id": 1, "label": "positive"}\n', "the columns are id, label"),
     ("labels.parquet", lambda: parquet([{"id": 1, "label": "positive"}]), "the columns are id, label"),
