@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -158,12 +159,11 @@ def test_poisson_arrivals(asking, texts):
 
 
 def test_what_the_server_refuses_is_reported_in_its_words(asking, texts):
-    from lem.errors import RunError
-
     backend = asking()
     ((prompt, *_),) = [backend.encode(texts[:1])]
-    with pytest.raises(RunError, match=r"did not answer prompt 0: HTTP 400: .*vocab"):
-        list(backend.generate([replace(prompt, token_ids=(10**6,))]))
+    ((refused,),) = backend.generate([replace(prompt, token_ids=(10**6,))])
+    assert re.search(r"HTTP 400: .*vocab", refused.error)
+    assert refused.output_tokens == 0
 
 
 def test_a_run_that_is_stopped_by_ctrl_c_leaves_no_process(tmp_path):
