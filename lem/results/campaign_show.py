@@ -10,9 +10,18 @@ from lem.record import CodedWarning
 from lem.results import show
 from lem.results.campaign import MEASURES, Answer, ArmRow, PairRow
 from lem.results.parquet import names
-from lem.units import quantity
+from lem.units import plain, quantity
 
 PLOT_WIDTH = 41
+# The headers of the table of arms, which leave out what the unit would repeat, and the unit that is left.
+HEADS = {
+    "energy_per_output_token_j": ("per token", "J"),
+    "energy_per_request_j": ("per request", "J"),
+    "output_tokens_per_s": ("tokens/s", ""),
+    "latency_mean_s": ("latency", "s"),
+    "ttft_mean_s": ("TTFT", "s"),
+    "average_power_w": ("power", "W"),
+}
 
 
 def show_answer(answer: Answer) -> None:
@@ -114,7 +123,7 @@ def _show_arms(answer: Answer) -> None:
 
     measures = [measure for measure in MEASURES if any(row.measure == measure for row in answer.arms)]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for head in ("arm", "cells", *(MEASURES[measure][1] for measure in measures)):
+    for head in ("arm", "cells", *(HEADS[measure][0] for measure in measures)):
         table.add_column(head, justify="left" if head == "arm" else "right")
     for arm in answer.definition.arms:
         own = {row.measure: row for row in answer.arms if row.arm == arm.name}
@@ -129,10 +138,13 @@ def _mean(row: ArmRow | None) -> str:
     if row is None or row.mean is None:
         return show.NOT_MEASURED
     is_estimate = row.measure.startswith(("energy", "average_power")) and "estimate" in (row.source or "")
-    text = f"{show.ESTIMATE if is_estimate else ''}{quantity(row.mean, row.unit)}"
+    unit = HEADS[row.measure][1]
+    value = quantity(row.mean, unit, 3) if unit else plain(row.mean, digits=4)
+    # On one line: without its interval a mean says too much.
+    text = f"{show.ESTIMATE if is_estimate else ''}{value}".replace(" ", show.NO_BREAK)
     if row.ci95_low is None or row.ci95_high is None:
         return text
-    return f"{text} ± {(row.ci95_high - row.ci95_low) / 2 / abs(row.mean):.1%}" if row.mean else text
+    return f"{text}{show.NO_BREAK}±{(row.ci95_high - row.ci95_low) / 2 / abs(row.mean):.1%}" if row.mean else text
 
 
 def as_plain(answer: Answer) -> dict[str, Any]:

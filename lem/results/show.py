@@ -34,6 +34,7 @@ PERCENTILES = {
     "Time per output token": "tpot",
 }
 NOT_MEASURED = "–"
+NO_BREAK = "\u00a0"
 ESTIMATE = "≈"
 WITHOUT_GPU = "without the GPU"
 
@@ -79,8 +80,8 @@ def print_table(table: Table) -> None:
         return
     with out.capture() as captured:
         out.print(table)
-    # Without the padding of the last column.
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    # Without the padding of the last column; spaces that may not break are for the layout alone.
+    print("\n".join(line.rstrip() for line in captured.get().replace(NO_BREAK, " ").splitlines()))
 
 
 def _fitted(table: Table, width: int) -> bool:
