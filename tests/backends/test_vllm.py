@@ -611,8 +611,9 @@ def test_run_in_cycles_with_continuous_batching(tmp_path):
         assert all(row["latency_s"] == pytest.approx(row["end_s"] - row["start_s"]) for row in own)
         phases = {phase["name"]: phase["duration_s"] for phase in record["phases"]}
         assert max(row["end_s"] for row in own) <= phases["measured"]
-        assert record["prefill"]["duration_s"] is None, "prompts are taken in while others decode"
-        assert "decoding" in record["prefill"]["reason"]
+        # Told apart only if no prompt was taken in while others were decoding: if places became free together.
+        prefill = record["prefill"]
+        assert (prefill["duration_s"] is None) == ("decoding" in (prefill["reason"] or ""))
         assert record["flops"]["total"] > 0
     assert "Initializing a V1 LLM engine" in next(results.glob("raw/*/worker_0.log")).read_text()
 
