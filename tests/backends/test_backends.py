@@ -383,12 +383,19 @@ def test_of_batches_that_finish_together_nothing_is_under_way_between_them(membe
 
 def test_continuously_a_prompt_that_arrives_is_taken_in_while_others_run(continuous, texts):
     backend = continuous(4)
-    prompts, opened_ns = backend.encode(texts)[:3], time.perf_counter_ns()
-    arrivals = Arrivals(prompts, [0.0, 0.001, 0.002], 1, opened_ns)
-    first, *others = sorted(flat(backend.serve(arrivals, 4)), key=lambda g: g.index)
-    assert [g.index for g in (first, *others)] == [p.index for p in prompts]
-    assert all(first.start_ns < g.start_ns < first.end_ns for g in others)
-    assert all(g.arrived_ns == opened_ns + g.index * 1_000_000 for g in (first, *others))
+    prompts = backend.encode(texts)[:3]
+    # A busy machine may be so late that the first is finished; one that never takes others in always is.
+    for _ in range(4):
+        opened_ns = time.perf_counter_ns()
+        arrivals = Arrivals(prompts, [0.0, 0.001, 0.002], 1, opened_ns)
+        first, *others = sorted(flat(backend.serve(arrivals, 4)), key=lambda g: g.index)
+        assert [g.index for g in (first, *others)] == [p.index for p in prompts]
+        assert all(g.arrived_ns == opened_ns + g.index * 1_000_000 for g in (first, *others))
+        if all(first.start_ns < g.start_ns < first.end_ns for g in others):
+            break
+        backend.forget()
+    else:
+        pytest.fail("no prompt was taken in while another one ran")
 
 
 @pytest.mark.parametrize("times_s", [[0.0, 0.0, 0.001, 0.01, 0.3], None], ids=["open loop", "concurrency"])
