@@ -30,8 +30,8 @@ os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)
 # What a test agrees to is forgotten with the tests.
 os.environ["LEM_STATE_DIR"] = tempfile.mkdtemp(prefix="lem-tests-state-")
 atexit.register(shutil.rmtree, os.environ["LEM_STATE_DIR"], ignore_errors=True)
-# When a script starts it in the background, this process ignores Ctrl-C, and with nohup the end of the terminal; so would
-# the commands that it starts.
+# When a script starts it in the background, this process ignores Ctrl-C, and with nohup the end of the terminal;
+# so would the commands that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
