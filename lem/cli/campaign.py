@@ -30,7 +30,9 @@ def campaign(
     dataset: flags.Dataset = None,
     prompts: flags.Prompts = None,
     sample_size: flags.SampleSize = None,
-    cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3.")] = None,
+    cycles: Annotated[
+        int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: 4.")
+    ] = None,
     structure: Annotated[
         str | None,
         typer.Option(help=_HELP["structure"] + " shuffled (default), latin, interleaved or grouped."),

@@ -30,8 +30,8 @@ from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import CONFIDENCE, summarise, t_quantile
-from lem.results.store import Store
-from lem.spec.campaign import Campaign
+from lem.results.store import ID, Store
+from lem.spec.campaign import Campaign, square_size
 from lem.spec.experiment import Experiment
 from lem.warning_codes import warning
 
@@ -174,7 +174,10 @@ def read_definition(folder: Path) -> Definition:
     """
     file = folder / DEFINITION
     try:
-        return from_json(Definition, file.read_bytes())
+        kept = from_json(Definition, file.read_bytes())
+        if kept.campaign.name != folder.name or not kept.arms:
+            raise ValueError("it is that of another campaign, or has no arms")
+        return kept
     except FileNotFoundError:
         close = nearest(folder.name, [path.parent.name for path in folder.parent.glob(f"*/{DEFINITION}")])
         hint = f" Nearest: {', '.join(close)}." if close else ""
@@ -200,6 +203,8 @@ def read_cells(store: Store, folder: Path) -> list[CellEntry]:
 def _cell(store: Store, entry: dict[str, Any]) -> CellEntry:
     place, experiment_id = entry["campaign"], entry["experiment_id"]
     row = None
+    if experiment_id is not None and not ID.fullmatch(experiment_id):
+        raise ValueError(f"{experiment_id!r} is not a valid experiment id")
     if experiment_id and entry["status"] == "completed":
         row = _row(store.directory(experiment_id))
     return CellEntry(place["arm"], place["cycle"], place["position"], experiment_id, entry["status"], row)
@@ -310,7 +315,7 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
     """Warn about an order that can make a difference between arms out of a drift, before anything is measured."""
     if campaign.structure in ("interleaved", "grouped"):
         yield warning("campaign_fixed_order", f"the order is {campaign.structure}: it is the same in each cycle.")
-    size = arms if arms % 2 == 0 else 2 * arms
+    size = square_size(arms)
     if campaign.structure == "latin" and campaign.cycles % size:
         text = (
             f"the number of cycles ({campaign.cycles}) is no multiple of {size}, so positions and predecessors are not "

@@ -94,3 +94,11 @@ class Campaign:
     retries: Annotated[
         int, Field(ge=0, le=10, description="How often a failed cell is tried again, at the end of its cycle.")
     ] = 0
+
+
+def square_size(arms: int) -> int:
+    """Return the number of cycles in a whole design in which each arm follows each other one equally often.
+
+    Williams (1949): one square for an even number of arms, two for an odd one.
+    """
+    return arms if arms % 2 == 0 else 2 * arms

@@ -12,6 +12,7 @@ import fcntl
 import json
 import math
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +28,15 @@ from lem.errors import BadInput, ConfigError, ResultsError
 from lem.machine import host
 from lem.results import campaign as results
 from lem.results.aggregate import read
-from lem.results.campaign import Arm, Definition, Machine
+from lem.results.campaign import Answer, Arm, Definition, Machine
 from lem.results.campaign_show import show_answer
 from lem.results.codec import to_json, to_plain
 from lem.results.directory import ExperimentDir
 from lem.results.files import write_atomically
+from lem.results.merging import total
 from lem.results.plan import FINISHED, CampaignCell
 from lem.results.statistics import summarise
-from lem.results.store import Store
+from lem.results.store import ID, Store
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
@@ -327,7 +329,12 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
     if left and not (options.yes or confirmed(_question(planned, len(left)))):
         return 0
     with _locked(folder, name):
-        if not is_kept:
+        is_kept = (folder / results.DEFINITION).is_file()
+        if is_kept:  # another process may have measured some of it since
+            _check_same(results.read_definition(folder), planned.definition, options.force)
+            states = _states(planned, store)
+            left = [number for number, state in enumerate(states) if state.status != "completed"]
+        else:
             write_atomically(folder / results.DEFINITION, to_json(planned.definition))
         manifest = Manifest(folder, [state.cell for state in states], "cell")
         manifest.states = states
@@ -343,15 +350,23 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
         finally:
             found = results.answer(planned.definition, results.read_cells(store, folder)) if left or is_kept else None
             if found is not None:
-                results.write_answer(folder, found)
+                _write_answer(folder, found)
                 show_answer(found)
                 _show_failures(manifest)
                 print(f"\nCampaign: {folder}")
     return 0 if manifest.all_completed else 1
 
 
+def _write_answer(folder: Path, found: Answer) -> None:
+    try:
+        results.write_answer(folder, found)
+    except OSError as error:  # such as a full disk; it must hide neither the answer nor how the run ended
+        name = found.definition.name
+        print_warnings(f"{folder}: the tables cannot be written ({error.strerror}); lem campaign --resume {name} will.")
+
+
 def _results_flag(store: Store) -> str:
-    return "" if str(store.root) == "results" else f" -o {store.root}"
+    return "" if str(store.root) == "results" else f" -o {shlex.quote(str(store.root))}"
 
 
 def _show_failures(manifest: Manifest) -> None:
@@ -405,7 +420,7 @@ def _states(planned: Planned, store: Store) -> list[CellState]:
         raise ResultsError(f"{planned.folder / results.CELLS} cannot be read ({error}).") from None
     states = [CellState(cell) for cell in _cells(planned)]
     for number, (state, entry) in enumerate(zip(states, entries, strict=False)):
-        if entry.get("experiment_id"):
+        if ID.fullmatch(str(entry.get("experiment_id"))):
             states[number] = _state(state, store.directory(str(entry["experiment_id"])))
     return states
 
@@ -448,9 +463,7 @@ class CampaignRunner(OneByOne):
         before, self.before = self.before, place
         if before is None:
             return
-        is_new = before.cycle != place.cycle and campaign.cycle_gap_s is not None
-        gap_s = campaign.cycle_gap_s if is_new else campaign.config_gap_s
-        count_down(gap_s or 0.0, report)
+        count_down(pause_s(campaign, before, place), report)
 
     def _part(self, place: Place) -> int:
         """Return the part of the campaign at whose end failed cells are tried again: a cycle, or an arm if grouped."""
@@ -473,6 +486,13 @@ class CampaignRunner(OneByOne):
                     self.manifest.change(number, directory=None, row=None, error=None)
                     self._attempt(number, self.planned.experiments[number])
         self.to_retry.clear()
+
+
+def pause_s(campaign: Campaign, before: Place, after: Place) -> float:
+    """Return the pause between two cells that follow each other."""
+    if before.cycle != after.cycle and campaign.cycle_gap_s is not None:
+        return campaign.cycle_gap_s
+    return campaign.config_gap_s
 
 
 def count_down(seconds: float, report: Report) -> None:
@@ -509,8 +529,7 @@ def _preview(planned: Planned, states: Sequence[CellState]) -> None:
         print(f"[{number}/{len(states)}] {state.cell.label}: {state.cell.words}{done}")
         after = planned.places[number] if number < len(states) else None
         if after is not None:
-            is_new = after.cycle != place.cycle and campaign.cycle_gap_s is not None
-            gap_s = (campaign.cycle_gap_s if is_new else campaign.config_gap_s) or 0.0
+            gap_s = pause_s(campaign, place, after)
             gaps_s += gap_s
             if gap_s:
                 print(f"      pause of {gap_s:g} s")
@@ -534,25 +553,26 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
     ]
     rows, _ = Tables(Store(planned.results_dir)).rows(list(dict.fromkeys(names)))
     wanted = {arm.name: {k: v for k, v in to_plain(arm.experiment).items() if k != "io"} for arm in arms}
-    found: dict[str, list[object]] = {arm.name: [] for arm in arms}
-    spent_s = energy_j = 0.0
-    spreads = []
+    spent_s, energies_j, spreads = 0.0, list[float | None](), list[float]()
+    unknown = []
     for arm in arms:
         own = [row for row in rows if row.status == "completed" and _same(row.config_json, wanted[arm.name])]
-        found[arm.name] = list(own)
         if not own:
+            unknown.append(arm.name)
             continue
         each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in own]
         spent_s += campaign.cycles * sum(each_s) / len(own)
-        energy_j += campaign.cycles * sum(row.energy_j or 0.0 for row in own) / len(own)
+        known_j = [row.energy_j for row in own if row.energy_j is not None]
+        energies_j.append(campaign.cycles * sum(known_j) / len(known_j) if known_j else None)
         values = [value for row in own if (value := getattr(row, campaign.primary))]
         if len(values) > 1:
             spreads.append(summarise([math.log(value) for value in values]).sd or 0.0)
-    unknown = [name for name, own in found.items() if not own]
     if unknown:
         yield f"No earlier run of {', '.join(unknown)}: the time and the energy to expect are not known."
     else:
-        yield f"To expect from earlier runs: {(spent_s + gaps_s) / 60:.1f} min in phases and pauses, {energy_j:.4g} J."
+        energy_j = total(energies_j)
+        energy = "an energy that is not known" if energy_j is None else f"{energy_j:.4g} J"
+        yield f"To expect from earlier runs: {(spent_s + gaps_s) / 60:.1f} min in phases and pauses, {energy}."
     if spreads and campaign.cycles > 1:
         ratio = results.detectable_ratio(math.sqrt(sum(s**2 for s in spreads) / len(spreads)), campaign.cycles)
         yield f"{campaign.cycles} cycles would find a difference of {ratio - 1:.1%} with a chance of 80 %."

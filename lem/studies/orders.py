@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lem.spec.campaign import Structure
+from lem.spec.campaign import Structure, square_size
 
 # So many orders are drawn for one that differs enough from those before; with many arms, the last one is reversed.
 DRAWS = 200
@@ -48,19 +48,6 @@ def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place
         for cycle, row in enumerate(rows, start=1)
         for position, arm in enumerate(row, start=1)
     ]
-
-
-def square_size(arms: int) -> int:
-    """Return the number of cycles in a whole design in which each arm follows each other one equally often.
-
-    Williams (1949): one square for an even number of arms, two for an odd one.
-    """
-    return arms if arms % 2 == 0 else 2 * arms
-
-
-def is_balanced(arms: int, cycles: int) -> bool:
-    """Return whether so many cycles of a latin campaign are whole squares, balanced for position and predecessor."""
-    return cycles % square_size(arms) == 0
 
 
 def _cycle(structure: Structure, arms: int, cycle: int, seed: int, before: Sequence[Sequence[int]]) -> Sequence[int]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lem.spec.campaign import STRUCTURES
-from lem.studies.orders import is_balanced, order, square_size, williams_square
+from lem.spec.campaign import STRUCTURES, square_size
+from lem.studies.orders import order, williams_square
 
 ARMS, CYCLES, SEEDS = st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**40)
 
@@ -79,8 +79,6 @@ def test_a_whole_design_is_balanced_for_position_and_predecessor(arms):
 @given(st.integers(2, 8), st.integers(1, 3), SEEDS)
 def test_whole_squares_of_a_latin_campaign_stay_balanced_when_drawn(arms, squares, seed):
     cycles = squares * square_size(arms)
-    assert is_balanced(arms, cycles)
-    assert not is_balanced(arms, cycles + 1)
     rows = list(by_cycle(order("latin", arms, cycles, seed)).values())
     follow = Counter(pair for row in rows for pair in pairwise(row))
     assert len(follow) == arms * (arms - 1)
