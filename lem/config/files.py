@@ -18,22 +18,34 @@ INDEX_KEY = "lem_grid"
 def find(patterns: Sequence[str]) -> list[Path]:
     """Return the config files that files, folders and glob patterns name, each once, in order.
 
+    A grid's index is passed over beside a config file of its grid: a shell that expands `grid/*.yaml` names it too.
+
     Raises:
         ConfigError: some patterns match no config file; it lists all of them.
     """
     found: dict[Path, Path] = {}
     problems = []
+    indexes: dict[str, Path] = {}
     for pattern in patterns:
         try:
-            files = [path for path in _matches(pattern) if not is_index(path)]
+            hits = list(_matches(pattern))
         except BadInput as error:
             problems.append(str(error))
             continue
-        if not files:
+        files = [path for path in hits if not is_index(path)]
+        if hits == [expanded(pattern)] and not files:
+            indexes[pattern] = hits[0]
+        elif not files:
             hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
             problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
         for path in files:
             found.setdefault(path.resolve(), path)
+    folders = {path.parent for path in found}
+    problems += [
+        f"{pattern!r} matches no config file (.yaml, .yml): it is the index of a grid. Name its folder instead."
+        for pattern, index in indexes.items()
+        if index.resolve().parent not in folders
+    ]
     if problems:
         raise ConfigError(*problems)
     return list(found.values())

@@ -148,6 +148,19 @@ def test_bad_input_is_a_sentence(lem, tmp_path, arguments, message):
     assert message in refused.err
 
 
+def test_a_grid_index_that_the_shell_names_too_is_passed_over(lem, tmp_path):
+    write(tmp_path / "c/a.yaml")
+    write(tmp_path / "b.yaml")
+    (tmp_path / "c/grid.yaml").write_text("lem_grid: 1\n")
+    listed = lem("batch", "c/a.yaml", "c/grid.yaml", "--dry-run")
+    assert listed.code == 0
+    assert len(listed.out.splitlines()) == 1
+    for alone in (["c/grid.yaml"], ["b.yaml", "c/grid.yaml"]):  # its grid would not run, and nobody would notice
+        refused = lem("batch", *alone, "--dry-run")
+        assert refused.code == 2
+        assert "'c/grid.yaml' matches no config file (.yaml, .yml): it is the index of a grid" in refused.err
+
+
 def test_a_dry_run_lists_what_each_file_would_run(lem, tmp_path):
     write(tmp_path / "c/a.yaml")
     write(tmp_path / "c/b.yaml", dataset="sample")
