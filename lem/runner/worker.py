@@ -19,11 +19,18 @@ from lem.results.directory import ExperimentDir
 from lem.runner.attempt import Attempt
 from lem.runner.progress import PipeReport, Report, silent
 from lem.runner.ranks import named_by_launcher
-from lem.runner.stopping import end_with_parent, interrupt_on_signals
+from lem.runner.stopping import end_with_parent, ignore_signals, interrupt_on_signals
 
 
 def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
     """Run one process of an experiment; return the exit code."""
+    try:
+        return _main(argv, report)
+    except Interrupted as stop:  # by a signal that arrived while an error was being reported
+        return _report(stop)
+
+
+def _main(argv: Sequence[str] | None, report: Report) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lem.runner.worker", description="Run one process of an experiment."
     )
@@ -46,12 +53,17 @@ def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
                 )
             status = Attempt(directory, options.attempt).run(report)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
+        return _report(stop)
     except LemError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     return {"completed": 0, "interrupted": Interrupted.exit_code, "failed": 1}[status]
+
+
+def _report(stop: Interrupted) -> int:
+    ignore_signals()
+    print(stop, file=sys.stderr)
+    return stop.exit_code
 
 
 def _open_progress(fifo: Path) -> int:

@@ -82,6 +82,39 @@ def test_a_worker_whose_parent_is_gone_before_it_starts_ends_at_once(planned, tm
     assert sum(len(part.requests) for part in planned.parts()) == 0
 
 
+SIGNALLED_WHILE_REPORTING = """
+import os, signal, sys
+from lem.runner import worker
+
+class Stderr:
+    def write(self, text):
+        sent.append(text)
+        if len(sent) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def flush(self):
+        pass
+
+sent = []
+sys.stderr = Stderr()
+code = worker.main(sys.argv[1:])
+sys.stdout.write("".join(sent))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("progress", ["gone", "none"])
+def test_a_signal_that_arrives_while_an_end_is_reported_makes_no_traceback(tmp_path, progress):
+    """With a FIFO whose parent is gone the end is an interruption; without one, an error."""
+    arguments = ["--progress", str(tmp_path / "fifo")] if progress == "gone" else []
+    worker = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_WHILE_REPORTING, str(tmp_path), *arguments],
+        capture_output=True, text=True, timeout=LATE_S,
+    )  # fmt: skip
+    assert worker.returncode == 130, worker.stderr
+    assert "Traceback" not in worker.stdout + worker.stderr
+
+
 def test_a_parent_that_does_not_read_does_not_hold_up_the_work(tmp_path):
     from lem.runner.progress import Event, PipeReport
 
