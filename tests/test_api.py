@@ -1,4 +1,4 @@
-"""lem as a library: what is exported, that it costs nothing until it is used, and that its examples run."""
+"""lem as a library: what it exports, that imports are lazy, and that the examples run."""
 
 from __future__ import annotations
 

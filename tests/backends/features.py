@@ -23,7 +23,7 @@ P = TypeVar("P")
 Changes = Mapping[str, Any]
 Answer = Literal["yes", "no", "no effect", "no option"]
 
-# Stand-ins for what a user would name: an adapter, a draft model, a trace of arrivals.
+# Stand-ins for paths that a user would give: an adapter, a draft model, an arrival trace.
 ADAPTER, DRAFT, TRACE = "owner/adapter", "owner/draft", "arrivals.csv"
 
 
@@ -42,7 +42,7 @@ class Feature:
     tells: Reported | None = None
 
     def asked_of(self, backend: str) -> Changes | None:
-        """Return the changes that request it from a backend; None if the configuration cannot."""
+        """Return the changes that request the feature from a backend; None if the configuration cannot."""
         if self.own:
             return self.own.get(backend)
         return self.changes
@@ -105,7 +105,7 @@ def features() -> Iterator[Feature]:
 
 
 def feature(name: str) -> Feature:
-    """Return the feature of a name; KeyError when there is none."""
+    """Return the feature with a name; raise KeyError if there is none."""
     return {each.name: each for each in features()}[name]
 
 
@@ -141,7 +141,7 @@ def _of_pytorch(name: str, meaning: str, changes: Changes) -> Feature:
 
 
 def _of_vllm(name: str, meaning: str, changes: Changes, tensorrt: Changes | None = None) -> Feature:
-    """Return a feature for which vllm has its own option, and possibly tensorrt."""
+    """Return a feature for which vllm, and possibly tensorrt, has its own option."""
     return Feature(name, meaning, own={"vllm": changes} | ({} if tensorrt is None else {"tensorrt": tensorrt}))
 
 

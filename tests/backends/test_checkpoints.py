@@ -30,7 +30,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def copied(llama, tmp_path):
-    """A copy of the model to spoil."""
+    """Return a copy of the model to damage."""
     return shutil.copytree(llama, tmp_path / "copy")
 
 
@@ -66,7 +66,7 @@ def warned(backend):
 
 
 def change_weights(folder, change):
-    """Rewrite the weights of a model as a function makes them of their names and tensors."""
+    """Rewrite a model's weights with a function of their names and tensors."""
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
@@ -78,7 +78,7 @@ def change_json(folder, name, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-# ------------------------------------------------------------------ weights that are not there
+# ------------------------------------------------------------------ missing weights
 def half_of_them(folder):
     change_weights(folder, lambda tensors: dict(sorted(tensors.items())[::2]))
 
@@ -203,7 +203,7 @@ def test_model_that_reads_both_ways_is_objected_to_unless_it_was_made_a_decoder(
     assert "not_a_decoder" not in codes(folder)
 
 
-# ------------------------------------------------------------------ numbers that are none
+# ------------------------------------------------------------------ values that are not finite
 def not_a_number(name):
     def change(tensors):
         tensors[name].view(-1)[0] = float("nan")
@@ -225,7 +225,7 @@ def test_weights_that_are_not_numbers_are_warned_about(copied, strategy, name):
 
 @pytest.mark.parametrize("strategy", ["static", "continuous"])
 def test_only_the_requests_whose_logits_are_not_finite_are_counted(copied, strategy):
-    """The embedding of one token is not a number, and one prompt has it."""
+    """Give one token's embedding a NaN; one prompt contains this token."""
 
     def change(tensors):
         tensors["model.embed_tokens.weight"][7] = float("inf")
@@ -421,7 +421,7 @@ def test_chat_template_that_cannot_wrap_a_prompt_is_refused(copied, template, sa
     assert said in objection.fact
 
 
-# ------------------------------------------------------------------ models of another kind
+# ------------------------------------------------------------------ models of other kinds
 def test_adapter_given_as_a_model_names_its_base(llama, tmp_path):
     folder = adapter(tmp_path / "lora", llama)
     with pytest.raises(ModelError, match=rf"is a LoRA adapter, not a model.*--model {llama} --adapter {folder}"):
@@ -456,7 +456,7 @@ def test_quantized_checkpoint_without_its_package_is_refused(copied, quantizatio
 # ------------------------------------------------------------------ configurations
 def test_model_with_its_own_code_needs_trust_only_if_transformers_has_none(copied):
     change_json(copied, "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
-    assert "needs_remote_code" not in codes(copied)  # transformers has its own Llama
+    assert "needs_remote_code" not in codes(copied)  # transformers has its own Llama code
     assert run(loaded(copied))
     change_json(copied, "config.json", model_type="own_llama")
     assert "needs_remote_code" in codes(copied)
