@@ -1,4 +1,4 @@
-"""Whole runs against a server that refuses requests: these are rows, and the run goes on as far as allowed."""
+"""Whole runs against a server that refuses requests: each refusal is a row, and the run continues up to the limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUSY = response(b'{"error": {"message": "rate limited"}}', status=429)
 
 
 class Refusing:
-    """A script that refuses some requests, by their number; 0 is the one that is sent before the run."""
+    """Return a script that refuses requests by number; request 0 is sent before the run."""
 
     def __init__(self, *refused):
         self.refused, self.asked = set(refused), 0
@@ -101,7 +101,7 @@ def test_an_experiment_in_which_all_failed_is_failed(tmp_path):
         assert again.code == 2
         assert "All requests of" in again.err
         assert "Traceback" not in again.err
-        # The same command is another experiment, in which the server answers.
+        # The same command starts another experiment, in which the server answers.
         done = command(*COMMON, *limits, cwd=tmp_path)
     assert done.code == 0, done.out + done.err
     statuses = sorted(each["status"] for each in pq.read_table(tmp_path / "results" / "experiments").to_pylist())

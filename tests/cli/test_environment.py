@@ -1,4 +1,4 @@
-"""`.env`: what it sets reaches lem, and nothing in it makes a process load code."""
+"""`.env`: its variables reach lem, and nothing in it makes a process load code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lem.cli.environment import load_dotenv, loads_code
 from tests.conftest import SIMULATED, command
 
 CANARY = "canary"
-# Variables of the reference, and others that people set for a run.
+# Variables named in the reference, and others that people set for a run.
 HARMLESS = (
     "LLM_ENERGY_RESULTS_DIR", "HF_TOKEN", "CUDA_VISIBLE_DEVICES", "CODECARBON_LOG_LEVEL", "HF_HOME", "HF_HUB_OFFLINE",
     "HF_ENDPOINT", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "TOKENIZERS_PARALLELISM", "OPENAI_API_KEY", "http_proxy",
@@ -43,7 +43,7 @@ def test_variables_that_load_none(name):
 
 @pytest.fixture
 def dotenv(tmp_path, monkeypatch):
-    """Write `.env` in the working directory; the variables that it sets are forgotten after the test."""
+    """Write `.env` in the working directory; its variables are removed after the test."""
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
 

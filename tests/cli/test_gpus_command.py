@@ -78,7 +78,7 @@ def test_the_tree_with_mig_instances_under_their_gpus(gpus):
         ("GPU-00000001", ["GPU-00000000", "GPU-00000002"]),
         ("MIG-1-1", ["GPU-00000000", "MIG-1-0", "GPU-00000002"]),
         ("MIG-1-1,2", ["GPU-00000000", "MIG-1-0"]),
-        ("1,7,0", ["GPU-00000000", "GPU-00000002"]),  # CUDA stops at the first entry that names no device
+        ("1,7,0", ["GPU-00000000", "GPU-00000002"]),  # CUDA stops at the first entry that matches no device
         ("", ["GPU-00000000", "GPU-00000001", "GPU-00000002"]),
     ],
 )
@@ -196,7 +196,7 @@ def test_the_state_of_a_device(driver):
         "persistence": False,
         "ecc": True,
         "mig": False,
-        "throttle_reasons": ["sw_power_cap", "sw_thermal_slowdown"],  # that it is idle (1) is none
+        "throttle_reasons": ["sw_power_cap", "sw_thermal_slowdown"],  # being idle (1) is not a reason
         "foreign_processes": [
             {"pid": 11, "used_bytes": 100 * 2**20, "name": "python train.py"},
             {"pid": 12, "used_bytes": None, "name": None},
@@ -260,7 +260,7 @@ def test_without_a_driver_a_state_is_all_none():
     assert gpu.topology() is None
 
 
-# ------------------------------------------------------------------ manners
+# ------------------------------------------------------------------ robustness
 def test_the_command_imports_nothing_heavy_but_the_binding(standin, tmp_path, monkeypatch):
     for name, value in environment(standin, scenario(tmp_path / "scenario.txt", MACHINE)).items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Paths that begin with a tilde: a home directory, a name, or the home of somebody who does not exist."""
+"""Paths that begin with a tilde: the home directory, another user's, or that of a user who does not exist."""
 
 from __future__ import annotations
 

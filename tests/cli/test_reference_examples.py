@@ -16,7 +16,7 @@ QUICK = "model: any\nbackend: simulated\nenergy: {name: none}\nmax_output_tokens
 
 @pytest.fixture
 def shell(lem, tmp_path):
-    """Run a line of the reference, after replacing what does not exist here."""
+    """Run a line of the reference, after replacing models and data that are not available here."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/llama2.yaml").write_text(QUICK)
     (tmp_path / "base.yaml").write_text(QUICK)

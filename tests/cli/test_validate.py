@@ -1,4 +1,4 @@
-"""`lem config validate` and `lem config show`: which problems, in which lines, and which source wins."""
+"""`lem config validate` and `lem config show`: which problems are found, on which lines, and which source wins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOUND = "model: tiny\ndataset: sample\nenergy: none\n"
 
 @pytest.fixture
 def write(tmp_path):
-    """Write files given as path and text; conf/… are options of the user's."""
+    """Write files given as path and text; conf/… are the user's own options."""
 
     def run(**files: str | bytes) -> None:
         for name, content in files.items():
@@ -30,7 +30,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def problems_of(lem):
-    """Validate files and return (file, line, path, code) of what is wrong, with the exit code."""
+    """Validate files and return (file, line, path, code) of each problem, with the exit code."""
 
     def run(*arguments: str) -> tuple[int, list[tuple]]:
         done = lem("config", "validate", *arguments, "--json")
@@ -269,7 +269,7 @@ def test_every_code_of_a_problem_is_in_the_catalogue():
 # ------------------------------------------------------------------ show
 @pytest.fixture
 def origins(lem):
-    """Show a configuration with origins; return value and origin of a path as printed."""
+    """Show a configuration with origins; return the value and origin of a path as printed."""
 
     def run(path: str, *arguments: str) -> tuple:
         done = lem("config", "show", *arguments, "--origin", "--json")

@@ -1,4 +1,4 @@
-"""From files and overrides to an `Experiment`: precedence, inheritance, choices, and what is refused."""
+"""From files and overrides to an `Experiment`: precedence, inheritance, choices, and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lem.spec.schema import leaves
 
 @pytest.fixture
 def compose(tmp_path):
-    """Compose from files given as texts; the last one is the user's."""
+    """Compose from files given as text; the last one is the user's."""
 
     def run(*overrides: str, **files: str) -> Experiment:
         for name, text in files.items():
@@ -91,7 +91,7 @@ def test_environment_over_default_and_below_everything_else(compose, monkeypatch
 
 
 def test_a_preset_is_above_the_environment(compose, monkeypatch, tmp_path):
-    # No shipped preset sets the directory, so a user's file stands for the preset's place in the order.
+    # No built-in preset sets the directory, so a user's file takes the preset's place in the order.
     monkeypatch.setenv("LLM_ENERGY_RESULTS_DIR", "from-environment")
     assert compose(base="io: {results_dir: from-parent}", a="defaults: [base]").io.results_dir == "from-parent"
 
@@ -205,7 +205,7 @@ def cells(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_by_hydra(monkeypatch, tmp_path):
-    """Let Hydra's own sweeper expand and run overrides; return those of each of its jobs."""
+    """Let Hydra's own sweeper expand and run overrides; return the overrides of each of its jobs."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -349,7 +349,7 @@ def test_broken_inheritance_is_named(compose, files, message):
         compose(**files)
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refusals
 KEYS_OF_ENGINES = [
     ("vllm", "swap_space=4", "vLLM no longer has swap_space; preempted requests are recomputed, unless kv_off"),
     ("vllm", "num_scheduler_steps=8", "no longer has num_scheduler_steps; use async_scheduling"),
@@ -436,7 +436,7 @@ def test_only_keys_of_the_chosen_backend_are_suggested(compose, backend, key):
 )
 def test_a_bad_override_is_one_sentence_with_the_remedy(compose, override, message):
     if override.startswith("dataset=nowhere"):
-        assert compose(override).dataset.path == "nowhere.jsonl"  # whether it exists is asked when it is read
+        assert compose(override).dataset.path == "nowhere.jsonl"  # whether it exists is checked when it is read
         return
     with pytest.raises(BadInput, match=message):
         compose(override)
