@@ -1,4 +1,4 @@
-"""From raw files to the tables: what is refused and named, what is left alone, and two at once."""
+"""From raw files to the tables: which files are refused by name, which are left alone, and concurrent aggregation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path):
 
 
 def shared(store, cycles=1, ranks=2, **of_records):
-    """Write an experiment of several processes, four prompts and some cycles."""
+    """Write an experiment with several processes, four prompts and some cycles."""
     directory = experiment(store, count=4, processes=ranks, cycles=cycles)
     for cycle in range(1, cycles + 1):
         for rank in range(ranks):
@@ -93,7 +93,7 @@ def test_the_row_says_how_often_it_was_resumed(store):
     assert read(directory).row.resumed == 2
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refusals
 def refused(directory, match, **how):
     with pytest.raises(ResultsError, match=match):
         read(directory, **how)
@@ -236,7 +236,7 @@ def test_all_takes_those_whose_row_is_missing_or_old(store):
     directories = several(store, 3)
     assert kinds(aggregate_all(store, store.ids()[:2])) == ["written"] * 2
     assert kinds(aggregate_all(store, store.ids())) == ["fresh", "fresh", "written"]
-    # Resumed since, and killed before it wrote its row.
+    # It has been resumed since, and was killed before it wrote its row.
     state = replace(directories[0].state(), status="completed", attempt=2)
     directories[0].write_state(state)
     assert sorted(kinds(aggregate_all(store, store.ids()))) == ["fresh", "fresh", "written"]
@@ -363,7 +363,7 @@ for outcome in lem.results.aggregate.aggregate_all(store, store.ids()):
 
 
 def start(store, count):
-    """Start processes that aggregate all, and let them go at the same moment."""
+    """Start processes that aggregate everything, and release them at the same moment."""
     command = [sys.executable, "-c", COMMAND, str(store.root)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(count)]
@@ -400,7 +400,7 @@ def test_nothing_is_lost_or_there_twice_when_it_is_killed(store):
         time.sleep(chance.uniform(0, 0.12))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        # Killed just before its first file, it leaves an empty folder.
+        # If it is killed just before its first file, it leaves an empty folder.
         found = table(store)["experiment_id"] if list(store.experiments_table.glob("[!.]*.parquet")) else []
         assert len(found) == len(set(found)) >= there
         there = len(found)

@@ -1,4 +1,4 @@
-"""`lem aggregate` and `lem results`: what they print and how they end."""
+"""`lem aggregate` and `lem results`: their output and their exit codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path):
 
 
 def cycles(store, number=3):
-    """Write an experiment of several cycles."""
+    """Write an experiment with several cycles."""
     directory = experiment(store, cycles=number)
     for cycle in range(1, number + 1):
         energy = (reading(energy_j=100.0 + cycle),)
@@ -124,7 +124,7 @@ def test_in_an_empty_directory_there_is_nothing(lem):
 # ------------------------------------------------------------------ list
 @pytest.fixture
 def listed(lem, store):
-    """Experiments that differ in what can be asked for, with their rows."""
+    """Experiments that differ in everything that can be filtered, with their rows."""
     for i, (model, energy_j) in enumerate((("org/a", 300.0), ("org/b", None), ("other/a", 100.0))):
         directory = experiment(store, datetime(2026, 1, 2 + i, 3, 4, 5))
         plan = directory.plan()
@@ -222,7 +222,7 @@ def test_a_damaged_table_is_named_and_hides_nothing_else(lem, store):
 
 
 def at_80_columns(store, *arguments):
-    """Return what a command prints on a terminal of that width."""
+    """Return a command's output on a terminal of a given width."""
     main, end = pty.openpty()
     env = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
     command = [sys.executable, "-m", "lem", "results", *arguments, "-o", str(store.root)]
@@ -233,7 +233,7 @@ def at_80_columns(store, *arguments):
         try:
             while chunk := terminal.read(4096):
                 text += chunk
-        except OSError:  # its other end is closed
+        except OSError:  # the other end of the terminal is closed
             pass
     process.wait()
     return text.decode().replace("\r\n", "\n")
@@ -377,7 +377,7 @@ def test_an_experiment_without_an_environment_says_so(lem, store):
     assert lem("results", "show", directory.id, "--environment").code == 2
 
 
-# ------------------------------------------------------------------ energy that is not the whole, or not measured
+# ------------------------------------------------------------------ energy that is incomplete or not measured
 CPU = reading("cpu", "counter", 20.0, "package-0", "package")
 ESTIMATES = (
     reading("cpu", "estimate", 300.0, "cpu", "machine"),
@@ -391,7 +391,7 @@ def line_of(text: str, name: str) -> str:
 
 
 def metered(store, *energies, engine=None):
-    """Write an experiment with a cycle for each of these."""
+    """Write an experiment with one cycle for each of these readings."""
     directory = experiment(store, cycles=len(energies))
     for cycle, energy in enumerate(energies, start=1):
         known = {"cycle": cycle, "config_sha256": directory.plan().config_sha256, "engine": engine}
@@ -441,7 +441,7 @@ def test_cycles_that_were_measured_and_estimated_have_no_mean_anywhere(lem, stor
 
 
 def test_an_old_mean_that_mixes_both_is_marked_as_an_estimate(lem, store):
-    """0.1.0 averaged measured and estimated cycles, and labelled the mean counter+estimate."""
+    """Version 0.1.0 averaged measured and estimated cycles, and labelled the mean counter+estimate."""
     directory = metered(store, (CPU,))
     assert lem("aggregate", directory.id).code == 0
     tables = Tables(store)

@@ -1,4 +1,4 @@
-"""A results directory that comes from somebody: links, pipes, edited numbers, odd ids; nothing of it does harm."""
+"""A results directory from someone else can do no harm: links, pipes, edited numbers, odd ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ESCAPED = "\\u001b[31mred\\u001b]0;title\\u0007\\nforged line"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A results directory with a completed experiment and one that failed half way."""
+    """A results directory with a completed experiment and one that failed halfway."""
     there = tmp_path_factory.mktemp("made")
     (there / "power.csv").write_text("t_s,power_w\n0,10\n1000,20\n")
     replayed = (*SIMULATED[:-2], "energy=replay", "energy.trace=power.csv", "-y", "-n", "4")
@@ -160,7 +160,7 @@ def test_a_record_edited_by_hand_is_refused(name, number, theirs, lem):
 
 
 def _changed(value, name):
-    """Return the record with the values of one name replaced."""
+    """Return the record with all values under one name replaced."""
     if isinstance(value, dict):
         return {k: "odd" if k == name and v is not None else _changed(v, name) for k, v in value.items()}
     return [_changed(each, name) for each in value] if isinstance(value, list) else value

@@ -53,7 +53,7 @@ def test_options_model_prompts_and_files_are_reported_at_once(tmp_path):
     text = str(refused.value)
     for part in ("No model", "nowhere.txt", "[min_above_max]", "[no_effect_sampling]", "[no_gpu]"):
         assert part in text
-    assert "[results_unwritable] " not in text  # nothing forces that
+    assert "[results_unwritable] " not in text  # nothing overrides that
     assert "[results_unwritable]" in text
     assert len(refused.value.problems) == 6
 
@@ -224,7 +224,7 @@ def codes_of_results_in(folder):
 
 @pytest.mark.parametrize(("mode", "found"), [(0o777, []), (0o555, ["results_unwritable"]), (0, ["results_unwritable"])])
 def test_a_directory_without_permission_is_impossible(mode, found):
-    # Not tmp_path, whose parents are closed to others.
+    # This is not in tmp_path, whose parent directories are closed to other users.
     folder = tempfile.mkdtemp()
     try:
         os.chmod(folder, mode)
@@ -238,7 +238,7 @@ def test_a_directory_without_permission_is_impossible(mode, found):
 # ------------------------------------------------------------------ models that lack weights
 @pytest.fixture
 def headless(tmp_path):
-    """A copy of the model tiny without its output projection."""
+    """Return a copy of the model tiny without its output projection."""
     from safetensors.numpy import load_file, save_file
 
     folder = shutil.copytree(tiny.path(), tmp_path / "headless")

@@ -1,4 +1,4 @@
-"""Which values vLLM's own arguments may have, and what its speculation needs, as checked before a run."""
+"""The values that vLLM's own arguments accept, and the needs of its speculation, as checked before a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOKUP = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 4
         ("code_revision", ["main", None], [3, ["main"]], "str | null"),
         ("hf_token_like", [True, "text"], [{}], "bool | str | null"),
         ("jit_monitor_mode", ["warn"], ["fatal", 1], "one of 'warn', 'error'"),
-        ("scheduling_policy", ["fcfs", 3, {}], [], ""),  # defined elsewhere: left to the engine
+        ("scheduling_policy", ["fcfs", 3, {}], [], ""),  # defined elsewhere, so left to the engine
         ("served_model_name", ["a", ["a"], 3], [], ""),
     ],
 )

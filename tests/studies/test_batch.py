@@ -1,4 +1,4 @@
-"""`lem batch`: many files, checked first, run one after another or at once, and each accounted for."""
+"""`lem batch`: many files, checked first, run one after another or several at a time, and each accounted for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(file: Path, **values) -> Path:
 
 
 def write_six(folder: Path, **backend) -> None:
-    """Write six configs, of which the fourth fails."""
+    """Write six configs, the fourth of which fails."""
     for number in range(1, 7):
         fails = {"fail_at_request": 2} if number == 4 else {}
         write(folder / f"e{number}.yaml", seed=number, backend={"name": "simulated", **backend, **fails})
@@ -254,7 +254,7 @@ def test_a_child_that_is_killed_is_a_failed_row_and_ends_nothing(tmp_path):
     assert (killed["status"], [m["status"] for m in others]) == ("failed", ["completed"] * 2)
     assert "SIGKILL" in killed["error"]
     assert "SIGKILL" in out
-    # What its worker measured is kept.
+    # The measurements of its worker are kept.
     (row,) = [row for row in rows(tmp_path) if row["experiment_id"] == killed["experiment_id"]]
     assert (row["status"], 0 < row["requests_completed"] < 14) == ("interrupted", True)
 
@@ -346,7 +346,7 @@ def test_visible_gpus_are_split_into_disjoint_sets_of_the_same_size():
 
 
 def test_the_users_own_entries_are_used_and_no_hidden_gpu():
-    # As in CUDA, the first entry that names nothing ends the list: two are visible here.
+    # As in CUDA, the first entry that matches no GPU ends the list: two are visible here.
     places = slots(2, gpus(2), {"CUDA_VISIBLE_DEVICES": "3, MIG-1-0,-1,5"})
     assert [place.devices for place in places] == ["3", "MIG-1-0"]
 

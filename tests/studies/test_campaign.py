@@ -1,4 +1,4 @@
-"""`lem campaign`, through the command: order, pauses, failures, continuing, and what it says in the end."""
+"""`lem campaign`, through the command: order, pauses, failures, resuming, and the answer at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUICK = ("-d", "sample", "-n", "4", "max_output_tokens=8", "-y")
 
 @pytest.fixture
 def arms(tmp_path):
-    """Config files of two arms, whose power is replayed; the second takes twice as long for a token."""
+    """Config files of two arms, whose power is replayed; the second arm takes twice as long per token."""
     (tmp_path / "power.csv").write_text("t_s,power_w\n0,100\n100000,100\n")
     for name, step_s in (("quick", 0.004), ("slow", 0.008)):
         (tmp_path / f"{name}.yaml").write_text(
@@ -122,7 +122,7 @@ def test_a_failed_cell_is_tried_again_and_an_arm_that_only_fails_is_given_up(lem
     assert by_arm["quick"] == ["completed"] * 3
     assert by_arm["slow"] == ["failed", "failed", "not run"]
     assert "slow was given up after 3 failures in a row." in done.out
-    # Two in the first cycle and one in the second, then no more.
+    # Two fail in the first cycle and one in the second; then no more are run.
     assert len(os.listdir(arms / "results" / "raw")) == 3 + 3
     assert "slow and quick have no cycle in common" in done.out
     assert "campaign_cells_missing" in done.out
@@ -269,7 +269,7 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms
             continue
         if attempt >= 1 and process.returncode == 0:
             break
-        if process.returncode == 2:  # killed before the campaign was written down
+        if process.returncode == 2:  # killed before the campaign was stored
             wanted_again = begin(*wanted, cwd=arms)
             wanted_again.communicate(timeout=120)
     cells = cells_of(arms)

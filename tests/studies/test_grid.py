@@ -1,4 +1,4 @@
-"""Grids: what --vary means, what the files compose to, what is refused, and that nothing else is touched."""
+"""Grids: the syntax of --vary, what the files compose to, what is refused, and that no other file is touched."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def generate(lem, base):
-    """Run `lem config generate-grid base.yaml -o grid` with these --vary texts and flags."""
+    """Run `lem config generate-grid base.yaml -o grid` with these --vary values and flags."""
 
     def run(*vary: str, flags: tuple[str, ...] = (), output: str = "grid", file: str = "base.yaml") -> Finished:
         varied = [part for text in vary for part in ("--vary", text)]
@@ -474,7 +474,7 @@ def test_as_a_group_plain_hydra_goes_through_the_files(generate, tmp_path):
     ]
     expected = [prepare(Path("base.yaml"), texts).experiment() for texts in overrides]
     assert composed == sorted(json.dumps(asdict(experiment)) for experiment in expected)
-    # The same files are configs of lem's own, which lem batch takes as well.
+    # The same files are config files for lem itself, which lem batch accepts as well.
     assert [prepare(Path("configs/grid", file), []).experiment() for file, _ in points] == expected
 
 

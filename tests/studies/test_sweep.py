@@ -47,7 +47,7 @@ def test_a_failing_cell_ends_nothing(lem, tmp_path):
 
 
 def test_a_cell_that_cannot_start_is_a_row_too(lem, tmp_path):
-    # A link to nowhere: found out only when the directory is made.
+    # A link to nowhere is found only when the directory is created.
     (tmp_path / "link").symlink_to("nowhere")
     sweep = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=link,good")
     assert sweep.code == 1

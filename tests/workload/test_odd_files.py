@@ -69,7 +69,7 @@ def broken_text_parquet(data):
     return out.getvalue()
 
 
-# What each file gives: its name, its content, its prompts.
+# The files that are read: name, content, prompts.
 READ = [
     # ------------------------------------------------------ kinds by suffix
     ("p.json", JSON, AB),
@@ -144,7 +144,7 @@ READ = [
     ("p.parquet", lambda: parquet([{"text": "a", "vector": [1.0]}]), ("a",)),
 ]  # fmt: skip
 
-# What is refused, and what the message says after the file's name.
+# The files that are refused, and what the message says after the file's name.
 REFUSED = [
     # ------------------------------------------------------ unknown kinds
     ("p.yaml", b"- text: a\n", " is not a known kind of file"),
@@ -158,7 +158,7 @@ REFUSED = [
     ("p", b"PK\x03\x04...", " is a zip archive"),
     ("p.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", " is a pointer of Git LFS"),
     ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", " is a pointer of Git LFS"),
-    # ------------------------------------------------------ content against suffix
+    # ------------------------------------------------------ contents that contradict the suffix
     ("p.txt", JSONL, " holds JSON, not text; rename it to .jsonl"),
     ("p.txt", JSON, " holds JSON, not text; rename it to .json"),
     ("p.txt", b'{\n  "text": "a"\n}\n', " holds JSON, not text"),
@@ -238,7 +238,7 @@ REFUSED = [
     ("p.csv", "prompt\ntwo\n".encode("utf-16-le"), ", line 1 is not in UTF-8 but likely UTF-16"),
     ("p.jsonl", '{"text": "a"}\n'.encode("utf-32"), ", line 1 is not in UTF-8 but likely UTF-32"),
     ("p.txt", b"one\n" + b"text " * 20 + b"\x00\n", ", line 2 is not text: it contains a zero byte"),
-    # ------------------------------------------------------ halves of characters, the same in every format
+    # ------------------------------------------------------ lone surrogates, the same in every format
     ("p.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', ", line 2: U+D800 is half of a character"),
     ("p.json", b'[{"text": "a \\udc00 b"}]', ", item 1: U+DC00 is half of a character"),
     ("p.txt", b"one\n\xed\xa0\x80\n", ", line 2: U+D800 is half of a character"),
@@ -295,7 +295,7 @@ def test_an_odd_file_runs_nothing(lem, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-# ------------------------------------------------------------------ what is written is read
+# ------------------------------------------------------------------ written prompts are read back
 def as_csv(texts, delimiter):
     out = io.StringIO(newline="")
     csv.writer(out, delimiter=delimiter).writerows([["id", "prompt"], *enumerate(texts)])
@@ -355,7 +355,7 @@ def tree(folder, files):
 
 CARD = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n"
 HEADLESS_CARD = CARD.replace(b"jsonl\n", b"csv\n  names: [id, text]\n")
-# The files of a directory, the split asked for, and the files that are read.
+# The files of a directory, the requested split, and the files that are read.
 DIRECTORIES = [
     ({"a.jsonl": JSONL}, None, ["a.jsonl"]),
     ({"a.jsonl": JSONL[:21], "b.ndjson": JSONL[21:], "README.md": b"# About\n"}, None, ["a.jsonl", "b.ndjson"]),

@@ -63,12 +63,12 @@ def test_a_broken_trace_is_a_sentence(tmp_path, text, why):
 
 def test_times_of_a_clock_are_no_late_ones(tmp_path):
     file = tmp_path / "trace.csv"
-    file.write_text("t_s\n1767225600\n1767225600.5\n1769817600\n")  # the last 30 days after the first
+    file.write_text("t_s\n1767225600\n1767225600.5\n1769817600\n")  # the last is 30 days after the first
     assert arrival_times_s(Traffic(pattern="trace", trace=str(file)), 3, 0) == [0.0, 0.5, 30 * 86400]
 
 
 def serve(arrivals, at_most, service_s):
-    """Run with an engine that takes a fixed time for a batch; return (taken, finished) for each batch."""
+    """Run with an engine that takes a fixed time per batch; return (taken, finished) for each batch."""
     begun = []
 
     def run(batch):
