@@ -1,7 +1,7 @@
-"""How each feature of tests/backends/features.py is confirmed: what runs here, and what only arrives in an engine.
+"""How each feature of tests/backends/features.py is confirmed: by running it, or by its arrival in the engine.
 
-The support matrix (docs/support.md) takes its words from here, and test_features.py runs it. A backend joins by a line
-in ENGINES, where it can run on a processor; else by lines in ARRIVES.
+The support matrix (docs/support.md) takes its terms from here, and test_features.py runs the checks. To add a backend,
+add a line to ENGINES if its engine runs on a CPU, or else lines to ARRIVES.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def is_checked(feature: Feature, backend: str) -> bool:
 
 # ------------------------------------------------------------------ a backend to try features on
 class Engines:
-    """Loaded backends, the last of each kind: it is given the next experiment, if that needs no other engine.
+    """The last loaded backend of each kind, which runs the next experiment too if that needs the same engine.
 
-    Some take seconds to start. No two of a kind at once: vLLM's counters are those of the process.
+    Some engines take seconds to start. Two of a kind cannot be loaded at once, because vLLM's counters are global.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""The features that a backend may have, and which backend has them: the source of the support matrix.
+"""The features that a backend may have, and which backend has which: the source of the support matrix.
 
-A feature is a change to an experiment. A backend has it if neither the backend nor the options among themselves object
-to the change, on a machine that lacks nothing. Knows no engine and not what has been run where; the tests do.
+A feature is a change to an experiment. A backend has the feature if, on a machine that lacks nothing, neither the
+backend nor the rules on options object to the change. This module knows neither the engines nor the tests' results.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ADAPTER, DRAFT, TRACE = "owner/adapter", "owner/draft", "arrivals.csv"
 class Feature:
     """Something that a backend may be able to do.
 
-    `changes` to an experiment, by dotted path, request it from any backend; `own` are the changes for backends that
-    have their own options for it. A feature with `tells` is not requested: a backend reports that, or does not.
+    `changes` to an experiment, by dotted path, request it from any backend; `own` holds the changes for backends that
+    have their own options for it. A feature with `tells` cannot be requested: it is a value that a backend may report.
     """
 
     name: str

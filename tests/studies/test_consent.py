@@ -221,7 +221,7 @@ def test_a_dry_run_and_the_checks_of_files_start_nothing_and_need_no_consent(fol
 
 @pytest.fixture
 def unfinished(folder, lem) -> str:
-    """Begin an experiment in theirs/, as if it came from others, with a command given by flag; return its id."""
+    """Begin an experiment in theirs/, as if it came from others, with its command as an override; return its id."""
     own = ("backend=openai", f"backend.command='{COMMAND}'", "--model", "tiny", "-d", "sample", "energy=none", "-y")
     assert command("experiment", *own, "-o", "theirs", cwd=folder).code == 1
     assert has_run(folder)

@@ -1,9 +1,9 @@
-"""Makes the stand-in for TensorRT-LLM: a package of its name whose classes of arguments are those of signatures.json.
+"""Builds the stand-in for TensorRT-LLM: a package of the same name with the argument classes of signatures.json.
 
-A field that is not there fails as it does in the original, and so does a value of another type. Types of the original
-that are not arguments (tensors, tokenizers, …) may be anything here, and a default that is made of what is not here is
-nothing. `build(folder)` writes the package into a folder that is to stand on the path; what it runs the model with is
-`engine.py`, beside this file.
+An unknown field fails as it does in the original, and so does a value of the wrong type. Types of the original that are
+not arguments (tensors, tokenizers, …) may be anything here, and a default that is made from something that is not here
+is None. `build(folder)` writes the package into a folder that must be on the import path; `engine.py`, in the same
+folder as this file, runs the model.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def build(
     version: str | None = None,
     declared: dict | None = None,
 ) -> Path:
-    """Write the package, and what says that it is installed, into a folder; return the folder.
+    """Write the package, with metadata that marks it as installed, into a folder; return the folder.
 
     Args:
-        folder: is to stand on the path of those that import it.
-        drop: arguments, sampling options or parameters of a call that this version is not to have.
-        ignore: sampling options that this version's sampler is not to look at.
-        version: what it calls itself; None is the version that was read.
-        declared: what was extracted from a package; None is signatures.json.
+        folder: a folder that the importing process will have on its path.
+        drop: arguments, sampling options or parameters of a call that this version should lack.
+        ignore: sampling options that this version's sampler should ignore.
+        version: the version that it reports; None is the version that signatures.json was extracted from.
+        declared: the declarations extracted from a package; None means those of signatures.json.
     """
     declared = declared or json.loads(SIGNATURES.read_text(encoding="utf-8"))
     version = version or declared["version"]

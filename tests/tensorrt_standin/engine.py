@@ -1,14 +1,14 @@
-"""What runs in the stand-in for TensorRT-LLM: transformers on the CPU, one sequence after the other in each step.
+"""The engine in the stand-in for TensorRT-LLM: transformers on the CPU, one sequence after the other in each step.
 
-Requests are taken as the original takes them, and answered as it does: by results that can be awaited or iterated over,
-whose token ids grow. The model runs in a thread, or in a process of its own. Greedy tokens are those of the model;
-sampled ones have a generator of their own for each request, which the original has only for requests that run alone.
+Requests are accepted and answered as in the original: by results that can be awaited or iterated over, and whose token
+ids grow. The model runs in a thread, or in a separate process. Greedy tokens are those of the model. For sampling,
+each request has its own random generator, which in the original is so only for requests that run alone.
 
-TENSORRT_STANDIN holds options as JSON: `process` (run the model in a process), `load_error` (a text), `changes`
-(arguments that it settles on, whatever is asked for), `die_after`,
-`error_after`, `hang_after` (tokens after which the process ends, an error comes, or nothing more does), `no_metrics`,
-`keep_end_token` (false: the engine's own end token is kept back), `step_s` (seconds that a step takes at least).
-TENSORRT_STANDIN_LOG names a file that gets a line for each call.
+TENSORRT_STANDIN holds options as JSON: `process` (run the model in a separate process), `load_error` (the message of an
+error at load), `changes` (arguments that the engine overrides), `die_after`, `error_after` and `hang_after` (the number
+of tokens after which the process dies, an error is raised, or nothing more is returned), `no_metrics`, `keep_end_token`
+(false: the engine's own end token is left out of the output), `step_s` (the minimum duration of a step, in seconds).
+TENSORRT_STANDIN_LOG names a file to which each call appends a line.
 """
 
 from __future__ import annotations

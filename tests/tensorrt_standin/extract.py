@@ -1,8 +1,8 @@
-"""Writes signatures.json: names, types and defaults of TensorRT-LLM's arguments, read off its source.
+"""Writes signatures.json: the names, types and defaults of TensorRT-LLM's arguments, extracted from its source.
 
-`python -m tests.tensorrt_standin.extract FOLDER VERSION` reads an unpacked wheel or a checkout (FOLDER holds
-tensorrt_llm/). Only declarations are taken: no code, no descriptions, no checks but those that are part of a type. What
-was read for the file that is here is in docs/tensorrt.md.
+`python -m tests.tensorrt_standin.extract FOLDER VERSION` reads an unpacked wheel or a checkout (FOLDER contains
+tensorrt_llm/). Only declarations are extracted: no code, no descriptions, and only the checks that are part of a type.
+docs/tensorrt.md lists the sources of the current signatures.json.
 """
 
 from __future__ import annotations
