@@ -21,7 +21,7 @@ def gpus(*capabilities: tuple[int, int], name: str = "NVIDIA", mig: str | None =
 class FakeHost(Host):
     """A machine with every package, except those whose names begin with one of `lacks`.
 
-    `builds_for_cpu`: whether its engines are builds without CUDA; None asks what is installed here.
+    `builds_for_cpu`: whether its engines are builds without CUDA; None means as on the real machine.
     """
 
     lacks: tuple[str, ...] = ()

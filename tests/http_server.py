@@ -1,7 +1,7 @@
-"""A small server of completions over real sockets, for tests: as good or as bad as a test wants it.
+"""A small completions server over real sockets, for tests: as well or as badly behaved as a test wants.
 
-In a thread of the test (`Running`), or as a program: `python -m tests.http_server --port N`. Its tokens
-follow from the prompt alone, or come from a small model through transformers. Knows nothing of lem.
+It runs in a thread of the test (`Running`), or as a program: `python -m tests.http_server --port N`. Its tokens depend
+on the prompt alone, or come from a small model through transformers. It knows nothing of lem.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small transformers models with a tokenizer, saved in a directory as a hub's checkpoint would be.
 
-Their weights are random but seeded, and large enough that the most likely token leads clearly: the outputs do not
-depend on the last bits of a sum. Their end token is one that greedy decoding really meets. Knows nothing of lem.
+Their weights are random but seeded, and large enough that the most likely token leads clearly, so the outputs do not
+depend on the last bits of a sum. Their end token is one that greedy decoding really produces. Knows nothing of lem.
 """
 
 from __future__ import annotations

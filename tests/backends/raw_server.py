@@ -1,6 +1,6 @@
-"""A server whose responses are bytes that a test writes, over real sockets: as odd as servers are.
+"""A server over real sockets whose responses are raw bytes written by a test, so that they can be arbitrarily odd.
 
-Knows just enough of HTTP to read a request. Knows nothing of lem.
+It knows just enough HTTP to read a request, and nothing of lem.
 """
 
 from __future__ import annotations

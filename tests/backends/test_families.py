@@ -1,8 +1,8 @@
-"""Sizes of small models of many families against PyTorch's own counter and against the cache that is really there.
+"""Dimensions of small models of many families, compared with PyTorch's own counter and with their actual caches.
 
-Each model runs with its real code. The counter sees a prefill's attention over the full square of positions, and an
-output projection of every position: what model FLOPs leave out is taken off by hand, from the table in
-`tests/families.py`, and so is a step's work that a cache should have saved.
+Each model runs with its real code. The counter includes a prefill's attention over the full square of positions, and
+the output projection of every position. The parts that model FLOPs leave out are subtracted by hand, using the table in
+`tests/families.py`, and so is work in a step that a cache should have saved.
 """
 
 from __future__ import annotations

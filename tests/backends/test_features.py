@@ -1,6 +1,6 @@
 """Each backend has the features that it claims and refuses the rest; the support matrix claims no more than that.
 
-What is tried, and how, is in tests/backends/confirmations.py; `pytest -k vllm` runs it on the real vLLM (nox -s vllm).
+tests/backends/confirmations.py has the checks of each feature; `pytest -k vllm` runs them on vLLM (nox -s vllm).
 """
 
 from __future__ import annotations

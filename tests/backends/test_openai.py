@@ -1,7 +1,6 @@
-"""The openai backend against a small server of our own over real sockets: counting, times, batching, failures.
+"""The openai backend, tested with our own small server over real sockets: counting, times, batching, failures.
 
-The contract of all backends, which it has to pass as well, is in test_backends.py; vLLM's own server in
-test_vllm_serve.py.
+The contract of all backends is in test_backends.py, and the tests with vLLM's own server are in test_vllm_serve.py.
 """
 
 from __future__ import annotations

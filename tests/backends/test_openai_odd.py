@@ -1,6 +1,6 @@
 """Servers as they are in practice: odd headers, encodings, events, counts and errors, over real sockets, in thousands.
 
-Whatever a server sends, lem counts its tokens rightly or says why the request failed.
+Whatever a server sends, lem either counts its tokens correctly or says why the request failed.
 """
 
 from __future__ import annotations

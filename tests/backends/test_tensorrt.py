@@ -1,7 +1,7 @@
 """The tensorrt backend, tested on the stand-in: its calls of TensorRT-LLM, and its handling of the responses.
 
-The stand-in's arguments are those of the published source, so that an option which is not there fails here as well. The
-contract of all backends, which it has to pass as well, is in test_backends.py.
+The stand-in's arguments are those of the published source, so that an option that does not exist there fails here too.
+The contract of all backends is in test_backends.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The stand-in for TensorRT-LLM: reading a package's source, and building the stand-in from it.
 
-The source here is written as that of the original is: with checks, descriptions and code around what is declared.
+The source here is written like the original: with checks, descriptions and code around the declarations.
 """
 
 from __future__ import annotations

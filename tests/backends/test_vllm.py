@@ -1,6 +1,6 @@
 """The vllm backend: its translation of options anywhere, and vLLM itself where it is installed (nox -s vllm).
 
-The contract of all backends, which it has to pass as well, is in test_backends.py.
+The contract of all backends is in test_backends.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A folder of odd files from someone else: nothing in it runs, nothing changes the terminal, each refusal is one line.
 
-The folder is made here. Whatever is named on the command line, a canary shows whether anything has run.
+The tests create the folder. Whatever the command line names, a canary file shows whether any of its code has run.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The command lines of the reference, as written: with tiny, sample and local files for gated models and
-hub data, and few prompts for many."""
+"""The command lines of the reference, run as written, except that tiny, sample and local files replace gated models
+and hub data, and that they run few prompts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The RAPL meter on a tree like the kernel's: wrap-arounds, and zones that must not be counted.
 
-The family's contract is in test_energy.py, on the same tree.
+test_energy.py runs the meters' contract on the same tree.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run that is killed and resumed with a different meter, compared with the same run without a break.
 
-Through the real commands: the counters are an imitation of the kernel's, at constant power; the traces are replayed.
+The tests use the real commands. The counters imitate the kernel's, at constant power, and the traces are replayed.
 """
 
 from __future__ import annotations

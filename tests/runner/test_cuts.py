@@ -1,7 +1,7 @@
 """Runs that are cut at random moments and resumed, compared with an uninterrupted run, on a virtual clock.
 
 Everything but the time is real: attempts, journals, records, merging, rows. Sleeping moves a clock instead of waiting,
-so that a run of minutes takes milliseconds, a cut comes at an exact time, and the two runs differ by the cuts alone.
+so that a run of minutes takes milliseconds, a cut comes at an exact time, and the two runs differ only in the cuts.
 Processes are threads, each with its own clock, that agree on the time at barriers. A killed process leaves its journal
 and no record.
 """

@@ -1,6 +1,6 @@
 """Several processes, and one model on several devices: the prompts are shared, and everything is counted once.
 
-Real processes over gloo with the pytorch backend on the CPU. What needs two GPUs is marked `gpu`.
+The tests use real processes over gloo, with the pytorch backend on the CPU. Tests that need two GPUs are marked `gpu`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Preflight as a whole: everything at once, what --force and presets do to it, and that it leaves nothing behind.
+"""Preflight as a whole: all objections at once, the effect of --force and presets, and that it leaves nothing behind.
 
-The rules one by one are in test_rules.py.
+The tests of single rules are in test_rules.py.
 """
 
 from __future__ import annotations

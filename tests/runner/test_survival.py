@@ -110,12 +110,13 @@ def check_readable(lem, directory: ExperimentDir) -> list[RequestRecord]:
 
 
 def until_killed_or_done(arguments: tuple[str, ...], cwd: Path, kill_s: tuple[str, float] | None = None) -> int | None:
-    """Run a command; return its exit code, or None when it was killed before its end.
+    """Run a command; return its exit code, or None if it was killed before its end.
 
     Args:
-        arguments: of `lem`.
-        cwd: where it runs.
-        kill_s: kill it so many seconds after the line of stderr with this beginning, or after its start without one.
+        arguments: the arguments of `lem`.
+        cwd: the working directory.
+        kill_s: kill it this many seconds after the first line of stderr with this beginning or, without one, after
+            its start.
     """
     process = begin(*arguments, cwd=cwd)
     beginning, delay_s = kill_s or ("", None)

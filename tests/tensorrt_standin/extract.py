@@ -34,7 +34,7 @@ def extract(package: Path, version: str) -> dict:
     """Return the declarations of the package in a folder.
 
     Raises:
-        LookupError: a file, a class or a call is not where any version that is known here has it.
+        LookupError: a file, a class or a call is not in any of the places where known versions have it.
     """
     classes = {}
     for places, wanted in CLASSES:

@@ -1,10 +1,10 @@
 """The FLOPs formula, compared with PyTorch's own counter of the operations in real forward passes.
 
-The counter takes a multiply-add as two operations, as the formula does, and sees matrix products only. It differs
-in two ways. It counts attention in a prefill over the full square of positions, of which causal attention needs the
-lower half with the diagonal; that part is taken off by hand. And it counts the outer product that makes the rotary
-angles (head_dim a position), which is no weight's and no attention's work; it is within the 1 %. Other families of
-models are in tests/backends/test_families.py.
+Like the formula, the counter counts a multiply-add as two operations, and it counts only matrix products. It differs in
+two ways. First, it counts a prefill's attention over the full square of positions, although causal attention needs only
+the lower half and the diagonal; the difference is subtracted by hand. Second, it counts the outer product that computes
+the rotary angles (head_dim per position), which belongs neither to a weight nor to attention; it is within the 1 %.
+Other families of models are in tests/backends/test_families.py.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Files of prompts as people have them: each gives exactly its prompts, or is refused with its file and line.
 
-A file must never give other prompts than its author meant, so there is no third outcome.
+A file must never give prompts other than those that its author meant, so there is no third outcome.
 """
 
 import bz2
