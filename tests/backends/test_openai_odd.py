@@ -669,7 +669,7 @@ def test_two_thousand_odd_streams_are_counted_rightly_or_refused():
 
 
 def test_two_thousand_damaged_streams_end_in_a_count_or_a_reason():
-    """Bytes changed, dropped and doubled: any count is possible then, but neither a hang nor another error."""
+    """If bytes are changed, dropped or doubled, any count is possible, but no hang and no other error."""
     for seed in range(2_000):
         draw = random.Random(seed)
         case = a_case(draw)
