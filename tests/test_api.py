@@ -80,7 +80,9 @@ def test_units_come_along(results):
 
 
 def test_where_there_is_nothing_a_sentence_says_so(tmp_path):
-    with pytest.raises(lem.ResultsError, match=r"nowhere has no tables; lem aggregate --all -o .*nowhere builds them"):
+    with pytest.raises(
+        lem.ResultsError, match=r"nowhere has no tables; run lem aggregate --all -o .*nowhere to build them"
+    ):
         lem.load(tmp_path / "nowhere")
 
 

@@ -63,7 +63,7 @@ def test_failed_requests_are_rows_that_enter_no_number(tmp_path, allowed):
     (warned,) = [text for text in row["warnings"] if text.startswith("requests_failed")]
     assert "2 of 8 requests failed: HTTP 429: rate limited. (2 times)" in warned
     assert not any(text.startswith("identity_violated") for text in row["warnings"])
-    assert "2 requests (25.00%), in no mean, total or rate below" in " ".join(done.out.split())
+    assert "2 requests (25.00%), not in any mean, total or rate below" in " ".join(done.out.split())
     record = raw_record(tmp_path / "results")
     assert (record["requests_completed"], record["requests_failed"], record["output_tokens"]) == (6, 2, 36)
     shown = json.loads(command("results", "show", row["experiment_id"], "--json", cwd=tmp_path).out)
@@ -95,7 +95,7 @@ def test_an_experiment_in_which_all_failed_is_failed(tmp_path):
         row, rows = tables(tmp_path / "results")
         assert (row["status"], row["requests_completed"], row["requests_failed"]) == ("failed", 0, 8)
         assert (row["error_rate"], row["latency_mean_s"], row["output_tokens_per_s"]) == (1.0, None, None)
-        assert row["error"] == "All 8 requests failed; the last: HTTP 429: rate limited."
+        assert row["error"] == "All 8 requests failed; the last error was: HTTP 429: rate limited."
         assert len(rows) == 8
         again = command("experiment", "-y", "--resume", row["experiment_id"], cwd=tmp_path)
         assert again.code == 2

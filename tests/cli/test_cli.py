@@ -94,7 +94,7 @@ def test_flags_help_comes_from_the_schema(lem, monkeypatch):
         (["experiment", "-m", "tiny"], "-d sample"),  # the default dataset is on the hub
         (["experiment", "-m", "tiny", "--prompts", "empty.txt"], "is empty"),
         (["experiment", "-m", "tiny", "--prompts", "blank.txt"], "are empty"),
-        (["experiment", "-m", "tiny", "--prompts", "nowhere.txt"], "no prompts file nowhere.txt"),
+        (["experiment", "-m", "tiny", "--prompts", "nowhere.txt"], "--prompts: there is no file nowhere.txt"),
         (["experiment", "-m", "tiny", "-d", "sample", "-p", "empty.txt"], "are mutually exclusive"),
         (["experiment", "-m", "./nowhere", "-d", "sample"], "no model directory"),
         (["experiment", "-m", "tinny", "-d", "sample"], "Did you mean 'tiny'"),
@@ -110,7 +110,7 @@ def test_flags_help_comes_from_the_schema(lem, monkeypatch):
         (["experiment", "-m", "tiny", "-d", "sample", "energy=replay"], "energy.trace"),
         (["experiment", "-m", "tiny", "-d", "sample", "energy.country_iso_code=XYZ"], "XYZ"),
         (["experiment", "-m", "tiny", "-d", "sample", "backend=simulated", "backend.device=cpu"], "backend.device"),
-        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "blank.txt is a file."),
+        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "blank.txt is a file, not a directory."),
         (["results", "show", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate"], "--all"),
@@ -239,8 +239,8 @@ def test_no_aggregate_leaves_the_row_to_the_aggregate_command(lem, tmp_path):
     assert shown.code == 0
     assert "lem aggregate exp_" in shown.out
     assert not (tmp_path / "results" / "experiments").exists()
-    assert "has a row; --all lists those without one" in lem("results", "list").out
-    assert "writes its row" in lem("results", "list", "--all").out
+    assert "has a row; use --all to list experiments without rows" in lem("results", "list").out
+    assert "to write its row" in lem("results", "list", "--all").out
     assert "completed" in lem("aggregate", "--all").out
     assert "completed" in lem("results", "list").out
     assert "already have their rows" in lem("aggregate", "--all").out

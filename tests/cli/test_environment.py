@@ -67,7 +67,7 @@ def test_what_loads_code_is_refused_with_a_warning_and_the_rest_is_set(dotenv, m
     assert [os.environ[name] for name in ("ALREADY", "QUOTED", "EXPORTED", "BOTH")] == ["mine", "a b", "1", "a bc"]
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == len(lines) - len(HARMLESS)
-    assert all(re.fullmatch(r"Warning: \S+\.env: \w+ is ignored, because it can .*", text) for text in warnings)
+    assert all(re.fullmatch(r"Warning: \S+\.env: \w+ is ignored because it can .*", text) for text in warnings)
 
 
 def test_a_variable_that_is_already_set_is_no_warning(dotenv, capsys):
@@ -111,4 +111,4 @@ def test_a_dotenv_that_is_no_text_is_one_line(tmp_path):
     (tmp_path / ".env").write_bytes(b"A=\xff\xfe\n")
     done = command("results", "list", cwd=tmp_path)
     assert done.code == 2
-    assert re.fullmatch(r"Error: \S+\.env: it cannot be read .*\n", done.err)
+    assert re.fullmatch(r"Error: \S+\.env: the file cannot be read .*\n", done.err)

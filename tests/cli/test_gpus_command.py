@@ -91,7 +91,7 @@ def test_what_the_variable_hides_is_marked_and_shown(gpus, variable, hidden):
 
 def test_a_lost_gpu_is_shown_as_such_beside_the_others(gpus):
     first, lost, last = gpus("devices 3\ndevice 1 lost_after_s 0").splitlines()[1:4]
-    assert lost == "├── [1] does not answer: GPU is lost"
+    assert lost == "├── [1] does not respond: GPU is lost"
     assert first.startswith("├── [0] Stand-in GPU (80GB) - Full GPU")
     assert last.startswith("└── [2] Stand-in GPU (80GB) - Full GPU")
 
@@ -105,18 +105,20 @@ def test_what_a_driver_does_not_report_is_left_out(gpus):
 
 
 def test_a_driver_without_devices_is_one_sentence(gpus):
-    assert gpus("devices 0\ndriver 570.1") == "The NVIDIA driver 570.1 finds no GPU.\n"
+    assert gpus("devices 0\ndriver 570.1") == "The NVIDIA driver 570.1 reports no GPU.\n"
 
 
 def test_a_driver_that_does_not_start_is_one_sentence(gpus):
-    assert gpus("init_fails 9").startswith("There is no NVIDIA driver on this machine, or it does not answer")
+    assert gpus("init_fails 9").startswith(
+        "No GPUs to show: this machine has no NVIDIA driver, or the driver does not respond"
+    )
 
 
 @pytest.mark.usefixtures("no_driver")
 def test_no_driver_is_one_sentence(lem):
     done = lem("gpus")
     assert done.code == 0
-    assert done.out.startswith("There is no NVIDIA driver")
+    assert done.out.startswith("No GPUs to show")
     assert len(done.out.splitlines()) == 1
 
 

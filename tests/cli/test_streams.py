@@ -358,7 +358,7 @@ def test_bash_completes_commands_options_and_ids(made, tmp_path):
 
 def test_zsh_gets_what_bash_gets_with_the_help_texts(made):
     finished = command(cwd=made, _LEM_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="lem results sh")
-    assert '"show":"Show one experiment' in finished.out
+    assert '"show":"Show the measurements' in finished.out
 
 
 def test_presets_datasets_and_backends_are_offered_with_their_purpose():

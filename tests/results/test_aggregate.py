@@ -169,14 +169,14 @@ def test_a_record_of_another_number_of_processes_is_refused(store):
 def test_two_processes_that_took_themselves_for_the_same_one_are_refused(store):
     directory = shared(store)
     shutil.copy(directory.record_file(0, 1, 1), directory.record_file(1, 1, 1))
-    refused(directory, r"process_1_c1_a1\.json holds the record of process 0", strict=False)
+    refused(directory, r"process_1_c1_a1\.json has the record of process 0", strict=False)
 
 
 def test_a_prompt_that_was_counted_twice_is_refused(store):
     directory = experiment(store)
     add(directory, 0, attempt=1, positions=[0, 1])
     add(directory, 0, attempt=2, positions=[1, 2])
-    refused(directory, "has prompt 1 of cycle 1 more than once", strict=False)
+    refused(directory, "contains prompt 1 of cycle 1 more than once", strict=False)
 
 
 def test_a_record_of_another_experiment_is_refused(store):
@@ -193,7 +193,7 @@ def test_a_duration_that_cannot_be_is_refused(store):
     file = directory.record_file(0, 1, 1)
     file.write_text(file.read_text().replace('"duration_s": 4.0', '"duration_s": -4.0'))
     refused(
-        directory, r"phases\.\d\.duration_s is -4, which no run can have: it was edited or is damaged", strict=False
+        directory, r"phases\.\d\.duration_s is -4, which is impossible: the file was edited or is damaged", strict=False
     )
 
 
@@ -212,7 +212,7 @@ def test_mixed_backends_are_refused_unless_allowed_and_then_labelled(store, stri
     refused(directory, "mixes the backends simulated and vllm.*--allow-mixed-backends", strict=strict)
     row = read(directory, strict=strict, mixed=True).row
     assert row.backend == "simulated+vllm"
-    assert "mixed_backends: its processes ran on simulated and vllm." in row.warnings
+    assert "mixed_backends: the processes ran on simulated and vllm." in row.warnings
 
 
 # ------------------------------------------------------------------ all
@@ -307,7 +307,7 @@ def test_rows_that_are_gone_are_made_anew_with_all_that_shared_their_file(store,
     before = {each: table(store, each) for each in ("experiments", "cycles", "requests")}
     (file,) = (store.root / name).iterdir()
     file.unlink()
-    with pytest.raises(ResultsError, match="lacks rows in other tables; lem aggregate --all"):
+    with pytest.raises(ResultsError, match="lacks rows in other tables; run lem aggregate --all"):
         aggregate(store, directories[1], force=True)
     assert kinds(aggregate_all(store, [directories[1].id])) == ["written"] * 4
     for each, rows in before.items():

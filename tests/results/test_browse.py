@@ -62,8 +62,8 @@ def test_one_experiment_and_then_all(lem, store):
     assert lem("aggregate", first.id).out == f"{first.id} already has its row.\n"
     done = lem("aggregate", "--all")
     assert done.code == 0
-    assert done.out == f"{second.id}: completed\nLeft alone, as they already have their rows: 1.\n"
-    assert lem("aggregate", "--all").out == "Left alone, as they already have their rows: 2.\n"
+    assert done.out == f"{second.id}: completed\nSkipped because their rows are up to date: 1.\n"
+    assert lem("aggregate", "--all").out == "Skipped because their rows are up to date: 2.\n"
     assert lem("aggregate", "--all", "--force").out == f"{first.id}: completed\n{second.id}: completed\n"
 
 
@@ -180,7 +180,7 @@ def test_the_list_has_numbers_with_intervals(lem, store):
     (line,) = [line for line in out.splitlines() if line.startswith(directory.id)]
     assert "102 J ±2.4%" in line  # 101, 102, 103: t(0.975, 2) / sqrt(3) = 2.48
     assert "3/3" in line
-    assert "± half of the 95 % interval" in out
+    assert "± is half of the 95 % interval" in out
 
 
 def test_without_a_row_only_with_all(lem, store):
@@ -286,7 +286,7 @@ def test_prefill_that_is_not_told_apart_is_null_wherever_it_is_looked_at(lem, st
     reason = "other requests were decoding"
     directory = finished(store, prefill=Prefill(None, reason=reason))
     lem("aggregate", "--all")
-    assert f"not told apart: {reason}" in lem("results", "show", directory.id).out
+    assert f"not separable: {reason}" in lem("results", "show", directory.id).out
     row = json.loads(lem("results", "show", directory.id, "--json").out)
     (stored,) = pd.read_parquet(directory.path.parents[1] / "experiments").to_dict("records")
     for name in ("prefill_duration_s", "prefill_energy_j", "decode_duration_s", "decode_energy_j"):
@@ -475,7 +475,7 @@ def test_strange_file_in_a_table_is_named_and_in_nobodys_way(lem, store, folder,
     listed = lem("results", "list")
     assert listed.code == 0
     assert directory.id in listed.out
-    assert f"{strange.name} is not a part of this table" in listed.err.replace("\n", " ")
+    assert f"{strange.name} is not part of this table" in listed.err.replace("\n", " ")
     assert lem("results", "show", directory.id).code == 0
     assert strange.read_bytes() == content
 

@@ -59,7 +59,7 @@ def test_a_link_does_not_make_another_file_grow(name, theirs, lem, tmp_path):
     (folder / name).symlink_to(victim)
     done = lem("experiment", "--resume", folder.name, "-y")
     assert done.code == 2
-    assert "replace it by a plain file." in done.err or "cannot be read" in done.err
+    assert "replace it with a plain file." in done.err or "cannot be read" in done.err
     assert victim.read_text() == "mine\n"
 
 
@@ -188,7 +188,7 @@ def test_numbers_that_a_run_can_have(content):
     ],
 )
 def test_numbers_that_no_run_can_have(content, where):
-    with pytest.raises(ValueError, match=f"{where}, which no run can have"):
+    with pytest.raises(ValueError, match=f"{where}, which is impossible"):
         check_numbers(content)
 
 

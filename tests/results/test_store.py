@@ -183,7 +183,7 @@ def test_prompts_that_are_not_those_of_the_plan_are_refused(tmp_path, content):
     assert directory.prompts() == texts
     file = directory.path / "prompts.jsonl"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ResultsError, match=r"prompts\.jsonl (cannot be read|does not hold)"):
+    with pytest.raises(ResultsError, match=r"prompts\.jsonl (cannot be read|does not contain)"):
         directory.prompts()
 
 
@@ -199,7 +199,7 @@ def test_arrivals_that_are_not_those_of_the_plan_are_refused(tmp_path, content):
     directory.check_inputs()
     file = directory.path / "arrivals.json"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ResultsError, match=r"arrivals\.json (cannot be read|does not hold)"):
+    with pytest.raises(ResultsError, match=r"arrivals\.json (cannot be read|does not contain)"):
         directory.check_inputs()
 
 

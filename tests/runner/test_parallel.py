@@ -435,8 +435,8 @@ def test_accelerate_that_starts_a_single_process_is_detected(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["num_processes=3"], "num_processes: the configuration has 3 processes, but the launcher started 2."),
-        (["num_processes=1"], "num_processes: the configuration has 1 processes, but the launcher started 2."),
+        (["num_processes=3"], "num_processes: the configuration needs 3 processes, but the launcher started 2."),
+        (["num_processes=1"], "num_processes: the configuration needs 1 processes, but the launcher started 2."),
         (["nonsense=1"], "nonsense"),
     ],
 )

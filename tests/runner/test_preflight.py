@@ -75,7 +75,7 @@ def test_a_bad_trace_of_arrivals_is_reported_once(tmp_path, rows, reason):
 
 def test_force_leaves_only_what_is_impossible():
     wanted = simulated(decoder=UNUSED_TEMPERATURE)
-    with pytest.raises(ConfigError, match=r"\[no_effect_sampling\] \(--force runs it anyway\)"):
+    with pytest.raises(ConfigError, match=r"\[no_effect_sampling\] \(use --force to run it anyway\)"):
         preflight(wanted, CPU)
     assert "no_effect_sampling" in codes(preflight(wanted, CPU, force=True).warnings)
     wanted.min_output_tokens = 200
@@ -257,7 +257,7 @@ def test_a_model_that_lacks_weights_is_refused_before_the_run(headless, lem):
         refused = lem(*RUN_HEADLESS, *options, "energy=none")
         assert refused.code == 2
         assert "headless lacks lm_head.weight. Choose a complete checkpoint" in refused.err
-        assert "[weights_missing] (--force runs it anyway)" in refused.err
+        assert "[weights_missing] (use --force to run it anyway)" in refused.err
     assert not Path("results").exists()
 
 

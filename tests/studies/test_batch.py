@@ -136,8 +136,8 @@ def test_all_problems_of_all_files_are_reported_before_anything_runs(lem, tmp_pa
         (["seed=3"], "needs config files"),
         (["a.yaml", "seed=1,2"], "one value for all files"),
         (["a.yaml", "sead=1"], "seed"),
-        (["a.yaml", "-d", "nope"], "there is no 'nope'"),
-        (["a.yaml", "-p", "nope.txt"], "no prompts file"),
+        (["a.yaml", "-d", "nope"], "there is no option 'nope'"),
+        (["a.yaml", "-p", "nope.txt"], "--prompts: there is no file"),
         (["a.yaml", "--parallel", "0"], "--parallel"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_grid_index_that_the_shell_names_too_is_passed_over(lem, tmp_path):
     for alone in (["c/grid.yaml"], ["b.yaml", "c/grid.yaml"]):  # its grid would not run, and nobody would notice
         refused = lem("batch", *alone, "--dry-run")
         assert refused.code == 2
-        assert "'c/grid.yaml' matches no config file (.yaml, .yml): it is the index of a grid" in refused.err
+        assert "'c/grid.yaml' matches no config file (.yaml, .yml): this file is the index of a grid" in refused.err
 
 
 def test_a_dry_run_lists_what_each_file_would_run(lem, tmp_path):

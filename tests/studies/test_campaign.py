@@ -62,7 +62,7 @@ def test_a_campaign_measures_each_arm_in_each_cycle_and_says_how_they_compare(le
     assert pair["ratio"] == pytest.approx(2, rel=0.35)
     (sentence,) = [line for line in done.out.splitlines() if line.startswith("slow needs")]
     assert "times the energy per output token of quick (95 % interval" in sentence
-    assert re.search(r"3 cycles, shuffled\): (more|it cannot tell) \(p = ", sentence)
+    assert re.search(r"3 cycles, shuffled\): (more|cannot tell) \(p = ", sentence)
 
 
 @pytest.mark.processes
@@ -92,7 +92,7 @@ def test_another_campaign_of_the_same_name_is_refused(lem, arms):
     lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
     done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
     assert done.code == 2
-    assert "There is already a campaign 'one', with other arms or settings." in done.err
+    assert "A campaign 'one' with other arms or settings already exists." in done.err
     assert "lem campaign --resume one" in done.err
 
 
@@ -121,7 +121,7 @@ def test_a_failed_cell_is_tried_again_and_an_arm_that_only_fails_is_given_up(lem
     by_arm = {arm: [cell["status"] for cell in cells if cell["campaign"]["arm"] == arm] for arm in ("quick", "slow")}
     assert by_arm["quick"] == ["completed"] * 3
     assert by_arm["slow"] == ["failed", "failed", "not run"]
-    assert "slow was given up after 3 failures in a row." in done.out
+    assert "slow was abandoned after 3 failures in a row." in done.out
     # Two fail in the first cycle and one in the second; then no more are run.
     assert len(os.listdir(arms / "results" / "raw")) == 3 + 3
     assert "slow and quick have no cycle in common" in done.out
@@ -154,7 +154,7 @@ def test_ctrl_c_in_a_pause_loses_nothing_and_names_the_command_that_goes_on(arms
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "To go on: lem campaign --resume one" in err
+    assert "To resume: lem campaign --resume one" in err
     assert "Campaign one: 1 of 4 cells completed" in out
     assert [cell["status"] for cell in cells_of(arms)] == ["completed", "not run", "not run", "not run"]
 
@@ -193,25 +193,25 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         for file in ("quick.yaml", "slow.yaml"):
             lem("experiment", file, *QUICK, "--fresh")
     second = lem(*wanted, "--dry-run")
-    assert "To expect from earlier runs: 5." in second.out
-    assert "3 cycles would find a difference of" in second.out
+    assert "Expected from earlier runs: 5." in second.out
+    assert "With 3 cycles, a difference of" in second.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["quick.yaml", "--campaign-name", "x"], "at least two configurations, not 1"),
-        (["quick.yaml", "slow.yaml"], "needs a name: give --campaign-name"),
+        (["quick.yaml", "slow.yaml"], "needs a name: use --campaign-name"),
         (["--campaign-name", "x"], "needs config files"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "it should"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "fast"], "no arm is called 'fast'"),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "0"],
-            "cycles: it should be greater than or equal to 1, not 0",
+            "cycles: must be greater than or equal to 1, not 0",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "1000000"],
-            "cycles: it should be less than or equal to 1000, not 1000000",
+            "cycles: must be less than or equal to 1000, not 1000000",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--structure", "random"],
@@ -219,18 +219,18 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--margin", "2"],
-            "margin: it should be less than 1, not 2.0",
+            "margin: must be less than 1, not 2.0",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "-1"],
-            "config_gap_s: it should be greater than or equal to 0, not -1",
+            "config_gap_s: must be greater than or equal to 0, not -1",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "cost"],
-            "primary: it should be 'energy_per_output_token_j'",
+            "primary: must be 'energy_per_output_token_j'",
         ),
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
-        (["quick.yaml", "--resume", "x"], "give no config files or name with it"),
+        (["quick.yaml", "--resume", "x"], "leave out config files and the name"),
         (["--resume", "x"], "There is no campaign 'x'"),
     ],
 )
@@ -243,7 +243,7 @@ def test_bad_input_is_refused_before_anything_runs(lem, arms, arguments, message
 
 def test_one_cycle_has_no_interval_and_says_so(lem, arms):
     done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
-    assert "no interval from fewer than two cycles, so it cannot tell." in done.out
+    assert "cannot tell, because an interval needs at least two cycles." in done.out
 
 
 def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
@@ -323,14 +323,14 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
     ("text", "message"),
     [
         ("arms: [quick.yaml, slow.yaml]\ncycels: 3\n", "bad.yaml:2: cycels: unknown key. Did you mean 'cycles'?"),
-        ("arms: [quick.yaml, slow.yaml]\ncycles: 0\n", "bad.yaml:2: cycles: it should be greater than or equal to 1"),
+        ("arms: [quick.yaml, slow.yaml]\ncycles: 0\n", "bad.yaml:2: cycles: must be greater than or equal to 1"),
         ("arms: [quick.yaml, slow.yaml]\nstructure: lattin\n", "Did you mean 'latin'?"),
         ("arms: [quick.yaml, {confg: slow.yaml}]\n", "bad.yaml:1: arms.1.confg: unknown key. Did you mean 'config'?"),
         ("arms: [quick.yaml]\n", "at least two configurations, not 1"),
         ("arms: [quick.yaml, gone.yaml]\n", "gone.yaml' matches no config file"),
-        ("arms: quick.yaml\n", 'bad.yaml:1: arms: it should be a valid array, not "quick.yaml"'),
+        ("arms: quick.yaml\n", 'bad.yaml:1: arms: must be a valid array, not "quick.yaml"'),
         ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
-        ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: it should be less than 1"),
+        ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: must be less than 1"),
     ],
 )
 def test_a_bad_campaign_file_is_refused_with_the_line(lem, arms, text, message):

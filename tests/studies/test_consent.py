@@ -256,7 +256,7 @@ def test_what_cannot_be_remembered_still_runs(folder, monkeypatch):
     monkeypatch.setenv("LEM_STATE_DIR", str(folder / "my.yaml"))
     code, shown = typed("y", "experiment", "my.yaml", "-y", "-o", "program.py", cwd=folder)
     assert code == 2
-    assert "Your consent cannot be remembered" in shown
+    assert "Cannot save your consent" in shown
     assert "program.py is a file" in shown
 
 

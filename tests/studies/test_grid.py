@@ -91,7 +91,7 @@ def test_a_text_is_read_as_multirun_reads_it(text, key, values):
     [
         (["batch_sise=1"], r"batch_sise: unknown key.*batch_size"),
         (["strategy=static"], r"batching\.strategy, parallelism\.strategy"),
-        (["batch_size=1", "batching.batch_size=2"], r"batching\.batch_size: it is varied twice"),
+        (["batch_size=1", "batching.batch_size=2"], r"batching\.batch_size is varied twice"),
         (["batching={batch_size:1}", "batching.batch_size=2"], r"part of batching"),
         (["batch_size"], r"KEY=VALUE"),
         (["batch_size="], r"KEY=VALUE"),
@@ -294,7 +294,7 @@ def test_validate_leaves_the_invalid_out_and_lists_them(generate):
     done = generate("batch_size=1,70000", "min_output_tokens=0,500", flags=("--validate",))
     assert done.code == 0
     assert names() == {"batch_size-1--min_output_tokens-0.yaml"}
-    assert "3 of 4 points are left out as invalid" in done.err
+    assert "3 of 4 points are invalid and left out" in done.err
     skipped = index()["skipped"]
     assert [entry["point"]["batching.batch_size"] for entry in skipped] == [1, 70000, 70000]
     assert "max_output_tokens (128)" in skipped[0]["problems"][0]
@@ -396,7 +396,7 @@ def test_the_base_is_never_one_of_the_files_that_go(generate):
     generate("seed=1,2")
     done = generate("batch_size=1,2", file="grid/seed-1.yaml", flags=("--force",))
     assert done.code == 2
-    assert "is itself a file of that grid" in done.err
+    assert "is itself one of the grid" in done.err
     assert generate("batch_size=1,2", file="grid/seed-1.yaml", output="finer").code == 0
     assert prepare(Path("finer/batch_size-2.yaml"), []).experiment().seed == 1
 

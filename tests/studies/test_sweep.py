@@ -112,7 +112,7 @@ def test_a_sweeps_directory_can_be_named(lem, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("hydra.sweep.subdir=a,b", "a setting of Hydra must have one value for all cells"),
+        ("hydra.sweep.subdir=a,b", "a Hydra setting must have a single value for all cells"),
         ("hydra/launcher=nope", "Could not find 'hydra/launcher/nope'"),
         ("hydra.sweep.dir=${nope:x}", "hydra.sweep.dir: Unsupported interpolation type nope"),
     ],
