@@ -1,4 +1,4 @@
-"""`lem batch`: many config files, one after another or several at a time."""
+"""The `lem batch` command, which runs many config files, one after another or several at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lem campaign`: several configurations measured in turn and compared."""
+"""The `lem campaign` command, which measures several configurations in turn and compares them."""
 
 from __future__ import annotations
 

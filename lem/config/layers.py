@@ -172,7 +172,7 @@ def _variables() -> dict[str, str]:
 
 @cache
 def schema_defaults(backend: str | None = None) -> Values:
-    """Return the defaults of a backend's options, or without one, of everything except the group `backend`."""
+    """Return a backend's defaults or, if no backend is given, those of everything except the group `backend`."""
     cls: type[Any] = BACKENDS[backend] if backend else Experiment
     node: Values = {}
     for f in fields(cls):

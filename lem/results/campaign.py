@@ -318,8 +318,8 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
     size = square_size(arms)
     if campaign.structure == "latin" and campaign.cycles % size:
         text = (
-            f"the number of cycles ({campaign.cycles}) is no multiple of {size}, so positions and predecessors are not "
-            "balanced."
+            f"the number of cycles ({campaign.cycles}) is not a multiple of {size}, so positions and predecessors are "
+            "not balanced."
         )
         yield warning("campaign_unbalanced", text)
 

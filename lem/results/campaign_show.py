@@ -49,7 +49,7 @@ def sentences(answer: Answer) -> Iterator[str]:
     words = MEASURES[campaign.primary][1]
     primary = [pair for pair in answer.pairs if pair.is_primary]
     if not primary:
-        yield f"No cell has a value of {words} ({campaign.primary}), so the arms cannot be compared by it."
+        yield f"No cell has a value for {words} ({campaign.primary}), so the arms cannot be compared by it."
     for pair in primary:
         yield sentence(pair, campaign.structure)
     if len(primary) > 1 and primary[0].ci_low is not None:

@@ -77,7 +77,7 @@ def _ended(record: ProcessRecord, end_s: float, cut: Cut) -> ProcessRecord:
 def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
-        energy = f", and their energy was read {behind_s:.3g} s before that" if behind_s else ""
+        energy = f", and their energy was last read {behind_s:.3g} s before that" if behind_s else ""
         yield warning("window_cut", f"the windows of the processes were cut short and end together{energy}.")
         window = record.phase("measured")
         lost = () if window is not None and window.energy == readings else readings
@@ -254,10 +254,10 @@ def _merged_warnings(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ..
 
 
 def _of_several(cut: Cut) -> CodedWarning:
-    lost = "an unknown time" if cut.lost_s is None else f"{cut.lost_s:.3g} s in all"
+    lost = "an unknown time" if cut.lost_s is None else f"{cut.lost_s:.3g} s in total"
     behind_s = cut.energy_behind_s
-    energy = f", and their energy was read {behind_s:.3g} s before that in all" if behind_s else ""
-    text = f"{cut.windows} windows were interrupted {lost} after their last finished requests, where they end{energy}."
+    energy = f", and their energy was last read {behind_s:.3g} s in total before that" if behind_s else ""
+    text = f"{cut.windows} windows end with their last finished requests, {lost} before being interrupted{energy}."
     return warning("window_cut", text)
 
 
@@ -311,7 +311,7 @@ def is_estimated(source: str | None) -> bool:
 
 
 class Energy(NamedTuple):
-    """A sum of readings; `energy_j` is None if any reading's is, or if measured and estimated readings are mixed."""
+    """A sum of readings; `energy_j` is None if any reading lacks it, or if measurements and estimates are mixed."""
 
     energy_j: float | None
     source: str | None

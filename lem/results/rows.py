@@ -433,7 +433,7 @@ def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
 
 
 def _of_times(cycle: Cycle, duration_s: float | None) -> Iterator[CodedWarning]:
-    """Yield warnings if the requests' own times do not fit the window's length."""
+    """Yield warnings if the requests' own times are inconsistent with the window's length."""
     ran = extent(cycle.requests)
     if ran is not None and duration_s is not None:
         attempts = len({r.attempt for r in cycle.requests})

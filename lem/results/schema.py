@@ -33,7 +33,9 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     # counted
     requests_completed: Annotated[int, units.REQUEST, "Requests that were finished; each has its own row."]
     input_tokens: Annotated[int, units.TOKEN, "Input tokens of the finished requests, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Their output tokens, up to and including the first end token."]
+    output_tokens: Annotated[
+        int, units.TOKEN, "Output tokens of finished requests, up to and including the first end token."
+    ]
     # timed
     duration_s: Annotated[Seconds, "Wall-clock length of the measured window."]
     output_tokens_per_s: Annotated[TokensPerSecond, "output_tokens / duration_s."]
@@ -184,7 +186,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     ]
     decode_energy_j: Annotated[
         Joules,
-        "energy_j minus prefill_energy_j; may be negative; null with idle time, whose energy is not separate.",
+        "energy_j minus prefill_energy_j; may be negative; null with idle time, whose energy is unknown.",
     ]
     prefill_energy_uncertainty_j: Annotated[
         Joules,

@@ -249,7 +249,7 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
             (
                 f"{marked(row, quantity(row.idle_power_before_w, 'W'))} before loading, "
                 f"{marked(row, quantity(row.idle_power_loaded_w, 'W'))} loaded · "
-                f"without it {marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
+                f"energy without it {marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
             ),
         )
     yield "Energy per request", marked(row, quantity(row.energy_per_request_j, "J/request"))

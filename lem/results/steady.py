@@ -1,4 +1,4 @@
-"""The steady state of batched serving: the span from when all places are first taken until they are last taken.
+"""The steady state of batched serving: the span from the first to the last moment when all places are taken.
 
 While the first requests fill the places, and while the last ones leave them, an engine works on smaller batches. With
 few prompts, that is a large part of the window. Published figures of served models, such as ML.ENERGY's, exclude it.

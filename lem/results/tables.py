@@ -133,7 +133,7 @@ class Tables:
         return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), KINDS[name])
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
-        """Return the rows of all experiments, and a message about each damaged file; none of these hides another.
+        """Return the rows of all experiments, and a message about each damaged file (none hides another).
 
         Args:
             names: the columns to read; None reads all.

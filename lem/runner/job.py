@@ -175,7 +175,7 @@ def _execute(
     """Run the unfinished part, write the outcome to the state file, and write the row."""
     plan = directory.plan()
     with _full_disk(store, directory), directory.run(take_over=take_over) as attempt:
-        # Only now, while the lock is held, so that another run of the same configuration does not resume this one.
+        # Marked only once the lock is held, so that another run of the same configuration does not resume this one.
         store.mark_unfinished(directory.id, plan.fingerprint)
         log.debug("experiment %s, attempt %d, in %s", directory.id, attempt, directory.path)
         try:

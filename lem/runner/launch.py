@@ -107,7 +107,7 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
 
 
 def _environment(plan: Plan, host: Host) -> dict[str, str]:
-    """Return the workers' environment: the chosen GPUs, no variables of launchers, and no more threads than cores."""
+    """Return the workers' environment: the chosen GPUs, no outer launcher, and no more threads than cores."""
     variables = without_launchers(os.environ)
     # A bullet point printed by a library must not end a run on a machine whose encoding is ASCII.
     variables["PYTHONIOENCODING"] = "utf-8:backslashreplace"

@@ -1,4 +1,4 @@
-"""All checks before a run: from an experiment and a host to objections, the model and the prompts.
+"""All checks before a run. Given an experiment and a host, they yield objections, the model and the prompts.
 
 Preflight finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the
 options against this machine and its files. `lem.spec.conflicts` checks the options against each other. No weights are

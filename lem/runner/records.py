@@ -181,7 +181,7 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
         yield warning("window_cut", "the window ends where it was interrupted, like those of the other processes.")
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
-        energy = f", and its energy was read {behind_s:.3g} s before that" if behind_s else ""
+        energy = f", and its energy was last read {behind_s:.3g} s before that" if behind_s else ""
         end = f"{measured.lost_s:.3g} s after its last finished request; it now ends there{energy}"
         yield warning("window_cut", f"the window was interrupted {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)
@@ -238,9 +238,7 @@ def _with_energy(
         return replace(prefill, reason="the power trace does not cover the window, or its averaging time is unknown")
     reach_s = max(known_s)
     if (prefill.duration_s or 0.0) < LEAST_REACHES * reach_s * len(spans):
-        short = (
-            f"prefills shorter than {LEAST_REACHES * reach_s:.3g} s on average cannot be told apart by power samples"
-        )
+        short = f"prefills shorter than {LEAST_REACHES * reach_s:.3g} s on average cannot be resolved by power samples"
         return replace(prefill, reason=f"{short} that reach back {reach_s:.3g} s")
     pieces_j = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
     known_j = [piece for piece in pieces_j if piece is not None]

@@ -112,7 +112,7 @@ class Check:
             self._with_gpus(experiment, self.visible)
         except BadInput:
             return problems
-        reason = f"(--parallel {len(self.shares)} leaves each run {len(share)} of {len(self.visible)} GPUs)"
+        reason = f"(--parallel {len(self.shares)} gives each run {len(share)} of {len(self.visible)} GPUs)"
         return [f"{problem} {reason}" for problem in problems]
 
 

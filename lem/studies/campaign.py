@@ -156,7 +156,7 @@ def check(campaign: Campaign) -> None:
     """Check the name of an otherwise checked campaign; raises `ConfigError`."""
     if not re.fullmatch(NAME, campaign.name or ""):
         raise ConfigError(
-            f"name: '{campaign.name}' cannot name a directory; use at most 100 letters, digits, '.', '_' and '-', "
+            f"name: '{campaign.name}' cannot be a directory name; use at most 100 letters, digits, '.', '_' and '-', "
             "beginning with a letter or a digit."
         )
 
@@ -176,7 +176,7 @@ def _arms(
     if len(found) < 2:
         raise ConfigError(
             f"A campaign compares at least two configurations, not {len(found)}. Give several config files, or the "
-            "same one twice to see the noise."
+            "same one twice to measure the noise."
         )
     problems: list[str] = []
     arms = []
@@ -572,7 +572,7 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
     else:
         energy_j = total(energies_j)
         energy = "unknown energy" if energy_j is None else f"{energy_j:.4g} J"
-        yield f"Expected from earlier runs: {(spent_s + gaps_s) / 60:.1f} min in phases and pauses, {energy}."
+        yield f"Expected from earlier runs: {(spent_s + gaps_s) / 60:.1f} min including pauses, {energy}."
     if spreads and campaign.cycles > 1:
         ratio = results.detectable_ratio(math.sqrt(sum(s**2 for s in spreads) / len(spreads)), campaign.cycles)
         yield f"With {campaign.cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."

@@ -31,7 +31,7 @@ from lem.studies.display import Lines
 
 @dataclass(frozen=True)
 class Job:
-    """The experiment for a child to run, and the options for running it."""
+    """The experiment that a child runs, and the options for running it."""
 
     experiment: Experiment
     overrides: tuple[str, ...]

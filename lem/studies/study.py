@@ -112,7 +112,7 @@ def run_cells(
     """
     manifest.open()
     try:
-        # Signals also raise between cells.
+        # Between cells, too, a signal must raise an exception.
         with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
             _run_cells(manifest, make_runner(manifest, display), settings, again)
     finally:

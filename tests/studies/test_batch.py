@@ -397,7 +397,7 @@ def test_a_config_that_needs_more_gpus_than_its_share_is_refused_before_any_runs
     write(tmp_path / "c/c.yaml", backend={"name": "simulated", "gpus": 1})
     refused = on_gpus(standin, tmp_path, "--parallel", "3")
     assert refused.code == 2
-    assert "--parallel 3 leaves each run 1 of 4 GPUs" in refused.err
+    assert "--parallel 3 gives each run 1 of 4 GPUs" in refused.err
     assert "c/a.yaml" in refused.err
     assert "c/b.yaml" not in refused.err
     assert not (tmp_path / "results").exists()

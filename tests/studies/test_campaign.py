@@ -250,7 +250,7 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     options = ("quick.yaml", "slow.yaml", "--dry-run", *QUICK)
     assert "campaign_fixed_order" in lem("campaign", "--campaign-name", "x", "--structure", "grouped", *options).err
     latin = lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "3", *options)
-    assert "campaign_unbalanced: the number of cycles (3) is no multiple of 2" in latin.err
+    assert "campaign_unbalanced: the number of cycles (3) is not a multiple of 2" in latin.err
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
 
 
