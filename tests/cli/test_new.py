@@ -132,7 +132,7 @@ def test_a_file_that_exists_stays_unless_forced(lem):
         (["-o", "my.json"], "must end in .yaml or .yml"),
         (["-o", "folder.yaml"], "is a directory"),
         (["-o", "file.txt/my.yaml"], "cannot be written"),
-        (["--preset", "bench"], "no 'bench'"),
+        (["--preset", "bench"], "no option 'bench'"),
     ],
 )
 def test_what_cannot_be_written_is_one_sentence(lem, arguments, says):

@@ -107,7 +107,7 @@ def test_strict_names_everything_that_is_missing(store):
     refused(
         directory,
         r"no record from process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2; no record from process 0, 1, 2 of 3 "
-        r"in cycle 3\. --no-strict",
+        r"in cycle 3\. Use --no-strict",
     )
     assert read(directory, strict=False).row.cycles_completed == 0
     with pytest.raises(ResultsError):
@@ -201,7 +201,7 @@ def test_a_directory_of_another_name_is_refused(store):
     directory = finished(store)
     moved = directory.path.with_name("exp_20260102_030406")
     directory.path.rename(moved)
-    refused(store.find(moved.name), "holds exp_20260102_030405", strict=False)
+    refused(store.find(moved.name), "contains exp_20260102_030405", strict=False)
 
 
 @pytest.mark.parametrize("strict", [True, False])

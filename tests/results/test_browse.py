@@ -163,7 +163,7 @@ def test_filters_and_order(listed, arguments, models):
     [
         (("--status", "complete"), "Did you mean 'completed'?"),
         (("--sort", "energyj"), "Did you mean 'energy_j'"),
-        (("--since", "yesterday"), "write 2026-01-31"),
+        (("--since", "yesterday"), "use a form such as 2026-01-31"),
         (("--last", "0"), "--last"),
     ],
 )
@@ -406,7 +406,7 @@ def test_the_headline_says_that_the_gpu_is_not_in_it(lem, store):
     assert "≈305 J" in line_of(shown, "Energy ")
     assert "(cpu+dram, estimate, machine, without the GPU)" in line_of(shown, "Energy ")
     listed = lem("results", "list")
-    assert f"energy without the GPU that ran the model: {directory.id}" in listed.out
+    assert f"energy excludes the GPU that ran the model: {directory.id}" in listed.out
     assert json.loads(lem("results", "show", directory.id, "--json").out)["energy_without_gpu"] is True
 
 
@@ -487,6 +487,6 @@ def test_table_without_rows_is_rebuilt(lem, store):
     pq.write_table(pq.read_table(file).slice(0, 0), file)
     listed = lem("results", "list")
     assert listed.code == 1
-    assert "is empty; lem aggregate" in listed.err
+    assert "is empty; run lem aggregate" in listed.err
     assert lem("aggregate", directory.id, "--force").code == 0
     assert directory.id in lem("results", "list").out

@@ -335,7 +335,7 @@ def on_a_terminal(arguments: tuple[str, ...], answers: str, cwd: Path) -> tuple[
 
 def test_a_person_is_asked_whether_to_resume(lem, killed, tmp_path):
     code, shown = on_a_terminal(AGAIN, "n\nn\n", tmp_path)
-    assert (code, "left unfinished" in shown, "Start over" in shown) == (0, True, True)
+    assert (code, "is unfinished" in shown, "Start over" in shown) == (0, True, True)
     assert len(rows_of(killed)) == 3
     code, shown = on_a_terminal(AGAIN, "y\n", tmp_path)
     assert (code, f"Resuming {killed.id}" in shown) == (0, True)

@@ -95,11 +95,11 @@ def test_a_text_is_read_as_multirun_reads_it(text, key, values):
         (["batching={batch_size:1}", "batching.batch_size=2"], r"part of batching"),
         (["batch_size"], r"KEY=VALUE"),
         (["batch_size="], r"KEY=VALUE"),
-        (["seed=interval(0,1)"], r"names no values"),
-        (["backend=pytorch,pytorsh"], r"no 'pytorsh'.*Did you mean 'pytorch'"),
+        (["seed=interval(0,1)"], r"has no values"),
+        (["backend=pytorch,pytorsh"], r"no option 'pytorsh'.*Did you mean 'pytorch'"),
         (["model=a{b"], r"cannot be read"),
         (["seed=range(0,1000)", "batch_size=range(1,1001)"], r"1000000 points; at most 100000"),
-        ([], r"Nothing is varied"),
+        ([], r"No key is varied"),
     ],
 )
 def test_what_names_no_values_of_a_key_is_refused(vary, says):

@@ -93,8 +93,8 @@ def test_presets_can_be_swept(lem):
 def test_a_sweep_over_nothing_says_so(lem):
     single = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3")
     assert single.code == 0
-    assert "Nothing is varied" in single.err
-    assert "Nothing is varied" not in lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3,4").err
+    assert "No value is varied" in single.err
+    assert "No value is varied" not in lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3,4").err
 
 
 def test_a_sweeps_directory_can_be_named(lem, tmp_path):
