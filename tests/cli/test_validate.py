@@ -171,7 +171,7 @@ def test_an_empty_file_and_one_without_a_model_are_valid_bases_with_a_warning(le
     assert done.code == 0
     assert done.out.count("[empty_file]") == 2
     assert done.out.count("warning: model: no model is set") == 3
-    assert done.out.endswith("3 files: 3 valid, 0 not.\n")
+    assert done.out.endswith("3 files: 3 valid, 0 invalid.\n")
 
 
 def test_utf8_with_a_byte_order_mark_is_utf8(problems_of, write):
