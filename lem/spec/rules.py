@@ -572,7 +572,7 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Remove the tag: config files cannot run code.",
         ),
         "duplicate_key": ("A mapping has the same key twice.", "Remove one of them."),
-        "bad_key": ("A key is not a plain word.", "Correct the key."),
+        "bad_key": ("A key is not text but, for example, a number.", "Correct the key."),
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
             "The key configures Hydra itself, which config files cannot do.",

@@ -71,7 +71,7 @@ def _leaves_by_path() -> dict[str, Leaf]:
 
 
 def _member_types(annotation: Any) -> list[Any]:
-    """Return the types that an annotation allows: the one inside Annotated, all those in a union, none for a Literal."""
+    """Return the types that an annotation allows: the one in Annotated, all those in a union, none for a Literal."""
     if get_origin(annotation) is Annotated:
         return _member_types(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
