@@ -70,7 +70,7 @@ def test_home_directories_are_expanded(tmp_path, monkeypatch):
 def test_unknown_home_directory_is_named(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
-    with pytest.raises(BadInput, match="home directory is not known"):
+    with pytest.raises(BadInput, match="home directory is unknown"):
         expanded("~/r")
 
 

@@ -34,7 +34,7 @@ def test_values_of_engine_arguments_are_of_their_plain_types(name, taken, refuse
 
     assert not any(refusals(value) for value in taken)
     for value in refused:
-        message = f"vLLM 9.9.0 takes {wanted} for {name}, not {json.dumps(value)}. Correct or remove it."
+        message = f"vLLM 9.9.0 expects {wanted} for {name}, not {json.dumps(value)}. Correct the value, or leave this option out."
         assert refusals(value) == [message]
 
 

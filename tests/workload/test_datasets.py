@@ -172,7 +172,7 @@ def test_file_of_blanks_holds_no_prompts(tmp_path, suffix):
 def test_csv_of_a_header_alone_holds_no_prompts(tmp_path):
     file = tmp_path / "prompts.csv"
     file.write_text("prompt,id\n")
-    assert "holds no prompts" in refusal(file)
+    assert "contains no prompts" in refusal(file)
 
 
 def test_prompts_that_are_all_empty_name_their_column(tmp_path):

@@ -176,11 +176,11 @@ REFUSED = [
     ("p.json", b"", " is empty"),
     ("p.txt.gz", gzip.compress(b""), " is empty"),
     ("p.txt", b" \n\t\n", ": all prompts in column 'text' are empty"),
-    ("p.jsonl", b" \n\n", " holds no prompts"),
-    ("p.json", b"[]", " holds no prompts"),
-    ("p.csv", b"\n \n", " holds no prompts"),
-    ("p.csv", b"prompt\n", " holds no prompts"),
-    ("p.parquet", empty_parquet, " holds no prompts"),
+    ("p.jsonl", b" \n\n", " contains no prompts"),
+    ("p.json", b"[]", " contains no prompts"),
+    ("p.csv", b"\n \n", " contains no prompts"),
+    ("p.csv", b"prompt\n", " contains no prompts"),
+    ("p.parquet", empty_parquet, " contains no prompts"),
     ("p.parquet", lambda: parquet()[:-20], " cannot be read as Parquet"),
     ("p.parquet", b"PAR1", " cannot be read as Parquet"),
     ("p.jsonl.gz", gzip.compress(JSONL)[:-12], " cannot be unpacked as gzip"),
@@ -198,14 +198,14 @@ REFUSED = [
     ("p.jsonl", b'{"text": "a"}\n{"id": 3}\n', ", line 2 has no 'text'"),
     ("p.jsonl", b'{"text": "a"}\n7\n', ", line 2 is neither an object nor a text"),
     ("p.jsonl", b'{"text": "a"}\n[1]\n', ", line 2 is neither an object nor a text"),
-    ("p.jsonl", b'{"text": "a"}\n{"text": 5}\n', ", line 2: column 'text' holds int values"),
-    ("p.jsonl", b'{"text": ["a"]}\n', ": column 'text' holds list values"),
+    ("p.jsonl", b'{"text": "a"}\n{"text": 5}\n', ", line 2: column 'text' contains int values"),
+    ("p.jsonl", b'{"text": ["a"]}\n', ": column 'text' contains list values"),
     ("p.json", b'[{"text": "a"}, {"prompt": "b"}]', ", item 2 has no 'text'"),
     ("p.json", b'[["a"]]', ", item 1 is neither an object nor a text"),
     ("p.json", b"[" * 100_000, ", line 1 cannot be read as JSON"),
     ("p.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ", line 1 cannot be read as JSON"),
-    ("p.parquet", lambda: parquet([{"text": 1}]), ", row 1: column 'text' holds int values"),
-    ("p.parquet", lambda: parquet([{"text": b"bytes"}]), ", row 1: column 'text' holds bytes values"),
+    ("p.parquet", lambda: parquet([{"text": 1}]), ", row 1: column 'text' contains int values"),
+    ("p.parquet", lambda: parquet([{"text": b"bytes"}]), ", row 1: column 'text' contains bytes values"),
     ("p.csv", b"prompt\nHello, how are you\n", ", line 2 has 2 fields where line 1 has 1"),
     ("p.csv", b"id,prompt\n1,a\n2\n", ", line 3 has 1 field where line 1 has 2"),
     ("p.csv", b'id,prompt\n1,"a\nb"\n2,c,d\n', ", line 4 has 3 fields where line 1 has 2"),
@@ -224,7 +224,7 @@ REFUSED = [
     ("p.json", b'{"prompts": ["a", "b"]}', "whose list 'prompts' holds the rows"),
     ("p.json", b'{"text": "title", "rows": [{"text": "a"}]}', "whose list 'rows' holds the rows"),
     ("p.json", b'{"version": "1", "data": {"rows": []}}', "the columns are version, data"),
-    ("p.json", b'{"text": {"0": "a", "1": "b"}}', ": column 'text' holds dict values"),
+    ("p.json", b'{"text": {"0": "a", "1": "b"}}', ": column 'text' contains dict values"),
     ("p.jsonl", b'{"version": "1", "data": [{"question": "a"}]}', "the columns are version, data"),
     # ------------------------------------------------------ encodings
     ("p.txt", "fine\ncaf\xe9\n".encode("latin-1"), ", line 2 is not in UTF-8 but likely Windows-1252"),
@@ -378,16 +378,16 @@ def test_directory_says_which_of_its_files_were_read(tmp_path, files, split, rea
 
 
 ODD_DIRECTORIES = [
-    ({}, {}, "holds no file of prompts"),
-    ({"notes.md": b"# a\n", "LICENSE": b"MIT"}, {}, "holds no file of prompts"),
-    ({"a.csv": CSV, "b.txt": TEXT}, {}, "holds files of several kinds (a.csv, b.txt)"),
-    ({"a.csv": CSV, "more/b.jsonl": JSONL}, {}, "holds files of several kinds (a.csv, more/b.jsonl)"),
-    ({"train.csv": CSV, "other.csv": CSV}, {}, "would be read in part, without other.csv"),
+    ({}, {}, "contains no file of prompts"),
+    ({"notes.md": b"# a\n", "LICENSE": b"MIT"}, {}, "contains no file of prompts"),
+    ({"a.csv": CSV, "b.txt": TEXT}, {}, "contains files of several formats (a.csv, b.txt)"),
+    ({"a.csv": CSV, "more/b.jsonl": JSONL}, {}, "contains files of several formats (a.csv, more/b.jsonl)"),
+    ({"train.csv": CSV, "other.csv": CSV}, {}, "would be read only in part, without other.csv"),
     ({"train.csv": CSV}, {"split": "test"}, "has no split 'test', only train"),
     ({"a.csv": CSV}, {"files": "*.txt"}, "has no file *.txt"),
     ({"a.csv": CSV}, {"files": "/etc/passwd"}, "has no file /etc/passwd"),
     ({"a.csv": CSV}, {"files": "a.csv", "split": "test"}, "has no split 'test'"),
-    ({"a.jsonl": JSONL, "b.jsonl": b'{"text": "a"}\n{"text": 5}\n'}, {}, "b.jsonl, line 2: column 'text' holds int"),
+    ({"a.jsonl": JSONL, "b.jsonl": b'{"text": "a"}\n{"text": 5}\n'}, {}, "b.jsonl, line 2: column 'text' contains int"),
     ({"a.jsonl": JSONL, "b.jsonl": b'{"prompt": "a"}\n'}, {}, "b.jsonl, line 1 has no 'text'"),
     ({"a.csv": CSV, "b.csv": "text\ncaf\xe9\n".encode("latin-1")}, {}, "b.csv, line 2 is not in UTF-8"),
     ({"a.jsonl": b'{"text": "a"}\n{"id": 1}\n', "README.md": CARD}, {}, "a.jsonl, line 2 has no 'text'"),
@@ -461,7 +461,7 @@ def test_name_that_begins_with_a_tilde_is_a_file(tmp_path, monkeypatch):
     written(tmp_path, "~p.txt", TEXT)
     monkeypatch.chdir(tmp_path)
     assert load_prompts(Dataset(path="./~p.txt"), 0).texts == AB
-    with pytest.raises(BadInput, match=r"There is no user p\.txt.*write \./~p\.txt"):
+    with pytest.raises(BadInput, match=r"there is no user p\.txt.*write \./~p\.txt"):
         load_prompts(Dataset(path="~p.txt"), 0)
 
 
