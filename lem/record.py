@@ -99,7 +99,7 @@ class Phase(Struct, frozen=True, gc=False):
     energy: tuple[EnergyReading, ...] = ()
 
     def usable(self) -> tuple[EnergyReading, ...]:
-        """Return the readings, replacing the energy of any that covers only part of the phase by None and a reason."""
+        """Return the readings; if one covers only part of the phase, its energy is replaced with None and a reason."""
         if all(map(self.is_covered_by, self.energy)):
             return self.energy
         return tuple(r if self.is_covered_by(r) else _without_energy(r, self.duration_s) for r in self.energy)
@@ -261,7 +261,7 @@ class DeviceState(Struct, frozen=True, gc=False):
 
 
 class DeviceWindow(Struct, frozen=True, gc=False):
-    """What happened to a GPU while the window was measured; a field is None if the driver does not report it.
+    """Observations of a GPU during the measured window; a field is None if the driver does not report it.
 
     `throttled_s` is how long each of the driver's policies held clocks down, according to the driver's own counters.
     `reasons` is the share of samples in which each throttle reason was active. `foreign_processes` lists every process
@@ -318,7 +318,7 @@ class UnderWay(Struct, frozen=True, gc=False):
 
 
 class Cut(Struct, frozen=True, gc=False):
-    """What a cut left behind: one or more measured windows that were cut short.
+    """The end of a measured window that was cut short, or of several such windows.
 
     The next attempt runs the requests under way at the end of the window again, although the time and energy spent on
     them remain in this window. Repeating them takes at most `under_way.longest_s`. `lost_s` is the time between the end

@@ -143,7 +143,7 @@ WARNINGS: dict[str, WarningKind] = {
         "The run was cut short inside the measured window, so the window ends with the last finished request. The "
         "message says how much time was lost between that request and the cut; for a process that was killed, this is "
         "unknown.",
-        "If the loss is small compared with the window, nothing; otherwise measure again (--fresh).",
+        "No action is needed if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
         "The run was interrupted and resumed: its windows were measured at different times, each after a warm-up.",
@@ -238,7 +238,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Report it with the raw record, and disregard all per-token numbers of this run.",
     ),
     "random_weights": WarningKind(
-        "Some or all of the model's weights are random, so its text is meaningless.", "If that is intended, nothing."
+        "Some or all of the model's weights are random, so its text is meaningless.",
+        "No action is needed if that is intended.",
     ),
     "unused_weights": WarningKind(
         "The model's files contain weights that were not used. They may belong to another model, or config.json may "
@@ -272,7 +273,8 @@ WARNINGS: dict[str, WarningKind] = {
     "prefix_cached": WarningKind(
         "The engine reused cached prefixes of earlier prompts in the window instead of computing them again; FLOPs and "
         "tokens still count them.",
-        "If prefix caching is part of your study, nothing; otherwise set backend.enable_prefix_caching=false.",
+        "No action is needed if prefix caching is part of your study; otherwise set "
+        "backend.enable_prefix_caching=false.",
     ),
     "preempted": WarningKind(
         "The engine's cache was too small for all running requests, so some were preempted and computed again.",
@@ -505,7 +507,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU that was throttled in the window, or just outside it if not watched during it."""
+    """Yield a warning for each GPU that was throttled in the window, or before or after it if it was not watched."""
     for window in during:
         if held := _held_down(window):
             yield warning("throttled", f"{window.uuid}: {', '.join(held)} of the window.")
@@ -579,7 +581,8 @@ def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.warmup is not None and record.warmup.ended in ("max_prompts", "max_s"):
         cv = "" if record.warmup.cv is None else f", with a coefficient of variation of {record.warmup.cv:.3f}"
         yield warning(
-            "warmup_not_steady", f"it ended at {record.warmup.ended}, after {record.warmup.prompts} prompts{cv}."
+            "warmup_not_steady",
+            f"the warm-up ended at {record.warmup.ended}, after {record.warmup.prompts} prompts{cv}.",
         )
 
 
@@ -624,18 +627,20 @@ def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Itera
     yield warning(
         "work_repeated",
         f"requests under way at a cut that had to be run again: {requests}{with_tokens}. Up to "
-        f"{longest_s:.3g} s{of_window} of its time, and the energy of that time, was spent twice.",
+        f"{longest_s:.3g} s{of_window}, and the energy used in that time, were spent twice.",
     )
 
 
 def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()) -> Iterator[CodedWarning]:
     """Yield the warnings about an experiment as a whole; `kinds` lists the distinct kinds of energy in its cycles."""
     if len(kinds) > 1:
-        yield warning("energy_mixed", f"the energy of the cycles is {' in some and '.join(kinds)} in others; no mean.")
+        text = f"the energy of the cycles is {' in some and '.join(kinds)} in others, so its mean is null."
+        yield warning("energy_mixed", text)
     if cycles_completed < LEAST_CYCLES:
-        yield warning("few_cycles", f"{cycles_completed} finished; an interval needs at least {LEAST_CYCLES}.")
+        cycles = f"{cycles_completed} cycle{'' if cycles_completed == 1 else 's'}"
+        yield warning("few_cycles", f"{cycles} finished; an interval needs at least {LEAST_CYCLES}.")
     if resumed:
-        yield warning("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
+        yield warning("resumed", f"the run was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
 
 
 def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
@@ -759,7 +764,7 @@ def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
             yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is subtracted.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
-            yield place, warning("decode_negative", f"it is {decode_j:.4g} J.")
+            yield place, warning("decode_negative", f"the decode energy is {decode_j:.4g} J.")
 
 
 def _idle_tolerance_j(rows: ByColumn, place: int) -> float:

@@ -43,7 +43,7 @@ def no_weights(model: Model | None) -> Iterator[Objection]:
 
 # ------------------------------------------------------------------ tokenizer
 def tokenizer(model: Model) -> Iterator[Objection]:
-    """Object if the tokenizer is missing, or has tokens for which the model has no embedding."""
+    """Yield an objection if the tokenizer is missing, or has tokens for which the model has no embedding."""
     folder = model.folder
     if folder is None:
         return
@@ -60,7 +60,7 @@ def tokenizer(model: Model) -> Iterator[Objection]:
 
 
 def padding(model: Model) -> Iterator[Objection]:
-    """Object if the configured padding token is outside the vocabulary."""
+    """Yield an objection if the configured padding token is outside the vocabulary."""
     config = model.text_config
     rows, pad = config.get("vocab_size"), config.get("pad_token_id")
     if isinstance(rows, int) and isinstance(pad, int) and not -rows <= pad < rows:
@@ -103,7 +103,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ chat template
 def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
-    """Object if the chat template is missing or cannot wrap a prompt."""
+    """Yield an objection if the chat template is missing or cannot wrap a prompt."""
     if not experiment.chat_template:
         return
     import transformers  # this takes seconds, so it is done only if a chat template is requested
@@ -125,7 +125,7 @@ def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
 
 
 def _unknown_tokens(loaded: Any, model: Model) -> Iterator[Objection]:
-    """Object if tokens that the chat template itself adds have no embedding."""
+    """Yield an objection if tokens that the chat template itself adds have no embedding."""
     rows, rendered = model.text_config.get("vocab_size"), chat.rendered(loaded, chat.PROBE)
     largest = max(loaded(rendered, add_special_tokens=False)["input_ids"], default=0)
     if isinstance(rows, int) and largest >= rows:

@@ -52,7 +52,7 @@ def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: 
 
 @dataclass(frozen=True)
 class MemoryHint:
-    """The remedy for errors that are about memory, which are recognised by certain words in their messages."""
+    """The remedy for out-of-memory errors, which are recognised by certain words in their messages."""
 
     words: Sequence[str]
     remedy: str
@@ -103,7 +103,7 @@ def sum_if_known(sizes: Sequence[int | None]) -> int | None:
 
 
 def weights_warnings(name: str, are_random: bool) -> Iterator[CodedWarning]:
-    """Warn about a model whose weights are random."""
+    """Warn if the model's weights are random."""
     if are_random:
         yield warning("random_weights", f"{name} has random weights, so its text is meaningless.")
 

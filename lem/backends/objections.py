@@ -113,7 +113,7 @@ def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
 
 # ------------------------------------------------------------------ GPUs
 def unused_gpus(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
-    """Object if more GPUs are named than the experiment uses."""
+    """Yield an objection if more GPUs are named than the experiment uses."""
     used = gpus_needed(experiment)
     if experiment.gpus is not None and used < len(gpus):
         fact = f"{len(gpus)} GPUs are named, but the run uses {used}."

@@ -260,7 +260,9 @@ class Openai(Backend):
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
         # The number of tokens that the server generated for failed requests is unknown.
         if session is not None and others > 0 and not session.is_broken and not session.failed:
-            found.append(warning("server_shared", f"it generated {others:.0f} tokens for other clients in the window."))
+            found.append(
+                warning("server_shared", f"the server generated {others:.0f} tokens for others in the window.")
+            )
         return [*found, *counter_warnings(counters)]
 
     def _about(self, session: OpenaiSession) -> Iterator[CodedWarning]:

@@ -153,7 +153,7 @@ def _has(options: OpenaiBackend, placeholder: str) -> bool:
 
 # ------------------------------------------------------------------ requests
 def as_text(tokenizer: Any, prompt: Encoded) -> str:
-    """Return a text that the server will turn into the prompt's tokens, including the special tokens that it adds.
+    """Return text that the server will turn into the prompt's tokens, including the special tokens that it adds.
 
     Raises:
         RunError: no such text exists.

@@ -191,7 +191,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
         address: the address of the server, which is either running or to be started here.
         gpus: the GPUs for a server that is started here.
         log_folder: the directory for the server's log.
-        ending: takes the cleanup that closes the connections and stops a server that was started here, even if this
+        ending: an exit stack that will close the connections and stop a server that was started here, even if this
             function fails.
 
     Raises:

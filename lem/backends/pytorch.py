@@ -498,7 +498,7 @@ class Static:
         self._cache_bytes = None if own is None else own * (self._experiment.parallelism.degree if split else 1)
 
     def settings(self) -> dict[str, str]:
-        """Return an empty mapping: there are no settings beyond the backend's own."""
+        """Return an empty mapping, because this mode has no settings beyond the backend's own."""
         return {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:

@@ -384,7 +384,7 @@ def _parts(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def _cache(options: TensorrtBackend) -> Iterator[Objection]:
-    """Object if the prefix cache cannot be emptied between the warm-up and the window."""
+    """Yield an objection if the prefix cache cannot be emptied between the warm-up and the window."""
     taken = tensorrt_source.generate_arguments()
     if taken and "cache_salt" not in taken and options.kv_cache.enable_block_reuse is not False:
         fact = f"TensorRT-LLM {tensorrt_source.version()} cannot drop the prefixes cached during the warm-up."

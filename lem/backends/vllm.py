@@ -167,7 +167,7 @@ def load(experiment: Experiment, ending: ExitStack) -> Loaded:
 
     Args:
         experiment: an experiment that has passed preflight.
-        ending: takes the cleanup that shuts down the engine and its workers, even if this function fails after
+        ending: an exit stack that will shut down the engine and its workers, even if this function fails after
             starting them.
 
     Raises:

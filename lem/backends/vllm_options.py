@@ -58,7 +58,7 @@ OF_LEM = {
     "prefill_context_parallel_size": "parallelism",
     **dict.fromkeys(("nnodes", "node_rank"), "lem, which runs the engine on one node"),
     "device_ids": "gpus",
-    "hf_token": "the environment variable HF_TOKEN (configurations must not hold tokens)",
+    "hf_token": "the environment variable HF_TOKEN (configurations must not contain tokens)",
     **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), "adapter"),
     **dict.fromkeys(("generation_config", "override_generation_config"), "decoder"),
     "disable_log_stats": "lem, which reads the engine's statistics",
@@ -84,7 +84,8 @@ DROPPED = {
     "backend.engine_args)",
     "max_seq_len_to_capture": "use max_cudagraph_capture_size (in tokens per step) in backend.engine_args",
     "cuda_graph_sizes": "use cudagraph_capture_sizes in backend.engine_args",
-    "num_scheduler_steps": "use async_scheduling in backend.engine_args, which prepares each step during the previous",
+    "num_scheduler_steps": "use async_scheduling in backend.engine_args, which prepares each step while the previous "
+    "one runs",
     "multi_step_stream_outputs": "use stream_interval in backend.engine_args",
     "disable_async_output_proc": "use async_scheduling in backend.engine_args",
     "device": "the installed build of vLLM determines the device; use gpus to choose among GPUs",
@@ -251,7 +252,7 @@ def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
 
 
 def _incomplete(path: str, config: Mapping[str, Any]) -> Iterator[Objection]:
-    """Object if speculation lacks an option that its method needs and that a draft model's files cannot supply."""
+    """Object to a speculation method without an option that it needs and that no draft model's files can supply."""
     object_to = partial(Objection, "speculation_incomplete")
     method, model = config.get("method"), config.get("model")
     if model is None and method in MODEL_NEEDED:

@@ -68,7 +68,7 @@ class NvmlMeter(Meter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object if no NVIDIA GPU is visible, or if the run uses none."""
+        """Yield an objection if no NVIDIA GPU is visible, or if the run uses none."""
         if not host.gpus:
             yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.")
         elif not uses_gpu:

@@ -46,7 +46,7 @@ class ZeusMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object if the package is missing or the run uses no GPU; if NVML knows no GPU, zeus is asked itself."""
+        """Yield an objection if zeus is not installed, or if neither NVML nor zeus finds a GPU that the run uses."""
         if not host.has("zeus"):
             fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
             yield Objection("missing_package", "energy", fact)

@@ -319,7 +319,7 @@ def _foreign_processes(lib: Any, handle: Any, of_engine: Collection[int]) -> tup
 
 
 def foreign(lib: Any, process: Any) -> ForeignProcess:
-    """Return the record of a process that the driver lists."""
+    """Return a description of a process that the driver lists."""
     name = ask(lib, "nvmlSystemGetProcessName", process.pid, convert=_text)
     return ForeignProcess(process.pid, process.usedGpuMemory, name)
 

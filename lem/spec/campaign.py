@@ -1,7 +1,7 @@
 """The settings of a campaign: how its arms are measured and compared. Plain data; each arm becomes an `Experiment`.
 
-This is the single source of a campaign file's keys, with their types, ranges and descriptions, and of the help texts
-of the flags.
+This is the single source of a campaign file's keys, with their types, ranges and descriptions, and of the help for the
+corresponding flags.
 """
 
 from __future__ import annotations

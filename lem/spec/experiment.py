@@ -17,7 +17,7 @@ from lem.spec.engines import Backend, PytorchBackend
 from lem.spec.fields import config
 
 
-# ------------------------------------------------------------------ what goes in
+# ------------------------------------------------------------------ inputs
 @config
 class Dataset:
     """The source of the prompts, and which of its prompts are used."""

@@ -39,11 +39,11 @@ OPTIONS_IMPOSSIBLE = _rules(
     {
         "min_above_max": (
             "min_output_tokens is greater than max_output_tokens.",
-            "Lower it, or raise max_output_tokens.",
+            "Lower min_output_tokens, or raise max_output_tokens.",
         ),
         "no_token_budget": (
             "Dynamic batching fills a batch up to a budget of tokens, but batching.max_tokens_per_batch is not set.",
-            "Set it, for example to 8192, or use static batching.",
+            "Set batching.max_tokens_per_batch, for example to 8192, or use static batching.",
         ),
         "no_continuous_batching": (
             "Continuous batching needs a paged key/value cache, but the backend or an option rules one out.",
@@ -51,11 +51,11 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "traffic_incomplete": (
             "The traffic pattern needs a value that is not set.",
-            "Set it, or choose another traffic.pattern.",
+            "Set the value, or choose another traffic.pattern.",
         ),
         "traffic_not_divisible": (
             "The number of concurrent requests cannot be divided evenly among the processes.",
-            "Set it to a multiple of the number of processes.",
+            "Set traffic.concurrency to a multiple of the number of processes.",
         ),
         "bits_conflict": ("Both 4-bit and 8-bit weights are requested.", "Choose one."),
         "no_bits": (
@@ -91,14 +91,17 @@ OPTIONS_IMPOSSIBLE = _rules(
             "bitsandbytes quantization belongs to the pytorch backend; TensorRT-LLM runs quantized checkpoints.",
             "Leave this option out, and name a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
         ),
-        "no_ngram_ban": ("decoder.no_repeat_ngram_size is set, but vLLM cannot ban repeated n-grams.", "Set it to 0."),
+        "no_ngram_ban": (
+            "decoder.no_repeat_ngram_size is set, but vLLM cannot ban repeated n-grams.",
+            "Set this option to 0.",
+        ),
         "temperature_raised": (
-            "vLLM raises a temperature below 0.01 to 0.01 and mentions it only in its log.",
-            "Set it to 0.01 or more, or decode greedily (decoder.do_sample=false).",
+            "vLLM raises any temperature below 0.01 to 0.01, and mentions this only in its log.",
+            "Set a temperature of 0.01 or more, or decode greedily (decoder.do_sample=false).",
         ),
         "speculation_min_p": (
             "decoder.min_p is set, but vLLM's speculative decoding cannot sample with it.",
-            "Set it to 0, or turn speculative decoding off.",
+            "Set this option to 0, or turn speculative decoding off.",
         ),
         "speculation_incomplete": (
             "vLLM's speculative decoding lacks a value that its method needs, or the n-gram lengths contradict each "
@@ -108,14 +111,14 @@ OPTIONS_IMPOSSIBLE = _rules(
         "speculation_ngram_ban": (
             "decoder.no_repeat_ngram_size is set, but with speculative decoding TensorRT-LLM either refuses to ban "
             "n-grams or bans them a step late.",
-            "Set it to 0, or turn speculative decoding off.",
+            "Set this option to 0, or turn speculative decoding off.",
         ),
         "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave this argument out."),
         "engine_arg_code": (
             "An argument names Python code that the engine would load and run with your permissions.",
             "Leave this option out, or set trust_remote_code=true if you trust its authors.",
         ),
-        "dropped_engine_arg": ("The engine no longer has this argument.", "Remove it."),
+        "dropped_engine_arg": ("The engine no longer has this argument.", "Remove the argument."),
         # ------------------------------------------------------ servers
         "no_server": (
             "Neither the address of a server nor a command that starts one is set.",
@@ -123,7 +126,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "bad_server_url": (
             "The server's address is not a URL, or contains more than scheme, host, port and path.",
-            "Write it as http://host:port.",
+            "Write the address as http://host:port.",
         ),
         "bad_server_command": (
             "The command that starts the server cannot be parsed, has an unknown placeholder, or lacks {port}.",
@@ -201,7 +204,7 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_effect_country": (
             "Both a country and a carbon intensity are set; the intensity is used.",
-            "Leave one of them out.",
+            "Leave one of the two options out.",
         ),
         "no_effect_speculation": (
             "An option of speculative decoding is set, but nothing drafts tokens.",
@@ -213,7 +216,7 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_weights_to_change": (
             "Quantized weights, a revision or an adapter are requested, but the simulated backend loads no weights. "
-            "The results would name them all the same.",
+            "The results would still name them.",
             "Leave this option out, or choose another backend.",
         ),
         "seeds_of_batches": (
@@ -230,7 +233,7 @@ OPTIONS_WARNING = _rules(
     {
         "no_effect_token_budget": (
             "A token budget is set, but static batching does not use one. A preset may have set it.",
-            "Use batching.strategy=dynamic, or set it to null.",
+            "Use batching.strategy=dynamic, or set this option to null.",
         ),
         "no_effect_warmup_prompts": (
             "A number of warm-up prompts is set, but warmup.until_cv or streaming.warmup_requests decides the length "
@@ -238,8 +241,8 @@ OPTIONS_WARNING = _rules(
             "Leave this option out, or turn off the option that overrides it.",
         ),
         "no_effect_batching": (
-            "Batching is set, but with traffic, requests go to the server as they arrive. The result rows would name "
-            "the batching all the same. A preset may have set it.",
+            "Batching is set, but with traffic, requests go to the server as they arrive. The result rows would still "
+            "name the batching. A preset may have set it.",
             "Leave out either batching or traffic.pattern.",
         ),
         "no_effect_strategy": (
@@ -260,11 +263,11 @@ OPTIONS_WARNING = _rules(
         ),
         "no_cache": (
             "Without a key/value cache, every step recomputes the whole sequence, while FLOPs count each token once.",
-            "Set it to dynamic, unless running without a cache is part of your study.",
+            "Set this option to dynamic, unless running without a cache is part of your study.",
         ),
         "remote_code": (
             "trust_remote_code is on: Python code that comes with the model runs with your permissions.",
-            "Leave it off unless you trust the model's authors.",
+            "Leave trust_remote_code off unless you trust the model's authors.",
         ),
     },
 )
@@ -289,7 +292,7 @@ MACHINE_IMPOSSIBLE = _rules(
         "repeated_gpu": ("An entry of gpus is the same GPU as an earlier entry.", "Name each GPU once."),
         "too_few_gpus": (
             "More GPUs are needed than are visible, or than are named in gpus.",
-            "Lower it, or make more GPUs available.",
+            "Lower the number, or make more GPUs available.",
         ),
         "pipeline_needs_gpus": (
             "A pipeline spreads the model's layers over GPUs, but the run is on the CPU.",
@@ -310,7 +313,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "compile_unsupported": (
             "The GPU is too old for torch.compile, which needs Volta (compute capability 7.0).",
-            "Leave it off.",
+            "Leave this option off.",
         ),
         # ------------------------------------------------------ installed software
         "missing_package": (
@@ -337,7 +340,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "sampler_ignores": (
             "The installed version of TensorRT-LLM accepts the sampling option, but its sampler ignores it.",
-            "Turn it off, or install a version that uses it.",
+            "Turn the option off, or install a version that uses it.",
         ),
         "kv_cache_on_cpu": ("vLLM's CPU build has no key/value cache of this dtype.", "Use auto, float16 or bfloat16."),
         "rapl_unreadable": (
@@ -356,7 +359,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "missing_program": (
             "The program that starts the server is neither on PATH nor next to the Python that runs lem.",
-            "Install it, or give its full path.",
+            "Install the program, or give its full path.",
         ),
         "no_api_key": (
             "The environment variable for the server's API key is not set.",
@@ -460,8 +463,8 @@ FILES_IMPOSSIBLE = _rules(
             "Lower max_output_tokens.",
         ),
         "too_few_positions": (
-            "A sequence could hold more tokens than the model has positions.",
-            "Lower it, or leave this option out.",
+            "A sequence could have more tokens than the model has positions.",
+            "Lower the value, or leave this option out.",
         ),
         "tensor_parallel_unsplittable": (
             "transformers has no tensor-parallel plan for the model, or cannot divide its attention heads evenly.",
@@ -520,7 +523,7 @@ FILES_INADVISABLE = _rules(
         ),
         "no_effect_input_limit": (
             "The limit on prompt length exceeds the number of tokens that the model can take.",
-            "Lower it so that the output also fits, or leave this option out.",
+            "Lower the limit so that the output also fits, or leave this option out.",
         ),
         "no_effect_revision": (
             "A revision is named, but the model does not come from the hub.",
@@ -576,7 +579,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
             "The key configures Hydra itself, which config files cannot do.",
-            "Set it on the command line (hydra.…=…).",
+            "Set the key on the command line (hydra.…=…).",
         ),
         # ------------------------------------------------------ commands, code and keys named in files
         "command_not_agreed": (
@@ -609,18 +612,21 @@ FILE_RULES: dict[str, Rule] = _rules(
         # ------------------------------------------------------ values from any source
         "unknown_key": (
             "The key does not exist.",
-            "Correct it; the message names similar keys, and reference/configuration lists all of them.",
+            "Correct the key; the message names similar keys, and reference/configuration lists all of them.",
         ),
         "unknown_option": (
             "The value is not one of the available choices.",
             "Use one of the choices listed in the message.",
         ),
-        "wrong_type": ("The value has the wrong type for its key.", 'Correct it; "4" is text, and 4 is a number.'),
+        "wrong_type": (
+            "The value has the wrong type for its key.",
+            'Correct the value; "4" is text, and 4 is a number.',
+        ),
         "out_of_range": ("The value is outside the allowed range.", "Choose a value within the range."),
         "missing_value": ("??? marks a value that must be set.", "Set the value, or remove the line."),
         "bad_interpolation": (
             "An interpolation ${…} cannot be resolved: the key or variable does not exist, or it refers to itself.",
-            "Correct it; `${oc.env:NAME,default}` provides a default.",
+            "Correct the interpolation; `${oc.env:NAME,default}` provides a default.",
         ),
         "secret": (
             "The value contains your hub token, but configurations are written to files that people publish.",

@@ -114,7 +114,7 @@ def _not_utf_8(path: Path, data: bytes, error: UnicodeDecodeError) -> DatasetErr
 
 
 def half_a_character(text: str) -> str:
-    """Return the message about a text with a lone surrogate, which no Unicode encoding can represent."""
+    """Return the message about text with a lone surrogate, which no Unicode encoding can represent."""
     lone = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
     return f"U+{ord(lone):04X} is half of a character (a lone surrogate), which is not text; remove or correct it."
 

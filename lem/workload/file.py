@@ -72,7 +72,7 @@ def _checked_kind(path: Path, text: str, kind: str) -> str:
     if found := _json_kind(text):
         if kind == "":
             return found
-        raise DatasetError(f"{path} holds JSON, not {_called(kind)}; rename it to .{found}.")
+        raise DatasetError(f"{path} contains JSON, not {_called(kind)}; rename it to .{found}.")
     if kind != "csv" and _is_table(text):
         raise DatasetError(
             f"{path} begins with a line of column names, which would be run as a prompt; rename the file to .csv, or "
@@ -86,7 +86,7 @@ def _called(kind: str) -> str:
 
 
 def _json_kind(text: str) -> str | None:
-    """Return `jsonl` if every line of a text is a JSON row, `json` if the whole text is JSON rows, otherwise None."""
+    """Return `jsonl` if every line is a JSON row, `json` if the whole text is JSON rows, otherwise None."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     lines = [line for line in text.split("\n") if line.strip()]
@@ -105,7 +105,7 @@ def _tried(text: str) -> Any:
 
 
 def _is_table(text: str) -> bool:
-    """Return whether a text looks like a table: a header with a prompt column, and a line with as many fields."""
+    """Return whether the text looks like a table: a header with a prompt column, and a line with as many fields."""
     first = text.split("\n", 2)[:2]
     if len(first) < 2 or not first[1].strip():
         return False
@@ -123,7 +123,7 @@ def _is_table(text: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    """Split a text at line ends only, not at the other Unicode characters that separate lines."""
+    """Split the text at line ends only, not at the other Unicode characters that separate lines."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -160,7 +160,7 @@ def _as_row(rows: Rows, i: int) -> Row:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
-        raise DatasetError(f"{rows.place(i)} is neither an object nor a text, but {json.dumps(value)[:40]}.")
+        raise DatasetError(f"{rows.place(i)} is neither an object nor a string, but {json.dumps(value)[:40]}.")
     return value
 
 
@@ -192,8 +192,8 @@ def _csv(path: Path, text: str, column: str | None) -> Rows:
         if fields and len(fields) != len(header):
             raise DatasetError(
                 f"{path}, line {line} has {_fields(len(fields))} where line {records[0][0]} has {len(header)} "
-                f"(separated by {DELIMITERS[delimiter]}); quote texts that contain the separator, or name the file "
-                ".txt if each line is a prompt."
+                f"(separated by {DELIMITERS[delimiter]}); put text that contains the separator in quotes, or name "
+                "the file .txt if each line is a prompt."
             )
     # An empty line is an empty prompt.
     rows = [dict(zip(header, fields or [""] * len(header), strict=True)) for _, fields in records[1:]]
@@ -222,7 +222,7 @@ def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]
 
 
 def _physical_lines(text: str) -> Iterator[str]:
-    """Yield the lines of a text with their line ends; io.StringIO would copy the text at four bytes per character."""
+    """Yield the lines with their line ends; io.StringIO would copy the text at four bytes per character."""
     if "\n" not in text:
         text = text.replace("\r", "\n")
     start = 0
@@ -267,7 +267,7 @@ def _parquet(path: Path, data: bytes, column: str | None) -> Rows:
 
 
 def arrow_rows(name: str, table: Any) -> Rows:
-    """Return the rows of an Arrow table; raises `DatasetError` for a text that is not UTF-8."""
+    """Return the rows of an Arrow table; raises `DatasetError` for text that is not UTF-8."""
     rows: list[Row] = []
     for batch in table.to_batches():
         try:

@@ -146,7 +146,7 @@ def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: 
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text on one line, cut to at most `most` characters."""
+    """Return the text on one line, cut to at most `most` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 

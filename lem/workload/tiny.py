@@ -126,8 +126,8 @@ def _weights() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     stream = np.random.RandomState(SEED)
 
     def matrix(rows: int, columns: int) -> np.ndarray[Any, Any]:
-        # Uniform with a standard deviation of about 1/16. Subtraction, multiplication and rounding are exact IEEE
-        # operations, so the bits are the same on every machine; a normal distribution would need log and sqrt.
+        # Uniform with a standard deviation of about 1/16. Subtraction, multiplication and rounding are fixed by
+        # IEEE 754, so the bits are the same on every machine; a normal distribution would need log and sqrt.
         return ((stream.random_sample((rows, columns)) - 0.5) * 0.21875).astype(np.float32)
 
     yield "model.embed_tokens.weight", matrix(VOCAB, HIDDEN)

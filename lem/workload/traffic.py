@@ -60,7 +60,7 @@ def in_system_s(concurrency: int, ends_s: Sequence[float]) -> list[float]:
 
 
 def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
-    """Return the arrival times in a trace; None for other patterns, whose arrivals follow from the configuration.
+    """Return the arrival times in a trace; None for other patterns, which are computed from the configuration.
 
     Raises:
         BadInput: see `read_trace`.
