@@ -414,7 +414,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
             continue
         ratio = r.trace_energy_j / r.energy_j
-        # A step of power at an edge is seen that much late.
+        # The trace may show a step of power at an edge of the window too late, by up to its reach.
         if abs(ratio - 1) > TRACE_TOLERANCE + (r.trace_reach_s or 0.0) / duration_s:
             yield warning(
                 "counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter's energy."

@@ -43,7 +43,7 @@ DTYPES = {
 
 
 def reported(loading_info: Mapping[str, Iterable[Any]]) -> Fit:
-    """Return the fit that transformers' loader reports."""
+    """Return the `Fit` that transformers' loader reports: missing, unexpected and mismatched weights."""
     mismatched = [
         f"{name} (file: {_shape(found)}, model: {_shape(needed)})"
         for name, found, needed in loading_info["mismatched_keys"]
@@ -56,7 +56,7 @@ def reported(loading_info: Mapping[str, Iterable[Any]]) -> Fit:
 
 
 def foreseen(model: Model, experiment: Experiment) -> Fit | None:
-    """Return the fit that the loader will report; None if that cannot be determined from the available files.
+    """Return the `Fit` that the loader will report; None if that cannot be determined from the available files.
 
     It cannot be determined for quantized checkpoints, whose tensors have different names, or for models that come with
     their own code.
@@ -115,7 +115,7 @@ def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool
 # ------------------------------------------------------------------ with transformers
 @lru_cache(maxsize=8)
 def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
-    """Return the fit that transformers' loader reports for a checkpoint's tensors without their values.
+    """Return the `Fit` that transformers' loader reports for a checkpoint's tensors without their values.
 
     The result is cached for the many cells of a study; `stamps` change when the files do.
     """
@@ -141,7 +141,7 @@ def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ..
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception:  # the model's code may fail without values; loading the real weights will show the fit
+    except Exception:  # the model's code may fail without values; loading the real weights will show what is missing
         return None
     return reported(info)
 

@@ -257,7 +257,7 @@ def waiting_s(retry_after: str) -> float | None:
 
 
 class Unpacking:
-    """Decompresses a response that is compressed without being asked to be, by its header or first bytes."""
+    """Decompresses a response that the server compressed unasked, as recognised by its header or first bytes."""
 
     def __init__(self, encoding: str, largest: int) -> None:
         """Store the compression and the maximum size in bytes of the decompressed response."""
