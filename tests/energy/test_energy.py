@@ -229,7 +229,7 @@ def test_replay_beyond_its_trace_is_null_with_a_reason(tmp_path):
     time.sleep(0.1)
     (reading,) = meter.end()
     assert reading.energy_j is None
-    assert reading.reason.startswith("the trace ends at 0.050 s, before 0.1")
+    assert reading.reason.startswith("the trace ends at 0.050 s, before the window's end at 0.1")
 
 
 def test_a_trace_that_begins_after_the_window_is_null_with_that_reason(tmp_path):

@@ -247,7 +247,7 @@ def test_wrong_column_names_the_existing_ones_and_the_nearest(tmp_path):
 
 def test_column_that_holds_no_text_is_refused(tmp_path):
     message = refusal(write_jsonl(tmp_path / "prompts.jsonl", [{"text": 1}, {"text": 2}]))
-    assert "line 1: column 'text' holds int values, not text" in message
+    assert "line 1: column 'text' contains int values, not text" in message
 
 
 # ------------------------------------------------------------------ sampling
