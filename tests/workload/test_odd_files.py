@@ -232,7 +232,7 @@ REFUSED = [
     ("p.jsonl", '{"text": "caf\xe9"}'.encode("latin-1"), ", line 1 is not in UTF-8 but likely Windows-1252"),
     ("p.json", '["caf\xe9"]'.encode("latin-1"), ", line 1 is not in UTF-8 but likely Windows-1252"),
     ("p.txt", "Объясни мне квантовую механику\n".encode("cp1251"), ", line 1 is not in UTF-8 but likely cp1251"),
-    ("p.txt", "量子力学をわかりやすく説明してください\n".encode("shift_jis"), "likely cp932; convert the file with iconv -f CP932"),
+    ("p.txt", "量子力学をわかりやすく説明してください\n".encode("shift_jis"), "convert the file with iconv -f CP932"),
     ("p.txt", "请用简单的语言解释量子力学\n".encode("gb18030"), "likely gb18030"),
     ("p.txt", "one\ntwo\n".encode("utf-16"), ", line 1 is not in UTF-8 but likely UTF-16"),
     ("p.csv", "prompt\ntwo\n".encode("utf-16-le"), ", line 1 is not in UTF-8 but likely UTF-16"),
