@@ -344,7 +344,7 @@ class TestTokensCountedTwice:
     @pytest.mark.parametrize("output_tokens", [989.0, 1011.0, 0.0])
     def test_an_engine_that_counts_another_number(self, output_tokens):
         (text,) = self.found({"prompt_tokens": 500.0, "generation_tokens": output_tokens})
-        assert text == f"1000 output tokens in the rows, {output_tokens:.0f} by the engine's count."
+        assert text == f"1000 output tokens in the request rows, {output_tokens:.0f} counted by the engine."
 
     @pytest.mark.parametrize("more", [{"backend": "openai"}, {"status": "interrupted"}])
     def test_more_tokens_may_be_those_of_others_or_of_requests_that_were_cut_off(self, more):
@@ -359,7 +359,7 @@ class TestTokensCountedTwice:
         assert list(warning_codes.of_timed_tokens(timed)) == []
         timed[1:] = [replace(r, itl_s=[0.1] * 8) for r in timed[1:]]
         (found,) = warning_codes.of_timed_tokens(timed)
-        assert found.text == "request 1 has 10 output tokens and 9 times; 1 more are alike."
+        assert found.text == "request 1 has 10 output tokens and 9 times; 1 more disagree as well."
 
 
 class TestTimes:

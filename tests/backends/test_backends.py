@@ -61,7 +61,7 @@ class Member:
 
     def skip_where_end_tokens_cannot_be_held_off(self):
         if self.experiment.backend.name == "tensorrt":
-            pytest.skip("it can hold off only one end token, but the model has 400")
+            pytest.skip("it can suppress only one end token, but the model has 400")
 
     def loaded(self, **changes):
         wanted = replace(self.experiment, **changes)
@@ -214,7 +214,7 @@ def test_no_output_is_longer_than_max_output_tokens(member, texts, limit):
 
 def test_no_output_is_shorter_than_min_output_tokens(member, texts):
     if member.experiment.backend.name == "tensorrt":
-        with pytest.raises(RunError, match="can hold off only one end token, but the model has 400"):
+        with pytest.raises(RunError, match="can suppress only one end token, but the model has 400"):
             member.loaded(min_output_tokens=9)
         return
     freely = run(member.loaded(batching=Batching(batch_size=4)), texts)

@@ -117,7 +117,7 @@ LACKING = [half_of_them, no_head, fewer_layers, one_kind_in_all_layers, the_last
 @pytest.mark.parametrize("spoil", LACKING)
 def test_missing_weights_refuse_the_run_while_loading_too(copied, spoil):
     spoil(copied)
-    with pytest.raises(RunError, match=r"lacks weights, which transformers has drawn at random: .*--force"):
+    with pytest.raises(RunError, match=r"lacks weights, which transformers has initialised at random: .*--force"):
         loaded(copied)
 
 
@@ -349,7 +349,7 @@ def test_tokenizer_with_more_entries_than_the_embedding_is_refused_and_only_such
     (objection,) = [each for each in found(folder) if each.code == "tokenizer_too_large"]
     assert objection.fact == f"the tokenizer has ids up to {last}, but the model's embedding has 300 rows."
     backend = loaded(folder, forced=True)
-    with pytest.raises(RunError, match=r"has the token 3\d\d, but the model has 300 embeddings"):
+    with pytest.raises(RunError, match=r"contains token 3\d\d, but the model has only 300 embeddings"):
         backend.encode(TEXTS)
     assert run(backend, ["a", "b c"])
 
@@ -393,7 +393,7 @@ def test_special_token_that_prompts_never_hold_needs_no_embedding_but_that_of_a_
     (objection,) = found(folder, chat_template=True)
     assert (objection.code, objection.path) == ("tokenizer_too_large", "chat_template")
     assert f"writes the token {last_token(llama) + 1}" in objection.fact
-    with pytest.raises(RunError, match="has the token"):
+    with pytest.raises(RunError, match="contains token"):
         loaded(folder, chat_template=True).encode(TEXTS)
 
 
@@ -433,7 +433,7 @@ def test_multimodal_model_without_a_class_for_text_is_refused_in_a_sentence(tmp_
 
     AutoConfig.for_model("llava").save_pretrained(tmp_path)
     (objection,) = [each for each in found(tmp_path) if each.code == "model_unsupported"]
-    assert objection.fact == "transformers has no class that continues text for a llava model."
+    assert objection.fact == "transformers has no text generation class for a llava model."
 
 
 @pytest.mark.parametrize(

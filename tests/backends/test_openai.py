@@ -120,7 +120,7 @@ def test_tokens_are_counted_by_ids_or_usage(served, streaming, sends_ids, usage)
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 def test_a_server_that_counts_nothing_is_refused(served, streaming):
-    with pytest.raises(RunError, match="neither the ids nor the number of the output's tokens"):
+    with pytest.raises(RunError, match="neither the ids nor the number of the output tokens"):
         served(Behaviour(sends_ids=False, usage="never"), streaming=Streaming(enabled=streaming))
 
 
@@ -484,7 +484,7 @@ def test_others_who_use_the_server_are_noted(served):
 def test_doubt_about_the_servers_gpus_is_a_warning(served):
     _, backend = served()
     assert "server_gpus_unknown" not in [each.code for each in backend.warnings()]
-    backend._doubt = "which GPUs the server runs on is unknown."
+    backend._doubt = "it is unknown which GPUs the server runs on."
     assert "server_gpus_unknown" in [each.code for each in backend.warnings()]
 
 
@@ -516,7 +516,7 @@ def test_the_servers_own_limit_counts(served):
         (Behaviour(error=(500, "out of memory")), r"HTTP 500: out of memory\."),
         (Behaviour(error=(503, "busy"), error_in_stream=True), r"busy\."),
         (Behaviour(dies_after=2), "The (connection to the server .* was lost|server ended its response before).*"),
-        (Behaviour(finish="abort"), r"The server gave up: abort\."),
+        (Behaviour(finish="abort"), r"The server stopped generating: abort\."),
     ],
 )
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
@@ -564,7 +564,7 @@ def test_models_are_chosen_by_name(served):
     assert server.bodies[-1]["model"] == "tiny"
     server, _ = served(Behaviour(models=("a", "b")), {"model_name": "b"})
     assert server.bodies[-1]["model"] == "b"
-    with pytest.raises(RunError, match=r"does not serve c\. Set backend\.model_name to what it serves: a, b\."):
+    with pytest.raises(RunError, match=r"does not serve c\. Set backend\.model_name to one of its models: a, b\."):
         served(Behaviour(models=("a", "b")), {"model_name": "c"})
     with pytest.raises(RunError, match="does not serve tiny"):
         served(Behaviour(models=("a", "b")))

@@ -324,16 +324,16 @@ FAULTS = {
     "not HTTP": (lambda _: [b"\x1b[31mSSH-2.0-OpenSSH\r\n\r\n"], "The connection to the server at .* was lost: .*"),
     "counts that fall": (
         lambda b: stream(events(b, ids=False, each=lambda n: usage(5 - n), final=False)),
-        r"its counts of tokens contradict each other: first 4, then 3\.",
+        r"its token counts contradict each other: first 4, then 3\.",
     ),
     "counts that contradict ids": (
         lambda b: stream([*events(b, final=False), {"choices": [], "usage": usage(9)}]),
         "it sent 4 token ids but counted 9 output tokens.",
     ),
     "no counts": (
-        lambda b: stream(events(b, ids=False, final=False)), r".*backend\.count=tokenizer counts them by .*",
+        lambda b: stream(events(b, ids=False, final=False)), r".*set backend\.count=tokenizer to count them with .*",
     ),
-    "abort": (lambda b: stream(events(b, finish="abort")), "The server gave up: abort."),
+    "abort": (lambda b: stream(events(b, finish="abort")), "The server stopped generating: abort."),
     "a line without end": (
         lambda _: [response(b"data: ", kind=EVENT_STREAM, length=False), *[b"x" * 2**20] * 9], "it sent an event of .*",
     ),
@@ -392,7 +392,7 @@ def test_where_a_server_tells_no_counts_the_tokenizer_counts(served, streaming):
             return uncounted(body)
         return [response(json.dumps({"choices": [choice(" the cat sat on", "stop")]}).encode())]
 
-    with pytest.raises(RunError, match=r"backend\.count=tokenizer counts them"):
+    with pytest.raises(RunError, match=r"set backend\.count=tokenizer to count them"):
         served(answer, streaming=streaming)
     _, backend = served(answer, {"count": "tokenizer"}, streaming=streaming, max_output_tokens=8)
     (g,) = run(backend, 1)

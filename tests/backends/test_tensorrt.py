@@ -490,14 +490,14 @@ def test_an_option_that_the_engine_changes_is_refused(loaded):
 
 def test_a_prompt_that_no_step_can_take_in_is_refused(loaded, texts):
     backend = loaded(experiment(engine={"max_num_tokens": 20}))
-    with pytest.raises(RunError, match=r"a step computes 20 at most\. Set backend.chunked_prefill=true"):
+    with pytest.raises(RunError, match=r"a step processes at most 20\. Set backend.chunked_prefill=true"):
         backend.encode(texts)
     loaded(experiment(engine={"max_num_tokens": 20, "chunked_prefill": True})).encode(texts)
 
 
 def test_an_engine_that_stops_leaves_what_can_still_be_reported(loaded, texts):
     backend = loaded(TINY, error_after=20)
-    with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
+    with pytest.raises(RunError, match=r"failed during the run: CUDA error: an illegal memory access"):
         run(backend, texts)
     backend.synchronize()
     assert backend.model_info().parameters > 0
@@ -604,8 +604,8 @@ def test_a_run_without_the_engines_times_has_no_queue(machine, tmp_path):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("fp_precision=float32", "most of TensorRT-LLM's kernels have no float32"),
-        ("fp_precision=auto", "the checkpoint is float32"),
+        ("fp_precision=float32", "most of TensorRT-LLM's kernels do not support float32"),
+        ("fp_precision=auto", "the checkpoint is in float32"),
         ("backend.extra_args={stream_intervall: 2}", "no argument stream_intervall. Did you mean 'stream_interval'"),
         ("backend.extra_args={use_cuda_graph: true}", "no longer has use_cuda_graph; use backend.cuda_graphs"),
         ("num_processes=3", "GPUs needed: 3, visible: 2"),
@@ -632,7 +632,7 @@ def test_without_a_gpu_or_the_package_it_says_so(tmp_path):
     ("options", "words"),
     [
         ({"load_error": "CUDA out of memory"}, "TensorRT-LLM could not load tiny: CUDA out of memory"),
-        ({"error_after": 60, "process": True}, "stopped in the middle of its work: CUDA error"),
+        ({"error_after": 60, "process": True}, "failed during the run: CUDA error"),
         ({"die_after": 60, "process": True}, "one of its processes has died"),
     ],
 )

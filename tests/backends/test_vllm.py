@@ -213,7 +213,7 @@ def test_a_build_for_gpus_without_one_is_refused(tmp_path):
     hidden = {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
     finished = command("experiment", "--backend", "vllm", "-m", "tiny", "-d", "sample", "-y", cwd=tmp_path, **hidden)
     assert finished.code == 2
-    assert "this vLLM is built for CUDA, but no NVIDIA GPU is visible" in finished.err
+    assert "the installed vLLM is built for CUDA, but no NVIDIA GPU is visible" in finished.err
     assert not (tmp_path / "results").exists()
 
 
@@ -572,7 +572,7 @@ def test_an_engine_that_stops_leaves_what_can_still_be_reported(fresh, texts, mo
         raise RuntimeError("CUDA error: an illegal\nmemory access was encountered")
 
     monkeypatch.setattr(backend._loaded.engine, "step", stops)
-    with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
+    with pytest.raises(RunError, match=r"failed during the run: CUDA error: an illegal memory access"):
         run(backend, texts)
     backend.synchronize()
     assert backend.model_info().parameters > 0

@@ -353,7 +353,7 @@ def test_broken_inheritance_is_named(compose, files, message):
 KEYS_OF_ENGINES = [
     ("vllm", "swap_space=4", "vLLM no longer has swap_space; preempted requests are recomputed, unless kv_off"),
     ("vllm", "num_scheduler_steps=8", "no longer has num_scheduler_steps; use async_scheduling"),
-    ("vllm", "device=cpu", "no longer has device; the installed build of vLLM decides"),
+    ("vllm", "device=cpu", "no longer has device; the installed build of vLLM determines the device"),
     ("vllm", "max_num_seqs=4", "this argument of vLLM is set by batching.batch_size."),
     ("vllm", "max_logprobs=4", "an argument of vLLM; write backend.engine_args={max_logprobs: …}."),
     ("vllm", "engine_args.max_logprobs=4", "write backend.engine_args={max_logprobs: …}."),

@@ -229,7 +229,7 @@ def test_replay_beyond_its_trace_is_null_with_a_reason(tmp_path):
     time.sleep(0.1)
     (reading,) = meter.end()
     assert reading.energy_j is None
-    assert reading.reason.startswith("the trace ends at 0.050 s, before 0.1")
+    assert reading.reason.startswith("the trace ends at 0.050 s, before the window's end at 0.1")
 
 
 def test_a_trace_that_begins_after_the_window_is_null_with_that_reason(tmp_path):
@@ -240,7 +240,7 @@ def test_a_trace_that_begins_after_the_window_is_null_with_that_reason(tmp_path)
     meter.begin()
     (reading,) = meter.end()
     assert reading.energy_j is None
-    assert reading.reason.startswith("the trace begins at 5.000 s, the window at 0.00")
+    assert reading.reason.startswith("the trace begins at 5.000 s, after the window's beginning at 0.00")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
@@ -272,7 +272,7 @@ def test_a_step_in_the_trace_is_integrated_at_its_samples(tmp_path):
     [
         (None, "does not exist"),
         ("t_s;power_w\n0;1\n", "separated by semicolons; the separator must be a comma"),
-        ("t_s,power_w\n0\n", "fewer values than there are columns"),
+        ("t_s,power_w\n0\n", "fewer values than the header has columns"),
         ("time,power_w\n0,1\n", "no column 't_s'"),
         ("t_s,power_w\n0,much\n", "cannot be read"),
         ("t_s,power_w\n0,nan\n", "not a valid power"),

@@ -398,7 +398,7 @@ def test_of_a_running_server_the_gpus_that_it_computes_on_are_metered(driver):
 @pytest.mark.parametrize(
     ("scenario", "env", "words"),
     [
-        ("devices 4", {}, "none of its processes is among those that the driver lists; all 4 visible GPUs are metered"),
+        ("devices 4", {}, "the driver lists none of its processes; all 4 visible GPUs are metered"),
         ("devices 2\ndevice 0 process 1 50", {}, "none of its processes"),
         (ON_TWO, {"LISTENS": "0"}, "its processes cannot be seen; all 4 visible GPUs"),
         (

@@ -329,7 +329,7 @@ def test_an_old_row_is_not_shown(lem, store):
     directory.write_state(structs.replace(directory.state(), status="completed", attempt=2))
     out = lem("results", "show", directory.id).out
     assert f"{directory.id}  completed" in out
-    assert "resumed: it was interrupted and resumed 1 time" in out
+    assert "resumed: the run was interrupted and resumed 1 time" in out
 
 
 def test_raw_records_of_each_process_cycle_and_attempt(lem, store):

@@ -212,9 +212,9 @@ def test_a_model_without_a_plan_is_refused_with_its_type(tmp_path):
 def test_heads_that_cannot_be_shared_evenly_are_refused(tmp_path):
     config = config_of(qwen2(tmp_path))
     assert split_over_ranks(config, 2).tp_size == 2
-    with pytest.raises(RunError, match=r"attention heads \(4\) cannot be shared evenly by 3"):
+    with pytest.raises(RunError, match=r"attention heads \(4\) cannot be divided evenly among 3"):
         split_over_ranks(config, 3)
-    with pytest.raises(RunError, match=r"key/value heads \(2\) cannot be shared evenly by 4"):
+    with pytest.raises(RunError, match=r"key/value heads \(2\) cannot be divided evenly among 4"):
         split_over_ranks(config, 4)
 
 

@@ -34,8 +34,8 @@ def test_values_of_engine_arguments_are_of_their_plain_types(name, taken, refuse
 
     assert not any(refusals(value) for value in taken)
     for value in refused:
-        message = f"vLLM 9.9.0 takes {wanted} for {name}, not {json.dumps(value)}. Correct or remove it."
-        assert refusals(value) == [message]
+        fact = f"vLLM 9.9.0 expects {wanted} for {name}, not {json.dumps(value)}."
+        assert refusals(value) == [f"{fact} Correct the value, or leave this option out."]
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_file_of_blanks_holds_no_prompts(tmp_path, suffix):
 def test_csv_of_a_header_alone_holds_no_prompts(tmp_path):
     file = tmp_path / "prompts.csv"
     file.write_text("prompt,id\n")
-    assert "holds no prompts" in refusal(file)
+    assert "contains no prompts" in refusal(file)
 
 
 def test_prompts_that_are_all_empty_name_their_column(tmp_path):
@@ -247,7 +247,7 @@ def test_wrong_column_names_the_existing_ones_and_the_nearest(tmp_path):
 
 def test_column_that_holds_no_text_is_refused(tmp_path):
     message = refusal(write_jsonl(tmp_path / "prompts.jsonl", [{"text": 1}, {"text": 2}]))
-    assert "line 1: column 'text' holds int values, not text" in message
+    assert "line 1: column 'text' contains int values, not text" in message
 
 
 # ------------------------------------------------------------------ sampling
