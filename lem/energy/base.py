@@ -22,7 +22,8 @@ class Meter(ABC):
 
     The contract, checked for each meter by `tests/energy/test_energy.py`: `begin` and `end` alternate. `end` returns
     one reading for each device that the meter watches, always in the same order. A reading that failed has
-    `energy_j=None` and a reason, never 0. All calls come from one thread.
+    `energy_j=None` and a reason, never 0. Calls never overlap; `so_far` may come
+    from another thread than the others.
     """
 
     # Options of the `energy` group that this meter uses. Every meter except `none` also measures the idle phases.

@@ -252,7 +252,7 @@ def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
 
 
 # Warnings about an unfinished journal, which do not apply while the journal is still being written.
-OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window")
+OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window", "few_ticks", "energy_missing")
 
 
 def _at_work(rows: Rows) -> Rows:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import asdict, replace
 
+from lem import warning_codes
 from lem.record import (
     COMMON,
     Cut,
@@ -53,6 +54,22 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     energy: tuple[EnergyReading, ...] | None = None
     energy_at_s: float | None = None
     under_way: UnderWay | None = None
+
+    def energy_behind_s(self, end_s: float) -> float | None:
+        """Return how long before an end of the window the energy was last known, at most; None if nothing was read.
+
+        A counter's value may be as old as its last tick, a trace's integral as its last sample, and an estimate reaches
+        as far as it says.
+        """
+        known = [r for r in self.energy or () if r.energy_j is not None]
+        if self.energy_at_s is None or not self.energy:
+            return None
+        reached_s = [
+            (self.energy_at_s if r.covered_s is None else r.covered_s)
+            - (r.resolution_s or 0.0) * (r.source in ("counter", "integral"))
+            for r in known
+        ]
+        return end_s - max(0.0, min(reached_s, default=self.energy_at_s))
 
 
 class _Rows(msgspec.Struct, gc=False):
@@ -102,7 +119,8 @@ class Window:
         if metered is not None and metered.energy_at_s is not None:
             readings = covering(readings, metered.energy_at_s)
         finished = [row for row in self.rows if row.error is None]
-        return replace(
+        behind_s = None if metered is None else metered.energy_behind_s(last.duration_s)
+        salvaged = replace(
             record,
             phases=(*record.phases, Phase("measured", last.duration_s, readings)),
             requests_completed=len(finished),
@@ -110,24 +128,19 @@ class Window:
             input_tokens=sum(row.input_tokens for row in finished),
             output_tokens=sum(row.output_tokens or 0 for row in finished),
             flops=last.flops,
-            cut=Cut(1, None, _behind_s(last, metered), last.under_way or UnderWay()),
-            warnings=(*record.warnings, warning("window_cut", _cut(last, metered))),
+            cut=Cut(1, None, behind_s, last.under_way or UnderWay()),
+            warnings=(*record.warnings, warning("window_cut", _cut(metered, behind_s))),
         )
+        return replace(salvaged, warnings=(*salvaged.warnings, *warning_codes.of_record(salvaged, self.rows)))
 
 
-def _behind_s(last: Checkpoint, metered: Checkpoint | None) -> float | None:
-    if metered is None or not metered.energy or metered.energy_at_s is None:
-        return None
-    return last.duration_s - metered.energy_at_s
-
-
-def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
+def _cut(metered: Checkpoint | None, behind_s: float | None) -> str:
     killed = "the process was killed an unknown time after its last finished request, which is where its window ends"
     if metered and not metered.energy:
         return f"{killed}."
-    if metered is None or metered.energy_at_s is None:
+    if behind_s is None:
         return f"{killed}, and its energy is unknown."
-    return f"{killed}; its energy was last read {_behind_s(last, metered):.3g} s before that."
+    return f"{killed}; its energy was last read {behind_s:.3g} s before that."
 
 
 class Journal:

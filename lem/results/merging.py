@@ -48,7 +48,8 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
     is_closed = owner is not None and owner.cut is None and owner.status == "completed"
     if len(records) < 2 or (is_closed and all(r.requests_completed >= r.requests_planned for r in records)):
         return list(records)
-    if any(r.cut for r in records) and not any(r.requests_completed for r in records):  # nothing to count
+    is_cut = any(r.cut or r.phase("measured") is None for r in records)
+    if is_cut and not any(r.requests_completed for r in records):  # nothing to count
         return [replace(r, phases=_others(r), cut=None) for r in records]
     ends_s = [window.duration_s if (window := r.phase("measured")) else 0.0 for r in records]
     end_s = max(
@@ -82,6 +83,8 @@ def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyRea
         window = record.phase("measured")
         lost = () if window is not None and window.energy == readings else readings
         yield from (warning("energy_missing", f"{each.component}: {each.reason}.") for each in lost)
+        if window is None and not readings:
+            yield warning("energy_missing", "no meter was used.")
 
 
 def _others(record: ProcessRecord) -> tuple[Phase, ...]:
@@ -324,13 +327,18 @@ UNMETERED = Energy(None, None, None, None)
 
 def headline(readings: Sequence[EnergyReading]) -> Energy:
     """Return the headline energy of one window: of the GPUs, else of all measured components, else of estimates."""
+    return _sum(of_headline(readings))
+
+
+def of_headline(readings: Sequence[EnergyReading]) -> Sequence[EnergyReading]:
+    """Return the readings whose sum is the headline energy."""
     if len(readings) < 2:
-        return _sum(readings)
-    # A module contains its GPU, so if both were read, only the module counts.
+        return readings
+    # A module contains its GPU: if both were read, only the module counts.
     modules = [r for r in readings if r.component == "module"]
     gpus = modules or [r for r in readings if r.component == "gpu"]
     measured = [r for r in readings if r.is_measured]
-    return _sum(gpus or measured or readings)
+    return gpus or measured or readings
 
 
 def energy_j(readings: Sequence[EnergyReading]) -> float | None:

@@ -229,6 +229,15 @@ class Attempt:
                 checkpoint = structs.replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
             loaded.journal.add(rows, checkpoint)
 
+    def time_passed(self, checkpoint: Checkpoint) -> None:
+        """Write to the journal how far the window has come; from a thread, so signals are not held back here."""
+        loaded, total = self._loaded, self._cycle.total_flops
+        if loaded is None or loaded.journal is None:
+            return
+        if loaded.architecture is not None:
+            checkpoint = structs.replace(checkpoint, flops=Flops(total, flops.METHOD))
+        loaded.journal.add((), checkpoint)
+
     # -------------------------------------------------------------- the record
     @property
     def _window_id(self) -> WindowId:

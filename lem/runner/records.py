@@ -16,6 +16,7 @@ from lem.energy.carbon import carbon_intensity
 from lem.energy.trace import integral_j
 from lem.record import (
     FORMAT_VERSION,
+    UNCOVERED_S,
     CodedWarning,
     Cut,
     EnergyReading,
@@ -34,7 +35,8 @@ from lem.record import (
     Status,
     UnderWay,
 )
-from lem.results.merging import energy_j
+from lem.results.journal import Checkpoint
+from lem.results.merging import of_headline, total
 from lem.results.plan import Plan
 from lem.runner.window import MeasuredRequest, Measurement
 from lem.units import NS_PER_S, timestamp
@@ -159,12 +161,20 @@ def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]
     """Return readings of the window's energy, evenly thinned out, if a steady state can be looked for."""
     if plan.experiment.batching.strategy != "continuous":
         return ()
-    known = [
-        EnergySoFar(each.energy_at_s, energy)
-        for each in measured.readings
-        if each.energy_at_s is not None and (energy := energy_j(each.energy or ())) is not None
-    ]
+    known = [found for each in measured.readings if (found := _at_one_time(each))]
     return tuple(known[:: -(-len(known) // READINGS_KEPT) or 1])
+
+
+def _at_one_time(checkpoint: Checkpoint) -> EnergySoFar | None:
+    """Return the headline energy up to the time that it reaches; None if its parts do not reach the same time."""
+    readings, read_s = of_headline(checkpoint.energy or ()), checkpoint.energy_at_s
+    energy_j = total([r.energy_j for r in readings])
+    if energy_j is None or read_s is None:
+        return None
+    reached_s = [read_s if r.covered_s is None else r.covered_s for r in readings]
+    if max(reached_s) - min(reached_s) > UNCOVERED_S:
+        return None
+    return EnergySoFar(min(reached_s), energy_j)
 
 
 def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -49,6 +50,8 @@ from lem.workload.traffic import Arrivals
 
 # Shortest interval between two readings of the meter inside the window.
 METER_POLL_NS = 100_000_000
+# How old, as a share of the window, the last note of the energy's owner may be while others finish requests.
+NOTED_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,7 @@ class Measurement:
             return
         self.lost_s = lost_s + before.duration_s - window.duration_s
         self.under_way = under_way
-        if metered is not None and metered.energy:
-            self.energy_behind_s = window.duration_s - (metered.energy_at_s or 0.0)
+        self.energy_behind_s = None if metered is None else metered.energy_behind_s(window.duration_s)
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,9 @@ class Recorder(Protocol):
 
     def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
         """Record a finished batch (empty if only time has passed) and the state of the window up to now."""
+
+    def time_passed(self, checkpoint: Checkpoint) -> None:
+        """Record the window up to here, from a thread: the process is inside a batch."""
 
 
 @dataclass
@@ -273,7 +278,7 @@ class Bench:
             queue: how the prompts arrive; None if all are available from the start.
         """
         self.report(Event("measured", 0, len(prompts)))
-        window = _Window(self, into)
+        window = _Window(self, into, recorder)
         recorder.window_opens()  # before the window opens, because recording takes time
         window.open()
         try:
@@ -286,11 +291,11 @@ class Bench:
                 kept = failures.tolerated(batch)
                 done = [into.add(g, by_index[g.index]) for g in kept]
                 if kept:
-                    recorder.batch_finished(done, window.checkpoint())
+                    window.batch_finished(done)
                 failures.check()
                 output_tokens += sum(g.output_tokens for g in kept)
                 self.report(Event("measured", len(into.requests), len(prompts), output_tokens))
-            window.close(recorder)
+            window.close()
         except BaseException:
             window.cut(is_unfinished=len(into.requests) < len(prompts))
             raise
@@ -338,10 +343,17 @@ class Bench:
 
 
 class _Window:
-    """The measured window, opened and closed together with the other processes; if cut, it ends at its last batch."""
+    """The measured window, opened and closed together with the other processes; if cut, it ends at its last batch.
 
-    def __init__(self, bench: Bench, into: Measurement) -> None:
-        self._bench, self._into = bench, into
+    The energy's owner also notes how far it has come from a thread, if other processes run prompts of their own: what
+    they finish during one of its long batches would have no energy if it were killed there. The lock keeps the two from
+    using the meter and the journal at the same time.
+    """
+
+    def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
+        self._bench, self._into, self._recorder = bench, into, recorder
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
         self._load = _CpuClock()
         self._last: Checkpoint | None = None
         self._metered: Checkpoint | None = None
@@ -357,8 +369,50 @@ class _Window:
         into.window_opened_unix_s = time.time()
         into.window_opened_ns = time.perf_counter_ns()
         self._load.start(server_pids)
+        if self._bench.replicas > 1 and self._bench.ranks.rank == ENERGY_OWNER:
+            self.keep_noting()
 
-    def checkpoint(self) -> Checkpoint:
+    def batch_finished(self, batch: Sequence[MeasuredRequest]) -> None:
+        """Record a finished batch and how far the window has come."""
+        with self._lock:
+            self._recorder.batch_finished(batch, self._checkpoint())
+
+    def keep_noting(self) -> None:
+        """Begin to note from a thread how far the window has come."""
+
+        def run() -> None:
+            # An error of the disk ends the notes; the next batch meets it too, where it ends the run.
+            with suppress(OSError):
+                while not self._is_over.wait(self.until_next_note_s()):
+                    self.note()
+
+        threading.Thread(target=run, name="window-notes", daemon=True).start()
+
+    def until_next_note_s(self) -> float:
+        """Return how long to wait for the next note, so that the last one is never older than 1 % of the window."""
+        passed_s = self._into.since_opening_s(time.perf_counter_ns())
+        return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
+
+    def note(self) -> None:
+        """Record how far the window has come, within a batch; does nothing once the window is over."""
+        with self._lock:
+            if self._is_over.is_set():
+                return
+            before = self._last or Checkpoint(0.0)
+            now = self._checkpoint(asks_engine=False)
+            # The engine must not be asked from here; what it had under way at the last batch, it still has.
+            under_way = longer(before.under_way, now.duration_s - before.duration_s)
+            self._last = structs.replace(now, under_way=under_way)
+            if now.energy is not None:
+                self._metered = self._last
+            self._recorder.time_passed(self._last)
+
+    def _end(self) -> None:
+        """End the notes; waits for one that is being taken."""
+        with self._lock:
+            self._is_over.set()
+
+    def _checkpoint(self, *, asks_engine: bool = True) -> Checkpoint:
         """Return the progress of the window; reading the meter takes at most 1 % of the time."""
         now_ns = time.perf_counter_ns()
         energy, energy_at_s = None, None
@@ -369,18 +423,20 @@ class _Window:
             energy = None if energy is None else covering(energy, energy_at_s or 0.0)
             self._next_reading_ns = read_ns + max(METER_POLL_NS, 100 * (read_ns - now_ns))
             now_ns = read_ns
-        duration_s, under_way = self._into.since_opening_s(now_ns), self._under_way(now_ns)
+        duration_s = self._into.since_opening_s(now_ns)
+        under_way = self._under_way(now_ns) if asks_engine else None
         self._last = Checkpoint(duration_s, energy=energy, energy_at_s=energy_at_s, under_way=under_way)
         if energy is not None:
             self._metered = self._last
             self._into.readings.append(self._last)
         return self._last
 
-    def close(self, recorder: Recorder) -> None:
+    def close(self) -> None:
         """Close the window together with the other processes, recording checkpoints while waiting for them."""
         into = self._into
+        self._end()
         self._bench.backend.synchronize()
-        self._bench.ranks.barrier(lambda: recorder.batch_finished((), self.checkpoint()))
+        self._bench.ranks.barrier(lambda: self.batch_finished(()))
         duration_s = into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
         into.devices = self._bench.watch.end()
@@ -404,6 +460,7 @@ class _Window:
         If other processes run prompts of their own, the process that meters energy ends its window at the interruption
         instead, because the others may have finished requests in the meantime.
         """
+        self._end()
         interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
         self._into.devices = self._bench.watch.end()
@@ -427,8 +484,7 @@ class _Window:
             readings = tuple(structs.replace(r, energy_j=None, trace_energy_j=None, reason=reason) for r in readings)
         else:
             readings = self._metered.energy or ()
-            if readings:
-                self._into.energy_behind_s = last.duration_s - (self._metered.energy_at_s or 0.0)
+            self._into.energy_behind_s = self._metered.energy_behind_s(last.duration_s)
         self._into.phases.append(Phase("measured", last.duration_s, readings))
 
 

@@ -41,9 +41,36 @@ def test_a_killed_process_is_known_up_to_its_last_batch(file):
     (usable,) = window.usable()
     assert (usable.energy_j, usable.reason) == (None, "it covers only 0.4 of 1.5 s")
     assert salvaged.flops.total == 2.0
-    assert salvaged.warnings[-1].code == "window_cut"
-    assert "1.1 s before" in salvaged.warnings[-1].text
-    assert "killed an unknown time after its last finished request" in salvaged.warnings[-1].text
+    cut, *others = salvaged.warnings
+    assert cut.code == "window_cut"
+    assert "1.1 s before" in cut.text
+    assert "killed an unknown time after its last finished request" in cut.text
+    assert [each.code for each in others] == ["short_window"]
+
+
+@pytest.mark.parametrize(
+    ("source", "resolution_s", "covered_s", "behind_s"),
+    [
+        ("counter", 0.1, None, 1.2),
+        ("integral", 0.05, None, 1.15),
+        ("replay", 0.5, None, 1.1),
+        ("estimate", 1.0, 0.2, 1.3),
+    ],
+    ids=["a_tick", "a_sample", "a_trace", "whole_seconds"],
+)
+def test_a_killed_process_says_how_old_its_energy_may_be(file, source, resolution_s, covered_s, behind_s):
+    read_then = reading(source=source, energy_j=30.0, resolution_s=resolution_s, covered_s=covered_s)
+    write(file, Checkpoint(0.5, None, (read_then,), 0.4), Checkpoint(1.5))
+    (window,) = read(file.read_bytes())
+    salvaged = window.salvaged()
+    assert salvaged.cut.energy_behind_s == pytest.approx(behind_s)
+    assert f"{behind_s:.3g} s before" in salvaged.warnings[0].text
+
+
+def test_a_killed_process_without_a_meter_says_so(file):
+    write(file, Checkpoint(0.5, None, (), 0.4))
+    (window,) = read(file.read_bytes())
+    assert ("energy_missing", "no meter was used.") in [(w.code, w.text) for w in window.salvaged().warnings]
 
 
 def test_failed_requests_of_a_killed_process_are_counted_apart(file):

@@ -63,6 +63,7 @@ class Recording:
         self.opened = 0
         self.batches = []
         self.checkpoints = []
+        self.notes = []
 
     def window_opens(self):
         self.opened += 1
@@ -70,6 +71,9 @@ class Recording:
     def batch_finished(self, batch, checkpoint):
         self.batches.append(batch)
         self.checkpoints.append(checkpoint)
+
+    def time_passed(self, checkpoint):
+        self.notes.append(checkpoint)
 
 
 class SlowLoad:
@@ -284,6 +288,51 @@ def test_what_is_lost_grows_as_the_end_is_put_earlier():
     assert cut.energy_behind_s is None
     cut.cut_back(0, None, None)  # nothing of it is in the journal
     assert (cut.lost_s, cut.energy_behind_s) == (None, None)
+
+
+# ------------------------------------------------------------------ notes within a batch
+def noted_in_one_batch(*, rank=0, replicas=2, recording=None):
+    """Run one batch of 0.5 s; return what was recorded."""
+    experiment = Experiment(
+        model="any",
+        max_output_tokens=50,
+        min_output_tokens=50,
+        backend=SimulatedBackend(decode_s_per_token=10e-3, prefill_s_per_token=0),
+    )
+    recording = recording or Recording()
+    bench = Bench(make_backend(experiment), ConstantPower(), Ranks(rank, rank, 2), silent, replicas)
+    into = Measurement()
+    prompts = bench.prepare(TEXTS[:1], INDICES[:1], 0.0, into)
+    bench.run_window(prompts, recording, into)
+    return recording
+
+
+def test_the_meters_owner_notes_within_a_batch_how_far_the_window_has_come():
+    recording = noted_in_one_batch()
+    assert len(recording.notes) >= 3
+    for note in recording.notes:
+        assert note.energy[0].energy_j == pytest.approx(50 * note.energy_at_s, rel=0.05, abs=0.1)
+        assert (note.under_way.requests, note.under_way.output_tokens) == (1, None)
+        assert note.under_way.longest_s == pytest.approx(note.duration_s)
+    assert sorted(note.duration_s for note in recording.notes) == [note.duration_s for note in recording.notes]
+    known = len(recording.notes)
+    time.sleep(0.25)
+    assert len(recording.notes) == known, "the window is over"
+
+
+@pytest.mark.parametrize(("rank", "replicas"), [(1, 2), (0, 1)], ids=["no_owner", "alone"])
+def test_nobody_else_takes_notes(rank, replicas):
+    assert noted_in_one_batch(rank=rank, replicas=replicas).notes == []
+
+
+def test_a_note_that_cannot_be_written_leaves_the_error_to_the_next_batch():
+    class Full(Recording):
+        def time_passed(self, checkpoint):
+            super().time_passed(checkpoint)
+            raise OSError(28, "no space left")
+
+    recording = noted_in_one_batch(recording=Full())
+    assert (len(recording.notes), len(recording.batches)) == (1, 1)
 
 
 # ------------------------------------------------------------------ what is under way at a cut
