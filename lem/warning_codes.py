@@ -495,7 +495,8 @@ def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
 def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
     here = record.environment
     before, after = (here.devices_before, here.devices_after) if here is not None else ((), ())
-    yield from _of_throttling(record.devices_during, (*before, *after))
+    # The first process watches the GPUs of all during the window, which says more than the others' looks around it.
+    yield from _of_throttling(record.devices_during, (*before, *after) if record.rank == ENERGY_OWNER else ())
     yield from _of_strangers((*before, *record.devices_during, *after))
     for first, last in zip(before, after, strict=False):
         if first.temperature_c is None or last.temperature_c is None:

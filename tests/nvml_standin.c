@@ -35,12 +35,15 @@
  *   device I compute_capability MAJOR MINOR
  *   device I process PID|self MIB|- [NAME] repeatable: a compute process; self is the calling one, - is not available
  *   device I visitor FROM_S UNTIL_S PID|self MIB|- [NAME]   the same, only between these times after nvmlInit
+ *   device I siblings MIB                  every process with the same parent as the calling one, itself included
  *   device I mig PROFILE MIB               repeatable: puts the device into MIG mode and adds an instance
  *
  * Power is a function of CLOCK_MONOTONIC in seconds (Python's time.monotonic), phase 0 at clock 0. The counter at
  * time t is the integral of power from 0 to floor(t / tick) * tick, in mJ, rounded down. Device I has the UUID
  * GPU-0000000I; its MIG instance K, counted from 0, has MIG-I-K and the name "<device's name> MIG <profile>".
  */
+#include <ctype.h>
+#include <dirent.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -65,7 +68,7 @@ typedef struct device {
     struct device *parent; /* of a MIG instance; NULL for a physical GPU */
     int index, instance_count, process_count, unsupported_count;
     char uuid[32], name[96], unsupported[MAX_UNSUPPORTED][64];
-    unsigned long long total, used, throttle;
+    unsigned long long total, used, throttle, siblings_used;
     curve_t power;
     double average_s, power_update_ms, tick_ms, tick_phase_ms, counter_ms, lost_after_s, limit_w, default_limit_w;
     double throttle_after_s, throttle_until_s, violations[LAST_POLICY - FIRST_POLICY + 1];
@@ -243,6 +246,7 @@ static int set_device(device_t *d, const char *key, const char *text) {
     if (!strcmp(key, "ecc")) return set_ecc(d, text);
     if (!strcmp(key, "compute_capability")) return sscanf(text, "%d %d", &d->major, &d->minor) == 2;
     if (!strcmp(key, "process")) return add_process(d, text, 0, NEVER_S);
+    if (!strcmp(key, "siblings")) return sscanf(text, "%llu", &d->siblings_used) == 1 && (d->siblings_used *= MIB) > 0;
     if (!strcmp(key, "visitor")) return add_visitor(d, text);
     if (!strcmp(key, "violation")) return set_violation(d, text);
     if (!strcmp(key, "mig")) return add_instance(d, text);
@@ -511,11 +515,34 @@ int nvmlDeviceGetEccMode(device_t *device, int *current, int *pending) {
     return SUCCESS;
 }
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } process_info_t;
+static unsigned parent_of(unsigned pid) {
+    char path[32], line[512];
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    FILE *file = fopen(path, "r");
+    if (!file) return 0;
+    char *read = fgets(line, sizeof line, file), *name_end = read ? strrchr(line, ')') : NULL;
+    fclose(file);
+    unsigned parent = 0;
+    return name_end && sscanf(name_end, ") %*c %u", &parent) == 1 ? parent : 0;
+}
+/* The processes with the same parent as this one. */
+static unsigned siblings(process_t *found, unsigned room, unsigned long long used) {
+    unsigned count = 0;
+    DIR *all = opendir("/proc");
+    for (struct dirent *each; all && count < room && (each = readdir(all));)
+        if (isdigit((unsigned char)each->d_name[0]) && parent_of((unsigned)atoi(each->d_name)) == (unsigned)getppid())
+            found[count++] = (process_t){ .pid = (unsigned)atoi(each->d_name), .used = used };
+    if (all) closedir(all);
+    return count;
+}
 int nvmlDeviceGetComputeRunningProcesses_v3(device_t *device, unsigned *count, process_info_t *infos) {
     ANY(device);
     unsigned room = *count, needed = 0, at = 0;
     double t = now_s() - started_s;
-    const process_t *present[MAX_PROCESSES];
+    process_t family[MAX_PROCESSES];
+    const process_t *present[2 * MAX_PROCESSES];
+    unsigned related = device->siblings_used ? siblings(family, MAX_PROCESSES, device->siblings_used) : 0;
+    for (unsigned i = 0; i < related; i++) present[needed++] = &family[i];
     for (int i = 0; i < device->process_count; i++)
         if (t >= device->processes[i].from_s && t < device->processes[i].until_s)
             present[needed++] = &device->processes[i];

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from lem.results.aggregate import read
+from lem.results.directory import ExperimentDir
 from lem.results.plan import Plan, PromptsInfo
 from lem.results.store import Store
 from lem.spec.engines import SimulatedBackend
@@ -201,6 +202,36 @@ def test_a_mig_instance_may_be_chosen_either_way(run, overrides, env):
     (reading,) = record["phases"][-1]["energy"]
     assert (reading["device"], reading["scope"]) == ("GPU-00000000", "shared_device")
     assert row["energy_j"] == pytest.approx(150 * row["duration_s"], rel=0.02)
+
+
+def test_the_other_processes_of_a_run_are_not_strangers_and_the_first_one_watches_all_gpus(run, tmp_path):
+    text = (
+        several(3)
+        + """
+        device 0 siblings 100
+        device 2 siblings 100
+        device 2 visitor 1.5 600 4242 100 stranger
+        device 2 throttle 0x4 1.5 600
+        device 2 violation 74 1
+    """
+    )
+    row, _ = run(text, "backend.gpus=2", "num_processes=2", "gpus=[0,2]", "-n", "60")
+    first, second = sorted(
+        ExperimentDir(next((tmp_path / "results" / "raw").iterdir())).records(), key=lambda r: r.rank
+    )
+    watched = {window.uuid: window for window in first.devices_during}
+    strangers = {uuid: [p.pid for p in window.foreign_processes] for uuid, window in watched.items()}
+    assert strangers == {"GPU-00000000": [], "GPU-00000002": [4242]}
+    assert not watched["GPU-00000000"].throttled_s
+    assert watched["GPU-00000002"].throttled_s["power"] == pytest.approx(watched["GPU-00000002"].duration_s, rel=0.3)
+    assert second.devices_during == ()
+    for record in (first, second):
+        states = (*record.environment.devices_before, *record.environment.devices_after)
+        assert {p.pid for state in states for p in state.foreign_processes or ()} <= {4242}
+    assert len([w for w in row["warnings"] if w.startswith("foreign_process")]) == 1
+    assert [w for w in row["warnings"] if w.startswith("throttled")] == [
+        "throttled: GPU-00000002: power for 100% of the window."
+    ]
 
 
 def test_two_processes_meter_each_gpu_once(run):
