@@ -11,17 +11,41 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lem.backends import chat
+from lem.backends import chat, fit
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
 from lem.workload import weights
 from lem.workload.models import Model
+from lem.workload.offline import is_offline
+from lem.workload.weights import summary
 
 # A model has a tokenizer if any of these files exists.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 # ------------------------------------------------------------------ weights
+def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool = False) -> Iterator[Objection]:
+    """Object to weights that are missing, damaged, or not those of the model that config.json describes.
+
+    Some engines read files `of_any_name`.
+    """
+    folder = None if model is None else model.folder
+    if model is None or folder is None:
+        return
+    damaged = [*damaged_weights(model), *_none(model, folder, of_any_name)]
+    yield from damaged
+    found = None if damaged else fit.foreseen(model, experiment)
+    if found is not None and found.missing:
+        yield Objection("weights_missing", "model", f"{model.name} lacks {summary(found.missing)}.")
+    if found is not None and found.mismatched:
+        yield Objection("weights_mismatched", "model", f"shapes differ: {summary(found.mismatched)}.")
+
+
+def _is_all_there_is(model: Model) -> bool:
+    """Return whether nothing will be downloaded that a model lacks."""
+    return model.is_local or is_offline()
+
+
 def damaged_weights(model: Model | None) -> Iterator[Objection]:
     """Object to weight files that are missing, cut short, or Git LFS pointers."""
     folder = None if model is None else model.folder
@@ -30,15 +54,14 @@ def damaged_weights(model: Model | None) -> Iterator[Objection]:
     for flaw in weights.flaws(folder):
         if flaw.kind == "pointer":
             yield Objection("git_lfs_pointer", "model", flaw.fact)
-        elif flaw.kind == "damaged" or model.is_local:  # files missing from the hub's cache will be downloaded
+        elif flaw.kind == "damaged" or _is_all_there_is(model):
             yield Objection("weights_incomplete", "model", flaw.fact)
 
 
-def no_weights(model: Model | None) -> Iterator[Objection]:
-    """Object to a directory in which transformers would find no weights."""
-    if model is not None and model.is_local and not weights.has_any(Path(model.path)):
+def _none(model: Model, folder: Path, of_any_name: bool) -> Iterator[Objection]:
+    if _is_all_there_is(model) and not weights.has_any(folder, of_any_name=of_any_name):
         names = " or ".join((*weights.SINGLE_FILES, "an index of several"))
-        yield Objection("weights_incomplete", "model", f"{model.path} has no weights: no {names}.")
+        yield Objection("weights_incomplete", "model", f"{folder} has no weights: no {names}.")
 
 
 # ------------------------------------------------------------------ tokenizer

@@ -66,9 +66,11 @@ def foreseen(model: Model, experiment: Experiment) -> Fit | None:
     if folder is None or kind not in known or "quantization_config" in model.config or experiment.trust_remote_code:
         return None
     found = weights.tensors(folder)
-    if found is None or any(tensor.dtype not in DTYPES for tensor in found.values()):
+    if found is None and not weights.archives(folder):
         return None
-    if _is_evidently_complete(model, found, known[str(kind)]):
+    if found is not None and any(tensor.dtype not in DTYPES for tensor in found.values()):
+        return None
+    if found is not None and _is_evidently_complete(model, found, known[str(kind)]):
         return Fit()
     stamps = tuple(
         (str(file), file.stat().st_mtime_ns) for file in (folder / "config.json", *weights.weight_files(folder))
@@ -124,12 +126,8 @@ def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ..
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    found = weights.tensors(Path(stamps[0][0]).parent) or {}
-    hollow = {
-        name: torch.empty(tensor.shape, dtype=getattr(torch, DTYPES[tensor.dtype]), device="meta")
-        for name, tensor in found.items()
-    }
     try:
+        hollow = _hollow(Path(stamps[0][0]).parent)
         config = transformers.AutoConfig.from_pretrained(path, revision=revision)
         with torch.device("meta"):
             model_class = type(transformers.AutoModelForCausalLM.from_config(config))
@@ -144,6 +142,23 @@ def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ..
     except Exception:  # the model's code may fail without values; loading the real weights will show what is missing
         return None
     return reported(info)
+
+
+def _hollow(folder: Path) -> dict[str, Any]:
+    """Return the tensors of a checkpoint without their values; of an archive, torch reads the list alone."""
+    import torch
+
+    archives = weights.archives(folder)
+    if archives:
+        return {
+            name: tensor
+            for file in archives
+            for name, tensor in torch.load(file, map_location="meta", mmap=True, weights_only=True).items()
+        }
+    return {
+        name: torch.empty(tensor.shape, dtype=getattr(torch, DTYPES[tensor.dtype]), device="meta")
+        for name, tensor in (weights.tensors(folder) or {}).items()
+    }
 
 
 def _shape(size: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from lem.backends import checkpoint_objections, fit, pytorch_continuous, transformers_source
+from lem.backends import checkpoint_objections, pytorch_continuous, transformers_source
 from lem.backends.objections import checkpoint_dtype, model_objections, needs_own_code, unused_gpus
 from lem.backends.placement import split_over_ranks
 from lem.errors import RunError
@@ -20,7 +20,6 @@ from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, process_counts
 from lem.spec.rules import Objection
 from lem.workload.models import Model
-from lem.workload.weights import summary
 
 # The packages of attention kernels that do not come with PyTorch, and the oldest GPUs that the kernels support.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -209,7 +208,7 @@ def _model(experiment: Experiment, model: Model, host: Host, used: Sequence[Gpu]
     yield from checkpoint_objections.padding(model)
     yield from _quantized(model, host, used)
     yield from _padding(experiment, model)
-    yield from _weights(experiment, model)
+    yield from checkpoint_objections.weights_of(experiment, model)
     reads_both_ways = transformers_source.READS_BOTH_WAYS in (transformers_source.modeling(str(kind)) or "")
     if reads_both_ways and not model.config.get("is_decoder"):
         yield Objection("not_a_decoder", "model", f"a {kind} model reads text in both directions.")
@@ -242,16 +241,6 @@ def _padding(experiment: Experiment, model: Model) -> Iterator[Objection]:
     if kind in PADDING_UNMASKED and batching.strategy != "continuous" and batching.batch_size > 1:
         fact = f"transformers does not mask padding in a {kind} model, so batches change the tokens of shorter prompts."
         yield Objection("padding_changes_tokens", "batching.batch_size", fact)
-
-
-def _weights(experiment: Experiment, model: Model) -> Iterator[Objection]:
-    damaged = [*checkpoint_objections.damaged_weights(model), *checkpoint_objections.no_weights(model)]
-    yield from damaged
-    found = None if damaged else fit.foreseen(model, experiment)
-    if found is not None and found.missing:
-        yield Objection("weights_missing", "model", f"{model.name} lacks {summary(found.missing)}.")
-    if found is not None and found.mismatched:
-        yield Objection("weights_mismatched", "model", f"shapes differ: {summary(found.mismatched)}.")
 
 
 # ------------------------------------------------------------------ packages

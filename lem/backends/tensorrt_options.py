@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.backends import tensorrt_source
-from lem.backends.checkpoint_objections import damaged_weights
+from lem.backends.checkpoint_objections import damaged_weights, weights_of
 from lem.backends.objections import (
     EngineArguments,
     checkpoint_dtype,
@@ -233,8 +233,16 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_cache(options),
         *unused_gpus(experiment, host.gpus),
         *model_objections(experiment, model, limit="max_seq_len"),
-        *(() if (options.extra_args or {}).get("load_format") == "dummy" else damaged_weights(model)),
+        *_weights(experiment, model, options),
     ]
+
+
+def _weights(experiment: Experiment, model: Model | None, options: TensorrtBackend) -> Iterator[Objection]:
+    load_format = str((options.extra_args or {}).get("load_format") or "auto").lower()
+    if load_format == "auto":
+        yield from weights_of(experiment, model, of_any_name=True)
+    elif load_format != "dummy":
+        yield from damaged_weights(model)
 
 
 def _installation(host: Host) -> Iterator[Objection]:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from lem.backends import vllm_source
-from lem.backends.checkpoint_objections import damaged_weights
+from lem.backends.checkpoint_objections import damaged_weights, weights_of
 from lem.backends.objections import EngineArguments, checkpoint_dtype, model_objections, unused_gpus, without_method
 from lem.machine.host import Host
 from lem.spec.engines import VllmBackend, VllmSpeculation
@@ -112,6 +112,8 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ATTENTION_ON_CPU = "CPU_ATTN"
 KV_CACHE_DTYPES_ON_CPU = ("auto", "float16", "bfloat16")
 LEAST_HEAD_SIZE_ON_CPU = 32
+# Formats of weights in which vLLM reads the files that transformers would; None is vLLM's default, auto.
+USUAL_FORMATS = (None, "auto", "hf", "safetensors", "pt")
 # A request's seed is derived from the experiment's seed and the prompt, and must fit into 63 bits.
 PROMPTS_PER_SEED = 2**31
 
@@ -214,8 +216,15 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *(_on_cpu(options, experiment, model) if host.is_built_for_cpu("vllm") else ()),
         *unused_gpus(experiment, host.gpus),
         *model_objections(experiment, model, limit="max_model_len"),
-        *(() if options.load_format == "dummy" else damaged_weights(model)),
+        *_weights(experiment, model, options.load_format),
     ]
+
+
+def _weights(experiment: Experiment, model: Model | None, load_format: str | None) -> Iterator[Objection]:
+    if load_format in USUAL_FORMATS:
+        yield from weights_of(experiment, model, of_any_name=True)
+    elif load_format != "dummy":
+        yield from damaged_weights(model)
 
 
 def _installation(host: Host) -> Iterator[Objection]:

@@ -11,12 +11,17 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-OFFLINE = "HF_HUB_OFFLINE"
+OFFLINE, OFFLINE_TOO = "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 CONNECTION_WORDS = (
     "connect", "offline", "timeout", "timed out", "resolve", "network", "unreachable", "max retries",
     "couldn't reach", "name or service",
 )  # fmt: skip
+
+
+def is_offline() -> bool:
+    """Return whether the hub's client is in its offline mode, so that nothing will be downloaded."""
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in (OFFLINE, OFFLINE_TOO))
 
 
 def use_cache_if_unreachable() -> None:

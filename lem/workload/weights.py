@@ -17,6 +17,7 @@ from typing import Any, Literal
 # These are in the order in which transformers looks for them.
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 POINTER = b"version https://git-lfs"
 ZIP = b"PK"
 # Safetensors files begin with the length of their header, which may be at most this.
@@ -82,8 +83,13 @@ def flaws(folder: Path) -> Iterator[Flaw]:
             yield flaw
 
 
-def has_any(folder: Path) -> bool:
-    """Return whether a folder has weight files that transformers would look for, or an index of such files."""
+def has_any(folder: Path, *, of_any_name: bool = False) -> bool:
+    """Return whether a folder has weights in files that transformers would look for, or an index of some.
+
+    Some engines read weights `of_any_name`, such as consolidated.safetensors.
+    """
+    if of_any_name and any(file.suffix in SUFFIXES for file in folder.iterdir()):
+        return True
     return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
 
 
@@ -107,6 +113,13 @@ def tensors(folder: Path) -> dict[str, Tensor] | None:
         except (OSError, ValueError):
             return None
     return found
+
+
+def archives(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint if all are archives by torch, whose tensors only torch can list; else none."""
+    files = weight_files(folder)
+    are_archives = all(file.suffix != ".safetensors" and _beginning(file, len(ZIP)) == ZIP for file in files)
+    return files if are_archives else []
 
 
 def pointer(file: Path) -> Flaw | None:

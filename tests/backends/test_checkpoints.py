@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from lem.backends import fit, make_backend
+from lem.backends import backend_class, fit, make_backend
 from lem.backends.pytorch_objections import objections
 from lem.errors import ModelError, RunError
 from lem.machine.host import Host
-from lem.spec.engines import PytorchBackend
+from lem.spec.engines import PytorchBackend, TensorrtBackend, VllmBackend
 from lem.spec.experiment import Batching, Experiment
 from lem.workload.models import find
-from tests.hosts import CPU, FakeHost
+from tests.hosts import CPU, IDEAL, FakeHost
 from tests.models_for_tests import VOCABULARY, adapter, mixed_prompts
 from tests.small_families import config_of, model_of, saved
 
@@ -303,15 +305,149 @@ def test_file_that_cannot_be_used_is_refused_before_loading(copied, spoil, code)
     assert "\n" not in str(objection)
 
 
-def test_pickled_weights_that_are_whole_pass(copied):
+def pickled(folder):
+    """Rewrite the weights of a model as torch's archive."""
     import torch
     from safetensors.torch import load_file
 
-    file = copied / "model.safetensors"
-    torch.save(load_file(file), copied / "pytorch_model.bin")
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
     file.unlink()
+    return folder
+
+
+def pickled_in_shards(folder):
+    """The same as two archives with an index."""
+    import torch
+
+    whole = torch.load(pickled(folder) / "pytorch_model.bin", weights_only=True)
+    (folder / "pytorch_model.bin").unlink()
+    names = sorted(whole)
+    weight_map = {name: f"pytorch_model-{1 + (i % 2)}.bin" for i, name in enumerate(names)}
+    for file in sorted(set(weight_map.values())):
+        torch.save({name: whole[name] for name in names if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("archive", [pickled, pickled_in_shards])
+def test_pickled_weights_that_are_whole_pass(copied, archive):
+    archive(copied)
     assert codes(copied) == set()
     assert run(loaded(copied))
+
+
+@pytest.mark.parametrize("archive", [pickled, pickled_in_shards])
+@pytest.mark.parametrize("spoil", [half_of_them, no_head, fewer_layers, headless])
+def test_weights_that_archives_lack_are_foreseen_as_the_loader_reports_them(copied, spoil, archive):
+    spoil(copied)
+    archive(copied)
+    foreseen = fit.foreseen(find(str(copied)), asked(copied))
+    assert foreseen.missing
+    assert foreseen == loaded(copied, forced=True)._loaded.fit
+    assert "weights_missing" in codes(copied)
+
+
+def test_shapes_of_archives_are_compared(copied):
+    change_json(pickled(copied), "config.json", intermediate_size=97)
+    assert "weights_mismatched" in codes(copied)
+
+
+def test_missing_archive_of_an_index_is_refused_before_loading(copied):
+    (pickled_in_shards(copied) / "pytorch_model-2.bin").unlink()
+    (objection,) = found(copied)
+    assert (objection.code, "pytorch_model-2.bin" in objection.fact) == ("weights_incomplete", True)
+
+
+# ------------------------------------------------------------------ the hub's cache, and other engines
+@pytest.fixture
+def cached(copied, tmp_path, monkeypatch):
+    """The model as the hub's client leaves it on disk: a snapshot of links to blobs, with no network."""
+    from huggingface_hub import constants
+
+    name, commit = "someone/llama", "0123456789abcdef0123456789abcdef01234567"
+    top = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    (top / "blobs").mkdir(parents=True)
+    (top / "refs").mkdir()
+    (top / "refs" / "main").write_text(commit)
+    snapshot = top / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+
+    def keep():
+        for number, file in enumerate(sorted(copied.iterdir())):
+            blob = file.rename(top / "blobs" / str(number))
+            (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+        return name
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(top.parent))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return keep
+
+
+def test_complete_snapshot_of_the_hubs_cache_passes(cached):
+    assert codes(cached()) == set()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (no_head, "weights_missing"),
+        (half_of_them, "weights_missing"),
+        (fewer_layers, "weights_missing"),
+        (lfs_pointer, "git_lfs_pointer"),
+        (cut_short, "weights_incomplete"),
+        (not_there, "weights_incomplete"),
+    ],
+)
+def test_snapshot_of_the_hubs_cache_is_examined_like_a_directory(copied, cached, spoil, code):
+    spoil(copied)
+    assert [each.code for each in found(cached()) if each.path == "model"] == [code]
+
+
+def test_what_the_hubs_cache_lacks_is_no_objection_if_it_will_be_downloaded(copied, cached, monkeypatch):
+    not_there(copied)
+    name = cached()
+    assert "weights_incomplete" in codes(name)
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("lem.workload.models.use_cache_if_unreachable", lambda: None)
+    assert "weights_incomplete" not in codes(name)
+
+
+@pytest.mark.parametrize("engine", [VllmBackend, TensorrtBackend])
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (None, None),
+        (no_head, "weights_missing"),
+        (headless, "weights_missing"),
+        (half_of_them, "weights_missing"),
+        (fewer_layers, "weights_missing"),
+        (lambda folder: no_head(folder) or pickled(folder), "weights_missing"),
+        (lambda folder: change_json(folder, "config.json", intermediate_size=97), "weights_mismatched"),
+        (lfs_pointer, "git_lfs_pointer"),
+        (cut_short, "weights_incomplete"),
+        (not_there, "weights_incomplete"),
+    ],
+)
+def test_other_engines_object_to_a_directorys_weights_as_well(copied, engine, spoil, code):
+    if spoil is not None:
+        spoil(copied)
+    experiment = replace(asked(copied), backend=engine())
+    told = {o.code for o in backend_class(experiment.backend.name).objections(experiment, find(str(copied)), IDEAL)}
+    about_weights = told & {"weights_missing", "weights_mismatched", "weights_incomplete", "git_lfs_pointer"}
+    assert about_weights == ({code} if code else set())
+
+
+@pytest.mark.parametrize(
+    "backend", [VllmBackend(load_format="dummy"), TensorrtBackend(extra_args={"load_format": "dummy"})]
+)
+def test_weights_that_are_not_read_are_not_missed(copied, backend):
+    not_there(copied)
+    experiment = replace(asked(copied), backend=backend)
+    told = {o.code for o in backend_class(backend.name).objections(experiment, find(str(copied)), IDEAL)}
+    assert not told & {"weights_missing", "weights_incomplete"}
 
 
 @pytest.fixture
