@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from msgspec.structs import replace
@@ -21,13 +24,29 @@ from msgspec.structs import replace
 from lem.energy.base import ImmediateMeter
 from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
+from lem.machine.host import Host
 from lem.record import Component, EnergyReading, Scope, Source
+from lem.spec.experiment import Energy
+from lem.spec.rules import Objection
 from lem.units import J_PER_KWH, NS_PER_S
 
 SAMPLING_PERIOD_S = 1.0
 # In these modes codecarbon computes CPU energy from sampled power; in the others it reads a counter at the end.
 SAMPLED_MODES = ("cpu_load", "constant")
 _WITHOUT = "Use energy=none to run without a meter."
+# Opens the meter; prints why that failed.
+_TRY = """
+import sys
+from lem.energy import codecarbon
+from lem.errors import BadInput
+meter = codecarbon.CodecarbonMeter()
+try:
+    meter.open()
+except BadInput as error:
+    print(str(error).removesuffix(" " + codecarbon._WITHOUT))
+    sys.exit(1)
+meter.close()
+"""
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -38,6 +57,13 @@ class CodecarbonMeter(ImmediateMeter):
         self._tracker: Any = None
         self._ram_power_w = 0.0
         self._begun_ns = 0
+
+    @classmethod
+    def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
+        """Object to a codecarbon that is missing or cannot start its tracker; trying that takes a second or two."""
+        fact = why_broken() if host.has("codecarbon") else "the package codecarbon is not installed."
+        if fact is not None:
+            yield Objection("meter_broken", "energy", fact)
 
     def open(self) -> None:
         """Create the tracker and run a throw-away task, so that no window includes the time for probing hardware."""
@@ -119,6 +145,18 @@ class CodecarbonMeter(ImmediateMeter):
 
     def _cpu(self) -> Any:
         return next((part for part in getattr(self._tracker, "_hardware", ()) if type(part).__name__ == "CPU"), None)
+
+
+@cache
+def why_broken() -> str | None:
+    """Return why the meter cannot be opened on this machine; None if it can.
+
+    Another process opens it, as codecarbon prints, starts threads and stays in memory.
+    """
+    tried = subprocess.run([sys.executable, "-c", _TRY], capture_output=True, text=True, check=False)
+    if not tried.returncode:
+        return None
+    return tried.stdout.strip() or "codecarbon could not start its tracker."
 
 
 def _offline_tracker() -> Any:

@@ -347,6 +347,10 @@ MACHINE_IMPOSSIBLE = _rules(
             "The processor's energy counters are missing or cannot be read.",
             "Use energy=codecarbon for an estimate instead.",
         ),
+        "meter_broken": (
+            "The meter that is named does not work on this machine.",
+            "Repair its installation, or use energy=none to run without it.",
+        ),
         # ------------------------------------------------------ servers
         "server_unreachable": (
             "Nothing is listening at the server's address.",

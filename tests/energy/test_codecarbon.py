@@ -116,10 +116,23 @@ def test_what_has_been_sampled_so_far_says_which_seconds_it_covers():
 
 
 @pytest.mark.processes
-def test_a_run_whose_meter_does_not_work_ends_before_the_model_is_loaded(tmp_path):
+def test_a_meter_that_is_named_and_does_not_work_is_refused_before_the_run(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "codecarbon.py").write_text("raise ImportError('it was installed by halves')\n")
     simulated = ("--backend", "simulated", "--model", "any", "-d", "sample", "-y", "energy=codecarbon")
+    done = command("experiment", *simulated, cwd=tmp_path, PYTHONPATH=str(tmp_path / "broken"))
+    assert done.code == 2
+    assert "codecarbon could not start its tracker (ImportError: it was installed by halves)." in done.err
+    assert "use energy=none" in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.processes
+def test_a_run_whose_meter_does_not_work_ends_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "codecarbon.py").write_text("raise ImportError('it was installed by halves')\n")
+    simulated = ("--backend", "simulated", "--model", "any", "-d", "sample", "-y", "energy=auto")
     done = command("experiment", *simulated, cwd=tmp_path, PYTHONPATH=str(tmp_path / "broken"))
     assert done.code == 1
     assert "codecarbon could not start its tracker (ImportError: it was installed by halves)." in done.out

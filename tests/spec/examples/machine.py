@@ -56,6 +56,7 @@ EXAMPLES = [
         asks("energy=rapl", "energy.powercap_dir=nowhere"),
         asks("energy=rapl", "energy.powercap_dir=powercap"),
     ),
+    Example("meter_broken", "energy", asks("energy=codecarbon", host=bare()), asks("energy=codecarbon")),
     Example("no_effect_gpus", "gpus", asks("gpus=[0]", ON_CPU, host=ONE), asks("gpus=[0]", host=ONE)),
     Example(
         "bfloat16_emulated",
