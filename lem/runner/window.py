@@ -394,17 +394,18 @@ class _Window:
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
     def note(self) -> None:
-        """Record how far the window has come, within a batch; does nothing once the window is over."""
+        """Record how far the window and its energy have come, within a batch; does nothing once the window is over."""
         with self._lock:
             if self._is_over.is_set():
                 return
-            before = self._last or Checkpoint(0.0)
-            now = self._checkpoint(asks_engine=False)
+            last, now = self._last, self._checkpoint(asks_engine=False)
+            if now.energy is None:  # a later end of the window without its energy would be no gain
+                self._last = last
+                return
+            before = last or Checkpoint(0.0)
             # The engine must not be asked from here; what it had under way at the last batch, it still has.
             under_way = longer(before.under_way, now.duration_s - before.duration_s)
-            self._last = structs.replace(now, under_way=under_way)
-            if now.energy is not None:
-                self._metered = self._last
+            self._last = self._metered = structs.replace(now, under_way=under_way)
             self._recorder.time_passed(self._last)
 
     def _end(self) -> None:
