@@ -5,7 +5,7 @@
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
-    <results>/unfinished/<id>     the fingerprint of an experiment that is not completed
+    <results>/unfinished/<id>     the fingerprint of an experiment that is not completed, or still lacks its rows
     <results>/experiments/        a table with a row for each experiment
     <results>/cycles/             a row for each cycle
     <results>/requests/           a row for each request
@@ -99,20 +99,23 @@ class Store:
 
     # -------------------------------------------------------------- unfinished ones
     def mark_unfinished(self, experiment_id: str, fingerprint: str) -> None:
-        """Let an experiment be found by its fingerprint until it is completed."""
+        """Let an experiment be found by its fingerprint until it is completed and has its rows."""
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
         """Remove an experiment from those that are found by their fingerprint."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
+    def marked(self) -> list[str]:
+        """Return the ids of the experiments that are marked as unfinished, oldest first, whatever their state."""
+        folder = self.root / "unfinished"
+        names = os.listdir(folder) if folder.is_dir() else []
+        return sorted(filter(ID.fullmatch, names), key=age)
+
     def unfinished(self, fingerprint: str) -> list[ExperimentDir]:
         """Return the experiments with a fingerprint that are neither completed nor running, oldest first."""
         folder = self.root / "unfinished"
-        if not folder.is_dir():
-            return []
-        names = [f.name for f in folder.iterdir() if ID.fullmatch(f.name) and _text(f) == fingerprint]
-        found = [ExperimentDir(self._raw / name) for name in sorted(names, key=age)]
+        found = [ExperimentDir(self._raw / name) for name in self.marked() if _text(folder / name) == fingerprint]
         left = [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]
         return [each for each in left if _says_the_same(each, fingerprint)]
 

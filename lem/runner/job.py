@@ -189,9 +189,10 @@ def _execute(
             raise Interrupted(f"{text} To resume: {resume_command(store, directory)}") from None
         status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))
-        if not plan.unfinished_cycles(directory.finished()):
-            store.mark_finished(directory.id)
         row, problem = _row(store, directory, write_tables)
+        # Last, so that an experiment that is killed before it has its rows is found, and gets them (`catch_up`).
+        if problem is None and not plan.unfinished_cycles(directory.finished()):
+            store.mark_finished(directory.id)
         return Outcome(row, directory, store, problem)
 
 

@@ -43,7 +43,7 @@ from lem.runner.progress import Event, Report
 from lem.spec.campaign import NAME, ArmSource, Campaign
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
-from lem.studies.ask import RunOptions, confirmed, print_warnings, summary_of
+from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
 from lem.studies.manifest import Cell, CellState, Manifest
@@ -338,6 +338,8 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
             write_atomically(folder / results.DEFINITION, to_json(planned.definition))
         manifest = Manifest(folder, [state.cell for state in states], "cell")
         manifest.states = states
+        done = [state.directory.id for state in states if state.status == "completed" and state.directory]
+        catch_up_rows(store.root, options, done)
         again = f"To go on: lem campaign --resume {name}" + _results_flag(store)
         try:
             if left:

@@ -25,7 +25,7 @@ from lem.runner.preflight import preflight
 from lem.runner.progress import Report
 from lem.runner.stopping import signals_raise
 from lem.spec.experiment import Experiment
-from lem.studies.ask import RunOptions, confirmed, print_warnings, progress_of
+from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, row_of
@@ -78,6 +78,8 @@ def run_study(
         return 0
     if not (options.yes or confirmed(_question(cells, at_once))):
         return 0
+    for results_dir in dict.fromkeys(cell.experiment.io.results_dir for cell in cells):
+        catch_up_rows(results_dir, options)
     for cell in cells:
         if cell.unfinished:
             print(f"{cell.label}: resuming {_resumed(cell)}.", file=sys.stderr)
