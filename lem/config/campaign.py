@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lem.config import yamlfile
-from lem.config.files import find
+from lem.config.files import find_each
 from lem.config.options import SUFFIXES
 from lem.config.problem import Location, Problem, Problems, shortened, shown_path
 from lem.config.userfile import MAX_FILES, merged
@@ -123,11 +123,12 @@ def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
     """Yield a campaign's arms with their config files, of which a pattern may name several.
 
     Raises:
-        ConfigError: an arm names no config file.
+        ConfigError: arms name no config file; it lists all of them.
     """
-    for arm in campaign.arms:
-        source = ArmSource(arm) if isinstance(arm, str) else arm
-        for file in find([source.config]):
+    sources = [ArmSource(arm) if isinstance(arm, str) else arm for arm in campaign.arms]
+    # All at once: a grid's index is passed over only beside files of its grid.
+    for source, files in zip(sources, find_each([source.config for source in sources]), strict=True):
+        for file in files:
             yield source, file
 
 

@@ -181,6 +181,21 @@ def test_two_files_of_one_name_and_one_file_twice_are_arms_of_their_own(lem, arm
     assert names == {f"{arms.name}/quick#1", f"{arms.name}/quick#2", "other/quick"}
 
 
+def test_a_grid_whose_files_the_shell_names_is_compared_without_its_index(lem, arms):
+    assert lem("config", "generate-grid", "quick.yaml", "--vary", "seed=1,2", "-o", "grid").code == 0
+    named = sorted(str(file.relative_to(arms)) for file in (arms / "grid").glob("*.yaml"))
+    assert "grid/grid.yaml" in named
+    (arms / "both.yaml").write_text(f"arms: {json.dumps(named)}\ncycles: 1\ndataset: sample\nsample_size: 2\n")
+    for arguments in ([*named, "--campaign-name", "one", "-c", "1", *QUICK], ["both.yaml"]):
+        done = lem("campaign", *arguments, "--dry-run")
+        assert done.code == 0, done.err
+        assert "2 arms in 1 cycle" in done.out
+    refused = lem("campaign", "grid/grid.yaml", "quick.yaml", "gone.yaml", "--campaign-name", "one", *QUICK)
+    assert refused.code == 2
+    assert "'grid/grid.yaml' matches no config file (.yaml, .yml): it is the index of a grid" in refused.err
+    assert "'gone.yaml' matches no config file (.yaml, .yml). There is no such file." in refused.err
+
+
 @pytest.mark.processes
 def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
     wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "3", "--config-gap", "60", *QUICK)
