@@ -24,7 +24,7 @@ from pathlib import Path
 from lem.errors import ResultsError, nearest
 from lem.results.codec import config_sha256
 from lem.results.directory import ExperimentDir
-from lem.results.files import write_atomically
+from lem.results.files import FULL, DiskFull, write_atomically
 from lem.results.plan import FINISHED
 from lem.spec.paths import expanded
 
@@ -57,6 +57,7 @@ class Store:
 
         Raises:
             ResultsError: the results directory cannot be written to.
+            DiskFull: there is no space left in it.
         """
         base = f"exp_{now or datetime.now():%Y%m%d_%H%M%S}"
         try:
@@ -69,6 +70,8 @@ class Store:
                     continue
                 return ExperimentDir(path)
         except OSError as error:
+            if error.errno in FULL:
+                raise DiskFull(self.root) from None
             raise ResultsError(f"The results directory {self.root} cannot be used: {error.strerror}.") from None
         raise ResultsError(f"No free id is left under {self._raw}/{base}.")
 
@@ -145,5 +148,9 @@ def _text(file: Path) -> str | None:
 
 def resume_command(store: Store, directory: ExperimentDir) -> str:
     """Return the command that resumes an experiment."""
-    where = "" if store.root == default_root() else f" -o {shlex.quote(str(store.root))}"
-    return f"lem experiment --resume {directory.id}{where}"
+    return f"lem experiment --resume {directory.id}{results_flag(store)}"
+
+
+def results_flag(store: Store) -> str:
+    """Return the option, with a space before it, by which a command finds a results directory; empty without need."""
+    return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"

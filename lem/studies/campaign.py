@@ -12,7 +12,6 @@ import fcntl
 import json
 import math
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,11 +31,11 @@ from lem.results.campaign import Answer, Arm, Definition, Machine
 from lem.results.campaign_show import show_answer
 from lem.results.codec import to_json, to_plain
 from lem.results.directory import ExperimentDir
-from lem.results.files import write_atomically
+from lem.results.files import NO_SPACE, needs_space, write_atomically
 from lem.results.merging import total
 from lem.results.plan import FINISHED, CampaignCell
 from lem.results.statistics import summarise
-from lem.results.store import ID, Store
+from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
@@ -335,12 +334,13 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
             states = _states(planned, store)
             left = [number for number, state in enumerate(states) if state.status != "completed"]
         else:
-            write_atomically(folder / results.DEFINITION, to_json(planned.definition))
+            with needs_space(folder):
+                write_atomically(folder / results.DEFINITION, to_json(planned.definition))
         manifest = Manifest(folder, [state.cell for state in states], "cell")
         manifest.states = states
         done = [state.directory.id for state in states if state.status == "completed" and state.directory]
         catch_up_rows(store.root, options, done)
-        again = f"To go on: lem campaign --resume {name}" + _results_flag(store)
+        again = f"To go on: lem campaign --resume {name}{results_flag(store)}"
         try:
             if left:
                 run_cells(
@@ -350,8 +350,8 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
                     again=again,
                 )
         finally:
-            found = results.answer(planned.definition, results.read_cells(store, folder)) if left or is_kept else None
-            if found is not None:
+            if (folder / results.CELLS).is_file():  # not where there was no space for it
+                found = results.answer(planned.definition, results.read_cells(store, folder))
                 _write_answer(folder, found)
                 show_answer(found)
                 _show_failures(manifest)
@@ -363,12 +363,7 @@ def _write_answer(folder: Path, found: Answer) -> None:
     try:
         results.write_answer(folder, found)
     except OSError as error:  # such as a full disk; it must hide neither the answer nor how the run ended
-        name = found.definition.name
-        print_warnings(f"{folder}: the tables cannot be written ({error.strerror}); lem campaign --resume {name} will.")
-
-
-def _results_flag(store: Store) -> str:
-    return "" if str(store.root) == "results" else f" -o {shlex.quote(str(store.root))}"
+        print_warnings(f"{folder}: the tables cannot be written ({error.strerror}); going on with the campaign will.")
 
 
 def _show_failures(manifest: Manifest) -> None:
@@ -385,8 +380,9 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         ResultsError: another process is measuring it, or the directory cannot be written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        with needs_space(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("a")
     except OSError as error:
         raise ResultsError(f"The campaign's directory {folder} cannot be used: {error.strerror}.") from None
     with lock:
@@ -430,10 +426,11 @@ def _states(planned: Planned, store: Store) -> list[CellState]:
 def _state(state: CellState, directory: ExperimentDir) -> CellState:
     if not directory.path.is_dir():
         return state
-    status = directory.state().status
-    if status in FINISHED:
+    found = directory.state()
+    if found.status in FINISHED:
         return replace(state, status="completed", directory=directory, row=read(directory, strict=False).row)
-    if status == "interrupted" and (directory.path / "spec.json").is_file():
+    is_cut = found.status == "interrupted" or (found.error or "").startswith(NO_SPACE)
+    if is_cut and (directory.path / "spec.json").is_file():
         return replace(state, cell=replace(state.cell, unfinished=directory), directory=directory)
     return state
 

@@ -12,6 +12,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lem.config.compose import to_experiment
@@ -19,6 +20,7 @@ from lem.config.multirun import run_plan, sweep_dir
 from lem.config.overrides import is_hydra_setting
 from lem.errors import Interrupted, LemError
 from lem.machine import host
+from lem.results.files import NO_SPACE, DiskFull, needs_space
 from lem.results.schema import ExperimentRow
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
@@ -107,36 +109,54 @@ def run_cells(
         make_runner: creates the runner of the cells.
         settings: overrides of Hydra's own settings.
         at_once: the number of cells that run at the same time.
-        again: how to go on after an interruption.
+        again: how to go on after an interruption, or after a disk was full.
 
     Raises:
         Interrupted: what was measured is kept.
+        DiskFull: the same.
     """
-    manifest.open()
     try:
-        # Signals also raise between cells.
-        with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
-            _run_cells(manifest, make_runner(manifest, display), settings, again)
-    finally:
-        manifest.close()
+        manifest.open()
+        try:
+            # Signals also raise between cells.
+            with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
+                _run_cells(manifest, make_runner(manifest, display), settings)
+        finally:
+            manifest.close()
+    except Interrupted as stop:
+        raise Interrupted(f"{stop.reason}\n{again}") from None
+    except DiskFull as full:
+        raise DiskFull(full.folder, f"Free some. {again}") from None
 
 
-def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str], again: str) -> None:
+def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> None:
     def run(number: int, composed: Any) -> None:
         if manifest.is_over or manifest.states[number].status == "completed":
             return
         try:
             runner.run(number, to_experiment(composed))
+        except DiskFull as full:
+            raise _NoSpace(full) from None
         except LemError as error:
             manifest.change(number, status="failed", error=str(error))
 
     try:
-        run_plan(manifest.directory, [(cell.label, cell.experiment) for cell in manifest.cells], settings, run)
-        runner.finish()
+        with needs_space(manifest.directory):
+            run_plan(manifest.directory, [(cell.label, cell.experiment) for cell in manifest.cells], settings, run)
+            runner.finish()
+    except (_NoSpace, DiskFull) as end:
+        runner.stop()
+        raise (end.full if isinstance(end, _NoSpace) else end) from None
     except KeyboardInterrupt as stop:
         runner.stop()
-        reason = str(stop) or "Interrupted; what was measured is kept."
-        raise Interrupted(f"{reason}\n{again}") from None
+        raise Interrupted(str(stop) or "Interrupted; what was measured is kept.") from None
+
+
+class _NoSpace(KeyboardInterrupt):
+    """Ends the multirun because a disk is full: Hydra continues after an Exception."""
+
+    def __init__(self, full: DiskFull) -> None:
+        self.full = full
 
 
 def _stopped(signal_name: str) -> KeyboardInterrupt:
@@ -171,11 +191,15 @@ class OneByOne(Runner):
         self.manifest.change(number, status="running")
         try:
             row = self._measured(number, experiment, report)
+            if (row.error or "").startswith(NO_SPACE):
+                raise DiskFull(Path(experiment.io.results_dir))
             self._end(number, status=row.status, row=row, error=row.error)
         except (Interrupted, KeyboardInterrupt) as stop:
             self._end(number, status="interrupted", row=row_of(self.manifest.states[number].directory))
-            # Hydra continues after an Exception; only this ends the multirun.
-            raise KeyboardInterrupt(str(stop)) from None
+            # Hydra continues after an Exception; only this ends the multirun. The study says how to go on.
+            raise KeyboardInterrupt(stop.reason if isinstance(stop, Interrupted) else str(stop)) from None
+        except DiskFull:
+            raise  # ends the study; the manifest marks the cell as interrupted when it is closed
         except LemError as error:
             self._end(number, status="failed", error=" ".join(str(error).split()))
         except Exception as error:

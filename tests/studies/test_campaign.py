@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -21,7 +22,7 @@ from lem.config.campaign import KEYS
 from lem.results.campaign import MEASURES
 from lem.results.schema import ExperimentRow
 from lem.spec.campaign import STRUCTURES, Measure
-from tests.conftest import begin, command
+from tests.conftest import begin, command, wait_for
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -157,6 +158,24 @@ def test_ctrl_c_in_a_pause_loses_nothing_and_names_the_command_that_goes_on(arms
     assert "To go on: lem campaign --resume one" in err
     assert "Campaign one: 1 of 4 cells completed" in out
     assert [cell["status"] for cell in cells_of(arms)] == ["completed", "not run", "not run", "not run"]
+
+
+@pytest.mark.processes
+def test_ctrl_c_in_a_cell_names_one_command_which_goes_on(arms):
+    process = begin(
+        "campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK, "warmup.prompts=100",
+        "-o", "its results", cwd=arms,
+    )  # fmt: skip
+    wait_for(process, "Warm-up 1")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (out + err).count("--resume") == 1
+    (found,) = re.findall("^To go on: (lem campaign --resume one -o .*)$", err, re.MULTILINE)
+    done = command(*shlex.split(found)[1:], "-y", cwd=arms)
+    assert done.code == 0, done.err
+    assert "Campaign one: 2 of 2 cells completed" in done.out
+    assert len(os.listdir(arms / "its results" / "raw")) == 2
 
 
 @pytest.mark.processes
