@@ -22,7 +22,7 @@ from lem.config.campaign import KEYS
 from lem.results.campaign import MEASURES
 from lem.results.schema import ExperimentRow
 from lem.spec.campaign import STRUCTURES, Measure
-from tests.conftest import begin, command, wait_for
+from tests.conftest import SUMMARY, begin, command, kill_group, wait_for
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -288,32 +288,52 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
 
 
-@pytest.mark.processes
-def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms):
-    """Kill it at random moments, at least six times, and continue each time until it is complete."""
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms, record_property):
+    """Kill it at random moments and continue it, until it is complete; compare it with one that was left alone."""
     chance = random.Random(11)
-    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "4", *QUICK)
-    for attempt in range(60):
-        process = begin(*(wanted if attempt == 0 else ("campaign", "--resume", "one", "-y")), cwd=arms)
+    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "3", *QUICK, "-n", "24")
+    alone = begin(*wanted, "-o", "alone", cwd=arms)
+    kills = 0
+    while True:
+        is_planned = (arms / "results" / "campaigns" / "one" / "campaign.json").is_file()
+        process = begin(*(("campaign", "--resume", "one", "-y") if is_planned else wanted), cwd=arms)
         try:
-            process.communicate(timeout=2 + 4 * chance.random() if attempt < 6 else 120)
+            if kills < KILLS and chance.random() < 0.7:  # else at any time from the start
+                wait_for(process, chance.choice(("[", "Warm-up", "Prompts")))
+            out, err = process.communicate(timeout=chance.uniform(0, 1.5) if kills < KILLS else 300)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_group(process)
+            kills += 1
             continue
-        if attempt >= 1 and process.returncode == 0:
-            break
-        if process.returncode == 2:  # killed before the campaign was written down
-            wanted_again = begin(*wanted, cwd=arms)
-            wanted_again.communicate(timeout=120)
-    cells = cells_of(arms)
-    assert [cell["status"] for cell in cells] == ["completed"] * 8
-    expected = command(*wanted[:4], "two", *wanted[5:], "--dry-run", cwd=arms)
-    order = [line.split("] ")[1].split(":")[0] for line in expected.out.splitlines() if line.startswith("[")]
-    assert [cell["label"] for cell in cells] == order
-    rows = json.loads(command("results", "list", "--campaign", "one", "--json", cwd=arms).out)
-    assert [row["requests_completed"] for row in rows] == [4] * 8
-    assert sorted(row["experiment_id"] for row in rows) == sorted(cell["experiment_id"] for cell in cells)
+        assert process.returncode == 0, out + err
+        break
+    assert alone.wait(timeout=300) == 0
+    cells, expected = cells_of(arms), json.loads((arms / "alone/campaigns/one/experiments.json").read_text())
+    assert [(cell["label"], cell["status"]) for cell in cells] == [(cell["label"], "completed") for cell in expected]
+    assert places(cells) == places(expected)
+    assert requests_of(arms / "results", cells) == requests_of(arms / "alone", expected)
+    listed = json.loads(command("results", "list", "--campaign", "one", "--json", cwd=arms).out)
+    assert sorted(row["experiment_id"] for row in listed) == sorted(cell["experiment_id"] for cell in cells)
+    assert kills == KILLS
+    resumed = sum(row["resumed"] for row in listed)
+    record_property(SUMMARY, f"a campaign: {kills} kills, {len(cells)} cells, {resumed} times in the midst of one")
+
+
+def requests_of(results, cells):
+    """Return the requests of each cell in the tables: their prompts and how many tokens they have."""
+    rows = pq.read_table(results / "requests").to_pylist()
+    return [
+        sorted(
+            (row["cycle"], row["request"], row["input_tokens"], row["output_tokens"], row["error"])
+            for row in rows
+            if row["experiment_id"] == cell["experiment_id"]
+        )
+        for cell in cells
+    ]
 
 
 # ------------------------------------------------------------------ campaign files
