@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
+from lem.config.campaign import campaign_arms, check_alone, compose, is_campaign, settings_of_arms
 from lem.config.compose import prepare
+from lem.config.overrides import has_several_values
 from lem.config.trust import all_asked, asked_by
 from lem.errors import BadInput, ConfigError, ResultsError
 from lem.machine import host
@@ -39,7 +40,7 @@ from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
-from lem.spec.campaign import NAME, ArmSource, Campaign
+from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
@@ -107,6 +108,8 @@ def planned_arms(
     own = [file for file in files if file.is_file() and is_campaign(file)]
     if own and len(files) > 1:
         raise ConfigError(f"{own[0]} is a campaign file, which names its arms; give no other files with it.")
+    if not own and len(files) == 1 and files[0].is_file():
+        check_alone(files[0])
     campaign = compose(own[0] if own else None, given)
     if own and campaign.name is None:
         campaign = replace(campaign, name=own[0].stem)
@@ -115,8 +118,9 @@ def planned_arms(
     check(campaign)
     named = campaign if campaign.arms else replace(campaign, arms=tuple(patterns))
     of_all = [*settings_of_arms(campaign), *campaign.overrides]
-    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir, consents)
-    campaign = replace(campaign, baseline=_baseline(campaign.baseline, [arm.name for arm in arms]))
+    place = f"{own[0]}: " if own else ""
+    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir, consents, place)
+    campaign = replace(campaign, baseline=baseline_of(campaign.baseline, [arm.name for arm in arms], place))
     return _without_arms(campaign), arms, [*of_all, *overrides]
 
 
@@ -154,10 +158,7 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
 def check(campaign: Campaign) -> None:
     """Check the name of a campaign, which has been checked otherwise; raises `ConfigError`."""
     if not re.fullmatch(NAME, campaign.name or ""):
-        raise ConfigError(
-            f"name: '{campaign.name}' cannot name a directory; use at most 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or a digit."
-        )
+        raise ConfigError(f"name: '{campaign.name}' cannot name a directory; use {NAME_IN_WORDS}.")
 
 
 def _arms(
@@ -166,6 +167,7 @@ def _arms(
     overrides: Sequence[str],
     config_dir: Path | None,
     consents: Consents,
+    place: str,
 ) -> list[Arm]:
     """Return the arms, one for each file; a file that is named twice is two arms.
 
@@ -174,29 +176,40 @@ def _arms(
     """
     if len(found) < 2:
         raise ConfigError(
-            f"A campaign compares at least two configurations, not {len(found)}; name several config files, or one "
-            "twice to see the noise."
+            f"{place}A campaign compares at least two configurations, not {len(found)}; name several config files, or "
+            "one twice to see the noise, or a campaign file, which lists them as arms."
         )
     problems: list[str] = []
     arms = []
-    for name, (source, file) in zip(_names(found), found, strict=True):
+    for name, (source, file) in zip(names_of(found, place), found, strict=True):
         everything = [*of_all, *source.overrides, *overrides]
+        # Where an arm has overrides of its own, no file and line says which arm is wrong.
+        whose = f"{place}{name}: " if source.overrides else ""
         try:
+            _check_single(everything)
             # Without the overrides of a campaign file, which are not the command line's own words.
             own = prepare(file, overrides, config_dir=config_dir).sources
             experiment = prepare(file, everything, config_dir=config_dir).experiment()
             consents.require(asked_by(experiment, own))
             arms.append(Arm(name, experiment, str(file)))
         except BadInput as error:
-            problems += error.problems
+            problems += [problem if str(file) in problem else whose + problem for problem in error.problems]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return arms
 
 
-def _names(found: Sequence[tuple[ArmSource, Path]]) -> list[str]:
+def _check_single(overrides: Sequence[str]) -> None:
+    if several := next(filter(has_several_values, overrides), None):
+        raise ConfigError(
+            f"{several}: an arm has one value for each key; name its file once for each value, with overrides of its "
+            "own in a campaign file, or write a list as [a,b]."
+        )
+
+
+def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[str]:
     """Return a name for each arm: its own, else the shortest end of its path that distinguishes it, with a number if
-    nothing does.
+    nothing does; raises `ConfigError` if a name that an arm was given is that of another arm too.
     """
     files = [file for _, file in found]
     whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
@@ -208,6 +221,10 @@ def _names(found: Sequence[tuple[ArmSource, Path]]) -> list[str]:
         )
         names.append("/".join(parts[-length:]))
     names = [source.name or name for name, (source, _) in zip(names, found, strict=True)]
+    given = {source.name: source for source, _ in found if source.name}
+    for name, (source, _) in zip(names, found, strict=True):
+        if given.get(name, source) is not source:
+            raise ConfigError(f"{place}arms: two arms are called '{name}'; give each a name of its own.")
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):
         seen[name] += 1
@@ -216,11 +233,12 @@ def _names(found: Sequence[tuple[ArmSource, Path]]) -> list[str]:
     return names
 
 
-def _baseline(wanted: str | None, names: Sequence[str]) -> str:
+def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> str:
+    """Return the arm that is the baseline; raises `ConfigError` if there is none of that name."""
     if not wanted:
         return names[0]
     if wanted not in names:
-        raise ConfigError(f"baseline: no arm is called '{wanted}'; they are {', '.join(names)}.")
+        raise ConfigError(f"{place}baseline: no arm is called '{wanted}'; they are {', '.join(names)}.")
     return wanted
 
 

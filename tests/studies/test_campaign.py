@@ -95,6 +95,16 @@ def test_another_campaign_of_the_same_name_is_refused(lem, arms):
     assert done.code == 2
     assert "There is already a campaign 'one', with other arms or settings." in done.err
     assert "lem campaign --resume one" in done.err
+    other = lem("campaign", "slow.yaml", "quick.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    assert (other.code, "There is already a campaign 'one'" in other.err) == (2, True)
+
+
+def test_the_overrides_of_an_arm_that_break_it_are_said_to_be_its(lem, arms):
+    broken = "{config: slow.yaml, name: wide, overrides: [batching.batch_size=0]}"
+    (arms / "both.yaml").write_text(f"arms: [quick.yaml, {broken}]\n")
+    done = lem("campaign", "both.yaml", *QUICK)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "Error: both.yaml: wide: batching.batch_size: it should be greater than or equal to 1, not 0.\n"
 
 
 def test_a_campaign_whose_machine_has_changed_is_not_continued_unless_forced(lem, arms):
@@ -264,11 +274,35 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
             "primary: it should be 'energy_per_output_token_j'",
         ),
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
-        (["quick.yaml", "--resume", "x"], "give no config files or name with it"),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "slow", "--baseline", "quick"],
+            "--baseline: one arm is the baseline, not 2 (slow, quick)",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "batching.batch_size=1,2"],
+            "batching.batch_size=1,2: an arm has one value for each key",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "batching.batch_size=0"],
+            "batching.batch_size: it should be greater than or equal to 1, not 0",
+        ),
+        (["other", "--campaign-name", "x"], "'other' matches no config file"),
+        (["empty.yaml", "--campaign-name", "x"], "empty.yaml: the file sets nothing"),
+        (["empty.yaml", "quick.yaml", "--campaign-name", "x"], "empty: No model"),
+        (["bytes.yaml", "--campaign-name", "x"], "bytes.yaml:1: byte 0x80 is not UTF-8"),
+        (["bytes.yaml", "quick.yaml", "--campaign-name", "x"], "bytes.yaml:1: byte 0x80 is not UTF-8"),
+        (["quick.yaml", "--resume", "x"], "give no config files and no settings with it"),
+        (["--resume", "x", "-c", "5"], "give no config files and no settings with it"),
+        (["--resume", "x", "--baseline", "quick"], "give no config files and no settings with it"),
         (["--resume", "x"], "There is no campaign 'x'"),
+        (["--resume", "other"], "There is no campaign 'other'"),
+        (["--resume", ""], "'' is neither a campaign's name nor its directory"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(lem, arms, arguments, message):
+    (arms / "other").mkdir()
+    (arms / "empty.yaml").write_text("")
+    (arms / "bytes.yaml").write_bytes(b"model: \x80")
     done = lem("campaign", *arguments, *(() if "--resume" in arguments else QUICK))
     assert done.code == 2
     assert message in done.err
@@ -384,6 +418,19 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
         ("arms: [quick.yaml, gone.yaml]\n", "gone.yaml' matches no config file"),
         ("arms: quick.yaml\n", 'bad.yaml:1: arms: it should be a valid array, not "quick.yaml"'),
         ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
+        ("arms: [{config: quick.yaml, name: x}, {config: slow.yaml, name: x}]\n", "two arms are called 'x'"),
+        ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml: arms: two arms are called 'quick'"),
+        ("arms: [{config: quick.yaml, name: ''}, slow.yaml]\n", "bad.yaml:1: arms.0.name: it should not be empty."),
+        ("arms: [quick.yaml, slow.yaml]\nbaseline: fast\n", "bad.yaml: baseline: no arm is called 'fast'"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nbaseline: slow\nbaseline: quick\n",
+            "bad.yaml:3: baseline: the key is given a second time, first on line 2.",
+        ),
+        ("arms: [quick.yaml, slow.yaml]\nname: a/b\n", "bad.yaml:2: name: it should be at most 100 letters"),
+        (
+            "arms: [quick.yaml, {config: slow.yaml, overrides: [batching.batch_size=0]}]\n",
+            "batching.batch_size: it should be greater than or equal to 1, not 0",
+        ),
         ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: it should be less than 1"),
     ],
 )
