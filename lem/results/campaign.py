@@ -332,7 +332,9 @@ def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) ->
         values = dict.fromkeys(str(getattr(row, of)) for row in everything if getattr(row, of))
         if len(values) > 1:
             yield warning("campaign_boards_differ", f"{what} differs between cells: {', '.join(values)}.")
-    engines = dict.fromkeys(" ".join(filter(None, (row.backend, row.engine_version))) for row in everything)
+    engines = dict.fromkeys(
+        f"{row.backend} ({row.engine_version})" if row.engine_version else row.backend for row in everything
+    )
     if len(engines) > 1:
         yield warning("campaign_engines_differ", f"the engine differs between cells: {', '.join(engines)}.")
     for what, of in (

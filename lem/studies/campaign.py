@@ -52,6 +52,7 @@ from lem.studies.study import OneByOne, run_cells
 
 # An arm is given up after so many failures in a row.
 GIVE_UP = 3
+NOTHING_YET = "Free some. Then run the same command again."
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
             states = _states(planned, store)
             left = [number for number, state in enumerate(states) if state.status != "completed"]
         else:
-            with needs_space(folder):
+            with needs_space(folder, NOTHING_YET):
                 write_atomically(folder / results.DEFINITION, to_json(planned.definition))
         manifest = Manifest(folder, [state.cell for state in states], "cell")
         manifest.states = states
@@ -398,7 +399,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         ResultsError: another process is measuring it, or the directory cannot be written to.
     """
     try:
-        with needs_space(folder):
+        with needs_space(folder, NOTHING_YET):
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / ".lock").open("a")
     except OSError as error:

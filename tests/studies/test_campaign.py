@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,10 +18,13 @@ import jsonschema
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from msgspec import structs
 
 from lem.config.campaign import KEYS
+from lem.results import campaign
 from lem.results.campaign import MEASURES
 from lem.results.schema import ExperimentRow
+from lem.results.store import Store
 from lem.spec.campaign import STRUCTURES, Measure
 from tests.conftest import SUMMARY, begin, command, kill_group, wait_for
 
@@ -77,6 +81,33 @@ def test_results_know_the_campaign(lem, arms):
     assert [cell["experiment_id"] for cell in shown["cells"]] == [cell["experiment_id"] for cell in cells_of(arms)]
     assert shown["sentences"][0].startswith("slow needs")
     assert lem("results", "show", "one").out.startswith("Campaign one: 4 of 4 cells completed, shuffled")
+
+
+@pytest.mark.processes
+def test_what_differs_between_cells_is_said_and_what_does_not_is_not(lem, arms):
+    lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    store = Store(arms / "results")
+    folder = campaign.folder_of(store, "one")
+    first, *others = campaign.read_cells(store, folder)
+
+    def notes(**columns):
+        cells = [replace(first, row=structs.replace(first.row, **columns)), *others]
+        return {note.code: note.text for note in campaign.answer(campaign.read_definition(folder), cells).warnings}
+
+    as_it_is = notes()
+    assert not [code for code in as_it_is if code.endswith("_differ")]
+    for code, words, columns in (
+        ("campaign_engines_differ", "simulated (2)", {"engine_version": "2"}),
+        ("campaign_engines_differ", "vllm (0.9)", {"backend": "vllm", "engine_version": "0.9"}),
+        ("campaign_boards_differ", "elsewhere", {"hostname": "elsewhere"}),
+        ("campaign_meters_differ", "counter", {"energy_source": "counter"}),
+        ("campaign_meters_differ", "the energy's components differ between cells: ", {"energy_components": "cpu"}),
+        ("campaign_prompts_differ", "did not run the same prompts", {"prompts_sha256": "0"}),
+        ("campaign_lengths_differ", " 40", {"output_tokens": 40}),
+    ):
+        found = notes(**columns)
+        assert found.keys() - as_it_is.keys() == {code}
+        assert words in found[code]
 
 
 @pytest.mark.processes

@@ -36,9 +36,8 @@ def test_two_engines_are_compared_and_what_else_differs_is_said(tmp_path):
     assert re.search(sentence, done.out), done.out
     shown = json.loads(command("results", "show", "engines", "--json", cwd=tmp_path).out)
     warnings = {each["code"]: each["text"] for each in shown["warnings"]}
-    assert re.fullmatch(
-        r"the engine differs between cells: pytorch \S+, vllm 0\.\S+\.", warnings["campaign_engines_differ"]
-    )
+    said = r"the engine differs between cells: pytorch \(transformers .*\), vllm \(vllm 0\..*\)\."
+    assert re.fullmatch(said, warnings["campaign_engines_differ"])
     assert warnings["campaign_lengths_differ"] == "the numbers of output tokens differ: torch 64, vllm 96."
     assert warnings["campaign_meters_differ"] == "the energy's components differ between cells: gpu, cpu."
     # What is the same is not said to differ.
