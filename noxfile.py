@@ -1,8 +1,9 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
-All versions are those of constraints.txt. Sessions that need lem with its tools share one environment, which the
-session `dev` makes and the others require; with `--no-dependencies` they use it as it is, without running pip. `demo`,
-`vllm`, `lint` and `types` have their own. None needs a network beyond the package registry.
+All versions are pinned in constraints.txt. Sessions that need lem and its development tools share one environment. The
+session `dev` creates it, and the others require `dev`; with `--no-dependencies` they use the environment as it is,
+without running pip. `demo`, `vllm`, `lint` and `types` have their own environments. No session needs a network, except
+to install packages.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2025.2.9"  # which knows `requires`
+nox.needs_version = ">=2025.2.9"  # the first version to support `requires`
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests", "docs"]
@@ -43,18 +44,18 @@ def install_lem(session: nox.Session, *how: str) -> None:
     install(session, *how)
 
 
-# nox cannot name the environment of a session, so sessions that share one are declared without any.
+# nox sessions cannot share an environment by name, so those that share one are declared without an environment.
 in_dev = partial(nox.session, requires=["dev"], venv_backend="none")
 
 
 @nox.session(default=False)
 def dev(session: nox.Session) -> None:
-    """Make the environment of the tests and the docs: lem, editable, with all of its tools."""
+    """Create the environment for the tests and the docs: an editable installation of lem with all its tools."""
     install_lem(session, "-e", ".[dev]")
 
 
 def run_in_dev(session: nox.Session, program: str, *arguments: str, **env: str) -> None:
-    """Run a program from the environment that `dev` made; the session must require `dev`."""
+    """Run a program from the environment that `dev` created; the session must require `dev`."""
     programs = (session.cache_dir.parent / "dev" / "bin").resolve()
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     session.run(str(programs / program), *arguments, env={"PATH": path, "HF_HUB_OFFLINE": "1", **env})
@@ -62,7 +63,7 @@ def run_in_dev(session: nox.Session, program: str, *arguments: str, **env: str) 
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Install lem and run a real experiment on the built-in model and prompts, on the CPU, without a network."""
+    """Install lem and run a real experiment with the built-in model and prompts, on the CPU, without a network."""
     install_lem(session, ".")
     # Outside the checkout, to show that the installed package is all that is needed.
     session.chdir(session.create_tmp())
@@ -81,40 +82,40 @@ def tests(session: nox.Session) -> None:
 
 @in_dev
 def properties(session: nox.Session) -> None:
-    """Check the properties of configurations on all examples; the quick suite uses a few of them."""
+    """Run the property tests of configurations on all examples; the quick suite runs only a few of them."""
     _pytest(session, PROPERTY_TESTS, LEM_ALL_EXAMPLES="1")
 
 
 @in_dev
 def engines(session: nox.Session) -> None:
-    """Run the backends' contract and their own tests: pytorch, a stand-in for TensorRT-LLM, a server for tests."""
+    """Run the backends' contract suite and each backend's own tests, with stand-ins for TensorRT-LLM and a server."""
     _pytest(session, "-m", "engines and not processes and not slow")
 
 
 @in_dev
 def processes(session: nox.Session) -> None:
-    """Run the tests that start processes by the dozen: ranks, signals, batches, whole runs on a stand-in driver."""
+    """Run the tests that start many processes: ranks, signals, batches, whole runs on a stand-in driver."""
     _pytest(session, "-m", "processes and not slow")
 
 
 @in_dev
 def survival(session: nox.Session) -> None:
-    """Kill runs a hundred times at random moments, resume each until it is complete, and compare; takes minutes."""
+    """Kill runs at random moments a hundred times, resume them until complete, and compare results; takes minutes."""
     _pytest(session, "-m", "slow", f"--ignore={QUEUEING_TESTS}")
 
 
 def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
-    # Each of the two starts with half of the files, so that fixtures shared by a file's tests are mostly made once.
+    # Each of the two processes starts with half of the files, so fixtures shared within a file are mostly made once.
     two_at_a_time = ("-n", "2", "--dist", "worksteal")
     run_in_dev(session, "pytest", *two_at_a_time, *arguments, *session.posargs, **env)
 
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Run the vllm backend's tests and the backends' contract on the real engine, its build for the CPU."""
-    # It pins torch and transformers at other versions than constraints.txt, so it is installed first and its pins stay.
+    """Run the vllm backend's tests and the backends' contract suite on the CPU build of the real engine."""
+    # vLLM pins other versions of torch and transformers than constraints.txt does. It goes first, so its pins win.
     session.install(VLLM)
-    # Builds of these for a different torch break the import of transformers.
+    # If these packages were built for a different torch, they break the import of transformers.
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec")
     installed = str(session.run("python", "-m", "pip", "list", "--format=freeze", "--exclude", "lem", silent=True))
     pinned = {line.partition("==")[0].lower().replace("_", "-"): line for line in _requirements(CONSTRAINTS)}
@@ -123,7 +124,7 @@ def vllm(session: nox.Session) -> None:
     versions.write_text("".join(f"{line}\n" for line in pinned.values()))
     session.install("--constraint", str(versions), "-e", ".[lora]", "pytest", "hypothesis")
     began_s = time.monotonic()
-    # One process for each: vLLM's counters, and what numba has compiled for it, belong to the process.
+    # One process per file, because vLLM's counters and the code that numba compiles for it are global to a process.
     for arguments in [session.posargs] if session.posargs else [[file] for file in VLLM_TESTS]:
         session.run("pytest", "-k", "vllm", *arguments, env={"HF_HUB_OFFLINE": "1"})
     session.log(f"The tests took {time.monotonic() - began_s:.0f} s.")
@@ -135,13 +136,13 @@ def _requirements(file: str) -> list[str]:
 
 @in_dev
 def queueing(session: nox.Session) -> None:
-    """Let requests arrive for five minutes; compare rate, waits and idle share with theory. Mostly sleeps."""
+    """Let requests arrive for five minutes and compare rate, waits and idle share with theory. Mostly sleeps."""
     run_in_dev(session, "pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check format and rules with ruff, the direction of imports with import-linter; `-- --fix` fixes what it can."""
+    """Check formatting and lint rules with ruff, and imports with import-linter; `-- --fix` fixes what ruff can fix."""
     install(session, "ruff", "import-linter")
     if "--fix" in session.posargs:
         session.run("ruff", "format")
@@ -153,8 +154,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of lem/ with mypy, strictly."""
-    # The heavy libraries count as untyped anyway (see pyproject.toml), so they need not be installed.
+    """Check the types of lem/ with mypy in strict mode."""
+    # The heavy libraries are treated as untyped anyway (see pyproject.toml), so they need not be installed.
     install(session, "mypy", "msgspec", "pydantic", "typer", "rich", "pyyaml", "numpy", "pandas-stubs", "types-PyYAML",
             "types-psutil", "platformdirs", "python-dotenv", "omegaconf", "charset-normalizer")  # fmt: skip
     session.run("mypy")
@@ -169,7 +170,7 @@ def docs(session: nox.Session) -> None:
 
 @in_dev
 def bench(session: nox.Session) -> None:
-    """Measure start-up, a grid of 10,000 configs, and aggregation; fail if a limit is exceeded."""
+    """Measure the cost of start-up, a grid of 10,000 configs, and aggregation; fail if a limit is exceeded."""
     run_in_dev(session, "python", "-m", "bench.startup")
     run_in_dev(session, "python", "-m", "bench.grid")
     run_in_dev(session, "python", "-m", "bench.aggregation")
@@ -177,6 +178,6 @@ def bench(session: nox.Session) -> None:
 
 @in_dev
 def accuracy(session: nox.Session) -> None:
-    """Compare the GPU meter's joules with known power curves, measure its cost, and simulate campaigns."""
+    """Compare the GPU meter's joules with known power curves, measure the meter's CPU use, and simulate campaigns."""
     run_in_dev(session, "python", "-m", "bench.accuracy")
     run_in_dev(session, "python", "-m", "bench.campaigns")

@@ -1,1 +1,1 @@
-"""Measurements of lem itself: what it costs, and how far off it is. Run through nox."""
+"""Benchmarks of lem itself: its cost and its accuracy. Run them through nox."""

@@ -1,11 +1,12 @@
-"""How far the GPU meter's joules are from the truth, on power curves whose integral is known, and what it costs.
+"""Compares the GPU meter's joules with power curves whose integral is known, and measures the meter's CPU use.
 
-One GPU at a time with fast calls; eight GPUs with calls as slow as a real driver's; power that the driver averages and
-renews ten times a second; two ranks that open their window together.
+It covers one GPU at a time with fast calls, eight GPUs with calls as slow as a real driver's, power that the driver
+averages or renews only ten times a second, and two ranks that open their windows together.
 
-`python -m nox -s accuracy`. The real NVML binding runs on a stand-in for the driver's library (tests/nvml_standin.c),
-which serves power curves as functions of the monotonic clock; the meter knows nothing of it. Prints tables and
-fails when an error exceeds its limit. Real sensors add errors of their own (docs/methodology.md).
+Run with `python -m nox -s accuracy`. The real NVML binding runs on a stand-in for the driver's library
+(tests/nvml_standin.c), which reports power curves as functions of the monotonic clock; the meter cannot tell the
+difference. Prints tables, and fails if an error exceeds its limit. Real sensors add errors of their own
+(docs/methodology.md).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from tests.nvml_standin import build, environment
 
 WINDOWS_S = (5, 20)
 LIMITS = {5: {"counter": 0.02, "trace": 0.02}, 20: {"counter": 0.005, "trace": 0.02}}
-# Eight GPUs, each 5 s at a time: the mean error shows a bias, the largest what a single reading may be off by, which
-# grows with what a call takes until its turn has come and it returns.
+# Eight GPUs in windows of 5 s: the mean error shows a bias; the largest is that of a single reading, and grows with
+# the time that a call takes, including the wait for its turn.
 SLOW_CALLS_MS = (0, 1, 3, 15)
 SLOW_WINDOWS = 3
 BIAS_LIMIT_MS = 5.0  # a thousandth of the window
@@ -41,7 +42,7 @@ PARENT_LIMIT = 0.005
 
 @dataclass(frozen=True)
 class Curve:
-    """A power curve as the scenario writes it, and its integral from 0 to t in joules."""
+    """A power curve as written in a scenario, and its integral from 0 to t seconds in joules."""
 
     name: str
     scenario: str
@@ -49,12 +50,12 @@ class Curve:
 
 
 def constant(power_w: float) -> Curve:
-    """Return a constant power."""
+    """Return a curve of constant power."""
     return Curve(f"constant {power_w:g} W", f"constant {power_w:g}", lambda t: power_w * t)
 
 
 def ramp(low_w: float, high_w: float, period_s: float) -> Curve:
-    """Return a sawtooth."""
+    """Return a sawtooth curve that rises from low to high power in each period."""
 
     def integral_j(t: float) -> float:
         whole, part = divmod(t, period_s)
@@ -67,7 +68,7 @@ def ramp(low_w: float, high_w: float, period_s: float) -> Curve:
 
 
 def square(low_w: float, high_w: float, hz: float) -> Curve:
-    """Return a square wave: low in the first half of a period, high in the second."""
+    """Return a square wave, low in the first half of each period and high in the second."""
 
     def integral_j(t: float) -> float:
         whole, part = divmod(t * hz, 1.0)
@@ -108,7 +109,7 @@ meter.close()
 
 
 def measured(library: Path, scenario: str, seconds: float, windows: int = 1) -> list[dict]:
-    """Run the meter over windows on a scenario."""
+    """Run the meter on a scenario in a separate process; return one dict of readings per window."""
     file = library.parent / "scenario.txt"
     file.write_text(textwrap.dedent(scenario))
     done = subprocess.run(
@@ -122,12 +123,12 @@ def measured(library: Path, scenario: str, seconds: float, windows: int = 1) -> 
 
 
 def true_j(curve: Curve, window: dict) -> float:
-    """Return what the curve integrates to over a window."""
+    """Return the integral of the curve over a window, in joules."""
     return curve.integral_j(window["end_s"]) - curve.integral_j(window["start_s"])
 
 
 def accuracy(library: Path) -> bool:
-    """Print the error of each curve, tick and window; return whether all are within their limits."""
+    """Print the error for each curve, tick and window length; return whether all are within their limits."""
     print(f"{'power':<28} {'tick':>6} {'window':>7} {'truth':>11} {'counter':>9} {'trace':>9}  learnt tick")
     good = True
     for seconds in WINDOWS_S:
@@ -149,7 +150,7 @@ def accuracy(library: Path) -> bool:
 
 
 def slow_calls(library: Path) -> bool:
-    """Print the errors of eight GPUs whose counters take their time; return whether all are within their limits."""
+    """Print the errors for eight GPUs with slow counter calls; return whether all are within their limits."""
     print(f"\n{'eight GPUs, ticks 12 ms apart':<50} {'windows':>9} {'mean error':>12} {'largest':>10}")
     good = True
     curve = ramp(100, 700, 40)
@@ -178,9 +179,9 @@ def slow_calls(library: Path) -> bool:
 
 
 def averaging(library: Path) -> bool:
-    """Print how power that is averaged or renewed now and then compares; return whether it is within its bound.
+    """Print the errors for power that the driver averages or renews slowly; return whether all are within bounds.
 
-    The bound is what samples that reach back may miss at both edges: their reach times the curve's range of power.
+    A bound is the energy that delayed samples may miss at both edges: their reach times the curve's range of power.
     """
     print(f"\n{'power values, renewed every 100 ms':<50} {'window':>9} {'counter':>9} {'trace':>9} {'its bound':>10}")
     good = True
@@ -207,9 +208,9 @@ def averaging(library: Path) -> bool:
 
 
 def two_ranks(library: Path) -> bool:
-    """Print the energy of a run of two processes, each with a GPU; return whether it is that of both over the window.
+    """Print the error of a run of two processes with a GPU each; return whether it is within its limit.
 
-    The processes must also open their windows together, or the one that meters counts less than the other works.
+    The processes must also open their windows together, or the metering process misses some of the other's work.
     """
     file = library.parent / "scenario.txt"
     gpus = (f"device {i} power constant 300\ndevice {i} tick_ms 100 {40 * i}\ndevice {i} counter_ms 3" for i in (0, 1))
@@ -237,7 +238,7 @@ def two_ranks(library: Path) -> bool:
 
 
 def cost_of_sampling(library: Path) -> bool:
-    """Print what the trace costs while it samples one GPU; return whether it is within its limit."""
+    """Print the CPU use of sampling one GPU's power; return whether it is within its limit."""
     (window,) = measured(library, "devices 1\ndevice 0 power constant 300", 10)
     share = window["cpu_share"]
     print(f"sampling one GPU at 20 Hz: {share:.3%} of a core (limit {SAMPLING_LIMIT:.1%})")
@@ -245,8 +246,8 @@ def cost_of_sampling(library: Path) -> bool:
 
 
 def cost_of_waiting() -> bool:
-    """Print what the parent process costs while its worker runs; return whether it is within its limit."""
-    # The worker notices its parent's death a moment later.
+    """Print the CPU use of the parent process while its worker runs; return whether it is within its limit."""
+    # The worker notices its parent's death only a moment later and may still write to the folder.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         command = [
             sys.executable, "-m", "lem", "experiment", "--backend", "simulated", "-m", "any", "-d", "sample", "-y",
@@ -267,7 +268,7 @@ def cost_of_waiting() -> bool:
 
 
 def main() -> int:
-    """Measure and print; return 1 when a limit is exceeded."""
+    """Run and print all checks; return 1 if a limit is exceeded."""
     with tempfile.TemporaryDirectory() as folder:
         library = build(Path(folder))
         checks = (accuracy, slow_calls, averaging, two_ranks, cost_of_sampling)

@@ -1,10 +1,10 @@
-"""What `lem aggregate --all` costs over many experiments, beside the fastest plain conversion of their records.
+"""Compares the cost of `lem aggregate --all` over many experiments with the fastest plain conversion of their records.
 
-`python -m bench.aggregation`; takes minutes. Writes experiments as the tool writes them, through its own types:
-spec.json, state.json, a journal, and a record for each cycle. The plain conversion reads the same records, those of
-the processes and those of the requests in the journals, joins them, and has pyarrow turn them into Parquet: it knows no
-plan, no state and no column of the tables. Every step is a process of its own, start-up included, whose CPU time and
-peak memory are the kernel's. Prints a table; fails when a limit is exceeded.
+Run with `python -m bench.aggregation`; it takes minutes. The benchmark writes experiments just as lem does, using its
+own types: spec.json, state.json, a journal, and a record for each cycle. The plain conversion reads the same process
+records, and the request rows in the journals, joins them, and has pyarrow turn them into Parquet; it reads no plan or
+state and computes no columns. Each step runs in its own process, start-up included; CPU time and peak memory are those
+that the kernel reports. Prints a table, and fails if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from lem.workload.flops import METHOD
 FEW, MANY = 5_000, 20_000
 REPEATS = 5
 CYCLES = 10
-# Few: the more there are, the smaller is the share of what is read once for an experiment.
+# Few, because the more requests there are, the smaller is the share of the files that are read once per experiment.
 REQUESTS = 5
 FACTOR_LIMIT = 2.0
 MEMORY_LIMIT_MB = 400
 AGAIN_LIMIT_S = 2.0
 LIST_LIMIT_S = 2.0
-# Ten times the records may take at most this many times ten the CPU time, start-up left out.
+# With MANY records, the CPU time per record, without start-up, may be at most this many times that with FEW records.
 LINEAR_LIMIT = 1.25
 GPU = "GPU-5a8e1c6e-8f37-4a55-9d0b-0c3d4e5f6a7b"
-# With larger blocks and without threads it takes a third less CPU time than as it comes.
+# Larger blocks and no threads make this take a third less CPU time than pyarrow's defaults.
 PLAIN = """
 import os, sys
 import pyarrow as pa, pyarrow.json as pj, pyarrow.parquet as pq
@@ -90,7 +90,7 @@ LEM = [sys.executable, "-m", "lem"]
 
 # ------------------------------------------------------------------ experiments
 def write_experiments(root: Path, count: int, cycles: int) -> None:
-    """Write finished experiments of one process that have no rows yet into a results directory."""
+    """Write completed single-process experiments that have no rows yet into a results directory."""
     chance = random.Random(count)
     began = datetime(2026, 1, 2, 3, 4, 5).astimezone()
     for i in range(count):
@@ -234,15 +234,15 @@ def _write_journal(directory: ExperimentDir, record: ProcessRecord, rows: list[R
 # ------------------------------------------------------------------ measuring
 @dataclass(frozen=True)
 class Cost:
-    """What a process took."""
+    """The CPU time and peak memory of a process."""
 
     cpu_s: float
     memory_mb: float
 
 
 def cost(arguments: Sequence[str]) -> Cost:
-    """Run a command to its end; return what the kernel counted."""
-    # A command that people call again and again is compiled once.
+    """Run a command to its end; return its cost according to the kernel."""
+    # Bytecode is cached, as it would be for a command that is run often.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
@@ -254,7 +254,7 @@ def cost(arguments: Sequence[str]) -> Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """What it took to convert and to aggregate a number of records, and then to look at them."""
+    """The costs of converting, aggregating and listing a number of records."""
 
     records: int
     plain: Cost
@@ -265,23 +265,23 @@ class Costs:
 
     @property
     def factor(self) -> float:
-        """CPU time of aggregating, in that of the plain conversion of what is aggregated."""
+        """CPU time of aggregating, as a multiple of that of the plain conversion of process records and requests."""
         return self.first.cpu_s / self.plain_with_requests.cpu_s
 
     @property
     def factor_of_process_records(self) -> float:
-        """The same in that of the records of the processes alone, though those of the requests are aggregated too."""
+        """CPU time of aggregating, as a multiple of that of the plain conversion of process records alone."""
         return self.first.cpu_s / self.plain.cpu_s
 
 
 def measure(records: int, cycles: int) -> Costs:
-    """Write experiments and measure what is made of them."""
+    """Write experiments and measure the cost of each step."""
     with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
         results = f"{folder}/results"
         write_experiments(Path(results), records // cycles, cycles)
         plain = [sys.executable, "-c", PLAIN, results, f"{folder}/plain.parquet"]
         for file in Path(results).rglob("*.json*"):
-            file.read_bytes()  # into the disk's cache, for both
+            file.read_bytes()  # fills the disk cache, for both
         cost(plain)
         everything = [*LEM, "aggregate", "--all", "-o", results]
         listing = [*LEM, "results", "list", "-o", results]
@@ -290,14 +290,14 @@ def measure(records: int, cycles: int) -> Costs:
 
 
 def _start_up() -> Cost:
-    """Return what aggregating a single record takes: all that is done once."""
+    """Return the cost of aggregating a single record, which is almost all start-up."""
     with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
         write_experiments(Path(folder), 1, 1)
         return cost([*LEM, "aggregate", "--all", "-o", folder])
 
 
 def report(name: str, costs: Costs) -> None:
-    """Print what was measured."""
+    """Print the costs of all steps."""
     parts = {"plain, process records": costs.plain, "plain, requests too": costs.plain_with_requests}
     parts |= {"lem aggregate --all": costs.first}
     parts |= {"… again, nothing new": costs.again, "lem results list": costs.listed}
@@ -310,11 +310,11 @@ def report(name: str, costs: Costs) -> None:
 
 
 def main() -> int:
-    """Measure and print; return 1 when a limit is exceeded."""
+    """Measure and print all costs; return 1 if a limit is exceeded."""
     within = True
     for cycles in (1, CYCLES):
         name = "one in each experiment" if cycles == 1 else f"{cycles} cycles in each experiment"
-        # A few take little longer than starting up, so that one measurement of each would not do.
+        # FEW records take little longer than start-up, so a single measurement of each would be too noisy.
         fews, many = [measure(FEW, cycles) for _ in range(REPEATS)], measure(MANY, cycles)
         report(name, fews[0])
         report(name, many)
@@ -323,7 +323,7 @@ def main() -> int:
         growth = (many.first.cpu_s - start_up_s) / (few_s - start_up_s) / (MANY / FEW)
         print(f"  from {FEW} to {MANY} records: {growth:.2f} times the cost of a record")
         within &= many.factor <= FACTOR_LIMIT and growth <= LINEAR_LIMIT
-        # Of a single record the plan, the state and the directory take as long as what is converted.
+        # With one record per experiment, the plan, state and directory take as long as the record, so no limit applies.
         within &= cycles == 1 or many.factor_of_process_records <= FACTOR_LIMIT
         within &= many.first.memory_mb <= MEMORY_LIMIT_MB
         within &= many.again.cpu_s <= AGAIN_LIMIT_S and many.listed.cpu_s <= LIST_LIMIT_S

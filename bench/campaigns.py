@@ -1,8 +1,9 @@
-"""How often the intervals of a campaign cover, and how often it raises a false alarm, in simulated campaigns.
+"""Measures the coverage of a campaign's intervals, and its rate of false alarms, in simulated campaigns.
 
-`python -m nox -s accuracy`. The functions that the command uses are applied to arms without a difference, with noise of
-their own, a level that each cycle's cells share, and a machine that drifts. Prints a table and fails when coverage or
-false alarms exceed their limits; orders that repeat are shown as a warning, without a limit.
+Run with `python -m nox -s accuracy`. It applies the functions of `lem campaign` to arms that do not differ, with
+independent noise, a level that the cells of a cycle share, and a machine that drifts. Prints a table, and fails if
+coverage or false alarms are outside their limits. The structures interleaved and grouped, which repeat the order, have
+no limits; they are shown to warn against them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from lem.studies.orders import order
 SEED = 20_261_126
 ORDERS, EACH = 1_000, 20
 NOISE, OF_CYCLE, DRIFT = 0.01, 0.03, 0.10
-# Where the machine drifts, a shuffled campaign counts the drift as noise, and may cover more often than it says.
+# If the machine drifts, a shuffled campaign counts the drift as noise, so its coverage may be above the nominal 95 %.
 COVERAGE, FALSE_ALARMS = (0.94, 0.96), 0.055
 
 
 @dataclass(frozen=True)
 class Found:
-    """What simulated campaigns of one kind showed."""
+    """The results of simulated campaigns of one kind: shares, and the mean half-width of the log-ratio's interval."""
 
     coverage: float
     false_alarms: float
@@ -40,7 +41,7 @@ def simulate(structure: Structure, arms: int, cycles: int, drift: float) -> Foun
         structure: the order of the cells.
         arms: the number of arms.
         cycles: the number of cycles.
-        drift: by how much the machine's level rises from the first cell to the last, evenly.
+        drift: the share by which the machine's level rises, linearly, from the first cell to the last.
     """
     rng = np.random.default_rng(SEED)
     covered, alarms, widths = [], [], []
@@ -63,7 +64,7 @@ def simulate(structure: Structure, arms: int, cycles: int, drift: float) -> Foun
 
 
 def main() -> int:
-    """Simulate and print; return 1 when a limit is exceeded."""
+    """Simulate all kinds of campaigns and print a table; return 1 if a limit is exceeded."""
     print(f"campaigns without a difference, {ORDERS * EACH} each: noise {NOISE:.0%}, between cycles {OF_CYCLE:.0%}")
     heads = ("arms", "cycles", "drift", "coverage", "false alarms", "half-width")
     print(f"{'structure':<12}" + "".join(f"{head:>13}" for head in heads))

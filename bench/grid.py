@@ -1,6 +1,6 @@
-"""The CPU time of a grid of 10,000 points, validated and written, and what Hydra would take to compose it.
+"""Measures the CPU time of validating and writing a grid of 10,000 points, and estimates that of composing it by Hydra.
 
-`python -m nox -s bench`. Fails if the grid takes more than its limit, which is for a machine of today.
+Run with `python -m nox -s bench`. Fails if the grid exceeds its limit, which was set for a machine of 2026.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPOSED_BY_HYDRA = 20
 
 
 def generate(base: Path, folder: Path) -> float:
-    """Return the CPU time of making and writing the grid."""
+    """Return the CPU time of generating and writing the grid, in seconds."""
     began = time.process_time()
     made = grid.make(base, VARY)
     assert len(made.valid) == POINTS, f"{len(made.valid)} valid points"
@@ -32,9 +32,9 @@ def generate(base: Path, folder: Path) -> float:
 
 
 def compose_by_hydra(base: Path) -> float:
-    """Return the mean CPU time of one composition by Hydra."""
+    """Return the mean CPU time of one composition by Hydra, in seconds."""
     composition = prepare(base, ["batching.batch_size=2", "seed=3", "decoder=creative"])
-    composition.values()  # imports, antlr's tables
+    composition.values()  # warm-up: imports Hydra and builds ANTLR's tables
     began = time.process_time()
     for _ in range(COMPOSED_BY_HYDRA):
         composition.values()
@@ -42,7 +42,7 @@ def compose_by_hydra(base: Path) -> float:
 
 
 def main() -> int:
-    """Measure and print; return 1 if the limit is exceeded."""
+    """Measure and print both times; return 1 if the limit is exceeded."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base.yaml"
         base.write_text(BASE, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The cost of starting up: CPU seconds of one run, also as a multiple of an interpreter that does nothing.
+"""Measures the CPU time of starting up, in seconds and as a multiple of that of an empty interpreter.
 
-`python -m nox -s bench`. Prints a table; fails if `lem --help` takes more than its limit, which is such a multiple:
-seconds depend more on the machine.
+Run with `python -m nox -s bench`. Prints a table, and fails if `lem --help` exceeds its limit. The limit is such a
+multiple, because seconds depend more on the machine.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ COMMANDS = {
 
 
 def cpu_s(arguments: list[str]) -> float:
-    """Return the CPU time of one run of Python with these arguments."""
+    """Return the CPU time of one run of Python with these arguments, in seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # A command that is called often is compiled once.
+    # Bytecode is cached, as it would be for a command that is run often.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -36,10 +36,10 @@ def cpu_s(arguments: list[str]) -> float:
 
 
 def main() -> int:
-    """Measure and print; return 1 if the limit is exceeded."""
+    """Measure and print all start-up times; return 1 if the limit is exceeded."""
     medians = {}
     for name, arguments in COMMANDS.items():
-        cpu_s(arguments)  # compiles bytecode, warms the disk's cache
+        cpu_s(arguments)  # warm-up: compiles bytecode and fills the disk cache
         medians[name] = statistics.median(cpu_s(arguments) for _ in range(REPEATS))
     nothing = medians["python -c pass"]
     for name, seconds in medians.items():

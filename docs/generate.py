@@ -1,4 +1,4 @@
-"""Generates the reference pages from their sources: the schema, the records, the rules, the features, the command line.
+"""Generates the reference pages from the schema, the records, the rules, the backends' features and the command line.
 
 Run `python docs/generate.py` to update them; a test fails if they are stale.
 """
@@ -24,7 +24,7 @@ from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
 from lem.warning_codes import WARNINGS
 
-# The tests know what a backend can be asked for, and what has been tried where.
+# The tests define the features that a backend may support, and record which of them have been tested.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.backends.confirmations import confirmation
 from tests.backends.features import FEATURES, Feature, support
@@ -48,7 +48,7 @@ def pages() -> dict[Path, str]:
 
 # ------------------------------------------------------------------ configuration
 def configuration() -> str:
-    """Return the page on every configuration value."""
+    """Return the page that describes every configuration value."""
     parts = [
         "# Configuration\n",
         "Each value below can be set in a config file (as nested YAML) or on the command line as an override "
@@ -115,21 +115,21 @@ def _default(leaf: Leaf) -> str:
 
 # ------------------------------------------------------------------ results
 def results() -> str:
-    """Return the page on the columns of the tables."""
+    """Return the page that describes the tables' columns."""
     return "\n".join(
         [
             "# Results\n",
             "Units are in the columns' names and in the Arrow metadata of the files "
             "(`pyarrow.parquet.read_schema(file).field(name).metadata`). A number that was not measured is null. "
-            "See [reading results](../results.md) for the files.\n",
+            "[Reading results](../results.md) describes the files.\n",
             "## Table `experiments`\n",
-            "A row for each experiment.\n",
+            "One row per experiment.\n",
             _columns_table(ExperimentRow),
             "## Table `cycles`\n",
-            "A row for each cycle.\n",
+            "One row per cycle.\n",
             _columns_table(CycleRow),
             "## Table `requests`\n",
-            "A row for each request of the measured window.\n",
+            "One row per request of the measured window.\n",
             _columns_table(RequestRecord),
         ]
     )
@@ -150,13 +150,13 @@ def _column_type(column: Column) -> str:
 
 # ------------------------------------------------------------------ warnings
 def warnings() -> str:
-    """Return the page on what each warning means and what to do about it."""
+    """Return the page that explains each warning and its remedy."""
     rows = [f"| `{code}` | {_cell(kind.meaning)} | {_cell(kind.remedy)} |" for code, kind in WARNINGS.items()]
     return "\n".join(
         [
             "# Warnings\n",
-            "When not to believe a number. Each warning is in the raw record, in the row's `warnings` as "
-            "`code: message`, and in `lem results show`. Codes are stable.\n",
+            "A warning tells you when not to believe a number. It appears in the raw record, in the row's column "
+            "`warnings` as `code: message`, and in `lem results show`. Codes are stable.\n",
             "| code | what it means | what to do |",
             "|---|---|---|",
             *rows,
@@ -167,23 +167,23 @@ def warnings() -> str:
 
 # ------------------------------------------------------------------ rules
 SEVERITIES = """\
-Everything that can be found wrong is reported before anything runs, all at once, with the path of the option and the
-code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable. In the table,
-"it" is that option.
+Before anything runs, `lem` checks the configuration against these rules and reports all violations at once, each with
+the path of the option and the code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`.
+Codes are stable. In the tables, "it" is that option.
 
-| severity | what it does |
+| severity | effect |
 |---|---|
-| impossible | The experiment does not run. Nothing overrides that. |
+| impossible | The experiment does not run, not even with `--force`. |
 | inadvisable | The experiment runs only with `--force`. |
 | warning | The experiment runs, and the message is shown. |
 
-A rule with the scope *options* looks only at the configuration, *machine* also at the devices and packages of this
-machine, *files* at the model, the prompts, the results directory or the config file.
+The scope of a rule says what it checks: *options* is the configuration alone, *machine* also the devices and packages
+of this machine, and *files* the model, the prompts, the results directory or the config file.
 """
 
 
 def rules() -> str:
-    """Return the page on why an experiment may be refused or warned about."""
+    """Return the page on the rules by which an experiment is refused or warned about."""
     return "\n".join(
         [
             "# Rules\n",
@@ -209,8 +209,9 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
 
 # ------------------------------------------------------------------ what each backend can do
 ANSWERS = """\
-The answers come from the backends: each is given an experiment that uses the feature, for a machine with eight modern
-NVIDIA GPUs and every package. What your own machine lacks is reported before a run.
+The answers come from the backends themselves: each is asked whether it would run an experiment that uses the feature,
+on a machine with eight modern NVIDIA GPUs and every package installed. If your own machine lacks something, `lem` tells
+you before a run.
 
 | answer | meaning |
 |---|---|
@@ -218,17 +219,17 @@ NVIDIA GPUs and every package. What your own machine lacks is reported before a 
 | arrives | Supported; a test checks that the option reaches the engine's configuration, but no test has run it. |
 | stand-in | Supported, according to the backend; a test has run it on a stand-in for the engine, not on the engine. |
 | not run | Supported, according to the backend; no test has run it. |
-| no: `rule` | It is refused before anything runs, by [that rule](rules.md). |
-| no effect: `rule` | It is accepted with a warning, by that rule, and changes nothing. |
+| no: `rule` | Not supported; [that rule](rules.md) refuses it before anything runs. |
+| no effect: `rule` | Accepted with that rule's warning, but it has no effect. |
 | no | The engine does not report it; the columns are null. |
-| – | That backend has no such option. |
+| – | The backend has no such option. |
 
-"tested" always means on a CPU: these tests have run nothing on a GPU.
+"Tested" always means tested on a CPU: none of these tests has run on a GPU.
 """
 
 
 def support_matrix() -> str:
-    """Return the page on the features of each backend, and how they are known."""
+    """Return the page on the features of each backend, with how each answer was confirmed."""
     parts = ["# What each backend can do\n", ANSWERS]
     for group, members in FEATURES.items():
         parts += [f"## {group}\n", _support_table(members)]

@@ -2,7 +2,7 @@
 
 import sys
 
-# Python looks for modules in the working directory first, which may be somebody's folder with a yaml.py.
+# Python searches the working directory for modules first, and a user's folder may contain, say, a yaml.py.
 if not sys.flags.safe_path:
     del sys.path[0]
 

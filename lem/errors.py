@@ -1,12 +1,12 @@
 """Every error that lem raises on purpose, and the exit code that goes with it.
 
     LemError                1
-    ├── BadInput            2   what the user asked for cannot be done; nothing has run
+    ├── BadInput            2   the request cannot be carried out; nothing has run
     │   ├── ConfigError         a config file, an override or a value in it
     │   ├── DatasetError        the prompts
     │   ├── ModelError          the model
     │   └── ResultsError        an experiment's id or a results directory
-    ├── RunError            1   the run began and failed; its record says how
+    ├── RunError            1   the run started and then failed; its record says how
     └── Interrupted       130   the user or the scheduler stopped it
 
 A message says briefly what is wrong, where, and what to do. Any other exception that escapes is a bug in lem and
@@ -22,18 +22,18 @@ from lem.units import one_line
 
 
 class LemError(Exception):
-    """Base of all errors raised on purpose, with exit code 1; the message is meant for the user."""
+    """Base class of all errors raised on purpose, with a message for the user and exit code 1."""
 
     exit_code = 1
 
 
 class BadInput(LemError):
-    """The request cannot be run; raised by checks of files and the machine, before measuring. Exit code 2."""
+    """The request cannot be carried out; raised by the checks that come before measuring. Exit code 2."""
 
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        """Keep the problems, each on one line whatever names it quotes; the message has a line for each."""
+        """Store the problems. Each becomes one line of the message; line breaks inside a problem are escaped."""
         self.problems = tuple(map(one_line, problems))
         super().__init__("\n".join(self.problems))
 
@@ -43,23 +43,23 @@ class ConfigError(BadInput):
 
 
 class DatasetError(BadInput):
-    """The prompts cannot be loaded as configured; raised by the sources of prompts. Exit code 2."""
+    """The prompts cannot be loaded as configured; raised by the prompt sources. Exit code 2."""
 
 
 class ModelError(BadInput):
-    """The model cannot be found or its config.json read; raised when preflight looks for it. Exit code 2."""
+    """The model is missing or its config.json is unreadable; raised when preflight looks for it. Exit code 2."""
 
 
 class ResultsError(BadInput):
-    """No such experiment, or results that cannot be used; raised by `results` and on resuming. Exit code 2."""
+    """The experiment does not exist, or its results are unusable; raised by `results` and on resume. Exit code 2."""
 
 
 class RunError(LemError):
-    """A run began and failed; raised by backends, workers and the parent, and written into the record. Exit code 1."""
+    """A run started and then failed; raised by backends, workers and the parent, and recorded. Exit code 1."""
 
 
 class Interrupted(LemError):
-    """A run was stopped by Ctrl-C, SIGTERM or SIGHUP, or because its parent is gone. Exit code 130."""
+    """A run was stopped by Ctrl-C, SIGTERM or SIGHUP, or because its parent process died. Exit code 130."""
 
     exit_code = 130
 
@@ -70,11 +70,11 @@ class Interrupted(LemError):
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """Return the known names closest to `name`, best first; empty when none is close."""
+    """Return the known names closest to `name`, best match first; the list is empty if none is close."""
     return difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'a' or 'b'?`, or an empty string when nothing is close to `name`."""
+    """Return ` Did you mean 'a' or 'b'?`, or an empty string if no known name is close to `name`."""
     names = [f"'{candidate}'" for candidate in nearest(name, known)]
     return f" Did you mean {' or '.join(names)}?" if names else ""

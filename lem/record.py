@@ -1,8 +1,8 @@
-"""What one process measured: frozen structs with units, the single source of the raw files' schema.
+"""The measurements of one process, as frozen structs with units: the single source of the raw files' schema.
 
-`ProcessRecord` is what one worker process writes for a cycle (JSON), `RequestRecord` a row for each request,
-`PowerRecord` a sample of a power trace. The rows of experiments and cycles are in `lem.results.schema`. A number that
-was not measured is None, never 0. Does not know how anything is measured, written or shown.
+A worker process writes one `ProcessRecord` per cycle (as JSON), one `RequestRecord` per request, and one `PowerRecord`
+per sample of a power trace. The rows for experiments and cycles are in `lem.results.schema`. A number that was not
+measured is None, never 0. This module knows nothing about how values are measured, written or displayed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lem import units
 # 2  a record for each cycle and attempt; request rows in journals
 FORMAT_VERSION = 2
 
-# What all request rows of a measured window share; stated in its record.
+# Fields that have the same value in all request rows of a measured window; the window's record holds them once.
 COMMON = ("experiment_id", "rank", "cycle", "attempt")
 
-# A reading covers a phase if it leaves out no more than this share, or a tick of a GPU's counter, which any window may
-# lack at its edge; but never more than the proportional error of sensors (Yang et al. 2024).
+# A reading covers a phase if the part it misses is at most this share of the phase, or one tick of a GPU's counter
+# (any window can miss a tick at its edge), but never more than the proportional error of sensors (Yang et al. 2024).
 UNCOVERED_SHARE = 0.01
 UNCOVERED_S = 0.1
 UNCOVERED_MOST = 0.05
 
-# Only one process meters the node, however many there are, because each would see all of its energy.
+# Only one process meters the node, however many there are, because every meter sees the whole node's energy.
 ENERGY_OWNER = 0
 
 Status = Literal["completed", "failed", "interrupted"]
@@ -42,14 +42,14 @@ FinishReason = Literal["stop", "length", "error"]
 
 
 class EnergyReading(Struct, frozen=True, gc=False):
-    """Energy of one component over one window, and how far it can be trusted.
+    """Energy of one component over one window, and how it was obtained.
 
-    `energy_j` is None if it could not be read; `reason` then says why. `resolution_s` is the tick of a counter or
-    the period of the samples, `trace_energy_j` the integral of the power trace over the same window, if there is one.
-    `covered_s` is the time that `energy_j` covers, from the opening of the phase; over several attempts at a window, it
-    is the sum. None, as in records of 0.1.0, stands for all of the phase.
-    `trace_reach_s` is how old the power that a sample of the trace reports may be: what the sensor averages over,
-    the driver's update period and that of the samples.
+    `energy_j` is None if the energy could not be read; `reason` then says why. `resolution_s` is the counter's tick or
+    the sampling period. `trace_energy_j` is the integral of the power trace, if any, over the same window.
+    `covered_s` is the time that `energy_j` covers, counted from the opening of the phase and summed over the attempts
+    at a window. None (as in records written by 0.1.0) means the whole phase.
+    `trace_reach_s` is the maximum age of the power that a trace sample reports: the sensor's averaging time, plus the
+    driver's update period, plus the sampling period.
     """
 
     component: Component
@@ -67,25 +67,25 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
     @property
     def is_measured(self) -> bool:
-        """Whether a sensor was read, now or when a replayed trace was recorded, rather than power estimated."""
+        """Whether the energy came from a sensor (in this run or in a replayed trace) rather than an estimate."""
         return self.source != "estimate"
 
     def seconds_of(self, duration_s: float) -> float:
-        """Return how many seconds of a phase of this length the energy covers; 0 if there is none."""
+        """Return how many seconds of a phase of this length the energy covers; 0 if there is no energy."""
         if self.energy_j is None:
             return 0.0
         return duration_s if self.covered_s is None else self.covered_s
 
 
 def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[EnergyReading, ...]:
-    """Return readings that say which time they cover: this, unless the meter has said so itself."""
+    """Return the readings with `covered_s` filled in wherever the meter did not set it itself."""
     return tuple(
         r if r.energy_j is None or r.covered_s is not None else replace(r, covered_s=covered_s) for r in readings
     )
 
 
 class EnergySoFar(Struct, frozen=True, gc=False):
-    """The headline energy of the measured window up to a time in it, as the meter had it then."""
+    """The headline energy from the opening of the measured window to a point inside it, as read at that point."""
 
     at_s: Annotated[float, units.SECOND]
     energy_j: Annotated[float, units.JOULE]
@@ -99,13 +99,13 @@ class Phase(Struct, frozen=True, gc=False):
     energy: tuple[EnergyReading, ...] = ()
 
     def usable(self) -> tuple[EnergyReading, ...]:
-        """Return the readings; one that does not cover all of the phase has no energy, and the reason."""
+        """Return the readings; if one covers only part of the phase, its energy is replaced with None and a reason."""
         if all(map(self.is_covered_by, self.energy)):
             return self.energy
         return tuple(r if self.is_covered_by(r) else _without_energy(r, self.duration_s) for r in self.energy)
 
     def is_covered_by(self, reading: EnergyReading) -> bool:
-        """Return whether a reading has no energy, or covers the phase up to what is uncertain at its edges anyway."""
+        """Return whether a reading covers the phase to within the uncertainty at its edges, or has no energy at all."""
         if reading.energy_j is None or reading.covered_s is None:
             return True
         edge_s = min(UNCOVERED_S, UNCOVERED_MOST * self.duration_s)
@@ -128,25 +128,26 @@ class PowerSample(Struct, frozen=True, gc=False):
 
 
 class PowerRecord(Struct, frozen=True, gc=False):
-    """One sample of a power trace, as it is written (t = 0 when the measured window opens)."""
+    """One sample of a power trace, as written to file (t = 0 when the measured window opens)."""
 
     experiment_id: str
     rank: int
     cycle: int
     attempt: int
-    t_s: Annotated[float, units.SECOND, "Time of the sample; negative before the measured window."]
-    component: Annotated[str, "Component, such as gpu."]
-    device: Annotated[str, "Device, by UUID."]
+    t_s: Annotated[float, units.SECOND, "Time of the sample; negative if before the measured window."]
+    component: Annotated[str, "Measured component, such as gpu."]
+    device: Annotated[str, "UUID of the device."]
     power_w: Annotated[float, units.WATT, "Power reported by the driver at that time."]
 
 
 class Prefill(Struct, frozen=True, gc=False):
-    """The part of the measured window in which prompts were processed, until the first token of each batch or request.
+    """The part of the measured window in which prompts were processed, up to the first token of each batch or request.
 
-    Time is measured directly; it is None if other requests were decoding meanwhile, because the spans then hold both.
-    Energy is the integral of the power trace over those spans, None without a trace or if they are short against how
-    far back its samples reach; `uncertainty_j` bounds the error from that, and also applies to the decode part, which
-    is the rest of the window. `reason` says why a value is None.
+    Time is measured directly. It is None if other requests were decoding at the same time, because the time spans then
+    contain both kinds of work. Energy is the integral of the power trace over the prefill spans. It is None without a
+    trace, or if the spans are short compared with the age that the trace's samples can have; `uncertainty_j` bounds the
+    resulting error, and applies equally to the energy of decode, which is the rest of the window. `reason` says why a
+    value is None.
     """
 
     duration_s: Annotated[float | None, units.SECOND]
@@ -156,7 +157,7 @@ class Prefill(Struct, frozen=True, gc=False):
 
 
 class WarmupInfo(Struct, frozen=True, gc=False):
-    """What the warm-up did and why it ended."""
+    """How long the warm-up ran, and why it ended."""
 
     prompts: int
     ended: WarmupEnd
@@ -172,17 +173,18 @@ class ErrorInfo(Struct, frozen=True, gc=False):
 
 
 class CodedWarning(Struct, frozen=True, gc=False):
-    """Something a reader of the numbers must know; `code` is stable, `text` is for people."""
+    """A caveat that readers of the numbers need to know; `code` is stable, `text` is for people."""
 
     code: str
     text: str
 
 
 class ModelInfo(Struct, frozen=True, gc=False):
-    """The model as it was loaded; a field is None if it cannot be determined, as for a model in a server.
+    """The model as loaded; a field is None if it cannot be determined, for example for a model in a server.
 
-    `weights_missing` are those that the checkpoint lacks and that were drawn at random, `weights_unexpected` those that
-    it has in addition, `weights_mismatched` those whose shapes differ: the first names, and a count of the rest.
+    `weights_missing` names weights that the checkpoint lacks and that were initialised at random, `weights_unexpected`
+    weights that the model does not use, and `weights_mismatched` weights of a different shape. Each holds the first few
+    names and a count of the rest.
     """
 
     name: str
@@ -197,12 +199,12 @@ class ModelInfo(Struct, frozen=True, gc=False):
     weights_missing: tuple[str, ...] | None = None
     weights_unexpected: tuple[str, ...] | None = None
     weights_mismatched: tuple[str, ...] | None = None
-    # The dtype of the matrix products, where the engine is told it apart from that of the weights.
+    # The dtype of the matrix products, if the engine takes it as a setting separate from the dtype of the weights.
     arithmetic: str | None = None
 
 
 class EngineInfo(Struct, frozen=True, gc=False):
-    """The engine that ran the model and the settings it really used."""
+    """The engine that ran the model, and the settings that it actually used."""
 
     backend: str
     version: str
@@ -212,7 +214,7 @@ class EngineInfo(Struct, frozen=True, gc=False):
 
 
 class Memory(Struct, frozen=True, gc=False):
-    """Peak memory, and the largest batch's key/value cache as it was allocated; None if it cannot be determined."""
+    """Peak memory, and the key/value cache allocated for the largest batch; None if it cannot be determined."""
 
     peak_bytes: Annotated[int | None, units.BYTE]
     scope: str
@@ -220,7 +222,7 @@ class Memory(Struct, frozen=True, gc=False):
 
 
 class Flops(Struct, frozen=True, gc=False):
-    """Floating-point operations of the counted tokens (model FLOPs: no padding, no recomputation)."""
+    """Floating-point operations of the counted tokens (model FLOPs, without padding or recomputation)."""
 
     total: Annotated[float, units.FLOP]
     method: str
@@ -234,7 +236,7 @@ class Carbon(Struct, frozen=True, gc=False):
 
 
 class ForeignProcess(Struct, frozen=True, gc=False):
-    """A process other than ours that computes on a GPU."""
+    """A process that is not part of the run but computes on a GPU."""
 
     pid: int
     used_bytes: Annotated[int | None, units.BYTE]
@@ -259,10 +261,11 @@ class DeviceState(Struct, frozen=True, gc=False):
 
 
 class DeviceWindow(Struct, frozen=True, gc=False):
-    """What happened to a GPU while the window was measured; a field is None if the driver does not report it.
+    """Observations of a GPU during the measured window; a field is None if the driver does not report it.
 
-    `throttled_s` is how long each of the driver's policies held clocks down, by the driver's own counters, `reasons`
-    the share of samples in which each reason was in force, and `foreign_processes` every other process that was seen.
+    `throttled_s` is how long each of the driver's policies held clocks down, according to the driver's own counters.
+    `reasons` is the share of samples in which each throttle reason was active. `foreign_processes` lists every process
+    seen on the GPU that is not part of the run.
     """
 
     uuid: str
@@ -273,7 +276,7 @@ class DeviceWindow(Struct, frozen=True, gc=False):
 
 
 class Environment(Struct, frozen=True, gc=False):
-    """The machine and the software; never holds a secret."""
+    """The machine and its software; never contains secrets."""
 
     hostname: str
     os: str
@@ -294,17 +297,18 @@ class Environment(Struct, frozen=True, gc=False):
 
 
 class CpuLoad(Struct, frozen=True, gc=False):
-    """Processor time in the measured window, in busy cores: of the machine, and of this process and its children."""
+    """CPU load in the measured window, in busy cores: of the whole machine, and of this process with its children."""
 
     machine_cores: float
     process_cores: float
 
 
 class UnderWay(Struct, frozen=True, gc=False):
-    """Requests that an engine is working on at some time of a window, and the work that is in them by then.
+    """The requests that an engine is working on at some point in a window, and the work already spent on them.
 
-    `request_s` is the sum of how long each has been worked on, `longest_s` the longest of these times; where an engine
-    does not report when it began, they are upper bounds. `output_tokens` is None if it hands out none before the last.
+    `request_s` is the total time spent on these requests so far, and `longest_s` the longest time spent on any of them.
+    Both are upper bounds if the engine does not report when it began a request. `output_tokens` is None if the engine
+    delivers a request's tokens only once it is finished.
     """
 
     requests: int = 0
@@ -314,11 +318,12 @@ class UnderWay(Struct, frozen=True, gc=False):
 
 
 class Cut(Struct, frozen=True, gc=False):
-    """What is known of a measured window that was cut short, or of several.
+    """The end of a measured window that was cut short, or of several such windows.
 
-    The requests under way at its end are run again by the next attempt, while the time and energy spent on them are in
-    the window: repeating them takes `under_way.longest_s` at most. `lost_s` is the time from its end to where it was
-    interrupted, None if unknown. `energy_behind_s` is how long before its end its energy was read, None if it was not.
+    The next attempt runs the requests under way at the end of the window again, although the time and energy spent on
+    them remain in this window. Repeating them takes at most `under_way.longest_s`. `lost_s` is the time between the end
+    of the window and the interruption, None if unknown. `energy_behind_s` is how long before the end of the window its
+    energy was last read, None if it was not read.
     """
 
     windows: int = 1
@@ -328,61 +333,60 @@ class Cut(Struct, frozen=True, gc=False):
 
 
 class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
-    """One request: its exact tokens and its times in the measured window (t = 0 when that window opens)."""
+    """One request: its exact token counts, and its times in the measured window (t = 0 when the window opens)."""
 
-    experiment_id: Annotated[str, "Experiment that the request belongs to."] = ""
-    rank: Annotated[int, "Process that ran it, from 0."] = 0
-    cycle: Annotated[int, "Cycle that it belongs to, from 1."] = 1
-    attempt: Annotated[int, "Attempt that ran it: 1, and one more for each time the experiment was resumed."] = 1
+    experiment_id: Annotated[str, "Id of the request's experiment."] = ""
+    rank: Annotated[int, "Process that ran the request, from 0."] = 0
+    cycle: Annotated[int, "Cycle of the request, from 1."] = 1
+    attempt: Annotated[int, "Attempt that ran the request: 1, plus one for each time the experiment was resumed."] = 1
     request: Annotated[int, "Position of the prompt in the experiment's prompts, from 0."]
-    batch: Annotated[int, "Batch it ran in, from 0, in order of execution."]
-    input_tokens: Annotated[int, units.TOKEN, "Tokens of the prompt, without padding."]
+    batch: Annotated[int, "Batch that the request ran in, from 0, in order of execution."]
+    input_tokens: Annotated[int, units.TOKEN, "Number of tokens in the prompt, without padding."]
     output_tokens: Annotated[
-        int | None, units.TOKEN, "Tokens generated, including the end token but nothing after it; null if it failed."
+        int | None, units.TOKEN, "Number of generated tokens, including the end token; null if the request failed."
     ]
-    input_truncated: Annotated[bool, "The prompt was cut to max_input_tokens."]
-    finish_reason: Annotated[str, "stop (end token), length (max_output_tokens) or error."]
-    start_s: Annotated[float, units.SECOND, "When the engine took the request, or a server was sent it."]
-    end_s: Annotated[float, units.SECOND, "When its last token was available, or when it failed."]
+    input_truncated: Annotated[bool, "Whether the prompt was cut to max_input_tokens."]
+    finish_reason: Annotated[str, "Why generation ended: stop (end token), length (max_output_tokens) or error."]
+    start_s: Annotated[float, units.SECOND, "When the engine or server was given the request."]
+    end_s: Annotated[float, units.SECOND, "When the last token was available, or when the request failed."]
     latency_s: Annotated[
         float | None,
         units.SECOND,
-        "end_s minus arrived_s, or minus start_s if there is no queue; the same for all of a padded batch; null if it "
-        "failed.",
+        "end_s minus arrived_s, or minus start_s if there is no queue. The same for all requests of a padded batch; "
+        "null if the request failed.",
     ]
     prefill_s: Annotated[
         float | None,
         units.SECOND,
-        "From start_s to the first token's logits, with what the engine does for other requests meanwhile; null if the "
-        "engine does not report it.",
+        "From start_s to the first token's logits, including work that the engine does for other requests in between; "
+        "null if the engine does not report it.",
     ] = None
     arrived_s: Annotated[
         float | None,
         units.SECOND,
-        "When it arrived; negative if before the window, which resumed a cycle; null if nothing arrives.",
+        "When the request arrived; negative if it arrived before the window of a resumed cycle opened; null without "
+        "traffic.",
     ] = None
-    queue_s: Annotated[float | None, units.SECOND, "start_s minus arrived_s: how long it waited for its turn."] = None
+    queue_s: Annotated[float | None, units.SECOND, "start_s minus arrived_s: how long the request waited."] = None
     ttft_s: Annotated[
-        float | None, units.SECOND, "Time to first token, from where latency_s begins; null unless streaming."
+        float | None, units.SECOND, "Time to first token, with the same start as latency_s; null unless streaming."
     ] = None
     tpot_s: Annotated[float | None, units.SECOND, "Time per output token after the first: the mean of itl_s."] = None
-    itl_s: Annotated[list[float] | None, units.SECOND, "Inter-token latencies, one for each token after the first."] = (
-        None
-    )
+    itl_s: Annotated[list[float] | None, units.SECOND, "Inter-token latencies, one per token after the first."] = None
     itl_spread: Annotated[
-        bool | None, "Tokens that came in one chunk were spread over the time since the previous chunk."
+        bool | None, "Whether tokens that came in one chunk were spread over the time since the previous chunk."
     ] = None
-    error: Annotated[str | None, "Why it failed; null if it did not."] = None
+    error: Annotated[str | None, "Why the request failed; null if it did not."] = None
 
 
 class ProcessRecord(Struct, frozen=True, gc=False):
-    """What one worker process knows about one cycle, in one attempt at it.
+    """Everything that one worker process recorded about one attempt at one cycle.
 
-    `phases` holds those of the attempt (idle, load), repeated in each of its records, and the cycle's own (warm-up,
-    measured). `window_opened_unix_s` is for comparing processes, not for measuring. `energy_so_far` are readings at
-    some of the times at which requests were finished, with continuous batching. `cut` is None if the window was not
-    cut short. `arrivals_from_s` is when the window opened on the clock of the cycle's arrivals: the measured time of
-    the attempts before it; None if nothing arrives.
+    `phases` holds the phases of the attempt (idle, load), repeated in each of its records, and those of the cycle
+    (warm-up, measured). `window_opened_unix_s` is for comparing processes, not for measuring. With continuous batching,
+    `energy_so_far` holds energy readings taken when some of the requests finished. `cut` is None if the window was not
+    cut short. `arrivals_from_s` is the position of the window's opening on the clock of the cycle's arrivals, that is,
+    the measured time of the previous attempts; None without traffic.
     """
 
     format_version: int
@@ -422,5 +426,5 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     devices_during: tuple[DeviceWindow, ...] = ()
 
     def phase(self, name: PhaseName) -> Phase | None:
-        """Return the phase of that name, or None if the process did not get that far."""
+        """Return the phase with this name, or None if the process did not reach it."""
         return next((phase for phase in self.phases if phase.name == name), None)

@@ -1,12 +1,12 @@
-"""How numbers and texts are written for people: units with their symbols and factors, and texts made safe to print.
+"""Formatting for people: numbers with units and prefixes, and text made safe to print.
 
-Numbers in records are in SI base units of their kind (joules, watts, seconds, bytes) unless the field's name says
-otherwise.
+Numbers in records are in unprefixed units (joules, watts, seconds, bytes) unless the field's name says otherwise.
 
-A name from a file or a server may hold sequences that colour a terminal, set its title or move its cursor, characters
-that reverse the text around them, or line ends that make one message look like two. They are shown, not obeyed, as
-escapes of JSON, so that JSON stays valid with the same values. All that lem prints is escaped; `lem.cli.streams` and
-`lem.results.show` see to it. This module knows nothing about what is measured.
+A name that comes from a file or a server may contain escape sequences that colour the terminal, set its title or move
+its cursor, characters that reverse the direction of the surrounding text, or line breaks that make one message look
+like two. Such characters are printed as JSON escapes, so that JSON output stays valid and keeps its values.
+`lem.cli.streams` and `lem.results.show` apply this to everything that lem prints. This module knows nothing about
+measurements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NS_PER_S = 1e9
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of a record's field, for the Arrow schema and the reference page."""
+    """The unit of a field in a record, for the Arrow schema and the reference page."""
 
     symbol: str
 
@@ -52,7 +52,7 @@ _PREFIXES = (
 
 
 def quantity(value: float | None, unit: str, digits: int = 4) -> str:
-    """Format a value for people: `1.234 kJ`, `56.7 mJ/token`, or `–` if it was not measured."""
+    """Format a value with a scaled unit: `1.234 kJ`, `56.7 mJ/token`, or `–` if it was not measured."""
     if value is None:
         return "–"
     if value == 0:
@@ -70,29 +70,29 @@ def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
 
 
 def timestamp(now: datetime | None = None) -> str:
-    """Return a time as ISO 8601 with the local offset, to the second: a label, never a measurement."""
+    """Return a time (now by default) in ISO 8601 with the local UTC offset, to the second; used only as a label."""
     return (now or datetime.now()).astimezone().isoformat(timespec="seconds")
 
 
 # ------------------------------------------------------------------ texts
-# C0 without tab and line feed, DEL, C1, line and paragraph separators, and what changes the direction of writing.
+# C0 except tab and line feed, DEL, C1, line and paragraph separators, and characters that change the text direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _CONTROL_OR_BREAK = re.compile(f"{_CONTROL.pattern[:-1]}\n\t]")
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def printable(text: str) -> str:
-    """Return a text with its control characters escaped (ESC as \\u001b), except tabs and line feeds."""
+    """Return the text with its control characters escaped (ESC as \\u001b), except tabs and line feeds."""
     return _CONTROL.sub(_escaped, text)
 
 
 def one_line(text: str) -> str:
-    """Return a text with all control characters escaped, tabs and line feeds included."""
+    """Return the text with all control characters escaped, including tabs and line feeds."""
     return _CONTROL_OR_BREAK.sub(_escaped, text)
 
 
 def is_printable(text: str) -> bool:
-    """Return whether a text holds no control characters, apart from tabs and line feeds."""
+    """Return whether the text contains no control characters other than tabs and line feeds."""
     return _CONTROL.search(text) is None
 
 

@@ -1,7 +1,7 @@
-"""When not to trust a number: coded warnings, what each means, and what to do about it.
+"""The catalogue of warnings, each with its meaning and remedy, and the checks that find them in records and rows.
 
-The catalogue is the single source of the codes: no other code can occur, and `docs/warnings.md` is generated from
-it. Knows records and rows, not how they were measured.
+The catalogue is the single source of the codes: a warning with any other code cannot be created, and
+`docs/warnings.md` is generated from it. This module knows records and rows, but not how they were measured.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ BUSY_SHARE = 0.10
 HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
-# The clocks of several processes' windows begin when each is let through the barrier, which a busy machine delays.
+# Each process's window opens when the process passes the barrier, and a busy machine can delay that.
 TIMES_TOLERANCE_S = 0.05
-# Without traffic, requests follow each other: a larger share of the window, and time, without any is a doubt.
+# Without traffic, some request should always be running; an idle share and an idle time above these are suspicious.
 UNFILLED_SHARE = 0.1
 UNFILLED_LEAST_S = 0.2
-# A sensor's own error, by which the average of a window may seem to exceed a GPU's limit.
+# Because of the sensor's own error, a window's average power may appear to exceed a GPU's limit by this share.
 POWER_TOLERANCE = 0.05
 POWER_LEAST_S = 2.0
 LEAST_CYCLES = 2
-# The percentiles of times that rows have.
+# The percentiles of latencies that rows report.
 PERCENTILES = (50, 95, 99)
-# How certain it must be that the largest of the values is not below the percentile that they are to tell.
+# The probability with which the largest value must reach the percentile, for the sample to be large enough.
 PERCENTILE_CERTAINTY = 0.95
-# In a good run the counter and the power trace agree within this share; a smaller difference means nothing.
+# Even in a good run, the counter and the power trace differ by up to this share; smaller differences mean nothing.
 IDLE_TOLERANCE = 0.01
-# A window is uncertain by up to a tick at each of its edges.
+# A counter's energy is uncertain by up to one tick at each edge of a window.
 EDGE_TICKS = 2
-# Clocks held down for a smaller share of the window change nothing.
+# Throttling for less than this share of the window is ignored.
 THROTTLED_LEAST = 0.01
-# The reasons that the driver also counts, by policy.
+# Throttle reasons for which the driver also keeps a time counter, and the policy that the counter belongs to.
 COUNTED_AS = {
     "sw_power_cap": "power",
     "sw_thermal_slowdown": "thermal",
@@ -72,151 +72,160 @@ class WarningKind:
 
 WARNINGS: dict[str, WarningKind] = {
     "short_window": WarningKind(
-        f"The measured window was shorter than {SHORT_WINDOW_S:g} s: sensor resolution and one-time costs dominate.",
+        f"The measured window was shorter than {SHORT_WINDOW_S:g} s, so sensor resolution and one-time costs dominate.",
         "Run more prompts or longer outputs; 30 s or more is better.",
     ),
     "short_steady_state": WarningKind(
-        f"All places were taken for less than {SHORT_WINDOW_S:g} s of a window that was longer: the steady state's "
-        "energy rests on few readings, each up to a tick old.",
-        "Run more prompts, so that most of the window lies between the filling and the emptying of the places.",
+        f"The window was long enough, but all places of the batch were taken for less than {SHORT_WINDOW_S:g} s of it. "
+        "The steady state's energy therefore rests on few readings, each up to a tick old.",
+        "Run more prompts, so that all places are taken for most of the window.",
     ),
     "few_ticks": WarningKind(
         f"The energy counter advanced fewer than {FEW_TICKS} times in the window.",
-        "Run longer, so that the error at the edges of the window becomes small.",
+        "Run longer, so that the error at the edges of the window becomes negligible.",
     ),
     "counter_trace_mismatch": WarningKind(
-        f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} and what "
-        "the trace may miss at the window's edges: how far back its samples reach (0.2 s, or 1.2 s if the driver "
-        "averages, and one sampling period) as a share of the window.",
-        "Check the trace for a changing load, and repeat; on a module (GH200) the two may cover different components.",
+        f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} plus the "
+        "share that the trace may miss at the window's edges. That share is the maximum age of a sample (0.2 s, or "
+        "1.2 s if the driver averages, plus one sampling period) divided by the length of the window.",
+        "Check the trace for a changing load, and repeat the run. On a module (GH200) the two may cover different "
+        "components.",
     ),
     "throttled": WarningKind(
-        f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, by its own "
-        "counters or in samples taken during the window; if it reports neither, before or after the window.",
+        f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, according to "
+        "its own counters or to samples taken during the window. If it reports neither, the GPU was throttled just "
+        "before or after the window.",
         "Cool the machine, raise the power limit, or lock the clocks at a lower frequency.",
     ),
     "foreign_process": WarningKind(
-        "Another process used a GPU of this run, and its energy is included.",
-        "Wait for it to end, or use another GPU.",
+        "Another process used a GPU of this run, so the energy includes that process's work.",
+        "Wait for that process to end, or use another GPU.",
     ),
     "temperature_drift": WarningKind(
-        f"A GPU's temperature changed by more than {TEMPERATURE_DRIFT_C} °C over the run, and leakage power with it.",
+        f"A GPU's temperature changed by more than {TEMPERATURE_DRIFT_C} °C over the run, and its leakage power with "
+        "it.",
         "Warm up longer (warmup.until_cv), or cool down first (cooldown.to_c).",
     ),
     "busy_host": WarningKind(
         f"Other processes kept more than {BUSY_SHARE:.0%} of the machine's cores busy during the window.",
-        "Measure on an idle machine; whole-machine energy includes their work, and they slow this run.",
+        "Measure on an idle machine: other processes slow the run down, and whole-machine energy includes their work.",
     ),
     "high_variation": WarningKind(
-        f"The time per output token, without prefill if that is known, varied between batches by more than "
-        f"{HIGH_CV:.0%} (coefficient of variation).",
-        "Warm up longer, look for other load, and repeat.",
+        f"The time per output token varied between batches by more than {HIGH_CV:.0%} (coefficient of variation). "
+        "Prefill time is excluded if it is known.",
+        "Warm up longer, look for other load on the machine, and repeat the run.",
     ),
     "warmup_not_steady": WarningKind(
-        "The warm-up reached its limit before latencies were steady, or before as many prompts as wanted had run.",
+        "The warm-up reached its limit before latencies were steady or the requested number of prompts had run.",
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
     ),
     "compiled_in_window": WarningKind(
-        "Code was compiled inside the measured window, which cost time and energy that later prompts do not need.",
-        "Warm up on more prompts (warmup.prompts), so that every length occurs, or turn compilation off.",
+        "Code was compiled inside the measured window, so the window includes the time and energy of compiling.",
+        "Warm up on more prompts (warmup.prompts), so that every prompt length is compiled before the window opens, or "
+        "turn compilation off.",
     ),
     "not_cooled_down": WarningKind(
-        "A GPU was still warmer than cooldown.to_c when the run began.",
+        "A GPU was still warmer than cooldown.to_c when the run started.",
         "Raise cooldown.max_s or cooldown.to_c.",
     ),
     "few_cycles": WarningKind(
         f"Fewer than {LEAST_CYCLES} cycles: a single measurement has no confidence interval.",
-        "Measure several cycles (--cycles): an interval needs at least two, and five or more make it narrow.",
+        "Measure several cycles (--cycles): an interval needs at least two, and five or more make it usefully narrow.",
     ),
     "few_samples": WarningKind(
-        "A percentile rests on too few values. Of n independent values, all lie below the true percentile p with a "
-        "probability of pⁿ; where that exceeds 5 %, their largest is no upper bound for it at 95 % confidence (Wilks "
-        "1941), and a percentile that is given is little more than the largest value. The median needs 5 values, p95 "
-        "59, p99 299: about 3/(1 - p).",
-        "Run more prompts, or use a lower percentile or the mean.",
+        "A percentile rests on too few values. All of n independent values lie below the true percentile p with "
+        "probability pⁿ. If that exceeds 5 %, even the largest value is not an upper bound for the percentile at 95 % "
+        "confidence (Wilks 1941), and the reported percentile is little more than the largest value. The median needs "
+        "5 values, p95 needs 59, and p99 needs 299: about 3/(1 - p).",
+        "Run more prompts, or report a lower percentile or the mean.",
     ),
     "window_cut": WarningKind(
-        "The run ended inside the measured window, which is counted up to its last finished request. The message says "
-        "how long before the end that was; for a process that was killed, this is unknown.",
-        "Nothing, if the loss is small compared with the window; otherwise measure again (--fresh).",
+        "The run was cut short inside the measured window, so the window ends with the last finished request. The "
+        "message says how much time was lost between that request and the cut; for a process that was killed, this is "
+        "unknown.",
+        "No action is needed if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
         "The run was interrupted and resumed: its windows were measured at different times, each after a warm-up.",
-        "Compare with an uninterrupted run if small differences matter.",
+        "If small differences matter, compare with an uninterrupted run.",
     ),
     "work_repeated": WarningKind(
-        "Requests were under way when a window was cut. The time and the energy spent on them until then are in the "
-        "row, and so are those of running them again; the message says how much that is at most. Above 2 % of the "
-        "window (`repeated_share`), rates and energy per token are null.",
+        "Requests were under way when a window was cut. The row includes both the time and energy spent on them before "
+        "the cut and those of running them again; the message gives an upper bound for the part spent twice. If it is "
+        "more than 2 % of the window (`repeated_share`), rates and energy per token are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
     "queue_lost": WarningKind(
-        "The requests of a resumed cycle did not wait as they would have without the interruption, so latency, time to "
-        "first token, queue, idle share and goodput are null.",
+        "The requests of a resumed cycle did not queue as they would have without the interruption, so latency, time "
+        "to first token, queueing time, idle share and goodput are null.",
         "Measure again (--fresh).",
     ),
     "ranks_apart": WarningKind(
-        "The windows of processes that should have run together do not overlap, so they did not share the work.",
-        "Measure again (--fresh); if it happens again, look at the logs of the processes.",
+        "The measured windows of processes that should have run together do not overlap, so the processes did not run "
+        "in parallel.",
+        "Measure again (--fresh). If this happens again, look at the logs of the processes.",
     ),
     "mixed_backends": WarningKind(
         "The processes ran on different backends (--allow-mixed-backends), so the row mixes engines.",
-        "Do not compare this row with others; measure with one backend.",
+        "Do not compare this row with others; use one backend for all processes.",
     ),
     "shared_hardware": WarningKind(
-        "Other experiments ran on this machine at the same time: they slow each other down, and energy that is not "
-        "read per GPU includes theirs.",
-        "For numbers that matter, run one after another (without --parallel).",
+        "Other experiments ran on this machine at the same time. They slow each other down, and all energy that is not "
+        "read per GPU includes their share.",
+        "For numbers that matter, run the experiments one after another (without --parallel).",
     ),
     "energy_estimated": WarningKind(
         "The energy of some components is an estimate, not a measurement.",
-        "Measure on a machine with an NVIDIA GPU or readable RAPL; do not compare estimates between machines.",
+        "Measure on a machine with an NVIDIA GPU or readable RAPL counters. Do not compare estimates between machines.",
     ),
-    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause that it names."),
+    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause given in the message."),
     "energy_without_gpu": WarningKind(
-        "A GPU ran the model, but the meter does not read it: the energy is only that of the components named.",
+        "A GPU ran the model, but the meter does not read it. The energy covers only the components in the message.",
         "Use energy=nvml, or energy=auto, which reads the GPUs in use as well.",
     ),
     "energy_partial": WarningKind(
-        "Energy was read for a part of the measured window only, as when the meter changed between two attempts or a "
-        "process was killed. It is null, and enters no sum and no mean; the record holds what was read.",
+        "Energy was read for only part of the measured window, for example because the meter changed between two "
+        "attempts or a process was killed. It is null in the row and left out of sums and means; the record holds the "
+        "partial reading.",
         "Measure again (--fresh) with one meter for the whole window.",
     ),
     "energy_mixed": WarningKind(
-        "The cycles' energies are not of the same kind: measured and estimated, or of different components or scopes. "
-        "The table of cycles has them; their mean is null.",
+        "The energies of the cycles are of different kinds: some are measured and some estimated, or their components "
+        "or scopes differ. Their mean is null; the cycles table holds the individual values.",
         "Measure all cycles with the same meter (--fresh).",
     ),
     "energy_shared": WarningKind(
-        "A MIG instance has no counter, so the energy is the whole GPU's.",
+        "A MIG instance has no energy counter of its own, so the energy is that of the whole GPU.",
         "Leave the other instances idle, or turn MIG off.",
     ),
     "energy_integrated": WarningKind(
-        "A GPU has no energy counter, so its energy is the integral of sampled power.",
-        "Expect a few percent more uncertainty, and more for loads that change fast.",
+        "A GPU has no energy counter, so its energy is integrated from sampled power.",
+        "Allow for a few percent more uncertainty, and for more than that under rapidly changing load.",
     ),
     "idle_adjusted_negative": WarningKind(
-        f"The run used less than idle power times its duration, by more than {IDLE_TOLERANCE:.0%} of its energy and "
-        f"by more than the uncertainty at the window's edges (idle power times {EDGE_TICKS} ticks of the counter).",
-        "Something else ran while idle power was measured; repeat on a quiet machine.",
+        f"The window's energy is lower than idle power times the window's length, by more than {IDLE_TOLERANCE:.0%} of "
+        f"the energy and by more than the uncertainty at the window's edges (idle power times {EDGE_TICKS} counter "
+        "ticks).",
+        "Something else was probably running while idle power was measured; repeat on a quiet machine.",
     ),
     "decode_negative": WarningKind(
-        "Decode energy, which is the window's minus the prefill's, is negative.",
-        "The window is too short for the power trace; run longer.",
+        "Decode energy (the window's energy minus the prefill energy) is negative.",
+        "Run longer: the window is too short for the power trace.",
     ),
     "identity_violated": WarningKind(
-        "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or token counts and their sum over requests.",
-        "This is a bug in lem or damage to the files; please report it with the raw record.",
+        "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or a token count and its sum over requests.",
+        "This is a bug in lem, or the files are damaged; please report it with the raw record.",
     ),
     "times_disagree": WarningKind(
-        "The requests' own times do not fit into the measured window: one began before it, or ended after it. Its "
-        "length, and all that is divided by it, is off by as much as the message says.",
+        "A request began before the measured window opened, or ended after it closed. The window's length, and every "
+        "rate computed from it, is wrong by the amount given in the message.",
         "Look at the processes' logs and at the machine's load, and measure again (--fresh).",
     ),
     "window_unfilled": WarningKind(
-        f"No request was running in more than {UNFILLED_SHARE:.0%} of the window, although none had to arrive: its "
-        "time and energy are not those of the requests alone.",
-        "Look for a machine that was suspended or overloaded, or a slow disk; use longer outputs or larger batches.",
+        f"For more than {UNFILLED_SHARE:.0%} of the window no request was running, although without traffic there is "
+        "always one to run. The window's time and energy therefore include more than the requests.",
+        "Check whether the machine was suspended or overloaded, or has a slow disk; use longer outputs or larger "
+        "batches.",
     ),
     "power_implausible": WarningKind(
         f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, the error "
@@ -224,26 +233,27 @@ WARNINGS: dict[str, WarningKind] = {
         "Compare the energy with the power trace, and report it with the raw record if it happens again.",
     ),
     "tokens_disagree": WarningKind(
-        "Tokens that were counted twice, in independent places, do not agree: the requests' rows, and the engine's own "
-        "counters or the times of single tokens.",
-        "Report it with the raw record; until then disregard all that is given per token.",
+        "Two independent counts of the same tokens disagree: the counts in the request rows, and the engine's own "
+        "counters or the number of token times.",
+        "Report it with the raw record, and disregard all per-token numbers of this run.",
     ),
     "random_weights": WarningKind(
-        "All or some of the model's weights are random, so its text is meaningless.", "Nothing, if that is intended."
+        "Some or all of the model's weights are random, so its text is meaningless.",
+        "No action is needed if that is intended.",
     ),
     "unused_weights": WarningKind(
-        "The model's files hold weights that were not used: they may belong to another model, or to more layers than "
-        "config.json names.",
+        "The model's files contain weights that were not used. They may belong to another model, or config.json may "
+        "specify too few layers.",
         "Make sure that config.json and the weights belong together.",
     ),
     "not_finite": WarningKind(
-        "The logits that tokens are chosen by are infinite or not a number, as NaN weights make them, so the tokens "
-        "are meaningless.",
-        "Check the checkpoint; with float16, try bfloat16 or float32.",
+        "Some logits are infinite or not a number, for example because weights are NaN, so the generated tokens are "
+        "meaningless.",
+        "Check the checkpoint; if the run used float16, try bfloat16 or float32.",
     ),
     "padding_changed_tokens": WarningKind(
-        "Prompts of different lengths ran in one batch, but the model does not mask padding: the shorter ones may have "
-        "got other tokens than alone.",
+        "Prompts of different lengths ran in one batch, but the model does not mask padding. The shorter prompts may "
+        "have produced different tokens than they would alone.",
         "Use batching.batch_size=1.",
     ),
     "simulated": WarningKind("No model ran: the backend is simulated.", "Use another backend for real numbers."),
@@ -252,87 +262,93 @@ WARNINGS: dict[str, WarningKind] = {
         "Install the engine's CUDA build, or set backend.device=cpu.",
     ),
     "input_truncated": WarningKind(
-        "Prompts were cut to max_input_tokens.", "Raise it, if the model's context is long enough."
+        "Prompts were cut to max_input_tokens.", "Raise max_input_tokens, if the model's context is long enough."
     ),
     "flops_unknown": WarningKind(
-        "The model's sizes cannot be told from transformers' code for it and its config, so FLOPs and MFU are null: it "
-        "keeps a state instead of attending to positions, selects positions, or looks at values to route to experts.",
+        "The model's sizes cannot be determined from its config and its code in transformers, so FLOPs and MFU are "
+        "null. The model keeps a recurrent state instead of attending to positions, attends to selected positions, or "
+        "routes to experts by looking at values.",
         "Compare tokens and joules instead.",
     ),
     "prefix_cached": WarningKind(
-        "The engine had cached the beginnings of prompts that start like earlier ones in the window, and did not "
-        "compute them again; FLOPs and tokens still count them.",
-        "Nothing, if that is what you study; otherwise set backend.enable_prefix_caching=false.",
+        "The engine reused cached prefixes of earlier prompts in the window instead of computing them again; FLOPs and "
+        "tokens still count them.",
+        "No action is needed if prefix caching is part of your study; otherwise set "
+        "backend.enable_prefix_caching=false.",
     ),
     "preempted": WarningKind(
-        "The engine's cache was too small for all running requests: some were preempted and computed again.",
+        "The engine's cache was too small for all running requests, so some were preempted and computed again.",
         "Lower batching.batch_size, or give the cache more memory.",
     ),
     "server_elsewhere": WarningKind(
-        "The server that ran the model is on another machine: energy is null, as no meter on this machine covers it, "
-        "and the record's snapshot is of the client's machine.",
+        "The server that ran the model is on another machine. Energy is null, because no meter on this machine covers "
+        "the server, and the record describes the client's machine.",
         "Measure on the machine where the server runs.",
     ),
     "server_shared": WarningKind(
-        "The server generated more tokens in the window than this run requested: others were using it.",
+        "The server generated more tokens in the window than this run's requests account for, so other clients were "
+        "using it.",
         "Use a server without other clients (backend.command starts one).",
     ),
     "server_gpus_unknown": WarningKind(
-        "The server was already running, and the GPUs that were metered may not be the ones that it runs on: idle ones "
-        "are in the energy, or its own are missing.",
-        "Name its GPUs (gpus=[…]), run lem as the server's user and outside a container, or have lem start the server.",
+        "The server was already running, and the metered GPUs may not be the ones that it runs on. The energy may then "
+        "include idle GPUs, or lack the server's own.",
+        "Name the server's GPUs (gpus=[…]), run lem as the same user as the server and outside any container, or have "
+        "lem start the server.",
     ),
     "requests_failed": WarningKind(
-        "Requests failed: the window's time and energy include what was spent on them, but tokens, latencies and rates "
-        "are of the others alone. Goodput counts them as missed.",
-        "Read the reasons in the column error of the requests; lower the load, or repeat.",
+        "Some requests failed. The window's time and energy include them, but tokens, latencies and rates cover only "
+        "the requests that succeeded. Goodput counts failed requests as not good.",
+        "See the reasons in the column `error` of the requests table; lower the load, or repeat the run.",
     ),
     "requests_retried": WarningKind(
-        "The server refused requests because it was busy and said when it may be asked again (Retry-After): they were "
-        "sent again then. Their latency counts from the first time.",
-        "Lower the number of requests in flight, if the server's refusals are not what you study.",
+        "The server refused requests because it was busy, and said when to retry (Retry-After); lem then sent them "
+        "again. Their latency is counted from the first time they were sent.",
+        "Lower the number of requests in flight, unless the server's refusals are part of your study.",
     ),
     "stream_ignored": WarningKind(
-        "Streaming was asked for, but the server answered in one piece, so that the times of tokens are null.",
+        "Streaming was requested, but the server sent its response in one piece, so token times are null.",
         "Use a server that streams, or leave --streaming out.",
     ),
     "tokens_by_tokenizer": WarningKind(
-        "The server reports no counts: lem counted output tokens by tokenizing the text again, plus one for the end "
-        "token. Text that was split differently when it was generated, or dropped, makes the count differ.",
+        "The server reports no token counts, so lem counted output tokens by tokenizing the text again and adding one "
+        "for the end token. The count is wrong if the text was generated with a different split into tokens, or if "
+        "the server dropped part of it.",
         "Use a server that reports token ids or usage; expect a few percent more uncertainty in rates per token.",
     ),
     "prefix_cache_kept": WarningKind(
-        "The server offers no request that drops cached prefixes, so prompts may have benefited from the warm-up, an "
-        "earlier cycle or other clients.",
-        "Turn its prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, bound to a local address only.",
+        "The server has no way to drop cached prefixes on request, so prompts may have benefited from prefixes cached "
+        "during the warm-up, during an earlier cycle, or for other clients.",
+        "Turn the server's prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, bound to a local address only.",
     ),
     "tokens_not_timed": WarningKind(
-        "The server does not report how many tokens an event carries: the time to the first token is measured, and the "
+        "The server does not report how many tokens each event carries. The time to first token is measured, but the "
         "gaps between a request's tokens are all set to their mean.",
-        "Use a server that reports token ids or usage with each event (backend.dialect=vllm); disregard percentiles of "
-        "inter-token latency.",
+        "Use a server that reports token ids or usage with each event (backend.dialect=vllm), or disregard percentiles "
+        "of inter-token latency.",
     ),
     "campaign_fixed_order": WarningKind(
-        "The arms of a campaign are measured in the same order in each cycle (interleaved), or one after the other "
-        "(grouped): a drift of the machine looks like a difference between them, and intervals cover less often than "
-        "they say.",
+        "The arms of a campaign were measured in the same order in each cycle (interleaved) or one after another "
+        "(grouped). Drift of the machine can look like a difference between arms, and confidence intervals cover the "
+        "true value less often than stated.",
         "Use --structure shuffled or latin.",
     ),
     "campaign_unbalanced": WarningKind(
-        "A latin campaign does not consist of whole squares, so positions and predecessors are not shared equally.",
-        "Run a multiple of the named number of cycles.",
+        "A latin campaign does not consist of whole squares, so positions and predecessors are not balanced over the "
+        "arms.",
+        "Run a multiple of the number of cycles given in the message.",
     ),
     "campaign_cells_missing": WarningKind(
-        "Cells of a campaign have no result: they failed, were interrupted, or have not run.",
-        "Run the same command again: it measures what is missing.",
+        "Some cells of a campaign have no result: they failed, were interrupted, or have not run.",
+        "Run the same command again: it measures the missing cells.",
     ),
     "campaign_boards_differ": WarningKind(
-        "Cells of a campaign ran on different machines or devices, whose sensors may differ by several percent.",
+        "The cells of a campaign ran on different machines or devices, whose sensors may differ by several percent.",
         "Measure all cells on the same machine and GPU (gpus).",
     ),
     "campaign_meters_differ": WarningKind(
-        "The energy of a campaign's cells has different sources, scopes or components, so it is not comparable.",
-        "Name one meter for all arms (energy=…), and see why a cell's meter changed.",
+        "The energy of a campaign's cells comes from different sources, scopes or components, so it is not comparable.",
+        "Set one meter for all arms (energy=…), and find out why a cell used another.",
     ),
     "campaign_estimate": WarningKind(
         "The energy that a campaign compares is an estimate, not a measurement.",
@@ -345,30 +361,30 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_prompts_differ": WarningKind(
         "The arms of a campaign did not run the same prompts.",
-        "Give one dataset, sample size and seed for all arms.",
+        "Set the same dataset, sample size and seed for all arms.",
     ),
     "campaign_lengths_differ": WarningKind(
         "The arms of a campaign generated different numbers of output tokens, by more than 1 %.",
-        "Compare the energy per request as well, or fix the lengths (min_output_tokens = max_output_tokens).",
+        "Compare the energy per request as well, or fix the output length (min_output_tokens = max_output_tokens).",
     ),
     "campaign_trend": WarningKind(
-        "The measure changed over a campaign, whatever arm was measured: the machine drifts.",
+        "The measure changed over the course of the campaign, independently of the arm: the machine drifts.",
         "Warm up longer, wait between cells (--config-gap), or cool down to a temperature (--cool-to).",
     ),
     "campaign_position": WarningKind(
-        "The measure depends on the position within a cycle.",
-        "Use --structure latin, which takes the position out, and wait between cells (--config-gap).",
+        "The measure depends on a cell's position within its cycle.",
+        "Use --structure latin, which balances positions over the arms, and wait between cells (--config-gap).",
     ),
     "campaign_cells_warn": WarningKind(
-        "Cells of a campaign have warnings of their own.",
-        "lem results list --campaign NAME lists the cells, and lem results show ID shows their warnings.",
+        "Some cells of the campaign have warnings of their own.",
+        "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",
     ),
     "fewer_prompts": WarningKind("The dataset has fewer prompts than were requested.", "Lower --sample-size."),
 }
 
 
 def warning(code: str, text: str) -> CodedWarning:
-    """Make a warning; raises KeyError for a code that is not in the catalogue."""
+    """Return a warning; raises KeyError if the code is not in the catalogue."""
     WARNINGS[code]
     return CodedWarning(code, text)
 
@@ -403,7 +419,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
             continue
         ratio = r.trace_energy_j / r.energy_j
-        # A step of power at an edge is seen that much late.
+        # The trace may show a step of power at an edge of the window too late, by up to its reach.
         if abs(ratio - 1) > TRACE_TOLERANCE + (r.trace_reach_s or 0.0) / duration_s:
             yield warning(
                 "counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter's energy."
@@ -428,7 +444,7 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
 
 
 def lacks_gpu(record: ProcessRecord) -> bool:
-    """Return whether a GPU ran the model and none of the readings of its window is of a GPU."""
+    """Return whether a GPU ran the model but the window has no energy reading of a GPU."""
     window = record.phase("measured")
     readings = window.energy if window else ()
     environment, engine = record.environment, record.engine
@@ -446,7 +462,7 @@ def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU that would have drawn more than it is limited to."""
+    """Yield a warning for each GPU whose average power exceeds its limit."""
     window, environment = record.phase("measured"), record.environment
     if window is None or environment is None or window.duration_s < POWER_LEAST_S:
         return
@@ -462,10 +478,10 @@ def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
-    """Yield a warning where the engine counted other numbers of tokens than the requests' rows.
+    """Yield a warning if the engine's token counts differ from those of the request rows.
 
-    Only the engine counts requests that were cut off, computed again after a preemption, or sent by other clients; in
-    these cases a higher count of the engine's is no contradiction.
+    Only the engine counts tokens of requests that were cut off, that were computed again after a preemption, or that
+    other clients sent. In these cases a higher count by the engine is not a contradiction.
     """
     counters = record.counters or {}
     more_is_wrong = record.status == "completed" and not counters.get("preemptions") and record.backend != "openai"
@@ -477,7 +493,7 @@ def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
         tolerance = IDENTITY_TOLERANCE * tokens
         if engines < tokens - tolerance or (more_is_wrong and engines > tokens + tolerance):
             yield warning(
-                "tokens_disagree", f"{tokens} {kind} tokens in the rows, {engines:.0f} by the engine's count."
+                "tokens_disagree", f"{tokens} {kind} tokens in the request rows, {engines:.0f} counted by the engine."
             )
 
 
@@ -496,7 +512,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield what held clocks down in the window; for GPUs that were not watched then, before or after it."""
+    """Yield a warning for each GPU that was throttled in the window, or before or after it if it was not watched."""
     for window in during:
         if held := _held_down(window):
             yield warning("throttled", f"{window.uuid}: {', '.join(held)} of the window.")
@@ -508,7 +524,7 @@ def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState
 
 
 def _of_strangers(devices: Sequence[DeviceState | DeviceWindow]) -> Iterator[CodedWarning]:
-    """Yield each process that is not of this run, once, whenever it was seen."""
+    """Yield one warning for each process seen on a GPU that does not belong to this run."""
     names: dict[tuple[str, int], str | None] = {}
     for device in devices:
         for process in device.foreign_processes or ():
@@ -518,7 +534,7 @@ def _of_strangers(devices: Sequence[DeviceState | DeviceWindow]) -> Iterator[Cod
 
 
 def _held_down(window: DeviceWindow) -> list[str]:
-    """Return what held a GPU's clocks down, each with its share of the window."""
+    """Return the reasons that held a GPU's clocks down, each with its share of the window."""
     counted_s = window.throttled_s
     shares = {} if counted_s is None else {name: min(s / window.duration_s, 1.0) for name, s in counted_s.items()}
     for reason, share in (window.reasons or {}).items():
@@ -528,7 +544,7 @@ def _held_down(window: DeviceWindow) -> list[str]:
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning about the load of other processes, if these records cover all processes of the run."""
+    """Yield a warning about load from other processes, provided the records cover all processes of the run."""
     loads = [record.cpu_load for record in records if record.cpu_load is not None]
     here = records[0].environment
     if not loads or len(loads) < records[0].world_size or here is None or not here.cpu_threads:
@@ -555,7 +571,7 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
-    """Return each request's decoding time per output token, with prefill included in all if it is known for too few."""
+    """Return each request's time per output token, excluding prefill if prefill is known for enough requests."""
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
         for r in requests
@@ -570,7 +586,8 @@ def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.warmup is not None and record.warmup.ended in ("max_prompts", "max_s"):
         cv = "" if record.warmup.cv is None else f", with a coefficient of variation of {record.warmup.cv:.3f}"
         yield warning(
-            "warmup_not_steady", f"it ended at {record.warmup.ended}, after {record.warmup.prompts} prompts{cv}."
+            "warmup_not_steady",
+            f"the warm-up ended at {record.warmup.ended}, after {record.warmup.prompts} prompts{cv}.",
         )
 
 
@@ -579,11 +596,11 @@ ByColumn = Mapping[str, Sequence[Any]]
 
 
 def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[list[CodedWarning]]:
-    """Return the warnings about derived numbers: identities that do not hold, negative differences.
+    """Return the warnings about derived numbers, such as violated identities and negative differences.
 
     Args:
-        rows: rows of cycles, by column.
-        records: for each row, the records that it was computed from.
+        rows: cycle rows, by column.
+        records: the records that each row was computed from.
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
     for place, of_row in enumerate(records):
@@ -614,23 +631,25 @@ def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Itera
     of_window = "" if share is None else f" ({share:.1%} of the window)"
     yield warning(
         "work_repeated",
-        f"requests that were under way at a cut, and had to be run again: {requests}{with_tokens}. Up to "
-        f"{longest_s:.3g} s{of_window} of its time, and the energy of that time, was spent twice.",
+        f"requests under way at a cut that had to be run again: {requests}{with_tokens}. Up to "
+        f"{longest_s:.3g} s{of_window}, and the energy used in that time, were spent twice.",
     )
 
 
 def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()) -> Iterator[CodedWarning]:
-    """Yield the warnings about an experiment as a whole; `kinds` are the different kinds of its cycles' energies."""
+    """Yield the warnings about an experiment as a whole; `kinds` lists the distinct kinds of energy in its cycles."""
     if len(kinds) > 1:
-        yield warning("energy_mixed", f"the energy of the cycles is {' in some and '.join(kinds)} in others; no mean.")
+        text = f"the energy of the cycles is {' in some and '.join(kinds)} in others, so its mean is null."
+        yield warning("energy_mixed", text)
     if cycles_completed < LEAST_CYCLES:
-        yield warning("few_cycles", f"{cycles_completed} finished; an interval needs at least {LEAST_CYCLES}.")
+        cycles = f"{cycles_completed} cycle{'' if cycles_completed == 1 else 's'}"
+        yield warning("few_cycles", f"{cycles} finished; an interval needs at least {LEAST_CYCLES}.")
     if resumed:
-        yield warning("resumed", f"it was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
+        yield warning("resumed", f"the run was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
 
 
 def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
-    """Yield a warning for each steady state that is too short, unless the window is already."""
+    """Yield a warning for each steady state that is too short, unless the whole window is too short."""
     for place, (steady_s, duration_s) in enumerate(zip(rows["steady_duration_s"], rows["duration_s"], strict=True)):
         if steady_s is not None and steady_s < SHORT_WINDOW_S <= (duration_s or 0.0):
             text = f"all places were taken for {steady_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable."
@@ -638,7 +657,7 @@ def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
 
 
 def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning for each kind of energy that was read for a part of the window only."""
+    """Yield a warning for each kind of energy that was read for only part of the window."""
     window = records[0].phase("measured") if records and records[0].rank == ENERGY_OWNER else None
     if window is None:
         return
@@ -652,7 +671,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 
 
 def samples_needed(percent: float) -> int:
-    """Return how many independent values a percentile needs, so that one of them reaches it with 95 % certainty.
+    """Return how many independent values are needed for the largest to reach a percentile with 95 % probability.
 
     S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """
@@ -660,7 +679,7 @@ def samples_needed(percent: float) -> int:
 
 
 def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
-    """Yield a warning about percentiles that rest on too few values; `counts` says how many there are of each time."""
+    """Yield a warning about percentiles that rest on too few values; `counts` has the number of values per metric."""
     of_count: dict[int, list[str]] = {}
     for name, count in counts.items():
         of_count.setdefault(count, []).append(name)
@@ -677,15 +696,15 @@ def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
 def of_times(
     duration_s: float, first_s: float, last_s: float, busy_s: float, *, attempts: int, filled: bool
 ) -> Iterator[CodedWarning]:
-    """Yield warnings where a window's length does not fit its requests' own times.
+    """Yield warnings if a window's length contradicts its requests' own times.
 
     Args:
         duration_s: the length of the window, or the sum of the attempts' windows.
         first_s: the earliest start of a request in its window.
         last_s: the latest end in its window, summed over the attempts.
-        busy_s: the time in which at least one request was running.
-        attempts: how many attempts there were.
-        filled: whether requests were always waiting, so that one should always have been running.
+        busy_s: the time during which at least one request was running.
+        attempts: the number of attempts.
+        filled: whether requests were always waiting, so that at least one should always have been running.
     """
     tolerance_s = max(IDENTITY_TOLERANCE * duration_s, TIMES_TOLERANCE_S * attempts)
     if first_s < -tolerance_s:
@@ -699,19 +718,19 @@ def of_times(
 
 
 def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning where the tokens that have a time of their own are not as many as were counted."""
+    """Yield a warning if the number of token times differs from the number of counted tokens."""
     wrong = [
         r for r in requests if r.ttft_s is not None and r.itl_s is not None and len(r.itl_s) + 1 != r.output_tokens
     ]
     if wrong:
         first = wrong[0]
         text = f"request {first.request} has {first.output_tokens} output tokens and {len(first.itl_s or ()) + 1} times"
-        more = f"; {len(wrong) - 1} more are alike" if len(wrong) > 1 else ""
+        more = f"; {len(wrong) - 1} more disagree as well" if len(wrong) > 1 else ""
         yield warning("tokens_disagree", f"{text}{more}.")
 
 
 def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> Iterator[tuple[int, CodedWarning]]:
-    """Yield a warning for each identity that a row violates, with the row's place."""
+    """Yield a warning for each identity that a row violates, with the row's index."""
 
     def totals(field: str) -> list[int]:
         return [sum(map(attrgetter(field), of_row)) for of_row in records]
@@ -750,7 +769,7 @@ def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
             yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is subtracted.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
-            yield place, warning("decode_negative", f"it is {decode_j:.4g} J.")
+            yield place, warning("decode_negative", f"the decode energy is {decode_j:.4g} J.")
 
 
 def _idle_tolerance_j(rows: ByColumn, place: int) -> float:

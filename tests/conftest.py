@@ -1,4 +1,4 @@
-"""What the tests share: running the real command, in this process or a separate one, and reading results."""
+"""Shared helpers: running the real command, in this process or in a separate one, and reading its results."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from tests.backends.confirmations import Engines
 from tests.nvml_standin import driver, standin  # noqa: F401 - fixtures
 from tests.tensorrt_standin.build import build as build_tensorrt
 
-# No test may wait for a hub that is unreachable.
+# No test may wait for an unreachable hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)
-# What a test agrees to is forgotten with the tests.
+# The consent that a test gives is discarded after the tests.
 os.environ["LEM_STATE_DIR"] = tempfile.mkdtemp(prefix="lem-tests-state-")
 atexit.register(shutil.rmtree, os.environ["LEM_STATE_DIR"], ignore_errors=True)
-# When a script starts it in the background, this process ignores Ctrl-C, and with nohup the end of the terminal;
-# so would the commands that it starts.
+# If a script starts pytest in the background, this process ignores Ctrl-C; under nohup, it ignores SIGHUP. The commands
+# that it starts would inherit this.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Tests run side by side: OpenMP's threads would spin against each other for the same cores.
+# Tests run side by side, so OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Examples are the same each time, and a slow machine is not a failure, so that a result depends only on the commit.
-# `--hypothesis-profile=search` looks for others.
+# Examples are the same each time and slow machines do not fail tests, so the outcome depends only on the commit.
+# `--hypothesis-profile=search` looks for new examples.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile("same")
 
-# A property of a test's report with this name is printed at the end, whichever process ran the test.
+# A report property with this name is printed at the end, whichever process ran the test.
 SUMMARY = "summary"
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what tests report beyond passing, such as how many kills a run has survived."""
+    """Print information that tests report beyond passing, such as how many kills a run has survived."""
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         for name, text in getattr(report, "user_properties", ()):
             if name == SUMMARY and report.when == "call":
@@ -59,13 +59,13 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def tensorrt_folder(tmp_path_factory):
-    """Make the stand-in for TensorRT-LLM once; return the folder to put on the path."""
+    """Build the stand-in for TensorRT-LLM once; return the folder to put on the import path."""
     return build_tensorrt(tmp_path_factory.mktemp("tensorrt"))
 
 
 @pytest.fixture
 def tensorrt_standin(tensorrt_folder, monkeypatch):
-    """Replace TensorRT-LLM by its stand-in, in this process and in those that it starts."""
+    """Replace TensorRT-LLM with its stand-in, in this process and in those that it starts."""
     monkeypatch.syspath_prepend(tensorrt_folder)
     monkeypatch.setenv("PYTHONPATH", f"{tensorrt_folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     yield tensorrt_folder
@@ -75,7 +75,7 @@ def tensorrt_standin(tensorrt_folder, monkeypatch):
 
 @dataclass
 class Finished:
-    """A command that has ended."""
+    """A command that has ended, with its exit code and output."""
 
     code: int
     out: str
@@ -102,10 +102,10 @@ def lem(tmp_path, monkeypatch, capfd):
         return Finished(int(stop.value.code or 0), out, err)
 
     yield run
-    # The command reads .env files into this process's environment.
+    # The command loads .env files into this process's environment.
     os.environ.clear()
     os.environ.update(before)
-    # --verbose turns on the log of this process.
+    # --verbose turns on logging in this process.
     logging.getLogger("lem").handlers.clear()
     logging.getLogger("lem").setLevel(logging.NOTSET)
 
@@ -147,7 +147,7 @@ def begin(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
-    """Return the first line of stderr with this beginning."""
+    """Return the first line of stderr that begins with this text."""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(beginning):
@@ -156,21 +156,21 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the running workers of a command, without the launcher of several."""
+    """Return the running workers of a command, without the launcher that starts several."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            command_line = child.cmdline()  # of a zombie there is none
+            command_line = child.cmdline()  # a zombie has no command line
             if "lem.runner.worker" not in command_line or "torch.distributed.run" in command_line:
                 continue
-            # Just after a fork, a process that will run another program still has its parent's command line.
+            # Just after a fork, a process that is about to run another program still has its parent's command line.
             if child.ppid() not in {worker.pid for worker in found}:
                 found.append(child)
     return found
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """Kill a command and its whole group at once, without warning."""
+    """Kill a command and its whole process group at once, without warning."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

@@ -1,4 +1,4 @@
-"""Small models of many families, with the oddities of their configs, and their sizes by hand.
+"""Small models of many families, with the peculiarities of their configs, and their dimensions worked out by hand.
 
 Each has random weights and no tokenizer, so it is built in milliseconds. Knows nothing of lem.
 """
@@ -48,7 +48,7 @@ MLA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer by hand: heads·head_dim, how far back it attends, and the values that it caches for each token."""
+    """A layer's dimensions: heads·head_dim, how far back it attends, and the values that it caches per token."""
 
     width: int
     cached: int
@@ -58,11 +58,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Family:
-    """A small model.
+    """A small model of a family.
 
-    `config` names its class if that is not the model's own. `steps_do_more`: its decode steps expand the whole cache
-    again, or attend beyond their chunk, which is no part of model FLOPs. `wasted` are weights of experts that a token
-    is not routed to, but that run. `unknown` is a word of the reason why its FLOPs are null.
+    `config` names the config class if it is not the model's own. `steps_do_more`: decode steps expand the whole cache
+    again, or attend beyond their chunk, which does not count as model FLOPs. `wasted` is the number of weights of
+    experts that run although the token is not routed to them. `unknown` is a word from the reason why FLOPs are null.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Machines to check experiments against, whatever this one has: GPUs, packages and builds as a test needs them."""
+"""Imaginary machines to check experiments against, with the GPUs, packages and builds that a test needs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def gpus(*capabilities: tuple[int, int], name: str = "NVIDIA", mig: str | None =
 class FakeHost(Host):
     """A machine with every package, except those whose names begin with one of `lacks`.
 
-    `builds_for_cpu`: whether its engines are builds without CUDA; None asks what is installed here.
+    `builds_for_cpu`: whether its engines are builds without CUDA; None means as on the real machine.
     """
 
     lacks: tuple[str, ...] = ()
     builds_for_cpu: bool | None = None
 
     def has(self, package: str) -> bool:
-        """Return whether the machine is said to have a package."""
+        """Return whether the machine pretends to have a package."""
         return not package.startswith(self.lacks)
 
     def is_built_for_cpu(self, package: str) -> bool:
-        """Return whether the machine is said to have a build for the CPU."""
+        """Return whether the machine pretends to have a CPU build."""
         return super().is_built_for_cpu(package) if self.builds_for_cpu is None else self.builds_for_cpu
 
 
@@ -49,5 +49,5 @@ def bare(*capabilities: tuple[int, int]) -> FakeHost:
 CPU, ONE, TWO = machine(), machine(H100), machine(H100, H100)
 # Eight modern GPUs, every package, and engines built for GPUs.
 IDEAL = FakeHost(gpus(*[H100] * 8, name="NVIDIA H100"), builds_for_cpu=False)
-# What the tests can rely on: no GPU, engines built for the CPU, and every package that runs there.
+# The minimum that the tests can rely on: no GPU, engines built for the CPU, and every package that runs there.
 PROCESSOR = FakeHost((), lacks=("flash_attn",), builds_for_cpu=True)

@@ -1,7 +1,7 @@
-"""A small server of completions over real sockets, for tests: as good or as bad as a test wants it.
+"""A small completions server over real sockets, for tests: as well or as badly behaved as a test wants.
 
-In a thread of the test (`Running`), or as a program: `python -m tests.http_server --port N`. Its tokens
-follow from the prompt alone, or come from a small model through transformers. Knows nothing of lem.
+It runs in a thread of the test (`Running`), or as a program: `python -m tests.http_server --port N`. Its tokens depend
+on the prompt alone, or come from a small model through transformers. It knows nothing of lem.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ class Behaviour:
     cut: int | None = None  # bytes in a packet; None sends each event in one
     packet_wait_s: float = 0.002
     merged: int = 1  # events in a packet
-    error: tuple[int, str] | None = None  # instead of an answer
+    error: tuple[int, str] | None = None  # sent instead of a completion
     error_in_stream: bool = False
-    silent_after: int | None = None  # events after which nothing more comes
-    dies_after: int | None = None  # events after which the connection is closed
+    silent_after: int | None = None  # number of events after which nothing more is sent
+    dies_after: int | None = None  # number of events after which the connection is closed
     hits: int = 0
     extra_input: int = 0
     finish: str | None = None
-    faulty_from: int = 0  # the first request with an error, silence or death
+    faulty_from: int = 0  # the first request that meets an error, silence or a crash
 
 
 def counted_tokens(body: dict[str, Any]) -> list[int]:
-    """Return as many tokens as are allowed; they follow from the prompt alone."""
+    """Return as many tokens as are allowed, determined by the prompt."""
     first = sum(body["prompt"])
     return [100 + (first + i) % 50 for i in range(body["max_tokens"])]
 
 
 @dataclass
 class Running:
-    """A server in threads of this process; `bodies` holds what it was asked."""
+    """A server in threads of this process; `bodies` holds the request bodies that it received."""
 
     tokens: Callable[[dict[str, Any]], list[int]] = counted_tokens
     behaviour: Behaviour = field(default_factory=Behaviour)
@@ -235,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         return events
 
     def _packet(self, parts: list[bytes]) -> None:
-        """Send events, each as a chunk, in one packet or cut into many."""
+        """Send each event as a chunk, in one packet or split into several."""
         data = b"".join(b"%x\r\n%s\r\n" % (len(part), part) if part else b"0\r\n\r\n" for part in parts)
         cut = self.server_state.behaviour.cut
         for begin in range(0, len(data), cut or len(data)):
@@ -312,7 +312,7 @@ def main() -> None:
     if options.children:
         sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
         subprocess.Popen(sleeping)
-        # Its parent, a shell, is gone at once.
+        # Its parent, a shell, exits at once.
         subprocess.run(["/bin/sh", "-c", 'setsid "$@" &', "sh", *sleeping], check=True)
     tokens = ModelTokens(options.model) if options.model else counted_tokens
     with Running(tokens, Behaviour(**json.loads(options.behaviour)), options.port):

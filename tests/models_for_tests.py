@@ -1,7 +1,7 @@
 """Small transformers models with a tokenizer, saved in a directory as a hub's checkpoint would be.
 
-Their weights are random but seeded, and large enough that the most likely token leads clearly: the outputs do not
-depend on the last bits of a sum. Their end token is one that greedy decoding really meets. Knows nothing of lem.
+Their weights are random but seeded, and large enough that the most likely token leads clearly, so the outputs do not
+depend on the last bits of a sum. Their end token is one that greedy decoding really produces. Knows nothing of lem.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 POSITIONS = 128
 NEW_TOKENS = 24
 VOCABULARY = 400
-# Of models that look like a Llama.
+# Shared by models that look like a Llama.
 SMALL = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": POSITIONS,
@@ -83,7 +83,7 @@ def mixtral(folder):
 
 
 def mistral(folder):
-    """Every layer sees only the last 16 tokens."""
+    """Every layer attends only to the last 16 tokens."""
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(**SMALL, intermediate_size=96, sliding_window=16)
@@ -91,7 +91,7 @@ def mistral(folder):
 
 
 def mamba(folder):
-    """Keeps a state of one size instead of attending to what came before."""
+    """Keeps a state of fixed size instead of attending to earlier positions."""
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(
@@ -113,7 +113,7 @@ def _save(folder, model_class, config, *, seed, pad, bos=False, chat=None):
         _swap_tokens(model, end, tokenizer.eos_token_id)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     else:
-        # Several end tokens, of which the tokenizer knows one: so are chat models shipped.
+        # Chat models ship like this: with several end tokens, only one of which the tokenizer knows.
         model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -142,7 +142,7 @@ def _tokenizer(*, pad, bos, chat):
 
 
 def _met_token(model, tokenizer):
-    """Return the token, of those in no prompt, that comes closest to ending half of the outputs in their middle."""
+    """Return the token, among those in no prompt, that comes closest to ending half of the outputs midway."""
     import torch
 
     inputs = [tokenizer(prompt)["input_ids"] for prompt in mixed_prompts()]
@@ -169,7 +169,7 @@ def _swap_tokens(model, one, other):
 
 
 def adapter(folder, model):
-    """A LoRA adapter of rank 4 that changes what a Llama writes: its matrices are random, not neutral."""
+    """A LoRA adapter of rank 4 that changes a Llama's output: its matrices are random, not neutral."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -188,7 +188,7 @@ def adapter(folder, model):
 
 
 def bigram(folder, model):
-    """The same Llama without what attention and MLP add: the next token depends on the last one alone."""
+    """The same Llama with attention and MLP adding nothing: the next token depends on the last token alone."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder)
@@ -199,7 +199,7 @@ def bigram(folder, model):
 
 
 def eagle_head(folder, model):
-    """An EAGLE head for a `bigram` model: it looks at the last token alone too, and so drafts what the model writes."""
+    """An EAGLE head for a `bigram` model: it, too, uses only the last token, and so drafts the model's output."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -215,7 +215,7 @@ def eagle_head(folder, model):
     }
     width = config["hidden_size"]
     head["embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
-    # Of the token and of the model's hidden state, which it gets side by side, it takes the token.
+    # The head receives the token and the model's hidden state side by side; it uses only the token.
     head["fc.weight"] = torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1)
     Path(folder).mkdir()
     save_file(head, Path(folder) / "model.safetensors", metadata={"format": "pt"})

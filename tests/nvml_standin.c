@@ -1,5 +1,6 @@
-/* A stand-in for NVIDIA's libnvidia-ml.so.1, for machines without a GPU. A scenario says what it serves: a text
- * file named by the environment variable NVML_STANDIN_SCENARIO, read once, at the process's first nvmlInit. Without the variable it serves one default device. A line that it does not understand ends the process.
+/* A stand-in for NVIDIA's libnvidia-ml.so.1, for machines without a GPU. A scenario defines its answers: a text
+ * file named by the environment variable NVML_STANDIN_SCENARIO, which is read once, at the first nvmlInit of a process.
+ * Without the variable there is one default device. A line that cannot be parsed ends the process.
  *
  *   # a comment, from here to the end of the line
  *   driver 580.65.06                       the driver's version
@@ -287,7 +288,7 @@ static void read_scenario(void) {
         }
 }
 
-/* ---------------------------------------------------------------- what every call begins with */
+/* ---------------------------------------------------------------- common to all calls */
 static int refusal(const device_t *d, const char *symbol, int whole) {
     if (users == 0) return UNINITIALIZED;
     if (d == NULL) return INVALID_ARGUMENT;

@@ -1,4 +1,4 @@
-"""Runs code on a stand-in for NVIDIA's driver: builds it, writes its scenario, names both in an environment.
+"""Runs code on a stand-in for NVIDIA's driver: builds it, writes a scenario, and sets up an environment with both.
 
 The scenario's format is described at the top of nvml_standin.c. The dynamic linker finds the library through the
 environment of a new process, and the library reads its scenario once, so code runs on it in a separate process.

@@ -1,4 +1,4 @@
-"""Raw files made by hand: plans, records and request rows as workers write them, for tests of what is made of them."""
+"""Handmade raw files for tests of aggregation and display: plans, records and request rows as workers write them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def requests(positions: Sequence[int] = (0, 1, 2), rank=0, cycle=1, attempt=1, e
 
 
 def request(**values: Any) -> RequestRecord:
-    """Return the row of a request with some values."""
+    """Return a request row with some of its values given."""
     known = {"request": 0, "batch": 0, "input_tokens": 10, "output_tokens": 20, "input_truncated": False}
     known |= {"finish_reason": "length", "start_s": 0.0, "end_s": 0.5, "latency_s": 0.5}
     return RequestRecord(**(known | values))
 
 
 def failed(row: RequestRecord, reason="HTTP 429: busy.") -> RequestRecord:
-    """Return the row of a request as if it had failed."""
+    """Return the row of a failed request."""
     nothing = dict.fromkeys(("output_tokens", "latency_s", "ttft_s", "tpot_s", "itl_s", "itl_spread"))
     return replace(row, finish_reason="error", error=reason, **nothing)
 
@@ -104,7 +104,7 @@ def put(directory: ExperimentDir, it: ProcessRecord, rows: Sequence[RequestRecor
 
 
 def experiment(store: Store, at: datetime | None = None, **of_plan: Any) -> ExperimentDir:
-    """Claim an experiment and write its plan, and that it is completed; it has no records yet."""
+    """Claim an experiment and write its plan and the state `completed`; it has no records yet."""
     directory = store.claim(at or datetime(2026, 1, 2, 3, 4, 5))
     made = plan(experiment_id=directory.id, **of_plan)
     directory.write_plan(made, ["a"] * made.prompts.count)
@@ -113,7 +113,7 @@ def experiment(store: Store, at: datetime | None = None, **of_plan: Any) -> Expe
 
 
 def finished(store: Store, at: datetime | None = None, **of_record: Any) -> ExperimentDir:
-    """Write a finished experiment of one process, one cycle and three prompts, that has no row yet."""
+    """Write a completed experiment with one process, one cycle and three prompts, that has no row yet."""
     directory = experiment(store, at)
     put(directory, record(**of_record, config_sha256=directory.plan().config_sha256), requests())
     return directory

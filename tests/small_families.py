@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.models_for_tests import VOCABULARY, _tokenizer
 
 POSITIONS = 128
-# Takes an option of `NARROW` away from families that have no such option.
+# Removes an option of `NARROW` for families that do not have it.
 UNSET = "unset"
 NARROW = {
     "vocab_size": VOCABULARY,
@@ -62,7 +62,7 @@ GPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# What each family's config needs beside or instead of `NARROW`.
+# Options that each family's config needs in addition to, or instead of, those of `NARROW`.
 OPTIONS = {
     "bart": BART,
     "bert": {"num_key_value_heads": UNSET},
@@ -122,7 +122,7 @@ def model_of(kind, **changes):
 
 
 def saved(folder, model, *, chat=None, pad="<pad>"):
-    """Save a model beside a tokenizer, and return the folder."""
+    """Save a model with a tokenizer, and return the folder."""
     model.save_pretrained(folder)
     _tokenizer(pad=pad, bos=False, chat=chat).save_pretrained(folder)
     return Path(folder)

@@ -1,4 +1,4 @@
-"""lem as a library: what is exported, that it costs nothing until it is used, and that its examples run."""
+"""lem as a library: what it exports, that imports are lazy, and that the examples run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_units_come_along(results):
 
 
 def test_where_there_is_nothing_a_sentence_says_so(tmp_path):
-    with pytest.raises(lem.ResultsError, match=r"nowhere has no tables; lem aggregate --all -o .*nowhere builds them"):
+    with pytest.raises(
+        lem.ResultsError, match=r"nowhere has no tables; run lem aggregate --all -o .*nowhere to build them"
+    ):
         lem.load(tmp_path / "nowhere")
 
 

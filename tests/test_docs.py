@@ -1,4 +1,4 @@
-"""The generated pages are fresh, and what the pages say can be done can be done."""
+"""The generated pages are up to date, and everything that the pages mention exists and works."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_readme_begins_with_the_two_commands(session):
 
 PAGES = sorted((ROOT / "docs").rglob("*.md")) + [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
 NAMING_PATHS = [*PAGES, *sorted((ROOT / "conf").rglob("*.yaml")), ROOT / "noxfile.py", ROOT / "docs" / "generate.py"]
-# A path of this repository; `lem/energy/<name>.py` and the like name the folder.
+# A path in this repository; for `lem/energy/<name>.py` and the like, the folder is checked.
 PATH = re.compile(r"(?<![\w/.-])(?:lem|tests|docs|bench|multirun|llenergymeasure)/[\w./*-]*")
 STARTED = re.compile(r"-m ((?:lem|llenergymeasure)(?:\.\w+)+)")
 
@@ -78,7 +78,7 @@ def test_a_path_that_does_not_exist_is_found():
     assert [any(ROOT.glob(path)) for path in named] == [False, False, False, True]
 
 
-# What the changelog calls by its former name.
+# Modules that the changelog mentions by their former names.
 MOVED = {"lem.worker", "lem.apps.experiment"}
 
 

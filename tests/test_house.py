@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lem"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# What may import Hydra: the room that composes, and the plain Hydra app.
+# The only code that may import Hydra: the room that composes, and the plain Hydra app.
 KNOW_HYDRA = {"config", "cli/hydra_app.py"}
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Check the contracts of pyproject.toml on the package in a folder."""
+    """Check the import contracts of pyproject.toml on the package in a folder."""
     program = Path(sys.executable).with_name("lint-imports")
     command = [str(program), "--no-logo", "--no-cache"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def test_every_room_and_its_data_are_packaged():
     assert set(found) == data
 
 
-# In tests/ but not a room: a package that stands in for an engine.
+# A folder of tests/ that is not a room: a package that stands in for an engine.
 STANDINS = {"tensorrt_standin"}
 
 
@@ -108,7 +108,7 @@ def test_every_module_says_what_it_is_for(path):
 
 
 def foreign_private_names(text: str) -> list[str]:
-    """Return the private names of other modules of lem that a module imports, or reaches through what it imports."""
+    """Return the private names of other lem modules that a module imports, or reaches through its imports."""
     tree = ast.parse(text)
     imports = [
         node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lem")

@@ -1,4 +1,4 @@
-"""What is printed is escaped: the functions, and the command on a terminal and without one."""
+"""Output is escaped: the functions themselves, and the command on a terminal and without one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import SIMULATED
 ESC, BEL = "\x1b", "\x07"
 NAME = f"p{ESC}[31mred{ESC}]0;title{BEL}\x9b7m\u202ex\ny[bold]z.txt"
 SHOWN = "p\\u001b[31mred\\u001b]0;title\\u0007\\u009b7m\\u202ex\\ny[bold]z.txt"
-# What rich and typer write themselves: colours, the cursor, erasing; never a title, a link or a C1 character.
+# Sequences that rich and typer write themselves: colours, cursor movement, erasing; never a title, link or C1 code.
 OF_RICH = re.compile(r"\x1b\[[0-9;?]*[mKAhlGJ]")
 
 
@@ -54,7 +54,7 @@ def test_a_problem_is_one_line_whatever_it_quotes():
 
 
 def check(shown: str) -> None:
-    """Check that only rich's own sequences are left."""
+    """Check that the output has only rich's own escape sequences."""
     rest = OF_RICH.sub("", shown.replace("\r", ""))
     assert rest == printable(rest), ascii(rest)
     assert f"{ESC}[31mred" not in shown
@@ -77,9 +77,9 @@ RUN = ("experiment", *SIMULATED[:4], "-p", NAME, "energy=none", "-y")
     ids=["one", "several", "failed"],
 )
 def test_a_run_paints_nothing_on_a_terminal(arguments, folder):
-    """Bars, tables, the summary and the lines above the bars."""
+    """Bars, tables, the summary and the lines above the bars are all escaped."""
     done = terminal(100, *arguments, cwd=folder)
-    assert ESC in done.out  # rich has coloured it
+    assert ESC in done.out  # rich has coloured the output
     check(done.out)
     for more in (("results", "list", "-a"), ("results", "show", "exp")):
         check(terminal(200, *more, cwd=folder).out)

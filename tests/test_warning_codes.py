@@ -112,7 +112,7 @@ WINDOW = DeviceWindow("GPU-0", 20.0, throttled_s={}, reasons={}, foreign_process
         ({"throttled_s": {"power": 9.65, "thermal": 0.5}}, ["GPU-0: power for 48%, thermal for 2% of the window."]),
         ({"throttled_s": {"power": 20.5}}, ["GPU-0: power for 100% of the window."]),
         ({"throttled_s": {"power": 0.1}}, []),
-        # The driver's own count is better than samples; what it does not count is sampled.
+        # The driver's own counts are better than samples; reasons that it does not count are sampled.
         ({"reasons": {"sw_power_cap": 0.5, "hw_slowdown": 0.25}}, ["GPU-0: hw_slowdown for 25% of the window."]),
         ({"reasons": {"sw_power_cap": 0.5}, "throttled_s": None}, ["GPU-0: sw_power_cap for 50% of the window."]),
         ({"reasons": {"applications_clocks_setting": 1.0}}, []),
@@ -145,13 +145,13 @@ def test_another_process_is_named_once_whenever_it_was_seen():
 @pytest.mark.parametrize(
     ("ratio", "duration_s", "reach_s", "warns"),
     [
-        (0.921, 3.6, 0.25, False),  # an H100 with 10 values a second
+        (0.921, 3.6, 0.25, False),  # an H100, which updates its power ten times a second
         (0.87, 3.6, 0.25, True),
         (0.93, 20.0, 0.25, True),
         (0.945, 60.0, 0.25, True),
         (0.945, 20.0, 0.25, False),
         (0.88, 20.0, 1.25, True),
-        (0.90, 10.0, 1.25, False),  # the mean of a second
+        (0.90, 10.0, 1.25, False),  # the mean of the last second
         (0.94, 3.6, None, True),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_limit_that_was_set_is_not_throttling():
 
 
 def decoded(prefills_s, per_token_s):
-    """Batches of eleven output tokens each, with these prefill times and times for a token after the first."""
+    """Return batches of eleven output tokens each, with these prefill times and times per token after the first."""
     return [
         replace(
             made,
@@ -184,7 +184,7 @@ def test_prompts_of_different_lengths_are_not_variation_and_a_slower_decode_is()
     steady, slower = decoded(lengths, [0.05] * 6), decoded([0.5] * 6, [0.05, 0.05, 0.1, 0.05, 0.1, 0.05])
     assert "high_variation" not in [n.code for n in warning_codes.of_record(record(), steady)]
     assert "high_variation" in [n.code for n in warning_codes.of_record(record(), slower)]
-    # Where prefill is not known it cannot be left out.
+    # Where prefill is unknown, it cannot be left out.
     unknown = [replace(r, prefill_s=None) for r in steady]
     assert "high_variation" in [n.code for n in warning_codes.of_record(record(), unknown)]
 
@@ -197,7 +197,7 @@ def test_batches_of_one_token_are_not_mixed_with_those_that_decode():
 
 
 def row(**known):
-    """A row in which only this is known."""
+    """Return a row in which only these values are known."""
     return ExperimentRow(**dict.fromkeys(ExperimentRow.__struct_fields__) | known)
 
 
@@ -309,7 +309,7 @@ class TestWithoutTheGpu:
 
 
 class TestPower:
-    """1,000 J in 20 s are 50 W."""
+    """A row of 1,000 J in 20 s, that is, 50 W."""
 
     def found(self, limit_w, **more):
         before = replace(COOL, power_limit_w=limit_w)
@@ -344,7 +344,7 @@ class TestTokensCountedTwice:
     @pytest.mark.parametrize("output_tokens", [989.0, 1011.0, 0.0])
     def test_an_engine_that_counts_another_number(self, output_tokens):
         (text,) = self.found({"prompt_tokens": 500.0, "generation_tokens": output_tokens})
-        assert text == f"1000 output tokens in the rows, {output_tokens:.0f} by the engine's count."
+        assert text == f"1000 output tokens in the request rows, {output_tokens:.0f} counted by the engine."
 
     @pytest.mark.parametrize("more", [{"backend": "openai"}, {"status": "interrupted"}])
     def test_more_tokens_may_be_those_of_others_or_of_requests_that_were_cut_off(self, more):
@@ -359,11 +359,11 @@ class TestTokensCountedTwice:
         assert list(warning_codes.of_timed_tokens(timed)) == []
         timed[1:] = [replace(r, itl_s=[0.1] * 8) for r in timed[1:]]
         (found,) = warning_codes.of_timed_tokens(timed)
-        assert found.text == "request 1 has 10 output tokens and 9 times; 1 more are alike."
+        assert found.text == "request 1 has 10 output tokens and 9 times; 1 more disagree as well."
 
 
 class TestTimes:
-    """A window of 20 s against its requests' own times."""
+    """A window of 20 s is checked against its requests' own times."""
 
     def found(self, first_s=0.0, last_s=20.0, busy_s=20.0, attempts=1, filled=True):
         made = warning_codes.of_times(20.0, first_s, last_s, busy_s, attempts=attempts, filled=filled)

@@ -1,4 +1,4 @@
-"""Queueing theory that runs are compared with."""
+"""Queueing theory with which runs are compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def exact_waits_s(arrivals_s: Sequence[float], services_s: Sequence[float]) -> list[float]:
-    """Return each request's wait by Lindley's recursion: the engine is free when it has served those before."""
+    """Return each request's wait by Lindley's recursion: the engine is free once all earlier requests are served."""
     waits, free_s = [], 0.0
     for at_s, service_s in zip(arrivals_s, services_s, strict=True):
         start_s = max(at_s, free_s)

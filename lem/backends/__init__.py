@@ -1,7 +1,7 @@
-"""The family of inference backends: one file each, one interface, chosen by the `backend` group.
+"""The family of inference backends: one module per backend, all with the same interface, chosen by the `backend` group.
 
-A new backend is a file here that passes the contract suite, its options in `lem.spec.engines`, its YAML in
-`conf/backend/`, and a line below.
+To add a backend, write a module here that passes the contract suite, define its options in `lem.spec.engines`, add its
+YAML to `conf/backend/`, and add a line below.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["Backend", "Encoded", "Generation", "backend_class", "make_backend"]
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of a backend; its module imports its engine only when a model is loaded."""
+    """Return the class of a backend; its module does not import the engine, which happens in `start`."""
     from importlib import import_module
 
     module, class_name = {
@@ -28,5 +28,5 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def make_backend(experiment: Experiment) -> Backend:
-    """Return the backend that the experiment names, not yet loaded."""
+    """Return the experiment's backend, with nothing loaded yet."""
     return backend_class(experiment.backend.name)(experiment)

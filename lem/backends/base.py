@@ -1,7 +1,7 @@
 """The interface of the inference backends.
 
-A backend turns prompts into tokens, loads a model, generates, and reports exactly which tokens came out. It knows
-nothing about energy, windows, datasets or results; `lem.runner.window` calls it between the edges of a window.
+A backend loads a model, turns prompts into tokens, generates, and reports exactly which tokens were generated. It knows
+nothing about energy, windows, datasets or results; `lem.runner.window` calls it inside a window.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# What a backend may report: `Generation.token_ids`, `model_info`, `Generation.prefill_end_ns`, `architecture`,
-# `Memory.kv_cache_bytes`, `counters`.
+# The values that not every backend reports, in this order: `Generation.token_ids`, `model_info`,
+# `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes`, `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
@@ -42,13 +42,13 @@ class Encoded:
 class Generation:
     """The output for one prompt; times are readings of `time.perf_counter_ns`.
 
-    `token_ids` ends with the end token if one was generated and holds nothing after it, and no padding; it is empty
-    if the engine reports only the number of output tokens, `counted`. `arrived_ns` is when the request arrived, None
-    if all prompts are there from the start (`Backend.generate`). `start_ns` is when the engine began on the request or,
-    unless `start_is_known`, when the engine was given it or had room for it, whichever was later. `prefill_end_ns` is
-    when the logits of the first token were ready, None if the engine does not report it. `chunks` holds the times of
-    the tokens, if the experiment asks for streaming. `error` says why the request failed, None if it did not; a failed
-    one has no tokens, and its `finish_reason` is error.
+    `token_ids` contains no padding and nothing after the first end token. It is empty if the engine reports only the
+    number of output tokens, which is then in `counted`. `arrived_ns` is when the request arrived, or None if all
+    prompts are present from the start (`Backend.generate`). `start_ns` is when the engine began working on the request.
+    If that is not known (`start_is_known` is False), it is when the engine was given the request or had room for it,
+    whichever was later. `prefill_end_ns` is when the logits of the first token were ready, or None if the engine does
+    not report it. `chunks` holds the times of the tokens, if the experiment enables streaming. `error` says why the
+    request failed, and is None if it succeeded. A failed request has no tokens, and its `finish_reason` is error.
     """
 
     index: int
@@ -66,7 +66,7 @@ class Generation:
 
     @property
     def output_tokens(self) -> int:
-        """Number of output tokens."""
+        """The number of output tokens."""
         return len(self.token_ids) if self.counted is None else self.counted
 
 
@@ -74,8 +74,8 @@ class Generation:
 class Begun:
     """A request that an engine is working on.
 
-    `since_ns` is when it began on it, or the earliest time at which it may have. `output_tokens` is None if the engine
-    hands out no tokens before the last.
+    `since_ns` is when the engine began working on the request, or the earliest time at which it can have begun.
+    `output_tokens` is None if the engine delivers a request's tokens only once it is finished.
     """
 
     index: int
@@ -84,83 +84,84 @@ class Begun:
 
 
 def needed(loaded: T | None) -> T:
-    """Return what `Backend.load` has made, for the methods that come after it."""
-    assert loaded is not None, "load comes first"
+    """Return the object created by `Backend.load`, after asserting that it exists."""
+    assert loaded is not None, "load must be called first"
     return loaded
 
 
 class Backend(ABC):
-    """One engine in the worker process.
+    """The interface to one engine in the worker process.
 
-    Contract, checked for each backend by `tests/backends/test_backends.py`: `start` and `load` come first, once;
-    `generate` yields every prompt exactly once and can be called again; the same seed gives the same tokens, even if
-    the first batches are left out; counts include neither padding nor anything after the end token. A method raises
-    `RunError` when the engine fails or refuses something, with a message that names the engine and the reason.
+    The contract, checked for each backend by `tests/backends/test_backends.py`: `start` and then `load` are called
+    first, once each. `generate` yields every prompt exactly once and can be called again. The same seed gives the same
+    tokens, even if the first batches are left out. Counts include neither padding nor anything after the end token. If
+    the engine fails or refuses something, the method raises `RunError` with a message that names the engine and the
+    reason.
     """
 
     reports: ClassVar[frozenset[Reported]] = frozenset()
-    """What the backend reports; everything else is None, and null in the results."""
+    """The values that the backend reports; all others are None, and null in the results."""
 
     local_rank: int = 0
-    """This process's number among those of the node; set before `start`."""
+    """The number of this process among the run's processes on the node; set before `start`."""
 
     forced: bool = False
-    """Whether the user has accepted what is inadvisable, such as missing weights; set before `load`."""
+    """Whether the user has accepted inadvisable conditions, such as missing weights; set before `load`."""
 
     log_folder: Path | None = None
-    """Where a server that the backend starts writes its log; set before `start`."""
+    """The directory for the log of a server that the backend starts; set before `start`."""
 
     @abstractmethod
     def __init__(self, experiment: Experiment) -> None:
-        """Keep the experiment; nothing is loaded or imported yet."""
+        """Store the experiment without loading or importing anything."""
 
     @classmethod
     @abstractmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
         """Return the backend's objections to the experiment on this host, without loading anything heavy.
 
-        `model` is None when none was found; preflight has already objected to that.
+        `model` is None if the model was not found, to which preflight has already objected.
         """
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message about a key that is not an option of the backend but is or was one of its engine."""
+        """Return a message about a key that is no option of the backend but is or was an argument of its engine."""
         return None
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether the engine will run on a GPU of this host, as far as is known without importing it."""
+        """Return whether the engine will run on a GPU of this host, as far as can be told without importing it."""
         return False
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
         """Return the physical GPUs that all processes of the experiment use on this node; called after `start`.
 
-        Only these are metered.
+        Only these GPUs are metered.
         """
         return ()
 
     def runs_elsewhere(self) -> bool:
-        """Return whether another machine does the work, so that no meter on this one covers it."""
+        """Return whether the model runs on another machine, where no meter of this machine covers it."""
         return False
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return how many of a window's requests may fail before the run ends; most engines fail as a whole."""
+        """Return how many of a window's requests may fail; the default is 0, because most engines fail as a whole."""
         return 0
 
     def server_pids(self) -> Sequence[int]:
-        """Return the engine's processes that lem did not start; called after `start`."""
+        """Return the ids of the engine's processes that lem did not start; called after `start`."""
         return ()
 
     def start(self) -> None:
-        """Import the engine, so that no phase includes the time of the import."""
+        """Import the engine, so that no phase includes the time that the import takes."""
 
     @abstractmethod
     def load(self) -> None:
-        """Load the model and everything needed to generate."""
+        """Load the model and everything else needed for generating."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Turn prompts into token ids, in order: chat template and truncation included, padding not.
+        """Turn prompts into token ids, in order, applying the chat template and truncation but no padding.
 
         Raises:
             RunError: a prompt has no tokens, or is too long for the model or the engine.
@@ -168,66 +169,67 @@ class Backend(ABC):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Seed the sampling, run the prompts, and yield those that finish together, batch by batch."""
+        """Seed the sampling, run the prompts, and yield the outputs, grouped by when they finish."""
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run prompts as they arrive, and yield those that finish together, with their arrival times.
+        """Run prompts as they arrive, and yield the outputs with their arrival times, grouped by when they finish.
 
-        The default runs batch after batch, from the prompts that are waiting when the engine becomes free; engines
-        that accept prompts while they work override it.
+        The default implementation runs one batch after another, each formed from the prompts that are waiting when the
+        engine becomes free. Engines that accept prompts while they are working override it.
 
         Args:
-            arrivals: the requests and when they arrive.
-            at_most: the size of a batch.
+            arrivals: the requests and their arrival times.
+            at_most: the maximum number of requests in a batch.
         """
         for number, (taken, part) in enumerate(in_turn(arrivals, at_most, self.generate)):
             at_ns = {each.request.index: each.at_ns for each in taken}
             yield [replace(g, batch=number, arrived_ns=at_ns[g.index]) for g in part]
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the requests that the engine is working on, between two batches that `generate` or `serve` yields.
+        """Return the requests that the engine is working on when `generate` or `serve` has just yielded.
 
-        Requests that wait for their turn are not among them. The default is for engines whose batches finish together.
+        Requests that are still waiting are not included. The default implementation is for engines whose requests all
+        finish with their batch.
         """
         return ()
 
     def forget(self) -> None:
-        """Drop what earlier prompts left behind, such as cached prefixes, and reset `counters`.
+        """Drop state left by earlier prompts, such as cached prefixes, and reset `counters`.
 
-        Called before each measured window.
+        This is called before each measured window.
         """
 
     def synchronize(self) -> None:
-        """Wait until the device has finished its work; does nothing for a synchronous engine."""
+        """Wait until the device has finished its work; the default, for synchronous engines, does nothing."""
 
     def close(self) -> None:
         """Release the model and the device; may be called at any time, even if `load` failed."""
 
     def reset_peak_memory(self) -> None:
-        """Reset the peak of `peak_memory`, if the engine can."""
+        """Reset the peak that `peak_memory` reports, if the engine supports it."""
 
     @abstractmethod
     def peak_memory(self) -> Memory:
-        """Return the peak memory since the reset, or over the span named by its `scope`."""
+        """Return the peak memory since the last reset, or over the period stated in its `scope`."""
 
     @abstractmethod
     def model_info(self) -> ModelInfo | None:
-        """Describe the loaded model; None when no model runs."""
+        """Return a description of the loaded model, or None if no model runs."""
 
     @abstractmethod
     def engine_info(self) -> EngineInfo:
-        """Describe the engine and the settings in effect."""
+        """Return a description of the engine and its effective settings."""
 
     def architecture(self) -> Architecture | None:
-        """Return the sizes that decide the model's FLOPs, or None when the engine has no model to ask about.
+        """Return the sizes that determine the model's FLOPs, or None if the backend runs no model.
 
         Raises:
-            UnknownArchitecture: they are unknown, with the reason.
+            UnknownArchitecture: the sizes cannot be determined; the message is the reason.
         """
         return None
 
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's own counters since `forget`; None if it has none or nothing has run since."""
+        """Return the engine's own counters since `forget`; None if it has none, or if nothing has run since."""
         return None
 
     def warnings(self) -> list[CodedWarning]:

@@ -1,7 +1,7 @@
-"""Wraps prompts in a model's chat template, and checks that the result holds them.
+"""Wrapping prompts in a model's chat template, and checking that the result contains them.
 
-Some templates want a message's content as text, others as a list of parts; either kind leaves out the other, without
-an error, so that every prompt would become the same few tokens.
+Some templates expect a message's content as text, others as a list of parts. Given the wrong form, a template can drop
+the content without an error, and every prompt would become the same few tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ PROBE = "Which of the 7 seas is the deepest?"
 
 
 def rendered(tokenizer: Any, text: str) -> str:
-    """Return a prompt as the first turn of a conversation, with the beginning of the answer.
+    """Return a prompt wrapped as the first turn of a conversation, followed by the opening of the answer.
 
     Raises:
-        RunError: the template fails, or its result does not hold the prompt.
+        RunError: the template fails, or its result does not contain the prompt.
     """
     reason = ""
     for content in (text, [{"type": "text", "text": text}]):
@@ -30,21 +30,21 @@ def rendered(tokenizer: Any, text: str) -> str:
         except Exception as error:  # a template may raise anything
             reason = reason or f"fails: {reason_of(error)}"
             continue
-        # A template for text would write a list of parts as Python does.
+        # A template that expects text would print a list of parts as a Python list.
         if isinstance(found, str) and _holds(found, text) and "'type': 'text'" not in found.replace(text, ""):
             return found
     raise RunError(f"The model's chat template {reason or 'leaves out the prompt.'}")
 
 
 def _holds(found: str, text: str) -> bool:
-    """Return whether the prompt is in a rendered text: trimmed, or escaped as templates do that write JSON or HTML."""
+    """Return whether a rendered text contains the prompt, possibly trimmed, or escaped as in JSON or HTML."""
     core = text.strip()
     forms = (core, json.dumps(core)[1:-1], json.dumps(core, ensure_ascii=False)[1:-1])
     return any(form in found for form in forms) or core in html.unescape(found)
 
 
 def problem_of(tokenizer: Any) -> str | None:
-    """Return what is wrong with a tokenizer's chat template, as a sentence; None if it holds prompts."""
+    """Return a sentence about what is wrong with a tokenizer's chat template, or None if the template works."""
     try:
         rendered(tokenizer, PROBE)
     except RunError as error:

@@ -1,6 +1,7 @@
-"""What lem reads of a model in addition to its weights: tokenized prompts, end tokens, sizes, an adapter's files.
+"""The parts of a model other than its weights: tokenizer, end tokens, sizes, and an adapter's files.
 
-Read through transformers, so it is the same for every engine that runs the model; knows nothing about engines.
+All of this is read through transformers, so it is the same for every engine that runs the model. This module knows
+nothing about engines.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lem.spec.paths import expanded
 from lem.workload.flops import Architecture, UnknownArchitecture
 from lem.workload.models import Model, find
 
-# Files of an adapter, as peft writes them.
+# The names that peft gives an adapter's files.
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -29,8 +30,8 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 class Checkpoint:
     """A model without its weights.
 
-    `hollow` is transformers' model on the device `meta`, which has sizes but no values; None if transformers does
-    not know the model.
+    `hollow` is the transformers model on the device `meta`, where tensors have shapes but no values. It is None if
+    transformers does not know the model.
     """
 
     model: Model
@@ -39,10 +40,10 @@ class Checkpoint:
     end_tokens: frozenset[int]
 
     def architecture(self, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture:
-        """Return the sizes that decide the FLOPs, with an adapter's weights in the body and the output projection.
+        """Return the sizes that determine the FLOPs, given an adapter's weights in the body and output projection.
 
         Raises:
-            UnknownArchitecture: with the reason.
+            UnknownArchitecture: the sizes cannot be determined; the message is the reason.
         """
         if self.hollow is None:
             raise UnknownArchitecture("transformers does not know the model, or the engine uses another config for it")
@@ -50,15 +51,15 @@ class Checkpoint:
 
 
 def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Checkpoint:
-    """Read the experiment's model.
+    """Read the experiment's model without its weights.
 
     Args:
-        experiment: names the model.
-        config_changes: what the engine changes in the model's config; None if it uses a different config, so that
-            the sizes are unknown.
+        experiment: the experiment, which names the model.
+        config_changes: the changes that the engine makes to the model's config; None if it uses a different config, so
+            that the sizes are unknown.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: the model does not exist.
     """
     import transformers
 
@@ -71,7 +72,7 @@ def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Ch
 
 
 def source_of(model: Model, experiment: Experiment) -> dict[str, Any]:
-    """Return the options by which transformers finds a model's parts."""
+    """Return the options with which transformers finds the parts of a model."""
     return {"revision": model.revision, "trust_remote_code": experiment.trust_remote_code}
 
 
@@ -100,7 +101,7 @@ def _generation_config(model: Model, source: Mapping[str, Any]) -> Any:
 
 
 def quantization_of(model: Model) -> str | None:
-    """Return how a checkpoint's weights are quantized; None if they are not, or if its files do not say."""
+    """Return the method by which a checkpoint's weights are quantized; None if its files name no method."""
     config = model.config.get("quantization_config") or {}
     file = Path(model.path) / "hf_quant_config.json"
     if file.is_file():
@@ -109,12 +110,12 @@ def quantization_of(model: Model) -> str | None:
 
 
 def weights_bytes(model: Model) -> int | None:
-    """Return the size of a local checkpoint's weights; None if they are not in a directory."""
+    """Return the size of a local checkpoint's weights in bytes; None if the model has no directory."""
     return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) or None
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a sequence, from the model's generation config or else from the tokenizer."""
+    """Return the token ids that end a sequence, from the model's generation config or else from the tokenizer."""
     ids = generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
@@ -135,14 +136,14 @@ def encode(
     """Tokenize each text separately, with the model's own special tokens, and cut it to `max_input_tokens`.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         texts: the prompts.
-        experiment: has the limits, and says whether there is a chat template.
-        positions: maximum number of tokens of a prompt and its output together; None if there is no limit.
-        vocabulary: number of the model's embeddings; None leaves tokens beyond them to the engine.
+        experiment: the experiment, which sets the limits and whether to use the chat template.
+        positions: the maximum length of a sequence (prompt and output) in tokens; None if there is no limit.
+        vocabulary: the number of embeddings of the model; None leaves the check of token ids to the engine.
 
     Raises:
-        RunError: a prompt has no tokens, does not fit, or has a token without an embedding.
+        RunError: a prompt has no tokens, does not fit, or contains a token without an embedding.
     """
     limit = experiment.max_input_tokens
     encoded = []
@@ -156,12 +157,12 @@ def encode(
 
 
 def _check_vocabulary(encoded: Sequence[Encoded], vocabulary: int) -> None:
-    """Refuse tokens that have no embedding, which the model would fail on."""
+    """Refuse tokens without an embedding, which would make the model fail."""
     for prompt in encoded:
         largest = max(prompt.token_ids)
         if largest >= vocabulary:
             raise RunError(
-                f"Prompt {prompt.index} has the token {largest}, but the model has {vocabulary} embeddings: the "
+                f"Prompt {prompt.index} contains token {largest}, but the model has only {vocabulary} embeddings: the "
                 "tokenizer belongs to another model."
             )
 
@@ -174,10 +175,10 @@ def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
 
 
 def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
-    """Return prompts as the model receives them, as tokens and as the text that these stand for. Loads no weights.
+    """Return each prompt as the model receives it: its tokens, and the text that they decode to. Loads no weights.
 
     Raises:
-        RunError: the tokenizer cannot be loaded, or a prompt has no tokens or is lost in the chat template.
+        RunError: the tokenizer cannot be loaded, a prompt has no tokens, or the chat template drops a prompt.
     """
     import transformers
 
@@ -208,10 +209,10 @@ def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output
 
 # ------------------------------------------------------------------ adapters
 def adapter_folder(adapter: str) -> Path:
-    """Return the directory of an adapter, fetched from the hub unless it is a local one.
+    """Return the directory of an adapter, fetching it from the hub unless it is local.
 
     Raises:
-        RunError: it cannot be fetched.
+        RunError: the adapter cannot be fetched.
     """
     local = expanded(adapter)
     if local.is_dir():
@@ -220,7 +221,7 @@ def adapter_folder(adapter: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(adapter))
-    except Exception as error:  # the client also raises its transport's errors
+    except Exception as error:  # the client also raises errors of its transport
         raise RunError(f"The adapter {adapter} cannot be fetched from the hub: {reason_of(error)}") from error
 
 
@@ -235,7 +236,7 @@ def adapter_weights(folder: Path) -> tuple[int, int]:
 
     of_body = of_head = 0
     with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - no mapping
+        for name in tensors.keys():  # noqa: SIM118 - not a mapping
             rows, *columns = tensors.get_slice(name).get_shape()
             size = rows * columns[0] if len(columns) == 1 else 0
             if "lm_head" in name:

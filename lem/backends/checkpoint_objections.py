@@ -1,6 +1,6 @@
-"""Why the files of a model may be refused before anything is loaded: its weights, its tokenizer, its chat template.
+"""Objections to a model's files that can be found before loading: weights, tokenizer and chat template.
 
-Looks at config.json, indexes and headers. The tokenizer itself is loaded only for a chat template.
+The checks look at config.json, indexes and headers. The tokenizer is loaded only if a chat template is requested.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from lem.spec.rules import Objection
 from lem.workload import weights
 from lem.workload.models import Model
 
-# Any of these is a tokenizer.
+# A model has a tokenizer if any of these files exists.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 # ------------------------------------------------------------------ weights
 def damaged_weights(model: Model | None) -> Iterator[Objection]:
-    """Object to files of weights that are missing, cut short, or Git LFS pointers."""
+    """Object to weight files that are missing, cut short, or Git LFS pointers."""
     folder = None if model is None else model.folder
     if model is None or folder is None:
         return
     for flaw in weights.flaws(folder):
         if flaw.kind == "pointer":
             yield Objection("git_lfs_pointer", "model", flaw.fact)
-        elif flaw.kind == "damaged" or model.is_local:  # what the hub's cache lacks will be downloaded
+        elif flaw.kind == "damaged" or model.is_local:  # files missing from the hub's cache will be downloaded
             yield Objection("weights_incomplete", "model", flaw.fact)
 
 
@@ -43,7 +43,7 @@ def no_weights(model: Model | None) -> Iterator[Objection]:
 
 # ------------------------------------------------------------------ tokenizer
 def tokenizer(model: Model) -> Iterator[Objection]:
-    """Object to a tokenizer that is not there, or that has tokens for which the model has no embedding."""
+    """Yield an objection if the tokenizer is missing, or has tokens for which the model has no embedding."""
     folder = model.folder
     if folder is None:
         return
@@ -60,18 +60,19 @@ def tokenizer(model: Model) -> Iterator[Objection]:
 
 
 def padding(model: Model) -> Iterator[Objection]:
-    """Object to a padding token of the configuration that lies outside of the vocabulary."""
+    """Yield an objection if the configured padding token is outside the vocabulary."""
     config = model.text_config
     rows, pad = config.get("vocab_size"), config.get("pad_token_id")
     if isinstance(rows, int) and isinstance(pad, int) and not -rows <= pad < rows:
-        fact = f"pad_token_id is {pad}, but the vocabulary has {rows} tokens, so its embedding cannot be made."
+        fact = f"pad_token_id is {pad}, but the vocabulary has {rows} tokens, so the embedding layer cannot be created."
         yield Objection("pad_token_outside", "model", fact)
 
 
 def largest_id(folder: Path) -> int | None:
-    """Return the largest id of the tokens that a prompt's text may turn into; None if that is unclear.
+    """Return the largest token id that a prompt's text can produce; None if that cannot be determined.
 
-    Special tokens are not counted: many tokenizers have some that their model never meets, such as one for images.
+    Special tokens are ignored, because many tokenizers have some that their model never receives, such as one for
+    images.
     """
     file = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
     return None if file is None else _largest_in(str(file), file.stat().st_size, file.stat().st_mtime_ns)
@@ -79,7 +80,7 @@ def largest_id(folder: Path) -> int | None:
 
 @lru_cache(maxsize=8)
 def _largest_in(file: str, _size: int, _mtime_ns: int) -> int | None:
-    """Return the largest id in tokenizer.json or vocab.json; None if it is laid out differently."""
+    """Return the largest id in tokenizer.json or vocab.json; None if the file has an unknown layout."""
     content = _read(Path(file))
     try:
         if not file.endswith("tokenizer.json"):
@@ -102,10 +103,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ chat template
 def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
-    """Object to a chat template that is not there, or that cannot wrap a prompt."""
+    """Yield an objection if the chat template is missing or cannot wrap a prompt."""
     if not experiment.chat_template:
         return
-    import transformers  # takes seconds, so it is done only if a template is requested
+    import transformers  # this takes seconds, so it is done only if a chat template is requested
 
     transformers.logging.set_verbosity_error()
     loaded = transformers.AutoTokenizer.from_pretrained(
@@ -115,7 +116,7 @@ def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
     if not templates:
         yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
     elif isinstance(templates, dict) and "default" not in templates:
-        fact = f"{model.name} has several chat templates ({', '.join(templates)}), none of which is the default."
+        fact = f"{model.name} has several chat templates ({', '.join(templates)}) but no default."
         yield Objection("bad_chat_template", "chat_template", fact)
     elif fault := chat.problem_of(loaded):
         yield Objection("bad_chat_template", "chat_template", f"{model.name}: {fault}")
@@ -124,7 +125,7 @@ def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
 
 
 def _unknown_tokens(loaded: Any, model: Model) -> Iterator[Objection]:
-    """Object to a chat template whose own tokens have no embedding."""
+    """Yield an objection if tokens that the chat template itself adds have no embedding."""
     rows, rendered = model.text_config.get("vocab_size"), chat.rendered(loaded, chat.PROBE)
     largest = max(loaded(rendered, add_special_tokens=False)["input_ids"], default=0)
     if isinstance(rows, int) and largest >= rows:

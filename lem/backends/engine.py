@@ -1,4 +1,4 @@
-"""What several engines share: errors as messages, settings as text, the clock, and warnings on a record."""
+"""Helpers shared by several engines: error messages, settings as text, the clock, and warnings for records."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lem.spec.experiment import Experiment
 from lem.warning_codes import warning
 from lem.workload.weights import Fit, summary
 
-# Characters of a reason.
+# Maximum length of a reason, in characters.
 LONGEST_REASON = 400
-# A smaller offset between two clocks is just the time between reading one and the other.
+# An offset between two clocks that is smaller than this is just the time that passes between reading them.
 SAME_CLOCK_NS = 1_000_000
 
 
 # ------------------------------------------------------------------ errors
 def sentence(text: str) -> str:
-    """Return a string as one line, cut to `LONGEST_REASON`, with a full stop."""
+    """Return a string as one line, cut to `LONGEST_REASON` and ending with a full stop."""
     text = " ".join(text.split()) or "no reason is given"
     if len(text) > LONGEST_REASON:
         space = text.rfind(" ", 0, LONGEST_REASON)
@@ -32,7 +32,7 @@ def sentence(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error as a one-line message, without what pydantic or PyTorch add for developers."""
+    """Return an error as a one-line message, without the details that pydantic and PyTorch add for developers."""
     errors = getattr(error, "errors", None)
     details = errors() if callable(errors) else ()
     text = str(details[0]["msg"]).removeprefix("Value error, ") if details else str(error)
@@ -41,7 +41,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
-    """Turn any error of an engine into a `RunError` of one line: the beginning, its reason, and what to do about it."""
+    """Turn any error of an engine into a one-line `RunError`: the given beginning, the reason, and a remedy if any."""
     try:
         yield
     except Interrupted:
@@ -52,7 +52,7 @@ def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: 
 
 @dataclass(frozen=True)
 class MemoryHint:
-    """What to do about an error that one of these words identifies as being about memory."""
+    """The remedy for out-of-memory errors, which are recognised by certain words in their messages."""
 
     words: Sequence[str]
     remedy: str
@@ -65,7 +65,7 @@ class MemoryHint:
 
 # ------------------------------------------------------------------ clock and compiler
 def clock_offset_ns() -> int:
-    """Return what to add to the engine's clock, `time.monotonic`, to get `time.perf_counter`: 0 on Linux."""
+    """Return the offset from the engine's clock, `time.monotonic`, to `time.perf_counter` in ns; 0 on Linux."""
     before_ns = time.perf_counter_ns()
     engine_ns = time.monotonic_ns()
     offset_ns = (before_ns + time.perf_counter_ns()) // 2 - engine_ns
@@ -73,14 +73,14 @@ def clock_offset_ns() -> int:
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs torch.compile has compiled in this process so far, whatever called it."""
+    """Return how many graphs torch.compile has compiled in this process so far, for any caller."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 # ------------------------------------------------------------------ for the record
 def as_text(setting: Any) -> str:
-    """Return a setting as text: a member of an enumeration by its name, without PyTorch's prefix."""
+    """Return a setting as text: enumeration members by name, PyTorch dtypes without their prefix."""
     if setting is None:
         return "none"
     if isinstance(setting, bool):
@@ -89,7 +89,7 @@ def as_text(setting: Any) -> str:
 
 
 def prompt_settings(experiment: Experiment, end_tokens: frozenset[int]) -> dict[str, str]:
-    """Return the settings that concern prompts: the ids that end an output, and whether a chat template is used."""
+    """Return the settings for prompts: the token ids that end an output, and whether a chat template is used."""
     return {
         "end_token_ids": ",".join(map(str, sorted(end_tokens))) or "none",
         "chat_template": as_text(experiment.chat_template),
@@ -97,28 +97,28 @@ def prompt_settings(experiment: Experiment, end_tokens: frozenset[int]) -> dict[
 
 
 def sum_if_known(sizes: Sequence[int | None]) -> int | None:
-    """Return the sum; None if any value is unknown."""
+    """Return the sum of the sizes, or None if any of them is unknown."""
     known = [size for size in sizes if size is not None]
     return sum(known) if len(known) == len(sizes) else None
 
 
 def weights_warnings(name: str, are_random: bool) -> Iterator[CodedWarning]:
-    """Warn about a model whose weights are random."""
+    """Warn if the model's weights are random."""
     if are_random:
-        yield warning("random_weights", f"{name} has random weights: its text has no meaning.")
+        yield warning("random_weights", f"{name} has random weights, so its text is meaningless.")
 
 
 def fit_warnings(name: str, fit: Fit) -> Iterator[CodedWarning]:
-    """Warn about weights that the checkpoint lacks, or has in addition."""
+    """Warn about weights that the checkpoint lacks and about weights that the model does not use."""
     if fit.missing:
-        text = f"{name} lacks weights, which were drawn at random: {summary(fit.missing)}."
+        text = f"{name} lacks weights, which were initialised at random: {summary(fit.missing)}."
         yield warning("random_weights", text)
     if fit.unexpected:
         yield warning("unused_weights", f"{name} has weights that the model does not use: {summary(fit.unexpected)}.")
 
 
 def counter_warnings(counters: Mapping[str, float] | None) -> Iterator[CodedWarning]:
-    """Warn where the engine did less or more work than the tokens suggest."""
+    """Warn if the engine did less work (cache hits) or more work (preemptions) than the tokens suggest."""
     counters = counters or {}
     if hits := counters.get("prefix_cache_hit_tokens"):
         share = hits / counters["prefix_cache_queried_tokens"]
@@ -128,6 +128,6 @@ def counter_warnings(counters: Mapping[str, float] | None) -> Iterator[CodedWarn
 
 
 def compilation_warnings(graphs: int) -> Iterator[CodedWarning]:
-    """Warn about graphs that were compiled in the window."""
+    """Warn if graphs were compiled inside the window."""
     if graphs:
         yield warning("compiled_in_window", f"{graphs} graphs were compiled in the window.")

@@ -1,8 +1,9 @@
-"""Whether the tensors of a checkpoint are those that transformers' model needs.
+"""Checking that a checkpoint has the tensors that the model in transformers needs.
 
-transformers draws at random whatever a checkpoint lacks. Before the run the names and shapes in the files' headers are
-compared with the model without its weights, by transformers' own loading code; while the real weights are loaded, the
-loader reports the same. Importing transformers takes seconds, so an evidently complete checkpoint is not compared.
+transformers initialises any weights that a checkpoint lacks at random. Before the run, transformers' own loading code
+compares the names and shapes in the files' headers with a model without values. When the real weights are loaded, the
+loader reports the same comparison. Importing transformers takes seconds, so the comparison is skipped for checkpoints
+that are evidently complete.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lem.workload import weights
 from lem.workload.models import Model
 from lem.workload.weights import Fit, Tensor
 
-# The tensors of the commonest families: those of each layer, by model type, and the others.
+# The tensors of the most common families: those of each layer, by model type, and all others.
 _LLAMA = frozenset(
     f"{name}.weight"
     for name in (
@@ -34,7 +35,7 @@ LAYERS = {
 }
 OUTER = frozenset(["model.embed_tokens.weight", "model.norm.weight"])
 HEAD = "lm_head.weight"
-# safetensors' names of the types of values, and torch's.
+# The names of dtypes in safetensors, and in torch.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -42,7 +43,7 @@ DTYPES = {
 
 
 def reported(loading_info: Mapping[str, Iterable[Any]]) -> Fit:
-    """Return what transformers' loader reports."""
+    """Return the `Fit` that transformers' loader reports: missing, unexpected and mismatched weights."""
     mismatched = [
         f"{name} (file: {_shape(found)}, model: {_shape(needed)})"
         for name, found, needed in loading_info["mismatched_keys"]
@@ -55,10 +56,10 @@ def reported(loading_info: Mapping[str, Iterable[Any]]) -> Fit:
 
 
 def foreseen(model: Model, experiment: Experiment) -> Fit | None:
-    """Return what the loader will report; None if that cannot be known from the files that are there.
+    """Return the `Fit` that the loader will report; None if that cannot be determined from the available files.
 
-    It is not known for quantized checkpoints, whose tensors have names of their own, and for code that comes with a
-    model.
+    It cannot be determined for quantized checkpoints, whose tensors have different names, or for models that come with
+    their own code.
     """
     folder, known = model.folder, transformers_source.language_models()
     kind = model.config.get("model_type")
@@ -77,7 +78,7 @@ def foreseen(model: Model, experiment: Experiment) -> Fit | None:
 
 # ------------------------------------------------------------------ without transformers
 def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name: str) -> bool:
-    """Return whether a checkpoint of a common family has exactly its tensors, in the sizes that its config names."""
+    """Return whether a checkpoint has exactly the tensors of a common family, with the sizes given in its config."""
     config = model.config
     needed = LAYERS.get(str(config.get("model_type")))
     if needed is None or class_name not in (config.get("architectures") or ()):
@@ -92,7 +93,7 @@ def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name
 
 
 def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool:
-    """Return whether the larger matrices have the shapes that a config names; a missing value is no reason to trust."""
+    """Return whether a large matrix has the shape that the config implies; False if the config lacks a value."""
     hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads") or 1
     head_dim = config.get("head_dim") or hidden // heads
     queries, keys = heads * head_dim, config.get("num_key_value_heads", 0) * head_dim
@@ -114,9 +115,9 @@ def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool
 # ------------------------------------------------------------------ with transformers
 @lru_cache(maxsize=8)
 def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
-    """Return what transformers' loader says of a checkpoint's tensors, given without their values.
+    """Return the `Fit` that transformers' loader reports for a checkpoint's tensors without their values.
 
-    Asked once for many cells of a study; `stamps` change with the files.
+    The result is cached for the many cells of a study; `stamps` change when the files do.
     """
     import torch
     import transformers
@@ -140,7 +141,7 @@ def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ..
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception:  # whatever a model's code raises without values: loading the real weights will tell
+    except Exception:  # the model's code may fail without values; loading the real weights will show what is missing
         return None
     return reported(info)
 

@@ -1,10 +1,10 @@
-"""Runs a command and ends all of its descendants, whatever becomes of the process that asked for it.
+"""Running a command and ending all of its descendants, whatever happens to the process that requested it.
 
-A program, `guardian.py COMMAND…`, run by its path, so that it needs nothing but the standard library. It ends the
-command when its own stdin ends (the process that asked has closed it, or is dead), on a signal to end, and when the
-command's first process has ended. The family is all processes that the command has started, including those that have
-their own session or whose parent is dead: the kernel makes this process their parent. Its exit code is the
-command's. Knows nothing about servers.
+This module is a program, `guardian.py COMMAND…`, run by its path, so that it needs only the standard library. It ends
+the command's family when its own stdin is closed (because the requesting process closed it or died), when it receives
+a termination signal, and when the command's first process has ended. The family consists of all processes that the
+command has started. It includes processes in a session of their own, and orphans, because the kernel makes this process
+their parent. The exit code is that of the command. This module knows nothing about servers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import sys
 import threading
 import time
 
-# How long the command has to end on its own before it is killed.
+# How long the command may take to end on its own before it is killed.
 GRACE_S = 2.0
 POLL_S = 0.05
-# Added to the number of the signal that ended the command, as shells do.
+# As in shells, the exit code of a command that was ended by a signal is this plus the signal's number.
 KILLED = 128
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Of <sys/prctl.h>.
+# Constants from <sys/prctl.h>.
 SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -32,7 +32,7 @@ class EndRequested(Exception):
 
 
 def main(command: list[str]) -> int:
-    """Run a command until it ends or is no longer needed; return its exit code."""
+    """Run a command until it ends or is no longer needed, and return its exit code."""
     for number in END_SIGNALS:
         signal.signal(number, _request_end)
     _prctl(SET_CHILD_SUBREAPER, 1)
@@ -62,7 +62,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end the command if this process is killed; runs in the child before the command."""
+    """Have the kernel end the command if this process is killed; called in the child before it runs the command."""
     _prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
@@ -73,7 +73,7 @@ def _wait_for_the_end_of_stdin() -> None:
 
 
 def _wait_for(pid: int) -> int:
-    """Sleep until a child has ended, reaping all others that end before it; return its exit code."""
+    """Sleep until the given child has ended, reaping any other children meanwhile; return the child's exit code."""
     while True:
         ended, status = os.waitpid(-1, 0)
         if ended == pid:
@@ -82,7 +82,7 @@ def _wait_for(pid: int) -> int:
 
 
 def _end_family(first: int) -> None:
-    """Ask the command to end, and after `GRACE_S` kill what is left of its family."""
+    """Ask the command to end, and after `GRACE_S` kill the remaining processes of its family."""
     _signal(first, signal.SIGTERM)
     until_s = time.monotonic() + GRACE_S
     while family := _family():
@@ -105,19 +105,19 @@ def _family() -> list[int]:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
-        return []  # a process that has lost its parent is a child of this one
+        return []  # orphans become children of this process
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdecimal() and (parent := _parent(entry)) is not None:
             children.setdefault(parent, []).append(int(entry))
     found = list(children.get(os.getpid(), ()))
-    for pid in found:  # which keeps growing meanwhile
+    for pid in found:  # the list grows during the loop
         found += children.get(pid, ())
     return found
 
 
 def _parent(pid: str) -> int | None:
-    """Return the parent of a living process; None when it is gone."""
+    """Return the parent of a living process, or None if the process has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             state, parent = file.read().rpartition(")")[2].split()[:2]

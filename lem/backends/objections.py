@@ -1,6 +1,7 @@
-"""Why an experiment may be refused or warned about, whichever engine runs it: models, GPUs, engine arguments.
+"""Objections that do not depend on the engine: to models, GPUs and engine arguments.
 
-Looks at the model's config.json; `lem.backends.checkpoint_objections` looks at its files. Loads no weights.
+The checks read the model's config.json but load no weights; `lem.backends.checkpoint_objections` checks the model's
+files.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from lem.spec.processes import changed, gpus_needed
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
-# Names of the number of positions in configurations.
+# Keys under which a model's configuration gives the number of positions.
 POSITIONS = ("max_position_embeddings", "n_positions")
-# How many values a message lists at most.
+# The maximum number of values that a message lists.
 LISTED = 8
 
 
@@ -29,9 +30,9 @@ def model_objections(experiment: Experiment, model: Model | None, *, limit: str 
     """Yield all objections to a model.
 
     Args:
-        experiment: what is to run.
-        model: None when none was found, which is reported separately.
-        limit: the backend's option that limits the tokens of a sequence.
+        experiment: the experiment to check.
+        model: the model; None if it was not found, which is reported separately.
+        limit: the name of the backend's option that limits the length of a sequence.
     """
     yield from _adapter(experiment)
     yield from _code(experiment, model)
@@ -61,13 +62,13 @@ def _code(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
     if experiment.trust_remote_code:
         fact = "Python code that comes with the model runs with your permissions."
         yield Objection("remote_code", "trust_remote_code", fact)
-    # Other engines have code of their own for some of these models.
+    # Other engines have their own code for some of these models.
     elif model is not None and needs_own_code(model) and (is_pytorch or "model_type" not in model.config):
-        yield Objection("needs_remote_code", "trust_remote_code", f"{model.name} comes with its own code.")
+        yield Objection("needs_remote_code", "trust_remote_code", f"{model.name} needs its own code.")
 
 
 def needs_own_code(model: Model) -> bool:
-    """Return whether the model comes with code that transformers has no replacement for."""
+    """Return whether the model needs the code that comes with it, because transformers has none for it."""
     known = transformers_source.language_models()
     kind = model.config.get("model_type")
     return "auto_map" in model.config and (kind is None or (bool(known) and kind not in known))
@@ -91,7 +92,7 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
 
 
 def positions_of(model: Model) -> int | None:
-    """Return how many positions the model has, if its config or its type's defaults name them."""
+    """Return the model's number of positions, if its config or the defaults of its type give it."""
     config = model.text_config
     named = [config[name] for name in POSITIONS if isinstance(config.get(name), int)]
     if named:
@@ -102,7 +103,7 @@ def positions_of(model: Model) -> int | None:
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
-    """Return the dtype on a GPU: the requested one, else the checkpoint's if its config names it."""
+    """Return the dtype used on a GPU: the requested one, or else the checkpoint's if its config names it."""
     if experiment.fp_precision != "auto":
         return experiment.fp_precision
     config = {} if model is None else model.config
@@ -112,7 +113,7 @@ def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
 
 # ------------------------------------------------------------------ GPUs
 def unused_gpus(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objection]:
-    """Object if more GPUs are named than the experiment uses."""
+    """Yield an objection if more GPUs are named than the experiment uses."""
     used = gpus_needed(experiment)
     if experiment.gpus is not None and used < len(gpus):
         fact = f"{len(gpus)} GPUs are named, but the run uses {used}."
@@ -121,32 +122,32 @@ def unused_gpus(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objecti
 
 # ------------------------------------------------------------------ an engine's own options
 def without_method(speculation: Any, method: str) -> Iterator[Objection]:
-    """Object to options of speculative decoding if the option that chooses the method is not set."""
+    """Object to speculative decoding options if the option that chooses the method is not set."""
     for name in changed(speculation, *(field.name for field in fields(speculation))):
         fact = f"backend.speculative.{method} is not set."
         yield without_effect("no_effect_speculation", f"backend.speculative.{name}", fact)
 
 
 def set_by_lem(path: str, owner: str) -> Objection:
-    """Object to an engine argument that lem sets; `owner` is the option that sets it, or says why lem always does."""
+    """Return an objection to an engine argument that lem sets; `owner` is the option that sets it, or lem's reason."""
     return Objection("engine_arg_of_lem", path, f"it is set by {owner}.")
 
 
 class Source(Protocol):
-    """What the installed version of an engine accepts, read from its source."""
+    """The arguments that the installed version of an engine accepts, read from its source code."""
 
     def version(self) -> str:
         """Return the installed version."""
 
     def arguments(self) -> Collection[str]:
-        """Return the names of the engine's arguments; empty if they are not known."""
+        """Return the names of the engine's arguments; empty if they cannot be determined."""
 
 
 @dataclass(frozen=True)
 class EngineArguments:
-    """An engine's own arguments, which an option of the backend passes through by name.
+    """The engine arguments that a backend's option passes through by name.
 
-    `dropped` are arguments of earlier versions, each with what to use instead.
+    `dropped` maps arguments of earlier versions to advice on what to use instead.
     """
 
     engine: str
@@ -160,12 +161,12 @@ class EngineArguments:
         owner: Callable[[str, Any], str | None],
         more: Callable[[str, str, Any], Iterator[Objection]],
     ) -> Iterator[Objection]:
-        """Object to arguments that lem sets, that were dropped, or that the installed version does not have.
+        """Object to arguments that lem sets itself, that were dropped, or that the installed version lacks.
 
         Args:
-            given: the arguments by name.
-            owner: returns what sets an argument in lem; None if nothing does.
-            more: yields further objections to an argument, by its path, name and value.
+            given: the arguments, by name.
+            owner: a function that returns which option sets an argument in lem, or None if none does.
+            more: a function that yields further objections to an argument, given its path, name and value.
         """
         known = self.source.arguments()
         for name, value in (given or {}).items():
@@ -180,12 +181,12 @@ class EngineArguments:
                 yield from more(path, name, value)
 
     def about_key(self, name: str, owner: str | None, known: Collection[str] = ()) -> str | None:
-        """Return a message about a key that the backend lacks; None if the engine has no such argument either.
+        """Return a message about a key that is no option of the backend; None if the engine has no such argument.
 
         Args:
             name: the key.
-            owner: what sets the argument in lem; None if nothing does.
-            known: arguments of the engine, whether or not it is installed.
+            owner: the option that sets the argument in lem, or None if none does.
+            known: known arguments of the engine, for the case that it is not installed.
         """
         if dropped := self._dropped(name):
             return dropped
@@ -196,18 +197,18 @@ class EngineArguments:
         return None
 
     def _dropped(self, name: str) -> str | None:
-        """Return what to do without an argument that only earlier versions had; None for any other."""
+        """Return advice on replacing an argument that only earlier versions had; None for any other argument."""
         if name not in self.dropped or name in self.source.arguments():
             return None
         return f"{self.engine} no longer has {name}; {self.dropped[name]}."
 
     def unknown(self, path: str, name: str, known: Collection[str] = ()) -> Objection:
-        """Object to an argument that the installed version does not have; suggest one of those it has."""
+        """Return an objection to an argument that the installed version lacks, suggesting similar ones."""
         fact = f"{self._installed} has no argument {name}.{did_you_mean(name, sorted(known))}"
         return Objection("unknown_engine_arg", path, fact)
 
     def unknown_value(self, path: str, value: str, known: Sequence[str]) -> Iterator[Objection]:
-        """Object to a name that the installed version does not know; if `known` is empty, any name is accepted."""
+        """Object to a value that the installed version does not know; if `known` is empty, any value is accepted."""
         if known and value not in known:
             some = ", ".join(known[:LISTED]) + (", …" if len(known) > LISTED else "")
             fact = f"{self._installed} has no {value}.{did_you_mean(value, known) or f' It has {some}.'}"

@@ -1,8 +1,8 @@
-"""A server that speaks OpenAI's protocol, used over HTTP like any client's; started for the run or already running.
+"""A server that speaks OpenAI's protocol, used over HTTP, whether lem starts it for the run or it is already running.
 
-Prompts go in as token ids through the completions endpoint, so that tokenizer, end tokens and seeds are the same for
-every backend. Times are the client's, from sending a request to the arrival of its tokens. What a server does not
-report is None: when it began on a request, where prefill ended, how much GPU memory it has taken.
+Prompts are sent as token ids to the completions endpoint, so that tokenizer, end tokens and seeds are the same for
+every backend. Times are measured by the client, from sending a request to the arrival of its tokens. Values that a
+server does not report are None: when it began a request, when prefill ended, and how much GPU memory it uses.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Openai(Backend):
         self._experiment = experiment
         self._options = experiment.backend
         self._gpus: Sequence[Gpu] = ()
-        # Why the GPUs that are metered may not be those that the server runs on.
+        # Why the metered GPUs may not be those that the server runs on.
         self._doubt: str | None = None
         self._address: Address | None = None
         self._ending = ExitStack()
         self._loaded: Loaded | None = None
         self._session: OpenaiSession | None = None
-        # As of `forget`: the server's counters, and whether it emptied its prefix cache.
+        # At the last `forget`: the server's counters, and whether it emptied its prefix cache.
         self._totals_before: Mapping[str, float] = {}
         self._is_reset: bool | None = None
-        # Since `forget`, once requested; the peak is from the last time that the server had processes.
+        # Counters since `forget`, once requested; the peak memory from when the server last had processes.
         self._counters: dict[str, float] | None = None
         self._peak: Memory | None = None
 
@@ -62,21 +62,21 @@ class Openai(Backend):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True if this machine has a GPU and the server runs on this machine, unless its device is the CPU."""
+        """Return whether the server runs on this machine and uses a GPU of it, rather than the CPU."""
         assert isinstance(experiment.backend, OpenaiBackend)
         return wants_gpu(experiment.backend, host)
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that the server runs on, as far as the driver shows its processes there."""
+        """Return the GPUs that the server runs on, as far as the driver lists its processes."""
         self._gpus = gpus_for(self._experiment, host)
         if self._gpus and self._options.command is None:
             self._gpus, self._doubt = self._of_the_server(self._gpus)
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs on which a running server computes; all and the reason if that cannot be known.
+        """Return the GPUs on which a running server computes; if that is unknown, all GPUs and the reason.
 
-        GPUs that the user has named are all kept.
+        If the user has named GPUs, all of them are kept.
         """
         pids = {process.pid for process in self._processes()}
         listed = {gpu: computing(gpu) for gpu in visible}
@@ -84,26 +84,26 @@ class Openai(Backend):
         is_chosen = self._experiment.gpus is not None
         if found and (not is_chosen or len(found) == len(visible)):
             return found, None
-        of_all = f"all {len(visible)} {'named' if is_chosen else 'visible'} GPUs are metered, idle ones included"
+        of_all = f"all {len(visible)} {'named' if is_chosen else 'visible'} GPUs are metered, including idle ones"
         if found:
             names = ", ".join(str(gpu.index) for gpu in found)
             return visible, f"the server computes only on {names}, but {of_all}."
-        why = "none of its processes is among those that the driver lists" if pids else "its processes cannot be seen"
+        why = "the driver lists none of its processes" if pids else "its processes cannot be seen"
         why = "the driver does not list processes" if None in listed.values() else why
-        return visible, f"which GPUs the server runs on is unknown: {why}; {of_all}."
+        return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return the number of `backend.max_errors`, which may be a share."""
+        """Return the number of failures that `backend.max_errors` allows; the option may be a share."""
         most = self._options.max_errors
         return int(most * requests if most < 1 else most)
 
     def runs_elsewhere(self) -> bool:
-        """Return whether the server is on another machine."""
+        """Return whether the server runs on another machine."""
         return not runs_here(self._options)
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import the client, and settle on the address."""
+        """Import the client, and determine the server's address."""
         from lem.backends import openai_session  # noqa: F401
 
         try:
@@ -114,14 +114,14 @@ class Openai(Backend):
             self._address = replace(self._address, port=free_port())
 
     def load(self) -> None:
-        """Load the tokenizer, start the server if requested, and try it out."""
+        """Load the tokenizer, start the server if requested, and send a first test request."""
         from lem.backends import openai_session
 
         address, log_folder = needed(self._address), self.log_folder or Path.cwd()
         self._loaded = openai_session.load(self._experiment, address, self._gpus, log_folder, self._ending)
 
     def close(self) -> None:
-        """Close the connections, and end the server if lem started it."""
+        """Close the connections, and stop the server if lem started it."""
         self._ending.close()
 
     # -------------------------------------------------------------- running
@@ -131,25 +131,25 @@ class Openai(Backend):
         prompts = encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
         if self._options.prompts == "text":
             for prompt in prompts:
-                loaded.text_of(prompt)  # now, not in the window
+                loaded.text_of(prompt)  # computed and cached now, not in the window
         return prompts
 
     def forget(self) -> None:
-        """Have the server empty its prefix cache, if it can be asked to, and reset the counters."""
+        """Have the server empty its prefix cache, if it supports that, and reset the counters."""
         loaded = needed(self._loaded)
         self._is_reset, self._totals_before = loaded.reset_prefix_cache(), loaded.totals()
         self._session = self._counters = None
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send batch after batch, each yielded as a whole; or keep `batch_size` requests in flight."""
+        """Send one batch after another and yield each as a whole, or keep `batch_size` requests in flight."""
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Send each prompt when it arrives, whatever else is in flight: the server has the queue."""
+        """Send each prompt as soon as it arrives, however many are in flight, because the server has the queue."""
         yield from self._begun().serve(arrivals)
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the requests that the server has been sent and not answered yet."""
+        """Return the requests that were sent to the server and are not answered yet."""
         return () if self._session is None else self._session.under_way()
 
     def _begun(self) -> OpenaiSession:
@@ -169,7 +169,7 @@ class Openai(Backend):
         return self._counters
 
     def server_pids(self) -> Sequence[int]:
-        """Return the processes of a server on this machine that was running already."""
+        """Return the process ids of a server on this machine that was already running."""
         is_own = self._loaded is not None and self._loaded.server is not None
         return [] if is_own else [process.pid for process in self._processes()]
 
@@ -180,7 +180,7 @@ class Openai(Backend):
         return [] if self.runs_elsewhere() or port is None else listening_at(port)
 
     def peak_memory(self) -> Memory:
-        """Return the peaks of main memory of the server's processes; its GPU memory is unknown."""
+        """Return the peak main memory of the server's processes; its GPU memory is unknown."""
         processes = self._processes()
         if self._gpus:
             return Memory(None, "a server does not report its GPU memory")
@@ -192,7 +192,7 @@ class Openai(Backend):
         return self._peak
 
     def model_info(self) -> ModelInfo | None:
-        """Describe the model by its files; what the server did with them is unknown."""
+        """Describe the model according to its files, because the server does not report how it loaded them."""
         model, hollow = needed(self._loaded).checkpoint.model, needed(self._loaded).checkpoint.hollow
         is_passed_on = "{dtype}" in (self._options.command or "") and self._experiment.fp_precision != "auto"
         return ModelInfo(
@@ -207,7 +207,7 @@ class Openai(Backend):
         )
 
     def engine_info(self) -> EngineInfo:
-        """Describe the server, as far as it reports."""
+        """Describe the server, as far as it reports its settings."""
         loaded = needed(self._loaded)
         here = ", ".join(f"cuda:{i}" for i in range(len(self._gpus))) if self._gpus else "cpu"
         name = self._gpus[0].computing_name if self._gpus else cpu_model()
@@ -239,11 +239,11 @@ class Openai(Backend):
         return "ids" if loaded.sends_ids else "the server's usage"
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model without weights, as the pytorch backend does."""
+        """Return the sizes of the model, determined without weights by the same method as in the pytorch backend."""
         return needed(self._loaded).checkpoint.architecture()
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn about what cannot be measured or known of a server, and about what its counters show."""
+        """Warn about values that cannot be measured on a server, and about findings in its counters."""
         loaded, session, counters = needed(self._loaded), self._session, self.counters() or {}
         model = loaded.checkpoint.model
         found = []
@@ -254,19 +254,21 @@ class Openai(Backend):
             found.append(warning("server_gpus_unknown", self._doubt))
         found += weights_warnings(model.name, model.random_weights)
         if session is not None and not self._is_reset and counters.get("prefix_cache_hit_tokens") != 0:
-            text = "the server cannot be made to drop cached prefixes, which the warm-up or others may have left."
+            text = "the server cannot be made to drop prefixes cached during the warm-up or for other clients."
             found.append(warning("prefix_cache_kept", text))
         found += [] if session is None else self._about(session)
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
-        # What the server generated for requests that failed is unknown.
+        # The number of tokens that the server generated for failed requests is unknown.
         if session is not None and others > 0 and not session.is_broken and not session.failed:
-            found.append(warning("server_shared", f"it generated {others:.0f} tokens for other clients in the window."))
+            found.append(
+                warning("server_shared", f"the server generated {others:.0f} tokens for others in the window.")
+            )
         return [*found, *counter_warnings(counters)]
 
     def _about(self, session: OpenaiSession) -> Iterator[CodedWarning]:
-        """Warn about how the server answered the window's requests."""
+        """Warn about peculiarities of the server's answers to the window's requests."""
         if self._options.count == "tokenizer" and session.output_tokens:
-            text = "the server reports no counts; output tokens were counted by the model's tokenizer from the text."
+            text = "the server reports no token counts; output tokens were counted by tokenizing the text again."
             yield warning("tokens_by_tokenizer", text)
         if session.retries:
             text = f"the server was busy, and requests were sent again {session.retries} times after Retry-After."
@@ -275,5 +277,5 @@ class Openai(Backend):
             text = "the server answered in one piece although it was asked to stream: token times are null."
             yield warning("stream_ignored", text)
         if not session.tokens_are_timed:
-            text = "the server's events do not count their tokens; these are spread from the first event to the last."
+            text = "the server's events have no token counts; tokens are spread from the first event to the last."
             yield warning("tokens_not_timed", text)

@@ -1,8 +1,9 @@
-"""One answer of a server, from its bytes as they come: decompressed, split into events, its tokens counted and timed.
+"""Interpreting one answer of a server as its bytes arrive: decompressing, splitting into events, counting tokens.
 
-Servers differ from the protocol in many small ways, so the bytes decide and headers only help: whether an answer is
-compressed, and whether it is a stream of events or one JSON object. Tokens are counted by the ids or the usage that the
-server sends, never by events. Knows no network, no prompts and no experiments.
+Servers deviate from the protocol in many small ways. Whether an answer is compressed, and whether it is a stream of
+events or one JSON object, is therefore decided by its bytes, with headers only as hints. Tokens are counted by the ids
+or the usage that the server sends, never by events. This module knows nothing about the network, prompts or
+experiments.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from lem.errors import RunError
 from lem.workload.tokens import Chunk
 
 OK = 200
-# Statuses after which a server may be asked again.
+# HTTP statuses after which a request may be sent again.
 BUSY = (429, 503)
 END_OF_STREAM = b"[DONE]"
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
-# How a response begins that is not compressed, whatever its header says.
+# The beginning of an uncompressed response, whatever its header says.
 PLAIN = (BOM[:2], b"{", b"[", b"<", b":", b"da", b"ev", b"id", b"re")
-LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # the last \r may be the half of \r\n
+LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # a \r at the very end may be half of a \r\n
 LINE_ENDS = (b"\n", b"\r")
 EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
 LONGEST_FIELD = max(map(len, EVENT_FIELDS))
-# Bytes of one event, and of an error's text; what exceeds the first is refused, the rest of the second is not read.
+# Limits in bytes: a larger event is refused; of a longer error text, the rest is not read.
 LARGEST_EVENT, LARGEST_ERROR = 8 * 2**20, 64 * 2**10
 TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.DOTALL | re.IGNORECASE)
 HTML = re.compile(r"\s*<(!doctype|html|head|body)\b", re.IGNORECASE)
@@ -44,9 +45,9 @@ class ServerGone(RunError):
 
 
 class Refused(RunError):
-    """The server answered with an error, or with something that is no completion.
+    """The server answered with an error, or with something that is not a completion.
 
-    `status` is the HTTP status; `retry_after_s` is how long a busy server asks to wait, None if it does not.
+    `status` is the HTTP status. `retry_after_s` is how long a busy server asks the client to wait, or None.
     """
 
     def __init__(self, reason: str, status: int = OK, retry_after_s: float | None = None) -> None:
@@ -55,7 +56,7 @@ class Refused(RunError):
 
 
 class Part(NamedTuple):
-    """An event of an answer, and the read that completed it; `tokens` is None if the event does not count them."""
+    """An event of an answer, and the read that completed it; `tokens` is None if the event has no token count."""
 
     read: int
     at_ns: int
@@ -68,9 +69,9 @@ class Part(NamedTuple):
 class Answer:
     """A server's output for one prompt; times are readings of `time.perf_counter_ns`.
 
-    `finish_reason` is the server's word, None if it has none. `output_tokens` is None if the server does not count
-    them, `token_ids` if it sends only their number. `parts` is empty unless the tokens were streamed. `retries`
-    counts how often the server was busy and the request was sent again.
+    `finish_reason` is the reason in the server's own words, or None. `output_tokens` is None if the server reports no
+    count, and `token_ids` is None if it sends no ids. `parts` is empty unless the tokens were streamed.
+    `retries` is how often the request was sent again because the server was busy.
     """
 
     sent_ns: int
@@ -85,14 +86,15 @@ class Answer:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the answer came as events."""
+        """Whether the answer was sent as events."""
         return bool(self.parts)
 
     def chunks(self, output_tokens: int) -> tuple[tuple[Chunk, ...], bool]:
-        """Return the tokens as they came, and whether each of them has its own time; none unless streamed.
+        """Return the chunks of tokens in order of arrival, and whether their times are exact; empty unless streamed.
 
         Args:
-            output_tokens: how many there are. If events do not count them, the first and the rest are returned.
+            output_tokens: the number of output tokens. If the events do not show how many tokens each has, the result
+                is two chunks: the first token and the rest.
         """
         known = _tokens_of_events(self.parts, output_tokens)
         if known is None:
@@ -105,10 +107,10 @@ class Answer:
 
 
 def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[Part, int]] | None:
-    """Return the events that brought tokens, and how many; None if that is not known.
+    """Return the events that carry tokens and the number of tokens in each; None if that is unknown.
 
-    Each event with text has at least one token; with as many events as tokens, each has exactly one. The last token
-    may have no text, as an end token, and come with the finish reason; so may others, such as halves of a character.
+    Each event with text has at least one token, so if there are as many events as tokens, each has exactly one. An
+    event without text may carry a token too: the end token, which comes with the finish reason, or half a character.
     """
     counted = [(part, part.tokens) for part in parts if part.tokens]
     if all(part.tokens is not None for part in parts if part.has_text) and sum(n for _, n in counted) == output_tokens:
@@ -122,7 +124,7 @@ def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[P
 
 
 def _first_and_rest(parts: Sequence[Part], output_tokens: int) -> tuple[Chunk, ...]:
-    """Return the first token, and all others when the last event came, even if that has no text."""
+    """Return the first token as one chunk, and all others as a chunk at the last event, even if that has no text."""
     marks = [part for part in parts if part.has_text or part.is_last] or list(parts)
     if not marks:
         return ()
@@ -132,7 +134,7 @@ def _first_and_rest(parts: Sequence[Part], output_tokens: int) -> tuple[Chunk, .
 
 # ------------------------------------------------------------------ bytes
 class Reply:
-    """The response to one request, as its bytes come."""
+    """The response to one request, as its bytes arrive."""
 
     def __init__(
         self,
@@ -143,14 +145,14 @@ class Reply:
         largest: int,
         by_text: bool = False,
     ) -> None:
-        """Begin with the response's head.
+        """Begin with the response's status and headers.
 
         Args:
-            sent_ns: when the request was sent.
-            status: of HTTP.
-            headers: in any case.
-            largest: bytes that a sensible answer does not exceed.
-            by_text: tokens will be counted by the text, so that the server need not count them.
+            sent_ns: the time when the request was sent.
+            status: the HTTP status.
+            headers: the headers; the case of their names does not matter.
+            largest: the maximum size of a plausible answer in bytes.
+            by_text: whether tokens will be counted from the text, so that the server need not count them.
         """
         headers = list(headers)
         known = {name.lower(): value for name, value in headers}
@@ -167,24 +169,24 @@ class Reply:
 
     @property
     def is_enough(self) -> bool:
-        """Whether an error's text is long enough, so that the rest need not be read."""
+        """Whether enough of an error's text has arrived, so that the rest need not be read."""
         return self._status != OK and self._content is not None and len(self._content) >= LARGEST_ERROR
 
     @property
     def is_done(self) -> bool:
-        """Whether the server has sent its mark for the end, after which only the response's end is to come."""
+        """Whether the server has sent its end marker, after which only the end of the response can follow."""
         return self._transcript is not None and self._transcript.is_done
 
     @property
     def events(self) -> int:
-        """How many events have come."""
+        """The number of events that have arrived."""
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes from one read of the network, which may come in several pieces.
+        """Add bytes from one read of the network, which may be passed in several pieces.
 
         Raises:
-            Refused: the server sent an error, or more than a completion can be.
+            Refused: the server sent an error, or more data than a completion can have.
         """
         self._at_ns = at_ns
         data = self._unpacking.take(received)
@@ -197,7 +199,7 @@ class Reply:
             self._tell_apart(read, at_ns)
 
     def _tell_apart(self, read: int, at_ns: int, *, at_end: bool = False) -> None:
-        """Decide by the first bytes whether this is a stream of events or one object."""
+        """Decide by the first bytes whether this is a stream of events or a single JSON object."""
         if len(self._head) < len(BOM) and BOM.startswith(self._head) and not at_end:
             return
         head = self._head = self._head.removeprefix(BOM).lstrip()
@@ -211,19 +213,19 @@ class Reply:
             self._content = bytearray(head)
 
     def answer(self, *, is_whole: bool = True) -> Answer:
-        """Return the answer, after its end.
+        """Return the answer, once the response has ended.
 
         Args:
-            is_whole: the connection was not lost before the end of the response.
+            is_whole: whether the response ended normally, without losing the connection.
 
         Raises:
-            ServerGone: it ended too early.
+            ServerGone: the response ended too early.
             Refused: the server sent an error, or did not report the number of tokens.
         """
         if self._content is None and self._transcript is None:
             self._tell_apart(0, self._at_ns, at_end=True)
         if self._transcript is not None:
-            # Without its length, the end of a response looks like a lost connection.
+            # If a response has no length, its end looks like a lost connection.
             return self._transcript.answer(is_whole=is_whole and self._is_delimited and not self._unpacking.is_cut)
         content = bytes(self._content or b"")
         if self._status != OK:
@@ -240,12 +242,12 @@ class Reply:
 
 
 def redirection(location: str) -> str:
-    """Return where a response redirects to, and what to do about it, as a sentence."""
+    """Return a sentence that says where a response redirects to, and what to do about it."""
     return f"it redirects to {printable(location)[:200] or 'an unknown address'}; set backend.url to the final address."
 
 
 def waiting_s(retry_after: str) -> float | None:
-    """Return the seconds of a Retry-After header, which may be a date; None if it is neither."""
+    """Return the waiting time in a Retry-After header (seconds or a date); None if it is neither."""
     with suppress(ValueError, OverflowError):
         return max(0.0, float(int(retry_after.strip())))
     with suppress(ValueError, TypeError, OverflowError):
@@ -255,10 +257,10 @@ def waiting_s(retry_after: str) -> float | None:
 
 
 class Unpacking:
-    """Undoes a compression, which nobody asked for; recognised by the header or by the first bytes."""
+    """Decompresses a response that the server compressed unasked, as recognised by its header or first bytes."""
 
     def __init__(self, encoding: str, largest: int) -> None:
-        """Note how the response is compressed, and the most bytes that it may unpack to."""
+        """Store the compression and the maximum size in bytes of the decompressed response."""
         names = [name.strip().lower() for name in encoding.split(",")]
         self._names = [name for name in names if name not in ("", "identity")]
         self._largest, self._taken = largest, 0
@@ -267,20 +269,20 @@ class Unpacking:
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]], largest: int) -> Unpacking:
-        """Return what undoes the compression that a response's headers name."""
+        """Return the object that decompresses a response with these headers."""
         known = {name.lower(): value for name, value in headers}
         return cls(known.get(b"content-encoding", b"").decode(errors="replace"), largest)
 
     @property
     def is_cut(self) -> bool:
-        """Whether the compressed data has begun and not ended."""
+        """Whether the compressed data has begun but not ended."""
         return self._inflating is not None and not self._inflating.eof
 
     def take(self, received: bytes) -> bytes:
-        """Return the unpacked data of these bytes.
+        """Return the decompressed form of these bytes.
 
         Raises:
-            Refused: it is damaged, compressed in another way, or too large.
+            Refused: the data is damaged, compressed in another way, or too large.
         """
         data = received
         if self._head is not None:
@@ -294,7 +296,7 @@ class Unpacking:
             data = self._inflated(data)
         self._taken += len(data)
         if self._taken > self._largest:
-            raise Refused(f"it sent more than {self._largest // 2**20} MiB, more than it could have to say.")
+            raise Refused(f"it sent more than {self._largest // 2**20} MiB, more than any plausible answer.")
         return data
 
     def _begin(self, head: bytes) -> None:
@@ -305,7 +307,9 @@ class Unpacking:
             self._inflating = zlib.decompressobj(zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
         elif self._names and not head.lstrip().startswith(PLAIN):
             names = printable(", ".join(self._names))[:40]
-            raise Refused(f"its response is compressed ({names}), although lem asks for none; turn that off.")
+            raise Refused(
+                f"its response is compressed ({names}), although lem does not ask for compression; turn it off."
+            )
 
     def _inflated(self, data: bytes) -> bytes:
         found = b""
@@ -325,7 +329,7 @@ class Unpacking:
 
 # ------------------------------------------------------------------ events
 class Event(NamedTuple):
-    """A server-sent event, with the read that completed its last line of data."""
+    """A server-sent event, and the read that completed its last line of data."""
 
     name: bytes
     data: bytes
@@ -334,7 +338,7 @@ class Event(NamedTuple):
 
 
 class Events:
-    """Parses server-sent events from bytes, however these are split; events may be parted by single line ends."""
+    """Parses server-sent events from bytes, however they are split; a single line end may separate two events."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -347,7 +351,7 @@ class Events:
         """Return the events that these bytes complete.
 
         Raises:
-            Refused: an event is too large, as from a server that never ends a line.
+            Refused: an event is too large, for example because the server never ends a line.
         """
         if not any(end in received for end in LINE_ENDS) and not self._rest.endswith(b"\r"):
             self._rest += received
@@ -360,7 +364,7 @@ class Events:
         return found
 
     def close(self, read: int, at_ns: int) -> list[Event]:
-        """Return the last event, if it is complete except for its blank line or its line end."""
+        """Return the last event, if only its final line end or blank line is missing."""
         line, self._rest = bytes(self._rest).removesuffix(b"\r"), bytearray()
         found = list(self._line(line, read, at_ns)) if line else []
         is_whole = self._data and (self._name == b"error" or _is_whole(self._data))
@@ -393,20 +397,20 @@ class Events:
 
 
 def _is_whole(data: Sequence[bytes]) -> bool:
-    """Return whether lines of data are a whole event by themselves."""
+    """Return whether these data lines form a complete event by themselves."""
     joined = b"\n".join(data).strip()
     return joined == END_OF_STREAM or _parsed(joined) is not None
 
 
 class Usage(NamedTuple):
-    """How many tokens a server counts, as far as it says so."""
+    """The token counts that a server reports; a count that it does not report is None."""
 
     output: int | None
     input: int | None
 
 
 class Transcript:
-    """One streamed answer, as it comes."""
+    """One streamed answer, as it arrives."""
 
     def __init__(self, sent_ns: int, *, by_text: bool = False) -> None:
         self._sent_ns, self._by_text = sent_ns, by_text
@@ -416,8 +420,8 @@ class Transcript:
         self._token_ids: list[int] = []
         self._has_ids = self._lacks_ids = self._has_output = False
         self._usage = Usage(None, None)
-        # Whether usage has come with or after the last event of a choice, so that nothing is missing from it; whether
-        # it came in an event of its own, as at the end; and whether text has come since.
+        # Whether usage has arrived with or after the last event of a choice, so that it is complete; whether it arrived
+        # in a separate event, as at the end; and whether text has arrived since.
         self._usage_is_last = self._usage_is_alone = self._text_is_later = False
         self._finish_reason: str | None = None
         self._read, self._at_ns = 0, sent_ns
@@ -425,7 +429,7 @@ class Transcript:
         self.is_done = False
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes from one read of the network, which may come in several pieces.
+        """Add bytes from one read of the network, which may be passed in several pieces.
 
         Raises:
             Refused: the server sent an error.
@@ -464,9 +468,9 @@ class Transcript:
             self._usage = Usage(self._usage.output, usage.input)
 
     def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
-        """Return the number of an event's tokens, by their ids, else by the usage so far; None if it has neither.
+        """Return the number of an event's tokens, from their ids or else from the usage so far; None if it has neither.
 
-        A usage of 0 after some output is not a count.
+        A usage of 0 after some output does not count as a report.
         """
         if ids is not None:
             self._has_ids = True
@@ -480,18 +484,18 @@ class Transcript:
     def _add(self, usage: Usage) -> None:
         before = self._usage.output or 0
         if usage.output is not None and usage.output < before:
-            raise Refused(f"its counts of tokens contradict each other: first {before}, then {usage.output}.")
+            raise Refused(f"its token counts contradict each other: first {before}, then {usage.output}.")
         self._usage = Usage(usage.output, usage.input or self._usage.input)
         self._usage_is_last, self._text_is_later = True, False
 
     def answer(self, *, is_whole: bool = True) -> Answer:
-        """Return the answer, after the end of the stream.
+        """Return the answer, once the stream has ended.
 
         Args:
-            is_whole: the response is known to have ended where the server wanted it to.
+            is_whole: whether the response is known to have ended where the server intended.
 
         Raises:
-            ServerGone: it ended too early.
+            ServerGone: the stream ended too early.
             Refused: the server did not report the number of tokens.
         """
         self._take_events(self._events.close(self._read, self._at_ns))
@@ -519,11 +523,11 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_end(self, has_ids: bool, *, is_whole: bool) -> None:
-        """Raise unless the stream ended after the last token, and after its count if there is one.
+        """Raise `ServerGone` unless the stream ended after the last token and, if there is one, the final token count.
 
-        A server need not say why it ended, if it says that it has ended and counts all tokens.
+        A server need not give a finish reason, as long as it marks the end and counts all tokens.
         """
-        # A server may write 0 until it knows the count.
+        # A server may report 0 until it knows the count.
         has_count = has_ids or self._by_text or (self._usage_is_last and bool(self._usage.output))
         if self._finish_reason is None:
             is_told = (self.is_done and (has_count or self._usage_is_last)) or (is_whole and self._usage_is_alone)
@@ -534,7 +538,7 @@ class Transcript:
 
 
 def _whole_answer(content: bytes, sent_ns: int, ended_ns: int, *, by_text: bool) -> Answer:
-    """Return an answer that came in one piece."""
+    """Return the answer in a response that was sent in one piece."""
     completion = checked(content)
     choice, usage = next(iter(choices_in(completion)), {}), usage_in(completion)
     if not choice:
@@ -551,16 +555,16 @@ def _whole_answer(content: bytes, sent_ns: int, ended_ns: int, *, by_text: bool)
 
 NO_COMPLETION = "it sent no completion (no choices)."
 NOT_COUNTED = (
-    "it sends neither the ids nor the number of the output's tokens (usage.completion_tokens); "
-    "backend.count=tokenizer counts them by the model's tokenizer."
+    "it sends neither the ids nor the number of the output tokens (usage.completion_tokens); "
+    "set backend.count=tokenizer to count them with the model's tokenizer."
 )
 
 
 def counted(token_ids: Sequence[int] | None, usage: Usage) -> tuple[int | None, tuple[int, ...] | None]:
-    """Return the number of output tokens, and their ids, as far as the server sends them.
+    """Return the number of output tokens and their ids, each None if the server does not send it.
 
     Raises:
-        Refused: they contradict each other.
+        Refused: the ids and the count contradict each other.
     """
     if token_ids is None:
         return usage.output, None
@@ -571,10 +575,10 @@ def counted(token_ids: Sequence[int] | None, usage: Usage) -> tuple[int | None, 
 
 # ------------------------------------------------------------------ contents
 def checked(data: bytes) -> dict[str, Any]:
-    """Parse a response as a JSON object that is not an error.
+    """Return a response's JSON object, provided that it is not an error.
 
     Raises:
-        Refused: it is not JSON, or it is an error.
+        Refused: the response is not a JSON object, or it is an error.
     """
     content = _parsed(data)
     if content is None:
@@ -600,7 +604,7 @@ def _shown(data: bytes) -> str:
 
 
 def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a completion's choices, of which lem asks for one."""
+    """Return the choices of a completion; lem always asks for a single one."""
     found = content.get("choices") or []
     if not isinstance(found, list) or not all(isinstance(choice, dict) for choice in found):
         raise Refused("its choices are not those of a completion.")
@@ -608,7 +612,7 @@ def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def text_in(choice: dict[str, Any]) -> str:
-    """Return a choice's text, also in the forms of the chat endpoint."""
+    """Return a choice's text, in the form of the completions endpoint or of the chat endpoint."""
     for found in (choice, choice.get("delta"), choice.get("message")):
         if isinstance(found, dict) and isinstance(text := found.get("text") or found.get("content"), str):
             return text
@@ -616,7 +620,7 @@ def text_in(choice: dict[str, Any]) -> str:
 
 
 def ids_in(choice: dict[str, Any]) -> list[int] | None:
-    """Return the ids of a choice's tokens; None if it has none."""
+    """Return the ids of a choice's tokens; None if the server does not send them."""
     ids = choice.get("token_ids")
     if ids is None:
         return None
@@ -626,13 +630,13 @@ def ids_in(choice: dict[str, Any]) -> list[int] | None:
 
 
 def finish_reason_in(choice: dict[str, Any]) -> str | None:
-    """Return why a choice ended; None if it has not, or if the server does not say."""
+    """Return why a choice ended; None if it has not ended, or if the server does not say why."""
     reason = choice.get("finish_reason")
     return reason if isinstance(reason, str) and reason else None
 
 
 def usage_in(content: dict[str, Any]) -> Usage:
-    """Return the counts of tokens in a response."""
+    """Return the token counts in a response."""
     usage = content.get("usage")
     if not isinstance(usage, dict):
         return Usage(None, None)
@@ -640,7 +644,7 @@ def usage_in(content: dict[str, Any]) -> Usage:
 
 
 def _count(value: Any) -> int | None:
-    """Return a count that may be written as 8, 8.0 or "8"; None if it is none."""
+    """Return a count, which may be written as 8, 8.0 or "8"; None if the value is not a count."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -651,7 +655,7 @@ def _count(value: Any) -> int | None:
 
 
 def reason_in(content: bytes) -> str:
-    """Return the text of an error, in the forms that servers use; of an HTML page only its title."""
+    """Return the text of an error, in any form that servers use; for an HTML page, only its title."""
     text = content[:LARGEST_ERROR].decode(errors="replace")
     if HTML.match(text):
         title = TITLE.search(text)
@@ -663,7 +667,7 @@ def reason_in(content: bytes) -> str:
 
 
 def _inner(found: Any) -> Any:
-    """Return the part of an error that is meant for people."""
+    """Return the human-readable part of an error."""
     for name in ("error", "message", "detail", "msg"):
         if isinstance(found, list) and found and isinstance(found[0], dict):
             found = found[0]
@@ -673,5 +677,5 @@ def _inner(found: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Return a text without characters that would control a terminal."""
+    """Return the text without terminal control characters."""
     return "".join(each if each.isprintable() else " " for each in text)

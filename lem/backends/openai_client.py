@@ -1,8 +1,8 @@
-"""Many concurrent requests to one server's completions endpoint, each answer with the times of its tokens.
+"""A client that sends many concurrent requests to one server's completions endpoint, and times the tokens.
 
-Runs in another thread, so that tokens are timed while the caller does something else. All that one read from the
-network brings counts as arriving together, however many events it holds. What the bytes mean is up to
-`lem.backends.openai_answer`. Knows neither prompt texts nor experiments.
+The client runs in its own thread, so that tokens are timed correctly while the caller does something else. All events
+in one read from the network count as arriving together. `lem.backends.openai_answer` interprets the bytes. This module
+knows nothing about prompt texts or experiments.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from lem.units import NS_PER_S
 T = TypeVar("T")
 
 CONNECT_S = 10.0
-# Servers close idle connections after 5 s or more; one that is being closed must not be chosen.
+# Servers close idle connections after 5 s or more, and a connection that is being closed must not be reused.
 KEEP_ALIVE_S = 2.0
-# After the last event, a server that ends its response ends it at once.
+# A server that closes its response after the last event does so within this time.
 ENDING_S = 0.25
-# A busy server is left alone at least this long before it is asked again.
+# The minimum waiting time before a request is sent again to a busy server.
 LEAST_RETRY_S = 0.25
-# Bytes of a side response, such as a list of models.
+# The maximum size in bytes of a side response, such as a list of models.
 LARGEST_PAGE = 16 * 2**20
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request has no answer, and when it was sent and failed, on the clock `time.perf_counter_ns`."""
+    """The reason why a request has no answer, and when it was sent and failed (`time.perf_counter_ns`)."""
 
     sent_ns: int
     ended_ns: int
@@ -53,19 +53,19 @@ class Failure:
 
 
 class Client:
-    """One server, reached over HTTP/1.1."""
+    """The client of one server, over HTTP/1.1."""
 
     def __init__(
         self, address: str, key: str | None, timeout_s: float, *, largest: int = 2**30, by_text: bool = False
     ) -> None:
-        """Keep the server's address; nothing is sent yet.
+        """Store the server's address without sending anything.
 
         Args:
-            address: scheme, host, port and the path before /v1, without a slash at the end.
-            key: sent as a bearer token; never written anywhere.
-            timeout_s: longest silence of the server within an answer.
-            largest: bytes that no sensible answer exceeds.
-            by_text: tokens are counted by the text, so that the server need not count them.
+            address: scheme, host, port and the path before /v1, without a trailing slash.
+            key: the API key, sent as a bearer token and never written anywhere.
+            timeout_s: the longest time in seconds that the server may be silent within an answer.
+            largest: the maximum size of a plausible answer in bytes.
+            by_text: whether tokens are counted from the text, so that the server need not count them.
         """
         self._address, self._timeout_s, self._largest, self._by_text = address, timeout_s, largest, by_text
         self._headers = {"content-type": "application/json", "user-agent": "lem", "accept-encoding": "identity"}
@@ -73,16 +73,16 @@ class Client:
             self._headers["authorization"] = f"Bearer {key}"
         self._done: queue.SimpleQueue[tuple[int, Answer | Failure | Exception]] = queue.SimpleQueue()
         self._running: set[asyncio.Task[None]] = set()
-        # How many times all requests have been cancelled; those sent before the last time are no longer wanted.
+        # How often all requests have been cancelled; answers to requests sent before the last time are dropped.
         self._cancelled = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._pool: Any = None
         self.on_answer: Callable[[Answer | Failure], None] = lambda _: None
-        """Called in the client's thread with each answer or failure, before `next_done` hands it out."""
+        """A function called in the client's thread with each answer or failure, before `next_done` returns it."""
 
     def start(self) -> None:
-        """Start the thread; raise the limit on open files to its maximum, since each request in flight needs one."""
+        """Start the thread, and raise the limit on open files, because each request in flight needs one."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             with suppress(ValueError, OSError):
@@ -97,33 +97,34 @@ class Client:
         )
 
     def fetch(self, path: str, *, method: str = "GET", timeout_s: float = CONNECT_S) -> tuple[int, str]:
-        """Return the status and text of a small response.
+        """Send a side request, and return the status and text of its response.
 
         Raises:
-            ServerGone: nothing is listening, or the answer does not come in time.
+            ServerGone: nothing is listening, or the response does not arrive in time.
         """
         return self._wait(self._fetch(method, path, timeout_s))
 
     def send(self, number: int, body: bytes, at_ns: int | None = None, *, insists: bool = False) -> None:
-        """Send a completion request; `next_done` returns its answer.
+        """Send a completion request, whose answer `next_done` will return.
 
         Args:
-            number: identifies the answer.
-            body: as JSON.
-            at_ns: when to send it, as a reading of `time.perf_counter_ns`; None for now.
-            insists: send it again after a busy server's Retry-After, waiting up to `timeout_s` in all.
+            number: a number that identifies the answer.
+            body: the request's body as JSON.
+            at_ns: when to send the request, as a reading of `time.perf_counter_ns`; None means now.
+            insists: whether to send the request again after a busy server's Retry-After, waiting up to `timeout_s` in
+                total.
         """
         self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, insists, self._cancelled)
 
     def next_done(self) -> tuple[int, Answer | Failure]:
-        """Wait for the next request to end; return its number, and its answer or why there is none."""
+        """Wait until a request ends, and return its number and its answer or failure."""
         number, done = self._done.get()
         if isinstance(done, Exception):
             raise done
         return number, done
 
     def run(self, function: Callable[[], None]) -> None:
-        """Call a function in the client's thread, and wait until it has returned."""
+        """Call a function in the client's thread, and wait until it returns."""
 
         async def call() -> None:
             function()
@@ -131,7 +132,7 @@ class Client:
         self._wait(call())
 
     def cancel(self) -> None:
-        """Cancel all requests that have not ended, and drop their answers."""
+        """Cancel all requests in flight, and drop their answers."""
         if not self._thread.is_alive():
             return
         self._wait(self._cancel())
@@ -139,7 +140,7 @@ class Client:
             self._done.get()
 
     def close(self) -> None:
-        """Close all connections and end the thread."""
+        """Close all connections and stop the thread."""
         if not self._thread.is_alive():
             return
         with suppress(Exception):
@@ -154,7 +155,7 @@ class Client:
 
     # -------------------------------------------------------------- in the client's thread
     def _begin(self, number: int, body: bytes, at_ns: int | None, insists: bool, epoch: int) -> None:
-        if epoch != self._cancelled:  # an answer sent the next request just before all were cancelled
+        if epoch != self._cancelled:  # an answer triggered this request just before all requests were cancelled
             return
         task = self._loop.create_task(self._answer(number, body, at_ns, insists))
         self._running.add(task)
@@ -175,7 +176,7 @@ class Client:
             self._done.put((number, done))
 
     async def _insist(self, body: bytes, patience_s: float) -> Answer | Failure:
-        """Send a request, again while the server is busy and says when it may be asked again."""
+        """Send a request, and send it again as long as the server is busy and says when to retry."""
         sent_ns, retries = time.perf_counter_ns(), 0
         while True:
             try:
@@ -231,13 +232,13 @@ class Client:
                     await self._read(response, reply, limit)
                 return reply.answer()
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, TimeoutError):
-                # All tokens may have come by then.
+                # All tokens may have arrived by then.
                 if reply is None or (answer := _despite_the_end(reply)) is None:
                     raise
                 return answer
 
     async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
-        """Read a response to its end, or as far as it matters, as long as whole events keep coming."""
+        """Read a response to its end, or as far as needed, as long as complete events keep arriving."""
         network, events = response.extensions["network_stream"], 0
         async for received in response.aiter_stream():
             reply.take(received, network.reads, network.read_at_ns)
@@ -251,7 +252,7 @@ class Client:
 
     @contextmanager
     def _failing_as_gone(self, timeout_s: float) -> Iterator[None]:
-        """Turn transport errors into `ServerGone`, with a readable message."""
+        """Turn transport errors into `ServerGone` with a readable message."""
         try:
             yield
         except (httpcore.ReadTimeout, TimeoutError):
@@ -264,7 +265,7 @@ class Client:
 
 
 def _despite_the_end(reply: Reply) -> Answer | None:
-    """Return the answer of a response that was cut off, if nothing but its end is missing."""
+    """Return the answer in a response that was cut off, if only the end of the response is missing."""
     try:
         return reply.answer(is_whole=False)
     except ServerGone:
@@ -272,13 +273,13 @@ def _despite_the_end(reply: Reply) -> Answer | None:
 
 
 def _limits(timeout_s: float) -> dict[str, Any]:
-    """Return httpcore's limits: seconds for connecting, and between two reads or writes."""
+    """Return httpcore's timeouts in seconds: for connecting, and between two reads or writes."""
     return {"timeout": {"connect": CONNECT_S, "read": timeout_s, "write": timeout_s}}
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Data of one read from the network, or the rest of it."""
+    """The data of one read from the network, or the rest of it."""
 
     read: int
     at_ns: int
@@ -286,7 +287,7 @@ class _Piece:
 
 
 class _Incoming(asyncio.Protocol):
-    """Receives the data of one connection, and notes at once when it came."""
+    """Receives the data of one connection, and immediately notes the time of its arrival."""
 
     def __init__(self) -> None:
         self.pieces: deque[_Piece] = deque()
@@ -313,9 +314,9 @@ class _Incoming(asyncio.Protocol):
 
 
 class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
-    """A connection; `reads` and `read_at_ns` are the number and the time of the read that brought the last data.
+    """A connection; `reads` and `read_at_ns` are the number and the time of the read that delivered the last data.
 
-    Replaces httpcore's own, which reports no times and takes twice the processor time for each read.
+    This class replaces httpcore's own stream, which reports no times and takes twice the CPU time per read.
     """
 
     def __init__(self, transport: asyncio.Transport, incoming: _Incoming) -> None:
@@ -351,7 +352,7 @@ class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         if self._transport.is_closing():
-            raise httpcore.WriteError("it is closed")
+            raise httpcore.WriteError("the connection is closed")
         self._transport.write(buffer)
 
     async def aclose(self) -> None:
@@ -382,7 +383,7 @@ class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
 
 
 class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
-    """Makes timed connections."""
+    """Opens timed connections."""
 
     async def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *_options: Any, **_more: Any
@@ -399,7 +400,7 @@ class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
 
 # ------------------------------------------------------------------ metrics
 def samples(text: str) -> dict[str, float]:
-    """Return the values of a page of Prometheus metrics by name, summed over labels."""
+    """Return the values on a page of Prometheus metrics, by name and summed over labels."""
     totals: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         with suppress(ValueError):

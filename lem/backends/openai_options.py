@@ -1,6 +1,6 @@
-"""lem's options as a server needs them: address, command, requests; why an experiment may be refused or warned about.
+"""Translating lem's options for a server (address, command, request bodies), and objections to an experiment.
 
-Imports no HTTP library. Knows nothing about requests in flight or about time.
+This module imports no HTTP library, and knows nothing about requests in flight or about time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lem.workload.models import Model
 
 HERE = "127.0.0.1"
 PLACEHOLDERS = ("model", "revision", "host", "port", "dtype", "seed", "batch_size", "degree")
-PLACEHOLDER = re.compile(r"\{(\w+)\}")  # but not JSON, which has quotes
+PLACEHOLDER = re.compile(r"\{(\w+)\}")  # this does not match JSON, which has quotes
 DEFAULT_PORTS = {"http": 80, "https": 443}
-# Fields of a request that lem sets, and what each is set from.
+# Request fields that lem sets, and the option or reason that sets each.
 OF_LEM = {
     "model": "backend.model_name",
     "prompt": "dataset",
@@ -46,9 +46,9 @@ OF_LEM = {
     "return_token_ids": "lem, which counts tokens by them",
     **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem: one output for each prompt"),
 }
-# Decoder options that OpenAI's protocol has no field for.
+# Decoder options for which OpenAI's protocol has no field.
 OF_VLLM = ("top_k", "min_p", "repetition_penalty")
-# Choices of energy that need no meter on the server's machine.
+# The meters that are allowed if the server runs on another machine.
 NOT_OF_THIS_MACHINE = ("auto", "none")
 KEY_ARGUMENT = re.compile(r"--api[-_]key\b")
 REACH_S = 3.0
@@ -58,7 +58,7 @@ REMEMBER_S = 10.0
 # ------------------------------------------------------------------ where
 @dataclass(frozen=True)
 class Address:
-    """A server's address; `path` is what precedes /v1, and `port` is None until one is chosen."""
+    """A server's address; `path` is the part before /v1, and `port` is None until a port is chosen."""
 
     scheme: str
     host: str
@@ -67,12 +67,12 @@ class Address:
 
     @property
     def base(self) -> str:
-        """The start of its URLs: scheme, host, port and path."""
+        """The beginning of the server's URLs: scheme, host, port and path."""
         return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}{self.path}"
 
     @property
     def is_here(self) -> bool:
-        """Whether the address is this machine's own."""
+        """Whether the address belongs to this machine."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
@@ -80,10 +80,10 @@ class Address:
 
 
 def address_of(options: OpenaiBackend) -> Address:
-    """Return the server's address; without a url, its port has yet to be chosen.
+    """Return the server's address; if no url is set, its port has yet to be chosen.
 
     Raises:
-        ConfigError: the url is not the address of a server; says why.
+        ConfigError: the url is not a server's address; the message says why.
     """
     if options.url is None:
         return Address("http", HERE, None)
@@ -95,15 +95,15 @@ def address_of(options: OpenaiBackend) -> Address:
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
         raise ConfigError("it is not the URL of a server.")
     if parts.username or parts.password:
-        raise ConfigError("it contains a user name or a password, but it is written into every record.")
+        raise ConfigError("it contains a user name or a password, but the address is written into every record.")
     if parts.query or parts.fragment:
-        raise ConfigError("it has more than a path after the host.")
+        raise ConfigError("it contains more than a path after the host.")
     path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/v1")
     return Address(parts.scheme, parts.hostname, port or DEFAULT_PORTS[parts.scheme], path)
 
 
 def runs_here(options: OpenaiBackend) -> bool:
-    """Return whether the model runs on this machine."""
+    """Return whether the server runs on this machine."""
     if options.device != "auto":
         return options.device == "cpu"
     try:
@@ -113,15 +113,15 @@ def runs_here(options: OpenaiBackend) -> bool:
 
 
 def wants_gpu(options: OpenaiBackend, host: Host) -> bool:
-    """Return whether the model is assumed to run on GPUs of this machine."""
+    """Return whether the server is assumed to use GPUs of this machine."""
     return options.device == "auto" and runs_here(options) and bool(host.gpus)
 
 
 def gpus_for(experiment: Experiment, host: Host) -> Sequence[Gpu]:
-    """Return the GPUs that the server is assumed to use, which are metered.
+    """Return the GPUs that the server is assumed to use, and that are metered.
 
-    For a running server they are those named in gpus, or all. A server that lem starts gets those named, but no more
-    than the parallelism needs if it has a degree or if none are named.
+    For a server that is already running, these are the GPUs named in `gpus`, or all visible GPUs. A server that lem
+    starts gets the named GPUs, but no more than the parallelism needs if it has a degree or if no GPUs are named.
     """
     options = _options(experiment)
     if not wants_gpu(options, host):
@@ -132,7 +132,7 @@ def gpus_for(experiment: Experiment, host: Host) -> Sequence[Gpu]:
 
 # ------------------------------------------------------------------ the command
 def command_line(experiment: Experiment, model: Model, address: Address) -> list[str]:
-    """Return the program and the arguments that start the server, with the placeholders filled in."""
+    """Return the command that starts the server, as a list of arguments with the placeholders filled in."""
     options = _options(experiment)
     values = {
         "model": model.path,
@@ -153,10 +153,10 @@ def _has(options: OpenaiBackend, placeholder: str) -> bool:
 
 # ------------------------------------------------------------------ requests
 def as_text(tokenizer: Any, prompt: Encoded) -> str:
-    """Return the text of a prompt that the server will turn into the same tokens, with its own special ones.
+    """Return text that the server will turn into the prompt's tokens, including the special tokens that it adds.
 
     Raises:
-        RunError: there is no such text.
+        RunError: no such text exists.
     """
     ids = list(prompt.token_ids)
     added = [token for token in tokenizer("")["input_ids"] if token in tokenizer.all_special_ids]
@@ -166,8 +166,8 @@ def as_text(tokenizer: Any, prompt: Encoded) -> str:
         if list(tokenizer(text)["input_ids"]) == ids:
             return text
     raise RunError(
-        f"Prompt {prompt.index} cannot be sent as text (backend.prompts=text): no text has exactly its tokens. Leave "
-        "out max_input_tokens or the chat template, or use a server that takes token ids."
+        f"Prompt {prompt.index} cannot be sent as text (backend.prompts=text): no text produces exactly its tokens. "
+        "Leave out max_input_tokens or the chat template, or use a server that takes token ids."
     )
 
 
@@ -183,12 +183,12 @@ def request_body(
     """Return the body of a request for one prompt.
 
     Args:
-        experiment: one that has passed preflight.
-        prompt: sent as token ids.
-        end_tokens: the model's.
-        model_name: what the server calls it.
-        text: the prompt as text, sent in place of its ids.
-        count_by_usage: have the server report the number of tokens with each event, because it sends no ids.
+        experiment: an experiment that has passed preflight.
+        prompt: the prompt, sent as token ids.
+        end_tokens: the model's end tokens.
+        model_name: the model's name on the server.
+        text: the prompt as text, which is then sent instead of the token ids.
+        count_by_usage: whether to ask for the number of tokens with each event, because the server sends no ids.
     """
     options = _options(experiment)
     asks_vllm = options.dialect == "vllm"
@@ -201,11 +201,11 @@ def request_body(
 
 
 def _vllm_fields(experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return every sampling field, as for vLLM in process: a server might otherwise use its model's defaults."""
+    """Return all sampling fields, as for vLLM in-process, because a server may otherwise use its model's defaults."""
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fields = neutral | sampling_parameters(experiment, prompt.index, end_tokens) | {"return_token_ids": True}
     del fields["detokenize"]
-    # All tokens: every server that knows the field understands -1.
+    # Every server that knows this field takes -1 to mean all tokens.
     return fields | ({"top_k": -1} if fields["top_k"] == 0 else {})
 
 
@@ -228,7 +228,7 @@ def _options(experiment: Experiment) -> OpenaiBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None when none was found, which is reported separately."""
+    """Return all objections; `model` is None if it was not found, which is reported separately."""
     options = _options(experiment)
     return [
         *_address(options),
@@ -247,7 +247,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
 
 def _address(options: OpenaiBackend) -> Iterator[Objection]:
     if options.url is None and options.command is None:
-        yield Objection("no_server", "backend.url", "there is neither an address nor a command that starts a server.")
+        yield Objection("no_server", "backend.url", "neither an address nor a command that starts a server is set.")
         return
     try:
         address = address_of(options)
@@ -266,7 +266,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; remembered for a while, since a grid asks thousands of times."""
+    """Return whether a server accepts connections; cached for a while, because a grid asks thousands of times."""
     return answers(host, port, REACH_S)
 
 
@@ -283,17 +283,17 @@ def _command(options: OpenaiBackend) -> Iterator[Objection]:
         return
     for name in dict.fromkeys(PLACEHOLDER.findall(options.command)):
         if name not in PLACEHOLDERS:
-            hint = did_you_mean(name, PLACEHOLDERS) or f" There are {', '.join(PLACEHOLDERS)}."
+            hint = did_you_mean(name, PLACEHOLDERS) or f" The placeholders are {', '.join(PLACEHOLDERS)}."
             yield Objection("bad_server_command", path, f"there is no placeholder {{{name}}}.{hint}")
     if options.url is None and not _has(options, "port"):
-        fact = "without backend.url it needs {port}, the port that lem chooses."
+        fact = "without backend.url, it must contain {port}, which stands for the port that lem chooses."
         yield Objection("bad_server_command", path, fact)
     if parts and program_path(parts[0]) is None:
         yield Objection("missing_program", path, f"there is no program {parts[0]}.")
 
 
 def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
-    """Object to options of the model that would not reach the server."""
+    """Object to model options that would not reach the server."""
     options = _options(experiment)
     to_fill_in = {
         "fp_precision": ("dtype", experiment.fp_precision != "auto"),
@@ -305,13 +305,16 @@ def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
             fact = f"only {{{placeholder}}} in backend.command would pass it to the server."
             yield Objection("server_not_told", path, fact)
     in_no_request = {
-        "adapter": (experiment.adapter is not None, "; backend.model_name chooses an adapter that the server has"),
+        "adapter": (
+            experiment.adapter is not None,
+            "; use backend.model_name to choose an adapter that the server has loaded",
+        ),
         "quantization.quantization": (experiment.quantization.quantization, ""),
         "decoder.no_repeat_ngram_size": (experiment.decoder.no_repeat_ngram_size > 0, ""),
     }
     for path, (is_set, instead) in in_no_request.items():
         if is_set:
-            yield Objection("server_not_told", path, f"no request to a server can ask for it{instead}.")
+            yield Objection("server_not_told", path, f"requests have no field for it{instead}.")
 
 
 def _not_in_dialect(experiment: Experiment) -> Iterator[Objection]:
@@ -321,7 +324,7 @@ def _not_in_dialect(experiment: Experiment) -> Iterator[Objection]:
         return
     paths = [f"decoder.{name}" for name in changed(decoder, *OF_VLLM)]
     for path in [*paths, *(["min_output_tokens"] if experiment.min_output_tokens else [])]:
-        fact = "OpenAI's protocol has no field for it; backend.dialect=vllm has one."
+        fact = "OpenAI's protocol has no field for it, but backend.dialect=vllm does."
         yield Objection("server_not_told", path, fact)
 
 
@@ -334,11 +337,11 @@ def _processes(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _batching(experiment: Experiment) -> Iterator[Objection]:
-    """Object to batches if requests are sent as they arrive, which the continuous strategy does anyway."""
+    """Object to a batching strategy other than continuous if requests are sent as they arrive."""
     if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
         return
     if experiment.batching != Batching():
-        fact = "with traffic each request is sent as it arrives, and the server queues it."
+        fact = "with traffic, each request is sent as it arrives, and the server queues it."
         yield without_effect("no_effect_batching", "batching", fact)
 
 
@@ -348,12 +351,12 @@ def _extra_body(options: OpenaiBackend) -> Iterator[Objection]:
 
 
 def _key(options: OpenaiBackend) -> Iterator[Objection]:
-    """Object to a key that is missing, or that would be written into every record."""
+    """Object to an API key that is missing, or that would be written into every record."""
     key = os.environ.get(options.api_key_env)
     for name in ("url", "command", "extra_body"):
         text = str(getattr(options, name))
         if (key and key in text) or (name == "command" and KEY_ARGUMENT.search(text)):
-            fact = "it contains a key, but configurations are written to files that people publish."
+            fact = "it contains an API key, but configurations are written to files that people publish."
             yield Objection("api_key_in_config", f"backend.{name}", fact)
     if changed(options, "api_key_env") and not key:
         fact = f"the environment variable {options.api_key_env} is not set."
@@ -364,5 +367,5 @@ def _meters(experiment: Experiment) -> Iterator[Objection]:
     options = _options(experiment)
     is_named = (options.url, options.command) != (None, None)
     if is_named and not runs_here(options) and experiment.energy.name not in NOT_OF_THIS_MACHINE:
-        fact = f"{experiment.energy.name} reads this machine, but the server runs on another one."
+        fact = f"{experiment.energy.name} reads this machine, but the server runs on another machine."
         yield Objection("no_meter_elsewhere", "energy", fact)

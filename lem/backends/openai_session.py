@@ -1,7 +1,8 @@
-"""A server that is ready and the requests sent to it: what the openai backend does over HTTP.
+"""The HTTP side of the openai backend: getting a server ready, and sending it requests.
 
-The server is started for the run, or already running. It is also queried for its models, its version and its
-counters, and told to drop its prefix cache. Imported when the backend starts, as its client takes a while to import.
+The server is either started for the run or already running. It is also queried for its models, version and counters,
+and told to drop its prefix cache. This module is imported only when the backend starts, because its client takes a
+while to import.
 """
 
 from __future__ import annotations
@@ -36,44 +37,44 @@ from lem.workload.models import Model
 from lem.workload.traffic import Arrivals, Arrived
 
 READY_POLL_S = 0.5
-# For side requests, which may be sent while the run is being stopped.
+# The timeout of side requests, which may be sent while the run is being stopped.
 ASIDE_S = 2.0
-# How long a server that no longer answers may take to end with all of its processes.
+# How long a server that no longer answers may take until all of its processes have ended.
 ENDING_PATIENCE_S = 4.0
-# Paths where servers drop cached prefixes: vLLM in its development mode, SGLang.
+# Paths that make servers drop cached prefixes: vLLM in its development mode, and SGLang.
 RESETS = ("/reset_prefix_cache", "/flush_cache")
 RESET_TRIES = 20
 RESET_POLL_S = 0.1
-# The prompt of the first request.
+# The prompt of the first test request.
 TRIAL_TEXT = "Hello"
 FOREVER_NS = sys.maxsize
-# What servers call the end of an output.
+# The finish reasons that servers use, and lem's names for them.
 FINISH_REASONS: Mapping[str, FinishReason] = {
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
     "length": "length", "max_tokens": "length", "max_length": "length",
 }  # fmt: skip
-# Statuses by which a server without a list of models says so.
+# HTTP statuses of servers that have no list of models.
 NO_SUCH_PATH = (404, 405, 501)
-# Bytes that an answer may have: for each token, and besides.
+# The maximum size of an answer in bytes: per token, and in addition.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
-# Characters of a server's word about itself.
+# The maximum length in characters of a value that a server reports about itself.
 LONGEST_TOLD = 200
-# What lem may set if a server refuses the first request as such.
+# The remedy to suggest if a server rejects the form of the first request.
 REFUSED_KINDS = (400, 404, 415, 422, 500)
 HINT = (
-    "If it takes prompts only as text, set backend.prompts=text; if it knows only OpenAI's own fields, "
-    "backend.dialect=openai."
+    "If the server accepts prompts only as text, set backend.prompts=text; if it knows only OpenAI's own fields, "
+    "set backend.dialect=openai."
 )
 
 
 # ------------------------------------------------------------------ the server
 @dataclass(frozen=True)
 class Loaded:
-    """A server that is ready, and the model in it.
+    """A server that is ready, and its model.
 
-    `server` is None if it was already running. `card` is the server's entry for the model. `sends_ids`: whether it
-    sends the ids of the output's tokens; otherwise they are counted by its usage or, if asked to, by the tokenizer.
-    `texts` holds the text of prompts that are sent as such, by their tokens.
+    `server` is None if the server was already running. `card` is the server's entry for the model. `sends_ids` says
+    whether the server sends the ids of output tokens; if not, tokens are counted by its usage or, if the user asks for
+    that, by the tokenizer. `texts` maps the tokens of prompts that are sent as text to that text.
     """
 
     checkpoint: Checkpoint
@@ -87,19 +88,19 @@ class Loaded:
 
     @property
     def positions(self) -> int | None:
-        """Maximum number of tokens of a prompt and its output together; None if unknown."""
+        """The maximum length of a sequence (prompt and output together) in tokens; None if unknown."""
         hollow = self.checkpoint.hollow
         config = None if hollow is None else hollow.config.get_text_config()
         limits = [self.card.get("max_model_len"), getattr(config, "max_position_embeddings", None)]
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
     def told(self, name: str) -> str | None:
-        """Return what the server's entry for the model says under a name, as a printable text; None if nothing."""
+        """Return a value of the server's entry for the model as printable text; None if the entry lacks it."""
         value = self.card.get(name)
         return printable(str(value))[:LONGEST_TOLD] if value else None
 
     def totals(self) -> dict[str, float]:
-        """Return the server's counters since its start; empty if it has none that lem recognises."""
+        """Return the server's counters since its start; empty if it has no counters that lem recognises."""
         status, text = _ask_aside(self.client, "/metrics")
         found = samples(text) if status == 200 else {}
         return {name: found[f"{full}_total"] for full, name in COUNTERS.items() if f"{full}_total" in found}
@@ -110,10 +111,10 @@ class Loaded:
             for _ in range(RESET_TRIES):
                 status, text = _ask_aside(self.client, path, "POST")
                 if status != 200:
-                    break  # it has no such path
+                    break  # the server does not have this path
                 if "false" not in text.lower():
                     return True
-                time.sleep(RESET_POLL_S)  # blocks of the last requests are still in use
+                time.sleep(RESET_POLL_S)  # the cache blocks of the last requests are still in use
         return False
 
     def body(self, prompt: Encoded, experiment: Experiment) -> bytes:
@@ -131,39 +132,39 @@ class Loaded:
         ).encode()
 
     def text_of(self, prompt: Encoded) -> str:
-        """Return a prompt as text; raises RunError if no text has exactly its tokens."""
+        """Return a prompt as text; raises RunError if no text produces exactly its tokens."""
         if prompt.token_ids not in self.texts:
             self.texts[prompt.token_ids] = as_text(self.checkpoint.tokenizer, prompt)
         return self.texts[prompt.token_ids]
 
     def failure(self, answer: Answer | Failure) -> str | None:
-        """Return why a request failed, as a sentence; None if it did not.
+        """Return why a request failed, as a sentence; None if it succeeded.
 
         Raises:
-            RunError: the server that lem started has ended, so that no other request can succeed.
+            RunError: a server that lem started has ended, so that no other request can succeed.
         """
         if isinstance(answer, Failure):
             if isinstance(answer.error, ServerGone) and self.server is not None:
-                # A server takes a while to end, and what ended it may be about to end this process.
+                # A server takes a while to end, and whatever ended it may be about to end this process too.
                 is_there = answers(self.address.host, self.address.port or 0, ASIDE_S)
                 end = self.server.how_it_ended(0.0 if is_there else ENDING_PATIENCE_S)
                 if end is not None:
                     raise RunError(f"{answer.error} {end}")
             return str(answer.error)
         if answer.finish_reason is not None and answer.finish_reason not in FINISH_REASONS:
-            return f"The server gave up: {printable(answer.finish_reason)[:80]}."
+            return f"The server stopped generating: {printable(answer.finish_reason)[:80]}."
         return None
 
     def counted(self, prompt: Encoded, answer: Answer, experiment: Experiment) -> Answer:
-        """Return an answer with the number of its tokens and lem's own word for its end.
+        """Return an answer with its token count and with lem's name for the finish reason.
 
         Raises:
-            RunError: it does not fit what the server was sent, so that none of its counts can be trusted.
+            RunError: the answer contradicts the request, so that none of the server's counts can be trusted.
         """
         if answer.input_tokens not in (None, len(prompt.token_ids)):
             raise RunError(
                 f"The server counts {answer.input_tokens} input tokens for prompt {prompt.index}, but "
-                f"{len(prompt.token_ids)} were sent: it adds or drops some."
+                f"{len(prompt.token_ids)} were sent: the server adds or drops tokens."
             )
         least, most = experiment.min_output_tokens, experiment.max_output_tokens
         reason = None if answer.finish_reason is None else FINISH_REASONS[answer.finish_reason]
@@ -176,21 +177,22 @@ class Loaded:
         if not least <= output_tokens <= most:
             raise RunError(
                 f"The server generated {output_tokens} tokens for prompt {prompt.index}; {least} to {most} were "
-                "requested: it ignores these limits."
+                "requested: the server ignores these limits."
             )
         reason = reason or ("length" if output_tokens == most else "stop")
         return replace(answer, output_tokens=output_tokens, finish_reason=reason)
 
 
 def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_folder: Path, ending: ExitStack) -> Loaded:
-    """Load the tokenizer, start the server if asked to, wait until it is ready, and try it out.
+    """Load the tokenizer, start the server if requested, wait until it is ready, and send it a test request.
 
     Args:
-        experiment: one that has passed preflight.
-        address: the server's, whether it is running or to be started here.
-        gpus: those given to a server that is started here.
-        log_folder: takes its log.
-        ending: will end the connections and a server that was started here, even if this function fails.
+        experiment: an experiment that has passed preflight.
+        address: the address of the server, which is either running or to be started here.
+        gpus: the GPUs for a server that is started here.
+        log_folder: the directory for the server's log.
+        ending: an exit stack that will close the connections and stop a server that was started here, even if this
+            function fails.
 
     Raises:
         RunError: the server does not start, does not become ready, or does not answer as it should.
@@ -215,7 +217,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
     models = _wait_for_models(client, server, address, options)
     card = _choose(models, experiment, read.model, address)
     loaded = Loaded(read, address, client, server, card, _version(client), sends_ids=True)
-    # One token shows how the server counts, and that it accepts what it will be sent.
+    # A single token shows how the server counts, and that it accepts requests of this form.
     short = replace(experiment, max_output_tokens=1, min_output_tokens=0)
     (prompt,) = encode(read.tokenizer, [TRIAL_TEXT], short, None)
     client.send(0, loaded.body(prompt, short), insists=True)
@@ -229,7 +231,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
 
 
 def _is_refusal_of_its_kind(failure: Failure) -> bool:
-    """Return whether a server refused a request for what it is, not because it was busy."""
+    """Return whether a server rejected the form of a request, rather than being busy."""
     return isinstance(failure.error, Refused) and failure.error.status in REFUSED_KINDS
 
 
@@ -242,7 +244,7 @@ def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequen
     assert isinstance(experiment.backend, OpenaiBackend)
     assert address.port is not None
     if answers(address.host, address.port, ASIDE_S):
-        raise RunError(f"The server cannot be started: its address {address.base} is taken.")
+        raise RunError(f"The server cannot be started: its address {address.base} is already in use.")
     shown = ",".join(gpu.mig_uuid or str(gpu.index) for gpu in gpus)
     hides_gpus = experiment.backend.device == "cpu"
     command = command_line(experiment, model, address)
@@ -252,9 +254,9 @@ def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequen
 def _wait_for_models(
     client: Client, server: Server | None, address: Address, options: OpenaiBackend
 ) -> list[dict[str, Any]]:
-    """Return what the server serves, after waiting for it if it was just started.
+    """Return the server's list of models, after waiting for the server if it was just started.
 
-    A server without a readable list is taken to serve `backend.model_name`.
+    A server without a readable list is assumed to serve `backend.model_name`.
     """
     named = [{"id": options.model_name}] if options.model_name is not None else None
     until_s = time.monotonic() + (options.start_timeout_s if server else 0.0)
@@ -275,11 +277,11 @@ def _wait_for_models(
         if status in (401, 403):
             raise RunError(f"The server at {address.base} does not accept the API key in ${options.api_key_env}.")
         if server is not None and (end := server.how_it_ended()):
-            raise RunError(f"{end} It was not ready yet.")
+            raise RunError(f"{end} The server was not ready yet.")
         if time.monotonic() > until_s:
             last = answered or text
             if server is None:
-                hint = " Set backend.model_name, if it has no such list." if status in NO_SUCH_PATH else ""
+                hint = " If the server has no list of models, set backend.model_name." if status in NO_SUCH_PATH else ""
                 raise RunError(f"{last}{hint}")
             limit = f"{options.start_timeout_s:g} s (backend.start_timeout_s)"
             raise RunError(f"The server was not ready after {limit}. {last}{server.last_words()}")
@@ -287,7 +289,7 @@ def _wait_for_models(
 
 
 def _models_in(text: str) -> list[dict[str, Any]]:
-    """Return the entries of a list of models, in the forms that servers use; empty if it cannot be read."""
+    """Return the entries of a list of models, in any form that servers use; empty if the list cannot be read."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -302,12 +304,12 @@ def _models_in(text: str) -> list[dict[str, Any]]:
 def _raise_unreadable() -> NoReturn:
     raise RunError(
         "The server's list of models (/v1/models) is empty or cannot be read. If it is an OpenAI-compatible server, "
-        "set backend.model_name to what it serves."
+        "set backend.model_name to the name of its model."
     )
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the server's entry for the model: the one named, else the only one, else the one with the model's name."""
+    """Return the server's entry for the model: `backend.model_name`, else its only model, else the model's own name."""
     assert isinstance(experiment.backend, OpenaiBackend)
     names = [str(card["id"]) for card in models]
     if experiment.backend.model_name is not None:
@@ -318,7 +320,7 @@ def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, 
         if card["id"] in wanted:
             return card
     raise RunError(
-        f"The server at {address.base} does not serve {wanted[0]}. Set backend.model_name to what it serves: "
+        f"The server at {address.base} does not serve {wanted[0]}. Set backend.model_name to one of its models: "
         f"{sentence(printable(', '.join(names)))}"
     )
 
@@ -333,7 +335,7 @@ def _version(client: Client) -> str | None:
 
 
 def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str]:
-    """Return the status and text of the response to a side request; 0 and nothing if there is none."""
+    """Return the status and text of the response to a side request, or 0 and "" if there is no response."""
     try:
         return client.fetch(path, method=method, timeout_s=ASIDE_S)
     except RunError:
@@ -344,15 +346,15 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 class OpenaiSession:
     """The requests of one window, from the first prompts after `Backend.forget`.
 
-    `is_broken`: the server did not answer the last request, or it answered wrongly; it is not asked for its counters.
-    `output_tokens` counts those of the answers so far, and `failed` the requests without one; `retries` counts how
-    often requests were sent again. `tokens_are_timed`: whether each token has its own time; `ignores_stream`: whether
-    an answer came in one piece although it was to be streamed.
+    `is_broken` is set if the server did not answer the last request or answered it wrongly; its counters are then not
+    queried. `output_tokens` is the number of tokens in the answers so far, `failed` the number of requests without an
+    answer, and `retries` how often requests were sent again. `tokens_are_timed` says whether the times of tokens are
+    exact, and `ignores_stream` whether an answer was sent in one piece although streaming was requested.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
         self._experiment, self._loaded, self._client = experiment, loaded, loaded.client
-        # In open-loop traffic, a request that is sent again would arrive at another time.
+        # In open-loop traffic requests are not sent again, because they would arrive at a different time.
         self._insists = experiment.traffic.pattern in ("closed", "concurrency")
         self.is_broken = False
         self.output_tokens = self.failed = self.retries = 0
@@ -361,7 +363,7 @@ class OpenaiSession:
         self._waiting: dict[int, Arrived[Encoded]] = {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send batch after batch, each yielded as a whole; or keep `batch_size` requests in flight."""
+        """Send one batch after another and yield each as a whole, or keep `batch_size` requests in flight."""
         batching = self._experiment.batching
         if batching.strategy == "continuous":
             for done in self._served(Arrivals(prompts, None, batching.batch_size, time.perf_counter_ns())):
@@ -371,14 +373,14 @@ class OpenaiSession:
             yield self._batch([prompts[i] for i in positions], number)
 
     def serve(self, arrivals: Arrivals[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send each prompt when it arrives, whatever else is in flight: the server has the queue."""
+        """Send each prompt as soon as it arrives, however many are in flight, because the server has the queue."""
         for number, done in enumerate(self._served(arrivals)):
             yield [replace(done, batch=number)]
 
     def under_way(self) -> list[Begun]:
-        """Return the requests sent and not answered yet, since they were sent: the server does not say what waits."""
+        """Return the unanswered requests, counted from when they were sent, as the server does not say which wait."""
         now_ns = time.perf_counter_ns()
-        waiting = list(self._waiting.values())  # at once: the client's thread adds some
+        waiting = list(self._waiting.values())  # a copy, because the client's thread adds requests
         return [Begun(each.request.index, each.at_ns) for each in waiting if each.at_ns <= now_ns]
 
     def _batch(self, prompts: Sequence[Encoded], batch: int) -> list[Generation]:
@@ -392,13 +394,13 @@ class OpenaiSession:
         return [done[number] for number in range(len(prompts))]
 
     def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[Generation]:
-        """Yield each request as it finishes; by then the next ones have been sent, however long the caller takes."""
+        """Yield each request as it finishes; further requests are sent in the background meanwhile."""
         numbers = itertools.count()
         waiting: dict[int, Arrived[Encoded]] = {}
         self._waiting = waiting
 
         def send() -> None:
-            # The client sends each at its time, which may be in the future.
+            # The client sends each request at its arrival time, which may be in the future.
             for each in arrivals.take(FOREVER_NS, sys.maxsize):
                 number = next(numbers)
                 waiting[number] = each
@@ -406,7 +408,7 @@ class OpenaiSession:
                 self._client.send(number, body, each.at_ns, insists=self._insists)
 
         def take_the_place(answer: Answer | Failure) -> None:
-            """Let the next request arrive; called in the client's thread, the only one that handles arrivals."""
+            """Let the next request arrive; called only in the client's thread, which handles all arrivals."""
             arrivals.finished(1, answer.ended_ns)
             send()
 
@@ -420,7 +422,7 @@ class OpenaiSession:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Cancel what is in flight if its results are no longer wanted; after an error the session is unusable."""
+        """Cancel requests in flight if the caller stops early; after an error the session cannot be used any more."""
         try:
             yield
         except GeneratorExit:
@@ -433,7 +435,7 @@ class OpenaiSession:
             self._client.on_answer = lambda _: None
 
     def _generation(self, prompt: Encoded, batch: int, answer: Answer | Failure) -> Generation:
-        """Return what came of a request, even if that is a failure."""
+        """Return the result of a request, which may be a failure."""
         self.retries += answer.retries
         reason = self._loaded.failure(answer)
         if isinstance(answer, Failure) or reason is not None:

@@ -1,7 +1,7 @@
-"""One model on several devices: its layers spread over the GPUs of a process, or each layer split over processes.
+"""Placing one model on several devices: spreading its layers over GPUs, or splitting each layer over processes.
 
-Plans both from the model's config and the sizes of its weights, for which a model on the meta device is enough;
-transformers carries the plan out. Does not know how much memory a GPU has or how fast it is.
+Both plans are based on the model's config and the sizes of its weights, so a model on the meta device is enough;
+transformers carries out the plan. This module does not consider the memory or the speed of a GPU.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from lem.machine.gpu import visible
 
 
 def spread(model: Any, devices: int) -> dict[str, int]:
-    """Return the device, counted from 0, of each part of a model: equal shares of the weights, in order.
+    """Return the device (numbered from 0) for each part of a model, giving the devices equal shares of the weights.
 
-    A part goes where the middle of its weights falls. Modules that the model declares unsplittable stay whole,
-    and a part that shares another's weights (a tied output projection) goes to the same device.
+    The parts are placed in order, each on the device whose share contains the middle of the part's weights. Modules
+    that the model declares unsplittable stay whole. A part that shares the weights of another part (a tied output
+    projection) goes to the same device.
 
     Raises:
-        RunError: the model does not declare what may be split, or has too few or too unequal parts for all devices.
+        RunError: the model does not declare its unsplittable modules, or its parts are too few or too unequal.
     """
     whole = frozenset(model._no_split_modules or ())
     if not whole:
@@ -48,7 +49,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the parts that are placed as a whole, in model order: unsplittable modules, and the leaves around them."""
+    """Yield the parts to be placed as a whole, in model order: unsplittable modules, and all leaf modules outside."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module
@@ -61,15 +62,15 @@ def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _weights(part: Any) -> list[Any]:
-    """Return the parameters of a module; a part that is itself a tensor is its only weight."""
+    """Return the parameters of a part; a part that is itself a tensor has only that one."""
     return list(part.parameters()) if hasattr(part, "parameters") else [part]
 
 
 def split_over_ranks(config: Any, degree: int) -> Any:
-    """Return transformers' request to split each layer over all processes.
+    """Return the configuration with which transformers splits each layer over all processes.
 
     Raises:
-        RunError: the model has no plan for it, its attention heads cannot be shared evenly, or transformers is too old.
+        RunError: transformers has no plan for the model or is too old, or the attention heads cannot be divided evenly.
     """
     from transformers.distributed import DistributedConfig
 
@@ -81,7 +82,7 @@ def split_over_ranks(config: Any, degree: int) -> Any:
         for name, kind in {"num_attention_heads": "attention", "num_key_value_heads": "key/value"}.items():
             heads = getattr(text, name, None)
             if heads and heads % degree:
-                raise RunError(f"the model's {kind} heads ({heads}) cannot be shared evenly by {degree} processes.")
+                raise RunError(f"the model's {kind} heads ({heads}) cannot be divided evenly among {degree} processes.")
     try:
         return DistributedConfig(tp_size=degree, tp_plan="auto")
     except TypeError:
@@ -89,12 +90,13 @@ def split_over_ranks(config: Any, degree: int) -> Any:
 
 
 def show_own_gpus(local_rank: int, count: int) -> None:
-    """Leave only this process's GPUs visible to CUDA, by names that every engine understands.
+    """Make only this process's GPUs visible to CUDA, under names that every engine understands.
 
-    Must be called before the engine is imported. Each process of a node, numbered by `local_rank`, uses `count` GPUs.
+    This must be called before the engine is imported. Each process of a node, numbered by `local_rank`, uses `count`
+    GPUs.
 
     Raises:
-        RunError: too few are visible.
+        RunError: too few GPUs are visible.
     """
     own = visible()[local_rank * count : (local_rank + 1) * count]
     if len(own) < count:

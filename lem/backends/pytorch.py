@@ -1,8 +1,8 @@
-"""transformers' `generate` on PyTorch, in this process.
+"""The pytorch backend: transformers' `generate` on PyTorch, in this process.
 
 Prompts are padded on the left within a batch; the padding is masked and never counted. Process number i of a node
-computes on its i-th visible GPU; with pipeline parallelism one process has the first `degree` of them. torch and
-transformers are imported when the backend starts, not before: they take seconds.
+computes on the i-th visible GPU; with pipeline parallelism, a single process uses the first `degree` GPUs. torch and
+transformers are imported only when the backend starts, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from lem.workload.tokens import Chunk, first_tokens
 from lem.workload.traffic import Arrivals
 from lem.workload.weights import Fit, summary
 
-# How peft says that it has drawn matrices of an adapter itself.
+# peft's message when it initialises missing matrices of an adapter itself.
 ADAPTER_LACKS = "Found missing adapter keys while loading the checkpoint"
 
-# Where a forward pass returns its cache.
+# The fields in which the output of a forward pass can hold the cache.
 CACHES = ("past_key_values", "cache_params", "state", "mems")
 
 
@@ -68,29 +68,29 @@ class Pytorch(Backend):
     # -------------------------------------------------------------- before the run
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to options that this host or this model cannot honour."""
+        """Return objections to options that this host or this model does not support."""
         assert isinstance(experiment.backend, PytorchBackend)
         return objections(experiment, model, host)
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True unless the CPU is asked for or there is no GPU."""
+        """Return True unless the CPU is requested or no GPU is visible."""
         assert isinstance(experiment.backend, PytorchBackend)
         return bool(host.gpus) and experiment.backend.device != "cpu"
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the first visible GPUs, as many as all processes use, or none when PyTorch runs on the CPU."""
+        """Return the first visible GPUs, as many as all processes use, or none if PyTorch runs on the CPU."""
         import torch
 
         if self._is_on_cuda(torch):
-            # By the order of CUDA_VISIBLE_DEVICES: asking CUDA would open its context before idle power is measured.
-            # `load` checks that CUDA agrees.
+            # The GPUs are taken in the order of CUDA_VISIBLE_DEVICES, because asking CUDA would open its context before
+            # idle power is measured. `load` checks that CUDA agrees.
             self._metered = host.gpus[: gpus_needed(self._experiment)]
         return self._metered
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import torch and transformers with the parts that loading and generating use."""
+        """Import torch and transformers, including the parts needed for loading and generating."""
         import torch  # noqa: F401
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 - lazy
@@ -99,7 +99,7 @@ class Pytorch(Backend):
         transformers.logging.disable_progress_bar()
 
     def load(self) -> None:
-        """Load the tokenizer, the weights and any adapter, and compile the model if asked to."""
+        """Load the tokenizer, the weights and any adapter, and compile the model if requested."""
         import torch
 
         devices = self._own_devices(torch)
@@ -116,7 +116,7 @@ class Pytorch(Backend):
         return self._options.device == "cuda" or (self._options.device == "auto" and torch.cuda.is_available())
 
     def _own_devices(self, torch: Any) -> list[Any]:
-        """Return this process's devices among those that CUDA shows."""
+        """Return this process's devices from among those that CUDA shows."""
         if not self._is_on_cuda(torch):
             return [torch.device("cpu")]
         if strategy_of(self._experiment) == "pipeline_parallel":
@@ -155,18 +155,18 @@ class Pytorch(Backend):
         return self._runner
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch of the waiting prompts, or accept each prompt as it arrives, while others run."""
+        """Run the waiting prompts batch by batch or, with continuous batching, accept each prompt as it arrives."""
         if isinstance(self._runner, Continuous):
             yield from self._runner.serve(arrivals, at_most)
         else:
             yield from super().serve(arrivals, at_most)
 
     def forget(self) -> None:
-        """Start counting afresh what `warnings` reports of a window; nothing is cached between prompts."""
+        """Reset the counts that `warnings` reports for a window; nothing is cached between prompts."""
         self._running.noticed = Noticed()
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the requests that run, with continuous batching; batches finish together."""
+        """Return the running requests, with continuous batching; otherwise none, as a batch finishes as a whole."""
         return self._runner.under_way() if isinstance(self._runner, Continuous) else ()
 
     def synchronize(self) -> None:
@@ -176,7 +176,7 @@ class Pytorch(Backend):
 
     # -------------------------------------------------------------- reporting
     def reset_peak_memory(self) -> None:
-        """Reset the CUDA allocator's peak and the largest cache; a process's own peak cannot be reset."""
+        """Reset the CUDA allocator's peak and the size of the largest cache; the process's peak cannot be reset."""
         self._running.forget_cache()
         for device in needed(self._loaded).gpus:
             import torch
@@ -184,7 +184,7 @@ class Pytorch(Backend):
             torch.cuda.reset_peak_memory_stats(device)
 
     def peak_memory(self) -> Memory:
-        """Return the CUDA allocator's peaks since the reset, summed over the GPUs, or on the CPU the process's."""
+        """Return the CUDA allocator's peaks since the reset, summed over the GPUs; on the CPU, the process's peak."""
         gpus, of_cache = needed(self._loaded).gpus, self._running.kv_cache_bytes()
         if not gpus:
             return Memory(peak_memory_bytes(), "process, since its start", of_cache)
@@ -195,7 +195,7 @@ class Pytorch(Backend):
         return Memory(peak, f"GPU allocator, measured window{several}", of_cache)
 
     def model_info(self) -> ModelInfo | None:
-        """Describe the model as it was loaded."""
+        """Describe the model as loaded."""
         loaded, wanted = needed(self._loaded), self._experiment.quantization
         found, model = loaded.found, loaded.model
         bits = "8-bit" if wanted.load_in_8bit else f"4-bit {wanted.bnb_4bit_quant_type}"
@@ -215,7 +215,7 @@ class Pytorch(Backend):
         )
 
     def engine_info(self) -> EngineInfo:
-        """Describe PyTorch, transformers and the settings in use."""
+        """Describe PyTorch, transformers and the effective settings."""
         import torch
 
         loaded, runner = needed(self._loaded), self._running
@@ -237,11 +237,11 @@ class Pytorch(Backend):
         )
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the loaded model, including the adapter's."""
+        """Return the sizes of the loaded model, including those of the adapter."""
         return architecture_of(needed(self._loaded).model)
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn about random and unused weights, about what was noticed in the window, and about compilation in it."""
+        """Warn about random or unused weights, and about suspect tokens and compilation in the window."""
         loaded = needed(self._loaded)
         return [
             *weights_warnings(loaded.found.name, loaded.found.random_weights),
@@ -264,9 +264,10 @@ def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
 class Loaded:
     """A model that can generate.
 
-    `devices` are this process's; the first takes the inputs. `inner` is the model whose forward pass `model` calls:
-    a different one if an adapter wraps it. `generation_config` leaves nothing to defaults that ship with the model.
-    `pad_token` is what fills rows, and is masked. `fit` is what the loader reports of the weights.
+    `devices` are the devices of this process; the first takes the inputs. `inner` is the model whose forward pass
+    `model` calls, which is a different object if an adapter wraps it. `generation_config` sets every option, so that
+    none is taken from defaults that ship with the model. `pad_token` fills rows and is masked. `fit` is the loader's
+    report on the weights.
     """
 
     found: Model
@@ -281,7 +282,7 @@ class Loaded:
 
     @property
     def gpus(self) -> list[Any]:
-        """Those of the devices that are GPUs."""
+        """The GPUs among the devices."""
         return [device for device in self.devices if device.type == "cuda"]
 
     def synchronize(self) -> None:
@@ -293,15 +294,15 @@ class Loaded:
 
 
 def strategy_of(experiment: Experiment) -> str:
-    """Return how the model is parallelised; none for a degree of 1."""
+    """Return the parallelism strategy, which is `none` for a degree of 1."""
     return experiment.parallelism.strategy if experiment.parallelism.degree > 1 else "none"
 
 
 def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) -> None:
-    """Make the first GPU CUDA's current one, after making sure that the GPUs that compute are those that are metered.
+    """Check that the GPUs that compute are those that are metered, and make the first one CUDA's current device.
 
     Raises:
-        RunError: CUDA shows too few, or different ones: it may number GPUs in its own order.
+        RunError: CUDA shows too few GPUs, or different ones because it numbers GPUs in its own order.
     """
     if devices[0].type != "cuda":
         return
@@ -309,25 +310,25 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
     if required > shown:
         raise RunError(
             f"GPUs that CUDA shows this process: {shown}, needed: {required}. "
-            "Of several MIG instances CUDA shows a process only the first."
+            "Note that CUDA shows a process only the first of several MIG instances."
         )
     torch.cuda.set_device(devices[0])
     for device in devices if metered else ():
         expected, uuid = metered[device.index], str(torch.cuda.get_device_properties(device).uuid)
         if not expected.is_divided and uuid not in expected.uuid:
             raise RunError(
-                f"CUDA's GPU {device.index} is {uuid}, the driver's is {expected.uuid}. "
+                f"CUDA's GPU {device.index} is {uuid}, but the driver's is {expected.uuid}. "
                 "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."
             )
 
 
 def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loaded:
-    """Load tokenizer and weights onto the devices, and the adapter if there is one.
+    """Load the tokenizer, the weights (onto the devices) and any adapter.
 
     Args:
-        experiment: names the model.
-        devices: this process's.
-        forced: accept weights that are missing, and so random.
+        experiment: the experiment, which names the model.
+        devices: the devices of this process.
+        forced: whether to accept missing weights, which are then random.
 
     Raises:
         RunError: the model cannot be loaded, or lacks weights.
@@ -342,13 +343,13 @@ def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loa
     model, fit = _load_weights(torch, transformers, experiment, found, devices)
     if fit.missing and not forced:
         raise RunError(
-            f"{found.name} lacks weights, which transformers has drawn at random: {summary(fit.missing)}. "
+            f"{found.name} lacks weights, which transformers has initialised at random: {summary(fit.missing)}. "
             "Choose a complete checkpoint of a causal language model; --force runs it anyway."
         )
     ends = end_tokens(model.generation_config, tokenizer)
     pad = _padding_token(tokenizer, model.get_input_embeddings().num_embeddings)
     special = {"pad_token_id": pad, "eos_token_id": sorted(ends) or None}
-    # What `generate` is not given, it takes from the model's own config, which may sample or penalise.
+    # `generate` takes any option that it is not given from the model's own config, which may sample or penalise.
     model.generation_config = transformers.GenerationConfig(**special)
     config = _generation_config(transformers, experiment, special)
     inner = model if experiment.adapter is None else model.get_base_model()
@@ -356,7 +357,7 @@ def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loa
 
 
 def _padding_token(tokenizer: Any, embeddings: int) -> int:
-    """Return a token to pad with: any will do that has an embedding, because padding is masked out and cut off."""
+    """Return a token to pad with; any token with an embedding will do, because padding is masked out and cut off."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(each) for each in candidates if each is not None and each < embeddings), 0)
 
@@ -364,13 +365,13 @@ def _padding_token(tokenizer: Any, embeddings: int) -> int:
 def _load_weights(
     torch: Any, transformers: Any, experiment: Experiment, found: Model, devices: Sequence[Any]
 ) -> tuple[Any, Fit]:
-    """Return the model, and what the loader reports of its weights."""
+    """Return the model, and the loader's report on its weights."""
     assert isinstance(experiment.backend, PytorchBackend)
     options = _placement(torch, transformers, experiment, found, devices)
     if experiment.fp_precision != "auto":
         options["dtype"] = getattr(torch, experiment.fp_precision)
     else:
-        # On a GPU the checkpoint's own dtype; CPUs without half-precision units are slower in anything but float32.
+        # On a GPU the checkpoint's own dtype is used. CPUs without half-precision units are fastest in float32.
         options["dtype"] = "auto" if devices[0].type == "cuda" else torch.float32
     if experiment.backend.attn_implementation != "auto":
         options["attn_implementation"] = experiment.backend.attn_implementation
@@ -397,7 +398,7 @@ def _load_weights(
 
 
 def _with_adapter(model: Any, adapter: str) -> tuple[Any, tuple[str, ...]]:
-    """Return the model with the adapter, and what the adapter's files lack of it."""
+    """Return the model with the adapter, and the matrices that the adapter's files lack."""
     import peft
 
     with warnings.catch_warnings(record=True) as caught, failing_as(f"peft cannot load the adapter {adapter}"):
@@ -417,7 +418,7 @@ def _placement(
     config = transformers.AutoConfig.from_pretrained(found.path, **source_of(found, experiment))
     if strategy == "tensor_parallel":
         if devices[0].type == "cpu" and torch.cuda.is_available():
-            raise RunError("tensor_parallel runs on GPUs if there are any; hide them: CUDA_VISIBLE_DEVICES=''")
+            raise RunError("tensor_parallel uses GPUs if any are visible; hide them with CUDA_VISIBLE_DEVICES=''.")
         return {"distributed_config": split_over_ranks(config, experiment.parallelism.degree)}
     with torch.device("meta"):
         trusted = experiment.trust_remote_code
@@ -442,7 +443,7 @@ def _generation_config(transformers: Any, experiment: Experiment, special: dict[
         num_beams=1,
         use_cache=cache != "none",
         cache_implementation="static" if cache == "static" else None,
-        # With a static cache transformers would compile by default; here only torch_compile decides.
+        # With a static cache transformers would compile by default; here torch_compile alone decides.
         disable_compile=True,
         **(sampling if decoder.do_sample else {}),
         **special,
@@ -467,8 +468,8 @@ class Static:
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
-        """Note when a batch's first forward pass, its prefill, is done; costs one synchronisation per batch."""
-        # Not the output itself: its logits, large after a prefill, would stay in memory for another step.
+        """Note when a batch's first forward pass (its prefill) is done; costs one synchronisation per batch."""
+        # The output itself is not kept, because its logits, which are large after a prefill, would stay in memory.
         self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
         if self._prefill_end_ns is None:
             self._loaded.synchronize()
@@ -480,13 +481,13 @@ class Static:
         self._cache_bytes: int | None = None
 
     def kv_cache_bytes(self) -> int | None:
-        """Return the size of the cache that the largest batch had at its end, in all processes that share the model."""
+        """Return the size in bytes of the largest batch's cache at its end, in all processes that share the model."""
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
-        """Measure the cache after the last forward pass, unless an earlier batch had as many tokens, padding included.
+        """Measure the cache after the last forward pass, unless an earlier batch had as many tokens (with padding).
 
-        It is taken from the forward passes: asking transformers to return the cache changes how it generates.
+        The cache is taken from the forward passes, because asking transformers to return it changes how it generates.
         """
         held, self._cache = self._cache, None
         if tokens <= self._largest:
@@ -497,7 +498,7 @@ class Static:
         self._cache_bytes = None if own is None else own * (self._experiment.parallelism.degree if split else 1)
 
     def settings(self) -> dict[str, str]:
-        """Return no settings beyond the backend's own."""
+        """Return an empty mapping, because this mode has no settings beyond the backend's own."""
         return {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
@@ -535,14 +536,14 @@ class Static:
             self.graphs_compiled = compiled_graphs() - graphs_before
 
     def _notice(self, members: Sequence[Encoded]) -> None:
-        """Look at a finished batch for what makes its tokens meaningless."""
+        """Check a finished batch for conditions that make its tokens meaningless."""
         self.noticed.not_finite += min(self._last_logits.not_finite(), len(members))
         if not self._masks_padding:
             longest = max(len(p.token_ids) for p in members)
             self.noticed.padded += sum(len(p.token_ids) < longest for p in members)
 
     def _generate_batch(self, torch: Any, members: Sequence[Encoded], clock: _TokenClock | None) -> list[list[int]]:
-        """Return the new tokens of each prompt; those after an end token are included."""
+        """Return the new tokens of each prompt, including any after an end token."""
         longest = max(len(p.token_ids) for p in members)
         padding = [longest - len(p.token_ids) for p in members]
         pad, device = self._loaded.pad_token, self._loaded.devices[0]
@@ -555,12 +556,12 @@ class Static:
             logits_processor=self._logits_processors(padding),
             streamer=clock,
         )
-        # Reading the tokens back waits for the device, so the batch's end is its real end.
+        # Reading the tokens back waits for the device, so the batch's end time is accurate.
         new: list[list[int]] = output[:, longest:].tolist()
         return new
 
     def _logits_processors(self, padding: list[int]) -> Any:
-        """Ban repeated n-grams in each row's own text: transformers' option would treat padding as text."""
+        """Return processors that ban n-grams in each row's own text; transformers' option would include padding."""
         import transformers
 
         size = self._experiment.decoder.no_repeat_ngram_size
@@ -577,9 +578,9 @@ class Static:
 
 
 class _TokenClock:
-    """Receives tokens from `generate`, one for each prompt of the batch, and notes when they come.
+    """Receives tokens from `generate`, one for each prompt of the batch, and notes the times.
 
-    Handing them over reads them back from the device, so each step waits for its token.
+    `generate` reads the tokens back from the device to pass them on, so each step waits for its tokens.
     """
 
     def __init__(self) -> None:
@@ -587,7 +588,7 @@ class _TokenClock:
         self._prompt_is_next = True
 
     def put(self, value: Any) -> None:
-        """Receive the prompt, which comes first, or the next token of each prompt."""
+        """Receive the prompts (in the first call) or the next token of each prompt (in later calls)."""
         if self._prompt_is_next:
             self._prompt_is_next = False
         else:
@@ -598,7 +599,7 @@ class _TokenClock:
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
-    """Cut a sequence after its first end token: what a batch generates after it is not output."""
+    """Cut a sequence after its first end token; tokens that the batch generates after it are not output."""
     for position, token in enumerate(tokens):
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"

@@ -1,10 +1,11 @@
 """transformers' continuous batching, driven step by step in the worker's main thread.
 
-transformers runs its loop in another thread, which hides errors, cannot be interrupted, and hands tokens over late.
-Here its processor is asked for one step after another instead. It gets requests as slots become free, so
-each step holds at most `batch_size` of them; its cache has room for exactly `batch_size` requests of the longest
-length. What it cannot do request by request (sampling with a seed for each prompt, the penalties and bans that look at
-the whole text) is done here, with transformers' own processors. Knows nothing about devices or files.
+transformers runs its own loop in another thread, which hides errors, cannot be interrupted, and delivers tokens late.
+Instead, this module asks the engine's processor for one step after another. The processor is given requests as places
+become free, so each step has at most `batch_size` of them, and its cache has room for exactly `batch_size` requests of
+the maximum length. Some options are not supported by the processor per request: sampling with a seed for each prompt,
+and penalties and bans that look at the whole text. This module applies them itself, with transformers' own logits
+processors. It knows nothing about devices or files.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from lem.spec.experiment import Experiment
 from lem.units import NS_PER_S
 from lem.workload.tokens import Chunk
 
-# The oldest transformers whose steps can be driven from outside as they are here.
+# The oldest version of transformers whose steps can be driven in this way.
 OLDEST = (5, 19)
-# Tokens in a page of the cache. Flash attention reads pages of 256; the other kernels read token by token.
+# The number of tokens in a page of the cache. Flash attention reads pages of 256; other kernels read token by token.
 PAGE, FLASH_PAGE = 16, 256
-# Input tokens that a step takes in besides one token of each running request. Without flash attention a mask with that
-# many rows and the whole cache's length is allocated.
+# The number of input tokens that a step can process in addition to one token per running request. Without flash
+# attention, a mask with this many rows and the length of the whole cache is allocated.
 STEP_TOKENS, FLASH_STEP_TOKENS = 512, 8192
-# A cache of layers of several kinds is handed out in units larger than a page.
+# For a model with several kinds of layers, the cache is allocated in units larger than a page.
 SPARE_PAGES = 4
 LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
-# Models with replaceable attention that fail with the paged cache or get other tokens, tried with transformers 5.23.
+# Models with replaceable attention that fail or produce different tokens with the paged cache (transformers 5.23).
 _CACHE_NOT_PASSED_ON = "does not pass the paged cache on to its attention"
-_OTHER_SIZES = "has keys and values of other sizes than its configuration says"
+_OTHER_SIZES = "has keys and values whose sizes contradict its configuration"
 UNPAGED = {
     **dict.fromkeys(("diffllama", "doge", "hrm_text", "nemotron"), _CACHE_NOT_PASSED_ON),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified_text", "jetmoe", "mimo_v2_flash"), _OTHER_SIZES),
@@ -57,20 +58,22 @@ def is_too_old() -> bool:
 
 
 def can_run(model_type: str) -> bool | None:
-    """Return whether transformers' code for a model type has replaceable attention; None if there is no such code."""
+    """Return whether transformers' code for a model type has replaceable attention; None if it has no code for it."""
     source = transformers_source.modeling(model_type)
     return None if source is None else "_supports_attention_backend = True" in source
 
 
 def unpaged(config: Mapping[str, Any]) -> str | None:
-    """Return why attention that can be replaced cannot use the paged cache all the same; None if it can.
+    """Return why a model with replaceable attention still cannot use the paged cache; None if it can.
 
     Args:
-        config: the configuration of the part that continues text.
+        config: the configuration of the language model.
     """
     kind = str(config.get("model_type"))
     if config.get("kv_lora_rank"):
-        return "the cache has one width for keys and values, which multi-head latent attention makes of different ones."
+        return (
+            "the paged cache has one width for keys and values, but in multi-head latent attention their widths differ."
+        )
     if reason := UNPAGED.get(kind):
         return f"a {kind} model {reason}."
     return None
@@ -78,7 +81,7 @@ def unpaged(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class _Room:
-    """What the engine is sized for: the longest request and the longest prompt, in tokens."""
+    """The lengths that the engine is sized for: the longest request and the longest prompt, in tokens."""
 
     longest: int
     longest_prompt: int
@@ -89,7 +92,7 @@ class _Room:
 
 @dataclass
 class _Request(Request):
-    """A request with its name in the engine, the rules for its own text, and the source of its random numbers."""
+    """A request with its name in the engine, the logits processors for its text, and its random number generator."""
 
     name: str = ""
     own_rules: Any = None
@@ -97,16 +100,16 @@ class _Request(Request):
 
 
 class Continuous(Session[_Request]):
-    """Runs prompts so that the next one takes the place of one that has finished."""
+    """Runs prompts continuously: each prompt that finishes is replaced by the next one."""
 
     cache = "paged"
     graphs_compiled = 0
 
     def __init__(self, experiment: Experiment, model: Any, end_tokens: frozenset[int]) -> None:
-        """Check that the model can be run in this way.
+        """Check that the model can be batched continuously.
 
         Raises:
-            RunError: it cannot.
+            RunError: the model cannot be batched continuously.
         """
         super().__init__(experiment)
         self._model = model
@@ -123,10 +126,10 @@ class Continuous(Session[_Request]):
 
     # -------------------------------------------------------------- the engine
     def make_room(self, prompts: Sequence[Encoded]) -> None:
-        """Allocate the cache for prompts, unless they fit into the existing one.
+        """Allocate the cache for the prompts, unless they fit into the existing cache.
 
         Raises:
-            RunError: there is not enough memory, or the model has layers that cannot be cached in pages.
+            RunError: the memory does not suffice, or the model has layers that cannot be cached in pages.
         """
         longest_prompt = max((len(p.token_ids) for p in prompts), default=0)
         wanted = _Room(longest_prompt + self.experiment.max_output_tokens, longest_prompt)
@@ -154,7 +157,7 @@ class Continuous(Session[_Request]):
             ContinuousBatchingLogitsProcessorList,
         )
 
-        # Without an end token transformers wants -1.
+        # If there is no end token, transformers expects -1.
         ends = self._end_tokens or -1
         greedy = transformers.GenerationConfig(
             max_new_tokens=self.experiment.max_output_tokens, do_sample=False, eos_token_id=ends
@@ -168,7 +171,7 @@ class Continuous(Session[_Request]):
                     [_Chooser(self._rows, self._shared_rules(), self.experiment.decoder.do_sample)]
                 )
             )
-        manager.warmup()  # creates the processor; with neither graphs nor compilation there is nothing to warm up
+        manager.warmup()  # only creates the processor; without graphs or compilation, nothing is warmed up
         return manager
 
     def _configuration(self, transformers: Any, room: _Room) -> Any:
@@ -180,11 +183,11 @@ class Continuous(Session[_Request]):
             num_blocks=self._places * -(-room.longest // page) + SPARE_PAGES,
             max_batch_tokens=self._places + taken_in,
             max_requests_per_batch=self._places,
-            # A measured prompt must not profit from those before it.
+            # A measured prompt must not benefit from earlier prompts.
             allow_block_sharing=False,
-            # All that can run will fit: none has to be held back.
+            # The cache has room for every request that can run, so none has to be held back.
             safety_margin=0.0,
-            # A step has times only if it has ended when it returns.
+            # The times of a step are only meaningful if the step has ended when it returns.
             use_async_batching=False,
             use_cuda_graph=False,
             # Keep the kernel that was requested.
@@ -194,11 +197,11 @@ class Continuous(Session[_Request]):
         )
 
     def kv_cache_bytes(self) -> int | None:
-        """Return the size of the allocated cache; None before it is allocated."""
+        """Return the size of the allocated cache in bytes; None before it is allocated."""
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def forget_cache(self) -> None:
-        """Do nothing: the cache is as large as it was allocated."""
+        """Do nothing, because the size of the cache is fixed when it is allocated."""
 
     def settings(self) -> dict[str, str]:
         """Return the engine's settings that affect the measurements."""
@@ -215,17 +218,17 @@ class Continuous(Session[_Request]):
 
     # -------------------------------------------------------------- running
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run prompts that are all available, and yield those that finish in the same step."""
+        """Run prompts that are all available from the start, and yield those that finish in the same step."""
         self.make_room(prompts)
         yield from self.fill_places(prompts)
 
     def tokens_so_far(self, request: _Request) -> int | None:
-        """Return how many tokens a request under way has."""
+        """Return how many tokens have been generated for a request under way."""
         state = self._manager.batch_processor.scheduler.active_requests.get(request.name)
         return 0 if state is None else len(state.generated_tokens)
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give a request to the engine, under another key: a warm-up may repeat prompts."""
+        """Give the engine a request, under a name of its own, because a warm-up may repeat prompts."""
         key = next(self._names)
         rules, generator = self._own_rules(prompt), self._generator(prompt)
         request = _Request(prompt, batch, arrived_ns, name=str(key), own_rules=rules, generator=generator)
@@ -233,7 +236,7 @@ class Continuous(Session[_Request]):
         self._manager.add_request(list(prompt.token_ids), request_id=request.name, record_timestamps=True)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take a step, however long it takes."""
+        """Let the engine take one step, however long that takes."""
         processor = self._manager.batch_processor
         if not processor.prepare_next_batch():
             raise RunError("transformers' continuous batching stopped before all requests were finished.")
@@ -256,10 +259,10 @@ class Continuous(Session[_Request]):
     def _generation(self, output: Any, request: _Request) -> Generation:
         tokens, index = tuple(output.generated_tokens), request.prompt.index
         if output.error is not None:
-            raise RunError(f"transformers gave up on prompt {index}: {output.error}.")
+            raise RunError(f"transformers failed on prompt {index}: {output.error}.")
         times_ns = [round(at_s * NS_PER_S) for at_s in output.timestamps]
         if len(times_ns) != len(tokens):
-            raise RunError(f"transformers preempted prompt {index} for lack of cache, and recomputed it.")
+            raise RunError(f"transformers ran out of cache, and preempted and recomputed prompt {index}.")
         return Generation(
             index,
             batch=0,
@@ -275,7 +278,7 @@ class Continuous(Session[_Request]):
     # -------------------------------------------------------------- choosing the next token
     @property
     def _chooses(self) -> bool:
-        """Whether choosing a token takes more than finding the likeliest one."""
+        """Whether choosing a token takes more than finding the most likely one."""
         decoder = self.experiment.decoder
         return bool(
             decoder.do_sample
@@ -285,7 +288,7 @@ class Continuous(Session[_Request]):
         )
 
     def _own_rules(self, prompt: Encoded) -> Any:
-        """Return the processors that look at a request's own text, in the order of `generate`."""
+        """Return the logits processors that look at a request's own text, in the order that `generate` uses."""
         import transformers
 
         wanted, decoder = self.experiment, self.experiment.decoder
@@ -303,7 +306,7 @@ class Continuous(Session[_Request]):
         return rules
 
     def _shared_rules(self) -> Any:
-        """Return the processors that are the same for all requests and look at no text, in the order of `generate`."""
+        """Return the logits processors that are the same for all requests, in the order that `generate` uses."""
         import transformers
 
         decoder = self.experiment.decoder
@@ -321,22 +324,22 @@ class Continuous(Session[_Request]):
         return rules
 
     def _generator(self, prompt: Encoded) -> Any:
-        """Return the source of a prompt's random numbers, so that its tokens do not depend on other requests."""
+        """Return a random number generator for a prompt, so that its tokens do not depend on other requests."""
         if not self.experiment.decoder.do_sample:
             return None
         import torch
 
-        # The seed of a batch that holds only this prompt.
+        # This is the seed of a batch that contains only this prompt.
         return torch.Generator(self._model.device).manual_seed(self.experiment.seed + prompt.index)
 
     def _rows(self) -> list[tuple[Any, _Request]]:
-        """Return the requests that get a token in this step, in the order of the rows of scores."""
+        """Return the requests that get a token in this step, in the order of their rows of scores."""
         in_step = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         return [(each.state, self.running[int(each.state.request_id)]) for each in in_step if each.has_new_token]
 
     # -------------------------------------------------------------- the end
     def close(self) -> None:
-        """Free the cache, and give the model its own attention back."""
+        """Free the cache, and restore the model's own attention."""
         manager, self._manager, self._room = self._manager, None, None
         self.running.clear()
         if manager is None:
@@ -349,9 +352,9 @@ class Continuous(Session[_Request]):
 
 
 class _Chooser:
-    """Chooses each request's next token from its scores; transformers' loop takes the likeliest of the rest.
+    """Adjusts the scores so that transformers' loop, which takes the most likely token, picks the right one.
 
-    Takes the place of a logits processor.
+    It takes the place of transformers' own logits processor.
     """
 
     supports_continuous_batching = True

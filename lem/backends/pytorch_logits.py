@@ -1,4 +1,4 @@
-"""What the pytorch backend notices about the tokens of a window, such as logits that are infinite or not a number."""
+"""Checks for meaningless tokens in a window of the pytorch backend, such as logits that are infinite or NaN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Noticed:
-    """Numbers of requests since `Backend.forget` whose tokens mean nothing, or are not those of the prompt alone."""
+    """The numbers of requests since `Backend.forget` whose tokens are meaningless or affected by padding."""
 
     not_finite: int = 0
     padded: int = 0
@@ -17,8 +17,8 @@ class Noticed:
 class LastLogits:
     """The logits of a model's latest forward pass.
 
-    What is not a number stays in the key/value cache of its request, so looking once, when the request is finished, is
-    enough.
+    A value that is not a number stays in the key/value cache of its request, so it is enough to check once, when the
+    request is finished.
     """
 
     def __init__(self, model: Any) -> None:
@@ -29,14 +29,14 @@ class LastLogits:
         self._logits = getattr(output, "logits", None)
 
     def not_finite(self) -> int:
-        """Return in how many rows the last logits are not finite, and let go of them.
+        """Return the number of rows whose latest logits are not finite, and release the logits.
 
-        A logit of minus infinity rules a token out, which some models do.
+        A logit of minus infinity is accepted, because some models use it to rule a token out.
         """
         logits, self._logits = self._logits, None
         if logits is None:
             return 0
-        # The largest of a row is not a number if any of them is not; unlike comparing all, this needs no memory.
+        # The maximum of a row is NaN if any of its values is; unlike a comparison of all values, this needs no memory.
         largest = logits.amax(dim=-1)
         largest = largest[:, -1] if largest.ndim == 2 and largest.shape[0] > 1 else largest
         return int((~largest.isfinite()).sum())

@@ -1,7 +1,7 @@
-"""Why an experiment on the pytorch backend may be refused or warned about, before anything heavy is loaded.
+"""Objections to an experiment on the pytorch backend, found before anything heavy is loaded.
 
-Looks at the options, the host, and the model's config.json and headers; loads no weights. transformers is imported only
-if a model is to be split over processes, to check that it can be, or if its files do not evidently hold all weights.
+The checks look at the options, the host, and the model's config.json and headers; they load no weights. They import
+transformers only if a model is to be split over processes, or if its files do not evidently contain all weights.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lem.spec.rules import Objection
 from lem.workload.models import Model
 from lem.workload.weights import summary
 
-# Packages of the attention kernels that do not come with PyTorch, and the oldest GPUs that they run on.
+# The packages of attention kernels that do not come with PyTorch, and the oldest GPUs that the kernels support.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 ATTENTION_CAPABILITY = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 BFLOAT16_CAPABILITY = (8, 0)
 COMPILE_CAPABILITY = (7, 0)
-# Packages that transformers needs to load weights quantized by a method, and what it has no code for on a CPU.
+# The packages that transformers needs for each quantization method, and the methods that it does not support on a CPU.
 QUANTIZERS = {
     "aqlm": ("aqlm",), "auto-round": ("auto_round",), "awq": ("gptqmodel",), "bitsandbytes": ("bitsandbytes",),
     "compressed-tensors": ("compressed_tensors",), "eetq": ("kernels",), "fp_quant": ("fp_quant",),
@@ -35,7 +35,7 @@ QUANTIZERS = {
     "quark": ("quark",), "sinq": ("sinq",), "spqr": ("spqr_quant",), "torchao": ("torchao",), "vptq": ("vptq",),
 }  # fmt: skip
 QUANTIZERS_ON_GPU = frozenset(["eetq", "fbgemm_fp8", "fp_quant", "higgs", "spqr", "vptq"])
-# Models whose state, or whose positions, go on over padding: tried with transformers 5.23.
+# Models whose recurrent state or positions advance over padding (tested with transformers 5.23).
 PADDING_UNMASKED = frozenset([
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "minimax", "mvp", "pegasus",
     "prophetnet", "rwkv", "trocr", "xlnet",
@@ -43,7 +43,7 @@ PADDING_UNMASKED = frozenset([
 
 
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None when none was found, which is reported separately."""
+    """Return all objections; `model` is None if it was not found, which is reported separately."""
     options = experiment.backend
     assert isinstance(options, PytorchBackend)
     gpus = host.gpus if options.device != "cpu" else ()
@@ -83,7 +83,7 @@ def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Object
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not gpus and processes > cores:
         path = "num_processes" if strategy == "none" else "parallelism.degree"
-        fact = f"{processes} processes share {cores} processor cores and slow each other down."
+        fact = f"{processes} processes share {cores} processor cores, so they slow each other down."
         yield Objection("more_processes_than_cores", path, fact)
     yield from unused_gpus(experiment, gpus)
 
@@ -96,11 +96,11 @@ def _tensor_parallel(
     if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
         return
     if options.device == "cpu" and host.gpus:
-        fact = "transformers splits a model over GPUs wherever any is visible."
+        fact = "transformers splits a model over GPUs if any are visible."
         yield Objection("tensor_parallel_beside_gpus", "backend.device", fact)
     if model is None or ("auto_map" in model.config and not experiment.trust_remote_code):
         return
-    import transformers  # takes seconds, so only if a model is to be split
+    import transformers  # this takes seconds, so it is done only if a model is to be split
 
     transformers.logging.set_verbosity_error()
     try:
@@ -111,12 +111,12 @@ def _tensor_parallel(
     except RunError as error:
         yield Objection("tensor_parallel_unsplittable", "parallelism.strategy", str(error))
     except (OSError, ValueError):
-        return  # transformers does not know the model: loading it will say why
+        return  # transformers does not know the model; the error on loading will say why
 
 
-# ------------------------------------------------------------------ what a GPU can do
+# ------------------------------------------------------------------ capabilities of GPUs
 def _older_than(capability: tuple[int, int], gpus: Sequence[Gpu]) -> str | None:
-    """Return the name and compute capability of a GPU known to be too old; None if there is none."""
+    """Return the name and compute capability of a GPU that is known to be too old; None if no GPU is."""
     for gpu in gpus:
         if gpu.compute_capability is not None and gpu.compute_capability < capability:
             return f"{gpu.name} (compute capability {_dotted(gpu.compute_capability)})"
@@ -142,7 +142,7 @@ def _attention(
         fact = f"{kernel} needs compute capability {_dotted(ATTENTION_CAPABILITY[kernel])}; {old} is too old."
         yield Objection("attention_unsupported", path, fact)
     if checkpoint_dtype(experiment, model) == "float32":
-        yield Objection("attention_float32", path, f"{kernel} has no float32.")
+        yield Objection("attention_float32", path, f"{kernel} does not support float32.")
 
 
 def _precision(experiment: Experiment, model: Model | None, used: Sequence[Gpu]) -> Iterator[Objection]:
@@ -152,7 +152,7 @@ def _precision(experiment: Experiment, model: Model | None, used: Sequence[Gpu])
     old = _older_than(BFLOAT16_CAPABILITY, used)
     if old is None:
         return
-    fact = f"{old} has no bfloat16 arithmetic."
+    fact = f"{old} has no hardware support for bfloat16."
     if checkpoint_dtype(experiment, model) == "bfloat16":
         yield Objection("bfloat16_emulated", "fp_precision", fact)
     if quantization.quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype == "bfloat16":
@@ -166,19 +166,17 @@ def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | 
     code, strategy, cache = "no_continuous_batching", experiment.parallelism.strategy, options.cache_implementation
     yield from _unavailable(model)
     if options.attn_implementation == "flex_attention":
-        fact = "flex_attention cannot read the paged cache of continuous batching; sdpa, eager and flash attention can."
+        fact = "flex_attention cannot use the paged cache of continuous batching; sdpa, eager and flash attention can."
         yield Objection(code, "backend.attn_implementation", fact)
     if cache != "dynamic":
         yield Objection(
-            code, "backend.cache_implementation", f"continuous batching has a paged cache, not a {cache} one."
+            code, "backend.cache_implementation", f"continuous batching uses a paged cache, not a {cache} one."
         )
     if options.torch_compile:
-        fact = "each step of continuous batching has a different shape and would be recompiled."
+        fact = "each step of continuous batching has a different shape, so it would be recompiled."
         yield Objection(code, "backend.torch_compile", fact)
     if strategy in ("tensor_parallel", "pipeline_parallel"):
-        fact = (
-            f"the pytorch backend cannot batch continuously with {strategy}; it can with data_parallel, and vllm can."
-        )
+        fact = f"the pytorch backend cannot batch continuously with {strategy}, only with data_parallel; vllm can."
         yield Objection(code, "parallelism.strategy", fact)
 
 
@@ -186,7 +184,7 @@ def _unavailable(model: Model | None) -> Iterator[Objection]:
     code, path = "continuous_unavailable", "batching.strategy"
     if pytorch_continuous.is_too_old():
         oldest, version = _dotted(pytorch_continuous.OLDEST), pytorch_continuous.version()
-        fact = f"transformers {version} is too old for it (pip install 'transformers>={oldest}')."
+        fact = f"transformers {version} is too old for continuous batching (pip install 'transformers>={oldest}')."
         yield Objection(code, path, fact)
     if model is None:
         return
@@ -219,11 +217,11 @@ def _model(experiment: Experiment, model: Model, host: Host, used: Sequence[Gpu]
 
 def _unsupported(model: Model, kind: str) -> Iterator[Objection]:
     if model.config.get("is_encoder_decoder"):
-        return  # there is an objection of its own
+        return  # another objection covers this case
     if kind in transformers_source.model_types():
-        fact = f"transformers has no class that continues text for a {kind} model."
+        fact = f"transformers has no text generation class for a {kind} model."
     else:
-        fact = f"transformers {transformers_source.version()} does not know models of the type {kind}."
+        fact = f"transformers {transformers_source.version()} does not know models of type {kind}."
     yield Objection("model_unsupported", "model", fact)
 
 
@@ -233,10 +231,10 @@ def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Object
     method = str(config.get("quant_method") or ("bitsandbytes" if by_bitsandbytes else None))
     packages = [name for name in QUANTIZERS.get(method, ()) if not host.has(name)]
     if packages:
-        fact = f"the weights are quantized by {method}, which needs {' and '.join(packages)}."
+        fact = f"the weights are quantized with {method}, which needs {' and '.join(packages)}."
         yield Objection("missing_quantizer", "model", fact)
     if method in QUANTIZERS_ON_GPU and not used:
-        yield Objection("missing_quantizer", "model", f"weights quantized by {method} run on a GPU only.")
+        yield Objection("missing_quantizer", "model", f"weights quantized with {method} run only on a GPU.")
 
 
 def _padding(experiment: Experiment, model: Model) -> Iterator[Objection]:

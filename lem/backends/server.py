@@ -1,7 +1,7 @@
-"""A server that is started for a run and ends with it: its command, its log, its processes.
+"""A server that is started for a run and stopped after it: its command, its log and its processes.
 
-Knows neither the server's protocol nor its requests. A guardian, a process between this one and the server that
-outlives both, ends all of the server's processes.
+All of the server's processes are ended by a guardian, a process between this one and the server that outlives both.
+This module knows nothing about the server's protocol or its requests.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from lem.errors import RunError
 from lem.machine.processes import family_of, kill, without_launchers
 
 LOG_NAME = "server.log"
-# Lines and characters of the end of a log in a message.
+# The maximum number of lines and of characters that a message quotes from the end of a log.
 LOG_LINES, LONGEST_END = 5, 900
-# How much of the end of a log is read, which may have grown to gigabytes.
+# Only this many bytes are read from the end of a log, because logs can grow to gigabytes.
 LOG_BYTES = 2**16
-# The guardian needs `GRACE_S`; on a busy machine it takes a while until the kernel has cleared away a server.
+# The guardian may take `GRACE_S`, and on a busy machine the kernel takes a while to remove a server's processes.
 ENDING_S = guardian.GRACE_S + 8.0
 
 
 class Server:
-    """One server, from its start to its end."""
+    """One server process, from its start to its end."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Keep the command; nothing is started yet.
+        """Store the command without starting anything.
 
         Args:
             command: the program and its arguments.
-            environment: all of its variables.
-            log: the file to which its output is appended.
+            environment: the complete environment variables of the server.
+            log: the file to which the server's output is appended.
         """
         self._command, self._environment, self._log = command, environment, log
         self._log_start = 0
         self._guardian: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it.
+        """Start the server.
 
         Raises:
-            RunError: there is no such program.
+            RunError: the program does not exist.
         """
         program = program_path(self._command[0])
         if program is None:
-            raise RunError(f"There is no program {self._command[0]} to start the server with.")
+            raise RunError(f"The program {self._command[0]}, which should start the server, does not exist.")
         guard = [sys.executable, "-I", guardian.__file__, program, *self._command[1:]]
         with self._log.open("ab") as output:
             self._log_start = output.tell()
-            # In a separate session: Ctrl-C in a terminal is for lem, which then ends the server.
+            # The server gets its own session, so that Ctrl-C reaches only lem, which then ends the server.
             self._guardian = subprocess.Popen(
                 guard,
                 stdin=subprocess.PIPE,
@@ -68,7 +68,7 @@ class Server:
             )
 
     def how_it_ended(self, patience_s: float = 0.0) -> str | None:
-        """Return a message about its end, with the end of its log; None if it still runs after waiting that long."""
+        """Return a message about how the server ended, quoting its log; None if it still runs after `patience_s`."""
         if self._guardian is None:
             return None
         try:
@@ -81,20 +81,20 @@ class Server:
         return f"The server {how}.{self.last_words()}"
 
     def last_words(self) -> str:
-        """Return the end of its log as a sentence to append to others; empty for an empty log."""
+        """Return the end of the server's log as a sentence to append to a message; empty if the log is empty."""
         with self._log.open("rb") as file:
             file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - LOG_BYTES))
             written = (line.strip() for line in file.read().decode(errors="replace").splitlines())
-        lines = [line for line in written if line.strip("^~ ")]  # without Python's markers below a line
+        lines = [line for line in written if line.strip("^~ ")]  # without the markers that Python prints below a line
         end = " | ".join(lines[-LOG_LINES:])[-LONGEST_END:]
         return f" The end of its log: {end} (full log: {self._log})" if lines else ""
 
     def processes(self) -> list[Any]:
-        """Return its processes, as psutil represents them."""
+        """Return the server's processes as psutil objects."""
         return [] if self._guardian is None else family_of([self._guardian.pid])[1:]
 
     def close(self) -> None:
-        """End it, and wait until it is gone."""
+        """End the server, and wait until all of its processes have ended."""
         if self._guardian is None:
             return
         assert self._guardian.stdin is not None
@@ -109,19 +109,19 @@ class Server:
 
 
 def program_path(program: str) -> str | None:
-    """Return where a program is: on PATH, or next to the Python that runs lem; None if it is in neither place."""
+    """Return the path of a program on PATH or next to the Python that runs lem; None if it is in neither place."""
     return shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
 
 
 def free_port() -> int:
-    """Return a port of this machine on which nothing is listening."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def answers(host: str, port: int, timeout_s: float) -> bool:
-    """Return whether something is listening at an address."""
+    """Return whether a program is listening at an address."""
     try:
         with socket.create_connection((host, port), timeout_s):
             return True
@@ -130,12 +130,14 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return a server's variables: this process's, without a launcher's, and with these GPUs visible.
+    """Return a server's environment: that of this process, without launcher variables, and with these GPUs visible.
 
-    None leaves the GPUs' visibility unchanged.
+    If `shown_gpus` is None, the visibility of GPUs is unchanged.
     """
     variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
-    variables.pop("PYTHONSAFEPATH", None)  # meant for lem's own processes; a user's server may be next to its modules
+    variables.pop(
+        "PYTHONSAFEPATH", None
+    )  # it is meant for lem's own processes; a user's server may import modules next to it
     if shown_gpus is not None:
         variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": shown_gpus}
     return variables

@@ -1,6 +1,7 @@
-"""Engines that load the weights themselves and accept prompts while others run: what their backends share.
+"""The common part of backends whose engine accepts prompts while others are running.
 
-Knows no particular engine: how one loads, is given a prompt, works and is interrupted is left to each.
+This module knows no particular engine. Each backend defines how its engine loads a model, takes a prompt, works, and is
+interrupted.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from lem.workload.traffic import Arrivals, as_places_become_free
 
 @dataclass
 class Request:
-    """A prompt given to the engine, and the tokens that the engine has handed out so far; `chunks` only if timed.
+    """A prompt given to the engine, and the tokens delivered so far; `chunks` is used only if tokens are timed.
 
-    `number` counts the prompts given to the engine in one run, from 0.
+    `number` numbers the prompts given to the engine in one run, from 0.
     """
 
     prompt: Encoded
@@ -44,7 +45,7 @@ class Request:
     given_ns: int = field(default_factory=lambda: time.perf_counter_ns(), kw_only=True)
 
     def take(self, token_ids: Sequence[int], at_ns: int, *, timed: bool) -> None:
-        """Add tokens that came together."""
+        """Add tokens that arrived together."""
         self.token_ids += token_ids
         if timed and token_ids:
             self.chunks.append(Chunk(at_ns, len(token_ids)))
@@ -54,9 +55,9 @@ R = TypeVar("R", bound=Request)
 
 
 class Session(ABC, Generic[R]):
-    """The requests under way in one engine, by key; unusable once the engine has raised an error.
+    """The requests under way in one engine, by key; a session cannot be used after the engine has raised an error.
 
-    A backend begins one with the first prompts after `Backend.forget`; if there is no session, nothing has run.
+    A backend creates a session for the first prompts after `Backend.forget`, so without a session nothing has run.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -68,41 +69,42 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a prompt; `key` is unique among those under way."""
+        """Give the engine a prompt; `key` is unique among the requests under way."""
 
     @abstractmethod
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine work, and return by key what it has finished, which is no longer under way.
+        """Let the engine work, and return the outputs of the requests that it has finished, by key.
 
-        May return nothing. `next_ns` is when the next prompt arrives, if that is known: return by then.
+        Finished requests are no longer under way. The result may be empty. If the arrival time of the next prompt is
+        known, it is given as `next_ns`, and the method returns by then.
         """
 
     @abstractmethod
     def cancel(self) -> None:
-        """Cancel everything that is under way in the engine."""
+        """Cancel all requests under way in the engine."""
 
     @property
     def streams(self) -> bool:
         """Whether tokens are timed."""
         return self.experiment.streaming.enabled
 
-    # -------------------------------------------------------------- what is under way
+    # -------------------------------------------------------------- requests under way
     def under_way(self) -> list[Begun]:
         """Return the requests that the engine is working on.
 
-        An engine with a queue of its own is taken to run as many as have a place, in the order in which it was given
-        them, and to begin on one as soon as there is a place for it.
+        An engine with its own queue is assumed to run as many requests as it has places, in the order in which it
+        received them, and to begin each one as soon as a place is free.
         """
         first = itertools.islice(self.running.values(), self.experiment.batching.batch_size)
         return [Begun(each.prompt.index, self.taken_ns(each), self.tokens_so_far(each)) for each in first]
 
     def taken_ns(self, request: R) -> int:
-        """Return when the engine was given a request or had a place for it, whichever was later."""
+        """Return when the engine received a request or had a place for it, whichever was later."""
         place = min(request.number - self.experiment.batching.batch_size, len(self._ended_ns) - 1)
         return request.given_ns if place < 0 else max(request.given_ns, self._ended_ns[place])
 
     def tokens_so_far(self, request: R) -> int | None:
-        """Return how many tokens a request under way has, None if that is not known."""
+        """Return how many tokens have been generated for a request under way; None if that is unknown."""
         return len(request.token_ids) if self.streams else None
 
     def _give(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
@@ -117,7 +119,7 @@ class Session(ABC, Generic[R]):
 
     # -------------------------------------------------------------- running
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch, each yielded as a whole; or all at once, each prompt yielded when it is finished."""
+        """Run and yield one batch after another or, with continuous batching, yield each prompt when it finishes."""
         batching = self.experiment.batching
         for number, positions in enumerate(plan_batches([len(p.token_ids) for p in prompts], batching)):
             steps = self._run({position: prompts[position] for position in positions}, number)
@@ -128,7 +130,7 @@ class Session(ABC, Generic[R]):
                 yield [replace(generations[position], arrived_ns=None) for position in positions]
 
     def fill_places(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run prompts that are all available, on an engine without a queue: give it one whenever it has a place."""
+        """Run prompts on an engine without a queue, by giving it the next prompt whenever it has a free place."""
         everything = Arrivals(prompts, [0.0] * len(prompts), 1, time.perf_counter_ns())
         for done in self.serve(everything, self.experiment.batching.batch_size):
             yield [replace(generation, batch=0, arrived_ns=None) for generation in done]
@@ -144,7 +146,8 @@ class Session(ABC, Generic[R]):
     def serve(self, arrivals: Arrivals[Encoded], at_most: int = sys.maxsize) -> Iterator[Sequence[Generation]]:
         """Give the engine each prompt as it arrives, while others run, and yield those that finish together.
 
-        An engine with its own queue is given all that arrives; any other has at most `at_most` under way at a time.
+        An engine with its own queue is given every request on arrival; any other engine has at most `at_most` requests
+        under way at a time.
         """
         with self._in_use():
             steps = as_places_become_free(
@@ -159,7 +162,7 @@ class Session(ABC, Generic[R]):
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Cancel what is under way if its results are no longer wanted; after an error the session is unusable."""
+        """Cancel requests under way if the caller stops early; after an error the session cannot be used any more."""
         self._given, self._ended_ns = 0, []
         try:
             yield
@@ -175,12 +178,13 @@ class Session(ABC, Generic[R]):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine with a model in it.
+    """An engine with its model loaded.
 
-    `lora` is the adapter as requests name it, None without one; `adapter_weights` are its weights in the model's body
-    and at the output projection. `positions` is the maximum number of tokens of a prompt and its output, None if
-    there is no limit. `clock_offset_ns` is what to add to the engine's clock to get ours. `model` is None if nothing
-    is known about it. `settings` are the engine's own resolved ones that affect the numbers.
+    `lora` is the adapter in the form that requests use, or None. `adapter_weights` gives the number of its weights in
+    the model's body and at the output projection. `positions` is the maximum length of a sequence (prompt and output
+    together) in tokens, or None if there is no limit. `clock_offset_ns` is the offset to add to the engine's clock to
+    get `time.perf_counter_ns`. `model` is None if nothing is known about the model. `settings` holds the engine's
+    resolved settings that affect the measurements.
     """
 
     engine: Any
@@ -198,11 +202,11 @@ S = TypeVar("S", bound=Session[Any])
 
 
 class SessionBackend(Backend, Generic[S]):
-    """Base of the backends whose engine works on a session of requests."""
+    """Base class of the backends whose engine works on a session of requests."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        # GPUs, or workers on a CPU, that this process runs the model on.
+        # The number of GPUs (on a CPU, of workers) on which this process runs the model.
         self._degree = gpus_per_process(experiment)
         self._own_gpus: Sequence[Gpu] = ()
         self._loaded: Loaded | None = None
@@ -211,7 +215,7 @@ class SessionBackend(Backend, Generic[S]):
     @property
     @abstractmethod
     def _versions(self) -> str:
-        """The engine's version, in human-readable form."""
+        """The engine's name and version, for the record."""
 
     @property
     def _on_gpu(self) -> bool:
@@ -219,10 +223,10 @@ class SessionBackend(Backend, Generic[S]):
 
     @abstractmethod
     def _begin(self, loaded: Loaded) -> S:
-        """Return a session with nothing under way."""
+        """Return a session without any requests under way."""
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the first visible GPUs, as many as all processes use; none for an engine built for the CPU."""
+        """Return the first visible GPUs, as many as all processes use; none if the engine runs on the CPU."""
         if not self._on_gpu:
             return ()
         in_use, first = host.gpus[: gpus_needed(self._experiment)], self.local_rank * self._degree
@@ -235,11 +239,11 @@ class SessionBackend(Backend, Generic[S]):
         return encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch, each yielded as a whole; or all at once, each request yielded when it is finished."""
+        """Run and yield one batch after another or, with continuous batching, yield each request when it finishes."""
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Give each prompt to the engine as it arrives, while others run; else run batch after batch."""
+        """Give the engine each prompt as it arrives, while others run; without continuous batching, run in batches."""
         if self._experiment.batching.strategy == "continuous":
             yield from self._begun().serve(arrivals)
         else:
@@ -255,15 +259,15 @@ class SessionBackend(Backend, Generic[S]):
 
     @property
     def _is_broken(self) -> bool:
-        """Whether the engine failed, or was stopped, during its work: it may no longer answer."""
+        """Whether the engine failed or was stopped during its work, so that it may no longer answer."""
         return self._session is not None and self._session.is_broken
 
     def model_info(self) -> ModelInfo | None:
-        """Describe the model as it was loaded; None if nothing is known about it."""
+        """Describe the model as loaded; None if nothing is known about it."""
         return needed(self._loaded).model
 
     def engine_info(self) -> EngineInfo:
-        """Describe the engine and the configuration that it resolved."""
+        """Describe the engine and its resolved configuration."""
         import torch
 
         loaded = needed(self._loaded)
@@ -276,12 +280,12 @@ class SessionBackend(Backend, Generic[S]):
         )
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model without weights, as the pytorch backend does, including the adapter's."""
+        """Return the sizes of the model and its adapter, determined without weights as in the pytorch backend."""
         loaded = needed(self._loaded)
         return loaded.checkpoint.architecture(loaded.adapter_weights)
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn about random weights, and about less or more work than the tokens suggest."""
+        """Warn about random weights, cache hits and preemptions."""
         loaded = needed(self._loaded)
         return [
             *weights_warnings(loaded.checkpoint.model.name, loaded.random_weights),

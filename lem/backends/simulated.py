@@ -1,8 +1,9 @@
 """An engine with exactly known times and tokens, for trying out grids and for tests. No model runs.
 
 A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. With continuous
-batching, a step takes that for the prompts that it takes in, while the others wait, and then decodes a token of each
-request. A prompt's tokens are its words; the seed and the prompt's position decide the length of the output.
+batching, each step first spends the prefill time of newly accepted prompts, while the other requests wait, and then
+decodes one token of each request. A prompt's tokens are its words. The seed and the prompt's position determine the
+length of the output.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to more GPUs than are visible, and to model options, since no model runs."""
+        """Object to requests for more GPUs than are visible, and to model options, because no model runs."""
         assert isinstance(experiment.backend, SimulatedBackend)
         needed, visible = experiment.backend.gpus, len(host.gpus)
         too_few = Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {needed}, visible: {visible}.")
@@ -54,16 +55,16 @@ class Simulated(Backend):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether GPUs are requested, although nothing runs on them."""
+        """Return whether GPUs are to be metered, although nothing runs on them."""
         assert isinstance(experiment.backend, SimulatedBackend)
         return experiment.backend.gpus > 0
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the requested GPUs: the first visible ones."""
+        """Return the first visible GPUs, as many as are requested."""
         return host.gpus[: self._options.gpus]
 
     def load(self) -> None:
-        """Do nothing: there is no model."""
+        """Do nothing, because there is no model."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Turn each word into a token."""
@@ -75,7 +76,7 @@ class Simulated(Backend):
         return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Sleep for as long as a batch takes, then yield its outputs; or step by step, with continuous batching."""
+        """Sleep for the duration of each batch and yield its outputs; with continuous batching, do so step by step."""
         if self._experiment.batching.strategy == "continuous":
             yield from self._session.fill_places(prompts)
             return
@@ -103,7 +104,7 @@ class Simulated(Backend):
             start_ns = time.perf_counter_ns()
 
     def _work(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
-        """Sleep through prefill and decode; return when each ended and, when streaming, when each step did."""
+        """Sleep through prefill and decode, and return when each ended and, if streaming, when each step ended."""
         self._clock.begin(start_ns)
         prefill_end_ns = self._clock.work(_prefill_s(members, self._options))
         step_s = self._options.decode_s_per_token
@@ -116,22 +117,22 @@ class Simulated(Backend):
         return prefill_end_ns, chunks, end_ns
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run batch after batch of the waiting prompts; with continuous batching, take each in while others run."""
+        """Run the waiting prompts batch by batch or, with continuous batching, accept each prompt as it arrives."""
         if self._experiment.batching.strategy == "continuous":
             yield from self._session.serve(arrivals, at_most)
         else:
             yield from super().serve(arrivals, at_most)
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the requests that run, with continuous batching; batches finish together."""
+        """Return the running requests, with continuous batching; otherwise none, as a batch finishes as a whole."""
         return self._session.under_way()
 
     def peak_memory(self) -> Memory:
-        """Return this process's peak."""
+        """Return this process's peak memory."""
         return Memory(peak_memory_bytes(), "process, since its start")
 
     def model_info(self) -> ModelInfo | None:
-        """Return None: no model runs."""
+        """Return None, because no model runs."""
         return None
 
     def engine_info(self) -> EngineInfo:
@@ -139,7 +140,7 @@ class Simulated(Backend):
         return EngineInfo("simulated", __version__, "none", "none", {})
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn that nothing here was measured on a model."""
+        """Warn that no model was measured."""
         return [warning("simulated", "No model ran: times and tokens are simulated.")]
 
     def _output(self, prompt: Encoded) -> tuple[int, ...]:
@@ -151,7 +152,7 @@ class Simulated(Backend):
 
 
 def _fail_at(prompt: Encoded, options: SimulatedBackend) -> None:
-    """Raise if the configuration wants a failure at this prompt."""
+    """Raise an error if the configuration requests a failure at this prompt."""
     if prompt.index == options.fail_at_request:
         raise RunError(f"simulated failure at request {prompt.index}")
 
@@ -161,10 +162,10 @@ def _prefill_s(prompts: Sequence[Encoded], options: SimulatedBackend) -> float:
 
 
 class _Clock:
-    """Sleeps through stretches of work that follow each other.
+    """Sleeps through consecutive stretches of simulated work.
 
-    Sleeps until points in time, not for durations, and deducts late wake-ups from the next stretch; otherwise delays
-    would add up and work would take too long.
+    It sleeps until points in time rather than for durations, and deducts late wake-ups from the next stretch. Otherwise
+    delays would accumulate, and the work would take too long.
     """
 
     def __init__(self) -> None:
@@ -172,22 +173,22 @@ class _Clock:
         self._begun_ns = self._due_ns = 0
 
     def begin(self, start_ns: int) -> None:
-        """Begin with work at a time that may be past already."""
+        """Begin working at a time that may already have passed."""
         self._begun_ns, self._due_ns = start_ns, start_ns - self._late_ns
 
     def work(self, duration_s: float) -> int:
-        """Work for some time; return when it ended."""
+        """Work for the given time, and return when the work ended."""
         self._due_ns += round(duration_s * NS_PER_S)
         return _sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Note how late the work ended, but do not rush to catch up after a long interruption."""
+        """Note how late the work ended, limited so that a long interruption is not caught up in a rush."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 
 @dataclass
 class _Running(Request):
-    """A request with the output that it will have; `start_ns` is None until a step takes it in."""
+    """A request with its predetermined output; `start_ns` is None until a step accepts the request."""
 
     output: tuple[int, ...] = ()
     start_ns: int | None = None
@@ -195,7 +196,7 @@ class _Running(Request):
 
 
 class SimulatedSession(Session[_Running]):
-    """Continuous batching: each step takes in the prompts that it was given, and decodes a token of each request."""
+    """Simulated continuous batching: each step accepts the new prompts, and decodes one token of each request."""
 
     def __init__(self, experiment: Experiment, output: Callable[[Encoded], tuple[int, ...]]) -> None:
         super().__init__(experiment)
@@ -204,7 +205,7 @@ class SimulatedSession(Session[_Running]):
         self._clock = _Clock()
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Put a prompt where the next step takes it in."""
+        """Add a prompt for the next step to accept."""
         _fail_at(prompt, self._options)
         self.running[key] = _Running(prompt, batch, arrived_ns, output=self._output(prompt))
 
@@ -224,11 +225,11 @@ class SimulatedSession(Session[_Running]):
         return {key: self._generation(self.running.pop(key), end_ns) for key in done}
 
     def tokens_so_far(self, request: _Running) -> int | None:
-        """Return how many tokens a request under way has."""
+        """Return how many tokens have been generated for a request under way."""
         return len(request.token_ids)
 
     def cancel(self) -> None:
-        """Do nothing: nothing runs between two steps."""
+        """Do nothing, because nothing runs between two steps."""
 
     def _generation(self, request: _Running, end_ns: int) -> Generation:
         assert request.start_ns is not None
@@ -246,7 +247,7 @@ class SimulatedSession(Session[_Running]):
 
 
 def _sleep_until(moment_ns: int) -> int:
-    """Sleep until a time of `time.perf_counter_ns`; return the time of waking."""
+    """Sleep until a time on the clock of `time.perf_counter_ns`, and return the time of waking."""
     left_ns = moment_ns - time.perf_counter_ns()
     if left_ns > 0:
         time.sleep(left_ns / NS_PER_S)
@@ -258,7 +259,7 @@ def _finish_reason(output: Sequence[int]) -> FinishReason:
 
 
 def _ignored(experiment: Experiment) -> Iterator[Objection]:
-    """Object to model options, since no model runs here."""
+    """Object to model options, because no model runs."""
     weights = {
         "revision": experiment.revision is not None,
         "adapter": experiment.adapter is not None,

@@ -1,12 +1,14 @@
-"""The sizes that decide a model's FLOPs, found by running its text model without values.
+"""The sizes that determine a model's FLOPs, found by running its text model without values.
 
-The text model is built on PyTorch's device `meta`, where tensors have sizes but no values, and PyTorch's own counter
-counts the matrix products of a few short forward passes. What grows with the number of tokens is the body, what grows
-with its square is attention; both are known layer by layer. So a family's peculiarities (projections of low rank, heads
-of several sizes, layers that share keys and values, shared experts) are those of transformers' code for it, and a tower
-for images is never run. A layer's reach, such as a sliding window, is read from the config. Where the passes do not fit
-this picture the sizes are unknown, and the exception has the reason. The size of a cache is not computed but measured:
-that of the tensors in it. Knows nothing about engines.
+The text model is built on PyTorch's device `meta`, where tensors have shapes but no values, and PyTorch's own counter
+counts the matrix products of a few short forward passes. The part that grows linearly with the number of tokens is the
+body, and the part that grows with its square is attention; both are known for each layer. The peculiarities of a model
+family (low-rank projections, heads of several sizes, layers that share keys and values, shared experts) are therefore
+taken from transformers' own code, and an image tower is never run. A layer's reach, such as a sliding window, is read
+from the config. If the costs of the passes do not follow this pattern, the sizes are unknown, and the exception gives
+the reason.
+
+The module also measures the size of a cache, by adding up its tensors. It knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -20,23 +22,23 @@ from typing import Any
 
 from lem.workload.flops import Architecture, Attention, UnknownArchitecture
 
-# Lengths of the forward passes: three, for a constant, a linear and a quadratic part.
+# The lengths of the forward passes; three are needed to separate constant, linear and quadratic parts.
 LENGTHS = (2, 3, 5)
-# Largest cost of a pass that does not depend on its length, relative to a token's.
+# The largest accepted constant cost of a pass, relative to the cost of a token.
 CONSTANT_SHARE = 0.002
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-# The names under which configs have the number of experts, and how many of them a token is routed to.
+# Keys under which configs give the number of experts, and the number of experts that a token is routed to.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
-# What a config may hold that transformers would act on although here nothing is loaded.
+# Config keys to remove, because transformers would act on them even though nothing is loaded here.
 LOADING = ("quantization_config", "distributed_config", "device_map")
 
 
 def architecture_of(model: Any) -> Architecture:
-    """Return the sizes of transformers' model, loaded or not, with a loaded LoRA adapter's own matrices.
+    """Return the sizes of a transformers model, loaded or hollow, including the matrices of a loaded LoRA adapter.
 
     Raises:
-        UnknownArchitecture: with the reason.
+        UnknownArchitecture: the sizes cannot be determined; the message is the reason.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     hollow = _text_model(inner)
@@ -46,7 +48,7 @@ def architecture_of(model: Any) -> Architecture:
     found = (hollow.get_decoder(), hollow.base_model, getattr(hollow, "model", None))
     decoder = next((each for each in found if each is not hollow), None)
     if decoder is None:
-        raise UnknownArchitecture("its layers cannot be told from its output projection")
+        raise UnknownArchitecture("its layers cannot be told apart from its output projection")
     _check_nothing_else(hollow, decoder, head)
     layers, body = _costs(decoder, hollow.config)
     of_body, of_head = _adapter_weights(model) if inner is not model else (0, 0)
@@ -59,7 +61,7 @@ def architecture_of(model: Any) -> Architecture:
 
 # ------------------------------------------------------------------ the model without values
 def _text_model(model: Any) -> Any:
-    """Return the text part of a model on the device `meta`, in eval mode, by the kernels that the counter knows."""
+    """Return a model's text part on the device `meta`, in eval mode, with kernels that the counter supports."""
     import torch
     import transformers
 
@@ -74,23 +76,23 @@ def _text_model(model: Any) -> Any:
                 hollow = type(model)._from_config(config, attn_implementation="eager")
             else:
                 hollow = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except Exception as error:  # a model's own code, on tensors that it was not written for
+    except Exception as error:  # the model's own code may fail on tensors without values
         raise UnknownArchitecture(f"its text model cannot be built without weights ({_brief(error)})") from error
     hollow.eval()
-    # It selects each token's experts without looking at values; models without experts refuse it.
+    # This option selects each token's experts without looking at values; models without experts reject it.
     with suppress(Exception):
         hollow.set_experts_implementation("batched_mm")
     return hollow
 
 
 def _check_nothing_else(hollow: Any, decoder: Any, head: Any) -> None:
-    """Refuse a model with matrices that are neither in its layers nor in its output projection, as BERT has."""
+    """Refuse a model, such as BERT, that has matrices outside its layers and its output projection."""
     import torch
 
     known = {*decoder.modules(), *head.modules()}
     for module in hollow.modules():
         if module not in known and isinstance(module, torch.nn.Linear):
-            raise UnknownArchitecture("it has matrices beside its layers and its output projection")
+            raise UnknownArchitecture("it has matrices outside its layers and its output projection")
 
 
 def _brief(error: Exception) -> str:
@@ -112,7 +114,7 @@ def _adapter_weights(model: Any) -> tuple[int, int]:
 # ------------------------------------------------------------------ counting
 @dataclass
 class _Pass:
-    """The FLOPs of one forward pass: of each layer, of the modules that hold experts, and of everything else."""
+    """The FLOPs of one forward pass: of each layer, of the modules that contain experts, and of everything else."""
 
     layers: list[int]
     experts: dict[str, int] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class _Pass:
 
 
 def _costs(decoder: Any, config: Any) -> tuple[list[Fraction], Fraction]:
-    """Return the FLOPs of each layer for each attended position, and of all for each token apart from attention."""
+    """Return each layer's FLOPs per attended position, and the model's FLOPs per token without attention."""
     layers = _layers(decoder, config)
     experts = _experts(decoder)
     passes = [_counted(decoder, layers, experts, length) for length in LENGTHS]
@@ -129,9 +131,9 @@ def _costs(decoder: Any, config: Any) -> tuple[list[Fraction], Fraction]:
     for index in range(len(layers)):
         constant, linear, quadratic = _parts([each.layers[index] for each in passes])
         if abs(constant) > CONSTANT_SHARE * linear:
-            raise UnknownArchitecture("the work of its layers is not a multiple of the tokens")
+            raise UnknownArchitecture("the work of its layers is not proportional to the number of tokens")
         if quadratic <= 0:
-            raise UnknownArchitecture("not all of its layers attend to the positions before a token")
+            raise UnknownArchitecture("not all of its layers attend to all earlier positions")
         attention.append(quadratic)
         body += linear
     for name, module in experts.items():
@@ -150,7 +152,7 @@ def _layers(decoder: Any, config: Any) -> Sequence[Any]:
 
 
 def _experts(decoder: Any) -> dict[str, Any]:
-    """Return the modules that hold several experts' weights in one tensor."""
+    """Return the modules that hold the weights of several experts in one tensor."""
     found = {}
     for name, module in decoder.named_modules():
         if any(p.ndim == 3 for p in module.parameters(recurse=False)) and "conv" not in type(module).__name__.lower():
@@ -159,10 +161,10 @@ def _experts(decoder: Any) -> dict[str, Any]:
 
 
 def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
-    """Return the FLOPs for each token of experts that it is not routed to: some models run all and weigh the results.
+    """Return the FLOPs per token spent on experts that it is not routed to; some models run all experts.
 
     Raises:
-        UnknownArchitecture: the cost is neither that of the chosen experts nor that of all.
+        UnknownArchitecture: the cost matches neither the chosen experts nor all experts.
     """
     tensors = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     total, active = _named(config, EXPERTS), _named(config, EXPERTS_PER_TOKEN)
@@ -173,7 +175,7 @@ def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
         return Fraction(0)
     if cost == 2 * total * each:
         return Fraction(2 * (total - active) * each)
-    raise UnknownArchitecture("its experts' work is not that of the experts that a token is routed to")
+    raise UnknownArchitecture("the work of its experts does not match the experts that a token is routed to")
 
 
 def _named(config: Any, names: Sequence[str]) -> int | None:
@@ -182,10 +184,10 @@ def _named(config: Any, names: Sequence[str]) -> int | None:
 
 
 def _counted(decoder: Any, layers: Sequence[Any], experts: Mapping[str, Any], length: int) -> _Pass:
-    """Count a forward pass over that many tokens.
+    """Return the counted FLOPs of a forward pass over `length` tokens.
 
     Raises:
-        UnknownArchitecture: the model's code needs values, as in routing to experts by loops over them.
+        UnknownArchitecture: the model's code needs values, for example because it loops over the chosen experts.
     """
     import torch
 
@@ -194,14 +196,14 @@ def _counted(decoder: Any, layers: Sequence[Any], experts: Mapping[str, Any], le
     try:
         with torch.no_grad(), _counting(found, layers, experts):
             decoder(input_ids=ids, use_cache=True)
-    except Exception as error:  # a model's own code, on tensors that it was not written for
+    except Exception as error:  # the model's own code may fail on tensors without values
         raise UnknownArchitecture(f"its code does not run without values ({_brief(error)})") from error
     return found
 
 
 @contextmanager
 def _counting(into: _Pass, layers: Sequence[Any], experts: Mapping[str, Any]) -> Iterator[None]:
-    """Add the FLOPs of what is dispatched to the layer, and to the experts, whose module is running."""
+    """Attribute the FLOPs of each operation to the layer, and to the experts, whose module is running."""
     running: list[tuple[str, Any]] = []
     with ExitStack() as ending:
         for kind, modules in (("layer", list(enumerate(layers))), ("experts", list(experts.items()))):
@@ -226,7 +228,7 @@ def _counting(into: _Pass, layers: Sequence[Any], experts: Mapping[str, Any]) ->
 
 
 def _counter(add: Any) -> Any:
-    """Return a mode that passes on the FLOPs of each matrix product, as PyTorch's own counter has them."""
+    """Return a dispatch mode that calls `add` with the FLOPs of each matrix product, by PyTorch's own counter."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
@@ -240,15 +242,15 @@ def _counter(add: Any) -> Any:
             return out
 
     def _is_outer_product(packet: Any, args: Any) -> bool:
-        """Positions times frequencies, for rotary embeddings, is written as a matrix product but is none."""
+        """Whether this is the outer product of positions and frequencies in rotary embeddings, which is not counted."""
         return packet is torch.ops.aten.bmm and args[0].shape[-1] == 1
 
     return Counter()
 
 
-# ------------------------------------------------------------------ what the passes say
+# ------------------------------------------------------------------ evaluating the passes
 def _parts(costs: Sequence[int]) -> tuple[Fraction, Fraction, Fraction]:
-    """Return the coefficients of the parabola through the costs of passes of `LENGTHS`."""
+    """Return the coefficients of the parabola through the costs of the passes with lengths `LENGTHS`."""
     (a, b, c), (fa, fb, fc) = LENGTHS, costs
     slope_ab, slope_bc = Fraction(fb - fa, b - a), Fraction(fc - fb, c - b)
     quadratic = (slope_bc - slope_ab) / (c - a)
@@ -257,14 +259,14 @@ def _parts(costs: Sequence[int]) -> tuple[Fraction, Fraction, Fraction]:
 
 
 def _linear(costs: Sequence[int]) -> Fraction:
-    """Return the cost of a token.
+    """Return the cost per token.
 
     Raises:
-        UnknownArchitecture: the costs are not a multiple of it.
+        UnknownArchitecture: the costs are not proportional to the number of tokens.
     """
     constant, linear, quadratic = _parts(costs)
     if quadratic or abs(constant) > CONSTANT_SHARE * linear:
-        raise UnknownArchitecture("its work outside of the layers is not a multiple of the tokens")
+        raise UnknownArchitecture("its work outside the layers is not proportional to the number of tokens")
     return linear
 
 
@@ -278,10 +280,10 @@ def _grouped(costs: Sequence[Fraction], config: Any) -> tuple[Attention, ...]:
 
 
 def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
-    """Return how far back a layer attends, None for any distance, and whether that is counted in chunks.
+    """Return how far back a layer attends (None means without limit), and whether that is counted in chunks.
 
     Raises:
-        UnknownArchitecture: the config does not say so in words that are known here.
+        UnknownArchitecture: the config does not specify this in a known form.
     """
     kinds = getattr(config, "layer_types", None)
     of_layers = getattr(config, "per_layer_config", None)
@@ -290,7 +292,9 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
     by_window = SLIDING if window is not None else CHUNKED if chunk is not None else FULL
     kind = kinds[layer] if kinds else by_window
     if getattr(config, "index_topk", None) is not None or kind not in (FULL, SLIDING, CHUNKED):
-        raise UnknownArchitecture("it has layers that attend to a choice of positions, or keep a state instead")
+        raise UnknownArchitecture(
+            "it has layers that attend to selected positions only, or keep a recurrent state instead"
+        )
     reach = {FULL: None, SLIDING: window, CHUNKED: chunk}[kind]
     if kind != FULL and not isinstance(reach, int):
         raise UnknownArchitecture("how far back its layers attend is unknown")
@@ -299,10 +303,10 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
 
 # ------------------------------------------------------------------ caches
 def cache_bytes(cache: Any) -> int | None:
-    """Return the memory that a cache of transformers' occupies: of each storage that its tensors lie in, once.
+    """Return the memory that a transformers cache occupies in bytes; None if it contains no tensors.
 
-    A tensor that shows a part of a storage, such as the last tokens of a sequence, keeps all of it. None if there
-    are no tensors.
+    Each storage is counted once and in full, because a tensor that is a view of part of a storage, such as the last
+    tokens of a sequence, keeps all of it alive.
     """
     import torch
 
@@ -315,7 +319,7 @@ def cache_bytes(cache: Any) -> int | None:
             continue
         seen.add(id(each))
         if isinstance(each, torch.Tensor):
-            # Scalars are counters.
+            # Scalars are counters, not part of the cache.
             if each.ndim > 1 and each.numel():
                 storage = _own_part(each).untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
@@ -329,5 +333,5 @@ def cache_bytes(cache: Any) -> int | None:
 
 
 def _own_part(tensor: Any) -> Any:
-    """Return this process's part of a tensor that is split over several."""
+    """Return this process's part of a tensor that is split over several processes."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

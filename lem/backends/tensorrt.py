@@ -1,8 +1,8 @@
-"""TensorRT-LLM's LLM API, its PyTorch flow: the engine runs in its own processes, and this one hands it requests.
+"""TensorRT-LLM's LLM API with its PyTorch backend: the engine runs in its own processes, and this one sends requests.
 
-Prompts go in as token ids and come out as token ids: tokenizer and end tokens are the same for every backend. The times
-of requests, cache hits and accepted drafts are the engine's own figures if it reports them, else None. This process
-makes no CUDA context. TensorRT-LLM is imported when the engine starts, not before.
+Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. The times
+of requests, cache hits and accepted drafts are the engine's own figures, or None if it does not report them. This
+process creates no CUDA context. TensorRT-LLM is imported only when the engine starts.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from lem.workload.tokens import Chunk, first_tokens
 ENVIRONMENT = {"TRTLLM_NO_USAGE_STATS": "1"}
 # How often a waiting session checks whether the engine's processes are alive.
 CHECK_S = 1.0
-# An engine that sends nothing for this long is assumed dead; if tokens are not streamed, a second is added for each
-# token of an output, as no engine is that slow.
+# An engine that sends nothing for this long is assumed to be dead. If tokens are not streamed, one second is added for
+# each output token, because no engine is slower than that.
 SILENCE_S = 600.0
-# How long the engine has to release cancelled requests, to end, and to end once it has broken down.
+# How long the engine may take to release cancelled requests, to shut down, and to shut down after a failure.
 CANCEL_S, ENDING_S, ENDING_BROKEN_S = 30.0, 30.0, 3.0
 MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "memory allocation", "kv cache", "kvcache", "free_gpu_memory_fraction"),
     "Set backend.kv_cache.free_gpu_memory_fraction, backend.kv_cache.max_tokens or backend.max_seq_len.",
 )
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
-# The resolved arguments that go into records, and those of its parts.
+# The resolved arguments that are recorded, and the recorded arguments of their parts.
 SETTINGS = (
     "attn_backend", "dtype", "max_batch_size", "max_num_tokens", "max_seq_len", "tensor_parallel_size",
     "pipeline_parallel_size", "moe_expert_parallel_size", "enable_chunked_prefill", "disable_overlap_scheduler",
@@ -87,7 +87,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True if there is a GPU; without one nothing runs."""
+        """Return whether a GPU is visible, because TensorRT-LLM cannot run without one."""
         return bool(host.gpus)
 
     @property
@@ -96,42 +96,42 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import TensorRT-LLM, with only this process's GPUs visible."""
+        """Import TensorRT-LLM with only this process's GPUs visible."""
         os.environ.update(ENVIRONMENT)
         if gpu.visible():
             show_own_gpus(self.local_rank, self._degree)
         try:
             import tensorrt_llm.llmapi  # noqa: F401
-        except Exception as error:  # a missing library of CUDA or MPI is an OSError, a missing driver a RuntimeError
+        except Exception as error:  # a missing CUDA or MPI library raises OSError, and a missing driver RuntimeError
             raise RunError(f"TensorRT-LLM cannot be imported: {engine.reason_of(error)}") from error
 
     def load(self) -> None:
-        """Load tokenizer, weights and adapter, and let the engine start its processes and allocate its cache."""
+        """Load the tokenizer, weights and adapter, and let the engine start its processes and allocate its cache."""
         self._loaded = load(self._experiment, self._llm)
         self._follower = Follower()
 
     def close(self) -> None:
-        """End the engine and its processes, which frees the memory."""
+        """Shut down the engine and its processes, which frees the memory."""
         self._llm.close(ENDING_BROKEN_S if self._is_broken else ENDING_S)
         if self._follower is not None:
             self._follower.close()
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text separately; refuse one that does not fit into a step if the engine cannot split it."""
+        """Tokenize each text separately; refuse a prompt that exceeds a step if the engine cannot split prompts."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)
         is_split = getattr(args, "enable_chunked_prefill", False)
         if longest is not None and step and not is_split and len(longest.token_ids) > step:
             raise RunError(
-                f"Prompt {longest.index} has {len(longest.token_ids)} tokens, and a step computes {step} at most. "
+                f"Prompt {longest.index} has {len(longest.token_ids)} tokens, but a step processes at most {step}. "
                 "Set backend.chunked_prefill=true, or raise backend.max_num_tokens."
             )
         return encoded
 
     def forget(self) -> None:
-        """Reset the counters; the next session has a different salt, so it does not find this one's prefixes."""
+        """Reset the counters and start a new session, whose different salt keeps it from reusing cached prefixes."""
         self._windows += 1
         self._session = None
 
@@ -141,27 +141,29 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return what the engine has reported about the requests since `forget`; None if it has reported nothing."""
+        """Return the counts that the engine has reported since `forget`; None if it has reported nothing."""
         return None if self._session is None else self._session.counters or None
 
     def peak_memory(self) -> Memory:
-        """Return the GPUs' memory in use, as the driver reports it; without GPUs, the processes' own peak.
+        """Return the GPU memory in use, as reported by the driver; without GPUs, the peak memory of the processes.
 
-        The engine's allocator is in other processes and cannot be queried. The cache was allocated at load.
+        The engine's allocator is in other processes and cannot be queried. The cache was allocated during loading.
         """
         if self._own_gpus:
-            scope = "GPU memory in use at the end of the window, the whole key/value cache and other processes included"
+            scope = (
+                "GPU memory in use at the end of the window, including the whole key/value cache and other processes"
+            )
             return Memory(engine.sum_if_known([gpu.used_memory_bytes(each) for each in self._own_gpus]), scope)
         peaks = [peak_memory_bytes(), *(peak_memory_bytes(process.pid) for process in self._llm.processes)]
-        return Memory(engine.sum_if_known(peaks), "process and those of the engine, since their start")
+        return Memory(engine.sum_if_known(peaks), "process and the engine's processes, since their start")
 
 
 # ------------------------------------------------------------------ the loaded engine
 def load(experiment: Experiment, llm: Llm) -> Loaded:
-    """Load tokenizer, weights and adapter, and let the engine start its processes and allocate its cache.
+    """Load the tokenizer, weights and adapter, and let the engine start its processes and allocate its cache.
 
     Raises:
-        RunError: TensorRT-LLM cannot load the model, or uses something other than what was requested.
+        RunError: TensorRT-LLM cannot load the model, or does not use the requested options.
     """
     assert isinstance(experiment.backend, TensorrtBackend)
     options = experiment.backend
@@ -195,7 +197,7 @@ def load(experiment: Experiment, llm: Llm) -> Loaded:
 
 
 class Llm:
-    """TensorRT-LLM's LLM and the processes that it has started, from their start to their end."""
+    """TensorRT-LLM's `LLM` object and the processes that it starts."""
 
     def __init__(self) -> None:
         self._llm: Any = None
@@ -213,15 +215,15 @@ class Llm:
         return self._llm
 
     def close(self, within_s: float) -> None:
-        """End the engine; processes still alive after `within_s` are killed."""
+        """Shut down the engine; processes still alive after `within_s` seconds are killed."""
         llm, self._llm = self._llm, None
 
         def shut_down() -> None:
-            with contextlib.suppress(Exception):  # its errors no longer matter
+            with contextlib.suppress(Exception):  # errors no longer matter here
                 llm.shutdown()
 
         if llm is not None:
-            # Daemonic: an engine that has broken down may never return from it.
+            # The thread is a daemon, because an engine that has failed may never return from the shutdown.
             ending = threading.Thread(target=shut_down, name="closing", daemon=True)
             ending.start()
             ending.join(within_s)
@@ -229,9 +231,9 @@ class Llm:
 
 
 def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return LLM's arguments, with the speculative configuration as an object of the class that LLM needs.
+    """Return LLM's arguments, with the speculative configuration as an object of the class that LLM requires.
 
-    LLM recognises other parts by their names, so they may stay mappings.
+    LLM recognises the other parts by their names, so these may remain mappings.
     """
     config = arguments.get("speculative_config")
     found = None if not isinstance(config, Mapping) else speculative_class(config)
@@ -244,7 +246,7 @@ def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(args: Any, options: TensorrtBackend) -> None:
-    """Refuse to run if TensorRT-LLM uses something other than what was requested."""
+    """Refuse to run if TensorRT-LLM does not use the requested options."""
     for name, asked in given(options).items():
         for path, *values in _pairs(name, asked, getattr(args, name, None)):
             wanted, used = map(engine.as_text, values)
@@ -256,12 +258,14 @@ def _check_options(args: Any, options: TensorrtBackend) -> None:
 
 
 def _pairs(name: str, asked: Any, used: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the path of each value that was requested, the value, and the one that is used."""
+    """Yield the path of each requested value, the requested value, and the value in use."""
     if name == "cuda_graph_config":
         yield "backend.cuda_graphs", asked is not None, used is not None
     elif not isinstance(asked, Mapping):
         yield name, asked, used
-    elif name != "speculative_config":  # its fields have other names in the engine; it is refused or accepted whole
+    elif (
+        name != "speculative_config"
+    ):  # its fields have other names in the engine, which accepts or refuses it as a whole
         for field, value in asked.items():
             yield f"{name}.{field}", value, getattr(used, field, None)
 
@@ -313,21 +317,21 @@ def _settings(args: Any, options: TensorrtBackend, arguments: Mapping[str, Any])
 
 # ------------------------------------------------------------------ requests
 class TensorrtSession(Session[Followed]):
-    """Requests under way in TensorRT-LLM, and the engine's counts for those that are finished.
+    """The requests under way in TensorRT-LLM, and the engine's counts for finished requests.
 
-    `counters` holds only what the engine reports, under the names that records use.
+    `counters` holds only counts that the engine reports, under the names that records use.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded, llm: Llm, follower: Follower, salt: str) -> None:
         super().__init__(experiment)
         self._loaded, self._llm, self._follower = loaded, llm, follower
-        # Only requests with the same salt share blocks of the cache.
+        # Requests share cache blocks only if they have the same salt.
         takes_salt = "cache_salt" in inspect.signature(loaded.engine.generate_async).parameters
         self._salt = {"cache_salt": salt} if takes_salt else {}
         self.counters: dict[str, float] = {}
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Have the follower thread give the engine a prompt."""
+        """Have the follower thread hand a prompt to the engine."""
         if not self.running:
             self._follower.heard_ns = time.perf_counter_ns()
         request = self.running[key] = Followed(prompt, batch, arrived_ns, key=key)
@@ -347,7 +351,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Wait for the next finished requests, and check the engine if there are none."""
+        """Wait for requests to finish; if none does for a while, check that the engine is alive."""
         within_s = CHECK_S if next_ns is None else min(CHECK_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
         done = self._finished(within_s)
         if not done:
@@ -355,23 +359,23 @@ class TensorrtSession(Session[Followed]):
         return {request.key: self._generation(request) for request in done}
 
     def _finished(self, within_s: float) -> list[Followed]:
-        """Wait for finished requests, and remove them from those under way."""
-        # One that was cancelled may have been finished at the same time.
+        """Wait for requests to finish, and return them; they are no longer under way."""
+        # A request that was cancelled may have finished at the same time.
         done = [each for each in self._follower.finished(within_s) if self.running.get(each.key) is each]
         for request in done:
             del self.running[request.key]
         return done
 
     def _check_engine(self) -> None:
-        """Raise when the engine will not answer: one of its processes is gone, or it is silent."""
+        """Raise an error if the engine will not answer, because one of its processes has died or it is silent."""
         if any(not processes.is_alive(process) for process in self._llm.processes):
-            raise RunError("TensorRT-LLM stopped in the middle of its work: one of its processes has died.")
+            raise RunError("TensorRT-LLM failed during the run: one of its processes has died.")
         silent_s = (time.perf_counter_ns() - self._follower.heard_ns) / NS_PER_S
         if silent_s > SILENCE_S + (0 if self.streams else self.experiment.max_output_tokens):
             raise RunError(f"TensorRT-LLM does not answer: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
-        """Cancel all that is under way in the engine, and wait until it has released it."""
+        """Cancel all requests under way in the engine, and wait until the engine has released them."""
         self._follower.abort(list(self.running.values()))
         until_s = time.monotonic() + CANCEL_S
         while self.running and time.monotonic() < until_s:
@@ -382,17 +386,17 @@ class TensorrtSession(Session[Followed]):
         index = request.prompt.index
         if request.error is not None:
             is_refused = request.result is None and isinstance(request.error, (ValueError, TypeError))
-            what = f"refuses prompt {index}" if is_refused else "stopped in the middle of its work"
+            what = f"refuses prompt {index}" if is_refused else "failed during the run"
             hint = "" if is_refused else MEMORY_HINT(request.error)
             raise RunError(f"TensorRT-LLM {what}: {engine.reason_of(request.error)}{hint}") from request.error
         output = request.result.outputs[0]
         reason = FINISH_REASONS.get(output.finish_reason or "")
         if reason is None:
-            raise RunError(f"TensorRT-LLM gave up on prompt {index}: {output.finish_reason}.")
+            raise RunError(f"TensorRT-LLM stopped generating for prompt {index}: {output.finish_reason}.")
         self._count(request)
         ids, end_tokens = tuple(output.token_ids), self._loaded.checkpoint.end_tokens
         if reason == "stop" and not (ids and ids[-1] in end_tokens):
-            # Computed, but withheld by the engine.
+            # The engine computes the end token but does not deliver it.
             ids = (*ids, min(end_tokens))
         scheduled_ns, first_ns = self._times(request)
         return Generation(
@@ -409,16 +413,16 @@ class TensorrtSession(Session[Followed]):
         )
 
     def _chunks(self, request: Followed, count: int) -> tuple[Chunk, ...]:
-        """Return the times of the tokens; an end token that the engine withholds gets the time of the end."""
+        """Return the times of the tokens; an end token that the engine does not deliver gets the time of the end."""
         if not self.streams:
             return ()
         kept_back = count - len(request.token_ids)
         return (*first_tokens(request.chunks, count), *([Chunk(request.last_ns, kept_back)] if kept_back > 0 else ()))
 
     def _times(self, request: Followed) -> tuple[int | None, int | None]:
-        """Return when the engine began on a request and when it had its first token, on our clock.
+        """Return when the engine began a request and when it had the first token (`time.perf_counter_ns`).
 
-        Each is None if the engine does not report it, or reports a time at which it did not have the request.
+        Either is None if the engine does not report it, or reports a time at which it did not have the request.
         """
         timing = getattr(_metrics(request), "timing_metrics", None)
         moments = []
@@ -430,7 +434,7 @@ class TensorrtSession(Session[Followed]):
         return scheduled_ns, first_ns if scheduled_ns is not None and first_ns is not None else None
 
     def _count(self, request: Followed) -> None:
-        """Add what the engine reports about a request to the counters."""
+        """Add the counts that the engine reports for a request to the counters."""
         metrics, result = _metrics(request), request.result
         of_cache = getattr(metrics, "kv_cache_metrics", None)
         of_drafts = getattr(metrics, "speculative_decoding", None)
@@ -456,6 +460,6 @@ def _metrics(request: Followed) -> Any:
 
 
 def _seconds(moment: Any) -> float | None:
-    """Return a time of the engine's steady clock; None if there is none, which the engine may also write as 0."""
+    """Return a time on the engine's steady clock in seconds; None if it is missing, which can also be written as 0."""
     seconds = getattr(moment, "total_seconds", lambda: moment)()
     return float(seconds) if isinstance(seconds, (int, float)) and seconds > 0 else None

@@ -1,7 +1,7 @@
-"""lem's options as TensorRT-LLM takes them: LLM arguments and sampling parameters; why an experiment may be refused.
+"""Translating lem's options into LLM arguments and sampling parameters of TensorRT-LLM, and objections.
 
-Imports neither TensorRT-LLM nor torch; what the installed version accepts is read from its source. Knows nothing
-about requests or time.
+This module imports neither TensorRT-LLM nor torch: the options that the installed version accepts are read from its
+source code. It knows nothing about requests in flight or about time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lem.spec.processes import runs_in_one_process
 from lem.spec.rules import Objection
 from lem.workload.models import Model
 
-# Options and their arguments of LLM; then the parts of the options and the arguments that hold them.
+# The LLM argument for each option, and the LLM argument for each part of the options.
 DIRECT = {
     "max_seq_len": "max_seq_len",
     "max_num_tokens": "max_num_tokens",
@@ -41,10 +41,10 @@ DIRECT = {
     "moe_expert_parallel_size": "moe_expert_parallel_size",
 }
 PARTS = {"kv_cache": "kv_cache_config", "scheduler": "scheduler_config", "speculative": "speculative_config"}
-# What arguments were called in earlier versions.
+# Names of arguments in earlier versions.
 FORMER_NAMES = {"speculative_model": "speculative_model_dir"}
 OWN_TOKENIZER = ("tokenizer", "tokenizer_mode", "custom_tokenizer", "skip_tokenizer_init")
-# Arguments that lem sets, and what each is set from.
+# Arguments that lem sets, and the option or reason that sets each.
 OF_LEM = {
     "model": "model",
     **dict.fromkeys(OWN_TOKENIZER, "model, whose own tokenizer is used"),
@@ -57,7 +57,7 @@ OF_LEM = {
     **dict.fromkeys(("enable_lora", "lora_config"), "adapter"),
     "generation_config": "decoder",
     "return_perf_metrics": "lem, which reads the times of requests",
-    "backend": "lem, which uses the PyTorch flow",
+    "backend": "lem, which uses the PyTorch backend",
     "encode_only": "lem, which generates",
     "mpi_session": "lem",
 }
@@ -70,11 +70,11 @@ OF_BUILDING = (
     "extended_runtime_perf_knob_config",
 )
 DROPPED = {
-    **dict.fromkeys(OF_BUILDING, "the PyTorch flow builds no TensorRT engine"),
+    **dict.fromkeys(OF_BUILDING, "the PyTorch backend builds no TensorRT engine"),
     "calib_config": "name a checkpoint that is already quantized as the model",
     "quant_config": "name a checkpoint that is already quantized as the model; for the cache, use "
     "backend.kv_cache.dtype",
-    "pytorch_backend_config": "its fields have become arguments themselves, for backend.extra_args",
+    "pytorch_backend_config": "its fields are now separate arguments; set them in backend.extra_args",
     "enable_overlap_scheduler": "use backend.overlap_scheduler",
     "use_cuda_graph": "use backend.cuda_graphs",
     **dict.fromkeys(
@@ -88,33 +88,33 @@ DROPPED = {
     "kv_cache_dtype": "use backend.kv_cache.dtype",
     "autotuner_enabled": "use enable_autotuner in backend.extra_args",
     **dict.fromkeys(("enable_trtllm_sampler", "sampler_type"), "TorchSampler is the only sampler"),
-    "mixed_sampler": "requests of a batch may always be sampled differently",
+    "mixed_sampler": "requests in a batch may always have different sampling options",
 }
 ARGUMENTS = EngineArguments("TensorRT-LLM", "backend.extra_args", tensorrt_source, DROPPED)
-# Only a sampling option that differs from these needs a sampler that reads it.
+# The neutral values of sampling options; only other values need a sampler that supports the option.
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-# The one sampler of earlier versions that reads all sampling options.
+# The only sampler of earlier versions that supports all sampling options.
 OLD_SAMPLER = "TRTLLMSampler"
-# The seed of a request depends on the experiment's seed and the prompt, and fits into 64 bits.
+# A request's seed is derived from the experiment's seed and the prompt, and must fit into 64 bits.
 PROMPTS_PER_SEED = 2**31
 
 
 # ------------------------------------------------------------------ translation
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: the folder with its files, and its rank."""
+    """A LoRA adapter: the directory with its files, and its rank."""
 
     folder: Path
     rank: int
 
 
 def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | None) -> dict[str, Any]:
-    """Return the arguments of TensorRT-LLM's LLM as plain values; what is null is left to TensorRT-LLM.
+    """Return the arguments of TensorRT-LLM's LLM as plain values, omitting options that are null.
 
     Args:
-        experiment: one that has passed preflight.
+        experiment: an experiment that has passed preflight.
         model: the model that preflight found.
-        adapter: None without one.
+        adapter: the adapter, if any.
     """
     options, spread = _options(experiment), experiment.parallelism
     own: dict[str, Any] = {
@@ -135,7 +135,7 @@ def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | No
 
 
 def given(options: TensorrtBackend) -> dict[str, Any]:
-    """Return the options that are not null, as arguments of LLM; each part becomes a mapping."""
+    """Return the options that are not null as arguments of LLM, with each part as a mapping."""
     found: dict[str, Any] = {}
     for option, argument in DIRECT.items():
         value = getattr(options, option)
@@ -157,13 +157,13 @@ def _translated(option: str, value: Any) -> Any:
 
 
 def merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return both, merging the parts that both have; a field that is in both has been objected to."""
+    """Merge two sets of arguments, including parts that are in both; preflight objects to fields that are in both."""
     both = {name: {**ours[name], **extra[name]} for name in ours if isinstance(extra.get(name), Mapping)}
     return {**ours, **extra, **both}
 
 
 def speculative_class(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Return the class of arguments of a method that drafts tokens, and its fields; None when it is not known."""
+    """Return the argument class of a drafting method, and the fields for it; None if the class is unknown."""
     name = tensorrt_source.decoding_types().get(str(config.get("decoding_type")))
     if name is None:
         return None
@@ -173,17 +173,17 @@ def speculative_class(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] |
 
 
 def _known_as(field: str, known: Mapping[str, Any]) -> str:
-    """Return a field's name in the installed version."""
+    """Return the name of a field in the installed version."""
     former = FORMER_NAMES.get(field, field)
     return former if former in known and field not in known else field
 
 
 def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return the arguments of TensorRT-LLM's SamplingParams for the prompt at a position.
+    """Return the arguments of TensorRT-LLM's SamplingParams for the prompt with the given index.
 
-    One end token is given to the engine, which holds it off for `min_tokens`; others end an output as stop words do.
-    Without temperature, top_k and top_p a request is decoded greedily; with sampling top_p is always given, because
-    earlier versions decode greedily when given only a temperature.
+    One end token is passed to the engine as such, and the engine suppresses it for `min_tokens`; any others are passed
+    as stop words. A request without temperature, top_k and top_p is decoded greedily. With sampling, top_p is always
+    set, because earlier versions decode greedily if they are given only a temperature.
     """
     decoder = experiment.decoder
     first, *others = sorted(end_tokens) or [-1]
@@ -206,7 +206,7 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
 
 
 def changed_sampling(experiment: Experiment) -> list[str]:
-    """Return the options in use that not every version's sampler reads."""
+    """Return the sampling options in use that some versions' samplers ignore."""
     decoder = experiment.decoder
     names = [name for name, neutral in NEUTRAL.items() if getattr(decoder, name) != neutral]
     return [name for name in names if decoder.do_sample or name != "min_p"]
@@ -219,7 +219,7 @@ def _options(experiment: Experiment) -> TensorrtBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None when none was found, which is reported separately."""
+    """Return all objections; `model` is None if it was not found, which is reported separately."""
     options = _options(experiment)
     return [
         *_installation(host),
@@ -239,24 +239,24 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
 
 def _installation(host: Host) -> Iterator[Objection]:
     if not host.has(tensorrt_source.PACKAGE):
-        fact = "the tensorrt backend needs TensorRT-LLM (pip install 'lem[tensorrt]', as docs/tensorrt.md describes)."
+        fact = "the tensorrt backend needs TensorRT-LLM (pip install 'lem[tensorrt]'; see docs/tensorrt.md)."
         yield Objection("missing_package", "backend", fact)
     if not host.gpus:
-        yield Objection("no_gpu", "backend", "TensorRT-LLM runs on NVIDIA GPUs only, and none is visible.")
+        yield Objection("no_gpu", "backend", "TensorRT-LLM runs only on NVIDIA GPUs, and none is visible.")
 
 
 def _checkpoint(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
     if checkpoint_dtype(experiment, model) == "float32":
-        whose = "it is requested" if experiment.fp_precision == "float32" else "the checkpoint is float32"
-        fact = f"most of TensorRT-LLM's kernels have no float32, and {whose}."
+        whose = "float32 is requested" if experiment.fp_precision == "float32" else "the checkpoint is in float32"
+        fact = f"most of TensorRT-LLM's kernels do not support float32, but {whose}."
         yield Objection("float32_on_tensorrt", "fp_precision", fact)
     if experiment.quantization.quantization:
-        fact = "TensorRT-LLM does not quantize with bitsandbytes as it loads."
+        fact = "TensorRT-LLM cannot quantize with bitsandbytes while loading."
         yield Objection("quantized_by_tensorrt", "quantization.quantization", fact)
 
 
 def _sampling(experiment: Experiment) -> Iterator[Objection]:
-    """Object to sampling options that the installed sampler accepts and ignores."""
+    """Object to sampling options that the installed version accepts but its sampler ignores."""
     asked = [(name, f"decoder.{name}", NEUTRAL[name]) for name in changed_sampling(experiment)]
     if experiment.min_output_tokens:
         asked.append(("min_length", "min_output_tokens", 0))
@@ -270,7 +270,7 @@ def _sampling(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _seeds(experiment: Experiment) -> Iterator[Objection]:
-    """Object to sampling that cannot be reproduced: only a request that is sampled alone has its own seed."""
+    """Object to sampling that is not reproducible, because only a request that runs alone has its own seed."""
     if not experiment.decoder.do_sample:
         return
     read = tensorrt_source.sampling_options_read()
@@ -289,8 +289,8 @@ def _end_tokens(experiment: Experiment, model: Model | None) -> Iterator[Objecti
 
 
 def several_end_tokens(count: int) -> Objection:
-    """Object to holding off several end tokens."""
-    fact = f"TensorRT-LLM can hold off only one end token, but the model has {count}."
+    """Return an objection to min_output_tokens for a model with several end tokens."""
+    fact = f"TensorRT-LLM can suppress only one end token, but the model has {count}."
     return Objection("one_end_token_held_off", "min_output_tokens", fact)
 
 
@@ -326,12 +326,12 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that the backend lacks; None if LLM has no such argument."""
+    """Return a message about a key that is no option of the backend; None if LLM has no such argument."""
     return ARGUMENTS.about_key(name, _owner(name, None, TensorrtBackend()))
 
 
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
-    """Return what sets an argument in lem; None if nothing does. Parts may be given further fields."""
+    """Return which option sets an argument in lem, or None; arguments that are parts may be given further fields."""
     if name in PARTS.values() and isinstance(value, Mapping):
         return None
     if name == "cuda_graph_config" and options.cuda_graphs is None:
@@ -341,7 +341,7 @@ def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
 
 
 def _fields_of(name: str, config: Mapping[str, Any], options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to fields of a part that have their own option, or that the part does not have."""
+    """Object to fields of a part that have their own option in lem or that do not exist in the part."""
     option = {argument: option for option, argument in PARTS.items()}.get(name)
     named = set(vars(getattr(options, option))) if option else set()
     if name == "speculative_config" and options.speculative.decoding_type is None:
@@ -356,7 +356,7 @@ def _fields_of(name: str, config: Mapping[str, Any], options: TensorrtBackend) -
 
 
 def _fields_known(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields of a part; empty if they are not known."""
+    """Return the fields of a part; empty if they cannot be determined."""
     if name != "speculative_config":
         part = tensorrt_source.part(name)
         return {} if part is None else tensorrt_source.arguments(part)
@@ -365,7 +365,7 @@ def _fields_known(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _parts(options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to options that the installed version lacks, and to values that it does not know."""
+    """Object to options and values that the installed version does not support."""
     known = tensorrt_source.arguments()
     for option, argument in DIRECT.items():
         if known and argument not in known and getattr(options, option) is not None:
@@ -384,8 +384,8 @@ def _parts(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def _cache(options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to a prefix cache that cannot be emptied between the warm-up and the window."""
+    """Yield an objection if the prefix cache cannot be emptied between the warm-up and the window."""
     taken = tensorrt_source.generate_arguments()
     if taken and "cache_salt" not in taken and options.kv_cache.enable_block_reuse is not False:
-        fact = f"TensorRT-LLM {tensorrt_source.version()} cannot drop the prefixes that the warm-up cached."
+        fact = f"TensorRT-LLM {tensorrt_source.version()} cannot drop the prefixes cached during the warm-up."
         yield Objection("prefixes_not_forgotten", "backend.kv_cache.enable_block_reuse", fact)

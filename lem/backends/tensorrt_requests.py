@@ -1,8 +1,8 @@
-"""Requests that TensorRT-LLM works on: handed over one by one, their tokens noted as they come, waited for together.
+"""Following requests in TensorRT-LLM: submitting them, timing their tokens, and waiting until any is finished.
 
-TensorRT-LLM answers each request through a future, an asyncio one if a loop is running. Here one thread runs a loop
-and follows them, so that a token's time is when it came, whatever the main thread does; the main thread sleeps until
-any request is finished. Knows nothing about options or models.
+TensorRT-LLM answers each request through a future, which is an asyncio future if an event loop is running. Here a
+thread runs an event loop and follows all requests, so that tokens are timed on arrival, whatever the main thread is
+doing. The main thread sleeps until a request is finished. This module knows nothing about options or models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A followed request; `result` is the engine's, None until it has the request; `error` is set on failure."""
+    """A request being followed; `result` is the engine's future, None before submission; `error` is set on failure."""
 
     key: int = 0
     last_ns: int = 0
@@ -37,7 +37,7 @@ class Follower:
     def __init__(self) -> None:
         self._finished: queue.SimpleQueue[Followed] = queue.SimpleQueue()
         self.heard_ns = time.perf_counter_ns()
-        """When the engine last handed something out, or was given a request while it had none."""
+        """When the engine last delivered something, or was given a request while it had none."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()
@@ -46,10 +46,10 @@ class Follower:
         """Hand a request to the engine and follow it.
 
         Args:
-            request: takes the tokens.
-            submit: hands it to the engine and returns its result, which can be awaited or, if tokens are streamed,
-                iterated over; called in the thread.
-            streams: whether tokens are handed out as they come.
+            request: the request, which collects the tokens.
+            submit: a function, called in the thread, that hands the request to the engine. It returns an object that
+                can be awaited or, if tokens are streamed, iterated over.
+            streams: whether the engine delivers tokens as they are generated.
         """
         asyncio.run_coroutine_threadsafe(self._follow(request, submit, streams), self._loop)
 
@@ -62,17 +62,17 @@ class Follower:
             else:
                 await request.result
                 self._note(request, request.result, streams)
-        except BaseException as error:  # any error is raised where the request is waited for
+        except BaseException as error:  # any error is raised where the main thread waits for the request
             request.error = error
         self._finished.put(request)
 
     def _note(self, request: Followed, result: Any, streams: bool) -> None:
-        """Note the new tokens: a result holds all of them so far."""
+        """Record the new tokens; a result contains all tokens so far."""
         now_ns = self.heard_ns = request.last_ns = time.perf_counter_ns()
         request.take(result.outputs[0].token_ids[len(request.token_ids) :], now_ns, timed=streams)
 
     def finished(self, within_s: float) -> list[Followed]:
-        """Return the requests that are finished; if there are none, sleep until one is, for at most `within_s`."""
+        """Return the finished requests; if none has finished, sleep until one does, for at most `within_s` seconds."""
         done = []
         with contextlib.suppress(queue.Empty):
             done.append(self._finished.get(timeout=max(0.0, within_s)))
@@ -81,7 +81,7 @@ class Follower:
         return done
 
     def abort(self, requests: Sequence[Followed]) -> None:
-        """Have the engine stop working on requests; each is finished soon after."""
+        """Have the engine abort requests, each of which is reported as finished soon after."""
 
         def abort() -> None:
             for request in requests:
@@ -91,6 +91,6 @@ class Follower:
         self._loop.call_soon_threadsafe(abort)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSING_S)

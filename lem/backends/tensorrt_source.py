@@ -1,8 +1,9 @@
-"""What the installed TensorRT-LLM accepts, read from its source: arguments, those of their parts, and some values.
+"""The arguments and some of the values that the installed TensorRT-LLM accepts, read from its source code.
 
-Importing it takes many seconds and looks for GPUs; parsing the files with its arguments takes 0.1 s. If the source
-is laid out differently, what it accepts is unknown, and the engine has to refuse. Knows nothing about experiments.
-Written against `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at the commits that docs/tensorrt.md names.
+Importing TensorRT-LLM takes many seconds and looks for GPUs, whereas parsing the files with its arguments takes 0.1 s.
+If the source has an unknown layout, nothing is known about the accepted arguments, and it is left to the engine to
+refuse them. This module knows nothing about experiments. It was written for `tensorrt_llm/llmapi/llm_args.py` of the
+1.x series, at the commits named in docs/tensorrt.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 PACKAGE, DISTRIBUTION = "tensorrt_llm", "tensorrt-llm"
 ARGUMENTS = "TorchLlmArgs"
 SPECULATION = "DecodingBaseConfig"
-# Where argument classes are defined; LoraConfig has been in each of these files except the last two.
+# The files that define argument classes; over time, LoraConfig has been in each of them except the last two.
 FILES = (
     "llmapi/llm_args.py",
     "_torch/peft/lora/config.py",
@@ -26,9 +27,9 @@ FILES = (
     "llmapi/llm.py",
     "sampling_params.py",
 )
-# Where tokens are sampled: one file in earlier versions, a folder since.
+# The location of the sampler's code: a single file in earlier versions, now a folder.
 SAMPLERS = ("_torch/pyexecutor/sampler.py", "_torch/pyexecutor/sampler/*.py")
-# Where a request is created: it keeps an option in its sampling_config, or as py_<option>.
+# The file that creates requests; a request keeps an option in its sampling_config or as an attribute py_<option>.
 REQUESTS = ("_torch/pyexecutor/llm_request.py",)
 SAMPLING_CONFIG, KEPT = "sampling_config", "py_"
 GENERATE = "generate_async"
@@ -36,7 +37,7 @@ GENERATE = "generate_async"
 
 @dataclass(frozen=True)
 class Argument:
-    """A field of an argument class: its annotation, and its default, which is None if the field is required."""
+    """A field of an argument class: its annotation, and its default, or None if the field is required."""
 
     annotation: ast.expr
     default: ast.expr | None
@@ -52,7 +53,7 @@ def version() -> str:
 
 # ------------------------------------------------------------------ arguments
 def arguments(of: str = ARGUMENTS) -> dict[str, Argument]:
-    """Return the arguments of a class, including those of its bases; empty when unknown."""
+    """Return the arguments of a class, including those of its base classes; empty if unknown."""
     defined = _definitions().get(of)
     if not isinstance(defined, ast.ClassDef):
         return {}
@@ -71,7 +72,7 @@ def _fields(defined: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
 
 
 def _default(value: ast.expr | None) -> ast.expr | None:
-    """Return a field's default, whether or not it is inside Field(…)."""
+    """Return a field's default, which may be wrapped in Field(…)."""
     if not isinstance(value, ast.Call) or _called(value) not in ("Field", "PydanticField"):
         return value
     named = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -83,7 +84,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of an LLM argument that has arguments itself; None for a plain value or several classes."""
+    """Return the class of an LLM argument that itself has arguments; None for a plain value or several classes."""
     argument = arguments().get(name)
     if argument is None:
         return None
@@ -92,7 +93,7 @@ def part(name: str) -> str | None:
 
 
 def _classes(annotation: ast.expr) -> list[str]:
-    """Return the classes that a type names, following aliases."""
+    """Return the classes named in a type annotation, following aliases."""
     found: list[str] = []
     for node in ast.walk(annotation):
         if isinstance(node, ast.Name):
@@ -106,13 +107,13 @@ def _classes(annotation: ast.expr) -> list[str]:
 
 # ------------------------------------------------------------------ values
 def choices(argument: str, of: str = ARGUMENTS) -> tuple[str, ...]:
-    """Return the values that an argument's type allows; empty if it allows any, or if they are unknown."""
+    """Return the values that an argument's type allows; empty if it allows any value, or if they are unknown."""
     found = arguments(of).get(argument)
     return () if found is None else tuple(dict.fromkeys(_values(found.annotation)))
 
 
 def _values(annotation: ast.expr) -> Iterator[str]:
-    """Yield the texts of a Literal or the values of an enumeration; nothing for a type that allows any text."""
+    """Yield the strings of a Literal or the values of an enumeration; nothing for a type that allows any string."""
     names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
     if "str" in names:
         return
@@ -126,7 +127,7 @@ def _values(annotation: ast.expr) -> Iterator[str]:
 
 
 def decoding_types() -> dict[str, str]:
-    """Return the ways to draft tokens, and the class of arguments of each; empty when unknown."""
+    """Return the drafting methods and the argument class of each; empty if unknown."""
     found = {}
     for name, defined in _definitions().items():
         if isinstance(defined, ast.ClassDef) and SPECULATION in _bases(name):
@@ -147,7 +148,7 @@ def _bases(name: str) -> list[str]:
 
 # ------------------------------------------------------------------ behaviour
 def sampling_options_read() -> frozenset[str]:
-    """Return the sampling options that the installed sampler reads; empty when unknown."""
+    """Return the sampling options that the installed sampler reads; empty if unknown."""
     folder = _folder()
     return frozenset() if folder is None else sampling_options_in_config(folder) | sampling_options_kept(folder)
 
@@ -170,7 +171,7 @@ def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str
 
 @cache
 def _attributes(package: Path, patterns: tuple[str, ...]) -> frozenset[tuple[str, str]]:
-    """Return the attributes that the files read, with their owners' names: `a.b.c` and `getattr(b, "c")` as b, c."""
+    """Return the attributes read in the files, each with its owner: `a.b.c` and `getattr(b, "c")` give (b, c)."""
     found = set()
     for file in [file for pattern in patterns for file in package.glob(pattern)]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -186,7 +187,7 @@ def _last_name(node: ast.expr) -> str:
 
 
 def generate_arguments() -> frozenset[str]:
-    """Return the arguments of the call that takes a request; empty when unknown."""
+    """Return the arguments of the engine's call for submitting a request; empty if unknown."""
     for defined in _definitions().values():
         for node in defined.body if isinstance(defined, ast.ClassDef) else ():
             if isinstance(node, ast.FunctionDef) and node.name == GENERATE:
@@ -202,7 +203,7 @@ def _folder() -> Path | None:
 
 
 def _definitions() -> dict[str, ast.AST]:
-    """Return the classes and the assigned values at the top of the files, by name; a name's first definition counts."""
+    """Return the top-level classes and assignments of the files, by name; the first definition of a name wins."""
     folder = _folder()
     return {} if folder is None else _parsed(folder)
 

@@ -1,7 +1,8 @@
-"""What the installed transformers knows about families of models, read from its source.
+"""The model families that the installed transformers supports, read from its source code.
 
-Importing transformers' models takes seconds; parsing its tables, some 20 ms. If the source is laid out differently,
-what it knows is unknown, and loading the model has to tell. Knows nothing about experiments.
+Importing transformers' models takes seconds, whereas parsing its tables takes about 20 ms. If the source has an unknown
+layout, nothing is known about the families, and any problem shows only when the model is loaded. This module knows
+nothing about experiments.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from lem.machine.host import installed_version
 
 AUTO = "models/auto"
-# What transformers says while it makes a decoder of a model that was trained to read in both directions.
+# Part of transformers' warning when it uses a model trained to read in both directions as a decoder.
 READS_BOTH_WAYS = "as a standalone, add `is_decoder=True"
 
 
@@ -26,12 +27,12 @@ def version() -> str:
 
 
 def language_models() -> Mapping[str, str]:
-    """Return the classes that continue text, by model type; empty when unknown."""
+    """Return the text generation class for each model type; empty if unknown."""
     return _table("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 
 
 def model_types() -> frozenset[str]:
-    """Return all types of models, whatever their task; empty when unknown."""
+    """Return all model types, for any task; empty if unknown."""
     known = _table("auto_mappings.py", "CONFIG_MAPPING_NAMES") or _table(
         "configuration_auto.py", "CONFIG_MAPPING_NAMES"
     )
@@ -39,12 +40,12 @@ def model_types() -> frozenset[str]:
 
 
 def modeling(model_type: str) -> str | None:
-    """Return the source of a model type's modules; None if there is none."""
+    """Return the source code of a model type's modules; None if it has none."""
     return _source("modeling", model_type)
 
 
 def default(model_type: str, name: str) -> int | None:
-    """Return the whole number that a model type's configuration takes for a value; None if that is unclear."""
+    """Return the default of an integer value in a model type's configuration; None if it cannot be determined."""
     text = _source("configuration", model_type) or ""
     values = {int(value) for value in re.findall(rf"\b{name}(?:: [\w\s|]+)? ?= ?(\d[\d_]*)\b", text)}
     return values.pop() if len(values) == 1 else None
@@ -75,7 +76,7 @@ def _folder() -> Path | None:
 
 @cache
 def _table(file: str, name: str) -> dict[str, str]:
-    """Return a table that the source assigns to a name as `OrderedDict([(…, …), …])`; empty if there is none."""
+    """Return the table that the source assigns to a name as `OrderedDict([(…, …), …])`; empty if it is not found."""
     folder = _folder()
     path = None if folder is None else folder / AUTO / file
     if path is None or not path.is_file():
@@ -89,7 +90,7 @@ def _table(file: str, name: str) -> dict[str, str]:
 
 
 def _pairs(node: ast.expr) -> dict[str, str]:
-    """Return the pairs of texts of a literal list; of several classes for a type, the first."""
+    """Return the pairs of strings in a literal list; if a type has several classes, the first is used."""
     try:
         pairs = ast.literal_eval(node)
         return {key: value if isinstance(value, str) else value[0] for key, value in pairs}

@@ -1,8 +1,8 @@
-"""vLLM's engine, driven step by step in this process; with several GPUs it starts its own workers.
+"""vLLM's engine, driven step by step in this process; with several GPUs, the engine starts its own workers.
 
-Prompts go in as token ids and come out as token ids: tokenizer, end tokens and seeds are the same for every backend.
-Times, queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported when the
-engine starts, not before: that takes ten seconds or more.
+Prompts and outputs are passed as token ids, so that tokenizer, end tokens and seeds are the same for every backend.
+Times, queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported only when
+the engine starts, because that takes ten seconds or more.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from lem.units import NS_PER_S
 from lem.workload.models import Model
 
 ENVIRONMENT = {
-    # The engine's loop runs in this process, with its clock, its memory and its errors.
+    # This makes the engine's loop run in this process, so that it shares this process's clock, memory and errors.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    # A process with threads, such as this one, must not be forked.
+    # This process has threads, so it must not be forked.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-# vLLM prefers this variable to the option, so it must not be set together with the option.
+# vLLM gives this variable precedence over the option, so the two must not be set together.
 CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-# A Ctrl-C reaches the engine's own processes before it reaches this one.
+# How long to wait for a signal after a failure, because Ctrl-C can reach the engine's processes before this one.
 INTERRUPTION_S = 1.0
 MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization"),
@@ -57,7 +57,7 @@ class Vllm(SessionBackend["VllmSession"]):
         assert isinstance(experiment.backend, VllmBackend)
         self._options = experiment.backend
         self._ending = ExitStack()
-        # The engine's counters, and the graphs compiled by this process, at `forget`.
+        # The engine's counters, and the number of graphs compiled by this process, at the last `forget`.
         self._totals_before: Mapping[str, float] = {}
         self._graphs_before = 0
 
@@ -67,7 +67,7 @@ class Vllm(SessionBackend["VllmSession"]):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True if there is a GPU and vLLM was not built for the CPU."""
+        """Return whether a GPU is visible and vLLM was not built for the CPU."""
         return bool(host.gpus) and not host.is_built_for_cpu("vllm")
 
     @property
@@ -106,13 +106,13 @@ class Vllm(SessionBackend["VllmSession"]):
             )
 
     def close(self) -> None:
-        """End the engine and its workers, which frees the memory."""
+        """Shut down the engine and its workers, which frees the memory."""
         self._loaded = None
         self._ending.close()
 
     # -------------------------------------------------------------- running
     def forget(self) -> None:
-        """Empty the prefix cache, so that no measured prompt profits from the warm-up, and reset the counters."""
+        """Empty the prefix cache, so that no measured prompt benefits from the warm-up, and reset the counters."""
         loaded = needed(self._loaded)
         loaded.engine.reset_prefix_cache()
         self._totals_before = totals(loaded.engine)
@@ -123,29 +123,29 @@ class Vllm(SessionBackend["VllmSession"]):
         return VllmSession(self._experiment, loaded, self._degree)
 
     def synchronize(self) -> None:
-        """Wait for the GPUs of all workers; on a CPU a step is done when it returns."""
+        """Wait for the GPUs of all workers; on a CPU, a step is finished when it returns."""
         if self._loaded is not None and self._on_gpu and not self._is_broken:
             on_workers(self._loaded.engine, vllm_source.worker_synchronize)
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's counters since `forget`; those of speculation only if it is on."""
+        """Return the engine's counters since `forget`, including those of speculation only if it is on."""
         if self._session is None:
             return None
         now = totals(needed(self._loaded).engine)
         return {name: total - self._totals_before.get(name, 0.0) for name, total in now.items()}
 
     def reset_peak_memory(self) -> None:
-        """Reset the CUDA allocators' peaks; a process's own peak cannot be reset."""
+        """Reset the peaks of the CUDA allocators; the peak of a process cannot be reset."""
         if self._on_gpu:
             on_workers(needed(self._loaded).engine, vllm_source.worker_reset_gpu_peak)
 
     def peak_memory(self) -> Memory:
-        """Return the allocators' peaks since the reset, summed over the workers; on a CPU the processes' own."""
+        """Return the CUDA allocators' peaks since the reset, summed over workers; on a CPU, the processes' peaks."""
         loaded = needed(self._loaded)
         if self._on_gpu:
             several = f", sum of {self._degree} GPUs" if self._degree > 1 else ""
-            scope = f"GPU allocator, measured window, the whole key/value cache included{several}"
+            scope = f"GPU allocator, measured window, including the whole key/value cache{several}"
             return Memory(
                 None if self._is_broken else sum(on_workers(loaded.engine, vllm_source.worker_gpu_peak)), scope
             )
@@ -156,7 +156,7 @@ class Vllm(SessionBackend["VllmSession"]):
         return Memory(engine.sum_if_known([peak_memory_bytes(), *workers]), scope)
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn of random weights, of less or more work than the tokens suggest, and of compilation in the window."""
+        """Warn about random weights, cache hits, preemptions, and compilation in the window."""
         graphs = 0 if self._session is None else engine.compiled_graphs() - self._graphs_before
         return [*super().warnings(), *engine.compilation_warnings(graphs)]
 
@@ -166,11 +166,12 @@ def load(experiment: Experiment, ending: ExitStack) -> Loaded:
     """Load the tokenizer, weights and adapter, and let the engine allocate its cache.
 
     Args:
-        experiment: one that has passed preflight.
-        ending: will end the engine and its workers, even if this function fails after their start.
+        experiment: an experiment that has passed preflight.
+        ending: an exit stack that will shut down the engine and its workers, even if this function fails after
+            starting them.
 
     Raises:
-        RunError: vLLM cannot load the model or the adapter, or uses something other than requested.
+        RunError: vLLM cannot load the model or the adapter, or does not use the requested options.
     """
     assert isinstance(experiment.backend, VllmBackend)
     options = experiment.backend
@@ -196,7 +197,7 @@ def load(experiment: Experiment, ending: ExitStack) -> Loaded:
 
 
 def _config_changes(options: VllmBackend) -> dict[str, Any] | None:
-    """Return what the engine changes in the model's config; None if it uses a different one."""
+    """Return the changes that the engine makes to the model's config; None if it uses a different config."""
     arguments = options.engine_args or {}
     overrides = arguments.get("hf_overrides")
     if "hf_config_path" in arguments:
@@ -224,9 +225,10 @@ def _load_adapter(llm: Any, folder: Path) -> tuple[Any, tuple[int, int]]:
 
 
 def _check_options(llm: Any, options: VllmBackend, attention: str) -> None:
-    """Refuse to run if vLLM uses something other than what was requested.
+    """Refuse to run if vLLM does not use the requested options.
 
-    Quantization is only checked for presence: vLLM chooses faster kernels for the same weights, under other names.
+    Quantization is checked only for presence, because vLLM may choose faster kernels with other names for the same
+    weights.
     """
     for name, asked in given(options).items():
         used = attention if name == "attention_backend" else _resolved(llm, name)
@@ -246,13 +248,13 @@ def _resolved(llm: Any, name: str) -> Any:
 def _model_info(
     llm: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
 ) -> ModelInfo:
-    """Describe the model as it was loaded.
+    """Describe the model as loaded.
 
-    On a CPU vLLM repacks the weights and empties the modules, so their size is their number times the bytes of the
-    dtype, and None for quantized weights.
+    On a CPU, vLLM repacks the weights and empties the modules. The size is then computed as the number of weights times
+    the size of the dtype, and is None for quantized weights.
     """
     config, on_gpu = llm.vllm_config.model_config, not vllm_source.is_built_for_cpu()
-    # As the workers have them.
+    # These are queried from the workers, which hold the weights.
     count, size = (sum(each) for each in zip(*on_workers(llm, vllm_source.worker_weights), strict=True))
     known = None if read.hollow is None else read.hollow.num_parameters()
     if not on_gpu and (known is not None or config.quantization is not None):
@@ -295,13 +297,13 @@ def _settings(llm: Any, options: VllmBackend, attention: str) -> dict[str, str]:
 
 
 def on_workers(llm: Any, function: Callable[[Any], Any]) -> list[Any]:
-    """Return what a function returns in each of the engine's workers."""
+    """Run a function in each of the engine's workers, and return the results."""
     results: list[Any] = llm.collective_rpc(function)
     return results
 
 
 def totals(llm: Any) -> dict[str, float]:
-    """Return the engine's counters since its start, by the names of records."""
+    """Return the engine's counters since its start, under the names that records use."""
     found: dict[str, float] = {}
     for metric in llm.get_metrics():
         if name := vllm_source.COUNTERS.get(metric.name):
@@ -311,7 +313,7 @@ def totals(llm: Any) -> dict[str, float]:
 
 # ------------------------------------------------------------------ requests
 class VllmSession(Session[Request]):
-    """Requests under way in vLLM, which hands out tokens step by step."""
+    """The requests under way in vLLM, which delivers tokens step by step."""
 
     def __init__(self, experiment: Experiment, loaded: Loaded, degree: int) -> None:
         super().__init__(experiment)
@@ -336,7 +338,7 @@ class VllmSession(Session[Request]):
         self.running[key] = Request(prompt, batch, arrived_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take a step, however long it takes."""
+        """Let the engine take one step, however long that takes."""
         outputs, now_ns = self._step(), time.perf_counter_ns()
         done = {}
         for output in outputs:
@@ -357,20 +359,20 @@ class VllmSession(Session[Request]):
                 time.sleep(INTERRUPTION_S)
             has_lost_a_worker = getattr(llm.model_executor, "is_failed", False)
             reason = "one of its worker processes has died." if has_lost_a_worker else engine.reason_of(error)
-            raise RunError(f"vLLM stopped in the middle of its work: {reason}{MEMORY_HINT(error)}") from error
+            raise RunError(f"vLLM failed during the run: {reason}{MEMORY_HINT(error)}") from error
         return outputs
 
     def _generation(self, output: Any, request: Request) -> Generation:
         (completion,), times, index = output.outputs, output.metrics, request.prompt.index
         if completion.finish_reason not in ("stop", "length"):
-            raise RunError(f"vLLM gave up on prompt {index}: {completion.finish_reason}.")
+            raise RunError(f"vLLM stopped generating for prompt {index}: {completion.finish_reason}.")
         return Generation(
             index,
             request.batch,
             tuple(request.token_ids),
             completion.finish_reason,
             start_ns=self._ns(times.scheduled_ts),
-            # A user would get the token when the step returns.
+            # A user would receive the token when the step returns.
             end_ns=request.chunks[-1].at_ns if request.chunks else self._ns(times.last_token_ts),
             prefill_end_ns=self._ns(times.first_token_ts),
             chunks=tuple(request.chunks),
@@ -378,7 +380,7 @@ class VllmSession(Session[Request]):
         )
 
     def _ns(self, engine_s: float) -> int:
-        """Convert a time of the engine's clock to ours."""
+        """Convert a time on the engine's clock to a reading of `time.perf_counter_ns`."""
         return round(engine_s * NS_PER_S) + self._loaded.clock_offset_ns
 
     def cancel(self) -> None:

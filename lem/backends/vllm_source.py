@@ -1,7 +1,8 @@
-"""What the installed vLLM accepts, read from its source, and functions to run in its workers.
+"""The arguments that the installed vLLM accepts, read from its source code, and functions to run in its workers.
 
-Importing vLLM takes ten seconds or more; parsing the file with its arguments, 40 ms. If the source is laid out
-differently, what it accepts is unknown, and the engine itself has to refuse. Knows nothing about experiments.
+Importing vLLM takes ten seconds or more, whereas parsing the file with its arguments takes 40 ms. If the source has an
+unknown layout, nothing is known about the accepted arguments, and it is left to the engine to refuse them. This module
+knows nothing about experiments.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from lem.machine.host import peak_memory_bytes
 
 # Argument types that are checked.
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
-# The class of the engine's arguments, and its file.
+# The class with the engine's arguments, and its file.
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
-# Argument types that are a choice of names, and their files.
+# Argument types that are a choice of names, and the files that define them.
 CHOICES = {
     "kv_cache_dtype": ("config/cache.py", "CacheDType"),
     "attention_backend": ("v1/attention/backends/registry.py", "AttentionBackendEnum"),
@@ -45,7 +46,7 @@ COUNTERS = {
 
 # ------------------------------------------------------------------ source
 def is_built_for_cpu() -> bool:
-    """Return whether the installed vLLM is a build without CUDA."""
+    """Return whether the installed vLLM is built without CUDA."""
     return host.is_built_for_cpu("vllm")
 
 
@@ -55,15 +56,15 @@ def version() -> str:
 
 
 def arguments() -> frozenset[str]:
-    """Return the names of the engine's arguments; empty when unknown."""
+    """Return the names of the engine's arguments; empty if unknown."""
     return frozenset(_annotations())
 
 
 def type_of(argument: str) -> tuple[str, Any] | None:
-    """Return an argument's type in words and as a type; None if it is not plain.
+    """Return an argument's type, in words and as a type; None if the type is not plain.
 
-    Plain types are int, float, bool, str, a choice of texts, and any of these or null. Names of types that are defined
-    elsewhere are not looked up: the engine may accept more than they say.
+    Plain types are int, float, bool, str, a choice of strings, and unions of these, possibly with null. Types that are
+    defined elsewhere are not looked up, because the engine may accept more values than they allow.
     """
     annotation = _annotations().get(argument)
     if annotation is None or not (members := list(_plain_members(annotation))) or None in members:
@@ -99,13 +100,13 @@ def _plain_members(annotation: ast.expr) -> Iterator[Any]:
 
 
 def choices(argument: str) -> tuple[str, ...]:
-    """Return the values that an argument may have; empty when unknown."""
+    """Return the values that an argument may have; empty if unknown."""
     file, name = CHOICES[argument]
     return tuple(dict.fromkeys(_members(file, name)))
 
 
 def _members(file: str, name: str) -> Iterator[str]:
-    """Yield the names of an enumeration, or the texts of a Literal and of any Literals nested in it."""
+    """Yield the names of an enumeration, or the strings of a Literal and of any Literals nested in it."""
     defined = _definitions(file).get(name)
     if isinstance(defined, ast.ClassDef):
         for member in defined.body:
@@ -121,7 +122,7 @@ def _members(file: str, name: str) -> Iterator[str]:
 
 @cache
 def _definitions(file: str) -> dict[str, ast.AST]:
-    """Return the classes and the assigned values at the top of one of vLLM's files, by name."""
+    """Return the top-level classes and assignments of one of vLLM's files, by name."""
     found: dict[str, ast.AST] = {}
     spec = util.find_spec("vllm")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -136,13 +137,13 @@ def _definitions(file: str) -> dict[str, ast.AST]:
 
 # ------------------------------------------------------------------ functions that run in a worker
 def worker_kernels(worker: Any) -> list[str]:
-    """Return the kernels of the model's attention layers."""
+    """Return the names of the kernels in the model's attention layers."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
     return sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")})
 
 
 def worker_weights(worker: Any) -> tuple[int, int]:
-    """Return the number of the model's weights, and their size in bytes."""
+    """Return the number of the model's weights in this worker, and their size in bytes."""
     parameters = list(worker.model_runner.get_model().parameters())
     return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
@@ -162,19 +163,19 @@ def worker_synchronize(_worker: Any) -> None:
 
 
 def worker_reset_gpu_peak(_worker: Any) -> None:
-    """Reset the CUDA allocator's peak."""
+    """Reset the peak of the CUDA allocator."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
 
 
 def worker_gpu_peak(_worker: Any) -> int:
-    """Return the CUDA allocator's peak since the reset, in bytes."""
+    """Return the peak of the CUDA allocator since the reset, in bytes."""
     import torch
 
     return int(torch.cuda.max_memory_allocated())
 
 
 def worker_process_peak(_worker: Any) -> int | None:
-    """Return the worker process's own peak, in bytes."""
+    """Return the peak memory of the worker process, in bytes."""
     return peak_memory_bytes()

@@ -1,6 +1,6 @@
-"""The `lem` command: each module with the name of a group registers that group's commands, which call other rooms.
+"""The `lem` command. Importing a command module registers its commands, which delegate to the other packages.
 
-Nothing heavy is imported here: the command that needs torch, transformers, hydra, pyarrow or codecarbon imports it.
+Nothing heavy is imported here; a command that needs torch, transformers, hydra, pyarrow or codecarbon imports it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lem.cli.environment import load_dotenv
 from lem.cli.streams import forgiving_streams, lost_output
 from lem.units import one_line
 
-# Each module registers its commands, in the order of lem --help.
+# Importing a module registers its commands; the order of imports is the order of commands in lem --help.
 # isort: off
 from lem.cli import experiment, batch, campaign, config, results, inventory  # noqa: F401
 # isort: on
 
-# The flags for values, named in errors about those values.
+# The flag for each configuration value; an error about a value names its flag.
 FLAGS = {
     "model": "--model",
     "dataset.split": "--split",
@@ -36,7 +36,7 @@ FLAGS = {
     "io.results_dir": "--results-dir",
 }
 
-# typer's error about wrong arguments, which it does not export.
+# The exception that typer raises for invalid arguments; typer does not export it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _lem(
         bool, typer.Option("--version", "-v", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Log to stderr what lem does, and where errors come from.")
+        bool, typer.Option("--verbose", help="Log lem's steps and the tracebacks of errors to stderr.")
     ] = False,
 ) -> None:
     """Read .env before any command reads the environment; variables already set take precedence."""
@@ -66,14 +66,14 @@ def _lem(
 
 
 class _ToStderr(logging.Handler):
-    """Writes to the current sys.stderr, so that lines appear above any progress bar."""
+    """Write log lines to the current sys.stderr, so that they appear above any progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
 
 
 def _log_to_stderr() -> None:
-    """Show the log of lem's own modules; the logs of libraries keep their settings."""
+    """Log lem's own modules to stderr; leave the loggers of other libraries unchanged."""
     handler = _ToStderr()
     handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(name)s: %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("lem")
@@ -83,7 +83,7 @@ def _log_to_stderr() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; an error that lem raises on purpose becomes a message and an exit code."""
+    """Run the command line and exit; lem's own errors become a message and an exit code."""
     forgiving_streams()
     code = _with_output(exit_code_of(_run, _with_flag))
     log.debug("exit code %d", code)
@@ -93,12 +93,12 @@ def main() -> NoReturn:
 
 @cache
 def _command() -> Callable[..., Any]:
-    """Return all commands as one; assembling them takes longer than running many of them."""
+    """Return the complete click command, cached because building it takes longer than many commands run."""
     return typer.main.get_command(app)
 
 
 def _run() -> int:
-    """Run the command and return its exit code; any exception except lem's own errors and OSError is a bug."""
+    """Run the command and return its exit code; any exception other than lem's own errors and OSError is a bug."""
     try:
         return int(_command()(prog_name="lem", standalone_mode=False) or 0)
     except SystemExit as stop:
@@ -113,12 +113,12 @@ def _run() -> int:
             raise
         log_origin(error)
         file = f"{error.filename}: " if error.filename is not None else ""
-        print(f"Error: {one_line(file)}{error.strerror}. lem --verbose … shows where it happened.", file=sys.stderr)
+        print(f"Error: {one_line(file)}{error.strerror}. Run lem --verbose … for the traceback.", file=sys.stderr)
         return 1
 
 
 def _misused(error: Any) -> int:
-    """Print what is wrong with the arguments, as typer does but with control characters escaped; return its code."""
+    """Print an error about invalid arguments as typer does, with control characters escaped; return its exit code."""
     from typer import rich_utils
 
     message = error.format_message()
@@ -128,18 +128,18 @@ def _misused(error: Any) -> int:
 
 
 def _with_flag(line: str) -> str:
-    """Return an error, naming the flag of the value that it is about."""
+    """Return an error message, adding the flag for the configuration value that it names."""
     path = line.partition(":")[0]
     return line.replace(path, f"{path} ({FLAGS[path]})", 1) if path in FLAGS else line
 
 
 def _with_output(code: int) -> int:
-    """Return the exit code, or 1 instead of 0 if some of the output is lost.
+    """Return the exit code, or 1 instead of 0 if some of the output was lost.
 
-    It is not an error if the reader of a pipe is gone (lem … | head): it has read enough.
+    A closed pipe (lem … | head) is not an error: the reader has all it wanted.
     """
     lost = lost_output()
     if lost is None or isinstance(lost, BrokenPipeError):
         return code
-    print(f"Error: standard output cannot be written to ({lost.strerror}); results are not affected.", file=sys.stderr)
+    print(f"Error: cannot write to standard output ({lost.strerror}); results are not affected.", file=sys.stderr)
     return code or 1

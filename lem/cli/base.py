@@ -1,4 +1,4 @@
-"""What the commands share: the app they belong to, options that several have, and how errors are printed."""
+"""Shared by all commands: the typer app, common options, and the printing of errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ResultsDir = Annotated[
 ]
 
 AnyMachine = Annotated[
-    bool, typer.Option("--any-machine", help="Ignore what is wrong only on this machine: GPUs, packages.")
+    bool, typer.Option("--any-machine", help="Ignore problems specific to this machine (GPUs, packages).")
 ]
 
 ConfigDir = Annotated[
@@ -47,7 +47,7 @@ ConfigDir = Annotated[
 
 
 def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> int:
-    """Run a command and return its exit code; print lem's own errors, which `shown` turns into lines."""
+    """Run a command and return its exit code; print lem's own errors after formatting each line with `shown`."""
     try:
         return run()
     except Interrupted as stop:
@@ -66,11 +66,11 @@ def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> i
 
 
 def ignore_ctrl_c() -> None:
-    """Ignore Ctrl-C from now on: the command is ending and has its exit code."""
+    """Ignore Ctrl-C from now on: the command is exiting and its exit code is decided."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def log_origin(error: Exception) -> None:
-    """Log an error's traceback, and that of its cause (raise … from None)."""
+    """Log an error's traceback, including that of its cause (even after `raise … from None`)."""
     error.__suppress_context__ = False
-    log.debug("where the error comes from", exc_info=error)
+    log.debug("traceback of the error", exc_info=error)

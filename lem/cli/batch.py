@@ -1,4 +1,4 @@
-"""`lem batch`: many config files, one after another or several at a time."""
+"""The `lem batch` command, which runs many config files, one after another or several at a time."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ def batch(
     sample_size: flags.SampleSize = None,
     preset: flags.Preset = None,
     model: flags.Model = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Experiments to run at a time, each on its own GPUs.")] = 1,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start no more experiments after a failure.")] = False,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Number of experiments to run at a time, each on its own GPUs.")
+    ] = 1,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop starting experiments after a failure.")] = False,
     config_dir: ConfigDir = None,
     no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, list what would run, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list all experiments without running any.")
+    ] = False,
     force: flags.Force = False,
     allow_command: flags.AllowCommand = False,
     allow_code: flags.AllowCode = False,
@@ -46,7 +50,7 @@ def batch(
     given = [text for text in arguments if flags.is_override(text)]
     patterns = [text for text in arguments if text not in given]
     if not patterns:
-        raise ConfigError("A batch needs config files: name them, their folder, or a pattern such as 'configs/*.yaml'.")
+        raise ConfigError("A batch needs config files: give files, a folder, or a pattern such as 'configs/*.yaml'.")
     values = {"model": model, "dataset.sample_size": sample_size, "io.results_dir": results_dir}
     overrides = [
         *flags.choice_overrides({"preset": preset}),

@@ -1,4 +1,4 @@
-"""`lem campaign`: several configurations measured in turn and compared."""
+"""The `lem campaign` command, which measures several configurations in turn and compares them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def campaign(
         list[str] | None,
         typer.Argument(
             metavar="CONFIG_PATH… | KEY=VALUE",
-            help="A campaign file, or the arms' config files, folders or quoted patterns; and Hydra overrides for all "
+            help="A campaign file, or the arms' config files, folders or quoted patterns, and Hydra overrides for all "
             "arms.",
             show_default=False,
         ),
@@ -41,31 +41,34 @@ def campaign(
     warmup_timeout: Annotated[float | None, typer.Option(help=_HELP["warmup_timeout_s"] + " In seconds.")] = None,
     config_gap: Annotated[float | None, typer.Option(help=_HELP["config_gap_s"] + " In seconds.")] = None,
     cycle_gap: Annotated[
-        float | None, typer.Option(help="Pause between two cycles. In seconds; default: --config-gap.")
+        float | None, typer.Option(help="Pause between two cycles, in seconds. Default: --config-gap.")
     ] = None,
     cool_to: Annotated[float | None, typer.Option(help=_HELP["cool_to_c"] + " In °C.")] = None,
     seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
     resample_prompts: Annotated[bool | None, typer.Option("--resample-prompts", help=_HELP["resample_prompts"])] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Arm that the others are compared with. Default: the first."),
+        typer.Option(metavar="TEXT", help="The arm to compare the others with. Default: the first."),
     ] = None,
     primary: Annotated[str | None, typer.Option(help=_HELP["primary"])] = None,
-    margin: Annotated[float | None, typer.Option(help="Ratios within 1 ± this count as the same.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Ratios within 1 ± this margin count as equal.")] = None,
     retries: Annotated[int | None, typer.Option(help=_HELP["retries"])] = None,
     resume: Annotated[
-        str | None, typer.Option("--resume", metavar="NAME|DIR", help="Continue a campaign by its name or directory.")
+        str | None,
+        typer.Option("--resume", metavar="NAME|DIR", help="Resume the campaign with this name or directory."),
     ] = None,
     config_dir: ConfigDir = None,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show the order, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all arms and show the order without running anything.")
+    ] = False,
     force: flags.Force = False,
     allow_command: flags.AllowCommand = False,
     allow_code: flags.AllowCode = False,
     allow_key: flags.AllowKey = False,
 ) -> None:
-    """Measure several configurations in turn and say how they compare."""
+    """Measure several configurations in turn and compare them."""
     from lem.results.store import default_root
     from lem.studies import campaign as study
     from lem.studies.ask import RunOptions

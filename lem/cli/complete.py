@@ -1,6 +1,6 @@
-"""What shell completion offers: presets, datasets, experiment ids.
+"""Shell completion for presets, datasets, backends and experiment ids.
 
-A shell calls this at each key press, so nothing heavy is imported, and after an error nothing is offered.
+The shell runs this on every press of Tab, so nothing heavy is imported, and an error simply offers no completions.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import typer
 
 
 def presets(incomplete: str) -> list[tuple[str, str]]:
-    """Offer presets with their purposes."""
+    """Complete presets, with their purposes."""
     return _options("preset", incomplete)
 
 
 def datasets(incomplete: str) -> list[tuple[str, str]]:
-    """Offer the built-in datasets with their descriptions."""
+    """Complete the built-in datasets, with their descriptions."""
     return _options("dataset", incomplete)
 
 
 def backends(incomplete: str) -> list[tuple[str, str]]:
-    """Offer the backends."""
+    """Complete backends."""
     return _options("backend", incomplete)
 
 
 def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer the ids in the results directory that the command would use, newest first."""
+    """Complete experiment ids, newest first, from the results directory that the command would use."""
     import dotenv
 
     from lem.errors import BadInput

@@ -1,4 +1,4 @@
-"""`lem config`: checks, shows and creates configurations."""
+"""The `lem config` commands, which check, show and create configurations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lem.cli import flags
 from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
 
-Campaign = Annotated[bool, typer.Option("--campaign", help="Of a campaign file, for lem campaign.")]
+Campaign = Annotated[bool, typer.Option("--campaign", help="For a campaign file instead of a config file.")]
 
 config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -20,14 +20,14 @@ app.add_typer(config_app, name="config")
 @config_app.command("validate")
 def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Config files.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Accept what is inadvisable (not what is impossible).")
+        bool, typer.Option("--force", help="Accept inadvisable options (but not impossible ones).")
     ] = False,
     any_machine: AnyMachine = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Check config files: syntax, keys, types, ranges, inheritance, rules; report all problems of each at once."""
+    """Check config files (syntax, keys, types, ranges, inheritance and rules) and report all problems at once."""
     from lem.cli import validate
 
     raise typer.Exit(
@@ -51,12 +51,12 @@ def show(
     backend: Annotated[str | None, typer.Option(help="Inference backend.")] = None,
     results_dir: ResultsDir = None,
     origin: Annotated[
-        bool, typer.Option("--origin", help="Show where each value comes from: file and line, preset, …")
+        bool, typer.Option("--origin", help="Show the source of each value: file and line, preset, …")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Show what a config file and overrides resolve to, as a complete config file."""
+    """Show the complete configuration that a config file and overrides produce, as a config file."""
     from lem.cli import validate
 
     config_file, given = flags.split_arguments(arguments or [])
@@ -69,32 +69,34 @@ def show(
 def generate_grid(
     base: Annotated[
         Path,
-        typer.Argument(metavar="BASE.yaml", help="The config file that the others inherit from.", show_default=False),
+        typer.Argument(
+            metavar="BASE.yaml", help="The config file that the generated files inherit from.", show_default=False
+        ),
     ],
     vary: Annotated[
         list[str],
         typer.Option(
             "--vary",
             metavar="KEY=VALUES",
-            help="Values to combine with the others: batch_size=1,2,4; seed=range(1,9); backend=pytorch,simulated. "
-            "Repeat for each key; the last varies fastest.",
+            help="Values to combine with those of the other keys: batch_size=1,2,4; seed=range(1,9); "
+            "backend=pytorch,simulated. Repeat the flag for each key; the last key varies fastest.",
             show_default=False,
         ),
     ],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output directory.")] = Path("configs/grid"),
-    validate: Annotated[bool, typer.Option("--validate", help="Write only the valid ones.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any is invalid.")] = False,
+    validate: Annotated[bool, typer.Option("--validate", help="Write only valid configurations.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Write nothing if any configuration is invalid.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an earlier grid in that directory; other files stay.")
+        bool, typer.Option("--force", help="Replace an earlier grid in the output directory; keep other files.")
     ] = False,
     any_machine: AnyMachine = False,
     as_group: Annotated[
-        bool, typer.Option("--as-group", help="Write complete configs, which plain Hydra reads as options of a group.")
+        bool, typer.Option("--as-group", help="Write complete configs that plain Hydra can load as a config group.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a config file for each combination of some values, and check them all."""
+    """Write and check a config file for every combination of the given values."""
     from lem.studies import grid
 
     options = grid.GridOptions(
@@ -105,7 +107,7 @@ def generate_grid(
 
 @config_app.command("schema")
 def schema(campaign: Campaign = False, config_dir: ConfigDir = None) -> None:
-    """Print the JSON Schema of config files, with which editors can check and complete them."""
+    """Print the JSON Schema of config files, which lets editors check and complete them."""
     from lem.config import file_schema
     from lem.config.options import Options
 
@@ -126,16 +128,16 @@ def new(
     preset: flags.Preset = None,
     campaign: Campaign = False,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask nothing; write a template that explains every value.")
+        bool, typer.Option("--yes", "-y", help="Ask no questions; write a template that explains every value.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a new config file: from your answers on a terminal, else as a commented template."""
+    """Write a new config file, from your answers on a terminal or else as a commented template."""
     from lem.cli import new
 
     if campaign:
         if preset is not None:
-            raise ConfigError("--preset is for config files; a campaign file names the files of its arms.")
+            raise ConfigError("--preset cannot be used with --campaign: presets are for config files. Leave it out.")
         raise typer.Exit(new.new_campaign(output, force=force))
     raise typer.Exit(new.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

@@ -1,4 +1,4 @@
-"""The deprecated flags of `lem experiment`: they still work, but print what to write in a config file instead."""
+"""The deprecated flags of `lem experiment`. They still work, but print what to write in a config file instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lem.spec.schema import leaf
 
 @dataclass(frozen=True)
 class Flag:
-    """A deprecated flag, the value that replaces it, and the overrides that it represents."""
+    """A deprecated flag, the configuration value that replaces it, and the overrides it stands for."""
 
     name: str
     path: str
@@ -30,7 +30,7 @@ def _gpus(text: str) -> list[str]:
 
 
 def _temperature(value: float) -> list[str]:
-    # Other tools use 0 for greedy decoding.
+    # In other tools, a temperature of 0 means greedy decoding.
     if value == 0:
         return ["decoder.do_sample=false"]
     return ["decoder.do_sample=true", f"decoder.temperature={value}"]
@@ -49,13 +49,13 @@ FLAGS = {
 
 
 def option(name: str, *declarations: str) -> Any:
-    """Return the typer option of a deprecated flag; its help text comes from the schema."""
+    """Return the typer option for a deprecated flag; its help text comes from the schema."""
     path = FLAGS[name].path
     return typer.Option(*declarations, help=f"Deprecated, use {path}: {leaf(path).description}", show_default=False)
 
 
 def overrides(given: Mapping[str, Any]) -> list[str]:
-    """Return the overrides that the given flags represent, and warn about each; None means a flag was not given."""
+    """Return the overrides for the given flags, and warn about each flag; None means that a flag was not given."""
     result: list[str] = []
     for name, value in given.items():
         if value is None:

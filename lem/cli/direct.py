@@ -1,9 +1,10 @@
-"""The direct form: the user's launcher starts all processes, which run one experiment together.
+"""The direct form: the user's own launcher starts all processes, and together they run one experiment.
 
     accelerate launch --num_processes 2 -m lem.cli.direct --config my.yaml --dataset alpaca -n 100
 
-The first process composes, checks, claims the directory and writes the plan, as `lem experiment` does; then all of them
-run as workers, and the first one writes the row and shows it. `lem experiment --resume` can resume it.
+The first process composes and checks the configuration, claims the directory and writes the plan, as `lem experiment`
+does. All processes then run as workers; at the end the first one writes the row and shows it. An interrupted run can be
+resumed with `lem experiment --resume`.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from lem.studies.ask import RunOptions, print_warnings, show_outcome
 from lem.studies.consent import Consents
 from lem.studies.display import display
 
-# The first process sends this to the others if there is nothing to run.
+# Sent by the first process to the others when there is nothing to run.
 NOTHING = "nothing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as one of the processes that a launcher has started; return its exit code."""
+    """Run as one of the processes started by a launcher; return the exit code."""
     forgiving_streams()
     options = _parser().parse_intermixed_args(argv)
     return exit_code_of(lambda: _take_part(options))
@@ -72,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lead(here: Ranks, options: argparse.Namespace) -> int:
-    """Compose the experiment, run it with the others, and show it; never leave the others waiting."""
+    """Compose the experiment, run it together with the other processes, and show the result.
+
+    Whatever happens, the other processes are released and never left waiting.
+    """
     others = _Others(here)
     choices = {"preset": options.preset, "dataset": options.dataset}
     values = {"model": options.model, "dataset.sample_size": options.sample_size, "io.results_dir": options.results_dir}
@@ -102,17 +106,17 @@ def _ready(config_file: Path | None, overrides: Sequence[str], started: int, opt
 
 
 def _check_all_started(environ: os._Environ[str]) -> None:
-    """Raise if accelerate was asked for several processes and silently started only this one."""
+    """Raise if accelerate was asked for several processes but silently started only this one."""
     by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in environ, "MASTER_PORT" in environ
     if by_accelerate and several and "WORLD_SIZE" not in environ:
         raise ConfigError(
-            "accelerate launch was asked for several processes but started only one, as it does on a machine "
-            "without enough GPUs. Use python -m torch.distributed.run --nproc_per_node N -m lem.cli.direct …"
+            "accelerate launch was asked for several processes but started only one, as it does on a machine without "
+            "enough GPUs. Use python -m torch.distributed.run --nproc_per_node N -m lem.cli.direct …"
         )
 
 
 def _shared_by(started: int, composition: Composition) -> Experiment:
-    """Return the experiment, set to the number of processes that the launcher has started."""
+    """Return the experiment with its number of processes set to the number that the launcher started."""
     experiment = composition.experiment()
     source = origin(composition.sources.layers(), ("num_processes",))
     if experiment.parallelism.strategy == "none" and (source is None or source.kind == "default"):
@@ -121,14 +125,14 @@ def _shared_by(started: int, composition: Composition) -> Experiment:
     if planned != started:
         path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
         raise ConfigError(
-            f"{path}: the configuration has {planned} processes, but the launcher started {started}. "
-            f"Start {planned}, or change {path}."
+            f"{path}: the configuration needs {planned} processes, but the launcher started {started}. "
+            f"Start {planned} processes, or change {path}."
         )
     return experiment
 
 
 def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, others: _Others) -> Outcome:
-    """Run the experiment, or resume the same one if it was left unfinished."""
+    """Run the experiment, or resume it if an identical one was left unfinished."""
     store = Store(ready.experiment.io.results_dir)
     print_warnings(*catch_up(store))
     unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
@@ -142,27 +146,27 @@ def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, ot
 
 
 class _Others:
-    """The other processes as the first one sees them: they wait for a message, then work."""
+    """The other processes, from the first one's point of view: they wait for one message and then act on it."""
 
     def __init__(self, here: Ranks) -> None:
         self._ranks = range(1, here.size)
         self._waiting = here.size > 1
 
     def work_together(self, directory: ExperimentDir, attempt: int, host: host.Host, report: Report) -> None:
-        """Do what `lem.runner.launch.launch` does, but with processes that are already running.
+        """Do the work of `lem.runner.launch.launch`, but with processes that are already running.
 
         Raises:
-            Interrupted: this process was asked to stop; what was finished is kept.
+            Interrupted: this process was told to stop; finished requests are kept.
         """
         self._send(f"{attempt} {directory.path.absolute()}")
         code = _work(directory, attempt, report)
         wait_for_ends(self._ranks)
         failed = any(r.status == "failed" and r.attempt == attempt for r in directory.records())
         if code == Interrupted.exit_code and not failed:
-            raise Interrupted("The run was interrupted; what was finished is kept.")
+            raise Interrupted("The run was interrupted; finished requests are kept.")
 
     def dismiss(self) -> None:
-        """Let the other processes end if there was nothing to do."""
+        """Let the other processes exit if they have not been given any work."""
         self._send(NOTHING)
 
     def _send(self, text: str) -> None:

@@ -11,48 +11,48 @@ from lem.config.options import Options
 from lem.config.userfile import UserFile
 
 WIDTH = 80
-# These work on any machine, without a network.
+# This model and dataset work on any machine, without a network.
 MODEL, DATASET, SAMPLE_SIZE = "tiny", "sample", 10
-# Set in every new file, unless a preset sets them.
+# Values set in every new file unless a preset sets them.
 FIRST = ("fp_precision", "max_output_tokens", "batching.batch_size")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a new file sets: options of groups, and values by dotted path."""
+    """The content of a new file: options of groups, and values by dotted path."""
 
     options: Options
     choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     def effective(self) -> dict[str, Any]:
-        """Return the whole configuration with this draft, nested."""
+        """Return the whole configuration that this draft produces, as nested mappings."""
         return plain_values(UserFile(self.options), self.choices, self.values)
 
     def at(self, path: str) -> Any:
-        """Return the value at a dotted path of the whole configuration."""
+        """Return the value that the whole configuration has at a dotted path."""
         value: Any = self.effective()
         for part in path.split("."):
             value = value[part]
         return value
 
     def preset_values(self) -> dict[str, Any]:
-        """Return what the chosen preset sets, by dotted path."""
+        """Return the values that the chosen preset sets, by dotted path."""
         name = self.choices.get("preset")
         return inventory.summary(self.options, "preset", name).values if name else {}
 
     def choose(self, group: str, option: str | None) -> Draft:
-        """Choose an option of a group, or none."""
+        """Return a draft with this option chosen for the group, or with none if the option is None."""
         rest = {key: value for key, value in self.choices.items() if key != group}
         return replace(self, choices=rest if option is None else {**rest, group: option})
 
     def set(self, path: str, value: Any) -> Draft:
-        """Set a value."""
+        """Return a draft that sets this value."""
         return replace(self, values={**self.values, path: value})
 
 
 def first_draft(options: Options, preset: str | None) -> Draft:
-    """Return the draft of a file when no questions are asked."""
+    """Return the draft to start from when no questions are asked."""
     draft = Draft(options).choose("preset", preset).choose("dataset", DATASET)
     draft = draft.set("model", MODEL).set("dataset.sample_size", SAMPLE_SIZE)
     for path in FIRST:

@@ -1,6 +1,6 @@
-"""Loads `.env`, except for variables by which a file that came with somebody's folder could run code.
+"""Loads `.env`, but ignores variables through which a `.env` in a downloaded folder could run code.
 
-A variable that is already set takes precedence. Knows nothing about what the variables mean to lem.
+Variables that are already set take precedence. This module does not know what the variables mean to lem.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lem.units import one_line
 
 log = logging.getLogger(__name__)
 
-# Python's variables that load no code.
+# Python's own variables that cannot load code.
 OF_PYTHON = frozenset(
     f"PYTHON{name}"
     for name in (
@@ -23,13 +23,13 @@ OF_PYTHON = frozenset(
         "DEVMODE", "TRACEMALLOC", "MALLOC", "NODEBUGRANGES", "INTMAXSTRDIGITS", "COERCECLOCALE",
     )
 )  # fmt: skip
-# The variables that make a program load or run what they name, or look for it where they say.
+# Variables that make a program load or run code, or that tell it where to look for code, settings or consents.
 LOADERS = re.compile(
     "|".join(
         (
             # the dynamic linker and the C library
             r"LD_\w+", r"DYLD_\w+", r"_RLD\w*", r"GCONV_PATH", r"GLIBC_TUNABLES", r"LOCPATH", r"NLSPATH",
-            # where programs, settings and consents are found
+            # where programs, settings and recorded consents are found
             r"PATH", r"HOME", r"SHELL", r"XDG_\w+", r"LEM_STATE_DIR",
             # shells
             r"BASH_ENV", r"BASH_FUNC_.*", r"BASHOPTS", r"SHELLOPTS", r"ENV", r"ZDOTDIR", r"FPATH", r"PS[0-4]",
@@ -38,7 +38,7 @@ LOADERS = re.compile(
             r"PYTHON\w*", r"IPYTHONDIR", r"JUPYTER_\w+", r"PERL\w*", r"RUBY(OPT|LIB)", r"GEM_(HOME|PATH)",
             r"NODE_(OPTIONS|PATH)", r"LUA_(C?PATH|INIT)\w*", r"PHPRC", r"R_(PROFILE|LIBS|ENVIRON)\w*", r"JULIA_\w+",
             r"_?JAVA_(TOOL_)?OPTIONS", r"JDK_JAVA_OPTIONS", r"CLASSPATH",
-            # programs that are started on the way
+            # programs that other programs start
             r"EDITOR", r"VISUAL", r"PAGER", r"BROWSER", r"LESS(OPEN|CLOSE)", r"GIT_\w+", r"SSH_ASKPASS", r"PIP_\w+",
             r"UV_\w+", r"CC", r"CXX", r"CPP", r"LD", r"NVCC\w*", r"CUDACXX", r"CUDAHOSTCXX", r"\w*FLAGS",
             r"CMAKE_\w+", r"\w+_COMPILER_LAUNCHER",
@@ -57,12 +57,12 @@ LOADERS = re.compile(
 
 
 def loads_code(name: str) -> bool:
-    """Return whether a variable makes processes load code, or look for code or consents where it says."""
+    """Return whether a variable can make processes load code, or redirects where they look for code or consents."""
     return LOADERS.fullmatch(name) is not None and name not in OF_PYTHON
 
 
 def load_dotenv() -> None:
-    """Set the variables of the nearest `.env` that are not set yet; warn about those that are refused."""
+    """Set the variables of the nearest `.env` that are not set yet; warn about each one that is ignored."""
     import dotenv
 
     file = dotenv.find_dotenv(usecwd=True)
@@ -72,15 +72,16 @@ def load_dotenv() -> None:
     try:
         values = dotenv.dotenv_values(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: it cannot be read ({error}); correct or remove it.") from None
+        raise ConfigError(f"{file}: the file cannot be read ({error}); correct or remove it.") from None
     new = {name: value for name, value in values.items() if value is not None and name not in os.environ}
     for name in new:
         if loads_code(name):
             _warn(
-                file, f"{name} is ignored, because it can make programs load code; set it in the shell if you need it."
+                file,
+                f"{name} is ignored because it can make programs load code; if you need it, set it in the shell.",
             )
         elif "\0" in new[name]:
-            _warn(file, f"{name} is ignored, because its value holds a null character.")
+            _warn(file, f"{name} is ignored because its value contains a null character.")
         else:
             os.environ[name] = new[name]
 

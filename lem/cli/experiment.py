@@ -1,4 +1,4 @@
-"""`lem experiment`: turns its flags, whose help texts come from the schema, into overrides."""
+"""The `lem experiment` command. It turns flags, whose help texts come from the schema, into overrides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Resume = Annotated[
     typer.Option(
         metavar="ID",
         help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
-        "With --force, even one still marked as running by a host that is gone.",
+        "With --force, even one that a lost host still marks as running.",
         autocompletion=complete.experiment_ids,
     ),
 ]
@@ -55,10 +55,10 @@ def experiment(
     resume: Resume = None,
     results_dir: ResultsDir = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Skip confirmation; resume the same experiment if it is unfinished.")
+        bool, typer.Option("--yes", "-y", help="Skip confirmation; resume an identical unfinished experiment.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the configuration, but run nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and show the configuration without running it.")
     ] = False,
     force: flags.Force = False,
     allow_command: flags.AllowCommand = False,
@@ -75,7 +75,7 @@ def experiment(
     temperature: Annotated[float | None, deprecated.option("temperature", "--temperature")] = None,
     quantization: Annotated[bool | None, deprecated.option("quantization", "--quantization/--no-quantization")] = None,
 ) -> None:
-    """Run an experiment and show what it measured."""
+    """Run an experiment and show its results."""
     from lem.studies import ask
     from lem.studies import experiment as run_app
 
@@ -122,7 +122,7 @@ def experiment(
 
 
 def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:
-    """Refuse anything that would change what runs: a resumed experiment keeps its configuration."""
+    """Raise if --resume comes with anything that changes the experiment: it must keep its configuration."""
     given = [str(config_file)] if config_file else []
     given += [text for text in overrides if not text.startswith("io.results_dir=")]
     given += ["--fresh"] * fresh + ["--multirun"] * multirun

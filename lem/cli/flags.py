@@ -1,4 +1,4 @@
-"""Flags shared by several commands, and how they become overrides."""
+"""Flags that several commands share, and the overrides they become."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Preset = Annotated[
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
 NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write only raw records, no row in the tables.")]
-Force = Annotated[bool, typer.Option("--force", help="Run despite options that are inadvisable (not impossible).")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if the same experiment was left unfinished.")]
+Force = Annotated[bool, typer.Option("--force", help="Run despite inadvisable options (but not impossible ones).")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if an identical experiment is unfinished.")]
 AllowCommand = Annotated[
     bool,
     typer.Option(
@@ -43,19 +43,19 @@ AllowKey = Annotated[
     bool, typer.Option("--allow-key", help="Send API keys to other machines that config files name without asking.")
 ]
 
-# A key in Hydra's grammar. A path is not a key, except for hydra/launcher and the like.
+# A key in Hydra's grammar. A path does not count as a key, except for hydra/launcher and similar settings.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
 
 
 def is_override(text: str) -> bool:
-    """Return whether an argument is an override (key=value), not a file or a pattern; a file that exists is a file."""
+    """Return whether an argument is an override (key=value) and not a file or pattern; existing files win."""
     if text.startswith("~") and text.endswith((".yaml", ".yml")):
-        return False  # a file in somebody's home directory
+        return False  # a file in another user's home directory
     return OVERRIDE.match(text) is not None and not os.path.exists(os.path.expanduser(text))
 
 
 def dataset_overrides(dataset: str | None, prompts: str | None) -> list[str]:
-    """Return the overrides that select the prompts."""
+    """Return the overrides that select the prompts, given the values of --dataset and --prompts."""
     from lem.config.overrides import quoted
     from lem.config.yamltext import escaped
 
@@ -67,22 +67,22 @@ def dataset_overrides(dataset: str | None, prompts: str | None) -> list[str]:
         return []
     file = expanded(prompts)
     if os.path.isdir(file):
-        raise DatasetError(f"{prompts} is a directory, but --prompts takes a file; --dataset reads directories.")
+        raise DatasetError(f"{prompts} is a directory, but --prompts takes a file. Use --dataset to read a directory.")
     if not os.path.lexists(file):
-        raise DatasetError(f"There is no prompts file {prompts}.")
+        raise DatasetError(f"--prompts: there is no file {prompts}.")
     path = quoted(escaped(prompts))
     return ["dataset=custom", f"dataset.path={path}", f"dataset.name={path}"]
 
 
 def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
-    """Return the overrides that choose options of groups; None means that the flag was not given."""
+    """Return the overrides that choose options of groups; None means that a flag was not given."""
     return [f"{group}={option}" for group, option in choices.items() if option is not None]
 
 
 def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:
-    """Return the overrides that set values; None means that the flag was not given.
+    """Return the overrides that set values; None means that a flag was not given.
 
-    A text is taken as it is: a directory called `${x}` is no interpolation.
+    Strings are taken literally: a directory named `${x}` is not an interpolation.
     """
     from lem.config.overrides import quoted
     from lem.config.yamltext import escaped
@@ -95,8 +95,8 @@ def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> li
 
 
 def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the config file among arguments, if there is one, and the overrides."""
+    """Split arguments into the config file, or None, and the overrides."""
     files = [text for text in arguments if "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))]
     if len(files) > 1:
-        raise ConfigError(f"An experiment takes one config file, not {len(files)}: {', '.join(files)}.")
+        raise ConfigError(f"lem experiment takes one config file, not {len(files)}: {', '.join(files)}.")
     return (Path(files[0]) if files else None), [text for text in arguments if text not in files]

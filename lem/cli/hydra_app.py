@@ -1,7 +1,7 @@
 """lem as a plain Hydra app: `python -m lem.cli.hydra_app key=value …`, with all of Hydra's own flags.
 
-Overrides are translated for Hydra as in `lem experiment`, and a plain `--multirun` runs the same sweep; everything
-else is Hydra's.
+Overrides are translated for Hydra as in `lem experiment`, and `--multirun` without other flags runs the same sweep as
+`lem experiment --multirun`. Everything else is left to Hydra.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lem.studies.ask import RunOptions, print_warnings
 from lem.studies.consent import Consents
 from lem.studies.experiment import run
 
-# lem's own flags, which Hydra does not know.
+# lem's own flags, which Hydra would reject.
 ALLOW = ("--allow-command", "--allow-code", "--allow-key")
 
 
@@ -39,7 +39,7 @@ def hydra_app(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     import hydra
 
-    # Overrides first, wherever they were: --info would take one that follows it as its own value.
+    # Overrides go first, wherever they were given: --info would take an override that follows it as its value.
     given = [text for text in arguments if "=" in text and not text.startswith("-")]
     options = RunOptions(yes=True, **{flag[2:].replace("-", "_"): flag in arguments for flag in ALLOW})
     flags = [text for text in arguments if text not in given and text not in ALLOW]
@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
     codes: list[int] = []
 
     def task(composed: Any) -> None:
-        # Errors are printed here, since Hydra would print a traceback.
+        # Errors are printed here because Hydra would print a traceback.
         code = exit_code_of(lambda: _run_composed(composed, options))
         if code == Interrupted.exit_code:
             sys.exit(code)
@@ -58,9 +58,9 @@ def _run(arguments: list[str]) -> int:
     if parsed.multirun and len(flags) == 1:
         return sweep.main(None, parsed.overrides, options)
     if parsed.shell_completion:
-        overrides = parsed.overrides  # this is lem's own command, not configuration
+        overrides = parsed.overrides  # the argument is a Hydra subcommand, not configuration
     elif parsed.hydra_help:
-        overrides = []  # it takes none
+        overrides = []  # --hydra-help takes no overrides
     else:
         groups_in = None if parsed.config_dir is None else Path(parsed.config_dir)
         overrides = prepare(None, parsed.overrides, groups_in=groups_in).overrides
@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Return a parser for the Hydra flags that matter here, and for those that take a value (not an override)."""
+    """Return a parser for the Hydra flags that matter here and for all Hydra flags that take a value."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
     for names in (("--run", "-r"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--hydra-help",)):

@@ -1,6 +1,6 @@
-"""The questions of `lem config new`, on a terminal; each answer is checked at once against the schema.
+"""The questions that `lem config new` asks on a terminal; each answer is checked against the schema at once.
 
-Help texts and choices come from the schema and from conf/. Knows nothing about the file that is written.
+Help texts and choices come from the schema and from conf/. This module does not know how the file is written.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lem.machine import host
 from lem.spec.schema import Leaf, leaf
 from lem.studies.grid import judge
 
-# Suggested for values that are not set yet.
+# Suggestions for values that have no default.
 SUGGESTIONS = {"model": MODEL, "dataset.sample_size": SAMPLE_SIZE, "batching.max_tokens_per_batch": 8192}
 VALUES = ("dataset.sample_size", "fp_precision", "max_output_tokens", "batching.strategy", "batching.batch_size")
 ELSEWHERE = "a hub id or a local file"
 
 
 def ask_all(options: Options, preset: str | None) -> Draft:
-    """Ask all questions; KeyboardInterrupt or EOFError means that the user left."""
+    """Ask all questions and return the answers; KeyboardInterrupt or EOFError means that the user quit."""
     draft = _value(Draft(options), "model")
     draft = draft.choose("preset", preset) if preset else _option(draft, "preset")
     draft = _dataset(_option(draft, "backend"))
@@ -47,16 +47,16 @@ def agrees(question: str) -> bool:
 
 
 def is_content(draft: Draft) -> bool:
-    """Print why the draft cannot be run here, and ask whether to write it anyway."""
+    """Print why the draft cannot run on this machine, if so, and ask whether to write it anyway."""
     chosen = {group: choice_of(group, name, draft.options) for group, name in draft.choices.items()}
     problems = judge(UserFile(draft.options), {**chosen, **draft.values}, host.look())
     for problem in problems:
         print(problem)
-    return not problems or agrees("This configuration cannot run here as it is. Write it anyway?")
+    return not problems or agrees("This configuration cannot run on this machine. Write it anyway?")
 
 
 def _option(draft: Draft, group: str) -> Draft:
-    """Ask for an option of a group; the default is the one that already applies."""
+    """Ask for an option of a group; the default is the option currently in effect."""
     found = [questionary.Choice(f"{c.name}: {c.purpose}", c.name) for c in summaries(group, draft.options)]
     if group == "preset":
         found.insert(0, questionary.Choice("none", ""))
@@ -83,7 +83,7 @@ def _dataset(draft: Draft) -> Draft:
 
 
 def _value(draft: Draft, path: str) -> Draft:
-    """Ask for a value; set it if it differs from the one that already applies, or if every new file sets it."""
+    """Ask for a value; set it if it differs from the value in effect, or if every new file sets it."""
     item, now = leaf(path), draft.at(path)
     print(f"\n{textwrap.fill(item.description, WIDTH, break_on_hyphens=False)}")
     names = _names(item)
@@ -109,7 +109,7 @@ def _typed(draft: Draft, item: Leaf, now: Any) -> Any:
 
 
 def parsed(item: Leaf, text: str) -> Any:
-    """Return the value that the typed text represents; an empty text is null if null is allowed."""
+    """Convert typed text to a value; empty text becomes null if null is allowed."""
     text, words = text.strip(), type_words(item)
     if not text and words.endswith("null"):
         return None
@@ -122,7 +122,7 @@ def parsed(item: Leaf, text: str) -> Any:
 
 
 def problem_with(draft: Draft, item: Leaf, text: str) -> str:
-    """Return a message about what is wrong with an answer, or an empty string."""
+    """Return a message describing the problem with an answer, or an empty string."""
     value = parsed(item, text)
     if item.path == "model" and not value:
         return "An experiment needs a model."

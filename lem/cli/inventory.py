@@ -1,4 +1,4 @@
-"""`lem gpus`, `lem datasets`, `lem presets`: the available choices."""
+"""The `lem gpus`, `lem datasets` and `lem presets` commands, which list the available choices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lem.cli.base import ConfigDir, app
 
 
 @app.command()
-def gpus(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def gpus(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the NVIDIA GPUs, their MIG instances, and which of them CUDA_VISIBLE_DEVICES hides."""
     from lem.cli import listing
 
@@ -19,9 +19,9 @@ def gpus(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 
 @app.command()
 def datasets(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False, config_dir: ConfigDir = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, config_dir: ConfigDir = None
 ) -> None:
-    """List the datasets that --dataset accepts by name: built-in ones and your own."""
+    """List the datasets that --dataset accepts by name, both built-in ones and your own."""
     from lem.cli import listing
 
     raise typer.Exit(listing.show_datasets(config_dir, as_json=as_json))
@@ -29,9 +29,9 @@ def datasets(
 
 @app.command()
 def presets(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False, config_dir: ConfigDir = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, config_dir: ConfigDir = None
 ) -> None:
-    """List the presets that --preset accepts: built-in ones and your own."""
+    """List the presets that --preset accepts, both built-in ones and your own."""
     from lem.cli import listing
 
     raise typer.Exit(listing.show_presets(config_dir, as_json=as_json))

@@ -1,4 +1,4 @@
-"""What `lem gpus`, `lem datasets` and `lem presets` print: the available choices."""
+"""The output of `lem gpus`, `lem datasets` and `lem presets`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def show_gpus(as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(asdict(found or Topology(None, None, ())), indent=2))
     elif found is None:
-        print("There is no NVIDIA driver on this machine, or it does not answer, so there are no GPUs to show.")
+        print("No GPUs to show: this machine has no NVIDIA driver, or the driver does not respond.")
     elif not found.gpus:
-        print(f"The NVIDIA driver {found.driver_version or 'of this machine'} finds no GPU.")
+        print(f"The NVIDIA driver {found.driver_version or 'of this machine'} reports no GPU.")
     else:
         print("\n".join(_tree(found)))
     return 0
@@ -50,8 +50,8 @@ def _branch(last: bool) -> str:
 
 def _device(device: PhysicalGpu) -> str:
     if device.reason is not None:
-        return f"[{device.index}] does not answer: {device.reason}"
-    # Rounded GiB match the GB in a GPU's name.
+        return f"[{device.index}] does not respond: {device.reason}"
+    # Memory in rounded GiB matches the GB figure in a GPU's name.
     size = "" if device.memory_bytes is None else f" ({device.memory_bytes / 2**30:.0f}GB)"
     limit = None if device.power_limit_w is None else f"power limit {device.power_limit_w:g} W"
     count = len(device.instances)
@@ -67,13 +67,13 @@ def _instance(instance: MigInstance, device: PhysicalGpu) -> str:
 
 
 def show_datasets(config_dir: Path | None = None, *, as_json: bool = False) -> int:
-    """Print the named datasets; return 2 if a user's file cannot be used."""
+    """Print the named datasets; return 2 if one of the user's files cannot be used."""
     found, errors = _readable("dataset", config_dir)
     if as_json:
         print(json.dumps([_as_data(option, "dataset.") for option in found], indent=2, ensure_ascii=False))
     else:
         rows = [_dataset_row(option) for option in found if (option.name, option.file) != (CUSTOM, None)]
-        _print_table(("dataset", "source", "split", "column", "what it holds"), rows)
+        _print_table(("dataset", "source", "split", "column", "description"), rows)
         print("\nA hub dataset (owner/name) or a json, jsonl, csv, tsv, parquet or txt file can be used as well.")
         print("The default is ai-energy-score.")
         _print_folders(found)
@@ -81,7 +81,7 @@ def show_datasets(config_dir: Path | None = None, *, as_json: bool = False) -> i
 
 
 def show_presets(config_dir: Path | None = None, *, as_json: bool = False) -> int:
-    """Print the presets with the values they set; return 2 if a user's file cannot be used."""
+    """Print the presets and the values they set; return 2 if one of the user's files cannot be used."""
     found, errors = _readable("preset", config_dir)
     if as_json:
         print(json.dumps([_as_data(option) for option in found], indent=2, ensure_ascii=False))
@@ -112,7 +112,7 @@ def _dataset_row(option: Summary) -> tuple[str, ...]:
 
 
 def _purpose(option: Summary) -> str:
-    """Return an option's purpose and, unless it is built in, whose it is."""
+    """Return an option's purpose, with a note if the option is the user's own."""
     if option.file is None:
         return option.purpose
     return f"{option.purpose} ({'yours, in place of the built-in one' if option.shadows else 'yours'})".strip()

@@ -1,8 +1,8 @@
-"""`lem config new`: a config file with every value of the schema, most of them commented out.
+"""`lem config new`: writes a config file that shows every value of the schema, most of them commented out.
 
-A `Draft` says which values are set: the few that people change first, or the answers to questions on a terminal. Each
-commented-out value is the one that applies anyway, so removing every `#` changes nothing. Knows nothing about
-inheritance.
+A `Draft` holds the values to set: either the few that people change first, or the answers to questions on a terminal.
+Each commented-out value is the one already in effect, so removing every `#` changes nothing. This module does not
+handle inheritance.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ HEAD = """\
 
 
 def render(draft: Draft) -> str:
-    """Return the file's text."""
+    """Return the text of the config file."""
     values = draft.effective()
     preset = draft.choices.get("preset")
     lines = [HEAD.format(editor=file_schema.EDITOR_LINE), ""]
-    lines += _comment("Values to start from; those set in this file replace them.")
+    lines += _comment("A preset to start from; values set in this file replace the preset's.")
     lines += [*_option_lines(draft, "preset"), f"preset: {flow(preset)}" if preset else "#preset: null", ""]
     for item in leaves():
         if "." not in item.path:
@@ -48,7 +48,7 @@ def render(draft: Draft) -> str:
 
 
 def _part_lines(draft: Draft, part: str, values: dict[str, Any]) -> Iterator[str]:
-    """Yield a section: its purpose and its values."""
+    """Yield the lines of a section: its purpose and its values."""
     kind = BACKENDS[values["name"]] if part == "backend" else get_type_hints(Experiment)[part]
     own = [item for item in leaves(kind, f"{part}.") if item.path != f"{part}.name"]
     is_set = part in draft.choices or any(path.startswith(f"{part}.") for path in draft.values)
@@ -73,7 +73,7 @@ def _part_lines(draft: Draft, part: str, values: dict[str, Any]) -> Iterator[str
 
 
 def _option_lines(draft: Draft, group: str, indent: str = "") -> Iterator[str]:
-    """Yield the options of a group with their purposes."""
+    """Yield the options of a group and their purposes as comment lines."""
     options = [option for option in summaries(group, draft.options) if (group, option.name) != ("dataset", CUSTOM)]
     width = max(len(option.name) for option in options)
     for option in options:
@@ -87,18 +87,18 @@ def _value_lines(draft: Draft, item: Leaf, value: Any, indent: str = "") -> Iter
     yield from _comment(item.description, indent)
     yield from _comment(f"[{type_words(item)}; default {flow(item.default)}{by_preset}]", indent)
     name = item.path.rpartition(".")[2]
-    # A value that is set is written as given: it may be an interpolation.
+    # A value that is set is written as given, because it may be an interpolation.
     given = item.path in draft.values
     yield f"{indent}{name}: {flow(draft.values[item.path])}" if given else f"{indent}#{name}: {flow(value)}"
     yield ""
 
 
 def _other_backends(chosen: str) -> Iterator[str]:
-    """Yield the values of the backends that are not chosen, as comments only, since they cannot be set."""
+    """Yield the values of the other backends, as comments only, since they cannot be set with the chosen backend."""
     for name, backend in BACKENDS.items():
         if name == chosen:
             continue
-        yield from _comment(f"If name is {name}, these are the values instead:", "  ")
+        yield from _comment(f"With name: {name}, the values are these instead:", "  ")
         for item in leaves(backend):
             if item.path != "name":
                 about = f"- {item.path}: {item.description} [{type_words(item)}; default {flow(item.default)}]"
@@ -117,15 +117,15 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
     """Write a new config file, or print it; return the exit code.
 
     Args:
-        file: the file; None means experiment.yaml on a terminal, otherwise the text is printed.
+        file: the file to write; if None, the file is experiment.yaml on a terminal, and otherwise the text is printed.
         preset: the preset to start from.
         yes: ask no questions.
         force: replace an existing file.
-        config_dir: a directory of the user's own options.
+        config_dir: a directory with the user's own options.
 
     Raises:
-        ConfigError: in that case nothing has been written.
-        Interrupted: the user stopped; nothing has been written.
+        ConfigError: the file cannot be written; nothing has been changed.
+        Interrupted: the user quit; nothing has been written.
     """
     file = DEFAULT_FILE if file is None and sys.stdout.isatty() else file
     options = Options.find(config_dir, file)
@@ -154,7 +154,7 @@ def new_campaign(file: Path | None, *, force: bool) -> int:
     """Write a commented template of a campaign file, or print it; return the exit code.
 
     Raises:
-        ConfigError: it cannot be written; nothing has been.
+        ConfigError: the file cannot be written; nothing has been changed.
     """
     lines = [CAMPAIGN_HEAD, ""]
     lines += _comment(
@@ -178,7 +178,7 @@ def new_campaign(file: Path | None, *, force: bool) -> int:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file}: the file cannot be written: {error.strerror}.") from None
-    print(f"Wrote {file}. Name the config files of your arms in it, and run it with lem campaign {file}.")
+    print(f"Wrote {file}. List the config files of your arms in it, then run lem campaign {file}.")
     return 0
 
 
@@ -186,13 +186,13 @@ def _check_target(file: Path, *, replaceable: bool) -> None:
     if file.suffix not in SUFFIXES:
         raise ConfigError(f"{file}: a config file's name must end in {' or '.join(SUFFIXES)}.")
     if file.is_dir():
-        raise ConfigError(f"{file} is a directory.")
+        raise ConfigError(f"{file} is a directory; give the name of a file.")
     if file.exists() and not replaceable:
-        raise ConfigError(f"{file} already exists; --force replaces it.")
+        raise ConfigError(f"{file} already exists; use --force to replace it.")
 
 
 def _asked(options: Options, preset: str | None, file: Path | None, force: bool) -> Draft | None:
-    """Return the answers, or None if the user does not want to write the file."""
+    """Return a draft with the user's answers, or None if the user decides not to write the file."""
     from lem.cli import interview
 
     try:
@@ -212,5 +212,5 @@ def _write(draft: Draft, file: Path) -> None:
         file_schema.write_beside(file, draft.options)
     except OSError as error:
         raise ConfigError(f"{file}: the file cannot be written: {error.strerror}.") from None
-    print(f"Wrote {file} and, for editors that check and complete it, {file_schema.SCHEMA_FILE} beside it.")
+    print(f"Wrote {file} and, beside it, {file_schema.SCHEMA_FILE}, which lets editors check and complete it.")
     print(f"Check it with lem config validate {file}, run it with lem experiment {file}.")

@@ -1,4 +1,4 @@
-"""`lem aggregate` and `lem results`: read a results directory."""
+"""`lem aggregate` and the `lem results` commands, which read a results directory."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def aggregate(
         ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="All experiments whose row is missing or out of date.")
+        bool, typer.Option("--all", help="Aggregate every experiment whose row is missing or out of date.")
     ] = False,
     results_dir: ResultsDir = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it is up to date.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Fail if anything is missing, or use what there is.")
+        bool, typer.Option("--strict/--no-strict", help="Fail if any record is missing, or use the records that exist.")
     ] = True,
     allow_mixed_backends: Annotated[
         bool, typer.Option("--allow-mixed-backends", help="Combine records from different backends (not recommended).")
     ] = False,
 ) -> None:
-    """Turn raw records into rows of the tables; lem experiment does this when it ends."""
+    """Build table rows from raw records; lem experiment does this automatically when it ends."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)
@@ -57,9 +57,13 @@ def results_list(
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="Only backends whose name contains this.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets whose name contains this.")] = None,
-    campaign: Annotated[str | None, typer.Option("--campaign", help="Only cells of the campaign of this name.")] = None,
-    since: Annotated[str | None, typer.Option("--since", help="Only those started at this time or later.")] = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of those listed.")] = None,
+    campaign: Annotated[
+        str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only experiments started at this time or later.")
+    ] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of the list.")] = None,
     sort: Annotated[
         str | None,
         typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
@@ -81,7 +85,7 @@ def results_show(
         str,
         typer.Argument(
             metavar="ID|CAMPAIGN",
-            help="Experiment id, or the beginning of one; or the name of a campaign.",
+            help="Experiment id or the beginning of one, or the name of a campaign.",
             autocompletion=complete.experiment_ids,
         ),
     ],
@@ -90,11 +94,11 @@ def results_show(
         bool, typer.Option("--raw", help="Show the record of each process, cycle and attempt: phases, readings.")
     ] = False,
     environment: Annotated[
-        bool, typer.Option("--environment", "-e", help="Also show the machine and the software that it ran on.")
+        bool, typer.Option("--environment", "-e", help="Also show the machine and software that the experiment ran on.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show one experiment (its measurements, cycles and state), or what a campaign has found."""
+    """Show the measurements, cycles and state of an experiment, or the results of a campaign."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)

@@ -1,7 +1,7 @@
 """Standard streams that cannot end a run, even if they are closed, full, abandoned by their reader, or ASCII-only.
 
-They show the control characters in what is printed, so that no name paints a terminal. Knows nothing about what is
-written, or about exit codes.
+They escape control characters in all output, so that printed names cannot manipulate the terminal. This module knows
+neither the content of the output nor the exit codes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 
 from lem.units import printable
 
-# Replacements for characters that lem and rich write, for encodings that lack them.
+# Replacements for characters that lem and rich write and some encodings lack.
 SPELLED = {
     "–": "-", "—": "-", "·": "|", "≈": "~", "°": "deg", "µ": "u", "×": "x", "±": "+/-", "…": "...", "→": "->",
     "≥": ">=", "≤": "<=", "‘": "'", "’": "'", "“": '"', "”": '"', "│": "|", "─": "-", "├": "+", "└": "+",
@@ -35,21 +35,21 @@ def forgiving_streams() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Flush stdout; return the error if some of the output is lost."""
+    """Flush stdout; return the error if some of the output was lost."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.lost if isinstance(raw, _Descriptor) else None
 
 
 def _fill_closed_descriptors() -> None:
-    """Open /dev/null as 0, 1 or 2 if closed, or the next file opened would get that number and any stray output."""
+    """Open /dev/null as descriptor 0, 1 or 2 if closed; otherwise the next file opened could receive stray output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:
-    """Return a stream on the descriptor like the given one; keep one that was redirected within this process."""
+    """Return a forgiving stream with the same settings, or the stream itself if this process has redirected it."""
     if stream is None:
         return _text(descriptor, encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != descriptor:
@@ -65,20 +65,20 @@ def _text(descriptor: int, **options: Any) -> TextIO:
 
 
 class _Guard:
-    """A text stream in which control characters are escaped; in all other respects the stream that it wraps."""
+    """A text stream that escapes control characters and otherwise behaves like the stream it wraps."""
 
     def __init__(self, stream: TextIO) -> None:
-        # Consoles of rich, which colour what they print, write to this attribute of a stream if it has it. What they
-        # print for lem they have escaped before (`lem.results.show.console`).
+        # If a stream has this attribute, rich consoles write to it, so their colour codes are not escaped. lem's
+        # consoles have already escaped their texts (`lem.results.show.console`).
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        """Write a text, escaped; return the number of its characters."""
+        """Write a string, escaped; return its original length in characters."""
         self.rich_proxied_file.write(printable(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write texts, escaped."""
+        """Write strings, escaped."""
         for line in lines:
             self.write(line)
 
@@ -94,17 +94,17 @@ def _guarded(stream: TextIO) -> TextIO:
 
 
 class _Descriptor(io.FileIO):
-    """Writes to a descriptor until a write fails; keeps the error and drops everything after it."""
+    """Writes to a descriptor until a write fails; then keeps the error and drops all further output."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "wb", closefd=False)
         self.lost: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write, waiting if the reader of a non-blocking pipe is slow; report success in any case."""
+        """Write, waiting if a non-blocking pipe has a slow reader; always report success."""
         try:
             while self.lost is None:
-                # Despite its declared type, FileIO returns None if the descriptor would block.
+                # Despite its declared type, FileIO.write returns None if the descriptor would block.
                 written: int | None = super().write(data)
                 if written is not None:
                     return written
@@ -115,12 +115,12 @@ class _Descriptor(io.FileIO):
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace a character that the encoding lacks by a spelling or, if there is none, by a JSON escape."""
+    """Replace a character that the encoding lacks with an ASCII spelling or, if it has none, a JSON escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
     code = ord(character)
-    if 0xDCA0 <= code <= 0xDCFF:  # a byte in a file name that is not valid text, nor a control character of Latin-1
+    if 0xDCA0 <= code <= 0xDCFF:  # an undecodable byte of a file name that is not a Latin-1 control character
         return bytes([code - 0xDC00]), error.start + 1
     units = character.encode("utf-16-be", "surrogatepass").hex()
     escaped = "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -1,6 +1,6 @@
-"""`lem config validate` and `lem config show`: what is wrong with configurations, and what they resolve to.
+"""`lem config validate` and `lem config show`: report problems in configurations, and show resolved ones.
 
-Runs nothing, looks for no model, loads no prompts and uses no network.
+This module runs nothing, looks for no model, loads no prompts and does not use the network.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ COMMENT_COLUMN = 46
 # ------------------------------------------------------------------ validate
 @dataclass(frozen=True)
 class Verdict:
-    """A file and what is wrong with it."""
+    """A checked file and its problems."""
 
     file: Path
     problems: tuple[Problem, ...]
     force: bool = False
 
     def blocks(self, problem: Problem) -> bool:
-        """Return whether a problem prevents the file from being run."""
+        """Return whether a problem prevents the file from being used."""
         return problem.severity == "impossible" or (problem.severity == "inadvisable" and not self.force)
 
     @property
     def valid(self) -> bool:
-        """Whether nothing prevents the file from being run or inherited from."""
+        """Whether the file can be run, or inherited from."""
         return not any(map(self.blocks, self.problems))
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the verdict as plain data for JSON."""
         return {"file": str(self.file), "valid": self.valid, "problems": list(map(_plain, self.problems))}
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each problem, and one if the file is valid."""
+        """Yield one line for each problem, and one line if the file is valid."""
         for problem in self.problems:
             blocks = self.blocks(problem)
-            remedy = " (--force runs it anyway)" if blocks and problem.severity == "inadvisable" else ""
+            remedy = " (use --force to run it anyway)" if blocks and problem.severity == "inadvisable" else ""
             where, kind = problem.where or shown_path(self.file), "error" if blocks else "warning"
             yield one_line(f"{where}: {kind}: {problem.sentence}{remedy} [{problem.code}]")
         if self.valid:
@@ -81,7 +81,7 @@ def _plain(problem: Problem) -> dict[str, Any]:
 def validate(
     files: Sequence[Path], *, config_dir: Path | None, force: bool, any_machine: bool, as_json: bool = False
 ) -> int:
-    """Check files and print what is wrong with each; return 0 if all are valid, else 2."""
+    """Check files and print the problems of each; return 0 if all files are valid, else 2."""
     host = look()
     verdicts = []
     for file in files:
@@ -93,7 +93,7 @@ def validate(
         print("\n".join(line for verdict in verdicts for line in verdict.lines()))
         if len(verdicts) > 1:
             valid = sum(verdict.valid for verdict in verdicts)
-            print(f"{len(verdicts)} files: {valid} valid, {len(verdicts) - valid} not.")
+            print(f"{len(verdicts)} files: {valid} valid, {len(verdicts) - valid} invalid.")
     return 0 if all(verdict.valid for verdict in verdicts) else 2
 
 
@@ -104,31 +104,33 @@ def problems(
     any_machine: bool = False,
     overrides: Sequence[str] = (),
 ) -> list[Problem]:
-    """Return everything that is wrong with a config file: its text, its keys and values, and the rules between them.
+    """Return all problems of a config file: in its text, in its keys and values, and in the rules between values.
 
     Args:
         file: the config file.
-        host: the machine it is checked for.
-        config_dir: a directory of the user's own options.
-        any_machine: ignore what is wrong only on this machine.
-        overrides: Hydra overrides that the file is run with.
+        host: the machine to check for.
+        config_dir: a directory with the user's own options.
+        any_machine: ignore problems specific to this machine.
+        overrides: Hydra overrides to check the file with.
     """
     inputs = read_inputs(file, overrides, config_dir)
     if not inputs.sources.file.layers:
         return list(inputs.problems)  # the file cannot be read at all
     values, found = values_of(inputs.sources)
     known = without_echoes(inputs.problems, located(inputs.sources, found))
-    # Without the values that are wrong, so that the rules can check the rest.
+    # Leave out the values that are wrong, so that the rules can check the rest.
     experiment = examine(without(values, [path for path, _ in found]))[0] if values else None
     if experiment is None:
         return _in_order(known, file)
     if experiment.model is None and not _is_about("model", known):
-        known.append(Problem("no_model", "model", "no model is named, so it can only be a base.", Location(file)))
+        known.append(
+            Problem("no_model", "model", "no model is set, so this file can only be inherited from.", Location(file))
+        )
     return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known)], file)
 
 
 def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_machine: bool) -> Sequence[Problem]:
-    """Return everything that is wrong with a campaign file and the config files of its arms."""
+    """Return all problems of a campaign file and of the config files of its arms."""
     try:
         campaign = compose(file, {})
         arms = list(campaign_arms(campaign))
@@ -154,7 +156,7 @@ def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_ma
 
 
 def _in_order(found: Sequence[Problem], first: Path) -> list[Problem]:
-    """Return problems sorted by file and line, those without a line last."""
+    """Return problems sorted by file and line; problems without a line come last."""
     files = list(dict.fromkeys([first, *(problem.location.file for problem in found if problem.location)]))
     last = len(files), 0
 
@@ -168,7 +170,7 @@ def _in_order(found: Sequence[Problem], first: Path) -> list[Problem]:
 def _objections(
     experiment: Experiment, host: Host, inputs: Inputs, any_machine: bool, known: Sequence[Problem]
 ) -> list[Problem]:
-    """Return the rules' objections, except those about values already known to be wrong."""
+    """Return the objections of the rules, except those about values already reported as wrong."""
     found: Found = [
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
         for objection in objections(experiment, host)
@@ -186,7 +188,7 @@ def _is_about(text: str, known: Sequence[Problem]) -> bool:
 # ------------------------------------------------------------------ show
 @dataclass(frozen=True)
 class Origin:
-    """Where a value comes from; file and line are the value's own if it is in a user's file."""
+    """The source of a value; file and line locate the value itself if it is in a user's file."""
 
     kind: str
     name: str | None = None
@@ -210,7 +212,7 @@ def show(
     with_origin: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Print a configuration as it would run, either as a complete config file in YAML or as JSON."""
+    """Print the resolved configuration, as a complete config file in YAML or as JSON."""
     if config_file is not None and is_campaign(config_file):
         return _show_campaign(config_file, overrides, with_origin=with_origin, as_json=as_json)
     values, sources = resolve(config_file, overrides, config_dir)
@@ -230,9 +232,7 @@ def show(
 
 def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, as_json: bool) -> int:
     if overrides or with_origin:
-        raise ConfigError(
-            "lem config show shows a campaign file as it is: overrides and --origin are for config files."
-        )
+        raise ConfigError("lem config show prints a campaign file without overrides; leave out overrides and --origin.")
     values = to_plain(compose(file, {}))
     if as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
@@ -244,10 +244,10 @@ def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, a
 def resolve(
     config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None
 ) -> tuple[dict[str, Any], Sources]:
-    """Return a configuration's checked values, and the sources they come from; raises `ConfigError`."""
+    """Return the checked values of a configuration and the sources of those values; raises `ConfigError`."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
-        raise ConfigError(f"{swept[0]}: more than one value is given, but lem config show needs a single one.")
+        raise ConfigError(f"{swept[0]}: several values are given, but lem config show needs a single one.")
     if settings := [override.text for override in inputs.overrides if not override.key]:
         raise ConfigError(f"{settings[0]}: Hydra's settings have no effect here; leave it out.")
     if found := impossible(inputs.all_problems()):
@@ -261,7 +261,7 @@ def resolve(
 def _origin(layer: Layer | None, path: KeyPath) -> Origin:
     if layer is None:
         return Origin("default")
-    # A value that a word in a file implies (such as a dataset's path or name) has the word's location.
+    # A value implied by a word in a file, such as a dataset's path or name, has the location of that word.
     above = (path[:end] for end in range(len(path), 0, -1))
     location = next((layer.locations[part] for part in above if part in layer.locations), None)
     name = shown_path(Path(layer.name)) if layer.kind == "file" and layer.name else layer.name
@@ -281,11 +281,11 @@ def _lines(values: dict[str, Any], origins: dict[KeyPath, Origin], path: KeyPath
 
 
 def as_yaml(value: Any) -> str:
-    """Write a value on one line so that a config file reads the same value."""
+    """Write a value as YAML on one line, so that reading it from a config file gives the same value."""
 
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers = resolvers(yaml.SafeDumper)
 
-    shown = all(is_printable(text) for _, text in texts(value))  # YAML leaves some control characters as they are
+    shown = all(is_printable(text) for _, text in texts(value))  # PyYAML does not escape all control characters
     text: str = yaml.dump([escaped(value)], Dumper=Dumper, default_flow_style=True, allow_unicode=shown, width=10**9)
     return text.strip()[1:-1]

@@ -1,1 +1,1 @@
-"""Turns files, presets and overrides into an Experiment; no other room except `lem.cli.hydra_app` knows Hydra."""
+"""Turns files, presets and overrides into an `Experiment`; only this package and `lem.cli.hydra_app` use Hydra."""

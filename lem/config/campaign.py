@@ -1,8 +1,8 @@
 """A campaign's settings, composed by Hydra: schema < conf/campaign/<structure>.yaml < campaign file < command line.
 
-A campaign file may inherit from others (`defaults: [base]`). It is read as plain data with the line of each key, like a
-config file, and checked as a whole. The configurations of its arms are files of their own; this module only says where
-they are.
+A campaign file may inherit from others (`defaults: [base]`). Like a config file, it is read as plain data with the line
+of each key, and is checked as a whole. The configurations of the arms are in separate files, which this module only
+locates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KEYS = tuple(each.name for each in fields(Campaign))
 
 @dataclass
 class CampaignFile:
-    """The content of a campaign file and its parents, parents first, and where each value is."""
+    """The content of a campaign file merged with its parents, and the location of each value."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, Location] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class CampaignFile:
 
 
 def is_campaign(file: Path) -> bool:
-    """Return whether a file is a campaign's and not an experiment's: it names arms, or a file that it inherits from."""
+    """Return whether a file describes a campaign, not an experiment: it or one of its parents has the key `arms`."""
     waiting, seen = [file], set[Path]()
     while waiting and len(seen) < MAX_FILES:
         path = waiting.pop()
@@ -51,7 +51,7 @@ def is_campaign(file: Path) -> bool:
         seen.add(path)
         try:
             values = yamlfile.read(path).values
-            # Not a pipe, which would be waited for.
+            # A pipe would block the read.
             waiting += [each for each in _parents(values.get("defaults", []), path) if each.is_file()]
         except Problems:
             continue
@@ -70,7 +70,7 @@ def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
     """Read a campaign file with its parents.
 
     Raises:
-        Problems: a file cannot be read, or inherits from itself.
+        Problems: a file cannot be read, or it inherits from itself.
     """
     ring = [os.path.realpath(child) for child in children]
     if os.path.realpath(file) in ring or len(ring) >= MAX_FILES:
@@ -81,7 +81,7 @@ def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
     content = dict(document.values)
     for parent in _parents(content.pop("defaults", []), file):
         if not parent.is_file():
-            message = f"it inherits from {shown_path(parent)}, and there is no such file."
+            message = f"the file inherits from {shown_path(parent)}, which does not exist."
             raise Problems.one("missing_parent", "defaults", message, document.locations.get(("defaults",)))
         below = read(parent, (*children, file))
         found.values |= below.values
@@ -99,10 +99,10 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
 
     Args:
         file: a campaign file, or None.
-        given: the command line's values, by key; they win over the file's.
+        given: the command line's values by key; they take precedence over the file's.
 
     Raises:
-        Problems: values are wrong; all of them, each with its line if it is in a file.
+        Problems: some values are wrong; lists all problems, each with its line if the value is in a file.
     """
     found = CampaignFile() if file is None else read(file)
     wanted = {**found.values, **given}
@@ -126,10 +126,10 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
 
 
 def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
-    """Yield a campaign's arms with their config files, of which a pattern may name several.
+    """Yield each arm together with its config file; a pattern may yield several files for one arm.
 
     Raises:
-        ConfigError: arms name no config file; it lists all of them.
+        ConfigError: patterns of arms match no config file; the message lists all of them.
     """
     sources = [ArmSource(arm) if isinstance(arm, str) else arm for arm in campaign.arms]
     # All at once: a grid's index is passed over only beside files of its grid.
@@ -139,7 +139,7 @@ def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
 
 
 def settings_of_arms(campaign: Campaign) -> Iterator[str]:
-    """Yield the overrides that the campaign's settings are for each arm."""
+    """Yield the overrides by which the campaign's settings apply to every arm."""
     if campaign.dataset is not None:
         yield f"dataset={campaign.dataset}"
     for path, value in (
@@ -153,14 +153,14 @@ def settings_of_arms(campaign: Campaign) -> Iterator[str]:
 
 
 def _composed(structure: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Let Hydra compose the schema's defaults, the structure's option and the values."""
+    """Let Hydra compose the schema's defaults, the option for the structure, and the values."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     store = ConfigStore.instance()
-    # Values are plain data: an interpolation in a campaign file is text.
+    # The values are stored as JSON, so Hydra takes an interpolation in a campaign file literally.
     store.store(name="campaign_schema", node=to_plain(Campaign()))
     store.store(name="campaign_values", node={"values": json.dumps(dict(values))})
     root = {"defaults": ["campaign_schema", {ROOT: structure}, "campaign_values", "_self_"]}
@@ -186,12 +186,12 @@ def _checked(values: dict[str, Any]) -> tuple[Campaign | None, list[tuple[KeyPat
 
 
 def _path(values: Any, location: Iterable[str | int]) -> KeyPath:
-    """Return a value's path: pydantic's, without the names of a union's members."""
+    """Return the path of a value from pydantic's location, dropping the names of union members."""
     path: list[str | int] = []
     for part in location:
         try:
             values = values[part]
-        except (KeyError, IndexError, TypeError):  # a member's name, or a key that is missing
+        except (KeyError, IndexError, TypeError):  # the name of a union member, or a missing key
             continue
         path.append(part)
     return tuple(path)
@@ -204,15 +204,15 @@ def _problem(path: KeyPath, details: list[Any]) -> Problem:
         return Problem("unknown_key", name, f"unknown key.{did_you_mean(str(path[-1]), keys)}")
     missing = [detail for detail in details if detail["type"] in ("missing", "missing_argument")]
     if missing:
-        return Problem("missing_value", name, f"it names no {missing[0]['loc'][-1]}.")
+        return Problem("missing_value", name, f"{missing[0]['loc'][-1]!r} is missing.")
     wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))
     if details[0]["type"] == "string_pattern_mismatch":
-        return Problem("out_of_range", name, f"it should be {NAME_IN_WORDS}, not {given}.")
+        return Problem("out_of_range", name, f"must be {NAME_IN_WORDS}, not {given}.")
     if details[0]["type"] == "string_too_short":
-        return Problem("out_of_range", name, "it should not be empty.")
+        return Problem("out_of_range", name, "must not be empty.")
     is_type = str(details[0]["type"]).endswith(("_type", "_parsing", "_from_float"))
-    return Problem("wrong_type" if is_type else "out_of_range", name, f"it should be {wanted}, not {given}.")
+    return Problem("wrong_type" if is_type else "out_of_range", name, f"must be {wanted}, not {given}.")
 
 
 def _location(found: CampaignFile, given: Mapping[str, Any], path: KeyPath) -> Location | None:
@@ -224,19 +224,19 @@ def _location(found: CampaignFile, given: Mapping[str, Any], path: KeyPath) -> L
 
 def _parents(value: Any, file: Path) -> Iterator[Path]:
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        message = "it should be a list of campaign files, such as [base]."
+        message = "must be a list of campaign files, such as [base]."
         raise Problems.one("wrong_type", "defaults", message, Location(file))
     for name in value:
         if name == "_self_":
             continue
         if "\0" in name:
-            raise Problems.one("missing_parent", "defaults", "no file can have such a name.", Location(file))
+            raise Problems.one("missing_parent", "defaults", "not a valid file name.", Location(file))
         path = file.parent / name
         yield path if path.suffix in SUFFIXES else path.with_name(f"{path.name}.yaml")
 
 
 def _beside(arms: list[Any], file: Path) -> Iterator[Any]:
-    """Yield arms with their files relative to the campaign file that names them."""
+    """Yield the arms, with file names resolved relative to the campaign file that lists them."""
     for arm in arms:
         if isinstance(arm, str):
             yield str(file.parent / expanded(arm))

@@ -1,6 +1,6 @@
-"""Checks composed values against the schema: resolves interpolations, checks types and ranges, reports all problems.
+"""Checks composed values against the schema: resolves interpolations, checks types and ranges, collects all problems.
 
-Each problem has the path of its value; this module does not know where that value came from.
+Each problem has the path of its value; this module does not know which source the value came from.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def check(values: Values) -> Experiment:
 
 
 def examine(values: Values) -> tuple[Experiment | None, Found]:
-    """Return the experiment that the values define, or None, and what is wrong with the values."""
+    """Return the experiment that the values define, or None if they are invalid, and the problems with the values."""
     try:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as error:
-        message = f"the configuration holds a value that is not plain data: {shortened(str(error))}."
+        message = f"the configuration contains a value that is not plain data: {shortened(str(error))}."
         return None, [((), Problem("wrong_type", "", message))]
     try:
-        # As JSON: strict about types, except that a mapping may become a dataclass.
+        # As JSON, because pydantic's JSON mode is strict about types but still turns a mapping into a dataclass.
         return adapter(Experiment).validate_json(text), []
     except ValidationError as error:
         return None, list(_problems(values, error.errors(include_url=False)))
 
 
 def without(values: Values, paths: Iterable[KeyPath]) -> Values:
-    """Return the values except those at some paths."""
+    """Return the values without those at the given paths."""
     result: Values = json.loads(json.dumps(values))
     for *parents, last in paths:
         holder: Any = result
@@ -60,7 +60,7 @@ def without(values: Values, paths: Iterable[KeyPath]) -> Values:
     return result
 
 
-# ------------------------------------------------------------------ what pydantic found
+# ------------------------------------------------------------------ pydantic's errors as problems
 def _problems(values: Values, details: Iterable[Any]) -> Iterator[tuple[KeyPath, Problem]]:
     by_path: dict[KeyPath, list[Any]] = {}
     for detail in details:
@@ -70,7 +70,7 @@ def _problems(values: Values, details: Iterable[Any]) -> Iterator[tuple[KeyPath,
 
 
 def _path(values: Values, location: tuple[str | int, ...]) -> KeyPath:
-    """Return a value's path: pydantic's, without union members' names (such as backend.pytorch.device's pytorch)."""
+    """Return the path of a value, without the names of union members (such as pytorch in backend.pytorch.device)."""
     path: list[str | int] = []
     holder: Any = values
     for part in location:
@@ -87,11 +87,11 @@ def _problem(path: KeyPath, details: list[Any], backend: str | None) -> Problem:
         return Problem("unknown_key", name, unknown_key(path, backend))
     if kind.startswith("union_tag"):
         tag = details[0].get("ctx", {}).get("tag", "nothing")
-        message = f"there is no {shortened(str(tag))!r}; choose one of {', '.join(BACKENDS)}."
+        message = f"there is no backend {shortened(str(tag))!r}; choose one of {', '.join(BACKENDS)}."
         return Problem("unknown_option", f"{name}.name", message)
     wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))
-    return Problem(_code(kind), name, f"it should be {wanted}, not {given}.")
+    return Problem(_code(kind), name, f"must be {wanted}, not {given}.")
 
 
 def _code(kind: str) -> str:
@@ -102,30 +102,30 @@ def _code(kind: str) -> str:
 
 
 def backend_of(values: Values) -> str | None:
-    """Return the name of the backend that values choose, or None if there is no such backend."""
+    """Return the name of the backend that the values choose, or None if no such backend exists."""
     backend = values.get("backend")
     name = backend.get("name") if isinstance(backend, dict) else None
     return name if name in BACKENDS else None
 
 
 def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
-    """Return the message about a key that does not exist, with the most similar existing ones.
+    """Return the message for a key that does not exist, with the most similar existing keys.
 
     Args:
-        path: the key's path; a plain string is a single key, even if it has dots.
-        backend: the chosen backend, the only one whose keys `backend.…` may suggest; None means all.
+        path: the key's path; a plain string is a single key, even if it contains dots.
+        backend: the chosen backend; only its `backend.…` keys are suggested. None allows those of all backends.
     """
     parts = (path,) if isinstance(path, str) else path
     name = dotted(parts)
     paths = sorted(known_keys())
     if len(parts) == 1 and name in paths and "." in name:
         outer, _, inner = name.partition(".")
-        return f"in a file, write it nested, as in {outer}: {{{inner}: …}}."
+        return f"in a file, write this key nested, as in {outer}: {{{inner}: …}}."
     if about := _about_backends_key(name, backend):
         return f"unknown key: {about}"
     others = set() if backend is None else {key for key in paths if key.startswith("backend.")} - _keys_of(backend)
     usable = [known for known in paths if known not in others]
-    # People remember the last part of a path: batch_size, temperature.
+    # Users often know only the last part of a path: batch_size, temperature.
     by_leaf = [known for known in usable if known.split(".")[-1] == name.split(".")[-1]]
     beside = [known for known in usable if "." in name and known.rpartition(".")[0] == name.rpartition(".")[0]]
     if name in paths:
@@ -136,13 +136,13 @@ def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
 
 
 def _about_backends_key(name: str, backend: str | None) -> str | None:
-    """Return the chosen backend's message about a key that is not one of its own, which its engine may know."""
+    """Return the chosen backend's own message for a key it does not have but its engine may know, or None."""
     from lem.backends import backend_class
 
     group, _, key = name.partition(".")
     if backend is None or group != "backend":
         return None
-    # An engine's extra arguments are a single value: one mapping.
+    # An engine's extra arguments are one value, a mapping.
     return backend_class(backend).about_key(key.removeprefix("engine_args.").removeprefix("extra_args."))
 
 
@@ -153,7 +153,7 @@ def _keys_of(backend: str) -> frozenset[str]:
 
 @cache
 def known_keys() -> frozenset[str]:
-    """Return the dotted paths of all values and of the mappings that hold them."""
+    """Return the dotted paths of all values and of the mappings that contain them."""
     return _with_parents(leaf.path for leaf in leaves()) | {"preset"}
 
 
@@ -164,9 +164,9 @@ def _with_parents(paths: Iterable[str]) -> frozenset[str]:
 
 # ------------------------------------------------------------------ interpolations, secrets
 def resolved(values: Values) -> tuple[Values, Found]:
-    """Return the values with interpolations resolved, and what is wrong with those that cannot be."""
+    """Return the values with interpolations resolved, and a problem for each one that cannot be resolved."""
     found_texts = list(texts(values))
-    message = "??? marks a value that has to be set; set it."
+    message = "??? marks a value that must be set; set it."
     found = [(path, Problem("missing_value", dotted(path), message)) for path, text in found_texts if text == MISSING]
     interpolated = [path for path, text in found_texts if "${" in text]
     if interpolated:
@@ -176,21 +176,21 @@ def resolved(values: Values) -> tuple[Values, Found]:
 
 
 def secrets(values: Values) -> Found:
-    """Find values that hold the hub's token: configurations are written to files that people publish."""
+    """Return a problem for each value that contains the Hugging Face token, because configurations get published."""
     token = os.environ.get("HF_TOKEN")
-    message = "the value contains your HF_TOKEN; leave it out: the hub's client reads it from the environment."
+    message = "the value contains your HF_TOKEN; remove it, since the hub client reads it from the environment."
     found = (path for path, text in texts(values) if token in text) if token else ()
     return [(path, Problem("secret", dotted(path), message)) for path in found]
 
 
 def unusable(values: Values) -> Found:
-    """Find texts that no name, path or request can hold."""
-    message = "the text holds a null character; leave it out."
+    """Return a problem for each string with a null character, which no name, path or request can contain."""
+    message = "the text contains a null character; remove it."
     return [(path, Problem("out_of_range", dotted(path), message)) for path, text in texts(values) if "\0" in text]
 
 
 def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the path and value of each text."""
+    """Yield the path and value of each string."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -207,7 +207,7 @@ def _interpolated(values: Values, paths: list[KeyPath]) -> tuple[Values, Found]:
 
     problems: dict[KeyPath, Problem] = {}
     for path in paths:
-        # If OmegaConf cannot even parse a string, it refuses the whole configuration.
+        # If OmegaConf cannot parse one string, it rejects the whole configuration.
         try:
             OmegaConf.create({"value": _at(values, path)})
         except (OmegaConfBaseException, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Turns a config file and overrides into an `Experiment` by Hydra's own composition; returns only plain dataclasses.
+"""Turns a config file and overrides into an `Experiment`, using Hydra's own composition.
 
-The order of the sources is that of Hydra's defaults list: schema (environment variables included), group
-options, preset, config file, command line; later ones win. The result is checked as a whole: all problems are
-reported at once, each with its path and, if it is in a file, its line.
+The sources apply in the order of Hydra's defaults list, and later ones win: schema (including environment variables),
+group options, preset, config file, command line. The result is checked as a whole, so all problems are reported at
+once, each with its path and, if it is in a file, its line. Callers receive only plain dataclasses.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 
 CONFIG_NAME = "config"
-# The user's file becomes this option of a separate group, appended to the end of the defaults list; in a sweep
-# over a group the file's values for one of the options become options of user_file_<group>.
+# The user's file becomes this option of a separate group, appended to the defaults list. In a sweep over a group, the
+# file's values that belong to one option of that group become options of user_file_<group>.
 FILE_GROUP, FILE_OPTION = "user_file", "this"
 
 
-# ------------------------------------------------------------------ what the user gives
+# ------------------------------------------------------------------ the user's input
 @dataclass(frozen=True)
 class Inputs:
-    """A config file and overrides, read and parsed, and what is wrong with them so far."""
+    """A config file and overrides after reading and parsing, and the problems found so far."""
 
     sources: Sources
     overrides: tuple[Override, ...]
     problems: tuple[Problem, ...]
 
     def all_problems(self) -> list[Problem]:
-        """Return everything that is wrong, values included."""
+        """Return all problems, including those of the values."""
         _, found = values_of(self.sources)
         return without_echoes(self.problems, located(self.sources, found))
 
@@ -58,7 +58,7 @@ class Inputs:
 def read_inputs(
     config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Inputs:
-    """Read a config file and parse overrides; the result includes the problems."""
+    """Read a config file and parse overrides; problems are returned in the result, not raised."""
     known = find_options(config_file, config_dir)
     file = examine_file(config_file, known) if config_file else UserFile(known)
     parsed, problems = parse(overrides, known, groups_in)
@@ -66,7 +66,7 @@ def read_inputs(
     for group, choice in chosen:
         if found := _option_problems(known, [(group, choice)]):
             problems += found
-            # The rest can be checked without it.
+            # The rest can still be checked without this group.
             file = file.without_group(group)
             parsed = [override for override in parsed if override.key != group]
     sources = _sources(file, parsed)
@@ -74,18 +74,18 @@ def read_inputs(
 
 
 def _of_the_backend(problem: Problem, sources: Sources) -> Problem:
-    """Reword the problem of an unknown backend key, now that the chosen backend is known."""
+    """Reword the problem of an unknown backend key now that the chosen backend is known."""
     if problem.code != "unknown_key" or not problem.path.startswith("backend."):
         return problem
     try:
         backend = backend_of(sources.values())
     except Problems:
-        return problem  # the problem is in an option, and is already reported
+        return problem  # the problem is in an option and has already been reported
     return replace(problem, message=unknown_key(tuple(problem.path.split(".")), backend))
 
 
 def _option_problems(known: Options, chosen: Iterable[tuple[str, Choice]]) -> list[Problem]:
-    """Return what is wrong with the chosen options, including those that a preset chooses."""
+    """Return the problems of the chosen options and of the options that a chosen preset chooses."""
     problems: list[Problem] = []
     for group, choice in chosen:
         if choice.name is None:
@@ -108,27 +108,27 @@ def _sources(file: UserFile, overrides: Iterable[Override]) -> Sources:
     )
 
 
-# ------------------------------------------------------------------ composed in plain dictionaries
+# ------------------------------------------------------------------ composition in plain dictionaries
 def values_of(sources: Sources) -> tuple[Values, Found]:
-    """Compose in plain dictionaries, resolve and check; return the values and what is wrong with them."""
+    """Compose in plain dictionaries, resolve and check; return the values and their problems."""
     try:
         values, found = resolved(sources.values())
     except Problems:
-        return {}, []  # the problem is in an option, and is already reported
+        return {}, []  # the problem is in an option and has already been reported
     unresolved = {path for path, _ in found}
     return values, found + [(path, problem) for path, problem in examine(values)[1] if path not in unresolved]
 
 
 def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapping[str, Any]) -> Values:
-    """Compose in plain dictionaries what `prepare(…).values()` composes by Hydra, a thousand times as fast.
+    """Compose in plain dictionaries the same values as `prepare(…).values()`, about a thousand times as fast as Hydra.
 
     Args:
-        file: a config file that has been read, or `UserFile()`.
-        choices: options by group; a dataset may be a hub id or a local file; None means no preset.
+        file: a config file that has already been read, or `UserFile()`.
+        choices: the chosen option of each group; a dataset may be a hub id or a local file; None means no preset.
         values: plain values by dotted path.
 
     Returns:
-        The values, with interpolations resolved but not yet checked. Parts may be shared with other results.
+        The values, with interpolations resolved but unchecked. Subtrees may be shared with other results.
 
     Raises:
         Problems: an option does not exist or cannot be used, or an interpolation cannot be resolved.
@@ -142,20 +142,20 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
 
 
 def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Problem]:
-    """Return the problems except those that only follow from another one at the same path."""
+    """Return the problems without those that merely follow from another problem at the same path."""
     first = list(first)
     paths = {problem.path for problem in first if problem.path}
     return first + [problem for problem in then if problem.path not in paths]
 
 
 def located(sources: Sources, found: Found) -> list[Problem]:
-    """Return the problems with the locations of their values."""
+    """Return the problems with the locations of their values added."""
     layers = sources.layers() if found else []
     return [replace(problem, location=_location(sources, layers, path)) for path, problem in found]
 
 
 def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Location | None:
-    """Return where a path's value is given, or what chose or contains it; None if that is not in a file."""
+    """Return where a value is set, or where its option or parent is; None if that is not in a file."""
     for end in range(len(path), 0, -1):
         for layer in reversed(layers):
             if layer.kind == "command line" and holds(layer.values, path[:end]):
@@ -166,10 +166,10 @@ def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Locat
     return chosen.location if chosen else None
 
 
-# ------------------------------------------------------------------ composed by Hydra
+# ------------------------------------------------------------------ composition by Hydra
 @dataclass(frozen=True)
 class Composition:
-    """What Hydra will compose: the user's file as overrides, and above them those of the command line."""
+    """The input of Hydra's composition: the user's file as overrides, followed by those of the command line."""
 
     of_file: tuple[str, ...]
     given: tuple[Override, ...] = ()
@@ -177,11 +177,11 @@ class Composition:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """All overrides in Hydra's form, in the order of their precedence."""
+        """All overrides in Hydra's form, lowest precedence first."""
         return (*self.of_file, *(override.text for override in self.given))
 
     def experiment(self) -> Experiment:
-        """Compose and check; raises `ConfigError` with all problems."""
+        """Compose and check; raises `ConfigError` listing all problems."""
         experiment, found = examine(self.values())
         if experiment is None:
             raise Problems(located(self.sources, found))
@@ -195,31 +195,31 @@ class Composition:
             raise ConfigError(f"{swept.text}: {SEVERAL}")
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
             composed = compose(CONFIG_NAME, overrides=list(self.overrides))
-        # Hydra lets a lower value replace a ???, but its author wants a value to be set explicitly.
+        # Hydra accepts a value from a lower layer in place of ???, but its author wants the value to be set explicitly.
         _, found = values_of(self.sources)
         if missing := [(path, problem) for path, problem in found if problem.code == "missing_value"]:
             raise Problems(located(self.sources, missing))
         return to_values(composed, self.sources)
 
     def cells(self) -> list[Composition]:
-        """Return a composition for each cell of a sweep, in the order in which Hydra would run them."""
+        """Return a composition for each cell of a sweep, in the order in which Hydra would run the cells."""
         file = self.sources.file
         if several := next((o.text for o in self.given if not o.key and has_several_values(o.text)), None):
-            raise ConfigError(f"{several}: a setting of Hydra must have one value for all cells.")
+            raise ConfigError(f"{several}: a Hydra setting must have a single value for all cells.")
         return [Composition(self.of_file, given, _sources(file, given)) for given in combinations(self.given)]
 
 
 def prepare(
     config_file: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Composition:
-    """Register the schema, the chosen options and the user's file with Hydra and return what to compose.
+    """Register the schema, the chosen options and the user's file with Hydra, and return the composition.
 
     Args:
         config_file: a user's config file, or None.
         overrides: Hydra overrides from the command line; `group=option`, `group.name=option` and
             `dataset=<hub id or file>` choose options.
-        config_dir: a directory of the user's own options; None looks for `conf/` next to the file.
-        groups_in: a config directory known to Hydra (a plain Hydra app's --config-dir).
+        config_dir: a directory with the user's own options; None means `conf/` next to the file.
+        groups_in: a config directory known to Hydra (--config-dir of a plain Hydra app).
 
     Raises:
         ConfigError: a key or option is unknown, an override cannot be parsed, or a file cannot be used.
@@ -239,7 +239,7 @@ def prepare(
 
 
 def register_schema() -> None:
-    """Give Hydra the schema's defaults as config nodes, with the values of environment variables."""
+    """Give Hydra the schema's defaults, updated from environment variables, as config nodes."""
     for name in BACKENDS:
         _store("schema/backend", name, None, schema_defaults(name))
     _store("schema", "experiment", "_global_", flattened(schema_layers()))
@@ -248,7 +248,7 @@ def register_schema() -> None:
 
 
 def _store(group: str, name: str, package: str | None, node: Values) -> None:
-    """Store a config node; a name may contain slashes, which Hydra treats as folders."""
+    """Store a config node; Hydra treats slashes in its name as folders."""
     from hydra.core.config_store import ConfigStore
 
     *folders, last = name.split("/")
@@ -256,7 +256,7 @@ def _store(group: str, name: str, package: str | None, node: Values) -> None:
 
 
 def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> None:
-    """Store the options that are not files in lem's conf/: the user's, and datasets given as hub ids or local files."""
+    """Store the options that are not files in lem's conf/: the user's own, and datasets given as hub ids or files."""
     for group, choice in chosen:
         if choice.name is None:
             continue
@@ -279,7 +279,7 @@ def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> N
 def _register_file(inputs: Inputs) -> list[str]:
     """Store the values of the user's file; return the overrides that append them to the defaults list.
 
-    In a sweep over a group, the file's values for its own option apply to that option's cells only.
+    In a sweep over a group, the values that the file sets for its own option apply only to the cells with that option.
     """
     file, known = inputs.sources.file, inputs.sources.file.options
     appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"]
@@ -299,7 +299,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """Turn Hydra's errors into problems with locations if the plain composition finds them too, else into a message."""
+    """Turn a Hydra error into located problems if plain composition finds them as well, or else into one message."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -313,12 +313,12 @@ def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
 
 
 def to_experiment(composed: Any) -> Experiment:
-    """Turn a composed config into a checked `Experiment`; raises `ConfigError` with all problems."""
+    """Turn a composed config into a checked `Experiment`; raises `ConfigError` listing all problems."""
     return check(to_values(composed))
 
 
 def to_values(composed: Any, sources: Sources | None = None) -> Values:
-    """Turn a composed config into plain data, interpolations resolved."""
+    """Turn a composed config into plain data with interpolations resolved."""
     from omegaconf import OmegaConf
 
     with _hydra_errors(sources):

@@ -1,8 +1,8 @@
-"""The JSON Schema of a config file, for editors: that of `lem.spec`'s dataclasses, widened to what a file may hold.
+"""The JSON Schema of config files, for editors: the schema of `lem.spec`'s dataclasses, relaxed for partial files.
 
-Unlike a whole `Experiment`, a file need not set anything, may choose options by a plain name (`dataset: alpaca`), may
-hold `defaults:` and `preset:`, and may give any value as an interpolation (`${max_output_tokens}`). Does not know the
-rules that relate values; `lem config validate` does.
+Unlike a whole `Experiment`, a file may leave any value unset, choose options by name alone (`dataset: alpaca`), contain
+`defaults:` and `preset:`, and give any value as an interpolation (`${max_output_tokens}`). The schema does not cover
+the rules that relate values to each other; `lem config validate` checks those.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, Leaf
 
-# Is next to the files that refer to it, so that editors find it offline and after a clone; *.yaml does not match it.
+# Written beside the files that refer to it, so that editors find it offline and after a clone. *.yaml skips it.
 SCHEMA_FILE = ".lem-schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
-# The newest draft that the YAML language server supports in full.
+# The newest JSON Schema draft that the YAML language server supports in full.
 DRAFT = "http://json-schema.org/draft-07/schema#"
 TYPE_NAMES = {
     "integer": "whole number", "string": "text", "boolean": "true | false", "array": "list", "object": "mapping",
@@ -31,7 +31,7 @@ INTERPOLATION = {"$ref": "#/$defs/Interpolation"}
 
 
 def file_schema(options: Options) -> dict[str, Any]:
-    """Return the JSON Schema of a config file whose groups have these options."""
+    """Return the JSON Schema of a config file, for groups with these options."""
     schema = TypeAdapter(Experiment).json_schema()
     definitions = {name: _part(part) for name, part in schema["$defs"].items()}
     properties = _part(schema)["properties"]
@@ -42,11 +42,11 @@ def file_schema(options: Options) -> dict[str, Any]:
         names = [option for option in options.names("backend") if option not in others]
         definitions[backend.__name__]["properties"]["name"]["enum"] = names
     definitions["Energy"]["properties"]["name"]["enum"] = list(options.names("energy"))
-    definitions["Interpolation"] = {"type": "string", "pattern": r"\$\{.+\}", "description": "Another value."}
+    definitions["Interpolation"] = {"type": "string", "pattern": r"\$\{.+\}", "description": "Another key's value."}
     return {
         "$schema": DRAFT,
         "title": "lem experiment",
-        "description": "A lem config file: what differs from the defaults.",
+        "description": "A lem config file: the values that differ from the defaults.",
         "type": "object",
         "additionalProperties": False,
         "properties": {"defaults": _defaults(), **properties},
@@ -55,7 +55,7 @@ def file_schema(options: Options) -> dict[str, Any]:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """Return an object's schema for a file: nothing required, interpolations allowed, no titles."""
+    """Return an object's schema for use in a file: nothing required, interpolations allowed, no titles."""
     properties = {key: _value(value) for key, value in part["properties"].items()}
     kept = {key: part[key] for key in ("type", "description", "additionalProperties")}
     return {**kept, "properties": properties}
@@ -69,7 +69,7 @@ def _value(value: dict[str, Any]) -> dict[str, Any]:
         return {"type": "string", "description": value["description"]}
     about: dict[str, Any] = {key: value[key] for key in ("description", "default") if key in value}
     ways = _alternatives(value)
-    # A text's schema already allows an interpolation.
+    # A schema that allows any string already allows an interpolation.
     return {**about, "anyOf": ways} if {"type": "string"} in ways else {**about, "anyOf": [*ways, INTERPOLATION]}
 
 
@@ -80,7 +80,7 @@ def _alternatives(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _group(group: str, mapping: dict[str, Any] | None, options: Options) -> dict[str, Any]:
-    """Return a group's schema: an option's name, or a mapping of values, which may include a `name`."""
+    """Return a group's schema: either an option's name, or a mapping of values, which may include a `name`."""
     names: dict[str, Any] = {"enum": list(options.names(group))}
     if group == "dataset":
         # A hub id or a local file is allowed as well.
@@ -103,7 +103,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def write_beside(file: Path, options: Options) -> None:
-    """Write the schema beside a config file that refers to it."""
+    """Write the schema to the directory of a config file that refers to it."""
     (file.parent / SCHEMA_FILE).write_text(as_text(options), encoding="utf-8")
 
 
@@ -113,7 +113,7 @@ def as_text(options: Options) -> str:
 
 
 def campaign_as_text() -> str:
-    """Return the JSON Schema of a campaign file as text: nothing required, and files to inherit from."""
+    """Return the JSON Schema of a campaign file as text; no key is required, and files to inherit from are allowed."""
     schema = TypeAdapter(Campaign).json_schema()
     inherits = {
         "description": "Campaign files to inherit from, relative to this one (base means base.yaml beside it).",
@@ -123,7 +123,7 @@ def campaign_as_text() -> str:
     whole = {
         "$schema": DRAFT,
         "title": "lem campaign",
-        "description": "A lem campaign file: the arms, and what differs from the defaults.",
+        "description": "A lem campaign file: the arms, and the settings that differ from the defaults.",
         "type": "object",
         "additionalProperties": False,
         "properties": {"defaults": inherits, **schema["properties"]},
@@ -133,7 +133,7 @@ def campaign_as_text() -> str:
 
 
 def type_words(leaf: Leaf) -> str:
-    """Describe a value's type and range: `whole number from 1 to 65536`, `auto | cpu | cuda`, `text, or null`."""
+    """Describe a value's type and range, as in `whole number from 1 to 65536`, `auto | cpu | cuda`, `text, or null`."""
     schema = TypeAdapter(leaf.annotation).json_schema()
     return ", or ".join(map(_way_words, schema.get("anyOf", [schema])))
 

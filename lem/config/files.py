@@ -1,4 +1,4 @@
-"""Config files by pattern: what files, folders and glob patterns on a command line name. Reads no configuration."""
+"""Finds the config files that command-line arguments (files, folders, glob patterns) name, without reading them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from lem.config.options import SUFFIXES
 from lem.errors import BadInput, ConfigError
 from lem.spec.paths import expanded
 
-# The first key of a grid's index, which distinguishes it from a config file.
+# The first key of a grid's index file, which tells it apart from a config file.
 INDEX_KEY = "lem_grid"
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """Return the config files that files, folders and glob patterns name, each once, in order; see `find_each`."""
+    """Return the config files matched by files, folders and glob patterns, in order and without duplicates."""
     return _each_once(path for files in find_each(patterns) for path in files)
 
 
 def find_each(patterns: Sequence[str]) -> list[list[Path]]:
-    """Return the config files that each of some files, folders and glob patterns names, in order.
+    """Return the config files matched by each of some files, folders and glob patterns, in order.
 
-    A grid's index is passed over beside a config file of its grid: a shell that expands `grid/*.yaml` names it too.
+    A grid's index is skipped when config files of its grid are given, because a shell expands `grid/*.yaml` to both.
 
     Raises:
-        ConfigError: some patterns match no config file; it lists all of them.
+        ConfigError: some patterns match no config file; the message lists all of them.
     """
     found: list[list[Path]] = []
     problems = []
@@ -46,7 +46,7 @@ def find_each(patterns: Sequence[str]) -> list[list[Path]]:
         found.append(_each_once(files))
     folders = {path.resolve().parent for files in found for path in files}
     problems += [
-        f"{pattern!r} matches no config file (.yaml, .yml): it is the index of a grid. Name its folder instead."
+        f"{pattern!r} matches no config file (.yaml, .yml): this file is the index of a grid. Give its folder instead."
         for pattern, index in indexes.items()
         if index.resolve().parent not in folders
     ]
@@ -74,9 +74,9 @@ def _matches(pattern: str) -> Iterator[Path]:
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file is the index of a grid, not a config file."""
+    """Return whether a file is the index of a grid rather than a config file."""
     try:
         with path.open(encoding="utf-8") as file:
             return any(line.startswith(f"{INDEX_KEY}:") for line in itertools.islice(file, 5))
     except (OSError, UnicodeDecodeError):
-        return False  # reading it as a config file reports what is wrong
+        return False  # the problem is reported when the file is read as a config file

@@ -1,4 +1,4 @@
-"""The options that can be chosen by name, summarised from the YAML files in conf/ and a user's own."""
+"""Summaries of the options that can be chosen by name, from the YAML files in conf/ and the user's own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lem.config.options import Options
 
 @dataclass(frozen=True)
 class Summary:
-    """An option of a config group: its name, its purpose (its file's first comment), and its values by path."""
+    """An option of a config group: its name, its purpose (the first comment in its file), and its values by path."""
 
     name: str
     purpose: str
     values: dict[str, Any]
-    # The user's file; None for a built-in option.
+    # The user's own file; None for a built-in option.
     file: Path | None = None
     shadows: bool = False
 
 
 def summaries(group: str, options: Options | None = None) -> Iterator[Summary]:
-    """Yield the options of a group, by name; raises `Problems` if a user's option cannot be used."""
+    """Yield the options of a group, sorted by name; raises `Problems` if a user's option cannot be used."""
     options = options or Options()
     for name in options.names(group):
         yield summary(options, group, name)

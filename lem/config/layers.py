@@ -1,10 +1,10 @@
-"""The sources of a configuration as layers of plain data, lowest first, and what they compose to.
+"""The sources of a configuration as layers of plain data, lowest first, and the composition of those layers.
 
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
-This is what Hydra composes from conf/config.yaml, but by merging plain dictionaries: a thousand times as fast, which a
-grid needs, and it keeps the layer that each value comes from, which Hydra does not. Tests compare it with Hydra's
-composition. Does not know Hydra's grammar and does not check values.
+The result is the same as Hydra's composition of conf/config.yaml, which the tests check. Merging plain dictionaries is
+a thousand times as fast, which grids need, and it keeps track of the layer of each value, which Hydra does not. This
+module does not parse Hydra's grammar and does not check values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Option:
     file: OptionFile
     layers: tuple[Layer, ...]
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    # A preset's values for the groups whose option it chooses: they apply only together with that choice.
+    # A preset's values for the groups whose option it chooses; they apply only if that choice applies.
     bound: Mapping[str, Layer] = field(default_factory=dict)
 
 
@@ -48,28 +48,28 @@ class Sources:
     """Everything that a configuration is composed of, apart from the schema."""
 
     file: UserFile = field(default_factory=UserFile)
-    # What the command line chooses and sets; a value's layer is named after its override.
+    # The command line's choices and values; the layer of a value is named after its override.
     choices: Mapping[str, Choice] = field(default_factory=dict)
     given: tuple[Layer, ...] = ()
 
     @classmethod
     def of(cls, file: UserFile, choices: Mapping[str, Choice], values: Mapping[str, Any]) -> Sources:
-        """Return the sources with the command line's values replaced by plain ones, by dotted path."""
+        """Return sources made of a file, the command line's choices, and plain values by dotted path."""
         given = (Layer("command line", path, nested(path, value)) for path, value in values.items())
         return cls(file, choices, tuple(given))
 
     def settled(self) -> Sources:
-        """Return the sources without the file's values for a group whose option the command line replaces."""
+        """Return the sources without the file's values for each group whose option the command line replaces."""
         file = self.file
         for group, choice in self.choices.items():
             named = file.choices.get(group)
-            # If a file names no option, its values are meant for whichever is chosen.
+            # If a file names no option, its values are meant for whichever option is chosen.
             if named is not None and not choice.is_same(named):
                 file = file.without_values_of(group)
         return Sources(file, self.choices, self.given)
 
     def chosen(self, group: str) -> Choice:
-        """Return the choice that applies to a group: the command line's, the file's, the preset's or the default."""
+        """Return the choice in effect for a group, from the command line, the file, the preset or the defaults."""
         own = self.choices.get(group) or self.file.choices.get(group)
         if own is not None and (own.name is not None or group == "preset"):
             return own
@@ -80,7 +80,7 @@ class Sources:
         return Choice(default_choices()[group])
 
     def _all_chosen(self) -> Chosen:
-        """Return the choices that apply, for use as a cache key."""
+        """Return the choices in effect, as a cache key."""
         chosen = ((group, self.chosen(group)) for group in default_choices())
         return tuple((group, choice.name, choice.source, choice.preset) for group, choice in chosen)
 
@@ -91,7 +91,7 @@ class Sources:
         return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
-        """Compose without resolving interpolations; not to be modified, as subtrees are shared between calls."""
+        """Compose without resolving interpolations; callers must not modify the result, which shares subtrees."""
         settled = self.settled()
         base = _base_values(self.file.options, settled._all_chosen(), _environment())
         above = [layer.values for layer in settled.file.layers] + [layer.values for layer in settled.given]
@@ -99,12 +99,12 @@ class Sources:
 
 
 def origin(layers: Iterable[Layer], path: KeyPath) -> Layer | None:
-    """Return the layer that the value at a path comes from: the last one with a value there."""
+    """Return the layer that determines the value at a path: the highest layer with a value there."""
     return next((layer for layer in reversed(list(layers)) if holds(layer.values, path)), None)
 
 
 def holds(values: Any, path: KeyPath) -> bool:
-    """Return whether there is a value at a path."""
+    """Return whether a value exists at a path."""
     for part in path:
         inside = part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values))
         if not inside:
@@ -114,7 +114,7 @@ def holds(values: Any, path: KeyPath) -> bool:
 
 
 def leaf_paths(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the path and value of everything except non-empty mappings."""
+    """Yield the path and value of every item that is not a non-empty mapping."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from leaf_paths(value, (*prefix, key))
@@ -123,7 +123,7 @@ def leaf_paths(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Itera
 
 
 def nested(path: str, value: Any) -> Values:
-    """Return the mapping that holds a value at a dotted path."""
+    """Return nested mappings with a value at a dotted path."""
     for key in reversed(path.split(".")):
         value = {key: value}
     return value  # type: ignore[no-any-return]
@@ -140,7 +140,7 @@ def _base_layers(options: Options, chosen: Chosen, environment: tuple[tuple[str,
 
 
 def layers_of(options: Options, group: str, choice: Choice) -> tuple[Layer, ...]:
-    """Return the layers of a choice: the option's, and the values of the preset that chose it."""
+    """Return the layers of a choice: the option's own, and the values of the preset that chose it."""
     assert choice.name is not None
     own = option(options, group, choice.name, choice.source).layers
     return (*own, option(options, "preset", choice.preset).bound[group]) if choice.preset else own
@@ -152,27 +152,27 @@ def _base_values(options: Options, chosen: Chosen, environment: tuple[tuple[str,
 
 
 def schema_layers(environment: tuple[tuple[str, str], ...] | None = None) -> Iterator[Layer]:
-    """Yield the schema's defaults and the values of environment variables."""
+    """Yield the layers of the schema's defaults and of environment variables."""
     yield Layer("default", None, schema_defaults())
     for name, value in _environment() if environment is None else environment:
-        # A variable never holds an interpolation, even if it looks like one.
+        # The value of a variable is never an interpolation, even if it looks like one.
         yield Layer("environment", name, nested(_variables()[name], value.replace("${", "\\${")))
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    """Return the environment variables that set values; an empty one counts as unset."""
+    """Return the environment variables that set values; an empty variable counts as unset."""
     return tuple((name, os.environ[name]) for name in _variables() if os.environ.get(name))
 
 
 @cache
 def _variables() -> dict[str, str]:
-    """Return the path of each value that has an environment variable, by the variable's name."""
+    """Return a mapping from environment variables to the paths of the values that they set."""
     return {leaf.env: leaf.path for leaf in leaves() if leaf.env}
 
 
 @cache
 def schema_defaults(backend: str | None = None) -> Values:
-    """Return the defaults of a backend's options; without one, of everything except the group `backend`."""
+    """Return a backend's defaults or, if no backend is given, those of everything except the group `backend`."""
     cls: type[Any] = BACKENDS[backend] if backend else Experiment
     node: Values = {}
     for f in fields(cls):
@@ -185,7 +185,7 @@ def schema_defaults(backend: str | None = None) -> Values:
 
 @cache
 def default_choices() -> Mapping[str, str | None]:
-    """Return the default option of each group, in the order of the defaults list of conf/config.yaml."""
+    """Return the default option of each group, in the order of the defaults list in conf/config.yaml."""
     entries = yamlfile.read(Path(str(resources.files(CONFIG_MODULE))) / "config.yaml").values["defaults"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
     return {group: name for group, name in pairs if group in GROUPS}
@@ -194,21 +194,21 @@ def default_choices() -> Mapping[str, str | None]:
 # ------------------------------------------------------------------ options
 @lru_cache(maxsize=1024)
 def option(options: Options, group: str, name: str, source: str | None = None) -> Option:
-    """Read an option, whether built-in or user-defined.
+    """Read an option, either built-in or the user's own.
 
     Args:
-        options: the options that exist.
-        group: its group.
-        name: its name; it must exist.
-        source: the hub id or file, for the dataset `custom`.
+        options: the available options.
+        group: the option's group.
+        name: the option's name; it must exist.
+        source: the hub id or file, if the option is the dataset `custom`.
 
     Raises:
-        Problems: something is wrong with the user's file.
+        Problems: the user's file has problems.
     """
     file = options.get(group, name)
     assert file is not None, (group, name)
     if source is not None and name == CUSTOM:
-        # If a file or a preset names a source, it is among that layer's values, which override this one.
+        # If a file or a preset names the source, it is also a value of that layer, which overrides this one.
         given = Layer("command line", f"dataset={source}", {"dataset": {"name": source, "path": source}})
         return Option(file, (given,))
     return _users(file, options) if file.is_users else _builtin(file)
@@ -227,7 +227,7 @@ def _users(file: OptionFile, options: Options) -> Option:
     group = None if file.group == "preset" else file.group
     read = examine_file(file.path, options, group)
     if "preset" in read.choices:
-        message = "a preset cannot name another one; inherit from its file with defaults: [name]."
+        message = "a preset cannot choose another preset; inherit from its file with defaults: [name]."
         read.problems.append(Problem("wrong_type", "preset", message, read.choices["preset"].location))
     locations = {path: location for layer in read.layers for path, location in layer.locations.items()}
     values = read.values
@@ -236,7 +236,7 @@ def _users(file: OptionFile, options: Options) -> Option:
         own.setdefault("name", file.name)
     if file.group == "backend" and own.setdefault("name", file.name) not in BACKENDS:
         location = locations.get(("backend", "name"), Location(file.path))
-        message = f"an option of this group must name its engine, one of {', '.join(BACKENDS)}."
+        message = f"an option of this group must name its engine: {', '.join(BACKENDS)}."
         read.problems.append(Problem("unknown_option", "name", message, location))
     if problems := impossible(read.problems):
         raise Problems(problems)
@@ -253,7 +253,7 @@ def _users(file: OptionFile, options: Options) -> Option:
 
 
 def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
-    """Return the layer below an option of the group `backend`: its engine's defaults."""
+    """Return the layer below an option of the group `backend`: the defaults of its engine."""
     if file.group != "backend":
         return ()
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)

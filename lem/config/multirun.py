@@ -1,7 +1,7 @@
-"""A study's plan and its Hydra multirun: a resolved config file per cell, which Hydra composes and runs in turn.
+"""A study's plan and its Hydra multirun: one resolved config file per cell, composed and run by Hydra in turn.
 
-The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. Does not know what
-running a cell does.
+The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. This module does not
+know what running a cell involves.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ hydra:
 
 
 def sweep_dir(overrides: Iterable[str]) -> Path:
-    """Return the directory of a study: the one that hydra.sweep.dir names, else one named after the time.
+    """Return a study's directory: the one given by hydra.sweep.dir, or else one named after the current time.
 
     Raises:
-        ConfigError: the name contains an interpolation that cannot be resolved.
+        ConfigError: the given name contains an interpolation that cannot be resolved.
     """
     given = [text.removeprefix(SWEEP_DIR).strip("'\"") for text in overrides if text.startswith(SWEEP_DIR)]
     if not given:
@@ -71,10 +71,10 @@ def run_plan(
         directory: the study's directory.
         cells: a label and a checked experiment for each cell.
         settings: overrides of Hydra's own settings, such as a launcher.
-        run: called with each cell's number and its composed config.
+        run: called with the number and the composed config of each cell.
 
     Raises:
-        ConfigError: Hydra refuses a setting.
+        ConfigError: Hydra rejects a setting.
     """
 
     def task(composed: Any) -> None:
@@ -84,7 +84,7 @@ def run_plan(
     _write_plan(folder, cells)
     names = ",".join(map(cell_name, range(len(cells))))
     command_line = sys.argv
-    # hydra.main reads its overrides from there.
+    # hydra.main reads its overrides from sys.argv.
     sys.argv = [
         *sys.argv[:1],
         "--multirun",
@@ -93,7 +93,7 @@ def run_plan(
         f"{SWEEP_DIR}{quoted(escaped(str(directory)))}",
     ]
     try:
-        # Otherwise Hydra prints its errors and exits.
+        # Without this setting, Hydra prints its errors and exits.
         with env_override({"HYDRA_FULL_ERROR": "1"}):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=NAME)(task)()
     except HydraException as error:
@@ -103,7 +103,7 @@ def run_plan(
 
 
 def cell_name(number: int) -> str:
-    """Return the name of a cell's files; it begins with a letter, so that Hydra's grammar reads it as a name."""
+    """Return the base name of a cell's file; it starts with a letter so that Hydra does not read it as a number."""
     return f"c{number:03d}"
 
 

@@ -1,9 +1,9 @@
 """The options of each group and their files: those in lem's own conf/, and the user's.
 
 A user's options are the YAML files in `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one directory:
-the one that --config-dir names, else `conf/` beside the config file or beside the files it inherits from, else `conf/`
-in the working directory if there is no file. A user's option replaces a built-in one of the same name. Does not read
-options; `lem.config.layers` does.
+the one given by --config-dir, or else `conf/` beside the config file or one of its parents, or, without a config file,
+`conf/` in the working directory. A user's option replaces a built-in one of the same name. This module only finds
+options; `lem.config.layers` reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lem.workload.file import SUFFIXES as SOURCE_SUFFIXES
 CONFIG_MODULE = "lem.conf"
 FOLDER = "conf"
 SUFFIXES = (".yaml", ".yml")
-# Represents any hub dataset or local file; it has no prompts of its own.
+# Stands for any hub dataset or local file; it has no prompts of its own.
 CUSTOM = "custom"
 
 
@@ -32,7 +32,7 @@ class OptionFile:
     name: str
     path: Path
     is_users: bool
-    # A user's option with the name of a built-in one.
+    # Whether this is a user's option with the name of a built-in one.
     shadows: bool = False
 
 
@@ -46,20 +46,20 @@ class Options:
     def find(cls, config_dir: Path | None = None, config_file: Path | None = None) -> Options:
         """Return the options available to a config file or, without one, in the working directory.
 
-        `lem.config.userfile.find_options` looks beside a file's parents as well.
+        `lem.config.userfile.find_options` also looks beside a file's parents.
 
         Raises:
-            ConfigError: the named directory holds no options.
+            ConfigError: the given directory contains no options.
         """
         if config_dir is not None:
             if not any((config_dir / group).is_dir() for group in GROUPS):
                 raise ConfigError(
-                    f"{config_dir}: this config directory holds no options; "
-                    f"options are YAML files in its folders {', '.join(f'{group}/' for group in GROUPS)}."
+                    f"{config_dir}: this config directory contains no options. "
+                    f"Options are YAML files in its folders {', '.join(f'{group}/' for group in GROUPS)}."
                 )
             return cls(config_dir.resolve())
         folder = (config_file.parent if config_file else Path()) / FOLDER
-        # lem's own conf/ is a package; in lem's checkout it does not count as the user's.
+        # lem's own conf/ is a package; when lem runs in its own checkout, that folder does not count as the user's.
         return cls(folder.resolve() if folder.is_dir() and not (folder / "__init__.py").exists() else None)
 
     @cached_property
@@ -79,13 +79,13 @@ class Options:
         return self._files[group].get(name)
 
     def unknown(self, group: str, name: str) -> str:
-        """Return the message about an option that does not exist."""
+        """Return the message for an option that does not exist."""
         names = [other for other in self.names(group) if (group, other) != ("dataset", CUSTOM)]
-        more = "; or give a hub id (owner/name) or a local file" if group == "dataset" else ""
-        return f"there is no '{name}'.{did_you_mean(name, names)} Choose one of {', '.join(names)}{more}."
+        more = ", or give a hub id (owner/name) or a local file" if group == "dataset" else ""
+        return f"there is no option '{name}'.{did_you_mean(name, names)} Choose one of {', '.join(names)}{more}."
 
     def is_source(self, name: str) -> bool:
-        """Return whether a dataset is a hub id or a local file, not one of the options."""
+        """Return whether a dataset is a hub id or a local file rather than a named option."""
         if self.get("dataset", name):
             return False
         try:
@@ -104,5 +104,5 @@ def builtin(group: str) -> dict[str, OptionFile]:
 def _yaml_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    # Not a pipe, which would be waited for.
+    # A pipe would block the read.
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())

@@ -1,7 +1,7 @@
-"""The command line's overrides, `key=value`: parsed by Hydra's grammar, checked, and expanded into a sweep.
+"""Overrides on the command line, `key=value`: parsed with Hydra's grammar, checked, and expanded into sweeps.
 
-An option may be chosen as `group=name` or `group.name=name`, and a dataset also by its hub id or file; sweeps are
-`a,b`, `choice(a,b)`, `range(1,5)` and `glob(*)`. Knows the schema's keys, but not their types.
+An option may be chosen as `group=name` or `group.name=name`, and a dataset also by hub id or file. A sweep is written
+`a,b`, `choice(a,b)`, `range(1,5)` or `glob(*)`. This module knows the keys of the schema, but not their types.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lem.config.problem import Problem, Problems, shortened
 from lem.config.userfile import PARTS, Choice, Layer
 from lem.spec.schema import GROUPS
 
-# A preset that sets nothing: Hydra has no other way to undo the choice of a group's option.
+# A preset that sets nothing, because Hydra has no other way to undo the choice of an option.
 NO_PRESET = "none"
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
-# A range is short to write but may not fit in any memory.
+# A short range can expand to more values than fit in memory.
 MOST_VALUES = 100_000
-SEVERAL = "it has several values; add --multirun to run each of them, or write a list as [a,b]."
+SEVERAL = "this override has several values; add --multirun to run each of them, or write a list as [a,b]."
 HYDRA = ("hydra.", "hydra/", "+hydra", "++hydra", "~hydra")
 
 
 @dataclass(frozen=True)
 class Override:
-    """One override, of a value or of a group's option; several values or options make a sweep.
+    """One override, of a value or of a group's option; several values or options make it a sweep.
 
-    `parts` are the values or options as Hydra writes them. An override of Hydra's own settings has no key.
+    `parts` are the values or options in Hydra's notation. An override of Hydra's own settings has no key.
     """
 
     text: str
@@ -47,22 +47,22 @@ class Override:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it represents several experiments."""
+        """Whether the override stands for several experiments."""
         return len(self.parts) > 1
 
     @property
     def shown(self) -> str:
-        """The override as a user would write it; Hydra may know the option by a different name."""
+        """The override as a user would write it; Hydra may use a different name for the option."""
         if not self.choices:
             return self.text
         return f"{self.key}={','.join(choice.source or choice.name or 'null' for choice in self.choices)}"
 
     def layer(self) -> Layer:
-        """Return the value that it sets, or the first value of a sweep."""
+        """Return the layer of the override's value, or of the first value of a sweep."""
         return Layer("command line", self.text, nested(self.key, self.values[0]))
 
     def each(self) -> list[Override]:
-        """Return an override for each of its values or options."""
+        """Return a separate override for each value or option."""
         return [
             Override(f"{self.key}={part}", self.key, self.values[i : i + 1], self.choices[i : i + 1], (part,))
             for i, part in enumerate(self.parts)
@@ -70,9 +70,9 @@ class Override:
 
 
 def combinations(overrides: Iterable[Override]) -> list[tuple[Override, ...]]:
-    """Expand a sweep into the overrides of its cells, in the order of Hydra's own sweeper: the last varies fastest.
+    """Expand a sweep into the overrides of each cell, in the order of Hydra's own sweeper: the last key varies fastest.
 
-    If a key is given more than once, its last override applies, at the position of its first.
+    If a key is given more than once, its last override applies, at the position of the first.
     """
     by_key = {override.key or override.text: override.each() for override in overrides}
     return list(itertools.product(*by_key.values()))
@@ -81,12 +81,12 @@ def combinations(overrides: Iterable[Override]) -> list[tuple[Override, ...]]:
 def parse(
     texts: Sequence[str], options: Options, groups_in: Path | None = None
 ) -> tuple[list[Override], list[Problem]]:
-    """Parse overrides; of several choices for one group, only the last is returned.
+    """Parse overrides; if a group is given several times, only its last choice is returned.
 
     Args:
         texts: the overrides.
-        options: what can be chosen by name.
-        groups_in: a config directory known to Hydra; `+group=…` of a group there is passed on to Hydra.
+        options: the options that can be chosen by name.
+        groups_in: a config directory known to Hydra; `+group=…` for a group in that directory is passed on to Hydra.
     """
     found: list[Override] = []
     problems: list[Problem] = []
@@ -102,12 +102,12 @@ def parse(
 
 
 def is_hydra_setting(text: str) -> bool:
-    """Return whether an override is one of Hydra's own settings, such as `hydra.sweep.dir` or `hydra/launcher`."""
+    """Return whether an override sets one of Hydra's own settings, such as `hydra.sweep.dir` or `hydra/launcher`."""
     return text.startswith(HYDRA)
 
 
 def has_several_values(text: str) -> bool:
-    """Return whether Hydra's grammar reads several values in an override; False if it cannot read it."""
+    """Return whether Hydra's grammar reads several values in an override; False if it cannot be parsed."""
     try:
         return bool(_read(text).is_sweep_override())
     except Problems:
@@ -124,25 +124,25 @@ def _parsed(text: str, options: Options) -> Override:
         return _parsed_choice(name, value, options)
     if name not in known_keys():
         raise Problems.one("unknown_key", shortened(name), unknown_key(tuple(name.split("."))))
-    # All keys of the schema exist, so adding (+) and forcing (++) are the same as setting.
+    # All keys of the schema exist, so adding (+) and forcing (++) are the same as setting a value.
     values, parts = _elements(_read(f"{name}={value}"))
     if name in PARTS and not all(isinstance(given, dict) for given in values):
-        raise Problems.one("wrong_type", name, f"it holds named values; set one of them, as in {_example(name)}=….")
+        raise Problems.one("wrong_type", name, f"this is a mapping; set one of its values, as in {_example(name)}=….")
     return Override(f"{name}={value}", name, values, parts=parts)
 
 
 def _check_form(text: str, key: str, equals: str, name: str) -> None:
     shown = shortened(text)
     if equals and not name:
-        raise Problems.one("unknown_key", "", f"The override {shown!r} names no key.")
+        raise Problems.one("unknown_key", "", f"The override {shown!r} has no key.")
     if key.startswith("~"):
-        message = f"The override {shown!r} removes a value, but every value is required; set another one, or null."
+        message = f"The override {shown!r} removes a value, but every value is required; set another value, or null."
         raise Problems.one("unknown_key", "", message)
     if not equals:
         message = f"'{shown}' is neither an option, a config file (.yaml) nor an override (key=value)."
         raise Problems.one("unknown_key", "", message)
     if "@" in name:
-        raise Problems.one("unknown_key", "", f"The override {shown!r} names a package (@); lem has none.")
+        raise Problems.one("unknown_key", "", f"The override {shown!r} names a package (@); leave it out.")
 
 
 def _example(part: str) -> str:
@@ -157,7 +157,7 @@ def _parsed_choice(group: str, value: str, options: Options) -> Override:
     else:
         names = _names(group, value, literal, options)
     if not names:
-        raise Problems.one("unknown_option", group, f"{shortened(value)!r} matches none of its options.")
+        raise Problems.one("unknown_option", group, f"{shortened(value)!r} matches no option of this group.")
     choices = tuple(choice_of(group, name, options) for name in names)
     parts = tuple(hydra_name(group, choice, options) for choice in choices)
     return Override(f"{group}={','.join(parts)}", group, choices=choices, parts=parts)
@@ -179,17 +179,17 @@ def _names(group: str, value: str, literal: str, options: Options) -> list[Any]:
 
 
 def choice_of(group: str, name: Any, options: Options) -> Choice:
-    """Return the choice that a name means: an option, a dataset's hub id or file, or no preset.
+    """Return the choice for a name: an option, a dataset's hub id or file, or no preset.
 
     Raises:
-        Problems: there is no such option, or the value is not a name.
+        Problems: no such option exists, or the value is not a name.
     """
     if name is None and group == "preset":
         return Choice(None)
     if not isinstance(name, str):
-        message = f"it is chosen by name, one of {', '.join(options.names(group))}."
+        message = f"must be the name of an option: {', '.join(options.names(group))}."
         if isinstance(name, dict):
-            message += f" Set its values one by one, as in {_example(group)}=…."
+            message += f" Set single values separately, as in {_example(group)}=…."
         raise Problems.one("wrong_type", group, message)
     if options.get(group, name):
         return Choice(name)
@@ -199,7 +199,7 @@ def choice_of(group: str, name: Any, options: Options) -> Choice:
 
 
 def hydra_name(group: str, choice: Choice, options: Options) -> str:
-    """Return Hydra's name for a choice; a user's option or file is registered under that name."""
+    """Return the name under which Hydra knows a choice; a user's option or file is registered under that name."""
     if choice.preset is not None:
         return _hydra_word(choice.preset, "preset", is_free=False)
     if choice.name is None:
@@ -212,7 +212,7 @@ def hydra_name(group: str, choice: Choice, options: Options) -> str:
 
 
 def _hydra_word(name: str, prefix: str, is_free: bool) -> str:
-    """Return a name that Hydra's grammar reads unchanged: the same one, or a similar one that is not in use."""
+    """Return a name that Hydra's grammar reads unchanged: the given one, or a similar one that is still free."""
     is_plain = PLAIN_NAME.fullmatch(name) and name.lower() not in NOT_NAMES and not name.endswith((".yaml", ".yml"))
     if is_plain and is_free:
         return name
@@ -235,7 +235,7 @@ def _exists(name: str) -> bool:
 def quoted(value: str) -> str:
     """Quote a string so that Hydra's override grammar reads exactly that string.
 
-    In that grammar a backslash is special only before a quote, so only those are doubled.
+    In that grammar a backslash is special only before a quote, so only those backslashes are doubled.
     """
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
@@ -249,7 +249,7 @@ def _parser() -> Any:
 
 
 def _read(text: str) -> Any:
-    """Return the override as Hydra's grammar reads it; raises `Problems`."""
+    """Return the override as parsed by Hydra's grammar; raises `Problems`."""
     from hydra.errors import HydraException
 
     try:
@@ -262,12 +262,12 @@ def _read(text: str) -> Any:
 
 
 def _elements(override: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """Return the values of an override as plain data, and as Hydra writes them."""
+    """Return the values of an override as plain data and in Hydra's notation."""
     from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep, Transformer
 
     value = override.value()
     if isinstance(value, (Glob, IntervalSweep)):
-        message = f"{shortened(override.input_line)!r} names no values; list them, as in a,b or range(1,5)."
+        message = f"{shortened(override.input_line)!r} has no values; list them, as in a,b or range(1,5)."
         raise Problems.one("wrong_type", override.key_or_group, message)
     if not override.is_sweep_override():
         return (value,), (override.get_value_element_as_str(),)
@@ -275,10 +275,10 @@ def _elements(override: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     if next(itertools.islice(elements, MOST_VALUES, None), None) is not None:
         message = f"{shortened(override.input_line)!r} expands to more than {MOST_VALUES:,} values; give fewer."
         raise Problems.one("out_of_range", override.key_or_group, message)
-    # Read once: a shuffled sweep has a different order each time.
+    # The values are read only once, because a shuffled sweep has a different order each time.
     found = list(override.sweep_iterator())
     if not found:
-        raise Problems.one("wrong_type", override.key_or_group, f"{shortened(override.input_line)!r} names no values.")
+        raise Problems.one("wrong_type", override.key_or_group, f"{shortened(override.input_line)!r} has no values.")
     return tuple(map(_without_quotes, found)), tuple(map(Transformer.str, found))
 
 
@@ -295,7 +295,7 @@ def _without_quotes(element: Any) -> Any:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the message of a Hydra or OmegaConf error as a single sentence, in lem's words if theirs do not help."""
+    """Return a Hydra or OmegaConf error as a single sentence, reworded if the original message would not help."""
     text = " ".join(str(error).split())
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:

@@ -1,7 +1,7 @@
-"""What is wrong with a configuration and where: a code, a path, a message, a line of a file.
+"""A problem with a configuration: a code, a path, a message, and a location in a file.
 
-The severity of a code, its meaning and its remedy are in `lem.spec.rules`. This module does not know YAML, Hydra or
-the schema.
+`lem.spec.rules` defines the severity, meaning and remedy of each code. This module does not know YAML, Hydra or the
+schema.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lem.spec.rules import RULES, Severity
 
 @dataclass(frozen=True)
 class Location:
-    """A position in a file; line and column count from 1."""
+    """A position in a file; lines and columns are counted from 1."""
 
     file: Path
     line: int | None = None
@@ -28,7 +28,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a configuration."""
+    """One problem with a configuration."""
 
     code: str
     path: str
@@ -37,12 +37,12 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
-        """The severity of the code, from the catalogue."""
+        """The severity of the code, as listed in the catalogue of rules."""
         return RULES[self.code].severity
 
     @property
     def where(self) -> str:
-        """`my.yaml:12`, with the column if the text itself is broken; empty without a file."""
+        """The position, as in `my.yaml:12`, with the column if the YAML is broken; empty if no file is involved."""
         if self.location is None:
             return ""
         exact = self.code == "yaml_syntax" and self.location.column
@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def sentence(self) -> str:
-        """The path, and what is wrong there."""
+        """The path and the message."""
         return f"{self.path}: {self.message}" if self.path else self.message
 
     def __str__(self) -> str:
@@ -61,23 +61,23 @@ class Problems(ConfigError):
     """All problems found in a configuration."""
 
     def __init__(self, found: Iterable[Problem]) -> None:
-        # The same problem may be found twice: a file that two others inherit from is read twice.
+        # The same problem may be found twice: a file from which two others inherit is read twice.
         self.found = tuple(dict.fromkeys(found))
         super().__init__(*map(str, self.found))
 
     @classmethod
     def one(cls, code: str, path: str, message: str, location: Location | None = None) -> Problems:
-        """Return the error for a single problem."""
+        """Return an error with a single problem."""
         return cls([Problem(code, path, message, location)])
 
 
 def impossible(problems: Iterable[Problem]) -> list[Problem]:
-    """Return the problems that keep a configuration from being used at all."""
+    """Return the problems that make a configuration unusable."""
     return [problem for problem in problems if problem.severity == "impossible"]
 
 
 def shown_path(file: Path) -> str:
-    """Return a path as a user would write it: relative if it is below the working directory."""
+    """Return a path as a user would write it: relative if it is inside the working directory."""
     try:
         return str(file.relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -85,6 +85,6 @@ def shown_path(file: Path) -> str:
 
 
 def shortened(text: str, limit: int = 60) -> str:
-    """Return a string shortened to fit into a message, on one line."""
+    """Return a string on one line, shortened to fit into a message."""
     line = "".join(c if c.isprintable() else "·" for c in text[: limit + 1])
     return line if len(text) <= limit else f"{line[: limit - 3]}…"

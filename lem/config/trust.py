@@ -1,9 +1,9 @@
-"""What a configuration would run with the user's permissions, and whether the user's own command line names it.
+"""What a configuration would run or send on the user's behalf, and whether the command line itself asks for it.
 
-A program that starts a server, Python code that comes with a model or that an engine's argument names, and an API key
-that would be sent away: whoever wrote the file decides about them, so the user has to see them first
-(`lem.studies.consent`). What the command line itself says is the user's own word. Runs nothing and imports no code of a
-model.
+This covers a program that starts a server, Python code that comes with a model or that an engine's argument names, and
+an API key that would be sent to another machine. Whoever wrote the config file chose these, so the user has to confirm
+them first (`lem.studies.consent`); those given on the command line are the user's own choice. This module runs nothing
+and imports no code of a model.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from lem.spec.experiment import Experiment
 from lem.workload import tiny
 
 Kind = Literal["command", "code", "key"]
-# What is digested of a file that a command or a model names; a server's program may be larger, its scripts are not.
+# How much of a file named by a command or a model is digested. A server binary may be larger; scripts are not.
 MOST_BYTES = 64_000_000
-# Files of a model that say which code to load.
+# Files of a model that determine which code is loaded.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Something that a configuration asks to run or to send, at which option, and in which words.
+    """A command, piece of code or API key that a configuration asks to run or send, with its option and wording.
 
-    `digest` identifies the words and the content of the files that they name; `is_own` means that the command line
-    says it, and `where` is the file that does otherwise.
+    `digest` identifies the wording and the content of the files that it names. `is_own` means that the command line
+    asks for it; otherwise `where` is the place in a file, if known.
     """
 
     kind: Kind
@@ -51,7 +51,7 @@ class Asked:
 
 
 def asked_by(experiment: Experiment, sources: Sources) -> list[Asked]:
-    """Return what a composed experiment asks to run, with the origin of each."""
+    """Return everything that a composed experiment asks to run or send, with the origin of each request."""
     layers = sources.layers()
     return [_with_origin(each, layers) for each in all_asked(experiment)]
 
@@ -59,7 +59,7 @@ def asked_by(experiment: Experiment, sources: Sources) -> list[Asked]:
 def _with_origin(asked: Asked, layers: list[Any]) -> Asked:
     paths = [tuple(path.split(".")) for path in (asked.path, *(("backend.url",) if asked.kind == "key" else ()))]
     found = [(path, layer) for path in paths if (layer := origin(layers, path)) and layer.kind != "default"]
-    # An interpolation takes words from elsewhere, whoever writes it.
+    # An interpolation brings in text from elsewhere, no matter who wrote it.
     foreign = [(path, layer) for path, layer in found if layer.kind != "command line" or _interpolates(layer, path)]
     if found and not foreign:
         return replace(asked, is_own=True)
@@ -78,7 +78,7 @@ def _interpolates(layer: Any, path: tuple[str, ...]) -> bool:
 
 
 def all_asked(experiment: Experiment) -> Iterator[Asked]:
-    """Yield what an experiment asks to run, whoever wrote it; `is_own` is False."""
+    """Yield everything that an experiment asks to run or send, whoever wrote it; `is_own` is False."""
     backend = experiment.backend
     if isinstance(backend, OpenaiBackend):
         if backend.command is not None:
@@ -101,7 +101,7 @@ def _asked(kind: Kind, path: str, text: str, files: Iterable[Path] = ()) -> Aske
 
 # ------------------------------------------------------------------ commands
 def _files_named_in(command: str) -> Iterator[Path]:
-    """Yield the files that the words of a command name: the same words in another folder may run another script."""
+    """Yield the files that a command names: in another folder, the same command may run a different script."""
     with suppress(ValueError):
         for word in shlex.split(command):
             module = Path(*word.split(".")) if word.replace(".", "").isidentifier() else None
@@ -126,7 +126,7 @@ def _digest_of(file: Path) -> str:
 
 # ------------------------------------------------------------------ code
 def _code_of_models(experiment: Experiment) -> Asked:
-    """Return the request to run the code of the models that are loaded."""
+    """Return the request to run the code of the models to be loaded."""
     drafts = getattr(getattr(experiment.backend, "speculative", None), "model", None)
     names = [name for name in (experiment.model, drafts, experiment.adapter) if name]
     folders = {name: folder for name in names if (folder := _local_folder(name)) is not None}
@@ -159,13 +159,13 @@ def _code_files(folder: Path) -> list[Path]:
 
 # ------------------------------------------------------------------ keys
 def _key(backend: OpenaiBackend) -> Iterator[Asked]:
-    """Yield the request to send an API key to another machine."""
+    """Yield the request to send an API key to another machine, if there is one."""
     if not os.environ.get(backend.api_key_env) or backend.url is None:
         return
     try:
         address = address_of(backend)
     except ConfigError:
-        return  # it is refused anyway
+        return  # the address is rejected elsewhere
     if not address.is_here:
         text = f"the value of {backend.api_key_env} to {address.scheme}://{address.host}:{address.port}"
         yield _asked("key", "backend.api_key_env", text)

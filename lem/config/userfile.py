@@ -1,9 +1,9 @@
 """A user's config file: read with its parents, checked for shape, and split into chosen options and given values.
 
-A file may name options of config groups (`backend: pytorch`, `dataset: alpaca`, or `name:` inside the group's
-mapping), hold values, and inherit from other files through a `defaults:` list (`- base` is `base.yaml` beside
-the file). Each file stays a separate layer, so that every value has a file and a line. This module composes nothing
-and does not know whether a value suits the schema.
+A file may choose options of config groups (`backend: pytorch`, `dataset: alpaca`, or `name:` inside the group's
+mapping), contain values, and inherit from other files through a `defaults:` list (`- base` means `base.yaml` in the
+same directory). Each file stays a separate layer, so that every value has a file and a line. This module does not
+compose anything or check values against the schema.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ STAYS_WHEN_OPTION_CHANGES = {
     "energy": frozenset({"country_iso_code", "carbon_intensity_g_per_kwh"}),
 }
 MAX_FILES = 100
-# The parts of the schema are mappings; neither a list nor a scalar can replace them.
+# These parts of the schema are mappings; neither a list nor a scalar can replace them.
 PARTS = tuple(dict.fromkeys(leaf.path.partition(".")[0] for leaf in leaves() if "." in leaf.path))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An option chosen for a group; the name None means no preset, or the group's default."""
+    """An option chosen for a group; a name of None means no preset or, for other groups, the default."""
 
     name: str | None
-    # The hub id or file of a dataset without a name.
+    # The hub id or file of a dataset that is not a named option.
     source: str | None = None
     location: Location | None = None
-    # The preset that chose it and also sets values for it, which belong to the choice.
+    # The preset that made this choice and also sets values for the option; those values apply only with the choice.
     preset: str | None = None
 
     def is_same(self, other: Choice) -> bool:
-        """Return whether values meant for the other choice still apply."""
+        """Return whether values meant for the other choice also apply to this one."""
         return (self.source or self.name) == (other.source or other.name)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One source's values: its kind, its name (variable, option, preset, file, override), and where the values are."""
+    """One source of values: its kind, its name (variable, option, preset, file, override), the values and locations."""
 
     kind: Literal["default", "environment", "option", "preset", "file", "command line"]
     name: str | None
@@ -59,7 +59,7 @@ class Layer:
 
 @dataclass
 class UserFile:
-    """The content of a file and its parents (interpolations unresolved), parents first."""
+    """The content of a file and its parents, parents first, with interpolations unresolved."""
 
     options: Options = field(default_factory=Options)
     path: Path | None = None
@@ -75,8 +75,8 @@ class UserFile:
     def without_values_of(self, group: str) -> UserFile:
         """Drop the values that belong to a group's option, because another option replaces it.
 
-        The options of one engine, or the column of one dataset, mean nothing to another; a sample size or a country
-        is kept.
+        One engine's options or one dataset's column mean nothing to another, but values such as a sample size or a
+        country are kept.
         """
         stays = STAYS_WHEN_OPTION_CHANGES.get(group, frozenset())
         layers = []
@@ -99,7 +99,7 @@ class UserFile:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings deeply; lists and scalars of `over` replace those of `base`. Unchanged parts are shared."""
+    """Merge mappings deeply; lists and scalars in `over` replace those in `base`. Unchanged parts are shared."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -117,8 +117,8 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
     """Read a config file with its parents.
 
     Raises:
-        Problems: there is no such file, its YAML is broken (with line and column), a parent is missing or inherits
-            from its own child, an option does not exist, or a file is not a mapping.
+        Problems: the file does not exist, its YAML is broken (with line and column), it is not a mapping, a parent is
+            missing, a file inherits from itself, or an option does not exist.
     """
     file = examine_file(path, find_options(path, config_dir))
     if problems := impossible(file.problems):
@@ -127,14 +127,14 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
 
 
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
-    """Return the options available to a config file: in the named directory, else beside it or its nearest parent.
+    """Return the options available to a config file: in the given directory, or else beside it or its nearest parent.
 
     Raises:
-        ConfigError: the named directory holds no options.
+        ConfigError: the given directory contains no options.
     """
     options = Options.find(config_dir, path)
     waiting = [path] if path else []
-    # Breadth first; the list grows while it is read.
+    # Breadth first; the loop extends the list while reading it.
     for file in waiting:
         if options.folder is not None or len(waiting) > MAX_FILES:
             break
@@ -144,7 +144,7 @@ def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
 
 
 def _parents(path: Path) -> list[Path]:
-    """Return the files that a file inherits from, or those that could be read."""
+    """Return the files that a file inherits from, leaving out those that cannot be read."""
     try:
         own = _OwnContent(Options(), None, yamlfile.read(path), path)
     except Problems:
@@ -158,15 +158,15 @@ def examine_file(path: Path, options: Options, group: str | None = None) -> User
 
     Args:
         path: the file.
-        options: what can be chosen by name.
-        group: the group, if the file is an option; it then holds only the values of that group.
+        options: the options that can be chosen by name.
+        group: the group, if the file is an option of one; the file then contains only values of that group.
     """
     return _Reader(options, group).file(path, ())
 
 
 @dataclass
 class _Reader:
-    """Reads a file and those that it inherits from."""
+    """Reads a file and the files that it inherits from."""
 
     options: Options
     group: str | None = None
@@ -194,7 +194,7 @@ class _Reader:
             names = " -> ".join(child.name for child in (*ring[ring.index(path.resolve()) :], path))
             problem = Problem("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", location)
         elif self.files >= MAX_FILES:
-            problem = Problem("too_large", "defaults", f"it inherits from more than {MAX_FILES} files.", location)
+            problem = Problem("too_large", "defaults", f"the file inherits from more than {MAX_FILES} files.", location)
         else:
             return self.file(path, children)
         return UserFile(problems=[problem])
@@ -235,17 +235,17 @@ class _OwnContent:
             return Layer("file", str(self.path), {self.group: content}, inside)
         for key, value in content.items():
             if key == "hydra":
-                self._report("forbidden_key", (key,), "settings of Hydra belong on the command line (hydra.…=…).")
+                self._report("forbidden_key", (key,), "Hydra settings belong on the command line (hydra.…=…).")
             elif key in GROUPS:
                 self.values = merged(self.values, self._choice(key, value))
             elif key in PARTS and not isinstance(value, dict):
-                self._report("wrong_type", (key,), f"it must be a mapping of named values, not {kind_of(value)}.")
+                self._report("wrong_type", (key,), f"must be a mapping of values, not {kind_of(value)}.")
             else:
                 self.values[key] = value
         return Layer("file", str(self.path), self.values, locations)
 
     def _report(self, code: str, at: KeyPath, message: str) -> None:
-        # A value that could not be read already has its problem.
+        # A value that could not be read already has a problem of its own.
         if dotted(at) not in {problem.path for problem in self.document.problems}:
             self.problems.append(Problem(code, dotted(at), message, self._location(at)))
 
@@ -260,8 +260,8 @@ class _OwnContent:
         if isinstance(value, str):
             return {group: self._named(group, value, {}, (group,))}
         if not isinstance(value, dict):
-            message = f"it is chosen by name ({', '.join(self.options.names(group))}), or holds named values; "
-            self._report("wrong_type", (group,), message + f"it cannot be {kind_of(value)}.")
+            message = f"must be the name of an option ({', '.join(self.options.names(group))}) or a mapping of values, "
+            self._report("wrong_type", (group,), message + f"not {kind_of(value)}.")
             return {}
         values = dict(value)
         if "name" in values:
@@ -277,24 +277,24 @@ class _OwnContent:
             self.choices["preset"] = Choice(None, location=location)
         elif not isinstance(value, str):
             names = ", ".join(self.options.names("preset"))
-            self._report("wrong_type", ("preset",), f"a preset is chosen by name ({names}), not {kind_of(value)}.")
+            self._report("wrong_type", ("preset",), f"must be the name of a preset ({names}), not {kind_of(value)}.")
         elif self.options.get("preset", value):
             self.choices["preset"] = Choice(value, location=location)
         else:
             self._report("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
 
     def _named(self, group: str, name: Any, values: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """Record what the name chooses, whether or not it is an option; return the group's values."""
+        """Record the named option, even if it does not exist; return the group's values."""
         location = self._location(at)
         if not isinstance(name, str):
-            self._report("wrong_type", at, f"an option is chosen by its name, not {kind_of(name)}.")
+            self._report("wrong_type", at, f"must be the name of an option, not {kind_of(name)}.")
             return values
         if self.options.get(group, name):
             source = values.get("path") if group == "dataset" else None
             self.choices[group] = Choice(name, source if isinstance(source, str) else None, location)
             return values
         if group == "dataset" and isinstance(source := values.get("path"), str):
-            # Its name is only a label, as `lem config show` writes it.
+            # The name is only a label, as written by `lem config show`.
             self.choices[group] = Choice(CUSTOM, source, location)
             return {"name": name} | values
         if group == "dataset" and self.options.is_source(name):
@@ -309,7 +309,7 @@ class _OwnContent:
 
     def _defaults(self, entries: Any) -> None:
         if not isinstance(entries, list):
-            message = f"defaults is a list of files to inherit from, not {kind_of(entries)}."
+            message = f"must be a list of files to inherit from, not {kind_of(entries)}."
             self._report("bad_defaults", ("defaults",), message)
             return
         for i, entry in enumerate(entries):
@@ -319,7 +319,7 @@ class _OwnContent:
                 for key, value in entry.items():
                     self._default_choice(key, value, ("defaults", i))
             else:
-                message = f"an entry of defaults is a file name or `group: option`, not {kind_of(entry)}."
+                message = f"an entry must be a file name or `group: option`, not {kind_of(entry)}."
                 self._report("bad_defaults", ("defaults", i), message)
 
     def _inherit(self, name: str, at: KeyPath) -> None:
@@ -331,27 +331,25 @@ class _OwnContent:
             self.parents.append((found, self._location(at)))
             return
         siblings = [path.stem for path in base.parent.glob("*.yaml")] if _is(base.parent, Path.is_dir) else []
-        message = f"it inherits from '{shortened(name)}', but there is no such file beside it."
+        message = f"the file inherits from '{shortened(name)}', but no such file exists in its directory."
         self._report("missing_parent", at, message + did_you_mean(name, siblings))
 
     def _default_choice(self, key: str, value: Any, at: KeyPath) -> None:
         group = key.removeprefix("override ").strip().lstrip("/")
         if group.startswith("hydra"):
-            self._report(
-                "forbidden_key", at, f"defaults names '{group}'; settings of Hydra belong on the command line."
-            )
+            self._report("forbidden_key", at, f"'{group}' is a Hydra setting, which belongs on the command line.")
         elif group not in GROUPS:
-            message = f"defaults names '{shortened(group)}', which is not a group ({', '.join(GROUPS)})."
+            message = f"'{shortened(group)}' is not a group ({', '.join(GROUPS)})."
             self._report("bad_defaults", at, message)
         elif group == "preset" or isinstance(value, str):
             self.document.locations[(group,)] = self._location((*at, key))
             self.values = merged(self.values, self._choice(group, value))
         else:
-            self._report("wrong_type", at, f"{group} is chosen by its name, not {kind_of(value)}.")
+            self._report("wrong_type", at, f"'{group}' needs the name of an option, not {kind_of(value)}.")
 
 
 def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
-    """Return whether a path is a file or directory; False for an impossible name."""
+    """Return whether a path passes the check `kind`; False if the path is not even a valid name."""
     try:
         return kind(path)
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Reads a YAML file as plain data, with the line of every key, and runs no code.
+"""Reads a YAML file as plain data, with the line of every key, without running any code.
 
-Numbers follow YAML 1.2 (1e-5 is one), duplicate keys are problems, and only the standard tags are allowed. The cost
-of reading a file is bounded by limits on its size in bytes, its nesting, the length of each string, and the number of
-values after aliases are expanded. This module does not know the keys of the configuration.
+Numbers follow YAML 1.2 (1e-5 is a number), duplicate keys are problems, and only the standard tags are allowed. The
+cost of reading a file is bounded by limits on its size in bytes, its nesting, the length of each string, and the number
+of values after aliases are expanded. This module does not know the keys of the configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_DIGITS = 400
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "value", "merge")}
 WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-# As OmegaConf reads floats: YAML 1.1 requires a point and a signed exponent, but people write 1e-5.
+# The same floats as OmegaConf: YAML 1.1 requires a decimal point and a signed exponent, but people write 1e-5.
 FLOAT = re.compile(
     r"""^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+)
@@ -54,16 +54,16 @@ def read(path: Path) -> Document:
     """Read one file.
 
     Raises:
-        Problems: the file cannot be used at all: it is missing, not text, broken YAML, or not a mapping.
+        Problems: the file cannot be used at all: it is missing, not text, not valid YAML, or not a mapping.
     """
     text = _text(path)
     node = _node(path, text)
     if node is None:
-        return Document(problems=[Problem("empty_file", "", "the file sets nothing.", Location(path))])
+        return Document(problems=[Problem("empty_file", "", "the file sets no values.", Location(path))])
     walk = _Walk(path)
     values = walk.value(node, ())
     if not isinstance(values, dict):
-        message = f"a config file is a mapping of keys to values, not {kind_of(values)}."
+        message = f"a config file must be a mapping of keys to values, not {kind_of(values)}."
         raise Problems(
             [*walk.document.problems, Problem("not_a_mapping", "", message, _location(path, node.start_mark))]
         )
@@ -78,7 +78,7 @@ def kind_of(value: Any) -> str:
 
 
 def resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
-    """Return a loader's or dumper's rules for the type of a plain scalar, with FLOAT instead of YAML 1.1's floats."""
+    """Return a loader's or dumper's rules for the type of a plain scalar, with YAML 1.1's floats replaced by FLOAT."""
     rules = {
         first: [(tag, rule) for tag, rule in pairs if tag not in (TAG + "float", TAG + "timestamp")]
         for first, pairs in base.yaml_implicit_resolvers.items()
@@ -99,7 +99,7 @@ def _text(path: Path) -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise _fatal("unreadable_file", f"the file cannot be read: {reason}.", Location(path)) from None
     if len(data) > MAX_BYTES:
-        raise _fatal("too_large", f"the file has more than {MAX_BYTES} bytes, too many for a config.", Location(path))
+        raise _fatal("too_large", f"a config file must not exceed {MAX_BYTES} bytes.", Location(path))
     if data.startswith(WIDE_BOMS):
         raise _fatal("not_utf8", "the text is UTF-16 or UTF-32; save it as UTF-8.", Location(path))
     try:
@@ -130,7 +130,7 @@ def _node(path: Path, text: str) -> yaml.Node | None:
 
 
 def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
-    """Refuse what the composer, which recurses, cannot handle."""
+    """Raise for input that would break the composer, which is recursive."""
     depth = documents = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -138,13 +138,13 @@ def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
         if depth > MAX_DEPTH:
             raise _fatal("too_large", f"nested more than {MAX_DEPTH} levels deep.", _location(path, event.start_mark))
         if documents > 1:
-            message = "a second document begins here (---), but a config file has only one."
+            message = "a second document begins here (---), but a config file must have only one."
             raise _fatal("several_documents", message, _location(path, event.start_mark))
 
 
 # ------------------------------------------------------------------ nodes to data
 class _Walk:
-    """Turns nodes into plain data; an alias is expanded each time it occurs, up to MAX_VALUES."""
+    """Converts nodes to plain data; an alias is expanded each time it occurs, up to MAX_VALUES values in all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -171,7 +171,7 @@ class _Walk:
         return self.value(node, at)
 
     def _pairs(self, node: yaml.Node, at: KeyPath) -> list[tuple[str, Any, yaml.Node]]:
-        """Return key, mark and value of a mapping's own entries, then of those merged by `<<`."""
+        """Return the key, mark and value of each of a mapping's own entries, then of those merged in by `<<`."""
         own: dict[str, tuple[str, Any, yaml.Node]] = {}
         merged: list[tuple[str, Any, yaml.Node]] = []
         for key_node, child in node.value:
@@ -181,7 +181,7 @@ class _Walk:
             elif (key := self._key(key_node, at)) is None:
                 continue
             elif key in own:
-                message = f"the key is given a second time, first on line {own[key][1].line + 1}."
+                message = f"duplicate key; it was first given on line {own[key][1].line + 1}."
                 self._report("duplicate_key", (*at, key), message, key_node)
             else:
                 own[key] = (key, key_node.start_mark, child)
@@ -205,7 +205,7 @@ class _Walk:
             self._report("too_large", at, f"the key is too long: {len(node.value)} characters.", node)
             return None
         shown = shortened(node.value) if isinstance(node.value, str) else "a collection"
-        self._report("bad_key", at, f"the key {shown!r} is not text; quote it if it is meant to be.", node)
+        self._report("bad_key", at, f"the key {shown!r} is not a string; quote it if it is meant to be one.", node)
         return None
 
     def _scalar(self, node: yaml.ScalarNode, at: KeyPath) -> Any:
@@ -226,7 +226,7 @@ class _Walk:
 
     def _forbidden(self, node: yaml.Node, at: KeyPath) -> None:
         tag = shortened(node.tag.replace(TAG, "!!"))
-        self._report("forbidden_tag", at, f"the tag {tag} is not allowed; a config file holds plain data.", node)
+        self._report("forbidden_tag", at, f"the tag {tag} is not allowed; a config file must be plain data.", node)
 
     def _report(self, code: str, at: KeyPath, message: str, node: yaml.Node) -> None:
         problem = Problem(code, dotted(at), message, _location(self.path, node.start_mark))
@@ -235,12 +235,12 @@ class _Walk:
     def _count(self, node: yaml.Node) -> None:
         self.count += 1
         if self.count > MAX_VALUES:
-            message = f"the file holds more than {MAX_VALUES} values once its aliases are expanded."
+            message = f"the file contains more than {MAX_VALUES} values once its aliases are expanded."
             raise _fatal("too_large", message, _location(self.path, node.start_mark))
 
     @contextmanager
     def _opened(self, node: yaml.Node) -> Iterator[None]:
-        """Mark a collection as open while its content is read: meeting it again inside means a recursive anchor."""
+        """Mark a collection as open while its content is read; meeting it again inside means a recursive anchor."""
         location = _location(self.path, node.start_mark)
         if id(node) in self.open:
             raise _fatal("yaml_syntax", "broken YAML: an anchor contains its own alias.", location)
@@ -252,7 +252,7 @@ class _Walk:
 
 
 def dotted(path: KeyPath) -> str:
-    """Return a path as a user would write it, shortened if a key is absurdly long."""
+    """Return a path as a user would write it, shortened if a key is extremely long."""
     return shortened(".".join(map(str, path)), 200)
 
 

@@ -1,6 +1,7 @@
-"""Writes plain data as YAML text, fast enough for ten thousand files, so that reading it gives the same data.
+"""Writes plain data as YAML text that reads back as the same data, fast enough for ten thousand files.
 
-Strings are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might read anything else. Does not know the schema.
+Strings are quoted wherever YAML 1.1, YAML 1.2 or Hydra's loader might misread them. This module does not know the
+schema.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from yaml.representer import SafeRepresenter
 
 
 def flow(value: Any) -> str:
-    """Write plain data as YAML on one line; it reads the same in YAML 1.1 and 1.2."""
+    """Write plain data as YAML on one line; YAML 1.1 and 1.2 parsers read it the same way."""
     if isinstance(value, str):
         return _quoted(value)
     if isinstance(value, list):
@@ -50,7 +51,7 @@ def block(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def escaped(value: Any) -> Any:
-    """Escape texts in fully resolved data that would otherwise be read as interpolations."""
+    """Escape strings in fully resolved data that would otherwise be read as interpolations."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""The family of energy meters: one file each, one interface, chosen by the `energy` group.
+"""The family of energy meters: one file per meter, all with the same interface, chosen by the `energy` config group.
 
-"A meter" in docs/architecture.md lists what a new one needs.
+The section "A meter" in docs/architecture.md lists the steps for adding one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Meter", "make_meter", "meter_class"]
 
 
 def meter_class(name: str) -> type[Meter]:
-    """Return the class of a meter; importing it does not import its library, which `open` does."""
+    """Return the class of a meter without importing the meter's library; its `open` does that."""
     module, class_name = {
         "none": ("base", "NoMeter"),
         "auto": ("auto", "AutoMeter"),
@@ -31,5 +31,5 @@ def meter_class(name: str) -> type[Meter]:
 
 
 def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
-    """Return the configured meter for the physical GPUs in use; if there are none, no GPU is read."""
+    """Return the configured meter for the physical GPUs in use; no GPU is read if `gpus` is empty."""
     return meter_class(energy.name).configured(energy, gpus)

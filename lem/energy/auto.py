@@ -16,7 +16,7 @@ from lem.spec.rules import Objection, without_effect
 
 
 class AutoMeter(CombinedMeter):
-    """NVML for the GPUs in use, RAPL if it can be read, and codecarbon's estimates for the rest."""
+    """NVML for the GPUs in use, RAPL if its counters can be read, and codecarbon's estimates for the rest."""
 
     options = ("idle_s", "power_hz", "powercap_dir")
 
@@ -33,6 +33,6 @@ class AutoMeter(CombinedMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object to a sampling rate for the GPUs' power if no GPU is used."""
+        """Object to a GPU power sampling rate if no GPU is used."""
         if not uses_gpu and changed(energy, "power_hz"):
             yield without_effect("no_effect_without_gpu", "energy.power_hz", "the run uses no GPU.")

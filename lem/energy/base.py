@@ -1,4 +1,4 @@
-"""The interface of the energy meters and its null object.
+"""The interface of the energy meters, its null object, and combinations of meters.
 
 A meter is opened once, then measures windows one after another, never two at a time. It knows nothing about models,
 tokens or experiments; `lem.runner.window` decides where a window begins and ends.
@@ -20,12 +20,12 @@ from lem.spec.rules import Objection
 class Meter(ABC):
     """Reads the energy of some components over windows.
 
-    Contract, checked for each meter by `tests/energy/test_energy.py`: `begin` and `end` alternate; `end` returns a
-    reading for each device the meter watches, always in the same order; what cannot be read has `energy_j=None` and a
-    reason, never 0. All calls come from one thread.
+    The contract, checked for each meter by `tests/energy/test_energy.py`: `begin` and `end` alternate. `end` returns
+    one reading for each device that the meter watches, always in the same order. A reading that failed has
+    `energy_j=None` and a reason, never 0. All calls come from one thread.
     """
 
-    # Options of the energy group that this meter reads; every meter that reads anything also measures the idle phases.
+    # Options of the `energy` group that this meter uses. Every meter except `none` also measures the idle phases.
     options: ClassVar[tuple[str, ...]] = ("idle_s",)
 
     @classmethod
@@ -35,14 +35,18 @@ class Meter(ABC):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Yield the reasons why this meter cannot or should not be used on a machine."""
+        """Yield objections to using this meter on this machine."""
         return iter(())
 
     def open(self) -> None:
-        """Acquire the sensors and pay all one-time costs; raises `BadInput` when there is nothing to read."""
+        """Acquire the sensors and do all one-time work.
+
+        Raises:
+            BadInput: there is nothing to read.
+        """
 
     def settle(self) -> None:
-        """Wait for the best moment to begin a window, for a meter that has one; `begin` follows at once."""
+        """Wait for the best moment to begin a window, if the meter has a preference; `begin` follows immediately."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -50,26 +54,27 @@ class Meter(ABC):
 
     @abstractmethod
     def mark(self) -> None:
-        """Fix the end of the window, without waiting; `end` follows. Only the first call for a window counts."""
+        """Fix the end of the window without waiting; `end` follows. Only the first call per window has an effect."""
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
-        """Close the window, at its mark if it has one, else now, and return its energy in joules."""
+        """Close the window (at its mark if there is one, otherwise now) and return its energy in joules."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the energy of the open window so far, or None if the meter cannot give it.
+        """Return the energy of the open window so far, or None if the meter cannot provide it.
 
-        This keeps the energy of a run that may be killed. It is called between batches, inside the measured window, so
-        it never waits for a sensor's next value, costs no more than one call to the driver (mostly well under a
-        millisecond), does not raise for a lost device, and does not change what `end` will return. The readings are
-        those of `end`, device by device. Their energy only grows and is at most that of `end`: it is the value at the
-        sensor's last tick or sample, or null with a reason before the first. One that lags behind by more than a tick
-        says in `covered_s` how far it reaches.
+        The caller stores the result, so that a run that is killed keeps its energy. Because the method is called
+        between batches, inside the measured window, it never waits for a sensor's next value, costs at most one call to
+        the driver (usually well under a millisecond), does not raise if a device is lost, and does not change the
+        result of `end`. It returns readings for the same devices as `end`, in the same order. The energy of a reading
+        is the value at the sensor's last tick or sample, so it never decreases and never exceeds that of `end`; before
+        the first tick or sample it is None, with a reason. A reading that lags by more than a tick sets `covered_s` to
+        the time that its energy covers.
         """
         return None
 
     def trace(self) -> list[PowerSample]:
-        """Return the power samples so far; empty for a meter that takes none."""
+        """Return the power samples so far; the list is empty for a meter that takes none."""
         return []
 
     def close(self) -> None:
@@ -77,17 +82,17 @@ class Meter(ABC):
 
 
 class ImmediateMeter(Meter):
-    """A meter that knows a window's energy at its end at once."""
+    """Base class of meters that can read a window's energy immediately at its end, without waiting."""
 
     _ended: tuple[EnergyReading, ...] | None = None
 
     def mark(self) -> None:
-        """Close the window, unless it is closed already."""
+        """Close the window, unless it is already closed."""
         if self._ended is None:
             self._ended = self._taken()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Return the energy of the window that is closed, or that is closed now."""
+        """Close the window unless it is already closed, and return its energy."""
         readings = self._taken() if self._ended is None else self._ended
         self._ended = None
         return readings
@@ -98,7 +103,7 @@ class ImmediateMeter(Meter):
 
 
 class NoMeter(ImmediateMeter):
-    """Reads nothing, so that energy is null in the record; for `energy=none`."""
+    """The meter for `energy=none`: it reads nothing, so energy is null in the record."""
 
     options = ()
 
@@ -114,7 +119,7 @@ class NoMeter(ImmediateMeter):
 
 
 class CombinedMeter(Meter):
-    """Several meters over the same windows, for different components."""
+    """Several meters that measure the same windows, each for different components."""
 
     def __init__(self, *meters: Meter) -> None:
         self._meters = meters
@@ -126,15 +131,16 @@ class CombinedMeter(Meter):
             meter.open()
 
     def settle(self) -> None:
-        """Settle all, the first last: the windows begin at the moment for which it waits."""
+        """Settle all meters, ending with the first, so that windows begin at the moment that the first waits for."""
         for meter in reversed(self._meters):
             meter.settle()
         self._is_settled = True
 
     def begin(self) -> None:
-        """Begin in reverse order, after settling all meters unless that has been done.
+        """Begin the window on all meters, in reverse order, after settling them if that has not been done.
 
-        So the first meter's window is the tightest, and none includes the time that another takes to settle.
+        This gives the first meter the tightest window, and no window includes the time that another meter takes to
+        settle.
         """
         if not self._is_settled:
             self.settle()
@@ -143,23 +149,23 @@ class CombinedMeter(Meter):
             meter.begin()
 
     def mark(self) -> None:
-        """Fix the end for all meters, beginning with the first."""
+        """Fix the end of the window on all meters, starting with the first."""
         for meter in self._meters:
             meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """End all after marking them, so that no window includes what another meter waits for."""
+        """Mark the end on all meters and then end them, so that no window includes another meter's waiting time."""
         self.mark()
         parts = [meter.end() for meter in reversed(self._meters)]
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all meters; None if one has none, lest the rest be mistaken for all devices."""
+        """Return the readings of all meters, or None if any meter returns None, because the set would be incomplete."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 
     def trace(self) -> list[PowerSample]:
-        """Return the samples of all meters."""
+        """Return the power samples of all meters."""
         return [sample for meter in self._meters for sample in meter.trace()]
 
     def close(self) -> None:
@@ -169,7 +175,7 @@ class CombinedMeter(Meter):
 
 
 class OnlyComponents(CombinedMeter):
-    """Wraps a meter and leaves out the components that a better one reads."""
+    """Wraps a meter and drops the components that a better meter reads."""
 
     def __init__(self, meter: Meter, *components: Component) -> None:
         super().__init__(meter)
@@ -180,7 +186,7 @@ class OnlyComponents(CombinedMeter):
         return self._wanted(super().end())
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of the wanted components, or None if the meter does."""
+        """Return the readings of the wanted components, or None if the wrapped meter returns None."""
         readings = super().so_far()
         return None if readings is None else self._wanted(readings)
 

@@ -1,7 +1,7 @@
-"""Carbon intensity: what turns joules into grams of CO2e.
+"""Carbon intensity, the factor that turns joules into grams of CO2e.
 
-A configured intensity comes first, then the mean of a named country's grid from codecarbon's tables. Without either,
-CO2e is null: no country is ever assumed. Knows nothing about energy meters.
+A configured intensity takes precedence; otherwise it is the mean for the configured country's grid in codecarbon's
+tables. Without either, CO2e is null: lem never assumes a country. This module knows nothing about energy meters.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ G_PER_KG = 1000.0
 
 
 def carbon_intensity(energy: Energy) -> Carbon | None:
-    """Return the configured carbon intensity, or None.
+    """Return the carbon intensity, or None if neither an intensity nor a country is configured.
 
     Raises:
-        ConfigError: the tables have no such country.
+        ConfigError: the country is not in the tables.
     """
     if energy.carbon_intensity_g_per_kwh is not None:
         return Carbon(energy.carbon_intensity_g_per_kwh, "energy.carbon_intensity_g_per_kwh")
@@ -39,7 +39,7 @@ def _country_intensity(country: str) -> float:
 
     tables = DataSource()
     known = tables.get_global_energy_mix_data()
-    # For a country it does not know, the library would silently use the world's average.
+    # For an unknown country, the library would silently use the world average.
     if country not in known:
         raise ConfigError(
             f"energy.country_iso_code: no carbon intensity is known for '{country}'.{did_you_mean(country, known)}"

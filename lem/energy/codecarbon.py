@@ -1,9 +1,10 @@
-"""CPU and memory energy as codecarbon estimates or reads it, for the whole machine.
+"""CPU and memory energy of the whole machine, as estimated or read by codecarbon.
 
-codecarbon reads RAPL if the kernel permits it; otherwise it derives the CPU's power from its load and rated power;
-memory is a heuristic per module. The last two are estimates and labelled as such. GPUs are left to the NVML meter,
-CO2e to `lem.energy.carbon`: the tracker's own grid look-up is never used. Nor are codecarbon's settings, in
-`.codecarbon.config` files and CODECARBON_* variables, which would change the numbers without a trace in the record.
+codecarbon reads RAPL if the kernel permits it. Otherwise it derives the CPU's power from its load and rated power. For
+memory it assumes a constant power per module. CPU energy without RAPL, and all memory energy, are estimates and
+labelled as such. GPUs are left to the NVML meter and CO2e to `lem.energy.carbon`; the tracker's own grid look-up is
+never used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are ignored too, because they
+would change the numbers without leaving a trace in the record.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from lem.record import Component, EnergyReading, Scope, Source
 from lem.units import J_PER_KWH, NS_PER_S
 
 SAMPLING_PERIOD_S = 1.0
-# In these modes codecarbon's CPU energy is sampled power times time; in the others it reads a counter at the end.
+# In these modes codecarbon computes CPU energy from sampled power; in the others it reads a counter at the end.
 SAMPLED_MODES = ("cpu_load", "constant")
-_WITHOUT = "Use energy=none to run without it."
+_WITHOUT = "Use energy=none to run without a meter."
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class CodecarbonMeter(ImmediateMeter):
-    """Reads codecarbon's offline tracker, with a task for each window."""
+    """Reads codecarbon's offline tracker, using one tracker task per window."""
 
     def __init__(self) -> None:
         self._tracker: Any = None
@@ -39,12 +40,12 @@ class CodecarbonMeter(ImmediateMeter):
         self._begun_ns = 0
 
     def open(self) -> None:
-        """Create the tracker and run a throw-away task, so that probing the hardware costs no window."""
+        """Create the tracker and run a throw-away task, so that no window includes the time for probing hardware."""
         try:
             self._tracker = _offline_tracker()
             self._tracker.start_task("set-up")
             data = self._tracker.stop_task("set-up")
-        except Exception as error:  # it suppresses some of its own, and then lacks attributes
+        except Exception as error:  # codecarbon suppresses some errors and then fails on missing attributes
             self._tracker = None
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BadInput(f"codecarbon could not start its tracker ({why}). {_WITHOUT}") from error
@@ -53,12 +54,12 @@ class CodecarbonMeter(ImmediateMeter):
         self._ram_power_w = data.ram_power
 
     def begin(self) -> None:
-        """Start a task."""
+        """Start the window's task."""
         self._tracker.start_task("window")
         self._begun_ns = time.perf_counter_ns()
 
     def _taken(self) -> tuple[EnergyReading, ...]:
-        """Stop the task and return its CPU and memory energy."""
+        """Stop the window's task and return its CPU and memory energy."""
         data = self._tracker.stop_task()
         return self._readings(
             data and data.cpu_energy * J_PER_KWH,
@@ -67,10 +68,10 @@ class CodecarbonMeter(ImmediateMeter):
         )
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Add up the samples that the tracker's own thread has taken, the last up to a second ago; takes about 20 µs.
+        """Add up the samples that the tracker's own thread has taken; this takes about 20 µs.
 
-        An extra measurement in between would change the result: the power that it derives is not linear in the CPU's
-        load.
+        The last sample can be up to a second old. Taking an extra sample here would change the final result, because
+        the power that codecarbon derives is not linear in the CPU's load.
         """
         cpu, cpu_j, sampled_s = self._cpu(), None, None
         if getattr(cpu, "_mode", None) in SAMPLED_MODES:
@@ -96,7 +97,7 @@ class CodecarbonMeter(ImmediateMeter):
     def _reading(
         self, component: Component, energy_j: float | None, reason: str, source: Source, scope: Scope, method: str
     ) -> EnergyReading:
-        # The tracker hides its own errors: None, or exactly zero, means that nothing was read.
+        # The tracker hides its own errors; None, or exactly zero, means that nothing was read.
         return EnergyReading(
             component=component,
             source=source,
@@ -129,7 +130,7 @@ def _offline_tracker() -> Any:
     logging.getLogger("codecarbon").setLevel(level.upper())
     with _without_settings():
         return OfflineEmissionsTracker(
-            # Any country: only the tracker's energy is used, never its emissions.
+            # The country does not matter: only the tracker's energy is used, never its emissions.
             country_iso_code="FRA",
             measure_power_secs=SAMPLING_PERIOD_S,
             output_methods=[],
@@ -143,10 +144,11 @@ def _offline_tracker() -> Any:
 
 @contextmanager
 def _without_settings() -> Iterator[None]:
-    """Have a tracker made here find no settings: no files in the home and working directories, and no variables.
+    """Hide codecarbon's settings (in the home and working directories and in variables) from a tracker created here.
 
-    They are meant for other programs' trackers and can, for example, force the power of the CPU and the memory. The
-    function that reads them is replaced, as it fails without a home directory or on a damaged file.
+    The settings are meant for other programs' trackers and can, for example, force the power of the CPU and the memory.
+    This replaces the function that reads them, because that function fails without a home directory and on a damaged
+    file.
     """
     from codecarbon import emissions_tracker
 

@@ -1,14 +1,16 @@
-"""GPU energy from the driver (NVML), per physical GPU: its energy counter, and a power trace alongside it.
+"""GPU energy from the driver (NVML), per physical GPU: an energy counter, with a power trace alongside.
 
-`nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded, on Volta and newer, and advances
-in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03), while a call takes 3 ms on an H100 and sometimes 15.
-So readings are kept with the times of their calls, and the counter's value at a window's edge is interpolated between
-the ticks that enclose it (`lem.energy.ticks`); a plain difference would be off by up to a tick at each edge. The GPUs
-are read side by side, because eight calls in a row would read the last GPU long after the first. Power is the
-instant value if the driver has it (field 186), otherwise `nvmlDeviceGetPowerUsage`, a one-second average on Ampere and
-newer. Without a counter a GPU's energy is the integral of the trace. A MIG instance has neither, so its reading is the
-parent's. On a GH200 the driver's values are those of the whole module. Readings are labelled accordingly. Opens no
-CUDA context.
+On Volta and newer, `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded. The counter
+advances in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03), and a call takes 3 ms on an H100, sometimes
+15 ms. Each reading is therefore stored with the time of its call, and the counter's value at a window's edge is
+interpolated between the ticks on either side (`lem.energy.ticks`); a plain difference of two readings would be off by
+up to a tick at each edge. GPUs are read in parallel, because with eight calls in a row the last GPU would be read long
+after the first.
+
+Power is the instantaneous value if the driver reports it (field 186), otherwise the value of
+`nvmlDeviceGetPowerUsage`, which is a one-second average on Ampere and newer. If a GPU has no counter, its energy is the
+integral of the power trace. A MIG instance has neither counter nor power, so it gets the reading of the whole GPU. On a
+GH200 the driver's values are for the whole module. Readings are labelled accordingly. The meter opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 J_PER_MJ = 1e-3
 MODULES = ("GH200",)
-# The driver renews its power values every 0.1 s, the instant one at times every 0.2 s (H100, measured 2026-11-26).
+# The driver updates its power values every 0.1 s, the instantaneous one sometimes every 0.2 s (H100, 2026-11-26).
 POWER_UPDATE_S = 0.2
-# What nvmlDeviceGetPowerUsage averages over (same GPU: it rises for 1.0 s after a step of power).
+# Averaging time of nvmlDeviceGetPowerUsage (measured on the same GPU: the value rises for 1.0 s after a power step).
 POWER_AVERAGE_S = 1.0
 
 
@@ -44,14 +46,14 @@ class NvmlMeter(Meter):
     options = ("idle_s", "power_hz")
 
     def __init__(self, gpus: Sequence[Gpu], power_hz: float = 20.0) -> None:
-        # Two MIG instances of one GPU share its counter: the first represents both.
+        # Two MIG instances of one GPU share its counter, so the first instance represents both.
         self._gpus = list({gpu.uuid: gpu for gpu in reversed(gpus)}.values())[::-1]
         self._power_hz = power_hz
         self._lib: Any = None
         self._devices: list[Device] = []
         self._sampler: Sampler | None = None
         self._pool: ThreadPoolExecutor | None = None
-        # Readings that are being taken around the window's edges.
+        # Counter readings in progress around the window's edges.
         self._pending: list[Future[None]] = []
         self._begun: list[Edge] | None = None
         self._begun_ns = 0
@@ -61,19 +63,19 @@ class NvmlMeter(Meter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> NvmlMeter:
-        """Read the GPUs in use, and their power at the configured rate."""
+        """Return a meter for the GPUs in use that samples power at the configured rate."""
         return cls(gpus, energy.power_hz)
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object if no NVIDIA GPU is visible, or none is used."""
+        """Yield an objection if no NVIDIA GPU is visible, or if the run uses none."""
         if not host.gpus:
             yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.")
         elif not uses_gpu:
-            yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, but the run uses none.")
+            yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, but the run uses no GPU.")
 
     def open(self) -> None:
-        """Initialise NVML, find the GPUs by UUID, measure their counters' ticks, start the power trace."""
+        """Initialise NVML, find the GPUs by UUID, measure the ticks of their counters, and start the power trace."""
         if not self._gpus:
             raise BadInput("energy=nvml needs an NVIDIA GPU in use; use energy=auto instead.")
         import pynvml
@@ -83,34 +85,34 @@ class NvmlMeter(Meter):
             self._lib = pynvml
             self._devices = [Device(pynvml, gpu) for gpu in self._gpus]
         except pynvml.NVMLError as error:
-            raise BadInput(f"The NVIDIA driver does not answer ({error}); see what nvidia-smi says.") from None
-        # Two for each: in a short window, the readings around both edges overlap.
+            raise BadInput(f"The NVIDIA driver does not answer ({error}); check the output of nvidia-smi.") from None
+        # Two threads per GPU, because in a short window the readings around its two edges overlap.
         self._pool = ThreadPoolExecutor(2 * len(self._devices), thread_name_prefix="nvml")
         _finish(self._on_each(lambda device: device.counter.learn()))
         self._sampler = Sampler(self._sample, self._power_hz)
         self._sampler.start()
 
     def settle(self) -> None:
-        """See a tick of each counter, so that the ticks around the window's beginning are known."""
+        """Wait for a tick of each counter, so that the ticks around the window's opening are known."""
         if self._is_settled:
             return
         _finish(self._on_each(lambda device: device.counter.watch()))
         self._is_settled = True
 
     def begin(self) -> None:
-        """Note the time; each counter is read at once and after its next two ticks, without waiting here."""
+        """Note the time, and have each counter read in the background: now, and after its next two ticks."""
         assert self._sampler is not None
         self.settle()
         self._is_settled, self._marked_ns, self._begun = False, None, None
         seen = self._sampler.count
         self._sampler.sample_now()
         self._pending = self._on_each(lambda device: device.counter.follow())
-        # Last, because the caller's clock starts when this returns.
+        # This comes last, because the caller's clock starts when the method returns.
         self._begun_ns = time.perf_counter_ns()
         self._traced = RunningIntegral(self._sampler, seen, self._begun_ns)
 
     def mark(self) -> None:
-        """Note the time and the power; each counter is read at once and until its next tick, without waiting here."""
+        """Note the time and the power, and have each counter read in the background until after its next tick."""
         assert self._sampler is not None
         if self._marked_ns is not None:
             return
@@ -119,7 +121,7 @@ class NvmlMeter(Meter):
         self._sampler.sample_now()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Return each GPU's energy since `begin`; waits, after the window, for the two ticks after its end."""
+        """Return each GPU's energy since `begin`, after waiting for the two ticks that follow the window's end."""
         assert self._sampler is not None
         self.mark()
         assert self._marked_ns is not None
@@ -137,8 +139,7 @@ class NvmlMeter(Meter):
     def so_far(self) -> tuple[EnergyReading, ...]:
         """Return each counter's increase up to its last tick, and the trace's integral up to its last sample.
 
-        Makes one call to the driver for each GPU that has a counter, all at the same time, and does not wait for a
-        tick.
+        This makes one call to the driver for each GPU that has a counter, in parallel, and does not wait for a tick.
         """
         assert self._traced is not None
         traced_j = self._traced.up_to_now()
@@ -149,7 +150,7 @@ class NvmlMeter(Meter):
         begun = self._begun or [Edge(None, "its first tick has not come yet")] * len(self._devices)
         readings = []
         for device, edge in zip(self._devices, begun, strict=True):
-            # If the GPU has stopped answering, its trace ends in the past.
+            # The trace of a GPU that has stopped answering ends early.
             trace_j = None if device.power_reason else traced_j.get(device.gpu.uuid) or None
             readings.append(self._reading(device, edge, device.counter.last_since(edge), trace_j))
         return tuple(readings)
@@ -169,7 +170,7 @@ class NvmlMeter(Meter):
             self._lib = None
 
     def _on_each(self, act: Callable[[Device], object]) -> list[Future[None]]:
-        """Begin to do something with all devices that have a counter, side by side."""
+        """Start an action on all devices that have a counter, in parallel."""
         assert self._pool is not None
 
         def quietly(device: Device) -> None:
@@ -195,7 +196,7 @@ class NvmlMeter(Meter):
             reason = f"the energy counter of {uuid}: {reason}"
             method, resolution_j, resolution_s = COUNTER, J_PER_MJ, device.counter.tick_s
         else:
-            energy_j, unread = trace_j, device.power_reason or "no sample at an edge of the window"
+            energy_j, unread = trace_j, device.power_reason or "no power sample at an edge of the window"
             reason = f"{uuid}: no counter ({device.counter.reason}), no power ({unread})"
             method = f"integral of {device.power_method}, {self._power_hz:g} Hz: this GPU has no energy counter"
             resolution_s = 1 / self._power_hz
@@ -215,24 +216,24 @@ class NvmlMeter(Meter):
 
 
 def _finish(tasks: Iterable[Future[None]]) -> None:
-    """Wait until tasks are done; raises what they raised."""
+    """Wait for the tasks to finish, and re-raise any exception that one of them raised."""
     for task in tasks:
         task.result()
 
 
 def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
-    """Return the counter's increase between two edges, or None and why it is unknown."""
+    """Return the counter's increase between two edges in joules, or None and the reason why it is unknown."""
     if begun.energy_mj is None or ended.energy_mj is None:
         return None, begun.reason or ended.reason
     gained_mj = ended.energy_mj - begun.energy_mj
     if gained_mj < 0:
         return None, "it went backwards (driver reloaded?)"
-    # Every GPU draws some power, so a counter that stands still is not working.
+    # Every GPU draws some power, so a counter that does not advance is not working.
     return (gained_mj * J_PER_MJ, None) if gained_mj else (None, "it did not advance")
 
 
 class Device:
-    """One GPU's counter and power."""
+    """The energy counter and the power readings of one GPU."""
 
     def __init__(self, lib: Any, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -245,12 +246,12 @@ class Device:
 
     @property
     def scope(self) -> Any:
-        """`shared_device` if only an instance of the GPU is in use."""
+        """`shared_device` if only a MIG instance of the GPU is in use, otherwise `device`."""
         return "shared_device" if self.gpu.is_divided else "device"
 
     @property
     def component(self) -> Component:
-        """`module` if the driver's values cover more than the GPU (documented in zeus's NVIDIA device layer)."""
+        """`module` if the driver's values cover more than the GPU (see zeus's NVIDIA device layer), otherwise `gpu`."""
         return "module" if any(name in self.gpu.name for name in MODULES) else "gpu"
 
     @property
@@ -260,19 +261,19 @@ class Device:
 
     @property
     def power_reach_s(self) -> float:
-        """How old the power that a value reports may be: what it averages over, and the driver's update."""
+        """Maximum age of the power that a value reports: its averaging time plus the driver's update period."""
         return POWER_UPDATE_S if self._instant else POWER_AVERAGE_S + POWER_UPDATE_S
 
     def _energy_mj(self) -> int:
         return int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
     def _counter_exists(self) -> bool:
-        """Read the counter once, and return whether it exists; any other failure becomes the energy's reason."""
+        """Read the counter once and return whether it exists; any other failure shows later as the energy's reason."""
         self.counter.poll()
         return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
 
     def power_w(self) -> float | None:
-        """Return the current power, or None when it cannot be read; `power_reason` then says why."""
+        """Return the current power in watts, or None if it cannot be read; `power_reason` then says why."""
         try:
             if self._instant:
                 power_w = self._instant_power_w()

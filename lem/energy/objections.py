@@ -1,4 +1,4 @@
-"""Why the energy group may be refused or warned about: unread options, unknown countries, and each meter's reasons."""
+"""Objections to the `energy` group: options that the meter ignores, unknown countries, and each meter's own."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lem.spec.experiment import Energy
 from lem.spec.processes import changed
 from lem.spec.rules import Objection, without_effect
 
-# Options that only some meters read, besides `trace`; the others of the group apply to all.
+# Options that only some meters use, apart from `trace`; all other options of the group apply to every meter.
 METER_OPTIONS = ("idle_s", "power_hz", "powercap_dir")
 
 
 def objections(energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-    """Yield all that is wrong with the energy group on a machine."""
+    """Yield all objections to the `energy` group on this machine."""
     yield from _unread(energy)
     yield from _carbon(energy)
     yield from meter_class(energy.name).objections(energy, host, uses_gpu=uses_gpu)
 
 
 def _unread(energy: Energy) -> Iterator[Objection]:
-    """Object to options that the chosen meter does not read."""
+    """Object to options that the chosen meter does not use."""
     if energy.trace is not None and energy.name != "replay":
         yield without_effect("no_effect_trace", "energy.trace", "only the replay meter reads a trace.")
     unread = [name for name in METER_OPTIONS if name not in meter_class(energy.name).options]
     for name in changed(energy, *unread):
-        yield without_effect("no_effect_meter_option", f"energy.{name}", f"energy={energy.name} does not read it.")
+        yield without_effect("no_effect_meter_option", f"energy.{name}", f"energy={energy.name} does not use it.")
 
 
 def _carbon(energy: Energy) -> Iterator[Objection]:

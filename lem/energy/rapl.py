@@ -1,12 +1,13 @@
 """CPU and memory energy from the processor's own counters (RAPL), read through Linux's powercap tree.
 
-It reads the packages (`intel-rapl:N`; AMD's appear under the same driver) and the DRAM zones inside them
-(`intel-rapl:N:M`), and leaves out what would be counted twice: core and uncore are parts of their package, psys is the
-whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package counts everything that runs on
-it. On client processors memory often has no zone, and so no reading. Knows nothing about GPUs and estimates nothing.
+The meter reads the package zones (`intel-rapl:N`; AMD's packages appear under the same driver) and the DRAM zones
+inside them (`intel-rapl:N:M`). It skips zones that would be counted twice: core and uncore are parts of their package,
+psys is the whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package's counter includes
+everything that runs on the package. Client processors often have no DRAM zone, and then memory has no reading. The
+meter knows nothing about GPUs and estimates nothing.
 
-A counter has 32 bits and wraps around after about 65 to 262 kJ, which takes minutes to an hour of load. A thread reads
-it regularly while a window is open, so that a window may be longer than that.
+A counter has 32 bits and wraps around after about 65 to 262 kJ, that is, after minutes to an hour under load. A thread
+reads it regularly while a window is open, so a window may last longer than that.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from lem.units import NS_PER_S
 
 POWERCAP_DIR = "/sys/class/powercap"
 UJ_PER_J = 1e6
-# More than any one package or its memory draws for long: a counter that was not read for less time than this power
-# needs to fill it has wrapped at most once.
+# A power that no single package (or its memory) sustains. If the time between two readings is shorter than this power
+# would take to fill the counter, the counter has wrapped at most once.
 MAX_POWER_W = 1000.0
-# A power peak and the kernel's own update of the counter may fall just before or after a reading.
+# Allowance for a power peak, or the kernel's own update of the counter, just before or after a reading.
 GAIN_SLACK_S = 1.0
 COUNTER_MAX = 2**32 - 1
 
 _PACKAGE_ZONE = re.compile(r"intel-rapl:\d+")
 _SUBZONE = re.compile(r"(intel-rapl:\d+):\d+")
-# A package of several dies has a zone for each: package-0-die-1.
+# A package with several dies has one zone per die: package-0-die-1.
 _PACKAGE_NAME = re.compile(r"package-\d+(-die-\d+)?")
 
 
 @dataclass(frozen=True)
 class Zone:
-    """A zone of the powercap tree that is read, such as `intel-rapl:0 package-0`."""
+    """One zone of the powercap tree, such as `intel-rapl:0 package-0`."""
 
     directory: Path
     name: str
@@ -56,19 +57,19 @@ class Zone:
         return f"{self.directory.name} {self.name}"
 
     def energy_uj(self) -> int:
-        """Return the counter; raises OSError or ValueError when it cannot be read."""
+        """Return the counter's value in µJ; raises OSError or ValueError if it cannot be read."""
         return int((self.directory / "energy_uj").read_text())
 
     def range_uj(self) -> int:
-        """Return the counter's largest value; raises OSError or ValueError when it cannot be read."""
+        """Return the counter's largest value in µJ; raises OSError or ValueError if it cannot be read."""
         return int((self.directory / "max_energy_range_uj").read_text())
 
 
 class RaplMeter(ImmediateMeter):
     """Reads the energy counters of all packages and their DRAM zones.
 
-    `poll_s` is the time between two readings of the counters while a window is open; it must be shorter than a counter
-    takes to wrap around.
+    `poll_s` is the time between two readings of the counters while a window is open. It must be shorter than the time
+    in which a counter wraps around.
     """
 
     options = ("idle_s", "powercap_dir")
@@ -90,12 +91,12 @@ class RaplMeter(ImmediateMeter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> RaplMeter:
-        """Read the configured powercap tree."""
+        """Return a meter for the configured powercap tree."""
         return cls(energy.powercap_dir)
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object to counters that are missing or that this user may not read."""
+        """Yield an objection if the counters are missing or the user has no permission to read them."""
         if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
             yield Objection("rapl_unreadable", "energy", fact)
 
@@ -110,7 +111,7 @@ class RaplMeter(ImmediateMeter):
         self._thread.start()
 
     def begin(self) -> None:
-        """Note the counters."""
+        """Note the counters' values."""
         with self._lock:
             self._window_is_open = True
             for counter in self._counters:
@@ -123,7 +124,7 @@ class RaplMeter(ImmediateMeter):
             return self._advanced()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read the counters once more, as the thread does: one file for each zone, about 10 µs."""
+        """Read the counters once, as the thread does: one file per zone, which takes about 10 µs."""
         with self._lock:
             return self._advanced()
 
@@ -133,7 +134,7 @@ class RaplMeter(ImmediateMeter):
         return tuple(counter.reading() for counter in self._counters)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         if self._thread is not None:
             self._closing.set()
             self._thread.join()
@@ -148,7 +149,7 @@ class RaplMeter(ImmediateMeter):
 
 
 class _Counter:
-    """A zone's energy over one window, accumulated over any number of readings of its counter."""
+    """A zone's energy over one window, accumulated from any number of readings of its counter."""
 
     def __init__(self, zone: Zone, clock_ns: Callable[[], int]) -> None:
         self._zone = zone
@@ -170,7 +171,7 @@ class _Counter:
         self._last_ns = self._clock_ns()
 
     def advance(self) -> None:
-        """Add the increase since the last reading; after a failure the window stays without a value."""
+        """Add the increase since the last reading; after one failure the window has no energy."""
         if self._failure is not None:
             return
         try:
@@ -182,18 +183,18 @@ class _Counter:
         gap_s = (now_ns - self._last_ns) / NS_PER_S
         gained_uj = increase_uj(self._last_uj, now_uj, self._range_uj)
         counter = f"the counter of {self._zone.label}"
-        # This happens if the process was stopped for a while.
+        # This happens if the process was suspended for a while.
         if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
             self._failure = f"{counter} was not read for {gap_s:.0f} s and may have wrapped unseen"
-        # A counter that was reset looks like one that wrapped around, and gains more than a package can draw.
+        # A reset counter looks like one that wrapped around, but with a larger increase than a package can draw.
         if gained_uj / UJ_PER_J > MAX_POWER_W * (gap_s + GAIN_SLACK_S):
-            self._failure = f"{counter} was reset in the window (machine suspended?)"
+            self._failure = f"{counter} was reset during the window (was the machine suspended?)"
         self._total_uj += gained_uj
         self._last_uj, self._last_ns = now_uj, now_ns
 
     def reading(self) -> EnergyReading:
         """Return the window's energy."""
-        # Some firmware and virtual machines have zones whose counter never changes.
+        # With some firmware, and on some virtual machines, the counter of a zone never changes.
         reason = self._failure or (None if self._total_uj else f"the counter of {self._zone.label} did not advance")
         return EnergyReading(
             component=self._zone.component,
@@ -212,25 +213,25 @@ class _Counter:
 
 
 def step_uj(range_uj: int) -> int:
-    """Return a counter's step in µJ from its largest value, which is 2^32 - 1 steps.
+    """Return a counter's step in µJ, derived from its largest value, which is 2^32 - 1 steps.
 
-    Real counters have steps of 15.3 or 61 µJ; a smaller range implies nothing, and 1 µJ is assumed, the granularity of
-    the file.
+    Real counters have steps of 15.3 or 61 µJ. A smaller range reveals nothing about the step, so 1 µJ is assumed, the
+    resolution of the file.
     """
     return max(1, round(range_uj / COUNTER_MAX))
 
 
 def increase_uj(before_uj: int, after_uj: int, range_uj: int) -> int:
-    """Return a counter's increase between two readings with at most one wrap-around between them.
+    """Return a counter's increase between two readings, assuming that it wrapped around at most once.
 
-    One step after its largest value comes 0, so a full turn is the range plus a step.
+    One step after its largest value the counter is 0, so a full cycle is the range plus one step.
     """
     gained_uj = after_uj - before_uj
     return gained_uj if gained_uj >= 0 else gained_uj + range_uj + step_uj(range_uj)
 
 
 def find_zones(powercap_dir: str = POWERCAP_DIR) -> tuple[Zone, ...]:
-    """Return the zones to read, packages first, in the kernel's order; empty when there is no RAPL."""
+    """Return the zones to read, packages first, in the kernel's order; empty if the machine has no RAPL."""
     directories = {path.name: path for path in _directories(Path(powercap_dir))}
     packages = [
         Zone(path, name, "cpu")
@@ -247,12 +248,12 @@ def find_zones(powercap_dir: str = POWERCAP_DIR) -> tuple[Zone, ...]:
 
 
 def readable(powercap_dir: str = POWERCAP_DIR) -> bool:
-    """Return whether at least one package's counter can be read here."""
+    """Return whether the counter of at least one package can be read."""
     return any(zone.component == "cpu" and _is_readable(zone) for zone in find_zones(powercap_dir))
 
 
 def _directories(root: Path) -> Iterator[Path]:
-    """Yield all zones' directories; /sys/class/powercap shows a subzone both next to and inside its package."""
+    """Yield the directories of all zones; /sys/class/powercap shows a subzone both next to and inside its package."""
     for pattern in ("intel-rapl:*/intel-rapl:*", "intel-rapl:*"):
         try:
             yield from sorted(root.glob(pattern))
@@ -281,7 +282,7 @@ def _is_readable(zone: Zone) -> bool:
 
 
 def _why_unreadable(zones: tuple[Zone, ...], powercap_dir: str) -> str | None:
-    """Return why no package's counter can be read; None if one can."""
+    """Return why no package's counter can be read, or None if at least one can."""
     packages = [zone for zone in zones if zone.component == "cpu"]
     if not packages:
         return (
@@ -290,7 +291,7 @@ def _why_unreadable(zones: tuple[Zone, ...], powercap_dir: str) -> str | None:
         )
     if not any(_is_readable(zone) for zone in packages):
         return (
-            f"since CVE-2020-8694 the kernel lets only root read the RAPL counters in {powercap_dir}; until the next "
-            f"boot, sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj lets everyone."
+            f"since CVE-2020-8694 the kernel lets only root read the RAPL counters in {powercap_dir}. To let everyone "
+            f"read them until the next boot, run: sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj."
         )
     return None

@@ -1,7 +1,8 @@
 """Energy from a recorded power trace, for tests and for replaying a measurement made elsewhere.
 
-The trace is a CSV file with the columns `t_s` and `power_w`, and optionally `component` (default gpu). Time 0 of
-the trace is when the meter is opened; between samples, power is interpolated linearly. Knows nothing about sensors.
+The trace is a CSV file with the columns `t_s` and `power_w`, and optionally `component` (default: gpu). The trace's
+time 0 is the moment when the meter is opened. Power is interpolated linearly between samples. This module knows nothing
+about sensors.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ReplayMeter(ImmediateMeter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> ReplayMeter:
-        """Replay the trace that is named."""
+        """Return a meter that replays the configured trace."""
         return cls(energy.trace)
 
     @classmethod
@@ -67,7 +68,7 @@ class ReplayMeter(ImmediateMeter):
         return self.so_far()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return the integral up to now; takes about 50 µs, more with thousands of samples in the window."""
+        """Return the integral up to now; takes about 50 µs, or more with thousands of samples in the window."""
         start_s = (self._begun_ns - self._opened_ns) / NS_PER_S
         end_s = (self._clock_ns() - self._opened_ns) / NS_PER_S
         return tuple(self._reading(component, trace, start_s, end_s) for component, trace in self._traces.items())
@@ -89,12 +90,12 @@ class ReplayMeter(ImmediateMeter):
 def _outside_reason(trace: Trace, start_s: float, end_s: float) -> str:
     t_s, _ = trace
     if start_s < t_s[0]:
-        return f"the trace begins at {t_s[0]:.3f} s, the window at {start_s:.3f} s"
-    return f"the trace ends at {t_s[-1]:.3f} s, before {end_s:.3f} s"
+        return f"the trace begins at {t_s[0]:.3f} s, after the window's beginning at {start_s:.3f} s"
+    return f"the trace ends at {t_s[-1]:.3f} s, before the window's end at {end_s:.3f} s"
 
 
 def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
-    """Return the trapezoidal integral of power over [start_s, end_s], or None outside the trace."""
+    """Return the trapezoidal integral of power over [start_s, end_s] in joules, or None if the trace is too short."""
     t_s, power_w = trace
     if start_s < t_s[0] or end_s > t_s[-1]:
         return None
@@ -104,7 +105,7 @@ def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
 
 
 def read_trace(path: Path) -> dict[Component, Trace]:
-    """Read a trace; raises `BadInput` with the file and what is wrong with it."""
+    """Read a trace; raises `BadInput` with the file's path and the problem if it cannot be used."""
     try:
         samples = _samples(path)
     except FileNotFoundError:
@@ -123,7 +124,7 @@ def _samples(path: Path) -> dict[Component, list[tuple[float, float]]]:
     import csv
 
     samples: dict[Component, list[tuple[float, float]]] = {}
-    # Spreadsheets begin a file with a byte order mark.
+    # Spreadsheets write a byte order mark at the beginning of the file.
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         if any(";" in column for column in rows.fieldnames or ()):
@@ -141,5 +142,5 @@ def _samples(path: Path) -> dict[Component, list[tuple[float, float]]]:
 
 def _number(text: str | None) -> float:
     if text is None:
-        raise ValueError("a row has fewer values than there are columns")
+        raise ValueError("a row has fewer values than the header has columns")
     return float(text)

@@ -1,10 +1,11 @@
-"""An energy counter that advances in ticks, and its value at any time near the readings of it.
+"""An energy counter that advances in ticks, and its estimated value at times between them.
 
-The counter holds the energy up to its last tick. What lies between two readings with different values is a tick; when
-they are close together, the tick's time is known to a few milliseconds, and with it those of the ticks around it. Any
-other reading then gives the energy at the tick before it, exactly, however long the call took; and the energy at a time
-is interpolated between the ticks that enclose it. A load that starts or stops at that time changes the power there, so
-the energy between the two ticks is shared out by the power before the first and after the second. Knows no driver.
+The counter holds the energy up to its last tick. If two readings differ, a tick fell between them. If those readings
+are also close together, the time of the tick is known to within a few milliseconds, and so are the times of the ticks
+around it. Every other reading then gives the exact energy at the preceding tick, however long the call took. The
+energy at any time is interpolated between the ticks on either side of it. If a load starts or stops at that time, the
+power changes there, so the energy between the two ticks is divided in proportion to the power before the first tick and
+the power after the second. This module knows nothing about drivers.
 """
 
 from __future__ import annotations
@@ -21,35 +22,35 @@ from typing import NamedTuple
 
 from lem.units import NS_PER_S
 
-# Enough for five ticks of 100 ms.
+# Long enough for five ticks of 100 ms.
 LEARN_S = 0.6
-# With slow calls it takes longer to know the period to this share.
+# The relative accuracy to which the tick period must be known; slow calls take longer to reach it.
 PERIOD_WITHIN = 0.02
 LEARN_MOST_S = 2.0
-# Longest time to look for a tick; there is none for counters without a known tick.
+# Maximum time to wait for a tick; counters without a known tick are not waited for.
 WATCH_S = 0.3
 POLL_S = 0.001
-# A counter that has changed in a larger share of the readings ticks as fast as it can be read.
+# If a larger share of the readings than this shows a change, the counter ticks as fast as it can be read.
 CHANGES_ALWAYS = 0.8
-# Readings further from a time than this say nothing about the ticks around it.
+# Readings further away from a time than this are not used for the ticks around it.
 NEAR_S = 0.5
-# A tick's time is taken from a known one up to this many ticks away: their period is not perfectly steady.
+# A tick's time is extrapolated from a known tick at most this many ticks away, because the period varies slightly.
 FRESH_TICKS = 5
-# By this share of the period a tick may come early or late.
+# A tick may be early or late by this share of the period.
 JITTER = 0.03
 KEPT = 4096
 
 
 @dataclass(frozen=True)
 class Edge:
-    """The energy at a point in time; None, with the reason, if it is unknown."""
+    """The energy at a point in time, or None with a reason if it is unknown."""
 
     energy_mj: float | None
     reason: str | None = None
 
 
 class Reading(NamedTuple):
-    """A value of the counter, and when the call for it began and ended."""
+    """A value of the counter, and the times at which the call that read it began and ended."""
 
     asked_ns: int
     got_ns: int
@@ -57,14 +58,14 @@ class Reading(NamedTuple):
 
     @property
     def at_ns(self) -> int:
-        """The best guess of when the value was the counter's: the middle of the call."""
+        """The best estimate of when the counter was sampled: the middle of the call."""
         return (self.asked_ns + self.got_ns) // 2
 
 
 class Tick(NamedTuple):
     """An advance of the counter between two readings, with the values before and after.
 
-    `within_ns` is by how much its time may be wrong, `calls_ns` what the two calls took.
+    `within_ns` is the uncertainty of the tick's time, and `calls_ns` the duration of the two calls together.
     """
 
     at_ns: int
@@ -75,7 +76,7 @@ class Tick(NamedTuple):
 
     @property
     def is_late(self) -> bool:
-        """Whether more than the calls lay between the readings, because this process did not get to run."""
+        """Whether the readings are further apart than their calls explain, because this process was not scheduled."""
         return 2 * self.within_ns > self.calls_ns + 3 * POLL_S * NS_PER_S
 
 
@@ -83,8 +84,8 @@ class Counter:
     """Readings of one counter. Its methods may be called from several threads.
 
     Args:
-        read_mj: reads the counter, in millijoules.
-        failure: the error that `read_mj` raises.
+        read_mj: a function that returns the counter's value in millijoules.
+        failure: the type of error that `read_mj` raises.
     """
 
     def __init__(self, read_mj: Callable[[], int], failure: type[Exception]) -> None:
@@ -97,12 +98,12 @@ class Counter:
 
     @property
     def reason(self) -> str | None:
-        """Why the last reading failed; None if it did not."""
+        """Why the last reading failed, or None if it succeeded."""
         return None if self.error is None else str(self.error)
 
     # -------------------------------------------------------------- reading
     def poll(self) -> Tick | None:
-        """Read the counter; return the tick between this reading and the one before it, if there was one."""
+        """Read the counter and return the tick between this reading and the previous one, or None without a tick."""
         asked_ns = time.perf_counter_ns()
         try:
             value_mj = self._read_mj()
@@ -123,7 +124,7 @@ class Counter:
             return tick
 
     def learn(self) -> None:
-        """Read the counter for a while, and note the time from tick to tick; None if it cannot be told."""
+        """Read the counter for a while to determine its tick period, which stays None if it cannot be determined."""
         self.poll()
         ticks: list[Tick] = []
         polls, begun_ns = 0, time.perf_counter_ns()
@@ -135,13 +136,13 @@ class Counter:
         if len(ticks) >= 3 and len(ticks) <= CHANGES_ALWAYS * polls:
             gaps_ns = [later.at_ns - earlier.at_ns for earlier, later in itertools.pairwise(ticks)]
             usual_ns = statistics.median(gaps_ns)
-            # A longer gap holds a tick that was missed.
+            # A longer gap means that a tick was missed.
             self.tick_s = sum(gaps_ns) / sum(max(1, round(gap_ns / usual_ns)) for gap_ns in gaps_ns) / NS_PER_S
 
     def watch(self) -> bool:
-        """Read the counter until it ticks between two readings close together, and return whether it did.
+        """Read the counter until it ticks between two readings that are close together; return whether it did.
 
-        One without a known tick is read twice.
+        A counter without a known tick period is only read twice.
         """
         self.poll()
         until_ns = time.perf_counter_ns() + int(WATCH_S * NS_PER_S)
@@ -153,13 +154,13 @@ class Counter:
         return False
 
     def watch_end(self) -> None:
-        """Read the counter until it ticks, and once after the tick after that: from the end of a window."""
+        """Read the counter until it ticks and once after the following tick; called at the end of a window."""
         if self.watch():
             self._sleep_ticks(1.5)
             self.poll()
 
     def follow(self) -> None:
-        """Read the counter now, and once after each of its next two ticks: from the beginning of a window."""
+        """Read the counter now and once after each of its next two ticks; called at the beginning of a window."""
         self.poll()
         if self.error is not None:
             return
@@ -178,15 +179,15 @@ class Counter:
     def _sleep_ticks(self, count: float) -> None:
         time.sleep(count * (self.tick_s or 0.0))
 
-    # -------------------------------------------------------------- what is known
+    # -------------------------------------------------------------- evaluating the readings
     def at(self, at_ns: int, begun: Edge | None = None, begun_ns: int = 0) -> Edge:
-        """Return the energy at a time, interpolated between the ticks that enclose it.
+        """Return the energy at a time, interpolated between the ticks on either side of it.
 
         Args:
             at_ns: the time.
-            begun: at the end of a window, the energy at its beginning: the readings after the end do not tell the
-                power before it, but the window's mean does.
-            begun_ns: when that was.
+            begun: at the end of a window, the energy at its beginning. Readings after the end do not show the power
+                before the end, so the window's mean power is used instead.
+            begun_ns: the time of `begun`.
         """
         if self.error is not None:
             return Edge(None, self.reason)
@@ -207,7 +208,7 @@ class Counter:
         return Edge(max(energy_mj, _least_mj(readings, at_ns)))
 
     def last_since(self, begun: Edge) -> Edge:
-        """Return the counter as last read, without a value until it has advanced beyond `begun`."""
+        """Return the last value read, or no value as long as the counter has not advanced beyond `begun`."""
         if begun.energy_mj is None:
             return begun
         if self.error is not None or not self._readings:
@@ -221,7 +222,7 @@ class Counter:
         return self.tick_s is not None and tick.within_ns <= self.tick_s * NS_PER_S / 4
 
     def _best_tick(self, at_ns: int) -> Tick | None:
-        """Return the tick that best fixes the times of those around a given time; None if none is sharp and near."""
+        """Return the best reference tick near a time, or None if no tick is both near and precisely timed."""
         if not self.tick_s:
             return None
         reach_ns = FRESH_TICKS * self.tick_s * NS_PER_S
@@ -231,14 +232,14 @@ class Counter:
 
 
 def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
-    """Return whether ticks seen in some time tell their period: the slower the calls, the more are needed."""
+    """Return whether enough ticks were seen to determine their period; slower calls require more ticks."""
     if seconds < LEARN_S or not ticks or seconds > LEARN_MOST_S:
         return seconds >= LEARN_S
     return 2 * statistics.median(tick.within_ns for tick in ticks) <= PERIOD_WITHIN * (ticks[-1].at_ns - ticks[0].at_ns)
 
 
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
-    """Return the times of ticks, from one of them, and the counter's values at them, in order.
+    """Return the times of the ticks, extrapolated from one of them, with the counter's value at each, in order.
 
     A reading that may have been taken on either side of a tick is left out.
     """
@@ -253,9 +254,10 @@ def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[t
 
 
 def _energy_mj(known: Sequence[tuple[int, float]], at_ns: int, longest_step_ns: float) -> float:
-    """Return the energy at a time, from energies at others, in order.
+    """Return the energy at a time in millijoules, interpolated from the known energies, which are in order of time.
 
-    Beyond the ends it goes on at the rate of the last step, unless that is longer than `longest_step_ns`.
+    Outside the known times, the energy is extrapolated at the rate of the nearest step, unless that step is longer than
+    `longest_step_ns`.
     """
     place = bisect_right([time_ns for time_ns, _ in known], at_ns)
     if len(known) == 1:
@@ -271,9 +273,10 @@ def _energy_mj(known: Sequence[tuple[int, float]], at_ns: int, longest_step_ns: 
 
 
 def _share(before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]], at_ns: int) -> float:
-    """Return the share of the energy between the last of some times and the first of others that lies before a time.
+    """Return the share of the energy between the two ticks around a time that was used before that time.
 
-    The power is taken to change at that time, from what it was before the one to what it is after the other.
+    The power is assumed to change at that time, from its value before the earlier tick to its value after the later
+    tick.
     """
     (left_ns, left_mj), (right_ns, right_mj) = before[-1], after[0]
     until_ns, since_ns, gained_mj = at_ns - left_ns, right_ns - at_ns, right_mj - left_mj
@@ -289,12 +292,12 @@ def _share(before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float
 
 
 def _power(step: Sequence[tuple[int, float]]) -> float:
-    """Return the mean power between two times, in millijoules a nanosecond."""
+    """Return the mean power between two known times, in millijoules per nanosecond."""
     return (step[1][1] - step[0][1]) / max(step[1][0] - step[0][0], 1)
 
 
 def _least_mj(readings: Sequence[Reading], at_ns: int) -> int:
-    """Return what had been counted by the last reading before a time; 0 if the counter started afresh since."""
+    """Return the last value read before a time, in millijoules; 0 if the counter has restarted since."""
     before = [reading.value_mj for reading in readings if reading.got_ns <= at_ns]
     after = [reading.value_mj for reading in readings if reading.got_ns > at_ns]
     return before[-1] if before and min(after, default=before[-1]) >= before[-1] else 0

@@ -1,8 +1,8 @@
-"""Power traces: sampling in the background, integrating over a window. Knows no particular sensor.
+"""Power traces: sampling in the background, and integrating over a window. Knows nothing about particular sensors.
 
-A thread takes samples at a fixed rate and sleeps in between; the meter adds a sample at each edge of a window, so that
-the integral covers exactly the window. Twenty samples a second follow square waves of up to 3 Hz within 2 % over 5 s;
-ten alias with a wave of 2 Hz (measured on simulated waves, `docs/accuracy.md`).
+A thread takes samples at a fixed rate and sleeps in between. The meter adds a sample at each edge of a window, so that
+the integral covers exactly the window. At 20 samples per second, the integral of square waves of up to 3 Hz is within
+2 % over 5 s; at 10 samples per second, it aliases with a wave of 2 Hz (simulated waves, `docs/accuracy.md`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lem.units import NS_PER_S
 def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> float | None:
     """Return the trapezoidal integral of one device's samples over [start_ns, end_ns], in joules.
 
-    Samples are in order of time. The result is None if they do not reach both edges.
+    Samples must be in order of time. The result is None if they do not extend to both edges.
     """
     times = [sample.t_ns for sample in samples]
     first, last = bisect_right(times, start_ns) - 1, bisect_left(times, end_ns)
@@ -32,7 +32,7 @@ def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> fl
 
 
 def _piece_j(left: PowerSample, right: PowerSample, start_ns: int, end_ns: int) -> float:
-    """Return the integral between two samples, cut to [start_ns, end_ns]."""
+    """Return the integral in joules between two samples, clipped to [start_ns, end_ns]."""
     span_ns = right.t_ns - left.t_ns
     if span_ns <= 0:
         return 0.0
@@ -42,10 +42,10 @@ def _piece_j(left: PowerSample, right: PowerSample, start_ns: int, end_ns: int) 
 
 
 class RunningIntegral:
-    """The integral of each device's samples since a start time; an update processes only the new samples."""
+    """The integral of each device's samples since a start time; each update processes only the new samples."""
 
     def __init__(self, sampler: Sampler, seen: int, start_ns: int) -> None:
-        # The first samples after those `seen` lie before the start: the meter took one of each device there.
+        # The first samples after `seen` precede the start, because the meter took one of each device at that point.
         self._sampler = sampler
         self._seen = seen
         self._start_ns = start_ns
@@ -53,7 +53,7 @@ class RunningIntegral:
         self._total_j: dict[str, float] = {}
 
     def up_to_now(self) -> dict[str, float]:
-        """Return each device's joules up to its last sample, without devices that have no sample before the start."""
+        """Return each device's joules up to its last sample; devices without a sample before the start are left out."""
         new = self._sampler.samples(self._seen)
         self._seen += len(new)
         for sample in new:
@@ -68,7 +68,7 @@ class RunningIntegral:
 
 
 class Sampler:
-    """Takes samples at a fixed rate in a thread, from `start` to `stop`."""
+    """Takes samples at a fixed rate in a background thread, from `start` to `stop`."""
 
     def __init__(self, take: Callable[[], Iterable[PowerSample]], hz: float) -> None:
         self._take = take
@@ -84,18 +84,18 @@ class Sampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """End sampling; the samples are kept."""
+        """Stop sampling; the samples are kept."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
 
     def sample_now(self) -> None:
-        """Add a sample outside the schedule, at the edge of a window."""
+        """Take an additional sample now, at the edge of a window."""
         with self._lock:
             self._samples.extend(self._take())
 
     def samples(self, first: int = 0) -> list[PowerSample]:
-        """Return the samples so far from the `first` on, in order of time."""
+        """Return the samples so far, starting with number `first`, in order of time."""
         with self._lock:
             return self._samples[first:]
 

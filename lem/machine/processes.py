@@ -1,4 +1,4 @@
-"""Processes of workers, engines and servers: finding them, whether they are alive, their memory, ending them."""
+"""Finding, checking and ending the processes of workers, engines and servers, and reading their peak memory."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# By these, launchers of several processes (torchrun, accelerate, MPI) tell each which one it is and where the others
-# are. A shell or a pod that runs under one passes them on to everything that is started there.
+# Launchers of several processes (torchrun, accelerate, MPI) set these variables to tell each process its rank and where
+# the others are. A shell or pod that runs under a launcher passes them on to everything that it starts.
 OF_LAUNCHERS = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|ROLE_NAME|RDZV_.*"
     r"|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|PET_.*|ACCELERATE_.*|FSDP_.*"
     r"|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE|MV2_COMM_WORLD_.*|MPI_LOCAL.*|PMI_.*|PMIX_.*"
 )
-# On a busy machine the kernel takes a while to remove what was killed.
+# On a busy machine the kernel takes a while to remove processes that were killed.
 GONE_S = 10.0
 
 
 def without_launchers(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment for a process that is none of those that a launcher around this one has started."""
+    """Return the environment without launcher variables, for a process that does not belong to the launcher's group."""
     return {name: value for name, value in environ.items() if not OF_LAUNCHERS.fullmatch(name)}
 
 
@@ -31,7 +31,7 @@ def children() -> list[Any]:
 
 
 def is_alive(process: Any) -> bool:
-    """Return whether a process still runs."""
+    """Return whether a process is still running."""
     import psutil
 
     try:
@@ -43,7 +43,7 @@ def is_alive(process: Any) -> bool:
 def listening_at(port: int) -> list[Any]:
     """Return the processes that listen on a port of this machine, with their descendants.
 
-    Finds only processes that the user may inspect.
+    This finds only processes that the user has permission to inspect.
     """
     import psutil
 
@@ -57,7 +57,7 @@ def listening_at(port: int) -> list[Any]:
 
 
 def family_of(pids: Iterable[int]) -> list[Any]:
-    """Return processes, each followed by its descendants, leaving out those that are gone."""
+    """Return the processes with these ids, each followed by its descendants; processes that have ended are skipped."""
     import psutil
 
     found: dict[int, Any] = {}
@@ -71,7 +71,7 @@ def family_of(pids: Iterable[int]) -> list[Any]:
 
 
 def kill(processes: Sequence[Any]) -> None:
-    """Kill processes, and wait up to `GONE_S` until they are gone."""
+    """Kill processes, and wait up to `GONE_S` for them to disappear."""
     import psutil
 
     for process in reversed(processes):
@@ -81,7 +81,7 @@ def kill(processes: Sequence[Any]) -> None:
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int | None:
-    """Return the sum of the processes' peak resident memory; None if one of them is gone, or if there are none."""
+    """Return the sum of the processes' peak resident memory in bytes; None if any has ended or none are given."""
     peaks = []
     for pid in pids:
         try:

@@ -1,8 +1,9 @@
-"""What happens to GPUs while a window is measured: how long the driver held their clocks down, and who else used them.
+"""Watching GPUs during a window: how long the driver held their clocks down, and which other processes used them.
 
-A GPU that idles before and after a window shows neither. The driver counts how long each policy has held clocks down;
-these counters are read at both edges. The reasons in force and the processes are sampled by a thread in between, which
-takes some 10 µs for each GPU and sample (H100, measured 2026-11-26). Knows nothing about energy; opens no CUDA context.
+Neither can be seen before or after the window, when the GPU is idle. The driver counts how long each policy has held
+clocks down; these counters are read at both edges of the window. In between, a thread samples the active throttle
+reasons and the processes, which takes about 10 µs per GPU and sample (H100, measured 2026-11-26). This module knows
+nothing about energy and opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from lem.record import DeviceWindow, ForeignProcess
 from lem.units import NS_PER_S
 
 PERIOD_S = 0.1
-# NVML_FI_DEV_PERF_POLICY_…: nanoseconds in which a policy has held clocks down. Left out are those that limit no work:
-# low utilisation, clocks that were set, and GPUs kept in step.
+# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has held clocks down. Policies that do not limit
+# work are left out: low utilisation, clocks set by the user, and GPUs synchronised with each other.
 POLICIES = {74: "power", 75: "thermal", 77: "board_limit", 79: "reliability"}
 
 
 class Watch:
-    """Watches each physical GPU of some, one window at a time.
+    """Watches each of the given physical GPUs, one window at a time.
 
     Args:
-        gpus: the GPUs; without any, nothing is watched.
-        own: returns the ids of the processes that belong to the run; asked when one appears that is not known yet.
+        gpus: the GPUs; if empty, nothing is watched.
+        own: a function that returns the ids of the run's own processes, called whenever an unknown process appears.
     """
 
     def __init__(self, gpus: Sequence[Gpu] = (), own: Callable[[], Collection[int]] = tuple) -> None:
@@ -43,7 +44,7 @@ class Watch:
         self._begun_ns = 0
 
     def begin(self) -> None:
-        """Read the counters and begin to sample."""
+        """Read the counters and start sampling."""
         self._stop()
         lib = self._open.enter_context(gpu.nvml()) if self._uuids else None
         self._seen = [] if lib is None else [_Seen(lib, uuid) for uuid in self._uuids]
@@ -54,7 +55,7 @@ class Watch:
             self._thread.start()
 
     def end(self) -> tuple[DeviceWindow, ...]:
-        """Return what was seen since `begin`; empty without a driver."""
+        """Stop sampling and return the observations since `begin`; the result is empty without a driver."""
         duration_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
         throttled_s = [seen.throttled_s() for seen in self._seen]
         self._stop()
@@ -78,7 +79,7 @@ class Watch:
 
 
 class _Seen:
-    """What has been seen of one GPU."""
+    """The observations of one GPU."""
 
     def __init__(self, lib: Any, uuid: str) -> None:
         self.uuid = uuid
@@ -96,7 +97,7 @@ class _Seen:
         return {POLICIES[f.fieldId]: f.value.ullVal / NS_PER_S for f in fields or () if f.nvmlReturn == 0}
 
     def throttled_s(self) -> dict[str, float] | None:
-        """Return for how long each policy has held clocks down, without those that did not; None if not counted."""
+        """Return the time for which each policy has held clocks down, omitting zeros; None if it is not counted."""
         now_s = self._counters_s()
         known = self._begun_s.keys() & now_s.keys()
         if not known:
@@ -104,7 +105,7 @@ class _Seen:
         return {name: now_s[name] - s for name, s in self._begun_s.items() if name in known and now_s[name] > s}
 
     def sample(self, own: Callable[[], Collection[int]]) -> None:
-        """Note the reasons in force and the processes that are new."""
+        """Note the active throttle reasons and any new processes."""
         if self._handle is None:
             return
         self._samples += 1
@@ -120,7 +121,7 @@ class _Seen:
             self._processes |= {p.pid: None if p.pid in ours else gpu.foreign(self._lib, p) for p in new}
 
     def summary(self, duration_s: float, throttled_s: dict[str, float] | None) -> DeviceWindow:
-        """Return what was seen, as it is recorded."""
+        """Return the observations in the form used in records."""
         shares = None if self._reasons is None else {name: n / self._samples for name, n in self._reasons.items()}
         processes = None if self._processes is None else tuple(filter(None, self._processes.values()))
         return DeviceWindow(self.uuid, duration_s, throttled_s, shares, processes)

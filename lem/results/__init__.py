@@ -1,1 +1,1 @@
-"""Keeps records, puts them into tables and shows them."""
+"""Stores records, aggregates them into tables, and shows them."""

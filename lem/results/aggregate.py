@@ -1,7 +1,7 @@
 """From raw files to the tables: decides which experiments to read and whether their files belong together.
 
-Idempotent: an experiment whose row is as new as its state is left alone. Works on the store and the tables; what the
-numbers mean is up to `rows`.
+Aggregating is idempotent: an experiment whose row is as new as its state is left alone. This module works on the store
+and the tables; `rows` interprets the numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lem.results.tables import SHARED_FILE, NewRows, RowLocation, Tables
 from lem.units import timestamp
 from lem.warning_codes import warning
 
-# The most cycles read before their rows are computed; the most experiments, and the most request rows, written
+# The largest numbers of cycles read before their rows are computed, and of experiments and request rows written
 # together.
 READ_TOGETHER = 200
 WRITTEN_TOGETHER = 2_000
@@ -44,16 +44,16 @@ def read(directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, 
 def measured(
     directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, state: State | None = None
 ) -> Measured:
-    """Read an experiment's raw files and merge what belongs together.
+    """Read an experiment's raw files and merge those that belong together.
 
     Args:
-        directory: the experiment.
-        strict: refuse it when anything that its plan expects is missing, or when processes did not run together.
+        directory: the experiment's directory.
+        strict: raise if anything that the plan expects is missing, or if processes did not run at the same time.
         mixed: accept records from different backends.
-        state: its state, if that has been read.
+        state: the experiment's state, if it has already been read.
 
     Raises:
-        ResultsError: there is no record, one is damaged, they do not belong together, or `strict` refuses them.
+        ResultsError: no record exists, one is damaged, the records do not belong together, or `strict` rejects them.
     """
     state = state or directory.state()
     plan, parts = directory.plan_excerpt(), directory.parts()
@@ -74,20 +74,20 @@ def put_together(
     attempts: int,
     warnings: Mapping[int, Sequence[CodedWarning]] = MappingProxyType({}),
 ) -> Measured:
-    """Combine what an experiment's processes did into what the experiment measured.
+    """Combine the parts of an experiment's processes into its measurements.
 
     Args:
         plan: the experiment's plan.
-        parts: what each process did, by cycle; at least one per cycle, sorted by attempt and rank.
-        attempts: how many attempts the experiment has had.
-        warnings: warnings that are in no record, by cycle.
+        parts: each process's part, by cycle; at least one per cycle, sorted by attempt and rank.
+        attempts: the number of attempts that the experiment has had.
+        warnings: warnings that are not in any record, by cycle.
     """
     cycles = [_cycle(plan, cycle, of_cycle, warnings.get(cycle, ())) for cycle, of_cycle in parts.items()]
     return Measured(plan, cycles, attempts - 1)
 
 
 def by_cycle(parts: Sequence[Part]) -> dict[int, list[Part]]:
-    """Return the parts of each cycle."""
+    """Return the parts grouped by cycle."""
     found: dict[int, list[Part]] = {}
     for part in parts:
         found.setdefault(part.record.cycle, []).append(part)
@@ -120,15 +120,15 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 
 # ------------------------------------------------------------------ do the files belong together?
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
-    """Raise when records belong to different experiments, or a prompt was counted twice."""
+    """Raise if records belong to different experiments, or if a prompt was counted twice."""
     if plan.experiment_id != directory.id:
-        raise ResultsError(f"{directory.path} holds {plan.experiment_id}: rename the directory to that id.")
+        raise ResultsError(f"{directory.path} contains {plan.experiment_id}: rename the directory to that id.")
     records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
-            f"{directory.id} mixes the backends {' and '.join(backends)}; their numbers do not belong "
-            "together. --allow-mixed-backends accepts them, with a warning in the row."
+            f"{directory.id} mixes the backends {' and '.join(backends)}, whose numbers do not belong together. "
+            "Use --allow-mixed-backends to accept them, with a warning in the row."
         )
     for record in records:
         foreign = len(backends) > 1 and record.backend != plan.experiment.backend.name
@@ -139,16 +139,16 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
         rows = [row.request for part in of_cycle for row in part.requests]
         if len(rows) != len(set(rows)):
             raise ResultsError(
-                f"{directory.id} has prompt {max(rows, key=rows.count)} of cycle {cycle} more than once."
+                f"{directory.id} contains prompt {max(rows, key=rows.count)} of cycle {cycle} more than once."
             )
 
 
 def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
-    """Return why a record cannot belong to the plan, or None; with `foreign`, its backend may differ."""
+    """Return the reason why a record cannot belong to the plan, or None; with `foreign`, its backend may differ."""
     if record.experiment_id != plan.experiment_id:
         return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
-        return "was measured with a configuration that differs from spec.json's"
+        return "was measured with a configuration that differs from the one in spec.json"
     if record.world_size != plan.processes:
         return f"was written by one of {record.world_size} processes, but the plan has {plan.processes}"
     for phase in record.phases:
@@ -158,7 +158,7 @@ def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | Non
 
 
 def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, Sequence[Part]]) -> None:
-    """Raise when a process or a prompt of a cycle is missing, naming all of them."""
+    """Raise if processes or prompts of a cycle are missing, listing all of them."""
     missing = []
     for cycle in range(1, plan.experiment.cycles + 1):
         ranks = set(range(plan.processes)) - {part.record.rank for part in by_cycle.get(cycle, ())}
@@ -169,24 +169,26 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
         elif left:
             missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle}")
     if missing:
-        raise ResultsError(f"{directory.id} is incomplete: {'; '.join(missing)}. --no-strict uses what was measured.")
+        raise ResultsError(
+            f"{directory.id} is incomplete: {'; '.join(missing)}. Use --no-strict to aggregate the rest."
+        )
 
 
 def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part], strict: bool) -> list[CodedWarning]:
-    """Return warnings about the records of one cycle; raise, when strict, if processes did not run at the same time."""
+    """Return warnings about one cycle's records; with `strict`, raise if processes did not run at the same time."""
     if len(parts) == 1:
         return []
     warnings = []
     backends = sorted({part.record.backend for part in parts if part.record.backend})
     if len(backends) > 1:
-        warnings.append(warning("mixed_backends", f"its processes ran on {' and '.join(backends)}."))
+        warnings.append(warning("mixed_backends", f"the processes ran on {' and '.join(backends)}."))
     for attempt in sorted({part.record.attempt for part in parts}):
         apart = _apart([part.record for part in parts if part.record.attempt == attempt])
         if apart is None:
             continue
         text = f"the windows of processes {apart[0]} and {apart[1]} in cycle {cycle} do not overlap in time"
         if strict:
-            raise ResultsError(f"{directory.id}: {text}. --no-strict accepts them, with a warning.")
+            raise ResultsError(f"{directory.id}: {text}. Use --no-strict to accept them, with a warning.")
         warnings.append(warning("ranks_apart", f"{text}."))
     return warnings
 
@@ -194,7 +196,7 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
 def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
     """Return two processes whose windows do not overlap, or None.
 
-    A killed process is left out: its journal says when it reached the window, not when all processes opened theirs.
+    Killed processes are left out: a journal tells when its process reached the window, not when all windows opened.
     """
     windows = [
         (record.window_opened_unix_s, window.duration_s, record.rank)
@@ -213,7 +215,7 @@ def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
 # ------------------------------------------------------------------ into the tables
 @dataclass(frozen=True)
 class Aggregated:
-    """What became of an experiment that should have been aggregated, and a message about it."""
+    """The outcome of aggregating an experiment, and a message about it."""
 
     kind: Literal["written", "fresh", "skipped", "failed"]
     text: str
@@ -222,13 +224,13 @@ class Aggregated:
 def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, force: bool = False) -> ExperimentRow:
     """Write an experiment's rows to the tables and return its row.
 
-    An experiment whose row is as new as its state is left alone unless `force`.
+    An experiment whose row is as new as its state is left alone unless `force` is set.
     """
     tables, state = Tables(store), directory.state()
     with tables.locked():
         at = tables.location(directory.id)
         if at and SHARED_FILE.fullmatch(Path(at.file).stem) and at.file in (lacking := tables.lacking()):
-            gone = f"{store.experiments_table / at.file} lacks rows in other tables; lem aggregate --all rebuilds them."
+            gone = f"{store.experiments_table / at.file} lacks rows in other tables; run lem aggregate --all."
             raise ResultsError(lacking[at.file] or gone)
         if at and not force and is_fresh(tables, directory.id, at, state):
             return tables.row(directory.id, at)
@@ -248,14 +250,14 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
 def aggregate_all(
     store: Store, ids: Sequence[str], *, strict: bool = True, force: bool = False, mixed: bool = False
 ) -> Iterator[Aggregated]:
-    """Write the rows of experiments whose rows are missing or older than their state; yield what became of each.
+    """Write the rows of experiments whose rows are missing or older than their state; yield each outcome.
 
-    An experiment that cannot be aggregated does not stop the others. One that is running is left alone.
+    An experiment that cannot be aggregated does not stop the others. Running experiments are left alone.
 
     Args:
         store: the results directory.
         ids: the experiments to aggregate.
-        strict: refuse an experiment when anything is missing.
+        strict: report an experiment as failed if anything is missing.
         force: also rebuild rows that already exist.
         mixed: accept records from different backends.
     """
@@ -327,7 +329,7 @@ def _ended(directory: ExperimentDir) -> State | None:
 def _with_neighbours(
     store: Store, ids: Sequence[str], locations: Mapping[str, RowLocation], lacking: Set[str]
 ) -> Sequence[str]:
-    """Return the ids, and those of experiments that share their files if the files' other rows are gone."""
+    """Return the ids, plus those of experiments in the same files if rows of those files are missing elsewhere."""
     if not lacking:
         return ids
     there, known = set(store.ids()), set(ids)
@@ -337,8 +339,8 @@ def _with_neighbours(
 class _Writer:
     """Writes the rows of several experiments, then marks their directories as aggregated.
 
-    Records become Arrow tables in small groups, so that they stay in the processor's cache, and few files are
-    written, as each takes some milliseconds.
+    Records become Arrow tables in small groups, so that they stay in the processor's cache. Rows are written to few
+    files, because each file takes some milliseconds.
     """
 
     def __init__(self, store: Store, locations: Mapping[str, RowLocation]) -> None:
@@ -350,7 +352,7 @@ class _Writer:
         self._requests = self._cycles = 0
 
     def add(self, directory: ExperimentDir, state: State, one: Measured) -> list[Aggregated]:
-        """Add an experiment; return what became of those written in the meantime."""
+        """Add an experiment; return the outcomes of experiments written in the meantime."""
         self._read.append((directory, state, one))
         self._requests += sum([len(cycle.requests) for cycle in one.cycles])
         self._cycles += len(one.cycles)
@@ -362,7 +364,7 @@ class _Writer:
         """Compute the rows of the experiments read so far."""
         try:
             self._add_rows(self._read)
-        except OverflowError:  # a number is too large for its column, for example in a file edited by hand
+        except OverflowError:  # a number is too large for its column, for example in a hand-edited file
             for one in self._read:  # one at a time, so that only the faulty experiment fails
                 try:
                     self._add_rows([one])
@@ -375,7 +377,7 @@ class _Writer:
         self._made += [(directory, state, text) for (directory, state, _), text in zip(read, statuses, strict=True)]
 
     def write(self) -> list[Aggregated]:
-        """Write the experiments added so far, and return what became of each."""
+        """Write the experiments added so far, and return the outcome of each."""
         self._make()
         failed, self._failed = self._failed, []
         if not self._made:
@@ -395,13 +397,15 @@ def _beyond(directory: ExperimentDir, error: OverflowError) -> str:
 def _reason_to_skip(
     tables: Tables, directory: ExperimentDir, state: State, at: RowLocation | None
 ) -> Aggregated | None:
-    """Return why an experiment is left alone, or None."""
+    """Return the reason why an experiment is left alone, or None."""
     if state.status == "running":
-        return Aggregated("skipped", f"{directory.id} is running, as process {state.pid} on {state.host}: left alone.")
+        return Aggregated(
+            "skipped", f"{directory.id} was skipped: it is running (process {state.pid} on {state.host})."
+        )
     if state.pid is not None and directory.is_held():
-        return Aggregated("skipped", f"{directory.id}: its processes are still ending: left alone.")
+        return Aggregated("skipped", f"{directory.id} was skipped: its processes are still ending.")
     if not state.attempt and not at:
-        return Aggregated("skipped", f"{directory.id} has not been run: left alone.")
+        return Aggregated("skipped", f"{directory.id} was skipped: it has not been run.")
     if at and is_fresh(tables, directory.id, at, state):
         if state.status == "completed":
             directory.mark_aggregated(state.now("aggregated"))
@@ -412,7 +416,7 @@ def _reason_to_skip(
 def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) -> bool:
     """Return whether an experiment's row covers its last attempt; an aggregated experiment has no later ones.
 
-    If a completed experiment's row says it is incomplete, files were missing when the row was computed.
+    If a completed experiment's row says that it is incomplete, files were missing when the row was computed.
     """
     if state.status == "aggregated" or not state.attempt:
         return True
@@ -420,7 +424,7 @@ def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) 
         try:
             row = tables.row(experiment_id, at)
         except ResultsError:
-            return False  # damaged or empty: to be computed from the records
+            return False  # damaged or empty, so the row is computed from the records
         at = RowLocation(at.file, row.resumed, row.status)
     return at.resumed == state.attempt - 1 and not (state.status == "completed" and at.status != "completed")
 
@@ -428,8 +432,8 @@ def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) 
 def _mark_aggregated(store: Store, completed: Sequence[tuple[ExperimentDir, State]]) -> None:
     """Record that completed experiments have their rows.
 
-    For many experiments this is one file, hard-linked into each directory: writing it to disk for each one would
-    take longer than everything else.
+    For many experiments this is one file, hard-linked into each directory, because writing a file for each would take
+    longer than everything else.
     """
     for attempt in sorted({state.attempt for _, state in completed}):
         source = store.root / "raw" / f".aggregated_a{attempt}"

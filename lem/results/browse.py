@@ -1,4 +1,4 @@
-"""`lem results` and `lem aggregate`: read a results directory."""
+"""`lem results` and `lem aggregate`: read a results directory and print its content."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ STATUSES = ("completed", "failed", "interrupted", "running", "planned")
 
 
 def store_at(results_dir: Path | None) -> Store:
-    """Return the store at --results-dir, else at the environment variable's path, else at results/."""
+    """Return the store given by --results-dir, or else by the environment variable, or else results/."""
     return Store(results_dir or default_root())
 
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Pause garbage collection of reference cycles: rows form none, and for 20,000 it takes 5 to 8 % of the time."""
+    """Pause garbage collection: rows form no reference cycles, and searching 20,000 rows takes 5 to 8 % of the time."""
     gc.disable()
     try:
         yield
@@ -68,7 +68,7 @@ class Selection:
             raise ResultsError(f"--status: '{self.status}' is not one of {known}.{did_you_mean(self.status, STATUSES)}")
         if self.sort is not None and self.sort not in ExperimentRow.__struct_fields__:
             close = did_you_mean(self.sort, ExperimentRow.__struct_fields__)
-            raise ResultsError(f"--sort: no column '{self.sort}'.{close} docs/reference/results.md lists them.")
+            raise ResultsError(f"--sort: no column '{self.sort}'.{close} docs/reference/results.md lists the columns.")
         self._first_id()
 
     def _first_id(self) -> str:
@@ -78,12 +78,12 @@ class Selection:
         try:
             since = datetime.fromisoformat(self.since)
         except ValueError:
-            text = f"--since: '{self.since}' is not a date; write 2026-01-31 or 2026-01-31T10:00."
+            text = f"--since: '{self.since}' is not a date; use a form such as 2026-01-31 or 2026-01-31T10:00."
             raise ResultsError(text) from None
         return f"exp_{since.astimezone() if since.tzinfo else since:%Y%m%d_%H%M%S}"
 
     def of(self, listed: Iterable[Listed]) -> list[Listed]:
-        """Return the experiments to list, in order."""
+        """Return the selected experiments in order."""
         first = self._first_id()
         chosen = [one for one in listed if one.experiment_id >= first and self._fits(one)]
         if self.last is not None:
@@ -109,7 +109,7 @@ def _sorted(listed: Sequence[Listed], column: str, reverse: bool) -> list[Listed
 
 
 def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
-    """Print a line for each experiment that has a row; with `everything`, for the others too."""
+    """Print a line for each experiment that has a row or, with `everything`, for all experiments."""
     late = catch_up(store)
     with _no_collector():
         damaged = _list(store, selection, everything or selection.status is not None, as_json)
@@ -136,14 +136,14 @@ def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -
     elif chosen:
         show_list(chosen)
     elif ids and not listed:
-        print(f"No experiment in {store.root} has a row; --all lists those without one.")
+        print(f"No experiment in {store.root} has a row; use --all to list experiments without rows.")
     else:
         print(f"No {'such ' if listed else ''}experiments in {store.root}.")
     return damaged
 
 
 def _print_json(listed: Sequence[Listed]) -> None:
-    """Print a JSON list, one line per experiment: thousands in a single string would take a gigabyte."""
+    """Print a JSON list, one experiment per line, because thousands in a single string could take a gigabyte."""
     print("[")
     for i, one in enumerate(listed, start=1):
         print(show.as_json(_plain(one), indent=None) + ("," if i < len(listed) else ""))
@@ -154,7 +154,7 @@ def _with_row(store: Store, row: ExperimentRow, has_files: bool) -> Listed:
     listed = Listed(row.experiment_id, row.status, row.model, row.backend, row.dataset, row, row.error)
     if row.status == "completed" or not has_files:
         return listed
-    # It may have been resumed since its row was written.
+    # The experiment may have been resumed since its row was written.
     state = store.directory(row.experiment_id).state()
     return replace(listed, status="running", detail=_where(state)) if state.status == "running" else listed
 
@@ -163,7 +163,7 @@ def _without_row(directory: ExperimentDir) -> Listed:
     state = directory.state()
     status, detail = ("running", _where(state)) if state.status == "running" else (state.status, state.error)
     if state.status in FINISHED:
-        status, detail = "completed", f"lem aggregate {directory.id} writes its row"
+        status, detail = "completed", f"run lem aggregate {directory.id} to write its row"
     try:
         wanted = directory.plan().experiment
     except ResultsError as error:
@@ -201,14 +201,14 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
     _show_state(store, directory, state, has_row=bool(rows))
     if environment:
         if around is None:
-            raise ResultsError(f"{directory.id} has no record of its environment.")
+            raise ResultsError(f"{directory.id} has no recorded environment.")
         print()
         show.print_pairs(_environment_lines(around))
     return 0
 
 
 def is_campaign(store: Store, name: str) -> bool:
-    """Return whether a results directory holds a campaign of this name."""
+    """Return whether a results directory contains a campaign of this name."""
     from lem.results.campaign import DEFINITION, folder_of
     from lem.spec.campaign import NAME
 
@@ -216,7 +216,7 @@ def is_campaign(store: Store, name: str) -> bool:
 
 
 def show_campaign(store: Store, name: str, *, as_json: bool) -> int:
-    """Print what a campaign has found, from its files; return 0."""
+    """Print the results of a campaign from its files; return 0."""
     from lem.results.campaign import answer, folder_of, read_cells, read_definition
     from lem.results.campaign_show import as_plain, show_answer
 
@@ -241,7 +241,7 @@ def _find(store: Store, text: str) -> ExperimentDir:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return the rows from the tables or, if missing or stale, computed from the records; None without records."""
+    """Return the rows from the tables or, if missing or stale, from the records; None if no records exist."""
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
@@ -252,12 +252,12 @@ def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
     return _at_work(rows) if state.status == "running" else rows
 
 
-# Warnings about an unfinished journal, which do not apply while it is still being written.
+# Warnings about an unfinished journal, which do not apply while the journal is still being written.
 OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window")
 
 
 def _at_work(rows: Rows) -> Rows:
-    """Return the rows of a running experiment: its unfinished cycle has the status running, not interrupted."""
+    """Return the rows of a running experiment, with its unfinished cycle marked as running rather than interrupted."""
     warnings = [text for text in rows.row.warnings if text.partition(":")[0] not in OF_A_JOURNAL]
     row = structs.replace(rows.row, status="running", error=None, warnings=warnings)
     cycles = [c if c.status == "completed" else structs.replace(c, status="running") for c in rows.cycles]
@@ -281,7 +281,7 @@ def _as_plain(
 
 
 def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
-    """Print the state of an experiment that is not done, and how to continue."""
+    """Print the state of an experiment that is not done, and how to continue it."""
     if not directory.path.is_dir() or (state.status in FINISHED and has_row):
         return
     if has_row:
@@ -309,9 +309,9 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
 def aggregate_experiments(
     store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the rows of one experiment, or of all whose rows are missing or old; return 1 if any write failed."""
+    """Write the rows of one experiment, or of all with missing or outdated rows; return 1 if any write failed."""
     if (experiment_id is None) == (not everything):
-        raise ResultsError("Name one experiment, or give --all.")
+        raise ResultsError("Give one experiment, or use --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]
     try:
         with _no_collector():
@@ -319,18 +319,18 @@ def aggregate_experiments(
             kinds = Counter(_report(one, everything) for one in found)
     except OSError as error:
         raise RunError(
-            f"The tables in {store.root} cannot be written ({error.strerror or error}); the measurements are kept in "
-            "raw/. Free some space or make the directory writable, then run lem aggregate --all."
+            f"The tables in {store.root} cannot be written ({error.strerror or error}). Measurements are safe in raw/. "
+            "Free some space or make the directory writable, then run lem aggregate --all."
         ) from None
     if everything and kinds["fresh"]:
-        print(f"Left alone, as they already have their rows: {kinds['fresh']}.")
+        print(f"Skipped because their rows are up to date: {kinds['fresh']}.")
     if not ids:
         print(f"No experiments in {store.root}.")
     return 1 if kinds["failed"] or (kinds["skipped"] and not everything) else 0
 
 
 def _report(one: Aggregated, everything: bool) -> str:
-    """Print what became of an experiment, unless `everything` and it was left alone; return its kind."""
+    """Print the outcome for an experiment, unless `everything` is set and the row was up to date; return its kind."""
     if one.kind == "failed" or (one.kind == "skipped" and not everything):
         show.console(stderr=True).print(one_line(one.text), markup=False, style="red")
     elif not (one.kind == "fresh" and everything):
@@ -339,7 +339,7 @@ def _report(one: Aggregated, everything: bool) -> str:
 
 
 # ------------------------------------------------------------------ tables for people
-# A table of at least this many lines is printed line by line: a terminal layout would take longer than all the rest.
+# A table with at least this many lines is printed line by line, because laying it out would take too long.
 MANY = 500
 NARROW_HEADERS = ("experiment", "status", "model", "tokens/s", "energy", "per token")
 WIDE_HEADERS = (
@@ -359,7 +359,7 @@ NUMBERS = frozenset({"requests", "cycles", "of", "tokens/s", "energy", "per toke
 
 @dataclass(frozen=True)
 class Listed:
-    """An experiment in a list: its status, what it runs, and its row if it has one."""
+    """An experiment in a list: its status, a description of what it runs, and its row if it has one."""
 
     experiment_id: str
     status: str
@@ -371,12 +371,12 @@ class Listed:
 
 
 def show_list(listed: Sequence[Listed]) -> None:
-    """Print a line for each experiment, then the details of some."""
+    """Print a line for each experiment, followed by the details of some."""
     wide = console().width >= WIDE
     _print([*(WIDE_HEADERS if wide else NARROW_HEADERS)], [_cells(one, wide) for one in listed])
     say_estimates(one.row for one in listed if one.row)
     if any(one.row and one.row.cycles_completed > 1 for one in listed):
-        print("± half of the 95 % interval over the cycles")
+        print("± is half of the 95 % interval over the cycles")
     for one in listed:
         if one.detail:
             print(one_line(f"{one.experiment_id}: {one.detail}"))
@@ -407,7 +407,7 @@ def _joules(value: float | None) -> str:
 def _with_interval(
     row: ExperimentRow, stem: str, unit: str, write: Callable[[float | None], str], wide: bool = True
 ) -> str:
-    """Return a value and, if it has an interval and there is room, half the interval as a percentage of the value."""
+    """Return a value; with an interval and enough room, add half the interval as a percentage of the value."""
     value = getattr(row, f"{stem}{unit}")
     low, high = getattr(row, f"{stem}_ci95_low{unit}"), getattr(row, f"{stem}_ci95_high{unit}")
     if not wide or None in (value, low, high) or not value:
@@ -417,13 +417,13 @@ def _with_interval(
 
 
 def _print(headers: list[str], lines: list[list[str]]) -> None:
-    """Print a table: laid out for a terminal, or line by line if the table is long or there is no terminal."""
+    """Print a table, laid out on a terminal, or line by line if the table is long or there is no terminal."""
     if sys.stdout.isatty() and len(lines) < MANY:
         _print_laid_out(headers, lines)
         return
     lines = [list(map(one_line, cells)) for cells in lines]
     widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
-    # As a template: formatting each cell in Python would take longer than the rest.
+    # Lines are formatted with a template, because formatting each cell in Python would take longer than the rest.
     line = "  ".join(f"%{'' if h in NUMBERS else '-'}{width}s" for h, width in zip(headers, widths, strict=True))
     print("\n".join((line % tuple(cells)).rstrip() for cells in (headers, *lines)))
 
@@ -447,7 +447,7 @@ def _styled(header: str, cell: str) -> str:
 
 
 def show_cycles(row: ExperimentRow, cycles: Sequence[CycleRow]) -> None:
-    """Print a line for each cycle, then their mean, spread and interval; nothing for a single cycle."""
+    """Print a line for each cycle, then their mean, spread and interval; print nothing for a single cycle."""
     if row.cycles_planned == 1:
         return
     several = any(cycle.attempts > 1 for cycle in cycles)

@@ -1,11 +1,11 @@
-"""A campaign's files and its answer: what each arm needs, and how it compares with the baseline.
+"""A campaign's files and its results: each arm's means, and its comparison with the baseline.
 
-    <results>/campaigns/<name>/   campaign.json: what is measured, written before the first cell
-                                  experiments.json: what has become of each cell, in order
-                                  arms.parquet, pairs.parquet: the answer
+    <results>/campaigns/<name>/   campaign.json: the definition, written before the first cell
+                                  experiments.json: the state of each cell, in order
+                                  arms.parquet, pairs.parquet: the results
                                   plan/: the configuration of each cell, for Hydra
 
-The replicate is the cell: what its experiment repeats in a loaded process is averaged within it. Does not know how a
+The replicate is the cell: cycles of its experiment in one process are averaged. This module does not know how a
 cell is run.
 """
 
@@ -37,7 +37,7 @@ from lem.warning_codes import warning
 
 FOLDER, DEFINITION, CELLS = "campaigns", "campaign.json", "experiments.json"
 FORMAT_VERSION = 1
-# What arms are compared by: the columns, their units, and the words of a sentence.
+# The measures by which arms are compared: their columns, units, and wording in sentences.
 MEASURES = {
     "energy_per_output_token_j": ("J/token", "energy per output token"),
     "energy_per_request_j": ("J/request", "energy per request"),
@@ -46,15 +46,15 @@ MEASURES = {
     "ttft_mean_s": ("s", "mean time to first token"),
     "average_power_w": ("W", "average power"),
 }
-# Arms whose outputs differ by more than this in length do different work.
+# If mean output lengths differ by more than this ratio, the arms do different work.
 LENGTHS_DIFFER = 0.01
-# Below this p-value a trend or an effect of the position is reported.
+# A trend or an effect of position is reported if its p-value is below this.
 SUSPICIOUS = 0.05
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A configuration that is compared; its name distinguishes it from others."""
+    """A configuration to compare; its name distinguishes it from other arms."""
 
     name: str
     experiment: Experiment
@@ -63,7 +63,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Machine:
-    """What must not change while a campaign is measured."""
+    """The properties of the machine and software that must not change while a campaign is measured."""
 
     hostname: str
     driver_version: str | None
@@ -74,7 +74,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Definition:
-    """What a campaign measures; `prompts_sha256` has the digest of each cycle's prompts, in the order of the cycles."""
+    """The definition of a campaign; `prompts_sha256` has the digest of each cycle's prompts, in cycle order."""
 
     campaign: Campaign
     arms: tuple[Arm, ...]
@@ -92,7 +92,7 @@ class Definition:
 
     @property
     def baseline(self) -> str:
-        """The arm that the others are compared with."""
+        """The arm with which the others are compared."""
         return self.campaign.baseline or self.arms[0].name
 
 
@@ -109,20 +109,20 @@ class CellEntry:
 
 
 class ArmRow(Struct, frozen=True, kw_only=True):
-    """What one arm of a campaign needs: the means of its cells, with 95 % intervals (Student's t over the cells)."""
+    """One arm of a campaign: the means of its cells, with 95 % intervals (Student's t over the cells)."""
 
     campaign: Annotated[str, "Name of the campaign."]
     arm: Annotated[str, "Name of the arm."]
     is_baseline: Annotated[bool, "Whether the other arms are compared with this one."]
-    cells_completed: Annotated[int, "Cells that are completed."]
-    cells_planned: Annotated[int, "Cells that the campaign plans for the arm."]
+    cells_completed: Annotated[int, "Number of completed cells."]
+    cells_planned: Annotated[int, "Number of cells planned for the arm."]
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
-    is_primary: Annotated[bool, "Whether this measure decides; the others describe."]
+    is_primary: Annotated[bool, "Whether this is the primary measure, which decides; the others are descriptive."]
     source: Annotated[str | None, "Source of the energy: counter, integral, estimate or replay; null without energy."]
-    mean: Annotated[float | None, "Mean over the cells; null if a completed cell lacks the value."]
+    mean: Annotated[float | None, "Mean over the cells; null if a completed cell lacks a value."]
     ci95_low: Annotated[float | None, "95 % interval of the mean, lower end; null with fewer than two cells."]
-    ci95_high: Annotated[float | None, "Upper end."]
+    ci95_high: Annotated[float | None, "95 % interval of the mean, upper end."]
 
 
 class PairRow(Struct, frozen=True, kw_only=True):
@@ -130,23 +130,23 @@ class PairRow(Struct, frozen=True, kw_only=True):
 
     campaign: Annotated[str, "Name of the campaign."]
     arm: Annotated[str, "Name of the arm."]
-    baseline: Annotated[str, "Name of the arm that it is compared with."]
+    baseline: Annotated[str, "Name of the baseline arm."]
     measure: Annotated[str, "Column of the experiments table that is compared."]
-    is_primary: Annotated[bool, "Whether this measure decides; the others describe."]
+    is_primary: Annotated[bool, "Whether this is the primary measure, which decides; the others are descriptive."]
     cycles: Annotated[int, "Cycles in which both arms have a value."]
-    ratio: Annotated[float | None, units.RATIO, "The arm's value in that of the baseline (geometric mean)."]
+    ratio: Annotated[float | None, units.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
     ci_low: Annotated[float | None, units.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."]
-    ci_high: Annotated[float | None, units.RATIO, "Upper end."]
-    confidence: Annotated[float, units.RATIO, "Level of this interval; those of all pairs hold together at 95 %."]
-    p_value: Annotated[float | None, units.RATIO, "For a ratio of 1."]
-    p_adjusted: Annotated[float | None, units.RATIO, "The same, adjusted for the number of pairs (Holm)."]
+    ci_high: Annotated[float | None, units.RATIO, "Interval of the ratio, upper end."]
+    confidence: Annotated[float, units.RATIO, "Level of this interval; all pairs' intervals hold jointly at 95 %."]
+    p_value: Annotated[float | None, units.RATIO, "P-value for the hypothesis that the ratio is 1."]
+    p_adjusted: Annotated[float | None, units.RATIO, "p_value adjusted for the number of pairs (Holm)."]
     verdict: Annotated[str, "less, more, the same, or cannot tell."]
-    cycles_needed: Annotated[int | None, "If it cannot tell: about how many cycles would, with a chance of 80 %."]
+    cycles_needed: Annotated[int | None, "If the verdict is cannot tell: cycles needed for a power of 80 %."]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a campaign has found."""
+    """The results of a campaign."""
 
     definition: Definition
     cells: list[CellEntry]
@@ -167,16 +167,16 @@ def names_in(store: Store) -> list[str]:
 
 
 def read_definition(folder: Path) -> Definition:
-    """Read what a campaign measures.
+    """Read the definition of a campaign.
 
     Raises:
-        ResultsError: there is no such campaign, or its file is damaged.
+        ResultsError: the campaign does not exist, or its file is damaged.
     """
     file = folder / DEFINITION
     try:
         kept = from_json(Definition, file.read_bytes())
         if kept.campaign.name != folder.name or not kept.arms:
-            raise ValueError("it is that of another campaign, or has no arms")
+            raise ValueError("it belongs to another campaign, or has no arms")
         return kept
     except FileNotFoundError:
         close = nearest(folder.name, [path.parent.name for path in folder.parent.glob(f"*/{DEFINITION}")])
@@ -187,7 +187,7 @@ def read_definition(folder: Path) -> Definition:
 
 
 def read_cells(store: Store, folder: Path) -> list[CellEntry]:
-    """Read what has become of a campaign's cells, in order, with the rows of those that were completed.
+    """Read the states of a campaign's cells, in order, with the rows of completed cells.
 
     Raises:
         ResultsError: the file is missing or damaged.
@@ -218,9 +218,9 @@ def _row(directory: ExperimentDir) -> ExperimentRow | None:
     return row if row.status == "completed" else None
 
 
-# ------------------------------------------------------------------ the answer
+# ------------------------------------------------------------------ the results
 def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
-    """Return what the cells that are completed say."""
+    """Return the results of the completed cells."""
     names = [arm.name for arm in definition.arms]
     found = {(cell.cycle, cell.arm): cell for cell in cells}
     arms = [row for name in names for row in _arm_rows(definition, name, cells)]
@@ -293,16 +293,16 @@ def _value(cell: CellEntry | None, measure: str) -> float | None:
     return None if cell is None or cell.row is None else getattr(cell.row, measure)
 
 
-# ------------------------------------------------------------------ what speaks against it
+# ------------------------------------------------------------------ reasons for doubt
 def _doubts(
     definition: Definition, names: Sequence[str], found: dict[tuple[int, str], CellEntry]
 ) -> Iterator[CodedWarning]:
-    """Yield what a reader of the comparison must know."""
+    """Yield warnings that a reader of the comparison must know."""
     campaign, rows = definition.campaign, [cell.row for cell in found.values() if cell.row is not None]
     yield from about_order(campaign, len(names))
     missing = [cell for cell in found.values() if cell.row is None]
     if missing:
-        text = f"{len(missing)} of {len(found)} cells have no result, and their cycles lack these pairs."
+        text = f"{len(missing)} of {len(found)} cells have no result, so their cycles lack these pairs."
         yield warning("campaign_cells_missing", text)
     yield from _different(names, found)
     yield from _moved(campaign, names, found)
@@ -312,20 +312,20 @@ def _doubts(
 
 
 def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
-    """Warn about an order that can make a difference between arms out of a drift, before anything is measured."""
+    """Before anything is measured, warn about an order in which a drift can look like a difference between arms."""
     if campaign.structure in ("interleaved", "grouped"):
-        yield warning("campaign_fixed_order", f"the order is {campaign.structure}: it is the same in each cycle.")
+        yield warning("campaign_fixed_order", f"the order is {campaign.structure}, so it is the same in each cycle.")
     size = square_size(arms)
     if campaign.structure == "latin" and campaign.cycles % size:
         text = (
-            f"the number of cycles ({campaign.cycles}) is no multiple of {size}, so positions and predecessors are not "
-            "balanced."
+            f"the number of cycles ({campaign.cycles}) is not a multiple of {size}, so positions and predecessors are "
+            "not balanced."
         )
         yield warning("campaign_unbalanced", text)
 
 
 def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) -> Iterator[CodedWarning]:
-    """Warn about what differs between arms apart from what is compared."""
+    """Warn about differences between arms other than the ones being compared."""
     rows = {name: [c.row for (_, arm), c in found.items() if arm == name and c.row is not None] for name in names}
     everything = [row for own in rows.values() for row in own]
     for what, of in (("the machine", "hostname"), ("the device", "device")):
@@ -378,9 +378,9 @@ def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]
 
 
 def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:
-    """Return the change over the places in words, if a straight line through the values shows one.
+    """Return the fitted change over the places as text, if a straight line through the values is significant.
 
-    The values are without the means of the arms, which take as many degrees of freedom.
+    The arms' means have been subtracted from the values, which uses up one degree of freedom per arm.
     """
     from scipy.special import stdtr
 
@@ -398,8 +398,8 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
     return f"{math.expm1(slope * (max(places) - min(places))):+.1%} (p = {p_value:.2g})"
 
 
-# ------------------------------------------------------------------ what a campaign can tell
+# ------------------------------------------------------------------ the power of a campaign
 def detectable_ratio(sd_log: float, cycles: int) -> float:
-    """Return the ratio that so many cycles find with a chance of 80 %, for a spread of one cell's logarithm."""
+    """Return the ratio that this many cycles detect with a power of 80 %, given the SD of one cell's logarithm."""
     half = t_quantile(0.5 + CONFIDENCE / 2, cycles - 1) + t_quantile(compare.POWER, cycles - 1)
     return math.exp(half * math.sqrt(2) * sd_log / math.sqrt(cycles))

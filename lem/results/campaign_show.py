@@ -1,4 +1,4 @@
-"""Shows a campaign's answer as text: a table of arms, a sentence for each pair, a forest plot, and its warnings."""
+"""Shows a campaign's results as text: a table of arms, a sentence for each pair, a forest plot, and its warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lem.results.parquet import names
 from lem.units import plain, quantity
 
 PLOT_WIDTH = 41
-# The headers of the table of arms, which leave out what the unit would repeat, and the unit that is left.
+# The headers of the table of arms without the part that the unit would repeat, and the remaining unit.
 HEADS = {
     "energy_per_output_token_j": ("per token", "J"),
     "energy_per_request_j": ("per request", "J"),
@@ -25,7 +25,7 @@ HEADS = {
 
 
 def show_answer(answer: Answer) -> None:
-    """Print what a campaign has found."""
+    """Print the results of a campaign."""
     campaign = answer.definition.campaign
     done = sum(cell.row is not None for cell in answer.cells)
     print(f"Campaign {answer.definition.name}: {done} of {len(answer.cells)} cells completed, {campaign.structure}\n")
@@ -44,12 +44,12 @@ def show_answer(answer: Answer) -> None:
 
 
 def sentences(answer: Answer) -> Iterator[str]:
-    """Yield the sentence of each pair about the primary measure; one that says why if there is none."""
+    """Yield a sentence for each pair about the primary measure, or one that explains why there are none."""
     campaign = answer.definition.campaign
     words = MEASURES[campaign.primary][1]
     primary = [pair for pair in answer.pairs if pair.is_primary]
     if not primary:
-        yield f"No cell has a value of {words} ({campaign.primary}), so the arms cannot be compared by it."
+        yield f"No cell has a value for {words} ({campaign.primary}), so the arms cannot be compared by it."
     for pair in primary:
         yield sentence(pair, campaign.structure)
     if len(primary) > 1 and primary[0].ci_low is not None:
@@ -58,7 +58,7 @@ def sentences(answer: Answer) -> Iterator[str]:
 
 
 def sentence(pair: PairRow, structure: str) -> str:
-    """Return what a pair says, with its interval and its verdict."""
+    """Describe a pair's ratio, with its interval and verdict."""
     words = MEASURES[pair.measure][1]
     if pair.ratio is None:
         return f"{pair.arm} and {pair.baseline} have no cycle in common, so they cannot be compared."
@@ -66,7 +66,7 @@ def sentence(pair: PairRow, structure: str) -> str:
     claim = f"{pair.arm} {verb} {pair.ratio:.3g} times the {words} of {pair.baseline}"
     cycles = f"{pair.cycles} cycle{'s' if pair.cycles != 1 else ''}"
     if pair.ci_low is None or pair.ci_high is None:
-        return f"{claim} ({cycles}, {structure}): no interval from fewer than two cycles, so it cannot tell."
+        return f"{claim} ({cycles}, {structure}): cannot tell, because an interval needs at least two cycles."
     digits = _digits(pair.ci_low, pair.ci_high)
     level = f"{100 * pair.confidence:.4g} %"
     claim = f"{pair.arm} {verb} {pair.ratio:.{digits}f} times the {words} of {pair.baseline}"
@@ -78,19 +78,19 @@ def _verdict(pair: PairRow) -> str:
     p_value = "" if pair.p_adjusted is None else f" (p = {pair.p_adjusted:.2g})"
     if pair.verdict == "cannot tell":
         if pair.cycles_needed is None:
-            return f"it cannot tell{p_value}; more cycles would hardly help"
-        return f"it cannot tell{p_value}; about {pair.cycles_needed} cycles would"
+            return f"cannot tell{p_value}; more cycles would hardly help"
+        return f"cannot tell{p_value}; about {pair.cycles_needed} cycles would be needed"
     return f"{'the same within the margin' if pair.verdict == 'the same' else pair.verdict}{p_value}"
 
 
 def _digits(low: float, high: float) -> int:
-    """Return how many decimals show a tenth of an interval's width, from 2 to 6."""
+    """Return the number of decimals needed to show a tenth of an interval's width, from 2 to 6."""
     width = high - low
     return min(6, max(2, 1 - math.floor(math.log10(width)))) if width > 0 else 2
 
 
 def forest(pairs: Sequence[PairRow]) -> Iterator[str]:
-    """Yield a line for each pair's interval on a logarithmic scale, and one below with its ends and 1."""
+    """Yield a line for each pair's interval on a logarithmic scale, and a last line with the scale's ends and 1."""
     known = [(pair.arm, pair.ratio, pair.ci_low, pair.ci_high) for pair in pairs]
     drawn = [(arm, ratio, one, other) for arm, ratio, one, other in known if ratio and one and other]
     ends = [math.log(value) for _, _, *both in drawn for value in both]
@@ -140,7 +140,7 @@ def _mean(row: ArmRow | None) -> str:
     is_estimate = row.measure.startswith(("energy", "average_power")) and "estimate" in (row.source or "")
     unit = HEADS[row.measure][1]
     value = quantity(row.mean, unit, 3) if unit else plain(row.mean, digits=4)
-    # On one line: without its interval a mean says too much.
+    # Value and interval stay on one line, because a mean without its interval can mislead.
     text = f"{show.ESTIMATE if is_estimate else ''}{value}".replace(" ", show.NO_BREAK)
     if row.ci95_low is None or row.ci95_high is None:
         return text

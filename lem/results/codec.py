@@ -1,4 +1,4 @@
-"""Plans, records and configurations as JSON: written and read by type. Knows nothing about files."""
+"""Converts plans, records and configurations to and from JSON, by their types. It knows nothing about files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lem.spec.experiment import Experiment
 
 T = TypeVar("T")
 
-# Building an adapter takes milliseconds.
+# Cached, because building an adapter takes milliseconds.
 _ADAPTERS: dict[Any, Any] = {}
 _READERS: dict[Any, Callable[[str | bytes], Any]] = {}
 
 
 def adapter(cls: Any) -> Any:
-    """Return pydantic's reader and writer of a type."""
+    """Return pydantic's reader and writer for a type."""
     if cls not in _ADAPTERS:
         from pydantic import TypeAdapter
 
@@ -30,7 +30,7 @@ def adapter(cls: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Write a plan, a record or a configuration as JSON."""
+    """Return a plan, a record or a configuration as JSON."""
     if isinstance(value, msgspec.Struct):
         return msgspec.json.format(msgspec.json.encode(value)).decode()
     return str(adapter(type(value)).dump_json(value, indent=2).decode())
@@ -44,7 +44,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_json(cls: type[T], content: str | bytes) -> T:
-    """Read what `to_json` wrote; raises ValueError if it is anything else."""
+    """Read the output of `to_json`; raises ValueError if the content is anything else."""
     if cls not in _READERS:
         _READERS[cls] = _reader(cls)
     try:
@@ -57,8 +57,8 @@ def from_json(cls: type[T], content: str | bytes) -> T:
 def _reader(cls: Any) -> Callable[[str | bytes], Any]:
     """Return the function that reads a type's JSON; every value must have its declared type.
 
-    msgspec reads records in a quarter of pydantic's time. A configuration chooses among dataclasses for its
-    backend, which msgspec cannot do, so pydantic reads it.
+    msgspec reads records in a quarter of pydantic's time. A configuration chooses among several dataclasses for its
+    backend, which msgspec does not support, so pydantic reads it.
     """
     try:
         return msgspec.json.Decoder(cls).decode
@@ -67,7 +67,7 @@ def _reader(cls: Any) -> Callable[[str | bytes], Any]:
 
 
 def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return pydantic's reader; it reports only the first error, on one line."""
+    """Return pydantic's reader, changed to report only the first error, on one line."""
     from pydantic import ValidationError
 
     def read(content: str | bytes) -> Any:
@@ -81,21 +81,21 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read
 
 
-# A negative number, a large exponent or many digits: worth a closer look, which most files do without.
+# A negative number, a large exponent or many digits, which most files do not contain, calls for a closer check.
 _SUSPICIOUS = re.compile(rb"[:,\[]\s*-\d|\d[eE]\+?\d\d|\d{18}")
 AMOUNT = re.compile(
     r".*(energy_j|duration_s|tokens|bytes|planned|completed|resolution_[js]|total|uncertainty_j|per_kwh|prompts|power_w"
     r"|latency_s|ttft_s|tpot_s|itl_s|cores)"
 )
-# More than any quantity of a run, and little enough for sums and squares of it. Differences of times may round below 0.
+# Larger than any quantity of a run, but small enough to be summed and squared. Time differences may round below 0.
 MOST, ROUNDING = 1e30, 1e-6
 
 
 def check_numbers(content: bytes) -> bytes:
-    """Return JSON lines unchanged if no number in them is one that no run can have.
+    """Return JSON lines unchanged if all their numbers are possible for a run.
 
     Raises:
-        ValueError: a number is too large, or an amount is negative; says which.
+        ValueError: a number is too large, or an amount is negative; the message says which.
     """
     if _SUSPICIOUS.search(content):
         for document in _documents(content):
@@ -104,7 +104,7 @@ def check_numbers(content: bytes) -> bytes:
 
 
 def _documents(content: bytes) -> Iterator[Any]:
-    """Yield what can be read of a JSON file or of JSON lines; reading it by type says what is wrong with the rest."""
+    """Yield the readable parts of JSON or JSON lines; reading them by type later reports any problems with the rest."""
     whole = _plain(content)
     parts = [whole] if whole is not None else map(_plain, content.splitlines())
     yield from (part for part in parts if part is not None)
@@ -127,11 +127,11 @@ def _check_numbers(value: Any, path: str, name: str) -> None:
     elif isinstance(value, (int, float)):
         is_odd = value < -ROUNDING or (isinstance(value, int) and value >= 1 << 63)
         if abs(value) > MOST or (is_odd and AMOUNT.fullmatch(name)):
-            raise ValueError(f"{path} is {value:.6g}, which no run can have: it was edited or is damaged")
+            raise ValueError(f"{path} is {value:.6g}, which is impossible: the file was edited or is damaged")
 
 
 def config_sha256(experiment: Experiment) -> str:
-    """Return the digest of what is measured: every value except the results directory."""
+    """Return the digest of a configuration without the results directory, which does not affect the measurement."""
     values = to_plain(experiment)
     del values["io"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -142,7 +142,7 @@ def arrivals_sha256(times_s: Sequence[float]) -> str:
     return hashlib.sha256(json.dumps(list(times_s)).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------ the excerpt of a plan that rows are computed from
+# ------------------------------------------------------------------ the part of a plan from which rows are computed
 class _Named(msgspec.Struct, gc=False):
     name: str
 
@@ -176,8 +176,8 @@ class ExperimentExcerpt(msgspec.Struct, gc=False):
 class PlanExcerpt(msgspec.Struct, gc=False):
     """The part of a plan that rows need; `config_json` is the whole configuration as JSON.
 
-    Reading it takes a third of the time of reading the plan and does not need pydantic, which matters as a results
-    directory may hold tens of thousands of plans.
+    Reading it takes a third of the time of reading the plan and does not need pydantic, which matters because a results
+    directory may contain tens of thousands of plans.
     """
 
     experiment_id: str
@@ -198,7 +198,7 @@ def read_excerpt(content: bytes) -> PlanExcerpt:
     """Read the excerpt of a plan; raises ValueError if the plan is damaged."""
     try:
         return _excerpt(content)
-    except ValueError:  # an older version's plan may lack a value that has a default, which only `Plan` can supply
+    except ValueError:  # a plan from an older version may lack a value whose default only `Plan` supplies
         return excerpt_of(from_json(Plan, content))
 
 

@@ -1,7 +1,7 @@
 """Rows as columns: reads columns from objects, and computes columns from other columns.
 
-Quotients of two columns are computed here, for cycles and for experiments, so that J = W·t, J/token = W/(tokens/s)
-and so on hold in every row. Knows nothing about records.
+Quotients of two columns are computed here, both for cycles and for experiments, so that J = W·t, J/token = W/(tokens/s)
+and other identities hold in every row. This module knows nothing about records.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lem.units import J_PER_KWH, J_PER_WH
 Columns = dict[str, list[Any]]
 Values = Sequence[float | None]
 
-# If a larger share of a window's work was done twice, no rate is shown.
+# If more than this share of a window's work was done twice, no rate is shown.
 REPEATED_MOST_SHARE = 0.02
-# A smaller share of idle time only reflects the window's edges, as with a fixed concurrency.
+# A smaller idle share only reflects the window's edges, as with traffic of a fixed concurrency.
 IDLE_LEAST_SHARE = 0.001
 
 
@@ -29,10 +29,10 @@ def of_each(objects: Iterable[Any], name: str) -> list[Any]:
 
 
 def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
-    """Return the columns that are derived from others.
+    """Return the columns that are derived from other columns.
 
-    Rates are null if a run was not complete: its time and energy are kept, but part of both was spent on requests
-    that did not finish. They are also null if too much of both was spent on requests that had to be run again.
+    Rates are null if a run was incomplete: its time and energy are kept, but part of both was spent on requests that
+    did not finish. Rates are also null if too much of both was spent on requests that had to be run again.
     """
     is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in of["repeated_share"]]
     complete = [done and once for done, once in zip(complete, is_once, strict=True)]
@@ -76,12 +76,12 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
 
 
 def where(shown: Sequence[bool], values: Values) -> list[float | None]:
-    """Return the values, None where they should not be shown."""
+    """Return the values, with None where they should not be shown."""
     return [value if is_shown else None for is_shown, value in zip(shown, values, strict=True)]
 
 
 def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:
-    """Return how long there was no request: 0 without a queue, or if the window is unknown."""
+    """Return the durations without any request; 0 without a queue or if the window is unknown."""
     return [max(share or 0.0, 0.0) * (duration or 0.0) for share, duration in zip(shares, durations_s, strict=True)]
 
 

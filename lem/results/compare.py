@@ -1,8 +1,8 @@
 """Compares the arms of a campaign: ratios to a baseline, with intervals, p-values and verdicts.
 
-The replicate is the cell, one fresh process; values are paired by cycle, and compared as logarithms, because noise and
-drift act on a ratio. Works on plain numbers; why these methods, and how often their intervals cover, is in
-docs/campaigns.md. Knows neither tables nor how an experiment is run.
+The replicate is the cell, one fresh process. Values are paired by cycle and compared as logarithms, because noise and
+drift are multiplicative. This module works on plain numbers; the methods and their interval coverage are explained in
+docs/campaigns.md. It knows neither the tables nor how an experiment is run.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 Verdict = Literal["less", "more", "the same", "cannot tell"]
 CONFIDENCE = 0.95
-# What `cycles_needed` looks for: the chance of an answer, and the most cycles that are worth naming.
+# For `cycles_needed`: the power to reach, and the largest number of cycles worth suggesting.
 POWER = 0.8
 MOST_CYCLES = 10_000
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm against the baseline; `ratio` is its value in that of the baseline.
+    """An arm compared with the baseline; `ratio` is the arm's value divided by the baseline's.
 
-    `cycles` are those in which both have a value above 0; no other enters. The interval is simultaneous over all
-    contrasts of a comparison (Bonferroni): `confidence` is the level of this one. `p_value` is for a ratio of 1, and
-    `p_adjusted` the same after Holm (1979). With fewer than two cycles there is neither interval nor p-value.
+    `cycles` counts the cycles used, in which both have a value above 0. The interval is simultaneous over all
+    contrasts of a comparison (Bonferroni): `confidence` is the level of this one. `p_value` tests a ratio of 1, and
+    `p_adjusted` is `p_value` after Holm (1979). With fewer than two cycles, interval and p-values are None.
     """
 
     cycles: int
@@ -46,7 +46,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Effect:
-    """The mean logarithm of a ratio, its standard error, and the degrees of freedom of that."""
+    """The mean logarithm of a ratio, its standard error, and the error's degrees of freedom."""
 
     mean: float
     error: float
@@ -64,11 +64,11 @@ def contrasts(
     """Return each arm's contrast to the baseline, and None for the baseline itself.
 
     Args:
-        values: a row for each cycle, with the value of each arm; None or 0 where there is none.
-        baseline: the arm that others are compared with.
-        positions: each cell's position in its cycle, which a latin design takes out; None leaves it in the noise.
-        confidence: of the intervals, all together.
-        margin: an arm is the same as the baseline if its ratio is within 1 ± margin; None: no such verdict.
+        values: a row for each cycle, with the value of each arm; None or 0 means a missing value.
+        baseline: the arm with which the others are compared.
+        positions: each cell's position in its cycle, whose effect is removed for a latin design; None leaves it in.
+        confidence: the joint confidence of all intervals.
+        margin: ratios within 1 ± margin count as the same; None rules out that verdict.
     """
     logs = [[math.log(value) if value else math.nan for value in row] for row in values]
     arms = range(len(logs[0]))
@@ -104,11 +104,11 @@ def paired_effects(logs: np.ndarray[Any, Any], baseline: int = 0) -> tuple[Any, 
 def latin_effects(
     logs: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], baseline: int = 0
 ) -> tuple[Any, Any, int]:
-    """Return the same from a linear model with cycle, arm and position, by ordinary least squares.
+    """Return the results of `paired_effects` from a linear model with cycle, arm and position, by least squares.
 
     Args:
-        logs: logarithms by campaign, cycle and arm; NaN where a cell is missing, in all campaigns alike.
-        positions: each cell's position, from 1, by cycle and arm; the same for all campaigns.
+        logs: logarithms by campaign, cycle and arm; NaN for a missing cell, which must be the same in all campaigns.
+        positions: each cell's position, from 1, by cycle and arm; common to all campaigns.
         baseline: the arm that is subtracted.
     """
     import numpy as np
@@ -147,9 +147,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def is_within(effect: Effect, margin: float, alpha: float = 1 - CONFIDENCE) -> bool:
-    """Return whether two one-sided tests at a level of `alpha` each put the ratio within 1 ± margin.
+    """Return whether two one-sided tests, each at level `alpha`, place the ratio within 1 ± margin.
 
-    That is the case if the interval with a confidence of 1 - 2·alpha lies inside. Source: D. J. Schuirmann, A
+    This holds if the interval with confidence 1 - 2·alpha lies within it. Source: D. J. Schuirmann, A
     comparison of the two one-sided tests procedure and the power approach, J. Pharmacokinetics and Biopharmaceutics 15
     (1987).
     """
@@ -158,13 +158,13 @@ def is_within(effect: Effect, margin: float, alpha: float = 1 - CONFIDENCE) -> b
 
 
 def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power: float = POWER) -> int | None:
-    """Return how many cycles would tell a mean from 0 with this chance; None if `MOST_CYCLES` would not do.
+    """Return the number of cycles needed to tell a mean from 0 with this power; None if more than `MOST_CYCLES`.
 
     Args:
-        mean: the mean difference of logarithms to be found.
+        mean: the mean difference of logarithms to detect.
         sd: the standard deviation of one cycle's difference.
-        confidence: of the interval that must exclude 0.
-        power: the chance that it does.
+        confidence: the confidence of the interval that must exclude 0.
+        power: the probability that the interval excludes 0.
     """
     if sd == 0 or mean == 0:
         return 2 if mean else None
@@ -178,7 +178,7 @@ def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power:
 def _effect(
     logs: Sequence[Sequence[float]], positions: Sequence[Sequence[int]] | None, arm: int, baseline: int
 ) -> Effect | None:
-    """Return an arm's effect, or None if so few values have no spread."""
+    """Return an arm's effect, or None if there are too few values to estimate their spread."""
     import numpy as np
 
     if positions is not None:

@@ -1,6 +1,6 @@
 """Computes an experiment's row from its cycles' rows: means, and the spread over the cycles.
 
-Knows only columns.
+This module works only on columns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import summarise
 
-# The quantities whose spread over the cycles has its own columns: the columns' stem, and their unit's suffix.
+# The quantities whose spread over the cycles has its own columns, by the stem and the unit suffix of those columns.
 SPREADS = {
     "energy_j": ("energy", "_j"),
     "output_tokens_per_s": ("output_tokens_per_s", ""),
@@ -27,10 +27,10 @@ SPREADS = {
 }
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
-# Columns that say how a number was obtained: if cycles differ in one, all values are listed.
+# Columns that tell how a number was obtained; if cycles differ in one, all of its values are listed.
 LABELS = re.compile(r".*_(source|scope|components|method|reason)")
 
-# Energies, and the columns that say of what kind they are: only energies of one kind are averaged.
+# Energies, with the columns that tell their kind: only energies of the same kind are averaged.
 KINDS = {
     **dict.fromkeys(
         ("energy_j", "load_energy_j", "warmup_energy_j", "idle_power_before_w", "idle_power_loaded_w"),
@@ -40,7 +40,7 @@ KINDS = {
 }
 
 _TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
-# Every number is averaged over the cycles, so that no column can be forgotten; a value that all cycles share is kept.
+# Every number is averaged over the cycles, so no column can be forgotten; a value common to all cycles is kept.
 MEANS = [name for name, of in _TYPES.items() if of in (int, float) and name not in MAXIMA]
 _LABELS = [name for name, of in _TYPES.items() if of is str and LABELS.fullmatch(name)]
 
@@ -48,12 +48,12 @@ _LABELS = [name for name, of in _TYPES.items() if of is str and LABELS.fullmatch
 def experiment_columns(
     measured: Sequence[int], planned: Sequence[int], resumed: Sequence[int], of_cycles: Columns
 ) -> Columns:
-    """Return a row for each experiment: means over its finished cycles, and their spread.
+    """Return the columns of experiments: means over their finished cycles, and the spread of the cycles.
 
     Args:
         measured: the number of each experiment's cycles that have a row.
-        planned: the number of cycles planned.
-        resumed: how many times each was resumed.
+        planned: the number of cycles planned for each experiment.
+        resumed: the number of times each experiment was resumed.
         of_cycles: the columns of all experiments' cycles, in order.
     """
     spans = _spans(measured)
@@ -104,14 +104,14 @@ def _completed(span: range, statuses: Sequence[Status]) -> Sequence[int]:
 
 
 def _at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    """Return the values at some indices."""
+    """Return the values at the given indices."""
     if isinstance(places, range):
         return list(values[places.start : places.stop])
     return [values[i] for i in places]
 
 
 def _chosen(places: Sequence[int], of_cycles: Columns) -> Columns:
-    """Return columns with only the values at some indices; the lists themselves if those are all indices."""
+    """Return the columns restricted to the given indices; if these are all indices, the same lists."""
     if len(places) == len(of_cycles["status"]):
         return dict(of_cycles)
     return {name: _at(places, values) for name, values in of_cycles.items()}
@@ -141,7 +141,7 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
 
 
 def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> list[str]:
-    """Return the different kinds of energy that some cycles have; those without energy are of none.
+    """Return the different kinds of energy among some cycles; cycles without energy have no kind.
 
     Counters, integrals of sampled power and replayed traces are all measurements.
     """
@@ -154,7 +154,7 @@ def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> l
 def _of_groups(
     summed_up: Callable[[Sequence[Any]], Any], groups: Sequence[Sequence[int]], values: Sequence[Any]
 ) -> list[Any]:
-    """Apply a function to each group of values; only once if all values are equal, for example all None."""
+    """Apply a function to each group of values, but only to one value if all are equal, for example all None."""
     if values[0] == values[-1] and values.count(values[0]) == len(values):
         return [summed_up(values[:1])] * len(groups)
     return [summed_up(_at(group, values)) for group in groups]

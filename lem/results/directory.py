@@ -33,7 +33,7 @@ T = TypeVar("T")
 AGGREGATED = "aggregated.json"
 JOURNAL = re.compile(r"journal_(\d+)_a(\d+)\.jsonl")
 RECORD = re.compile(r"process_(\d+)_c(\d+)_a(\d+)\.json")
-# How long the next attempt waits for the processes of one that is just ending.
+# How long a new attempt waits for the processes of an attempt that is just ending.
 HANDOVER_S = 15.0
 
 
@@ -46,7 +46,7 @@ _PROMPTS = msgspec.json.Decoder(_Prompt)
 
 @dataclass(frozen=True)
 class Part:
-    """What one process did for one cycle in one attempt: its record, and the rows of the requests it finished."""
+    """One process's part in one cycle of one attempt: its record, and the rows of its finished requests."""
 
     record: ProcessRecord
     requests: list[RequestRecord]
@@ -54,24 +54,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Earlier:
-    """The attempts at one cycle so far, each with what its processes did."""
+    """The earlier attempts at one cycle, each with the parts of its processes."""
 
     attempts: Sequence[Sequence[Part]]
 
     @property
     def _lengths_s(self) -> list[float]:
-        """How long each attempt's window was."""
+        """Return the length of each attempt's window, in seconds."""
         ended = [together([part.record for part in parts]) for parts in self.attempts]
         windows = [next(filter(None, (record.phase("measured") for record in records)), None) for records in ended]
         return [window.duration_s if window else 0.0 for window in windows]
 
     @property
     def measured_s(self) -> float:
-        """How long their windows were together."""
+        """Return the total length of the windows, in seconds."""
         return sum(self._lengths_s)
 
     def ends_s(self, rank: int) -> list[float]:
-        """Return when a process's requests ended, as if the windows had followed each other without a gap."""
+        """Return the end times of a process's requests, as if the windows had followed each other without a gap."""
         opened_s = accumulate(self._lengths_s, initial=0.0)
         return [
             from_s + row.end_s
@@ -96,7 +96,7 @@ class ExperimentDir:
 
     @cached_property
     def path(self) -> Path:
-        """The directory, turned into a Path on first use, as there may be tens of thousands of experiments."""
+        """The directory as a Path, created on first use because there may be tens of thousands of experiments."""
         return Path(self._folder)
 
     def record_file(self, rank: int, cycle: int, attempt: int) -> Path:
@@ -117,7 +117,7 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- the plan
     def write_plan(self, plan: Plan, texts: Sequence[str], arrivals_s: Sequence[float] | None = None) -> None:
-        """Write the prompts and a trace's arrivals, and the plan last: a directory with a plan is complete."""
+        """Write the prompts and a trace's arrivals, and the plan last, so that a directory with a plan is complete."""
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         write_atomically(self.path / "prompts.jsonl", lines)
         if arrivals_s is not None:
@@ -131,37 +131,37 @@ class ExperimentDir:
             write_atomically(self.path / "spec.json", to_json(replace(plan, shared_with=others)))
 
     def plan(self) -> Plan:
-        """Read the plan; raises `ResultsError` when it is missing or damaged."""
+        """Read the plan; raises `ResultsError` if it is missing or damaged."""
         return self._read("spec.json", partial(from_json, Plan))
 
     def plan_excerpt(self) -> PlanExcerpt:
-        """Read what rows need of the plan; raises `ResultsError` when it is missing or damaged."""
+        """Read the part of the plan that rows need; raises `ResultsError` if the plan is missing or damaged."""
         return self._read("spec.json", read_excerpt)
 
     def prompts(self) -> list[str]:
-        """Read the prompts' texts in order; raises `ResultsError` when they are damaged or are not the plan's."""
+        """Read the prompts' texts in order; raises `ResultsError` if they are damaged or do not match the plan."""
         texts = self._read("prompts.jsonl", lambda lines: [prompt.text for prompt in _PROMPTS.decode_lines(lines)])
         wanted = self.plan().prompts.sha256
         if wanted and sha256_of(texts) != wanted:
-            raise ResultsError(f"{self.path / 'prompts.jsonl'} does not hold the prompts that spec.json describes.")
+            raise ResultsError(f"{self.path / 'prompts.jsonl'} does not contain the prompts that spec.json describes.")
         return texts
 
     def arrivals_s(self) -> list[float]:
-        """Read the arrival times of a trace's requests; raises `ResultsError` as `prompts` does."""
+        """Read the arrival times of a trace; raises `ResultsError` if they are damaged or do not match the plan."""
         times_s = self._read("arrivals.json", partial(from_json, list[float]))
         if arrivals_sha256(times_s) != self.plan().arrivals_sha256:
-            raise ResultsError(f"{self.path / 'arrivals.json'} does not hold the arrivals that spec.json describes.")
+            raise ResultsError(f"{self.path / 'arrivals.json'} does not contain the arrivals that spec.json describes.")
         return times_s
 
     def check_inputs(self) -> None:
-        """Check that the prompts and arrivals are those of the plan; raises `ResultsError` when they are not."""
+        """Check that the prompts and arrivals match the plan; raises `ResultsError` if they do not."""
         self.prompts()
         if self.plan().arrivals_sha256:
             self.arrivals_s()
 
     # -------------------------------------------------------------- state
     def state(self) -> State:
-        """Return the state, corrected if its process is gone; if unreadable, the state inferred from the files."""
+        """Return the state, corrected if its process is gone; if unreadable, a state inferred from the other files."""
         try:
             state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):
@@ -171,12 +171,12 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state saying that a completed experiment has its rows, or None."""
+        """Return the state of a completed experiment that has its rows, or None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:
             found = from_json(State, self._content(AGGREGATED))
-        except (OSError, ValueError):  # the rows will be written again
+        except (OSError, ValueError):  # the rows will simply be written again
             return None
         return found if (found.status, found.attempt) == ("aggregated", attempt) else None
 
@@ -194,13 +194,13 @@ class ExperimentDir:
         write_atomically(self.path / AGGREGATED, to_json(state))
 
     def link_aggregated(self, source: Path) -> None:
-        """Record the same with a link to a file that other experiments link to as well.
+        """Do the same as `mark_aggregated` with a link to a file shared with other experiments.
 
         Linking takes a third of the time of replacing state.json.
         """
         try:
             os.link(source, f"{self._folder}/{AGGREGATED}")
-        except OSError:  # the file system has no links, or earlier rows have left a file
+        except OSError:  # the file system has no hard links, or an older file exists
             write_atomically(self.path / AGGREGATED, source.read_bytes())
 
     def is_held(self) -> bool:
@@ -221,12 +221,12 @@ class ExperimentDir:
         The caller writes the final state.
 
         Args:
-            take_over: ignore another host's claim to be running it.
+            take_over: ignore a claim by another host that it is running the experiment.
 
         Raises:
-            ResultsError: another process is running it.
+            ResultsError: another process is running the experiment.
         """
-        self.free_state(take_over=take_over)  # refused at once, without waiting for the lock
+        self.free_state(take_over=take_over)  # raises at once, without waiting for the lock
         self._check_plain()
         with self.hold(exclusive=True):
             before = self.free_state(take_over=take_over)
@@ -240,19 +240,19 @@ class ExperimentDir:
         state = self.state()
         here = state.host == socket.gethostname()
         if state.status == "running" and (here or not take_over):
-            remedy = "" if here else f" If that host is gone: lem experiment --resume {self.id} --force takes it over."
-            raise ResultsError(f"{self.id} is already running, as process {state.pid} on {state.host}.{remedy}")
+            remedy = "" if here else f" If that host is gone, use lem experiment --resume {self.id} --force."
+            raise ResultsError(f"{self.id} is already running as process {state.pid} on {state.host}.{remedy}")
         return state
 
     def _check_plain(self) -> None:
-        """Refuse to run in a directory with links, pipes or devices; raises `ResultsError`.
+        """Raise `ResultsError` if the directory contains links, pipes or devices.
 
-        It may have come from somebody, and a log that is a link would grow at the end of any of the user's files.
+        The directory may come from someone else, and a log that is a link would append to any of the user's files.
         """
         for entry in os.scandir(self.path):
             if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
                 what = f"{self.path / entry.name} is a link, a pipe or a device"
-                raise ResultsError(f"{what}, and running the experiment would write there; replace it by a plain file.")
+                raise ResultsError(f"{what}, to which a run would write; replace it with a plain file.")
 
     def clean(self) -> None:
         """Remove the scratch files of killed processes, in this directory and in the tables."""
@@ -263,7 +263,7 @@ class ExperimentDir:
 
     @contextmanager
     def hold(self, *, exclusive: bool = False) -> Iterator[None]:
-        """Share the experiment with the other processes of its attempt; `exclusive` waits until they are all gone.
+        """Share the experiment's lock with the other processes of its attempt; `exclusive` waits until all are gone.
 
         The kernel releases the lock when the process ends, however it ends.
         """
@@ -276,17 +276,19 @@ class ExperimentDir:
                     break
                 except BlockingIOError:
                     if time.monotonic() > until_s:
-                        raise ResultsError(f"{self.id} is still held by processes of another run.") from None
+                        raise ResultsError(
+                            f"{self.id} is still in use by another run; wait until it has ended."
+                        ) from None
                     time.sleep(0.05)
             yield
 
-    # -------------------------------------------------------------- what the processes did
+    # -------------------------------------------------------------- the processes' parts
     def write_record(self, record: ProcessRecord) -> None:
         """Write a process's record of a cycle."""
         write_atomically(self.record_file(record.rank, record.cycle, record.attempt), to_json(record))
 
     def parts(self) -> list[Part]:
-        """Return what all processes did, by cycle, attempt and rank, no matter how they ended.
+        """Return the parts of all processes by cycle, attempt and rank, however the processes ended.
 
         If a process was killed before it could write its record, its journal takes the record's place.
 
@@ -316,7 +318,7 @@ class ExperimentDir:
         record = self._read(name, lambda content: from_json(ProcessRecord, check_numbers(content)))
         if f"process_{record.rank}_c{record.cycle}_a{record.attempt}.json" != name:
             held = f"process {record.rank}, cycle {record.cycle}, attempt {record.attempt}"
-            raise ResultsError(f"{self.path / name} holds the record of {held}: two processes claimed the same rank.")
+            raise ResultsError(f"{self.path / name} has the record of {held}: two processes claimed the same rank.")
         return record
 
     def _check_count(self, record: ProcessRecord, rows: int) -> None:
@@ -327,11 +329,11 @@ class ExperimentDir:
             raise ResultsError(f"{file} {counts}.")
 
     def records(self) -> list[ProcessRecord]:
-        """Return the records of `parts`."""
+        """Return the records of all `parts`."""
         return [part.record for part in self.parts()]
 
     def finished(self, before_attempt: int | None = None) -> dict[int, set[int]]:
-        """Return each cycle's finished prompts, by position: of all attempts, or of those before a given one."""
+        """Return the positions of each cycle's finished prompts, in all attempts or in those before a given one."""
         done: dict[int, set[int]] = {}
         for part in self.parts():
             if before_attempt is None or part.record.attempt < before_attempt:
@@ -357,7 +359,7 @@ class ExperimentDir:
         return 1 + max((row.batch for row in rows), default=-1)
 
     def earlier(self, cycle: int, before_attempt: int) -> Earlier:
-        """Return what earlier attempts have measured of a cycle."""
+        """Return the earlier attempts at a cycle."""
         attempts: dict[int, list[Part]] = {}
         for part in self.parts():
             if part.record.cycle == cycle and part.record.attempt < before_attempt:
@@ -365,14 +367,15 @@ class ExperimentDir:
         return Earlier(list(attempts.values()))
 
     def _read(self, name: str, read: Callable[[bytes], T]) -> T:
-        """Read a file; raises `ResultsError` when it is missing or damaged."""
+        """Read a file; raises `ResultsError` if it is missing or damaged."""
         try:
             return read(self._content(name))
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.") from None
 
     def _content(self, name: str) -> bytes:
-        # Takes a quarter of Path.read_bytes's time: `lem aggregate --all` may read tens of thousands of small files.
+        # This takes a quarter of the time of Path.read_bytes: `lem aggregate --all` may read tens of thousands of small
+        # files.
         descriptor = open_to_read(f"{self._folder}/{name}")
         try:
             content = os.read(descriptor, 1 << 14)

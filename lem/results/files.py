@@ -1,4 +1,4 @@
-"""Writes files so that they exist whole or not at all."""
+"""Writes files so that they exist either completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lem.errors import RunError
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# How each message about a full disk begins, also that in a worker's record.
-NO_SPACE = "There is no space left"
+# How each message about a full disk begins, including the one in a worker's record.
+NO_SPACE = "No space left"
 
-# A scratch file is locked well before it is this old.
+# A scratch file is locked well before it reaches this age.
 ABANDONED_S = 1.0
 
 
@@ -31,7 +31,7 @@ class DiskFull(RunError):
     def __init__(self, folder: Path, remedy: str = "") -> None:
         """Name the disk that holds a folder, and how to go on, for which a study has words of its own."""
         self.folder = folder
-        reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); what was written is kept."
+        reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); everything written so far is kept."
         super().__init__(" ".join(filter(None, (reason, remedy))))
 
 
@@ -52,14 +52,14 @@ def _mount_point(folder: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file, whole or not at all, even if the machine stops."""
+    """Write a file completely or not at all, even if the machine crashes."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as scratch:
         scratch.write_bytes(data)
 
 
 class replacing:  # noqa: N801 - reads as a statement
-    """Yield a scratch path next to `path`; rename it into place at the end, or remove it on an error."""
+    """Yield a scratch path next to `path`; at the end, rename it to `path`, or remove it after an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -68,7 +68,7 @@ class replacing:  # noqa: N801 - reads as a statement
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle, name = tempfile.mkstemp(prefix=f".{self._path.name}-", dir=self._path.parent)
         self._scratch = Path(name)
-        with suppress(OSError):  # shows that its writer is alive
+        with suppress(OSError):  # the lock shows that the writer is alive
             fcntl.flock(self._handle, fcntl.LOCK_EX)
         return self._scratch
 
@@ -91,17 +91,17 @@ class replacing:  # noqa: N801 - reads as a statement
 def open_to_read(path: str) -> int:
     """Return a descriptor of a plain file, possibly through a link; raises OSError for anything else.
 
-    A pipe or a device in a results directory could be read for ever.
+    Reading a pipe or a device in a results directory could block forever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "it is not a plain file")
+    raise OSError(errno.EINVAL, "not a plain file")
 
 
 def remove_if_abandoned(scratch: Path) -> None:
-    """Remove a scratch file whose writer was killed; one that is alive holds a lock on it."""
+    """Remove a scratch file whose writer was killed; a living writer holds a lock on it."""
     with suppress(OSError), scratch.open("rb") as file:
         if time.time() - scratch.stat().st_mtime > ABANDONED_S:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

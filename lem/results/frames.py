@@ -1,4 +1,4 @@
-"""The tables of a results directory as pandas DataFrames. Knows nothing about how they are written."""
+"""The tables of a results directory as pandas DataFrames. This module does not know how they are written."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Frames:
-    """The tables of a results directory, each read when it is first used.
+    """The tables of a results directory; each is read on first use.
 
-    A DataFrame's `attrs["units"]` maps each column that has a unit to it, such as J or s.
+    The attribute `attrs["units"]` of a DataFrame maps each column that has a unit to its unit, such as J or s.
     """
 
     root: Path
@@ -55,7 +55,7 @@ class Frames:
 def load(results_dir: str | Path = "results") -> Frames:
     """Return the tables of a results directory as pandas DataFrames.
 
-    Continues the example of `lem.run`:
+    This continues the example of `lem.run`:
 
     >>> import lem
     >>> frames = lem.load("results")
@@ -70,11 +70,11 @@ def load(results_dir: str | Path = "results") -> Frames:
 
     Raises:
         BadInput: the path begins with the `~` of a user who does not exist.
-        ResultsError: it has no tables or, on first use of a table, one of its files is damaged.
+        ResultsError: the directory has no tables or, on first use of a table, one of its files is damaged.
     """
     root = expanded(results_dir)
     if not Tables(Store(root)).files():
-        raise ResultsError(f"{root} has no tables; lem aggregate --all -o {root} builds them from its experiments.")
+        raise ResultsError(f"{root} has no tables; run lem aggregate --all -o {root} to build them.")
     return Frames(root)
 
 

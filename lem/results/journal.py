@@ -1,9 +1,9 @@
-"""A log of what a worker has finished, written as it goes, so that a killed run loses nothing.
+"""A worker's journal of finished requests, written during the run, so that a killed run loses no finished work.
 
-A journal is a file of JSON lines for one process and one attempt, appended to after each batch. It has two kinds of
-lines: `{"record": …}` when a measured window opens, with what is known about the process by then; and
-`{"done": [rows], "duration_s": …}` after each batch, occasionally with the window's energy so far. A last line
-without a line end was cut off when the process died, and is ignored. Knows nothing about engines or meters.
+A journal is a file of JSON lines for one process and one attempt. It has two kinds of lines: `{"record": …}`, written
+when a measured window opens, with the process's record up to then; and `{"done": [rows], "duration_s": …}`, written
+after each batch, occasionally with the window's energy so far. A last line without a line end was cut off when the
+process died and is ignored. This module knows nothing about engines or meters.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from lem.warning_codes import warning
 # The error type recorded for a process that could not write its record.
 DIED = "WorkerDied"
 OPENING = b'{"record":'
-# Finds an opening line's cycle at a fifth of the cost of decoding the line. No string can hold this: its quotation
-# marks would be escaped.
+# Finds the cycle in an opening line in a fifth of the time that decoding takes. No string value can match, because its
+# quotation marks would be escaped.
 CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
 
 
 class Checkpoint(msgspec.Struct, frozen=True, gc=False):
-    """How far the measured window had progressed when a batch was done.
+    """The progress of the measured window when a batch was done.
 
-    `energy` is the meter's reading `energy_at_s` after the window opened; None if the meter was not polled, or
-    cannot be read before the window closes. `under_way` is None if no request was.
+    `energy` is the meter's reading, taken `energy_at_s` after the window opened; None if the meter was not polled or
+    cannot be read before the window closes. `under_way` is None if no request was under way.
     """
 
     duration_s: float
@@ -56,13 +56,13 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Rows(msgspec.Struct, gc=False):
-    """A finished batch, as a line of the journal. Its rows omit the values that all rows of a window share."""
+    """A finished batch, as a line of the journal; its rows omit the values that all rows of a window share."""
 
     done: list[RequestRecord]
 
 
 class _Done(Checkpoint, frozen=True, gc=False, kw_only=True):
-    """The same line with its checkpoint."""
+    """A finished batch with its checkpoint, from the same line of the journal."""
 
     done: list[RequestRecord]
 
@@ -78,7 +78,7 @@ _ROWS, _DONE = msgspec.json.Decoder(_Rows), msgspec.json.Decoder(_Done)
 class Window:
     """A measured window as recorded in a journal.
 
-    If the process has written its own record of the window, `record` is that one and there are no checkpoints;
+    If the process has written its own record of the window, `record` is that record and there are no checkpoints;
     otherwise `record` is the one written when the window opened.
     """
 
@@ -88,11 +88,11 @@ class Window:
 
     @property
     def metered(self) -> Checkpoint | None:
-        """The last checkpoint with energy."""
+        """The last checkpoint with energy, or None."""
         return next((each for each in reversed(self.checkpoints) if each.energy is not None), None)
 
     def salvaged(self) -> ProcessRecord:
-        """Return the process's own record or, without one, a record of what is known up to the last finished batch."""
+        """Return the process's own record or, without one, a record of the window up to its last finished batch."""
         if not self.checkpoints:
             return self.record
         record, last = self.record, self.checkpoints[-1]
@@ -126,28 +126,28 @@ def _cut(last: Checkpoint, metered: Checkpoint | None) -> str:
     if metered and not metered.energy:
         return f"{killed}."
     if metered is None or metered.energy_at_s is None:
-        return f"{killed}, and its energy is not known."
+        return f"{killed}, and its energy is unknown."
     return f"{killed}; its energy was last read {_behind_s(last, metered):.3g} s before that."
 
 
 class Journal:
-    """Appends to a journal. Raises OSError, for example if the disk is full."""
+    """Appends to a journal. All methods may raise OSError, for example if the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def open_window(self, record: ProcessRecord) -> None:
-        """Note that a measured window opens; `record` is used if the process's own is never written."""
+        """Record that a measured window opens; `record` is used if the process never writes its own."""
         self._write(OPENING + msgspec.json.encode(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
-        """Note a finished batch. The kernel has it when this returns, so a kill cannot lose it."""
+        """Record a finished batch; on return the kernel has the data, so a kill cannot lose it."""
         done = [{name: value for name, value in asdict(row).items() if name not in COMMON} for row in rows]
         known = {name: value for name, value in asdict(checkpoint).items() if value is not None}
         self._write(msgspec.json.encode({"done": done} | known) + b"\n")
 
     def close(self) -> None:
-        """Flush the journal to the disk and close it."""
+        """Flush the journal to disk and close it."""
         os.fsync(self._file)
         os.close(self._file)
 
@@ -157,7 +157,7 @@ class Journal:
 
 
 def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:
-    """Read a journal, no matter how its writer ended.
+    """Read a journal, however its writer ended.
 
     Args:
         journal: the file's content.
@@ -191,7 +191,7 @@ def _windows(content: bytes, known: Mapping[int, ProcessRecord]) -> Iterator[Win
 
 def _opened(line: bytes) -> ProcessRecord:
     if not line.startswith(OPENING):
-        raise ValueError("it belongs to no window")
+        raise ValueError("the line belongs to no window")
     return from_json(_Opening, line).record
 
 
@@ -201,7 +201,7 @@ def _of_window(record: ProcessRecord, batches: Sequence[_Rows | _Done]) -> list[
 
 
 def _damage(content: bytes) -> str:
-    """Return the number of a damaged journal's first damaged line, and what is wrong with it."""
+    """Return the number of a damaged journal's first damaged line, and a description of the damage."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             if number > 1 and not line.startswith(OPENING):

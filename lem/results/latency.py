@@ -1,6 +1,6 @@
-"""What is derived from the requests' times: latency percentiles, the queue and goodput.
+"""Statistics derived from the requests' times: latency percentiles, the queue and goodput.
 
-When a request is measured, `lem.workload.tokens` computes its token latencies. Knows nothing about engines.
+A request's own token latencies are computed by `lem.workload.tokens`. This module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lem.warning_codes import PERCENTILES
 
 
 class Limits(Protocol):
-    """The limits within which a request counts as good, as configured under traffic."""
+    """The limits within which a request counts as good, as configured for the traffic."""
 
     ttft_limit_s: float | None
     itl_limit_s: float | None
 
 
 class Extent(NamedTuple):
-    """When the requests of a cycle ran, by their own times, which begin anew in each attempt's window.
+    """The span of a cycle's requests, by their own times, which start again from 0 in each attempt's window.
 
-    The earliest start, the sum over the attempts of the latest end, and the time in which at least one was running.
+    The earliest start, the sum over attempts of the latest end, and the time in which at least one request was running.
     """
 
     first_s: float
@@ -33,7 +33,7 @@ class Extent(NamedTuple):
 
 
 def extent(requests: Sequence[RequestRecord]) -> Extent | None:
-    """Return when requests ran; None without requests."""
+    """Return the extent of the requests, or None without requests."""
     by_attempt: dict[int, list[tuple[float, float]]] = {}
     for r in requests:
         by_attempt.setdefault(r.attempt, []).append((r.start_s, r.end_s))
@@ -47,12 +47,12 @@ def extent(requests: Sequence[RequestRecord]) -> Extent | None:
 
 
 def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:
-    """Return mean, median, 95th and 99th percentile by column name; None without values."""
+    """Return the mean, median, 95th and 99th percentile by column name; all None without values."""
     return {name: value for name, (value,) in summaries(stem, [list(values)]).items()}
 
 
 def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
-    """Return the same for several groups of values, by column."""
+    """Return the same statistics as `summary` for several groups of values, by column."""
     ordered = [sorted(values) for values in groups]
     columns: dict[str, list[float | None]] = {
         f"{stem}_mean_s": [sum(values) / len(values) if values else None for values in ordered]
@@ -63,7 +63,7 @@ def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[fl
 
 
 def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
-    """Return the summaries of TTFT and TPOT over requests, and of ITL over all their tokens; empty unless streaming."""
+    """Return summaries of TTFT and TPOT over requests, and of ITL over all their tokens; empty unless streaming."""
     timed = [r for r in requests if r.ttft_s is not None]
     if not timed:
         return {}
@@ -75,7 +75,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
-    """Return how many values there are of each time of which percentiles are given; without those that have none."""
+    """Return the number of values behind each set of percentiles, leaving out those without values."""
     counts = {
         "latency": len(requests),
         "time to first token": sum(r.ttft_s is not None for r in requests),
@@ -94,14 +94,14 @@ def under_load(
 ) -> dict[str, float | None]:
     """Return the measures of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput.
 
-    Failed requests arrived and kept the engine busy too; they are never good.
+    Failed requests also arrived and kept the engine busy, but they are never good.
 
     Args:
-        requests: of one cycle.
-        duration_s: of all windows together.
+        requests: the requests of one cycle.
+        duration_s: the total length of all windows.
         traffic: the limits for goodput.
-        opened_s: when each attempt's window opened on the clock of the arrivals; 0 if not given. If one is None, what
-            depends on that is None.
+        opened_s: when each attempt's window opened, on the clock of the arrivals; 0 for an attempt that is not listed.
+            If one of them is None, the measures that depend on it are left out.
     """
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)
@@ -121,7 +121,7 @@ def under_load(
 
 
 def _on_clock(t_s: float, request: RequestRecord, opened_s: Mapping[int, float | None]) -> float:
-    """Return a time of a request's window on the clock of the arrivals."""
+    """Convert a time within a request's window to the clock of the arrivals."""
     return t_s + (opened_s.get(request.attempt) or 0.0)
 
 
@@ -140,7 +140,7 @@ def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffi
 
 
 def _union_s(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the time covered by at least one span."""
+    """Return the total time covered by at least one span."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

@@ -1,8 +1,8 @@
 """Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
-The attempts' windows are added up without the gaps between them. Energy is summed per device, with the time that it
-covers; what does not cover the whole window enters no sum. Any other value that is missing from any attempt is unknown
-in the merged record. Knows only records.
+The attempts' windows are added up without the gaps between them. Energy is summed per device, together with the time
+that it covers; readings that do not cover the whole window enter no sum. If any other value is missing from an attempt,
+it is unknown in the merged record. This module works only on records.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ from lem.record import (
 )
 from lem.warning_codes import warning
 
-# A larger share of a window for which its energy is not known makes its energy null.
+# If the energy of more than this share of a window is unknown, the window's energy is null.
 UNMETERED_SHARE = 0.02
 
 
 # ------------------------------------------------------------------ processes of one attempt
 def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
-    """Let the windows of processes that were cut short together end at one moment.
+    """Let the windows of processes that were cut short together end at the same time.
 
-    Each process knows only its own last finished request, and only the energy's owner meters. The common end is the
-    owner's or, if a process finished something after that, that process's. What a process had under way then is counted
-    from its own end on; energy that was read too long before the common end is null.
+    Each process knows only its own last finished request, and only the energy's owner meters. The common end is the end
+    of the owner's window or, if another process finished a request after that, the end of that process's window. Work
+    that a process had under way at its own end is counted from there to the common end. Energy that was last read too
+    long before the common end becomes null.
 
     Args:
-        records: of one attempt at one cycle, one for each process.
+        records: the records of one attempt at one cycle, one for each process.
     """
     owner = next((r for r in records if r.rank == ENERGY_OWNER), None)
     is_closed = owner is not None and owner.cut is None and owner.status == "completed"
     if len(records) < 2 or (is_closed and all(r.requests_completed >= r.requests_planned for r in records)):
         return list(records)
-    if any(r.cut for r in records) and not any(r.requests_completed for r in records):  # nothing to count in them
+    if any(r.cut for r in records) and not any(r.requests_completed for r in records):  # nothing to count
         return [replace(r, phases=_others(r), cut=None) for r in records]
     ends_s = [window.duration_s if (window := r.phase("measured")) else 0.0 for r in records]
     end_s = max(
@@ -62,7 +63,7 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
 
 
 def _ended(record: ProcessRecord, end_s: float, cut: Cut) -> ProcessRecord:
-    """Return the record of a process whose window ended there."""
+    """Return the record of a process with the end of its window moved to `end_s`."""
     readings = _readings_at(end_s, record, cut)
     told = [each for each in record.warnings if each.code != "window_cut"]
     return replace(
@@ -76,8 +77,8 @@ def _ended(record: ProcessRecord, end_s: float, cut: Cut) -> ProcessRecord:
 def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
-        energy = f", and their energy was read {behind_s:.3g} s before that" if behind_s else ""
-        yield warning("window_cut", f"the windows of its processes were cut short and end together{energy}.")
+        energy = f", and their energy was last read {behind_s:.3g} s before that" if behind_s else ""
+        yield warning("window_cut", f"the windows of the processes were cut short and end together{energy}.")
         window = record.phase("measured")
         lost = () if window is not None and window.energy == readings else readings
         yield from (warning("energy_missing", f"{each.component}: {each.reason}.") for each in lost)
@@ -88,7 +89,7 @@ def _others(record: ProcessRecord) -> tuple[Phase, ...]:
 
 
 def _cut_at(later_s: float, record: ProcessRecord) -> Cut:
-    """Return what is known of a process's window when it is taken to end later."""
+    """Return the cut of a process whose window is taken to end later by this many seconds."""
     cut = record.cut or Cut(lost_s=0.0 if record.status == "completed" else None)
     has_window = record.phase("measured") is not None
     behind_s = None if cut.energy_behind_s is None else cut.energy_behind_s + later_s
@@ -101,23 +102,23 @@ def _cut_at(later_s: float, record: ProcessRecord) -> Cut:
 def _readings_at(end_s: float, record: ProcessRecord, cut: Cut) -> tuple[EnergyReading, ...]:
     window = record.phase("measured")
     if window is None:
-        reason = "the process that meters was stopped before it had finished anything, while others had"
+        reason = "the metering process was stopped before it finished a request, although other processes did"
         return unread(record, reason)
     behind_s = cut.energy_behind_s or 0.0
     if behind_s <= UNMETERED_SHARE * end_s:
         return window.energy
-    reason = f"it was last read {behind_s:.3g} s before the other processes' last requests were finished"
+    reason = f"energy was last read {behind_s:.3g} s before the other processes' last requests finished"
     return tuple(replace(each, energy_j=None, trace_energy_j=None, reason=reason) for each in window.energy)
 
 
 def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
-    """Return a reading without energy for each device that was metered in the last phase before."""
+    """Return a reading without energy for each device that was metered in an earlier phase."""
     metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
     return tuple(replace(each, energy_j=None, trace_energy_j=None, reason=reason) for each in metered)
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return what is under way some time later, while nothing is finished: at least one request is."""
+    """Return the work under way after more time in which nothing was finished, so at least one request is included."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known
@@ -127,7 +128,7 @@ def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
 
 # ------------------------------------------------------------------ attempts of a process at one cycle
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
-    """Merge a process's attempts at one cycle, in order: windows follow each other and never span a gap.
+    """Merge a process's attempts at one cycle, in order; windows follow each other and never span a gap.
 
     An attempt without a window is ignored, except that the last attempt's status and error are kept.
     """
@@ -155,7 +156,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
 
 
 def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
-    """Return the first attempt's phases up to the window, and all windows combined into one."""
+    """Return the first attempt's phases before the window, and all windows combined into one."""
     phases = [phase for phase in records[0].phases if phase.name != "measured"]
     windows = [window for r in records if (window := r.phase("measured"))]
     if not windows:
@@ -164,14 +165,14 @@ def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
 
 
 def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
-    """Sum the readings of each device, and the time that they cover."""
+    """Sum the readings of each device and the time that they cover."""
     by_device = [{(r.component, r.device, r.source, r.scope): r for r in window.energy} for window in windows]
     devices = dict.fromkeys(device for of_window in by_device for device in of_window)
     return tuple(_merged_reading([of_window.get(device) for of_window in by_device], windows) for device in devices)
 
 
 def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Phase]) -> EnergyReading:
-    """Return the sum of a device's readings, of which a window may lack one; what was read in any of them is kept."""
+    """Return the sum of a device's readings, which some windows may lack, keeping everything that was read."""
     readings = [r for r in found if r is not None]
     known_j = [r.energy_j for r in readings if r.energy_j is not None]
     covered_s = [
@@ -188,9 +189,10 @@ def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Pha
 
 
 def _seconds_without(device: EnergyReading, window: Phase) -> float:
-    """Return how much of a window is covered although a device has no reading in it.
+    """Return how many seconds of a window count as covered although a device has no reading in it.
 
-    If others of the same component were metered in the same way, this one was not in use; otherwise it is unknown.
+    If other devices of the same component were metered in the same way, this device was not in use and adds nothing to
+    the energy; otherwise its energy is unknown.
     """
     alike = [r for r in window.energy if (r.component, r.is_measured) == (device.component, device.is_measured)]
     return min((r.seconds_of(window.duration_s) for r in alike), default=0.0)
@@ -223,7 +225,7 @@ def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
 
 
 def merged_cut(cuts: Sequence[Cut | None], windows: int | None = None) -> Cut | None:
-    """Return what several cuts amount to; `windows` is how many windows they cut, if not one each."""
+    """Combine several cuts into one; `windows` is the number of windows cut, by default one for each cut."""
     known = [cut for cut in cuts if cut is not None]
     if len(known) < 2:
         return known[0] if known else None
@@ -252,10 +254,10 @@ def _merged_warnings(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ..
 
 
 def _of_several(cut: Cut) -> CodedWarning:
-    lost = "an unknown time" if cut.lost_s is None else f"{cut.lost_s:.3g} s in all"
+    lost = "an unknown time" if cut.lost_s is None else f"{cut.lost_s:.3g} s in total"
     behind_s = cut.energy_behind_s
-    energy = f", and their energy was read {behind_s:.3g} s before that in all" if behind_s else ""
-    text = f"{cut.windows} windows were interrupted {lost} after their last finished requests, where they end{energy}."
+    energy = f", and their energy was last read {behind_s:.3g} s in total before that" if behind_s else ""
+    text = f"{cut.windows} windows end with their last finished requests, {lost} before being interrupted{energy}."
     return warning("window_cut", text)
 
 
@@ -266,7 +268,7 @@ def total(values: Sequence[float | None]) -> float | None:
 
 
 # ------------------------------------------------------------------ warnings
-# A standalone number: not the end of a device's name or id.
+# A standalone number, not the end of a device's name or id.
 _NUMBER = re.compile(r"(?<![\w-])\d[\d.]*(e[+-]?\d+)?")
 _AND_MORE = re.compile(r" \(and \d+ more \w+\)$")
 
@@ -277,7 +279,7 @@ def as_text(warning: CodedWarning) -> str:
 
 
 def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Return the warnings of several groups; those that differ only in their numbers appear once.
+    """Return the warnings of several groups; warnings that differ only in their numbers appear once.
 
     Args:
         groups: the warnings of each attempt, process or cycle.
@@ -304,12 +306,12 @@ def _and_more(text: str, more: int, what: str) -> str:
 
 # ------------------------------------------------------------------ energy
 def is_estimated(source: str | None) -> bool:
-    """Return whether an energy with this source, or with several joined by plus signs, is an estimate in any part."""
+    """Return whether an energy is at least partly an estimate, given its source or several joined by plus signs."""
     return source is not None and "estimate" in source.split("+")
 
 
 class Energy(NamedTuple):
-    """A sum of readings; `energy_j` is None if any of them is, or if some are measured and others estimated."""
+    """A sum of readings; `energy_j` is None if any reading lacks it, or if measurements and estimates are mixed."""
 
     energy_j: float | None
     source: str | None
@@ -321,10 +323,10 @@ UNMETERED = Energy(None, None, None, None)
 
 
 def headline(readings: Sequence[EnergyReading]) -> Energy:
-    """Return the headline energy of one window: the GPUs', else what was measured, else the estimates."""
+    """Return the headline energy of one window: of the GPUs, else of all measured components, else of estimates."""
     if len(readings) < 2:
         return _sum(readings)
-    # A module contains its GPU: if both were read, only the module counts.
+    # A module contains its GPU, so if both were read, only the module counts.
     modules = [r for r in readings if r.component == "module"]
     gpus = modules or [r for r in readings if r.component == "gpu"]
     measured = [r for r in readings if r.is_measured]

@@ -1,6 +1,7 @@
 """Turns record types into Arrow schemas, and rows into Parquet files that carry each column's unit and meaning.
 
-Units are in the field's metadata under `unit`, descriptions under `description`. Not tied to any record type.
+Each field's metadata has its unit under `unit` and its description under `description`. This module is not tied to any
+record type.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Column:
 
 
 def names(record_type: type[Any]) -> list[str]:
-    """Return the columns of a record type in the order of its fields, except those that its `AFTER` moves."""
+    """Return the columns of a record type in the order of its fields, except for those that its `AFTER` moves."""
     after: Mapping[str, str] = getattr(record_type, "AFTER", {})
     found: list[str] = []
     place = 0
@@ -58,7 +59,7 @@ def columns(record_type: type[Any]) -> Iterator[Column]:
 
 
 def defaults(record_type: type[Any]) -> dict[str, Any]:
-    """Return the default of each field that has one, except empty lists."""
+    """Return the default of each field that has one, except for empty lists."""
     values = reversed(record_type.__struct_defaults__)
     return {
         name: value
@@ -68,13 +69,13 @@ def defaults(record_type: type[Any]) -> dict[str, Any]:
 
 
 def _fillers(record_type: type[Any]) -> dict[str, Any]:
-    """Return a value for each column, to fill files of older versions that lack it: its default, null or empty."""
+    """Return a fill value for each column that older files may lack: its default, null or an empty list."""
     empty = {str: "", int: 0, float: 0.0, bool: False, list[str]: [], list[float]: []}
     values = {c.name: None if c.nullable else empty[c.python_type] for c in columns(record_type)}
     return values | defaults(record_type)
 
 
-# Building a schema takes a millisecond.
+# Cached, because building a schema takes a millisecond.
 _SCHEMAS: dict[type[Any], Any] = {}
 
 
@@ -129,7 +130,7 @@ def table_of(record_type: type[Any], by_column: Mapping[str, Sequence[Any]]) -> 
 def _array(values: Sequence[Any], arrow_type: Any) -> Any:
     import pyarrow as pa
 
-    # Half of the columns are usually empty.
+    # Columns without any value, usually half of them, take a shortcut.
     if len(values) and values[0] is None and values.count(None) == len(values):
         return pa.nulls(len(values), arrow_type)
     return pa.array(values, arrow_type)
@@ -137,10 +138,10 @@ def _array(values: Sequence[Any], arrow_type: Any) -> Any:
 
 @contextmanager
 def _without_pandas() -> Iterator[None]:
-    """Keep pyarrow from importing pandas, which it otherwise does at its first array to recognise a Series.
+    """Keep pyarrow from importing pandas, which it otherwise does for its first array, to recognise a Series.
 
-    The import costs every `lem experiment` and `lem aggregate` 0.25 s and 40 MB: a quarter of the time to aggregate
-    6,000 records. If a DataFrame is needed later, pyarrow still imports pandas.
+    The import would cost every `lem experiment` and `lem aggregate` 0.25 s and 40 MB: a quarter of the time to
+    aggregate 6,000 records. If a DataFrame is needed later, pyarrow still imports pandas.
     """
     sys.meta_path.insert(0, _NoPandas)
     try:
@@ -157,7 +158,7 @@ class _NoPandas:
 
 
 def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> Any:
-    """Return a table with this version's columns, or some of them; unknown ones are dropped, missing ones filled."""
+    """Return a table with this version's columns, or some of them; drop unknown columns and fill missing ones."""
     import pyarrow as pa
 
     wanted, fillers, there = schema(record_type), _fillers(record_type), set(found.column_names)
@@ -178,7 +179,7 @@ def together(tables: Iterable[Any], record_type: type[Any]) -> Any:
 
 
 def records(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> list[Any]:
-    """Return an Arrow table as records; columns that the table lacks get their fill values."""
+    """Return an Arrow table as records; missing columns get their fill values."""
     read = wanted_names or names(record_type)
     empty = record_type(**_fillers(record_type))
     rows = zip(*(column.to_pylist() for column in aligned(found, record_type, read).columns), strict=True)
@@ -187,29 +188,29 @@ def records(found: Any, record_type: type[Any], wanted_names: Sequence[str] | No
 
 # ------------------------------------------------------------------ Parquet files
 def write_rows(path: Path, record_type: type[Any], rows: Iterable[Any]) -> None:
-    """Write records as one Parquet file, whole or not at all."""
+    """Write records as one Parquet file, completely or not at all."""
     write_table(path, table(record_type, rows))
 
 
 def write_table(path: Path, rows: Any) -> None:
-    """Write an Arrow table as one Parquet file, whole or not at all."""
+    """Write an Arrow table as one Parquet file, completely or not at all."""
     import pyarrow.parquet as pq
 
-    # Numbers rarely repeat: dictionary encoding would cost time and make the file larger.
+    # Numbers rarely repeat, so dictionary encoding would cost time and make the file larger.
     repeating = [f.name for f in rows.schema if f.type == "string"]
     with replacing(path) as scratch:
         pq.write_table(rows, scratch, compression="zstd", use_dictionary=repeating)
 
 
 def read_table(path: Path, wanted_names: Sequence[str] | None = None) -> Any:
-    """Read a Parquet file; with `wanted_names`, only those of its columns.
+    """Read a Parquet file or, with `wanted_names`, only these columns if the file has them.
 
     Raises:
         ValueError, OSError: the file is damaged or cannot be read.
     """
     import pyarrow.parquet as pq
 
-    # Passed as an open file, since a path given as text could be taken for a URI.
+    # The file is passed open, because pyarrow could take a path given as a string for a URI.
     with path.open("rb") as file:
         return pq.ParquetFile(file).read(wanted_names)
 

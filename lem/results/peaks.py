@@ -1,11 +1,11 @@
-"""Peak dense FLOP/s of NVIDIA GPUs by name and dtype, from their datasheets: for model FLOPs utilisation.
+"""Peak dense FLOP/s of NVIDIA GPUs by name and dtype, from their datasheets, for model FLOPs utilisation.
 
-A peak is the datasheet's figure at boost clock, without structured sparsity. `float32` is the CUDA cores' peak,
-not TF32 on the tensor cores; `bfloat16`, `float16` and `float8` are the tensor cores' peaks with FP32 accumulation.
-The dtype is that of the arithmetic: weights in 4 bits are unpacked and multiplied in a wider one. If a datasheet
-gives only the figure with sparsity, the table has half of it and the source says so. A device, a form factor or a
-dtype that is not listed has no peak; none is guessed, and a MIG instance or a virtual GPU, which has only part of
-the card, is never matched. Knows neither the clock nor the power limit that the device really ran at.
+A peak is the datasheet's figure at boost clock, without structured sparsity. `float32` is the CUDA cores' peak, not
+TF32 on the tensor cores; `bfloat16`, `float16` and `float8` are the tensor cores' peaks with FP32 accumulation. The
+dtype is that of the arithmetic: 4-bit weights are unpacked and multiplied in a wider dtype. If a datasheet gives only
+the figure with sparsity, the table has half of it, and the source says so. Devices, form factors and dtypes that are
+not listed have no peak, and none is guessed. A MIG instance or a virtual GPU is only part of the card, so it is never
+matched. This module does not know the clock or power limit at which the device actually ran.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Peak:
 
 
 class _Device(NamedTuple):
-    """A row of the table: a pattern for the whole name without the maker's prefix, and the peaks in TFLOP/s."""
+    """A row of the table: a pattern for the whole name without the vendor prefix, and the peaks in TFLOP/s."""
 
     name: str
     float32: float | None
     bfloat16: float | None
     float16: float | None
     source: str
-    # None without units for it, or if the source does not give it.
+    # None if the device has no units for float8, or if the source does not give the figure.
     float8: float | None = None
 
 
@@ -46,10 +46,10 @@ _DEVICES = (
     # Ampere
     _Device("A100-(SXM4?|PCIE)-(40|80)GB|A100 80GB PCIE", 19.5, 312, 312, "NVIDIA A100 Tensor Core GPU datasheet"),
     _Device("A10", 31.2, 125, 125, "NVIDIA A10 datasheet"),
-    # Lower tensor throughput than the A10, in spite of the name.
+    # The A10G's tensor throughput is lower than the A10's, despite the similar name.
     _Device("A10G", 35, 70, 70, "NVIDIA A10G for AWS datasheet"),
     _Device("RTX A6000", 38.7, 154.8, 154.8, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
-    # GeForce: FP32 accumulation at half the rate of FP16 accumulation, which is the figure often quoted.
+    # GeForce cards run FP32 accumulation at half the rate of FP16 accumulation, whose figure is often quoted instead.
     _Device("RTX 3090", 35.6, 71, 71, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
     # Ada
     _Device("RTX 4090", 82.6, 165.2, 165.2, "NVIDIA Ada GPU Architecture whitepaper", 330.3),
@@ -72,21 +72,21 @@ _DEVICES = (
 _MAKER = re.compile(r"^(NVIDIA )?(TESLA |GEFORCE )?")
 
 
-# How engines and checkpoints name quantizations whose weights are unpacked into the model's dtype for the arithmetic …
+# Names that engines and checkpoints use for quantizations whose weights are unpacked to the model's dtype …
 _WEIGHTS_ONLY = re.compile(r"awq(_marlin)?|gptq(_marlin)?|w[48]a16(_awq|_gptq)?|bitsandbytes 4-bit .*")
-# … and those in which the arithmetic itself is in 8 bits of floating point, on devices that have units for it.
+# … and for those whose arithmetic itself is 8-bit floating point, on devices that have units for it.
 _FLOAT8 = re.compile(r"fp8|fbgemm_fp8|ptpc_fp8")
 
 
 def arithmetic_dtype(dtype: str | None, quantization: str | None) -> str | None:
-    """Return the dtype of the matrix products of a model, by its own and its quantization's name; None if unknown."""
+    """Return the dtype of a model's matrix products, given its dtype and its quantization's name; None if unknown."""
     if quantization is None or _WEIGHTS_ONLY.fullmatch(quantization.lower()):
         return dtype
     return "float8" if _FLOAT8.fullmatch(quantization.lower()) else None
 
 
 def peak_flops_per_s(device_name: str, dtype: str) -> Peak | None:
-    """Return the peak of a device, as NVML and CUDA name it, for a dtype of the arithmetic; None if unknown.
+    """Return the peak of a device, named as by NVML and CUDA, for a dtype of the arithmetic; None if unknown.
 
     The dtypes are float32, bfloat16, float16 and float8.
     """

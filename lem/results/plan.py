@@ -1,4 +1,4 @@
-"""The plan of one experiment, which says what its directory will hold, and its state. Workers start from the plan."""
+"""The plan of an experiment, from which workers start, and the experiment's state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # 1  first version
 # 2  replicas, shared_with and the configuration's digest
 # 3  the digest of a trace's arrivals, which are in arrivals.json
-# 4  the place in a campaign, whether inadvisable options were accepted, the files of the prompts
+# 4  the place in a campaign, whether inadvisable options were accepted, and the files of the prompts
 FORMAT_VERSION = 4
 
 
@@ -37,7 +37,7 @@ class PromptsInfo:
     column: str | None
     available: int
     dropped_empty: int
-    # Those that were read, if the source is a directory.
+    # The files that were read, if the source is a directory.
     files: tuple[str, ...] = ()
 
 
@@ -53,12 +53,13 @@ class CampaignCell:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the experiment will run: the checked configuration, the prompts, and how many processes share them.
+    """The plan of an experiment: its checked configuration, its prompts, and how many processes share them.
 
     The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
-    parallelism). `shared_with` counts the other experiments meant to run on this machine at the same time.
-    `arrivals_sha256` is the digest of a trace's arrivals, which are in arrivals.json; empty without them. `campaign` is
-    the experiment's place in a campaign, if it belongs to one. `forced`: inadvisable options were accepted (--force).
+    parallelism). `shared_with` is the number of other experiments meant to run on this machine at the same time.
+    `arrivals_sha256` is the digest of a trace's arrivals, which are stored in arrivals.json; it is empty without a
+    trace. `campaign` is the experiment's place in a campaign, if any. `forced` means that inadvisable options were
+    accepted with --force.
     """
 
     experiment_id: str
@@ -82,7 +83,7 @@ class Plan:
         return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
 
     def counts(self, rank: int) -> bool:
-        """Return whether the process counts its prompts: only the first of those that run the same prompts does."""
+        """Return whether a process counts its prompts; of processes that run the same prompts, only the first does."""
         return rank % (self.processes // self.replicas) == 0
 
     def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:
@@ -92,20 +93,20 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Return what identifies the experiment: its configuration, its prompts in order, and any trace's arrivals."""
+        """The digest of everything that identifies the experiment: configuration, ordered prompts, and any arrivals."""
         digests = (self.config_sha256, self.prompts.sha256, self.arrivals_sha256)
         return "-".join(digest[:16] for digest in digests if digest)
 
 
 StateName = Literal["planned", "running", "interrupted", "failed", "completed", "aggregated"]
-# The states in which nothing is left to run.
+# The states in which no requests are left to run.
 FINISHED: frozenset[StateName] = frozenset({"completed", "aggregated"})
 # The kernel reports a process's start time in hundredths of a second.
 SAME_START_S = 0.02
 
 
 class State(Struct, frozen=True):
-    """The state of an experiment; `host`, `pid` and `process_started_s` (after boot) identify its process."""
+    """The state of an experiment; `host`, `pid` and `process_started_s` (since boot) identify its process."""
 
     status: StateName
     attempt: int
@@ -116,7 +117,7 @@ class State(Struct, frozen=True):
     error: str | None = None
 
     def now(self, status: StateName, error: str | None = None) -> State:
-        """Return the state that follows, in which no process runs the experiment."""
+        """Return the next state, in which no process runs the experiment."""
         return State(status, self.attempt, timestamp(), error=error)
 
     def believed(self) -> State:
@@ -126,7 +127,7 @@ class State(Struct, frozen=True):
         """
         if self.status != "running" or self.host != socket.gethostname() or self._lives():
             return self
-        gone = "The process that ran it is gone: it was killed, or the machine was restarted."
+        gone = "The process that ran the experiment is gone: it was killed, or the machine was restarted."
         return replace(self, status="interrupted", error=self.error or gone)
 
     def _lives(self) -> bool:
@@ -142,7 +143,7 @@ class State(Struct, frozen=True):
 
 
 def _started_s(process: psutil.Process) -> float:
-    """Return when a process started, in seconds after boot, which setting the clock does not change."""
+    """Return a process's start time in seconds since boot, which setting the clock does not change."""
     import psutil
 
     return process.create_time() - psutil.boot_time()

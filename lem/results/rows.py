@@ -1,8 +1,8 @@
-"""Computes rows from the processes' records: merges ranks, for many experiments at once.
+"""Computes rows from the processes' records, merging ranks, for many experiments at once.
 
-Throughput is output tokens over the wall-clock window. Rows are computed column by column, which for thousands of
-cycles takes a fraction of the time that row by row would. Knows only records: nothing about files, or how anything
-was measured.
+Throughput is output tokens divided by the window's wall-clock time. Rows are computed column by column, which for
+thousands of cycles takes a fraction of the time needed row by row. This module works only on records; it knows nothing
+about files or about how anything was measured.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from lem.results.peaks import Peak, arithmetic_dtype, peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow, Measures
 from lem.results.steady import Steady, places, steady_state
 
-# Why prefill has no energy of its own.
+# The reason why prefill has no energy of its own.
 SEVERAL = "several processes share the meter"
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
-# What depends on how long requests waited for their turn.
+# Columns that depend on how long requests waited for their turn.
 QUEUED = re.compile(r"(latency|ttft|queue)_.*_s|goodput_.*|idle_share")
 
 
@@ -54,11 +54,12 @@ class Rows:
 
 
 class Cycle(NamedTuple):
-    """What one cycle measured, over all processes and attempts.
+    """The measurements of one cycle, over all processes and attempts.
 
-    `records` has one record per process, at least one, ordered by rank, with its attempts merged; `requests` has the
-    rows of all processes; `warnings` has those that are in no record. `opened_s` says for each attempt with a window
-    when that opened on the clock of the cycle's arrivals, None if that is not known; empty for one attempt.
+    `records` has one record per process, ordered by rank, with the process's attempts merged; `requests` has the rows
+    of all processes; `warnings` are those that are in no record. `opened_s` maps each attempt with a window to the time
+    at which the window opened, on the clock of the cycle's arrivals, or to None if that time is unknown; it is empty if
+    there was only one attempt.
     """
 
     plan: PlanExcerpt
@@ -76,14 +77,14 @@ class Cycle(NamedTuple):
 
     @property
     def has_lost_its_queue(self) -> bool:
-        """Whether requests waited in a queue other than they would have without an interruption."""
+        """Whether an interruption has changed how long requests waited in the queue."""
         is_resumed = self.has_arrivals and len(self.opened_s) > 1
         repeated = any(record.cut is not None and record.cut.under_way.requests for record in self.records)
         return is_resumed and (repeated or None in self.opened_s.values())
 
 
 class Measured(NamedTuple):
-    """What an experiment measured: the cycles that have a record, in order."""
+    """The measurements of an experiment: the cycles that have a record, in order."""
 
     plan: PlanExcerpt
     cycles: Sequence[Cycle]
@@ -100,7 +101,7 @@ class Tabulated:
 
 
 def tabulate(measured: Sequence[Measured]) -> Tabulated:
-    """Return the rows of experiments."""
+    """Return the rows of several experiments."""
     cycles = [cycle for one in measured for cycle in one.cycles]
     of_cycles = cycle_columns(cycles)
     short = {name: of_cycles[name] for name in Measures.__struct_fields__}
@@ -136,7 +137,7 @@ _peak = cache(peak_flops_per_s)
 
 
 def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
-    """Return all columns of the rows, one row for each cycle, as if each were an experiment."""
+    """Return all columns of the cycle rows, computed as if each cycle were an experiment."""
     records = [cycle.records for cycle in cycles]
     first = [of_cycle[0] for of_cycle in records]
     requests = [[r for r in cycle.requests if r.error is None] for cycle in cycles]
@@ -177,7 +178,7 @@ def _has_all(cycle: Cycle) -> bool:
 
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
-    """Return what went wrong: if one process failed, its error, since the others were stopped because of it."""
+    """Return the error message; if a process failed, its error, since the others were stopped because of it."""
     failed_first = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
     return next((r.error.message for r in failed_first if r.error), None)
 
@@ -214,7 +215,7 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the backend that ran; there are several only if the user allowed it."""
+    """Return the backend that ran, or several joined names if the user allowed mixed backends."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
@@ -237,7 +238,7 @@ def _loaded(records: Sequence[ProcessRecord]) -> Columns:
 
 
 def _peak_of(engine: EngineInfo | None, model: ModelInfo | None, environment: Environment | None) -> Peak | None:
-    """Return a GPU's peak for the arithmetic; None if it is unknown, or if only an instance of the GPU computed."""
+    """Return a GPU's peak for the arithmetic, or None if the peak is unknown or only part of the GPU was used."""
     if engine is None or model is None or not engine.device.startswith("cuda"):
         return None
     if environment is not None and any(state.mig for state in environment.devices_before):
@@ -289,7 +290,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
 
 
 def _lacks_gpu(records: Sequence[ProcessRecord]) -> bool | None:
-    """Return whether a GPU ran the model that the energy does not include; None if nothing was metered."""
+    """Return whether a GPU ran the model but is missing from the energy; None if nothing was metered."""
     window = records[0].phase("measured")
     return warning_codes.lacks_gpu(records[0]) if window and window.energy else None
 
@@ -356,7 +357,7 @@ def _memory(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
 
 
 def _repeated(records: Sequence[Sequence[ProcessRecord]], durations_s: Sequence[float | None]) -> Columns:
-    """Return which share of the windows' time may have gone into requests that had to be run again."""
+    """Return the share of the windows' time that may have gone into requests that had to be run again."""
     longest_s = [max([r.cut.under_way.longest_s for r in of_cycle if r.cut], default=0.0) for of_cycle in records]
     return {"repeated_share": ratios(longest_s, durations_s)}
 
@@ -372,7 +373,7 @@ def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | 
 
 
 def _steady(cycles: Sequence[Cycle], complete: Sequence[bool], energies_j: Sequence[float | None]) -> Columns:
-    """Return the measures of the steady state, of cycles that were finished at one go."""
+    """Return the measures of the steady state, for cycles that were finished in one attempt."""
     found = [
         _steady_state(cycle, is_metered=energy_j is not None) if done and cycle.attempts == 1 else None
         for cycle, done, energy_j in zip(cycles, complete, energies_j, strict=True)
@@ -397,7 +398,7 @@ def _steady_state(cycle: Cycle, *, is_metered: bool) -> Steady | None:
 
 
 def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool]) -> None:
-    """Make null what an interruption has falsified: what depends on the queue, and what describes a whole cycle."""
+    """Set values to null that an interruption makes wrong: those that depend on the queue or describe a whole cycle."""
     keeps_queue = [not cycle.has_lost_its_queue for cycle in cycles]
     for name in (name for name in columns if QUEUED.fullmatch(name)):
         columns[name] = where(keeps_queue, columns[name])
@@ -405,7 +406,7 @@ def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool
     shown = [done and once for done, once in zip(complete, is_once, strict=True)]
     for name in ("arrival_rate_per_s", "goodput_requests_per_s"):
         columns[name] = where(shown, columns[name])
-    # In an interrupted cycle requests had arrived that have no row.
+    # In an interrupted cycle, some requests that had arrived have no row.
     has_all = [done or not cycle.has_arrivals for done, cycle in zip(complete, cycles, strict=True)]
     for name in ("idle_share", "decode_duration_s", "decode_energy_j"):
         columns[name] = where(has_all, columns[name])
@@ -432,15 +433,15 @@ def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
 
 
 def _of_times(cycle: Cycle, duration_s: float | None) -> Iterator[CodedWarning]:
-    """Yield warnings where the requests' own times and the window's length do not fit together."""
+    """Yield warnings if the requests' own times are inconsistent with the window's length."""
     ran = extent(cycle.requests)
     if ran is not None and duration_s is not None:
         attempts = len({r.attempt for r in cycle.requests})
-        filled = not any(r.arrived_s for r in cycle.requests)  # without traffic, all are there when the window opens
+        filled = not any(r.arrived_s for r in cycle.requests)  # without traffic, all arrive when the window opens
         yield from warning_codes.of_times(duration_s, *ran, attempts=attempts, filled=filled)
 
 
 def _why_queue_is_lost(cycle: Cycle) -> str:
     if None in cycle.opened_s.values():
         return "an attempt began with an empty queue."
-    return "requests that were under way when it was interrupted waited and ran once more."
+    return "requests that were under way at an interruption waited again and were run again."

@@ -1,6 +1,6 @@
-"""The columns of the experiments and cycles tables, with units, defined only here; for requests see `lem.record`."""
+"""The columns of the experiments and cycles tables, with their units; those of requests are in `lem.record`."""
 
-# Annotations are evaluated here, not kept as text: every command that reads a table needs them right away.
+# Annotations are evaluated here rather than kept as strings, because every command that reads a table needs them.
 
 from typing import Annotated, ClassVar
 
@@ -19,14 +19,13 @@ Bytes = Annotated[int | None, units.BYTE]
 
 
 class Measures(Struct, frozen=True, gc=False, kw_only=True):
-    """What an experiment and each of its cycles measured: the columns that both tables have.
+    """The measurements of an experiment or of one of its cycles: the columns that both tables have.
 
-    Energy columns are sums over all devices of a component. The headline `energy_j` is the GPUs' energy if
-    it was read from them, else that of the measured components, else the sum of the estimates; `energy_source` says
-    which.
+    Energy columns are sums over all devices of a component. The headline `energy_j` is the energy of the GPUs if it was
+    read from them, else that of the measured components, else the sum of the estimates; `energy_source` tells which.
     """
 
-    # A table's columns are in the order of their class, except these, which follow the column named here.
+    # Columns are in the order of their class, except for these, each of which follows the column named here.
     AFTER: ClassVar[dict[str, str]] = {}
 
     experiment_id: Annotated[str, "Unique id of the experiment."]
@@ -34,7 +33,9 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     # counted
     requests_completed: Annotated[int, units.REQUEST, "Requests that were finished; each has its own row."]
     input_tokens: Annotated[int, units.TOKEN, "Input tokens of the finished requests, without padding."]
-    output_tokens: Annotated[int, units.TOKEN, "Their output tokens, not counting any after an end token."]
+    output_tokens: Annotated[
+        int, units.TOKEN, "Output tokens of finished requests, up to and including the first end token."
+    ]
     # timed
     duration_s: Annotated[Seconds, "Wall-clock length of the measured window."]
     output_tokens_per_s: Annotated[TokensPerSecond, "output_tokens / duration_s."]
@@ -43,28 +44,28 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     latency_p50_s: Annotated[Seconds, "Median latency of a request."]
     latency_p95_s: Annotated[Seconds, "95th percentile of the latency."]
     latency_p99_s: Annotated[Seconds, "99th percentile of the latency."]
-    warmup_duration_s: Annotated[Seconds, "Warm-up, outside the window."]
+    warmup_duration_s: Annotated[Seconds, "Length of the warm-up, which is outside the window."]
     # metered
     energy_j: Annotated[Joules, "Headline energy of the measured window, gross."]
     energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
-    gpu_energy_j: Annotated[Joules, "GPUs in use, measured window."]
-    cpu_energy_j: Annotated[Joules, "CPUs, measured window."]
-    dram_energy_j: Annotated[Joules, "Main memory, measured window."]
+    gpu_energy_j: Annotated[Joules, "Energy of the GPUs in use during the window."]
+    cpu_energy_j: Annotated[Joules, "Energy of the CPUs during the window."]
+    dram_energy_j: Annotated[Joules, "Energy of main memory during the window."]
     energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
     prefill_duration_s: Annotated[
-        Seconds, "Time in which prompts were processed; null if others were decoding meanwhile."
+        Seconds, "Time spent processing prompts; null if other requests were decoding meanwhile."
     ]
-    decode_duration_s: Annotated[Seconds, "The rest of the window, minus its idle time where that is known."]
+    decode_duration_s: Annotated[Seconds, "The rest of the window after prefill, minus idle time where known."]
     # derived
     average_power_w: Annotated[Watts, "energy_j / duration_s."]
     energy_per_output_token_j: Annotated[JoulesPerToken, "energy_j / output_tokens."]
     energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
     flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
     mfu: Annotated[Ratio, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
-    # of a run that was interrupted
+    # of an interrupted run
     repeated_share: Annotated[
         Ratio,
-        "At most this share of duration_s went into requests that were under way when a window was cut, and ran again.",
+        "Upper bound on the share of duration_s spent on requests that were cut off and later run again.",
     ] = None
     # token by token, when streaming
     ttft_mean_s: Annotated[Seconds, "Mean time to first token."] = None
@@ -86,24 +87,22 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     queue_p95_s: Annotated[Seconds, "95th percentile of the wait in the queue."] = None
     queue_p99_s: Annotated[Seconds, "99th percentile of the wait in the queue."] = None
     idle_share: Annotated[Ratio, "Share of the window in which no process had a request."] = None
-    goodput_requests_per_s: Annotated[RequestsPerSecond, "Requests within the limits on TTFT and ITL / duration_s."] = (
-        None
-    )
+    goodput_requests_per_s: Annotated[RequestsPerSecond, "Rate of requests within the limits on TTFT and ITL."] = None
     # while all places were taken, with continuous batching
-    steady_duration_s: Annotated[Seconds, "Length of the steady state: all places taken, from first to last."] = None
-    steady_output_tokens: Annotated[int | None, units.TOKEN, "Output tokens that came in the steady state."] = None
+    steady_duration_s: Annotated[Seconds, "Length of the steady state, in which all places are taken."] = None
+    steady_output_tokens: Annotated[int | None, units.TOKEN, "Output tokens generated in the steady state."] = None
     steady_output_tokens_per_s: Annotated[TokensPerSecond, "steady_output_tokens / steady_duration_s."] = None
-    steady_energy_j: Annotated[Joules, "As energy_j, in the steady state."] = None
+    steady_energy_j: Annotated[Joules, "Headline energy of the steady state."] = None
     steady_average_power_w: Annotated[Watts, "steady_energy_j / steady_duration_s."] = None
     steady_energy_per_output_token_j: Annotated[JoulesPerToken, "steady_energy_j / steady_output_tokens."] = None
-    # refused or broken off
+    # failed requests
     requests_failed: Annotated[
         int | None,
         units.REQUEST,
-        "Requests that failed: in no mean, total or rate, but in the window's time and energy.",
+        "Failed requests; they count in no mean, total or rate, but in the window's time and energy.",
     ] = None
     error_rate: Annotated[Ratio, "requests_failed / (requests_completed + requests_failed)."] = None
-    warnings: Annotated[list[str], "Reasons for doubt, each as `code: sentence`; see the page on warnings."] = []
+    warnings: Annotated[list[str], "Reasons to doubt a number, each as `code: sentence`; see docs/warnings.md."] = []
 
 
 class CycleRow(Measures, frozen=True, gc=False, kw_only=True):
@@ -114,17 +113,17 @@ class CycleRow(Measures, frozen=True, gc=False, kw_only=True):
         "average_power_w": "energy_idle_adjusted_j", "flops_per_s": "decode_duration_s",
     }  # fmt: skip
 
-    cycle: Annotated[int, "Cycle, from 1."]
-    attempts: Annotated[int, "Attempts that the cycle took: more than 1 if it was interrupted and resumed."]
+    cycle: Annotated[int, "Number of the cycle, from 1."]
+    attempts: Annotated[int, "Number of attempts at the cycle; more than 1 if it was interrupted and resumed."]
 
 
 class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
-    """An experiment's row in the aggregated table.
+    """An experiment's row in the experiments table.
 
-    With several cycles, counted, timed and metered values are means over the finished cycles: they
-    describe one pass over the prompts. Quotients, such as tokens per second, are computed from the means, so that
-    they are consistent with each other. The spread over the cycles is in the columns that end in `_sd`, `_cv`,
-    `_ci95_low` and `_ci95_high`, around the mean of the cycles' own values.
+    With several cycles, counted, timed and metered values are means over the finished cycles, so they describe one pass
+    over the prompts. Quotients, such as tokens per second, are computed from the means, so that they are consistent
+    with each other. The spread over the cycles is in the columns that end in `_sd`, `_cv`, `_ci95_low` and
+    `_ci95_high`, around the mean of the cycles' own values.
     """
 
     AFTER: ClassVar[dict[str, str]] = {
@@ -136,108 +135,108 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         "overrides": "warnings",
     }  # fmt: skip
 
-    error: Annotated[str | None, "Why the experiment did not complete."]
+    error: Annotated[str | None, "Why the experiment did not complete, or null."]
     started_at: Annotated[str, "Wall-clock start, ISO 8601 with UTC offset; a label, not a measurement."]
     lem_version: Annotated[str, "Version of lem that ran the experiment."]
-    hostname: Annotated[str, "Name of the machine that it ran on."]
-    processes: Annotated[int, "Worker processes that wrote a record."]
+    hostname: Annotated[str, "Name of the machine on which it ran."]
+    processes: Annotated[int, "Number of worker processes that wrote a record."]
     cycles_planned: Annotated[int, "Number of cycles planned."]
     cycles_completed: Annotated[int, "Cycles in which every prompt was finished."]
     resumed: Annotated[int, "Number of times the experiment was resumed."]
     # what ran
     model: Annotated[str, "Model, as configured."]
-    random_weights: Annotated[bool | None, "Whether the weights are random: meaningless text, but real work."]
-    parameters: Annotated[int | None, "Parameters of the loaded model, including an adapter's."]
+    random_weights: Annotated[bool | None, "Whether the weights are random: meaningless output, but real work."]
+    parameters: Annotated[int | None, "Number of parameters of the loaded model, including any adapter's."]
     backend: Annotated[str, "Backend that ran."]
     engine_version: Annotated[str | None, "Version of the engine behind the backend."]
     device: Annotated[str | None, "Device the model ran on, by name."]
     dtype: Annotated[str | None, "Dtype of the loaded weights, and of the arithmetic unless they are quantized."]
     quantization: Annotated[str | None, "How the weights were quantized, or null."]
-    adapter: Annotated[str | None, "LoRA adapter, or null."]
+    adapter: Annotated[str | None, "LoRA adapter, or null if none was used."]
     weights_bytes: Annotated[Bytes, "Size of the weights as loaded."]
-    dataset: Annotated[str, "Dataset choice."]
-    prompts_sha256: Annotated[str, "Digest of the prompts in order: equal digests, equal prompts."]
-    prompts_read: Annotated[int | None, units.REQUEST, "Prompts in the source, the empty ones included."]
+    dataset: Annotated[str, "Name of the chosen dataset."]
+    prompts_sha256: Annotated[str, "Digest of the prompts in order; equal digests mean equal prompts."]
+    prompts_read: Annotated[int | None, units.REQUEST, "Number of prompts in the source, including empty ones."]
     prompts_empty: Annotated[
-        int | None, units.REQUEST, "Of prompts_read, empty and dropped before the sample is drawn."
+        int | None, units.REQUEST, "Number of prompts_read that were empty and dropped before sampling."
     ]
-    prompts_cut: Annotated[int | None, units.REQUEST, "Prompts that ran cut to max_input_tokens."]
-    decoder: Annotated[str, "Decoder choice."]
+    prompts_cut: Annotated[int | None, units.REQUEST, "Number of prompts that were truncated to max_input_tokens."]
+    decoder: Annotated[str, "Name of the chosen decoder."]
     batching_strategy: Annotated[str, "Batching strategy."]
     batch_size: Annotated[int, units.REQUEST, "Maximum number of requests in a batch."]
     max_output_tokens: Annotated[int, units.TOKEN, "Maximum number of generated tokens per request."]
     seed: Annotated[int, "Seed for sampling."]
     # counted
-    requests_planned: Annotated[int, units.REQUEST, "Prompts of the experiment."]
-    load_duration_s: Annotated[Seconds, "Loading the model, outside the window."]
-    energy_scope: Annotated[str | None, "What the headline covers: device, package, machine, shared_device."]
+    requests_planned: Annotated[int, units.REQUEST, "Number of prompts of the experiment."]
+    load_duration_s: Annotated[Seconds, "Time to load the model, which is outside the window."]
+    energy_scope: Annotated[str | None, "Scope of the headline energy: device, package, machine or shared_device."]
     energy_components: Annotated[str | None, "Components in the headline, such as gpu or cpu+dram."]
-    energy_without_gpu: Annotated[bool | None, "Whether a GPU ran the model that no reading of energy includes."] = None
+    energy_without_gpu: Annotated[bool | None, "Whether a GPU ran the model but is missing from the energy."] = None
     gpu_energy_source: Annotated[str | None, "Source of gpu_energy_j."]
     cpu_energy_source: Annotated[str | None, "Source of cpu_energy_j."]
     dram_energy_source: Annotated[str | None, "Source of dram_energy_j."]
-    load_energy_j: Annotated[Joules, "As energy_j, while the model was being loaded."]
-    warmup_energy_j: Annotated[Joules, "As energy_j, during warm-up."]
-    idle_power_before_w: Annotated[Watts, "Power before anything was loaded, headline components."]
-    idle_power_loaded_w: Annotated[Watts, "Power with the model resident and nothing running."]
+    load_energy_j: Annotated[Joules, "Headline energy of loading the model."]
+    warmup_energy_j: Annotated[Joules, "Headline energy of the warm-up."]
+    idle_power_before_w: Annotated[Watts, "Power of the headline components before the model is loaded."]
+    idle_power_loaded_w: Annotated[Watts, "Power of the headline components with the model loaded and idle."]
     trace_energy_j: Annotated[Joules, "Integral of the GPU power trace, to compare with the counter."]
-    counter_tick_s: Annotated[Seconds, "Coarsest tick of the GPU energy counters."]
+    counter_tick_s: Annotated[Seconds, "Longest tick of the GPU energy counters."]
     prefill_energy_j: Annotated[
-        Joules, "Power trace over the prefill spans (integral); null if the sensor does not resolve them."
+        Joules, "Integral of the power trace over the prefill spans; null if the sensor cannot resolve them."
     ]
     decode_energy_j: Annotated[
         Joules,
-        "energy_j minus prefill_energy_j; may be negative; null with idle time, which is not metered separately.",
+        "energy_j minus prefill_energy_j; may be negative; null with idle time, whose energy is unknown.",
     ]
     prefill_energy_uncertainty_j: Annotated[
         Joules,
-        "Bound on the error from sampling and from how far back the power samples reach, for prefill and for decode.",
+        "Bound on the error of prefill and decode energy from sampling and from the sensor's averaging.",
     ]
     prefill_reason: Annotated[str | None, "Why prefill_duration_s or prefill_energy_j is null, where known."] = None
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
     co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
     carbon_intensity_g_per_kwh: Annotated[float | None, units.GRAM_CO2E_PER_KWH, "Carbon intensity used."]
-    carbon_intensity_source: Annotated[str | None, "Where the carbon intensity comes from."]
-    peak_memory_bytes: Annotated[Bytes, "Peak memory, the largest of the processes."]
-    peak_memory_scope: Annotated[str | None, "What the peak covers."]
+    carbon_intensity_source: Annotated[str | None, "Source of the carbon intensity."]
+    peak_memory_bytes: Annotated[Bytes, "Peak memory, the maximum over all processes."]
+    peak_memory_scope: Annotated[str | None, "Scope of the peak memory."]
     flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
     peak_flops_per_s: Annotated[
         float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the arithmetic's dtype."
     ]
-    peak_flops_source: Annotated[str | None, "Where the peak is from."]
+    peak_flops_source: Annotated[str | None, "Source of the datasheet peak."]
     kv_cache_bytes: Annotated[Bytes, "Allocated key/value cache of the largest batch, padding included."]
-    warmup_prompts: Annotated[int | None, units.REQUEST, "Prompts that the warm-up ran."]
-    warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts, max_s."]
+    warmup_prompts: Annotated[int | None, units.REQUEST, "Number of prompts run in the warm-up."]
+    warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts or max_s."]
     warmup_cv: Annotated[Ratio, "Coefficient of variation of the warm-up's last latencies."]
     # over the cycles
     energy_sd_j: Annotated[Joules, "Standard deviation of energy_j over the cycles."] = None
     energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j."] = None
     energy_ci95_low_j: Annotated[Joules, "95 % t-interval of mean energy_j, lower end."] = None
-    energy_ci95_high_j: Annotated[Joules, "Upper end."] = None
+    energy_ci95_high_j: Annotated[Joules, "95 % t-interval of mean energy_j, upper end."] = None
     output_tokens_per_s_mean: Annotated[
-        TokensPerSecond, "Mean of the cycles' own rates: what the interval is around."
+        TokensPerSecond, "Mean of the cycles' own rates, the centre of the interval."
     ] = None
-    output_tokens_per_s_sd: Annotated[TokensPerSecond, "SD over the cycles."] = None
-    output_tokens_per_s_cv: Annotated[Ratio, "CV over the cycles."] = None
-    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end."] = None
-    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "Upper end."] = None
-    latency_mean_sd_s: Annotated[Seconds, "SD of latency_mean_s over the cycles."] = None
-    latency_mean_cv: Annotated[Ratio, "CV of latency_mean_s."] = None
-    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end."] = None
-    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end."] = None
+    output_tokens_per_s_sd: Annotated[TokensPerSecond, "Standard deviation over the cycles."] = None
+    output_tokens_per_s_cv: Annotated[Ratio, "Coefficient of variation over the cycles."] = None
+    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "95 % t-interval, lower end."] = None
+    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "95 % t-interval, upper end."] = None
+    latency_mean_sd_s: Annotated[Seconds, "Standard deviation of latency_mean_s over the cycles."] = None
+    latency_mean_cv: Annotated[Ratio, "Coefficient of variation of latency_mean_s."] = None
+    latency_mean_ci95_low_s: Annotated[Seconds, "95 % t-interval, lower end."] = None
+    latency_mean_ci95_high_s: Annotated[Seconds, "95 % t-interval, upper end."] = None
     energy_per_output_token_mean_j: Annotated[
-        JoulesPerToken, "Mean of the cycles' own quotients: what the interval is around."
+        JoulesPerToken, "Mean of the cycles' own quotients, the centre of the interval."
     ] = None
-    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "SD over the cycles."] = None
-    energy_per_output_token_cv: Annotated[Ratio, "CV of energy_per_output_token_j."] = None
-    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end."] = None
-    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end."] = None
+    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Standard deviation over the cycles."] = None
+    energy_per_output_token_cv: Annotated[Ratio, "Coefficient of variation."] = None
+    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "95 % t-interval, lower end."] = None
+    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "95 % t-interval, upper end."] = None
     campaign: Annotated[str | None, "Campaign that the experiment belongs to."] = None
-    campaign_arm: Annotated[str | None, "Its arm in the campaign."] = None
-    campaign_cycle: Annotated[int | None, "Its cycle in the campaign, from 1."] = None
-    campaign_position: Annotated[int | None, "Its position in that cycle, from 1."] = None
+    campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
+    campaign_cycle: Annotated[int | None, "The experiment's cycle in the campaign, from 1."] = None
+    campaign_position: Annotated[int | None, "The experiment's position in that cycle, from 1."] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

@@ -1,4 +1,4 @@
-"""Shows rows as tables for people and as JSON for programs. Knows nothing about files or engines."""
+"""Shows rows as tables for people and as JSON for programs. This module knows nothing about files or engines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STATUS_STYLE = {"completed": "green", "failed": "red", "interrupted": "yellow", "pending": "cyan"}
-# Without a terminal, lines are neither cut nor folded.
+# Without a terminal, lines are neither cut nor wrapped.
 WIDTH_WITHOUT_TERMINAL = 100_000
 WIDE = 110
 # Text wrapped to less than this width is hard to read.
 LEAST_TEXT_WIDTH = 30
-# Times with a mean and percentiles: their line's label, and their columns' prefix.
+# Times that have a mean and percentiles: the label of their line, and the prefix of their columns.
 PERCENTILES = {
     "Latency": "latency",
     "Time to first token": "ttft",
@@ -41,7 +41,7 @@ WITHOUT_GPU = "without the GPU"
 
 @cache
 def _console_class() -> type[Console]:
-    """Return a console that escapes control characters: in texts before they are laid out, and in all that is left."""
+    """Return a console class that escapes control characters, both in texts before layout and in the final output."""
     from rich.console import Console
 
     class PrintableConsole(Console):
@@ -56,14 +56,14 @@ def _console_class() -> type[Console]:
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr that escapes control characters; very wide if there is no terminal."""
+    """Return a console on stdout or stderr that escapes control characters; it is very wide without a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
     return _console_class()(stderr=stderr, width=width, highlight=False, emoji=False, soft_wrap=not stream.isatty())
 
 
 def cell(text: str) -> str:
-    """Return a text as rich shows it literally, on one line: neither its markup nor its control characters count."""
+    """Return a string on one line for rich to show literally, with its markup and control characters escaped."""
     from rich.markup import escape
 
     return escape(one_line(text))
@@ -80,12 +80,12 @@ def print_table(table: Table) -> None:
         return
     with out.capture() as captured:
         out.print(table)
-    # Without the padding of the last column; spaces that may not break are for the layout alone.
+    # The padding of the last column is stripped; no-break spaces are needed only for the layout.
     print("\n".join(line.rstrip() for line in captured.get().replace(NO_BREAK, " ").splitlines()))
 
 
 def _fitted(table: Table, width: int) -> bool:
-    """Give each column its longest word's width and a share of the rest; return False if there is too little room."""
+    """Give each column the width of its longest word and a share of the rest; return False if there is no room."""
     from rich.text import Text
 
     columns = []
@@ -121,13 +121,13 @@ def _print_paragraphs(table: Table, out: Console) -> None:
 
 # ------------------------------------------------------------------ one experiment
 def show_row(row: ExperimentRow) -> None:
-    """Print what an experiment measured, with no line for what it did not measure."""
+    """Print an experiment's measurements, leaving out those that were not made."""
     console().print(f"{cell(row.experiment_id)}  {_status(row.status)}", soft_wrap=True)
     print_pairs(_lines(row))
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Print names and texts, a pair on a line; none with an empty text."""
+    """Print names with their texts, one pair per line, leaving out empty texts."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -146,7 +146,10 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
     yield "Prompts", _prompts(row)
     if row.requests_failed:
-        yield "Failed", f"{row.requests_failed} requests ({row.error_rate or 0.0:.2%}), in no mean, total or rate below"
+        yield (
+            "Failed",
+            f"{row.requests_failed} requests ({row.error_rate or 0.0:.2%}), not in any mean, total or rate below",
+        )
     yield "Batching", f"{row.batching_strategy}, up to {row.batch_size} · decoder {row.decoder}"
     yield "Tokens", f"{row.input_tokens} input, {row.output_tokens} output"
     yield from _time_lines(row)
@@ -183,7 +186,7 @@ def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
             + _part(row.decode_duration_s, row.decode_energy_j),
         )
     elif row.prefill_reason is not None:
-        yield "Prefill, decode", f"not told apart: {row.prefill_reason}"
+        yield "Prefill, decode", f"not separable: {row.prefill_reason}"
     yield from _traffic_lines(row)
 
 
@@ -210,12 +213,12 @@ def _limits(row: ExperimentRow) -> str:
 
 
 def _known(value: float | None, unit: str, before: str = "") -> str:
-    """Return a measured value as text, empty if it was not measured."""
+    """Return a measured value as text, or an empty string if it was not measured."""
     return "" if value is None else before + quantity(value, unit)
 
 
 def _percent(share: float) -> str:
-    """Return a share as a percentage, to two significant digits, and all digits before the point."""
+    """Return a share as a percentage, to two significant digits or, from 10 % up, as a whole number."""
     percent = 100 * share
     return f"{percent:.0f} %" if abs(percent) >= 10 else f"{percent:.2g} %"
 
@@ -246,7 +249,7 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
             (
                 f"{marked(row, quantity(row.idle_power_before_w, 'W'))} before loading, "
                 f"{marked(row, quantity(row.idle_power_loaded_w, 'W'))} loaded · "
-                f"without it {marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
+                f"energy without it {marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
             ),
         )
     yield "Energy per request", marked(row, quantity(row.energy_per_request_j, "J/request"))
@@ -258,7 +261,7 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
 
 
 def _steady(row: ExperimentRow) -> str:
-    """Return the measures of the time in which all places were taken; empty if there was none."""
+    """Return the measures of the steady state as text; empty if there was none."""
     if row.steady_duration_s is None:
         return ""
     speed, cost = row.steady_output_tokens_per_s, row.steady_energy_per_output_token_j
@@ -322,17 +325,17 @@ def _status(status: str) -> str:
 
 
 def say_estimates(rows: Iterable[ExperimentRow]) -> None:
-    """Explain the mark for estimates if any row has one, and name the rows whose energy lacks the GPU's."""
+    """Explain the mark for estimates if any row has one, and list the rows whose energy lacks the GPU's."""
     rows = list(rows)
     if any(is_estimated(row.energy_source) for row in rows):
         print(f"{ESTIMATE} an estimate, not a measurement")
     if lacking := [row.experiment_id for row in rows if row.energy_without_gpu and row.energy_j is not None]:
-        print(f"energy {WITHOUT_GPU} that ran the model: {', '.join(lacking)}")
+        print(f"energy excludes the GPU that ran the model: {', '.join(lacking)}")
 
 
 @dataclass(frozen=True)
 class SweepLine:
-    """The outcome of one cell of a sweep; it has a row if anything was measured."""
+    """The outcome of one cell of a sweep, with a row if anything was measured."""
 
     label: str
     status: str
@@ -386,7 +389,7 @@ def row_dict(row: ExperimentRow) -> dict[str, Any]:
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Return plain data as JSON, with escapes for what stdout's encoding lacks; what is not finite is null."""
+    """Return plain data as JSON, escaping characters that stdout cannot encode; non-finite numbers become null."""
     ascii_only = not (sys.stdout.encoding or "utf").lower().startswith("utf")
     try:
         return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)

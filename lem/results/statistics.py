@@ -1,6 +1,6 @@
 """Mean, standard deviation, coefficient of variation and confidence interval of repeated measurements.
 
-Works on plain numbers. With fewer than two values the spread is None, not 0.
+This module works on plain numbers. With fewer than two values the spread is None, not 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of n values; the interval is Student's t for the mean, at a confidence of 95 %."""
+    """Statistics of n values; the interval is Student's t-interval of the mean, with a confidence of 95 %."""
 
     n: int
     mean: float | None
@@ -26,10 +26,10 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summarise values; a mean needs at least one, a spread at least two.
+    """Summarise values; a mean needs at least one value, and a spread at least two.
 
-    The standard deviation is the sample's (n - 1). The interval holds for independent, roughly normal values
-    (Student 1908); consecutive cycles on a warm machine are close to that, but not exactly.
+    The standard deviation is the sample standard deviation (n - 1). The interval assumes independent, roughly normal
+    values (Student 1908); consecutive cycles on a warm machine come close to that, but do not satisfy it exactly.
     """
     n = len(values)
     if n == 0:
@@ -43,8 +43,8 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(n, mean, sd, sd / abs(mean) if mean else None, mean - half, mean + half)
 
 
-# The quantiles of Student's t for a 95 % interval with 1 to 9 degrees of freedom: up to ten cycles need no scipy, whose
-# import takes longer than computing the rows of a thousand experiments. A test compares them with scipy's.
+# The quantiles of Student's t for a 95 % interval with 1 to 9 degrees of freedom. With them, up to ten cycles need no
+# scipy, whose import takes longer than computing the rows of a thousand experiments. A test checks them against scipy.
 _T_975 = (
     12.706204736432095, 4.302652729911275, 3.182446305284263, 2.7764451051977987, 2.570581835636314,
     2.4469118511449692, 2.3646242515927844, 2.306004135204166, 2.2621571627409915,
@@ -56,13 +56,13 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     """Return the quantile of Student's t distribution."""
     if probability == 0.5 + CONFIDENCE / 2 and degrees_of_freedom <= len(_T_975):
         return _T_975[degrees_of_freedom - 1]
-    from scipy.special import stdtrit  # a fraction of what scipy.stats takes to import
+    from scipy.special import stdtrit  # imports in a fraction of the time of scipy.stats
 
     return float(stdtrit(degrees_of_freedom, probability))
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return a percentile of values in ascending order, at least one, by linear interpolation between neighbours."""
+    """Return a percentile of at least one value in ascending order, interpolating linearly between neighbours."""
     place = (len(ordered) - 1) * percent / 100
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

@@ -1,8 +1,8 @@
-"""The steady state of batched serving: from when all places are first taken until they are last.
+"""The steady state of batched serving: the span from the first to the last moment when all places are taken.
 
-While the first requests fill the places, and while the last ones leave them, an engine works on smaller batches; with
-few prompts that is much of the window. Published figures of served models, such as ML.ENERGY's, leave it out. Knows
-nothing about engines.
+While the first requests fill the places, and while the last ones leave them, an engine works on smaller batches. With
+few prompts, that is a large part of the window. Published figures of served models, such as ML.ENERGY's, exclude it.
+This module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from lem.record import EnergySoFar, RequestRecord
 
-# The share of the places' time that must be taken. Between a request and the next one in its place lies a step.
+# The least occupancy of the places; a request and its successor in the same place are one engine step apart.
 LEAST_OCCUPANCY = 0.95
 
 
 class Steady(NamedTuple):
-    """A steady state: its length, the tokens that came in it, and its energy if that was read at both of its ends."""
+    """A steady state: its length, the tokens generated in it, and its energy if that was read at both of its ends."""
 
     duration_s: float
     output_tokens: int
@@ -26,16 +26,17 @@ class Steady(NamedTuple):
 
 
 def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None, *, by_client: bool) -> int | None:
-    """Return how many requests an engine has under way when it is fully used; None if nothing keeps it so.
+    """Return how many requests a fully used engine has under way; None if nothing keeps it fully used.
 
-    Padded batches lose requests from the first that ends, and open-loop traffic arrives as it will.
+    With padded batches, places become empty as soon as the first request ends; open-loop traffic may leave places
+    empty.
 
     Args:
-        strategy: of batching.
+        strategy: the batching strategy.
         batch_size: the engine's places.
-        pattern: of traffic.
-        concurrency: the requests in each replica's system, for that pattern.
-        by_client: only the client knows what is under way, as with a server.
+        pattern: the traffic pattern.
+        concurrency: the number of requests in each replica's system, for the pattern `concurrency`.
+        by_client: whether only the client knows which requests are under way, as with a server.
     """
     if strategy != "continuous" or pattern not in ("closed", "concurrency"):
         return None
@@ -47,14 +48,14 @@ def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None
 def steady_state(
     requests: Sequence[RequestRecord], taken: int, energy: Sequence[EnergySoFar], *, ends_at_readings: bool
 ) -> Steady | None:
-    """Return the steady state of a cycle that ran at one go; None if there is none.
+    """Return the steady state of a cycle that ran in one attempt; None if there is none.
 
     Args:
-        requests: those of all processes.
+        requests: the requests of all processes.
         taken: the places of each replica.
         energy: readings of the window's energy, in order.
-        ends_at_readings: begin and end with the first and the last of these readings in the steady state, so that
-            its time, tokens and energy are those of the same span.
+        ends_at_readings: begin and end with the first and last of these readings in the steady state, so that its time,
+            tokens and energy are those of the same span.
     """
     ranks = {r.rank for r in requests}
     spans = [full_span([r for r in requests if r.rank == rank], taken) for rank in ranks]
@@ -75,14 +76,14 @@ def steady_state(
 
 
 def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, float] | None:
-    """Return from when to when a process had that many requests under way, apart from moments between two of them.
+    """Return the start and end of the span in which a process had `taken` requests under way, ignoring brief gaps.
 
-    None if it never had, if none of them took another's place, as then there was no queue to keep it so, or if places
-    were empty for more than moments, as in an engine without memory for all of them.
+    Returns None if the process never had that many, if no request took another's place (there was then no queue to keep
+    the engine full), or if places were empty for longer, as in an engine without enough memory for all of them.
     """
     if len(requests) <= taken:
         return None
-    # An end comes before a beginning at the same time.
+    # At equal times, ends come before beginnings.
     events = sorted([(r.start_s, 1) for r in requests] + [(r.end_s, -1) for r in requests])
     running, begin_s, end_s = 0, None, None
     for at_s, change in events:
@@ -100,7 +101,7 @@ def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, flo
 def tokens_between(request: RequestRecord, begin_s: float, end_s: float) -> int:
     """Return how many of a request's tokens came after `begin_s` and by `end_s`.
 
-    Without streaming they are taken to be spread evenly, after the prefill if its end is known.
+    Without streaming, tokens are assumed to be evenly spread, after the prefill if its end is known.
     """
     if request.end_s <= begin_s or request.start_s >= end_s:
         return 0

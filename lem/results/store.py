@@ -1,7 +1,7 @@
 """A results directory: claims ids, finds experiments, and tracks unfinished ones.
 
     <results>/raw/<id>/           spec.json: the plan; prompts.jsonl; arrivals.json: the arrivals of a trace
-                                  state.json; aggregated.json: there once the experiment has its rows
+                                  state.json; aggregated.json: exists once the experiment has its rows
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
@@ -10,7 +10,7 @@
     <results>/cycles/             a row for each cycle
     <results>/requests/           a row for each request
 
-Knows the files and their names, not what the numbers mean.
+This module knows the files and their names, not the meaning of the numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
 
 
 def default_root() -> Path:
-    """Return the results directory of commands without a configuration: the environment's, else results/."""
+    """Return the results directory of commands without a configuration: the environment variable's, else results/."""
     return Path(os.environ.get(RESULTS_DIR_VARIABLE) or DEFAULT_RESULTS_DIR)
 
 
@@ -53,10 +53,10 @@ class Store:
         self.requests_table = self.root / "requests"
 
     def claim(self, now: datetime | None = None) -> ExperimentDir:
-        """Create a directory with a new id, `exp_YYYYMMDD_HHMMSS`, with a suffix only if that is taken.
+        """Create a directory with a new id, `exp_YYYYMMDD_HHMMSS`, with a suffix only if that id is taken.
 
         Raises:
-            ResultsError: the results directory cannot be written to.
+            ResultsError: the results directory is not writable.
             DiskFull: there is no space left in it.
         """
         base = f"exp_{now or datetime.now():%Y%m%d_%H%M%S}"
@@ -65,7 +65,7 @@ class Store:
             for number in range(1, 100_000):
                 path = self._raw / (base if number == 1 else f"{base}_{number}")
                 try:
-                    path.mkdir()  # atomic: only one of many processes gets the name
+                    path.mkdir()  # atomic, so only one of several processes gets the name
                 except FileExistsError:
                     continue
                 return ExperimentDir(path)
@@ -79,7 +79,7 @@ class Store:
         """Return the ids of all experiments, oldest first."""
         if not self._raw.is_dir():
             return []
-        # The name first: another entry may be a broken link.
+        # The name is checked first, because another entry may be a broken link.
         return sorted((e.name for e in os.scandir(self._raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
 
     def directory(self, experiment_id: str) -> ExperimentDir:
@@ -87,9 +87,9 @@ class Store:
         return ExperimentDir(f"{self._raw}/{experiment_id}")
 
     def find(self, text: str) -> ExperimentDir:
-        """Return the experiment with an id or the beginning of one; raises `ResultsError` if not unique."""
-        if not text:  # as from an unset shell variable; every id begins with it
-            raise ResultsError("The id of an experiment is empty; lem results list shows the ids.")
+        """Return the experiment with this id or beginning of an id; raises `ResultsError` if none or several match."""
+        if not text:  # for example from an unset shell variable; every id would match
+            raise ResultsError("The experiment id is empty; lem results list shows the ids.")
         ids = self.ids()
         matches = [text] if text in ids else [name for name in ids if name.startswith(text)]
         if len(matches) == 1:
@@ -100,13 +100,13 @@ class Store:
         hint = f" Nearest: {', '.join(close)}." if close else ""
         raise ResultsError(f"There is no experiment '{text}' in {self.root}.{hint}")
 
-    # -------------------------------------------------------------- unfinished ones
+    # -------------------------------------------------------------- unfinished experiments
     def mark_unfinished(self, experiment_id: str, fingerprint: str) -> None:
-        """Let an experiment be found by its fingerprint until it is completed and has its rows."""
+        """Make an experiment findable by its fingerprint until it is completed and has its rows."""
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
-        """Remove an experiment from those that are found by their fingerprint."""
+        """Remove an experiment from those that can be found by fingerprint."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def marked(self) -> list[str]:
@@ -130,16 +130,16 @@ def age(experiment_id: str) -> tuple[str, int]:
 
 
 def _says_the_same(directory: ExperimentDir, fingerprint: str) -> bool:
-    """Return False if a directory only claims a fingerprint: what it would run is a different configuration."""
+    """Return whether a directory really has a fingerprint; its configuration may differ from the one it claims."""
     try:
         plan = directory.plan()
     except ResultsError:
-        return True  # resuming it says what is wrong
+        return True  # resuming it reports the problem
     return fingerprint.startswith(config_sha256(plan.experiment)[:16])
 
 
 def _text(file: Path) -> str | None:
-    """Return a small file's content, None if another process has just removed it."""
+    """Return a small file's content, or None if another process has just removed the file."""
     try:
         return file.read_text()
     except FileNotFoundError:

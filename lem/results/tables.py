@@ -1,10 +1,10 @@
 """The three tables of a results directory: finds the file with an experiment's rows, and changes rows safely.
 
-A table is a folder of Parquet files. A file holds the rows of one experiment, `<id>.parquet`, or of several that were
-aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
-experiments/ hold the same experiments. They are written in this order, each atomically: a file without a
-counterpart in experiments/ does not count, and the next writer removes it. So no row is lost or duplicated,
-no matter when a writer is killed. Knows rows, but not how they are computed.
+A table is a folder of Parquet files. A file contains the rows of one experiment, `<id>.parquet`, or of several that
+were aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
+experiments/ contain the same experiments. They are written in this order, each atomically. A file without a counterpart
+in experiments/ does not count, and the next writer removes it, so no row is lost or duplicated, whenever a writer is
+killed. This module knows rows, but not how they are computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KINDS: dict[str, type[Any]] = {"requests": RequestRecord, "cycles": CycleRow, "e
 
 @dataclass(frozen=True)
 class RowLocation:
-    """The file that holds an experiment's row; `resumed` and `status` are the row's, or None if it was not read."""
+    """The file with an experiment's row; `resumed` and `status` come from the row, or are None if it was not read."""
 
     file: str
     resumed: int | None = None
@@ -50,7 +50,7 @@ class Tables:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the write lock; the kernel releases the lock when the process ends, however it ends."""
+        """Hold the write lock, which the kernel releases when the process ends, however it ends."""
         self._store.root.mkdir(parents=True, exist_ok=True)
         with (self._store.root / ".tables.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -64,7 +64,7 @@ class Tables:
         return self.locations(alone=False).get(experiment_id)
 
     def locations(self, *, alone: bool = True) -> dict[str, RowLocation]:
-        """Return the locations of all experiments' rows; without `alone`, only of rows in shared files.
+        """Return the locations of all experiments' rows or, without `alone`, only of rows in shared files.
 
         Raises:
             ResultsError: a file of several experiments cannot be read.
@@ -77,14 +77,14 @@ class Tables:
                 continue
             some = read_file(file, ["experiment_id", "resumed", "status"])
             for name, resumed, status in zip(*(column.to_pylist() for column in some.columns), strict=True):
-                if ID.fullmatch(name):  # not a path to somewhere else
+                if ID.fullmatch(name):  # so that a crafted name cannot point elsewhere
                     found[name] = RowLocation(file.name, resumed, status)
         return found
 
     def lacking(self) -> dict[str, str | None]:
         """Return the files whose rows in the other tables are missing or damaged, with a message about any damage.
 
-        Files of single experiments are not checked for damage: there may be thousands.
+        Files of single experiments are not checked for damage, because there may be thousands.
         """
         files = self.files()
         found: dict[str, str | None] = {}
@@ -105,10 +105,10 @@ class Tables:
         return [file for file in _parquet_files(self._folder) if _is_ours(file)]
 
     def strangers(self) -> list[str]:
-        """Return a message about each file in the tables' folders that is not one of theirs."""
+        """Return a message about each file in the tables' folders that does not belong to them."""
         folders = [self._store.root / name for name in KINDS]
         return [
-            f"{file} is not a part of this table, but pandas and DuckDB read it with the others; move it elsewhere."
+            f"{file} is not part of this table, but pandas and DuckDB would read it too; move it elsewhere."
             for folder in folders
             for file in _parquet_files(folder)
             if not _is_ours(file)
@@ -116,14 +116,14 @@ class Tables:
 
     # -------------------------------------------------------------- reading
     def row(self, experiment_id: str, at: RowLocation) -> ExperimentRow:
-        """Return an experiment's row; raises `ResultsError` when its file is damaged."""
+        """Return an experiment's row; raises `ResultsError` if its file is damaged."""
         rows: list[ExperimentRow] = self._of("experiments", experiment_id, at)
         if not rows:
             raise ResultsError(f"{self._folder / at.file} is empty; {_remedy(Path(at.file))}")
         return rows[0]
 
     def cycles(self, experiment_id: str, at: RowLocation) -> list[CycleRow]:
-        """Return the rows of an experiment's cycles; raises `ResultsError` when their file is damaged."""
+        """Return the rows of an experiment's cycles; raises `ResultsError` if their file is damaged."""
         return self._of("cycles", experiment_id, at)
 
     def _of(self, name: str, experiment_id: str, at: RowLocation) -> list[Any]:
@@ -133,7 +133,7 @@ class Tables:
         return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), KINDS[name])
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
-        """Return the rows of all experiments, and a message about each damaged file; none hides another.
+        """Return the rows of all experiments, and a message about each damaged file (none hides another).
 
         Args:
             names: the columns to read; None reads all.
@@ -153,12 +153,12 @@ class Tables:
         return rows, damaged
 
     def whole(self, name: str) -> Any:
-        """Return a table with all its rows, in Arrow; raises `ResultsError` when a file of it is damaged."""
+        """Return a whole table as an Arrow table; raises `ResultsError` if one of its files is damaged."""
         return parquet.together([read_file(self._store.root / name / f.name) for f in self.files()], KINDS[name])
 
     # -------------------------------------------------------------- writing
     def write(self, new: NewRows) -> None:
-        """Write rows; the caller holds the tables `locked`."""
+        """Write rows; the caller must hold the lock (see `locked`)."""
         self._sweep()
         for file, together in new.by_file().items():
             ids = [experiment_id for each in together for experiment_id in _ids(each)]
@@ -166,7 +166,7 @@ class Tables:
                 _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
 
     def _sweep(self) -> None:
-        """Remove what a killed writer has left behind."""
+        """Remove files left behind by a killed writer."""
         valid = {file.name for file in self.files()}
         for folder in (self._store.root / name for name in KINDS):
             for file in folder.iterdir() if folder.is_dir() else ():
@@ -179,7 +179,7 @@ def _parquet_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     entries = (e for e in os.scandir(folder) if e.name.endswith(".parquet") and not e.name.startswith("."))
-    # Not a pipe, which would be waited for.
+    # A pipe would block the read.
     return sorted(folder / entry.name for entry in entries if entry.is_file())
 
 
@@ -187,15 +187,16 @@ def _is_ours(file: Path) -> bool:
     return bool(ID.fullmatch(file.stem) or SHARED_FILE.fullmatch(file.stem))
 
 
-# The rows of some experiments as Arrow tables, by the names of the tables.
+# The rows of some experiments as Arrow tables, keyed by the names of the tables.
 ArrowTables = dict[str, Any]
 
 
 class NewRows:
-    """Rows waiting to be written, as Arrow tables: a tenth of the memory of the data they are computed from.
+    """Rows waiting to be written, as Arrow tables, which take a tenth of the memory of the data behind them.
 
     Args:
-        locations: where the experiments' previous rows are, which are replaced; new experiments share a new file.
+        locations: the locations of the experiments' previous rows, which are replaced; new experiments share a new
+            file.
     """
 
     def __init__(self, locations: Mapping[str, RowLocation]) -> None:
@@ -214,13 +215,13 @@ class NewRows:
             at = self._locations.get(one.plan.experiment_id)
             by_file.setdefault(at.file if at else None, []).append(one)
         made = {file: _arrow_tables(together) for file, together in by_file.items()}
-        for file, tables in made.items():  # all of them or none
+        for file, tables in made.items():  # add all rows or none
             self._held.setdefault(file, []).append(tables)
             statuses |= zip(_ids(tables), tables["experiments"]["status"].to_pylist(), strict=True)
         return [statuses[one.plan.experiment_id] for one in measured]
 
     def by_file(self) -> dict[str, list[ArrowTables]]:
-        """Return the rows by the names of their files."""
+        """Return the rows, keyed by the names of their files."""
         new = _name([name for tables in self._held.get(None, ()) for name in _ids(tables)])
         return {file or new: tables for file, tables in self._held.items()}
 
@@ -246,7 +247,7 @@ def _name(ids: Sequence[str]) -> str:
 
 
 def _replace(file: Path, record_type: type[Any], ids: Sequence[str], rows: Sequence[Any]) -> None:
-    """Replace the rows of some experiments in a file; its other rows stay."""
+    """Replace the rows of some experiments in a file; keep the file's other rows."""
     import pyarrow as pa
 
     if SHARED_FILE.fullmatch(file.stem) and file.is_file():
@@ -263,7 +264,7 @@ def read_file(file: Path, names: Sequence[str] | None = None) -> Any:
     try:
         return parquet.read_table(file, names)
     except FileNotFoundError:
-        raise ResultsError(f"{file} is missing; lem aggregate --all rebuilds it.") from None
+        raise ResultsError(f"{file} is missing; run lem aggregate --all to rebuild it.") from None
     except (OSError, ValueError) as error:
         raise ResultsError(_damage(file, error)) from None
 
@@ -281,5 +282,5 @@ def _damage(file: Path, error: Exception) -> str:
 
 def _remedy(file: Path) -> str:
     if ID.fullmatch(file.stem):
-        return f"lem aggregate {file.stem} --force rebuilds it."
-    return "remove it, and lem aggregate --all rebuilds its rows."
+        return f"run lem aggregate {file.stem} --force to rebuild it."
+    return "remove it, then run lem aggregate --all to rebuild its rows."

@@ -1,1 +1,1 @@
-"""One experiment, from preflight to its row."""
+"""Runs one experiment, from preflight to its row in the tables."""

@@ -1,6 +1,6 @@
-"""One process's attempt at an experiment: start, measure cycle by cycle, and leave a record whatever happens.
+"""One process's attempt at an experiment: start, measure each cycle, and write a record whatever happens.
 
-`lem.runner.window` defines what is measured inside a cycle; `lem.runner.records` defines what a record says.
+`lem.runner.window` defines how a cycle is measured, and `lem.runner.records` defines the content of a record.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is known once the model is loaded, shared by all cycles; every record repeats its phases and warnings."""
+    """What a process knows once the model is loaded; every cycle's record repeats these phases and warnings."""
 
     bench: Bench
     prompts: Sequence[Encoded]
@@ -55,7 +55,7 @@ class Loaded:
 
 @dataclass
 class Cycle:
-    """The cycle that is being measured."""
+    """The cycle being measured."""
 
     number: int
     measured: Measurement = field(default_factory=Measurement)
@@ -63,7 +63,7 @@ class Cycle:
 
 
 class Attempt:
-    """One process's attempt at a planned experiment; also the recorder of the windows that it measures."""
+    """One process's attempt at a planned experiment; it also records the windows that it measures."""
 
     def __init__(self, directory: ExperimentDir, number: int) -> None:
         self._directory, self._number = directory, number
@@ -81,7 +81,7 @@ class Attempt:
         self._traced_until_ns = 0
 
     def run(self, report: Report) -> Status:
-        """Measure all cycles that are not finished, and leave a record of each; return how it ended."""
+        """Measure all unfinished cycles and write a record of each; return how the attempt ended."""
         status: Status = "completed"
         try:
             self._measure(report)
@@ -93,7 +93,7 @@ class Attempt:
 
     # -------------------------------------------------------------- start
     def _measure(self, report: Report) -> None:
-        """Start the engine, wait until the machine is ready, and measure each cycle that is not finished."""
+        """Start the engine, wait until the machine is ready, and measure each unfinished cycle."""
         report(Event("load"))
         self._ranks = join(self._plan.processes, share_a_model=self._plan.replicas < self._plan.processes)
         finished = self._directory.finished(before_attempt=self._number)
@@ -132,7 +132,7 @@ class Attempt:
         return tuple(warnings)
 
     def _load(self, bench: Bench, texts: Sequence[str], idle_s: float, warnings: tuple[CodedWarning, ...]) -> Loaded:
-        """Load the model, between the two idle phases, and encode this process's prompts."""
+        """Load the model, with an idle phase before and after, and encode this process's prompts."""
         plan, measured = self._plan, self._cycle.measured
         share = plan.share(self._rank)
         prompts = bench.prepare([texts[i] for i in share], share, idle_s, measured)
@@ -149,14 +149,14 @@ class Attempt:
         )
 
     def _architecture(self) -> tuple[Architecture | None, tuple[CodedWarning, ...]]:
-        """Return the model's sizes; if they are unknown, a warning with the reason."""
+        """Return the model's dimensions or, if they are unknown, a warning with the reason."""
         try:
             return self._backend.architecture(), ()
         except UnknownArchitecture as error:
             return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
 
     def _others_pids(self) -> Sequence[int]:
-        """Return the processes of the run that this one did not start: the engine's, and the other ranks'."""
+        """Return the processes of the run that this one did not start: the engine's server and the other ranks."""
         ranks = processes.family_of([os.getppid()]) if self._plan.processes > 1 else ()
         return [*self._backend.server_pids(), *(process.pid for process in ranks)]
 
@@ -166,7 +166,7 @@ class Attempt:
 
     # -------------------------------------------------------------- a cycle
     def _measure_cycle(self, loaded: Loaded, finished: set[int]) -> None:
-        """Warm up, and measure what earlier attempts left unfinished in the cycle."""
+        """Warm up, then measure the prompts of the cycle that earlier attempts left unfinished."""
         experiment, cycle = self._plan.experiment, self._cycle
         left = [p for p in loaded.prompts if p.index not in finished]
         cycle.measured.indices = [p.index for p in left]
@@ -184,13 +184,13 @@ class Attempt:
         )
         errors = [request.generation.error for request in cycle.measured.requests]
         if errors and None not in errors:
-            raise RunError(f"All {len(errors)} requests failed; the last: {errors[-1]}")
+            raise RunError(f"All {len(errors)} requests failed; the last error was: {errors[-1]}")
 
     def _queue(self, left: Sequence[Encoded]) -> Queue | None:
         """Return how the remaining prompts arrive.
 
-        Their clock goes on from where earlier attempts' windows ended, so that what had arrived by then, and was not
-        finished, has waited since then.
+        The clock of arrivals continues from the end of earlier attempts' windows, so a request that had arrived by then
+        without being finished has been waiting since that time.
         """
         plan = self._plan
         traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
@@ -203,14 +203,14 @@ class Attempt:
             concurrency = (traffic.concurrency or 1) // plan.replicas
             first_s = in_system_s(concurrency, earlier.ends_s(counting))
             return Queue(None, concurrency, at_most, [at_s - from_s for at_s in first_s])
-        if plan.arrivals_sha256:  # from the trace, as it was when the experiment began
+        if plan.arrivals_sha256:  # times of the trace as it was when the experiment began
             times_s = self._directory.arrivals_s()
         else:
             times_s = arrival_times_s(traffic, plan.prompts.count, plan.experiment.seed)
         return Queue([times_s[p.index] - from_s for p in left], 1, at_most)
 
     def window_opens(self) -> None:
-        """Open a window in the journal, with the record that serves as a substitute if this process is killed."""
+        """Open a window in the journal, with the record to be used if this process is killed."""
         self._cycle.measured.window_opened_unix_s = time.time()
         if self._journal is not None:
             killed = ErrorInfo(DIED, "The worker was killed before it could write its record.", "measured")
@@ -239,7 +239,7 @@ class Attempt:
         return None if self._loaded is None else self._loaded.journal
 
     def _snapshot(self, status: Status, error: ErrorInfo | None) -> Snapshot:
-        """Ask the engine, the machine and the meter for what a record of the current cycle needs."""
+        """Collect from the engine, the machine and the meter everything that the current cycle's record needs."""
         engine = None if self._loaded is None else self._engine_report(self._loaded)
         devices_after = host.device_states(self._gpus, () if self._loaded is None else self._others_pids())
         return Snapshot(
@@ -283,7 +283,7 @@ class Attempt:
 
     # -------------------------------------------------------------- the end
     def _record_failure(self, caught: BaseException) -> Status:
-        """Report what ended the run, and write the record of what had been measured by then; return how it ended."""
+        """Report the error that ended the run and record everything measured until then; return how the run ended."""
         error = _error_info(caught, self._cycle.measured)
         _report_error(caught)
         self._cut_back_to_journal()
@@ -292,7 +292,7 @@ class Attempt:
         return status
 
     def _cut_back_to_journal(self) -> None:
-        """End the window with the journal's last batch: a signal or a full disk may have kept a later one out of it."""
+        """End the window with the journal's last batch; a signal or full disk may have kept later batches out of it."""
         if self._journal is None:
             return
         windows = read(self._directory.journal_file(self._rank, self._number).read_bytes())
@@ -303,7 +303,7 @@ class Attempt:
             self._cycle.measured.cut_back(len(kept.rows), kept.salvaged().phase("measured"), kept.metered, last)
 
     def _close(self) -> None:
-        """Release what the attempt holds; the records are already written, so a failure here is only printed."""
+        """Release the attempt's resources; the records are already written, so a failure here is only printed."""
         for part in (self._journal, self._meter, self._backend, self._ranks):
             try:
                 if part is not None:
@@ -313,7 +313,7 @@ class Attempt:
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> bool:
-    """Wait for a fixed time, then until the GPUs in use are cool enough; False if they were not within `max_s`."""
+    """Wait for a fixed time, then until the GPUs in use are cool; return False if they were not within `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     time.sleep(cooldown.wait_s)
@@ -334,14 +334,14 @@ def _error_info(caught: BaseException, measured: Measurement) -> ErrorInfo:
     elif isinstance(caught, LemError):
         message = str(caught)
     elif isinstance(caught, OSError) and caught.errno in FULL:
-        message = f"{NO_SPACE} for the results. Free some, then continue with lem experiment --resume."
+        message = f"{NO_SPACE} for the results. Free some space, then continue with lem experiment --resume."
     else:
         message = f"{type(caught).__name__}: {' '.join(str(caught).split())[:500]}"
     return ErrorInfo(type(caught).__name__, message, measured.current)
 
 
 def _report_error(caught: BaseException) -> None:
-    """Print on stderr what ended the run; with a traceback unless it is one of lem's own errors."""
+    """Print the error that ended the run on stderr, with a traceback unless it is one of lem's own errors."""
     if isinstance(caught, Interrupted):
         print(f"\n{caught}", file=sys.stderr)
     elif isinstance(caught, LemError):

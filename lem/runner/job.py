@@ -1,7 +1,7 @@
-"""One experiment from a checked configuration to its row: preflight, claim an id, launch, aggregate; or resume it.
+"""Takes one experiment from a checked configuration to its row: preflight, claim an id, launch, aggregate; or resume.
 
-The command line, the cells of studies and library users all run experiments through here. Knows nothing about Hydra or
-how results are shown.
+The command line, the cells of studies and callers of the Python API all run experiments through this module. It knows
+nothing about Hydra or about how results are shown.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from lem.units import timestamp
 
 log = logging.getLogger(__name__)
 
-# Runs an attempt at an experiment on the GPUs of a host, like lem.runner.launch.launch.
+# Runs an attempt at an experiment on a host's GPUs, as lem.runner.launch.launch does.
 Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an experiment ended and where its files are.
+    """How an experiment ended, and where its files are.
 
-    `problem` says why the row, which is computed from the records then, is not in the tables although it should be.
+    `problem` explains why the row is missing from the tables although it should be there; `row` is then unsaved.
     """
 
     row: ExperimentRow
@@ -66,13 +66,13 @@ def run(experiment: Experiment, *, force: bool = False, report: Report = silent)
 
     Args:
         experiment: the configuration; `experiment.io.results_dir` is where the results go.
-        force: run it even if it is inadvisable.
+        force: run the experiment even if it is inadvisable.
         report: called with events as the run proceeds.
 
     Raises:
         ConfigError: the experiment cannot run.
-        RunError: the disk is full. A run that fails raises nothing: its row says so.
-        Interrupted: it was stopped from outside.
+        RunError: the disk is full. A run that fails raises nothing; its row has the status and the error.
+        Interrupted: the run was stopped from outside.
     """
     return run_ready(preflight(experiment, host.look(), force=force), report=report)
 
@@ -92,22 +92,22 @@ def run_ready(
 ) -> Outcome:
     """Run one experiment that has passed preflight.
 
-    A failure of the model or the engine is not an exception: the row's status and error say it.
+    If the model or the engine fails, no exception is raised; the row has the status and the error.
 
     Args:
-        ready: what preflight returned.
-        overrides: the command line's, for the record.
-        config_file: the user's, for the record.
+        ready: the result of preflight.
+        overrides: the command line's overrides, for the record.
+        config_file: the user's config file, for the record.
         write_tables: write the row to the tables, not only the raw records.
         shared_with: the largest number of other experiments running on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
         campaign: the experiment's place in a campaign, for the record.
-        claimed: called with the experiment's directory before the run starts, and therefore even if it fails.
+        claimed: called with the experiment's directory before the run starts, and therefore even if the run fails.
         report: receives the progress.
-        launcher: runs the workers to their end.
+        launcher: runs the workers until they end.
 
     Raises:
-        Interrupted: stopped from outside; what was measured is kept, and its row written.
+        Interrupted: the run was stopped from outside; finished requests are kept and the row is written.
     """
     store = Store(ready.experiment.io.results_dir)
     directory = unfinished or store.claim()
@@ -115,7 +115,7 @@ def run_ready(
         claimed(directory)
     with _full_disk(store, directory):
         if unfinished:
-            directory.check_inputs()  # they may have been damaged in the meantime
+            directory.check_inputs()  # the files may have been damaged in the meantime
             directory.share(shared_with)
         else:
             plan = _plan(directory.id, ready, overrides, config_file)
@@ -125,7 +125,7 @@ def run_ready(
 
 
 def fingerprint(ready: Ready) -> str:
-    """Return what two experiments must have in common to count as the same."""
+    """Return the digest that is equal for two runs of the same experiment."""
     return _plan("", ready, (), None).fingerprint
 
 
@@ -138,27 +138,27 @@ def resume(
     report: Report = silent,
     launcher: Launcher = launch,
 ) -> Outcome:
-    """Resume an experiment: run only what is not finished, with the same configuration and prompts.
+    """Resume an experiment: run only the unfinished part, with the same configuration and prompts.
 
     Args:
         store: the results directory.
-        directory: the experiment.
+        directory: the experiment's directory.
         write_tables: write the row to the tables, not only the raw records.
-        take_over: resume it even if another host claims to be running it.
+        take_over: resume even if another host is marked as running the experiment.
         report: receives the progress.
-        launcher: runs the workers to their end.
+        launcher: runs the workers until they end.
 
     Raises:
-        ResultsError: it is already complete, another process runs it, or its files are damaged.
-        Interrupted: stopped from outside again.
+        ResultsError: the experiment is complete, another process is running it, or its files are damaged.
+        Interrupted: the run was stopped from outside again.
     """
     if directory.state().status in FINISHED:
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
     if directory.is_fruitless() and not directory.plan().unfinished_cycles(directory.finished()):
         raise ResultsError(
-            f"All requests of {directory.id} have failed; there is nothing left to run. --fresh runs it again."
+            f"All requests of {directory.id} have failed; there is nothing left to run. Use --fresh to run it again."
         )
-    directory.check_inputs()  # they may have been damaged in the meantime
+    directory.check_inputs()  # the files may have been damaged in the meantime
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over)
 
 
@@ -171,10 +171,10 @@ def _execute(
     *,
     take_over: bool = False,
 ) -> Outcome:
-    """Run what is not finished, write the outcome into the state, and write the row."""
+    """Run the unfinished part, write the outcome to the state file, and write the row."""
     plan = directory.plan()
     with _full_disk(store, directory), directory.run(take_over=take_over) as attempt:
-        # Only now, while it is running, so that others with the same configuration do not resume it.
+        # Marked only once the lock is held, so that another run of the same configuration does not resume this one.
         store.mark_unfinished(directory.id, plan.fingerprint)
         log.debug("experiment %s, attempt %d, in %s", directory.id, attempt, directory.path)
         try:
@@ -197,27 +197,27 @@ def _execute(
 
 def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:
     has_all = not plan.unfinished_cycles(directory.finished())
-    if has_all and not directory.is_fruitless():  # no matter how the processes ended
+    if has_all and not directory.is_fruitless():  # however the processes ended
         return "completed", None
     records = directory.records()
     attempt = max(record.attempt for record in records)
     last = [record for record in records if record.attempt == attempt]
     statuses = {record.status for record in last}
-    # When one fails, the others are interrupted.
+    # When one process fails, the others are interrupted, so failures come first.
     errors = sorted((r for r in last if r.error), key=lambda r: r.status != "failed")
     message = next((r.error.message for r in errors if r.error), None)
     return ("interrupted" if "interrupted" in statuses and "failed" not in statuses else "failed"), message
 
 
 def _full_disk(store: Store, directory: ExperimentDir) -> AbstractContextManager[None]:
-    """Turn a full disk into a one-line error with the remedy."""
-    return needs_space(store.root, f"Free some, then {resume_command(store, directory)}")
+    """Turn a full disk into a one-line error with a remedy."""
+    return needs_space(store.root, f"Free some space, then run {resume_command(store, directory)}")
 
 
 def _row(store: Store, directory: ExperimentDir, write_tables: bool) -> tuple[ExperimentRow, str | None]:
-    """Return an experiment's row, and why it could not be written to the tables if it should have been.
+    """Return an experiment's row, and the reason if the row should have been written to the tables but was not.
 
-    What has been measured is shown, whatever is wrong with the tables.
+    The results can be shown even if the tables are damaged.
     """
     problem = None
     if write_tables:
@@ -228,8 +228,8 @@ def _row(store: Store, directory: ExperimentDir, write_tables: bool) -> tuple[Ex
         except OSError as error:
             if error.errno in FULL:
                 raise
-            problem = f"{error.filename or store.root} cannot be written to: {error.strerror or error}."
-        problem = f"The row is not in the tables: {problem} Then lem aggregate {directory.id} --force writes it."
+            problem = f"cannot write to {error.filename or store.root}: {error.strerror or error}."
+        problem = f"The row is not in the tables: {problem} Fix that, then run lem aggregate {directory.id} --force."
     return read(directory, strict=False).row, problem
 
 

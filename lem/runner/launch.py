@@ -1,7 +1,7 @@
-"""Starting worker processes, and sleeping until they end. Knows how a worker is started, not what it measures.
+"""Starts worker processes and sleeps until they end. This module knows how workers start, not what they measure.
 
-A single process is started directly; several through accelerate's launcher on GPUs, and through torch's elastic one on
-the CPU, where accelerate would silently start a single process.
+A single process is started directly. Several processes are started by accelerate's launcher on GPUs and by torch's
+elastic launcher on the CPU, where accelerate would silently start only one process.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from lem.runner.stopping import GRACE_S, signals_ignored, signals_raise
 
 log = logging.getLogger(__name__)
 
-# How long the launcher of several workers may take to end after they do; it has nothing to write.
+# How long the launcher of several workers may keep running after they end; it has nothing to write.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
 KILLED_AT_ONCE = "was killed at once, because the run was interrupted a second time."
-# What torch's launcher prints about the first of several processes that failed.
+# The message of torch's launcher about the first of several processes that failed.
 KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 
 
 def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -> None:
-    """Run the experiment's workers to their end; afterwards there is a record of the attempt, or a journal.
+    """Run the experiment's workers until they end; afterwards the attempt has a record or a journal.
 
     Args:
-        directory: the experiment, with its plan.
-        attempt: number of the attempt.
-        host: the GPUs that may be used.
+        directory: the experiment's directory, with its plan.
+        attempt: the number of the attempt.
+        host: the machine, with only the GPUs that may be used.
         report: receives the progress.
 
     Raises:
-        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the workers have ended and what they finished is kept.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the workers have ended, and finished requests are kept.
     """
     plan = directory.plan()
     log_file = directory.log_file(0)
     with log_file.open("ab") as output, _fifos(directory) as (progress, lifeline), signals_raise(Interrupted):
         log_start = output.tell()
-        # A path that begins with a dash would be an option.
+        # A path that begins with a dash would be taken for an option.
         arguments = [os.path.join(os.curdir, directory.path), "--attempt", str(attempt)]
         arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
         command = [*worker_command(plan, host, Path(progress.path).parent), *arguments]
@@ -79,7 +79,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
                 how = KILLED_AT_ONCE if insisted else _describe_end(workers.returncode, _read_log(log_file, log_start))
                 _complete_records(directory, attempt, "interrupted", workers.returncode, how)
                 _record_cause(directory, attempt, str(stop) or "Ctrl-C")
-            raise Interrupted("The run was interrupted; what was finished is kept.") from None
+            raise Interrupted("The run was interrupted; finished requests are kept.") from None
     output_text = _read_log(log_file, log_start)
     log.debug("the worker's exit code is %d; its log is %s", workers.returncode, log_file)
     if workers.returncode:
@@ -91,8 +91,8 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
 def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
     """Return the command that starts the plan's processes, without the worker's arguments.
 
-    -P: a user's file must not shadow a library. Without `--log_dir` torch's launcher, which accelerate's uses,
-    would leave a folder behind with each run.
+    `-P` keeps a user's file from shadowing a library. Without `--log_dir`, torch's launcher, which accelerate uses
+    too, would leave a folder behind after each run.
     """
     if plan.processes == 1:
         return [sys.executable, "-P", "-m", "lem.runner.worker"]
@@ -107,7 +107,7 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
 
 
 def _environment(plan: Plan, host: Host) -> dict[str, str]:
-    """Return the workers' environment: the chosen GPUs, no launcher but their own, no more threads than cores."""
+    """Return the workers' environment: the chosen GPUs, no outer launcher, and no more threads than cores."""
     variables = without_launchers(os.environ)
     # A bullet point printed by a library must not end a run on a machine whose encoding is ASCII.
     variables["PYTHONIOENCODING"] = "utf-8:backslashreplace"
@@ -131,7 +131,7 @@ class _Fifo:
         self._waiting: threading.Thread | None = None
 
     def relay_until_end_of(self, workers: subprocess.Popen[bytes], report: Report) -> None:
-        """Pass events on until the workers have ended, sleeping in between."""
+        """Pass events on until the workers have ended, sleeping between events."""
 
         def write_the_end() -> None:
             workers.wait()
@@ -151,7 +151,7 @@ class _Fifo:
                 report(event)
 
     def close(self) -> None:
-        """Close the pipe, unless a thread may still write to it: its descriptor could soon belong to another file."""
+        """Close the pipe, unless a thread may still write to it: its descriptor could be reused for another file."""
         if self._waiting is not None:
             self._waiting.join(LAUNCHER_GRACE_S)
         if self._waiting is None or not self._waiting.is_alive():
@@ -160,7 +160,7 @@ class _Fifo:
 
 @contextmanager
 def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
-    """Make two named pipes: one for progress, and one that shows the workers, by closing, that this process is gone."""
+    """Make two named pipes: one carries progress; the other, by closing, tells the workers that the parent is gone."""
     prefix = f"lem-{hashlib.sha256(str(directory.path.resolve()).encode()).hexdigest()[:16]}-"
     for left_by_a_killed_one in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(left_by_a_killed_one, ignore_errors=True)
@@ -175,9 +175,10 @@ def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
 
 # ------------------------------------------------------------------ stopping
 def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> bool:
-    """Ask the worker, or the workers and their launcher, to end; kill them if they do not or if the user insists.
+    """Ask the workers and any launcher to end; kill them if they take too long or the user interrupts again.
 
-    Returns whether the user insisted.
+    Returns:
+        Whether the user interrupted again.
     """
     import psutil
 
@@ -185,7 +186,7 @@ def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> bool:
     insisted = False
     try:
         family = family_of([workers.pid])
-        # The workers first: their launcher would give them less time than they may need.
+        # The workers get the signal first, because their launcher might give them too little time.
         _signal(reversed(family), signal.SIGTERM)
         _, alive = psutil.wait_procs(family[1:] if is_launcher else family, timeout=GRACE_S)
         if is_launcher and not alive:
@@ -206,11 +207,11 @@ def _signal(processes: Any, number: signal.Signals) -> None:
             process.send_signal(number)
 
 
-# ------------------------------------------------------------------ records of workers that left none
+# ------------------------------------------------------------------ records of workers that wrote none
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, how: str) -> None:
-    """Write records with this status for workers that left none: from their journals if they exist, otherwise empty.
+    """Write records with this status for workers that wrote none, from their journals if those exist, otherwise empty.
 
-    `code` is the exit code of the worker, or of the launcher of several, and `how` says how it ended.
+    `code` is the exit code of the worker, or of the launcher of several workers, and `how` describes how it ended.
     """
     plan = directory.plan()
     mine = [record for record in directory.records() if record.attempt == attempt]
@@ -229,7 +230,7 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
 
 
 def _record_cause(directory: ExperimentDir, attempt: int, cause: str) -> None:
-    """Add the cause to the records of an interrupted attempt; each worker knows only the signal it received."""
+    """Add the cause to the records of an interrupted attempt, because each worker knows only the signal it received."""
     for record in directory.records():
         if record.attempt == attempt and record.error is not None and record.error.type == Interrupted.__name__:
             error = replace(record.error, message=f"stopped by {cause}")
@@ -238,11 +239,11 @@ def _record_cause(directory: ExperimentDir, attempt: int, cause: str) -> None:
 
 
 def _describe_end(code: int, output: str) -> str:
-    """Return how a worker, or the launcher of several, ended: by a signal, or with an exit code and a last message."""
+    """Describe how a worker, or the launcher of several, ended: the signal, or the exit code and the end of the log."""
     of_several = KILLED.search(output)
     if code < 0 or of_several:
         name = signal.Signals(-code).name if code < 0 else of_several and of_several[1]
-        memory = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
+        memory = "; the kernel kills processes this way when memory runs out" if name == "SIGKILL" else ""
         return f"was ended by {name}{memory}."
     lines = output.strip().splitlines()
     last = f" Its log ends: {' | '.join(lines[-LOG_LINES_IN_ERROR:])[:500]}" if lines else ""
@@ -250,7 +251,7 @@ def _describe_end(code: int, output: str) -> str:
 
 
 def _read_log(file: Path, start: int) -> str:
-    """Return what this attempt has added to the log."""
+    """Return the part of the log that this attempt has added."""
     with file.open("rb") as output:
         output.seek(start)
         return output.read().decode(errors="replace")

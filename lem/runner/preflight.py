@@ -1,7 +1,8 @@
-"""Everything that can be found wrong before a run: (experiment, host) -> objections, the model and the prompts.
+"""All checks before a run. Given an experiment and a host, they yield objections, the model and the prompts.
 
-Finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the options against
-this machine and its files; `lem.spec.conflicts` checks them against each other. Loads no weights and leaves no files.
+Preflight finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the
+options against this machine and its files. `lem.spec.conflicts` checks the options against each other. No weights are
+loaded and no files are left behind.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Ready:
     warnings: tuple[Objection, ...]
     # When the requests of a trace arrive; None for other traffic patterns.
     arrivals_s: Sequence[float] | None = None
-    # Whether it runs despite inadvisable options.
+    # Whether the experiment runs despite inadvisable options.
     forced: bool = False
 
 
@@ -55,13 +56,13 @@ def preflight(
     """Check an experiment against this machine, and load its prompts.
 
     Args:
-        experiment: with types and ranges already checked.
+        experiment: an experiment whose types and ranges have been checked.
         host: the machine.
         force: run despite inadvisable options.
-        load: loads the prompts; a caller that checks many experiments may cache them.
+        load: the function that loads the prompts; a caller that checks many experiments may cache them.
 
     Raises:
-        ConfigError: all the reasons why it cannot run, or should not.
+        ConfigError: the experiment cannot or should not run; lists all reasons.
     """
     prompts, arrivals_s = None, None
     model, reasons, warnings = _without_prompts(experiment, host, force=force)
@@ -85,13 +86,13 @@ def check_again(
     """Check an experiment that is being resumed, whose prompts are already stored; return the warnings.
 
     Args:
-        experiment: what it was started with.
+        experiment: the experiment as it was started.
         host: the machine.
         force: run despite inadvisable options.
-        has_arrivals: whether the arrivals of its trace are stored too, so that its file is not needed.
+        has_arrivals: whether the arrivals of its trace are also stored, so that the trace file is not needed.
 
     Raises:
-        ConfigError: all the reasons why it cannot run here and now, or should not.
+        ConfigError: the experiment cannot or should not run on this machine; lists all reasons.
     """
     without = frozenset({"traffic_trace"} if has_arrivals else ())
     _, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
@@ -103,7 +104,7 @@ def check_again(
 def _without_prompts(
     experiment: Experiment, host: Host, *, force: bool, without: frozenset[str] = frozenset()
 ) -> tuple[Model | None, list[str], tuple[Objection, ...]]:
-    """Return the model, the reasons not to run, and the warnings, skipping some rules."""
+    """Return the model, the reasons not to run, and the warnings; objections with codes in `without` are skipped."""
     reasons: list[str] = []
     model = None
     try:
@@ -113,7 +114,7 @@ def _without_prompts(
     found = [o for o in objections(experiment, host, model) if o.code not in without]
     log.debug("model: %s; objections: %s", model, [o.code for o in found])
     blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
-    reasons += [str(o) if o.severity == "impossible" else f"{o} (--force runs it anyway)" for o in blocking]
+    reasons += [str(o) if o.severity == "impossible" else f"{o} (use --force to run it anyway)" for o in blocking]
     return model, reasons, tuple(o for o in found if o not in blocking)
 
 
@@ -121,12 +122,12 @@ def objections(experiment: Experiment, host: Host, model: Model | None = None) -
     """Return all objections to an experiment on a machine, without looking for the model or loading prompts.
 
     Args:
-        experiment: with types and ranges already checked.
+        experiment: an experiment whose types and ranges have been checked.
         host: the machine.
-        model: the model if it has been found; None skips the rules about it.
+        model: the model, if it has been found; None skips the rules about the model.
     """
     wrong = list(_wrong_gpus(experiment, host))
-    if wrong:  # the other rules then consider all visible GPUs
+    if wrong:  # the other rules then assume all visible GPUs
         experiment = replace(experiment, gpus=None)
     chosen = host.only(experiment.gpus)
     return [
@@ -144,7 +145,7 @@ def objections(experiment: Experiment, host: Host, model: Model | None = None) -
 
 def _model(experiment: Experiment) -> Model | None:
     if experiment.model is None:
-        raise ConfigError("No model: name one with --model or model=… (--model tiny comes with lem).")
+        raise ConfigError("No model is set: choose one with --model or model=… (--model tiny comes with lem).")
     if experiment.backend.name == "simulated":
         return None
     return find(experiment.model, experiment.revision)
@@ -156,7 +157,7 @@ def _wants_gpu(experiment: Experiment, host: Host) -> bool:
 
 
 def _wrong_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
-    """Object to entries of `gpus` that match no visible GPU, or one that is already listed."""
+    """Object to entries of `gpus` that match no visible GPU, or the same GPU as an earlier entry."""
     if experiment.gpus is None:
         return
     if not host.gpus:
@@ -184,7 +185,7 @@ def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
 
 
 def _without_gpu(experiment: Experiment, host: Host) -> Iterator[Objection]:
-    """Object to options about GPUs if the run uses none."""
+    """Object to GPU options if the run uses no GPU."""
     if _wants_gpu(experiment, host):
         return
     if experiment.gpus is not None and host.gpus:
@@ -207,7 +208,7 @@ def _bad_arrivals(error: BadInput) -> Objection:
 
 
 def _sources(experiment: Experiment) -> Iterator[Objection]:
-    """Object to hub options of a model or prompts that do not come from the hub."""
+    """Object to hub options for a model or for prompts that do not come from the hub."""
     model, dataset = experiment.model or "", experiment.dataset
     is_local = model == tiny.NAME or (bool(model) and os.path.isdir(os.path.expanduser(model)))
     if experiment.revision is not None and is_local and experiment.backend.name != "simulated":
@@ -229,15 +230,15 @@ def _results(results_dir: str) -> Iterator[Objection]:
         os.stat(store.root / "raw")
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            yield Objection("results_unwritable", "io.results_dir", f"it cannot be created: {error.strerror}.")
+            yield Objection("results_unwritable", "io.results_dir", f"cannot be created: {error.strerror}.")
             return
     for folder in (store.root / "raw", store.experiments_table, store.requests_table):
-        # Not Path.exists, which raises if a parent may not be read.
+        # Not Path.exists, which raises if a parent directory is not readable.
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
         if not os.path.isdir(there):
-            fact = f"{there} is a file."
+            fact = f"{there} is a file, not a directory."
         elif not os.access(there, os.W_OK | os.X_OK):
-            fact = f"{there} cannot be written to."
+            fact = f"{there} is not writable."
         else:
             continue
         yield Objection("results_unwritable", "io.results_dir", fact)

@@ -1,7 +1,7 @@
-"""How far a run is: events from the workers, through a pipe, to the parent.
+"""Progress events, sent from the workers through a pipe to the parent.
 
-A worker sends a few lines a second at most, so that reporting costs next to nothing; the parent sleeps until
-a line arrives.
+A worker sends at most a few lines a second, so that reporting costs almost nothing; the parent sleeps until a line
+arrives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """Work done in a phase by one process; `total` 0 means that it cannot be counted.
+    """Work done in a phase by one process; a `total` of 0 means that the total is unknown.
 
     The phase `cycle` announces the beginning of cycle `done` of `total`; the events that follow belong to it.
     """
@@ -35,7 +35,7 @@ def silent(event: Event) -> None:
 
 
 class PipeReport:
-    """Writes events as JSON lines to a file descriptor, at most one every `period_s` within a phase."""
+    """Writes events as JSON lines to a file descriptor, at most one per phase every `period_s`."""
 
     def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
         self._descriptor: int | None = descriptor
@@ -45,7 +45,7 @@ class PipeReport:
         self._last_s = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Send an event, unless it comes too soon after another of its phase; a phase's last is always sent."""
+        """Send an event, unless it follows another of its phase too soon; a phase's last event is always sent."""
         now_s = time.monotonic()
         is_news = event.phase != self._phase or event.done == event.total
         if self._descriptor is None or not (is_news or now_s - self._last_s >= self._period_s):
@@ -60,14 +60,14 @@ class PipeReport:
 
 
 class CombinedReport:
-    """Combines the events of several processes: the first one sets the phase, and the work of all is added up."""
+    """Combines the events of several processes: rank 0 sets the phase, and the work of all processes is added up."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
         self._last: dict[int, Event] = {}
 
     def __call__(self, event: Event) -> None:
-        """Report the sum."""
+        """Report the combined progress."""
         self._last[event.rank] = event
         lead = self._last.get(0)
         if lead is None or (event.rank and (event.phase != lead.phase or event.phase == "cycle")):

@@ -1,6 +1,6 @@
-"""Builds the record of one cycle, and its rows, from what a process knows.
+"""Builds the record of one cycle, and its rows, from the data that a process has collected.
 
-Nothing here queries an engine or a meter; `lem.runner.attempt` does, and passes the answers on.
+This module queries no engine or meter; `lem.runner.attempt` does that and passes the answers on.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from lem.workload import flops
 from lem.workload.flops import Architecture
 from lem.workload.tokens import token_times
 
-# The most readings of a window's energy in a record.
+# The largest number of readings of a window's energy that a record keeps.
 READINGS_KEPT = 100
-# Prompts whose processing overlaps other requests' decoding for a larger share of its time are not told apart.
+# If a larger share of the prefill time overlaps other requests' decoding, the two cannot be told apart.
 SHARED_LEAST = 0.01
-# How many times as long as the power sensor reaches back a prefill must be, on average.
+# How many times the reach of the power sensor's averaging the mean prefill must last for its energy to be resolved.
 LEAST_REACHES = 5
-SHARED = "other requests were decoding while prompts were processed"
+SHARED = "some requests were decoding while other prompts were processed"
 
 
 @dataclass(frozen=True)
 class WindowId:
-    """Which measured window a record and its rows belong to: the fields that they share."""
+    """The window to which a record and its rows belong, as the fields that they share."""
 
     experiment_id: str
     rank: int
@@ -64,7 +64,7 @@ class WindowId:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What the engine reports when a record is made; `warnings` concern the engine and the machine it runs on."""
+    """The engine's report for a record; `warnings` concern the engine and the machine it runs on."""
 
     model: ModelInfo | None
     engine: EngineInfo
@@ -76,7 +76,7 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one process knows about one cycle when it makes the record; `engine` is None until it is loaded.
+    """Everything that one process knows about a cycle when it makes the record; `engine` is None until it is loaded.
 
     `trace` holds all power samples of the attempt so far.
     """
@@ -93,7 +93,7 @@ class Snapshot:
 
 
 def process_record(known: Snapshot) -> ProcessRecord:
-    """Return the record built from this knowledge, without the warnings that follow from its numbers."""
+    """Return the record built from a snapshot, without the warnings that depend on its numbers."""
     plan, measured, engine = known.plan, known.measured, known.engine
     counts = plan.counts(known.window.rank)
     ended = measured.requests if counts else []
@@ -140,7 +140,7 @@ def _cut(measured: Measurement, *, counts: bool) -> Cut:
 def bare_record(
     plan: Plan, window: WindowId, status: Status, error: ErrorInfo | None, started_at: str | None = None
 ) -> ProcessRecord:
-    """Return a record without measurements: only which process it belongs to, and how that process ended."""
+    """Return a record without measurements, only with the process it belongs to and how that process ended."""
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=__version__,
@@ -156,7 +156,7 @@ def bare_record(
 
 
 def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]:
-    """Return readings of the window's energy, evenly thinned out, where a steady state may be looked for."""
+    """Return readings of the window's energy, evenly thinned out, if a steady state can be looked for."""
     if plan.experiment.batching.strategy != "continuous":
         return ()
     known = [
@@ -171,22 +171,22 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     """Yield the warnings about the plan, the prompts, and a window that was cut short."""
     if plan.shared_with:
         others = f"{plan.shared_with} other experiment{'s' if plan.shared_with > 1 else ''}"
-        text = f"it ran at the same time as {others}; energy not measured on its own GPUs includes that of theirs."
+        text = f"the experiment ran alongside {others}, so energy not measured on its own GPUs includes theirs."
         yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
     if wanted is not None and available < wanted:
         text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
         yield warning("fewer_prompts", text)
     if measured.lost_s is not None and measured.ends_when_cut:
-        yield warning("window_cut", "the window ends where it was interrupted, as those of the other processes do.")
+        yield warning("window_cut", "the window ends where it was interrupted, like those of the other processes.")
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
-        energy = f", and its energy was read {behind_s:.3g} s before that" if behind_s else ""
+        energy = f", and its energy was last read {behind_s:.3g} s before that" if behind_s else ""
         end = f"{measured.lost_s:.3g} s after its last finished request; it now ends there{energy}"
         yield warning("window_cut", f"the window was interrupted {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)
     if truncated:
-        yield warning("input_truncated", f"{truncated} of {len(measured.requests)} prompts were cut.")
+        yield warning("input_truncated", f"{truncated} of {len(measured.requests)} prompts were truncated.")
 
 
 # ------------------------------------------------------------------ prefill
@@ -197,12 +197,12 @@ def _readings(measured: Measurement) -> Sequence[EnergyReading]:
 def prefill_of(
     requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
 ) -> Prefill | None:
-    """Return the prefill's share of the window, or None when the backend does not report where it ends.
+    """Return the prefill's share of the window, or None if the backend does not report where prefill ends.
 
     Args:
         requests: the window's requests.
-        trace: the power samples, at least those of the window.
-        readings: the window's energy, which says how far back the samples of each device reach.
+        trace: the power samples, at least those within the window.
+        readings: the window's energy, including how far back each device's samples reach.
     """
     if any(r.generation.prefill_end_ns is None for r in requests):
         return None
@@ -225,7 +225,7 @@ def prefill_of(
 def _with_energy(
     prefill: Prefill, spans: Sequence[tuple[int, int]], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
 ) -> Prefill:
-    """Add the energy of the spans, if the sensor resolves them."""
+    """Add the energy of the spans, if the power sensor can resolve it."""
     by_device: dict[str, list[PowerSample]] = {}
     for sample in trace:
         if sample.component == "gpu":
@@ -235,12 +235,10 @@ def _with_energy(
     reaches_s = {reading.device: reading.trace_reach_s for reading in readings if reading.trace_reach_s}
     known_s = [reaches_s[device] for device in by_device if device in reaches_s]
     if len(known_s) < len(by_device):
-        return replace(prefill, reason="the power trace does not cover the window, or what it averages is not known")
+        return replace(prefill, reason="the power trace does not cover the window, or its averaging time is unknown")
     reach_s = max(known_s)
     if (prefill.duration_s or 0.0) < LEAST_REACHES * reach_s * len(spans):
-        short = (
-            f"prefills shorter than {LEAST_REACHES * reach_s:.3g} s on average cannot be told apart by power samples"
-        )
+        short = f"prefills shorter than {LEAST_REACHES * reach_s:.3g} s on average cannot be resolved by power samples"
         return replace(prefill, reason=f"{short} that reach back {reach_s:.3g} s")
     pieces_j = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
     known_j = [piece for piece in pieces_j if piece is not None]
@@ -251,7 +249,7 @@ def _with_energy(
 
 
 def _common_ns(ones: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
-    """Return how long spans of one list overlap those of another; both in order, without overlaps of their own."""
+    """Return the total overlap, in ns, of two lists of spans; each list is in order and has no overlaps within it."""
     common, place = 0, 0
     for start, end in ones:
         while place < len(others) and others[place][1] <= start:
@@ -264,7 +262,7 @@ def _common_ns(ones: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return spans in order, with overlapping ones merged, because requests may be prefilled at the same time."""
+    """Return spans in order with overlapping ones merged, because requests may be prefilled at the same time."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if merged and start < merged[-1][1]:
@@ -275,9 +273,9 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _uncertainty_j(samples: Sequence[PowerSample], spans: Sequence[tuple[int, int]], reach_s: float) -> float:
-    """Bound what samples that reach back in time may put on the wrong side of the spans' edges.
+    """Bound the energy that averaging samples may attribute to the wrong side of the spans' edges.
 
-    At each edge that is at most the reach times the range of power in the window.
+    At each edge the error is at most the averaging reach times the range of power in the window.
     """
     inside = [s.power_w for s in samples if spans[0][0] <= s.t_ns <= spans[-1][1] + reach_s * NS_PER_S]
     return 2 * len(spans) * reach_s * (max(inside) - min(inside)) if inside else 0.0
@@ -303,7 +301,7 @@ def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
             None if generation.prefill_end_ns is None else (generation.prefill_end_ns - generation.start_ns) / NS_PER_S
         ),
         arrived_s=arrived_s,
-        # Unknown if the engine does not report when it began.
+        # Null if the engine does not report when the request began.
         queue_s=None if arrived_s is None or not generation.start_is_known else request.start_s - arrived_s,
         error=generation.error,
     )
@@ -315,7 +313,7 @@ def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
 
 
 def power_rows(window: WindowId, zero_ns: int, samples: Iterable[PowerSample]) -> Iterator[PowerRecord]:
-    """Yield the rows of a power trace, with times relative to `zero_ns`, the opening of the window."""
+    """Yield the rows of a power trace, with times relative to `zero_ns`, when the window opened."""
     for sample in samples:
         yield PowerRecord(
             **vars(window),

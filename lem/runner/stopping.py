@@ -1,7 +1,7 @@
-"""How a run is stopped: by signals, in a worker and in its parent, or because the parent is gone.
+"""How a run is stopped: by signals to a worker or its parent, or because the parent is gone.
 
-In a worker a signal becomes `Interrupted`, once; later ones must not interrupt writing the record.
-Knows nothing about the run.
+In a worker the first signal raises `Interrupted`; later ones must not interrupt the writing of the record. This module
+knows nothing about the run itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ GRACE_S = 8.0
 
 # ------------------------------------------------------------------ in a worker
 class Undisturbed:
-    """A stretch of work that no signal interrupts, so that what is finished is written completely.
+    """A stretch of work that no signal interrupts, so that finished work is always written completely.
 
-    A signal that arrives during the stretch interrupts the run when it ends. Signals belong to the process, so
-    there is one instance.
+    A signal that arrives meanwhile interrupts the run at the end of the stretch. Signals belong to the whole process,
+    so there is only one instance.
     """
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class Undisturbed:
     def __exit__(self, kind: object, *_: object) -> None:
         self._is_inside = False
         waiting, self._waiting = self._waiting, None
-        if waiting is not None and kind is None:  # an error ends the run as well, and says more
+        if waiting is not None and kind is None:  # an error also ends the run, and is more informative
             raise waiting
 
     def interrupt(self, by: Interrupted) -> None:
-        """Interrupt the run, now or at the end of the stretch."""
+        """Interrupt the run, now or at the end of the current stretch."""
         if not self._is_inside:
             raise by
         self._waiting = by
@@ -55,7 +55,7 @@ UNDISTURBED = Undisturbed()
 
 
 def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
-    """Turn signals into `Interrupted`; if there is a parent, it handles Ctrl-C, because that reaches both."""
+    """Turn signals into `Interrupted`; a parent handles Ctrl-C itself, because it reaches both processes."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         # The second of two signals must not interrupt the writing of the record.
@@ -71,14 +71,14 @@ def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore all signals that interrupt, until this process ends."""
+    """Ignore all interrupting signals until this process ends."""
     for number in INTERRUPTING:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent(lifeline: Path) -> None:
     """Stop this process when its parent is gone, however it ended and whatever group or session it was in."""
-    # Without O_NONBLOCK, opening would wait for a parent that is already gone.
+    # Without O_NONBLOCK, opening the pipe would wait forever for a parent that is already gone.
     end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(end, True)
 
@@ -109,7 +109,7 @@ def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManag
 
 @contextmanager
 def _handled_by(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Install signal handlers for a while; in any thread but the main one, which alone can do this, nothing changes."""
+    """Install signal handlers temporarily; do nothing outside the main thread, where Python does not allow it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

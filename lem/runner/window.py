@@ -1,10 +1,11 @@
 """The core of a run: settle, load, warm up, open the window, generate, synchronise, close.
 
-A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window holds
-the generation of exactly the planned prompts: idling, loading, tokenizing and warm-up are outside. Windows are timed
-with `perf_counter_ns`; the device is synchronised and the processes wait for each other at both edges. A window that
-is cut short ends with its last finished batch; what was under way then is recorded, as the next attempt runs it again.
-Only here does a backend meet a meter; neither knows the other, and this module knows no particular engine or sensor.
+A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window contains
+only the generation for the planned prompts; idling, loading, tokenizing and warm-up happen outside it. Windows are
+timed with `perf_counter_ns`; at both edges the device is synchronised and the processes wait for each other. A window
+that is cut short ends with its last finished batch; work still under way at that point is recorded, because the next
+attempt runs it again. Only this module combines a backend with a meter: neither knows the other, and this module knows
+no particular engine or sensor.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ from lem.units import NS_PER_S
 from lem.workload.batching import plan_batches
 from lem.workload.traffic import Arrivals
 
-# Shortest time between two readings of the meter inside the window.
+# Shortest interval between two readings of the meter inside the window.
 METER_POLL_NS = 100_000_000
 
 
 @dataclass(frozen=True)
 class MeasuredRequest:
-    """A generation and its prompt; times are relative to the opening of the window."""
+    """A generation and its prompt; times are in seconds after the opening of the window."""
 
     generation: Generation
     prompt: Encoded
@@ -63,15 +64,17 @@ class MeasuredRequest:
 
 @dataclass
 class Measurement:
-    """What has been measured of one cycle so far; filled in as the run proceeds, so that an early end loses nothing.
+    """The measurements of one cycle so far, filled in as the run proceeds, so that an early end loses nothing.
 
-    `indices` are the positions of this process's prompts among the experiment's, without those that earlier attempts
-    finished. When a window is cut back to its last finished request, `lost_s` is the time from there to where it was
-    interrupted, `energy_behind_s` how long before its new end its energy was last read, None if nothing
-    metered it, and `under_way` what the engine was working on at its new end; otherwise all three are None.
-    `ends_when_cut`: a cut window reaches to the interruption, because other processes' windows may. `arrivals_from_s`
-    is the time on the clock of the cycle's arrivals at which the window opens, None if nothing arrives. `readings` are
-    the checkpoints of the window with energy.
+    `indices` are the positions of this process's prompts in the experiment, without those finished by earlier attempts.
+
+    Three values are set if a window is cut back to its last finished request, and are otherwise None: `lost_s` is the
+    time from that request to the interruption; `energy_behind_s` is how long before the window's new end its energy was
+    last read, or None if nothing metered it; and `under_way` is the work that the engine had in progress at that end.
+    `ends_when_cut` means that a cut window extends to the interruption, because other processes' windows may do so.
+
+    `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
+    prompts are available from the start. `readings` are the window's checkpoints with energy.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -113,15 +116,15 @@ class Measurement:
         """Move the end of an interrupted window back to an earlier time.
 
         Args:
-            requests: how many of its requests are kept.
-            window: the measured phase up to the last of them; None if there are none.
-            metered: the last checkpoint up to there whose energy is known.
-            last: the last checkpoint up to there.
+            requests: the number of the window's requests to keep.
+            window: the measured phase up to the last of these requests; None if none are kept.
+            metered: the last checkpoint within that phase whose energy is known.
+            last: the last checkpoint within that phase.
         """
         before = next((phase for phase in self.phases if phase.name == "measured"), None)
         del self.requests[requests:]
         under_way = None if last is None else last.under_way
-        if self.ends_when_cut:  # only what was finished changes, not the end
+        if self.ends_when_cut:  # the end stays; only the finished requests change
             behind_s = 0.0 if before is None or last is None else before.duration_s - last.duration_s
             self.under_way = longer(under_way, behind_s)
             return
@@ -138,10 +141,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Queue:
-    """How a window's prompts arrive, in seconds after its opening; before it if negative.
+    """How a window's prompts arrive, in seconds after its opening; negative times are before it.
 
-    They arrive at `times_s` or, if that is None, so that there are always `concurrency` in the system, the first ones
-    at `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of those waiting.
+    If `times_s` is None, requests arrive so that `concurrency` of them are always in the system, the first ones at
+    `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of the waiting requests at a time.
     """
 
     times_s: Sequence[float] | None
@@ -151,20 +154,20 @@ class Queue:
 
 
 class Recorder(Protocol):
-    """Keeps each finished batch as soon as it is done."""
+    """Stores each finished batch immediately."""
 
     def window_opens(self) -> None:
         """Record that the measured window is about to open."""
 
     def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """Record a finished batch (empty if only time has passed) and the window up to here."""
+        """Record a finished batch (empty if only time has passed) and the state of the window up to now."""
 
 
 @dataclass
 class Bench:
-    """What a process uses to measure all its cycles: an engine, a meter, its peers, and where to report progress.
+    """Everything a process needs to measure its cycles: an engine, a meter, its peers, and a receiver of progress.
 
-    `replicas` is how many of the processes run prompts of their own, not those of another.
+    `replicas` is the number of processes, or groups of processes sharing a model, that run prompts of their own.
     """
 
     backend: Backend
@@ -180,8 +183,8 @@ class Bench:
 
         Args:
             texts: the prompts of this process.
-            indices: their positions among the experiment's.
-            idle_s: length of each of the two idle phases; 0 for none.
+            indices: the positions of these prompts in the experiment.
+            idle_s: the length of each of the two idle phases; 0 for none.
             into: receives the phases.
 
         Returns:
@@ -191,7 +194,7 @@ class Bench:
         with self.phase("load", into):
             self.report(Event("load"))
             self.backend.load()
-        # An engine numbers the texts it is given; from here on a prompt's index is its place in the experiment.
+        # The engine numbers the prompts it is given; from here on, a prompt's index is its position in the experiment.
         prompts = [replace(p, index=indices[p.index]) for p in self.backend.encode(texts)]
         self._idle("idle_loaded", idle_s, into)
         return prompts
@@ -217,9 +220,9 @@ class Bench:
         self.backend.reset_peak_memory()
 
     def _warm_up_fixed(self, batches: Sequence[Sequence[Encoded]], warmup: Warmup) -> WarmupInfo:
-        """Run whole batches, from the first on and again if they are too few, until enough prompts have run.
+        """Run whole batches, starting over if there are too few, until enough prompts have run or the time is up.
 
-        The batch after which the time is up is the last.
+        Batches are never cut short, so the last one may end after the time limit.
         """
         least, done, began_s = warmup.prompts, 0, time.monotonic()
         self.report(Event("warmup", 0, least))
@@ -232,10 +235,10 @@ class Bench:
             if done >= least or time.monotonic() - began_s >= warmup.max_s:
                 failures.check_warmup()
                 return WarmupInfo(done, "fixed" if done >= least else "max_s", None)
-        raise AssertionError("there are no batches")
+        raise AssertionError("warm-up needs at least one batch")
 
     def _warm_up_until_steady(self, batch: Sequence[Encoded], warmup: Warmup) -> WarmupInfo:
-        """Repeat one batch, the same work each time, until its latencies are steady or a limit is reached."""
+        """Repeat one batch, so that the work is always the same, until its latency is steady or a limit is reached."""
         latencies_s: list[float] = []
         done, began_ns = 0, time.perf_counter_ns()
         while True:
@@ -260,14 +263,14 @@ class Bench:
         first_batch: int = 0,
         queue: Queue | None = None,
     ) -> None:
-        """Run the prompts once, in the measured window; on an error `into` keeps what was finished by then.
+        """Run the prompts once, in the measured window; on an error, `into` keeps the requests finished until then.
 
         Args:
-            prompts: what to run; if empty, this process only waits for the others.
-            recorder: keeps each batch.
+            prompts: the prompts to run; if empty, this process only waits for the others.
+            recorder: stores each batch.
             into: receives the phase and the requests.
-            first_batch: number of the first batch; above 0 if an earlier attempt ran some.
-            queue: how the prompts arrive; None when all are available from the start.
+            first_batch: the number of the first batch; above 0 if an earlier attempt ran some.
+            queue: how the prompts arrive; None if all are available from the start.
         """
         self.report(Event("measured", 0, len(prompts)))
         window = _Window(self, into)
@@ -295,7 +298,7 @@ class Bench:
     def _generate(
         self, prompts: Sequence[Encoded], queue: Queue | None, opened_ns: int
     ) -> Iterator[Sequence[Generation]]:
-        """Yield what the engine generates for the prompts, all at once or as they arrive."""
+        """Yield the engine's generations for the prompts, which run all at once or as they arrive."""
         if not prompts:
             return
         if queue is None:
@@ -306,7 +309,7 @@ class Bench:
 
     @contextmanager
     def phase(self, name: PhaseName, into: Measurement) -> Iterator[None]:
-        """Time and meter a phase; it is kept even when it ends in an error."""
+        """Time and meter a phase, which is kept even if it ends in an error."""
         into.current = name
         self.open_together()
         opened_ns = time.perf_counter_ns()
@@ -324,8 +327,8 @@ class Bench:
     def open_together(self) -> None:
         """Synchronise the device, wait for the other processes, settle the meter, and begin metering with them.
 
-        The meter settles while all processes stand still, so that they begin at the moment for which it has waited.
-        Settling before they have all arrived would be in vain: the meter would have to settle again, in the window.
+        The meter settles while all processes stand still, so that they begin exactly when it is ready. If it settled
+        before all processes had arrived, it would have to settle again inside the window.
         """
         self.backend.synchronize()
         self.ranks.barrier()
@@ -335,7 +338,7 @@ class Bench:
 
 
 class _Window:
-    """The measured window: opened and closed with the other processes; if cut short, it ends at its last batch."""
+    """The measured window, opened and closed together with the other processes; if cut, it ends at its last batch."""
 
     def __init__(self, bench: Bench, into: Measurement) -> None:
         self._bench, self._into = bench, into
@@ -356,7 +359,7 @@ class _Window:
         self._load.start(server_pids)
 
     def checkpoint(self) -> Checkpoint:
-        """Return how far the window has come; polls the meter using at most 1 % of the time."""
+        """Return the progress of the window; reading the meter takes at most 1 % of the time."""
         now_ns = time.perf_counter_ns()
         energy, energy_at_s = None, None
         if now_ns >= self._next_reading_ns:
@@ -374,7 +377,7 @@ class _Window:
         return self._last
 
     def close(self, recorder: Recorder) -> None:
-        """Close the window together with the other processes; records checkpoints while it waits for them."""
+        """Close the window together with the other processes, recording checkpoints while waiting for them."""
         into = self._into
         self._bench.backend.synchronize()
         self._bench.ranks.barrier(lambda: recorder.batch_finished((), self.checkpoint()))
@@ -386,7 +389,7 @@ class _Window:
         into.current = None
 
     def _under_way(self, now_ns: int) -> UnderWay | None:
-        """Return the work that is in the requests which the engine has begun."""
+        """Return the work in the requests that the engine has begun."""
         begun = self._bench.backend.under_way()
         if not begun:
             return None
@@ -398,7 +401,8 @@ class _Window:
     def cut(self, *, is_unfinished: bool) -> None:
         """End the window with its last batch: anything begun after that was never finished, or will be run again.
 
-        If other processes run prompts of their own, the energy's owner ends it now: they may have finished some since.
+        If other processes run prompts of their own, the process that meters energy ends its window at the interruption
+        instead, because the others may have finished requests in the meantime.
         """
         interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
         self._bench.meter.mark()
@@ -429,9 +433,9 @@ class _Window:
 
 
 class _Failures:
-    """Counts the failed requests of a window; more than the engine tolerates end the run.
+    """Counts the failed requests of a window; more failures than the engine tolerates end the run.
 
-    The one that is too many is not kept, so that a resumed run sends it again.
+    The failure that exceeds the limit is not kept, so that a resumed run sends that request again.
     """
 
     def __init__(self, backend: Backend, requests: int) -> None:
@@ -441,7 +445,7 @@ class _Failures:
         self._last: Generation | None = None
 
     def tolerated(self, batch: Sequence[Generation]) -> list[Generation]:
-        """Return a batch without the failed requests that are too many."""
+        """Return a batch without the failed requests that exceed the limit."""
         kept = []
         for generation in batch:
             self._ended += 1
@@ -452,7 +456,7 @@ class _Failures:
         return kept
 
     def check(self) -> None:
-        """Raise RunError if too many have failed."""
+        """Raise RunError if too many requests have failed."""
         if self._last is None or self._failed <= self._most:
             return
         reason = f"prompt {self._last.index}: {self._last.error}"
@@ -461,14 +465,14 @@ class _Failures:
         raise RunError(f"{self._failed} of {self._requests} requests failed, more than allowed; the last was {reason}")
 
     def check_warmup(self) -> None:
-        """Raise RunError if one has failed, or all if some may: nothing was warmed up."""
+        """Raise RunError if a request failed or, where failures are tolerated, if all did, as nothing was warmed up."""
         if self._last is not None and (not self._tolerates_some or self._failed == self._ended):
             raise RunError(f"The engine did not finish prompt {self._last.index} of the warm-up: {self._last.error}")
 
 
 # ------------------------------------------------------------------ warm-up
 def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
-    """Return the batches in which the prompts are measured; for continuous batching, as many as run at a time."""
+    """Return the prompts in the batches used for measuring; for continuous batching, in groups that run together."""
     if batching.strategy == "continuous":
         size = batching.batch_size
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
@@ -488,17 +492,17 @@ class _CpuClock:
     """Processor time over a span, in busy cores: of the machine, and of this process, its children and servers."""
 
     def start(self, server_pids: Sequence[int]) -> None:
-        """Begin the span; listing the processes takes milliseconds, and an engine's workers are running by now."""
+        """Begin the span; listing the processes takes milliseconds, and an engine's workers are already running."""
         import psutil
 
         self._processes = processes.children()
         for pid in server_pids:
-            with suppress(psutil.Error):  # the process may be gone
+            with suppress(psutil.Error):  # the process may have ended
                 self._processes.append(psutil.Process(pid))
         self._wall_ns, self._machine_s, self._process_s = self._now()
 
     def stop(self) -> CpuLoad:
-        """Return the cores that were busy since `start`."""
+        """Return the average number of busy cores since `start`."""
         wall_ns, machine_s, process_s = self._now()
         span_s = max((wall_ns - self._wall_ns) / NS_PER_S, 1e-9)
         return CpuLoad((machine_s - self._machine_s) / span_s, (process_s - self._process_s) / span_s)
@@ -512,7 +516,7 @@ class _CpuClock:
 
 
 def _cpu_s(process: Any) -> float:
-    """Return the processor time of a process, or 0 if it is gone."""
+    """Return the processor time of a process in seconds, or 0 if the process has ended."""
     import psutil
 
     try:

@@ -1,8 +1,10 @@
-"""A worker process: an experiment's directory in, records out. `python -m lem.runner.worker <directory> --attempt 1`.
+"""A worker process: reads an experiment's directory and writes records.
 
-Starts from spec.json and knows nothing about how the configuration came about. Whatever ends its attempt, even an
-error, a signal or a missing package, it leaves a record with a status (`lem.runner.attempt`), and what it has
-finished is in its journal. Its exit code is 0 when it completed.
+    python -m lem.runner.worker <directory> --attempt 1
+
+It starts from spec.json and does not know where the configuration came from. Whatever ends its attempt, be it an
+error, a signal or a missing package, it leaves a record with a status (`lem.runner.attempt`) and all finished requests
+in its journal. Its exit code is 0 if it completed.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def _main(argv: Sequence[str] | None, report: Report) -> int:
     )
     parser.add_argument("directory", type=Path, help="the experiment's directory, with its spec.json")
     parser.add_argument("--attempt", type=int, default=1)
-    parser.add_argument("--progress", type=Path, default=None, help="a FIFO for progress, as JSON lines")
-    parser.add_argument("--lifeline", type=Path, default=None, help="a FIFO that the parent holds open while it lives")
+    parser.add_argument("--progress", type=Path, default=None, help="a FIFO to which progress is written as JSON lines")
+    parser.add_argument("--lifeline", type=Path, default=None, help="a FIFO that the parent keeps open until it ends")
     options = parser.parse_args(argv)
     interrupt_on_signals(except_for=() if options.lifeline is None else (signal.SIGINT,))
     try:

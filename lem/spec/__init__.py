@@ -1,1 +1,1 @@
-"""The configuration of an experiment: its schema, the rules that it may break, and conflicts between options."""
+"""The configuration of an experiment: its schema, the rules it can break, and conflicts between options."""

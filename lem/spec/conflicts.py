@@ -1,6 +1,6 @@
-"""Options that are mutually exclusive, and options without effect, whatever the machine: experiment -> objections.
+"""Objections that follow from the configuration alone: mutually exclusive options, and options without effect.
 
-Looks only at the configuration. Knows nothing about devices, files or how an engine works.
+This module knows nothing about devices, files or how an engine works.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from lem.spec.rules import Objection, without_effect
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 OF_4_BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 WARMUP_LIMITS = ("cv_batches", "max_prompts")
-# The value that each pattern of traffic reads.
+# The option that each traffic pattern reads.
 TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrency": "concurrency", "trace": "trace"}
 
 
 def conflicts(experiment: Experiment) -> Iterator[Objection]:
-    """Yield the objections to combinations of options."""
+    """Yield objections to combinations of options."""
     yield from _decoding(experiment)
     yield from _batching(experiment)
     yield from _quantization(experiment.quantization)
@@ -74,22 +74,22 @@ def _parallelism(experiment: Experiment) -> Iterator[Objection]:
     processes = experiment.num_processes
     if strategy == "none":
         if degree > 1:
-            yield without_effect("no_effect_degree", "parallelism.degree", "there is no strategy.")
+            yield without_effect("no_effect_degree", "parallelism.degree", "no parallelism.strategy is set.")
         return
     if degree == 1:
         fact = f"{strategy} with degree 1 splits nothing."
         yield without_effect("no_effect_strategy", "parallelism.strategy", fact)
     if runs_in_one_process(experiment) and processes > 1:
-        fact = f"{processes} processes are requested, but {strategy} runs in a single one here."
+        fact = f"{processes} processes are requested, but {strategy} runs in a single process here."
         yield Objection("pipeline_processes", "num_processes", fact)
     elif not runs_in_one_process(experiment) and processes not in (1, degree):
-        fact = f"{processes} processes are requested, but {strategy} of degree {degree} starts {degree}."
+        fact = f"{processes} processes are requested, but {strategy} with degree {degree} starts {degree}."
         yield Objection("processes_unlike_degree", "num_processes", fact)
 
 
 def _warmup(experiment: Experiment) -> Iterator[Objection]:
     streaming, warmup = experiment.streaming, experiment.warmup
-    until_steady = "warmup.until_cv decides how long the warm-up is."
+    until_steady = "warmup.until_cv decides the length of the warm-up."
     if warmup.until_cv is None:
         for name in changed(warmup, *WARMUP_LIMITS):
             fact = "the warm-up has a fixed number of prompts."
@@ -98,7 +98,7 @@ def _warmup(experiment: Experiment) -> Iterator[Objection]:
         if warmup.until_cv is not None:
             yield without_effect("no_effect_warmup_prompts", "warmup.prompts", until_steady)
         elif streaming.enabled:
-            fact = "when tokens are timed, streaming.warmup_requests is used."
+            fact = "streaming.warmup_requests is used instead when tokens are timed."
             yield without_effect("no_effect_warmup_prompts", "warmup.prompts", fact)
     if changed(streaming, "warmup_requests"):
         path = "streaming.warmup_requests"

@@ -1,4 +1,4 @@
-"""The options of each backend: one dataclass each, the source of the backend group."""
+"""The options of each backend, one dataclass per backend: the source of the `backend` config group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lem.spec.fields import config
 class PytorchBackend:
     """transformers' `generate` on PyTorch, in the worker process."""
 
-    # Whether one process runs a tensor-parallel model on all of its GPUs.
+    # Whether a single process runs a tensor-parallel model on all of its GPUs.
     spreads_a_model_itself: ClassVar[bool] = False
 
     name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
@@ -29,7 +29,10 @@ class PytorchBackend:
     ] = "auto"
     cache_implementation: Annotated[
         Literal["dynamic", "static", "none"],
-        Field(description="Key/value cache: growing, preallocated, or none (every step recomputes everything)."),
+        Field(
+            description="Key/value cache: dynamic (growing), static (preallocated), or none (every step recomputes "
+            "everything)."
+        ),
     ] = "dynamic"
     torch_compile: Annotated[
         bool, Field(description="Compile the model's forward pass with torch.compile, at the cost of a longer warm-up.")
@@ -42,7 +45,7 @@ class PytorchBackend:
 
 @config
 class SimulatedBackend:
-    """A stand-in engine with exactly known times, for trying out grids and for tests. No model runs."""
+    """A stand-in for an engine, with exactly known times, for trying out grids and for tests. No model runs."""
 
     spreads_a_model_itself: ClassVar[bool] = False
 
@@ -53,7 +56,7 @@ class SimulatedBackend:
         int, Field(ge=0, le=1024, description="Number of visible GPUs to meter, although nothing runs on them.")
     ] = 0
     fail_at_request: Annotated[
-        int | None, Field(ge=0, description="Fail on reaching the batch that holds this request; null: never.")
+        int | None, Field(ge=0, description="Fail on reaching the batch that contains this request; null: never.")
     ] = None
 
 
@@ -66,19 +69,19 @@ class VllmSpeculation:
         str | None,
         Field(
             min_length=1,
-            description="How tokens are drafted: ngram, draft_model, eagle, eagle3, medusa, suffix, …; null is off, or "
-            "vLLM's choice when a model is given.",
+            description="How tokens are drafted: ngram, draft_model, eagle, eagle3, medusa, suffix, …; null: off, or "
+            "vLLM's choice if a draft model is given.",
         ),
     ] = None
     model: Annotated[
         str | None, Field(min_length=1, description="Draft model or head: a hub id or a local directory.")
     ] = None
-    num_speculative_tokens: Annotated[int | None, Field(ge=1, description="Tokens drafted for each step.")] = None
+    num_speculative_tokens: Annotated[int | None, Field(ge=1, description="Number of tokens drafted per step.")] = None
     prompt_lookup_max: Annotated[
-        int | None, Field(ge=1, description="Longest n-gram that ngram looks for in the text so far.")
+        int | None, Field(ge=1, description="Longest n-gram that the ngram method looks up in the text so far.")
     ] = None
     prompt_lookup_min: Annotated[
-        int | None, Field(ge=1, description="Shortest n-gram that ngram looks for in the text so far.")
+        int | None, Field(ge=1, description="Shortest n-gram that the ngram method looks up in the text so far.")
     ] = None
     draft_tensor_parallel_size: Annotated[
         int | None, Field(ge=1, description="Number of GPUs that each layer of the draft model is split over.")
@@ -87,13 +90,13 @@ class VllmSpeculation:
 
 @config
 class VllmBackend:
-    """vLLM's engine, in the worker process. Null leaves an option at vLLM's own default."""
+    """vLLM's engine, in the worker process. An option that is null keeps vLLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
 
     name: Annotated[Literal["vllm"], Field(description="Inference backend.")] = "vllm"
     max_model_len: Annotated[
-        int | None, Field(ge=1, description="Maximum number of tokens of a prompt and its output together.")
+        int | None, Field(ge=1, description="Maximum length of a sequence (prompt and output together), in tokens.")
     ] = None
     max_num_batched_tokens: Annotated[
         int | None, Field(ge=1, description="Maximum number of tokens that the engine processes in one step.")
@@ -103,21 +106,24 @@ class VllmBackend:
         Field(gt=0, le=1, description="Fraction of a GPU's memory that vLLM uses (on a CPU: of main memory)."),
     ] = None
     kv_cache_memory_bytes: Annotated[
-        int | None, Field(ge=1, description="Size of each GPU's key/value cache, overriding gpu_memory_utilization.")
+        int | None,
+        Field(ge=1, description="Size of each GPU's key/value cache in bytes; overrides gpu_memory_utilization."),
     ] = None
     kv_cache_dtype: Annotated[
         str | None, Field(min_length=1, description="Dtype of the key/value cache: auto, bfloat16, fp8, …")
     ] = None
-    block_size: Annotated[int | None, Field(ge=1, description="Tokens in a block of the key/value cache.")] = None
-    enable_prefix_caching: Annotated[
-        bool | None, Field(description="Reuse keys and values of prompts with a common beginning.")
-    ] = None
-    enable_chunked_prefill: Annotated[
-        bool | None, Field(description="Process long prompts in pieces, alongside the decoding of others.")
-    ] = None
-    enforce_eager: Annotated[bool | None, Field(description="Neither compile the model nor capture CUDA graphs.")] = (
+    block_size: Annotated[int | None, Field(ge=1, description="Number of tokens per block of the key/value cache.")] = (
         None
     )
+    enable_prefix_caching: Annotated[
+        bool | None, Field(description="Reuse the cached keys and values of prefixes that prompts have in common.")
+    ] = None
+    enable_chunked_prefill: Annotated[
+        bool | None, Field(description="Process long prompts in chunks, while other requests are decoding.")
+    ] = None
+    enforce_eager: Annotated[
+        bool | None, Field(description="Run the model without compiling it or capturing CUDA graphs.")
+    ] = None
     attention_backend: Annotated[
         str | None, Field(min_length=1, description="Attention kernels: FLASH_ATTN, FLASHINFER, TRITON_ATTN, …")
     ] = None
@@ -133,35 +139,35 @@ class VllmBackend:
     speculative: VllmSpeculation = field(default_factory=VllmSpeculation)
     engine_args: Annotated[
         dict[str, Any] | None,
-        Field(description="Other arguments of vLLM's EngineArgs by name: {max_logprobs: 5}."),
+        Field(description="Other arguments of vLLM's EngineArgs, by name: {max_logprobs: 5}."),
     ] = None
 
 
 # ------------------------------------------------------------------ TensorRT-LLM
 @config
 class TensorrtKvCache:
-    """The key/value cache: options of TensorRT-LLM's KvCacheConfig."""
+    """Options of the key/value cache, passed to TensorRT-LLM's KvCacheConfig."""
 
     free_gpu_memory_fraction: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Fraction of the GPU memory left after loading that the cache takes."),
+        Field(gt=0, le=1, description="Fraction of the GPU memory still free after loading that the cache takes."),
     ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Maximum number of tokens in the cache.")] = None
     dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (
         None
     )
-    tokens_per_block: Annotated[int | None, Field(ge=1, description="Tokens in a block of the cache.")] = None
+    tokens_per_block: Annotated[int | None, Field(ge=1, description="Number of tokens per block of the cache.")] = None
     enable_block_reuse: Annotated[
-        bool | None, Field(description="Reuse keys and values of prompts with a common beginning.")
+        bool | None, Field(description="Reuse the cached keys and values of prefixes that prompts have in common.")
     ] = None
     host_cache_size: Annotated[
-        int | None, Field(ge=0, description="Main memory for blocks that do not fit on a GPU, in bytes.")
+        int | None, Field(ge=0, description="Main memory for blocks that do not fit into GPU memory, in bytes.")
     ] = None
 
 
 @config
 class TensorrtScheduler:
-    """Which requests run concurrently: options of TensorRT-LLM's SchedulerConfig."""
+    """Options for choosing which requests run concurrently, passed to TensorRT-LLM's SchedulerConfig."""
 
     capacity_scheduler_policy: Annotated[
         str | None,
@@ -172,7 +178,7 @@ class TensorrtScheduler:
     context_chunking_policy: Annotated[
         str | None,
         Field(
-            min_length=1, description="Order of the pieces of long prompts: FIRST_COME_FIRST_SERVED, EQUAL_PROGRESS."
+            min_length=1, description="Order of the chunks of long prompts: FIRST_COME_FIRST_SERVED, EQUAL_PROGRESS."
         ),
     ] = None
 
@@ -183,28 +189,26 @@ class TensorrtSpeculation:
 
     decoding_type: Annotated[
         str | None,
-        Field(min_length=1, description="How tokens are drafted: NGram, Draft_Target, Eagle3, MTP, …; null is off."),
+        Field(min_length=1, description="How tokens are drafted: NGram, Draft_Target, Eagle3, MTP, …; null: off."),
     ] = None
     speculative_model: Annotated[
         str | None, Field(min_length=1, description="Draft model or head: a hub id or a local directory.")
     ] = None
-    max_draft_len: Annotated[int | None, Field(ge=1, description="Maximum number of tokens drafted for each step.")] = (
-        None
-    )
+    max_draft_len: Annotated[int | None, Field(ge=1, description="Maximum number of tokens drafted per step.")] = None
     max_matching_ngram_size: Annotated[
-        int | None, Field(ge=1, description="Longest n-gram that NGram looks for in the text so far.")
+        int | None, Field(ge=1, description="Longest n-gram that the NGram method looks up in the text so far.")
     ] = None
 
 
 @config
 class TensorrtBackend:
-    """TensorRT-LLM's LLM API with the PyTorch flow. Null leaves an option at TensorRT-LLM's own default."""
+    """TensorRT-LLM's LLM API with its PyTorch backend. An option that is null keeps TensorRT-LLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
 
     name: Annotated[Literal["tensorrt"], Field(description="Inference backend.")] = "tensorrt"
     max_seq_len: Annotated[
-        int | None, Field(ge=1, description="Maximum number of tokens of a prompt and its output together.")
+        int | None, Field(ge=1, description="Maximum length of a sequence (prompt and output together), in tokens.")
     ] = None
     max_num_tokens: Annotated[
         int | None, Field(ge=1, description="Maximum number of tokens that the engine processes in one step.")
@@ -213,24 +217,25 @@ class TensorrtBackend:
         str | None, Field(min_length=1, description="Attention kernels: TRTLLM, FLASHINFER, VANILLA.")
     ] = None
     chunked_prefill: Annotated[
-        bool | None, Field(description="Process long prompts in pieces, alongside the decoding of others.")
+        bool | None, Field(description="Process long prompts in chunks, while other requests are decoding.")
     ] = None
     overlap_scheduler: Annotated[
-        bool | None, Field(description="Prepare a step on the CPU while the GPU computes the previous one.")
+        bool | None, Field(description="Prepare each step on the CPU while the GPU computes the previous step.")
     ] = None
     cuda_graphs: Annotated[bool | None, Field(description="Capture decode steps as CUDA graphs while loading.")] = None
     force_dynamic_quantization: Annotated[
-        bool | None, Field(description="Compute activation scales at each step instead of using the checkpoint's.")
+        bool | None,
+        Field(description="Compute activation scales at every step instead of using the checkpoint's scales."),
     ] = None
     moe_expert_parallel_size: Annotated[
-        int | None, Field(ge=1, description="Number of tensor_parallel GPUs that a layer's experts are split over.")
+        int | None, Field(ge=1, description="How many of the tensor_parallel GPUs a layer's experts are split over.")
     ] = None
     kv_cache: TensorrtKvCache = field(default_factory=TensorrtKvCache)
     scheduler: TensorrtScheduler = field(default_factory=TensorrtScheduler)
     speculative: TensorrtSpeculation = field(default_factory=TensorrtSpeculation)
     extra_args: Annotated[
         dict[str, Any] | None,
-        Field(description="Other arguments of TensorRT-LLM's LLM by name: {stream_interval: 4}."),
+        Field(description="Other arguments of TensorRT-LLM's LLM class, by name: {stream_interval: 4}."),
     ] = None
 
 
@@ -239,7 +244,7 @@ class TensorrtBackend:
 class OpenaiBackend:
     """A server that speaks OpenAI's protocol: one that is already running, or one that lem starts for the run."""
 
-    # One process sends all requests; the server spreads the model.
+    # One process sends all requests; the server itself spreads the model over its GPUs.
     spreads_a_model_itself: ClassVar[bool] = True
 
     name: Annotated[Literal["openai"], Field(description="Inference backend.")] = "openai"
@@ -247,68 +252,75 @@ class OpenaiBackend:
         str | None,
         Field(
             min_length=1,
-            description="Address of the server (http://127.0.0.1:8000); null: a free local port, for command to use.",
+            description="Address of the server (http://127.0.0.1:8000); null: a free local port for the server that "
+            "command starts.",
         ),
     ] = None
     command: Annotated[
         str | None,
         Field(
             min_length=1,
-            description="Starts the server, without a shell; it ends with the run. {model}, {port}, {host}, "
-            "{revision}, {dtype}, {seed}, {batch_size} and {degree} are filled in: vllm serve {model} --port {port}. "
-            "null: it is already running.",
+            description="Command that starts the server, without a shell; the server is stopped after the run. "
+            "{model}, {port}, {host}, {revision}, {dtype}, {seed}, {batch_size} and {degree} are replaced by their "
+            "values: vllm serve {model} --port {port}. null: the server is already running.",
         ),
     ] = None
     model_name: Annotated[
         str | None,
-        Field(min_length=1, description="The model's name on the server; null: the server's only model, else model."),
+        Field(
+            min_length=1,
+            description="The model's name on the server; null: the server's only model, else the value of model.",
+        ),
     ] = None
     dialect: Annotated[
         Literal["vllm", "openai"],
         Field(
-            description="Fields of a request that the server knows: vllm's (top_k, min_p, end tokens, token ids, …) or "
-            "only OpenAI's."
+            description="Request fields that the server understands: vllm's (top_k, min_p, end tokens, token ids, "
+            "…) or only OpenAI's."
         ),
     ] = "vllm"
     prompts: Annotated[
         Literal["ids", "text"],
         Field(
-            description="How prompts are sent: as token ids, or as text, for a server that refuses ids and adds the "
-            "same special tokens."
+            description="How prompts are sent: as token ids, or as text to a server that refuses ids. The server must "
+            "then add the same special tokens."
         ),
     ] = "ids"
     count: Annotated[
         Literal["server", "tokenizer"],
         Field(
-            description="Who counts output tokens: the server, or lem, by the model's tokenizer from the text, for a "
-            "server that reports no counts."
+            description="Who counts output tokens: the server, or (for a server that reports no counts) lem, by "
+            "tokenizing the text with the model's tokenizer."
         ),
     ] = "server"
     device: Annotated[
         Literal["auto", "cpu", "remote"],
         Field(
-            description="Where the model runs; auto: on this machine's GPUs, else its CPU, if the address is local or "
-            "lem starts the server, and otherwise on another machine."
+            description="Where the model runs. auto: if the address is local or lem starts the server, on this "
+            "machine's GPUs, or on its CPU if it has none; otherwise on another machine."
         ),
     ] = "auto"
-    extra_body: Annotated[
-        dict[str, Any] | None, Field(description="Other fields of a request by name: {priority: 1}.")
-    ] = None
+    extra_body: Annotated[dict[str, Any] | None, Field(description="Other request fields, by name: {priority: 1}.")] = (
+        None
+    )
     api_key_env: Annotated[
         str, Field(min_length=1, description="Environment variable that holds the server's API key, if it needs one.")
     ] = "OPENAI_API_KEY"
     start_timeout_s: Annotated[
-        float, Field(gt=0, le=86_400, description="Seconds within which a server started by lem must become ready.")
+        float, Field(gt=0, le=86_400, description="Seconds that a server started by lem may take to become ready.")
     ] = 900.0
     timeout_s: Annotated[
-        float, Field(gt=0, le=86_400, description="Seconds that the server may be silent within a response.")
+        float,
+        Field(
+            gt=0, le=86_400, description="Seconds that the server may go without sending anything during a response."
+        ),
     ] = 600.0
     max_errors: Annotated[
         float,
         Field(
             ge=0,
-            description="Requests of a cycle that may fail; one more ends the run. A number, or below 1 a share of the "
-            "cycle's requests.",
+            description="Number of requests that may fail in a cycle; one more ends the run. A value below 1 is a "
+            "share of the cycle's requests.",
         ),
     ] = 0.0
 

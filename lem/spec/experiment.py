@@ -1,9 +1,9 @@
-"""What is measured: `Experiment` and its parts, the single source of the configuration.
+"""`Experiment` and its parts: the single source of the configuration.
 
-Each field carries its constraints and its description: the help of the command-line flags, the reference page, the
-JSON Schema and the checks all come from here and from `lem.spec.engines`. A value of these types is plain data:
-creating one contacts no hub, sets no variable and probes no device. This module knows nothing about Hydra, files or
-where a value came from; `lem.config.compose` does.
+Each field carries its constraints and its description. The help of the command-line flags, the reference page, the
+JSON Schema and the checks are all derived from here and from `lem.spec.engines`. Values of these types are plain data:
+creating one contacts no hub, sets no environment variable and probes no device. This module knows nothing about Hydra,
+files or where a value came from; `lem.config.compose` does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lem.spec.engines import Backend, PytorchBackend
 from lem.spec.fields import config
 
 
-# ------------------------------------------------------------------ what goes in
+# ------------------------------------------------------------------ inputs
 @config
 class Dataset:
-    """Where the prompts come from, and which of them are used."""
+    """The source of the prompts, and which of its prompts are used."""
 
-    name: Annotated[str, Field(description="Name of the dataset choice; a label.")] = "custom"
+    name: Annotated[str, Field(description="Name of the chosen dataset; only a label.")] = "custom"
     path: Annotated[
         str | None,
         Field(
@@ -35,11 +35,11 @@ class Dataset:
         None
     )
     split: Annotated[
-        str | None, Field(description="Split to read; null uses the dataset's own default, or train if it has none.")
+        str | None, Field(description="Split to read; null: the dataset's own default, or train if it has none.")
     ] = None
-    column: Annotated[str | None, Field(description="Column that holds the prompts; null detects it by name.")] = None
+    column: Annotated[str | None, Field(description="Column that holds the prompts; null: detected by name.")] = None
     sample_size: Annotated[
-        int | None, Field(ge=1, description="Number of prompts, drawn with the seed after empty ones are dropped.")
+        int | None, Field(ge=1, description="Number of prompts to draw (with the seed, after dropping empty prompts).")
     ] = None
 
 
@@ -47,21 +47,26 @@ class Dataset:
 class Decoder:
     """How the next token is chosen."""
 
-    name: Annotated[str, Field(description="Name of the decoder choice; a label.")] = "deterministic"
-    do_sample: Annotated[bool, Field(description="Sample; false takes the most likely token (greedy).")] = False
+    name: Annotated[str, Field(description="Name of the chosen decoder; only a label.")] = "deterministic"
+    do_sample: Annotated[
+        bool, Field(description="Sample the next token; false: take the most likely token (greedy).")
+    ] = False
     temperature: Annotated[float, Field(gt=0, le=10, description="Sampling temperature.")] = 1.0
-    top_k: Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0 means all.")] = 0
+    top_k: Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0: from all tokens.")] = 0
     top_p: Annotated[
-        float, Field(gt=0, le=1, description="Sample from the likeliest tokens with this total probability (nucleus).")
+        float,
+        Field(
+            gt=0, le=1, description="Sample from the most likely tokens with this total probability (nucleus sampling)."
+        ),
     ] = 1.0
     min_p: Annotated[
         float,
-        Field(ge=0, le=1, description="Drop tokens less likely than this fraction of the likeliest one; 0 is off."),
+        Field(ge=0, le=1, description="Drop tokens less likely than this fraction of the most likely token; 0: off."),
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Field(gt=0, le=10, description="Penalty on tokens that are already present; 1 is off.")
+        float, Field(gt=0, le=10, description="Penalty on tokens that are already present; 1: off.")
     ] = 1.0
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, description="Ban repeated n-grams of this size; 0 is off.")] = 0
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, description="Ban repeated n-grams of this size; 0: off.")] = 0
 
 
 # ------------------------------------------------------------------ how it runs
@@ -72,51 +77,60 @@ class Batching:
     strategy: Annotated[
         Literal["static", "dynamic", "sorted_static", "sorted_dynamic", "continuous"],
         Field(
-            description="static: batch_size requests in order; dynamic: as many as max_tokens_per_batch and batch_size "
-            "allow; sorted_*: the same, longest inputs first; continuous: batch_size at a time, the next request "
-            "replacing each one that finishes."
+            description="static: batch_size requests per batch, in order; dynamic: as many requests as "
+            "max_tokens_per_batch and batch_size allow; sorted_*: the same, with the longest inputs first; continuous: "
+            "batch_size requests at a time, each replaced by the next one when it finishes."
         ),
     ] = "static"
     batch_size: Annotated[
-        int, Field(ge=1, le=65536, description="Maximum number of requests in a batch, or of concurrent requests.")
+        int,
+        Field(
+            ge=1, le=65536, description="Maximum number of requests in a batch, or of requests running concurrently."
+        ),
     ] = 1
     max_tokens_per_batch: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Maximum number of input tokens in a batch, padding included (dynamic strategies); a longer "
-            "single prompt gets its own batch.",
+            description="Maximum number of input tokens in a batch, including padding (dynamic strategies). A prompt "
+            "that is longer gets a batch of its own.",
         ),
     ] = None
 
 
 @config
 class Parallelism:
-    """How one model is spread over devices, or replicated on them."""
+    """How the model is spread over devices or replicated on them."""
 
     strategy: Annotated[
         Literal["none", "data_parallel", "tensor_parallel", "pipeline_parallel"],
         Field(
-            description="data_parallel: a whole model in each process, sharing out the prompts; tensor_parallel: each "
-            "layer split over the processes; pipeline_parallel: the layers spread over the GPUs of one process."
+            description="data_parallel: each process has a whole model and takes a share of the prompts; "
+            "tensor_parallel: each layer is split over the processes; pipeline_parallel: the layers are spread over "
+            "the GPUs of one process."
         ),
     ] = "none"
     degree: Annotated[
-        int, Field(ge=1, le=1024, description="Number of processes that the strategy uses (pipeline_parallel: GPUs).")
+        int,
+        Field(
+            ge=1, le=1024, description="Number of processes that the strategy uses (for pipeline_parallel, of GPUs)."
+        ),
     ] = 1
 
 
 @config
 class Quantization:
-    """Weights in fewer bits, through bitsandbytes."""
+    """Quantization of the weights with bitsandbytes."""
 
     quantization: Annotated[bool, Field(description="Quantize the weights while loading.")] = False
-    load_in_8bit: Annotated[bool, Field(description="8-bit weights (LLM.int8).")] = False
+    load_in_8bit: Annotated[bool, Field(description="Load the weights in 8 bits (LLM.int8).")] = False
     load_in_4bit: Annotated[bool, Field(description="4-bit weights.")] = False
-    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], Field(description="4-bit number format.")] = "nf4"
-    bnb_4bit_use_double_quant: Annotated[bool, Field(description="Quantize the 4-bit scales as well.")] = False
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], Field(description="Number format of 4-bit weights.")] = "nf4"
+    bnb_4bit_use_double_quant: Annotated[bool, Field(description="Quantize the scales of 4-bit weights as well.")] = (
+        False
+    )
     bnb_4bit_compute_dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], Field(description="Dtype of the 4-bit arithmetic.")
+        Literal["float16", "bfloat16", "float32"], Field(description="Dtype of the arithmetic with 4-bit weights.")
     ] = "bfloat16"
 
 
@@ -129,7 +143,8 @@ class Warmup:
         Field(
             ge=0,
             le=10_000,
-            description="Prompts run before the window, at least: in whole batches, like the measured ones; 0: none.",
+            description="Minimum number of prompts to run before the window, in whole batches as in the window; 0: "
+            "none.",
         ),
     ] = 2
     until_cv: Annotated[
@@ -137,18 +152,19 @@ class Warmup:
         Field(
             gt=0,
             lt=1,
-            description="Instead of a fixed number: repeat the first batch until the coefficient of variation of the "
-            "last cv_batches latencies is below this.",
+            description="Instead of running a fixed number of prompts, repeat the first batch until the coefficient of "
+            "variation of the last cv_batches latencies is below this value.",
         ),
     ] = None
     cv_batches: Annotated[
-        int, Field(ge=2, le=100, description="Number of latencies that until_cv considers; used only with until_cv.")
+        int,
+        Field(ge=2, le=100, description="Number of latest latencies that until_cv considers; used only with until_cv."),
     ] = 5
     max_prompts: Annotated[
         int, Field(ge=1, le=100_000, description="Prompts after which until_cv gives up; used only with until_cv.")
     ] = 200
     max_s: Annotated[
-        float, Field(gt=0, description="Seconds after which the warm-up ends, with the batch that runs.")
+        float, Field(gt=0, description="Seconds after which the warm-up ends, once the running batch has finished.")
     ] = 120.0
 
 
@@ -157,12 +173,12 @@ class Streaming:
     """Timing of each token as it is generated."""
 
     enabled: Annotated[
-        bool, Field(description="Time each token: TTFT, inter-token latency, time per output token.")
+        bool, Field(description="Time each token, to measure TTFT, inter-token latency and time per output token.")
     ] = False
     warmup_requests: Annotated[
         int,
         Field(
-            ge=0, le=10_000, description="Requests before the window if tokens are timed, instead of warmup.prompts."
+            ge=0, le=10_000, description="Number of warm-up requests if tokens are timed, instead of warmup.prompts."
         ),
     ] = 5
 
@@ -174,30 +190,32 @@ class Traffic:
     pattern: Annotated[
         Literal["closed", "constant", "poisson", "concurrency", "trace"],
         Field(
-            description="closed: all at once; constant, poisson: at target_qps, whether or not the engine keeps up; "
-            "concurrency: always the same number in the system; trace: as recorded."
+            description="closed: all requests at once; constant, poisson: at target_qps, whether or not the engine "
+            "keeps up; concurrency: always the same number in the system; trace: as recorded."
         ),
     ] = "closed"
     target_qps: Annotated[
-        float | None, Field(gt=0, description="Requests that arrive per second (constant, poisson).")
+        float | None, Field(gt=0, description="Number of requests that arrive per second (constant, poisson).")
     ] = None
-    concurrency: Annotated[int | None, Field(ge=1, description="Requests in the system at any time (concurrency).")] = (
-        None
-    )
+    concurrency: Annotated[
+        int | None, Field(ge=1, description="Number of requests in the system at any time (concurrency).")
+    ] = None
     trace: Annotated[
-        str | None, Field(description="CSV file of the trace, with a column t_s: when each request arrives.")
+        str | None,
+        Field(description="CSV file of the trace, whose column t_s says when each request arrives, in seconds."),
     ] = None
     ttft_limit_s: Annotated[
-        float | None, Field(gt=0, description="For goodput: maximum time to first token of a good request.")
+        float | None, Field(gt=0, description="For goodput: maximum time to first token of a good request, in seconds.")
     ] = None
     itl_limit_s: Annotated[
-        float | None, Field(gt=0, description="For goodput: maximum mean inter-token latency of a good request.")
+        float | None,
+        Field(gt=0, description="For goodput: maximum mean inter-token latency of a good request, in seconds."),
     ] = None
 
 
 @config
 class Cooldown:
-    """Waiting before anything is measured, so that runs start from the same state."""
+    """Waiting before any measurement, so that runs start from the same state."""
 
     wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait.")] = 0.0
     to_c: Annotated[
@@ -205,41 +223,47 @@ class Cooldown:
         Field(gt=0, lt=120, description="Wait until the GPUs in use are at or below this temperature, °C."),
     ] = None
     max_s: Annotated[
-        float, Field(gt=0, description="Seconds after which waiting for to_c ends, whatever the temperature.")
+        float,
+        Field(
+            gt=0,
+            description="Maximum number of seconds to wait for to_c; the run then starts at whatever temperature it "
+            "is.",
+        ),
     ] = 600.0
 
 
 @config
 class Energy:
-    """Which meter is read, and how joules are converted to grams of CO2e."""
+    """The meter to read, and the conversion of joules to grams of CO2e."""
 
     name: Annotated[
         Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "none"],
-        Field(description="Meter; auto takes the best one available for each component."),
+        Field(description="Meter; auto: the best one available for each component."),
     ] = "auto"
     idle_s: Annotated[
         float,
         Field(
             ge=0,
             le=3600,
-            description="Length of each of the two idle measurements, before loading and with the model loaded; 0 "
-            "skips them.",
+            description="Length in seconds of each of the two idle measurements (before loading, and with the model "
+            "loaded); 0 skips them.",
         ),
     ] = 3.0
     power_hz: Annotated[
         float, Field(gt=0, le=100, description="Samples per second of the GPU power trace taken alongside the counter.")
     ] = 20.0
     powercap_dir: Annotated[
-        str, Field(min_length=1, description="The kernel's powercap tree, which the rapl meter reads.")
+        str, Field(min_length=1, description="Directory of the kernel's powercap tree, which the rapl meter reads.")
     ] = "/sys/class/powercap"
     trace: Annotated[
-        str | None, Field(description="CSV file for the replay meter: columns t_s, power_w and optionally component.")
+        str | None,
+        Field(description="CSV file for the replay meter, with the columns t_s, power_w and optionally component."),
     ] = None
     country_iso_code: Annotated[
         str | None,
         Field(
             pattern="^[A-Z]{3}$",
-            description="Country whose grid's mean carbon intensity applies (ISO 3166 alpha-3, such as DEU).",
+            description="Country whose mean grid carbon intensity applies (ISO 3166 alpha-3 code, such as DEU).",
         ),
     ] = None
     carbon_intensity_g_per_kwh: Annotated[
@@ -249,7 +273,7 @@ class Energy:
 
 @config
 class Io:
-    """Where results are written."""
+    """The place where results are written."""
 
     results_dir: Annotated[
         str, Field(min_length=1, description="Results directory.", json_schema_extra={"env": "LLM_ENERGY_RESULTS_DIR"})
@@ -259,7 +283,7 @@ class Io:
 # ------------------------------------------------------------------ the whole
 @config
 class Experiment:
-    """One configuration of one model over one set of prompts: what a single run measures."""
+    """The full configuration of a single run: one model, one set of prompts, and how the model runs them."""
 
     model: Annotated[
         str | None,
@@ -268,14 +292,17 @@ class Experiment:
     revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
     adapter: Annotated[str | None, Field(description="LoRA adapter: a hub id or a local directory.")] = None
     trust_remote_code: Annotated[
-        bool, Field(description="Run Python code that comes with the model; only for authors you trust.")
+        bool, Field(description="Run Python code that comes with the model; set this only if you trust the authors.")
     ] = False
     fp_precision: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"],
-        Field(description="Dtype of weights and arithmetic; auto: the checkpoint's on a GPU, float32 on a CPU."),
+        Field(
+            description="Dtype of the weights and arithmetic; auto: the checkpoint's own dtype on a GPU, float32 on "
+            "a CPU."
+        ),
     ] = "auto"
     max_input_tokens: Annotated[
-        int | None, Field(ge=1, description="Truncate prompts to this many tokens, keeping their beginning.")
+        int | None, Field(ge=1, description="Truncate prompts to this many tokens, keeping the beginning.")
     ] = None
     max_output_tokens: Annotated[
         int, Field(ge=1, le=1_000_000, description="Maximum number of tokens to generate per request.")
@@ -283,7 +310,8 @@ class Experiment:
     min_output_tokens: Annotated[
         int,
         Field(
-            ge=0, description="Minimum number of tokens to generate per request; holds off the end token until then."
+            ge=0,
+            description="Minimum number of tokens to generate per request; the end token is suppressed until then.",
         ),
     ] = 0
     chat_template: Annotated[
@@ -303,7 +331,7 @@ class Experiment:
         list[int | str] | None,
         Field(
             min_length=1,
-            description="GPUs to use, by index among the visible ones or by UUID (GPU-…, MIG-…); null: all.",
+            description="GPUs to use, by index among the visible GPUs or by UUID (GPU-…, MIG-…); null: all.",
         ),
     ] = None
     backend: Backend = field(default_factory=PytorchBackend)

@@ -1,4 +1,4 @@
-"""How a part of the configuration is declared: a dataclass whose fields pydantic can check."""
+"""The decorator that declares a part of the configuration: a dataclass whose fields pydantic checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 def config(cls: type[T]) -> type[T]:
-    """Make a configuration dataclass: keyword-only, no unknown keys, no silent conversion of types."""
+    """Turn a class into a configuration dataclass: keyword-only, no unknown keys, no implicit type conversion."""
     checks = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     cls.__pydantic_config__ = checks  # type: ignore[attr-defined]
     return dataclass(kw_only=True)(cls)

@@ -1,4 +1,4 @@
-"""How many processes and GPUs an experiment needs, and which of its options are not the defaults."""
+"""The number of processes and GPUs that an experiment needs, and which of its options differ from their defaults."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from lem.spec.experiment import Experiment
 
 
 def changed(part: Any, *names: str) -> list[str]:
-    """Return the named options of a part that differ from their defaults."""
+    """Return those of the named options that differ from their defaults."""
     neutral = type(part)()
     return [name for name in names if getattr(part, name) != getattr(neutral, name)]
 
 
 def runs_in_one_process(experiment: Experiment) -> bool:
-    """Return whether the strategy spreads the model over several GPUs of a single process."""
+    """Return whether a single process spreads the model over several GPUs."""
     strategy = experiment.parallelism.strategy
     return strategy == "pipeline_parallel" or (
         strategy == "tensor_parallel" and experiment.backend.spreads_a_model_itself
@@ -22,7 +22,7 @@ def runs_in_one_process(experiment: Experiment) -> bool:
 
 
 def process_counts(experiment: Experiment) -> tuple[int, int]:
-    """Return how many processes an experiment starts, and how many replicas of the model they form."""
+    """Return the number of processes that an experiment starts, and the number of replicas that they form."""
     strategy, degree = experiment.parallelism.strategy, experiment.parallelism.degree
     if strategy == "tensor_parallel" and not experiment.backend.spreads_a_model_itself:
         return degree, 1
@@ -32,7 +32,7 @@ def process_counts(experiment: Experiment) -> tuple[int, int]:
 
 
 def gpus_needed(experiment: Experiment) -> int:
-    """Return how many GPUs a run on GPUs needs: one per process, or the degree if one process spreads the model."""
+    """Return how many GPUs a GPU run needs: one per process, or the degree if one process spreads the model."""
     if runs_in_one_process(experiment):
         return experiment.parallelism.degree
     processes, _ = process_counts(experiment)
@@ -40,5 +40,5 @@ def gpus_needed(experiment: Experiment) -> int:
 
 
 def gpus_per_process(experiment: Experiment) -> int:
-    """Return how many GPUs (or, on a CPU, workers) one process runs the model on."""
+    """Return the number of GPUs (on a CPU: of engine workers) over which one process runs the model."""
     return experiment.parallelism.degree if runs_in_one_process(experiment) else 1

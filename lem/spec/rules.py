@@ -1,9 +1,9 @@
-"""The rules: everything that lem may object to before a run, each with a code, a severity, a meaning and a remedy.
+"""The rules: everything that lem can object to before a run, each with a code, a severity, a meaning and a remedy.
 
-The single source of the codes and their severities: an objection with any other code cannot be made, and the page
-`docs/rules.md` is generated from it. This module knows nothing about experiments or machines. What breaks a rule is
-decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends and the meters; for
-config files, in `lem.config`.
+This catalogue is the single source of the codes and their severities: an objection with any other code cannot be
+created, and `docs/rules.md` is generated from it. The module knows nothing about experiments or machines. Whether a
+rule is broken is decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends, the
+meters and, for config files, in `lem.config`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-# impossible: it cannot run; inadvisable: it runs only with --force; warning: it runs, and the message is shown.
+# impossible: the experiment cannot run; inadvisable: it runs only with --force; warning: it runs after a message.
 Severity = Literal["impossible", "inadvisable", "warning"]
-# What decides it: the options alone, the machine and what is installed on it, or files.
+# What a rule looks at: the options alone, the machine and the software installed on it, or files.
 Scope = Literal["options", "machine", "files"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A kind of objection. In `meaning` and `remedy`, "it" is the option that is objected to."""
+    """A kind of objection. In `meaning` and `remedy`, "it" refers to the option that the objection is about."""
 
     severity: Severity
     scope: Scope
@@ -29,7 +29,7 @@ class Rule:
 
 
 def _rules(severity: Severity, scope: Scope, texts: Mapping[str, tuple[str, str]]) -> dict[str, Rule]:
-    """Return rules of one severity and scope, from the meaning and the remedy of each code."""
+    """Return the rules of one severity and scope, given the meaning and remedy for each code."""
     return {code: Rule(severity, scope, meaning, remedy) for code, (meaning, remedy) in texts.items()}
 
 
@@ -37,22 +37,25 @@ OPTIONS_IMPOSSIBLE = _rules(
     "impossible",
     "options",
     {
-        "min_above_max": ("min_output_tokens is greater than max_output_tokens.", "Lower it, or raise the maximum."),
+        "min_above_max": (
+            "min_output_tokens is greater than max_output_tokens.",
+            "Lower min_output_tokens, or raise max_output_tokens.",
+        ),
         "no_token_budget": (
             "Dynamic batching fills a batch up to a budget of tokens, but batching.max_tokens_per_batch is not set.",
-            "Set it, for example to 8192, or use static batching.",
+            "Set batching.max_tokens_per_batch, for example to 8192, or use static batching.",
         ),
         "no_continuous_batching": (
-            "Continuous batching needs a paged key/value cache, which the backend or an option rules out.",
+            "Continuous batching needs a paged key/value cache, but the backend or an option rules one out.",
             "Leave this option out, or use static batching.",
         ),
         "traffic_incomplete": (
             "The traffic pattern needs a value that is not set.",
-            "Set it, or choose another traffic.pattern.",
+            "Set the value, or choose another traffic.pattern.",
         ),
         "traffic_not_divisible": (
-            "The requests of a fixed concurrency cannot be shared evenly among the processes.",
-            "Use a multiple of the number of processes.",
+            "The number of concurrent requests cannot be divided evenly among the processes.",
+            "Set traffic.concurrency to a multiple of the number of processes.",
         ),
         "bits_conflict": ("Both 4-bit and 8-bit weights are requested.", "Choose one."),
         "no_bits": (
@@ -61,15 +64,15 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "unknown_country": (
             "No carbon intensity is known for the country.",
-            "Correct the code, or set energy.carbon_intensity_g_per_kwh instead.",
+            "Correct the country code, or set energy.carbon_intensity_g_per_kwh instead.",
         ),
         "processes_unlike_degree": (
-            "The strategy starts as many processes as its degree, but num_processes is a different number.",
-            "Leave this option out, or change parallelism.degree, which sets their number.",
+            "The strategy starts one process for each unit of parallelism.degree, but num_processes is different.",
+            "Leave this option out, or change parallelism.degree, which sets the number of processes.",
         ),
         "pipeline_processes": (
-            "Several processes are requested, but the strategy runs the model in one process, on several GPUs.",
-            "Leave this option out: parallelism.degree is the number of GPUs.",
+            "Several processes are requested, but the strategy runs the model on several GPUs in one process.",
+            "Leave this option out: parallelism.degree sets the number of GPUs.",
         ),
         "tensor_parallel_quantized": (
             "Weights quantized by bitsandbytes cannot be split across processes.",
@@ -82,66 +85,69 @@ OPTIONS_IMPOSSIBLE = _rules(
         # ------------------------------------------------------ engines
         "quantized_by_vllm": (
             "bitsandbytes quantization belongs to the pytorch backend; vLLM has its own methods.",
-            "Set backend.quantization instead, for example to fp8; a quantized checkpoint needs neither.",
+            "Set backend.quantization instead, for example to fp8; a quantized checkpoint needs neither option.",
         ),
         "quantized_by_tensorrt": (
             "bitsandbytes quantization belongs to the pytorch backend; TensorRT-LLM runs quantized checkpoints.",
             "Leave this option out, and name a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
         ),
-        "no_ngram_ban": ("decoder.no_repeat_ngram_size is set, but vLLM cannot ban repeated n-grams.", "Set it to 0."),
+        "no_ngram_ban": (
+            "decoder.no_repeat_ngram_size is set, but vLLM cannot ban repeated n-grams.",
+            "Set this option to 0.",
+        ),
         "temperature_raised": (
-            "vLLM raises a temperature below 0.01 to 0.01 and mentions it only in its log.",
-            "Set it to 0.01 or more, or decode greedily (decoder.do_sample=false).",
+            "vLLM raises any temperature below 0.01 to 0.01, and mentions this only in its log.",
+            "Set a temperature of 0.01 or more, or decode greedily (decoder.do_sample=false).",
         ),
         "speculation_min_p": (
             "decoder.min_p is set, but vLLM's speculative decoding cannot sample with it.",
-            "Set it to 0, or turn speculative decoding off.",
+            "Set this option to 0, or turn speculative decoding off.",
         ),
         "speculation_incomplete": (
-            "vLLM's speculative decoding lacks a value that its method needs, or its n-gram lengths contradict each "
+            "vLLM's speculative decoding lacks a value that its method needs, or the n-gram lengths contradict each "
             "other.",
             "Set a suitable value, or choose another method.",
         ),
         "speculation_ngram_ban": (
-            "decoder.no_repeat_ngram_size is set, but TensorRT-LLM refuses to ban n-grams while it drafts tokens, or "
-            "bans them a step late.",
-            "Set it to 0, or turn speculative decoding off.",
+            "decoder.no_repeat_ngram_size is set, but with speculative decoding TensorRT-LLM either refuses to ban "
+            "n-grams or bans them a step late.",
+            "Set this option to 0, or turn speculative decoding off.",
         ),
-        "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave this option out here."),
+        "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave this argument out."),
         "engine_arg_code": (
             "An argument names Python code that the engine would load and run with your permissions.",
             "Leave this option out, or set trust_remote_code=true if you trust its authors.",
         ),
-        "dropped_engine_arg": ("The engine no longer has this argument.", "Remove it."),
+        "dropped_engine_arg": ("The engine no longer has this argument.", "Remove the argument."),
         # ------------------------------------------------------ servers
         "no_server": (
             "Neither the address of a server nor a command that starts one is set.",
             "Set backend.url or backend.command.",
         ),
         "bad_server_url": (
-            "The server's address is not a URL, or holds more than scheme, host, port and path.",
-            "Write it as http://host:port.",
+            "The server's address is not a URL, or contains more than scheme, host, port and path.",
+            "Write the address as http://host:port.",
         ),
         "bad_server_command": (
             "The command that starts the server cannot be parsed, has an unknown placeholder, or lacks {port}.",
             "Correct the command.",
         ),
         "server_not_told": (
-            "An option concerns what the server does, but nothing passes it on: requests have no field for it, at "
-            "least in this dialect, and backend.command has no placeholder for it.",
-            "Leave this option out, and configure the server itself if it has such an option.",
+            "An option is meant for the server but does not reach it: requests have no field for it (at least in this "
+            "dialect), and backend.command does not contain its placeholder.",
+            "Leave this option out, and configure the server itself if it has an equivalent option.",
         ),
         "server_processes": (
             "Several processes are requested, but a single process sends all requests to the server.",
-            "Leave this option out; a server has its own options for replicas.",
+            "Leave this option out, and use the server's own options for replicas.",
         ),
         "no_meter_elsewhere": (
-            "The chosen meter reads this machine, but the server runs on another one.",
+            "The chosen meter reads this machine, but the server runs on another machine.",
             "Use energy=auto, which then leaves the energy null, or measure on the server's machine.",
         ),
         "api_key_in_config": (
-            "The server's key is in the configuration, which is written to files that people publish.",
-            "Put it into the environment variable that backend.api_key_env names.",
+            "The server's API key is in the configuration, which is written to files that people publish.",
+            "Put the key into the environment variable named by backend.api_key_env.",
         ),
     },
 )
@@ -159,11 +165,11 @@ OPTIONS_INADVISABLE = _rules(
             "Set quantization.quantization=true, or leave this option out.",
         ),
         "no_effect_4bit_option": (
-            "An option of 4-bit weights is set, but the weights are not loaded in 4 bits.",
+            "An option for 4-bit weights is set, but the weights are not loaded in 4 bits.",
             "Set quantization.load_in_4bit=true, or leave this option out.",
         ),
         "no_effect_compile_mode": (
-            "A mode of torch.compile is set, but nothing is compiled.",
+            "A torch.compile mode is set, but torch.compile is off.",
             "Set backend.torch_compile=true, or leave this option out.",
         ),
         "no_effect_degree": (
@@ -171,13 +177,14 @@ OPTIONS_INADVISABLE = _rules(
             "Choose parallelism.strategy, or set num_processes for processes that share the prompts.",
         ),
         "no_effect_warmup_limit": (
-            "A limit on the warm-up until latencies are steady is set, but the warm-up has a fixed length.",
+            "A limit is set that applies only to a warm-up until latencies are steady, but the warm-up has a fixed "
+            "length.",
             "Set warmup.until_cv, for example to 0.05, or leave this option out.",
         ),
         "no_effect_streaming_warmup": (
             "A number of warm-up requests for streaming is set, but tokens are not timed, or warmup.until_cv decides "
             "the length of the warm-up.",
-            "Turn on streaming (--streaming) without warmup.until_cv, or leave this option out.",
+            "Turn on streaming (--streaming) and leave warmup.until_cv unset, or leave this option out.",
         ),
         "no_effect_goodput_limit": (
             "A limit for goodput is set, but tokens are not timed.",
@@ -188,7 +195,7 @@ OPTIONS_INADVISABLE = _rules(
             "Choose a pattern that reads it, or leave this option out.",
         ),
         "no_effect_cooldown_limit": (
-            "A limit on waiting for a temperature is set, but cooldown.to_c is not.",
+            "A limit on the wait for a temperature is set, but cooldown.to_c is not.",
             "Set cooldown.to_c, or leave this option out.",
         ),
         "no_effect_trace": (
@@ -197,7 +204,7 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_effect_country": (
             "Both a country and a carbon intensity are set; the intensity is used.",
-            "Leave one of them out.",
+            "Leave one of the two options out.",
         ),
         "no_effect_speculation": (
             "An option of speculative decoding is set, but nothing drafts tokens.",
@@ -208,13 +215,13 @@ OPTIONS_INADVISABLE = _rules(
             "Set backend.command, or leave this option out.",
         ),
         "no_weights_to_change": (
-            "Quantized weights, a revision or an adapter is requested, but the simulated backend loads no weights; the "
-            "results would still name it.",
+            "Quantized weights, a revision or an adapter are requested, but the simulated backend loads no weights. "
+            "The results would still name them.",
             "Leave this option out, or choose another backend.",
         ),
         "seeds_of_batches": (
-            "TensorRT-LLM samples concurrent requests from one random stream, so the same seed does not reproduce the "
-            "same tokens.",
+            "TensorRT-LLM draws the samples of concurrent requests from one random stream, so the same seed does not "
+            "reproduce the same tokens.",
             "Decode greedily, or use batching.batch_size=1.",
         ),
     },
@@ -225,17 +232,17 @@ OPTIONS_WARNING = _rules(
     "options",
     {
         "no_effect_token_budget": (
-            "A token budget is set, but static batching has none. A preset may have set it.",
-            "Use batching.strategy=dynamic, or set it to null.",
+            "A token budget is set, but static batching does not use one. A preset may have set it.",
+            "Use batching.strategy=dynamic, or set this option to null.",
         ),
         "no_effect_warmup_prompts": (
             "A number of warm-up prompts is set, but warmup.until_cv or streaming.warmup_requests decides the length "
             "of the warm-up. A preset may have set it.",
-            "Leave this option out, or turn off what overrides it.",
+            "Leave this option out, or turn off the option that overrides it.",
         ),
         "no_effect_batching": (
-            "Batching is set, but with traffic, requests go to the server as they arrive; the rows of the results "
-            "name the batching anyway. A preset may have set it.",
+            "Batching is set, but with traffic, requests go to the server as they arrive. The result rows would still "
+            "name the batching. A preset may have set it.",
             "Leave out either batching or traffic.pattern.",
         ),
         "no_effect_strategy": (
@@ -247,20 +254,20 @@ OPTIONS_WARNING = _rules(
             "Choose a meter, or leave this option out.",
         ),
         "no_effect_meter_option": (
-            "An option is set that the chosen meter does not read. A preset may have set it.",
-            "Choose a meter that reads it, or leave this option out.",
+            "An option is set that the chosen meter does not use. A preset may have set it.",
+            "Choose a meter that uses it, or leave this option out.",
         ),
         "no_effect_on_simulation": (
             "An option for how a model runs is set, but the simulated backend runs no model.",
             "Choose another backend, unless you are only trying out a grid.",
         ),
         "no_cache": (
-            "Without a key/value cache every step recomputes the whole sequence, while FLOPs count each token once.",
-            "Use dynamic, unless this is what you study.",
+            "Without a key/value cache, every step recomputes the whole sequence, while FLOPs count each token once.",
+            "Set this option to dynamic, unless running without a cache is part of your study.",
         ),
         "remote_code": (
             "trust_remote_code is on: Python code that comes with the model runs with your permissions.",
-            "Leave it off unless you trust the model's authors.",
+            "Leave trust_remote_code off unless you trust the model's authors.",
         ),
     },
 )
@@ -272,28 +279,28 @@ MACHINE_IMPOSSIBLE = _rules(
         # ------------------------------------------------------ GPUs
         "no_gpu": (
             "An option needs a GPU, but none is visible.",
-            "Run where lem gpus shows one, or leave this option out.",
+            "Run on a machine where lem gpus lists a GPU, or leave this option out.",
         ),
         "no_gpu_in_use": (
-            "The meter reads the GPUs in use, but the run uses none.",
+            "The meter reads the GPUs in use, but the run uses no GPU.",
             "Use energy=auto, or run on a GPU.",
         ),
         "unknown_gpu": (
             "An entry of gpus matches no visible GPU, or more than one.",
-            "See lem gpus: indices count the visible ones from 0, and UUIDs begin with GPU- or MIG-.",
+            "See lem gpus: indices number the visible GPUs from 0, and UUIDs begin with GPU- or MIG-.",
         ),
         "repeated_gpu": ("An entry of gpus is the same GPU as an earlier entry.", "Name each GPU once."),
         "too_few_gpus": (
-            "More GPUs are needed than are visible, or than gpus names.",
-            "Lower it, or make more GPUs available.",
+            "More GPUs are needed than are visible, or than are named in gpus.",
+            "Lower the number, or make more GPUs available.",
         ),
         "pipeline_needs_gpus": (
             "A pipeline spreads the model's layers over GPUs, but the run is on the CPU.",
             "Run on GPUs, or choose another strategy.",
         ),
         "tensor_parallel_beside_gpus": (
-            "The model would be split over processes on the CPU, but transformers uses GPUs wherever any is visible.",
-            "Hide them with CUDA_VISIBLE_DEVICES='', or run on them.",
+            "The model would be split over processes on the CPU, but transformers uses GPUs if any are visible.",
+            "Hide the GPUs with CUDA_VISIBLE_DEVICES='', or run on them.",
         ),
         "attention_needs_gpu": (
             "The attention kernel runs on NVIDIA GPUs only.",
@@ -306,38 +313,38 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "compile_unsupported": (
             "The GPU is too old for torch.compile, which needs Volta (compute capability 7.0).",
-            "Leave it off.",
+            "Leave this option off.",
         ),
-        # ------------------------------------------------------ what is installed
+        # ------------------------------------------------------ installed software
         "missing_package": (
             "An option needs a Python package that is not installed.",
-            "Install it, or leave the option out.",
+            "Install the package, or leave the option out.",
         ),
         "continuous_unavailable": (
-            "transformers cannot batch the model continuously: the installed version is too old, or the model's "
-            "attention cannot use a paged cache, or would give other tokens with it.",
+            "transformers cannot batch this model continuously: the installed version is too old, or the model's "
+            "attention cannot use a paged cache or would produce different tokens with one.",
             "Use static batching, or backend=vllm.",
         ),
         "missing_quantizer": (
-            "The checkpoint's weights are quantized by a method whose package is not installed, or that runs on a GPU "
-            "only.",
+            "The checkpoint's weights are quantized with a method whose package is not installed, or that runs only on "
+            "a GPU.",
             "Install the package, run on a GPU, or choose a checkpoint in another format.",
         ),
         "unknown_engine_arg": (
-            "The installed version of the engine has no such argument.",
-            "Correct it, leave this option out, or install a version that has it.",
+            "The installed version of the engine does not have this argument.",
+            "Correct the name, leave this option out, or install a version that has the argument.",
         ),
         "engine_arg_type": (
             "The installed version of the engine expects a value of a different type.",
-            "Correct or remove it.",
+            "Correct the value, or leave this option out.",
         ),
         "sampler_ignores": (
-            "The installed TensorRT-LLM accepts the sampling option, but its sampler ignores it.",
-            "Turn it off, or install a version that reads it.",
+            "The installed version of TensorRT-LLM accepts the sampling option, but its sampler ignores it.",
+            "Turn the option off, or install a version that uses it.",
         ),
         "kv_cache_on_cpu": ("vLLM's CPU build has no key/value cache of this dtype.", "Use auto, float16 or bfloat16."),
         "rapl_unreadable": (
-            "The processor's energy counters are missing or not readable.",
+            "The processor's energy counters are missing or cannot be read.",
             "Use energy=codecarbon for an estimate instead.",
         ),
         # ------------------------------------------------------ servers
@@ -347,15 +354,16 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "server_port_taken": (
             "lem would start a server at an address that is already in use.",
-            "Stop the program there, choose another port, or leave backend.command out to use that program.",
+            "Stop the program at that address, choose another port, or leave out backend.command to use that program "
+            "as the server.",
         ),
         "missing_program": (
             "The program that starts the server is neither on PATH nor next to the Python that runs lem.",
-            "Install it, or give its full path.",
+            "Install the program, or give its full path.",
         ),
         "no_api_key": (
-            "The environment variable for the server's key is not set.",
-            "Set the variable, or leave the option out.",
+            "The environment variable for the server's API key is not set.",
+            "Set the variable, or leave this option out.",
         ),
     },
 )
@@ -364,18 +372,20 @@ MACHINE_INADVISABLE = _rules(
     "inadvisable",
     "machine",
     {
-        "no_effect_gpus": ("GPUs are named, but the run uses none.", "Run on a GPU, or leave this option out."),
+        "no_effect_gpus": ("GPUs are named, but the run uses no GPU.", "Run on a GPU, or leave this option out."),
         "bfloat16_emulated": (
-            "A GPU before Ampere (compute capability 8.0) emulates bfloat16, which is slow, or cannot run it.",
+            "GPUs older than Ampere (compute capability 8.0) either emulate bfloat16, which is slow, or cannot run it.",
             "Use float16.",
         ),
         "unknown_engine_value": (
-            "The installed version of the engine has no such kernel, dtype, format or method; a plugin may add it.",
-            "Correct it, or leave this option out.",
+            "The installed version of the engine does not have this kernel, dtype, format or method, unless a plugin "
+            "adds it.",
+            "Correct the name, or leave this option out.",
         ),
         "prefixes_not_forgotten": (
-            "The installed TensorRT-LLM caches prefixes of prompts but cannot drop those of the warm-up.",
-            "Set it to false, or update TensorRT-LLM.",
+            "The installed version of TensorRT-LLM caches prefixes of prompts but cannot drop those cached during the "
+            "warm-up.",
+            "Set this option to false, or update TensorRT-LLM.",
         ),
     },
 )
@@ -385,15 +395,15 @@ MACHINE_WARNING = _rules(
     "machine",
     {
         "unused_gpus": (
-            "More GPUs are named than the run uses; only the first ones are used and metered.",
-            "Name fewer, or raise num_processes or parallelism.degree.",
+            "More GPUs are named than the run uses, so only the first ones are used and metered.",
+            "Name fewer GPUs, or raise num_processes or parallelism.degree.",
         ),
         "no_effect_without_gpu": (
-            "An option concerns the GPUs in use, but the run uses none.",
+            "An option concerns the GPUs in use, but the run uses no GPU.",
             "Run on a GPU, or leave this option out.",
         ),
         "more_processes_than_cores": (
-            "More processes than processor cores share the CPU and slow each other down.",
+            "More processes than processor cores share the CPU, so they slow each other down.",
             "Lower the number of processes.",
         ),
         "float16_on_cpu": (
@@ -417,22 +427,23 @@ FILES_IMPOSSIBLE = _rules(
             "Download them again.",
         ),
         "weights_mismatched": (
-            "Weights in the model's files have other shapes than its config.json says.",
+            "The shapes of weights in the model's files contradict its config.json.",
             "Correct config.json, or download the model again.",
         ),
         "model_unsupported": (
-            "transformers cannot load the model as one that continues text: it does not know its type, or the type is "
+            "transformers cannot load the model for text generation: it does not know the model's type, or the type is "
             "for another task, such as a multimodal one.",
-            "Choose a causal language model (many multimodal ones have one of their own), or update transformers.",
+            "Choose a causal language model (many multimodal models come with a text-only one), or update "
+            "transformers.",
         ),
         "pad_token_outside": (
-            "The model's padding token lies outside of its vocabulary, so transformers cannot make its embedding.",
+            "The model's padding token is outside its vocabulary, so transformers cannot create the embedding layer.",
             "Correct pad_token_id in the model's config.json.",
         ),
         "bad_chat_template": (
             "The model's chat template cannot wrap a prompt: it raises an error, has no default, or leaves the prompt "
             "out.",
-            "Leave it off, or correct the template that comes with the tokenizer.",
+            "Leave the option off, or correct the template that comes with the tokenizer.",
         ),
         "encoder_decoder": (
             "The model is an encoder-decoder; lem measures decoder-only models.",
@@ -440,23 +451,23 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "needs_remote_code": (
             "The model cannot be loaded without the Python code that comes with it, and trust_remote_code is off.",
-            "Set it to true if you trust the model's authors.",
+            "Set trust_remote_code=true if you trust the model's authors.",
         ),
         "no_adapter": (
-            "There is no LoRA adapter at the given place.",
-            "Name a directory with an adapter_config.json, or a hub id.",
+            "The given directory or hub id does not contain a LoRA adapter.",
+            "Name a directory with an adapter_config.json, or the hub id of an adapter.",
         ),
-        "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave it off."),
+        "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave the option off."),
         "no_room_for_prompts": (
-            "The output alone could fill all of the model's positions.",
+            "The output alone could fill all of the model's positions, leaving no room for a prompt.",
             "Lower max_output_tokens.",
         ),
         "too_few_positions": (
-            "A sequence could hold more tokens than the model has positions.",
-            "Lower it, or leave this option out.",
+            "A sequence could have more tokens than the model has positions.",
+            "Lower the value, or leave this option out.",
         ),
         "tensor_parallel_unsplittable": (
-            "transformers has no tensor-parallel plan for the model, or cannot share its attention heads evenly.",
+            "transformers has no tensor-parallel plan for the model, or cannot divide its attention heads evenly.",
             "Use a degree that divides the attention heads, data_parallel or pipeline_parallel.",
         ),
         "float32_on_tensorrt": (
@@ -464,17 +475,17 @@ FILES_IMPOSSIBLE = _rules(
             "Use bfloat16 or float16.",
         ),
         "one_end_token_held_off": (
-            "min_output_tokens is set and the model has several end tokens, but TensorRT-LLM can hold off only one.",
-            "Set it to 0, or use another backend.",
+            "min_output_tokens is set and the model has several end tokens, but TensorRT-LLM can suppress only one.",
+            "Set min_output_tokens to 0, or use another backend.",
         ),
         "head_size_on_cpu": (
             "The model's attention heads are narrower than vLLM's CPU kernels support.",
             "Use backend=pytorch, or run on a GPU.",
         ),
         "traffic_trace": (
-            "The arrival trace cannot be read, has fewer arrivals than there are requests, or contains a time "
-            "that is not finite or lies more than 30 days after the first.",
-            "Name a CSV file with a column t_s: when each request arrives, in seconds.",
+            "The arrival trace cannot be read, has fewer arrivals than the run has requests, or contains a time "
+            "that is not finite or more than 30 days after the first.",
+            "Name a CSV file with a column t_s that says when each request arrives, in seconds.",
         ),
         "bad_trace": (
             "The replay meter's power trace is missing or cannot be read.",
@@ -492,8 +503,8 @@ FILES_INADVISABLE = _rules(
     "files",
     {
         "weights_missing": (
-            "The model's files lack weights that it needs; transformers would draw them at random, differently each "
-            "time.",
+            "The model's files lack weights that it needs. transformers would initialise them at random, differently "
+            "each time.",
             "Choose a complete checkpoint of a causal language model.",
         ),
         "not_a_decoder": (
@@ -501,30 +512,31 @@ FILES_INADVISABLE = _rules(
             "Choose a causal language model.",
         ),
         "tokenizer_too_large": (
-            "The tokenizer has tokens for which the model has no embedding; a prompt that contains one cannot run.",
+            "The tokenizer has tokens for which the model has no embedding; prompts that contain such a token cannot "
+            "run.",
             "Use the tokenizer that belongs to the model.",
         ),
         "padding_changes_tokens": (
-            "transformers does not mask padding for this type of model: in a batch of prompts of different lengths, "
-            "the shorter ones get other tokens than alone.",
+            "transformers does not mask padding for this type of model. In a batch of prompts of different lengths, "
+            "the shorter prompts produce different tokens than they would alone.",
             "Use batching.batch_size=1.",
         ),
         "no_effect_input_limit": (
-            "The limit on prompts is longer than anything the model can take.",
-            "Lower it to what the output leaves room for, or leave this option out.",
+            "The limit on prompt length exceeds the number of tokens that the model can take.",
+            "Lower the limit so that the output also fits, or leave this option out.",
         ),
         "no_effect_revision": (
             "A revision is named, but the model does not come from the hub.",
             "Leave this option out.",
         ),
         "no_effect_dataset_option": (
-            "A configuration or a file of a hub dataset is named, but the prompts are local or come with lem.",
+            "A configuration or a file of a hub dataset is named, but the prompts are local or built into lem.",
             "Leave this option out.",
         ),
     },
 )
 
-# Why experiments are refused or warned about, although each value is valid in itself.
+# Reasons to refuse or warn about an experiment whose values are each valid on their own.
 EXPERIMENT_RULES: dict[str, Rule] = (
     OPTIONS_IMPOSSIBLE
     | OPTIONS_INADVISABLE
@@ -536,7 +548,7 @@ EXPERIMENT_RULES: dict[str, Rule] = (
     | FILES_INADVISABLE
 )
 
-# Problems of config files and overrides, before there is an experiment; found by `lem.config`.
+# Problems in config files and overrides, found by `lem.config` before it creates an experiment.
 FILE_RULES: dict[str, Rule] = _rules(
     "impossible",
     "files",
@@ -548,71 +560,86 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Name a file, or correct its permissions.",
         ),
         "not_utf8": ("The text is not UTF-8.", "Save the file as UTF-8."),
-        "yaml_syntax": ("The text is not YAML at the given line and column.", "Correct it; quote text with : or #."),
-        "too_large": (
-            "A file, a string in it, its nesting, its aliases or its inheritance exceeds what any configuration needs.",
-            "Look for something pasted or generated by mistake.",
+        "yaml_syntax": (
+            "The text is not valid YAML at the given line and column.",
+            "Correct the syntax; put text that contains : or # in quotes.",
         ),
-        "several_documents": ("The file holds several YAML documents.", "Split the file, or remove the line ---."),
+        "too_large": (
+            "A file exceeds a limit that no real configuration reaches: on its size, the length of a string, its "
+            "nesting, its aliases or its inheritance.",
+            "Look for content that was pasted or generated by mistake.",
+        ),
+        "several_documents": ("The file contains several YAML documents.", "Split the file, or remove the line ---."),
         "forbidden_tag": (
             "A YAML tag (!…) asks for something other than plain data.",
-            "Remove it; config files run no code.",
+            "Remove the tag: config files cannot run code.",
         ),
-        "duplicate_key": ("A mapping has the same key twice.", "Remove one."),
-        "bad_key": ("A key is not a word.", "Correct it; all keys are words."),
+        "duplicate_key": ("A mapping has the same key twice.", "Remove one of them."),
+        "bad_key": ("A key is not text but, for example, a number.", "Correct the key."),
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
             "The key configures Hydra itself, which config files cannot do.",
-            "Set it on the command line (hydra.…=…).",
+            "Set the key on the command line (hydra.…=…).",
         ),
-        # ------------------------------------------------------ what a file would run
+        # ------------------------------------------------------ commands, code and keys named in files
         "command_not_agreed": (
-            "A file names a program that lem would start with your permissions, and you have not agreed to it.",
-            "Look at the command; agree on a terminal, where lem asks once, or give --allow-command.",
+            "A file names a program that lem would start with your permissions, and you have not agreed to that.",
+            "Check the command. Then agree when lem asks on a terminal (it asks once), or pass --allow-command.",
         ),
         "code_not_agreed": (
-            "A file has lem run Python code of a model or an engine with your permissions, and you have not agreed.",
-            "Look at the code; agree on a terminal, where lem asks once, or give --allow-code.",
+            "A file makes lem run a model's or an engine's Python code with your permissions, and you have not agreed "
+            "to that.",
+            "Check the code. Then agree when lem asks on a terminal (it asks once), or pass --allow-code.",
         ),
         "key_not_agreed": (
-            "A file has lem send the API key in an environment variable to another machine, and you have not agreed.",
-            "Look at the address; agree on a terminal, where lem asks once, or give --allow-key.",
+            "A file makes lem send the API key in an environment variable to another machine, and you have not agreed "
+            "to that.",
+            "Check the address. Then agree when lem asks on a terminal (it asks once), or pass --allow-key.",
         ),
         # ------------------------------------------------------ inheritance
         "bad_defaults": (
             "A file's `defaults` is not a list of files to inherit from and options to choose.",
-            "Write `defaults: [base]`, and options as `backend: pytorch` outside of it.",
+            "Write `defaults: [base]`, and write options such as `backend: pytorch` outside it.",
         ),
         "missing_parent": (
-            "The file inherits from one that does not exist.",
-            "Correct the name; it is relative to this file.",
+            "The file inherits from a file that does not exist.",
+            "Correct the name, which is relative to this file.",
         ),
-        "inheritance_cycle": ("A file inherits from itself.", "Remove one of the files from the defaults of another."),
-        # ------------------------------------------------------ values, whatever their source
+        "inheritance_cycle": (
+            "A file inherits from itself, directly or through others.",
+            "Break the cycle: edit the `defaults` of one file.",
+        ),
+        # ------------------------------------------------------ values from any source
         "unknown_key": (
-            "There is no such key.",
-            "Correct it; the message names the nearest keys, and reference/configuration lists all of them.",
+            "The key does not exist.",
+            "Correct the key; the message names similar keys, and reference/configuration lists all of them.",
         ),
-        "unknown_option": ("The value is not one of the choices.", "Use one of the choices that the message lists."),
-        "wrong_type": ("The value's type does not match its key.", 'Correct it; "4" is text and 4 is a number.'),
-        "out_of_range": ("The value is outside its range.", "Choose one inside."),
-        "missing_value": ("??? marks a value that must be given.", "Give it, or remove the line."),
+        "unknown_option": (
+            "The value is not one of the available choices.",
+            "Use one of the choices listed in the message.",
+        ),
+        "wrong_type": (
+            "The value has the wrong type for its key.",
+            'Correct the value; "4" is text, and 4 is a number.',
+        ),
+        "out_of_range": ("The value is outside the allowed range.", "Choose a value within the range."),
+        "missing_value": ("??? marks a value that must be set.", "Set the value, or remove the line."),
         "bad_interpolation": (
-            "An interpolation ${…} cannot be resolved: there is no such key or variable, or it refers to itself.",
-            "Correct it; `${oc.env:NAME,default}` has a default.",
+            "An interpolation ${…} cannot be resolved: the key or variable does not exist, or it refers to itself.",
+            "Correct the interpolation; `${oc.env:NAME,default}` provides a default.",
         ),
         "secret": (
-            "The value holds the hub's token, but configurations are written to files that people publish.",
-            "Leave this option out: the hub's client reads HF_TOKEN from the environment.",
+            "The value contains your hub token, but configurations are written to files that people publish.",
+            "Leave this option out; the hub's client reads HF_TOKEN from the environment.",
         ),
     },
 ) | _rules(
     "warning",
     "files",
     {
-        "empty_file": ("The file sets nothing, so all values are the defaults.", "Set a value."),
+        "empty_file": ("The file sets no values, so every value has its default.", "Set a value."),
         "no_model": (
-            "No model is named: the file is a base for others, not an experiment.",
+            "No model is named: the file can serve as a base for other files, but not as an experiment.",
             "Set model, or give --model.",
         ),
     },
@@ -623,12 +650,12 @@ RULES: dict[str, Rule] = EXPERIMENT_RULES | FILE_RULES
 
 @dataclass(frozen=True)
 class Objection:
-    """Why an experiment is refused or warned about: the rule that it breaks, at which option, and how.
+    """One reason to refuse or warn about an experiment: the rule that it breaks, the option concerned, and the facts.
 
-    `fact` says what is wrong here, with its values; the rule says how severe it is and what to do about it.
+    `fact` says what is wrong in this case, with the actual values. The rule supplies the severity and the remedy.
 
     Raises:
-        KeyError: there is no such rule.
+        KeyError: no rule has this code.
     """
 
     code: str
@@ -640,17 +667,17 @@ class Objection:
 
     @property
     def severity(self) -> Severity:
-        """How severe it is."""
+        """The severity of the rule."""
         return EXPERIMENT_RULES[self.code].severity
 
     @property
     def scope(self) -> Scope:
-        """What decides it: the options alone, the machine, or files."""
+        """What the rule looks at: the options alone, the machine, or files."""
         return EXPERIMENT_RULES[self.code].scope
 
     @property
     def message(self) -> str:
-        """What is wrong and what to do, without path and code."""
+        """The fact and the remedy, without path and code."""
         return f"{self.fact} {EXPERIMENT_RULES[self.code].remedy}"
 
     def __str__(self) -> str:
@@ -658,5 +685,5 @@ class Objection:
 
 
 def without_effect(code: str, path: str, fact: str) -> Objection:
-    """Object to an option that would be accepted but ignored; `fact` says why."""
+    """Return an objection to an option that would be accepted but ignored; `fact` says why it would be."""
     return Objection(code, path, f"it would have no effect: {fact}")

@@ -1,4 +1,4 @@
-"""The configuration as a schema: its groups, and each of its values by dotted path."""
+"""The schema of the configuration: its groups, and every value by dotted path."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pydantic.fields import FieldInfo
 
 from lem.spec.experiment import Experiment
 
-# Parts that are chosen by name from the files of a folder of conf/.
+# Parts of the configuration that are chosen by name from the files in a folder of conf/.
 GROUPS = ("backend", "dataset", "decoder", "energy", "preset")
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One configurable value: its dotted path, type, constraints, description and default."""
+    """One value of the configuration: its dotted path, type, constraints, description and default."""
 
     path: str
     annotation: Any
@@ -26,18 +26,18 @@ class Leaf:
 
     @property
     def description(self) -> str:
-        """What the value is for, in one sentence."""
+        """A one-sentence description of the value."""
         return self.info.description or ""
 
     @property
     def env(self) -> str | None:
-        """The environment variable that sets its default (every other source takes precedence), if any."""
+        """The environment variable, if any, that sets the default; every other source takes precedence over it."""
         extra = self.info.json_schema_extra
         return str(extra["env"]) if isinstance(extra, dict) and "env" in extra else None
 
 
 def leaves(cls: type[Any] = Experiment, prefix: str = "") -> tuple[Leaf, ...]:
-    """Return all values of a configuration type, depth first; `backend` has those of every backend."""
+    """Return all values of a configuration type, depth first; `backend` includes the values of every backend."""
     return _leaves(cast(Hashable, cls), prefix)
 
 
@@ -57,7 +57,11 @@ def _leaves(cls: Any, prefix: str) -> tuple[Leaf, ...]:
 
 
 def leaf(path: str) -> Leaf:
-    """Return the leaf at a dotted path, the first backend's if several have it; KeyError if there is none."""
+    """Return the leaf at a dotted path (the first backend's if several have it).
+
+    Raises:
+        KeyError: no value has this path.
+    """
     return _leaves_by_path()[path]
 
 
@@ -67,7 +71,7 @@ def _leaves_by_path() -> dict[str, Leaf]:
 
 
 def _member_types(annotation: Any) -> list[Any]:
-    """Return the types that an annotation allows: an Annotated's own, all of a union, none of a Literal."""
+    """Return the types that an annotation allows: the one in Annotated, all those in a union, none for a Literal."""
     if get_origin(annotation) is Annotated:
         return _member_types(get_args(annotation)[0])
     if get_origin(annotation) is Literal:

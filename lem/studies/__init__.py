@@ -1,1 +1,1 @@
-"""Implements the commands that run experiments: one experiment, sweeps, batches and grids."""
+"""Implements the commands that run experiments: single experiments, sweeps, batches, grids and campaigns."""

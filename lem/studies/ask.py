@@ -1,4 +1,4 @@
-"""What a command asks and prints around a run: the question before it, warnings, how much is done, the outcome."""
+"""Questions and messages around a run: the confirmation before it, warnings, its progress in words, and its outcome."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lem.units import one_line
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a command runs experiments; none of this changes what is measured."""
+    """How a command runs experiments; none of these options changes what is measured."""
 
     yes: bool = False
     dry_run: bool = False
     force: bool = False
     write_tables: bool = True
     fresh: bool = False
-    # Consent, for this command only, to what files name: programs, code of models, keys sent to other machines.
+    # Consent, for this command only, to things that files name: programs, models' code, keys sent to other machines.
     allow_command: bool = False
     allow_code: bool = False
     allow_key: bool = False
 
 
 def confirmed(question: str) -> bool:
-    """Ask on a terminal; without one, the answer is yes.
+    """Ask for confirmation on a terminal; without a terminal, return True.
 
     Raises:
         Interrupted: the user pressed Ctrl-C.
@@ -55,7 +55,7 @@ def catch_up_rows(results_dir: str | Path, options: RunOptions, ids: Sequence[st
 
 
 def progress_of(directory: ExperimentDir) -> str:
-    """Return how much of an experiment is done, in words."""
+    """Return the progress of an experiment, in words."""
     plan = directory.plan()
     finished = directory.finished()
     total = plan.prompts.count * plan.experiment.cycles
@@ -64,7 +64,7 @@ def progress_of(directory: ExperimentDir) -> str:
 
 
 def summary_of(ready: Ready) -> str:
-    """Return what would run, in words."""
+    """Return a description of what would run."""
     wanted, prompts = ready.experiment, ready.prompts
     dropped = f" ({prompts.dropped_empty} empty ones dropped)" if prompts.dropped_empty else ""
     source = f"{len(prompts.texts)} prompts of {wanted.dataset.name}{dropped}"
@@ -78,7 +78,7 @@ def print_warnings(*warnings: object) -> None:
 
 
 def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
-    """Print what an experiment measured and where its files are; return the exit code."""
+    """Print an experiment's results and where its files are; return the exit code."""
     show.show_row(outcome.row)
     print(f"\nRaw records: {outcome.directory.path}")
     if outcome.problem:
@@ -87,5 +87,5 @@ def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
     if write_tables:
         print(f"Table:       {outcome.store.experiments_table}")
     else:
-        print(f"Not aggregated; to aggregate it, run lem aggregate {outcome.directory.id}.")
+        print(f"No row was written to the tables. To write it, run lem aggregate {outcome.directory.id}.")
     return 0 if outcome.row.status == "completed" else 1

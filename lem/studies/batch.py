@@ -1,4 +1,4 @@
-"""`lem batch`: a cell for each of many config files, run one after another or several at a time."""
+"""`lem batch`: runs one cell for each of many config files, one after another or several at a time."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def main(
     fail_fast: bool = False,
     config_dir: Path | None = None,
 ) -> int:
-    """Run the config files that the patterns name; return 0, or 1 if any experiment did not complete.
+    """Run the config files that match the patterns; return 0, or 1 if any experiment did not complete.
 
     Raises:
-        BadInput: raised before anything runs, with all problems of all files.
-        Interrupted: raised after the table is printed; what was measured is kept.
+        BadInput: raised before anything runs, listing all problems of all files.
+        Interrupted: raised after the table is printed; finished requests are kept.
     """
     files = find(patterns)
     if several := next(filter(has_several_values, overrides), None):
         raise ConfigError(
-            f"{several}: a batch must have one value for all files. lem config generate-grid writes a file for each "
-            "value, and lem experiment FILE --multirun runs them without files."
+            f"{several}: a batch needs one value for all files. To try several values, write a file for each with "
+            "lem config generate-grid, or run lem experiment FILE --multirun."
         )
     at_once = min(parallel, len(files))
     visible = host.look().gpus
@@ -69,7 +69,7 @@ def main(
 
 @dataclass(frozen=True)
 class Check:
-    """Checks a file as it will be run: alone, or at the same time as others with a share of the GPUs."""
+    """Checks a file under the conditions of its run: alone, or alongside others with a share of the GPUs."""
 
     overrides: Sequence[str]
     config_dir: Path | None
@@ -80,7 +80,7 @@ class Check:
     consents: Consents
 
     def __call__(self, file: Path) -> Ready:
-        """Return the checked experiment; raises `BadInput` with everything that is wrong."""
+        """Return the checked experiment; raises `BadInput` with all problems."""
         composition = prepare(file, self.overrides, config_dir=self.config_dir)
         experiment = composition.experiment()
         self.consents.require(asked_by(experiment, composition.sources))
@@ -94,16 +94,16 @@ class Check:
         return preflight(experiment, Host(gpus), force=self.force, load=self.prompts)
 
     def _refuse_crowding(self, experiment: Experiment) -> None:
-        """Refuse to run more experiments at once than there are GPUs for."""
+        """Raise if more experiments would run at once than there are GPUs."""
         gpus, at_once = len(self.visible), len(self.shares)
         if 0 < gpus < at_once and backend_class(experiment.backend.name).wants_gpu(experiment, Host(self.visible)):
             raise ConfigError(
-                f"--parallel: {at_once} runs at once need a GPU each, but {gpus} {'is' if gpus == 1 else 'are'} "
+                f"--parallel: {at_once} simultaneous runs need a GPU each, but {gpus} {'is' if gpus == 1 else 'are'} "
                 f"visible. Use --parallel {gpus}, or run on the CPU."
             )
 
     def _explained(self, error: BadInput, experiment: Experiment) -> list[str]:
-        """Return the problems, adding the reason if they arise because a run gets only some of the GPUs."""
+        """Return the problems, with an explanation if they arise because a run gets only some of the GPUs."""
         problems = list(error.problems)
         share = self.shares[0].gpus
         if len(share) == len(self.visible):
@@ -112,7 +112,7 @@ class Check:
             self._with_gpus(experiment, self.visible)
         except BadInput:
             return problems
-        reason = f"(--parallel {len(self.shares)} leaves each run {len(share)} of {len(self.visible)} GPUs)"
+        reason = f"(--parallel {len(self.shares)} gives each run {len(share)} of {len(self.visible)} GPUs)"
         return [f"{problem} {reason}" for problem in problems]
 
 

@@ -1,8 +1,8 @@
-"""`lem campaign`: measures several configurations in turn, cycle by cycle, and says how they compare.
+"""`lem campaign`: measures several configurations in turn, cycle by cycle, and compares the results.
 
     config files ─> arms, checked ─> order ─> cells, each a fresh process, with pauses ─> manifest ─> answer
 
-A campaign lives in its own directory and can be continued there: cells that are completed are kept. The statistics are
+A campaign lives in its own directory and can be resumed from it, keeping completed cells. The statistics are
 in `lem.results.campaign`; this module knows when a cell runs, not how it is measured.
 """
 
@@ -50,14 +50,14 @@ from lem.studies.manifest import Cell, CellState, Manifest
 from lem.studies.orders import Place, order
 from lem.studies.study import OneByOne, run_cells
 
-# An arm is given up after so many failures in a row.
+# An arm is given up after this many failures in a row.
 GIVE_UP = 3
-NOTHING_YET = "Free some. Then run the same command again."
+NOTHING_YET = "Free some space, then run the same command again."
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A campaign that has been checked: its definition, its cells in order, and what each will run."""
+    """A checked campaign: its definition, its cells in order, and the experiment of each cell."""
 
     definition: Definition
     places: Sequence[Place]
@@ -83,14 +83,14 @@ def main(
 
     Args:
         patterns: a campaign file, or the config files of the arms.
-        given: the command line's settings of the campaign, by key.
-        overrides: the command line's Hydra overrides, for all arms.
-        options: how the command runs.
-        config_dir: a directory of the user's own options.
+        given: the campaign's settings from the command line, by key.
+        overrides: Hydra overrides from the command line, for all arms.
+        options: how the command runs experiments.
+        config_dir: a directory with the user's own options.
 
     Raises:
-        BadInput: raised before anything runs, with all problems.
-        Interrupted: what was measured is kept, and the command that goes on is named.
+        BadInput: raised before anything runs, listing all problems.
+        Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
     """
     prompts = RecentPrompts()
     campaign, arms, of_all = planned_arms(patterns, given, overrides, config_dir, Consents(options))
@@ -104,18 +104,18 @@ def planned_arms(
     config_dir: Path | None,
     consents: Consents,
 ) -> tuple[Campaign, list[Arm], list[str]]:
-    """Return a campaign's settings, its arms, and the overrides of all arms; raises `ConfigError` with all problems."""
+    """Return a campaign's settings, its arms, and overrides for all arms; raises `ConfigError` with all problems."""
     files = [expanded(pattern) for pattern in patterns]
     own = [file for file in files if file.is_file() and is_campaign(file)]
     if own and len(files) > 1:
-        raise ConfigError(f"{own[0]} is a campaign file, which names its arms; give no other files with it.")
+        raise ConfigError(f"{own[0]} is a campaign file, which lists its own arms; leave out the other files.")
     if not own and len(files) == 1 and files[0].is_file():
         check_alone(files[0])
     campaign = compose(own[0] if own else None, given)
     if own and campaign.name is None:
         campaign = replace(campaign, name=own[0].stem)
     if campaign.name is None:
-        raise ConfigError("A campaign of several config files needs a name: give --campaign-name.")
+        raise ConfigError("A campaign without a campaign file needs a name: use --campaign-name.")
     check(campaign)
     named = campaign if campaign.arms else replace(campaign, arms=tuple(patterns))
     of_all = [*settings_of_arms(campaign), *campaign.overrides]
@@ -126,7 +126,7 @@ def planned_arms(
 
 
 def _without_arms(campaign: Campaign) -> Campaign:
-    """Return a campaign without what its arms' experiments hold."""
+    """Return a campaign's settings without those already contained in the experiments of its arms."""
     return replace(
         campaign, arms=(), overrides=(), dataset=None, sample_size=None, warmup_prompts=None, warmup_timeout_s=None,
         cool_to_c=None,
@@ -134,16 +134,16 @@ def _without_arms(campaign: Campaign) -> Campaign:
 
 
 def resume(name: str, results_dir: Path, options: RunOptions) -> int:
-    """Continue a campaign from its files, by its name or its directory.
+    """Resume a campaign from its files, given its name or its directory.
 
     Raises:
-        ResultsError: there is no such campaign.
-        ConfigError: what it measures on has changed, and `options.force` is not set.
+        ResultsError: the campaign does not exist.
+        ConfigError: the machine or software has changed, and `options.force` is not set.
     """
     folder = Path(name)
     if not (folder / results.DEFINITION).is_file():
         if not re.fullmatch(NAME, name):
-            raise ResultsError(f"'{name}' is neither a campaign's name nor its directory.")
+            raise ResultsError(f"'{name}' is neither the name nor the directory of a campaign.")
         folder = results.folder_of(Store(results_dir), name)
     kept = results.read_definition(folder)
     root = folder.resolve().parent.parent
@@ -155,11 +155,11 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
     return _measure(planned, options, prompts)
 
 
-# ------------------------------------------------------------------ what is asked for
+# ------------------------------------------------------------------ the request
 def check(campaign: Campaign) -> None:
-    """Check the name of a campaign, which has been checked otherwise; raises `ConfigError`."""
+    """Check the name of an otherwise checked campaign; raises `ConfigError`."""
     if not re.fullmatch(NAME, campaign.name or ""):
-        raise ConfigError(f"name: '{campaign.name}' cannot name a directory; use {NAME_IN_WORDS}.")
+        raise ConfigError(f"name: '{campaign.name}' cannot be a directory name; use {NAME_IN_WORDS}.")
 
 
 def _arms(
@@ -170,15 +170,15 @@ def _arms(
     consents: Consents,
     place: str,
 ) -> list[Arm]:
-    """Return the arms, one for each file; a file that is named twice is two arms.
+    """Return the arms, one for each file; a file that is given twice becomes two arms.
 
     Raises:
-        ConfigError: a file is wrong, or there are fewer than two.
+        ConfigError: a file has problems, or there are fewer than two arms.
     """
     if len(found) < 2:
         raise ConfigError(
-            f"{place}A campaign compares at least two configurations, not {len(found)}; name several config files, or "
-            "one twice to see the noise, or a campaign file, which lists them as arms."
+            f"{place}A campaign compares at least two configurations, not {len(found)}. Give several config files, or "
+            "the same one twice to measure the noise, or a campaign file, which lists its arms."
         )
     problems: list[str] = []
     arms = []
@@ -188,7 +188,7 @@ def _arms(
         whose = f"{place}{name}: " if source.overrides else ""
         try:
             _check_single(everything)
-            # Without the overrides of a campaign file, which are not the command line's own words.
+            # A campaign file's overrides are left out, because the user did not type them on the command line.
             own = prepare(file, overrides, config_dir=config_dir).sources
             experiment = prepare(file, everything, config_dir=config_dir).experiment()
             consents.require(asked_by(experiment, own))
@@ -201,16 +201,17 @@ def _arms(
 
 
 def _check_single(overrides: Sequence[str]) -> None:
+    """Refuse several values for one key; raises `ConfigError`."""
     if several := next(filter(has_several_values, overrides), None):
         raise ConfigError(
-            f"{several}: an arm has one value for each key; name its file once for each value, with overrides of its "
-            "own in a campaign file, or write a list as [a,b]."
+            f"{several}: an arm has one value for each key. Give its file once per value, with overrides of its own in "
+            "a campaign file, or write a list as [a,b]."
         )
 
 
 def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[str]:
-    """Return a name for each arm: its own, else the shortest end of its path that distinguishes it, with a number if
-    nothing does; raises `ConfigError` if a name that an arm was given is that of another arm too.
+    """Return a name for each arm: its own, or else the shortest unique end of its path, with a number if
+    none is unique. Raises `ConfigError` if another arm has the name that an arm was given.
     """
     files = [file for _, file in found]
     whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
@@ -239,7 +240,7 @@ def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> st
     if not wanted:
         return names[0]
     if wanted not in names:
-        raise ConfigError(f"{place}baseline: no arm is called '{wanted}'; they are {', '.join(names)}.")
+        raise ConfigError(f"{place}baseline: no arm is called '{wanted}'; choose one of {', '.join(names)}.")
     return wanted
 
 
@@ -290,7 +291,7 @@ def _machine(machine: host.Host) -> Machine:
 
 
 def _changes(kept: Definition, now: Definition) -> list[str]:
-    """Return what has changed since a campaign began that its comparison depends on."""
+    """Return the changes since a campaign began that make its cells hard to compare."""
     changed = [
         f"{what}: {before or 'none'} then, {after or 'none'} now"
         for what, before, after in (
@@ -308,12 +309,12 @@ def _changes(kept: Definition, now: Definition) -> list[str]:
         if kept.machine.versions.get(package) != now.machine.versions.get(package)
     ]
     if kept.prompts_sha256 != now.prompts_sha256:
-        changed.append("the prompts are others")
+        changed.append("the prompts have changed")
     return changed
 
 
 def _check_same(kept: Definition, now: Definition, force: bool) -> None:
-    """Refuse to continue a campaign as another one, or where what it depends on has changed."""
+    """Raise if the campaign is not the same as before, or if conditions that affect its comparison have changed."""
     name = kept.name
 
     def wanted(definition: Definition) -> object:
@@ -322,14 +323,14 @@ def _check_same(kept: Definition, now: Definition, force: bool) -> None:
 
     if wanted(kept) != wanted(now):
         raise ConfigError(
-            f"There is already a campaign '{name}', with other arms or settings. Choose another --campaign-name, or "
-            f"continue that one: lem campaign --resume {name}."
+            f"A campaign '{name}' with other arms or settings already exists. Choose another --campaign-name, or "
+            f"resume the existing one: lem campaign --resume {name}."
         )
     changed = _changes(kept, now)
     if changed and not force:
         raise ConfigError(
-            *(f"Campaign '{name}' was begun under other conditions: {each}." for each in changed),
-            "Its cells would not be comparable. Restore them, begin a campaign under another name, or give --force.",
+            *(f"Campaign '{name}' began under different conditions: {each}." for each in changed),
+            "Its cells would not be comparable. Restore them, choose another --campaign-name, or use --force.",
         )
 
 
@@ -348,7 +349,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
         return 0
     with _locked(folder, name):
         is_kept = (folder / results.DEFINITION).is_file()
-        if is_kept:  # another process may have measured some of it since
+        if is_kept:  # another process may have measured some of it since then
             _check_same(results.read_definition(folder), planned.definition, options.force)
             states = _states(planned, store)
             left = [number for number, state in enumerate(states) if state.status != "completed"]
@@ -359,7 +360,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
         manifest.states = states
         done = [state.directory.id for state in states if state.status == "completed" and state.directory]
         catch_up_rows(store.root, options, done)
-        again = f"To go on: lem campaign --resume {name}{results_flag(store)}"
+        again = f"To resume: lem campaign --resume {name}{results_flag(store)}"
         try:
             if left:
                 run_cells(
@@ -381,8 +382,8 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
 def _write_answer(folder: Path, found: Answer) -> None:
     try:
         results.write_answer(folder, found)
-    except OSError as error:  # such as a full disk; it must hide neither the answer nor how the run ended
-        print_warnings(f"{folder}: the tables cannot be written ({error.strerror}); going on with the campaign will.")
+    except OSError as error:  # such as a full disk; this must not hide the answer or how the run ended
+        print_warnings(f"{folder}: cannot write the tables ({error.strerror}); resuming the campaign retries.")
 
 
 def _show_failures(manifest: Manifest) -> None:
@@ -396,7 +397,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
     """Hold a campaign's lock, which the kernel releases when this process ends.
 
     Raises:
-        ResultsError: another process is measuring it, or the directory cannot be written to.
+        ResultsError: another process is measuring the campaign, or the directory is not writable.
     """
     try:
         with needs_space(folder, NOTHING_YET):
@@ -428,10 +429,10 @@ def _cells(planned: Planned) -> list[Cell]:
 
 
 def _states(planned: Planned, store: Store) -> list[CellState]:
-    """Return what has become of each cell: completed, cut and to be resumed, or not run."""
+    """Return the state of each cell: completed, interrupted and to be resumed, or not run."""
     try:
         entries = json.loads((planned.folder / results.CELLS).read_bytes())
-    except FileNotFoundError:  # killed before the first cell
+    except FileNotFoundError:  # the campaign was killed before its first cell
         entries = []
     except (OSError, ValueError) as error:
         raise ResultsError(f"{planned.folder / results.CELLS} cannot be read ({error}).") from None
@@ -456,7 +457,7 @@ def _state(state: CellState, directory: ExperimentDir) -> CellState:
 
 @dataclass
 class CampaignRunner(OneByOne):
-    """Runs a campaign's cells with pauses between them; retries failed ones, gives up on an arm that only fails."""
+    """Runs a campaign's cells with pauses between them; retries failed cells and gives up on arms that keep failing."""
 
     planned: Planned
     failures: Counter[int] = field(default_factory=Counter)
@@ -464,7 +465,7 @@ class CampaignRunner(OneByOne):
     before: Place | None = None
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Run a cell; first, those of the cycle before that failed."""
+        """Run a cell, after retrying the failed cells of the previous cycle."""
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
         self._attempt(number, experiment)
@@ -472,11 +473,11 @@ class CampaignRunner(OneByOne):
             self.to_retry.append(number)
 
     def finish(self) -> None:
-        """Try the failed cells of the last cycle again."""
+        """Retry the failed cells of the last cycle."""
         self._retry()
 
     def wait_before(self, number: int, report: Report) -> None:
-        """Pause, unless this is the first cell that runs."""
+        """Pause, unless this is the first cell to run."""
         campaign, place = self.planned.definition.campaign, self.planned.places[number]
         before, self.before = self.before, place
         if before is None:
@@ -484,13 +485,13 @@ class CampaignRunner(OneByOne):
         count_down(pause_s(campaign, before, place), report)
 
     def _part(self, place: Place) -> int:
-        """Return the part of the campaign at whose end failed cells are tried again: a cycle, or an arm if grouped."""
+        """Return the number of the part after which failed cells are retried: a cycle, or an arm if grouped."""
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _attempt(self, number: int, experiment: Experiment) -> None:
         arm = self.planned.places[number].arm
         if self.failures[arm] >= GIVE_UP:
-            error = f"{self.planned.definition.arms[arm].name} was given up after {GIVE_UP} failures in a row."
+            error = f"{self.planned.definition.arms[arm].name} was abandoned after {GIVE_UP} failures in a row."
             self.manifest.change(number, status="not run", error=error)
             return
         super().run(number, experiment)
@@ -507,7 +508,7 @@ class CampaignRunner(OneByOne):
 
 
 def pause_s(campaign: Campaign, before: Place, after: Place) -> float:
-    """Return the pause between two cells that follow each other."""
+    """Return the pause between two consecutive cells, in seconds."""
     if before.cycle != after.cycle and campaign.cycle_gap_s is not None:
         return campaign.cycle_gap_s
     return campaign.config_gap_s
@@ -523,7 +524,7 @@ def count_down(seconds: float, report: Report) -> None:
         report(Event("gap", total, total))
 
 
-# ------------------------------------------------------------------ before it runs
+# ------------------------------------------------------------------ before the run
 def _question(planned: Planned, left: int) -> str:
     campaign, arms = planned.definition.campaign, planned.definition.arms
     of = f" of {len(planned.places)}" if left < len(planned.places) else ""
@@ -535,7 +536,7 @@ def _cycles(campaign: Campaign) -> str:
 
 
 def _preview(planned: Planned, states: Sequence[CellState]) -> None:
-    """Print the order, the pauses, and what to expect from earlier runs of the same configurations."""
+    """Print the order, the pauses, and the expected time and energy based on earlier runs."""
     campaign, arms = planned.definition.campaign, planned.definition.arms
     print(
         f"Campaign {campaign.name}: {len(arms)} arms in {_cycles(campaign)}, {campaign.structure}, seed "
@@ -557,7 +558,7 @@ def _preview(planned: Planned, states: Sequence[CellState]) -> None:
 
 
 def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
-    """Yield what earlier rows of the same configurations let expect, or that there are none."""
+    """Yield the time, energy and detectable difference to expect from earlier runs, or say that none exist."""
     campaign, arms = planned.definition.campaign, planned.definition.arms
     names = [
         "experiment_id",
@@ -586,16 +587,16 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
         if len(values) > 1:
             spreads.append(summarise([math.log(value) for value in values]).sd or 0.0)
     if unknown:
-        yield f"No earlier run of {', '.join(unknown)}: the time and the energy to expect are not known."
+        yield f"No earlier run of {', '.join(unknown)}: the expected time and energy are unknown."
     else:
         energy_j = total(energies_j)
-        energy = "an energy that is not known" if energy_j is None else f"{energy_j:.4g} J"
-        yield f"To expect from earlier runs: {(spent_s + gaps_s) / 60:.1f} min in phases and pauses, {energy}."
+        energy = "unknown energy" if energy_j is None else f"{energy_j:.4g} J"
+        yield f"Expected from earlier runs: {(spent_s + gaps_s) / 60:.1f} min including pauses, {energy}."
     if spreads and campaign.cycles > 1:
         ratio = results.detectable_ratio(math.sqrt(sum(s**2 for s in spreads) / len(spreads)), campaign.cycles)
-        yield f"{campaign.cycles} cycles would find a difference of {ratio - 1:.1%} with a chance of 80 %."
+        yield f"With {campaign.cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."
     else:
-        yield "What difference these cycles would find is not known: it takes two earlier runs of an arm."
+        yield "The detectable difference is unknown: estimating it needs two cycles and two earlier runs of an arm."
 
 
 def _same(config_json: str, wanted: object) -> bool:

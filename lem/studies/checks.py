@@ -21,7 +21,7 @@ from lem.workload.prompts import Prompts
 
 
 class RecentPrompts:
-    """Loads prompts and keeps the last two sets: neighbouring cells usually share them."""
+    """Loads prompts and keeps the last two sets, because neighbouring cells usually share their prompts."""
 
     def __init__(self, size: int = 2) -> None:
         self._kept: OrderedDict[tuple[str, int], Prompts] = OrderedDict()
@@ -40,7 +40,7 @@ class RecentPrompts:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cell to be checked: `check` composes it, runs preflight, and raises `BadInput` if it cannot run."""
+    """A cell to be checked: `check` composes it and runs preflight; it raises `BadInput` if the cell cannot run."""
 
     label: str
     overrides: tuple[str, ...]
@@ -49,14 +49,14 @@ class Candidate:
 
 
 def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
-    """Check all cells and print their warnings, each once with the cells that it concerns.
+    """Check all cells, and print each distinct warning once with the cells that it concerns.
 
     Args:
-        candidates: the cells.
+        candidates: the cells to check.
         fresh: do not resume unfinished experiments.
 
     Raises:
-        ConfigError: all problems of all cells.
+        ConfigError: some cells cannot run; lists all problems of all cells.
     """
     cells: list[Cell] = []
     problems: list[tuple[str, str]] = []
@@ -70,7 +70,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
             continue
         warnings += [(str(warning), each.label) for warning in ready.warnings]
         unfinished = None if fresh else _unfinished(ready, resumed)
-        # Only the description is kept: the prompts of a hundred cells would fill the memory.
+        # Only the description is kept, because the prompts of a hundred cells could fill the memory.
         words = summary_of(ready)
         cells.append(Cell(each.label, ready.experiment, each.overrides, each.config_file, words, unfinished))
     if problems:
@@ -96,6 +96,6 @@ def _each_once(found: Iterable[tuple[str, str]]) -> list[str]:
     result = []
     for text, (first, *others) in labels.items():
         more = f" and {len(others)} more" if others else ""
-        # A problem in a file begins with the file's name.
+        # A problem in a file already begins with the file's name.
         result.append(text if first in text and not others else f"{text} [in {first}{more}]")
     return result

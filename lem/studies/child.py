@@ -1,8 +1,8 @@
 """One experiment of a parallel batch as a child process: `python -m lem.studies.child <job file> --report-fd N`.
 
-Runs the composed experiment in the job file and sends its parent, through the pipe, the directory it has claimed, its
-progress and, if it could not run, the reason. Its output goes to the log that the parent opened. Knows nothing about
-Hydra or the other runs of the batch.
+It runs the composed experiment in the job file. Through a pipe it tells its parent which directory it has claimed, how
+far it is and, if it could not run, why. Its output goes to the log that the parent opened. It knows nothing about Hydra
+or the other runs of the batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lem.studies.display import Lines
 
 @dataclass(frozen=True)
 class Job:
-    """What a child runs, and how."""
+    """The experiment that a child runs, and the options for running it."""
 
     experiment: Experiment
     overrides: tuple[str, ...]
@@ -99,7 +99,7 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, which the parent keeps open for as long as it lives."""
+    """Wait until standard input closes, which the parent keeps open for as long as it lives, then interrupt the run."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

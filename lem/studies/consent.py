@@ -1,8 +1,8 @@
-"""The user's consent to run what a file names: asked for on a terminal, once for the same words, and remembered.
+"""The user's consent to run or send what a config file names: asked for once on a terminal, then remembered.
 
-Agreements are files named by the digest of what was agreed to, in lem's directory in the user's state
-(`~/.local/state/lem/agreed`). What the command line says needs no consent; it is remembered, so that the experiment can
-be resumed. Does not know what a configuration can ask for; `lem.config.trust` does.
+Each agreement is a file named by the digest of the text agreed to, in lem's state directory of the user
+(`~/.local/state/lem/agreed`). Requests from the command line need no consent, but are remembered so that the experiment
+can be resumed. This module does not know what a configuration can ask for; `lem.config.trust` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lem.studies.ask import RunOptions, print_warnings
 from lem.units import one_line
 
 STATE_VARIABLE = "LEM_STATE_DIR"
-# What happens if the user agrees; and the question. A refusal's remedy is in `lem.spec.rules`.
+# What agreeing would do, and the question. The remedy after a refusal is in `lem.spec.rules`.
 DOES = {
     "command": "starts a program with your permissions",
     "code": "runs Python code with your permissions",
@@ -33,7 +33,7 @@ LONGEST_SHOWN = 300
 
 
 def agreements() -> Path:
-    """Return the directory of the agreements; `LEM_STATE_DIR` moves it."""
+    """Return the directory of the agreements; `LEM_STATE_DIR` changes its parent."""
     import platformdirs
 
     return Path(os.environ.get(STATE_VARIABLE) or platformdirs.user_state_dir("lem")) / "agreed"
@@ -41,15 +41,15 @@ def agreements() -> Path:
 
 @dataclass
 class Consents:
-    """What the user has agreed to, before this command or in it."""
+    """The user's consents, given earlier or during this command."""
 
     options: RunOptions
     _agreed: set[str] = field(default_factory=set)
 
     def require(self, asked: Iterable[Asked]) -> None:
-        """Make sure that the user agrees to everything that is asked for; on a terminal, ask.
+        """Make sure that the user agrees to everything in `asked`; on a terminal, ask.
 
-        In a dry run, which starts no program and sends no key, only code needs consent: checking a model may load it.
+        A dry run starts no program and sends no key, so only code needs consent, which checking a model may load.
 
         Raises:
             Problems: the user does not agree, or there is no terminal to ask on.
@@ -62,7 +62,7 @@ class Consents:
             elif each.digest in self._agreed or self._is_allowed(each.kind) or _is_remembered(each):
                 continue
             elif self.options.dry_run and each.kind != "code":
-                print_warnings(f"{_said(each)} Running it needs your consent, or {FLAGS[each.kind]}.")
+                print_warnings(f"{_said(each)} A real run needs your consent, or {FLAGS[each.kind]}.")
                 self._agreed.add(each.digest)
             elif _on_terminal() and _agrees(each):
                 self._agree(each, permanently=True)
@@ -92,7 +92,7 @@ def _remember(asked: Asked) -> None:
         write_atomically(agreements() / asked.digest, f"{asked.path}: {one_line(asked.text)}\n")
     except OSError as error:
         if not asked.is_own:
-            print_warnings(f"Your consent cannot be remembered: {agreements()}: {error.strerror}.")
+            print_warnings(f"Cannot save your consent in {agreements()}: {error.strerror}.")
 
 
 def _said(asked: Asked) -> str:
@@ -101,8 +101,8 @@ def _said(asked: Asked) -> str:
 
 
 def _refusal(asked: Asked) -> Problem:
-    message = f"it {DOES[asked.kind]}, and you have not agreed: {shortened(one_line(asked.text), LONGEST_SHOWN)}. "
-    message += f"Agree on a terminal, where lem asks once, or give {FLAGS[asked.kind]}."
+    message = f"this {DOES[asked.kind]}, and you have not agreed: {shortened(one_line(asked.text), LONGEST_SHOWN)}. "
+    message += f"Run lem on a terminal to be asked once, or use {FLAGS[asked.kind]}."
     return Problem(f"{asked.kind}_not_agreed", asked.path, message, asked.where)
 
 
@@ -112,11 +112,11 @@ def _on_terminal() -> bool:
 
 
 def _agrees(asked: Asked) -> bool:
-    """Show all of the words and ask, whatever --yes says; the default answer is no."""
+    """Show the full text and ask, even with --yes; the default answer is no."""
     import typer
 
     where = f"{asked.where}: " if asked.where else ""
-    print(one_line(f"{where}{asked.path} {DOES[asked.kind]}, here in {Path.cwd()}:"), file=sys.stderr)
+    print(one_line(f"{where}{asked.path} {DOES[asked.kind]} in {Path.cwd()}:"), file=sys.stderr)
     print(f"    {one_line(asked.text)}", file=sys.stderr)
     try:
         return typer.confirm(QUESTION[asked.kind], default=False, err=True)

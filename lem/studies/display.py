@@ -1,4 +1,4 @@
-"""The progress of an experiment or a study: bars on a terminal, lines elsewhere."""
+"""Shows the progress of an experiment or a study: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def display() -> Iterator[Report]:
 
 @contextmanager
 def bars() -> Iterator[Report]:
-    """Show events as rich's progress bars on stderr, drawn when an event arrives, not by a timer."""
+    """Show events as rich progress bars on stderr, redrawn when an event arrives rather than by a timer."""
     with _shown(_progress()) as progress:
         phases = _Phases(progress)
         yield phases
@@ -69,7 +69,7 @@ def _progress(bar_width: int = 30) -> Any:
         TextColumn("{task.fields[note]}", markup=False),
         console=show.console(stderr=True),
         auto_refresh=False,
-        # rich would take control characters in what is printed meanwhile for colours.
+        # Without this, rich would interpret control characters in text printed meanwhile as colours.
         redirect_stdout=False,
         redirect_stderr=False,
     )
@@ -77,22 +77,22 @@ def _progress(bar_width: int = 30) -> Any:
 
 @contextmanager
 def _shown(progress: Any) -> Iterator[Any]:
-    """Show bars; what is printed on the terminal meanwhile appears above them."""
+    """Show bars; text printed on the terminal in the meantime appears above them."""
     above = [_Above(stream, progress.console) for stream in (sys.stdout, sys.stderr)]
     with progress, redirect_stdout(cast(TextIO, above[0])), redirect_stderr(cast(TextIO, above[1])):
         yield progress
 
 
 class _Above:
-    """A stream whose lines appear above the bars if it is the terminal; otherwise the stream itself."""
+    """A stream whose lines appear above the bars if it is the terminal, and otherwise go to the original stream."""
 
     def __init__(self, stream: TextIO, console: Any) -> None:
         self._stream, self._console, self._begun = stream, console, ""
-        # Where consoles of rich write, this one included.
+        # Rich consoles, including this one, write to this attribute.
         self.rich_proxied_file = getattr(stream, "rich_proxied_file", stream)
 
     def write(self, text: str) -> int:
-        """Write a text; a line appears when it is complete."""
+        """Write a string; a line appears when it is complete."""
         if not self._stream.isatty():
             return self._stream.write(text)
         *lines, self._begun = (self._begun + text).split("\n")
@@ -120,7 +120,7 @@ class _Phases:
         title = TITLES.get(event.phase, event.phase) + self._cycle
         if title != self._current:
             self.finish()
-            if title in self._tasks:  # entered again, like loading after the idle time, when its bar is already full
+            if title in self._tasks:  # the phase is entered again, so its bar may already be full
                 self._progress.remove_task(self._tasks[title])
             self._tasks[title] = self._progress.add_task(title, total=event.total or None, note="")
             self._current = title
@@ -130,7 +130,7 @@ class _Phases:
         self._progress.refresh()
 
     def finish(self) -> None:
-        """Stop all bars, and fill those of phases without a count."""
+        """Stop all bars, and fill those of phases without a known total."""
         for task in self._progress.tasks:
             if task.id in self._tasks.values():
                 if task.total is None:
@@ -144,7 +144,7 @@ class _Phases:
 
 
 class Lines:
-    """A line at the start of each phase, at each tenth of the prompts, and at the end."""
+    """Prints a line at the start of each phase, at each tenth of the prompts, and at the end."""
 
     def __init__(self, stream: TextIO, prefix: str = "") -> None:
         self._stream, self._prefix = stream, prefix
@@ -170,7 +170,7 @@ class StudyDisplay(Protocol):
     """Shows the runs of a study."""
 
     def begin(self, number: int, label: str) -> Report:
-        """Show that a run begins; return the function to pass its events to."""
+        """Show that a run begins; return the function that receives its events."""
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Show how a run ended."""
@@ -193,7 +193,7 @@ class StudyBars:
         return run
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
-        """Remove the run's bars and print its outcome above the others."""
+        """Remove the run's bars and print its outcome above the remaining bars."""
         label, run = self._runs.pop(number)
         run.clear()
         self._failed += failed
@@ -211,11 +211,11 @@ class StudyBars:
 
 
 class _OneBar:
-    """One bar for a whole run: its prompts, or its current phase; short enough for 80 columns."""
+    """One bar for a whole run, showing its prompts or its current phase, short enough for 80 columns."""
 
     def __init__(self, progress: Any, label: str) -> None:
         self._progress, self._rate = progress, Rate()
-        # Files differ at the end of their labels.
+        # Labels of files differ at the end.
         title = label if len(label) <= 18 else f"…{label[-17:]}"
         self._task = progress.add_task(title, total=None, note="starting")
         self._cycle = ""
@@ -225,7 +225,7 @@ class _OneBar:
             self._cycle = f" in cycle {event.done}/{event.total}" if event.total > 1 else ""
             return
         rate = self._rate(event).split("  ")
-        del rate[1:2]  # tokens per second
+        del rate[1:2]  # drop the tokens per second
         note = ("  ".join(rate) or TITLES.get(event.phase, event.phase)) + self._cycle
         self._progress.update(self._task, completed=event.done, total=event.total or None, note=note)
         self._progress.refresh()
@@ -236,7 +236,7 @@ class _OneBar:
 
 
 class StudyLines:
-    """A line when a run begins and another when it ends, with its phases in between."""
+    """Prints a line when a run begins and another when it ends, with its phases in between."""
 
     def __init__(self, stream: TextIO, total: int, at_once: int) -> None:
         self._stream, self._total, self._at_once = stream, total, at_once
@@ -244,13 +244,13 @@ class StudyLines:
         self._labels: dict[int, str] = {}
 
     def begin(self, number: int, label: str) -> Report:
-        """Print which run begins."""
+        """Print which run begins; return the function that receives its events."""
         self._labels[number] = label
         self._print(f"[{number + 1}/{self._total}] {label}")
         return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "")
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
-        """Print how the run ended, and how many have ended so far."""
+        """Print how the run ended, and how many runs have ended so far."""
         self._done += 1
         self._failed += failed
         so_far = f"{self._done} of {self._total} ended" + (f", {self._failed} failed" if self._failed else "")
@@ -261,7 +261,7 @@ class StudyLines:
 
 
 class Rate:
-    """Prompts and tokens per second since the phase began, and the time left at that rate."""
+    """Prompts and tokens per second since the phase began, and the remaining time at that rate."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
@@ -269,7 +269,7 @@ class Rate:
         self._since_s = 0.0
 
     def __call__(self, event: Event) -> str:
-        """Return the text next to the bar."""
+        """Return the text to show next to the bar."""
         now_s = self._clock_s()
         if event.phase != self._phase:
             self._phase, self._since_s = event.phase, now_s

@@ -1,6 +1,6 @@
-"""`lem experiment`: composes, checks, asks, runs and shows one experiment; `lem.studies.sweep` handles many.
+"""`lem experiment`: composes, checks, confirms, runs and shows one experiment; `lem.studies.sweep` handles several.
 
-`lem.cli.hydra_app` runs one experiment as a plain Hydra app.
+`lem.cli.hydra_app` also uses this module to run one experiment as a plain Hydra app.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from lem.studies.display import display
 def main(
     config_file: Path | None, overrides: Sequence[str], options: RunOptions, *, config_dir: Path | None = None
 ) -> int:
-    """Run one experiment; return the exit code: 0, or 1 if it did not complete.
+    """Run one experiment; return the exit code, which is 0, or 1 if the experiment did not complete.
 
     Raises:
         BadInput: raised before anything runs.
-        Interrupted: what was measured is kept.
+        Interrupted: the run was interrupted; finished requests are kept.
     """
     composition = prepare(config_file, overrides, config_dir=config_dir)
     experiment = composition.experiment()
@@ -63,7 +63,7 @@ def main(
 
 
 def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file: Path | None = None) -> int:
-    """Run a checked experiment, with its progress and its results shown; return the exit code."""
+    """Run a checked experiment, showing its progress and results; return the exit code."""
     catch_up_rows(ready.experiment.io.results_dir, options)
     print(f"Prompts: {preview.counts(ready)}.", file=sys.stderr)
     with display() as report:
@@ -74,29 +74,29 @@ def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file
 
 
 def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) -> int:
-    """Resume an experiment; return the exit code, 0 even if there is nothing left to do.
+    """Resume an experiment; return the exit code, which is 0 even if there was nothing left to do.
 
     Raises:
-        ResultsError: there is no such experiment, or another process is running it.
-        Interrupted: it was stopped again.
+        ResultsError: the experiment does not exist, or another process is running it.
+        Interrupted: the run was interrupted again.
     """
-    if not experiment_id:  # for example from an unset shell variable; every id begins with the empty text
-        raise ResultsError("--resume: the id is empty. lem results list --all shows what can be resumed.")
+    if not experiment_id:  # for example from an unset shell variable; an empty prefix would match every id
+        raise ResultsError("--resume: the id is empty. Choose one from lem results list --all.")
     store = Store(results_dir or default_root())
     directory = store.find(experiment_id)
     state, plan = directory.free_state(take_over=options.force), directory.plan()
     if state.status in FINISHED:
         if options.write_tables and not options.dry_run:
-            aggregate(store, directory)  # it may have been killed just before its row was written
+            aggregate(store, directory)  # the run may have been killed just before its row was written
         print(f"{directory.id} is complete; there is nothing left to run.")
         return 0
     if options.dry_run:
         print(f"{directory.id}: {progress_of(directory)}\n# dry run: nothing was measured")
         return 0
-    # The plan may be somebody else's, so none of its words count as the command line's.
+    # The plan may have been written by someone else, so none of its requests count as coming from the command line.
     spec = Location(directory.path / "spec.json")
     Consents(options).require(replace(each, where=spec) for each in all_asked(plan.experiment))
-    # Anything inadvisable was accepted when it began; the results may have been moved since.
+    # Inadvisable options were accepted when the experiment began; the results may have been moved since then.
     experiment = replace(plan.experiment, io=replace(plan.experiment.io, results_dir=str(store.root)))
     check_again(experiment, host.look(), force=True, has_arrivals=bool(plan.arrivals_sha256))
     if not (options.yes or confirmed(f"Resume {directory.id} ({progress_of(directory)})?")):
@@ -116,15 +116,15 @@ def _resume(store: Store, directory: ExperimentDir, options: RunOptions) -> int:
 
 def _resume_question(directory: ExperimentDir) -> str:
     try:
-        return f"The same experiment was left unfinished: {directory.id} ({progress_of(directory)}). Resume it?"
+        return f"An identical experiment is unfinished: {directory.id} ({progress_of(directory)}). Resume it?"
     except ResultsError as error:
-        raise ResultsError(f"The same experiment was left unfinished, and {error} --fresh starts it over.") from None
+        raise ResultsError(f"An identical experiment is unfinished, and {error} Use --fresh to start over.") from None
 
 
 def _show_plan(ready: Ready) -> None:
     config = yaml.safe_dump(json.loads(to_json(ready.experiment)), sort_keys=False, allow_unicode=True)
     print(config, end="")
-    model = f"found at {ready.model.path}" if ready.model else "none is loaded"
+    model = f"found at {ready.model.path}" if ready.model else "none needed"
     print(f"# model: {model}")
     for line in preview.lines(ready):
         print(f"# {line}")

@@ -1,9 +1,10 @@
-"""`lem config generate-grid`: one config file for each combination of some values, inheriting from a base.
+"""`lem config generate-grid`: writes a config file for each combination of some values, inheriting from a base file.
 
-    --vary texts ─> axes ─> points (their product, the last axis fastest) ─> checked ─> named ─> written
+    --vary arguments ─> axes ─> points (their product, the last axis fastest) ─> checked ─> named ─> written
 
-Hydra's grammar reads the texts, like those of --multirun. A point is composed by merging plain dictionaries and
-checked by the schema and the rules; Hydra would take a tenth of a second for each. Does not know how points are run.
+Hydra's grammar parses the arguments, as it does those of --multirun. A point is composed by merging plain dictionaries,
+then checked by the schema and the rules; Hydra would take a tenth of a second for each point. This module does not know
+how points are run.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ INDEX = "grid.yaml"
 # The version of the index's format: the value of its first key.
 FORMAT = 1
 MAX_POINTS = 100_000
-# File systems allow 255 bytes; what is appended to a name (.yaml, .part) needs room as well.
+# File systems allow 255 bytes; what is appended to a name (.yaml, .part) needs space too.
 MAX_STEM = 180
 MAX_VALUE = 60
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A key that is varied, with its values: plain ones, or options of a group."""
+    """A key that is varied, with its values: plain values, or options of a group."""
 
     key: str
     values: tuple[Any, ...]
@@ -67,7 +68,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One combination: a value for each key, the name of its file, and what is wrong with it."""
+    """One combination: a value for each key, the name of its file, and its problems."""
 
     values: dict[str, Any]
     file: str
@@ -81,7 +82,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """A base, what is varied, and all the points."""
+    """A base, the axes that vary, and all points."""
 
     base: UserFile
     axes: tuple[Axis, ...]
@@ -105,16 +106,16 @@ def _plain(value: Any) -> Any:
 
 # ------------------------------------------------------------------ creating a grid
 def make(base: Path, vary: Sequence[str], config_dir: Path | None = None, *, any_machine: bool = False) -> Grid:
-    """Read the base, expand what is varied, and check every point.
+    """Read the base, expand the axes, and check every point.
 
     Args:
         base: the config file that all points inherit from.
-        vary: texts such as `batch_size=1,2`, in the order of their keys in file names.
-        config_dir: a directory of the user's own options.
-        any_machine: ignore what is wrong only on this machine.
+        vary: arguments such as `batch_size=1,2`, in the order in which their keys appear in file names.
+        config_dir: a directory with the user's own options.
+        any_machine: ignore problems specific to this machine.
 
     Raises:
-        ConfigError: the base cannot be used, or a string does not name values of an existing key.
+        ConfigError: the base cannot be used, or an argument does not give values for an existing key.
     """
     file = userfile.read(base, config_dir)
     axes, notes = read_axes(vary, file.options)
@@ -128,7 +129,7 @@ def make(base: Path, vary: Sequence[str], config_dir: Path | None = None, *, any
 
 
 def read_axes(vary: Sequence[str], options: Options) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
-    """Parse the texts; return the axes, and a note for each repeated value."""
+    """Parse the arguments; return the axes, and a note for each repeated value."""
     problems: list[str] = []
     notes: list[str] = []
     axes: list[Axis] = []
@@ -144,7 +145,7 @@ def read_axes(vary: Sequence[str], options: Options) -> tuple[tuple[Axis, ...], 
     if not problems and count > MAX_POINTS:
         problems.append(f"This grid has {count} points; at most {MAX_POINTS} can be generated.")
     if not vary:
-        problems.append("Nothing is varied; give at least one --vary KEY=VALUE,VALUE.")
+        problems.append("No key is varied; give at least one --vary KEY=VALUE,VALUE.")
     if problems:
         raise ConfigError(*problems)
     return tuple(axes), tuple(notes)
@@ -153,7 +154,7 @@ def read_axes(vary: Sequence[str], options: Options) -> tuple[tuple[Axis, ...], 
 def _axis(text: str, options: Options) -> Axis:
     key, equals, values = text.partition("=")
     if not equals or not values.strip():
-        raise ConfigError(f"--vary {text}: write it as KEY=VALUE,VALUE.")
+        raise ConfigError(f"--vary {text}: the form must be KEY=VALUE,VALUE.")
     parsed, problems = overrides.parse([f"{full_key(key.strip())}={values}"], options)
     if problems:
         raise ConfigError(*(problem.sentence for problem in problems))
@@ -167,7 +168,7 @@ def full_key(name: str) -> str:
         return name
     named_so = [path for path in paths if path.rpartition(".")[2] == name]
     if len(named_so) > 1:
-        raise ConfigError(f"{name} is ambiguous: {', '.join(named_so)}. Write one of these in full.")
+        raise ConfigError(f"{name} is ambiguous: {', '.join(named_so)}. Give one of these paths in full.")
     if named_so:
         return named_so[0]
     if name in known_keys():
@@ -176,7 +177,7 @@ def full_key(name: str) -> str:
 
 
 def _distinct(axis: Axis, notes: list[str]) -> tuple[Any, ...]:
-    """Return an axis's values, each once; 1 and 1.0 are the same if fractions are allowed."""
+    """Return an axis's values without duplicates; 1 and 1.0 are equal if the value may be fractional."""
     allows_fractions = any("float" in str(item.annotation) for item in leaves() if item.path == axis.key)
     found: dict[str, Any] = {}
     for value in axis.values:
@@ -184,21 +185,21 @@ def _distinct(axis: Axis, notes: list[str]) -> tuple[Any, ...]:
         is_whole = isinstance(plain, int) and not isinstance(plain, bool)
         same = repr(float(plain) if is_whole and allows_fractions else plain)
         if same in found:
-            notes.append(f"{axis.key}: {flow(plain)} is given more than once; it is used once.")
+            notes.append(f"{axis.key}: {flow(plain)} is given more than once, but is used only once.")
         found.setdefault(same, value)
     return tuple(found.values())
 
 
 def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
     times = Counter(axis.key for axis in axes)
-    yield from (f"{key}: it is varied twice; give all its values in one --vary." for key, n in times.items() if n > 1)
+    yield from (f"{key} is varied twice; give all its values in one --vary." for key, n in times.items() if n > 1)
     for key, other in itertools.permutations(times, 2):
         if other.startswith(f"{key}.") and key not in GROUPS:
-            yield f"{other}: it is part of {key}, which is also varied; vary only one of them."
+            yield f"{other} is part of {key}, which is also varied; vary only one of them."
 
 
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
-    """Return why a point cannot be run: problems of its values, else objections that block it."""
+    """Return the reasons why a point cannot be run: problems of its values, or else objections that block it."""
     sources = _sources(base, point)
     values, unresolved = resolved(sources.values())
     experiment, found = examine(values)
@@ -218,10 +219,10 @@ def _sources(base: UserFile, point: dict[str, Any]) -> Sources:
 
 # ------------------------------------------------------------------ names
 def stems(axes: Sequence[Axis]) -> Iterator[str]:
-    """Yield the file name of every point, without suffix: `batch_size-4--fp_precision-float16`.
+    """Yield the file name of every point without its suffix, such as `batch_size-4--fp_precision-float16`.
 
-    It has only letters, digits, `_`, `-` and `.`, so that no shell, glob or Hydra override misreads it, and is unique
-    even if the file system ignores case.
+    A name contains only letters, digits, `_`, `-` and `.`, so that no shell, glob or Hydra override misreads it. Names
+    are unique even if the file system ignores case.
     """
     last = Counter(axis.key.rpartition(".")[2] for axis in axes)
     short = (axis.key.rpartition(".")[2] for axis in axes)
@@ -232,7 +233,7 @@ def stems(axes: Sequence[Axis]) -> Iterator[str]:
 
 
 def _slugs(values: Sequence[Any]) -> list[str]:
-    """Return a word for each value; those that would be identical or empty get a hash."""
+    """Return a word for each value; words that would be empty or identical get a hash."""
     words = [_word(value) for value in values]
     times = Counter(word.casefold() for word in words)
     return [
@@ -245,7 +246,7 @@ def _word(value: Any) -> str:
     text = value if isinstance(value, str) else flow(value)
     if isinstance(value, (int, float)):
         text = re.sub(r"^-", "minus", text)
-    # Two dashes separate the values in a name.
+    # Runs of dashes become one dash, because two dashes separate the values in a name.
     return re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9.-]+", "_", text)).strip("_.-")
 
 
@@ -259,9 +260,9 @@ def _digest(value: Any) -> str:
 
 # ------------------------------------------------------------------ the files
 def file_text(point: Point, parent: str, about: str) -> str:
-    """Return a point's file: its parent and the values that make it this point."""
+    """Return the text of a point's file: its parent and the values that distinguish this point."""
     tree: dict[str, Any] = {}
-    # Options first, so that a group's values are added to the option's name.
+    # Options come first, so that a group's values are added to the option's name.
     for key, value in sorted(point.values.items(), key=lambda item: not isinstance(item[1], Choice)):
         if isinstance(value, Choice) and any(other.startswith(f"{key}.") for other in point.values):
             tree[key] = {"name": _plain(value)}
@@ -271,11 +272,11 @@ def file_text(point: Point, parent: str, about: str) -> str:
 
 
 def group_text(base: UserFile, point: Point, about: str) -> str:
-    """Return a point's file as an option of a config group for plain Hydra: everything composed, no parent."""
+    """Return the text of a point's file as an option of a plain Hydra config group: composed, without a parent."""
     values, _ = resolved(_sources(base, point.values).values())
     if any("${" in text for _, text in texts(values)):
-        raise ConfigError(f"{point.file}: a value contains the text '${{', which Hydra would resolve again.")
-    # Otherwise Hydra merges the values into those of the default backend, whose keys differ.
+        raise ConfigError(f"{point.file}: a value contains '${{', which Hydra would resolve again; change the value.")
+    # Without this, Hydra would merge the values into those of the default backend, whose keys differ.
     engine = f"defaults: [override /backend: {flow(values['backend']['name'])}, _self_]"
     return _text(["# @package _global_", file_schema.EDITOR_LINE, f"# {about}", engine, *block(values)])
 
@@ -293,12 +294,12 @@ def write(
     Args:
         grid: the grid.
         folder: the folder to write to; created if it does not exist.
-        points: the points to write; the grid's others are listed as skipped.
-        force: replace an earlier grid in that folder; nothing else in it is touched.
+        points: the points to write; the remaining points of the grid are listed as skipped.
+        force: replace an earlier grid in that folder; other files in it are not touched.
         as_group: write options of a Hydra config group instead of files that inherit from the base.
 
     Raises:
-        ConfigError: the folder cannot be used, or files in it would be overwritten.
+        ConfigError: the folder cannot be used, or other files in it would be overwritten.
     """
     assert grid.base.path is not None
     base = grid.base.path.parent.resolve() / grid.base.path.name
@@ -312,18 +313,18 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         for file in stale:
             file.unlink(missing_ok=True)
-        # First, so that all files of a grid are listed even if writing is interrupted.
+        # The index is written first, so that it lists all files of the grid even if writing is interrupted.
         (folder / INDEX).write_text(_index_text(index), encoding="utf-8")
         for point, text in zip(points, contents, strict=True):
             (folder / point.file).write_text(text, encoding="utf-8")
         file_schema.write_beside(folder / INDEX, grid.base.options)
     except OSError as error:
-        raise ConfigError(f"{folder}: the grid cannot be written there: {error.strerror}.") from None
+        raise ConfigError(f"{folder}: cannot write the grid to this folder: {error.strerror}.") from None
     return index
 
 
 def _parent(base: Path, folder: Path) -> str:
-    """Return the name by which files in the folder inherit from the base: without suffix if that is unambiguous."""
+    """Return the name by which files in the folder refer to the base, without its suffix if that is unambiguous."""
     full = os.path.relpath(base, folder.resolve())
     stem = base.with_suffix("")
     candidates = [stem, *(stem.with_name(stem.name + suffix) for suffix in SUFFIXES)]
@@ -332,17 +333,19 @@ def _parent(base: Path, folder: Path) -> str:
 
 
 def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) -> list[Path]:
-    """Return the files of an earlier grid that the new one lacks; refuse to overwrite or delete any others."""
+    """Return the files of an earlier grid that the new one lacks; raise rather than overwrite or delete other files."""
     index = folder / INDEX
     earlier: set[str] = set()
     if os.path.lexists(index):
         if not is_index(index):
-            raise ConfigError(f"{index} is not the index of a grid; choose another --output-dir.")
+            raise ConfigError(f"{index} is not a grid index; choose another --output-dir.")
         if not force:
-            raise ConfigError(f"{folder} already holds a grid; --force replaces it, or choose another --output-dir.")
+            raise ConfigError(
+                f"{folder} already contains a grid; use --force to replace it, or choose another --output-dir."
+            )
         earlier = _listed_files(index)
     if base.parent == folder.resolve() and base.name in earlier | names:
-        raise ConfigError(f"{shown_path(base)} is itself a file of that grid; choose another --output-dir.")
+        raise ConfigError(f"{shown_path(base)} is itself one of the grid's files; choose another --output-dir.")
     others = sorted(name for name in names - earlier if os.path.lexists(folder / name))
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -351,12 +354,12 @@ def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) ->
 
 
 def _listed_files(index: Path) -> set[str]:
-    """Return the names that an index lists, but only of files next to it."""
+    """Return the names that an index lists, ignoring names of files outside its folder."""
     try:
         content = yaml.load(index.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         names = {str(entry["file"]) for entry in content["files"]}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(f"{index}: the index cannot be read ({type(error).__name__}); delete it.") from None
+        raise ConfigError(f"{index}: cannot read the index ({type(error).__name__}); delete it.") from None
     return {name for name in names if Path(name).name == name and name.endswith(SUFFIXES) and name != INDEX}
 
 
@@ -381,8 +384,10 @@ def _index(grid: Grid, points: Sequence[Point], base: str) -> dict[str, Any]:
 
 
 def _index_text(index: dict[str, Any]) -> str:
-    """Write the index with a line for each file: PyYAML would take longer than everything else combined."""
-    lines = ["# The index of a grid: what lem config generate-grid wrote here, and from what. Not a config file."]
+    """Return the index as text, with a line for each file; PyYAML would take longer than everything else combined."""
+    lines = [
+        "# The index of a grid written by lem config generate-grid: its files and their source. Not a config file."
+    ]
     for key, value in index.items():
         if isinstance(value, list) and value:
             lines += [f"{key}:", *(f"  - {flow(entry)}" for entry in value)]
@@ -412,7 +417,7 @@ def generate(
     """Generate a grid and print a summary; return the exit code.
 
     Raises:
-        ConfigError: in that case nothing has been written.
+        ConfigError: the grid cannot be generated; nothing has been written.
     """
     grid = make(base, vary, config_dir, any_machine=options.any_machine)
     points = grid.valid if options.validate else grid.points
@@ -432,12 +437,12 @@ def generate(
 def _print_summary(grid: Grid, folder: Path, written: int) -> None:
     if grid.invalid:
         is_left_out = written < len(grid.points)
-        what = "are left out as invalid" if is_left_out else "are written although they are invalid"
+        what = "are invalid and left out" if is_left_out else "are written although they are invalid"
         print_warnings(f"{len(grid.invalid)} of {len(grid.points)} points {what}:")
         for reason in reasons(grid.invalid):
             print(_indented(reason), file=sys.stderr)
         if not is_left_out:
-            print("--validate leaves them out; with --strict nothing is written.", file=sys.stderr)
+            print("Use --validate to leave them out, or --strict to write nothing in this case.", file=sys.stderr)
     print(f"{written} config files in {folder}, listed in {folder / INDEX}")
     for axis in grid.axes:
         print(_indented(f"{axis.key}: {_enumerated(axis.plain)}"))
@@ -454,7 +459,7 @@ def _enumerated(values: Sequence[Any]) -> str:
 
 
 def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
-    """Yield each reason why points are invalid, with the number of points and the first of them."""
+    """Yield each reason why points are invalid, with the number of points affected and the values of the first."""
     found: dict[str, list[Point]] = {}
     for point in points:
         for problem in point.problems:

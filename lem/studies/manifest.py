@@ -1,4 +1,4 @@
-"""The cells of a study and what became of each: `experiments.json`, and the table at the end."""
+"""The cells of a study and their outcomes: `experiments.json`, and the table printed at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE = "experiments.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One checked experiment of a study; `label` distinguishes it from others, `words` describe what it runs."""
+    """One checked experiment of a study; `label` tells it apart from other cells, and `words` describe what it runs."""
 
     label: str
     experiment: Experiment
@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellState:
-    """What has become of a cell."""
+    """The state of a cell: how its experiment ended, if it has run, and where its files are."""
 
     cell: Cell
     status: str = "not run"
@@ -48,17 +48,17 @@ class CellState:
 
     @property
     def sentence(self) -> str:
-        """How it ended, in one line."""
+        """How the cell ended, in one line."""
         name = f" {self.directory.id}" if self.directory else ""
         return f"{self.status}{name}" + (f": {self.error}" if self.error else "")
 
     def line(self) -> SweepLine:
-        """Return its line in the table."""
+        """Return the cell's line in the table."""
         error = f"{self.error} (log: {self.log})" if self.status == "failed" and self.log else self.error
         return SweepLine(self.cell.label, self.status, self.directory.id if self.directory else None, self.row, error)
 
     def plain(self) -> dict[str, Any]:
-        """Return its entry in `experiments.json`."""
+        """Return the cell's entry in `experiments.json`."""
         directory, cell = self.directory, self.cell
         return {
             "label": cell.label,
@@ -75,7 +75,7 @@ class CellState:
 
 @dataclass
 class Manifest:
-    """The study's directory and the state of each cell; `experiments.json` is up to date at all times."""
+    """The study's directory and the state of each cell; `experiments.json` is kept up to date throughout."""
 
     directory: Path
     cells: Sequence[Cell]
@@ -88,7 +88,7 @@ class Manifest:
         self.states = [CellState(cell) for cell in self.cells]
 
     def open(self) -> None:
-        """Create the directory; raises `ResultsError` if it cannot be written to, `DiskFull` without space."""
+        """Create the directory; raises `ResultsError` if it is not writable, `DiskFull` if there is no space."""
         try:
             with needs_space(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Manifest:
             raise ResultsError(f"The study's directory {self.directory} cannot be used: {error.strerror}.") from None
 
     def change(self, number: int, **values: Any) -> CellState:
-        """Change the state of a cell; raises `DiskFull` if it is changed here, but there was no space to write it."""
+        """Change the state of a cell and save it; raises `DiskFull` if it could only be changed, not saved."""
         self.states[number] = replace(self.states[number], **values)
         with needs_space(self.directory):
             self._write()
@@ -109,7 +109,7 @@ class Manifest:
 
     @property
     def is_over(self) -> bool:
-        """Whether no further cell should start: one has failed and --fail-fast was given."""
+        """Whether no further cells should start: one has failed and --fail-fast was given."""
         return self.fail_fast and any(state.status == "failed" for state in self.states)
 
     @property
@@ -118,18 +118,18 @@ class Manifest:
         return all(state.status == "completed" for state in self.states)
 
     def close(self) -> None:
-        """Mark every cell still "running" as interrupted: the interrupt came before its end was recorded."""
+        """Mark cells still listed as running as interrupted; the interrupt came before their end was recorded."""
         for number, state in enumerate(self.states):
             if state.status == "running":
                 with suppress(DiskFull):  # another error has said so already
                     self.change(number, status="interrupted", row=row_of(state.directory))
 
     def show(self) -> None:
-        """Print the table and the number of cells of each status."""
+        """Print the table and the number of cells with each status."""
         show.show_sweep([state.line() for state in self.states], self.head)
         counts = Counter(state.status for state in self.states)
         print(f"\n{', '.join(f'{count} {status}' for status, count in counts.items())}")
-        print(f"Bookkeeping: {self.directory / FILE}")
+        print(f"List of experiments: {self.directory / FILE}")
 
     def _write(self) -> None:
         text = show.as_json([state.plain() for state in self.states])

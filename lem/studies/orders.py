@@ -1,8 +1,8 @@
 """The orders in which a campaign measures its arms: pure functions of (structure, arms, cycles, seed).
 
-A cell is one arm in one cycle; a cycle holds every arm once. What a structure does to the comparison, and why shuffled
-is the default, is in docs/campaigns.md. The order of a cycle does not depend on how many follow, so a campaign that is
-extended keeps what it has measured. Knows nothing about configurations.
+A cell is one arm in one cycle; a cycle contains every arm once. docs/campaigns.md explains how a structure affects the
+comparison and why shuffled is the default. The order of a cycle does not depend on how many cycles follow, so a
+campaign that is extended keeps its measurements. This module knows nothing about configurations.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from lem.spec.campaign import Structure, square_size
 
-# So many orders are drawn for one that differs enough from those before; with many arms, the last one is reversed.
+# The number of orders drawn in search of one that differs enough; if none does (many arms), the last is reversed.
 DRAWS = 200
 
 
 @dataclass(frozen=True)
 class Place:
-    """A cell's place in a campaign: its cycle and its position in that cycle, from 1, and its arm, from 0."""
+    """A cell's place in a campaign: its cycle and its position in that cycle, both from 1, and its arm, from 0."""
 
     cycle: int
     position: int
@@ -30,13 +30,13 @@ def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place
     """Return the places in the order in which they are measured.
 
     Args:
-        structure: `shuffled`: a new random order in each cycle, but no two arms keep their order in three cycles in a
-            row, because few cycles that agree by chance would make a drift look like a difference; `latin`: rows of
-            Williams squares in random order; `interleaved`: the same order in each cycle; `grouped`: all cycles of one
-            arm, then those of the next.
+        structure: `shuffled`: a new random order in each cycle, in which no two arms keep their order in three cycles
+            in a row, because a few cycles that agree by chance would make a drift look like a difference; `latin`: rows
+            of Williams squares in random order; `interleaved`: the same order in each cycle; `grouped`: all cycles of
+            one arm, then those of the next.
         arms: the number of arms, at least one.
         cycles: the number of cycles, at least one.
-        seed: for shuffled and latin; the same seed gives the same order on every machine.
+        seed: used by shuffled and latin; the same seed gives the same order on every machine.
     """
     if structure == "grouped":
         return [Place(cycle, arm + 1, arm) for arm in range(arms) for cycle in range(1, cycles + 1)]
@@ -67,19 +67,19 @@ def _cycle(structure: Structure, arms: int, cycle: int, seed: int, before: Seque
 
 
 def _keeps_a_pair(*rows: Sequence[int]) -> bool:
-    """Return whether any arm comes before some other one in all rows."""
+    """Return whether any two arms come in the same order in all rows."""
     places = [{arm: place for place, arm in enumerate(row)} for row in rows]
     arms = range(len(rows[0]))
     return any(all(place[one] < place[other] for place in places) for one in arms for other in arms if one != other)
 
 
 def _random(seed: int, what: str, number: int) -> random.Random:
-    # Seeded by a text, of which Python hashes every byte: neighbouring seeds and cycles have unrelated streams.
+    # Python hashes every byte of a string seed, so neighbouring seeds and cycles have unrelated random streams.
     return random.Random(f"{seed}/{what}/{number}")
 
 
 def _relabelled(square: Sequence[Sequence[int]], chance: random.Random, row: int) -> list[int]:
-    """Return a row of the square after its rows are shuffled and its arms renamed at random."""
+    """Return a row of the square after shuffling its rows and renaming its arms at random."""
     rows, names = list(square), list(range(len(square[0])))
     chance.shuffle(rows)
     chance.shuffle(names)
@@ -87,7 +87,7 @@ def _relabelled(square: Sequence[Sequence[int]], chance: random.Random, row: int
 
 
 def williams_square(arms: int) -> list[list[int]]:
-    """Return the rows of a Williams design: a latin square balanced for predecessors, or two for an odd number.
+    """Return the rows of a Williams design: a latin square balanced for predecessors, or two if `arms` is odd.
 
     Source: E. J. Williams, Experimental designs balanced for the estimation of residual effects of treatments,
     Australian Journal of Scientific Research A 2 (1949).

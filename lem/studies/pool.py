@@ -1,4 +1,4 @@
-"""Several experiments at once: each in a child process, pinned to separate GPUs if there are enough.
+"""Runs several experiments at once, each in a child process with its own GPUs if there are enough.
 
 A child reads its job from a file, reports its progress through a pipe, and writes its output to a log; see
 `lem.studies.child`. This module knows which GPUs a child may see, but not what runs on them.
@@ -44,37 +44,37 @@ STOP_S = GRACE_S + 5.0
 
 @dataclass(frozen=True)
 class Slot:
-    """A share of the GPUs, for one run at a time; `devices` is its CUDA_VISIBLE_DEVICES; None leaves that unchanged."""
+    """A share of the GPUs, for one run at a time. `devices` becomes CUDA_VISIBLE_DEVICES; None leaves it unchanged."""
 
     gpus: tuple[Gpu, ...]
     devices: str | None = None
 
 
 def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -> list[Slot]:
-    """Split the visible GPUs into `parallel` disjoint sets of the same size; a remainder stays unused.
+    """Split the visible GPUs into `parallel` disjoint sets of the same size; any remainder stays unused.
 
-    With fewer GPUs than `parallel`, every slot has all of them. The devices are named by the user's own entries of
+    With fewer GPUs than `parallel`, every slot has all of them. Devices are named as in the user's
     CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden, or else by UUID.
     """
     each = len(gpus) // parallel
     if not each:
         return [Slot(tuple(gpus))] * parallel
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    # `gpus` follow the order of the entries and stop at the first entry that names no device.
+    # `gpus` follows the order of the entries and stops at the first entry that names no device.
     names = [gpu.uuid for gpu in gpus] if chosen is None else [name.strip() for name in chosen.split(",")]
     bounds = [range(i * each, (i + 1) * each) for i in range(parallel)]
     return [Slot(tuple(gpus[i] for i in those), ",".join(names[i] for i in those)) for those in bounds]
 
 
 def are_disjoint(shares: Sequence[Slot]) -> bool:
-    """Return whether no physical GPU is in two slots; instances of one GPU share its energy counter."""
+    """Return whether no two slots share a physical GPU; MIG instances of one GPU share its energy counter."""
     uuids = [uuid for share in shares for uuid in {gpu.uuid for gpu in share.gpus}]
     return len(uuids) == len(set(uuids))
 
 
 @dataclass
 class Child:
-    """A running cell: its process, and what the process has reported so far."""
+    """A running cell: its process, and everything the process has reported so far."""
 
     number: int
     slot: Slot
@@ -87,7 +87,7 @@ class Child:
     watcher: threading.Thread | None = field(default=None, repr=False)
 
     def receive(self, line: bytes) -> None:
-        """Handle a line from the child; ignore one that is cut off because the child was killed."""
+        """Handle a line from the child; ignore a line that was cut off because the child was killed."""
         try:
             message: dict[str, Any] = json.loads(line)
         except ValueError:
@@ -104,7 +104,7 @@ class Child:
 
 @dataclass
 class Pool(Runner):
-    """Runs cells in child processes, one in each free slot; its methods are called from the main thread.
+    """Runs cells in child processes, one in each free slot. Its methods must be called from the main thread.
 
     `shared_with` gives, for each cell, the number of other runs that may affect its numbers.
     """
@@ -127,15 +127,15 @@ class Pool(Runner):
             with needs_space(self.manifest.directory):
                 self._start(number, experiment)
         except OSError as error:
-            self.manifest.change(number, status="failed", error=f"its process could not be started: {error}.")
+            self.manifest.change(number, status="failed", error=f"the process could not be started: {error}.")
 
     def finish(self) -> None:
-        """Wait for all children."""
+        """Wait for all children to end."""
         while self.running:
             self._wait_for_one()
 
     def stop(self) -> None:
-        """Terminate all children, which save what they measured; kill them after STOP_S or on a second Ctrl-C."""
+        """Terminate all children, which save their finished requests; kill them after STOP_S or on a second Ctrl-C."""
         for child in self.running:
             child.process.terminate()
         deadline = time.monotonic() + STOP_S
@@ -180,7 +180,7 @@ class Pool(Runner):
         self.manifest.change(number, status="running", log=log_file)
 
     def _watch(self, child: Child, descriptor: int) -> None:
-        """Receive a child's lines until it has ended."""
+        """Receive a child's lines until the child has ended."""
         with os.fdopen(descriptor, "rb") as lines:
             for line in lines:
                 child.receive(line)
@@ -217,14 +217,14 @@ class Pool(Runner):
         if stopped or child.full:
             return {"status": "interrupted", "row": row}
         how = f"was ended by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
-        return {"status": "failed", "row": row, "error": child.error or f"its process {how}."}
+        return {"status": "failed", "row": row, "error": child.error or f"the process {how}."}
 
     def _orphaned_row(self, child: Child) -> ExperimentRow | None:
-        """Return the row of a killed child: its workers end after it and write what they measured."""
+        """Return the row of a killed child, whose workers end after it and record their finished requests."""
         if child.directory is None:
             return None
         try:
-            with child.directory.hold(exclusive=True):  # waits until the workers have ended
+            with child.directory.hold(exclusive=True):  # wait until the workers have ended
                 if self.options.write_tables:
                     return aggregate(Store(child.results_dir), child.directory, strict=False, force=True)
         except LemError:
@@ -237,14 +237,14 @@ class Pool(Runner):
 
 
 def _popen(job_file: Path, log_file: Path, slot: Slot, report_to: int) -> subprocess.Popen[bytes]:
-    """Start a child in a new session: Ctrl-C reaches it once, through its parent."""
-    # -P: a file in the user's working directory must not shadow a library.
+    """Start a child in a new session, so that Ctrl-C reaches it only once, through its parent."""
+    # -P keeps a file in the user's working directory from shadowing a library.
     command = [sys.executable, "-P", "-m", "lem.studies.child", str(job_file), "--report-fd", str(report_to)]
     pinned = {} if slot.devices is None else {"CUDA_VISIBLE_DEVICES": slot.devices}
     with log_file.open("wb") as log:
         return subprocess.Popen(
             command,
-            # Never written to: when it closes, the child knows that its parent is gone.
+            # Nothing is written to this pipe: when it closes, the child knows that its parent is gone.
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -1,4 +1,4 @@
-"""What is said about the prompts before a run: how many were read, dropped and cut, and the first as they are sent."""
+"""Describes the prompts before a run: how many were read, dropped and truncated, and the first few as they are sent."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lem.errors import LemError
 from lem.runner.preflight import Ready
 
 SHOWN_PROMPTS = 3
-# Of a long prompt, its beginning and its end are shown.
+# The beginning and the end of a long prompt are shown.
 HEAD_CHARACTERS, TAIL_CHARACTERS = 200, 60
 SHOWN_FILES = 5
 
 
 def counts(ready: Ready) -> str:
-    """Return how many prompts were read, dropped and drawn, and from where."""
+    """Return how many prompts were read, dropped and drawn, and where they came from."""
     prompts = ready.prompts
     files = f" ({_listed(prompts.files)})" if prompts.files else ""
     empty = f", {prompts.dropped_empty} of them empty and dropped" if prompts.dropped_empty else ""
@@ -31,7 +31,7 @@ def _listed(files: Sequence[str]) -> str:
 
 
 def lines(ready: Ready) -> Iterator[str]:
-    """Yield what a dry run shows of the prompts: the counts, and the first prompts as the model receives them."""
+    """Yield a dry run's description of the prompts: the counts, and the first prompts as the model receives them."""
     try:
         sent = _as_sent(ready)
     except LemError as error:
@@ -47,7 +47,7 @@ def lines(ready: Ready) -> Iterator[str]:
 
 
 def _as_sent(ready: Ready) -> list[tuple[str, bool, str]]:
-    """Return the length of each prompt, whether it was cut, and its text; of the first prompts, unless some are cut."""
+    """Return each prompt's length, whether it was cut, and its text; only the first prompts if none can be cut."""
     experiment, texts = ready.experiment, ready.prompts.texts
     if experiment.max_input_tokens is None:
         texts = texts[:SHOWN_PROMPTS]
@@ -67,7 +67,7 @@ def _count(number: int, unit: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Return a text quoted and on one line, with what cannot be printed escaped, and without its middle if long."""
+    """Quote a string on one line, with unprintable characters escaped and, if it is long, the middle left out."""
     left_out = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
     if left_out <= 0:
         return _quoted(text)
@@ -80,5 +80,5 @@ def _quoted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text with its unprintable characters escaped."""
+    """Return a string with its unprintable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

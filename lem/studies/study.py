@@ -1,8 +1,8 @@
 """Runs the checked cells of a study as one Hydra multirun and keeps its manifest, for every sweep and batch.
 
-`lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files. What became of each
-cell is in `experiments.json` in the study's directory and in the table at the end. Does not know how an experiment is
-measured.
+`lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files. The outcome of each cell
+is recorded in `experiments.json` in the study's directory and in the table at the end. This module does not know how an
+experiment is measured.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, row_of
 
-AGAIN = "The same command resumes what is unfinished and runs all other experiments again, even completed ones."
+AGAIN = "The same command resumes unfinished experiments and runs all others again, even completed ones."
 
 
 class Runner(ABC):
-    """Runs cells: one after another in this process, or several at once in child processes."""
+    """Runs cells, one after another in this process or several at once in child processes."""
 
     @abstractmethod
     def run(self, number: int, experiment: Experiment) -> None:
-        """Run or start a cell; an error is recorded as its state in the manifest and not raised."""
+        """Run or start a cell; an error is recorded as the cell's state in the manifest and not raised."""
 
     def finish(self) -> None:
         """Wait for the cells that are still running."""
@@ -59,19 +59,19 @@ def run_study(
     at_once: int = 1,
     fail_fast: bool = False,
 ) -> int:
-    """Run checked cells, or list them for a dry run; return 0, or 1 if any experiment did not complete.
+    """Run checked cells, or list them in a dry run; return 0, or 1 if any experiment did not complete.
 
     Args:
-        cells: the cells.
+        cells: the checked cells.
         options: the command line's options.
-        overrides: the command line's overrides; any that are Hydra's own settings apply to the multirun.
+        overrides: the command line's overrides; those of Hydra's own settings apply to the multirun.
         make_runner: creates the runner of the cells.
         head: the header of the table's label column.
         at_once: the number of cells that run at the same time.
-        fail_fast: start no other cell after one has failed.
+        fail_fast: start no more cells after one has failed.
 
     Raises:
-        Interrupted: raised after the table is printed; what was measured is kept.
+        Interrupted: raised after the table is printed; finished requests are kept.
     """
     if options.dry_run:
         for number, cell in enumerate(cells, start=1):
@@ -102,23 +102,23 @@ def run_cells(
     at_once: int = 1,
     again: str = AGAIN,
 ) -> None:
-    """Run the cells of a manifest that are not completed, in order, and keep it up to date.
+    """Run those cells of a manifest that are not completed, in order, and keep the manifest up to date.
 
     Args:
-        manifest: says what has become of each cell.
+        manifest: the state of each cell.
         make_runner: creates the runner of the cells.
         settings: overrides of Hydra's own settings.
         at_once: the number of cells that run at the same time.
-        again: how to go on after an interruption, or after a disk was full.
+        again: how to continue after an interruption or a full disk, as a sentence for the user.
 
     Raises:
-        Interrupted: what was measured is kept.
-        DiskFull: the same.
+        Interrupted: the study was interrupted; finished requests are kept.
+        DiskFull: a disk is full; finished requests are kept.
     """
     try:
         manifest.open()
         try:
-            # Signals also raise between cells.
+            # Between cells, too, a signal must raise an exception.
             with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
                 _run_cells(manifest, make_runner(manifest, display), settings)
         finally:
@@ -126,7 +126,7 @@ def run_cells(
     except Interrupted as stop:
         raise Interrupted(f"{stop.reason}\n{again}") from None
     except DiskFull as full:
-        raise DiskFull(full.folder, f"Free some. {again}") from None
+        raise DiskFull(full.folder, f"Free some space. {again}") from None
 
 
 def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> None:
@@ -149,24 +149,24 @@ def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> N
         raise (end.full if isinstance(end, _NoSpace) else end) from None
     except KeyboardInterrupt as stop:
         runner.stop()
-        raise Interrupted(str(stop) or "Interrupted; what was measured is kept.") from None
+        raise Interrupted(str(stop) or "Interrupted; finished requests are kept.") from None
 
 
 class _NoSpace(KeyboardInterrupt):
-    """Ends the multirun because a disk is full: Hydra continues after an Exception."""
+    """Ends the multirun because a disk is full; Hydra would continue after an Exception."""
 
     def __init__(self, full: DiskFull) -> None:
         self.full = full
 
 
 def _stopped(signal_name: str) -> KeyboardInterrupt:
-    return KeyboardInterrupt(f"Stopped by {signal_name}; what was measured is kept.")
+    return KeyboardInterrupt(f"Stopped by {signal_name}; finished requests are kept.")
 
 
 def _question(cells: Sequence[Cell], at_once: int) -> str:
     together = f", {at_once} at a time" if at_once > 1 else ""
     begun = sum(cell.unfinished is not None for cell in cells)
-    resumed = f" ({begun} unfinished ones are resumed; --fresh starts them over)" if begun else ""
+    resumed = f" ({begun} unfinished ones are resumed, unless --fresh is given)" if begun else ""
     return f"Run {len(cells)} experiments{together}{resumed}?"
 
 
@@ -177,7 +177,7 @@ def _resumed(cell: Cell) -> str:
 
 @dataclass
 class OneByOne(Runner):
-    """Runs each cell in this process until it ends or is interrupted."""
+    """Runs each cell in this process until the cell ends or is interrupted."""
 
     manifest: Manifest
     display: StudyDisplay
@@ -196,19 +196,20 @@ class OneByOne(Runner):
             self._end(number, status=row.status, row=row, error=row.error)
         except (Interrupted, KeyboardInterrupt) as stop:
             self._end(number, status="interrupted", row=row_of(self.manifest.states[number].directory))
-            # Hydra continues after an Exception; only this ends the multirun. The study says how to go on.
+            # Hydra would continue after an Exception; only this exception ends the multirun. The study adds its own
+            # command that resumes.
             raise KeyboardInterrupt(stop.reason if isinstance(stop, Interrupted) else str(stop)) from None
         except DiskFull:
-            raise  # ends the study; the manifest marks the cell as interrupted when it is closed
+            raise  # ends the study; closing the manifest marks the cell as interrupted
         except LemError as error:
             self._end(number, status="failed", error=" ".join(str(error).split()))
         except Exception as error:
             self._end(number, status="failed", error=f"{type(error).__name__}: {' '.join(str(error).split())}")
-            if not isinstance(error, OSError):  # a bug in lem: the traceback is what to report
+            if not isinstance(error, OSError):  # a bug in lem, to be reported with its traceback
                 traceback.print_exc()
 
     def wait_before(self, number: int, report: Report) -> None:
-        """Wait until the cell should begin; returns at once unless a subclass waits."""
+        """Wait until the cell should begin; return at once unless a subclass overrides this."""
 
     def _measured(self, number: int, experiment: Experiment, report: Report) -> ExperimentRow:
         cell = self.manifest.cells[number]

@@ -1,4 +1,4 @@
-"""`lem experiment … --multirun`: a cell for each combination of override values."""
+"""`lem experiment … --multirun`: runs a cell for each combination of override values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(
 
     Raises:
         BadInput: raised before anything runs.
-        Interrupted: raised after the table is printed; what was measured is kept.
+        Interrupted: raised after the table is printed; finished requests are kept.
     """
     compositions = prepare(config_file, overrides, config_dir=config_dir).cells()
     prompts, machine, consents = RecentPrompts(), host.look(), Consents(options)
@@ -40,13 +40,13 @@ def main(
     )
     cells = checked(candidates, fresh=options.fresh)
     if len(cells) == 1:
-        print("Nothing is varied: give several values, as in batching.batch_size=1,2,4.", file=sys.stderr)
+        print("No value is varied: give several values, as in batching.batch_size=1,2,4.", file=sys.stderr)
     runner = partial(OneByOne, options=options, prompts=prompts)
     return run_study(cells, options, overrides, runner, head="overrides")
 
 
 def _labels(compositions: Sequence[Composition]) -> Iterator[str]:
-    """Yield, for each cell, the overrides in which it differs from others."""
+    """Yield, for each cell, the overrides in which it differs from other cells."""
     columns = zip(*(each.given for each in compositions), strict=True)
     varied = [len({override.text for override in column}) > 1 for column in columns]
     for each in compositions:

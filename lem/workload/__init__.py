@@ -1,1 +1,1 @@
-"""What is run: prompts, models, batching and traffic."""
+"""The workload of an experiment: prompts, models, batching and traffic."""

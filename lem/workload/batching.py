@@ -1,4 +1,4 @@
-"""Putting requests into batches by the length of their inputs. Knows nothing about models or the meaning of tokens."""
+"""Grouping requests into batches by the length of their inputs. Knows nothing about models or the meaning of tokens."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
     """Return batches of positions into `lengths`, in order of execution; each position is in exactly one.
 
     Args:
-        lengths: input tokens of each request, without padding.
+        lengths: the number of input tokens of each request, without padding.
         batching: the strategy and its limits. The dynamic strategies need `max_tokens_per_batch`, which bounds
-            the padded input (longest input × requests); a single request above it becomes its own batch.
+            the padded input (longest input × requests); a single request that exceeds it gets a batch of its own.
 
     Raises:
-        ValueError: a dynamic strategy without `max_tokens_per_batch`.
+        ValueError: a dynamic strategy is used without `max_tokens_per_batch`.
     """
     order = list(range(len(lengths)))
     if batching.strategy == "continuous":
         return [order] if order else []  # the engine itself decides which requests run at the same time
     if batching.strategy.startswith("sorted"):
-        # Longest first, so that a run without enough memory fails at its beginning.
+        # The longest inputs come first, so that a run that needs too much memory fails early.
         order.sort(key=lambda i: -lengths[i])
     if batching.strategy.endswith("static"):
         return [order[i : i + batching.batch_size] for i in range(0, len(order), batching.batch_size)]

@@ -1,4 +1,4 @@
-"""The prompts that come with lem; they need no network and no library."""
+"""The prompts that come with lem, which need no network access and no library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("sample",)
 
 
 def read(path: str) -> Iterator[Row]:
-    """Yield the rows (`text`, `kind`) of a built-in dataset, given as `builtin:<name>`."""
+    """Yield the rows (`text`, `kind`) of the built-in dataset at a path of the form `builtin:<name>`."""
     name = path.removeprefix(PREFIX)
     if name not in NAMES:
         raise DatasetError(f"There is no built-in dataset '{name}'; the built-in ones are {', '.join(NAMES)}.")

@@ -1,4 +1,4 @@
-"""A file's bytes and text: unpacked, and checked to be UTF-8. Does not know what the text means."""
+"""Reading a file: decompressing its bytes, and decoding them as UTF-8. Knows nothing about the meaning of the text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import IO, Any, cast
 
 from lem.errors import DatasetError
 
-# How a compressed file begins, whatever its name.
+# The first bytes of compressed files, whatever their names.
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# A compressed file can be a thousandth of what it holds.
+# A limit is needed because a compressed file can unpack to a thousand times its size.
 MOST_BYTES = 4 << 30
 CHUNK_BYTES = 1 << 20
-# What is not UTF-8 is guessed from this much around the first byte that is wrong.
+# If a file is not UTF-8, its encoding is guessed from this many bytes around the first invalid byte.
 SAMPLE_BYTES = 1 << 15
-# In Western European text fewer letters than this are outside of ASCII.
+# In Western European text, the share of letters outside ASCII is smaller than this.
 WESTERN_SHARE = 0.3
 
 OTHERS = {
@@ -37,10 +37,10 @@ BYTE_ORDER_MARKS = {
 
 
 def data_of(path: Path) -> bytes:
-    """Return a file's bytes, unpacked if it is compressed.
+    """Return a file's bytes, decompressed if necessary.
 
     Raises:
-        DatasetError: it cannot be read, is empty, or is something else than a file of prompts.
+        DatasetError: the file cannot be read, is empty, or is recognisably not a file of prompts.
     """
     try:
         data = path.read_bytes()
@@ -82,10 +82,11 @@ def _opened(data: bytes, method: str) -> IO[bytes]:
 
 
 def text_of(path: Path, data: bytes) -> str:
-    """Return the text that bytes in UTF-8 hold, without a byte order mark.
+    """Decode bytes as UTF-8, without a byte order mark.
 
     Raises:
-        DatasetError: they are in another encoding, or no text; it names the line and the likely encoding.
+        DatasetError: the bytes are in another encoding or are not text; the message gives the line and, if possible,
+            the likely encoding.
     """
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
@@ -113,13 +114,13 @@ def _not_utf_8(path: Path, data: bytes, error: UnicodeDecodeError) -> DatasetErr
 
 
 def half_a_character(text: str) -> str:
-    """Return the message about a text with a lone surrogate, which no encoding of Unicode can hold."""
+    """Return the message about text with a lone surrogate, which no Unicode encoding can represent."""
     lone = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
     return f"U+{ord(lone):04X} is half of a character (a lone surrogate), which is not text; remove or correct it."
 
 
 def _likely(data: bytes, position: int) -> str | None:
-    """Return the likely encoding of bytes that are not UTF-8."""
+    """Return the likely encoding of bytes that are not UTF-8, or None if there is no good guess."""
     sample = data[max(0, position - SAMPLE_BYTES // 2) : position + SAMPLE_BYTES // 2]
     letters = [byte for byte in sample if byte > 127 or chr(byte).isalpha()]
     if sum(byte > 127 for byte in letters) < WESTERN_SHARE * len(letters):
@@ -132,7 +133,7 @@ def _likely(data: bytes, position: int) -> str | None:
 
 def _encoded_as(path: Path, line: int, encoding: str | None) -> DatasetError:
     likely = f"likely {encoding}" if encoding else "in an unknown encoding"
-    remedy = f"iconv -f {(encoding or 'ENCODING').upper()} -t UTF-8 converts it"
+    remedy = f"convert the file with iconv -f {(encoding or 'ENCODING').upper()} -t UTF-8"
     return DatasetError(f"{path}, line {line} is not in UTF-8 but {likely}; {remedy}.")
 
 

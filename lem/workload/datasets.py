@@ -1,4 +1,4 @@
-"""The family of prompt sources: built-in, local files, the hub. A new dataset is only a YAML file in conf/dataset."""
+"""The family of prompt sources: built-in, local files, the hub. To add a dataset, add a YAML file to conf/dataset."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
     """Load the configured prompts.
 
     Raises:
-        DatasetError: they cannot be loaded as configured; the message says which can.
-        BadInput: the path begins with the `~` of a user who does not exist.
+        DatasetError: the prompts cannot be loaded as configured; the message says what to change.
+        BadInput: the path begins with `~user`, but the user does not exist.
     """
     if dataset.path is None:
-        raise DatasetError("No prompts: name them with --dataset, --prompts or dataset.path.")
+        raise DatasetError("No prompts are configured; set --dataset, --prompts or dataset.path.")
     rows, split = _rows(dataset, dataset.path)
     return pick(rows, source=dataset.path, split=split, column=dataset.column, n=dataset.sample_size, seed=seed)
 
@@ -31,14 +31,14 @@ def _rows(dataset: Dataset, path: str) -> tuple[Iterable[Row], str | None]:
         _refuse_split(dataset)
         return builtin.read(path), None
     local = expanded(path)
-    # Not Path.is_file, which raises if a name is too long or a parent may not be read.
+    # Path.is_file is not used, because it raises if the name is too long or a parent directory is not readable.
     if os.path.isfile(local):
         _refuse_split(dataset)
         return file.read(local, dataset.column), None
     if os.path.isdir(local):
         return folder.read(local, dataset)
     if os.path.lexists(local):
-        raise DatasetError(f"{path} is not a regular file; save its content to one first.")
+        raise DatasetError(f"{path} is not a regular file; save its content to a regular file first.")
     if looks_like_a_file(path):
         raise DatasetError(f"There is no file {path}.")
     split = dataset.split or hub.DEFAULT_SPLIT
@@ -51,5 +51,5 @@ def _refuse_split(dataset: Dataset) -> None:
 
 
 def looks_like_a_file(path: str) -> bool:
-    """Return whether a path that does not exist means a local file, not a hub id (`owner/name`)."""
+    """Return whether a path that does not exist looks like a local file rather than a hub id (`owner/name`)."""
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in file.SUFFIXES

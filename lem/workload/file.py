@@ -1,7 +1,7 @@
-"""Prompts in a local file: JSON, JSON lines, CSV, Parquet, or text with one prompt per line; compressed or not.
+"""Prompts in a local file: JSON, JSON lines, CSV, Parquet, or text with one prompt per line, compressed or not.
 
-The suffix says what a file is meant to be, and the content what it is; if they contradict each other or the suffix is
-unknown, the file is refused, because its source text would become the prompts.
+The suffix states a file's format, and the content is checked against it. If they contradict each other, or the suffix
+is unknown, the file is refused, because otherwise raw JSON or CSV could be run as prompts.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ KINDS = {
 }  # fmt: skip
 SUFFIXES = (*KINDS, *COMPRESSED)
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-# How Parquet files begin.
+# The first bytes of Parquet files.
 PARQUET = b"PAR1"
 KNOWN = "json, jsonl (ndjson), csv, tsv, parquet and txt, also with .gz, .bz2, .xz or .zst"
 WITHOUT_HEADER = "If its first line is already a prompt, add a header line such as 'prompt' above it."
 
 
 def kind_of(name: str) -> str | None:
-    """Return the kind of file that a name stands for, an empty text if it has no suffix, None for an unknown one."""
+    """Return the format that a file name's suffix stands for; "" if it has no suffix, None if the suffix is unknown."""
     path = Path(name.lower())
     path = path.with_suffix("") if path.suffix in COMPRESSED else path
     return KINDS.get(path.suffix) if path.suffix else ""
 
 
 def read(path: Path, column: str | None = None) -> Rows:
-    """Return the rows of a file, with their places.
+    """Return the rows of a file, each with its location for messages.
 
     Args:
         path: the file.
-        column: the column asked for, which helps to find a CSV file's delimiter.
+        column: the requested column, which helps to detect the delimiter of a CSV file.
 
     Raises:
-        DatasetError: it is empty, of an unknown kind, in another encoding, or wrong in a line, which is named.
+        DatasetError: the file is empty, of an unknown format, not in UTF-8, or malformed; the message gives the line.
     """
     kind = kind_of(path.name)
     if kind is None:
@@ -66,17 +66,17 @@ def read(path: Path, column: str | None = None) -> Rows:
 
 # ------------------------------------------------------------------ content against suffix
 def _checked_kind(path: Path, text: str, kind: str) -> str:
-    """Return a file's kind; raises `DatasetError` if it is said to be text or CSV, but holds something else."""
+    """Return a file's format; raises `DatasetError` if its suffix means text or CSV but its content does not."""
     if kind not in ("text", "csv", ""):
         return kind
     if found := _json_kind(text):
         if kind == "":
             return found
-        raise DatasetError(f"{path} holds JSON, not {_called(kind)}; rename it to .{found}.")
+        raise DatasetError(f"{path} contains JSON, not {_called(kind)}; rename it to .{found}.")
     if kind != "csv" and _is_table(text):
         raise DatasetError(
-            f"{path} begins with a line of column names, which would be a prompt; rename it to .csv, or remove that "
-            "line."
+            f"{path} begins with a line of column names, which would be run as a prompt; rename the file to .csv, or "
+            "remove that line."
         )
     return kind or "text"
 
@@ -86,7 +86,7 @@ def _called(kind: str) -> str:
 
 
 def _json_kind(text: str) -> str | None:
-    """Return `json` or `jsonl` if a text holds rows in JSON: all of its lines, or all of it."""
+    """Return `jsonl` if every line is a JSON row, `json` if the whole text is JSON rows, otherwise None."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     lines = [line for line in text.split("\n") if line.strip()]
@@ -105,7 +105,7 @@ def _tried(text: str) -> Any:
 
 
 def _is_table(text: str) -> bool:
-    """Return whether a text begins like a table: column names, one of which means prompts, above as many fields."""
+    """Return whether the text looks like a table: a header with a prompt column, and a line with as many fields."""
     first = text.split("\n", 2)[:2]
     if len(first) < 2 or not first[1].strip():
         return False
@@ -114,7 +114,7 @@ def _is_table(text: str) -> bool:
     for delimiter in DELIMITERS:
         try:
             names, fields = csv.reader(first, delimiter=delimiter, strict=True)
-        except (csv.Error, ValueError):  # ValueError: a line with nothing on it
+        except (csv.Error, ValueError):  # ValueError: the line is empty
             continue
         words = [name.strip() for name in names]
         if len(words) == len(fields) > 1 and set(words) & set(PROMPT_COLUMNS) and all(map(str.isidentifier, words)):
@@ -123,7 +123,7 @@ def _is_table(text: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a text; only line ends count, not other characters that separate lines."""
+    """Split the text at line ends only, not at the other Unicode characters that separate lines."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -132,7 +132,7 @@ def _lines(text: str) -> list[str]:
 def _json(path: Path, text: str, kind: str, column: str | None) -> Rows:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise DatasetError(f"{path} holds no prompts; it is blank.")
+        raise DatasetError(f"{path} contains no prompts; it is blank.")
     is_list = text.lstrip().startswith("[")
     if not is_list and (kind == "jsonl" or (len(lines) > 1 and isinstance(_tried(lines[0][1]), dict | str))):
         values = [_parsed(path, line, number) for number, line in lines]
@@ -150,7 +150,7 @@ def _parsed(path: Path, text: str, line: int | None = None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place, reason = line or error.lineno, f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, or thousands of nested brackets
         place, reason = line or 1, str(error)
     raise DatasetError(f"{path}, line {place} cannot be read as JSON: {reason}.")
 
@@ -160,12 +160,12 @@ def _as_row(rows: Rows, i: int) -> Row:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
-        raise DatasetError(f"{rows.place(i)} is neither an object nor a text, but {json.dumps(value)[:40]}.")
+        raise DatasetError(f"{rows.place(i)} is neither an object nor a string, but {json.dumps(value)[:40]}.")
     return value
 
 
 def _refuse_document(path: Path, whole: Row, column: str | None) -> None:
-    """Refuse a JSON document whose rows are in a list inside of it: what stands beside that list is no prompt."""
+    """Refuse a JSON document that contains its rows in a nested list, because its other values are not prompts."""
     of_prompts = {column} if column else set(PROMPT_COLUMNS)
     is_row = any(isinstance(whole.get(name), str) for name in of_prompts)
     for name, value in whole.items():
@@ -173,8 +173,8 @@ def _refuse_document(path: Path, whole: Row, column: str | None) -> None:
         of_texts = isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
         if name not in of_prompts and (of_objects or (of_texts and not is_row)):
             raise DatasetError(
-                f"{path} is a document whose list '{name}' holds the rows, not a list of rows; "
-                f"jq -c '.[{json.dumps(name)}][]' writes them as JSON lines."
+                f"{path} is not a list of rows but a document that contains them in the list '{name}'; convert it to "
+                f"JSON lines with jq -c '.[{json.dumps(name)}][]'."
             )
 
 
@@ -186,16 +186,16 @@ def _csv(path: Path, text: str, column: str | None) -> Rows:
     header = [name.strip() or f"column {i}" for i, name in enumerate(records[0][1], start=1)]
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
-        raise DatasetError(f"{path}, line {records[0][0]} names two columns '{twice}'; rename one.")
+        raise DatasetError(f"{path}, line {records[0][0]} names two columns '{twice}'; rename one of them.")
     choose_column(header, column, str(path), f" {WITHOUT_HEADER}")
     for line, fields in records[1:]:
         if fields and len(fields) != len(header):
             raise DatasetError(
                 f"{path}, line {line} has {_fields(len(fields))} where line {records[0][0]} has {len(header)} "
-                f"(separated by {DELIMITERS[delimiter]}); quote texts that contain the separator, or name the file "
-                ".txt if each line is a prompt."
+                f"(separated by {DELIMITERS[delimiter]}); put text that contains the separator in quotes, or name "
+                "the file .txt if each line is a prompt."
             )
-    # A line with nothing on it is an empty prompt.
+    # An empty line is an empty prompt.
     rows = [dict(zip(header, fields or [""] * len(header), strict=True)) for _, fields in records[1:]]
     return Rows(str(path), "line", rows, [line for line, _ in records[1:]])
 
@@ -205,7 +205,7 @@ def _fields(count: int) -> str:
 
 
 def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """Return the records with the lines at which they begin, from the first that is not blank."""
+    """Return the records, each with the number of its first line, starting with the first record that is not blank."""
     reader = csv.reader(_physical_lines(text), delimiter=delimiter, strict=True)
     records: list[tuple[int, list[str]]] = []
     line = 1
@@ -217,12 +217,12 @@ def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]
     except csv.Error as error:
         raise DatasetError(f"{path}, line {line} cannot be read as CSV: {error}.") from None
     if not records:
-        raise DatasetError(f"{path} holds no prompts; it is blank.")
+        raise DatasetError(f"{path} contains no prompts; it is blank.")
     return records
 
 
 def _physical_lines(text: str) -> Iterator[str]:
-    """Yield the lines of a text with their ends, one at a time: io.StringIO would copy it as four bytes a character."""
+    """Yield the lines with their line ends; io.StringIO would copy the text at four bytes per character."""
     if "\n" not in text:
         text = text.replace("\r", "\n")
     start = 0
@@ -234,7 +234,7 @@ def _physical_lines(text: str) -> Iterator[str]:
 
 
 def _delimiter(path: Path, text: str, column: str | None) -> str:
-    """Return the delimiter with which the first line names a column of prompts, else the one that splits it most."""
+    """Return the delimiter that yields a prompt column in the first line, or else the one that splits it most often."""
     if path.name.lower().removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".tsv"):
         return "\t"
     wanted = {column} if column else set(PROMPT_COLUMNS)
@@ -252,7 +252,7 @@ def _header(text: str, delimiter: str) -> list[str]:
 
 # ------------------------------------------------------------------ Parquet
 def _parquet(path: Path, data: bytes, column: str | None) -> Rows:
-    """Read the column of prompts; other columns may be images or vectors."""
+    """Read only the column of prompts, because other columns may be images or vectors."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -267,7 +267,7 @@ def _parquet(path: Path, data: bytes, column: str | None) -> Rows:
 
 
 def arrow_rows(name: str, table: Any) -> Rows:
-    """Return the rows of an Arrow table; raises `DatasetError` at a text that is not UTF-8."""
+    """Return the rows of an Arrow table; raises `DatasetError` for text that is not UTF-8."""
     rows: list[Row] = []
     for batch in table.to_batches():
         try:
@@ -294,6 +294,6 @@ def _not_text(error: UnicodeDecodeError) -> str:
 
 
 def together(parts: Sequence[Rows]) -> Rows:
-    """Return the rows of several files, each with its own place."""
+    """Return the rows of several files, each with its own location."""
     places = [part.place(i) for part in parts for i in range(len(part))]
     return Rows(parts[0].name, "row", [row for part in parts for row in part], places=places)

@@ -1,10 +1,10 @@
-"""Model FLOPs of counted tokens, from a model's architecture.
+"""Model FLOPs of the counted tokens, computed from the model's architecture.
 
-It counts the matrix products of the forward pass, with a multiply-add as two operations: 2 for each weight that a token
-passes through, and in each attention layer 4·(heads·head_dim) for each position that a token attends to (QKᵀ and the
-weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361, table 1;
+The count covers the matrix products of the forward pass, with a multiply-add as two operations: 2 for each weight that
+a token passes through and, in each attention layer, 4·(heads·head_dim) for each position that a token attends to (QKᵀ
+and the weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361, table 1;
 Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that all parameters are matrices.
-Padding, recomputation, norms and softmax are not counted. Knows nothing about engines.
+Padding, recomputation, norms and softmax are not counted. This module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ METHOD = "sizes by torch's counter, without values: 2 per weight used + 4·width
 
 
 class UnknownArchitecture(LemError):
-    """A model's sizes cannot be told; the message is the reason, a clause without a full stop."""
+    """A model's sizes cannot be determined; the message is the reason, as a clause without a full stop."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of some layers, added up.
+    """The attention of one or more layers, added up.
 
-    `width` is heads·head_dim (where keys and values have heads of different sizes, their mean). A token attends to
-    itself and the positions before it: all of them, or with a `reach` the last so many, itself included; `in_chunks`,
-    those since the last multiple of it.
+    `width` is heads·head_dim, or the mean of both if the heads of keys and values differ in size. A token attends to
+    itself and to all earlier positions. If `reach` is set, it attends only to the last `reach` positions, including
+    itself, or if `in_chunks` is also set, to the positions since the last multiple of `reach`.
     """
 
     width: int
@@ -35,7 +35,7 @@ class Attention:
     in_chunks: bool = False
 
     def positions(self, tokens: int) -> float:
-        """Return how many positions a sequence's tokens attend to, each token's added up."""
+        """Return the number of attended positions, summed over the tokens of a sequence."""
         if self.reach is None or tokens <= self.reach:
             return tokens * (tokens + 1) / 2
         of_one = self.reach * (self.reach + 1) / 2
@@ -49,9 +49,9 @@ class Attention:
 class Architecture:
     """The dimensions that determine a decoder's FLOPs.
 
-    `body_weights` are the matrix weights that every token passes through (in a mixture of experts, its experts'
-    weights), `head_weights` those of the output projection, which is computed only where a token is chosen.
-    `attention` has an entry for each reach.
+    `body_weights` is the number of matrix weights that every token passes through (in a mixture of experts, only the
+    experts that the token is routed to). `head_weights` is the number of weights in the output projection, which is
+    computed only where a token is chosen. `attention` has one entry for each reach.
     """
 
     body_weights: int
@@ -59,12 +59,12 @@ class Architecture:
     attention: tuple[Attention, ...] = ()
 
     def with_adapter(self, of_body: int, of_head: int) -> Architecture:
-        """Return the sizes with an adapter's weights in the body and at the output projection."""
+        """Return the sizes including an adapter's weights in the body and at the output projection."""
         return replace(self, body_weights=self.body_weights + of_body, head_weights=self.head_weights + of_head)
 
 
 def forward_flops(arch: Architecture, input_tokens: int, output_tokens: int) -> float:
-    """Return the FLOPs of one request: its prefill and the decode steps after it.
+    """Return the FLOPs of one request: its prefill and the decode steps that follow.
 
     The last output token is never fed back, so input + output - 1 tokens pass through the body; each output
     token costs one output projection.

@@ -1,7 +1,7 @@
-"""Prompts in a local directory: a dataset with a card, one that `datasets` has saved to disk, or plain files of a kind.
+"""Prompts in a local directory: a dataset with a card, one saved to disk by `datasets`, or plain files of one format.
 
-What is read is named, because a directory may hold more than its user has in mind; what would be read only in part is
-refused.
+The files that were read are reported, because a directory may contain more than the user has in mind. A directory that
+would be read only in part is refused.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from lem.workload import file, hub
 from lem.workload.prompts import Rows, choose_column
 
 CARD = "README.md"
-# Written by older versions of `datasets` beside the data.
+# Older versions of `datasets` write this file next to the data.
 NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-# What a card says of a configuration; anything else is an option of the library's reader.
+# The keys that describe a configuration in a card; any other key is an option for the library's reader.
 PLAIN = frozenset({"config_name", "data_files", "data_dir", "default"})
 HIDDEN = (".", "__")
 MOST_NAMED = 3
 
 
 def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
-    """Return the rows of a directory, and the split they belong to.
+    """Return the rows of a directory, and the split that they belong to.
 
     Raises:
-        DatasetError: there is nothing to read, no such split, or files that would be left out without a word.
+        DatasetError: the directory contains nothing to read, lacks the split, or has files that would be skipped.
     """
     try:
         return _rows(folder, dataset)
@@ -62,7 +62,7 @@ def _rows(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
 def _matching(folder: Path, pattern: str) -> list[Path]:
     try:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
-    except (ValueError, NotImplementedError):  # an empty pattern, an absolute one
+    except (ValueError, NotImplementedError):  # the pattern is empty or absolute
         found = []
     if not found:
         raise DatasetError(f"The directory {folder} has no file {pattern}.")
@@ -70,7 +70,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _configurations(folder: Path) -> list[Any]:
-    """Return what a dataset card says about which files belong to which configuration and split."""
+    """Return the configurations in a dataset card, which assign files to splits."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -97,23 +97,23 @@ def _read(folder: Path, files: Sequence[Path], column: str | None) -> Rows:
 
 # ------------------------------------------------------------------ plain files
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split, as `datasets` finds splits by the names of files and folders."""
+    """Return the files of a split, found (as by `datasets`) by the names of files and folders."""
     data = sorted(_data_files(folder))
     if not data:
-        raise DatasetError(f"The directory {folder} holds no file of prompts ({file.KNOWN}).")
+        raise DatasetError(f"The directory {folder} contains no file of prompts ({file.KNOWN}).")
     kinds = {str(file.kind_of(path.name)): path for path in reversed(data)}
     if len(kinds) > 1:
         named = ", ".join(str(path.relative_to(folder)) for path in sorted(kinds.values()))
         raise DatasetError(
-            f"The directory {folder} holds files of several kinds ({named}); name one of them as the dataset, or "
-            "those to read with dataset.files, such as dataset.files='*.csv'."
+            f"The directory {folder} contains files of several formats ({named}); name one file as the dataset, or "
+            "select the files to read with dataset.files, such as dataset.files='*.csv'."
         )
     of_split = _splits(folder)
     left_out = sorted(set(data) - {path for paths in of_split.values() for path in paths})
     if left_out:
         raise DatasetError(
-            f"The directory {folder} would be read in part, without {_named(folder, left_out)}; name the files to "
-            "read with dataset.files, such as dataset.files='*.csv'."
+            f"The directory {folder} would be read only in part, without {_named(folder, left_out)}; select the files "
+            "to read with dataset.files, such as dataset.files='*.csv'."
         )
     _refuse_split(folder, split, list(of_split))
     return of_split[split]
@@ -134,7 +134,7 @@ def _raise(error: OSError) -> None:
 def _splits(folder: Path) -> Mapping[str, list[Path]]:
     from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
 
-    where = folder.resolve()  # patterns are resolved, too
+    where = folder.resolve()  # because the patterns are resolved too
     try:
         patterns = get_data_patterns(str(where))
     except EmptyDatasetError:
@@ -142,7 +142,7 @@ def _splits(folder: Path) -> Mapping[str, list[Path]]:
     splits: dict[str, set[Path]] = {str(split): set() for split in patterns}
     for split, some in patterns.items():
         for pattern in some:
-            with suppress(FileNotFoundError):  # one of several patterns that mean the same
+            with suppress(FileNotFoundError):  # not every pattern matches a file
                 splits[str(split)] |= {
                     folder / Path(name).relative_to(where) for name in resolve_pattern(pattern, str(where))
                 }
@@ -156,7 +156,7 @@ def _named(folder: Path, paths: Sequence[Path]) -> str:
 
 # ------------------------------------------------------------------ saved by the library
 def _saved(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
-    """Read what `save_to_disk` has written: Arrow files, listed in state.json, in a folder for each split."""
+    """Read a dataset written by `save_to_disk`: a folder for each split, with Arrow files listed in its state.json."""
     given = [name for name in ("config", "files") if getattr(dataset, name) is not None]
     if given:
         raise DatasetError(f"The directory {folder} was written by save_to_disk; leave out dataset.{given[0]}.")
@@ -174,7 +174,7 @@ def _saved(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
 
 
 def _listed(path: Path, key: str) -> list[str]:
-    """Return the names that a file of `save_to_disk` lists."""
+    """Return the names listed in a file written by `save_to_disk`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))[key]
         return [each if isinstance(each, str) else each["filename"] for each in found]

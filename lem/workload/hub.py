@@ -13,20 +13,20 @@ from lem.workload.offline import is_unreachable, use_cache_if_unreachable
 from lem.workload.prompts import Row, Rows
 
 DEFAULT_SPLIT = "train"
-OFFLINE_HINT = "Use -d sample, the prompts that come with lem, or a local file."
+OFFLINE_HINT = "Use a local file, or -d sample for the prompts that come with lem."
 
 
 def read(path: str, config: str | None, files: str | None, split: str | None) -> Iterator[Row]:
     """Yield the rows of one split.
 
     Args:
-        path: hub id.
-        config: name of a configuration, if the dataset has several.
+        path: the hub id.
+        config: the name of a configuration, if the dataset has several.
         files: one file of a repository without configurations.
-        split: split to read; None is `train`.
+        split: the split to read; None means `train`.
 
     Raises:
-        DatasetError: not found, not reachable and not cached, or no such configuration or split.
+        DatasetError: the dataset is not found or neither reachable nor cached, or lacks the configuration or split.
     """
     use_cache_if_unreachable()
     import datasets
@@ -36,37 +36,37 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
         yield from datasets.load_dataset(path, config, data_files=files, split=split or DEFAULT_SPLIT)
     except DatasetError:
         raise
-    except Exception as error:  # the library and the hub client raise many kinds of errors
+    except Exception as error:  # the library and the hub client raise many types of errors
         raise DatasetError(_sentence(path, split or DEFAULT_SPLIT, error)) from None
 
 
 def read_folder(
     folder: Path, config: str | None, split: str | None, read: Callable[[Sequence[Path]], Rows] | None
 ) -> Rows:
-    """Return the rows of one split of a local directory whose dataset card says what belongs to it.
+    """Return the rows of one split of a local directory with a dataset card.
 
     Args:
         folder: the directory.
-        config: name of a configuration, if the dataset has several.
-        split: split to read; None is `train`.
-        read: reads the files; None if only the library can, because the card has options for it.
+        config: the name of a configuration, if the dataset has several.
+        split: the split to read; None means `train`.
+        read: a function that reads the files; None if only the library can, because the card has options for it.
 
     Raises:
-        DatasetError: it cannot be read as a dataset, or has no such configuration or split.
+        DatasetError: the directory cannot be read as a dataset, or lacks the configuration or split.
     """
     import datasets
 
     quiet(datasets)
     chosen = split or DEFAULT_SPLIT
-    # A cache of its own: the library's may be in a home directory that cannot be written to.
+    # A separate cache is used, because the library's cache may be in a home directory that is not writable.
     with tempfile.TemporaryDirectory(prefix="lem-datasets-") as cache:
         try:
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=cache)
             files = list((builder.config.data_files or {}).get(chosen, ()))
             is_local = bool(files) and all(Path(name).is_relative_to(folder.resolve()) for name in files)
-            # As a stream: the library's cache tells directories apart only by the end of their paths.
+            # The data is streamed, because the library's cache tells directories apart only by the end of their paths.
             rows = [] if read and is_local else list(builder.as_streaming_dataset(split=chosen))
-        except Exception as error:  # the library raises many kinds of errors
+        except Exception as error:  # the library raises many types of errors
             raise DatasetError(_sentence(str(folder), chosen, error)) from None
     if read and is_local:
         return read([folder / Path(name).relative_to(folder.resolve()) for name in files])
@@ -74,7 +74,7 @@ def read_folder(
 
 
 def quiet(datasets: Any) -> None:
-    """Turn off the library's progress bars and log lines; its errors arrive as exceptions."""
+    """Turn off the library's progress bars and log messages; errors are still raised as exceptions."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
 

@@ -1,4 +1,4 @@
-"""Finding a model: built-in, a local directory, or on the hub. Reads its config.json and loads no weights."""
+"""Finding a model: built in, in a local directory, or on the hub. Reads its config.json but loads no weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lem.spec.paths import expanded
 from lem.workload import tiny
 from lem.workload.offline import is_unreachable, use_cache_if_unreachable
 
-OFFLINE_HINT = "Use --model tiny, which comes with lem, or a local directory."
+OFFLINE_HINT = "Use a local directory, or --model tiny for the model that comes with lem."
 ADAPTER_FILE = "adapter_config.json"
-# Where the configuration of a multimodal model has that of its language model.
+# Keys under which a multimodal model's configuration has the configuration of its language model.
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's location and its config.json; `path` is a directory or a hub id, as transformers takes it."""
+    """A model's location and its config.json; `path` is a directory or a hub id, as transformers accepts it."""
 
     name: str
     path: str
@@ -29,31 +29,31 @@ class Model:
 
     @property
     def random_weights(self) -> bool:
-        """True when the weights are random, so that the model's text is meaningless."""
+        """Whether the weights are random, so that the model's text is meaningless."""
         return self.name == tiny.NAME
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The configuration of the part that continues text: all of it, unless the model is multimodal."""
+        """The configuration of the language model, which is the whole configuration unless the model is multimodal."""
         parts = (self.config.get(name) for name in LANGUAGE_PARTS)
         return next((part for part in parts if isinstance(part, dict)), self.config)
 
     @property
     def folder(self) -> Path | None:
-        """The directory with the files: a local one, or what the hub's cache has of it; None if that is nothing."""
+        """The directory with the model's files, local or in the hub's cache; None if the cache does not have any."""
         if Path(self.path).is_dir():
             return Path(self.path)
         import huggingface_hub
 
         try:
             file = huggingface_hub.try_to_load_from_cache(self.path, "config.json", revision=self.revision)
-        except (OSError, ValueError):  # for example no hub id
+        except (OSError, ValueError):  # for example, the path is not a hub id
             return None
         return Path(file).parent if isinstance(file, str) else None
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a local directory, to which nothing will be downloaded."""
+        """Whether the model is a local directory, into which nothing will be downloaded."""
         return Path(self.path).is_dir()
 
 
@@ -61,7 +61,7 @@ def find(name: str, revision: str | None = None) -> Model:
     """Find a model by its name: `tiny`, a local directory or a hub id.
 
     Raises:
-        ModelError: there is no such model, or the hub cannot be reached and it is not cached.
+        ModelError: the model does not exist, or it is not cached and the hub cannot be reached.
     """
     if name == tiny.NAME:
         folder = tiny.path()
@@ -92,7 +92,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuse the directory of a LoRA adapter, beside which transformers would load a model of its choice."""
+    """Refuse the directory of a LoRA adapter, for which transformers would silently load a base model by itself."""
     file = folder / ADAPTER_FILE
     if not file.is_file():
         return
@@ -101,7 +101,7 @@ def _refuse_adapter(folder: Path) -> None:
     except (OSError, ValueError, AttributeError):
         base = None
     raise ModelError(
-        f"{folder} is a LoRA adapter, not a model. Name its base as the model and the adapter beside it: "
+        f"{folder} is a LoRA adapter, not a model. Name its base as the model, and the adapter separately: "
         f"--model {base or 'BASE'} --adapter {folder}."
     )
 
@@ -111,7 +111,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
     import huggingface_hub
     from huggingface_hub import errors
 
-    # It logs its retries as warnings; the final error is reported here.
+    # The hub's client logs its retries as warnings; only the final error is reported here.
     huggingface_hub.logging.set_verbosity_error()
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
@@ -125,7 +125,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         raise ModelError(f"The model {name} has no revision '{revision}'.") from None
     except errors.HFValidationError:
         raise ModelError(f"'{name}' is neither a model directory nor a hub id (owner/name).") from None
-    except Exception as error:  # the client also raises its transport's errors
+    except Exception as error:  # the client also raises errors of its transport
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise ModelError(
                 f"{name} has no config.json on the hub, so it is not a model that transformers can load. If it is a "

@@ -1,7 +1,8 @@
-"""Uses the Hugging Face hub's cache when the hub is unreachable. Knows nothing about models or datasets.
+"""Switching to the Hugging Face hub's cache when the hub is unreachable. Knows nothing about models or datasets.
 
-Without a network the hub's client retries for half a minute before it falls back on its cache. Looking up the host's
-name reveals this at once; the client is then put into its offline mode, which uses the cache.
+Without a network, the hub's client retries for half a minute before it falls back on its cache. Looking up the host
+name shows immediately that the hub is unreachable; the client is then put into offline mode, so that it uses the
+cache.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ CONNECTION_WORDS = (
 
 
 def use_cache_if_unreachable() -> None:
-    """Put the hub's client, here and in child processes, into offline mode when its host has no address.
+    """Put the hub's client, here and in child processes, into offline mode if the hub's host name does not resolve.
 
-    Call this before importing `huggingface_hub`, which reads the variable once. Behind a proxy the name need not
-    resolve here, so nothing is changed.
+    Call this before importing `huggingface_hub`, which reads the variable only once. Behind a proxy, nothing is
+    changed, because the name may resolve only at the proxy.
     """
     if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
         return
@@ -34,7 +35,7 @@ def use_cache_if_unreachable() -> None:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Return whether an error, or one of its causes, is about the connection."""
+    """Return whether an error, or one of its causes, is a connection error."""
     while error is not None:
         text = f"{type(error).__name__} {error}".lower()
         if isinstance(error, (ConnectionError, TimeoutError)) or any(word in text for word in CONNECTION_WORDS):

@@ -1,6 +1,6 @@
-"""Prompts: taking the text from rows, dropping empty ones, drawing a sample.
+"""Turning rows into prompts: choosing the column, dropping empty prompts, drawing a sample.
 
-Rows are mappings from column names to values; nothing here knows where they come from.
+Rows are mappings from column names to values. This module knows nothing about their source.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from lem.errors import DatasetError, did_you_mean
 from lem.workload.content import half_a_character
 
-# Columns that hold prompts in common datasets, the most likely first.
+# Names of the prompt column in common datasets, the most likely first.
 PROMPT_COLUMNS = (
     "text", "prompt", "instruction", "question", "query", "input", "conversations", "messages", "content",
 )  # fmt: skip
-# How many columns a message lists.
+# The maximum number of columns that a message lists.
 MOST_LISTED = 20
 USER_ROLES = ("human", "user")
 
@@ -28,15 +28,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """The rows of a file or dataset, and the place of each, for messages.
+    """The rows of a file or dataset, with the location of each for use in messages.
 
     Args:
         name: the file's path or the dataset's id.
-        unit: what a row is in it: a line, an item of a list, a row.
+        unit: the word for a row in this format, such as line, item or row.
         rows: the rows.
-        numbers: the number of each; None counts from 1.
-        places: the place of each, if they come from several files.
-        files: the files that were read, if a directory was named.
+        numbers: the number of each row; None means that rows are counted from 1.
+        places: the location of each row, if the rows come from several files.
+        files: the files that were read, if the dataset is a directory.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Rows(Sequence[Row]):
         return self.rows[index]
 
     def place(self, index: int) -> str:
-        """Return where a row is."""
+        """Return the location of a row, for messages."""
         if self.places is not None:
             return self.places[index]
         return f"{self.name}, {self.unit} {self.numbers[index] if self.numbers else index + 1}"
@@ -65,8 +65,8 @@ class Rows(Sequence[Row]):
 class Prompts:
     """The prompts of an experiment, in order.
 
-    `available` counts the source's non-empty prompts, `dropped_empty` its empty ones; `files` are those that were read
-    if the source is a directory.
+    `available` is the number of non-empty prompts in the source, and `dropped_empty` the number of empty ones. `files`
+    lists the files that were read, if the source is a directory.
     """
 
     texts: tuple[str, ...]
@@ -79,27 +79,27 @@ class Prompts:
 
     @property
     def sha256(self) -> str:
-        """Digest of the texts in order; equal digests mean equal prompts."""
+        """The digest of the texts, in order; equal digests mean equal prompts."""
         return sha256_of(self.texts)
 
     @property
     def read(self) -> int:
-        """Number of prompts that were read, the empty ones included."""
+        """The number of prompts read from the source, including empty ones."""
         return self.available + self.dropped_empty
 
 
 def pick(
     rows: Iterable[Row], *, source: str, split: str | None, column: str | None, n: int | None, seed: int
 ) -> Prompts:
-    """Take the prompts from rows: drop empty ones, then draw `n` with the seed, in the order of the source.
+    """Take the prompts from rows: drop empty prompts, then draw `n` with the seed, keeping the order of the source.
 
     Raises:
-        DatasetError: no such column, no column that looks like prompts, a row without one, or no prompts; a row is
-            named by its file and line.
+        DatasetError: the column does not exist, no column has a name that suggests prompts, a row lacks its prompt, or
+            there are no prompts. The message gives the file and line of a bad row.
     """
     placed = rows if isinstance(rows, Rows) else Rows(source, "row", list(rows))
     if not placed:
-        raise DatasetError(f"{source} holds no prompts; give it at least one.")
+        raise DatasetError(f"{source} contains no prompts; add at least one.")
     column = choose_column(list(dict.fromkeys(name for row in placed for name in row)), column, source)
     texts = [_checked_text(row, column, placed, i) for i, row in enumerate(placed)]
     filled = [text for text in texts if text.strip()]
@@ -117,7 +117,7 @@ def pick(
 
 
 def draw(texts: Sequence[str], n: int | None, seed: int) -> list[str]:
-    """Return `n` of the texts, drawn without replacement, in their order; all of them if there are fewer."""
+    """Return `n` of the texts, drawn without replacement and in their original order; all texts if there are fewer."""
     if n is None or n >= len(texts):
         return list(texts)
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), n))]
@@ -127,7 +127,7 @@ def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: 
     """Return the column that holds the prompts: the requested one, otherwise the first with a common name.
 
     Raises:
-        DatasetError: there is none; a column with another name is never taken, however much it looks like prompts.
+        DatasetError: no column fits. A column with any other name is never used, even if it seems to contain prompts.
     """
     listed = ", ".join(shortened(name, 60) for name in columns[:MOST_LISTED])
     listed += f" and {len(columns) - MOST_LISTED} more" if len(columns) > MOST_LISTED else ""
@@ -146,13 +146,13 @@ def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: 
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text on one line, cut to a number of characters."""
+    """Return the text on one line, cut to at most `most` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def text_of(value: Any) -> str | None:
-    """Return a cell's prompt: the text itself, or the first user turn of a conversation; None if neither.
+    """Return a cell's prompt: the text itself, or the first user turn of a conversation; None for any other value.
 
     A conversation is a list of turns, `{"from": "human", "value": …}` (ShareGPT) or
     `{"role": "user", "content": …}`. A conversation without a user turn is empty, and so is a missing cell.
@@ -170,7 +170,7 @@ def _user_text(turn: Row) -> str | None:
     role = turn.get("from", turn.get("role"))
     text = turn.get("value", turn.get("content"))
     if isinstance(text, (list, tuple)):
-        # Content in parts: text and perhaps images, which are left out.
+        # The content is a list of parts; only text parts are used, and images are left out.
         parts = [part.get("text") for part in text if isinstance(part, Mapping)]
         text = "\n".join(part for part in parts if isinstance(part, str))
     return text if role in USER_ROLES and isinstance(text, str) else None
@@ -182,7 +182,9 @@ def _checked_text(row: Row, column: str, rows: Rows, index: int) -> str:
     text = text_of(row[column])
     if text is None:
         kind = type(row[column]).__name__
-        raise DatasetError(f"{rows.place(index)}: column '{column}' holds {kind} values, not text (--column).")
+        raise DatasetError(
+            f"{rows.place(index)}: column '{column}' contains {kind} values, not text; choose another with --column."
+        )
     if not text.isascii():
         try:
             text.encode()
@@ -192,7 +194,7 @@ def _checked_text(row: Row, column: str, rows: Rows, index: int) -> str:
 
 
 def sha256_of(texts: Iterable[str]) -> str:
-    """Return the digest of prompts in order; equal digests mean equal prompts."""
+    """Return the digest of prompts, in order; equal digests mean equal prompts."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(json.dumps(text).encode() + b"\n")

@@ -1,8 +1,9 @@
 """The built-in model `tiny`: a small Llama with random weights, created on first use in the user's cache.
 
-Its bytes are always the same: the weights are uniform numbers from MT19937, whose stream numpy keeps frozen, and the
-tokenizer is trained on the prompts that come with lem. Its text is meaningless, but it does the work of a real model of
-its size. Needs neither torch nor transformers.
+Its files are always byte-for-byte the same: the weights are uniform random numbers from MT19937, whose stream numpy
+guarantees not to change, and the tokenizer is trained on the prompts that come with lem. The model's text is
+meaningless, but it does the same amount of work as a real model of its size. Creating it needs neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAME = "tiny"
-# Part of the directory's name; raise it when the bytes change.
+# Part of the directory's name; increment it when the files change.
 VERSION = 1
 SEED = 20_240_601
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
@@ -59,7 +60,7 @@ def path() -> Path:
     """Return the model's directory, creating it first if it does not exist.
 
     Raises:
-        ModelError: it cannot be created.
+        ModelError: the directory cannot be created.
     """
     target = cache_dir() / "models" / f"{NAME}-v{VERSION}"
     if not os.path.isdir(target):
@@ -68,16 +69,16 @@ def path() -> Path:
         except OSError as error:
             raise ModelError(
                 f"The model that comes with lem cannot be written to {target} ({error.strerror or error}); "
-                "set LEM_CACHE_DIR to a directory that can be written to."
+                "set LEM_CACHE_DIR to a writable directory."
             ) from None
     return target
 
 
 def cache_dir() -> Path:
-    """Return lem's directory in the user's cache; `LEM_CACHE_DIR` moves it.
+    """Return lem's directory in the user's cache, or the one set by `LEM_CACHE_DIR`.
 
     Raises:
-        ModelError: the user's home directory is not known.
+        ModelError: the user's home directory is unknown.
     """
     import platformdirs
 
@@ -85,13 +86,13 @@ def cache_dir() -> Path:
         return Path(os.environ.get("LEM_CACHE_DIR") or platformdirs.user_cache_dir("lem"))
     except RuntimeError:
         raise ModelError(
-            "There is nowhere to put the model that comes with lem: your home directory is not known. Set HOME, or "
-            "LEM_CACHE_DIR to a directory that can be written to."
+            "The model that comes with lem cannot be written, because your home directory is unknown. Set HOME, or set "
+            "LEM_CACHE_DIR to a writable directory."
         ) from None
 
 
 def _make(target: Path) -> None:
-    """Write all files next to the target and rename, so that two processes can do so at once."""
+    """Write all files to a temporary directory and rename it, so that two processes can do this at the same time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -99,7 +100,7 @@ def _make(target: Path) -> None:
         scratch.chmod(0o755)
         scratch.rename(target)
     except OSError:
-        if not target.is_dir():  # if this fails, another process was faster and wrote the same bytes
+        if not target.is_dir():  # if it exists now, another process was faster and wrote the same files
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -125,8 +126,8 @@ def _weights() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     stream = np.random.RandomState(SEED)
 
     def matrix(rows: int, columns: int) -> np.ndarray[Any, Any]:
-        # Uniform with a standard deviation of about 1/16. Subtraction, product and rounding are IEEE operations, so the
-        # bits are the same on every machine; a normal distribution would need log and sqrt.
+        # Uniform with a standard deviation of about 1/16. Subtraction, multiplication and rounding are fixed by
+        # IEEE 754, so the bits are the same on every machine; a normal distribution would need log and sqrt.
         return ((stream.random_sample((rows, columns)) - 0.5) * 0.21875).astype(np.float32)
 
     yield "model.embed_tokens.weight", matrix(VOCAB, HIDDEN)

@@ -1,8 +1,8 @@
-"""When tokens came: TTFT, inter-token latency and time per output token of one request, from chunks of tokens.
+"""TTFT, inter-token latency and time per output token of one request, computed from its chunks of tokens.
 
-An engine hands out tokens in chunks: mostly of one token, but of several with speculation or over a network. Latencies
-are of tokens, never of chunks: the tokens of a chunk are spread evenly over the time since the previous one. Knows
-nothing about engines.
+An engine delivers tokens in chunks, mostly of one token, but of several with speculation or over a network. Latencies
+are per token, never per chunk: the tokens of a chunk are spread evenly over the time since the previous chunk. This
+module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lem.units import NS_PER_S
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that came together, at `at_ns` on the clock `time.perf_counter_ns`."""
+    """Tokens that arrived together, at `at_ns` on the clock of `time.perf_counter_ns`."""
 
     at_ns: int
     tokens: int
@@ -26,8 +26,9 @@ class Chunk:
 class TokenTimes:
     """The latencies of one request's tokens.
 
-    `ttft_s` is the time to the first token; `itl_s` holds the gap before each further one; `tpot_s` is their mean, None
-    for a single token. `spread` is True when tokens of one chunk were spread over the time since the previous one.
+    `ttft_s` is the time to the first token, `itl_s` holds the gap before each later token, and `tpot_s` is the mean
+    gap, or None if there is only one token. `spread` is True if tokens of a chunk were spread over the time since the
+    previous chunk.
     """
 
     ttft_s: float
@@ -37,12 +38,12 @@ class TokenTimes:
 
 
 def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
-    """Return the latencies of a request's tokens, or None when there are none.
+    """Return the latencies of a request's tokens, or None if it has no tokens.
 
     Args:
-        start_ns: when the engine was given the request.
-        chunks: the tokens as they came, in order. The further tokens of the first chunk came with the first one, so
-            their gap is 0.
+        start_ns: the time when the engine was given the request.
+        chunks: the tokens as they arrived, in order. All tokens of the first chunk arrived together, so the gaps
+            between them are 0.
     """
     chunks = [chunk for chunk in chunks if chunk.tokens > 0]
     if not chunks:
@@ -60,7 +61,7 @@ def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
 
 
 def first_tokens(chunks: Sequence[Chunk], count: int) -> tuple[Chunk, ...]:
-    """Return the chunks of the first `count` tokens, because an engine may continue after the end token."""
+    """Return the chunks cut to the first `count` tokens, because an engine may continue after the end token."""
     kept: list[Chunk] = []
     for chunk in chunks:
         if count <= 0:

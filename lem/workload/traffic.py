@@ -1,7 +1,7 @@
-"""When requests arrive: all at once, at a rate, at a fixed concurrency, or as a trace recorded them.
+"""The arrival of requests: all at once, at a rate, at a fixed concurrency, or as recorded in a trace.
 
-Open-loop traffic (constant, poisson, trace) arrives whether or not the engine keeps up, and waits in a queue. Knows
-neither engine nor meter; times in ns are on the clock `time.perf_counter_ns`.
+Requests of open-loop traffic (constant, poisson, trace) arrive whether or not the engine keeps up, and wait in a queue.
+This module knows nothing about engines or meters. Times in ns are on the clock of `time.perf_counter_ns`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from lem.units import NS_PER_S
 T = TypeVar("T")
 R = TypeVar("R")
 
-# A longer trace is considered a mistake, such as milliseconds in the column of seconds.
+# A longer trace is considered a mistake, such as milliseconds in a column of seconds.
 LONGEST_S = 30 * 86400.0
 
 
 def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
-    """Return when each request of open-loop traffic arrives, in seconds after the window's opening.
+    """Return the arrival time of each request of open-loop traffic, in seconds after the window opens.
 
-    Poisson traffic has exponential gaps of mean 1 / target_qps, including one before the first request; constant
-    traffic begins at once. The same seed gives the same times, and a longer run begins with the times of a shorter one.
+    Poisson traffic has exponential gaps with a mean of 1 / target_qps, including one before the first request; with
+    constant traffic the first request arrives immediately. The same seed gives the same times, and a longer run starts
+    with the times of a shorter run.
 
     Raises:
-        BadInput: the trace cannot be read, or holds fewer arrivals than there are requests.
+        BadInput: the trace cannot be read, or has fewer arrivals than the run has requests.
     """
     if traffic.pattern == "trace":
         return read_trace(Path(traffic.trace or ""), count)
@@ -48,20 +49,21 @@ def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
 
 
 def in_system_s(concurrency: int, ends_s: Sequence[float]) -> list[float]:
-    """Return when those requests arrived that are in the system, of a fixed number, once some have ended.
+    """Return the arrival times of the requests that are in the system, given the ends of earlier requests.
 
     Args:
-        concurrency: how many there are at any time; the first ones arrive at 0, each other one when one ends.
-        ends_s: when requests have ended so far.
+        concurrency: the fixed number of requests in the system. The first ones arrive at 0, and each later one arrives
+            when another request ends.
+        ends_s: the times at which requests have ended so far.
     """
     return sorted([*[0.0] * concurrency, *ends_s])[len(ends_s) :]
 
 
 def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
-    """Return the arrivals of a trace; None for other patterns, whose arrivals follow from the configuration.
+    """Return the arrival times in a trace; None for other patterns, which are computed from the configuration.
 
     Raises:
-        BadInput: as `read_trace`.
+        BadInput: see `read_trace`.
     """
     if traffic.pattern != "trace" or traffic.trace is None:
         return None
@@ -69,10 +71,11 @@ def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
 
 
 def read_trace(path: Path, count: int) -> list[float]:
-    """Read the first `count` arrivals of a CSV file with the column t_s; the first arrives at 0.
+    """Read the first `count` arrivals of a CSV file with the column t_s, shifted so that the first arrives at 0.
 
     Raises:
-        BadInput: it cannot be read, holds fewer, or has a time that is not finite or over `LONGEST_S` after the first.
+        BadInput: the file cannot be read, has fewer arrivals, or contains a time that is not finite or more than
+            `LONGEST_S` after the first.
     """
     try:
         times = _times(path)
@@ -88,7 +91,7 @@ def read_trace(path: Path, count: int) -> list[float]:
 
 
 def _times(path: Path) -> list[float]:
-    """Return the times of a trace in order; raises ValueError with the line of an invalid one."""
+    """Return the times of a trace in ascending order; raises ValueError with the line of an invalid time."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         found = [(row["t_s"], rows.line_num) for row in rows]
@@ -107,20 +110,20 @@ def _seconds(text: str | None, line: int) -> float:
     except ValueError:
         raise ValueError(f"line {line}: '{text or ''}' is not a number of seconds") from None
     if not math.isfinite(t_s):
-        raise ValueError(f"line {line}: {text} is not a possible time of arrival")
+        raise ValueError(f"line {line}: {text} is not a valid arrival time")
     return t_s
 
 
 @dataclass(frozen=True)
 class Arrived(Generic[T]):
-    """A request and when it arrived."""
+    """A request and the time at which it arrived."""
 
     request: T
     at_ns: int
 
 
 class Arrivals(Generic[T]):
-    """The requests of a window as they arrive; with a fixed concurrency, as others are finished."""
+    """The requests of a window as they arrive; with a fixed concurrency, a request arrives when another finishes."""
 
     def __init__(
         self,
@@ -133,11 +136,13 @@ class Arrivals(Generic[T]):
         """Queue the requests in order.
 
         Args:
-            requests: what arrives.
-            times_s: when, in seconds after the opening, before it if negative; None for a fixed concurrency.
-            concurrency: requests in the system at any time, when `times_s` is None.
-            opened_ns: when the window opened.
-            first_s: when those arrive that are in the system from the start, as `times_s`; None for the opening.
+            requests: the requests, in order of arrival.
+            times_s: the arrival times in seconds after the window's opening, negative if before it; None for a fixed
+                concurrency.
+            concurrency: the number of requests in the system at any time, if `times_s` is None.
+            opened_ns: the time when the window opened.
+            first_s: the arrival times (as in `times_s`) of the requests that are in the system from the start; None if
+                they arrive at the opening.
         """
         self._left = list(requests)[::-1]
         self._times_ns = None if times_s is None else [opened_ns + round(t * NS_PER_S) for t in times_s][::-1]
@@ -145,11 +150,11 @@ class Arrivals(Generic[T]):
         self._free_at_ns = [opened_ns + round(t * NS_PER_S) for t in first_s]
 
     def __bool__(self) -> bool:
-        """Return whether any are left."""
+        """Return whether any requests have yet to arrive."""
         return bool(self._left)
 
     def next_ns(self) -> int | None:
-        """Return when the next one arrives; None if none is left, or if it waits for others to finish."""
+        """Return when the next request arrives; None if none is left or the next waits for another to finish."""
         if not self._left:
             return None
         if self._times_ns is not None:
@@ -157,7 +162,7 @@ class Arrivals(Generic[T]):
         return self._free_at_ns[0] if self._free_at_ns else None
 
     def take(self, now_ns: int, at_most: int) -> list[Arrived[T]]:
-        """Take those that have arrived, in order."""
+        """Take up to `at_most` of the requests that have arrived, in order."""
         taken: list[Arrived[T]] = []
         while len(taken) < at_most and (at_ns := self.next_ns()) is not None and at_ns <= now_ns:
             taken.append(Arrived(self._left.pop(), at_ns))
@@ -168,7 +173,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """Let as many more requests arrive as have finished."""
+        """Let `count` more requests arrive, because that many have finished."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 
@@ -176,12 +181,12 @@ class Arrivals(Generic[T]):
 def in_turn(
     arrivals: Arrivals[T], at_most: int, run: Callable[[Sequence[T]], Iterator[Sequence[R]]]
 ) -> Iterator[tuple[Sequence[Arrived[T]], Sequence[R]]]:
-    """Serve arrivals with an engine that is busy with one batch at a time.
+    """Serve arrivals with an engine that works on one batch at a time.
 
-    Sleeps until the next arrival when nothing waits; otherwise takes up to `at_most` of what has arrived.
+    If no request is waiting, this sleeps until the next arrival; otherwise it takes up to `at_most` waiting requests.
 
     Yields:
-        The batch that was taken, and each part of it as it is finished.
+        The batch that was taken, and each part of it when it is finished.
     """
     while arrivals:
         batch = arrivals.take(time.perf_counter_ns(), at_most)
@@ -203,17 +208,17 @@ def as_places_become_free(
 ) -> Iterator[Sequence[R]]:
     """Serve arrivals with an engine that accepts requests between two steps of its work.
 
-    Sleeps until the next arrival when there is nothing to do.
+    If the engine has nothing to do, this sleeps until the next arrival.
 
     Args:
-        arrivals: the requests and when they arrive.
-        at_most: how many requests the engine runs at the same time.
-        running: returns how many it runs now.
-        begin: passes one to the engine.
-        advance: makes the engine take a step, and returns what the step finished.
+        arrivals: the requests and their arrival times.
+        at_most: the maximum number of requests that the engine runs at the same time.
+        running: a function that returns the number of requests that the engine is running now.
+        begin: a function that passes one request to the engine.
+        advance: a function that makes the engine take a step, and returns the outputs finished in that step.
 
     Yields:
-        What is finished in the same step.
+        The outputs that are finished in the same step.
     """
     while arrivals or running():
         for each in arrivals.take(time.perf_counter_ns(), at_most - running()):
@@ -227,5 +232,5 @@ def as_places_become_free(
 
 def _sleep_until_the_next(arrivals: Arrivals[T]) -> None:
     next_ns = arrivals.next_ns()
-    assert next_ns is not None  # nothing is being served for the next arrival to wait for
+    assert next_ns is not None  # no request is running, so the next arrival is not waiting for one to finish
     time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)

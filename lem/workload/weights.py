@@ -1,7 +1,7 @@
-"""What the files of a checkpoint hold, read from its index and the headers of its files: no value of a weight is read.
+"""The contents of a checkpoint, as described by its index and the headers of its files; no weights are read.
 
-Finds what would only be noticed while loading: files that are missing, cut short, or stand for another one (Git LFS),
-and tells the names and shapes of the tensors. Needs neither torch nor transformers.
+The module detects problems that would otherwise be noticed only during loading: files that are missing or cut short,
+and Git LFS pointers. It also reports the names and shapes of the tensors. It needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-# In the order in which transformers looks for them.
+# These are in the order in which transformers looks for them.
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 POINTER = b"version https://git-lfs"
 ZIP = b"PK"
-# Safetensors files begin with the length of their header, which is at most this.
+# Safetensors files begin with the length of their header, which may be at most this.
 LENGTH_BYTES, LONGEST_HEADER = 8, 100_000_000
 
-# Names that a record keeps of each kind; of thousands, the first ones say enough.
+# The maximum number of names per kind that a record keeps; if thousands are missing, the first few are enough.
 KEPT = 20
 
 Kind = Literal["pointer", "missing", "damaged"]
@@ -30,7 +30,7 @@ Kind = Literal["pointer", "missing", "damaged"]
 
 @dataclass(frozen=True)
 class Flaw:
-    """Why a file of a checkpoint cannot be used; `fact` is a sentence."""
+    """A reason why a file of a checkpoint cannot be used; `fact` is a complete sentence."""
 
     kind: Kind
     fact: str
@@ -38,7 +38,7 @@ class Flaw:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as its file's header describes it; `dtype` is safetensors' name, such as BF16."""
+    """A tensor as described in the header of its file; `dtype` is the safetensors name, such as BF16."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of one safetensors file, and how many bytes the whole file must have."""
+    """The tensors of one safetensors file, and the size in bytes that the complete file must have."""
 
     tensors: Mapping[str, Tensor]
     file_bytes: int
@@ -54,7 +54,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Fit:
-    """Names of tensors: those that the model needs and the checkpoint lacks, has besides, or has in another shape."""
+    """Names of tensors that the checkpoint lacks, of tensors that the model does not use, and of mismatched shapes."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -62,13 +62,13 @@ class Fit:
 
     @property
     def recorded(self) -> dict[str, tuple[str, ...]]:
-        """The fields of a record, each with at most `KEPT` names and the number of those left out."""
+        """The corresponding fields of a record, each with at most `KEPT` names and the number of omitted ones."""
         lists = {"missing": self.missing, "unexpected": self.unexpected, "mismatched": self.mismatched}
         return {f"weights_{kind}": _shortened(names) for kind, names in lists.items()}
 
 
 def flaws(folder: Path) -> Iterator[Flaw]:
-    """Yield why files of the checkpoint in a folder cannot be used; nothing if it holds no weights at all."""
+    """Yield the flaws of the checkpoint files in a folder; nothing if the folder contains no weights at all."""
     index = _index(folder)
     if index is not None and (flaw := _pointer(index) or _damaged_index(index)):
         yield flaw
@@ -83,12 +83,12 @@ def flaws(folder: Path) -> Iterator[Flaw]:
 
 
 def has_any(folder: Path) -> bool:
-    """Return whether a folder has weights in files that transformers would look for, or an index of some."""
+    """Return whether a folder has weight files that transformers would look for, or an index of such files."""
     return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights, as transformers would choose them; some may not exist."""
+    """Return the weight files that transformers would load; some may not exist."""
     index = _index(folder)
     if index is None:
         return [folder / name for name in SINGLE_FILES if (folder / name).is_file()][:1]
@@ -96,7 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a checkpoint by name; None if not all of its files are there as safetensors."""
+    """Return the tensors of a checkpoint by name; None unless all files are present and in safetensors format."""
     files = weight_files(folder)
     if not files or any(file.suffix != ".safetensors" for file in files):
         return None
@@ -110,13 +110,13 @@ def tensors(folder: Path) -> dict[str, Tensor] | None:
 
 
 def pointer(file: Path) -> Flaw | None:
-    """Return a flaw if the file is a Git LFS pointer instead of what it should hold."""
+    """Return a flaw if the file is a Git LFS pointer instead of the real file."""
     return _pointer(file) if file.is_file() else None
 
 
 # ------------------------------------------------------------------ index
 def _index(folder: Path) -> Path | None:
-    """Return the index that decides; None if one file holds all the weights."""
+    """Return the index that transformers would use; None if one file contains all the weights."""
     for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
         if (folder / single).is_file():
             return None
@@ -146,15 +146,15 @@ def _name(index: Path | None) -> str:
 def _pointer(file: Path) -> Flaw | None:
     if _beginning(file, len(POINTER)) != POINTER:
         return None
-    return Flaw("pointer", f"{file} is a Git LFS pointer, a text that stands for the file itself.")
+    return Flaw("pointer", f"{file} is a Git LFS pointer, a placeholder for the real file.")
 
 
 def _damage(file: Path) -> Flaw | None:
     if file.suffix == ".safetensors":
         return _damaged_safetensors(file)
-    # torch writes archives; older files are pickles, which cannot be checked without reading them.
+    # torch writes zip archives; older files are pickles, which cannot be checked without reading them completely.
     if _beginning(file, len(ZIP)) == ZIP and not zipfile.is_zipfile(file):
-        return Flaw("damaged", f"{file} is cut short: it is an archive without its end.")
+        return Flaw("damaged", f"{file} is cut short: the end of the archive is missing.")
     return None
 
 
@@ -184,7 +184,7 @@ def _header(file: Path) -> Header:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it has no such header.
+        ValueError: the file has no safetensors header.
     """
     status = file.stat()
     return _header_of(str(file), status.st_size, status.st_mtime_ns)
@@ -192,7 +192,7 @@ def _header(file: Path) -> Header:
 
 @lru_cache(maxsize=256)
 def _header_of(file: str, _size: int, _mtime_ns: int) -> Header:
-    """Return a header; it is read again once the file's size or time has changed."""
+    """Return a header; the result is cached until the file's size or modification time changes."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         if not 0 < length <= LONGEST_HEADER:
@@ -210,7 +210,7 @@ def _header_of(file: str, _size: int, _mtime_ns: int) -> Header:
 
 # ------------------------------------------------------------------ names
 def summary(names: Sequence[Any], at_most: int = 3) -> str:
-    """Return the first of some names, and how many there are if that is not all."""
+    """Return the first few names and, if some are left out, the total number."""
     shown = ", ".join(map(str, names[:at_most]))
     return shown if len(names) <= at_most else f"{shown}, … ({len(names)} in all)"
 

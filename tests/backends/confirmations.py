@@ -1,7 +1,7 @@
-"""How each feature of tests/backends/features.py is confirmed: what runs here, and what only arrives in an engine.
+"""How each feature of tests/backends/features.py is confirmed: by running it, or by its arrival in the engine.
 
-The support matrix (docs/support.md) takes its words from here, and test_features.py runs it. A backend joins by a line
-in ENGINES, where it can run on a processor; else by lines in ARRIVES.
+The support matrix (docs/support.md) takes its terms from here, and test_features.py runs the checks. To add a backend,
+add a line to ENGINES if its engine runs on a CPU, or else lines to ARRIVES.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lem.spec.experiment import Batching, Experiment
 from tests.backends.features import ADAPTER, DRAFT, TRACE, Feature, support
 from tests.hosts import PROCESSOR
 
-# Backends whose engine runs in these tests, with the options that it needs for that.
+# Backends whose engine runs in these tests, with the options that it needs to do so.
 ENGINES = {
     "pytorch": PytorchBackend(device="cpu"),
     "simulated": SimulatedBackend(prefill_s_per_token=0, decode_s_per_token=1e-4),
     "vllm": VllmBackend(kv_cache_memory_bytes=2**26, enforce_eager=True),
 }
 
-# What a separate test shows to work on the processor, as it takes processes, minutes or another model; paths are
+# Features that a separate test shows to work on a CPU, because it takes processes, minutes or another model. Paths are
 # relative to this folder.
 ELSEWHERE = {
     ("openai", "greedy"): "test_openai.py::test_greedy_decoding_leaves_nothing_to_the_servers_defaults",
@@ -60,14 +60,14 @@ ELSEWHERE = {
     ("vllm", "EAGLE"): "test_vllm.py::test_eagle_drafts_what_the_model_then_writes",
 }
 
-# What a test shows to be in the engine's own configuration, and no more.
+# Features that a test shows only to reach the engine's own configuration.
 ARRIVES = {
     ("vllm", name): "test_vllm.py::test_an_engine_option_arrives"
     for name in ("weights in main memory", "the engine's own quantization", "choice of attention kernels",
                  "share of a GPU's memory", "cache in fp8")
 } | {("vllm", "pipeline parallel"): "test_vllm.py::test_a_shared_option_arrives"}  # fmt: skip
 
-# What a test shows on a stand-in for the engine, which cannot be had where the tests run.
+# Features that a test shows on a stand-in, because the engine itself cannot be installed where the tests run.
 ON_A_STAND_IN = {
     ("tensorrt", name): f"test_tensorrt.py::{test}"
     for test, names in {
@@ -91,7 +91,7 @@ Confirmation = Literal["tested", "arrives", "stand-in", "not run"]
 
 
 def confirmation(feature: Feature, backend: str) -> Confirmation:
-    """Return how it is confirmed that a backend has a feature that it declares."""
+    """Return how a feature that a backend declares is confirmed."""
     if (backend, feature.name) in ELSEWHERE or is_checked(feature, backend):
         return "tested"
     if (backend, feature.name) in ARRIVES:
@@ -107,16 +107,16 @@ def is_checked(feature: Feature, backend: str) -> bool:
 
 # ------------------------------------------------------------------ a backend to try features on
 class Engines:
-    """Loaded backends, the last of each kind: it is given the next experiment, if that needs no other engine.
+    """The last loaded backend of each kind, which runs the next experiment too if that needs the same engine.
 
-    Some take seconds to start. No two of a kind at once: vLLM's counters are those of the process.
+    Some engines take seconds to start. Two of a kind cannot be loaded at once, because vLLM's counters are global.
     """
 
     def __init__(self) -> None:
         self._kept: dict = {}
 
     def loaded(self, experiment: Experiment):
-        """Return a backend that has loaded what the experiment needs, and has nothing left of what it ran before."""
+        """Return a backend that has loaded what the experiment needs, without any state from earlier experiments."""
         from lem.backends import make_backend
 
         kind, made_of = experiment.backend.name, _engine(experiment)
@@ -132,20 +132,20 @@ class Engines:
                 backend.close()
                 raise
         self._kept[kind] = made_of, backend
-        # Options of requests are read when the engine is given one.
+        # The options of a request are read when the engine receives it.
         backend._experiment = experiment
         backend.forget()
         return backend
 
     def close(self) -> None:
-        """End all of them."""
+        """Close all loaded backends."""
         for _, backend in self._kept.values():
             backend.close()
         self._kept.clear()
 
 
 def _engine(experiment: Experiment) -> str:
-    """Return what an engine is made of: experiments of which it is equal can share one."""
+    """Return the options that determine an engine: experiments for which they are equal can share one."""
     if experiment.backend.name != "vllm":
         return repr(experiment)
     from lem.backends.vllm_options import engine_arguments
@@ -158,7 +158,7 @@ def _engine(experiment: Experiment) -> str:
 
 @dataclass
 class Bench:
-    """A backend with a small model and some prompts."""
+    """A backend with a small model and some prompts, on which features are tried."""
 
     name: str
     model: str
@@ -169,14 +169,14 @@ class Bench:
 
     @property
     def plain(self) -> Experiment:
-        """The experiment that asks for nothing."""
+        """Return the experiment that uses only defaults."""
         return Experiment(
             model=self.model, fp_precision="float32", max_output_tokens=12, batching=Batching(batch_size=4),
             backend=ENGINES[self.name],
         )  # fmt: skip
 
     def asks(self, feature: Feature) -> Experiment:
-        """Return the experiment that asks for a feature, with a real adapter, draft and trace."""
+        """Return the experiment that requests a feature, with a real adapter, draft model and trace."""
         changes = feature.asked_of(self.name) or {}
         made = {ADAPTER: self.adapter, TRACE: self.trace, DRAFT: lambda: self.model}
         stand_ins = {
@@ -189,7 +189,7 @@ class Bench:
         return self.engines.loaded(experiment)
 
     def run(self, experiment: Experiment, again: bool = False) -> dict:
-        """Return the generations by prompt; those of the same experiment are remembered."""
+        """Return the generations by prompt; those of equal experiments are cached."""
         if again or repr(experiment) not in self.outputs:
             backend = self.loaded(experiment)
             done = [g for batch in backend.generate(backend.encode(self.texts)) for g in batch]
@@ -216,11 +216,11 @@ class Bench:
         return [[lengths[g.index] for g in done if g.batch == number] for number in numbers]
 
     def settings(self, experiment: Experiment) -> dict[str, str]:
-        """Return what the engine says that it has settled on."""
+        """Return the engine's resolved settings."""
         return self.loaded(experiment).engine_info().settings
 
     def served(self, experiment: Experiment, count: int = 5) -> list:
-        """Run prompts as they arrive, and return them in that order; each came when it was due."""
+        """Run prompts as they arrive, and return the generations in that order; check that each came on time."""
         from lem.workload.traffic import Arrivals, arrival_times_s
 
         backend, traffic = self.loaded(experiment), experiment.traffic
@@ -279,7 +279,7 @@ def sampling(bench: Bench, asked: Experiment) -> None:
 
 
 def temperature(bench: Bench, asked: Experiment) -> None:
-    """The lower it is, the more often the most likely token is drawn."""
+    """The lower the temperature, the more often the most likely token is drawn."""
     at = {t: bench.tokens(decoding(asked, temperature=t)) for t in (0.01, asked.decoder.temperature, 1.0)}
     greedily = [sum(map(eq, tokens, bench.tokens(bench.plain))) for tokens in at.values()]
     assert greedily[0] > greedily[-1]
@@ -287,7 +287,7 @@ def temperature(bench: Bench, asked: Experiment) -> None:
 
 
 def _narrowed(name: str, to_one_token: float, off: float):
-    """Check an option that leaves fewer tokens to draw from: at its narrowest, drawing is greedy."""
+    """Check an option that restricts the tokens to draw from: at its most restrictive, drawing is greedy."""
 
     def check(bench: Bench, asked: Experiment) -> None:
         assert bench.tokens(decoding(asked, **{name: to_one_token})) == bench.tokens(bench.plain)
@@ -315,7 +315,7 @@ def no_repeated_ngrams(bench: Bench, asked: Experiment) -> None:
     size = asked.decoder.no_repeat_ngram_size
     for before, new in zip(bench.inputs(asked), bench.tokens(asked), strict=True):
         assert not any(follows(n, (*before, *new)[: len(before) + at]) for at, n in enumerate(ngrams(new, size)))
-    # Of single tokens, of which greedy decoding repeats some.
+    # A ban on repeating single tokens, of which greedy decoding repeats some.
     single = decoding(asked, no_repeat_ngram_size=1)
     assert bench.tokens(single) != bench.tokens(bench.plain)
     assert all(len(set(tokens)) == len(tokens) for tokens in bench.tokens(single))
@@ -380,7 +380,7 @@ def sorted_dynamic(bench: Bench, asked: Experiment) -> None:
 
 
 def continuous(bench: Bench, asked: Experiment) -> None:
-    """A place is filled while others go on, there are never more than places, and the tokens are the same."""
+    """A place is refilled while others continue, places are never exceeded, and the tokens do not change."""
     done = list(bench.run(asked).values())
     assert bench.tokens(asked) == bench.tokens(bench.plain)
     assert max(running(done, at.start_ns) for at in done) == asked.batching.batch_size
@@ -413,7 +413,7 @@ def streaming_continuously(bench: Bench, asked: Experiment) -> None:
 
 
 def arrivals(bench: Bench, asked: Experiment) -> None:
-    """`served` compares the arrivals with what was due; the last one was not taken before."""
+    """Compare the arrivals with the times at which they were due; the last request must not be taken early."""
     last = bench.served(asked)[-1]
     assert last.start_ns >= last.arrived_ns
 
@@ -424,7 +424,7 @@ def concurrency(bench: Bench, asked: Experiment) -> None:
 
 
 def taken_in(bench: Bench, asked: Experiment) -> None:
-    """One that arrives while another runs begins before that one ends."""
+    """A request that arrives while another runs begins before the other ends."""
     longer = replace(
         asked, min_output_tokens=64, max_output_tokens=64, traffic=replace(asked.traffic, target_qps=100.0)
     )
@@ -450,9 +450,9 @@ def random_weights(bench: Bench, asked: Experiment) -> None:
     assert bench.tokens(asked) != bench.tokens(bench.plain)
 
 
-# ------------------------------------------------------------------ what is an engine's own
+# ------------------------------------------------------------------ the engine's own options
 def _setting(name: str, shown: str | None = None):
-    """Check an option that changes how, not what: the engine has settled on it and writes the same."""
+    """Check an option that changes only how tokens are computed: the engine applies it; the output is the same."""
 
     def check(bench: Bench, asked: Experiment) -> None:
         wanted = shown or str(getattr(asked.backend, name))
@@ -474,7 +474,7 @@ def prefix_caching(bench: Bench, asked: Experiment) -> None:
 
 
 def chunked_prefill(bench: Bench, asked: Experiment) -> None:
-    """With fewer tokens in a step than a prompt has, which is refused without it."""
+    """A prompt is longer than a step's token limit, which is refused without chunked prefill."""
     small = replace(asked, backend=replace(asked.backend, max_num_batched_tokens=16))
     assert max(map(len, bench.inputs(small))) > 16
     assert bench.settings(small)["enable_chunked_prefill"] == "on"
@@ -484,7 +484,7 @@ def chunked_prefill(bench: Bench, asked: Experiment) -> None:
 def cache_dtype(bench: Bench, asked: Experiment) -> None:
     there, before = bench.settings(asked), bench.settings(bench.plain)
     assert there["kv_cache_dtype"] == asked.backend.kv_cache_dtype
-    # Half the bytes for each token: twice the tokens, less what the last block leaves.
+    # Half the bytes per token: twice the tokens, minus what remains of the last block.
     assert int(there["kv_cache_tokens"]) == 2 * int(before["kv_cache_tokens"])
     assert sum(bench.lengths(asked)) > 0
 
@@ -494,7 +494,7 @@ def cache_size(bench: Bench, asked: Experiment) -> None:
     assert bench.tokens(asked) == bench.tokens(bench.plain)
 
 
-# ------------------------------------------------------------------ what it reports
+# ------------------------------------------------------------------ what the backend reports
 def model(bench: Bench, asked: Experiment) -> bool:
     return bench.loaded(asked).model_info() is not None
 
@@ -567,7 +567,7 @@ CHECKS = {
     "no compilation": _setting("enforce_eager", "on"),
     "any other engine argument": _setting("engine_args", '{"max_logprobs": 5}'),
 }
-# Each returns whether the engine reports it, to be compared with what the backend declares.
+# Each function returns whether the engine reports the feature, to be compared with the backend's declaration.
 REPORTS = {
     "the model": model,
     "prefill": prefill,

@@ -1,4 +1,4 @@
-"""What the tests of backends share: loading one, running prompts on it, and what each engine with a queue has to do."""
+"""Helpers for the tests of backends: loading one, running prompts on it, and checks of engines with a queue."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def rows(results):
     return sorted(pq.read_table(results / "requests").to_pylist(), key=lambda row: (row["cycle"], row["request"]))
 
 
-# ------------------------------------------------------------------ what engines of which some tests are the same do
+# ------------------------------------------------------------------ checks shared by several engines
 def check_same_output(here, there, texts, count):
-    """Two engines with the same model: the same tokens, for the same reasons; return what the first one made."""
+    """Check that two engines with the same model give the same tokens and finish reasons; return the first's."""
     mine, theirs = run(here, texts[:count]), run(there, texts[:count])
     assert tokens(mine) == tokens(theirs)
     assert {i: g.finish_reason for i, g in mine.items()} == {i: g.finish_reason for i, g in theirs.items()}
@@ -67,14 +67,14 @@ def check_same_output(here, there, texts, count):
 
 
 def without_fit(model):
-    """Return what is known of a model without how its files fit, which only transformers' own loader reports."""
+    """Return the model's description without how its files fit, which only transformers' own loader reports."""
     return structs.replace(model, weights_missing=None, weights_unexpected=None, weights_mismatched=None)
 
 
 def check_places_are_filled(backend, texts, began_ns):
-    """All prompts come out, as parts of one batch, and those beyond the first three wait; return them and the end."""
+    """Check that all prompts come out as parts of one batch, and that those beyond the first three wait."""
     before = time.perf_counter_ns()
-    # Some end early, so that their places are taken while others go on.
+    # Some requests end early, so that their places are taken while others continue.
     batches = list(backend.generate(backend.encode(texts)))
     after = time.perf_counter_ns()
     done = [g for batch in batches for g in batch]
@@ -89,7 +89,7 @@ def check_places_are_filled(backend, texts, began_ns):
 
 
 def check_arrivals_are_taken_in(backend, prompts, times_s):
-    """Prompts that arrive while others run do not wait for these; the last one arrives after 3 s."""
+    """Check that prompts that arrive while others run do not wait for them; the last one arrives after 3 s."""
     opened_ns = time.perf_counter_ns()
     done = [g for some in backend.serve(Arrivals(prompts, times_s, 1, opened_ns), 64) for g in some]
     assert sorted(g.index for g in done) == list(range(len(prompts)))
@@ -101,7 +101,7 @@ def check_arrivals_are_taken_in(backend, prompts, times_s):
 
 
 def check_concurrency(backend, texts):
-    """Of three at a time there are never more in the system, and at some time as many."""
+    """Check that with a concurrency of three, there are never more requests in the system, and sometimes as many."""
     prompts = backend.encode(texts)
     done = [g for some in backend.serve(Arrivals(prompts, None, 3, time.perf_counter_ns()), 64) for g in some]
     assert sorted(g.index for g in done) == list(range(len(texts)))
@@ -109,7 +109,7 @@ def check_concurrency(backend, texts):
 
 
 def check_cancelled(backend, texts):
-    """What is no longer waited for does not come out of the next call."""
+    """Check that output that is no longer awaited does not come out of the next call."""
     generations = backend.generate(backend.encode(texts))
     first = next(generations)
     generations.close()
@@ -118,7 +118,7 @@ def check_cancelled(backend, texts):
 
 
 def check_seeds_differ(parameters_of, below):
-    """Each prompt of each experiment has another seed; `parameters_of` takes a seed and a prompt's index."""
+    """Check that each prompt of each experiment has its own seed; `parameters_of` takes a seed and an index."""
     seeds = [parameters_of(seed, index)["seed"] for seed in (0, 1, 2**32 - 1) for index in (0, 1, 2, 999_999)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < below for seed in seeds)

@@ -1,7 +1,7 @@
-"""The features that a backend may have, and which backend has them: the source of the support matrix.
+"""The features that a backend may have, and which backend has which: the source of the support matrix.
 
-A feature is a change to an experiment. A backend has it if neither the backend nor the options among themselves object
-to the change, on a machine that lacks nothing. Knows no engine and not what has been run where; the tests do.
+A feature is a change to an experiment. A backend has the feature if, on a machine that lacks nothing, neither the
+backend nor the rules on options object to the change. This module knows neither the engines nor the tests' results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ P = TypeVar("P")
 Changes = Mapping[str, Any]
 Answer = Literal["yes", "no", "no effect", "no option"]
 
-# Stand-ins for what a user would name: an adapter, a draft model, a trace of arrivals.
+# Stand-ins for paths that a user would give: an adapter, a draft model, an arrival trace.
 ADAPTER, DRAFT, TRACE = "owner/adapter", "owner/draft", "arrivals.csv"
 
 
@@ -31,8 +31,8 @@ ADAPTER, DRAFT, TRACE = "owner/adapter", "owner/draft", "arrivals.csv"
 class Feature:
     """Something that a backend may be able to do.
 
-    `changes` to an experiment, by dotted path, request it from any backend; `own` are the changes for backends that
-    have their own options for it. A feature with `tells` is not requested: a backend reports that, or does not.
+    `changes` to an experiment, by dotted path, request it from any backend; `own` holds the changes for backends that
+    have their own options for it. A feature with `tells` cannot be requested: it is a value that a backend may report.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Feature:
     tells: Reported | None = None
 
     def asked_of(self, backend: str) -> Changes | None:
-        """Return the changes that request it from a backend; None if the configuration cannot."""
+        """Return the changes that request the feature from a backend; None if the configuration cannot."""
         if self.own:
             return self.own.get(backend)
         return self.changes
@@ -51,7 +51,7 @@ class Feature:
         """Return the experiment that requests the feature from its backend.
 
         Args:
-            experiment: what is changed.
+            experiment: the experiment to change.
             stand_ins: values to use instead of the feature's own, by the last part of their path.
 
         Raises:
@@ -105,7 +105,7 @@ def features() -> Iterator[Feature]:
 
 
 def feature(name: str) -> Feature:
-    """Return the feature of a name; KeyError when there is none."""
+    """Return the feature with a name; raise KeyError if there is none."""
     return {each.name: each for each in features()}[name]
 
 
@@ -141,7 +141,7 @@ def _of_pytorch(name: str, meaning: str, changes: Changes) -> Feature:
 
 
 def _of_vllm(name: str, meaning: str, changes: Changes, tensorrt: Changes | None = None) -> Feature:
-    """Return a feature for which vllm has its own option, and possibly tensorrt."""
+    """Return a feature for which vllm, and possibly tensorrt, has its own option."""
     return Feature(name, meaning, own={"vllm": changes} | ({} if tensorrt is None else {"tensorrt": tensorrt}))
 
 
@@ -151,12 +151,12 @@ def _drafts(**options: Any) -> Changes:
 
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "Choosing tokens": (
-        Feature("greedy", "The most likely token each time.", tells="tokens"),
+        Feature("greedy", "Always chooses the most likely token.", tells="tokens"),
         Feature("sampling", "Tokens are drawn at random.", SAMPLED),
-        Feature("temperature", "Makes the distribution flatter or sharper.", SAMPLED | {"decoder.temperature": 0.5}),
+        Feature("temperature", "Flattens or sharpens the distribution.", SAMPLED | {"decoder.temperature": 0.5}),
         Feature("top-k", "Draws from the k most likely tokens.", SAMPLED | {"decoder.top_k": 5}),
         Feature("top-p", "Draws from the fewest tokens with this total probability.", SAMPLED | {"decoder.top_p": 0.8}),
-        Feature("min-p", "Leaves out tokens far less likely than the likeliest one.", SAMPLED | {"decoder.min_p": 0.2}),
+        Feature("min-p", "Excludes tokens far less likely than the top token.", SAMPLED | {"decoder.min_p": 0.2}),
         Feature("seed", "The same seed draws the same tokens.", SAMPLED | {"seed": 7}),
         Feature("repetition penalty", "Tokens that are already present become less likely.", {
             "decoder.repetition_penalty": 1.5,
@@ -164,39 +164,39 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("no repeated n-grams", "No sequence of n tokens occurs twice.", {"decoder.no_repeat_ngram_size": 2}),
     ),
     "Lengths and prompts": (
-        Feature("maximum output", "No output is longer.", {"max_output_tokens": 5}),
-        Feature("minimum output", "The end token is held off.", {"min_output_tokens": 9}),
+        Feature("maximum output", "The output is at most this long.", {"max_output_tokens": 5}),
+        Feature("minimum output", "The end token is suppressed up to this length.", {"min_output_tokens": 9}),
         Feature("maximum input", "Prompts are truncated, keeping their beginning.", {"max_input_tokens": 8}),
         Feature("chat template", "Prompts are wrapped as user turns.", {"chat_template": True}),
     ),
     "Batching": (
-        Feature("static batches", "A fixed number of requests at once, in order.", {
+        Feature("static batches", "Batches of a fixed number of requests, in order.", {
             "batching.strategy": "static", "batching.batch_size": 4,
         }),
-        Feature("sorted static batches", "The same, the longest prompts first.", {
+        Feature("sorted static batches", "As static batches, but longest prompts first.", {
             "batching.strategy": "sorted_static", "batching.batch_size": 4,
         }),
-        Feature("dynamic batches", "As many requests as a token budget allows.", {
+        Feature("dynamic batches", "Batches of as many requests as a token budget allows.", {
             "batching.strategy": "dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
         }),
-        Feature("sorted dynamic batches", "The same, the longest prompts first.", {
+        Feature("sorted dynamic batches", "As dynamic batches, but longest prompts first.", {
             "batching.strategy": "sorted_dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
         }),
         Feature("continuous batching", "The next request replaces each one that finishes.", CONTINUOUS),
     ),
     "Timed tokens": (
         Feature("streaming", "Each token is timed: TTFT, inter-token latency.", STREAMED),
-        Feature("streaming, continuous batching", "The same while other requests come and go.", STREAMED | CONTINUOUS),
+        Feature("streaming, continuous batching", "Tokens are timed with continuous batching.", STREAMED | CONTINUOUS),
     ),
     "Traffic": (
-        Feature("constant arrivals", "At a fixed rate, evenly spaced.", {
+        Feature("constant arrivals", "Requests arrive at a fixed rate, evenly spaced.", {
             "traffic.pattern": "constant", "traffic.target_qps": 8.0,
         }),
-        Feature("Poisson arrivals", "At a mean rate, at random times.", POISSON),
-        Feature("fixed concurrency", "A fixed number of requests in the system at any time.", {
+        Feature("Poisson arrivals", "Requests arrive at random times with a mean rate.", POISSON),
+        Feature("fixed concurrency", "The number of requests in the system is fixed.", {
             "traffic.pattern": "concurrency", "traffic.concurrency": 2,
         }),
-        Feature("arrivals from a trace", "At the times listed in a file.", {
+        Feature("arrivals from a trace", "Requests arrive at the times listed in a file.", {
             "traffic.pattern": "trace", "traffic.trace": TRACE,
         }),
         Feature("arrivals taken in while others run", "Poisson arrivals with continuous batching.", (
@@ -205,8 +205,8 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     ),
     "Weights and arithmetic": (
         Feature("float32", "32-bit weights and arithmetic.", {"fp_precision": "float32"}),
-        Feature("bfloat16", "16 bits, with the range of float32.", {"fp_precision": "bfloat16"}),
-        Feature("float16", "16 bits, with a smaller range.", {"fp_precision": "float16"}),
+        Feature("bfloat16", "16-bit weights and arithmetic, with float32's range.", {"fp_precision": "bfloat16"}),
+        Feature("float16", "16-bit weights and arithmetic, with a smaller range.", {"fp_precision": "float16"}),
         Feature("LoRA adapter", "An adapter applied on top of the weights.", {"adapter": ADAPTER}),
         Feature("bitsandbytes, 8 bits", "Weights quantized to 8 bits while loading.", {
             "quantization.quantization": True, "quantization.load_in_8bit": True,
@@ -214,7 +214,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("bitsandbytes, 4 bits", "Weights quantized to 4 bits while loading.", {
             "quantization.quantization": True, "quantization.load_in_4bit": True,
         }),
-        _of_vllm("the engine's own quantization", "One of the engine's methods, while loading or in the checkpoint.", {
+        _of_vllm("the engine's own quantization", "The engine quantizes at load, or reads a quantized checkpoint.", {
             "backend.quantization": "fp8",
         }),
         _of_vllm("random weights", "Weights are random instead of being read from the checkpoint.", {
@@ -226,27 +226,29 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     ),
     "Several processes and GPUs": (
         Feature("several processes", "The processes share the prompts.", {"num_processes": 2}),
-        Feature("data parallel", "A whole model in each process.", _spread("data")),
-        Feature("tensor parallel", "Each layer is split.", _spread("tensor")),
-        Feature("pipeline parallel", "Layers are spread over GPUs.", _spread("pipeline")),
+        Feature("data parallel", "Each process has the whole model.", _spread("data")),
+        Feature("tensor parallel", "Each layer is split over several processes.", _spread("tensor")),
+        Feature("pipeline parallel", "The layers are spread over several GPUs.", _spread("pipeline")),
     ),
     "Attention and cache": (
-        _of_pytorch("eager attention", "Plain matrix products.", {"backend.attn_implementation": "eager"}),
+        _of_pytorch("eager attention", "Attention as plain matrix products.", {"backend.attn_implementation": "eager"}),
         _of_pytorch("SDPA", "PyTorch's fused attention.", {"backend.attn_implementation": "sdpa"}),
         _of_pytorch("flex attention", "PyTorch's compiled attention.", {
             "backend.attn_implementation": "flex_attention",
         }),
-        _of_pytorch("flash attention 2", "The package flash-attn; half precision.", {
+        _of_pytorch("flash attention 2", "Attention by the package flash-attn, in half precision.", {
             "backend.attn_implementation": "flash_attention_2", "fp_precision": "bfloat16",
         }),
-        _of_pytorch("flash attention 3", "The same for Hopper.", {
+        _of_pytorch("flash attention 3", "Flash attention for Hopper GPUs.", {
             "backend.attn_implementation": "flash_attention_3", "fp_precision": "bfloat16",
         }),
         _of_pytorch("static cache", "The cache has its full length from the start.", {
             "backend.cache_implementation": "static",
         }),
         _of_pytorch("no cache", "Each step recomputes the whole sequence.", {"backend.cache_implementation": "none"}),
-        _of_vllm("choice of attention kernels", "Kernels by name.", {"backend.attention_backend": "FLASH_ATTN"}, {
+        _of_vllm("choice of attention kernels", "The attention kernels are chosen by name.", {
+            "backend.attention_backend": "FLASH_ATTN",
+        }, {
             "backend.attn_backend": "FLASHINFER",
         }),
         _of_vllm("prefix caching", "Prompts that begin alike share the cache.", {
@@ -255,26 +257,28 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _of_vllm("chunked prefill", "Long prompts are processed in pieces.", {"backend.enable_chunked_prefill": True}, {
             "backend.chunked_prefill": True,
         }),
-        _of_vllm("cache in bfloat16", "Another dtype for keys and values.", {"backend.kv_cache_dtype": "bfloat16"}),
-        _of_vllm("cache in fp8", "8-bit keys and values.", {"backend.kv_cache_dtype": "fp8"}, {
+        _of_vllm("cache in bfloat16", "Keys and values are in bfloat16.", {"backend.kv_cache_dtype": "bfloat16"}),
+        _of_vllm("cache in fp8", "Keys and values have 8 bits.", {"backend.kv_cache_dtype": "fp8"}, {
             "backend.kv_cache.dtype": "fp8",
         }),
-        _of_vllm("block size", "Tokens in a block of the cache.", {"backend.block_size": 64}, {
+        _of_vllm("block size", "Number of tokens in a block of the cache.", {"backend.block_size": 64}, {
             "backend.kv_cache.tokens_per_block": 64,
         }),
-        _of_vllm("size of the cache", "In bytes.", {"backend.kv_cache_memory_bytes": 2**25}),
-        _of_vllm("share of a GPU's memory", "For weights and cache.", {"backend.gpu_memory_utilization": 0.5}, {
+        _of_vllm("size of the cache", "The cache's size in bytes.", {"backend.kv_cache_memory_bytes": 2**25}),
+        _of_vllm("share of a GPU's memory", "The share available for weights and cache.", {
+            "backend.gpu_memory_utilization": 0.5,
+        }, {
             "backend.kv_cache.free_gpu_memory_fraction": 0.5,
         }),
-        _of_vllm("length of a sequence", "Prompt and output together.", {"backend.max_model_len": 640}, {
+        _of_vllm("length of a sequence", "Maximum of prompt and output together.", {"backend.max_model_len": 640}, {
             "backend.max_seq_len": 640,
         }),
-        _of_vllm("tokens per step", "The maximum number.", {"backend.max_num_batched_tokens": 5000}, {
+        _of_vllm("tokens per step", "Maximum number of tokens in a step.", {"backend.max_num_batched_tokens": 5000}, {
             "backend.max_num_tokens": 5000,
         }),
     ),
     "Speculation and compilation": (
-        _of_vllm("n-gram speculation", "Drafts are found in the text so far.", _drafts(
+        _of_vllm("n-gram speculation", "Draft tokens come from repetitions in the text so far.", _drafts(
             method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1,
         ), _drafts(decoding_type="NGram", max_draft_len=3, max_matching_ngram_size=3)),
         _of_vllm("draft model", "A smaller model drafts the tokens.", _drafts(
@@ -284,16 +288,18 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             method="eagle", model=DRAFT, num_speculative_tokens=2,
         )),
         _of_pytorch("torch.compile", "The forward pass is compiled.", {"backend.torch_compile": True}),
-        _of_vllm("no compilation", "Neither compiled nor captured in CUDA graphs.", {"backend.enforce_eager": True}),
-        _of_vllm("any other engine argument", "By name, checked against the installed version.", {
+        _of_vllm("no compilation", "The model is neither compiled nor captured in CUDA graphs.", {
+            "backend.enforce_eager": True,
+        }),
+        _of_vllm("any other engine argument", "Given by name, and checked against the installed version.", {
             "backend.engine_args": {"max_logprobs": 5},
         }, {"backend.extra_args": {"stream_interval": 4}}),
     ),
     "What it reports": (
-        Feature("the model", "Its parameters, bytes and dtype as loaded.", tells="model"),
-        Feature("prefill", "When a request's first token was ready.", tells="prefill"),
-        Feature("model FLOPs", "Computed from the model's dimensions.", tells="flops"),
-        Feature("cache as allocated", "Bytes of the largest batch's keys and values.", tells="kv_cache"),
-        Feature("the engine's counters", "Tokens, prefix-cache hits, preemptions, drafts.", tells="counters"),
+        Feature("the model", "Its parameter count, size in bytes and dtype as loaded.", tells="model"),
+        Feature("prefill", "The time at which a request's first token was ready.", tells="prefill"),
+        Feature("model FLOPs", "FLOPs computed from the model's dimensions.", tells="flops"),
+        Feature("cache as allocated", "Size of the largest batch's keys and values, in bytes.", tells="kv_cache"),
+        Feature("the engine's counters", "Counts of tokens, cache hits, preemptions and drafts.", tells="counters"),
     ),
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""A server whose responses are bytes that a test writes, over real sockets: as odd as servers are.
+"""A server over real sockets whose responses are raw bytes written by a test, so that they can be arbitrarily odd.
 
-Knows just enough of HTTP to read a request. Knows nothing of lem.
+It knows just enough HTTP to read a request, and nothing of lem.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-# What is sent of a response: bytes, or seconds to wait.
+# The parts of a response: bytes to send, or seconds to wait.
 Sent = Iterable[bytes | float]
 MODELS = b'{"object": "list", "data": [{"id": "m"}]}'
 
@@ -21,7 +21,7 @@ MODELS = b'{"object": "list", "data": [{"id": "m"}]}'
 def response(
     body: bytes, *, status: int = 200, kind: str | None = "application/json", length: bool = True, **headers: str
 ) -> bytes:
-    """Return a response; without its length it ends with the connection."""
+    """Return a response; without a length, it ends when the connection is closed."""
     known = {"Content-Type": kind, "Content-Length": str(len(body)) if length else None, "Connection": "close"}
     known |= {name.replace("_", "-"): value for name, value in headers.items()}
     lines = [f"{name}: {value}" for name, value in known.items() if value is not None]
@@ -61,7 +61,7 @@ class Scripted:
 
     def _handle(self, connection: socketserver.StreamRequestHandler) -> None:
         if not (first := connection.rfile.readline()):
-            return  # only a look whether anybody listens
+            return  # the client only checks whether the server is listening
         path, length = first.split()[1].decode(), 0
         while line := connection.rfile.readline().strip():
             name, _, value = line.partition(b":")
@@ -88,5 +88,5 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 def usual(path: str) -> bytes:
-    """Return the list of models; there is nothing else."""
+    """Return the list of models; no other path exists."""
     return response(MODELS) if path == "/v1/models" else response(b'{"detail": "Not Found"}', status=404)

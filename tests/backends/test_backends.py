@@ -44,7 +44,7 @@ class Member:
 
     @property
     def pads(self):
-        """Whether the requests of a batch are computed as one, and share its times."""
+        """Whether the requests of a batch are computed together and share their times."""
         return self.experiment.backend.name not in ("vllm", "tensorrt", "openai")
 
     @property
@@ -53,19 +53,19 @@ class Member:
         return self.experiment.backend.name == "openai"
 
     def most_at_once(self, backend, generations):
-        """Return how many requests ran at the same time at most."""
+        """Return the maximum number of requests that ran at the same time."""
         if self.experiment.backend.name == "tensorrt":
-            # It begins on the next one before the end of the last one is noticed here: only the engine knows.
+            # The server begins the next request before the client notices the end of the last: only the engine knows.
             return backend._loaded.engine.most_at_once
         return max(sum(g.start_ns <= at.start_ns < g.end_ns for g in generations) for at in generations)
 
     def skip_where_end_tokens_cannot_be_held_off(self):
         if self.experiment.backend.name == "tensorrt":
-            pytest.skip("it can hold off only one end token, but the model has 400")
+            pytest.skip("it can suppress only one end token, but the model has 400")
 
     def loaded(self, **changes):
         wanted = replace(self.experiment, **changes)
-        if wanted.backend.name == "vllm":  # which takes seconds to start
+        if wanted.backend.name == "vllm":  # an engine that takes seconds to start
             return self.engines.loaded(wanted)
         backend = make_backend(wanted)
         self.begun.append(backend)
@@ -201,7 +201,7 @@ def test_only_outputs_without_an_end_token_use_up_the_limit(member, texts):
     for g in run(member.loaded(batching=Batching(batch_size=4)), texts):
         lengths[g.finish_reason].add(len(g.token_ids))
     assert lengths["length"] == {12}
-    # Were padding counted, every output of a batch would be as long as its longest.
+    # If padding were counted, every output of a batch would be as long as its longest.
     assert len(lengths["stop"]) > 1
     assert max(lengths["stop"]) <= 12
 
@@ -214,7 +214,7 @@ def test_no_output_is_longer_than_max_output_tokens(member, texts, limit):
 
 def test_no_output_is_shorter_than_min_output_tokens(member, texts):
     if member.experiment.backend.name == "tensorrt":
-        with pytest.raises(RunError, match="can hold off only one end token, but the model has 400"):
+        with pytest.raises(RunError, match="can suppress only one end token, but the model has 400"):
             member.loaded(min_output_tokens=9)
         return
     freely = run(member.loaded(batching=Batching(batch_size=4)), texts)
@@ -242,7 +242,7 @@ def test_long_inputs_are_cut_to_their_beginning_and_marked(member, texts):
     limit = sorted(len(p.token_ids) for p in whole)[len(whole) // 2]
     cut = member.loaded(max_input_tokens=limit).encode(texts)
     assert [p.token_ids for p in cut] == [p.token_ids[:limit] for p in whole]
-    # A prompt of exactly the limit is whole.
+    # A prompt of exactly the limit is not cut.
     assert [p.truncated for p in cut] == [len(p.token_ids) > limit for p in whole]
     assert not any(p.truncated for p in whole)
     assert 0 < sum(p.truncated for p in cut) < len(cut)
@@ -311,7 +311,7 @@ def assert_tokens_are_timed(generations):
 
 
 def assert_in_order(*times_ns):
-    """Those that are known: not every engine reports the end of the prefill, or has a queue."""
+    """Keep only the known times: not every engine reports the end of the prefill, or has a queue."""
     known = [ns for ns in times_ns if ns is not None]
     assert known == sorted(known)
 
@@ -319,7 +319,7 @@ def assert_in_order(*times_ns):
 # ------------------------------------------------------------------ continuous batching
 @pytest.fixture
 def continuous(member):
-    """Give what loads the backend with continuous batching, so many requests at a time."""
+    """Yield a function that loads the backend with continuous batching for a number of simultaneous requests."""
 
     def loaded(at_most, **changes):
         return member.loaded(batching=Batching(strategy="continuous", batch_size=at_most), **changes)
@@ -350,7 +350,7 @@ def test_continuously_no_more_run_at_the_same_time_than_asked_for_and_places_are
     backend = continuous(3)
     generations = run(backend, texts)
     assert member.most_at_once(backend, generations) == 3
-    # Batch after batch, all would begin with the first of theirs.
+    # Batch by batch, all requests of a batch would begin together with its first.
     assert any(g.start_ns < at.start_ns < g.end_ns for g in generations for at in generations)
     for g in generations:
         assert g.arrived_ns is None, "nothing arrives where all prompts are there from the start"
@@ -364,7 +364,7 @@ def test_continuously_it_knows_what_is_under_way_between_two_batches(continuous,
     for batch in backend.generate(prompts):
         left -= {generation.index for generation in batch}
         under_way = backend.under_way()
-        # A server's places are taken again at once, while the answers wait to be handed over.
+        # A server's places are refilled at once, while its responses wait to be handed over.
         assert len(under_way) <= (6 if type(backend).__name__ == "Openai" else 3)
         assert {begun.index for begun in under_way} <= left
         assert all(began_ns <= begun.since_ns <= time.perf_counter_ns() for begun in under_way)
@@ -384,7 +384,7 @@ def test_of_batches_that_finish_together_nothing_is_under_way_between_them(membe
 def test_continuously_a_prompt_that_arrives_is_taken_in_while_others_run(continuous, texts):
     backend = continuous(4)
     prompts = backend.encode(texts)[:3]
-    # A busy machine may be so late that the first is finished; one that never takes others in always is.
+    # A busy machine may be so slow that the first has finished; a backend that never takes in others always fails.
     for _ in range(4):
         opened_ns = time.perf_counter_ns()
         arrivals = Arrivals(prompts, [0.0, 0.001, 0.002], 1, opened_ns)

@@ -1,4 +1,4 @@
-"""Chat templates as models have them: whatever they want, the prompt is in the result, or it is an error."""
+"""Chat templates as models have them: whatever they expect, the prompt is in the result, or there is an error."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def copied(llama, tmp_path):
-    """A copy of the model to spoil."""
+    """Return a copy of the model to damage."""
     return shutil.copytree(llama, tmp_path / "copy")
 
 
@@ -66,7 +66,7 @@ def warned(backend):
 
 
 def change_weights(folder, change):
-    """Rewrite the weights of a model as a function makes them of their names and tensors."""
+    """Rewrite a model's weights with a function of their names and tensors."""
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
@@ -78,7 +78,7 @@ def change_json(folder, name, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-# ------------------------------------------------------------------ weights that are not there
+# ------------------------------------------------------------------ missing weights
 def half_of_them(folder):
     change_weights(folder, lambda tensors: dict(sorted(tensors.items())[::2]))
 
@@ -117,7 +117,7 @@ LACKING = [half_of_them, no_head, fewer_layers, one_kind_in_all_layers, the_last
 @pytest.mark.parametrize("spoil", LACKING)
 def test_missing_weights_refuse_the_run_while_loading_too(copied, spoil):
     spoil(copied)
-    with pytest.raises(RunError, match=r"lacks weights, which transformers has drawn at random: .*--force"):
+    with pytest.raises(RunError, match=r"lacks weights, which transformers has initialised at random: .*--force"):
         loaded(copied)
 
 
@@ -203,7 +203,7 @@ def test_model_that_reads_both_ways_is_objected_to_unless_it_was_made_a_decoder(
     assert "not_a_decoder" not in codes(folder)
 
 
-# ------------------------------------------------------------------ numbers that are none
+# ------------------------------------------------------------------ values that are not finite
 def not_a_number(name):
     def change(tensors):
         tensors[name].view(-1)[0] = float("nan")
@@ -225,7 +225,7 @@ def test_weights_that_are_not_numbers_are_warned_about(copied, strategy, name):
 
 @pytest.mark.parametrize("strategy", ["static", "continuous"])
 def test_only_the_requests_whose_logits_are_not_finite_are_counted(copied, strategy):
-    """The embedding of one token is not a number, and one prompt has it."""
+    """Give one token's embedding a NaN; one prompt contains this token."""
 
     def change(tensors):
         tensors["model.embed_tokens.weight"][7] = float("inf")
@@ -349,7 +349,7 @@ def test_tokenizer_with_more_entries_than_the_embedding_is_refused_and_only_such
     (objection,) = [each for each in found(folder) if each.code == "tokenizer_too_large"]
     assert objection.fact == f"the tokenizer has ids up to {last}, but the model's embedding has 300 rows."
     backend = loaded(folder, forced=True)
-    with pytest.raises(RunError, match=r"has the token 3\d\d, but the model has 300 embeddings"):
+    with pytest.raises(RunError, match=r"contains token 3\d\d, but the model has only 300 embeddings"):
         backend.encode(TEXTS)
     assert run(backend, ["a", "b c"])
 
@@ -393,7 +393,7 @@ def test_special_token_that_prompts_never_hold_needs_no_embedding_but_that_of_a_
     (objection,) = found(folder, chat_template=True)
     assert (objection.code, objection.path) == ("tokenizer_too_large", "chat_template")
     assert f"writes the token {last_token(llama) + 1}" in objection.fact
-    with pytest.raises(RunError, match="has the token"):
+    with pytest.raises(RunError, match="contains token"):
         loaded(folder, chat_template=True).encode(TEXTS)
 
 
@@ -421,7 +421,7 @@ def test_chat_template_that_cannot_wrap_a_prompt_is_refused(copied, template, sa
     assert said in objection.fact
 
 
-# ------------------------------------------------------------------ models of another kind
+# ------------------------------------------------------------------ models of other kinds
 def test_adapter_given_as_a_model_names_its_base(llama, tmp_path):
     folder = adapter(tmp_path / "lora", llama)
     with pytest.raises(ModelError, match=rf"is a LoRA adapter, not a model.*--model {llama} --adapter {folder}"):
@@ -433,7 +433,7 @@ def test_multimodal_model_without_a_class_for_text_is_refused_in_a_sentence(tmp_
 
     AutoConfig.for_model("llava").save_pretrained(tmp_path)
     (objection,) = [each for each in found(tmp_path) if each.code == "model_unsupported"]
-    assert objection.fact == "transformers has no class that continues text for a llava model."
+    assert objection.fact == "transformers has no text generation class for a llava model."
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_quantized_checkpoint_without_its_package_is_refused(copied, quantizatio
 # ------------------------------------------------------------------ configurations
 def test_model_with_its_own_code_needs_trust_only_if_transformers_has_none(copied):
     change_json(copied, "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
-    assert "needs_remote_code" not in codes(copied)  # transformers has its own Llama
+    assert "needs_remote_code" not in codes(copied)  # transformers has its own Llama code
     assert run(loaded(copied))
     change_json(copied, "config.json", model_type="own_llama")
     assert "needs_remote_code" in codes(copied)

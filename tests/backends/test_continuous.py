@@ -109,5 +109,5 @@ def test_ctrl_c_ends_it_and_resuming_runs_what_is_left(tmp_path):
 def test_options_that_do_not_go_with_it_are_refused_before_the_run(tmp_path):
     refused = command(*COMMON, "backend.cache_implementation=static", cwd=tmp_path)
     assert refused.code == 2
-    assert "continuous batching has a paged cache" in refused.err
+    assert "continuous batching uses a paged cache" in refused.err
     assert not (tmp_path / "results").exists()

@@ -1,8 +1,8 @@
-"""Sizes of small models of many families against PyTorch's own counter and against the cache that is really there.
+"""Dimensions of small models of many families, compared with PyTorch's own counter and with their actual caches.
 
-Each model runs with its real code. The counter sees a prefill's attention over the full square of positions, and an
-output projection of every position: what model FLOPs leave out is taken off by hand, from the table in
-`tests/families.py`, and so is a step's work that a cache should have saved.
+Each model runs with its real code. The counter includes a prefill's attention over the full square of positions, and
+the output projection of every position. The parts that model FLOPs leave out are subtracted by hand, using the table in
+`tests/families.py`, and so is work in a step that a cache should have saved.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def attended(layer, tokens):
 
 
 def prefill(name, prompt):
-    """Return the counter's FLOPs of a prefill, without what model FLOPs leave out."""
+    """Return the counter's FLOPs of a prefill, without those that model FLOPs leave out."""
     family, (steps,) = FAMILIES[name], counted(name, prompt, 1)
     unseen = sum(4 * layer.width * (prompt**2 - attended(layer, prompt)) for layer in family.layers)
     return steps - unseen - 2 * sizes(name).head_weights * (prompt - 1) - 2 * family.wasted * prompt
@@ -82,7 +82,7 @@ def test_prefill_costs_what_the_counter_says(name):
 @pytest.mark.parametrize("name", KNOWN)
 def test_request_costs_what_the_counter_says(name):
     family = FAMILIES[name]
-    if family.steps_do_more:  # what they should cost: as much as in a longer prefill
+    if family.steps_do_more:  # their true cost: as much as in a longer prefill
         later = prefill(name, PROMPT + OUTPUT - 1) - prefill(name, PROMPT)
         later += 2 * sizes(name).head_weights * (OUTPUT - 1)
     else:
@@ -125,7 +125,7 @@ def static(name):
     import transformers
 
     loaded = model(name)
-    # No end token: how much is generated must not depend on random weights.
+    # No end token: the output length must not depend on random weights.
     greedy = transformers.GenerationConfig(
         max_new_tokens=OUTPUT, do_sample=False, pad_token_id=0, eos_token_id=None, disable_compile=True
     )
@@ -151,7 +151,7 @@ def test_run_of_a_model_whose_sizes_are_unknown_has_no_flops_and_says_why(tmp_pa
     (told,) = [text for text in row["warnings"] if text.startswith("flops_unknown: ")]
     assert "layers" in told
     assert told.split(": ", 1)[1] in finished.out + finished.err
-    assert row["kv_cache_bytes"] > 0  # its states
+    assert row["kv_cache_bytes"] > 0  # the model's states
 
 
 def test_a_storage_counts_once_and_as_a_whole():

@@ -1,4 +1,4 @@
-"""Rules about families of models, each against what transformers does with a small model of the family."""
+"""Rules about families of models, each checked against what transformers does with a small model of the family."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def generated(model, *prompts):
 
 # ------------------------------------------------------------------ continuous batching
 def continuously(experiment, model):
-    """Return the new tokens of the two prompts, or None if it fails."""
+    """Return the new tokens of the two prompts, or None if generation fails."""
     prompts = [Encoded(0, SHORT), Encoded(1, LONG)]
     try:
         batches = list(Continuous(experiment, model, frozenset()).generate(prompts))

@@ -1,6 +1,6 @@
-"""Each backend has the features that it claims and refuses the rest; the support matrix claims no more.
+"""Each backend has the features that it claims and refuses the rest; the support matrix claims no more than that.
 
-What is tried, and how, is in tests/backends/confirmations.py; `pytest -k vllm` runs it on the real vLLM (nox -s vllm).
+tests/backends/confirmations.py has the checks of each feature; `pytest -k vllm` runs them on vLLM (nox -s vllm).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.hosts import IDEAL, PROCESSOR
 
 pytestmark = pytest.mark.engines
 
-# The package behind an engine, where it is not one that lem needs anyway.
+# The package behind an engine, if it is not one of lem's own dependencies.
 PACKAGES = {"vllm": "vllm"}
 EVERY = [(backend, feature) for backend in BACKENDS for feature in features()]
 
@@ -55,7 +55,7 @@ def cases(chosen):
 
 @pytest.fixture(scope="module")
 def texts():
-    """Short prompts, of different lengths."""
+    """Short prompts of different lengths."""
     some = [row["text"] for row in builtin.read("builtin:sample")][:80]
     shortest = sorted(some, key=len)[:9]
     return [text for text in some if text in shortest]
@@ -72,7 +72,7 @@ def bench_of(benches, backend):
     return benches[backend]
 
 
-# ------------------------------------------------------------------ what is declared is so
+# ------------------------------------------------------------------ declarations are true
 @pytest.mark.parametrize(("backend", "feature"), cases(lambda b, f: is_checked(f, b) and f.name in CHECKS))
 def test_a_feature_that_is_declared_works(benches, backend, feature):
     bench = bench_of(benches, backend)
@@ -104,7 +104,7 @@ def test_what_is_refused_for_any_machine_is_refused_here(backend):
         assert all((found[code] == "warning") == (answer.answer == "no effect") for code in answer.codes)
 
 
-# One feature for each rule: each costs a second.
+# Only one feature for each rule, because each costs a second.
 @pytest.mark.parametrize(
     ("backend", "feature", "answer"),
     [
@@ -141,7 +141,7 @@ def test_simulated_processes_share_the_prompts(tmp_path, name):
     assert {row["rank"] for row in rows} == {0, 1}
 
 
-# ------------------------------------------------------------------ the page claims no more than has been tried
+# ------------------------------------------------------------------ the page claims no more than was tested
 # vLLM's build for the processor has no such method; one share of the memory is that of all other tests; and PyTorch
 # compiles flex attention for minutes.
 UNTRIED = [

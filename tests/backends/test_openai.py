@@ -1,7 +1,6 @@
-"""The openai backend against a small server of our own over real sockets: counting, times, batching, failures.
+"""The openai backend, tested with our own small server over real sockets: counting, times, batching, failures.
 
-The contract of all backends, which it has to pass as well, is in test_backends.py; vLLM's own server in
-test_vllm_serve.py.
+The contract of all backends is in test_backends.py, and the tests with vLLM's own server are in test_vllm_serve.py.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def served():
-    """Start a server with a behaviour, and load a backend that asks it; both end with the test."""
+    """Start a server with a given behaviour, and load a backend that talks to it; both end with the test."""
     ending = []
 
     def serve(behaviour=None, options=None, tokens=counted_tokens, **experiment):
@@ -121,12 +120,12 @@ def test_tokens_are_counted_by_ids_or_usage(served, streaming, sends_ids, usage)
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 def test_a_server_that_counts_nothing_is_refused(served, streaming):
-    with pytest.raises(RunError, match="neither the ids nor the number of the output's tokens"):
+    with pytest.raises(RunError, match="neither the ids nor the number of the output tokens"):
         served(Behaviour(sends_ids=False, usage="never"), streaming=Streaming(enabled=streaming))
 
 
 def transcript(*reads):
-    """Return the answer of events that came in reads from the network, one each millisecond."""
+    """Return the response of events that arrived in network reads, one read per millisecond."""
     answered = Transcript(0)
     for number, received in enumerate(reads, 1):
         for piece in [received] if isinstance(received, bytes) else received:
@@ -147,11 +146,11 @@ ONE, TWO, LAST, DONE = event(1), event(2), event(3, finish="length"), b"data: [D
     [
         ([ONE, TWO, LAST + DONE], [(1, 1), (2, 1), (3, 1)]),
         ([ONE + TWO, LAST, DONE], [(1, 2), (2, 1)]),
-        # Chunks of HTTP in one packet are handed out one after the other.
+        # HTTP chunks in one packet are handed out one after the other.
         ([[ONE, TWO], [LAST, DONE]], [(1, 2), (2, 1)]),
-        # An event counts when it is whole, whatever came with its beginning or its end.
+        # An event counts when it is complete, whatever came with its beginning or its end.
         ([ONE + TWO[:9], TWO[9:-2], TWO[-2:] + LAST[:-2], LAST[-2:], DONE], [(1, 1), (3, 1), (4, 1)]),
-        # ... which it is with its line of data, not with the blank line after that.
+        # It is complete with its line of data, not with the blank line that follows.
         ([ONE[:-1], ONE[-1:] + TWO[:-1], TWO[-1:], LAST + DONE], [(1, 1), (2, 1), (4, 1)]),
         ([ONE[:5], ONE[5:] + TWO + LAST[:5], LAST[5:] + DONE], [(2, 2), (3, 1)]),
         ([event(1, 2), event(3, finish="stop")], [(1, 2), (2, 1)]),
@@ -179,16 +178,16 @@ def text(words, finish=None, **more):
 @pytest.mark.parametrize(
     ("reads", "chunks", "are_known"),
     [
-        # Usage so far with each event.
+        # The server reports the usage so far with each event.
         (
             [text("a", **usage(1)), text("bc", **usage(3)), text("", "length", **usage(4))],
             [(1, 1), (2, 2), (3, 1)],
             True,
         ),
-        # Usage at the end alone: as many events with text as tokens.
+        # The server reports usage only at the end, and as many events with text as tokens.
         ([text("a"), text("b"), text("c"), text("d", "length", **usage(4))], [(1, 1), (2, 1), (3, 1), (4, 1)], True),
         ([text("a") + text("b"), text("c"), text("d", "length", **usage(4))], [(1, 2), (2, 1), (3, 1)], True),
-        # Fewer events than tokens.
+        # There are fewer events than tokens.
         ([text("a"), text("bc"), text("d", "length", **usage(4))], [(1, 1), (3, 3)], False),
     ],
 )
@@ -220,7 +219,7 @@ def test_tokens_are_timed_as_they_travel(served, behaviour):
     _, backend = served(replace(behaviour, wait_s=wait_s), streaming=STREAMING)
     for g in run(backend):
         together = behaviour.tokens_in_event * behaviour.merged
-        # A machine with other work may take in several at once, never more of them apart.
+        # A busy machine may read several events at once, but never splits them further.
         assert len(g.chunks) <= 6 / together
         assert sum(chunk.tokens for chunk in g.chunks) == 6
         assert {chunk.tokens % together for chunk in g.chunks} == {0}
@@ -264,7 +263,7 @@ def test_an_end_token_is_a_part_of_the_output(served, ends, finish):
     assert (g.finish_reason, g.token_ids[-1], g.output_tokens) == ((finish, 103, 4) if ends else (finish, 105, 6))
 
 
-# ------------------------------------------------------------------ what is asked
+# ------------------------------------------------------------------ requests as sent
 def asked(experiment=None, *, count_by_usage=False, **backend):
     wanted = replace(experiment or Experiment(model="tiny"), backend=OpenaiBackend(url="http://h:1", **backend))
     return request_body(wanted, Encoded(4, (8, 9)), frozenset([7, 2]), "m", count_by_usage=count_by_usage)
@@ -362,7 +361,7 @@ def test_where_the_server_runs_and_what_is_metered(options, is_here, metered):
     assert len(gpus_for(experiment, GPUS.only(gpus))) == metered
 
 
-# ------------------------------------------------------------------ how many at a time
+# ------------------------------------------------------------------ requests in flight
 def test_a_batch_is_in_flight_together_and_the_next_one_waits(served):
     server, backend = served(Behaviour(first_wait_s=0.05), batching=Batching(batch_size=3))
     done = list(backend.generate(prompts(7)))
@@ -382,7 +381,7 @@ def test_continuous_batching_keeps_as_many_in_flight(served):
     assert sorted(g.index for g in done) == list(range(12))
     assert {(g.batch, g.arrived_ns) for g in done} == {(0, None)}
     assert server.most_in_flight == 3
-    # A place is taken again while others are still busy.
+    # A place is taken again while other places are still busy.
     assert any(a.start_ns < b.end_ns < c.start_ns < a.end_ns for a in done for b in done for c in done)
 
 
@@ -394,7 +393,7 @@ def test_requests_are_sent_when_they_are_due_whatever_is_in_flight(served):
     assert {g.index: g.arrived_ns for g in done} == {i: opened_ns + round(t * 1e9) for i, t in enumerate(times_s)}
     assert all(g.arrived_ns <= g.start_ns for g in done)
     assert server.most_in_flight == 3, "batch size and slow answers hold nothing up"
-    begun = server.begun_s[1:]  # the first one is the trial
+    begun = server.begun_s[1:]  # the first request is the trial
     assert begun == sorted(begun)
 
 
@@ -404,7 +403,7 @@ def test_a_fixed_concurrency_sends_the_next_one_before_the_last_is_dealt_with(se
     next(generations)
     until_s = time.monotonic() + 30
     while len(server.bodies) < 1 + 4 and time.monotonic() < until_s:
-        time.sleep(0.05)  # the results are taken slowly
+        time.sleep(0.05)  # the results are consumed slowly
     assert len(server.bodies) == 1 + 4
     assert server.most_in_flight == 2
     assert len(list(generations)) == 3
@@ -426,11 +425,11 @@ def test_a_request_sent_by_an_answer_while_all_are_cancelled_is_not_sent(served)
 
     def asked_for_too_late():
         cancelling = client._loop.create_task(client._cancel())
-        client.send(7, body)  # begins after that, when it could no longer be cancelled
+        client.send(7, body)  # starts only once the request could no longer be cancelled
         return cancelling
 
     client.run(asked_for_too_late)
-    client.run(lambda: None)  # all that was asked for until here has begun
+    client.run(lambda: None)  # all requests sent so far have begun
     assert not client._running
     client.send(0, body)
     assert client.next_done()[0] == 0
@@ -440,7 +439,7 @@ def test_a_request_sent_by_an_answer_while_all_are_cancelled_is_not_sent(served)
 # ------------------------------------------------------------------ what the server reports
 def test_counters_are_those_of_the_window(served):
     _, backend = served()
-    assert backend.counters() is None  # nothing has run, and that is not 0
+    assert backend.counters() is None  # nothing has run, which must not read as 0
     run(backend, 4)
     assert backend.counters() == {
         "generation_tokens": 24.0, "prompt_tokens": 12.0, "prefix_cache_queried_tokens": 12.0,
@@ -485,7 +484,7 @@ def test_others_who_use_the_server_are_noted(served):
 def test_doubt_about_the_servers_gpus_is_a_warning(served):
     _, backend = served()
     assert "server_gpus_unknown" not in [each.code for each in backend.warnings()]
-    backend._doubt = "which GPUs the server runs on is unknown."
+    backend._doubt = "it is unknown which GPUs the server runs on."
     assert "server_gpus_unknown" in [each.code for each in backend.warnings()]
 
 
@@ -517,7 +516,7 @@ def test_the_servers_own_limit_counts(served):
         (Behaviour(error=(500, "out of memory")), r"HTTP 500: out of memory\."),
         (Behaviour(error=(503, "busy"), error_in_stream=True), r"busy\."),
         (Behaviour(dies_after=2), "The (connection to the server .* was lost|server ended its response before).*"),
-        (Behaviour(finish="abort"), r"The server gave up: abort\."),
+        (Behaviour(finish="abort"), r"The server stopped generating: abort\."),
     ],
 )
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
@@ -531,7 +530,7 @@ def test_a_failed_request_has_its_reason_in_a_sentence_and_its_times(served, beh
     assert re.fullmatch(words, failed.error)
     assert (failed.finish_reason, failed.output_tokens, failed.token_ids, failed.chunks) == ("error", 0, (), ())
     assert before_ns < failed.start_ns < failed.end_ns < time.perf_counter_ns()
-    # What is still known is reported, without waiting for the server.
+    # Values that are still known are reported, without waiting for the server.
     assert backend.model_info().name == "tiny"
 
 
@@ -565,7 +564,7 @@ def test_models_are_chosen_by_name(served):
     assert server.bodies[-1]["model"] == "tiny"
     server, _ = served(Behaviour(models=("a", "b")), {"model_name": "b"})
     assert server.bodies[-1]["model"] == "b"
-    with pytest.raises(RunError, match=r"does not serve c\. Set backend\.model_name to what it serves: a, b\."):
+    with pytest.raises(RunError, match=r"does not serve c\. Set backend\.model_name to one of its models: a, b\."):
         served(Behaviour(models=("a", "b")), {"model_name": "c"})
     with pytest.raises(RunError, match="does not serve tiny"):
         served(Behaviour(models=("a", "b")))
@@ -581,7 +580,7 @@ def test_the_key_is_sent_and_a_wrong_one_is_reported(served, monkeypatch):
     assert "sk-" not in str(caught.value)
 
 
-# ------------------------------------------------------------------ a server that is started
+# ------------------------------------------------------------------ starting a server
 def line(*options, python=sys.executable):
     return shlex.join([python, "-m", "tests.http_server", "--port", "{port}", *options])
 
@@ -657,7 +656,7 @@ time.sleep(600)
 @pytest.mark.parametrize(
     ("program", "timeout_s", "words"),
     [
-        # It answers, and is another kind of server.
+        # It answers, but it is a different kind of server.
         (
             ["-m", "http.server"],
             5.0,
@@ -721,7 +720,7 @@ def test_run_of_poisson_arrivals_at_a_server(tmp_path):
     due = arrival_times_s(Traffic(pattern="poisson", target_qps=20), 8, 42)
     assert [row["arrived_s"] for row in rows(tmp_path / "results")] == pytest.approx(due, abs=1e-6)
     assert all(row["queue_s"] is None and row["latency_s"] > 0 for row in rows(tmp_path / "results"))
-    # A server on another machine: no energy, not even this machine's, and the reason.
+    # For a server on another machine there is no energy, not even this machine's, and the reason is given.
     (row,) = pq.read_table(tmp_path / "results" / "experiments").to_pylist()
     assert (row["energy_j"], row["device"]) == (None, "another machine")
     record = raw_record(tmp_path / "results")
@@ -762,7 +761,7 @@ def test_a_failed_run_leaves_a_record_and_no_process(tmp_path, in_root, options,
 
 
 def processes_with(folder):
-    """Return the processes that run in a directory: those of the run, the server's included."""
+    """Return the processes that run in a directory: those of the run, including the server's."""
     found = []
     for process in psutil.process_iter(["pid", "cwd"]):
         if process.info["cwd"] == str(folder):
@@ -779,7 +778,7 @@ def test_no_process_is_left_however_a_run_ends(tmp_path, in_root, how):
         wait_for(process, "Prompts 2/")
         family = psutil.Process(process.pid).children(recursive=True)
         own = [each for each in processes_with(tmp_path) if each != process.pid]
-        assert len(own) >= 5  # the worker, the guardian, the server and its two
+        assert len(own) >= 5  # the worker, the guardian, the server and its two children
         by_name = {name: each.pid for each in family for name in ("lem.runner.worker", "tests.http_server")
                    if name in each.cmdline() and "guardian.py" not in " ".join(each.cmdline())}  # fmt: skip
         if how == "Ctrl-C":

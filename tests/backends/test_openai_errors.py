@@ -1,4 +1,4 @@
-"""Whole runs against a server that refuses requests: these are rows, and the run goes on as far as allowed."""
+"""Whole runs against a server that refuses requests: each refusal is a row, and the run continues up to the limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUSY = response(b'{"error": {"message": "rate limited"}}', status=429)
 
 
 class Refusing:
-    """A script that refuses some requests, by their number; 0 is the one that is sent before the run."""
+    """Return a script that refuses requests by number; request 0 is sent before the run."""
 
     def __init__(self, *refused):
         self.refused, self.asked = set(refused), 0
@@ -63,7 +63,7 @@ def test_failed_requests_are_rows_that_enter_no_number(tmp_path, allowed):
     (warned,) = [text for text in row["warnings"] if text.startswith("requests_failed")]
     assert "2 of 8 requests failed: HTTP 429: rate limited. (2 times)" in warned
     assert not any(text.startswith("identity_violated") for text in row["warnings"])
-    assert "2 requests (25.00%), in no mean, total or rate below" in " ".join(done.out.split())
+    assert "2 requests (25.00%), not in any mean, total or rate below" in " ".join(done.out.split())
     record = raw_record(tmp_path / "results")
     assert (record["requests_completed"], record["requests_failed"], record["output_tokens"]) == (6, 2, 36)
     shown = json.loads(command("results", "show", row["experiment_id"], "--json", cwd=tmp_path).out)
@@ -95,13 +95,13 @@ def test_an_experiment_in_which_all_failed_is_failed(tmp_path):
         row, rows = tables(tmp_path / "results")
         assert (row["status"], row["requests_completed"], row["requests_failed"]) == ("failed", 0, 8)
         assert (row["error_rate"], row["latency_mean_s"], row["output_tokens_per_s"]) == (1.0, None, None)
-        assert row["error"] == "All 8 requests failed; the last: HTTP 429: rate limited."
+        assert row["error"] == "All 8 requests failed; the last error was: HTTP 429: rate limited."
         assert len(rows) == 8
         again = command("experiment", "-y", "--resume", row["experiment_id"], cwd=tmp_path)
         assert again.code == 2
         assert "All requests of" in again.err
         assert "Traceback" not in again.err
-        # The same command is another experiment, in which the server answers.
+        # The same command starts another experiment, in which the server answers.
         done = command(*COMMON, *limits, cwd=tmp_path)
     assert done.code == 0, done.out + done.err
     statuses = sorted(each["status"] for each in pq.read_table(tmp_path / "results" / "experiments").to_pylist())

@@ -1,6 +1,6 @@
-"""Servers as they are: odd headers, encodings, events, counts and errors, over real sockets and by the thousand.
+"""Servers as they are in practice: odd headers, encodings, events, counts and errors, over real sockets, in thousands.
 
-Whatever a server sends, lem counts its tokens rightly or says why the request failed.
+Whatever a server sends, lem either counts its tokens correctly or says why the request failed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DONE = b"data: [DONE]\n\n"
 
 @pytest.fixture
 def served():
-    """Start a server that answers in a scripted way, and load a backend that asks it."""
+    """Start a server that follows a script, and load a backend that talks to it."""
     ending = []
 
     def serve(complete, options=None, others=None, streaming=True, **experiment):
@@ -77,7 +77,7 @@ def choice(text, finish=None, **more):
 
 
 def events(body, *, ids=True, each=None, final=True, finish="length", last_text=True):
-    """Return the events of an answer: a token each; usage in each as `each` makes it, and at the end."""
+    """Return the events of a response: one token each, with usage in each event as `each` makes it, and at the end."""
     count, made = body["max_tokens"], []
     for i in range(count):
         is_last = i == count - 1
@@ -102,7 +102,7 @@ def whole(body, **more):
     return json.dumps(made | {"usage": usage(len(ids), prompt_tokens(body))} | more).encode()
 
 
-# ------------------------------------------------------------------ answers that are all there
+# ------------------------------------------------------------------ complete responses
 ANSWERS = {
     "plain": lambda body: stream(events(body)),
     "content type in capitals": lambda body: stream(events(body), kind="Text/Event-Stream; Charset=UTF-8"),
@@ -210,7 +210,7 @@ def test_a_finish_reason_that_is_missing_follows_from_the_number_of_tokens(serve
 
 # ------------------------------------------------------------------ times
 def timed(*made, ended=True):
-    """Return the answer of events that came one each 100 ms."""
+    """Return the response of events that came 100 ms apart."""
     reply = Reply(0, 200, [(b"Content-Type", b"text/event-stream")], largest=2**20)
     for number, event in enumerate(made, 1):
         reply.take(lines([event]), number, number * 100_000_000)
@@ -224,28 +224,28 @@ def milliseconds(answer):
 
 
 def test_the_last_token_may_come_in_an_event_without_text():
-    """Neither ids nor usage in each event: an end token has no text, but a time."""
+    """There are neither ids nor usage in each event: an end token has no text, but a time."""
     five = [{"choices": [choice(word)]} for word in WORDS[:5]]
     end = {"choices": [choice("", "stop")], "usage": usage(6)}
     answer = timed(*five, end)
     assert milliseconds(answer) == ([(100 * n, 1) for n in range(1, 7)], True)
     assert answer.ended_ns == 600_000_000
-    # The finish reason alone, after the last token: it is no token.
+    # The finish reason alone, after the last token, is not a token.
     answer = timed(*five, end | {"usage": usage(5)})
     assert milliseconds(answer) == ([(100 * n, 1) for n in range(1, 6)], True)
-    # Several tokens in an event: the first and the rest, up to the end.
+    # There are several tokens in an event: the first, and the rest up to the end.
     answer = timed(*five, end | {"usage": usage(9)})
     assert milliseconds(answer) == ([(100, 1), (600, 8)], False)
     answer = timed({"choices": [choice("a")]}, {"choices": [choice("", "stop")], "usage": usage(2)})
     assert milliseconds(answer) == ([(100, 1), (200, 1)], True)
-    # Usage so far that begins to count too late is not believed.
+    # If usage reported along the way starts counting too late, it is not believed.
     answer = timed(*(five[i] | {"usage": usage(0)} for i in range(5)), end)
     assert milliseconds(answer) == ([(100 * n, 1) for n in range(1, 7)], True)
 
 
-# ------------------------------------------------------------------ what is no answer
+# ------------------------------------------------------------------ invalid responses
 def after_the_first(faulty):
-    """Return a script that answers the first request well and the others in a faulty way."""
+    """Return a script that answers the first request correctly and all others in a faulty way."""
     asked = []
 
     def complete(body):
@@ -324,16 +324,16 @@ FAULTS = {
     "not HTTP": (lambda _: [b"\x1b[31mSSH-2.0-OpenSSH\r\n\r\n"], "The connection to the server at .* was lost: .*"),
     "counts that fall": (
         lambda b: stream(events(b, ids=False, each=lambda n: usage(5 - n), final=False)),
-        r"its counts of tokens contradict each other: first 4, then 3\.",
+        r"its token counts contradict each other: first 4, then 3\.",
     ),
     "counts that contradict ids": (
         lambda b: stream([*events(b, final=False), {"choices": [], "usage": usage(9)}]),
         "it sent 4 token ids but counted 9 output tokens.",
     ),
     "no counts": (
-        lambda b: stream(events(b, ids=False, final=False)), r".*backend\.count=tokenizer counts them by .*",
+        lambda b: stream(events(b, ids=False, final=False)), r".*set backend\.count=tokenizer to count them with .*",
     ),
-    "abort": (lambda b: stream(events(b, finish="abort")), "The server gave up: abort."),
+    "abort": (lambda b: stream(events(b, finish="abort")), "The server stopped generating: abort."),
     "a line without end": (
         lambda _: [response(b"data: ", kind=EVENT_STREAM, length=False), *[b"x" * 2**20] * 9], "it sent an event of .*",
     ),
@@ -392,7 +392,7 @@ def test_where_a_server_tells_no_counts_the_tokenizer_counts(served, streaming):
             return uncounted(body)
         return [response(json.dumps({"choices": [choice(" the cat sat on", "stop")]}).encode())]
 
-    with pytest.raises(RunError, match=r"backend\.count=tokenizer counts them"):
+    with pytest.raises(RunError, match=r"set backend\.count=tokenizer to count them"):
         served(answer, streaming=streaming)
     _, backend = served(answer, {"count": "tokenizer"}, streaming=streaming, max_output_tokens=8)
     (g,) = run(backend, 1)
@@ -464,7 +464,7 @@ def test_other_lists_of_models_are_read(served, listed):
 
 @pytest.mark.parametrize("page", [response(bytes(2**25), length=False), response(BOMB, Content_Encoding="gzip")])
 def test_pages_of_any_size_are_refused(served, page):
-    """A list of models or a page of metrics that is larger than any is not read on."""
+    """A list of models or a page of metrics that is too large is not read to its end."""
     with pytest.raises(RunError, match=r"/v1/models cannot be read: it sent more than 16 MiB"):
         served(lambda body: stream(events(body)), others=lambda _: page)
     _, backend = served(
@@ -497,7 +497,7 @@ def test_a_redirected_server_is_named(served):
 
 # ------------------------------------------------------------------ busy servers
 def busy(times, status=429, retry_after="1"):
-    """Return a script that refuses the second request some times."""
+    """Return a script that refuses the second request a number of times."""
     asked = []
 
     def complete(body):
@@ -567,7 +567,7 @@ def test_times_of_retry_after():
 # ------------------------------------------------------------------ fuzz
 @dataclass(frozen=True)
 class Case:
-    """A valid stream with its right count, in odd clothes, and where it is cut off, if it is."""
+    """A valid stream and its correct count, in an unusual form, and where it is cut off, if it is."""
 
     headers: list[tuple[bytes, bytes]]
     body: bytes
@@ -637,7 +637,7 @@ def lines_of(draw: random.Random, count: int) -> bytes:
 
 
 def outcome(case: Case) -> int | None:
-    """Return how many tokens lem counts in a case; None if it says that the request failed."""
+    """Return the number of tokens that lem counts in a case; None if it says that the request failed."""
     reply = Reply(0, 200, case.headers, largest=2**24)
     try:
         for number, piece in enumerate(case.pieces, 1):
@@ -669,7 +669,7 @@ def test_two_thousand_odd_streams_are_counted_rightly_or_refused():
 
 
 def test_two_thousand_damaged_streams_end_in_a_count_or_a_reason():
-    """Bytes changed, dropped and doubled: any count is possible then, but neither a hang nor another error."""
+    """If bytes are changed, dropped or doubled, any count is possible, but no hang and no other error."""
     for seed in range(2_000):
         draw = random.Random(seed)
         case = a_case(draw)

@@ -33,7 +33,7 @@ STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic", "continuou
 
 
 def test_an_instance_of_the_gpu_that_is_metered_is_accepted_and_another_gpu_is_not():
-    # CUDA gives an instance an id of its own.
+    # CUDA gives a MIG instance an id of its own.
     cuda = SimpleNamespace(
         device_count=lambda: 1,
         set_device=lambda _: None,
@@ -64,7 +64,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(folders, texts):
-    """What plain transformers writes for each prompt alone."""
+    """The output of plain transformers for each prompt alone."""
     return {name: generate_alone(folder, texts) for name, folder in folders.items()}
 
 
@@ -74,7 +74,7 @@ def adapter(folders, tmp_path_factory):
     import torch
 
     torch.manual_seed(5)
-    # Without the usual initialisation, under which an untrained adapter changes nothing.
+    # Without the usual initialisation, with which an untrained adapter changes nothing.
     lora = peft.LoraConfig(
         r=4,
         lora_alpha=8,
@@ -88,9 +88,9 @@ def adapter(folders, tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------------ both ways of generating
+# ------------------------------------------------------------------ generating with transformers and with lem
 def generate_alone(folder, texts, *, seed=None, adapter=None, **options):
-    """Return each prompt's new tokens from transformers' own loop: no batch, no padding, no line of lem."""
+    """Return each prompt's new tokens from transformers' own loop: no batch, no padding, no lem code."""
     import torch
     from transformers import AutoTokenizer
 
@@ -142,7 +142,7 @@ def outputs(wanted, texts):
 
 
 def forward_calls(backend, texts):
-    """Return, for each forward pass, how many tokens went in and the kind of cache."""
+    """Return, for each forward pass, the number of input tokens and the kind of cache."""
     calls = []
 
     def note(module, args, options):
@@ -216,7 +216,7 @@ def test_option_of_the_greedy_decoder_arrives(folders, texts, alone, option):
     ],
 )
 def test_option_of_the_greedy_decoder_does_not_take_padding_for_text(folders, texts, name, option, value):
-    # Padding lies before a prompt like text; GPT-2's is the end token, which a penalty or ban would hold off.
+    # Padding comes before a prompt, like text; GPT-2 pads with the end token, which a penalty or ban would suppress.
     expected = generate_alone(folders[name], texts, **{option: value})
     assert outputs(experiment(folders[name], decoder=Decoder(**{option: value})), texts) == expected
 
@@ -273,9 +273,9 @@ def test_size_of_the_cache_is_that_of_the_largest_batch(folders, texts, name, ca
     for batch in (prompts[:4], prompts[4:]):
         longest = max(len(p.token_ids) for p in batch)
         (made,) = backend.generate(batch)
-        # The last token is never fed back; a static cache has room for the longest output there may be.
+        # The last token is never fed back; a static cache has room for the longest possible output.
         tokens = longest + (NEW_TOKENS if cache == "static" else max(len(g.token_ids) for g in made)) - 1
-        # 2 layers, keys and values of 2 heads of 16, 4 bytes.
+        # 2 layers, keys and values with 2 heads of 16, 4 bytes each.
         sizes[len(batch) * (longest + max(len(g.token_ids) for g in made))] = len(batch) * tokens * 2 * 2 * 2 * 16 * 4
     expected = None if cache == "none" else sizes[max(sizes)]
     assert backend.peak_memory().kv_cache_bytes == expected
@@ -351,7 +351,7 @@ def test_compiling_in_the_window_is_warned_about_and_having_compiled_before_is_n
 
 
 def run_compiled(wanted, texts):
-    """Return how many graphs the compiler made, and the outputs. Each step of another shape costs seconds."""
+    """Return the number of graphs that the compiler made, and the outputs. Each new shape of a step costs seconds."""
     from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
@@ -431,7 +431,7 @@ def test_cache_is_as_large_as_what_can_run_at_the_same_time_needs(folders, texts
     backend = load(experiment(folders["qwen2"], batching=CONTINUOUS))
     prompts = backend.encode(texts)
     longest = max(len(p.token_ids) for p in prompts) + NEW_TOKENS
-    # 2 layers, keys and values of 2 heads of 16, 4 bytes.
+    # 2 layers, keys and values with 2 heads of 16, 4 bytes each.
     needed = 4 * longest * 2 * 2 * 2 * 16 * 4
     assert needed <= backend.peak_memory().kv_cache_bytes < 2 * needed
     assert int(backend.engine_info().settings["kv_cache_tokens"]) >= 4 * longest
@@ -512,7 +512,7 @@ def test_prompt_that_just_fits_with_its_output_runs_and_one_more_token_does_not(
     assert len(generation.token_ids) == NEW_TOKENS
     with pytest.raises(RunError, match=rf"has {POSITIONS - NEW_TOKENS + 1} tokens"):
         load(wanted).encode([too_long])
-    # What the message says helps.
+    # The remedy in the message works.
     assert load(replace(wanted, max_input_tokens=POSITIONS - NEW_TOKENS)).encode([too_long])[0].truncated
 
 

@@ -39,7 +39,7 @@ def loaded(**wanted):
 def test_quantized_weights_are_smaller_named_and_run(wanted, name, largest_share):
     full, quantized = loaded(), loaded(**wanted)
     assert quantized.model_info().quantization == name
-    # Embeddings and the output projection stay as they are.
+    # The embeddings and the output projection are not quantized.
     assert quantized.model_info().weights_bytes < largest_share * full.model_info().weights_bytes
     outputs = [output for batch in quantized.generate(quantized.encode(TEXTS)) for output in batch]
     assert [len(output.token_ids) for output in outputs] == [8, 8]

@@ -1,7 +1,7 @@
-"""The tensorrt backend: what it asks of TensorRT-LLM, and what it makes of the answers, on the stand-in for it.
+"""The tensorrt backend, tested on the stand-in: its calls of TensorRT-LLM, and its handling of the responses.
 
-The stand-in's arguments are those of the published source, so that an option which is not there fails here as well. The
-contract of all backends, which it has to pass as well, is in test_backends.py.
+The stand-in's arguments are those of the published source, so that an option that does not exist there fails here too.
+The contract of all backends is in test_backends.py.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def experiment(*, engine=None, **options):
 
 @pytest.fixture(autouse=True)
 def installed(tensorrt_standin):
-    """Let TensorRT-LLM be its stand-in in all of these tests."""
+    """Replace TensorRT-LLM with its stand-in in all of these tests."""
 
 
 # ------------------------------------------------------------------ translation, without the engine
@@ -169,7 +169,7 @@ def test_the_stand_in_has_the_declarations_that_were_read(tensorrt_folder):
 
 
 def names_in(definitions):
-    """Return the names of fields, members and classes in classes."""
+    """Return the names of the fields, members and nested classes of classes."""
     return {
         d["class"]: [*d.get("fields", ()), *d.get("members", ()), names_in(d.get("classes", ()))]
         for d in definitions
@@ -306,7 +306,7 @@ def test_what_is_recorded_of_a_call(loaded, texts, tmp_path):
 
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory, texts):
-    """Return a copy of tiny with one end token, that greedy decoding meets in about half of the outputs."""
+    """Return a copy of tiny with one end token, which greedy decoding meets in about half of the outputs."""
     folder = tmp_path_factory.mktemp("model") / "ending"
     shutil.copytree(find("tiny").path, folder)
     backend = make_backend(on_pytorch(TINY))
@@ -424,7 +424,7 @@ def test_times_of_another_clock_are_not_believed(loaded, texts, monkeypatch):
 
 def test_the_engines_counts(loaded, texts):
     backend = loaded(experiment(engine={"speculative": NGRAM}))
-    assert backend.counters() is None  # nothing has run, and that is not 0
+    assert backend.counters() is None  # nothing has run, which must not read as 0
     prompts, done = backend.encode(texts[:4]), run(backend, texts[:4])
     counts = backend.counters()
     assert counts["prefix_cache_queried_tokens"] == sum(len(p.token_ids) for p in prompts)
@@ -490,14 +490,14 @@ def test_an_option_that_the_engine_changes_is_refused(loaded):
 
 def test_a_prompt_that_no_step_can_take_in_is_refused(loaded, texts):
     backend = loaded(experiment(engine={"max_num_tokens": 20}))
-    with pytest.raises(RunError, match=r"a step computes 20 at most\. Set backend.chunked_prefill=true"):
+    with pytest.raises(RunError, match=r"a step processes at most 20\. Set backend.chunked_prefill=true"):
         backend.encode(texts)
     loaded(experiment(engine={"max_num_tokens": 20, "chunked_prefill": True})).encode(texts)
 
 
 def test_an_engine_that_stops_leaves_what_can_still_be_reported(loaded, texts):
     backend = loaded(TINY, error_after=20)
-    with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
+    with pytest.raises(RunError, match=r"failed during the run: CUDA error: an illegal memory access"):
         run(backend, texts)
     backend.synchronize()
     assert backend.model_info().parameters > 0
@@ -525,7 +525,7 @@ def test_a_process_that_dies_is_noticed_and_none_is_left(loaded, texts):
 
 @pytest.mark.processes
 def test_an_engine_that_does_not_answer_is_given_up_and_ended(loaded, texts, monkeypatch):
-    monkeypatch.setattr(tensorrt, "SILENCE_S", -14.0)  # seconds; one for each token of an output are added
+    monkeypatch.setattr(tensorrt, "SILENCE_S", -14.0)  # seconds; one is added for each output token
     backend = loaded(TINY, process=True, hang_after=20)
     (process,) = backend._llm.processes
     began = time.monotonic()
@@ -546,7 +546,7 @@ COMMON = (
 
 @pytest.fixture
 def machine(standin, tmp_path, tensorrt_standin):
-    """Return the environment of a machine with two GPUs, on which TensorRT-LLM is its stand-in."""
+    """Return the environment of a machine with two GPUs, on which the stand-in replaces TensorRT-LLM."""
 
     def variables(**options):
         with_gpus = environment(standin, scenario(tmp_path / "scenario.txt", ON_GPUS))
@@ -604,8 +604,8 @@ def test_a_run_without_the_engines_times_has_no_queue(machine, tmp_path):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("fp_precision=float32", "most of TensorRT-LLM's kernels have no float32"),
-        ("fp_precision=auto", "the checkpoint is float32"),
+        ("fp_precision=float32", "most of TensorRT-LLM's kernels do not support float32"),
+        ("fp_precision=auto", "the checkpoint is in float32"),
         ("backend.extra_args={stream_intervall: 2}", "no argument stream_intervall. Did you mean 'stream_interval'"),
         ("backend.extra_args={use_cuda_graph: true}", "no longer has use_cuda_graph; use backend.cuda_graphs"),
         ("num_processes=3", "GPUs needed: 3, visible: 2"),
@@ -632,7 +632,7 @@ def test_without_a_gpu_or_the_package_it_says_so(tmp_path):
     ("options", "words"),
     [
         ({"load_error": "CUDA out of memory"}, "TensorRT-LLM could not load tiny: CUDA out of memory"),
-        ({"error_after": 60, "process": True}, "stopped in the middle of its work: CUDA error"),
+        ({"error_after": 60, "process": True}, "failed during the run: CUDA error"),
         ({"die_after": 60, "process": True}, "one of its processes has died"),
     ],
 )
@@ -666,7 +666,7 @@ def test_an_interrupted_run_leaves_no_process(machine, tmp_path):
 
 
 def left_over(folder):
-    """Return the processes that still work in a folder."""
+    """Return the processes that are still running in a folder."""
     until = time.monotonic() + 10
     while True:
         found = []

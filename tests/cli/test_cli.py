@@ -28,7 +28,7 @@ HEAVY = (
 
 
 def modules_after(*arguments: str, cwd) -> set[str]:
-    """Run a command and return the modules that were imported by its end."""
+    """Run a command and return the modules that it has imported by its end."""
     code = (
         "import sys, json\n"
         "from lem import cli\n"
@@ -91,10 +91,10 @@ def test_flags_help_comes_from_the_schema(lem, monkeypatch):
         (["experiment", "-m", "tiny", "-d", "sample", "--column", "txt"], "Its columns: text, kind"),
         (["experiment", "-m", "tiny", "-d", "sample", "--split", "train"], "has no splits"),
         (["experiment", "-m", "tiny", "-d", "some/dataset"], "-d sample"),
-        (["experiment", "-m", "tiny"], "-d sample"),  # the default dataset lies on the hub
+        (["experiment", "-m", "tiny"], "-d sample"),  # the default dataset is on the hub
         (["experiment", "-m", "tiny", "--prompts", "empty.txt"], "is empty"),
         (["experiment", "-m", "tiny", "--prompts", "blank.txt"], "are empty"),
-        (["experiment", "-m", "tiny", "--prompts", "nowhere.txt"], "no prompts file nowhere.txt"),
+        (["experiment", "-m", "tiny", "--prompts", "nowhere.txt"], "--prompts: there is no file nowhere.txt"),
         (["experiment", "-m", "tiny", "-d", "sample", "-p", "empty.txt"], "are mutually exclusive"),
         (["experiment", "-m", "./nowhere", "-d", "sample"], "no model directory"),
         (["experiment", "-m", "tinny", "-d", "sample"], "Did you mean 'tiny'"),
@@ -110,7 +110,7 @@ def test_flags_help_comes_from_the_schema(lem, monkeypatch):
         (["experiment", "-m", "tiny", "-d", "sample", "energy=replay"], "energy.trace"),
         (["experiment", "-m", "tiny", "-d", "sample", "energy.country_iso_code=XYZ"], "XYZ"),
         (["experiment", "-m", "tiny", "-d", "sample", "backend=simulated", "backend.device=cpu"], "backend.device"),
-        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "blank.txt is a file."),
+        (["experiment", "-m", "tiny", "-d", "sample", "-o", "blank.txt"], "blank.txt is a file, not a directory."),
         (["results", "show", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate", "exp_1"], "no experiment 'exp_1'"),
         (["aggregate"], "--all"),
@@ -239,8 +239,8 @@ def test_no_aggregate_leaves_the_row_to_the_aggregate_command(lem, tmp_path):
     assert shown.code == 0
     assert "lem aggregate exp_" in shown.out
     assert not (tmp_path / "results" / "experiments").exists()
-    assert "has a row; --all lists those without one" in lem("results", "list").out
-    assert "writes its row" in lem("results", "list", "--all").out
+    assert "has a row; use --all to list experiments without rows" in lem("results", "list").out
+    assert "to write its row" in lem("results", "list", "--all").out
     assert "completed" in lem("aggregate", "--all").out
     assert "completed" in lem("results", "list").out
     assert "already have their rows" in lem("aggregate", "--all").out
@@ -264,7 +264,7 @@ MEASURED = ("Time to first token", "Inter-token latency", "Time per output token
 
 
 def test_what_streaming_and_traffic_measure_is_shown(lem):
-    """After the run and later, with the row's own numbers."""
+    """The numbers of the row are shown both after the run and later."""
     ran = lem("experiment", *SIMULATED, "-n", "3", *STREAMED, *LIMITS)
     (row,) = json.loads(lem("results", "list", "--json").out)
     shown = lem("results", "show", row["experiment_id"]).out
@@ -335,7 +335,7 @@ def test_the_plain_hydra_app_refuses_in_one_sentence(tmp_path):
     assert failed.returncode == 1
 
 
-# ------------------------------------------------------------------ pipes and words
+# ------------------------------------------------------------------ pipes and wording
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     done = subprocess.run(
         f"{sys.executable} -m lem presets | head -1",
@@ -381,7 +381,7 @@ def test_plain_values_keep_their_unit():
     assert plain(None, "W") == "–"
 
 
-# ------------------------------------------------------------------ found by trying
+# ------------------------------------------------------------------ regressions
 def test_peak_memory_is_the_workers_and_not_what_its_parent_had(lem, tmp_path):
     ballast = bytearray(400 * 2**20)
     lem("experiment", *SIMULATED, "-n", "1")

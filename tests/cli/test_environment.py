@@ -1,4 +1,4 @@
-"""`.env`: what it sets reaches lem, and nothing in it makes a process load code."""
+"""`.env`: its variables reach lem, and nothing in it makes a process load code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lem.cli.environment import load_dotenv, loads_code
 from tests.conftest import SIMULATED, command
 
 CANARY = "canary"
-# Variables of the reference, and others that people set for a run.
+# Variables named in the reference, and others that people set for a run.
 HARMLESS = (
     "LLM_ENERGY_RESULTS_DIR", "HF_TOKEN", "CUDA_VISIBLE_DEVICES", "CODECARBON_LOG_LEVEL", "HF_HOME", "HF_HUB_OFFLINE",
     "HF_ENDPOINT", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "TOKENIZERS_PARALLELISM", "OPENAI_API_KEY", "http_proxy",
@@ -43,7 +43,7 @@ def test_variables_that_load_none(name):
 
 @pytest.fixture
 def dotenv(tmp_path, monkeypatch):
-    """Write `.env` in the working directory; the variables that it sets are forgotten after the test."""
+    """Write `.env` in the working directory; its variables are removed after the test."""
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
 
@@ -67,7 +67,7 @@ def test_what_loads_code_is_refused_with_a_warning_and_the_rest_is_set(dotenv, m
     assert [os.environ[name] for name in ("ALREADY", "QUOTED", "EXPORTED", "BOTH")] == ["mine", "a b", "1", "a bc"]
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == len(lines) - len(HARMLESS)
-    assert all(re.fullmatch(r"Warning: \S+\.env: \w+ is ignored, because it can .*", text) for text in warnings)
+    assert all(re.fullmatch(r"Warning: \S+\.env: \w+ is ignored because it can .*", text) for text in warnings)
 
 
 def test_a_variable_that_is_already_set_is_no_warning(dotenv, capsys):
@@ -111,4 +111,4 @@ def test_a_dotenv_that_is_no_text_is_one_line(tmp_path):
     (tmp_path / ".env").write_bytes(b"A=\xff\xfe\n")
     done = command("results", "list", cwd=tmp_path)
     assert done.code == 2
-    assert re.fullmatch(r"Error: \S+\.env: it cannot be read .*\n", done.err)
+    assert re.fullmatch(r"Error: \S+\.env: the file cannot be read .*\n", done.err)

@@ -78,7 +78,7 @@ def test_the_tree_with_mig_instances_under_their_gpus(gpus):
         ("GPU-00000001", ["GPU-00000000", "GPU-00000002"]),
         ("MIG-1-1", ["GPU-00000000", "MIG-1-0", "GPU-00000002"]),
         ("MIG-1-1,2", ["GPU-00000000", "MIG-1-0"]),
-        ("1,7,0", ["GPU-00000000", "GPU-00000002"]),  # CUDA stops at the first entry that names no device
+        ("1,7,0", ["GPU-00000000", "GPU-00000002"]),  # CUDA stops at the first entry that matches no device
         ("", ["GPU-00000000", "GPU-00000001", "GPU-00000002"]),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_the_variable_hides_is_marked_and_shown(gpus, variable, hidden):
 
 def test_a_lost_gpu_is_shown_as_such_beside_the_others(gpus):
     first, lost, last = gpus("devices 3\ndevice 1 lost_after_s 0").splitlines()[1:4]
-    assert lost == "├── [1] does not answer: GPU is lost"
+    assert lost == "├── [1] does not respond: GPU is lost"
     assert first.startswith("├── [0] Stand-in GPU (80GB) - Full GPU")
     assert last.startswith("└── [2] Stand-in GPU (80GB) - Full GPU")
 
@@ -105,18 +105,20 @@ def test_what_a_driver_does_not_report_is_left_out(gpus):
 
 
 def test_a_driver_without_devices_is_one_sentence(gpus):
-    assert gpus("devices 0\ndriver 570.1") == "The NVIDIA driver 570.1 finds no GPU.\n"
+    assert gpus("devices 0\ndriver 570.1") == "The NVIDIA driver 570.1 reports no GPU.\n"
 
 
 def test_a_driver_that_does_not_start_is_one_sentence(gpus):
-    assert gpus("init_fails 9").startswith("There is no NVIDIA driver on this machine, or it does not answer")
+    assert gpus("init_fails 9").startswith(
+        "No GPUs to show: this machine has no NVIDIA driver, or the driver does not respond"
+    )
 
 
 @pytest.mark.usefixtures("no_driver")
 def test_no_driver_is_one_sentence(lem):
     done = lem("gpus")
     assert done.code == 0
-    assert done.out.startswith("There is no NVIDIA driver")
+    assert done.out.startswith("No GPUs to show")
     assert len(done.out.splitlines()) == 1
 
 
@@ -196,7 +198,7 @@ def test_the_state_of_a_device(driver):
         "persistence": False,
         "ecc": True,
         "mig": False,
-        "throttle_reasons": ["sw_power_cap", "sw_thermal_slowdown"],  # that it is idle (1) is none
+        "throttle_reasons": ["sw_power_cap", "sw_thermal_slowdown"],  # being idle (1) is not a reason
         "foreign_processes": [
             {"pid": 11, "used_bytes": 100 * 2**20, "name": "python train.py"},
             {"pid": 12, "used_bytes": None, "name": None},
@@ -260,7 +262,7 @@ def test_without_a_driver_a_state_is_all_none():
     assert gpu.topology() is None
 
 
-# ------------------------------------------------------------------ manners
+# ------------------------------------------------------------------ robustness
 def test_the_command_imports_nothing_heavy_but_the_binding(standin, tmp_path, monkeypatch):
     for name, value in environment(standin, scenario(tmp_path / "scenario.txt", MACHINE)).items():
         monkeypatch.setenv(name, value)

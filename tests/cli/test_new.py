@@ -42,7 +42,7 @@ def experiment(text: str) -> Experiment:
 
 
 def uncommented(text: str) -> str:
-    """Remove every # that is directly before a name."""
+    """Uncomment every line whose # comes directly before a name."""
     return re.sub(r"^(\s*)#(\w)", r"\1\2", text, flags=re.MULTILINE)
 
 
@@ -132,7 +132,7 @@ def test_a_file_that_exists_stays_unless_forced(lem):
         (["-o", "my.json"], "must end in .yaml or .yml"),
         (["-o", "folder.yaml"], "is a directory"),
         (["-o", "file.txt/my.yaml"], "cannot be written"),
-        (["--preset", "bench"], "no 'bench'"),
+        (["--preset", "bench"], "no option 'bench'"),
     ],
 )
 def test_what_cannot_be_written_is_one_sentence(lem, arguments, says):
@@ -147,11 +147,11 @@ def test_what_cannot_be_written_is_one_sentence(lem, arguments, says):
 # ------------------------------------------------------------------ the questions
 @pytest.fixture
 def answers(lem) -> Iterator[object]:
-    """Answer the questions by key strokes."""
+    """Answer the questions with key strokes."""
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
 
         def hold(*strokes: str, preset: str | None = None) -> Draft:
-            # A question without an answer is left, not waited for.
+            # A question without a scripted answer ends the interview instead of waiting.
             keys.send_text("".join([*strokes, STOP]))
             return interview.ask_all(Options(), preset)
 
@@ -163,7 +163,7 @@ ENTER, DOWN, UP, ERASE, STOP, END = "\r", "\x1b[B", "\x1b[A", "\x15", "\x03", "\
 
 def test_accepting_all_is_the_template(answers):
     draft = answers(ENTER * 12)
-    # The measured work is the same; what is asked first is set either way.
+    # The measured work is the same; the values of the first questions are set in both.
     assert experiment(render(draft)) == experiment(render(first_draft(Options(), None)))
 
 
@@ -194,7 +194,7 @@ def test_answers_are_written_and_validate(answers, lem):
     assert (made.max_output_tokens, made.decoder.name, made.energy.country_iso_code) == (256, "factual", "DEU")
     assert draft.choices["preset"] == "benchmark"
     assert "fp_precision" not in draft.values
-    assert made.warmup.prompts == 10  # the preset's
+    assert made.warmup.prompts == 10  # the preset's value
 
 
 def test_a_preset_that_was_given_is_not_asked_for(answers):
@@ -258,7 +258,7 @@ class Terminal:
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 
     def answer(self, question: str, keys: str) -> None:
-        """Wait for a question, then strike keys."""
+        """Wait for a question, then send key strokes."""
         self._read(until=question)
         time.sleep(0.2)  # until the terminal has been put into raw mode
         os.write(self.handle, keys.encode())
@@ -275,7 +275,7 @@ class Terminal:
                 continue
             try:
                 data = os.read(self.handle, 65536)
-            except OSError:  # the child has closed it
+            except OSError:  # the child has closed the terminal
                 data = b""
             if not data:
                 assert until is None, f"ended before {until!r}: {self.shown}"

@@ -1,6 +1,6 @@
-"""A folder of odd files, as it may come from somebody: nothing in it runs, nothing paints, each refusal is a line.
+"""A folder of odd files from someone else: nothing in it runs, nothing changes the terminal, each refusal is one line.
 
-The folder is made here. Whatever is named on the command line, a canary shows whether anything has run.
+The tests create the folder. Whatever the command line names, a canary file shows whether any of its code has run.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ BATCH_S = 600
 
 @pytest.fixture(scope="module")
 def sings(tmp_path_factory) -> tuple[Path, str]:
-    """Return the canary, and Python code that makes it sing."""
+    """Return the canary, and Python code that creates it."""
     canary = tmp_path_factory.mktemp("cage") / CANARY
     return canary, f"open({str(canary)!r}, 'w').close()"
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory, sings) -> Path:
-    """Make the folder."""
+    """Create the folder."""
     canary, code = sings
     folder = tmp_path_factory.mktemp("odd")
     start = shlex.join([sys.executable, "-c", f"{code}  # {{port}}"])
@@ -153,7 +153,7 @@ def _configs(start: str, code: str) -> dict[str, str | bytes]:
     for i, paint in enumerate(PAINTS):
         word = json.dumps(paint)
         texts[f"paint-key-{i}"] = f"{word}: 1"
-        if i < 8:  # what is composed takes a while
+        if i < 8:  # composing takes a while
             texts[f"paint-dataset-{i}"] = f"model: tiny\ndataset: {{path: {json.dumps(f'./{paint}.jsonl')}}}"
             texts[f"paint-model-{i}"] = f"model: {json.dumps(f'./{paint}')}\nbackend: {{name: pytorch, device: cpu}}"
         texts[f"paint-option-{i}"] = f"model: tiny\nbackend: {word}"
@@ -161,7 +161,7 @@ def _configs(start: str, code: str) -> dict[str, str | bytes]:
 
 
 def _names() -> dict[str, str | bytes]:
-    """Return files whose names paint; the content is refused."""
+    """Return files whose names contain terminal sequences; their content is refused."""
     names = [paint.replace("/", "_") for paint in PAINTS]
     return {f"n{name}.yaml": "nothing_of_lem: 1\n" for name in names} | {
         "-y.yaml": "seed: x", "--help.yaml": "seed: x", " .yaml": "seed: x", "\udcff.yaml": "seed: x",
@@ -189,7 +189,7 @@ def _odd_kinds(folder: Path) -> None:
 
 
 def _options(conf: Path, start: str) -> None:
-    """Add options of config groups that are read only because they are there."""
+    """Add options of config groups that are read just because they are there."""
     for group in ("backend", "dataset", "decoder", "energy", "preset"):
         (conf / group).mkdir(parents=True)
         (conf / group / "tagged.yaml").write_text("name: !!python/object/apply:os.system ['touch canary']\n")
@@ -199,7 +199,7 @@ def _options(conf: Path, start: str) -> None:
 
 
 def _checkout(git: Path, canary: Path) -> None:
-    """Make the folder a checkout whose settings have git run programs."""
+    """Turn the folder into a checkout whose settings make git run programs."""
     (git / "refs" / "heads").mkdir(parents=True)
     (git / "objects").mkdir()
     (git / "HEAD").write_text("ref: refs/heads/main\n")
@@ -209,10 +209,10 @@ def _checkout(git: Path, canary: Path) -> None:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------ what is looked at
+# ------------------------------------------------------------------ which files are opened
 @contextmanager
 def in_time(what: str, limit_s: int = SLOW_S):
-    """Fail if something is waited for, such as the other end of a pipe."""
+    """Fail if the command waits for something, such as the other end of a pipe."""
 
     def late(_number, _frame):
         raise AssertionError(f"{what} hangs")
@@ -245,7 +245,7 @@ def test_configs_run_nothing_paint_nothing_and_each_refusal_is_a_line(there, odd
     monkeypatch.setenv("COLUMNS", "1000")
     for name in files_of(odd):
         shown = ascii(name)
-        if name == "pipe.yaml":  # a pipe is read where a user names it: <(…)
+        if name == "pipe.yaml":  # a pipe is read if a user names it: <(…)
             continue
         with in_time(shown):
             done = there("experiment", "-y", "--", f"./{name}")

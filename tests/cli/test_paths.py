@@ -1,4 +1,4 @@
-"""Paths that begin with a tilde: a home directory, a name, or the home of somebody who does not exist."""
+"""Paths that begin with a tilde: the home directory, another user's, or that of a user who does not exist."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_variable_with_the_home_of_nobody_is_refused_in_a_line(lem, monkeypatch)
     monkeypatch.setenv("LLM_ENERGY_RESULTS_DIR", "~nosuch/r")
     finished = lem("results", "list")
     assert finished.code == 2
-    assert "There is no user nosuch" in finished.err
+    assert "there is no user nosuch" in finished.err
 
 
 def test_names_that_begin_with_a_tilde_can_be_written(lem, tmp_path):
@@ -63,14 +63,14 @@ def test_home_directories_are_expanded(tmp_path, monkeypatch):
     assert expanded("r") == expanded(expanded("r"))
     for text in ("./~r", "~/r"):
         assert expanded(expanded(text)) == expanded(text)
-    with pytest.raises(BadInput, match="There is no user nosuch"):
+    with pytest.raises(BadInput, match="there is no user nosuch"):
         expanded("~nosuch")
 
 
 def test_unknown_home_directory_is_named(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
-    with pytest.raises(BadInput, match="home directory is not known"):
+    with pytest.raises(BadInput, match="home directory is unknown"):
         expanded("~/r")
 
 

@@ -1,5 +1,5 @@
-"""The command lines of the reference, as written: with tiny, sample and local files for gated models and
-hub data, and few prompts for many."""
+"""The command lines of the reference, run as written, except that tiny, sample and local files replace gated models
+and hub data, and that they run few prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUICK = "model: any\nbackend: simulated\nenergy: {name: none}\nmax_output_tokens
 
 @pytest.fixture
 def shell(lem, tmp_path):
-    """Run a line of the reference, after replacing what does not exist here."""
+    """Run a line of the reference, after replacing models and data that are not available here."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/llama2.yaml").write_text(QUICK)
     (tmp_path / "base.yaml").write_text(QUICK)

@@ -1,4 +1,4 @@
-"""The command in odd surroundings: closed, full or abandoned streams, ASCII, narrow terminals, completion.
+"""The command in unusual surroundings: closed, full or abandoned streams, ASCII, narrow terminals, completion.
 
 Each test starts real processes with real file descriptors.
 """
@@ -65,7 +65,7 @@ def terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> Finished:
 
 
 def statuses(results: Path) -> list[str]:
-    """Read the statuses of all raw records; each experiment has its row in the table."""
+    """Read the statuses in all raw records, and check that each experiment has its row in the table."""
     store = Store(results)
     assert all(Tables(store).location(experiment_id) for experiment_id in store.ids())
     return [record.status for name in store.ids() for record in store.find(name).records()]
@@ -85,7 +85,7 @@ def ids(made: Path) -> list[str]:
     return Store(made / "results").ids()
 
 
-# ------------------------------------------------------------------ closed, full, left
+# ------------------------------------------------------------------ closed, full and abandoned streams
 @pytest.mark.parametrize(
     ("redirection", "arguments", "status", "code"),
     [
@@ -106,7 +106,7 @@ def test_without_stdin_no_question_is_asked(tmp_path):
 
 @pytest.mark.parametrize("arguments", [("results", "list"), ("results", "list", "--json"), ("--help",)])
 def test_a_closed_stdout_is_like_dev_null(arguments, made):
-    """A user who closes stdout does not want its output: that is no failure."""
+    """A user who closes stdout does not want its output, so that is no failure."""
     finished = shell(">&-", *arguments, cwd=made)
     assert (finished.code, finished.err) == (0, "")
 
@@ -193,7 +193,7 @@ def test_tables_are_spelled_in_ascii_and_json_says_the_same(made):
     assert "mod\\u00e8le-\\ud83d\\ude00" in shown
     listing = ("results", "list", "--json")
     assert json.loads(command(*listing, cwd=made, **ASCII).out) == json.loads(command(*listing, cwd=made).out)
-    # Bytes that the locale could not read are given back as they came.
+    # Bytes that the locale cannot decode are written back unchanged.
     assert "no experiment 'é' in" in command("results", "show", "é", cwd=made, **ASCII).err
 
 
@@ -248,7 +248,7 @@ def test_colour_is_the_users_choice(made):
     assert "\x1b" not in command("results", "list", cwd=made, CI="true").out
 
 
-# ------------------------------------------------------------------ words
+# ------------------------------------------------------------------ wording
 def test_what_was_not_measured_has_no_arithmetic(made):
     completed, failed = (command("results", "show", name, cwd=made).out for name in ids(made))
     for shown in (completed, failed):
@@ -327,7 +327,7 @@ def test_verbose_shows_where_an_error_comes_from_and_no_secret(tmp_path):
 
 # ------------------------------------------------------------------ completion
 def completed(words: str, cwd: Path, tmp_path: Path) -> list[str]:
-    """Let bash complete the last of the words with the script that `lem --show-completion` gives it."""
+    """Let bash complete the last word with the script from `lem --show-completion`."""
     binary = tmp_path / "bin" / "lem"
     binary.parent.mkdir(exist_ok=True)
     binary.write_text(f'#!/bin/sh\nexec {sys.executable} -m lem "$@"\n')
@@ -358,7 +358,7 @@ def test_bash_completes_commands_options_and_ids(made, tmp_path):
 
 def test_zsh_gets_what_bash_gets_with_the_help_texts(made):
     finished = command(cwd=made, _LEM_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="lem results sh")
-    assert '"show":"Show one experiment' in finished.out
+    assert '"show":"Show the measurements' in finished.out
 
 
 def test_presets_datasets_and_backends_are_offered_with_their_purpose():

@@ -1,4 +1,4 @@
-"""`lem config validate` and `lem config show`: which problems, in which lines, and which source wins."""
+"""`lem config validate` and `lem config show`: which problems are found, on which lines, and which source wins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOUND = "model: tiny\ndataset: sample\nenergy: none\n"
 
 @pytest.fixture
 def write(tmp_path):
-    """Write files given as path and text; conf/… are options of the user's."""
+    """Write files given as path and text; conf/… are the user's own options."""
 
     def run(**files: str | bytes) -> None:
         for name, content in files.items():
@@ -30,7 +30,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def problems_of(lem):
-    """Validate files and return (file, line, path, code) of what is wrong, with the exit code."""
+    """Validate files and return (file, line, path, code) of each problem, with the exit code."""
 
     def run(*arguments: str) -> tuple[int, list[tuple]]:
         done = lem("config", "validate", *arguments, "--json")
@@ -67,16 +67,16 @@ def test_problems_of_all_kinds_are_reported_together_in_the_order_of_the_lines(l
     assert done.code == 2
     lines = done.out.splitlines()
     for line, part in zip(lines, [
-        "a.yaml:1: error: defaults.1: it inherits from 'nowhere', but there is no such file beside it.",
-        "a.yaml:3: error: batching.batch_size: it should be greater than or equal to 1, not 0. [out_of_range]",
+        "a.yaml:1: error: defaults.1: the file inherits from 'nowhere', but no such file exists in its directory.",
+        "a.yaml:3: error: batching.batch_size: must be greater than or equal to 1, not 0. [out_of_range]",
         "a.yaml:4: error: batching.stratgy: unknown key. Did you mean 'batching.strategy'",
-        "a.yaml:5: error: fp_precision: it should be 'auto', 'float32', 'float16' or 'bfloat16', not \"fp16\".",
-        "a.yaml:6: error: preset: there is no 'quick'. Did you mean 'quick-test'?",
-        "a.yaml:7: error: hydra: settings of Hydra belong on the command line",
-        "a.yaml:8: error: seed: it should be a valid integer, not \"1\". [wrong_type]",
+        "a.yaml:5: error: fp_precision: must be 'auto', 'float32', 'float16' or 'bfloat16', not \"fp16\".",
+        "a.yaml:6: error: preset: there is no option 'quick'. Did you mean 'quick-test'?",
+        "a.yaml:7: error: hydra: Hydra settings belong on the command line",
+        "a.yaml:8: error: seed: must be a valid integer, not \"1\". [wrong_type]",
         "a.yaml:10: error: decoder.temperature: it would have no effect",
         "base.yaml:5: error: cooldown.max_s: it would have no effect",
-        "base.yaml:6: error: warmup.prompts: it should be greater than or equal to 0, not -1. [out_of_range]",
+        "base.yaml:6: error: warmup.prompts: must be greater than or equal to 0, not -1. [out_of_range]",
     ], strict=True):  # fmt: skip
         assert part in line
 
@@ -170,8 +170,8 @@ def test_an_empty_file_and_one_without_a_model_are_valid_bases_with_a_warning(le
     done = lem("config", "validate", "a.yaml", "b.yaml", "c.yaml", "--any-machine")
     assert done.code == 0
     assert done.out.count("[empty_file]") == 2
-    assert done.out.count("warning: model: no model is named") == 3
-    assert done.out.endswith("3 files: 3 valid, 0 not.\n")
+    assert done.out.count("warning: model: no model is set") == 3
+    assert done.out.endswith("3 files: 3 valid, 0 invalid.\n")
 
 
 def test_utf8_with_a_byte_order_mark_is_utf8(problems_of, write):
@@ -226,7 +226,7 @@ def test_json_is_a_list_of_verdicts(lem, write):
         "code": "out_of_range",
         "severity": "impossible",
         "path": "seed",
-        "message": "it should be greater than or equal to 0, not -1.",
+        "message": "must be greater than or equal to 0, not -1.",
         "file": "a.yaml",
         "line": 1,
         "column": 1,
@@ -249,7 +249,7 @@ def test_experiment_reports_the_same_lines(lem, write):
 def test_a_value_of_the_command_line_has_no_line_of_the_file(lem, write):
     write(a="model: tiny\nseed: 3\n")
     done = lem("experiment", "a.yaml", "seed=-1", "-y")
-    assert "Error: seed (--seed): it should" in done.err
+    assert "Error: seed (--seed): must be" in done.err
 
 
 def test_every_code_of_a_problem_is_in_the_catalogue():
@@ -269,7 +269,7 @@ def test_every_code_of_a_problem_is_in_the_catalogue():
 # ------------------------------------------------------------------ show
 @pytest.fixture
 def origins(lem):
-    """Show a configuration with origins; return value and origin of a path as printed."""
+    """Show a configuration with origins; return the value and origin of a path as printed."""
 
     def run(path: str, *arguments: str) -> tuple:
         done = lem("config", "show", *arguments, "--origin", "--json")
@@ -380,12 +380,12 @@ def test_show_without_a_file_and_as_json(lem):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("seed=-1",), "seed (--seed): it should be greater"),
-        (("seed=1,2",), "seed=1,2: more than one value is given"),
+        (("seed=-1",), "seed (--seed): must be greater"),
+        (("seed=1,2",), "seed=1,2: several values are given"),
         (("hydra.run.dir=x",), "Hydra's settings have no effect here"),
         (("nowhere.yaml",), "nowhere.yaml: no such config file"),
         (("a.yaml", "b.yaml"), "one config file, not 2"),
-        (("--config-dir", "nowhere"), "nowhere: this config directory holds no options"),
+        (("--config-dir", "nowhere"), "nowhere: this config directory contains no options"),
     ],
 )
 def test_show_refuses_what_cannot_be_resolved(lem, arguments, message):

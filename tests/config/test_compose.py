@@ -1,4 +1,4 @@
-"""From files and overrides to an `Experiment`: precedence, inheritance, choices, and what is refused."""
+"""From files and overrides to an `Experiment`: precedence, inheritance, choices, and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lem.spec.schema import leaves
 
 @pytest.fixture
 def compose(tmp_path):
-    """Compose from files given as texts; the last one is the user's."""
+    """Compose from files given as text; the last one is the user's."""
 
     def run(*overrides: str, **files: str) -> Experiment:
         for name, text in files.items():
@@ -91,7 +91,7 @@ def test_environment_over_default_and_below_everything_else(compose, monkeypatch
 
 
 def test_a_preset_is_above_the_environment(compose, monkeypatch, tmp_path):
-    # No shipped preset sets the directory, so a user's file stands for the preset's place in the order.
+    # No built-in preset sets the directory, so a user's file takes the preset's place in the order.
     monkeypatch.setenv("LLM_ENERGY_RESULTS_DIR", "from-environment")
     assert compose(base="io: {results_dir: from-parent}", a="defaults: [base]").io.results_dir == "from-parent"
 
@@ -205,7 +205,7 @@ def cells(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_by_hydra(monkeypatch, tmp_path):
-    """Let Hydra's own sweeper expand and run overrides; return those of each of its jobs."""
+    """Let Hydra's own sweeper expand and run overrides; return the overrides of each of its jobs."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -251,7 +251,7 @@ def test_a_shuffled_sweep_is_expanded_once():
 
 
 def test_a_sweep_without_values_is_refused():
-    with pytest.raises(ConfigError, match=r"'seed=range\(1,1\)' names no values"):
+    with pytest.raises(ConfigError, match=r"'seed=range\(1,1\)' has no values"):
         prepare(None, ["seed=range(1,1)"])
 
 
@@ -340,8 +340,8 @@ def test_parents_are_found_from_the_files_own_directory(compose, tmp_path, monke
         ({"a": "defaults: [nowhere]"}, "inherits from 'nowhere'"),
         ({"a": "defaults: [a]"}, "inherits from itself"),
         ({"b": "defaults: [a]", "a": "defaults: [b]"}, r"itself \(a.yaml -> b.yaml -> a.yaml\)"),
-        ({"a": "defaults: base"}, "defaults is a list"),
-        ({"a": "defaults:\n  - planet: mars"}, "'planet', which is not a group"),
+        ({"a": "defaults: base"}, "must be a list"),
+        ({"a": "defaults:\n  - planet: mars"}, "'planet' is not a group"),
     ],
 )
 def test_broken_inheritance_is_named(compose, files, message):
@@ -349,11 +349,11 @@ def test_broken_inheritance_is_named(compose, files, message):
         compose(**files)
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refusals
 KEYS_OF_ENGINES = [
     ("vllm", "swap_space=4", "vLLM no longer has swap_space; preempted requests are recomputed, unless kv_off"),
     ("vllm", "num_scheduler_steps=8", "no longer has num_scheduler_steps; use async_scheduling"),
-    ("vllm", "device=cpu", "no longer has device; the installed build of vLLM decides"),
+    ("vllm", "device=cpu", "no longer has device; the installed build of vLLM determines the device"),
     ("vllm", "max_num_seqs=4", "this argument of vLLM is set by batching.batch_size."),
     ("vllm", "max_logprobs=4", "an argument of vLLM; write backend.engine_args={max_logprobs: …}."),
     ("vllm", "engine_args.max_logprobs=4", "write backend.engine_args={max_logprobs: …}."),
@@ -417,26 +417,26 @@ def test_only_keys_of_the_chosen_backend_are_suggested(compose, backend, key):
         ("decoder@x=creative", "names a package"),
         ("~backend", "removes a value, but every value is required"),
         ("~seed", "removes a value"),
-        ("decoder={name: creative}", "chosen by name.*decoder.do_sample="),
-        ("decoder=3", "chosen by name"),
-        ("backend=null", "chosen by name"),
-        ("preset=[benchmark]", "chosen by name"),
-        ("decoder=glob(x*)", "matches none"),
-        ("decoder=range(1,3)", "chosen by name"),
+        ("decoder={name: creative}", "must be the name.*decoder.do_sample="),
+        ("decoder=3", "must be the name"),
+        ("backend=null", "must be the name"),
+        ("preset=[benchmark]", "must be the name"),
+        ("decoder=glob(x*)", "matches no option"),
+        ("decoder=range(1,3)", "must be the name"),
         ("seed=interval(0,1)", "list them"),
-        ("batching=null", "named values; set one of them"),
-        ("model=???", "has to be set"),
+        ("batching=null", "set one of its values"),
+        ("model=???", "must be set"),
         ("model=${nowhere}", "cannot be resolved"),
         ("model=${model}", "refers to itself"),
         ("backend.decode_s_per_token=1", "the chosen options have no such key"),
         ("seed=" + "[" * 3000, "cannot be read|too deep"),
-        ("=3", "names no key"),
+        ("=3", "has no key"),
         ("hydra=3", "unknown key"),
     ],
 )
 def test_a_bad_override_is_one_sentence_with_the_remedy(compose, override, message):
     if override.startswith("dataset=nowhere"):
-        assert compose(override).dataset.path == "nowhere.jsonl"  # whether it exists is asked when it is read
+        assert compose(override).dataset.path == "nowhere.jsonl"  # whether it exists is checked when it is read
         return
     with pytest.raises(BadInput, match=message):
         compose(override)
@@ -445,10 +445,10 @@ def test_a_bad_override_is_one_sentence_with_the_remedy(compose, override, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("batching: [1]", "batching: it must be a mapping of named values, not a list"),
-        ("batching: null", "a.yaml:1: batching: it must be a mapping of named values, not null"),
+        ("batching: [1]", "batching: must be a mapping of values, not a list"),
+        ("batching: null", "a.yaml:1: batching: must be a mapping of values, not null"),
         ("batching: 4", "batching"),
-        ("batching.batch_size: 4", r"write it nested, as in batching: \{batch_size: …\}"),
+        ("batching.batch_size: 4", r"write this key nested, as in batching: \{batch_size: …\}"),
         ("a: &x {batch_size: 3}\nbatching: *x", "a: unknown key"),
     ],
 )
@@ -473,8 +473,8 @@ def test_all_problems_of_a_file_are_reported_at_once(compose):
         (b"- a\n- b\n", "a mapping of keys to values, not a list"),
         (b"just words\n", "a mapping of keys to values, not a string"),
         (b"\xff\xfe\x00bad", "UTF-16"),
-        (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: the key is given a second time, first on line 1"),
-        (b"1: x\n", "is not text"),
+        (b"seed: 1\nseed: 2\n", "a.yaml:2: seed: duplicate key; it was first given on line 1"),
+        (b"1: x\n", "is not a string"),
         (b"model: !!python/object/apply:os.system ['touch ran']\n", "a.yaml:1: model: the tag"),
         (b"model: ${nowhere.at.all}\n", "nowhere"),
     ],
@@ -520,7 +520,7 @@ def test_a_library_user_gets_the_same_checks():
 
 @pytest.mark.parametrize("key", ["model", "seed", "fp_precision"])
 def test_a_value_that_has_to_be_given_is_asked_for_even_if_there_is_a_default(compose, key):
-    with pytest.raises(BadInput, match=rf"a.yaml:1: {key}: \?\?\? marks a value that has to be set"):
+    with pytest.raises(BadInput, match=rf"a.yaml:1: {key}: \?\?\? marks a value that must be set"):
         compose(a=f"{key}: ???")
 
 

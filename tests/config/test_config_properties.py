@@ -1,4 +1,4 @@
-"""What holds for any configuration: problems are reported, the plain composition is Hydra's, origins are true."""
+"""Properties of all configurations: problems are found, the plain composition equals Hydra's, origins are right."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lem.config.userfile import merged
 from lem.errors import BadInput
 
 QUIET = settings(suppress_health_check=list(HealthCheck), database=None)
-# The quick suite runs one in eight; nox -s properties runs all.
+# The quick suite runs one example in eight; nox -s properties runs all.
 ALL = bool(os.environ.get("LEM_ALL_EXAMPLES"))
 CANARY = "canary-ran"
 
-# Values that no rule objects to, whatever the others are.
+# Values to which no rule objects, whatever the other values are.
 VALID: dict[str, list[Any]] = {
     "model": ["tiny", "owner/name", "a: b", "ünï", "1e5", "yes"],
     "fp_precision": ["auto", "float32", "bfloat16"],
@@ -89,7 +89,7 @@ def valid_values(draw) -> dict[str, Any]:
 
 
 def as_text(values: Any) -> str:
-    """Write as JSON, which is YAML, so that texts stay texts even if a reader takes 1e5 for a number."""
+    """Write JSON, which is valid YAML, so that text stays text even if a reader takes 1e5 for a number."""
     text = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
     return text.replace("NaN", ".nan").replace("Infinity", ".inf")
 
@@ -416,11 +416,11 @@ def test_what_show_prints_is_a_config_that_resolves_to_the_same(folder, users_op
     overrides = as_overrides(*line)
     inputs = compose.read_inputs(Path("child.yaml"), overrides)
     experiment, _ = examine(resolved(inputs.sources.values())[0])
-    if experiment is None:  # simulated options with another backend, and the like
+    if experiment is None:  # options of the simulated backend with another backend, for example
         return
     with contextlib.redirect_stdout(io.StringIO()) as out:
         validate.show(Path("child.yaml"), overrides, config_dir=None, with_origin=True)
     Path("shown").mkdir(exist_ok=True)
-    Path("shown/again.yaml").write_text(out.getvalue())  # here its conf/ is not found
+    Path("shown/again.yaml").write_text(out.getvalue())  # its conf/ is not found here
     assert yaml.safe_load(out.getvalue())["seed"] == experiment.seed
     assert compose.prepare(Path("shown/again.yaml"), ()).experiment() == experiment

@@ -1,4 +1,4 @@
-"""`lem presets` and `lem datasets`: what can be chosen by name, built in or a user's."""
+"""`lem presets` and `lem datasets`: all names that can be chosen, both built-in and the user's."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_lists_fit_a_narrow_terminal(tmp_path, mine, monkeypatch, capfd):
     assert max(map(len, lines)) <= 80
     assert any("throughput" in line for line in lines)
     listing.show_datasets()
-    # Too wide for a table: names are not cut, and can be copied.
+    # The names are too wide for a table: they are not truncated, and can be copied.
     assert "anon8231489123/ShareGPT_Vicuna_unfiltered" in capfd.readouterr().out
 
 

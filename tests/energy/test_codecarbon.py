@@ -1,4 +1,4 @@
-"""The codecarbon meter on its own: other programs' settings change nothing, and what cannot work is named."""
+"""The codecarbon meter on its own: other programs' settings have no effect, and impossible setups are reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lem.energy.codecarbon import CodecarbonMeter
 from lem.errors import BadInput
 from tests.conftest import command, raw_record
 
-# Prints how codecarbon gets the processor's power, and the power of the memory.
+# Prints how codecarbon obtains the processor's power, and the memory's power.
 PROBE = """
 import json
 from lem.energy.codecarbon import CodecarbonMeter
@@ -37,7 +37,7 @@ VARIABLES = {
 }
 
 
-# A user namespace, in which this user is one that no list of users has.
+# A user namespace in which this user is in no list of users.
 SOMEBODY = ("unshare", "--user", "--map-user=54321")
 
 
@@ -52,7 +52,7 @@ def probed(cwd, *prefix, **env):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What the meter reads without any settings."""
+    """The meter's readings without any settings."""
     empty = tmp_path_factory.mktemp("empty")
     return probed(empty, HOME=str(empty))
 
@@ -130,7 +130,7 @@ def test_a_run_whose_meter_does_not_work_ends_before_the_model_is_loaded(tmp_pat
 
 
 def test_the_tracker_reads_settings_from_where_lem_keeps_it_from_them():
-    """A new version of codecarbon that reads them elsewhere must be noticed here."""
+    """A new version of codecarbon that reads its settings elsewhere must be noticed here."""
     from codecarbon import emissions_tracker
 
     assert callable(emissions_tracker.get_hierarchical_config)

@@ -1,4 +1,4 @@
-"""The contract of the energy meters, and what is particular to each; NVML's is in test_gpu.py."""
+"""The contract of the energy meters, and tests of individual meters; those of NVML are in test_gpu.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.nvml_standin import environment, scenario
 
 CONTRACT_METERS = "CONTRACT_METERS"
 HERE = ("none", "replay", "codecarbon", "auto", "rapl")
-# Scenarios of the stand-in driver, which needs a separate process, where this file's contract runs again.
+# Scenarios for the stand-in driver, which needs a separate process in which this file's contract runs again.
 ON_STANDIN = {
     "nvml": """
         devices 4
@@ -70,12 +70,12 @@ def devices(readings):
 
 
 def is_steady(reading):
-    """All imitations are; what codecarbon derives from the CPU's load differs from one window to the next."""
+    """All imitations are constant; codecarbon's estimate from the CPU's load differs from one window to the next."""
     return (reading.component, reading.scope) != ("cpu", "machine")
 
 
 class TestContract:
-    """What every meter does, including the one that reads nothing."""
+    """The behaviour that every meter guarantees, including the one that reads nothing."""
 
     def test_windows_follow_one_another_with_the_same_devices(self, meter):
         seen = []
@@ -112,7 +112,7 @@ class TestContract:
             assert {devices([reading])[0] for reading in (ended, *column)} == set(devices([ended]))
             assert all((reading.energy_j is None) != (reading.reason is None) for reading in column)
             grown = [reading.energy_j for reading in column if reading.energy_j is not None]
-            # Once known, energy stays known: the unknown readings come first.
+            # Once energy is known, it stays known: unknown readings come first.
             assert [reading.energy_j for reading in column[len(column) - len(grown) :]] == grown
             assert grown == sorted(grown)
             if ended.device == UNREADABLE:
@@ -131,7 +131,7 @@ class TestContract:
             passed_s = time.perf_counter() - begun_s - sum(waits_s[1:])
             return [r.energy_j / passed_s for r in meter.end() if r.energy_j is not None and is_steady(r)]
 
-        # A moment in which the imitation was kept from running spoils one comparison; a later end spoils all.
+        # If the imitation is held up for a moment, that spoils one comparison; an end that is too late spoils all.
         attempts = ((window(0.4, 0.3, 0.1), window(0.4)) for _ in range(3))
         assert any(twice == pytest.approx(once, rel=0.1) for twice, once in attempts)
 
@@ -144,7 +144,7 @@ class TestContract:
                 time.sleep(0.02)
             return [r.energy_j / passed_s for r in meter.end() if r.energy_j is not None and is_steady(r)]
 
-        # An imitation that was kept from running for a moment spoils one comparison; a disturbance spoils all.
+        # If the imitation is held up for a moment, that spoils one comparison; a disturbance spoils all.
         attempts = ((power_w(meter.so_far), power_w(lambda: None)) for _ in range(3))
         assert any(looked_at == pytest.approx(left_alone, rel=0.05) for looked_at, left_alone in attempts)
 
@@ -215,7 +215,7 @@ def test_replay_is_the_integral_of_its_trace(tmp_path):
     meter.begin()
     now_ns[0] = int(6e9)
     (reading,) = meter.end()
-    # A ramp of 10 W/s from 20 W to 60 W over 4 s.
+    # A ramp of 10 W/s, from 20 W to 60 W over 4 s.
     assert reading.energy_j == pytest.approx(160)
     assert reading.source == "replay"
 
@@ -229,7 +229,7 @@ def test_replay_beyond_its_trace_is_null_with_a_reason(tmp_path):
     time.sleep(0.1)
     (reading,) = meter.end()
     assert reading.energy_j is None
-    assert reading.reason.startswith("the trace ends at 0.050 s, before 0.1")
+    assert reading.reason.startswith("the trace ends at 0.050 s, before the window's end at 0.1")
 
 
 def test_a_trace_that_begins_after_the_window_is_null_with_that_reason(tmp_path):
@@ -240,7 +240,7 @@ def test_a_trace_that_begins_after_the_window_is_null_with_that_reason(tmp_path)
     meter.begin()
     (reading,) = meter.end()
     assert reading.energy_j is None
-    assert reading.reason.startswith("the trace begins at 5.000 s, the window at 0.00")
+    assert reading.reason.startswith("the trace begins at 5.000 s, after the window's beginning at 0.00")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
@@ -272,7 +272,7 @@ def test_a_step_in_the_trace_is_integrated_at_its_samples(tmp_path):
     [
         (None, "does not exist"),
         ("t_s;power_w\n0;1\n", "separated by semicolons; the separator must be a comma"),
-        ("t_s,power_w\n0\n", "fewer values than there are columns"),
+        ("t_s,power_w\n0\n", "fewer values than the header has columns"),
         ("time,power_w\n0,1\n", "no column 't_s'"),
         ("t_s,power_w\n0,much\n", "cannot be read"),
         ("t_s,power_w\n0,nan\n", "not a valid power"),

@@ -1,6 +1,6 @@
-"""The RAPL meter on a tree like the kernel's: wrap-arounds, and what must not be counted.
+"""The RAPL meter on a tree like the kernel's: wrap-arounds, and zones that must not be counted.
 
-The family's contract is in test_energy.py, on the same tree.
+test_energy.py runs the meters' contract on the same tree.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import pytest
 from lem.energy.rapl import RaplMeter, find_zones, increase_uj, readable, step_uj
 from lem.errors import BadInput
 
-# Zone, its name, and its power in the tests with a writer. Two packages with memory; zones inside a package or that
-# show it again have different powers, so that they would show in the sum.
+# Zone, its name, and its power in the tests with a writer. Two packages with memory; zones that are inside a package or
+# show it a second time have different powers, so that counting them would change the sum.
 ZONES = {
     "intel-rapl/intel-rapl:0": ("package-0", 600),
     "intel-rapl/intel-rapl:0/intel-rapl:0:0": ("core", 400),
@@ -37,13 +37,13 @@ ZONES = {
     "intel-rapl-mmio/intel-rapl-mmio:0/intel-rapl-mmio:0:0": ("dram", 60),
 }
 COUNTED = ["intel-rapl:0 package-0", "intel-rapl:1 package-1", "intel-rapl:0:2 dram", "intel-rapl:1:1 dram"]
-# Intel's usual one: 262 kJ.
+# Intel's usual range: 262 kJ.
 USUAL_RANGE_UJ = 262_143_328_850
-# 500 J: the first package wraps at least twice in 2 s, and the meter may look away for 0.5 s.
+# 500 J: the first package wraps at least twice in 2 s, and the meter may pause for 0.5 s.
 RANGE_UJ = 500_000_000
 START_UJ = 450_000_000
 
-# Counts at constant power until its stdin closes; `truth` is what it has counted, without wrapping.
+# Counts at constant power until its stdin closes; `truth` is the count without wrapping.
 WRITER = """
 import json, os, select, sys, time
 from pathlib import Path
@@ -81,13 +81,13 @@ def build(root: Path, range_uj: int = RANGE_UJ, energy_uj: int = START_UJ) -> Pa
 
 @pytest.fixture
 def tree(tmp_path):
-    """A tree that stands still."""
+    """A tree whose counters stand still."""
     return build(tmp_path)
 
 
 @contextmanager
 def counting(root: Path, range_uj: int = RANGE_UJ) -> Iterator[tuple[Path, Callable[[], float]]]:
-    """Make a tree that counts; yield it and a function that returns for how many seconds it has done so."""
+    """Create a tree whose counters advance; yield it and a function that returns for how many seconds they have run."""
     flat, truth = build(root, range_uj), root / "truth"
     powers_w = {str(root / "devices/virtual/powercap" / path): power_w for path, (_, power_w) in ZONES.items()}
     arguments = [str(truth), str(range_uj + step_uj(range_uj)), str(START_UJ), json.dumps(powers_w)]
@@ -101,14 +101,14 @@ def counting(root: Path, range_uj: int = RANGE_UJ) -> Iterator[tuple[Path, Calla
 
 @pytest.fixture
 def running(tmp_path):
-    """A tree that counts, and a function that returns for how many seconds it has done so."""
+    """A tree whose counters advance, and a function that returns for how many seconds they have run."""
     with counting(tmp_path) as tree_and_seconds:
         yield tree_and_seconds
 
 
 @pytest.fixture
 def opened():
-    """Open meters that are closed at the end."""
+    """Open meters, which are closed at the end."""
     meters = []
 
     def open_(*args, **kwargs):
@@ -156,7 +156,7 @@ def test_joules_over_several_wrap_arounds_are_the_writers(running, opened):
     assert [r.device for r in readings] == COUNTED
     for reading in readings:
         assert reading.energy_j == pytest.approx(powers_w[reading.device] * passed_s, rel=0.03)
-    # Nothing twice: the CPUs sum up to the two packages.
+    # Nothing is counted twice: the CPU energy is the sum of the two packages.
     cpu_j = sum(r.energy_j for r in readings if r.component == "cpu")
     assert cpu_j == pytest.approx((600 + 450) * passed_s, rel=0.03)
 
@@ -202,7 +202,7 @@ def test_a_wrap_around_is_exact(tree, opened):
 
 @pytest.mark.parametrize(
     ("range_uj", "step"),
-    [(262_143_328_850, 61), (65_532_610_987, 15), (5_000_000, 1)],  # Intel's usual ones, AMD's, a test's
+    [(262_143_328_850, 61), (65_532_610_987, 15), (5_000_000, 1)],  # Intel's usual range, AMD's, and a test's
 )
 def test_a_whole_turn_of_a_counter_is_its_range_and_a_step(range_uj, step):
     assert step_uj(range_uj) == step
@@ -346,7 +346,7 @@ except BadInput as error:
 
 
 def test_counters_only_for_root_are_named_with_the_remedy():
-    # Not in pytest's own directory, which another user may not enter.
+    # This is not in pytest's own directory, which another user may not enter.
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
         tree = build(Path(directory))

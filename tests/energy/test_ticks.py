@@ -16,7 +16,7 @@ IDLE_W, BUSY_W = 100.0, 700.0
 
 
 class Machine:
-    """A clock that only sleeping and reading move, and a counter of a load that runs from one time to another."""
+    """A clock that only sleeping and reading advance, and a counter of a load that runs from one time to another."""
 
     def __init__(self, tick_s=0.1, phase_s=0.0, call_s=0.0, jitter_s=0.0, seed=1):
         self.now_s, self.tick_s, self.phase_s, self.call_s = 100.0, tick_s, phase_s, call_s
@@ -64,7 +64,7 @@ def edges_of(counter, begun_s, ended_s):
 
 
 def window(it, counter, seconds=5.0, before_s=0.0, goes_on=False):
-    """Measure a window of a load that starts with it, and stops with it or goes on; return the error in joules."""
+    """Measure a window of a load that starts with it, and stops with it or continues; return the error in joules."""
     counter.watch()
     it.sleep(before_s)
     begun_s = it.now_s
@@ -90,14 +90,14 @@ def test_a_counter_that_changes_at_every_reading_has_no_known_tick(machine, tick
     it, counter = machine(tick_s=tick_s, call_s=call_s)
     counter.learn()
     assert counter.tick_s is None
-    # Off by half a call at both edges, at different powers.
+    # The reading is off by half a call at both edges, at different powers.
     assert abs(window(it, counter)) < (BUSY_W - IDLE_W) * (call_s + tick_s) + 1
 
 
 @pytest.mark.parametrize("call_s", [0.0, 0.001, 0.003, 0.015])
 @pytest.mark.parametrize("jitter_s", [0.0, 0.001])
 def test_a_windows_joules_are_not_biased_wherever_its_edges_fall(machine, call_s, jitter_s):
-    # A plain difference would be off by up to a tick of power, 70 J; interpolating evenly across the step by 10 J.
+    # A plain difference would be off by up to a tick of power, 70 J; even interpolation across the step, by 10 J.
     errors_j = []
     for k in range(25):
         it, counter = machine(call_s=call_s, jitter_s=jitter_s, phase_s=k * 0.004, seed=k)
@@ -126,7 +126,7 @@ def test_at_a_steady_power_every_window_is_exact_to_a_part_of_a_call(machine, ca
 
 @pytest.mark.parametrize("step_ms", range(-100, 101, 20))
 def test_a_step_of_the_load_beside_an_edge_costs_at_most_half_a_tick_of_it(machine, step_ms):
-    # The counter does not tell where in a tick a step was.
+    # The counter does not tell where in a tick a step occurred.
     for k in range(10):
         it, counter = machine(phase_s=k * 0.01)
         counter.learn()

@@ -1,4 +1,4 @@
-"""Power traces: the integral over exactly a window, and the sampling."""
+"""Power traces: the integral over an exact window, and the sampling."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_running_integral_is_the_integral_up_to_the_last_sample(powers, star
     running = RunningIntegral(sampler, 0, start_ns)
     for i in range(len(trace)):
         sampler.sample_now()
-        if i % steps == 0 or i == len(trace) - 1:  # brought up to date now and then
+        if i % steps == 0 or i == len(trace) - 1:  # update only now and then
             joules = running.up_to_now()["GPU-0"]
             expected = integral_j(trace[: i + 1], start_ns, trace[i].t_ns) if trace[i].t_ns > start_ns else 0
             assert joules == pytest.approx(expected, abs=1e-9)

@@ -55,7 +55,7 @@ def test_all_gpus_are_visible_without_the_variable(driver):
         ("-1", []),
         ("NoDevFiles", []),
         ("GPU-00000003,GPU-00000001", [3, 1]),
-        ("1,9,0", [1]),  # CUDA stops at the first entry that names no device
+        ("1,9,0", [1]),  # CUDA stops at the first entry that matches no device
     ],
 )
 def test_the_variable_chooses_and_orders_gpus(driver, variable, indices):
@@ -257,7 +257,7 @@ def test_counter_and_trace_agree_with_the_analytic_integral(driver):
     for i, (counter_j, trace_j, tick_s) in enumerate(window["joules"]):
         truth = constant if i < 2 else square
         assert counter_j == pytest.approx(truth, rel=0.02)
-        # Samples come late on a busy machine, which a step of power shows; bench/accuracy.py has the limit of 2 %.
+        # Samples come late on a busy machine, which shows at a step of power; bench/accuracy.py has the limit of 2 %.
         assert trace_j == pytest.approx(truth, rel=0.02 if i < 2 else 0.05)
         assert tick_s == pytest.approx((0.1, 0.01)[i % 2], rel=0.2)
     assert window["samples"] > 4 * 5 * 15
@@ -286,12 +286,12 @@ print(json.dumps(windows))
 @pytest.mark.parametrize("more", ["counter_ms 1", "counter_ms 3", "counter_ms 15", "counter_ms 3\ncounters_in_turn"])
 def test_eight_gpus_with_slow_calls_end_their_window_together(driver, more):
     scenario = "devices 8\n"
-    for i in range(8):  # each ticks at another time
+    for i in range(8):  # each GPU ticks at another time
         scenario += f"device {i} power constant 500\ndevice {i} tick_ms 100 {12 * i}\ndevice {i} {more}\n"
     windows = driver(WINDOWS, scenario)
     errors_ms = [1e3 * (joules / 500 - (end - start)) for start, end, found in windows for joules in found]
-    # One after the other, the eighth GPU would be read 20 to 100 ms after the first, and all would be late.
-    unsure = 3 if "in_turn" in more else 1  # a round takes 24 ms: ticks are known to half of that
+    # If read one after the other, the eighth GPU would be read 20 to 100 ms after the first, and all would be late.
+    unsure = 3 if "in_turn" in more else 1  # a round takes 24 ms, so ticks are known to within half of that
     assert abs(statistics.median(errors_ms)) < 3 * unsure
     by_gpu_ms = [statistics.median(errors_ms[i::8]) for i in range(8)]
     assert max(map(abs, by_gpu_ms)) < 15 * unsure
@@ -335,7 +335,7 @@ def test_zeus_reads_the_same_joules(driver):
 def test_zeus_with_a_lost_gpu_is_null_with_a_reason(driver):
     pytest.importorskip("zeus", reason="the extra zeus is not installed")
     code = SO_FAR.replace("from lem.energy.nvml import NvmlMeter", "from lem.energy.zeus import ZeusMeter as NvmlMeter")
-    code = "import zeus.monitor" + code  # takes longer than the GPU lives
+    code = "import zeus.monitor" + code  # takes longer than the GPU exists
     found = driver(code, "devices 2\ndevice 0 lost_after_s 1.0")
     assert found["looks"][2][1][0]["energy_j"] > 0
     assert [reading["energy_j"] is None for reading in found["looks"][-1][1]] == [True, False]
@@ -390,7 +390,7 @@ ON_TWO = "devices 4\ndevice 1 process self 100\ndevice 3 process self 100\ndevic
 
 
 def test_of_a_running_server_the_gpus_that_it_computes_on_are_metered(driver):
-    """The driver lists the server's processes: seven idle GPUs beside it are none of its energy."""
+    """The driver lists the server's processes: the energy of seven other, idle GPUs is not counted."""
     assert driver(SERVED, ON_TWO) == [[1, 3], None]
     assert driver(SERVED, ON_TWO, CUDA_VISIBLE_DEVICES="3,2") == [[3], None]
 
@@ -398,7 +398,7 @@ def test_of_a_running_server_the_gpus_that_it_computes_on_are_metered(driver):
 @pytest.mark.parametrize(
     ("scenario", "env", "words"),
     [
-        ("devices 4", {}, "none of its processes is among those that the driver lists; all 4 visible GPUs are metered"),
+        ("devices 4", {}, "the driver lists none of its processes; all 4 visible GPUs are metered"),
         ("devices 2\ndevice 0 process 1 50", {}, "none of its processes"),
         (ON_TWO, {"LISTENS": "0"}, "its processes cannot be seen; all 4 visible GPUs"),
         (

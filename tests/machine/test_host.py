@@ -1,4 +1,4 @@
-"""The checkout that lem runs in, which may have come with somebody's archive."""
+"""The checkout that lem runs in, which may have come in an archive from someone else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    """Make a checkout with a commit, and work in it."""
+    """Create a checkout with a commit, and make it the working directory."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -57,7 +57,7 @@ def test_a_program_that_the_checkout_names_is_not_run(setting, checkout, tmp_pat
 
 
 def test_the_programs_would_have_run(checkout, tmp_path):
-    """The test above can fail: plain git runs such a program."""
+    """The test above can fail: plain git does run such a program."""
     canary, program = tmp_path / "canary", tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntouch {canary}\ncat\n")
     program.chmod(0o755)

@@ -376,7 +376,7 @@ print(json.dumps([[time.monotonic(), instant(gpus[0]), time.monotonic(), n.nvmlD
     )
     for before_s, instant_mw, after_s, usage_mw in found:
         low, high = (1e6 * ((t % 5) / 5) for t in (before_s, after_s))
-        assert low - 1 <= instant_mw <= high + 1 or low > high  # the ramp may fall between the two clocks
+        assert low - 1 <= instant_mw <= high + 1 or low > high  # the ramp may drop between reading the two clocks
         assert usage_mw == pytest.approx(500_000, abs=2)  # a whole period
 
 

@@ -1,4 +1,4 @@
-"""What happens to GPUs during a window only, through the real binding on a stand-in for the driver's library."""
+"""Events on GPUs during a window, through the real binding on a stand-in for the driver's library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From raw files to the tables: what is refused and named, what is left alone, and two at once."""
+"""From raw files to the tables: which files are refused by name, which are left alone, and concurrent aggregation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path):
 
 
 def shared(store, cycles=1, ranks=2, **of_records):
-    """Write an experiment of several processes, four prompts and some cycles."""
+    """Write an experiment with several processes, four prompts and some cycles."""
     directory = experiment(store, count=4, processes=ranks, cycles=cycles)
     for cycle in range(1, cycles + 1):
         for rank in range(ranks):
@@ -93,7 +93,7 @@ def test_the_row_says_how_often_it_was_resumed(store):
     assert read(directory).row.resumed == 2
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refusals
 def refused(directory, match, **how):
     with pytest.raises(ResultsError, match=match):
         read(directory, **how)
@@ -107,7 +107,7 @@ def test_strict_names_everything_that_is_missing(store):
     refused(
         directory,
         r"no record from process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2; no record from process 0, 1, 2 of 3 "
-        r"in cycle 3\. --no-strict",
+        r"in cycle 3\. Use --no-strict",
     )
     assert read(directory, strict=False).row.cycles_completed == 0
     with pytest.raises(ResultsError):
@@ -169,14 +169,14 @@ def test_a_record_of_another_number_of_processes_is_refused(store):
 def test_two_processes_that_took_themselves_for_the_same_one_are_refused(store):
     directory = shared(store)
     shutil.copy(directory.record_file(0, 1, 1), directory.record_file(1, 1, 1))
-    refused(directory, r"process_1_c1_a1\.json holds the record of process 0", strict=False)
+    refused(directory, r"process_1_c1_a1\.json has the record of process 0", strict=False)
 
 
 def test_a_prompt_that_was_counted_twice_is_refused(store):
     directory = experiment(store)
     add(directory, 0, attempt=1, positions=[0, 1])
     add(directory, 0, attempt=2, positions=[1, 2])
-    refused(directory, "has prompt 1 of cycle 1 more than once", strict=False)
+    refused(directory, "contains prompt 1 of cycle 1 more than once", strict=False)
 
 
 def test_a_record_of_another_experiment_is_refused(store):
@@ -193,7 +193,7 @@ def test_a_duration_that_cannot_be_is_refused(store):
     file = directory.record_file(0, 1, 1)
     file.write_text(file.read_text().replace('"duration_s": 4.0', '"duration_s": -4.0'))
     refused(
-        directory, r"phases\.\d\.duration_s is -4, which no run can have: it was edited or is damaged", strict=False
+        directory, r"phases\.\d\.duration_s is -4, which is impossible: the file was edited or is damaged", strict=False
     )
 
 
@@ -201,7 +201,7 @@ def test_a_directory_of_another_name_is_refused(store):
     directory = finished(store)
     moved = directory.path.with_name("exp_20260102_030406")
     directory.path.rename(moved)
-    refused(store.find(moved.name), "holds exp_20260102_030405", strict=False)
+    refused(store.find(moved.name), "contains exp_20260102_030405", strict=False)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -212,7 +212,7 @@ def test_mixed_backends_are_refused_unless_allowed_and_then_labelled(store, stri
     refused(directory, "mixes the backends simulated and vllm.*--allow-mixed-backends", strict=strict)
     row = read(directory, strict=strict, mixed=True).row
     assert row.backend == "simulated+vllm"
-    assert "mixed_backends: its processes ran on simulated and vllm." in row.warnings
+    assert "mixed_backends: the processes ran on simulated and vllm." in row.warnings
 
 
 # ------------------------------------------------------------------ all
@@ -236,7 +236,7 @@ def test_all_takes_those_whose_row_is_missing_or_old(store):
     directories = several(store, 3)
     assert kinds(aggregate_all(store, store.ids()[:2])) == ["written"] * 2
     assert kinds(aggregate_all(store, store.ids())) == ["fresh", "fresh", "written"]
-    # Resumed since, and killed before it wrote its row.
+    # It has been resumed since, and was killed before it wrote its row.
     state = replace(directories[0].state(), status="completed", attempt=2)
     directories[0].write_state(state)
     assert sorted(kinds(aggregate_all(store, store.ids()))) == ["fresh", "fresh", "written"]
@@ -307,7 +307,7 @@ def test_rows_that_are_gone_are_made_anew_with_all_that_shared_their_file(store,
     before = {each: table(store, each) for each in ("experiments", "cycles", "requests")}
     (file,) = (store.root / name).iterdir()
     file.unlink()
-    with pytest.raises(ResultsError, match="lacks rows in other tables; lem aggregate --all"):
+    with pytest.raises(ResultsError, match="lacks rows in other tables; run lem aggregate --all"):
         aggregate(store, directories[1], force=True)
     assert kinds(aggregate_all(store, [directories[1].id])) == ["written"] * 4
     for each, rows in before.items():
@@ -363,7 +363,7 @@ for outcome in lem.results.aggregate.aggregate_all(store, store.ids()):
 
 
 def start(store, count):
-    """Start processes that aggregate all, and let them go at the same moment."""
+    """Start processes that aggregate everything, and release them at the same moment."""
     command = [sys.executable, "-c", COMMAND, str(store.root)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(count)]
@@ -400,7 +400,7 @@ def test_nothing_is_lost_or_there_twice_when_it_is_killed(store):
         time.sleep(chance.uniform(0, 0.12))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        # Killed just before its first file, it leaves an empty folder.
+        # If it is killed just before its first file, it leaves an empty folder.
         found = table(store)["experiment_id"] if list(store.experiments_table.glob("[!.]*.parquet")) else []
         assert len(found) == len(set(found)) >= there
         there = len(found)

@@ -1,4 +1,4 @@
-"""`lem aggregate` and `lem results`: what they print and how they end."""
+"""`lem aggregate` and `lem results`: their output and their exit codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path):
 
 
 def cycles(store, number=3):
-    """Write an experiment of several cycles."""
+    """Write an experiment with several cycles."""
     directory = experiment(store, cycles=number)
     for cycle in range(1, number + 1):
         energy = (reading(energy_j=100.0 + cycle),)
@@ -62,8 +62,8 @@ def test_one_experiment_and_then_all(lem, store):
     assert lem("aggregate", first.id).out == f"{first.id} already has its row.\n"
     done = lem("aggregate", "--all")
     assert done.code == 0
-    assert done.out == f"{second.id}: completed\nLeft alone, as they already have their rows: 1.\n"
-    assert lem("aggregate", "--all").out == "Left alone, as they already have their rows: 2.\n"
+    assert done.out == f"{second.id}: completed\nSkipped because their rows are up to date: 1.\n"
+    assert lem("aggregate", "--all").out == "Skipped because their rows are up to date: 2.\n"
     assert lem("aggregate", "--all", "--force").out == f"{first.id}: completed\n{second.id}: completed\n"
 
 
@@ -124,7 +124,7 @@ def test_in_an_empty_directory_there_is_nothing(lem):
 # ------------------------------------------------------------------ list
 @pytest.fixture
 def listed(lem, store):
-    """Experiments that differ in what can be asked for, with their rows."""
+    """Experiments that differ in everything that can be filtered, with their rows."""
     for i, (model, energy_j) in enumerate((("org/a", 300.0), ("org/b", None), ("other/a", 100.0))):
         directory = experiment(store, datetime(2026, 1, 2 + i, 3, 4, 5))
         plan = directory.plan()
@@ -163,7 +163,7 @@ def test_filters_and_order(listed, arguments, models):
     [
         (("--status", "complete"), "Did you mean 'completed'?"),
         (("--sort", "energyj"), "Did you mean 'energy_j'"),
-        (("--since", "yesterday"), "write 2026-01-31"),
+        (("--since", "yesterday"), "use a form such as 2026-01-31"),
         (("--last", "0"), "--last"),
     ],
 )
@@ -180,7 +180,7 @@ def test_the_list_has_numbers_with_intervals(lem, store):
     (line,) = [line for line in out.splitlines() if line.startswith(directory.id)]
     assert "102 J ±2.4%" in line  # 101, 102, 103: t(0.975, 2) / sqrt(3) = 2.48
     assert "3/3" in line
-    assert "± half of the 95 % interval" in out
+    assert "± is half of the 95 % interval" in out
 
 
 def test_without_a_row_only_with_all(lem, store):
@@ -222,7 +222,7 @@ def test_a_damaged_table_is_named_and_hides_nothing_else(lem, store):
 
 
 def at_80_columns(store, *arguments):
-    """Return what a command prints on a terminal of that width."""
+    """Return a command's output on a terminal of a given width."""
     main, end = pty.openpty()
     env = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
     command = [sys.executable, "-m", "lem", "results", *arguments, "-o", str(store.root)]
@@ -233,7 +233,7 @@ def at_80_columns(store, *arguments):
         try:
             while chunk := terminal.read(4096):
                 text += chunk
-        except OSError:  # its other end is closed
+        except OSError:  # the other end of the terminal is closed
             pass
     process.wait()
     return text.decode().replace("\r\n", "\n")
@@ -286,7 +286,7 @@ def test_prefill_that_is_not_told_apart_is_null_wherever_it_is_looked_at(lem, st
     reason = "other requests were decoding"
     directory = finished(store, prefill=Prefill(None, reason=reason))
     lem("aggregate", "--all")
-    assert f"not told apart: {reason}" in lem("results", "show", directory.id).out
+    assert f"not separable: {reason}" in lem("results", "show", directory.id).out
     row = json.loads(lem("results", "show", directory.id, "--json").out)
     (stored,) = pd.read_parquet(directory.path.parents[1] / "experiments").to_dict("records")
     for name in ("prefill_duration_s", "prefill_energy_j", "decode_duration_s", "decode_energy_j"):
@@ -329,7 +329,7 @@ def test_an_old_row_is_not_shown(lem, store):
     directory.write_state(structs.replace(directory.state(), status="completed", attempt=2))
     out = lem("results", "show", directory.id).out
     assert f"{directory.id}  completed" in out
-    assert "resumed: it was interrupted and resumed 1 time" in out
+    assert "resumed: the run was interrupted and resumed 1 time" in out
 
 
 def test_raw_records_of_each_process_cycle_and_attempt(lem, store):
@@ -377,7 +377,7 @@ def test_an_experiment_without_an_environment_says_so(lem, store):
     assert lem("results", "show", directory.id, "--environment").code == 2
 
 
-# ------------------------------------------------------------------ energy that is not the whole, or not measured
+# ------------------------------------------------------------------ energy that is incomplete or not measured
 CPU = reading("cpu", "counter", 20.0, "package-0", "package")
 ESTIMATES = (
     reading("cpu", "estimate", 300.0, "cpu", "machine"),
@@ -391,7 +391,7 @@ def line_of(text: str, name: str) -> str:
 
 
 def metered(store, *energies, engine=None):
-    """Write an experiment with a cycle for each of these."""
+    """Write an experiment with one cycle for each of these readings."""
     directory = experiment(store, cycles=len(energies))
     for cycle, energy in enumerate(energies, start=1):
         known = {"cycle": cycle, "config_sha256": directory.plan().config_sha256, "engine": engine}
@@ -406,7 +406,7 @@ def test_the_headline_says_that_the_gpu_is_not_in_it(lem, store):
     assert "≈305 J" in line_of(shown, "Energy ")
     assert "(cpu+dram, estimate, machine, without the GPU)" in line_of(shown, "Energy ")
     listed = lem("results", "list")
-    assert f"energy without the GPU that ran the model: {directory.id}" in listed.out
+    assert f"energy excludes the GPU that ran the model: {directory.id}" in listed.out
     assert json.loads(lem("results", "show", directory.id, "--json").out)["energy_without_gpu"] is True
 
 
@@ -441,7 +441,7 @@ def test_cycles_that_were_measured_and_estimated_have_no_mean_anywhere(lem, stor
 
 
 def test_an_old_mean_that_mixes_both_is_marked_as_an_estimate(lem, store):
-    """0.1.0 averaged measured and estimated cycles, and labelled the mean counter+estimate."""
+    """Version 0.1.0 averaged measured and estimated cycles, and labelled the mean counter+estimate."""
     directory = metered(store, (CPU,))
     assert lem("aggregate", directory.id).code == 0
     tables = Tables(store)
@@ -475,7 +475,7 @@ def test_strange_file_in_a_table_is_named_and_in_nobodys_way(lem, store, folder,
     listed = lem("results", "list")
     assert listed.code == 0
     assert directory.id in listed.out
-    assert f"{strange.name} is not a part of this table" in listed.err.replace("\n", " ")
+    assert f"{strange.name} is not part of this table" in listed.err.replace("\n", " ")
     assert lem("results", "show", directory.id).code == 0
     assert strange.read_bytes() == content
 
@@ -487,6 +487,6 @@ def test_table_without_rows_is_rebuilt(lem, store):
     pq.write_table(pq.read_table(file).slice(0, 0), file)
     listed = lem("results", "list")
     assert listed.code == 1
-    assert "is empty; lem aggregate" in listed.err
+    assert "is empty; run lem aggregate" in listed.err
     assert lem("aggregate", directory.id, "--force").code == 0
     assert directory.id in lem("results", "list").out

@@ -1,4 +1,4 @@
-"""Records and plans as JSON: read as they were written, or refused."""
+"""Records and plans as JSON are either read back as they were written, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparisons of arms: published examples, coverage in simulation, and what is left without an interval."""
+"""Comparisons of arms: published examples, coverage in simulation, and cases without an interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND = (1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4)
 
 def test_students_example_is_reproduced():
     (_, found) = contrasts([[math.exp(a), math.exp(b)] for a, b in zip(FIRST, SECOND, strict=True)])
-    # Student's mean difference, and the t of 4.0621 on 9 degrees of freedom with p = 0.002833 that R's manual prints.
+    # Student's mean difference, and the values that R's manual prints: t = 4.0621, 9 degrees of freedom, p = 0.002833.
     assert math.log(found.ratio) == pytest.approx(1.58, abs=1e-12)
     assert (math.log(found.ci_low), math.log(found.ci_high)) == pytest.approx((0.7001142, 2.4598858), abs=5e-8)
     assert found.p_value == pytest.approx(0.002833, abs=5e-7)
@@ -28,7 +28,7 @@ def test_students_example_is_reproduced():
 
 
 def test_holms_adjustment_is_reproduced():
-    # The worked example of Holm's method in common textbooks: sorted 0.005, 0.01, 0.03, 0.04.
+    # The worked example of Holm's method in common textbooks, sorted: 0.005, 0.01, 0.03, 0.04.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
 
@@ -85,7 +85,7 @@ def test_the_same_is_said_only_within_a_margin():
 
 @given(st.lists(st.tuples(*[st.floats(0.1, 1e4)] * 3), min_size=2, max_size=6), st.floats(1e-3, 1e3))
 def test_a_common_factor_of_a_cycle_or_a_unit_changes_nothing(rows, factor):
-    # Cycle by cycle another factor: a drift that all arms of a cycle share.
+    # Each cycle has its own factor: a drift that all arms of a cycle share.
     scaled = [[value * factor ** (i % 3 - 1) for value in row] for i, row in enumerate(rows)]
     for one, other in zip(contrasts(rows)[1:], contrasts(scaled)[1:], strict=True):
         assert one.ratio == pytest.approx(other.ratio, rel=1e-9)
@@ -102,7 +102,7 @@ def test_cycles_needed_find_the_difference_as_often_as_they_say():
 
 
 def simulated(structure, arms, cycles, drift, rng, designs=60, each=200, noise=0.01):
-    """Return how often a 95 % interval covers, and how often any of all pairs raises a false alarm."""
+    """Return how often a 95 % interval covers, and how often at least one pair raises a false alarm."""
     covered, alarms = [], []
     for seed in range(designs):
         places = order(structure, arms, cycles, seed)
@@ -124,7 +124,7 @@ def simulated(structure, arms, cycles, drift, rng, designs=60, each=200, noise=0
 def test_intervals_cover_as_often_as_they_say_even_if_the_machine_drifts(structure, drift):
     covered, alarms = simulated(structure, 4, 5, drift, np.random.default_rng(3))
     assert covered > 0.935
-    # A shuffled campaign counts a drift as noise, so its intervals cover more often then.
+    # A shuffled campaign counts a drift as noise, so its intervals then cover more often.
     assert covered < 0.965 or (structure == "shuffled" and drift)
     assert alarms < 0.06
 

@@ -1,4 +1,4 @@
-"""A results directory that comes from somebody: links, pipes, edited numbers, odd ids; nothing of it does harm."""
+"""A results directory from someone else can do no harm: links, pipes, edited numbers, odd ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ESCAPED = "\\u001b[31mred\\u001b]0;title\\u0007\\nforged line"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A results directory with a completed experiment and one that failed half way."""
+    """A results directory with a completed experiment and one that failed halfway."""
     there = tmp_path_factory.mktemp("made")
     (there / "power.csv").write_text("t_s,power_w\n0,10\n1000,20\n")
     replayed = (*SIMULATED[:-2], "energy=replay", "energy.trace=power.csv", "-y", "-n", "4")
@@ -59,7 +59,7 @@ def test_a_link_does_not_make_another_file_grow(name, theirs, lem, tmp_path):
     (folder / name).symlink_to(victim)
     done = lem("experiment", "--resume", folder.name, "-y")
     assert done.code == 2
-    assert "replace it by a plain file." in done.err or "cannot be read" in done.err
+    assert "replace it with a plain file." in done.err or "cannot be read" in done.err
     assert victim.read_text() == "mine\n"
 
 
@@ -160,7 +160,7 @@ def test_a_record_edited_by_hand_is_refused(name, number, theirs, lem):
 
 
 def _changed(value, name):
-    """Return the record with the values of one name replaced."""
+    """Return the record with all values under one name replaced."""
     if isinstance(value, dict):
         return {k: "odd" if k == name and v is not None else _changed(v, name) for k, v in value.items()}
     return [_changed(each, name) for each in value] if isinstance(value, list) else value
@@ -188,7 +188,7 @@ def test_numbers_that_a_run_can_have(content):
     ],
 )
 def test_numbers_that_no_run_can_have(content, where):
-    with pytest.raises(ValueError, match=f"{where}, which no run can have"):
+    with pytest.raises(ValueError, match=f"{where}, which is impossible"):
         check_numbers(content)
 
 

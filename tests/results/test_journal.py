@@ -1,4 +1,4 @@
-"""A journal: what a killed process leaves, read back."""
+"""Reading back the journal of a killed process."""
 
 from __future__ import annotations
 

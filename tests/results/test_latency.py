@@ -1,4 +1,4 @@
-"""Latencies of tokens from the chunks that they came in."""
+"""Token latencies computed from the chunks in which tokens came."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_idle_share_is_the_time_in_which_no_request_is_there():
 
 def test_the_windows_of_two_attempts_follow_each_other_on_the_clock_of_the_arrivals():
     poisson = Traffic(pattern="poisson", target_qps=1.0)
-    # Of the second attempt's requests one arrived in the first one's window, and was there until it ended at 2 s.
+    # One of the second attempt's requests arrived in the first window, and was present until that ended at 2 s.
     rows = [row(0, arrived_s=0.0, end_s=1.0), row(1, arrived_s=-0.5, end_s=1.0, attempt=2)]
     rows.append(row(2, arrived_s=1.5, end_s=2.0, attempt=2))
     found = under_load(rows, 4.0, poisson, {1: 0.0, 2: 2.0})
@@ -133,7 +133,7 @@ def test_goodput_counts_what_keeps_every_limit():
 
 
 def test_queueing_agrees_with_theory_on_the_simulated_engine(lem, tmp_path):
-    """One server, fixed service, Poisson arrivals (M/D/1), against the recursion over the very arrivals (Lindley)."""
+    """One server, fixed service, Poisson arrivals (M/D/1): compared with Lindley's recursion over the same arrivals."""
     (tmp_path / "prompts.txt").write_text("".join(f"word number {i}\n" for i in range(250)))
     done = lem(
         "experiment", "--backend", "simulated", "--model", "any", "--prompts", "prompts.txt", "energy=none", "-y",
@@ -144,8 +144,8 @@ def test_queueing_agrees_with_theory_on_the_simulated_engine(lem, tmp_path):
     requests = pd.read_parquet(tmp_path / "results/requests").sort_values("request")
     service_s = requests.end_s - requests.start_s
     free_s = requests.end_s.shift(fill_value=0.0)
-    # What the engine waits for lem before a request delays those after it as service does; how long it is depends on
-    # the machine, and on what else runs there.
+    # The engine's wait for lem before a request delays the following ones as service does; its length depends on the
+    # machine and its load.
     before_s = requests.start_s - requests.arrived_s.clip(lower=free_s)
     assert 0 <= before_s.median() < 0.0025
     usual_s = before_s.quantile(0.95)

@@ -13,7 +13,7 @@ import pytest
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 IDS = [path.name for path in sorted((WRITTEN / "results" / "raw").iterdir())]
 INTERRUPTED, KILLED = "exp_20261126_020403", "exp_20261126_020408"
-# Warnings that 0.1.0 did not know, and which its results deserve.
+# Warnings that 0.1.0 did not have, and that its results deserve.
 NEW = {"few_samples"}
 ORDER = {
     "experiments": ("experiment_id",),
@@ -24,11 +24,11 @@ ORDER = {
 
 @pytest.fixture
 def results(tmp_path):
-    """A copy of the directory, as if this were the machine that it was written on."""
+    """A copy of the directory that looks as if it was written on this machine."""
     shutil.copytree(WRITTEN / "results", tmp_path / "results")
     shutil.copy(WRITTEN / "trace.csv", tmp_path)
     file = tmp_path / "results" / "raw" / KILLED / "state.json"
-    # No process has a number as large as this.
+    # No process has an id as large as this.
     file.write_text(json.dumps(json.loads(file.read_text()) | {"host": socket.gethostname(), "pid": 2**22 + 1}))
     return tmp_path / "results"
 
@@ -38,12 +38,12 @@ def expected(name):
 
 
 def coded(warnings):
-    """Return the codes of warnings: their sentences may be reworded."""
+    """Return the codes of warnings, because their messages may be reworded."""
     return [each["code"] if isinstance(each, dict) else each.partition(":")[0] for each in warnings]
 
 
 def known_then(rows, before):
-    """Return the rows without columns that 0.1.0 did not have, and those that it wrote: names in order, and values."""
+    """Return the rows without columns that 0.1.0 did not have, and the rows that it wrote: column names and values."""
     assert len(rows) == len(before)
     kept = [_without_new(row, old) for row, old in zip(rows, before, strict=True)]
     assert [list(row) for row in kept] == [list(old) for old in before]

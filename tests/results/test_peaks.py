@@ -1,4 +1,4 @@
-"""The table of peak FLOP/s: which names find which row, and that its figures hang together."""
+"""The table of peak FLOP/s: which device names find which row, and that its figures are consistent."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_name_of_the_driver_finds_its_device(name, tflops_per_s):
     [
         "",
         "cpu",
-        "NVIDIA A100-SXM-64GB",  # made for one customer, with other clocks and more units
+        "NVIDIA A100-SXM-64GB",  # made for one customer, with different clocks and more units
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
         "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
         "GRID A100-40C",
@@ -81,7 +81,7 @@ def test_a_dtype_that_the_source_does_not_give_has_no_peak():
         ("float16", "bitsandbytes 4-bit nf4", "float16"),
         ("bfloat16", "fp8", "float8"),
         ("bfloat16", "FP8", "float8"),
-        # 8-bit integers, or not known from the name.
+        # 8-bit integers, or an arithmetic that the name does not tell
         ("float16", "bitsandbytes 8-bit", None),
         ("float16", "bitsandbytes", None),
         ("bfloat16", "compressed-tensors", None),
@@ -110,6 +110,6 @@ def test_the_figures_hang_together(row):
     assert row.source
     assert row.float32 is None or 5 < row.float32 < 100
     assert row.float16 >= 2 * (row.float32 or 0) * 0.99
-    # The tensor cores of every device that has bfloat16 do it at float16's rate.
+    # On every device with bfloat16, the tensor cores run it at float16's rate.
     assert row.bfloat16 in (None, row.float16)
-    assert row.float8 is None or row.float8 == pytest.approx(2 * row.float16, rel=0.02)  # L40S: rounded figures
+    assert row.float8 is None or row.float8 == pytest.approx(2 * row.float16, rel=0.02)  # L40S: its figures are rounded

@@ -1,4 +1,4 @@
-"""The state of an experiment: "running" is believed only while the process lives."""
+"""The state of an experiment: "running" is believed only while its process is alive."""
 
 from __future__ import annotations
 

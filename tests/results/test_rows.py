@@ -1,4 +1,4 @@
-"""From records to rows: the identities, what is null, what makes the headline; attempts, ranks and cycles together."""
+"""From records to rows: identities, nulls, the headline, and merging attempts, ranks and cycles."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def row(*records, rows=None, **plan_values):
 
 
 def over_cycles(rows, of):
-    """Return an experiment's row from its cycles'."""
+    """Return an experiment's row, computed from its cycles'."""
     columns = {name: [getattr(each, name) for each in rows] for name in ExperimentRow.__struct_fields__}
     (made,) = as_rows(ExperimentRow, experiment_columns([len(rows)], [of.experiment.cycles], [0], columns))
     return made
@@ -68,7 +68,7 @@ def codes(row):
 
 # ------------------------------------------------------------------ identities
 def check_identities(row):
-    """Every row keeps them, a cycle's and an experiment's, as far as it has the numbers."""
+    """Every row of a cycle or an experiment satisfies the identities for which it has the numbers."""
     pairs = [
         (row.average_power_w, row.duration_s, row.energy_j),
         (row.energy_per_output_token_j, row.output_tokens_per_s, row.average_power_w),
@@ -311,7 +311,7 @@ def test_a_row_says_whether_the_gpu_is_in_its_energy(energy, lacking):
 
 
 def busy(positions, rank=0, attempt=1, late_s=0.0):
-    """Requests of a second each, one after the other without a pause, from the opening of their window."""
+    """Return requests of one second each, without a pause, from the opening of their window."""
     rows = requests(positions, rank=rank, attempt=attempt)
     return [replace(r, start_s=n * 1.0, end_s=n + 1.0 + late_s) for n, r in enumerate(rows)]
 
@@ -321,7 +321,7 @@ def doubts(*records, rows, **plan_values):
 
 
 def test_a_window_that_one_process_opens_later_than_the_others_is_found():
-    """As if the meter were settled once more behind the barrier: a tick of 100 ms is missing from 2.25 s."""
+    """The meter settles once more behind the barrier: a tick of 100 ms is missing from 2.25 s."""
     both = [*busy([0, 1]), *busy([2, 3], rank=1, late_s=0.245)]
     records = [record(both[:2], world_size=2, duration_s=2.245), record(both[2:], (), rank=1, world_size=2)]
     assert doubts(*records, rows=both, processes=2, count=4) == set()
@@ -355,7 +355,7 @@ def test_a_failed_run_has_a_row_with_its_error_and_no_rates():
 
 
 def with_failures(*numbers):
-    """Return the row of three requests of which these failed, the last with another reason."""
+    """Return the row of three requests of which these failed, the last with a different reason."""
     rows = requests()
     finished = [r for r in rows if r.request not in numbers]
     for number in numbers:
@@ -410,7 +410,7 @@ def test_what_is_interrupted_has_no_rate_of_any_kind():
     assert [name for name in rates if getattr(made, name) is not None] == []
 
 
-# ------------------------------------------------------------------ work that was done twice
+# ------------------------------------------------------------------ repeated work
 def cut(longest_s, requests=2, tokens=7, **more):
     return Cut(**{"lost_s": 0.5, "under_way": UnderWay(requests, tokens, 2 * longest_s, longest_s)} | more)
 
@@ -442,8 +442,8 @@ def test_several_cuts_add_up_and_one_warning_names_their_sum():
     one = merged([first, second, record(requests([2]), attempt=3)])
     assert one.cut == Cut(2, 1.0, 0.75, UnderWay(4, None, 1.5, 0.75))
     assert [each.text for each in one.warnings] == [
-        "2 windows were interrupted 1 s in all after their last finished requests, where they end, and their energy "
-        "was read 0.75 s before that in all."
+        "2 windows end with their last finished requests, 1 s in total before being interrupted, and their energy "
+        "was last read 0.75 s in total before that."
     ]
 
 
@@ -459,7 +459,7 @@ def test_the_mean_over_cycles_has_the_mean_share():
     assert made.output_tokens_per_s is not None
 
 
-# ------------------------------------------------------------------ queues that an interruption cut
+# ------------------------------------------------------------------ queues after an interruption
 QUEUED = ("latency_mean_s", "latency_p99_s", "ttft_p50_s", "queue_mean_s", "idle_share", "goodput_requests_per_s")
 
 
@@ -493,7 +493,7 @@ def test_of_a_queue_that_an_interruption_changed_nothing_is_shown(of_cut, opened
 
 # ------------------------------------------------------------------ ranks that are cut together
 def cut_ranks(owner, other):
-    """Return the records of two ranks of an attempt, of (window, finished of 2, Cut)."""
+    """Return the records of two ranks of an attempt, given (window, finished of 2, Cut) for each."""
     made = []
     for rank, (duration_s, finished, of_cut) in enumerate((owner, other)):
         rows = requests(range(rank, 2 * finished, 2), rank=rank)
@@ -860,10 +860,10 @@ def test_a_cycles_columns_are_among_the_experiments():
     assert of_cycles <= set(ExperimentRow.__struct_fields__)
 
 
-# ------------------------------------------------------------------ all together
+# ------------------------------------------------------------------ everything combined
 @st.composite
 def runs(draw):
-    """Prompts shared over ranks and attempts in some cycles: for each (cycle, rank, attempt) the positions it ran."""
+    """Prompts shared over ranks and attempts in some cycles: the positions run by each (cycle, rank, attempt)."""
     count, ranks, number = draw(st.integers(1, 9)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     attempts = draw(st.integers(1, 3))
     durations_s = draw(st.lists(st.floats(0.1, 100), min_size=number * attempts, max_size=number * attempts))
@@ -886,7 +886,7 @@ def runs(draw):
     return count, ranks, number, parts
 
 
-# What says how many took part, and what that changes: percentiles are of the same requests, prefill is a mean.
+# Columns that tell how many processes took part, and those that depend on it: prefill is a mean over the processes.
 OF_THE_SHARING = {
     "processes", "resumed", "warnings", "attempts", "prefill_duration_s", "decode_duration_s", "prefill_reason",
 }  # fmt: skip
@@ -921,13 +921,13 @@ def test_totals_are_those_of_the_same_requests_in_one_process(run):
     )
 
 
-# A meter that counts 100 W, one that estimates five times as much, and none.
+# One meter counts 100 W, one estimates five times as much, and one reads nothing.
 POWERS_W = {"counter": 100.0, "estimate": 500.0}
 
 
 @st.composite
 def attempts_at_a_window(draw):
-    """Attempts of some seconds each, with a meter that may change, and with readings that may not reach the end."""
+    """Attempts of a few seconds, with a meter that may change, and with readings that may stop before the end."""
     made = []
     for attempt in range(1, draw(st.integers(1, 4)) + 1):
         duration_s = draw(st.floats(0.2, 50))

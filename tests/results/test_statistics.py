@@ -1,4 +1,4 @@
-"""Means, spreads and intervals, against known values and against scipy and numpy."""
+"""Means, spreads and intervals, compared with known values and with scipy and numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steady state: its edges, tokens and energy by hand, and where there is none."""
+"""The steady state: its edges, tokens and energy computed by hand, and the cases without one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lem.spec.engines import OpenaiBackend
 from lem.spec.experiment import Batching, Traffic
 from tests.records import GPU, phases, plan, record, request
 
-# Two places; the requests take 4, 2, 2, 3 and 5 s: the fifth is alone from 7 s on.
+# Two places; the requests take 4, 2, 2, 3 and 5 s, and the fifth is alone from 7 s on.
 #   place 1: 0 ──── 4, 4 ─── 7
 #   place 2: 1 ── 3, 3 ── 5, 5 ───── 10
 SPANS = [(0.0, 4.0), (1.0, 3.0), (3.0, 5.0), (4.0, 7.0), (5.0, 10.0)]
 CONTINUOUS = Batching(strategy="continuous", batch_size=2)
-# 50 W until everything is in place, then 100 W, and 60 W when the last is alone.
+# 50 W until both places are taken, then 100 W, and 60 W when the last request is alone.
 ENERGY = tuple(
     EnergySoFar(at_s, 50 * min(at_s, 1.0) + 100 * max(0.0, min(at_s, 7.0) - 1.0) + 60 * max(0.0, at_s - 7.0))
     for at_s in (0.5, 2.0, 3.0, 4.0, 5.0, 6.5, 7.001, 10.0)
@@ -86,7 +86,7 @@ def test_places_filled_from_a_queue_are_full_until_it_is_empty(durations_s, take
         start_s = min(free_at_s)
         free_at_s[free_at_s.index(start_s)] = start_s + duration_s
         spans.append((start_s, start_s + duration_s))
-    # Nothing starts after the last place was taken, and from the next end on there is one too few.
+    # Nothing starts after the last place was taken, so from the next end on, one place is free.
     assert full_span(served(spans), taken) == (0.0, min(free_at_s))
 
 
@@ -142,14 +142,14 @@ def test_spans_that_follow_each_other_have_all_tokens_between_them(edges):
 # ------------------------------------------------------------------ rows
 def test_row_has_time_tokens_and_energy_of_the_same_span():
     made = row(served())
-    # Between the readings at 2 and 6.5 s: two requests at 10 tokens/s each, at 100 W.
+    # Between the readings at 2 and 6.5 s there are two requests at 10 tokens/s each, at 100 W.
     assert made.steady_duration_s == pytest.approx(4.5)
     assert made.steady_output_tokens == pytest.approx(90, abs=2)
     assert made.steady_energy_j == pytest.approx(450)
     assert made.steady_average_power_w == pytest.approx(100)
     assert made.steady_output_tokens_per_s == made.steady_output_tokens / made.steady_duration_s
     assert made.steady_energy_per_output_token_j == made.steady_energy_j / made.steady_output_tokens
-    # The whole is beside it, unchanged.
+    # The values of the whole window are unchanged.
     assert (made.duration_s, made.output_tokens, made.energy_j) == (10.0, 160, 100.0)
 
 
@@ -216,7 +216,7 @@ def test_a_server_is_full_when_as_many_are_under_way_as_the_client_keeps():
     of_server = excerpt_of(plan(count=5, batching=CONTINUOUS, traffic=Traffic(pattern="concurrency", concurrency=3)))
     of_server.experiment.backend.name = OpenaiBackend().name
     columns = cycle_columns([cycle, cycle._replace(plan=of_server)])
-    assert columns["steady_duration_s"] == [6.0, None]  # with three places, they are never all taken
+    assert columns["steady_duration_s"] == [6.0, None]  # with three places, all of them are never taken at once
 
 
 def test_short_one_in_a_long_window_carries_a_warning():

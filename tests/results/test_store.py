@@ -86,7 +86,7 @@ def test_a_results_directory_that_cannot_be_made_is_named(tmp_path):
         Store(tmp_path / "file").claim()
 
 
-# ------------------------------------------------------------------ what processes have left
+# ------------------------------------------------------------------ leftovers of processes
 def test_a_record_comes_with_its_rows(tmp_path):
     directory = experiment(Store(tmp_path), cycles=2)
     for cycle in (1, 2):
@@ -136,7 +136,7 @@ def test_a_directory_that_is_gone_is_named(tmp_path):
         Store(tmp_path).directory("exp_20260102_030405").records()
 
 
-# ------------------------------------------------------------------ where it stands
+# ------------------------------------------------------------------ recording that rows exist
 def test_that_there_are_rows_can_be_said_of_many_at_once(tmp_path, monkeypatch):
     directories = [experiment(Store(tmp_path)) for _ in range(3)]
     for directory in directories:
@@ -150,7 +150,7 @@ def test_that_there_are_rows_can_be_said_of_many_at_once(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError
 
-    monkeypatch.setattr(os, "link", refuse)  # as file systems without links do
+    monkeypatch.setattr(os, "link", refuse)  # as on file systems without links
     directories[1].link_aggregated(source)
     source.unlink()
     assert [directory.state() for directory in directories] == [State("aggregated", 1, "now")] * 3
@@ -183,7 +183,7 @@ def test_prompts_that_are_not_those_of_the_plan_are_refused(tmp_path, content):
     assert directory.prompts() == texts
     file = directory.path / "prompts.jsonl"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ResultsError, match=r"prompts\.jsonl (cannot be read|does not hold)"):
+    with pytest.raises(ResultsError, match=r"prompts\.jsonl (cannot be read|does not contain)"):
         directory.prompts()
 
 
@@ -199,7 +199,7 @@ def test_arrivals_that_are_not_those_of_the_plan_are_refused(tmp_path, content):
     directory.check_inputs()
     file = directory.path / "arrivals.json"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ResultsError, match=r"arrivals\.json (cannot be read|does not hold)"):
+    with pytest.raises(ResultsError, match=r"arrivals\.json (cannot be read|does not contain)"):
         directory.check_inputs()
 
 

@@ -1,4 +1,4 @@
-"""The tables: one row for each experiment, whenever a writer is killed, and whoever else writes."""
+"""The tables have one row per experiment, even if writers are killed or several processes write."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_rows_are_replaced_where_they_lie(store):
 def test_what_a_killed_writer_left_is_removed(store):
     rows = several(store, 3)
     write(store, rows[:1])
-    # Killed after two of the three tables, and while it wrote the third.
+    # One was killed after two of the three tables, and one while it wrote the third.
     write_table(store.requests_table / "exp_20260102_030406-exp_20260102_030407-01234567.parquet",
                 table(RequestRecord, [r for one in rows[1:] for r in one.requests]))  # fmt: skip
     write_table(store.cycles_table / f"{rows[1].row.experiment_id}.parquet", table(CycleRow, rows[1].cycles))
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(store):
     assert f"lem aggregate {rows[0].row.experiment_id} --force" in damaged[0]
     (together,) = store.experiments_table.glob("*-*.parquet")
     together.write_bytes(b"")
-    with pytest.raises(ResultsError, match="remove it, and lem aggregate --all"):
+    with pytest.raises(ResultsError, match="remove it, then run lem aggregate --all"):
         Tables(store).locations()
 
 

@@ -1,6 +1,6 @@
-"""A run that is killed, and resumed with what another meter reads, against the same run without a break.
+"""A run that is killed and resumed with a different meter, compared with the same run without a break.
 
-Through the real commands: the counters are an imitation of the kernel's, at constant power; the traces are replayed.
+The tests use the real commands. The counters imitate the kernel's, at constant power, and the traces are replayed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.runner.test_resume import forget_end
 pytestmark = pytest.mark.processes
 
 PROMPTS = 6
-# All zones that are counted: what the imitation draws.
+# All zones that are counted: the total power of the imitation.
 TREE_W = sum(
     power_w for path, (_, power_w) in ZONES.items() if path.rsplit("/", 1)[1] in {z.split()[0] for z in COUNTED}
 )
@@ -61,7 +61,7 @@ def codes(row: dict) -> list[str]:
 
 
 def check_against_the_whole(row: dict, whole: dict) -> None:
-    """The same requests were counted, and no number of energy is shown that is not of all of them."""
+    """The same requests are counted, and no energy is shown that does not cover all of them."""
     for name in ("requests_completed", "input_tokens", "output_tokens", "status"):
         assert row[name] == whole[name], name
     assert row["duration_s"] == pytest.approx(whole["duration_s"], rel=0.3)
@@ -73,7 +73,7 @@ def check_against_the_whole(row: dict, whole: dict) -> None:
 
 @pytest.fixture
 def tree(tmp_path):
-    """An imitation of the kernel's counters that runs."""
+    """A running imitation of the kernel's counters."""
     with counting(tmp_path / "powercap", USUAL_RANGE_UJ) as (flat, _):
         yield flat
 
@@ -99,11 +99,11 @@ def test_counters_that_are_gone_after_a_reboot_leave_no_number_of_the_whole(lem,
     row = resume(lem, directory)
     check_against_the_whole(row, row_of("whole"))
     assert {row[name] for name in (*ENERGIES, "cpu_energy_j", "dram_energy_j")} == {None}
-    assert codes(row).count("energy_partial") == 4  # counters and estimates, of processor and memory
+    assert codes(row).count("energy_partial") == 4  # counters and estimates, for processor and memory
     (read,) = [w for w in row["warnings"] if w.startswith("energy_partial: the cpu energy (counter)")]
     first, second = (record.phase("measured") for record in directory.records())
     assert f"covers {first.duration_s:.3g} of {first.duration_s + second.duration_s:.3g} s" in read
-    # What each attempt has read stays in its record.
+    # The readings of each attempt stay in its record.
     assert {r.source for r in first.energy} == {"counter"}
     assert {r.source for r in second.energy if r.component == "dram"} == {"estimate"}
     assert all(r.energy_j and r.covered_s for r in (*first.energy, *second.energy))

@@ -1,7 +1,7 @@
-"""Runs that are cut at random moments and resumed, against the same run without interruption, on a virtual clock.
+"""Runs that are cut at random moments and resumed, compared with an uninterrupted run, on a virtual clock.
 
 Everything but the time is real: attempts, journals, records, merging, rows. Sleeping moves a clock instead of waiting,
-so that a run of minutes takes milliseconds, a cut comes at an exact time, and the two runs differ by the cuts alone.
+so that a run of minutes takes milliseconds, a cut comes at an exact time, and the two runs differ only in the cuts.
 Processes are threads, each with its own clock, that agree on the time at barriers. A killed process leaves its journal
 and no record.
 """
@@ -51,7 +51,7 @@ MACHINE = host.environment(host.look())
 # ------------------------------------------------------------------ virtual time
 @dataclass
 class Clock:
-    """The time of one process, which raises at a given time what ends the process."""
+    """The clock of one process, which at a given time raises the exception that ends the process."""
 
     now_ns: int = 0
     cut_ns: int | None = None
@@ -80,7 +80,7 @@ CLOCKS = Clocks()
 
 @dataclass
 class Meeting:
-    """Where processes wait for each other; if one is stopped, all are, at the same time."""
+    """A barrier at which processes wait for each other; if one is stopped, all are, at the same time."""
 
     size: int
     arrived_ns: list[int] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class VirtualRanks(Ranks):
-    """Processes on virtual clocks."""
+    """A group of processes on virtual clocks."""
 
     meeting: Meeting | None = None
 
@@ -107,7 +107,7 @@ class VirtualRanks(Ranks):
         try:
             self.meeting.barrier.wait(20)
         except threading.BrokenBarrierError:
-            agreed_ns = clock.cut_ns  # another process is stopped before it comes here: so is this one, while it waits
+            agreed_ns = clock.cut_ns  # another process is stopped before it gets here, so this one is, too
         else:
             agreed_ns = self.meeting.agreed_ns
         while clock.now_ns + NS_PER_S < agreed_ns:
@@ -140,7 +140,7 @@ RANKS = OwnRanks()
 # ------------------------------------------------------------------ runs
 @dataclass(frozen=True)
 class CutAt:
-    """A cut: after this share of the time that the attempt would take; `killed` ranks leave no record."""
+    """A cut after this share of the time that the attempt would take; `killed` ranks leave no record."""
 
     share: float
     killed: frozenset[int]
@@ -194,7 +194,7 @@ def uninterrupted(folder: Path, experiment: Experiment, prompts: int, ranks: int
 def resumed(
     folder: Path, experiment: Experiment, prompts: int, ranks: int, cuts: Sequence[CutAt], whole_s: float
 ) -> Rows:
-    """Run the experiment, cut and resume it; return its rows."""
+    """Run the experiment, cut it and resume it; return its rows."""
     directory = experiment_in(folder, experiment, prompts, ranks)
     number = 0
     with virtual_time():
@@ -214,13 +214,13 @@ def resumed(
     return rows_of(measured(directory))
 
 
-# ------------------------------------------------------------------ what must hold
+# ------------------------------------------------------------------ the properties to check
 RATES = (
     "output_tokens_per_s", "requests_per_s", "energy_per_output_token_j", "energy_per_request_j",
     "arrival_rate_per_s", "goodput_requests_per_s",
 )  # fmt: skip
-# These are off by at most the shares that the warnings name: larger for what was done twice, smaller for what was not
-# metered; and what is done twice may be batched better the second time.
+# These are off by at most the shares that the warnings state: too large by the repeated work, or too small by the work
+# that was not metered; and repeated work may be batched better the second time.
 SPENT = ("duration_s", "energy_j", "gpu_energy_j", "energy_wh", "average_power_w")
 COUNTED = ("requests_completed", "input_tokens", "output_tokens", "cycles_completed")
 TIMED = re.compile(r"(latency|ttft|itl|tpot|queue)_(mean|p50|p95|p99)_s")
@@ -233,7 +233,7 @@ def codes(row) -> set[str]:
 
 
 def admitted(row) -> tuple[float, float]:
-    """Return by how much time and energy may be too large and energy too small, by the row's warnings, as shares."""
+    """Return, as shares by the row's warnings, how much time and energy may be too large, and energy too small."""
     told = [text for text in row.warnings if text.startswith("window_cut")]
     behind_s = sum(float(found[1]) for text in told if (found := BEHIND.search(text)))
     twice_s = sum(float(TWICE.search(text)[1]) for text in row.warnings if text.startswith("work_repeated"))
@@ -252,14 +252,14 @@ def check_interrupted(rows: Rows) -> None:
 
 
 def check_row(row, expected) -> None:
-    """Compare a row of a resumed run with that of an uninterrupted one: the same, null, or as far off as it says."""
+    """Compare the row of a resumed run with that of an uninterrupted one: equal, null, or off as far as it says."""
     assert row.status == "completed"
     for name in (name for name in COUNTED if hasattr(row, name)):
         assert getattr(row, name) == getattr(expected, name), name
     twice, behind = admitted(row)
     assert (row.repeated_share > 0) == ("work_repeated" in codes(row))
     assert row.repeated_share <= twice * 1.01
-    rounded = 0.006  # of three digits, and of what steps and prefills shift
+    rounded = 0.006  # within three digits, plus the shift of steps and prefills
     for name in (name for name in SPENT if hasattr(row, name)):
         value, right = getattr(row, name), getattr(expected, name)
         if value is not None:
@@ -272,7 +272,7 @@ def check_row(row, expected) -> None:
         if row.repeated_share > 0.02:
             assert value is None, name
         elif value is not None:
-            # Requests arrive over a part of the window, of which the same seconds are a larger share.
+            # Requests arrive during only a part of the window, of which the same number of seconds is a larger share.
             part = arriving_s(expected) / expected.duration_s if name == "arrival_rate_per_s" else 1.0
             assert value == pytest.approx(right, rel=(twice + behind) / part + rounded), name
     for name in filter(TIMED.fullmatch, type(row).__struct_fields__):
@@ -388,7 +388,7 @@ def test_little_work_that_was_done_twice_leaves_rates_that_are_off_by_less():
 
 @pytest.mark.parametrize("strategy", ["static", "continuous"])
 def test_what_other_ranks_had_finished_has_its_time_and_its_energy(strategy):
-    """The owner runs one long batch while the other process finishes several."""
+    """The metering process runs one long batch while the other process finishes several."""
     batching = Batching(strategy=strategy, batch_size=1)
     made, expected = check(simulated(batching=batching, max_output_tokens=60), 30, 2, [CutAt(0.5, NOBODY)])
     assert made.cycles[0].attempts == 2

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture
 def run(standin, tmp_path):
-    """Run a simulated experiment of some seconds on a scenario; return its row and its raw record."""
+    """Run a simulated experiment of a few seconds on a scenario; return its row and its raw record."""
 
     def go(text: str, *overrides: str, code: int = 0, **env: str):
         variables = environment(standin, scenario(tmp_path / "scenario.txt", text), **env)
@@ -145,7 +145,7 @@ def test_the_state_of_the_machine_becomes_warnings(run):
 
 
 def test_what_happened_during_the_window_only_becomes_warnings_too(run):
-    # The window opens some 2 s after the first question to the driver, after idling twice for 0.5 s.
+    # The window opens about 2 s after the first query of the driver, after idling twice for 0.5 s.
     text = """
         devices 1
         device 0 tick_ms 100
@@ -170,7 +170,7 @@ def test_a_hot_gpu_is_waited_for_until_patience_ends(run):
 
 
 def several(count):
-    """Return a scenario of GPUs, the i-th of which takes 100 · (i + 1) watts."""
+    """Return a scenario of GPUs, the i-th of which draws 100 · (i + 1) watts."""
     return f"devices {count}\n" + "".join(f"device {i} power constant {100 * (i + 1)}\n" for i in range(count))
 
 
@@ -204,7 +204,7 @@ def test_a_mig_instance_may_be_chosen_either_way(run, overrides, env):
 
 
 def test_two_processes_meter_each_gpu_once(run):
-    # Through accelerate's launcher, for GPUs are wanted.
+    # This runs through accelerate's launcher, because the experiment uses GPUs.
     row, record = run(several(3), "backend.gpus=2", "num_processes=2", "gpus=[2,0]")
     assert (row["requests_completed"], row["requests_planned"]) == (30, 30)
     assert {reading["device"] for reading in record["phases"][-1]["energy"]} == {"GPU-00000002", "GPU-00000000"}

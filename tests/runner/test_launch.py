@@ -54,7 +54,7 @@ def gone(folder: Path, within_s: float = LATE_S) -> bool:
 
 @pytest.fixture
 def planned(lem, tmp_path) -> ExperimentDir:
-    """An experiment with a plan, none of which has run."""
+    """An experiment that has a plan but has not run."""
     assert lem("experiment", *SIMULATED, "-n", "4", "-o", "results").code == 0
     directory = only(tmp_path / "results")
     for file in [*directory.path.glob("process_*"), *directory.path.glob("journal_*"), directory.path / "state.json"]:
@@ -105,7 +105,7 @@ sys.exit(code)
 
 @pytest.mark.parametrize("progress", ["gone", "none"])
 def test_a_signal_that_arrives_while_an_end_is_reported_makes_no_traceback(tmp_path, progress):
-    """With a FIFO whose parent is gone the end is an interruption; without one, an error."""
+    """With a FIFO whose parent is gone, the end is an interruption; without a FIFO, it is an error."""
     arguments = ["--progress", str(tmp_path / "fifo")] if progress == "gone" else []
     worker = subprocess.run(
         [sys.executable, "-c", SIGNALLED_WHILE_REPORTING, str(tmp_path), *arguments],
@@ -121,7 +121,7 @@ def test_a_parent_that_does_not_read_does_not_hold_up_the_work(tmp_path):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     report = PipeReport(writer, period_s=0.0)
-    for done in range(5_000):  # more than the pipe holds
+    for done in range(5_000):  # more than fits into the pipe
         report(Event("measured", done, 20_000))
     os.set_blocking(reader, False)
     os.read(reader, 1 << 20)
@@ -144,7 +144,7 @@ def test_a_worker_that_ignores_signals_is_killed_after_its_grace(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "200", *SLOW, cwd=tmp_path)
     wait_for(process, "Prompts")
     (worker,) = workers_of(process)
-    worker.suspend()  # a stopped process takes no signal but SIGKILL
+    worker.suspend()  # a stopped process reacts to no signal but SIGKILL
     began_s = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=20)
@@ -199,7 +199,7 @@ def test_an_impatient_user_loses_nothing(tmp_path):
 
 # ------------------------------------------------------------------ several processes
 def seed_with(lengths_wanted) -> int:
-    """Return a seed for which the simulated outputs have wanted lengths."""
+    """Return a seed with which the simulated outputs have the wanted lengths."""
     for seed in range(100_000):
         lengths = [min(random.Random(f"{seed}:{i}").randint(1, 256), 128) for i in range(4)]
         if lengths_wanted(lengths):
@@ -218,7 +218,7 @@ def two_ranks(folder: Path, *more: str, **env: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ctrl-c", "slurm", "sigkill"])
 def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
-    # The first process is done in less than a second; the second one ends its prompts after about 2 s and 8 s.
+    # The first process finishes in less than a second; the second finishes its prompts after about 2 s and 8 s.
     seed = seed_with(lambda n: n[0] + n[2] < 16 and 30 < n[1] < 50 and n[3] > 120)
     process = two_ranks(tmp_path, "-n", "4", "--seed", str(seed), "backend.decode_s_per_token=0.05")
     wait_for(process, "Prompts")
@@ -241,7 +241,7 @@ def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
     assert done.code == 0, done.err
     (row,) = pq.read_table(tmp_path / "results" / "experiments").to_pylist()
     assert (row["status"], row["requests_completed"], row["resumed"]) == ("completed", 4, 1)
-    # A constant 100 W; the wait between two readings of the meter, at most a second, may be missing.
+    # A constant 100 W; the time between two readings of the meter, at most a second, may be missing.
     assert row["duration_s"] > 8
     assert row["energy_j"] == pytest.approx(100 * row["duration_s"], abs=130)
     assert {w.partition(":")[0] for w in row["warnings"]} >= {"resumed", "window_cut"}
@@ -271,7 +271,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     process = two_ranks(tmp_path, "-n", "41", "backend.decode_s_per_token=0.005")
     wait_for(process, "Prompts")
     assert len(workers_of(process)) == 2
-    process.kill()  # alone: torch's launcher and the workers notice only by the lifeline
+    process.kill()  # to this process alone: torch's launcher and the workers notice only by the lifeline
     process.communicate()
     assert gone(tmp_path)
 
@@ -280,7 +280,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_a_killed_one_of_two_is_named_before_there_is_a_window(tmp_path, which):
     process = two_ranks(tmp_path, "-n", "41", "energy.idle_s=30")
     wait_for(process, "Idle")
-    time.sleep(1)  # until both are past the barrier with which the phase begins
+    time.sleep(1)  # until both are past the barrier at the beginning of the phase
     assert len(workers_of(process)) == 2
     workers_of(process)[which].kill()
     process.communicate(timeout=60)
@@ -305,7 +305,7 @@ def test_a_killed_one_of_two_is_named(tmp_path):
     assert done.code == 0, done.err
 
 
-# What a shell has that runs under a launcher: torchrun's, accelerate's, MPI's and Slurm's.
+# Variables of a shell that runs under a launcher: torchrun's, accelerate's, MPI's and Slurm's.
 OF_A_LAUNCHER = {
     "RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1", "NODE_RANK": "1",
     "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x", "PET_NNODES": "2",

@@ -1,4 +1,4 @@
-"""Runs that are stopped: Ctrl-C, SIGTERM, kill -9, no memory, no space; no measurement is lost, no process is left."""
+"""Stopping runs: Ctrl-C, SIGTERM, kill -9, no memory, no space; no measurement is lost, and no process is left."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from tests.conftest import (
 pytestmark = pytest.mark.processes
 
 SLOW = ("backend.decode_s_per_token=0.002",)
-# What a run leaves in the directory of its experiment.
+# The files that a run leaves in its experiment's directory.
 OF_A_RUN = ("process_", "journal_", "state", "aggregated")
 TRACE = "t_s,power_w\n0,100\n100000,100\n"
 
 
 @pytest.fixture
 def running(tmp_path):
-    """Start a run of some seconds; return it with its worker once the worker measures."""
+    """Start a run of a few seconds; return it and its worker once the worker is measuring."""
     process = begin("experiment", *SIMULATED, "-n", "40", *SLOW, cwd=tmp_path)
     wait_for(process, "Prompts")
     (worker,) = workers_of(process)
@@ -70,7 +70,7 @@ def kept(folder: Path) -> tuple[dict, dict]:
 
 
 def resume_all(folder: Path, prompts: int, cycles: int = 1) -> dict:
-    """Resume to the end; return the row, which has all prompts, once."""
+    """Resume until complete; return the row, in which each prompt counts once."""
     directory = only(folder)
     done = command("experiment", "-y", "--resume", directory.id, cwd=folder)
     assert done.code == 0, done.err
@@ -81,7 +81,7 @@ def resume_all(folder: Path, prompts: int, cycles: int = 1) -> dict:
 
 
 def forget_all(directory: ExperimentDir) -> None:
-    """Leave an experiment as it was planned."""
+    """Leave an experiment in the state in which it was planned."""
     for name in [name for name in os.listdir(directory.path) if name.startswith(OF_A_RUN)]:
         (directory.path / name).unlink()
     for table in ("requests", "cycles", "experiments"):
@@ -100,7 +100,7 @@ def codes(row: dict) -> set[str]:
 def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, tmp_path, how, to):
     process, worker = running
     if to == "all":
-        os.killpg(process.pid, how)  # as a terminal and a scheduler do it
+        os.killpg(process.pid, how)  # as a terminal and a scheduler do
     else:
         process.send_signal(how)
     _, err = process.communicate(timeout=20)
@@ -110,7 +110,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert not worker.is_running()
     record, row = kept(tmp_path)
     assert record["status"] == row["status"] == "interrupted"
-    # The worker received SIGTERM, whatever its parent received.
+    # The worker received SIGTERM, whichever signal its parent received.
     what = "Ctrl-C" if how == signal.SIGINT else how.name
     assert record["error"]["message"] == row["error"] == f"stopped by {what}"
     (cut,) = [warning["text"] for warning in record["warnings"] if warning["code"] == "window_cut"]
@@ -119,7 +119,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert 0 < record["requests_completed"] < 40
     assert row["requests_completed"] == record["requests_completed"]
     assert row["output_tokens"] in (None, record["output_tokens"])
-    # The command it prints is the one that resumes.
+    # The printed command resumes the run.
     (resume,) = re.findall(r"lem (experiment --resume \S+)", err)
     assert command(*resume.split(), "-y", "--dry-run", cwd=tmp_path).code == 0
 
@@ -146,7 +146,7 @@ def test_ctrl_c_ends_a_sweep_with_all_its_remaining_cells(tmp_path):
 
 
 def test_ctrl_c_after_the_end_changes_no_exit_code(tmp_path):
-    """Python takes time to end, and a signal kills it meanwhile unless it is ignored."""
+    """Python takes time to exit, and a signal that is not ignored kills it meanwhile."""
     code = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
     code += "; from lem.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "results", "list"], cwd=tmp_path, capture_output=True, text=True)
@@ -158,7 +158,7 @@ def test_the_waiting_parent_sleeps(running):
     parent = psutil.Process(process.pid)
     before = sum(parent.cpu_times()[:2])
     time.sleep(2)
-    # A parent that spins would have used two seconds.
+    # A parent that busy-waits would have used two seconds.
     assert sum(parent.cpu_times()[:2]) - before < 0.4
 
 
@@ -286,7 +286,7 @@ def test_a_worker_without_memory_leaves_a_record_that_says_so(tmp_path):
         "experiment", "--model", "tiny", "-d", "sample", "-n", "150", "energy=none", "-y", "--max-tokens", "4",
         "batching.batch_size=150", "warmup.prompts=0", "backend.device=cpu", cwd=tmp_path,
     )  # fmt: skip
-    # Enough for the engine and the model, not for a batch of this size.
+    # This is enough memory for the engine and the model, but not for a batch of this size.
     resource.prlimit(process.pid, resource.RLIMIT_AS, (1_300 << 20, 1_300 << 20))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, out + err
@@ -317,7 +317,7 @@ def test_energy_is_that_of_the_windows_and_never_of_the_gap(tmp_path, how):
     windows = [next(phase for phase in record.phases if phase.name == "measured") for record in records]
     assert len(windows) == 2
     assert row["duration_s"] == pytest.approx(sum(window.duration_s for window in windows))
-    # The meter was last asked at most this long before the last batch, and before the batch after that.
+    # The meter was last read at most this long before the last batch, and before the batch after that.
     longest_batch_s = max(r.latency_s for part in only(tmp_path).parts() for r in part.requests)
     behind_s = METER_POLL_NS / 1e9 + longest_batch_s
     missing_s = row["duration_s"] - row["energy_j"] / 100

@@ -1,4 +1,4 @@
-"""The real thing, where an NVIDIA GPU is at hand: `pytest -m gpu`; skipped, with the reason, elsewhere."""
+"""Tests on a real NVIDIA GPU: `pytest -m gpu`; on other machines they are skipped, with the reason."""
 
 from __future__ import annotations
 

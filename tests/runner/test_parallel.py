@@ -1,6 +1,6 @@
-"""Several processes, and one model on several devices: the prompts are shared out, and everything is counted once.
+"""Several processes, and one model on several devices: the prompts are shared, and everything is counted once.
 
-Real processes over gloo with the pytorch backend on the CPU. What needs two GPUs is marked `gpu`.
+The tests use real processes over gloo, with the pytorch backend on the CPU. Tests that need two GPUs are marked `gpu`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROMPTS = 41
 # ------------------------------------------------------------------ two processes on the CPU
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A directory with a power trace of constant watts, and a config file."""
+    """A directory with a power trace of constant power, and a config file."""
     path = tmp_path_factory.mktemp("parallel")
     (path / "trace.csv").write_text(f"t_s,power_w\n0,{WATTS}\n100000,{WATTS}\n")
     (path / "my.yaml").write_text(
@@ -132,7 +132,7 @@ def threads(directory: ExperimentDir) -> list[str]:
 
 
 def test_threads_are_what_the_environment_says(shared):
-    assert threads(shared[2]) == ["1", "1"]  # tests set OMP_NUM_THREADS
+    assert threads(shared[2]) == ["1", "1"]  # the tests set OMP_NUM_THREADS
 
 
 # ------------------------------------------------------------------ one model over processes
@@ -169,7 +169,7 @@ TOKENS = """
 
 
 def test_a_model_split_over_processes_writes_and_weighs_the_same(tmp_path):
-    """Experts, sampling and an adapter included; all processes see the whole."""
+    """This includes experts, sampling and an adapter; all processes see all prompts."""
     import textwrap
 
     model = mixtral(tmp_path / "mixtral")
@@ -212,9 +212,9 @@ def test_a_model_without_a_plan_is_refused_with_its_type(tmp_path):
 def test_heads_that_cannot_be_shared_evenly_are_refused(tmp_path):
     config = config_of(qwen2(tmp_path))
     assert split_over_ranks(config, 2).tp_size == 2
-    with pytest.raises(RunError, match=r"attention heads \(4\) cannot be shared evenly by 3"):
+    with pytest.raises(RunError, match=r"attention heads \(4\) cannot be divided evenly among 3"):
         split_over_ranks(config, 3)
-    with pytest.raises(RunError, match=r"key/value heads \(2\) cannot be shared evenly by 4"):
+    with pytest.raises(RunError, match=r"key/value heads \(2\) cannot be divided evenly among 4"):
         split_over_ranks(config, 4)
 
 
@@ -229,7 +229,7 @@ def hollow(folder):
 
 
 def shares(model, places, devices):
-    """Return the bytes of weights on each device, a shared weight counted where it comes first."""
+    """Return the bytes of weights on each device, with a shared weight counted where it first occurs."""
     sizes, seen = [0] * devices, set()
     for name, place in places.items():
         for weight in model.get_submodule(name).parameters():
@@ -244,7 +244,7 @@ def test_layers_are_spread_in_order_and_evenly(degree):
 
     model = hollow(tiny.path())
     places = spread(model, degree)
-    check_device_map(model, places)  # accelerate: nothing is left without a place
+    check_device_map(model, places)  # accelerate: no module is left without a device
     assert list(places.values()) == sorted(places.values())
     sizes = shares(model, places, degree)
     largest = max(sum(p.nbytes for p in model.get_submodule(name).parameters()) for name in places)
@@ -295,12 +295,12 @@ def test_the_first_visible_gpus_are_in_use_as_many_as_all_processes_need(wanted,
     assert gpus_needed(wanted) == count
     backend = make_backend(wanted)
     backend.local_rank = count - 1
-    # Each process names those of all: the one that meters does so for the node.
+    # Each process names the GPUs of all processes, because the metering process meters them for the node.
     assert [device.index for device in backend.gpus_in_use(EIGHT)] == list(range(count))
 
 
 class Cuda:
-    """As much of torch as asking for devices takes: GPUs with these UUIDs."""
+    """The parts of torch that asking for devices needs: GPUs with these UUIDs."""
 
     def __init__(self, *uuids):
         self._uuids = uuids
@@ -362,7 +362,7 @@ def planned(processes):
 
 
 def test_accelerates_own_parser_understands_the_command_line(monkeypatch, tmp_path):
-    """Also when its configuration file says otherwise."""
+    """This also works if the launcher's configuration file says otherwise."""
     from accelerate.commands import launch
     from accelerate.commands.config import config_args
 
@@ -425,7 +425,7 @@ def test_accelerate_that_starts_a_single_process_is_detected(tmp_path):
         pytest.skip("accelerate starts several processes on GPUs")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "lem.cli.direct"]
     done = subprocess.run([*launcher, *SIMULATED], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1  # accelerate's, which shows that of its process:
+    assert done.returncode == 1  # accelerate's progress, which shows that of its process
     assert "non-zero exit status 2" in done.stderr
     assert "Error: accelerate launch was asked for several processes but started only one" in done.stderr
     assert "torch.distributed.run --nproc_per_node" in done.stderr
@@ -435,8 +435,8 @@ def test_accelerate_that_starts_a_single_process_is_detected(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["num_processes=3"], "num_processes: the configuration has 3 processes, but the launcher started 2."),
-        (["num_processes=1"], "num_processes: the configuration has 1 processes, but the launcher started 2."),
+        (["num_processes=3"], "num_processes: the configuration needs 3 processes, but the launcher started 2."),
+        (["num_processes=1"], "num_processes: the configuration needs 1 processes, but the launcher started 2."),
         (["nonsense=1"], "nonsense"),
     ],
 )

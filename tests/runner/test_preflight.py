@@ -1,6 +1,6 @@
-"""Preflight as a whole: everything at once, what --force and presets do to it, and that it leaves nothing behind.
+"""Preflight as a whole: all objections at once, the effect of --force and presets, and that it leaves nothing behind.
 
-The rules one by one are in test_rules.py.
+The tests of single rules are in test_rules.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_options_model_prompts_and_files_are_reported_at_once(tmp_path):
     text = str(refused.value)
     for part in ("No model", "nowhere.txt", "[min_above_max]", "[no_effect_sampling]", "[no_gpu]"):
         assert part in text
-    assert "[results_unwritable] " not in text  # nothing forces that
+    assert "[results_unwritable] " not in text  # nothing overrides that
     assert "[results_unwritable]" in text
     assert len(refused.value.problems) == 6
 
@@ -75,7 +75,7 @@ def test_a_bad_trace_of_arrivals_is_reported_once(tmp_path, rows, reason):
 
 def test_force_leaves_only_what_is_impossible():
     wanted = simulated(decoder=UNUSED_TEMPERATURE)
-    with pytest.raises(ConfigError, match=r"\[no_effect_sampling\] \(--force runs it anyway\)"):
+    with pytest.raises(ConfigError, match=r"\[no_effect_sampling\] \(use --force to run it anyway\)"):
         preflight(wanted, CPU)
     assert "no_effect_sampling" in codes(preflight(wanted, CPU, force=True).warnings)
     wanted.min_output_tokens = 200
@@ -224,7 +224,7 @@ def codes_of_results_in(folder):
 
 @pytest.mark.parametrize(("mode", "found"), [(0o777, []), (0o555, ["results_unwritable"]), (0, ["results_unwritable"])])
 def test_a_directory_without_permission_is_impossible(mode, found):
-    # Not tmp_path, whose parents are closed to others.
+    # This is not in tmp_path, whose parent directories are closed to other users.
     folder = tempfile.mkdtemp()
     try:
         os.chmod(folder, mode)
@@ -238,7 +238,7 @@ def test_a_directory_without_permission_is_impossible(mode, found):
 # ------------------------------------------------------------------ models that lack weights
 @pytest.fixture
 def headless(tmp_path):
-    """A copy of the model tiny without its output projection."""
+    """Return a copy of the model tiny without its output projection."""
     from safetensors.numpy import load_file, save_file
 
     folder = shutil.copytree(tiny.path(), tmp_path / "headless")
@@ -257,7 +257,7 @@ def test_a_model_that_lacks_weights_is_refused_before_the_run(headless, lem):
         refused = lem(*RUN_HEADLESS, *options, "energy=none")
         assert refused.code == 2
         assert "headless lacks lm_head.weight. Choose a complete checkpoint" in refused.err
-        assert "[weights_missing] (--force runs it anyway)" in refused.err
+        assert "[weights_missing] (use --force to run it anyway)" in refused.err
     assert not Path("results").exists()
 
 
@@ -278,4 +278,7 @@ def test_a_run_that_was_not_forced_fails_where_only_the_loader_finds_that_weight
     monkeypatch.setattr("lem.backends.fit.foreseen", lambda *_: None)
     failed = lem(*RUN_HEADLESS, "energy=none")
     assert failed.code == 1
-    assert "headless lacks weights, which transformers has drawn at random: lm_head.weight." in failed.err + failed.out
+    assert (
+        "headless lacks weights, which transformers has initialised at random: lm_head.weight."
+        in failed.err + failed.out
+    )

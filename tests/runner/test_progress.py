@@ -1,4 +1,4 @@
-"""What is reported during a run, and how rarely."""
+"""What is reported during a run, and how seldom."""
 
 from __future__ import annotations
 

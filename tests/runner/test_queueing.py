@@ -1,4 +1,4 @@
-"""Queueing under Poisson arrivals against theory: an engine that takes the same time for each request is M/D/1."""
+"""Queueing under Poisson arrivals, compared with theory: an engine with a fixed service time is an M/D/1 queue."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.theory import exact_waits_s
 
 SERVICE_S, RATE_PER_S, REQUESTS = 0.08, 6.25, 1875
 LOAD = RATE_PER_S * SERVICE_S
-# M/D/1, by Pollaczek and Khinchine.
+# M/D/1, by the Pollaczek–Khinchine formula.
 WAIT_S = LOAD * SERVICE_S / (2 * (1 - LOAD))
-# With other seeds the exact mean wait of so few requests differs from the theory by 9 % (standard deviation), and only
-# the mean over seeds does not, which the first test is about. With this seed wait, rate and idle share differ by less
-# than 0.1 %: what the run differs by is the run's own doing.
+# With other seeds, the exact mean wait of so few requests differs from the theory by 9 % (standard deviation); only the
+# mean over seeds agrees, which the first test checks. With this seed, wait, rate and idle share differ by less than
+# 0.1 %, so any larger difference is caused by the run itself.
 SEED = 621
 WITHIN = 0.03
-# Where a sleeping engine wakes so much too late the whole machine stood still, and the queue is not that of the theory.
+# If a sleeping engine wakes this much too late, the whole machine stood still, and the theory does not apply.
 STANDSTILL_S = 0.05
 
 
@@ -55,9 +55,9 @@ def test_five_minutes_of_poisson_arrivals_queue_as_theory_says(tmp_path):
         print(f"\nThe machine stood still for {late_s:.2f} s.")
     arrivals_s = drawn(SEED)
     services_s = [r["end_s"] - r["start_s"] for r in own]
-    # How long the engine waits for lem between two requests of which the second is there already.
+    # How long the engine waits for lem between two requests when the second is already in the queue.
     between_s = [b["start_s"] - a["end_s"] for a, b in pairwise(own) if b["arrived_s"] <= a["end_s"]]
-    # What lem does between two requests delays the next one as service does; how long it takes is the machine's.
+    # lem's work between two requests delays the next one as service does; its duration depends on the machine.
     exact_s = exact_mean_s(arrivals_s, SERVICE_S + statistics.fmean(between_s))
     print(
         f"\n{len(own)} requests in {row['duration_s']:.1f} s, {priority}\n"
@@ -73,14 +73,14 @@ def test_five_minutes_of_poisson_arrivals_queue_as_theory_says(tmp_path):
     assert row["arrival_rate_per_s"] == pytest.approx(RATE_PER_S, rel=WITHIN)
     assert statistics.fmean(services_s) == pytest.approx(SERVICE_S, rel=0.002)
     assert row["queue_mean_s"] == pytest.approx(exact_s, rel=WITHIN)
-    # Not more than a fortieth of the service: beyond that lem, and not the traffic, would decide the waits.
+    # At most a fortieth of the service time: beyond that, lem and not the traffic would determine the waits.
     assert statistics.median(between_s) < SERVICE_S / 40
     assert exact_mean_s(arrivals_s) == pytest.approx(WAIT_S, rel=WITHIN)
     assert row["idle_share"] == pytest.approx(1 - LOAD, rel=WITHIN)
 
 
 def five_minutes(folder: Path) -> tuple[dict, list[dict], str]:
-    """Run the experiment; return its row, those of its requests in order, and with what priority it ran."""
+    """Run the experiment; return its row, its requests' rows in order, and the priority with which it ran."""
     folder.mkdir()
     (folder / "alike.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * REQUESTS)
     with first_in_line() as priority:
@@ -98,7 +98,7 @@ def five_minutes(folder: Path) -> tuple[dict, list[dict], str]:
 
 @contextmanager
 def first_in_line() -> Iterator[str]:
-    """Let what is started here run as soon as it wakes, where that is allowed: other tests run beside this one."""
+    """Let processes started here run as soon as they wake, where that is allowed: other tests run as well."""
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))

@@ -14,7 +14,7 @@ from lem.runner.ranks import Ranks, join, named_by_launcher
 
 pytestmark = pytest.mark.processes
 
-# Each process writes when it arrived at the barrier and when it left, and what it received.
+# Each process writes down when it arrived at the barrier, when it left, and what it received.
 TWO = """
     import json, sys, time
     from lem.runner.ranks import announce_end, join, named_by_launcher, publish, receive, wait_for_ends
@@ -51,7 +51,7 @@ def several(code: str, *arguments: str, processes: int = 2):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Return what each of the two processes saw."""
+    """Return what each of the two processes wrote."""
     folder = tmp_path_factory.mktemp("ranks")
     done = several(TWO, str(folder))
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def test_no_process_leaves_the_barrier_before_all_have_arrived(both):
 
 
 def test_a_process_that_waits_long_is_called_now_and_then(both):
-    # It waits for two seconds and a half, and looks up every second.
+    # It waits for two and a half seconds, and checks every second.
     assert [each["called"] for each in both] == [2, 0]
 
 

@@ -44,7 +44,7 @@ def plan(*, processes=1, replicas=1, count=4, batching=None, **changes):
 
 
 def measured():
-    """Two batches of two requests: 3 and 5 prompt tokens, 2 output tokens; the window opened at 10 s."""
+    """Return two batches of two requests: 3 and 5 prompt tokens, 2 output tokens; the window opened at 10 s."""
     into = Measurement(indices=[0, 1, 2, 3], phases=[Phase("load", 1.0)], window_opened_ns=10 * S)
     for index in range(4):
         start_ns = (11 + index // 2) * S
@@ -96,16 +96,16 @@ def test_readings_of_the_energy_are_kept_with_continuous_batching_and_thinned_ou
     into.readings = [read(i / 10) for i in range(1, 251)]
     continuous = plan(batching=Batching(strategy="continuous", batch_size=2))
     kept = record_of(plan=continuous, measured=into).energy_so_far
-    assert len(kept) == 84  # every third
+    assert len(kept) == 84  # every third one
     assert all(each.energy_j == pytest.approx(50 * each.at_s) for each in kept)
     assert (kept[0].at_s, kept[-1].at_s) == (0.1, 25.0)
     into.readings = [Checkpoint(0.1, energy=()), *into.readings[:2]]
     assert [each.at_s for each in record_of(plan=continuous, measured=into).energy_so_far] == [0.1, 0.2]
-    assert record_of(measured=into).energy_so_far == ()  # batch after batch there is no steady state
+    assert record_of(measured=into).energy_so_far == ()  # run batch by batch, there is no steady state
 
 
 def test_flops_are_those_of_the_counted_requests():
-    # 2 for each weight and token that passes; the last output token never does.
+    # 2 for each weight and each token that passes through it; the last output token never does.
     assert record_of(engine=ENGINE).flops.total == 2 * 10 * (16 + 8 - 4)
 
 
@@ -121,7 +121,7 @@ def test_warnings_are_the_engines_then_the_plans_and_those_of_the_window():
 
 
 def generated(*times_s):
-    """Return requests of one window, from (start, end of prefill, end)."""
+    """Return requests of one window, given (start, end of prefill, end)."""
     into = Measurement()
     for index, times in enumerate(times_s):
         start_ns, prefill_end_ns, end_ns = (round(t * S) for t in times)
@@ -130,7 +130,7 @@ def generated(*times_s):
 
 
 def metered(reach_s=0.1, device="GPU-0"):
-    """Return a window's reading of a device whose samples reach back so far."""
+    """Return a window's reading of a device whose samples have this reach."""
     return (EnergyReading("gpu", "counter", "device", device, 1.0, "test", trace_reach_s=reach_s),)
 
 
@@ -150,7 +150,7 @@ def test_prefill_energy_is_the_traces_over_the_spans_and_unknown_where_that_does
     [(0.1, 1, True), (0.2, 1, True), (0.25, 1, False), (1.2, 1, False), (0.1, 2, True), (0.15, 2, False)],
 )
 def test_prefill_energy_needs_spans_that_are_long_against_what_the_sensor_averages(reach_s, spans, known):
-    # One second in all; 700 W while prompts are processed, 100 W otherwise.
+    # One second in total; 700 W while prompts are processed, 100 W otherwise.
     length_s = 1.0 / spans
     requests = generated(*((10 + 2 * i, 10 + 2 * i + length_s, 11.5 + 2 * i) for i in range(spans)))
     trace = [
@@ -166,7 +166,7 @@ def test_prefill_energy_needs_spans_that_are_long_against_what_the_sensor_averag
 
 
 def test_what_a_sensor_that_averages_shifts_lies_within_the_bound():
-    # A prefill of 8 s at 700 W, then 100 W, as the mean of the last second reports it.
+    # A prefill of 8 s at 700 W, then 100 W, as reported by the mean of the last second.
     def mean_w(t):
         return 100 + 600 * max(0.0, min(t, 18) - max(t - 1, 10)) if t > 10 else 100
 
@@ -177,7 +177,7 @@ def test_what_a_sensor_that_averages_shifts_lies_within_the_bound():
 
 
 def test_prefill_is_unknown_where_requests_overlap_and_says_why():
-    # As in continuous batching: the second is taken in while the first decodes.
+    # As in continuous batching, the second request is taken in while the first decodes.
     for requests in (generated((0, 1, 5), (3, 4, 6)), generated((0, 1, 5), (0, 2, 6))):
         found = prefill_of(requests, (), ())
         assert (found.duration_s, found.energy_j, found.uncertainty_j) == (None, None, None)

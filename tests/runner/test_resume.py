@@ -1,4 +1,4 @@
-"""Resuming what was left unfinished: which experiment, what runs, what stays the same, what is refused."""
+"""Resuming unfinished experiments: which one is found, what runs, what stays the same, and what is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def only(results: Path) -> ExperimentDir:
 
 
 def forget_end(directory: ExperimentDir, lines: int = 4) -> None:
-    """Leave the files as a SIGKILL after some batches would: of the journals the first lines, no records, no rows."""
+    """Leave the files as a SIGKILL after some batches would: the first lines of the journals, no records, no rows."""
     store = Store(directory.path.parent.parent)
     for journal in directory.path.glob("journal_*"):
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:lines]))
@@ -59,7 +59,7 @@ def forget_end(directory: ExperimentDir, lines: int = 4) -> None:
 
 @pytest.fixture
 def killed(lem, tmp_path) -> ExperimentDir:
-    """An experiment of eight prompts that was killed when three were done."""
+    """An experiment of eight prompts that was killed when three were finished."""
     assert lem(*AGAIN).code == 0
     directory = only(tmp_path / "results")
     forget_end(directory)
@@ -82,7 +82,7 @@ def snapshot(directory: ExperimentDir) -> dict[str, bytes]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Make a folder read-only also for root, by mounting it upon itself; skips where that is not allowed."""
+    """Make a folder read-only even for root, by mounting it on itself; skip the test where mounting is not allowed."""
     if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
@@ -92,7 +92,7 @@ def read_only(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
-# ------------------------------------------------------------------ which one
+# ------------------------------------------------------------------ which experiment
 def test_the_beginning_of_an_id_is_enough(lem, killed):
     before = rows_of(killed)
     done = lem("experiment", "-y", "--resume", killed.id[:9], "-o", "results")
@@ -113,7 +113,7 @@ def test_an_unknown_id_is_refused_with_the_nearest(lem, killed):
 
 
 def test_an_empty_id_resumes_nothing(lem, killed):
-    """As from an unset shell variable; every id begins with the empty string."""
+    """The id is empty, as from an unset shell variable; every id begins with the empty string."""
     done = lem("experiment", "-y", "--resume", "", "-o", "results")
     assert (done.code, "id is empty" in done.err) == (2, True)
     assert len(rows_of(killed)) == 3
@@ -178,13 +178,13 @@ def test_a_dry_run_prints_what_is_left_and_does_nothing(lem, killed):
     assert snapshot(killed) == before
 
 
-# ------------------------------------------------------------------ who runs it
+# ------------------------------------------------------------------ the process that runs it
 def test_a_running_one_is_left_alone(lem, killed):
     killed.write_state(running(1))
     before, began_s = snapshot(killed), time.monotonic()
     done = lem("experiment", "-y", "--resume", killed.id, "-o", "results")
     assert done.code == 2
-    assert f"is already running, as process {os.getpid()}" in done.err
+    assert f"is already running as process {os.getpid()}" in done.err
     assert time.monotonic() - began_s < 5
     assert snapshot(killed) == before
     assert lem("experiment", "-y", "--resume", killed.id, "--force", "-o", "results").code == 2
@@ -216,7 +216,7 @@ def test_a_process_that_has_the_pid_of_a_former_one_is_not_taken_for_it(lem, kil
 
 def test_setting_the_clock_ends_no_claim(killed, monkeypatch):
     killed.write_state(running(1))
-    # What the system says of an old process once the clock was set back by an hour.
+    # The system's answer about an old process after the clock was set back by an hour.
     created_s, booted_s = psutil.Process().create_time() - 3600, psutil.boot_time() - 3600
     monkeypatch.setattr(psutil.Process, "create_time", lambda *_: created_s)
     monkeypatch.setattr(psutil, "boot_time", lambda: booted_s)
@@ -237,7 +237,7 @@ def test_a_zombie_does_not_run(killed):
     killed.write_state(replace(running(1), pid=process.pid, process_started_s=started_s))
     assert killed.state().status == "running"
     process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is now a zombie
     assert killed.state().status == "interrupted"
     process.communicate()
 
@@ -280,7 +280,7 @@ def test_the_configuration_and_the_prompts_are_those_it_began_with(lem, tmp_path
     forget_end(directory)
     (tmp_path / "my.yaml").write_text("max_output_tokens: 2000\n")
     (tmp_path / "prompts.txt").unlink()
-    # It was accepted when it began: what was inadvisable then needs no second --force.
+    # It was accepted when it began, so inadvisable options need no second --force.
     done = lem("experiment", "-y", "--resume", directory.id, "-o", "results")
     assert done.code == 0, done.err
 
@@ -314,7 +314,7 @@ def test_another_configuration_does_not_resume_it(lem, killed):
 
 
 def on_a_terminal(arguments: tuple[str, ...], answers: str, cwd: Path) -> tuple[int, str]:
-    """Run lem as on a terminal on which the answers are typed; return its exit code and what it showed."""
+    """Run lem as on a terminal on which the answers are typed; return its exit code and its output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "lem", *(a for a in arguments if a != "-y")],
@@ -327,7 +327,7 @@ def on_a_terminal(arguments: tuple[str, ...], answers: str, cwd: Path) -> tuple[
     while True:
         try:
             shown += os.read(ours, 65536)
-        except OSError:  # the other end is closed
+        except OSError:  # the other end of the terminal is closed
             break
     os.close(ours)
     return process.wait(), shown.decode()
@@ -335,7 +335,7 @@ def on_a_terminal(arguments: tuple[str, ...], answers: str, cwd: Path) -> tuple[
 
 def test_a_person_is_asked_whether_to_resume(lem, killed, tmp_path):
     code, shown = on_a_terminal(AGAIN, "n\nn\n", tmp_path)
-    assert (code, "left unfinished" in shown, "Start over" in shown) == (0, True, True)
+    assert (code, "is unfinished" in shown, "Start over" in shown) == (0, True, True)
     assert len(rows_of(killed)) == 3
     code, shown = on_a_terminal(AGAIN, "y\n", tmp_path)
     assert (code, f"Resuming {killed.id}" in shown) == (0, True)
@@ -343,7 +343,7 @@ def test_a_person_is_asked_whether_to_resume(lem, killed, tmp_path):
 
 
 def test_an_interrupted_question_runs_nothing(lem, killed, tmp_path):
-    # The end of the input, which comes the same way as Ctrl-C and needs no terminal that controls the process.
+    # The end of the input arrives in the same way as Ctrl-C, and needs no controlling terminal.
     code, shown = on_a_terminal(AGAIN, "\x04", tmp_path)
     assert (code, "Nothing was run." in shown, "Traceback" in shown) == (130, True, False)
     assert len(rows_of(killed)) == 3
@@ -425,7 +425,7 @@ def write_trace(folder: Path, times_s: Sequence[float]) -> None:
 
 @pytest.fixture
 def killed_with_trace(lem, tmp_path) -> ExperimentDir:
-    """An experiment of eight prompts that arrive as a trace says, killed when three were done."""
+    """An experiment of eight prompts with arrivals from a trace, killed when three were finished."""
     write_trace(tmp_path, TIMES_S)
     done = lem(*TRACE)
     assert done.code == 0, done.err
@@ -443,7 +443,7 @@ def test_the_arrivals_are_those_that_the_experiment_started_with(lem, killed_wit
     assert done.code == 0, done.err
     rows = rows_of(killed_with_trace)
     arrived_s = [rows[request].arrived_s for request in range(3, 8)]
-    # The clock of the arrivals goes on through both windows.
+    # The clock of the arrivals continues through both windows.
     (opened_s,) = [r.arrivals_from_s for r in killed_with_trace.records() if r.attempt == 2]
     from_first_s = [t - TIMES_S[0] for t in TIMES_S]
     assert opened_s >= from_first_s[2]
@@ -463,7 +463,7 @@ def test_the_same_trace_is_resumed_and_other_content_is_another_experiment(lem, 
 
 
 def test_an_experiment_without_arrivals_of_its_own_reads_the_file(lem, killed_with_trace, tmp_path):
-    """As one that started before they were written down."""
+    """As in an experiment that began before arrivals were stored."""
     spec = killed_with_trace.path / "spec.json"
     plan = json.loads(spec.read_text())
     del plan["arrivals_sha256"]
@@ -484,5 +484,5 @@ def test_arrivals_that_are_not_those_of_the_plan_are_named_before_anything_runs(
     file.unlink() if content is None else file.write_text(content)
     done = lem("experiment", "-y", "--resume", killed_with_trace.id, "-o", "results")
     assert done.code == 2
-    assert re.search(r"arrivals\.json (cannot be read|does not hold)", done.err)
+    assert re.search(r"arrivals\.json (cannot be read|does not contain)", done.err)
     assert len(rows_of(killed_with_trace)) == 3

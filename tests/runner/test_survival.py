@@ -1,4 +1,4 @@
-"""Runs that are killed again and again: no completed prompt is lost, none is counted twice. Takes minutes."""
+"""Runs that are killed again and again: no finished prompt is lost, and none is counted twice. Takes minutes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import SUMMARY, begin, kill_group
 pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("LEM_SURVIVAL_SEED") or time.time())
-# What an interruption must not change; the times and the attempt differ by nature.
+# Columns that an interruption must not change; times and the attempt naturally differ.
 SAME = set(RequestRecord.__struct_fields__) - {
     "experiment_id", "attempt", "batch", "start_s", "end_s", "latency_s", "prefill_s"
 }  # fmt: skip
@@ -30,7 +30,7 @@ SAME = set(RequestRecord.__struct_fields__) - {
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of experiment, how often runs of it are killed, and how late after the first prompt at most."""
+    """A kind of experiment, how often its runs are killed, and how late after the first prompt at most."""
 
     name: str
     kills: int
@@ -67,7 +67,7 @@ CASES = [
         "energy=none",
     ), TINY),
 ]  # fmt: skip
-# How many of the kills come before the first prompt is begun, at any time from the start.
+# How many of the kills come before the first prompt has begun, at any time from the start.
 EARLY = 0.3
 
 
@@ -110,12 +110,13 @@ def check_readable(lem, directory: ExperimentDir) -> list[RequestRecord]:
 
 
 def until_killed_or_done(arguments: tuple[str, ...], cwd: Path, kill_s: tuple[str, float] | None = None) -> int | None:
-    """Run a command; return its exit code, or None when it was killed before its end.
+    """Run a command; return its exit code, or None if it was killed before its end.
 
     Args:
-        arguments: of `lem`.
-        cwd: where it runs.
-        kill_s: kill it so many seconds after the line of stderr with this beginning, or after its start without one.
+        arguments: the arguments of `lem`.
+        cwd: the working directory.
+        kill_s: kill it this many seconds after the first line of stderr with this beginning or, without one, after
+            its start.
     """
     process = begin(*arguments, cwd=cwd)
     beginning, delay_s = kill_s or ("", None)
@@ -133,7 +134,7 @@ def until_killed_or_done(arguments: tuple[str, ...], cwd: Path, kill_s: tuple[st
 
 
 def a_moment(case: Case, chance: random.Random) -> tuple[str, float]:
-    """Draw when to kill: while it starts, or after it has begun with the prompts."""
+    """Draw the time of a kill: during start-up, or after the prompts have begun."""
     return ("", chance.uniform(0.1, 1.5)) if chance.random() < EARLY else ("Prompts", chance.uniform(0, case.within_s))
 
 
@@ -150,7 +151,7 @@ def kill_until_complete(
             directory = ExperimentDir(results / "raw" / found[0])
             arguments = ("experiment", "-y", "--resume", directory.id, "-o", str(results))
         elif found:
-            (only,) = (results / "raw").iterdir()  # killed before there was a plan: nothing to resume
+            (only,) = (results / "raw").iterdir()  # killed before there was a plan: nothing can be resumed
             only.rename(results.parent / f"no-plan-{len(list(results.parent.iterdir()))}")
         if ended is None:
             tally.kills += 1
@@ -162,7 +163,7 @@ def kill_until_complete(
 
 
 def expected_rows(case: Case, folder: Path) -> dict[tuple[int, int], dict[str, object]]:
-    """Return what an uninterrupted run of the same experiment gives."""
+    """Return the result of an uninterrupted run of the same experiment."""
     results = folder / "uninterrupted"
     arguments = ("experiment", "-y", "-d", "sample", *case.engine, *case.overrides, "-o", str(results))
     assert until_killed_or_done(arguments, folder) == 0
@@ -171,7 +172,7 @@ def expected_rows(case: Case, folder: Path) -> dict[tuple[int, int], dict[str, o
 
 
 def check_totals(results: Path, rows: list[RequestRecord], cycles: int) -> None:
-    """Compare the summary row with the sum of its requests; counts of several cycles are means."""
+    """Compare the summary row with the sums over its requests; with several cycles, counts are means."""
     (row,) = pq.read_table(results / "experiments").to_pylist()
     assert row["status"] == "completed"
     assert row["cycles_completed"] == cycles
@@ -224,7 +225,7 @@ def test_twenty_started_at_once_have_twenty_ids_and_twenty_rows(tmp_path):
 
 
 def test_the_same_started_at_once_resumes_no_other_that_runs(tmp_path):
-    """Without --fresh: each finds others of its configuration that have just begun, and must leave them alone."""
+    """Without --fresh, each run finds others with its configuration that have just begun, and must leave them alone."""
     one = ("experiment", "-y", "--backend", "simulated", "--model", "any", "-d", "sample", "-n", "2")
     started = [begin(*one, "energy=none", "warmup.prompts=0", cwd=tmp_path) for _ in range(12)]
     ended = [(process.communicate(timeout=120)[1], process.returncode) for process in started]

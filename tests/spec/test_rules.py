@@ -1,4 +1,4 @@
-"""Each rule is provoked by its examples in `tests/spec/examples`, and not by their neighbours."""
+"""Each rule is broken by its examples in `tests/spec/examples`, but not by their neighbours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_rule(example):
     (found,) = [o for o in provoked_by.objections() if (o.code, o.path) == (code, path)]
     assert found.severity == RULES[code].severity
     assert str(found) == f"{path}: {found.message} [{code}]"
-    # The neighbour may be objectionable in other respects, but not in this one.
+    # The neighbour may break other rules, but not this one.
     assert (code, path) not in [(o.code, o.path) for o in not_by.objections()]
 
 

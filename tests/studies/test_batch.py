@@ -1,4 +1,4 @@
-"""`lem batch`: many files, checked first, run one after another or at once, and each accounted for."""
+"""`lem batch`: many files, checked first, run one after another or several at a time, and each accounted for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(file: Path, **values) -> Path:
 
 
 def write_six(folder: Path, **backend) -> None:
-    """Write six configs, of which the fourth fails."""
+    """Write six configs, the fourth of which fails."""
     for number in range(1, 7):
         fails = {"fail_at_request": 2} if number == 4 else {}
         write(folder / f"e{number}.yaml", seed=number, backend={"name": "simulated", **backend, **fails})
@@ -136,8 +136,8 @@ def test_all_problems_of_all_files_are_reported_before_anything_runs(lem, tmp_pa
         (["seed=3"], "needs config files"),
         (["a.yaml", "seed=1,2"], "one value for all files"),
         (["a.yaml", "sead=1"], "seed"),
-        (["a.yaml", "-d", "nope"], "there is no 'nope'"),
-        (["a.yaml", "-p", "nope.txt"], "no prompts file"),
+        (["a.yaml", "-d", "nope"], "there is no option 'nope'"),
+        (["a.yaml", "-p", "nope.txt"], "--prompts: there is no file"),
         (["a.yaml", "--parallel", "0"], "--parallel"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_grid_index_that_the_shell_names_too_is_passed_over(lem, tmp_path):
     for alone in (["c/grid.yaml"], ["b.yaml", "c/grid.yaml"]):  # its grid would not run, and nobody would notice
         refused = lem("batch", *alone, "--dry-run")
         assert refused.code == 2
-        assert "'c/grid.yaml' matches no config file (.yaml, .yml): it is the index of a grid" in refused.err
+        assert "'c/grid.yaml' matches no config file (.yaml, .yml): this file is the index of a grid" in refused.err
 
 
 def test_a_dry_run_lists_what_each_file_would_run(lem, tmp_path):
@@ -254,7 +254,7 @@ def test_a_child_that_is_killed_is_a_failed_row_and_ends_nothing(tmp_path):
     assert (killed["status"], [m["status"] for m in others]) == ("failed", ["completed"] * 2)
     assert "SIGKILL" in killed["error"]
     assert "SIGKILL" in out
-    # What its worker measured is kept.
+    # The measurements of its worker are kept.
     (row,) = [row for row in rows(tmp_path) if row["experiment_id"] == killed["experiment_id"]]
     assert (row["status"], 0 < row["requests_completed"] < 14) == ("interrupted", True)
 
@@ -348,7 +348,7 @@ def test_visible_gpus_are_split_into_disjoint_sets_of_the_same_size():
 
 
 def test_the_users_own_entries_are_used_and_no_hidden_gpu():
-    # As in CUDA, the first entry that names nothing ends the list: two are visible here.
+    # As in CUDA, the first entry that matches no GPU ends the list: two are visible here.
     places = slots(2, gpus(2), {"CUDA_VISIBLE_DEVICES": "3, MIG-1-0,-1,5"})
     assert [place.devices for place in places] == ["3", "MIG-1-0"]
 
@@ -399,7 +399,7 @@ def test_a_config_that_needs_more_gpus_than_its_share_is_refused_before_any_runs
     write(tmp_path / "c/c.yaml", backend={"name": "simulated", "gpus": 1})
     refused = on_gpus(standin, tmp_path, "--parallel", "3")
     assert refused.code == 2
-    assert "--parallel 3 leaves each run 1 of 4 GPUs" in refused.err
+    assert "--parallel 3 gives each run 1 of 4 GPUs" in refused.err
     assert "c/a.yaml" in refused.err
     assert "c/b.yaml" not in refused.err
     assert not (tmp_path / "results").exists()

@@ -1,4 +1,4 @@
-"""`lem campaign`, through the command: order, pauses, failures, continuing, and what it says in the end."""
+"""`lem campaign`, through the command: order, pauses, failures, resuming, and the answer at the end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK = ("-d", "sample", "-n", "4", "max_output_tokens=8", "-y")
 
 @pytest.fixture
 def arms(tmp_path):
-    """Config files of two arms, whose power is replayed; the second takes twice as long for a token."""
+    """Config files of two arms, whose power is replayed; the second arm takes twice as long per token."""
     (tmp_path / "power.csv").write_text("t_s,power_w\n0,100\n100000,100\n")
     for name, step_s in (("quick", 0.004), ("slow", 0.008)):
         (tmp_path / f"{name}.yaml").write_text(
@@ -67,7 +67,7 @@ def test_a_campaign_measures_each_arm_in_each_cycle_and_says_how_they_compare(le
     assert pair["ratio"] == pytest.approx(2, rel=0.35)
     (sentence,) = [line for line in done.out.splitlines() if line.startswith("slow needs")]
     assert "times the energy per output token of quick (95 % interval" in sentence
-    assert re.search(r"3 cycles, shuffled\): (more|it cannot tell) \(p = ", sentence)
+    assert re.search(r"3 cycles, shuffled\): (more|cannot tell) \(p = ", sentence)
 
 
 @pytest.mark.processes
@@ -124,7 +124,7 @@ def test_another_campaign_of_the_same_name_is_refused(lem, arms):
     lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
     done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
     assert done.code == 2
-    assert "There is already a campaign 'one', with other arms or settings." in done.err
+    assert "A campaign 'one' with other arms or settings already exists." in done.err
     assert "lem campaign --resume one" in done.err
     other = lem("campaign", "slow.yaml", "quick.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
     assert (other.code, "There is already a campaign 'one'" in other.err) == (2, True)
@@ -135,7 +135,7 @@ def test_the_overrides_of_an_arm_that_break_it_are_said_to_be_its(lem, arms):
     (arms / "both.yaml").write_text(f"arms: [quick.yaml, {broken}]\n")
     done = lem("campaign", "both.yaml", *QUICK)
     assert (done.code, done.out) == (2, "")
-    assert done.err == "Error: both.yaml: wide: batching.batch_size: it should be greater than or equal to 1, not 0.\n"
+    assert done.err == "Error: both.yaml: wide: batching.batch_size: must be greater than or equal to 1, not 0.\n"
 
 
 def test_a_campaign_whose_machine_has_changed_is_not_continued_unless_forced(lem, arms):
@@ -163,8 +163,8 @@ def test_a_failed_cell_is_tried_again_and_an_arm_that_only_fails_is_given_up(lem
     by_arm = {arm: [cell["status"] for cell in cells if cell["campaign"]["arm"] == arm] for arm in ("quick", "slow")}
     assert by_arm["quick"] == ["completed"] * 3
     assert by_arm["slow"] == ["failed", "failed", "not run"]
-    assert "slow was given up after 3 failures in a row." in done.out
-    # Two in the first cycle and one in the second, then no more.
+    assert "slow was abandoned after 3 failures in a row." in done.out
+    # Two fail in the first cycle and one in the second; then no more are run.
     assert len(os.listdir(arms / "results" / "raw")) == 3 + 3
     assert "slow and quick have no cycle in common" in done.out
     assert "campaign_cells_missing" in done.out
@@ -196,7 +196,7 @@ def test_ctrl_c_in_a_pause_loses_nothing_and_names_the_command_that_goes_on(arms
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "To go on: lem campaign --resume one" in err
+    assert "To resume: lem campaign --resume one" in err
     assert "Campaign one: 1 of 4 cells completed" in out
     assert [cell["status"] for cell in cells_of(arms)] == ["completed", "not run", "not run", "not run"]
 
@@ -212,7 +212,7 @@ def test_ctrl_c_in_a_cell_names_one_command_which_goes_on(arms):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (out + err).count("--resume") == 1
-    (found,) = re.findall("^To go on: (lem campaign --resume one -o .*)$", err, re.MULTILINE)
+    (found,) = re.findall("^To resume: (lem campaign --resume one -o .*)$", err, re.MULTILINE)
     done = command(*shlex.split(found)[1:], "-y", cwd=arms)
     assert done.code == 0, done.err
     assert "Campaign one: 2 of 2 cells completed" in done.out
@@ -268,25 +268,25 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         for file in ("quick.yaml", "slow.yaml"):
             lem("experiment", file, *QUICK, "--fresh")
     second = lem(*wanted, "--dry-run")
-    assert "To expect from earlier runs: 5." in second.out
-    assert "3 cycles would find a difference of" in second.out
+    assert "Expected from earlier runs: 5." in second.out
+    assert "With 3 cycles, a difference of" in second.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["quick.yaml", "--campaign-name", "x"], "at least two configurations, not 1"),
-        (["quick.yaml", "slow.yaml"], "needs a name: give --campaign-name"),
+        (["quick.yaml", "slow.yaml"], "needs a name: use --campaign-name"),
         (["--campaign-name", "x"], "needs config files"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "it should"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "fast"], "no arm is called 'fast'"),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "0"],
-            "cycles: it should be greater than or equal to 1, not 0",
+            "cycles: must be greater than or equal to 1, not 0",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "1000000"],
-            "cycles: it should be less than or equal to 1000, not 1000000",
+            "cycles: must be less than or equal to 1000, not 1000000",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--structure", "random"],
@@ -294,15 +294,15 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--margin", "2"],
-            "margin: it should be less than 1, not 2.0",
+            "margin: must be less than 1, not 2.0",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "-1"],
-            "config_gap_s: it should be greater than or equal to 0, not -1",
+            "config_gap_s: must be greater than or equal to 0, not -1",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "cost"],
-            "primary: it should be 'energy_per_output_token_j'",
+            "primary: must be 'energy_per_output_token_j'",
         ),
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
         (
@@ -315,7 +315,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "batching.batch_size=0"],
-            "batching.batch_size: it should be greater than or equal to 1, not 0",
+            "batching.batch_size: must be greater than or equal to 1, not 0",
         ),
         (["other", "--campaign-name", "x"], "'other' matches no config file"),
         (["empty.yaml", "--campaign-name", "x"], "empty.yaml: the file sets nothing"),
@@ -342,14 +342,14 @@ def test_bad_input_is_refused_before_anything_runs(lem, arms, arguments, message
 
 def test_one_cycle_has_no_interval_and_says_so(lem, arms):
     done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
-    assert "no interval from fewer than two cycles, so it cannot tell." in done.out
+    assert "cannot tell, because an interval needs at least two cycles." in done.out
 
 
 def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     options = ("quick.yaml", "slow.yaml", "--dry-run", *QUICK)
     assert "campaign_fixed_order" in lem("campaign", "--campaign-name", "x", "--structure", "grouped", *options).err
     latin = lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "3", *options)
-    assert "campaign_unbalanced: the number of cycles (3) is no multiple of 2" in latin.err
+    assert "campaign_unbalanced: the number of cycles (3) is not a multiple of 2" in latin.err
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
 
 
@@ -442,27 +442,27 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
     ("text", "message"),
     [
         ("arms: [quick.yaml, slow.yaml]\ncycels: 3\n", "bad.yaml:2: cycels: unknown key. Did you mean 'cycles'?"),
-        ("arms: [quick.yaml, slow.yaml]\ncycles: 0\n", "bad.yaml:2: cycles: it should be greater than or equal to 1"),
+        ("arms: [quick.yaml, slow.yaml]\ncycles: 0\n", "bad.yaml:2: cycles: must be greater than or equal to 1"),
         ("arms: [quick.yaml, slow.yaml]\nstructure: lattin\n", "Did you mean 'latin'?"),
         ("arms: [quick.yaml, {confg: slow.yaml}]\n", "bad.yaml:1: arms.1.confg: unknown key. Did you mean 'config'?"),
         ("arms: [quick.yaml]\n", "at least two configurations, not 1"),
         ("arms: [quick.yaml, gone.yaml]\n", "gone.yaml' matches no config file"),
-        ("arms: quick.yaml\n", 'bad.yaml:1: arms: it should be a valid array, not "quick.yaml"'),
+        ("arms: quick.yaml\n", 'bad.yaml:1: arms: must be a valid array, not "quick.yaml"'),
         ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
         ("arms: [{config: quick.yaml, name: x}, {config: slow.yaml, name: x}]\n", "two arms are called 'x'"),
         ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml: arms: two arms are called 'quick'"),
-        ("arms: [{config: quick.yaml, name: ''}, slow.yaml]\n", "bad.yaml:1: arms.0.name: it should not be empty."),
+        ("arms: [{config: quick.yaml, name: ''}, slow.yaml]\n", "bad.yaml:1: arms.0.name: must not be empty."),
         ("arms: [quick.yaml, slow.yaml]\nbaseline: fast\n", "bad.yaml: baseline: no arm is called 'fast'"),
         (
             "arms: [quick.yaml, slow.yaml]\nbaseline: slow\nbaseline: quick\n",
             "bad.yaml:3: baseline: the key is given a second time, first on line 2.",
         ),
-        ("arms: [quick.yaml, slow.yaml]\nname: a/b\n", "bad.yaml:2: name: it should be at most 100 letters"),
+        ("arms: [quick.yaml, slow.yaml]\nname: a/b\n", "bad.yaml:2: name: must be at most 100 letters"),
         (
             "arms: [quick.yaml, {config: slow.yaml, overrides: [batching.batch_size=0]}]\n",
-            "batching.batch_size: it should be greater than or equal to 1, not 0",
+            "batching.batch_size: must be greater than or equal to 1, not 0",
         ),
-        ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: it should be less than 1"),
+        ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: must be less than 1"),
     ],
 )
 def test_a_bad_campaign_file_is_refused_with_the_line(lem, arms, text, message):

@@ -1,4 +1,4 @@
-"""What a file names runs only after the user has agreed; a canary, a file that it would write, shows what has run."""
+"""What a file names runs only after the user has agreed; a canary file that it would write shows whether it has run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import command
 pytestmark = pytest.mark.processes
 
 CANARY = "canary"
-# What the file named by backend.command does: it shows that it has run, and is no server.
+# The program named by backend.command: it shows that it has run, and is not a server.
 PROGRAM = f"import pathlib, sys\npathlib.Path({CANARY!r}).write_text('sung')\nsys.exit(3)\n"
 COMMAND = f"{sys.executable} program.py {{port}}"
 CONFIG = f"""\
@@ -36,7 +36,7 @@ energy: none
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder as it may come from somebody: a config file and the program that it names; no agreements yet."""
+    """A folder from someone else: a config file and the program that it names; no consent has been given yet."""
     monkeypatch.setenv("LEM_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(CONFIG)
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def has_run(folder: Path) -> bool:
-    """Return whether the canary has sung, and silence it."""
+    """Return whether the canary was written, and remove it."""
     canary = folder / CANARY
     sung = canary.exists()
     canary.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def has_run(folder: Path) -> bool:
 
 
 def gets_through(lem, *arguments: str) -> bool:
-    """Return whether a command asks for no consent; its results cannot be written, so that nothing runs."""
+    """Return whether a command asks for no consent; its results cannot be written, so nothing runs."""
     done = lem(*arguments, "-o", "program.py")
     assert done.code == 2
     assert ("not agreed" in done.err) != ("program.py is a file" in done.err)
@@ -61,7 +61,7 @@ def gets_through(lem, *arguments: str) -> bool:
 
 
 def typed(answer: str, *arguments: str, cwd: Path) -> tuple[int, str]:
-    """Run `lem …` on a terminal and answer its questions; return the exit code and what was shown."""
+    """Run `lem …` on a terminal and answer its questions; return the exit code and the output."""
     child, ours = pty.fork()
     if child == 0:
         os.chdir(cwd)
@@ -74,7 +74,7 @@ def typed(answer: str, *arguments: str, cwd: Path) -> tuple[int, str]:
             if shown.count(b"[y/N]") > answered:
                 answered += 1
                 os.write(ours, f"{answer}\n".encode())
-    except OSError:  # its end
+    except OSError:  # the end of the terminal
         pass
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), shown.decode()
@@ -110,7 +110,7 @@ def test_a_program_that_a_file_names_is_not_started_unasked(arguments, folder, l
     for line in done.err.splitlines():
         assert line.startswith("Error: ")
         assert "backend.command: it starts a program with your permissions, and you have not agreed" in line
-        assert "give --allow-command." in line
+        assert "pass --allow-command." in line
     assert not list(folder.glob("state/agreed/*"))
 
 
@@ -148,7 +148,7 @@ def test_plain_hydras_own_words_need_no_consent(folder):
 
 
 def test_a_flag_allows_it_this_time_only(folder, lem):
-    assert command("experiment", "my.yaml", "-y", "--allow-command", cwd=folder).code == 1  # it is no server
+    assert command("experiment", "my.yaml", "-y", "--allow-command", cwd=folder).code == 1  # it is not a server
     assert has_run(folder)
     assert not gets_through(lem, "experiment", "my.yaml", "-y")
     assert not gets_through(lem, "experiment", "my.yaml", "-y", "--allow-code", "--allow-key")
@@ -166,7 +166,7 @@ def test_the_command_lines_own_words_need_no_consent(folder, lem):
     (folder / "other.yaml").write_text(CONFIG.replace(COMMAND, "something-else {port}"))
     for arguments in (("other.yaml", own), ("backend=openai", own, "--model", "tiny", "-d", "sample", "energy=none")):
         assert gets_through(lem, "experiment", *arguments, "-y")
-    # They are remembered, so that the experiment can be resumed.
+    # They are stored, so that the experiment can be resumed.
     assert len(list(folder.glob("state/agreed/*"))) == 1
     assert gets_through(lem, "experiment", "my.yaml", "-y")
 
@@ -181,11 +181,11 @@ def test_on_a_terminal_the_user_sees_the_command_and_is_asked_once_for_it(folder
     assert code == 1
     assert shown.count("Start this program?") == 1
     assert has_run(folder)
-    # Once for that text: neither on a terminal, nor without one, nor in another file.
+    # Consent is given once for that text: it is not requested again, on a terminal, without one, or in another file.
     (folder / "copy.yaml").write_text(f"{CONFIG}seed: 3\n")
     for file in ("my.yaml", "copy.yaml"):
         assert gets_through(lem, "experiment", file, "-y")
-    # Another text, or the same text that names another program, is asked for again.
+    # A different text, or the same text that names a different program, needs consent again.
     (folder / "copy.yaml").write_text(CONFIG.replace("{port}", "{port} x"))
     assert not gets_through(lem, "experiment", "copy.yaml", "-y")
     (folder / "program.py").write_text(f"{PROGRAM}# changed")
@@ -221,7 +221,7 @@ def test_a_dry_run_and_the_checks_of_files_start_nothing_and_need_no_consent(fol
 
 @pytest.fixture
 def unfinished(folder, lem) -> str:
-    """Begin an experiment whose command is the command line's, in theirs/; return its id. It is as somebody sent it."""
+    """Begin an experiment in theirs/, as if it came from others, with its command as an override; return its id."""
     own = ("backend=openai", f"backend.command='{COMMAND}'", "--model", "tiny", "-d", "sample", "energy=none", "-y")
     assert command("experiment", *own, "-o", "theirs", cwd=folder).code == 1
     assert has_run(folder)
@@ -231,7 +231,7 @@ def unfinished(folder, lem) -> str:
 
 def test_resuming_somebodys_experiment_needs_consent(folder, unfinished, lem, monkeypatch):
     plan = Store(folder / "theirs").find(unfinished).plan()
-    # What the command line said when it began needs no consent later.
+    # A command that was on the command line when the experiment began needs no consent later.
     Consents(RunOptions(yes=True)).require(all_asked(plan.experiment))
     monkeypatch.setenv("LEM_STATE_DIR", str(folder / "of-another-user"))
     resume = ("experiment", "--resume", unfinished, "-o", "theirs", "-y")
@@ -256,7 +256,7 @@ def test_what_cannot_be_remembered_still_runs(folder, monkeypatch):
     monkeypatch.setenv("LEM_STATE_DIR", str(folder / "my.yaml"))
     code, shown = typed("y", "experiment", "my.yaml", "-y", "-o", "program.py", cwd=folder)
     assert code == 2
-    assert "Your consent cannot be remembered" in shown
+    assert "Cannot save your consent" in shown
     assert "program.py is a file" in shown
 
 
@@ -274,7 +274,7 @@ class Model(LlamaForCausalLM):
 
 @pytest.fixture
 def with_code(folder, tiny_folder) -> Path:
-    """Add a local model whose config.json names Python code beside it."""
+    """Add a local model whose config.json names Python code in the same folder."""
     model = folder / "model"
     shutil.copytree(tiny_folder, model)
     config = json.loads((model / "config.json").read_text())
@@ -321,7 +321,7 @@ def test_allowed_code_runs_and_changed_code_is_asked_for_anew(with_code, monkeyp
     assert not has_run(with_code)
 
 
-# ------------------------------------------------------------------ whose words they are
+# ------------------------------------------------------------------ which source names it
 def found(folder: Path, text: str, *overrides: str) -> dict[str, bool]:
     (folder / "some.yaml").write_text(text)
     composition = prepare(folder / "some.yaml", overrides)

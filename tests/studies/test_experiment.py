@@ -1,4 +1,4 @@
-"""The main job, end to end, on the real engine: what a user runs and what the user then relies on."""
+"""The main use, end to end, on the real engine: what a user runs and what the user then relies on."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_model_that_fails_to_load_leaves_a_record_and_a_row(tmp_path):
     broken = tmp_path / "broken-model"
     shutil.copytree(tiny.path(), broken)
     config = json.loads((broken / "config.json").read_text())
-    # Neither the files' headers nor the names of the weights show it.
+    # Neither the files' headers nor the names of the weights reveal it.
     (broken / "config.json").write_text(json.dumps(config | {"hidden_act": "of tomorrow"}))
     done = command("experiment", "-m", "./broken-model", "-d", "sample", "-n", "2", "-y", "energy=none", cwd=tmp_path)
     assert done.code == 1

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.processes
 PROMPTS = ("-d", "sample", "-n", "40", "max_output_tokens=8", "min_output_tokens=8", "warmup.prompts=0", "-y")
 CAMPAIGN = ("campaign", "a.yaml", "b.yaml", "--campaign-name", "one", "-c", "2")
 BATCH = ("batch", "a.yaml", "b.yaml", "hydra.sweep.dir=study")
-NO_SPACE = r"Error: There is no space left in .* \(the disk at {disk}\); what was written is kept\. Free some\. "
+NO_SPACE = (
+    r"Error: No space left in .* \(the disk at {disk}\); everything written so far is kept\. Free some space[.,] "
+)
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def run_until_full(arguments, disk, experiments, pages=0):
 @pytest.mark.parametrize("pages", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)])
 def test_a_campaign_whose_disk_fills_up_is_completed_once_there_is_space(disk, pages):
     out, err, filler = run_until_full((*CAMPAIGN, *PROMPTS), disk, 2, pages)
-    (found,) = re.findall(NO_SPACE.format(disk=disk) + r"To go on: (lem .*)", err)
+    (found,) = re.findall(NO_SPACE.format(disk=disk) + r"To resume: (lem .*)", err)
     assert err.count("--resume") == out.count("--resume") + 1 == 1
     assert "Campaign one: 1 of 4 cells completed" in out
     before, file = requests_in(disk), disk / "results" / "campaigns" / "one" / "experiments.json"
@@ -73,7 +75,7 @@ def test_a_campaign_whose_disk_fills_up_is_completed_once_there_is_space(disk, p
     planned = [cell["label"] for cell in cells_in(file)]
     still = command(*shlex.split(found)[1:], "-y", cwd=disk)
     assert (still.code, "Traceback" in still.err) == (1, False), still.err
-    assert "There is no space left" in still.err
+    assert "No space left" in still.err
     filler.unlink()
     done = command(*shlex.split(found)[1:], "-y", cwd=disk)
     assert done.code == 0, done.err

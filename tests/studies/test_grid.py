@@ -1,4 +1,4 @@
-"""Grids: what --vary means, what the files compose to, what is refused, and that nothing else is touched."""
+"""Grids: the syntax of --vary, what the files compose to, what is refused, and that no other file is touched."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def generate(lem, base):
-    """Run `lem config generate-grid base.yaml -o grid` with these --vary texts and flags."""
+    """Run `lem config generate-grid base.yaml -o grid` with these --vary values and flags."""
 
     def run(*vary: str, flags: tuple[str, ...] = (), output: str = "grid", file: str = "base.yaml") -> Finished:
         varied = [part for text in vary for part in ("--vary", text)]
@@ -91,15 +91,15 @@ def test_a_text_is_read_as_multirun_reads_it(text, key, values):
     [
         (["batch_sise=1"], r"batch_sise: unknown key.*batch_size"),
         (["strategy=static"], r"batching\.strategy, parallelism\.strategy"),
-        (["batch_size=1", "batching.batch_size=2"], r"batching\.batch_size: it is varied twice"),
+        (["batch_size=1", "batching.batch_size=2"], r"batching\.batch_size is varied twice"),
         (["batching={batch_size:1}", "batching.batch_size=2"], r"part of batching"),
         (["batch_size"], r"KEY=VALUE"),
         (["batch_size="], r"KEY=VALUE"),
-        (["seed=interval(0,1)"], r"names no values"),
-        (["backend=pytorch,pytorsh"], r"no 'pytorsh'.*Did you mean 'pytorch'"),
+        (["seed=interval(0,1)"], r"has no values"),
+        (["backend=pytorch,pytorsh"], r"no option 'pytorsh'.*Did you mean 'pytorch'"),
         (["model=a{b"], r"cannot be read"),
         (["seed=range(0,1000)", "batch_size=range(1,1001)"], r"1000000 points; at most 100000"),
-        ([], r"Nothing is varied"),
+        ([], r"No key is varied"),
     ],
 )
 def test_what_names_no_values_of_a_key_is_refused(vary, says):
@@ -294,7 +294,7 @@ def test_validate_leaves_the_invalid_out_and_lists_them(generate):
     done = generate("batch_size=1,70000", "min_output_tokens=0,500", flags=("--validate",))
     assert done.code == 0
     assert names() == {"batch_size-1--min_output_tokens-0.yaml"}
-    assert "3 of 4 points are left out as invalid" in done.err
+    assert "3 of 4 points are invalid and left out" in done.err
     skipped = index()["skipped"]
     assert [entry["point"]["batching.batch_size"] for entry in skipped] == [1, 70000, 70000]
     assert "max_output_tokens (128)" in skipped[0]["problems"][0]
@@ -396,7 +396,7 @@ def test_the_base_is_never_one_of_the_files_that_go(generate):
     generate("seed=1,2")
     done = generate("batch_size=1,2", file="grid/seed-1.yaml", flags=("--force",))
     assert done.code == 2
-    assert "is itself a file of that grid" in done.err
+    assert "is itself one of the grid" in done.err
     assert generate("batch_size=1,2", file="grid/seed-1.yaml", output="finer").code == 0
     assert prepare(Path("finer/batch_size-2.yaml"), []).experiment().seed == 1
 
@@ -474,7 +474,7 @@ def test_as_a_group_plain_hydra_goes_through_the_files(generate, tmp_path):
     ]
     expected = [prepare(Path("base.yaml"), texts).experiment() for texts in overrides]
     assert composed == sorted(json.dumps(asdict(experiment)) for experiment in expected)
-    # The same files are configs of lem's own, which lem batch takes as well.
+    # The same files are config files for lem itself, which lem batch accepts as well.
     assert [prepare(Path("configs/grid", file), []).experiment() for file, _ in points] == expected
 
 

@@ -1,4 +1,4 @@
-"""The orders of a campaign: whole cycles, the same for the same seed, balanced where they say so."""
+"""The orders of a campaign: whole cycles, the same for the same seed, and balanced where that is promised."""
 
 from __future__ import annotations
 

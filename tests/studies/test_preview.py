@@ -1,4 +1,4 @@
-"""What is said about prompts before a run: the counts, and the first prompts as the model receives them."""
+"""The preview of the prompts before a run: the counts, and the first prompts as the model receives them."""
 
 from __future__ import annotations
 

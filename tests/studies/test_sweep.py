@@ -47,7 +47,7 @@ def test_a_failing_cell_ends_nothing(lem, tmp_path):
 
 
 def test_a_cell_that_cannot_start_is_a_row_too(lem, tmp_path):
-    # A link to nowhere: found out only when the directory is made.
+    # A link to nowhere is found only when the directory is created.
     (tmp_path / "link").symlink_to("nowhere")
     sweep = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=link,good")
     assert sweep.code == 1
@@ -93,8 +93,8 @@ def test_presets_can_be_swept(lem):
 def test_a_sweep_over_nothing_says_so(lem):
     single = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3")
     assert single.code == 0
-    assert "Nothing is varied" in single.err
-    assert "Nothing is varied" not in lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3,4").err
+    assert "No value is varied" in single.err
+    assert "No value is varied" not in lem("experiment", *SIMULATED, "-n", "1", "--multirun", "seed=3,4").err
 
 
 def test_a_sweeps_directory_can_be_named(lem, tmp_path):
@@ -112,7 +112,7 @@ def test_a_sweeps_directory_can_be_named(lem, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("hydra.sweep.subdir=a,b", "a setting of Hydra must have one value for all cells"),
+        ("hydra.sweep.subdir=a,b", "a Hydra setting must have a single value for all cells"),
         ("hydra/launcher=nope", "Could not find 'hydra/launcher/nope'"),
         ("hydra.sweep.dir=${nope:x}", "hydra.sweep.dir: Unsupported interpolation type nope"),
     ],

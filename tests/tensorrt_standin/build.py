@@ -1,9 +1,9 @@
-"""Makes the stand-in for TensorRT-LLM: a package of its name whose classes of arguments are those of signatures.json.
+"""Builds the stand-in for TensorRT-LLM: a package of the same name with the argument classes of signatures.json.
 
-A field that is not there fails as it does in the original, and so does a value of another type. Types of the original
-that are not arguments (tensors, tokenizers, …) may be anything here, and a default that is made of what is not here is
-nothing. `build(folder)` writes the package into a folder that is to stand on the path; what it runs the model with is
-`engine.py`, beside this file.
+An unknown field fails as it does in the original, and so does a value of the wrong type. Types of the original that are
+not arguments (tensors, tokenizers, …) may be anything here, and a default that is made from something that is not here
+is None. `build(folder)` writes the package into a folder that must be on the import path; `engine.py`, in the same
+folder as this file, runs the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StrictBaseModel(pydantic.BaseModel):
 """
 OF_HEAD = {"Enum", "Field", "IntEnum", "Path", "PydanticField", "StrEnum", "StrictBaseModel"}
 DATACLASSES = ("sampling_params.py", "executor/request.py")
-# What is defined, and what can be looked up in each of it.
+# What is defined, and the names that can be looked up in each definition.
 Known = dict[str, set[str]]
 
 
@@ -50,14 +50,14 @@ def build(
     version: str | None = None,
     declared: dict | None = None,
 ) -> Path:
-    """Write the package, and what says that it is installed, into a folder; return the folder.
+    """Write the package, with metadata that marks it as installed, into a folder; return the folder.
 
     Args:
-        folder: is to stand on the path of those that import it.
-        drop: arguments, sampling options or parameters of a call that this version is not to have.
-        ignore: sampling options that this version's sampler is not to look at.
-        version: what it calls itself; None is the version that was read.
-        declared: what was extracted from a package; None is signatures.json.
+        folder: a folder that the importing process will have on its path.
+        drop: arguments, sampling options or parameters of a call that this version should lack.
+        ignore: sampling options that this version's sampler should ignore.
+        version: the version that it reports; None is the version that signatures.json was extracted from.
+        declared: the declarations extracted from a package; None means those of signatures.json.
     """
     declared = declared or json.loads(SIGNATURES.read_text(encoding="utf-8"))
     version = version or declared["version"]
@@ -88,7 +88,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _write_sampler(folder: Path, declared: dict, without: set[str]) -> None:
-    """Write what looks at sampling options, in the two ways of the original."""
+    """Write code that looks up sampling options, in the two ways of the original."""
     looked_at = [name for name in declared["sampling_options_looked_at"] if name not in without]
     kept = [name for name in declared["sampling_options_kept"] if name not in without]
     lines = [f"request.sampling_config.{name}" for name in looked_at]
@@ -104,7 +104,7 @@ def _method(of: str, head: str, lines: list[str]) -> str:
 
 
 def _call(parameters: list[str]) -> str:
-    """Return a class whose call takes these parameters and no others, and leaves the rest to the engine."""
+    """Return a class whose call takes exactly these parameters, and leaves the rest to the engine."""
     taken = ", ".join(parameters[:2] + [f"{name}=None" for name in parameters[2:]])
     passed = ", ".join(f"{name}={name}" for name in parameters[1:])
     return (
@@ -149,7 +149,7 @@ def _type_of(alias: dict) -> str:
 
 
 def _named(definition: dict) -> set[str]:
-    """Return the names in the types of a definition that are not its own."""
+    """Return the names in a definition's types that it does not define itself."""
     inside = definition.get("classes", [])
     types = [annotation for annotation, _ in definition.get("fields", {}).values()] + [definition.get("type", "None")]
     names = {node.id for t in types for node in ast.walk(ast.parse(_plain(t))) if isinstance(node, ast.Name)}
@@ -170,7 +170,7 @@ def _class(definition: dict, known: Known, drop: typing.Sequence[str]) -> str:
 
 
 def _default(default: str | None, known: Known) -> str:
-    """Return a default; nothing stands for what is made of something that is not here."""
+    """Return a default; it is None if it is made from something that is not part of the stand-in."""
     if default is None:
         return ""
     return f" = {default}" if _can_be_made(ast.parse(default), known) else " = None"
@@ -189,7 +189,7 @@ def _can_be_made(default: ast.AST, known: Known) -> bool:
 
 
 def _plain(annotation: str) -> str:
-    """Return a type, of which what belongs to other modules may be anything."""
+    """Return a type in which names from other modules may be anything."""
     tree = ast.parse(annotation, mode="eval")
     return "Any" if any(isinstance(node, ast.Attribute) for node in ast.walk(tree)) else annotation
 

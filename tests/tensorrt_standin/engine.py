@@ -1,14 +1,14 @@
-"""What runs in the stand-in for TensorRT-LLM: transformers on the CPU, one sequence after the other in each step.
+"""The engine in the stand-in for TensorRT-LLM: transformers on the CPU, one sequence after the other in each step.
 
-Requests are taken as the original takes them, and answered as it does: by results that can be awaited or iterated over,
-whose token ids grow. The model runs in a thread, or in a process of its own. Greedy tokens are those of the model;
-sampled ones have a generator of their own for each request, which the original has only for requests that run alone.
+Requests are accepted and answered as in the original: by results that can be awaited or iterated over, and whose token
+ids grow. The model runs in a thread, or in a separate process. Greedy tokens are those of the model. For sampling,
+each request has its own random generator, which in the original is so only for requests that run alone.
 
-TENSORRT_STANDIN holds options as JSON: `process` (run the model in a process), `load_error` (a text), `changes`
-(arguments that it settles on, whatever is asked for), `die_after`,
-`error_after`, `hang_after` (tokens after which the process ends, an error comes, or nothing more does), `no_metrics`,
-`keep_end_token` (false: the engine's own end token is kept back), `step_s` (seconds that a step takes at least).
-TENSORRT_STANDIN_LOG names a file that gets a line for each call.
+TENSORRT_STANDIN holds options as JSON: `process` (run the model in a separate process), `load_error` (the message of an
+error at load), `changes` (arguments that the engine overrides), `die_after`, `error_after` and `hang_after` (the number
+of tokens after which the process dies, an error is raised, or nothing more is returned), `no_metrics`, `keep_end_token`
+(false: the engine's own end token is left out of the output), `step_s` (the minimum duration of a step, in seconds).
+TENSORRT_STANDIN_LOG names a file to which each call appends a line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def controls() -> dict:
 
 # ------------------------------------------------------------------ the model's side
 class Sequence:
-    """A request while it runs."""
+    """A request that is running."""
 
     def __init__(self, number, ids, params, streaming, salt):
         self.number, self.ids, self.params, self.streaming, self.salt = number, list(ids), params, streaming, salt
@@ -51,7 +51,7 @@ class Sequence:
 
 
 class Runner:
-    """Runs up to max_batch_size sequences, and hands out answers."""
+    """Runs up to max_batch_size sequences, and hands out responses."""
 
     def __init__(self, settings, answer):
         import torch
@@ -77,7 +77,7 @@ class Runner:
             self.report(sequence, "cancelled")
 
     def step(self):
-        """Compute a token for each running sequence, with speculation several."""
+        """Compute one token for each running sequence, or several with speculation."""
         import torch
 
         began = time.monotonic()
@@ -97,7 +97,7 @@ class Runner:
         time.sleep(max(0.0, self.controls.get("step_s", 0.0) - (time.monotonic() - began)))
 
     def begin(self, sequence):
-        """Note when it began, and which blocks of its prompt are in the cache already."""
+        """Note when the request began, and which blocks of its prompt are already in the cache."""
         sequence.scheduled, size = time.monotonic(), self.settings["tokens_per_block"]
         keys = [(sequence.salt, tuple(sequence.ids[:end])) for end in range(size, sequence.prompt, size)]
         if self.settings["enable_block_reuse"]:
@@ -125,7 +125,7 @@ class Runner:
         return "length" if sequence.new >= params["max_tokens"] else None
 
     def logits(self, sequence):
-        """Return the logits of the next token; those that were computed before are not computed again."""
+        """Return the logits of the next token; logits that were computed before are reused."""
         import torch
 
         key = (self.settings["model"], self.settings["dtype"], self.settings["lora"], tuple(sequence.ids))
@@ -188,7 +188,7 @@ class Runner:
         self.answer(answer)
 
     def serve(self, commands):
-        """Work on commands until there is None."""
+        """Execute commands until one is None."""
         while True:
             idle = not self.waiting and not self.running
             while idle or not commands.empty():
@@ -207,7 +207,7 @@ class Runner:
 
 
 def child():
-    """Be the process that runs the model: commands come on standard input, answers go to standard output."""
+    """Be the process that runs the model: commands come on standard input, responses go to standard output."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     commands = queue.Queue()
@@ -231,7 +231,7 @@ def child():
 
 # ------------------------------------------------------------------ the user's side
 class Result:
-    """A request's result, that grows as answers come."""
+    """A request's result, which grows as responses arrive."""
 
     def __init__(self, engine, number):
         self.engine, self.number = engine, number
@@ -277,7 +277,7 @@ class Result:
 
 
 def metrics(answer):
-    """Return what the original calls RequestPerfMetrics."""
+    """Return the counterpart of the original's RequestPerfMetrics."""
     times = {name: timedelta(seconds=value) for name, value in answer["times"].items()}
     cache = {"num_reused_blocks": answer["reused"], "num_missed_blocks": answer["missed"]}
     drafts = {"total_draft_tokens": answer["drafts"], "total_accepted_draft_tokens": answer["new"] - answer["steps"]}
@@ -289,7 +289,7 @@ def metrics(answer):
 
 
 class Engine:
-    """The base of the stand-in's LLM."""
+    """The base class of the stand-in's LLM."""
 
     def __init__(self, **arguments):
         from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
@@ -340,7 +340,7 @@ class Engine:
             try:
                 self.deliver(pickle.load(self.process.stdout))
             except (EOFError, pickle.UnpicklingError):
-                return  # as the original does where a process of its is killed, it says nothing
+                return  # like the original after one of its processes was killed, it says nothing
 
     def write(self):
         while (command := self.commands.get()) is not None:
@@ -348,12 +348,12 @@ class Engine:
             self.process.stdin.flush()
 
     def deliver(self, answer):
-        # How many it has run at once at most: a test of the real one would look at its iteration statistics.
+        # The maximum number that ran at once; a test of the real engine would read it from iteration statistics.
         self.most_at_once = answer.get("most", self.most_at_once)
         self.results[answer["number"]].put(answer)
 
     def take(self, inputs, sampling_params, lora_request, streaming, **rest):
-        """Take a request."""
+        """Accept a request."""
         if sampling_params.end_id is None:
             raise ValueError("tokenizer is required to reset end_id if it is None")
         if not self.args.enable_chunked_prefill and len(inputs) > self.args.max_num_tokens:

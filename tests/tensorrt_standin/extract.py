@@ -1,8 +1,8 @@
-"""Writes signatures.json: names, types and defaults of TensorRT-LLM's arguments, read off its source.
+"""Writes signatures.json: the names, types and defaults of TensorRT-LLM's arguments, extracted from its source.
 
-`python -m tests.tensorrt_standin.extract FOLDER VERSION` reads an unpacked wheel or a checkout (FOLDER holds
-tensorrt_llm/). Only declarations are taken: no code, no descriptions, no checks but those that are part of a type. What
-was read for the file that is here is in docs/tensorrt.md.
+`python -m tests.tensorrt_standin.extract FOLDER VERSION` reads an unpacked wheel or a checkout (FOLDER contains
+tensorrt_llm/). Only declarations are extracted: no code, no descriptions, and only the checks that are part of a type.
+docs/tensorrt.md lists the sources of the current signatures.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from lem.backends.tensorrt_source import sampling_options_in_config, sampling_options_kept
 
 SIGNATURES = Path(__file__).parent / "signatures.json"
-# Where classes are defined, in this version or in former ones, and which; None is all that can be arguments.
+# The classes to read, and where this and older versions define them; None means all classes that can be arguments.
 CLASSES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
     (("llmapi/llm_args.py",), None),
     (("_torch/peft/lora/config.py", "lora_helper.py", "lora_manager.py"), ("LoraConfig",)),
@@ -34,7 +34,7 @@ def extract(package: Path, version: str) -> dict:
     """Return the declarations of the package in a folder.
 
     Raises:
-        LookupError: a file, a class or a call is not where any version that is known here has it.
+        LookupError: a file, a class or a call is not in any of the places where known versions have it.
     """
     classes = {}
     for places, wanted in CLASSES:
@@ -60,7 +60,7 @@ def _body(file: Path) -> list[ast.stmt]:
 
 # ------------------------------------------------------------------ classes
 def _definitions(body: list[ast.stmt], wanted: tuple[str, ...] | None) -> list[dict]:
-    """Return what is wanted of a module's, or of a class's, body; of what is private only the bases of others."""
+    """Return the wanted definitions of a module's or class's body; private ones only if they are bases of others."""
     bases = {name for node in body if isinstance(node, ast.ClassDef) for name in _bases(node)}
     found = (_class(node) if isinstance(node, ast.ClassDef) else _alias(node) for node in body)
     return [d for d in found if d is not None and _is_wanted(d, wanted, bases)]
@@ -74,7 +74,7 @@ def _is_wanted(definition: dict, wanted: tuple[str, ...] | None, bases: set[str]
 
 
 def _class(node: ast.ClassDef) -> dict | None:
-    """Return a class with its fields or members, and with the classes inside of it; None for one that has neither."""
+    """Return a class with its fields or members, and with its nested classes; None for a class without any."""
     parts = {"fields": _fields(node), "members": _members(node), "classes": _definitions(node.body, None)}
     parts["classes"] = [d for d in parts["classes"] if "class" in d]
     if not parts["fields"] and not parts["members"]:
@@ -83,7 +83,7 @@ def _class(node: ast.ClassDef) -> dict | None:
 
 
 def _alias(node: ast.stmt) -> dict | None:
-    """Return another name for a type; None for anything else."""
+    """Return another name for a type; None for any other statement."""
     value = getattr(node, "value", None)
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
     is_alias = isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).endswith("TypeAlias")
@@ -99,7 +99,7 @@ def _bases(node: ast.ClassDef) -> list[str]:
 
 
 def _fields(node: ast.ClassDef) -> dict[str, list[str | None]]:
-    """Return the type and the default of each public field, as they stand there; null for a required one."""
+    """Return the type and the default of each public field, as written; the default is null for a required field."""
     found = {}
     for each in node.body:
         if not isinstance(each, ast.AnnAssign) or not isinstance(each.target, ast.Name):
@@ -121,7 +121,7 @@ def _default(value: ast.expr | None) -> str | None:
 
 
 def _members(node: ast.ClassDef) -> dict[str, str | int]:
-    """Return the members of an enumeration whose values stand there."""
+    """Return the members of an enumeration whose values are literals."""
     if not ENUMERATIONS & set(_bases(node)):
         return {}
     plain = [each for each in node.body if isinstance(each, ast.Assign) and isinstance(each.value, ast.Constant)]
@@ -130,7 +130,7 @@ def _members(node: ast.ClassDef) -> dict[str, str | int]:
 
 # ------------------------------------------------------------------ types
 def _typed(annotation: ast.expr) -> str:
-    """Return a type as it is written, without quotes, and with only the constraints of calls."""
+    """Return a type as written, without quotes, and with only those calls that are constraints."""
     return ast.unparse(_Plain().visit(annotation))
 
 
@@ -145,7 +145,7 @@ class _Plain(ast.NodeTransformer):
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         try:
             return ast.parse(node.value, mode="eval").body if isinstance(node.value, str) else node
-        except SyntaxError:  # words about a type
+        except SyntaxError:  # a comment on a type
             return node
 
 

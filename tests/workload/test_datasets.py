@@ -23,7 +23,7 @@ TEXTS = tuple(row["text"] for row in ROWS)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Keep what the datasets library prepares out of the user's cache."""
+    """Keep the files that the datasets library prepares out of the user's cache."""
     import datasets
 
     folder = tmp_path / "cache"
@@ -88,7 +88,7 @@ def test_suffix_may_be_in_capitals(tmp_path, suffix):
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts"])
 def test_text_has_a_prompt_on_each_line_and_blank_lines_are_none(tmp_path, name):
     file = tmp_path / name
-    # A line separator within a line is a part of the prompt.
+    # A line separator within a line is part of the prompt.
     file.write_bytes("one\n\n  two \n \t\nthree\u2028still three\r\nlast".encode())
     prompts = load_prompts(Dataset(path=str(file)), 0)
     assert prompts.texts == ("one", "  two ", "three\u2028still three", "last")
@@ -172,7 +172,7 @@ def test_file_of_blanks_holds_no_prompts(tmp_path, suffix):
 def test_csv_of_a_header_alone_holds_no_prompts(tmp_path):
     file = tmp_path / "prompts.csv"
     file.write_text("prompt,id\n")
-    assert "holds no prompts" in refusal(file)
+    assert "contains no prompts" in refusal(file)
 
 
 def test_prompts_that_are_all_empty_name_their_column(tmp_path):
@@ -247,7 +247,7 @@ def test_wrong_column_names_the_existing_ones_and_the_nearest(tmp_path):
 
 def test_column_that_holds_no_text_is_refused(tmp_path):
     message = refusal(write_jsonl(tmp_path / "prompts.jsonl", [{"text": 1}, {"text": 2}]))
-    assert "line 1: column 'text' holds int values, not text" in message
+    assert "line 1: column 'text' contains int values, not text" in message
 
 
 # ------------------------------------------------------------------ sampling
@@ -300,7 +300,7 @@ def test_digest_is_that_of_the_texts_in_order(tmp_path):
     def digest(*texts):
         return Prompts(texts, "source", None, None, 0, 0).sha256
 
-    # Written into every record: it must be the same tomorrow.
+    # The digest is written into every record, so it must never change.
     assert digest("a", "ü\n") == hashlib.sha256(b'"a"\n"\\u00fc\\n"\n').hexdigest()
     assert len({digest("a", "b"), digest("b", "a"), digest("ab"), digest("a\nb"), digest("a", "b", "")}) == 5
     files = [writer(tmp_path / f"prompts.{suffix}", ROWS) for suffix, writer in WRITERS.items()]

@@ -1,10 +1,10 @@
-"""The FLOPs formula against PyTorch's own counter of the operations that real forward passes dispatch.
+"""The FLOPs formula, compared with PyTorch's own counter of the operations in real forward passes.
 
-The counter takes a multiply-add as two operations, as the formula does, and sees matrix products only. It differs
-in two ways. It counts attention in a prefill over the full square of positions, of which causal attention needs the
-lower half with the diagonal; that part is taken off by hand. And it counts the outer product that makes the rotary
-angles (head_dim a position), which is no weight's and no attention's work; it is within the 1 %. Other families of
-models are in tests/backends/test_families.py.
+Like the formula, the counter counts a multiply-add as two operations, and it counts only matrix products. It differs in
+two ways. First, it counts a prefill's attention over the full square of positions, although causal attention needs only
+the lower half and the diagonal; the difference is subtracted by hand. Second, it counts the outer product that computes
+the rotary angles (head_dim per position), which belongs neither to a weight nor to attention; it is within the 1 %.
+Other families of models are in tests/backends/test_families.py.
 """
 
 import pytest
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engines
 
 PROMPT, OUTPUT = 80, 12
 NAMES = ("gpt2", "qwen2", "mixtral", "tiny")
-# By hand, from the configurations: layers · heads · head_dim.
+# Computed by hand from the configurations: layers · heads · head_dim.
 ATTENTION_WIDTH = {"gpt2": 2 * 64, "qwen2": 2 * 64, "mixtral": 2 * 64, "tiny": 6 * 8 * 32}
 
 
@@ -36,7 +36,7 @@ def built(tmp_path_factory):
 def load(folder):
     from transformers import AutoModelForCausalLM
 
-    # The fused kernel for experts, the default, is unknown to the counter; the plain ones do the same work.
+    # The counter does not know the default fused kernel for experts; the plain kernels do the same work.
     return AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", experts_implementation="eager"
     ).eval()
@@ -52,7 +52,7 @@ def counted_steps(model, prompt, output):
     with torch.inference_mode():
         for _ in range(output):
             with FlopCounterMode(display=False) as counter:
-                # As `generate` does, the output projection of the last position only.
+                # Like `generate`, this computes the output projection of the last position only.
                 out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             steps.append(counter.get_total_flops())
             cache, ids = out.past_key_values, out.logits.argmax(-1)
@@ -67,7 +67,7 @@ def beyond_causal(name, prompt):
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_steps_cost_what_the_counter_says(built, name):
     model = load(built[name])
-    # One input token: each pass is a decode step, in which nothing comes later, and all is causal.
+    # With one input token, each pass is a decode step, in which nothing comes later, and everything is causal.
     assert forward_flops(architecture_of(model), 1, OUTPUT) == pytest.approx(
         sum(counted_steps(model, 1, OUTPUT)), rel=0.01
     )
@@ -164,7 +164,7 @@ def test_packed_weights_count_by_the_layers_shape(built):
     import torch
 
     class Packed(torch.nn.Module):
-        """Two 4-bit weights in a byte, as quantizing libraries store them."""
+        """Return two 4-bit weights per byte, as quantizing libraries store them."""
 
         def __init__(self, linear):
             super().__init__()
@@ -191,7 +191,7 @@ SMALL = Architecture(body_weights=10, head_weights=3, attention=(Attention(2),))
 
 
 def test_last_token_is_never_fed_back():
-    # Passed are 3 + 2 - 1 = 4 tokens, which attend to 1 + 2 + 3 + 4 positions; two tokens are chosen.
+    # 3 + 2 - 1 = 4 tokens pass through, attending to 1 + 2 + 3 + 4 positions; two tokens are chosen.
     assert forward_flops(SMALL, 3, 2) == 2 * 10 * 4 + 2 * 3 * 2 + 4 * 2 * 10
 
 

@@ -1,6 +1,6 @@
 """Files of prompts as people have them: each gives exactly its prompts, or is refused with its file and line.
 
-A file must never give other prompts than its author meant, so there is no third outcome.
+A file must never give prompts other than those that its author meant, so there is no third outcome.
 """
 
 import bz2
@@ -69,7 +69,7 @@ def broken_text_parquet(data):
     return out.getvalue()
 
 
-# What each file gives: its name, its content, its prompts.
+# The files that are read: name, content, prompts.
 READ = [
     # ------------------------------------------------------ kinds by suffix
     ("p.json", JSON, AB),
@@ -144,7 +144,7 @@ READ = [
     ("p.parquet", lambda: parquet([{"text": "a", "vector": [1.0]}]), ("a",)),
 ]  # fmt: skip
 
-# What is refused, and what the message says after the file's name.
+# The files that are refused, and what the message says after the file's name.
 REFUSED = [
     # ------------------------------------------------------ unknown kinds
     ("p.yaml", b"- text: a\n", " is not a known kind of file"),
@@ -158,11 +158,11 @@ REFUSED = [
     ("p", b"PK\x03\x04...", " is a zip archive"),
     ("p.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", " is a pointer of Git LFS"),
     ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", " is a pointer of Git LFS"),
-    # ------------------------------------------------------ content against suffix
-    ("p.txt", JSONL, " holds JSON, not text; rename it to .jsonl"),
-    ("p.txt", JSON, " holds JSON, not text; rename it to .json"),
-    ("p.txt", b'{\n  "text": "a"\n}\n', " holds JSON, not text"),
-    ("p.csv", JSONL, " holds JSON, not CSV"),
+    # ------------------------------------------------------ contents that contradict the suffix
+    ("p.txt", JSONL, " contains JSON, not text; rename it to .jsonl"),
+    ("p.txt", JSON, " contains JSON, not text; rename it to .json"),
+    ("p.txt", b'{\n  "text": "a"\n}\n', " contains JSON, not text"),
+    ("p.csv", JSONL, " contains JSON, not CSV"),
     ("p.txt", CSV, " begins with a line of column names"),
     ("p.txt", b"id;prompt\n1;a\n", " begins with a line of column names"),
     ("p", b"id\tprompt\n1\ta\n", " begins with a line of column names"),
@@ -176,11 +176,11 @@ REFUSED = [
     ("p.json", b"", " is empty"),
     ("p.txt.gz", gzip.compress(b""), " is empty"),
     ("p.txt", b" \n\t\n", ": all prompts in column 'text' are empty"),
-    ("p.jsonl", b" \n\n", " holds no prompts"),
-    ("p.json", b"[]", " holds no prompts"),
-    ("p.csv", b"\n \n", " holds no prompts"),
-    ("p.csv", b"prompt\n", " holds no prompts"),
-    ("p.parquet", empty_parquet, " holds no prompts"),
+    ("p.jsonl", b" \n\n", " contains no prompts"),
+    ("p.json", b"[]", " contains no prompts"),
+    ("p.csv", b"\n \n", " contains no prompts"),
+    ("p.csv", b"prompt\n", " contains no prompts"),
+    ("p.parquet", empty_parquet, " contains no prompts"),
     ("p.parquet", lambda: parquet()[:-20], " cannot be read as Parquet"),
     ("p.parquet", b"PAR1", " cannot be read as Parquet"),
     ("p.jsonl.gz", gzip.compress(JSONL)[:-12], " cannot be unpacked as gzip"),
@@ -196,16 +196,16 @@ REFUSED = [
     ("p.jsonl", b'{"text": "a"}\nno json\n', ", line 2 cannot be read as JSON"),
     ("p.jsonl", b'{"text": "a"} {"text": "b"}\n', ", line 1 cannot be read as JSON"),
     ("p.jsonl", b'{"text": "a"}\n{"id": 3}\n', ", line 2 has no 'text'"),
-    ("p.jsonl", b'{"text": "a"}\n7\n', ", line 2 is neither an object nor a text"),
-    ("p.jsonl", b'{"text": "a"}\n[1]\n', ", line 2 is neither an object nor a text"),
-    ("p.jsonl", b'{"text": "a"}\n{"text": 5}\n', ", line 2: column 'text' holds int values"),
-    ("p.jsonl", b'{"text": ["a"]}\n', ": column 'text' holds list values"),
+    ("p.jsonl", b'{"text": "a"}\n7\n', ", line 2 is neither an object nor a string"),
+    ("p.jsonl", b'{"text": "a"}\n[1]\n', ", line 2 is neither an object nor a string"),
+    ("p.jsonl", b'{"text": "a"}\n{"text": 5}\n', ", line 2: column 'text' contains int values"),
+    ("p.jsonl", b'{"text": ["a"]}\n', ": column 'text' contains list values"),
     ("p.json", b'[{"text": "a"}, {"prompt": "b"}]', ", item 2 has no 'text'"),
-    ("p.json", b'[["a"]]', ", item 1 is neither an object nor a text"),
+    ("p.json", b'[["a"]]', ", item 1 is neither an object nor a string"),
     ("p.json", b"[" * 100_000, ", line 1 cannot be read as JSON"),
     ("p.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ", line 1 cannot be read as JSON"),
-    ("p.parquet", lambda: parquet([{"text": 1}]), ", row 1: column 'text' holds int values"),
-    ("p.parquet", lambda: parquet([{"text": b"bytes"}]), ", row 1: column 'text' holds bytes values"),
+    ("p.parquet", lambda: parquet([{"text": 1}]), ", row 1: column 'text' contains int values"),
+    ("p.parquet", lambda: parquet([{"text": b"bytes"}]), ", row 1: column 'text' contains bytes values"),
     ("p.csv", b"prompt\nHello, how are you\n", ", line 2 has 2 fields where line 1 has 1"),
     ("p.csv", b"id,prompt\n1,a\n2\n", ", line 3 has 1 field where line 1 has 2"),
     ("p.csv", b'id,prompt\n1,"a\nb"\n2,c,d\n', ", line 4 has 3 fields where line 1 has 2"),
@@ -220,11 +220,11 @@ REFUSED = [
     ("labels.jsonl", b'{"id": 1, "label": "positive"}\n', "the columns are id, label"),
     ("labels.parquet", lambda: parquet([{"id": 1, "label": "positive"}]), "the columns are id, label"),
     # ------------------------------------------------------ documents
-    ("p.json", b'{"version": "1", "data": [{"question": "a"}]}', "whose list 'data' holds the rows"),
-    ("p.json", b'{"prompts": ["a", "b"]}', "whose list 'prompts' holds the rows"),
-    ("p.json", b'{"text": "title", "rows": [{"text": "a"}]}', "whose list 'rows' holds the rows"),
+    ("p.json", b'{"version": "1", "data": [{"question": "a"}]}', "contains them in the list 'data'"),
+    ("p.json", b'{"prompts": ["a", "b"]}', "contains them in the list 'prompts'"),
+    ("p.json", b'{"text": "title", "rows": [{"text": "a"}]}', "contains them in the list 'rows'"),
     ("p.json", b'{"version": "1", "data": {"rows": []}}', "the columns are version, data"),
-    ("p.json", b'{"text": {"0": "a", "1": "b"}}', ": column 'text' holds dict values"),
+    ("p.json", b'{"text": {"0": "a", "1": "b"}}', ": column 'text' contains dict values"),
     ("p.jsonl", b'{"version": "1", "data": [{"question": "a"}]}', "the columns are version, data"),
     # ------------------------------------------------------ encodings
     ("p.txt", "fine\ncaf\xe9\n".encode("latin-1"), ", line 2 is not in UTF-8 but likely Windows-1252"),
@@ -232,13 +232,13 @@ REFUSED = [
     ("p.jsonl", '{"text": "caf\xe9"}'.encode("latin-1"), ", line 1 is not in UTF-8 but likely Windows-1252"),
     ("p.json", '["caf\xe9"]'.encode("latin-1"), ", line 1 is not in UTF-8 but likely Windows-1252"),
     ("p.txt", "Объясни мне квантовую механику\n".encode("cp1251"), ", line 1 is not in UTF-8 but likely cp1251"),
-    ("p.txt", "量子力学をわかりやすく説明してください\n".encode("shift_jis"), "likely cp932; iconv -f CP932"),
+    ("p.txt", "量子力学をわかりやすく説明してください\n".encode("shift_jis"), "convert the file with iconv -f CP932"),
     ("p.txt", "请用简单的语言解释量子力学\n".encode("gb18030"), "likely gb18030"),
     ("p.txt", "one\ntwo\n".encode("utf-16"), ", line 1 is not in UTF-8 but likely UTF-16"),
     ("p.csv", "prompt\ntwo\n".encode("utf-16-le"), ", line 1 is not in UTF-8 but likely UTF-16"),
     ("p.jsonl", '{"text": "a"}\n'.encode("utf-32"), ", line 1 is not in UTF-8 but likely UTF-32"),
     ("p.txt", b"one\n" + b"text " * 20 + b"\x00\n", ", line 2 is not text: it contains a zero byte"),
-    # ------------------------------------------------------ halves of characters, the same in every format
+    # ------------------------------------------------------ lone surrogates, the same in every format
     ("p.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', ", line 2: U+D800 is half of a character"),
     ("p.json", b'[{"text": "a \\udc00 b"}]', ", item 1: U+DC00 is half of a character"),
     ("p.txt", b"one\n\xed\xa0\x80\n", ", line 2: U+D800 is half of a character"),
@@ -295,7 +295,7 @@ def test_an_odd_file_runs_nothing(lem, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-# ------------------------------------------------------------------ what is written is read
+# ------------------------------------------------------------------ written prompts are read back
 def as_csv(texts, delimiter):
     out = io.StringIO(newline="")
     csv.writer(out, delimiter=delimiter).writerows([["id", "prompt"], *enumerate(texts)])
@@ -355,7 +355,7 @@ def tree(folder, files):
 
 CARD = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n"
 HEADLESS_CARD = CARD.replace(b"jsonl\n", b"csv\n  names: [id, text]\n")
-# The files of a directory, the split asked for, and the files that are read.
+# The files of a directory, the requested split, and the files that are read.
 DIRECTORIES = [
     ({"a.jsonl": JSONL}, None, ["a.jsonl"]),
     ({"a.jsonl": JSONL[:21], "b.ndjson": JSONL[21:], "README.md": b"# About\n"}, None, ["a.jsonl", "b.ndjson"]),
@@ -378,16 +378,16 @@ def test_directory_says_which_of_its_files_were_read(tmp_path, files, split, rea
 
 
 ODD_DIRECTORIES = [
-    ({}, {}, "holds no file of prompts"),
-    ({"notes.md": b"# a\n", "LICENSE": b"MIT"}, {}, "holds no file of prompts"),
-    ({"a.csv": CSV, "b.txt": TEXT}, {}, "holds files of several kinds (a.csv, b.txt)"),
-    ({"a.csv": CSV, "more/b.jsonl": JSONL}, {}, "holds files of several kinds (a.csv, more/b.jsonl)"),
-    ({"train.csv": CSV, "other.csv": CSV}, {}, "would be read in part, without other.csv"),
+    ({}, {}, "contains no file of prompts"),
+    ({"notes.md": b"# a\n", "LICENSE": b"MIT"}, {}, "contains no file of prompts"),
+    ({"a.csv": CSV, "b.txt": TEXT}, {}, "contains files of several formats (a.csv, b.txt)"),
+    ({"a.csv": CSV, "more/b.jsonl": JSONL}, {}, "contains files of several formats (a.csv, more/b.jsonl)"),
+    ({"train.csv": CSV, "other.csv": CSV}, {}, "would be read only in part, without other.csv"),
     ({"train.csv": CSV}, {"split": "test"}, "has no split 'test', only train"),
     ({"a.csv": CSV}, {"files": "*.txt"}, "has no file *.txt"),
     ({"a.csv": CSV}, {"files": "/etc/passwd"}, "has no file /etc/passwd"),
     ({"a.csv": CSV}, {"files": "a.csv", "split": "test"}, "has no split 'test'"),
-    ({"a.jsonl": JSONL, "b.jsonl": b'{"text": "a"}\n{"text": 5}\n'}, {}, "b.jsonl, line 2: column 'text' holds int"),
+    ({"a.jsonl": JSONL, "b.jsonl": b'{"text": "a"}\n{"text": 5}\n'}, {}, "b.jsonl, line 2: column 'text' contains int"),
     ({"a.jsonl": JSONL, "b.jsonl": b'{"prompt": "a"}\n'}, {}, "b.jsonl, line 1 has no 'text'"),
     ({"a.csv": CSV, "b.csv": "text\ncaf\xe9\n".encode("latin-1")}, {}, "b.csv, line 2 is not in UTF-8"),
     ({"a.jsonl": b'{"text": "a"}\n{"id": 1}\n', "README.md": CARD}, {}, "a.jsonl, line 2 has no 'text'"),
@@ -461,7 +461,7 @@ def test_name_that_begins_with_a_tilde_is_a_file(tmp_path, monkeypatch):
     written(tmp_path, "~p.txt", TEXT)
     monkeypatch.chdir(tmp_path)
     assert load_prompts(Dataset(path="./~p.txt"), 0).texts == AB
-    with pytest.raises(BadInput, match=r"There is no user p\.txt.*write \./~p\.txt"):
+    with pytest.raises(BadInput, match=r"there is no user p\.txt.*write \./~p\.txt"):
         load_prompts(Dataset(path="~p.txt"), 0)
 
 

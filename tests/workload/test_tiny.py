@@ -47,7 +47,7 @@ def test_files_have_the_bytes_that_they_have_everywhere(folder, name):
 
 
 def test_another_process_makes_the_same_bytes(folder, tmp_path):
-    # Another process has another hash seed, so that no order may depend on hashes.
+    # Another process has a different hash seed, so no order may depend on hashes.
     code = "import sys; from pathlib import Path; from lem.workload import tiny; tiny.write_files(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
     names = sorted(file.name for file in folder.iterdir())
@@ -114,7 +114,7 @@ def test_plain_transformers_loads_it_whole(folder):
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert 5e6 <= model.num_parameters() <= 10e6
-    # Attention kernels for GPUs want heads of at least 32.
+    # Attention kernels for GPUs need heads of at least 32.
     assert model.config.head_dim >= 32
     assert model.dtype == torch.float32
 

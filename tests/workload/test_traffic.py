@@ -47,9 +47,9 @@ def test_a_trace_begins_at_its_first_arrival(tmp_path):
         ("t_s\n1\nx\n", "cannot be read: line 3: 'x' is not a number"),
         ("t_s,who\n1,a\n,b\n", "line 3: '' is not a number"),
         ("who,t_s\na,1\nb\n", "line 3: '' is not a number"),
-        ("t_s\nnan\n1\n", "line 2: nan is not a possible time"),
-        ("t_s\n1\n\ninf\n", "line 4: inf is not a possible time"),
-        ("t_s\n1\n-inf\n", "line 3: -inf is not a possible time"),
+        ("t_s\nnan\n1\n", "line 2: nan is not a valid arrival time"),
+        ("t_s\n1\n\ninf\n", "line 4: inf is not a valid arrival time"),
+        ("t_s\n1\n-inf\n", "line 3: -inf is not a valid arrival time"),
         ("t_s\n5\n1e300\n", "line 3: 1e.300 s is more than 30 days after the first arrival .5 s on line 2"),
         ("t_s\n3\n-1e308\n1e308\n", "line 2: 3 s is more than 30 days after the first arrival"),
     ],
@@ -63,12 +63,12 @@ def test_a_broken_trace_is_a_sentence(tmp_path, text, why):
 
 def test_times_of_a_clock_are_no_late_ones(tmp_path):
     file = tmp_path / "trace.csv"
-    file.write_text("t_s\n1767225600\n1767225600.5\n1769817600\n")  # the last 30 days after the first
+    file.write_text("t_s\n1767225600\n1767225600.5\n1769817600\n")  # the last is 30 days after the first
     assert arrival_times_s(Traffic(pattern="trace", trace=str(file)), 3, 0) == [0.0, 0.5, 30 * 86400]
 
 
 def serve(arrivals, at_most, service_s):
-    """Run with an engine that takes a fixed time for a batch; return (taken, finished) for each batch."""
+    """Run with an engine that takes a fixed time per batch; return (taken, finished) for each batch."""
     begun = []
 
     def run(batch):

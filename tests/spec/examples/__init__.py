@@ -1,4 +1,4 @@
-"""Examples of every rule, by family; the rules in `lem.spec.rules` stand in the same order."""
+"""Examples of every rule, by family; the rules in `lem.spec.rules` are in the same order."""
 
 from tests.spec.examples import files, machine, openai, options, pytorch, simulated, tensorrt, vllm
 

@@ -1,4 +1,4 @@
-"""What an example of a rule is made of: an experiment written as overrides, a machine, and a model."""
+"""The parts of a rule's example: an experiment written as overrides, a machine, and a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lem.workload.models import Model
 from tests.backends.features import changed_at
 from tests.hosts import CPU, ONE
 
-# Options that several families need.
+# Options that several families of rules need.
 SAMPLED = "decoder.do_sample=true"
 CONTINUOUS = "batching.strategy=continuous"
 ON_CPU = "backend.device=cpu"
@@ -27,25 +27,25 @@ POISSON = ("traffic.pattern=poisson", "traffic.target_qps=1.0")
 
 
 def spread(strategy: str, degree: int) -> tuple[str, str]:
-    """Return the options of parallelism."""
+    """Return the overrides for parallelism."""
     return f"parallelism.strategy={strategy}_parallel", f"parallelism.degree={degree}"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """An experiment, the machine it is to run on, and its model if that has been found."""
+    """An experiment, the machine on which it would run, and its model if that has been found."""
 
     experiment: Experiment
     host: Host
     model: Model | None
 
     def objections(self) -> list[Objection]:
-        """Return what lem objects to."""
+        """Return lem's objections."""
         return objections(self.experiment, self.host, self.model)
 
 
 class Example(NamedTuple):
-    """A rule, the option that it objects to, what provokes it, and something close to that which does not."""
+    """A rule, the option that it objects to, a case that breaks the rule, and a similar case that does not."""
 
     code: str
     path: str
@@ -54,7 +54,7 @@ class Example(NamedTuple):
 
 
 def asks(*overrides: str, host: Host = CPU, model: Model | None = None) -> Asked:
-    """Return the experiment that overrides make of the defaults, as they would on the command line."""
+    """Return the experiment that these overrides would give on the command line."""
     experiment = Experiment(model="owner/name")
     for override in overrides:
         path, _, text = override.partition("=")
@@ -67,7 +67,7 @@ def asks(*overrides: str, host: Host = CPU, model: Model | None = None) -> Asked
 
 
 def model(folder: str = "model", **config: object) -> Model:
-    """Return a model in a folder, with some of its config.json."""
+    """Return a model in a folder, with some values of its config.json."""
     return Model("a model", folder, None, config)
 
 

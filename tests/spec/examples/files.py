@@ -1,4 +1,4 @@
-"""Rules about the files of models, prompts, traces and results, which `tests/spec/conftest.py` makes."""
+"""Rules about the files of models, prompts, traces and results; `tests/spec/conftest.py` creates these files."""
 
 from __future__ import annotations
 

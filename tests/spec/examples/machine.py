@@ -1,4 +1,4 @@
-"""Rules about GPUs, packages and meters, whatever the backend."""
+"""Rules about GPUs, packages and meters that apply to all backends."""
 
 from __future__ import annotations
 

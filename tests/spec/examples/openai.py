@@ -9,7 +9,7 @@ from tests.hosts import H100, ONE, TWO, machine
 from tests.spec.examples.example import EIGHT_BIT, ON_CPU, POISSON, SAMPLED, Example, asks, server, spread
 
 STARTED = "backend.command=sh {port}"
-# An address where something listens while the tests run, and one where nothing does.
+# An address where a server listens while the tests run, and one where none does.
 SOCKET = socket.create_server(("127.0.0.1", 0))
 LISTENING, UNUSED = (f"http://127.0.0.1:{port}" for port in (SOCKET.getsockname()[1], free_port()))
 

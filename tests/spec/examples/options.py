@@ -1,4 +1,4 @@
-"""Rules that the options alone decide, whatever the backend."""
+"""Rules that depend on the options alone and apply to all backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about the tensorrt backend; the installed TensorRT-LLM is the one of `tests/spec/conftest.py`."""
+"""Rules about the tensorrt backend; `tests/spec/conftest.py` provides the installed TensorRT-LLM."""
 
 from __future__ import annotations
 

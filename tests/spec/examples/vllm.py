@@ -1,4 +1,4 @@
-"""Rules about the vllm backend; the installed vLLM is the one of `tests/spec/conftest.py`, for CPUs."""
+"""Rules about the vllm backend; `tests/spec/conftest.py` provides the installed vLLM, a build for CPUs."""
 
 from __future__ import annotations
 
