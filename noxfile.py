@@ -29,6 +29,7 @@ VLLM_TESTS = (
     "tests/backends/test_vllm_serve.py",
     "tests/backends/test_backends.py",
     "tests/backends/test_features.py",
+    "tests/studies/test_campaign_vllm.py",
 )
 
 

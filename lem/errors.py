@@ -63,6 +63,11 @@ class Interrupted(LemError):
 
     exit_code = 130
 
+    def __init__(self, reason: str = "", remedy: str = "") -> None:
+        """Keep what stopped it apart from how to go on, for which a study has words of its own."""
+        self.reason = reason
+        super().__init__(" ".join(filter(None, (reason, remedy))))
+
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return the known names closest to `name`, best match first; the list is empty if none is close."""

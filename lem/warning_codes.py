@@ -354,6 +354,11 @@ WARNINGS: dict[str, WarningKind] = {
         "The energy that a campaign compares is an estimate, not a measurement.",
         "Measure on a machine with a GPU's counter or readable RAPL counters.",
     ),
+    "campaign_engines_differ": WarningKind(
+        "Cells of a campaign ran on different engines, or on different versions of one.",
+        "If the engines are what is compared, make the rest the same: precision, batching, lengths. If not, name one "
+        "backend for all arms, and install one version.",
+    ),
     "campaign_prompts_differ": WarningKind(
         "The arms of a campaign did not run the same prompts.",
         "Set the same dataset, sample size and seed for all arms.",

@@ -47,7 +47,8 @@ def campaign(
     seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
     resample_prompts: Annotated[bool | None, typer.Option("--resample-prompts", help=_HELP["resample_prompts"])] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The arm to compare the others with. Default: the first.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="The arm to compare the others with. Default: the first."),
     ] = None,
     primary: Annotated[str | None, typer.Option(help=_HELP["primary"])] = None,
     margin: Annotated[float | None, typer.Option(help="Ratios within 1 ± this margin count as equal.")] = None,
@@ -76,14 +77,6 @@ def campaign(
         yes=yes, dry_run=dry_run, force=force,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
     )  # fmt: skip
-    if resume is not None:
-        if arguments or name:
-            raise ConfigError("--resume continues a campaign as planned; leave out config files and the name.")
-        raise typer.Exit(study.resume(resume, results_dir or default_root(), options))
-    given = [text for text in arguments or [] if flags.is_override(text)]
-    patterns = [text for text in arguments or [] if text not in given]
-    if not patterns:
-        raise ConfigError("A campaign needs at least two config files, or a campaign file.")
     settings = {
         "name": name,
         "sample_size": sample_size,
@@ -96,15 +89,27 @@ def campaign(
         "cool_to_c": cool_to,
         "seed": seed,
         "resample_prompts": resample_prompts,
-        "baseline": baseline,
+        "baseline": baseline[0] if baseline else None,
         "primary": primary,
         "margin": margin,
         "retries": retries,
     }
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    if resume is not None:
+        if arguments or chosen or dataset or prompts or config_dir:
+            raise ConfigError(
+                "--resume continues a campaign as it was planned; give no config files and no settings with it."
+            )
+        raise typer.Exit(study.resume(resume, results_dir or default_root(), options))
+    if baseline and len(baseline) > 1:
+        raise ConfigError(f"--baseline: one arm is the baseline, not {len(baseline)} ({', '.join(baseline)}).")
+    given = [text for text in arguments or [] if flags.is_override(text)]
+    patterns = [text for text in arguments or [] if text not in given]
+    if not patterns:
+        raise ConfigError("A campaign needs config files: name at least two, or a campaign file.")
     overrides = [
         *flags.dataset_overrides(dataset, prompts),
         *flags.value_overrides({"io.results_dir": results_dir}),
         *given,
     ]
-    chosen = {key: value for key, value in settings.items() if value is not None}
     raise typer.Exit(study.main(patterns, chosen, overrides, options, config_dir=config_dir))

@@ -25,6 +25,7 @@ from lem.config.layers import origin
 from lem.config.trust import asked_by
 from lem.errors import ConfigError, Interrupted
 from lem.machine import host
+from lem.results.aggregate import catch_up
 from lem.results.directory import ExperimentDir
 from lem.results.store import Store
 from lem.runner import worker
@@ -133,6 +134,7 @@ def _shared_by(started: int, composition: Composition) -> Experiment:
 def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, others: _Others) -> Outcome:
     """Run the experiment, or resume it if an identical one was left unfinished."""
     store = Store(ready.experiment.io.results_dir)
+    print_warnings(*catch_up(store))
     unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
     with display() as progress:
         if unfinished:

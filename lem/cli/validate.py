@@ -145,6 +145,13 @@ def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_ma
     if len(arms) < 2:
         message = f"a campaign compares at least two configurations, not {len(arms)}."
         found.append(Problem("out_of_range", "arms", message, Location(file)))
+    from lem.studies.campaign import baseline_of, names_of
+
+    try:
+        baseline_of(campaign.baseline, names_of(arms))
+    except ConfigError as error:
+        key, _, message = str(error).partition(": ")
+        found.append(Problem("out_of_range", key, message, Location(file)))
     return _in_order(list(dict.fromkeys(found)), file)
 
 

@@ -17,14 +17,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from lem.config import yamlfile
-from lem.config.files import find
+from lem.config.files import find_each
 from lem.config.options import SUFFIXES
 from lem.config.problem import Location, Problem, Problems, shortened, shown_path
 from lem.config.userfile import MAX_FILES, merged
 from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
 from lem.results.codec import adapter, to_plain
-from lem.spec.campaign import STRUCTURES, ArmSource, Campaign
+from lem.spec.campaign import NAME_IN_WORDS, STRUCTURES, ArmSource, Campaign
 from lem.spec.paths import expanded
 
 CONFIG_MODULE = "lem.conf"
@@ -58,6 +58,12 @@ def is_campaign(file: Path) -> bool:
         if "arms" in values:
             return True
     return False
+
+
+def check_alone(file: Path) -> None:
+    """Check a file that is given alone, and is no campaign's; raises `Problems` if it is not even a config file."""
+    if problems := yamlfile.read(file).problems:
+        raise Problems(problems)
 
 
 def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
@@ -123,11 +129,12 @@ def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
     """Yield each arm together with its config file; a pattern may yield several files for one arm.
 
     Raises:
-        ConfigError: an arm's pattern matches no config file.
+        ConfigError: patterns of arms match no config file; the message lists all of them.
     """
-    for arm in campaign.arms:
-        source = ArmSource(arm) if isinstance(arm, str) else arm
-        for file in find([source.config]):
+    sources = [ArmSource(arm) if isinstance(arm, str) else arm for arm in campaign.arms]
+    # All at once: a grid's index is passed over only beside files of its grid.
+    for source, files in zip(sources, find_each([source.config for source in sources]), strict=True):
+        for file in files:
             yield source, file
 
 
@@ -173,7 +180,9 @@ def _checked(values: dict[str, Any]) -> tuple[Campaign | None, list[tuple[KeyPat
         by_path: dict[KeyPath, list[Any]] = {}
         for detail in error.errors(include_url=False):
             by_path.setdefault(_path(values, detail["loc"]), []).append(detail)
-        return None, [(path, _problem(path, details)) for path, details in by_path.items()]
+        # What is said of a value within an arm says more than that the arm is not a string either.
+        inner = [path for path in by_path if not any(path == other[: len(path)] for other in by_path if other != path)]
+        return None, [(path, _problem(path, by_path[path])) for path in inner]
 
 
 def _path(values: Any, location: Iterable[str | int]) -> KeyPath:
@@ -198,6 +207,10 @@ def _problem(path: KeyPath, details: list[Any]) -> Problem:
         return Problem("missing_value", name, f"{missing[0]['loc'][-1]!r} is missing.")
     wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))
+    if details[0]["type"] == "string_pattern_mismatch":
+        return Problem("out_of_range", name, f"must be {NAME_IN_WORDS}, not {given}.")
+    if details[0]["type"] == "string_too_short":
+        return Problem("out_of_range", name, "must not be empty.")
     is_type = str(details[0]["type"]).endswith(("_type", "_parsing", "_from_float"))
     return Problem("wrong_type" if is_type else "out_of_range", name, f"must be {wanted}, not {given}.")
 

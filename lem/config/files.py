@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lem.config.options import SUFFIXES
@@ -16,14 +16,19 @@ INDEX_KEY = "lem_grid"
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """Return the config files matched by files, folders and glob patterns, in order and without duplicates.
+    """Return the config files matched by files, folders and glob patterns, in order and without duplicates."""
+    return _each_once(path for files in find_each(patterns) for path in files)
+
+
+def find_each(patterns: Sequence[str]) -> list[list[Path]]:
+    """Return the config files matched by each of some files, folders and glob patterns, in order.
 
     A grid's index is skipped when config files of its grid are given, because a shell expands `grid/*.yaml` to both.
 
     Raises:
         ConfigError: some patterns match no config file; the message lists all of them.
     """
-    found: dict[Path, Path] = {}
+    found: list[list[Path]] = []
     problems = []
     indexes: dict[str, Path] = {}
     for pattern in patterns:
@@ -38,9 +43,8 @@ def find(patterns: Sequence[str]) -> list[Path]:
         elif not files:
             hint = "" if glob.has_magic(pattern) or Path(pattern).exists() else " There is no such file."
             problems.append(f"{pattern!r} matches no config file (.yaml, .yml).{hint}")
-        for path in files:
-            found.setdefault(path.resolve(), path)
-    folders = {path.parent for path in found}
+        found.append(_each_once(files))
+    folders = {path.resolve().parent for files in found for path in files}
     problems += [
         f"{pattern!r} matches no config file (.yaml, .yml): this file is the index of a grid. Give its folder instead."
         for pattern, index in indexes.items()
@@ -48,6 +52,13 @@ def find(patterns: Sequence[str]) -> list[Path]:
     ]
     if problems:
         raise ConfigError(*problems)
+    return found
+
+
+def _each_once(files: Iterable[Path]) -> list[Path]:
+    found: dict[Path, Path] = {}
+    for file in files:
+        found.setdefault(file.resolve(), file)
     return list(found.values())
 
 

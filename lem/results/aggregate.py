@@ -20,7 +20,7 @@ from lem.results.directory import ExperimentDir, Part
 from lem.results.files import write_atomically
 from lem.results.journal import DIED
 from lem.results.merging import merged, together
-from lem.results.plan import State
+from lem.results.plan import FINISHED, State
 from lem.results.rows import Cycle, Measured, Rows, rows_of
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
@@ -285,6 +285,45 @@ def aggregate_all(
             else:
                 yield from writer.add(directory, state, one)
         yield from writer.write()
+
+
+def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
+    """Write the rows of experiments that ended but were killed, or met a full disk, before they had them.
+
+    Cheap, however many experiments there are: only those marked as unfinished are looked at, and the given ones.
+
+    Args:
+        store: the results directory.
+        ids: completed experiments that should have rows too, marked or not.
+
+    Returns: why some rows could not be written.
+    """
+    ended = {name: state.status for name in store.marked() if (state := _ended(store.directory(name)))}
+    if not ended and not ids:
+        return []
+    tables = Tables(store)
+    try:
+        there = tables.locations()
+        # A failed experiment stays marked, to be resumed; its row, if there is one, is left as it is.
+        lacking = [name for name, status in ended.items() if status != "failed" or name not in there]
+        wanted = dict.fromkeys([*ids, *lacking])
+        found = list(aggregate_all(store, list(wanted), strict=False)) if wanted else []
+        there = tables.locations()
+        for name in lacking:
+            directory = store.directory(name)
+            if name in there and not directory.plan().unfinished_cycles(directory.finished()):
+                store.mark_finished(name)
+    except OSError as error:
+        return [f"The tables in {store.root} lack rows and cannot be written ({error.strerror or error})."]
+    except ResultsError as error:
+        return [str(error)]
+    return [one.text for one in found if one.kind == "failed"]
+
+
+def _ended(directory: ExperimentDir) -> State | None:
+    """Return the state of an experiment that has ended, and whose process is not just about to write its rows."""
+    state = directory.state()
+    return state if state.status in (*FINISHED, "failed") and not directory.is_held() else None
 
 
 def _with_neighbours(

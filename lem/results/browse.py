@@ -18,7 +18,7 @@ from msgspec import structs
 from lem.errors import ResultsError, RunError, did_you_mean
 from lem.record import DeviceState, Environment
 from lem.results import show
-from lem.results.aggregate import Aggregated, aggregate_all, is_fresh, read
+from lem.results.aggregate import Aggregated, aggregate_all, catch_up, is_fresh, read
 from lem.results.codec import to_json, to_plain
 from lem.results.directory import ExperimentDir
 from lem.results.plan import FINISHED, State
@@ -110,12 +110,13 @@ def _sorted(listed: Sequence[Listed], column: str, reverse: bool) -> list[Listed
 
 def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
     """Print a line for each experiment that has a row or, with `everything`, for all experiments."""
+    late = catch_up(store)
     with _no_collector():
         damaged = _list(store, selection, everything or selection.status is not None, as_json)
     for problem in damaged:
         show.console(stderr=True).print(one_line(problem), markup=False, style="red")
-    for stranger in Tables(store).strangers():
-        show.console(stderr=True).print(f"Warning: {one_line(stranger)}", markup=False, style="yellow")
+    for text in [*late, *Tables(store).strangers()]:
+        show.console(stderr=True).print(f"Warning: {one_line(text)}", markup=False, style="yellow")
     return 1 if damaged else 0
 
 

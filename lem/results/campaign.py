@@ -332,10 +332,19 @@ def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) ->
         values = dict.fromkeys(str(getattr(row, of)) for row in everything if getattr(row, of))
         if len(values) > 1:
             yield warning("campaign_boards_differ", f"{what} differs between cells: {', '.join(values)}.")
-    for what, of in (("source", "energy_source"), ("scope", "energy_scope"), ("components", "energy_components")):
+    engines = dict.fromkeys(
+        f"{row.backend} ({row.engine_version})" if row.engine_version else row.backend for row in everything
+    )
+    if len(engines) > 1:
+        yield warning("campaign_engines_differ", f"the engine differs between cells: {', '.join(engines)}.")
+    for what, of in (
+        ("source differs", "energy_source"),
+        ("scope differs", "energy_scope"),
+        ("components differ", "energy_components"),
+    ):
         values = dict.fromkeys(str(getattr(row, of)) for row in everything)
         if len(values) > 1:
-            text = f"the energy's {what} differs between cells: {', '.join(values)}."
+            text = f"the energy's {what} between cells: {', '.join(values)}."
             yield warning("campaign_meters_differ", text)
     if any("estimate" in (row.energy_source or "") for row in everything):
         yield warning("campaign_estimate", "the energy is an estimate, so its ratios are estimates too.")

@@ -9,13 +9,46 @@ import os
 import stat
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from lem.errors import RunError
 
 log = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# How each message about a full disk begins, including the one in a worker's record.
+NO_SPACE = "No space left"
+
 # A scratch file is locked well before it reaches this age.
 ABANDONED_S = 1.0
+
+
+class DiskFull(RunError):
+    """A disk is full; what was written before is kept. Exit code 1."""
+
+    def __init__(self, folder: Path, remedy: str = "") -> None:
+        """Name the disk that holds a folder, and how to go on, for which a study has words of its own."""
+        self.folder = folder
+        reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); everything written so far is kept."
+        super().__init__(" ".join(filter(None, (reason, remedy))))
+
+
+@contextmanager
+def needs_space(folder: Path, remedy: str = "") -> Iterator[None]:
+    """Raise `DiskFull`, with the remedy, where there is no space left for something in a folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DiskFull(folder, remedy) from None
+
+
+def _mount_point(folder: Path) -> Path:
+    path = folder.absolute()
+    return next((each for each in (path, *path.parents) if os.path.ismount(each)), path)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

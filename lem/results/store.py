@@ -5,7 +5,7 @@
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
-    <results>/unfinished/<id>     the fingerprint of an experiment that is not completed
+    <results>/unfinished/<id>     the fingerprint of an experiment that is not completed, or still lacks its rows
     <results>/experiments/        a table with a row for each experiment
     <results>/cycles/             a row for each cycle
     <results>/requests/           a row for each request
@@ -24,7 +24,7 @@ from pathlib import Path
 from lem.errors import ResultsError, nearest
 from lem.results.codec import config_sha256
 from lem.results.directory import ExperimentDir
-from lem.results.files import write_atomically
+from lem.results.files import FULL, DiskFull, write_atomically
 from lem.results.plan import FINISHED
 from lem.spec.paths import expanded
 
@@ -57,6 +57,7 @@ class Store:
 
         Raises:
             ResultsError: the results directory is not writable.
+            DiskFull: there is no space left in it.
         """
         base = f"exp_{now or datetime.now():%Y%m%d_%H%M%S}"
         try:
@@ -69,6 +70,8 @@ class Store:
                     continue
                 return ExperimentDir(path)
         except OSError as error:
+            if error.errno in FULL:
+                raise DiskFull(self.root) from None
             raise ResultsError(f"The results directory {self.root} cannot be used: {error.strerror}.") from None
         raise ResultsError(f"No free id is left under {self._raw}/{base}.")
 
@@ -99,20 +102,23 @@ class Store:
 
     # -------------------------------------------------------------- unfinished experiments
     def mark_unfinished(self, experiment_id: str, fingerprint: str) -> None:
-        """Make an experiment findable by its fingerprint until it is completed."""
+        """Make an experiment findable by its fingerprint until it is completed and has its rows."""
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
         """Remove an experiment from those that can be found by fingerprint."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
+    def marked(self) -> list[str]:
+        """Return the ids of the experiments that are marked as unfinished, oldest first, whatever their state."""
+        folder = self.root / "unfinished"
+        names = os.listdir(folder) if folder.is_dir() else []
+        return sorted(filter(ID.fullmatch, names), key=age)
+
     def unfinished(self, fingerprint: str) -> list[ExperimentDir]:
         """Return the experiments with a fingerprint that are neither completed nor running, oldest first."""
         folder = self.root / "unfinished"
-        if not folder.is_dir():
-            return []
-        names = [f.name for f in folder.iterdir() if ID.fullmatch(f.name) and _text(f) == fingerprint]
-        found = [ExperimentDir(self._raw / name) for name in sorted(names, key=age)]
+        found = [ExperimentDir(self._raw / name) for name in self.marked() if _text(folder / name) == fingerprint]
         left = [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]
         return [each for each in left if _says_the_same(each, fingerprint)]
 
@@ -142,5 +148,9 @@ def _text(file: Path) -> str | None:
 
 def resume_command(store: Store, directory: ExperimentDir) -> str:
     """Return the command that resumes an experiment."""
-    where = "" if store.root == default_root() else f" -o {shlex.quote(str(store.root))}"
-    return f"lem experiment --resume {directory.id}{where}"
+    return f"lem experiment --resume {directory.id}{results_flag(store)}"
+
+
+def results_flag(store: Store) -> str:
+    """Return the option, with a space before it, by which a command finds a results directory; empty without need."""
+    return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from lem.machine.gpu import Gpu
 from lem.machine.watch import Watch
 from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, ErrorInfo, Flops, Phase, PowerRecord, Status
 from lem.results.directory import ExperimentDir
+from lem.results.files import FULL, NO_SPACE
 from lem.results.journal import DIED, Checkpoint, Journal, read
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks, join, named_by_launcher
@@ -342,8 +342,8 @@ def _error_info(caught: BaseException, measured: Measurement) -> ErrorInfo:
         message = str(caught) or "stopped by Ctrl-C"
     elif isinstance(caught, LemError):
         message = str(caught)
-    elif isinstance(caught, OSError) and caught.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = "No space left for the results. Free some space, then continue with lem experiment --resume."
+    elif isinstance(caught, OSError) and caught.errno in FULL:
+        message = f"{NO_SPACE} for the results. Free some space, then continue with lem experiment --resume."
     else:
         message = f"{type(caught).__name__}: {' '.join(str(caught).split())[:500]}"
     return ErrorInfo(type(caught).__name__, message, measured.current)

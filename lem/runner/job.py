@@ -6,18 +6,18 @@ nothing about Hydra or about how results are shown.
 
 from __future__ import annotations
 
-import errno
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lem.errors import Interrupted, ResultsError, RunError
+from lem.errors import Interrupted, ResultsError
 from lem.machine import host
 from lem.results.aggregate import aggregate, read
 from lem.results.codec import arrivals_sha256, config_sha256
 from lem.results.directory import ExperimentDir
+from lem.results.files import FULL, needs_space
 from lem.results.plan import FINISHED, CampaignCell, Plan, PromptsInfo, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
@@ -31,7 +31,6 @@ from lem.units import timestamp
 
 log = logging.getLogger(__name__)
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # Runs an attempt at an experiment on a host's GPUs, as lem.runner.launch.launch does.
 Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 
@@ -186,12 +185,13 @@ def _execute(
                 directory.write_state(directory.state().now("interrupted", str(stop)))
                 _, problem = _row(store, directory, write_tables)
             text = " ".join(filter(None, [str(stop), problem]))
-            raise Interrupted(f"{text} To resume: {resume_command(store, directory)}") from None
+            raise Interrupted(text, f"To resume: {resume_command(store, directory)}") from None
         status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))
-        if not plan.unfinished_cycles(directory.finished()):
-            store.mark_finished(directory.id)
         row, problem = _row(store, directory, write_tables)
+        # Last, so that an experiment that is killed before it has its rows is found, and gets them (`catch_up`).
+        if problem is None and not plan.unfinished_cycles(directory.finished()):
+            store.mark_finished(directory.id)
         return Outcome(row, directory, store, problem)
 
 
@@ -209,18 +209,9 @@ def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str 
     return ("interrupted" if "interrupted" in statuses and "failed" not in statuses else "failed"), message
 
 
-@contextmanager
-def _full_disk(store: Store, directory: ExperimentDir) -> Iterator[None]:
+def _full_disk(store: Store, directory: ExperimentDir) -> AbstractContextManager[None]:
     """Turn a full disk into a one-line error with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise RunError(
-            f"No space left in {store.root}; everything written so far is kept. Free some space, then run "
-            f"{resume_command(store, directory)}"
-        ) from None
+    return needs_space(store.root, f"Free some space, then run {resume_command(store, directory)}")
 
 
 def _row(store: Store, directory: ExperimentDir, write_tables: bool) -> tuple[ExperimentRow, str | None]:

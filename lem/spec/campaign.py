@@ -23,6 +23,7 @@ MOST_CYCLES = 1_000
 LONGEST_GAP_S = 86_400.0
 # A campaign's name is also the name of its directory.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+NAME_IN_WORDS = "at most 100 letters, digits, '.', '_' and '-', beginning with a letter or a digit"
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lem.errors import Interrupted
 from lem.results import show
+from lem.results.aggregate import catch_up
 from lem.results.directory import ExperimentDir
+from lem.results.store import Store
 from lem.runner.job import Outcome
 from lem.runner.preflight import Ready
 from lem.units import one_line
@@ -42,6 +46,12 @@ def confirmed(question: str) -> bool:
         return typer.confirm(one_line(question), default=True, err=True)
     except typer.Abort:
         raise Interrupted("Nothing was run.") from None
+
+
+def catch_up_rows(results_dir: str | Path, options: RunOptions, ids: Sequence[str] = ()) -> None:
+    """Write the rows that earlier commands could not write, unless this one writes none; see `catch_up`."""
+    if options.write_tables and not options.dry_run:
+        print_warnings(*catch_up(Store(results_dir), ids))
 
 
 def progress_of(directory: ExperimentDir) -> str:

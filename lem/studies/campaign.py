@@ -12,7 +12,6 @@ import fcntl
 import json
 import math
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
+from lem.config.campaign import campaign_arms, check_alone, compose, is_campaign, settings_of_arms
 from lem.config.compose import prepare
+from lem.config.overrides import has_several_values
 from lem.config.trust import all_asked, asked_by
 from lem.errors import BadInput, ConfigError, ResultsError
 from lem.machine import host
@@ -32,18 +32,18 @@ from lem.results.campaign import Answer, Arm, Definition, Machine
 from lem.results.campaign_show import show_answer
 from lem.results.codec import to_json, to_plain
 from lem.results.directory import ExperimentDir
-from lem.results.files import write_atomically
+from lem.results.files import NO_SPACE, needs_space, write_atomically
 from lem.results.merging import total
 from lem.results.plan import FINISHED, CampaignCell
 from lem.results.statistics import summarise
-from lem.results.store import ID, Store
+from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
-from lem.spec.campaign import NAME, ArmSource, Campaign
+from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
-from lem.studies.ask import RunOptions, confirmed, print_warnings, summary_of
+from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
 from lem.studies.manifest import Cell, CellState, Manifest
@@ -52,6 +52,7 @@ from lem.studies.study import OneByOne, run_cells
 
 # An arm is given up after this many failures in a row.
 GIVE_UP = 3
+NOTHING_YET = "Free some space, then run the same command again."
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def planned_arms(
     own = [file for file in files if file.is_file() and is_campaign(file)]
     if own and len(files) > 1:
         raise ConfigError(f"{own[0]} is a campaign file, which lists its own arms; leave out the other files.")
+    if not own and len(files) == 1 and files[0].is_file():
+        check_alone(files[0])
     campaign = compose(own[0] if own else None, given)
     if own and campaign.name is None:
         campaign = replace(campaign, name=own[0].stem)
@@ -116,8 +119,9 @@ def planned_arms(
     check(campaign)
     named = campaign if campaign.arms else replace(campaign, arms=tuple(patterns))
     of_all = [*settings_of_arms(campaign), *campaign.overrides]
-    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir, consents)
-    campaign = replace(campaign, baseline=_baseline(campaign.baseline, [arm.name for arm in arms]))
+    place = f"{own[0]}: " if own else ""
+    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir, consents, place)
+    campaign = replace(campaign, baseline=baseline_of(campaign.baseline, [arm.name for arm in arms], place))
     return _without_arms(campaign), arms, [*of_all, *overrides]
 
 
@@ -155,10 +159,7 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
 def check(campaign: Campaign) -> None:
     """Check the name of an otherwise checked campaign; raises `ConfigError`."""
     if not re.fullmatch(NAME, campaign.name or ""):
-        raise ConfigError(
-            f"name: '{campaign.name}' cannot be a directory name; use at most 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or a digit."
-        )
+        raise ConfigError(f"name: '{campaign.name}' cannot be a directory name; use {NAME_IN_WORDS}.")
 
 
 def _arms(
@@ -167,6 +168,7 @@ def _arms(
     overrides: Sequence[str],
     config_dir: Path | None,
     consents: Consents,
+    place: str,
 ) -> list[Arm]:
     """Return the arms, one for each file; a file that is given twice becomes two arms.
 
@@ -175,29 +177,41 @@ def _arms(
     """
     if len(found) < 2:
         raise ConfigError(
-            f"A campaign compares at least two configurations, not {len(found)}. Give several config files, or the "
-            "same one twice to measure the noise."
+            f"{place}A campaign compares at least two configurations, not {len(found)}. Give several config files, or "
+            "the same one twice to measure the noise, or a campaign file, which lists its arms."
         )
     problems: list[str] = []
     arms = []
-    for name, (source, file) in zip(_names(found), found, strict=True):
+    for name, (source, file) in zip(names_of(found, place), found, strict=True):
         everything = [*of_all, *source.overrides, *overrides]
+        # Where an arm has overrides of its own, no file and line says which arm is wrong.
+        whose = f"{place}{name}: " if source.overrides else ""
         try:
+            _check_single(everything)
             # A campaign file's overrides are left out, because the user did not type them on the command line.
             own = prepare(file, overrides, config_dir=config_dir).sources
             experiment = prepare(file, everything, config_dir=config_dir).experiment()
             consents.require(asked_by(experiment, own))
             arms.append(Arm(name, experiment, str(file)))
         except BadInput as error:
-            problems += error.problems
+            problems += [problem if str(file) in problem else whose + problem for problem in error.problems]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return arms
 
 
-def _names(found: Sequence[tuple[ArmSource, Path]]) -> list[str]:
+def _check_single(overrides: Sequence[str]) -> None:
+    """Refuse several values for one key; raises `ConfigError`."""
+    if several := next(filter(has_several_values, overrides), None):
+        raise ConfigError(
+            f"{several}: an arm has one value for each key. Give its file once per value, with overrides of its own in "
+            "a campaign file, or write a list as [a,b]."
+        )
+
+
+def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[str]:
     """Return a name for each arm: its own, or else the shortest unique end of its path, with a number if
-    none is unique.
+    none is unique. Raises `ConfigError` if another arm has the name that an arm was given.
     """
     files = [file for _, file in found]
     whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
@@ -209,6 +223,10 @@ def _names(found: Sequence[tuple[ArmSource, Path]]) -> list[str]:
         )
         names.append("/".join(parts[-length:]))
     names = [source.name or name for name, (source, _) in zip(names, found, strict=True)]
+    given = {source.name: source for source, _ in found if source.name}
+    for name, (source, _) in zip(names, found, strict=True):
+        if given.get(name, source) is not source:
+            raise ConfigError(f"{place}arms: two arms are called '{name}'; give each a name of its own.")
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):
         seen[name] += 1
@@ -217,11 +235,12 @@ def _names(found: Sequence[tuple[ArmSource, Path]]) -> list[str]:
     return names
 
 
-def _baseline(wanted: str | None, names: Sequence[str]) -> str:
+def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> str:
+    """Return the arm that is the baseline; raises `ConfigError` if there is none of that name."""
     if not wanted:
         return names[0]
     if wanted not in names:
-        raise ConfigError(f"baseline: no arm is called '{wanted}'; choose one of {', '.join(names)}.")
+        raise ConfigError(f"{place}baseline: no arm is called '{wanted}'; choose one of {', '.join(names)}.")
     return wanted
 
 
@@ -335,10 +354,13 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
             states = _states(planned, store)
             left = [number for number, state in enumerate(states) if state.status != "completed"]
         else:
-            write_atomically(folder / results.DEFINITION, to_json(planned.definition))
+            with needs_space(folder, NOTHING_YET):
+                write_atomically(folder / results.DEFINITION, to_json(planned.definition))
         manifest = Manifest(folder, [state.cell for state in states], "cell")
         manifest.states = states
-        again = f"To resume: lem campaign --resume {name}" + _results_flag(store)
+        done = [state.directory.id for state in states if state.status == "completed" and state.directory]
+        catch_up_rows(store.root, options, done)
+        again = f"To resume: lem campaign --resume {name}{results_flag(store)}"
         try:
             if left:
                 run_cells(
@@ -348,8 +370,8 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
                     again=again,
                 )
         finally:
-            found = results.answer(planned.definition, results.read_cells(store, folder)) if left or is_kept else None
-            if found is not None:
+            if (folder / results.CELLS).is_file():  # not where there was no space for it
+                found = results.answer(planned.definition, results.read_cells(store, folder))
                 _write_answer(folder, found)
                 show_answer(found)
                 _show_failures(manifest)
@@ -361,12 +383,7 @@ def _write_answer(folder: Path, found: Answer) -> None:
     try:
         results.write_answer(folder, found)
     except OSError as error:  # such as a full disk; this must not hide the answer or how the run ended
-        name = found.definition.name
-        print_warnings(f"{folder}: cannot write the tables ({error.strerror}); lem campaign --resume {name} retries.")
-
-
-def _results_flag(store: Store) -> str:
-    return "" if str(store.root) == "results" else f" -o {shlex.quote(str(store.root))}"
+        print_warnings(f"{folder}: cannot write the tables ({error.strerror}); resuming the campaign retries.")
 
 
 def _show_failures(manifest: Manifest) -> None:
@@ -383,8 +400,9 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         ResultsError: another process is measuring the campaign, or the directory is not writable.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        with needs_space(folder, NOTHING_YET):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("a")
     except OSError as error:
         raise ResultsError(f"The campaign's directory {folder} cannot be used: {error.strerror}.") from None
     with lock:
@@ -428,10 +446,11 @@ def _states(planned: Planned, store: Store) -> list[CellState]:
 def _state(state: CellState, directory: ExperimentDir) -> CellState:
     if not directory.path.is_dir():
         return state
-    status = directory.state().status
-    if status in FINISHED:
+    found = directory.state()
+    if found.status in FINISHED:
         return replace(state, status="completed", directory=directory, row=read(directory, strict=False).row)
-    if status == "interrupted" and (directory.path / "spec.json").is_file():
+    is_cut = found.status == "interrupted" or (found.error or "").startswith(NO_SPACE)
+    if is_cut and (directory.path / "spec.json").is_file():
         return replace(state, cell=replace(state.cell, unfinished=directory), directory=directory)
     return state
 

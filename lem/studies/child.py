@@ -21,6 +21,7 @@ from lem.errors import Interrupted, LemError
 from lem.machine import host
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
+from lem.results.files import DiskFull
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
 from lem.runner.progress import Event, PipeReport
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         print(stop, file=sys.stderr)
         return Interrupted.exit_code
+    except DiskFull as full:
+        _send(options.report_fd, "full", str(full.folder.absolute()))
+        print(f"Error: {full}", file=sys.stderr)
+        return full.exit_code
     except LemError as error:
         _send(options.report_fd, "error", " ".join(str(error).split()))
         print(f"Error: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ from lem.runner.job import fingerprint, run_ready
 from lem.runner.job import resume as resume_job
 from lem.runner.preflight import Ready, check_again, preflight
 from lem.studies import preview
-from lem.studies.ask import RunOptions, confirmed, print_warnings, progress_of, show_outcome, summary_of
+from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of, show_outcome, summary_of
 from lem.studies.consent import Consents
 from lem.studies.display import display
 
@@ -64,6 +64,7 @@ def main(
 
 def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file: Path | None = None) -> int:
     """Run a checked experiment, showing its progress and results; return the exit code."""
+    catch_up_rows(ready.experiment.io.results_dir, options)
     print(f"Prompts: {preview.counts(ready)}.", file=sys.stderr)
     with display() as report:
         outcome = run_ready(
@@ -104,6 +105,7 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
 
 
 def _resume(store: Store, directory: ExperimentDir, options: RunOptions) -> int:
+    catch_up_rows(store.root, options)
     print(f"Resuming {directory.id}: {progress_of(directory)}.", file=sys.stderr)
     with display() as report:
         outcome = resume_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lem.errors import LemError, ResultsError
 from lem.results import show
 from lem.results.aggregate import read
 from lem.results.directory import ExperimentDir
-from lem.results.files import write_atomically
+from lem.results.files import DiskFull, needs_space, write_atomically
 from lem.results.plan import CampaignCell
 from lem.results.schema import ExperimentRow
 from lem.results.show import SweepLine
@@ -87,17 +88,19 @@ class Manifest:
         self.states = [CellState(cell) for cell in self.cells]
 
     def open(self) -> None:
-        """Create the directory; raises `ResultsError` if it is not writable."""
+        """Create the directory; raises `ResultsError` if it is not writable, `DiskFull` if there is no space."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._write()
+            with needs_space(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._write()
         except OSError as error:
             raise ResultsError(f"The study's directory {self.directory} cannot be used: {error.strerror}.") from None
 
     def change(self, number: int, **values: Any) -> CellState:
-        """Change the state of a cell and save it."""
+        """Change the state of a cell and save it; raises `DiskFull` if it could only be changed, not saved."""
         self.states[number] = replace(self.states[number], **values)
-        self._write()
+        with needs_space(self.directory):
+            self._write()
         return self.states[number]
 
     def claim(self, number: int, directory: ExperimentDir) -> None:
@@ -118,7 +121,8 @@ class Manifest:
         """Mark cells still listed as running as interrupted; the interrupt came before their end was recorded."""
         for number, state in enumerate(self.states):
             if state.status == "running":
-                self.change(number, status="interrupted", row=row_of(state.directory))
+                with suppress(DiskFull):  # another error has said so already
+                    self.change(number, status="interrupted", row=row_of(state.directory))
 
     def show(self) -> None:
         """Print the table and the number of cells with each status."""

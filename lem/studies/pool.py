@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lem.machine.gpu import Gpu
 from lem.results.aggregate import aggregate
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
-from lem.results.files import write_atomically
+from lem.results.files import FULL, NO_SPACE, DiskFull, needs_space, write_atomically
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
 from lem.runner.progress import Event, Report
@@ -82,6 +83,7 @@ class Child:
     results_dir: str
     directory: ExperimentDir | None = None
     error: str | None = None
+    full: DiskFull | None = None
     watcher: threading.Thread | None = field(default=None, repr=False)
 
     def receive(self, line: bytes) -> None:
@@ -92,6 +94,8 @@ class Child:
             return
         if "claimed" in message:
             self.directory = ExperimentDir(Path(message["claimed"]))
+        elif "full" in message:
+            self.full = DiskFull(Path(message["full"]))
         elif "error" in message:
             self.error = str(message["error"])
         else:
@@ -120,7 +124,8 @@ class Pool(Runner):
         if self.manifest.is_over:
             return
         try:
-            self._start(number, experiment)
+            with needs_space(self.manifest.directory):
+                self._start(number, experiment)
         except OSError as error:
             self.manifest.change(number, status="failed", error=f"the process could not be started: {error}.")
 
@@ -170,9 +175,9 @@ class Pool(Runner):
         report = self.display.begin(number, cell.label)
         child = Child(number, slot, process, report, experiment.io.results_dir)
         self.running.append(child)
-        self.manifest.change(number, status="running", log=log_file)
         child.watcher = threading.Thread(target=self._watch, args=(child, reading), daemon=True)
         child.watcher.start()
+        self.manifest.change(number, status="running", log=log_file)
 
     def _watch(self, child: Child, descriptor: int) -> None:
         """Receive a child's lines until the child has ended."""
@@ -183,22 +188,33 @@ class Pool(Runner):
         self.ended.put(child)
 
     def _wait_for_one(self, timeout_s: float | None = None, *, stopped: bool = False) -> None:
-        """Wait until a child has ended and record how; raises `queue.Empty` after the timeout."""
+        """Wait until a child has ended and record how.
+
+        Raises:
+            queue.Empty: none has ended in time.
+            DiskFull: for the child or its record there was no space; not where all are being `stopped`.
+        """
         child = self.ended.get(timeout=timeout_s)
         self.running.remove(child)
         self.free.append(child.slot)
         if child.process.stdin is not None:
             child.process.stdin.close()
-        state = self.manifest.change(child.number, directory=child.directory, **self._how_it_ended(child, stopped))
-        self.display.end(child.number, state.sentence, failed=state.status == "failed")
+        how = self._how_it_ended(child, stopped)
+        with suppress(DiskFull) if stopped else nullcontext():
+            state = self.manifest.change(child.number, directory=child.directory, **how)
+            self.display.end(child.number, state.sentence, failed=state.status == "failed")
+            if child.full:
+                raise child.full
 
     def _how_it_ended(self, child: Child, stopped: bool) -> dict[str, Any]:
         code = child.process.returncode
         killed = code < 0
         row = self._orphaned_row(child) if killed else row_of(child.directory)
-        if row is not None and not killed and child.error is None:
+        if row is not None and (row.error or "").startswith(NO_SPACE):
+            child.full = DiskFull(Path(child.results_dir))
+        if row is not None and not killed and child.error is None and child.full is None:
             return {"status": row.status, "row": row, "error": row.error}
-        if stopped:
+        if stopped or child.full:
             return {"status": "interrupted", "row": row}
         how = f"was ended by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
         return {"status": "failed", "row": row, "error": child.error or f"the process {how}."}
@@ -213,6 +229,10 @@ class Pool(Runner):
                     return aggregate(Store(child.results_dir), child.directory, strict=False, force=True)
         except LemError:
             pass  # nothing was measured
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            child.full = DiskFull(Path(child.results_dir))  # the next command writes the row
         return row_of(child.directory)
 
 

@@ -12,6 +12,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lem.config.compose import to_experiment
@@ -19,13 +20,14 @@ from lem.config.multirun import run_plan, sweep_dir
 from lem.config.overrides import is_hydra_setting
 from lem.errors import Interrupted, LemError
 from lem.machine import host
+from lem.results.files import NO_SPACE, DiskFull, needs_space
 from lem.results.schema import ExperimentRow
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
 from lem.runner.progress import Report
 from lem.runner.stopping import signals_raise
 from lem.spec.experiment import Experiment
-from lem.studies.ask import RunOptions, confirmed, print_warnings, progress_of
+from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, row_of
@@ -78,6 +80,8 @@ def run_study(
         return 0
     if not (options.yes or confirmed(_question(cells, at_once))):
         return 0
+    for results_dir in dict.fromkeys(cell.experiment.io.results_dir for cell in cells):
+        catch_up_rows(results_dir, options)
     for cell in cells:
         if cell.unfinished:
             print(f"{cell.label}: resuming {_resumed(cell)}.", file=sys.stderr)
@@ -105,36 +109,54 @@ def run_cells(
         make_runner: creates the runner of the cells.
         settings: overrides of Hydra's own settings.
         at_once: the number of cells that run at the same time.
-        again: how to continue after an interruption, as a sentence for the user.
+        again: how to continue after an interruption or a full disk, as a sentence for the user.
 
     Raises:
         Interrupted: the study was interrupted; finished requests are kept.
+        DiskFull: a disk is full; finished requests are kept.
     """
-    manifest.open()
     try:
-        # Between cells, too, a signal must raise an exception.
-        with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
-            _run_cells(manifest, make_runner(manifest, display), settings, again)
-    finally:
-        manifest.close()
+        manifest.open()
+        try:
+            # Between cells, too, a signal must raise an exception.
+            with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
+                _run_cells(manifest, make_runner(manifest, display), settings)
+        finally:
+            manifest.close()
+    except Interrupted as stop:
+        raise Interrupted(f"{stop.reason}\n{again}") from None
+    except DiskFull as full:
+        raise DiskFull(full.folder, f"Free some space. {again}") from None
 
 
-def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str], again: str) -> None:
+def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> None:
     def run(number: int, composed: Any) -> None:
         if manifest.is_over or manifest.states[number].status == "completed":
             return
         try:
             runner.run(number, to_experiment(composed))
+        except DiskFull as full:
+            raise _NoSpace(full) from None
         except LemError as error:
             manifest.change(number, status="failed", error=str(error))
 
     try:
-        run_plan(manifest.directory, [(cell.label, cell.experiment) for cell in manifest.cells], settings, run)
-        runner.finish()
+        with needs_space(manifest.directory):
+            run_plan(manifest.directory, [(cell.label, cell.experiment) for cell in manifest.cells], settings, run)
+            runner.finish()
+    except (_NoSpace, DiskFull) as end:
+        runner.stop()
+        raise (end.full if isinstance(end, _NoSpace) else end) from None
     except KeyboardInterrupt as stop:
         runner.stop()
-        reason = str(stop) or "Interrupted; finished requests are kept."
-        raise Interrupted(f"{reason}\n{again}") from None
+        raise Interrupted(str(stop) or "Interrupted; finished requests are kept.") from None
+
+
+class _NoSpace(KeyboardInterrupt):
+    """Ends the multirun because a disk is full; Hydra would continue after an Exception."""
+
+    def __init__(self, full: DiskFull) -> None:
+        self.full = full
 
 
 def _stopped(signal_name: str) -> KeyboardInterrupt:
@@ -169,11 +191,16 @@ class OneByOne(Runner):
         self.manifest.change(number, status="running")
         try:
             row = self._measured(number, experiment, report)
+            if (row.error or "").startswith(NO_SPACE):
+                raise DiskFull(Path(experiment.io.results_dir))
             self._end(number, status=row.status, row=row, error=row.error)
         except (Interrupted, KeyboardInterrupt) as stop:
             self._end(number, status="interrupted", row=row_of(self.manifest.states[number].directory))
-            # Hydra would continue after an Exception; only this exception ends the multirun.
-            raise KeyboardInterrupt(str(stop)) from None
+            # Hydra would continue after an Exception; only this exception ends the multirun. The study adds its own
+            # command that resumes.
+            raise KeyboardInterrupt(stop.reason if isinstance(stop, Interrupted) else str(stop)) from None
+        except DiskFull:
+            raise  # ends the study; closing the manifest marks the cell as interrupted
         except LemError as error:
             self._end(number, status="failed", error=" ".join(str(error).split()))
         except Exception as error:

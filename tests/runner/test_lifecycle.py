@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,7 +20,17 @@ import pytest
 from lem.results.directory import ExperimentDir
 from lem.results.journal import DIED
 from lem.runner.window import METER_POLL_NS
-from tests.conftest import SIMULATED, begin, command, kill_group, raw_record, wait_for, workers_of
+from tests.conftest import (
+    SIMULATED,
+    begin,
+    command,
+    fill,
+    kill_group,
+    raw_record,
+    small_disk,
+    wait_for,
+    workers_of,
+)
 
 pytestmark = pytest.mark.processes
 
@@ -322,30 +330,6 @@ def test_energy_is_that_of_the_windows_and_never_of_the_gap(tmp_path, how):
 
 
 # ------------------------------------------------------------------ the disk
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """Mount a file system of 16 MB; skip the test where mounting is not allowed."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a file system is not allowed here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(folder: Path, but_for_pages: int = 0) -> Path:
-    """Fill a file system except for a few pages."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            file.truncate(file.tell() - but_for_pages * 4096)
-    return filler
-
-
 @pytest.mark.parametrize("pages", [0, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (1, 2, 4, 8))])
 def test_a_disk_that_fills_up_costs_nothing_that_was_written(tmp_path, pages):
     prompts = 80 + 25 * pages

@@ -290,7 +290,9 @@ def test_the_same_batch_resumes_what_was_left_unfinished(tmp_path, parallel, lin
     wait_for(process, line)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    out, err = process.communicate(timeout=30)
+    assert "--resume" not in out + err
+    assert err.count("The same command resumes unfinished experiments") == 1
     left = [m["experiment_id"] for m in manifest(tmp_path) if m["status"] == "interrupted"]
     done = {row["experiment_id"]: row["requests_completed"] for row in rows(tmp_path)}
     assert left

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,12 +18,15 @@ import jsonschema
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from msgspec import structs
 
 from lem.config.campaign import KEYS
+from lem.results import campaign
 from lem.results.campaign import MEASURES
 from lem.results.schema import ExperimentRow
+from lem.results.store import Store
 from lem.spec.campaign import STRUCTURES, Measure
-from tests.conftest import begin, command
+from tests.conftest import SUMMARY, begin, command, kill_group, wait_for
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -79,6 +84,33 @@ def test_results_know_the_campaign(lem, arms):
 
 
 @pytest.mark.processes
+def test_what_differs_between_cells_is_said_and_what_does_not_is_not(lem, arms):
+    lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    store = Store(arms / "results")
+    folder = campaign.folder_of(store, "one")
+    first, *others = campaign.read_cells(store, folder)
+
+    def notes(**columns):
+        cells = [replace(first, row=structs.replace(first.row, **columns)), *others]
+        return {note.code: note.text for note in campaign.answer(campaign.read_definition(folder), cells).warnings}
+
+    as_it_is = notes()
+    assert not [code for code in as_it_is if code.endswith("_differ")]
+    for code, words, columns in (
+        ("campaign_engines_differ", "simulated (2)", {"engine_version": "2"}),
+        ("campaign_engines_differ", "vllm (0.9)", {"backend": "vllm", "engine_version": "0.9"}),
+        ("campaign_boards_differ", "elsewhere", {"hostname": "elsewhere"}),
+        ("campaign_meters_differ", "counter", {"energy_source": "counter"}),
+        ("campaign_meters_differ", "the energy's components differ between cells: ", {"energy_components": "cpu"}),
+        ("campaign_prompts_differ", "did not run the same prompts", {"prompts_sha256": "0"}),
+        ("campaign_lengths_differ", " 40", {"output_tokens": 40}),
+    ):
+        found = notes(**columns)
+        assert found.keys() - as_it_is.keys() == {code}
+        assert words in found[code]
+
+
+@pytest.mark.processes
 def test_the_same_command_again_runs_nothing_and_shows_the_answer(lem, arms):
     first = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
     before = cells_of(arms)
@@ -94,6 +126,16 @@ def test_another_campaign_of_the_same_name_is_refused(lem, arms):
     assert done.code == 2
     assert "A campaign 'one' with other arms or settings already exists." in done.err
     assert "lem campaign --resume one" in done.err
+    other = lem("campaign", "slow.yaml", "quick.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    assert (other.code, "There is already a campaign 'one'" in other.err) == (2, True)
+
+
+def test_the_overrides_of_an_arm_that_break_it_are_said_to_be_its(lem, arms):
+    broken = "{config: slow.yaml, name: wide, overrides: [batching.batch_size=0]}"
+    (arms / "both.yaml").write_text(f"arms: [quick.yaml, {broken}]\n")
+    done = lem("campaign", "both.yaml", *QUICK)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "Error: both.yaml: wide: batching.batch_size: must be greater than or equal to 1, not 0.\n"
 
 
 def test_a_campaign_whose_machine_has_changed_is_not_continued_unless_forced(lem, arms):
@@ -160,6 +202,24 @@ def test_ctrl_c_in_a_pause_loses_nothing_and_names_the_command_that_goes_on(arms
 
 
 @pytest.mark.processes
+def test_ctrl_c_in_a_cell_names_one_command_which_goes_on(arms):
+    process = begin(
+        "campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK, "warmup.prompts=100",
+        "-o", "its results", cwd=arms,
+    )  # fmt: skip
+    wait_for(process, "Warm-up 1")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (out + err).count("--resume") == 1
+    (found,) = re.findall("^To resume: (lem campaign --resume one -o .*)$", err, re.MULTILINE)
+    done = command(*shlex.split(found)[1:], "-y", cwd=arms)
+    assert done.code == 0, done.err
+    assert "Campaign one: 2 of 2 cells completed" in done.out
+    assert len(os.listdir(arms / "its results" / "raw")) == 2
+
+
+@pytest.mark.processes
 def test_new_prompts_in_each_cycle_are_the_same_for_all_arms(lem, arms):
     done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", "--resample-prompts", *QUICK)
     assert done.code == 0, done.err
@@ -179,6 +239,21 @@ def test_two_files_of_one_name_and_one_file_twice_are_arms_of_their_own(lem, arm
     assert done.code == 0, done.err
     names = {line.split("] ")[1].split(", cycle")[0] for line in done.out.splitlines() if line.startswith("[")}
     assert names == {f"{arms.name}/quick#1", f"{arms.name}/quick#2", "other/quick"}
+
+
+def test_a_grid_whose_files_the_shell_names_is_compared_without_its_index(lem, arms):
+    assert lem("config", "generate-grid", "quick.yaml", "--vary", "seed=1,2", "-o", "grid").code == 0
+    named = sorted(str(file.relative_to(arms)) for file in (arms / "grid").glob("*.yaml"))
+    assert "grid/grid.yaml" in named
+    (arms / "both.yaml").write_text(f"arms: {json.dumps(named)}\ncycles: 1\ndataset: sample\nsample_size: 2\n")
+    for arguments in ([*named, "--campaign-name", "one", "-c", "1", *QUICK], ["both.yaml"]):
+        done = lem("campaign", *arguments, "--dry-run")
+        assert done.code == 0, done.err
+        assert "2 arms in 1 cycle" in done.out
+    refused = lem("campaign", "grid/grid.yaml", "quick.yaml", "gone.yaml", "--campaign-name", "one", *QUICK)
+    assert refused.code == 2
+    assert "'grid/grid.yaml' matches no config file (.yaml, .yml): it is the index of a grid" in refused.err
+    assert "'gone.yaml' matches no config file (.yaml, .yml). There is no such file." in refused.err
 
 
 @pytest.mark.processes
@@ -230,11 +305,35 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
             "primary: must be 'energy_per_output_token_j'",
         ),
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
-        (["quick.yaml", "--resume", "x"], "leave out config files and the name"),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "slow", "--baseline", "quick"],
+            "--baseline: one arm is the baseline, not 2 (slow, quick)",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "batching.batch_size=1,2"],
+            "batching.batch_size=1,2: an arm has one value for each key",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "batching.batch_size=0"],
+            "batching.batch_size: must be greater than or equal to 1, not 0",
+        ),
+        (["other", "--campaign-name", "x"], "'other' matches no config file"),
+        (["empty.yaml", "--campaign-name", "x"], "empty.yaml: the file sets nothing"),
+        (["empty.yaml", "quick.yaml", "--campaign-name", "x"], "empty: No model"),
+        (["bytes.yaml", "--campaign-name", "x"], "bytes.yaml:1: byte 0x80 is not UTF-8"),
+        (["bytes.yaml", "quick.yaml", "--campaign-name", "x"], "bytes.yaml:1: byte 0x80 is not UTF-8"),
+        (["quick.yaml", "--resume", "x"], "give no config files and no settings with it"),
+        (["--resume", "x", "-c", "5"], "give no config files and no settings with it"),
+        (["--resume", "x", "--baseline", "quick"], "give no config files and no settings with it"),
         (["--resume", "x"], "There is no campaign 'x'"),
+        (["--resume", "other"], "There is no campaign 'other'"),
+        (["--resume", ""], "'' is neither a campaign's name nor its directory"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(lem, arms, arguments, message):
+    (arms / "other").mkdir()
+    (arms / "empty.yaml").write_text("")
+    (arms / "bytes.yaml").write_bytes(b"model: \x80")
     done = lem("campaign", *arguments, *(() if "--resume" in arguments else QUICK))
     assert done.code == 2
     assert message in done.err
@@ -254,32 +353,52 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
 
 
-@pytest.mark.processes
-def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms):
-    """Kill it at random moments, at least six times, and continue each time until it is complete."""
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms, record_property):
+    """Kill it at random moments and continue it, until it is complete; compare it with one that was left alone."""
     chance = random.Random(11)
-    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "4", *QUICK)
-    for attempt in range(60):
-        process = begin(*(wanted if attempt == 0 else ("campaign", "--resume", "one", "-y")), cwd=arms)
+    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "3", *QUICK, "-n", "24")
+    alone = begin(*wanted, "-o", "alone", cwd=arms)
+    kills = 0
+    while True:
+        is_planned = (arms / "results" / "campaigns" / "one" / "campaign.json").is_file()
+        process = begin(*(("campaign", "--resume", "one", "-y") if is_planned else wanted), cwd=arms)
         try:
-            process.communicate(timeout=2 + 4 * chance.random() if attempt < 6 else 120)
+            if kills < KILLS and chance.random() < 0.7:  # else at any time from the start
+                wait_for(process, chance.choice(("[", "Warm-up", "Prompts")))
+            out, err = process.communicate(timeout=chance.uniform(0, 1.5) if kills < KILLS else 300)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_group(process)
+            kills += 1
             continue
-        if attempt >= 1 and process.returncode == 0:
-            break
-        if process.returncode == 2:  # killed before the campaign was stored
-            wanted_again = begin(*wanted, cwd=arms)
-            wanted_again.communicate(timeout=120)
-    cells = cells_of(arms)
-    assert [cell["status"] for cell in cells] == ["completed"] * 8
-    expected = command(*wanted[:4], "two", *wanted[5:], "--dry-run", cwd=arms)
-    order = [line.split("] ")[1].split(":")[0] for line in expected.out.splitlines() if line.startswith("[")]
-    assert [cell["label"] for cell in cells] == order
-    rows = json.loads(command("results", "list", "--campaign", "one", "--json", cwd=arms).out)
-    assert [row["requests_completed"] for row in rows] == [4] * 8
-    assert sorted(row["experiment_id"] for row in rows) == sorted(cell["experiment_id"] for cell in cells)
+        assert process.returncode == 0, out + err
+        break
+    assert alone.wait(timeout=300) == 0
+    cells, expected = cells_of(arms), json.loads((arms / "alone/campaigns/one/experiments.json").read_text())
+    assert [(cell["label"], cell["status"]) for cell in cells] == [(cell["label"], "completed") for cell in expected]
+    assert places(cells) == places(expected)
+    assert requests_of(arms / "results", cells) == requests_of(arms / "alone", expected)
+    listed = json.loads(command("results", "list", "--campaign", "one", "--json", cwd=arms).out)
+    assert sorted(row["experiment_id"] for row in listed) == sorted(cell["experiment_id"] for cell in cells)
+    assert kills == KILLS
+    resumed = sum(row["resumed"] for row in listed)
+    record_property(SUMMARY, f"a campaign: {kills} kills, {len(cells)} cells, {resumed} times in the midst of one")
+
+
+def requests_of(results, cells):
+    """Return the requests of each cell in the tables: their prompts and how many tokens they have."""
+    rows = pq.read_table(results / "requests").to_pylist()
+    return [
+        sorted(
+            (row["cycle"], row["request"], row["input_tokens"], row["output_tokens"], row["error"])
+            for row in rows
+            if row["experiment_id"] == cell["experiment_id"]
+        )
+        for cell in cells
+    ]
 
 
 # ------------------------------------------------------------------ campaign files
@@ -330,6 +449,19 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
         ("arms: [quick.yaml, gone.yaml]\n", "gone.yaml' matches no config file"),
         ("arms: quick.yaml\n", 'bad.yaml:1: arms: must be a valid array, not "quick.yaml"'),
         ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
+        ("arms: [{config: quick.yaml, name: x}, {config: slow.yaml, name: x}]\n", "two arms are called 'x'"),
+        ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml: arms: two arms are called 'quick'"),
+        ("arms: [{config: quick.yaml, name: ''}, slow.yaml]\n", "bad.yaml:1: arms.0.name: must not be empty."),
+        ("arms: [quick.yaml, slow.yaml]\nbaseline: fast\n", "bad.yaml: baseline: no arm is called 'fast'"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nbaseline: slow\nbaseline: quick\n",
+            "bad.yaml:3: baseline: the key is given a second time, first on line 2.",
+        ),
+        ("arms: [quick.yaml, slow.yaml]\nname: a/b\n", "bad.yaml:2: name: must be at most 100 letters"),
+        (
+            "arms: [quick.yaml, {config: slow.yaml, overrides: [batching.batch_size=0]}]\n",
+            "batching.batch_size: must be greater than or equal to 1, not 0",
+        ),
         ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: must be less than 1"),
     ],
 )
