@@ -28,6 +28,7 @@ from lem.results import compare, parquet
 from lem.results.aggregate import read
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
+from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import CONFIDENCE, summarise, t_quantile
 from lem.results.store import ID, Store
@@ -119,7 +120,9 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
     is_primary: Annotated[bool, "Whether this is the primary measure, which decides; the others are descriptive."]
-    source: Annotated[str | None, "Source of the energy: counter, integral, estimate or replay; null without energy."]
+    source: Annotated[
+        str | None, "Source of the energy: counter, integral, estimate, replay or simulated; null without energy."
+    ]
     mean: Annotated[float | None, "Mean over the cells; null if a completed cell lacks a value."]
     ci95_low: Annotated[float | None, "95 % interval of the mean, lower end; null with fewer than two cells."]
     ci95_high: Annotated[float | None, "95 % interval of the mean, upper end."]
@@ -337,7 +340,10 @@ def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) ->
         if len(values) > 1:
             text = f"the energy's {what} differs between cells: {', '.join(values)}."
             yield warning("campaign_meters_differ", text)
-    if any("estimate" in (row.energy_source or "") for row in everything):
+    sources = {row.energy_source for row in everything if is_estimated(row.energy_source)}
+    if "simulated" in sources:
+        yield warning("campaign_estimate", "the energy is simulated, so its ratios are those of a simulation.")
+    if sources - {"simulated"}:
         yield warning("campaign_estimate", "the energy is an estimate, so its ratios are estimates too.")
     cycles = {cycle for cycle, _ in found}
     of_cycles = [[cell.row for (number, _), cell in found.items() if number == cycle and cell.row] for cycle in cycles]

@@ -9,6 +9,7 @@ from typing import Any
 from lem.record import CodedWarning
 from lem.results import show
 from lem.results.campaign import MEASURES, Answer, ArmRow, PairRow
+from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.units import plain, quantity
 
@@ -137,7 +138,7 @@ def _show_arms(answer: Answer) -> None:
 def _mean(row: ArmRow | None) -> str:
     if row is None or row.mean is None:
         return show.NOT_MEASURED
-    is_estimate = row.measure.startswith(("energy", "average_power")) and "estimate" in (row.source or "")
+    is_estimate = row.measure.startswith(("energy", "average_power")) and is_estimated(row.source)
     unit = HEADS[row.measure][1]
     value = quantity(row.mean, unit, 3) if unit else plain(row.mean, digits=4)
     # Value and interval stay on one line, because a mean without its interval can mislead.

@@ -23,7 +23,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lem.energy.replay import ReplayMeter
 from lem.errors import Interrupted
 from lem.machine import host
 from lem.record import ENERGY_OWNER
@@ -121,7 +120,6 @@ def virtual_time() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter_ns", CLOCKS.now_ns)
         patch.setattr(time, "sleep", CLOCKS.sleep)
-        patch.setattr(ReplayMeter.__init__, "__defaults__", (CLOCKS.now_ns,))
         patch.setattr("lem.runner.attempt.ignore_signals", lambda: None)
         patch.setattr("lem.runner.attempt._report_error", lambda _: None)
         patch.setattr("lem.runner.attempt.named_by_launcher", lambda: RANKS.ranks)
