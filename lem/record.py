@@ -67,7 +67,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
     @property
     def is_measured(self) -> bool:
-        """Whether the energy came from a sensor (in this run or in a replayed trace), not an estimate or a simulation."""
+        """Whether the energy came from a sensor (in this run or in a replayed trace), not from a model of the power."""
         return self.source not in ("estimate", "simulated")
 
     def seconds_of(self, duration_s: float) -> float:

@@ -375,6 +375,12 @@ WARNINGS: dict[str, WarningKind] = {
         "The measure depends on a cell's position within its cycle.",
         "Use --structure latin, which balances positions over the arms, and wait between cells (--config-gap).",
     ),
+    "campaign_carry_over": WarningKind(
+        "The measure depends on which arm ran just before (first-order carry-over). This is estimated together with "
+        "the effects of cycle, arm and position; without carry-over, one campaign in twenty warns. No arm follows "
+        "itself within a cycle, so even in a balanced order a part of the effect remains in the comparison.",
+        "Wait between cells (--config-gap), warm up longer (--warmup-prompts), or cool to a temperature (--cool-to).",
+    ),
     "campaign_cells_warn": WarningKind(
         "Some cells of the campaign have warnings of their own.",
         "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",

@@ -170,9 +170,23 @@ def as_plain(answer: Answer) -> dict[str, Any]:
         ],
         "arms": [_plain(row) for row in answer.arms],
         "pairs": [_plain(row) for row in answer.pairs],
+        "carry_over": _carry_over(answer),
         "sentences": list(sentences(answer)),
         "warnings": [_warning(note) for note in answer.warnings],
     }
+
+
+def _carry_over(answer: Answer) -> dict[str, Any] | None:
+    """Return how the primary measure depends on the arm before, None if the cells do not tell."""
+    found = answer.carry_over
+    if found is None:
+        return None
+    names = [arm.name for arm in answer.definition.arms]
+    after = [
+        {"arm": names[each.arm], "ratio": each.ratio, "ci_low": each.ci_low, "ci_high": each.ci_high}
+        for each in found.after
+    ]
+    return {"after": after, "p_value": found.p_value, "degrees_of_freedom": found.degrees_of_freedom}
 
 
 def _plain(row: ArmRow | PairRow) -> dict[str, Any]:
