@@ -233,7 +233,7 @@ def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
     pairs = [row for measure in MEASURES for row in _pair_rows(definition, measure, found)]
     carried = _carried_over(definition, names, cells)
     doubts = [*_doubts(definition, names, found), *_of_predecessors(definition, names, carried)]
-    return Answer(definition, list(cells), arms, pairs, doubts, carried)
+    return Answer(definition, list(cells), arms, pairs, doubts, carry_over=carried)
 
 
 def write_answer(folder: Path, found: Answer) -> None:
