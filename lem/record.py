@@ -34,7 +34,7 @@ ENERGY_OWNER = 0
 
 Status = Literal["completed", "failed", "interrupted"]
 Component = Literal["gpu", "cpu", "dram", "module"]
-Source = Literal["counter", "integral", "estimate", "replay"]
+Source = Literal["counter", "integral", "estimate", "replay", "simulated"]
 Scope = Literal["device", "package", "machine", "process", "shared_device"]
 PhaseName = Literal["idle_before", "load", "idle_loaded", "warmup", "measured"]
 WarmupEnd = Literal["fixed", "converged", "max_prompts", "max_s"]
@@ -67,8 +67,8 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
     @property
     def is_measured(self) -> bool:
-        """Whether the energy came from a sensor (in this run or in a replayed trace) rather than an estimate."""
-        return self.source != "estimate"
+        """Whether the energy came from a sensor (in this run or in a replayed trace), not from a model of the power."""
+        return self.source not in ("estimate", "simulated")
 
     def seconds_of(self, duration_s: float) -> float:
         """Return how many seconds of a phase of this length the energy covers; 0 if there is no energy."""

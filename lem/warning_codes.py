@@ -178,6 +178,11 @@ WARNINGS: dict[str, WarningKind] = {
         "The energy of some components is an estimate, not a measurement.",
         "Measure on a machine with an NVIDIA GPU or readable RAPL counters. Do not compare estimates between machines.",
     ),
+    "energy_simulated": WarningKind(
+        "The energy is simulated: a constant power (energy.power_w) times the time of the simulated backend; nothing "
+        "was measured.",
+        "Use a real backend and a real meter for real numbers.",
+    ),
     "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause given in the message."),
     "energy_without_gpu": WarningKind(
         "A GPU ran the model, but the meter does not read it. The energy covers only the components in the message.",
@@ -351,7 +356,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Set one meter for all arms (energy=…), and find out why a cell used another.",
     ),
     "campaign_estimate": WarningKind(
-        "The energy that a campaign compares is an estimate, not a measurement.",
+        "The energy that a campaign compares is an estimate or simulated, not a measurement.",
         "Measure on a machine with a GPU's counter or readable RAPL counters.",
     ),
     "campaign_engines_differ": WarningKind(
@@ -374,6 +379,12 @@ WARNINGS: dict[str, WarningKind] = {
     "campaign_position": WarningKind(
         "The measure depends on a cell's position within its cycle.",
         "Use --structure latin, which balances positions over the arms, and wait between cells (--config-gap).",
+    ),
+    "campaign_carry_over": WarningKind(
+        "The measure depends on which arm ran just before (first-order carry-over). This is estimated together with "
+        "the effects of cycle, arm and position; without carry-over, one campaign in twenty warns. No arm follows "
+        "itself within a cycle, so even in a balanced order a part of the effect remains in the comparison.",
+        "Wait between cells (--config-gap), warm up longer (--warmup-prompts), or cool to a temperature (--cool-to).",
     ),
     "campaign_cells_warn": WarningKind(
         "Some cells of the campaign have warnings of their own.",
@@ -429,7 +440,9 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
 def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if not readings:
         yield warning("energy_missing", "no meter was used.")
-    estimates = [r for r in readings if not r.is_measured]
+    if simulated := next((r for r in readings if r.source == "simulated"), None):
+        yield warning("energy_simulated", f"no energy was measured ({simulated.method}).")
+    estimates = [r for r in readings if r.source == "estimate"]
     if estimates:
         names = " and ".join(dict.fromkeys(r.component for r in estimates))
         methods = "; ".join(dict.fromkeys(r.method for r in estimates))

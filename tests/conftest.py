@@ -20,6 +20,11 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from lem.machine.host import Host
+from lem.results.directory import ExperimentDir
+from lem.runner import job
+from lem.runner.attempt import Attempt
+from lem.runner.progress import Report
 from lem.workload import tiny
 from tests.backends.confirmations import Engines
 from tests.nvml_standin import driver, standin  # noqa: F401 - fixtures
@@ -108,6 +113,17 @@ def lem(tmp_path, monkeypatch, capfd):
     # --verbose turns on logging in this process.
     logging.getLogger("lem").handlers.clear()
     logging.getLogger("lem").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Let the worker of a single process be this one, which saves the second that a new one takes to start."""
+
+    def launch(directory: ExperimentDir, attempt: int, _host: Host, report: Report) -> None:
+        Attempt(directory, attempt).run(report)
+
+    for function in (job.run_ready, job.resume):
+        monkeypatch.setitem(function.__kwdefaults__, "launcher", launch)
 
 
 def command(*arguments: str, cwd: Path, timeout_s: float = 300, **env: str) -> Finished:

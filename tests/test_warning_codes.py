@@ -84,6 +84,7 @@ def test_a_good_measurement_has_no_warning():
         (record([replace(GPU, trace_energy_j=1051.0)]), "counter_trace_mismatch"),
         (record([replace(GPU, trace_energy_j=940.0)]), "counter_trace_mismatch"),
         (record([replace(GPU, source="estimate", component="cpu")]), "energy_estimated"),
+        (record([replace(GPU, source="simulated", method="simulated: 100 W at all times")]), "energy_simulated"),
         (record([replace(GPU, energy_j=None, reason="it is lost")]), "energy_missing"),
         (record([]), "energy_missing"),
         (record([replace(GPU, scope="shared_device")]), "energy_shared"),
@@ -101,6 +102,10 @@ def test_a_good_measurement_has_no_warning():
 )
 def test_each_cause_has_its_warning(made, code):
     assert code in codes(made)
+
+
+def test_simulated_energy_is_not_called_an_estimate():
+    assert "energy_estimated" not in codes(record([replace(GPU, source="simulated")]))
 
 
 WINDOW = DeviceWindow("GPU-0", 20.0, throttled_s={}, reasons={}, foreign_processes=())

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lem.energy.replay import ReplayMeter
 from lem.errors import Interrupted
 from lem.machine import host
 from lem.results.directory import ExperimentDir
@@ -146,7 +145,6 @@ def virtual_time(opened: Openings) -> Iterator[None]:
         patch.setattr(_Window, "keep_noting", keep_noting)
         patch.setattr(time, "perf_counter_ns", CLOCKS.now_ns)
         patch.setattr(time, "sleep", CLOCKS.sleep)
-        patch.setattr(ReplayMeter.__init__, "__defaults__", (CLOCKS.now_ns,))
         patch.setattr("lem.runner.attempt.ignore_signals", lambda: None)
         patch.setattr("lem.runner.attempt._report_error", lambda _: None)
         patch.setattr("lem.runner.attempt.named_by_launcher", lambda: CLOCKS.ranks)

@@ -15,8 +15,10 @@ from typing import ClassVar, Literal, TypeVar
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
 from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
+from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
+from lem.workload.clock import REAL, Clock
 from lem.workload.flops import Architecture
 from lem.workload.models import Model
 from lem.workload.tokens import Chunk
@@ -40,7 +42,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Generation:
-    """The output for one prompt; times are readings of `time.perf_counter_ns`.
+    """The output for one prompt; times are readings of the backend's clock.
 
     `token_ids` contains no padding and nothing after the first end token. It is empty if the engine reports only the
     number of output tokens, which is then in `counted`. `arrived_ns` is when the request arrived, or None if all
@@ -107,6 +109,12 @@ class Backend(ABC):
 
     forced: bool = False
     """Whether the user has accepted inadvisable conditions, such as missing weights; set before `load`."""
+
+    cell: CampaignCell | None = None
+    """The run's place in a campaign, if it belongs to one; set before `start`."""
+
+    clock: Clock = REAL
+    """What times the run; virtual only if the backend simulates all of its work."""
 
     log_folder: Path | None = None
     """The directory for the log of a server that the backend starts; set before `start`."""

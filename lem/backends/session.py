@@ -24,6 +24,7 @@ from lem.record import CodedWarning, EngineInfo, ModelInfo
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, gpus_per_process
 from lem.workload.batching import plan_batches
+from lem.workload.clock import REAL, Clock
 from lem.workload.flops import Architecture
 from lem.workload.tokens import Chunk
 from lem.workload.traffic import Arrivals, as_places_become_free
@@ -60,8 +61,8 @@ class Session(ABC, Generic[R]):
     A backend creates a session for the first prompts after `Backend.forget`, so without a session nothing has run.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, clock: Clock = REAL) -> None:
+        self.experiment, self.clock = experiment, clock
         self.running: dict[int, R] = {}
         self.is_broken = False
         self._given = 0
@@ -131,14 +132,14 @@ class Session(ABC, Generic[R]):
 
     def fill_places(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
         """Run prompts on an engine without a queue, by giving it the next prompt whenever it has a free place."""
-        everything = Arrivals(prompts, [0.0] * len(prompts), 1, time.perf_counter_ns())
+        everything = Arrivals(prompts, [0.0] * len(prompts), 1, self.clock.now_ns(), clock=self.clock)
         for done in self.serve(everything, self.experiment.batching.batch_size):
             yield [replace(generation, batch=0, arrived_ns=None) for generation in done]
 
     def _run(self, prompts: Mapping[int, Encoded], batch: int) -> Iterator[Mapping[int, Generation]]:
         with self._in_use():
             for key, prompt in prompts.items():
-                self._give(key, prompt, batch, time.perf_counter_ns())
+                self._give(key, prompt, batch, self.clock.now_ns())
             while self.running:
                 if done := self._advance():
                     yield done

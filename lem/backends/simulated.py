@@ -3,13 +3,14 @@
 A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. With continuous
 batching, each step first spends the prefill time of newly accepted prompts, while the other requests wait, and then
 decodes one token of each request. A prompt's tokens are its words. The seed and the prompt's position determine the
-length of the output.
+length of the output. `Pace` makes these times vary by known amounts. Without sleeping, they pass on a virtual clock.
 """
 
 from __future__ import annotations
 
+import math
 import random
-import time
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +21,14 @@ from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, peak_memory_bytes
 from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
+from lem.spec.campaign import CampaignCell
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Decoder, Experiment
 from lem.spec.rules import Objection, without_effect
 from lem.units import NS_PER_S
 from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
+from lem.workload.clock import REAL, Clock, VirtualClock
 from lem.workload.models import Model
 from lem.workload.tokens import Chunk, first_tokens
 from lem.workload.traffic import Arrivals
@@ -42,8 +45,10 @@ class Simulated(Backend):
         assert isinstance(experiment.backend, SimulatedBackend)
         self._experiment = experiment
         self._options = experiment.backend
-        self._clock = _Clock()
-        self._session = SimulatedSession(experiment, self._output)
+        self.clock = REAL if self._options.sleep else VirtualClock()
+        self._work = _Work(self.clock)
+        self._pace = Pace(self._options, experiment.seed)
+        self._session = SimulatedSession(experiment, self._output, self.clock, self._pace)
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
@@ -63,6 +68,10 @@ class Simulated(Backend):
         """Return the first visible GPUs, as many as are requested."""
         return host.gpus[: self._options.gpus]
 
+    def start(self) -> None:
+        """Find out how fast this run is, which depends on its place in a campaign."""
+        self._pace.set_cell(self.cell)
+
     def load(self) -> None:
         """Do nothing, because there is no model."""
 
@@ -80,14 +89,14 @@ class Simulated(Backend):
         if self._experiment.batching.strategy == "continuous":
             yield from self._session.fill_places(prompts)
             return
-        start_ns = time.perf_counter_ns()  # planning is part of the work
+        start_ns = self.clock.now_ns()  # planning is part of the work
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
             for prompt in members:
                 _fail_at(prompt, self._options)
             outputs = [self._output(p) for p in members]
-            prefill_end_ns, chunks, end_ns = self._work(start_ns, members, max(map(len, outputs)))
+            prefill_end_ns, chunks, end_ns = self._run(start_ns, members, max(map(len, outputs)))
             yield [
                 Generation(
                     p.index,
@@ -101,19 +110,19 @@ class Simulated(Backend):
                 )
                 for p, output in zip(members, outputs, strict=True)
             ]
-            start_ns = time.perf_counter_ns()
+            start_ns = self.clock.now_ns()
 
-    def _work(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
+    def _run(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
         """Sleep through prefill and decode, and return when each ended and, if streaming, when each step ended."""
-        self._clock.begin(start_ns)
-        prefill_end_ns = self._clock.work(_prefill_s(members, self._options))
-        step_s = self._options.decode_s_per_token
+        self._work.begin(start_ns)
+        prefill_end_ns = self._work.do(self._pace.prefill_s(members))
+        step_s = self._pace.step_s(members)
         if self._experiment.streaming.enabled:
-            chunks = [Chunk(self._clock.work(step_s), 1) for _ in range(steps)]
+            chunks = [Chunk(self._work.do(step_s), 1) for _ in range(steps)]
             end_ns = chunks[-1].at_ns
         else:
-            chunks, end_ns = [], self._clock.work(steps * step_s)
-        self._clock.end(end_ns)
+            chunks, end_ns = [], self._work.do(steps * step_s)
+        self._work.end(end_ns)
         return prefill_end_ns, chunks, end_ns
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
@@ -157,18 +166,68 @@ def _fail_at(prompt: Encoded, options: SimulatedBackend) -> None:
         raise RunError(f"simulated failure at request {prompt.index}")
 
 
-def _prefill_s(prompts: Sequence[Encoded], options: SimulatedBackend) -> float:
-    return sum(len(p.token_ids) for p in prompts) * options.prefill_s_per_token
+class Pace:
+    """How long work takes: the configured times, multiplied by what varies from cell to cell and between requests.
+
+    A log-normal factor of median 1 leaves the ratio of two arms' geometric means, which a campaign estimates, as it is.
+    """
+
+    def __init__(self, options: SimulatedBackend, seed: int) -> None:
+        self._options, self._seed = options, seed
+        self._of_requests: dict[int, float] = {}
+        self.set_cell(None)
+
+    def set_cell(self, cell: CampaignCell | None) -> None:
+        """Set the place in a campaign; outside of one, only noise is left."""
+        self._place = "" if cell is None else f"{cell.name}/{cell.arm}/{cell.cycle}"
+        self._of_cell = self._noise("cell", self._options.noise)
+        if cell is not None:
+            self._of_cell *= _drift(self._options, cell) * _carried_over(self._options, cell)
+        self._of_requests.clear()
+
+    def prefill_s(self, prompts: Sequence[Encoded]) -> float:
+        """Return how long it takes to process prompts."""
+        tokens = math.fsum(len(p.token_ids) * self._of_request(p.index) for p in prompts)
+        return tokens * self._options.prefill_s_per_token * self._of_cell
+
+    def step_s(self, prompts: Sequence[Encoded]) -> float:
+        """Return how long a decode step of some requests takes."""
+        mean = statistics.fmean(self._of_request(p.index) for p in prompts)
+        return mean * self._options.decode_s_per_token * self._of_cell
+
+    def _of_request(self, index: int) -> float:
+        if self._options.request_noise == 0:
+            return 1.0
+        if index not in self._of_requests:
+            self._of_requests[index] = self._noise(f"request {index}", self._options.request_noise)
+        return self._of_requests[index]
+
+    def _noise(self, what: str, relative_sd: float) -> float:
+        # The sigma of a log-normal variable whose standard deviation is this share of its mean.
+        sigma = math.sqrt(math.log1p(relative_sd**2))
+        return random.Random(f"{self._seed}/{self._place}/{what}").lognormvariate(0, sigma)
 
 
-class _Clock:
+def _drift(options: SimulatedBackend, cell: CampaignCell) -> float:
+    return math.pow(1 + options.drift, (cell.number - 1) / max(1, cell.cells - 1))
+
+
+def _carried_over(options: SimulatedBackend, cell: CampaignCell) -> float:
+    before = cell.simulated_before
+    if before is None or not before.decode_s_per_token or not options.decode_s_per_token:
+        return 1.0
+    return math.pow(before.decode_s_per_token / options.decode_s_per_token, options.carry_over)
+
+
+class _Work:
     """Sleeps through consecutive stretches of simulated work.
 
     It sleeps until points in time rather than for durations, and deducts late wake-ups from the next stretch. Otherwise
     delays would accumulate, and the work would take too long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._late_ns = 0
         self._begun_ns = self._due_ns = 0
 
@@ -176,10 +235,10 @@ class _Clock:
         """Begin working at a time that may already have passed."""
         self._begun_ns, self._due_ns = start_ns, start_ns - self._late_ns
 
-    def work(self, duration_s: float) -> int:
+    def do(self, duration_s: float) -> int:
         """Work for the given time, and return when the work ended."""
         self._due_ns += round(duration_s * NS_PER_S)
-        return _sleep_until(self._due_ns)
+        return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
         """Note how late the work ended, limited so that a long interruption is not caught up in a rush."""
@@ -198,27 +257,30 @@ class _Running(Request):
 class SimulatedSession(Session[_Running]):
     """Simulated continuous batching: each step accepts the new prompts, and decodes one token of each request."""
 
-    def __init__(self, experiment: Experiment, output: Callable[[Encoded], tuple[int, ...]]) -> None:
-        super().__init__(experiment)
+    def __init__(
+        self, experiment: Experiment, output: Callable[[Encoded], tuple[int, ...]], clock: Clock, pace: Pace
+    ) -> None:
+        super().__init__(experiment, clock)
         assert isinstance(experiment.backend, SimulatedBackend)
-        self._options, self._output = experiment.backend, output
-        self._clock = _Clock()
+        self._options, self._output, self._pace = experiment.backend, output, pace
+        self._work = _Work(clock)
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
         """Add a prompt for the next step to accept."""
         _fail_at(prompt, self._options)
-        self.running[key] = _Running(prompt, batch, arrived_ns, output=self._output(prompt))
+        output, now_ns = self._output(prompt), self.clock.now_ns()
+        self.running[key] = _Running(prompt, batch, arrived_ns, output=output, given_ns=now_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
         """Sleep through a step."""
-        start_ns = time.perf_counter_ns()
-        self._clock.begin(start_ns)
+        start_ns = self.clock.now_ns()
+        self._work.begin(start_ns)
         for request in self.running.values():
             if request.start_ns is None:
                 request.start_ns = start_ns
-                request.prefill_end_ns = self._clock.work(_prefill_s([request.prompt], self._options))
-        end_ns = self._clock.work(self._options.decode_s_per_token)
-        self._clock.end(end_ns)
+                request.prefill_end_ns = self._work.do(self._pace.prefill_s([request.prompt]))
+        end_ns = self._work.do(self._pace.step_s([request.prompt for request in self.running.values()]))
+        self._work.end(end_ns)
         for request in self.running.values():
             request.take([request.output[len(request.token_ids)]], end_ns, timed=self.streams)
         done = {key: r for key, r in self.running.items() if len(r.token_ids) == len(r.output)}
@@ -244,14 +306,6 @@ class SimulatedSession(Session[_Running]):
             tuple(request.chunks),
             request.arrived_ns,
         )
-
-
-def _sleep_until(moment_ns: int) -> int:
-    """Sleep until a time on the clock of `time.perf_counter_ns`, and return the time of waking."""
-    left_ns = moment_ns - time.perf_counter_ns()
-    if left_ns > 0:
-        time.sleep(left_ns / NS_PER_S)
-    return time.perf_counter_ns()
 
 
 def _finish_reason(output: Sequence[int]) -> FinishReason:

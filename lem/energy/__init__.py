@@ -25,6 +25,7 @@ def meter_class(name: str) -> type[Meter]:
         "codecarbon": ("codecarbon", "CodecarbonMeter"),
         "zeus": ("zeus", "ZeusMeter"),
         "replay": ("replay", "ReplayMeter"),
+        "simulated": ("simulated", "SimulatedMeter"),
     }[name]
     found: type[Meter] = getattr(import_module(f"lem.energy.{module}"), class_name)
     return found

@@ -15,6 +15,7 @@ from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
 from lem.spec.experiment import Energy
 from lem.spec.rules import Objection
+from lem.workload.clock import REAL, Clock
 
 
 class Meter(ABC):
@@ -28,6 +29,8 @@ class Meter(ABC):
 
     # Options of the `energy` group that this meter uses. Every meter except `none` also measures the idle phases.
     options: ClassVar[tuple[str, ...]] = ("idle_s",)
+    # The clock that times the run; set before `open`. Sensors have time of their own: they ignore it.
+    clock: Clock = REAL
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> Meter:

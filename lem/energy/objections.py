@@ -13,7 +13,7 @@ from lem.spec.processes import changed
 from lem.spec.rules import Objection, without_effect
 
 # Options that only some meters use, apart from `trace`; all other options of the group apply to every meter.
-METER_OPTIONS = ("idle_s", "power_hz", "powercap_dir")
+METER_OPTIONS = ("idle_s", "power_hz", "powercap_dir", "power_w")
 
 
 def objections(energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:

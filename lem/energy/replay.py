@@ -7,8 +7,7 @@ about sensors.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -29,9 +28,8 @@ Trace = tuple[np.ndarray, np.ndarray]
 class ReplayMeter(ImmediateMeter):
     """Integrates a recorded trace over each window."""
 
-    def __init__(self, trace: str | None, clock_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+    def __init__(self, trace: str | None) -> None:
         self._path = trace
-        self._clock_ns = clock_ns
         self._traces: dict[Component, Trace] = {}
         self._opened_ns = 0
         self._begun_ns = 0
@@ -57,11 +55,11 @@ class ReplayMeter(ImmediateMeter):
         if self._path is None:
             raise BadInput("energy=replay needs energy.trace: a CSV file with the columns t_s and power_w.")
         self._traces = read_trace(Path(self._path))
-        self._opened_ns = self._clock_ns()
+        self._opened_ns = self.clock.now_ns()
 
     def begin(self) -> None:
         """Note the time."""
-        self._begun_ns = self._clock_ns()
+        self._begun_ns = self.clock.now_ns()
 
     def _taken(self) -> tuple[EnergyReading, ...]:
         """Return the integral of the trace since `begin`, per component."""
@@ -70,7 +68,7 @@ class ReplayMeter(ImmediateMeter):
     def so_far(self) -> tuple[EnergyReading, ...]:
         """Return the integral up to now; takes about 50 µs, or more with thousands of samples in the window."""
         start_s = (self._begun_ns - self._opened_ns) / NS_PER_S
-        end_s = (self._clock_ns() - self._opened_ns) / NS_PER_S
+        end_s = (self.clock.now_ns() - self._opened_ns) / NS_PER_S
         return tuple(self._reading(component, trace, start_s, end_s) for component, trace in self._traces.items())
 
     def _reading(self, component: Component, trace: Trace, start_s: float, end_s: float) -> EnergyReading:

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +27,10 @@ from lem.errors import LemError, ResultsError, nearest
 from lem.record import CodedWarning
 from lem.results import compare, parquet
 from lem.results.aggregate import read
+from lem.results.carryover import CarryOver, Ran, carry_over
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
+from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import CONFIDENCE, summarise, t_quantile
 from lem.results.store import ID, Store
@@ -119,7 +122,9 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
     is_primary: Annotated[bool, "Whether this is the primary measure, which decides; the others are descriptive."]
-    source: Annotated[str | None, "Source of the energy: counter, integral, estimate or replay; null without energy."]
+    source: Annotated[
+        str | None, "Source of the energy: counter, integral, estimate, replay or simulated; null without energy."
+    ]
     mean: Annotated[float | None, "Mean over the cells; null if a completed cell lacks a value."]
     ci95_low: Annotated[float | None, "95 % interval of the mean, lower end; null with fewer than two cells."]
     ci95_high: Annotated[float | None, "95 % interval of the mean, upper end."]
@@ -146,13 +151,14 @@ class PairRow(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Answer:
-    """The results of a campaign."""
+    """The results of a campaign; `carry_over` is None if the cells cannot tell what predecessors leave behind."""
 
     definition: Definition
     cells: list[CellEntry]
     arms: list[ArmRow]
     pairs: list[PairRow]
     warnings: list[CodedWarning]
+    carry_over: CarryOver | None = None
 
 
 # ------------------------------------------------------------------ files
@@ -225,7 +231,9 @@ def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
     found = {(cell.cycle, cell.arm): cell for cell in cells}
     arms = [row for name in names for row in _arm_rows(definition, name, cells)]
     pairs = [row for measure in MEASURES for row in _pair_rows(definition, measure, found)]
-    return Answer(definition, list(cells), arms, pairs, list(_doubts(definition, names, found)))
+    carried = _carried_over(definition, names, cells)
+    doubts = [*_doubts(definition, names, found), *_of_predecessors(definition, names, carried)]
+    return Answer(definition, list(cells), arms, pairs, doubts, carry_over=carried)
 
 
 def write_answer(folder: Path, found: Answer) -> None:
@@ -346,7 +354,10 @@ def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) ->
         if len(values) > 1:
             text = f"the energy's {what} between cells: {', '.join(values)}."
             yield warning("campaign_meters_differ", text)
-    if any("estimate" in (row.energy_source or "") for row in everything):
+    sources = {row.energy_source for row in everything if is_estimated(row.energy_source)}
+    if "simulated" in sources:
+        yield warning("campaign_estimate", "the energy is simulated, so its ratios are those of a simulation.")
+    if sources - {"simulated"}:
         yield warning("campaign_estimate", "the energy is an estimate, so its ratios are estimates too.")
     cycles = {cycle for cycle, _ in found}
     of_cycles = [[cell.row for (number, _), cell in found.items() if number == cycle and cell.row] for cycle in cycles]
@@ -368,6 +379,41 @@ def _moved(campaign: Campaign, names: Sequence[str], found: dict[tuple[int, str]
         yield warning("campaign_trend", f"{what} changes by {trend} over the campaign.")
     if moved := _change([float(cell.position) for cell, _ in known], left, len(names)):
         yield warning("campaign_position", f"{what} changes by {moved} from the first to the last position in a cycle.")
+
+
+def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[CellEntry]) -> CarryOver | None:
+    """Return what predecessors do to the primary measure, in an order that is made to tell.
+
+    A cell counts if the one before it in the plan has a result too, and nothing else that has one began in between.
+    """
+    campaign = definition.campaign
+    if campaign.structure not in ("shuffled", "latin"):
+        return None
+    begun = sorted(
+        (cell for cell in cells if cell.row is not None), key=lambda cell: cell.row.started_at if cell.row else ""
+    )
+    follows = {id(after): before for before, after in pairwise(begun)}
+    known = [
+        Ran(cell.cycle, cell.position, names.index(cell.arm), names.index(before.arm), math.log(value))
+        for before, cell in pairwise(cells)
+        if follows.get(id(cell)) is before and (value := _value(cell, campaign.primary))
+    ]
+    return carry_over(known, len(names), names.index(definition.baseline))
+
+
+def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryOver | None) -> Iterator[CodedWarning]:
+    """Warn if what ran just before a cell changes its value."""
+    if found is None or found.p_value >= SUSPICIOUS:
+        return
+    what, level = MEASURES[definition.campaign.primary][1], f"{CONFIDENCE:.0%}".replace("%", " %")
+    parts = [
+        f"after {names[each.arm]} it is {each.ratio:.4g} times that after {definition.baseline} ({level} interval "
+        f"{each.ci_low:.4g}–{each.ci_high:.4g})"
+        for each in found.after
+    ]
+    yield warning(
+        "campaign_carry_over", f"{what} depends on the arm before: {', '.join(parts)} (p = {found.p_value:.2g})."
+    )
 
 
 def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> list[float]:

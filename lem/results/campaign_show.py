@@ -9,6 +9,7 @@ from typing import Any
 from lem.record import CodedWarning
 from lem.results import show
 from lem.results.campaign import MEASURES, Answer, ArmRow, PairRow
+from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.units import plain, quantity
 
@@ -137,7 +138,7 @@ def _show_arms(answer: Answer) -> None:
 def _mean(row: ArmRow | None) -> str:
     if row is None or row.mean is None:
         return show.NOT_MEASURED
-    is_estimate = row.measure.startswith(("energy", "average_power")) and "estimate" in (row.source or "")
+    is_estimate = row.measure.startswith(("energy", "average_power")) and is_estimated(row.source)
     unit = HEADS[row.measure][1]
     value = quantity(row.mean, unit, 3) if unit else plain(row.mean, digits=4)
     # Value and interval stay on one line, because a mean without its interval can mislead.
@@ -169,9 +170,23 @@ def as_plain(answer: Answer) -> dict[str, Any]:
         ],
         "arms": [_plain(row) for row in answer.arms],
         "pairs": [_plain(row) for row in answer.pairs],
+        "carry_over": _carry_over(answer),
         "sentences": list(sentences(answer)),
         "warnings": [_warning(note) for note in answer.warnings],
     }
+
+
+def _carry_over(answer: Answer) -> dict[str, Any] | None:
+    """Return how the primary measure depends on the arm before, None if the cells do not tell."""
+    found = answer.carry_over
+    if found is None:
+        return None
+    names = [arm.name for arm in answer.definition.arms]
+    after = [
+        {"arm": names[each.arm], "ratio": each.ratio, "ci_low": each.ci_low, "ci_high": each.ci_high}
+        for each in found.after
+    ]
+    return {"after": after, "p_value": found.p_value, "degrees_of_freedom": found.degrees_of_freedom}
 
 
 def _plain(row: ArmRow | PairRow) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from lem.results.plan import CampaignCell, Plan, PromptsInfo
+from lem.results.plan import Plan, PromptsInfo
+from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 
 T = TypeVar("T")

@@ -309,8 +309,11 @@ def _and_more(text: str, more: int, what: str) -> str:
 
 # ------------------------------------------------------------------ energy
 def is_estimated(source: str | None) -> bool:
-    """Return whether an energy is at least partly an estimate, given its source or several joined by plus signs."""
-    return source is not None and "estimate" in source.split("+")
+    """Return whether an energy is at least partly an estimate, given its source or several joined by plus signs.
+
+    Simulated energy counts as an estimate.
+    """
+    return source is not None and not {"estimate", "simulated"}.isdisjoint(source.split("+"))
 
 
 class Energy(NamedTuple):

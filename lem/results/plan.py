@@ -12,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from lem import __version__
+from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.units import timestamp
 
@@ -39,16 +40,6 @@ class PromptsInfo:
     dropped_empty: int
     # The files that were read, if the source is a directory.
     files: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class CampaignCell:
-    """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1)."""
-
-    name: str
-    arm: str
-    cycle: int
-    position: int
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     warmup_duration_s: Annotated[Seconds, "Length of the warm-up, which is outside the window."]
     # metered
     energy_j: Annotated[Joules, "Headline energy of the measured window, gross."]
-    energy_source: Annotated[str | None, "counter, integral, estimate or replay."]
+    energy_source: Annotated[str | None, "counter, integral, estimate, replay or simulated."]
     gpu_energy_j: Annotated[Joules, "Energy of the GPUs in use during the window."]
     cpu_energy_j: Annotated[Joules, "Energy of the CPUs during the window."]
     dram_energy_j: Annotated[Joules, "Energy of main memory during the window."]

@@ -35,6 +35,7 @@ from lem.spec.experiment import Cooldown
 from lem.units import timestamp
 from lem.warning_codes import warning
 from lem.workload import flops
+from lem.workload.clock import REAL, Clock
 from lem.workload.flops import Architecture, UnknownArchitecture
 from lem.workload.traffic import arrival_times_s, in_system_s
 
@@ -105,6 +106,7 @@ class Attempt:
         is_metered = energy.name != "none" and not self._backend.runs_elsewhere()
         if is_metered and self._rank == ENERGY_OWNER:
             self._meter = make_meter(energy, self._gpus)
+            self._meter.clock = self._backend.clock
         self._meter.open()
         watch = Watch(self._gpus if self._rank == ENERGY_OWNER else (), self._own_pids)
         bench = Bench(self._backend, self._meter, self._ranks, report, self._plan.replicas, watch)
@@ -118,10 +120,10 @@ class Attempt:
         """Start the engine and let the GPUs cool down; return warnings about the machine."""
         experiment, backend = self._plan.experiment, self._backend
         backend.local_rank, backend.log_folder = self._ranks.local_rank, self._directory.path
-        backend.forced = self._plan.forced
+        backend.forced, backend.cell = self._plan.forced, self._plan.campaign
         backend.start()
         self._gpus = tuple(backend.gpus_in_use(self._host))
-        is_cool = cool_down(experiment.cooldown, self._gpus, report)
+        is_cool = cool_down(experiment.cooldown, self._gpus, report, backend.clock)
         self._devices_before = host.device_states(self._gpus, self._others_pids())
         warnings = []
         if type(backend).wants_gpu(experiment, self._host) and not self._gpus:
@@ -321,11 +323,11 @@ class Attempt:
                 traceback.print_exc()
 
 
-def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report) -> bool:
+def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report, clock: Clock = REAL) -> bool:
     """Wait for a fixed time, then until the GPUs in use are cool; return False if they were not within `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
-    time.sleep(cooldown.wait_s)
+    clock.sleep(cooldown.wait_s)
     if cooldown.to_c is None:
         return True
     until_s = time.monotonic() + cooldown.max_s

@@ -18,13 +18,14 @@ from lem.results.aggregate import aggregate, read
 from lem.results.codec import arrivals_sha256, config_sha256
 from lem.results.directory import ExperimentDir
 from lem.results.files import FULL, needs_space
-from lem.results.plan import FINISHED, CampaignCell, Plan, PromptsInfo, StateName
+from lem.results.plan import FINISHED, Plan, PromptsInfo, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
 from lem.runner.launch import launch
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Report, silent
 from lem.runner.stopping import signals_ignored
+from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 from lem.units import timestamp

@@ -2,7 +2,7 @@
 
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window contains
 only the generation for the planned prompts; idling, loading, tokenizing and warm-up happen outside it. Windows are
-timed with `perf_counter_ns`; at both edges the device is synchronised and the processes wait for each other. A window
+timed with the backend's clock; at both edges the device is synchronised and the processes wait for each other. A window
 that is cut short ends with its last finished batch; work still under way at that point is recorded, because the next
 attempt runs it again. Only this module combines a backend with a meter: neither knows the other, and this module knows
 no particular engine or sensor.
@@ -182,6 +182,10 @@ class Bench:
     replicas: int = 1
     watch: Watch = field(default_factory=Watch)
 
+    def now_ns(self) -> int:
+        """Return the time on the clock of the run."""
+        return self.backend.clock.now_ns()
+
     # -------------------------------------------------------------- once
     def prepare(self, texts: Sequence[str], indices: Sequence[int], idle_s: float, into: Measurement) -> list[Encoded]:
         """Idle, load the model, encode the prompts, and idle with the model loaded.
@@ -209,7 +213,7 @@ class Bench:
             return
         self.report(Event(name))
         with self.phase(name, into):
-            time.sleep(seconds)
+            self.backend.clock.sleep(seconds)
 
     # -------------------------------------------------------------- each cycle
     def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batching: Batching, into: Measurement) -> None:
@@ -229,7 +233,7 @@ class Bench:
 
         Batches are never cut short, so the last one may end after the time limit.
         """
-        least, done, began_s = warmup.prompts, 0, time.monotonic()
+        least, done, began_ns = warmup.prompts, 0, self.now_ns()
         self.report(Event("warmup", 0, least))
         failures = _Failures(self.backend, least)
         for batch in itertools.cycle(batches):
@@ -237,7 +241,7 @@ class Bench:
                 failures.tolerated(finished)
                 done += len(finished)
                 self.report(Event("warmup", done, max(done, least)))
-            if done >= least or time.monotonic() - began_s >= warmup.max_s:
+            if done >= least or (self.now_ns() - began_ns) / NS_PER_S >= warmup.max_s:
                 failures.check_warmup()
                 return WarmupInfo(done, "fixed" if done >= least else "max_s", None)
         raise AssertionError("warm-up needs at least one batch")
@@ -245,17 +249,17 @@ class Bench:
     def _warm_up_until_steady(self, batch: Sequence[Encoded], warmup: Warmup) -> WarmupInfo:
         """Repeat one batch, so that the work is always the same, until its latency is steady or a limit is reached."""
         latencies_s: list[float] = []
-        done, began_ns = 0, time.perf_counter_ns()
+        done, began_ns = 0, self.now_ns()
         while True:
-            before_ns = time.perf_counter_ns()
+            before_ns = self.now_ns()
             failures = _Failures(self.backend, len(batch))
             done += sum(len(failures.tolerated(finished)) for finished in self.backend.generate(batch))
             failures.check_warmup()
-            latencies_s.append((time.perf_counter_ns() - before_ns) / NS_PER_S)
+            latencies_s.append((self.now_ns() - before_ns) / NS_PER_S)
             self.report(Event("warmup", done))
             last_s = latencies_s[-warmup.cv_batches :]
             cv = statistics.stdev(last_s) / statistics.fmean(last_s) if len(last_s) == warmup.cv_batches else None
-            ended = _end_of_warmup(warmup, cv, done, (time.perf_counter_ns() - began_ns) / NS_PER_S)
+            ended = _end_of_warmup(warmup, cv, done, (self.now_ns() - began_ns) / NS_PER_S)
             if ended is not None:
                 return WarmupInfo(done, ended, cv)
 
@@ -309,7 +313,8 @@ class Bench:
         if queue is None:
             yield from self.backend.generate(prompts)
             return
-        arrivals = Arrivals(prompts, queue.times_s, queue.concurrency, opened_ns, queue.first_s)
+        clock = self.backend.clock
+        arrivals = Arrivals(prompts, queue.times_s, queue.concurrency, opened_ns, queue.first_s, clock)
         yield from self.backend.serve(arrivals, queue.at_most)
 
     @contextmanager
@@ -317,13 +322,13 @@ class Bench:
         """Time and meter a phase, which is kept even if it ends in an error."""
         into.current = name
         self.open_together()
-        opened_ns = time.perf_counter_ns()
+        opened_ns = self.now_ns()
         try:
             yield
             self.backend.synchronize()
             self.ranks.barrier()
         finally:
-            closed_ns = time.perf_counter_ns()
+            closed_ns = self.now_ns()
             self.meter.mark()
             duration_s = (closed_ns - opened_ns) / NS_PER_S
             into.phases.append(Phase(name, duration_s, covering(self.meter.end(), duration_s)))
@@ -367,7 +372,7 @@ class _Window:
         self._bench.watch.begin()
         self._bench.open_together()
         into.window_opened_unix_s = time.time()
-        into.window_opened_ns = time.perf_counter_ns()
+        into.window_opened_ns = self._bench.now_ns()
         self._load.start(server_pids)
         if self._bench.replicas > 1 and self._bench.ranks.rank == ENERGY_OWNER:
             self.keep_noting()
@@ -390,7 +395,7 @@ class _Window:
 
     def until_next_note_s(self) -> float:
         """Return how long to wait for the next note, so that the last one is never older than 1 % of the window."""
-        passed_s = self._into.since_opening_s(time.perf_counter_ns())
+        passed_s = self._into.since_opening_s(self._bench.now_ns())
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
     def note(self) -> None:
@@ -415,11 +420,11 @@ class _Window:
 
     def _checkpoint(self, *, asks_engine: bool = True) -> Checkpoint:
         """Return the progress of the window; reading the meter takes at most 1 % of the time."""
-        now_ns = time.perf_counter_ns()
+        now_ns = self._bench.now_ns()
         energy, energy_at_s = None, None
         if now_ns >= self._next_reading_ns:
             energy = self._bench.meter.so_far()
-            read_ns = time.perf_counter_ns()
+            read_ns = self._bench.now_ns()
             energy_at_s = None if energy is None else self._into.since_opening_s(read_ns)
             energy = None if energy is None else covering(energy, energy_at_s or 0.0)
             self._next_reading_ns = read_ns + max(METER_POLL_NS, 100 * (read_ns - now_ns))
@@ -438,10 +443,11 @@ class _Window:
         self._end()
         self._bench.backend.synchronize()
         self._bench.ranks.barrier(lambda: self.batch_finished(()))
-        duration_s = into.since_opening_s(time.perf_counter_ns())
+        duration_s = into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()
         into.devices = self._bench.watch.end()
-        into.cpu_load = self._load.stop()
+        # Processor time is real time, of which a window on a virtual clock takes next to none.
+        into.cpu_load = None if self._bench.backend.clock.is_virtual else self._load.stop()
         into.phases.append(Phase("measured", duration_s, covering(self._bench.meter.end(), duration_s)))
         into.current = None
 
@@ -462,7 +468,7 @@ class _Window:
         instead, because the others may have finished requests in the meantime.
         """
         self._end()
-        interrupted_s = self._into.since_opening_s(time.perf_counter_ns())
+        interrupted_s = self._into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()
         self._into.devices = self._bench.watch.end()
         readings = self._bench.meter.end()

@@ -11,6 +11,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
+from lem.spec.engines import SimulatedBackend
+
 Structure = Literal["shuffled", "latin", "interleaved", "grouped"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
 # The measures by which arms can be compared; each is a column of the experiments table.
@@ -105,6 +107,23 @@ class Campaign:
     retries: Annotated[
         int, Field(ge=0, le=10, description="How many times a failed cell is retried, at the end of its cycle.")
     ] = 0
+
+
+@dataclass(frozen=True)
+class CampaignCell:
+    """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1).
+
+    `number` is its place in the planned order of all `cells`, from 1. `simulated_before` has the backend's options of
+    the cell before it in that order, if that is simulated: what a simulated carry-over acts on.
+    """
+
+    name: str
+    arm: str
+    cycle: int
+    position: int
+    number: int = 1
+    cells: int = 1
+    simulated_before: SimulatedBackend | None = None
 
 
 def square_size(arms: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lem.spec.engines import PytorchBackend
+from lem.spec.engines import PytorchBackend, SimulatedBackend
 from lem.spec.experiment import Cooldown, Experiment, Quantization
 from lem.spec.processes import changed, process_counts, runs_in_one_process
 from lem.spec.rules import Objection, without_effect
@@ -17,6 +17,9 @@ OF_4_BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_comput
 WARMUP_LIMITS = ("cv_batches", "max_prompts")
 # The option that each traffic pattern reads.
 TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrency": "concurrency", "trace": "trace"}
+
+# Meters that read no sensor, and so follow a clock on which time is simulated.
+WITHOUT_SENSORS = ("simulated", "replay", "none")
 
 
 def conflicts(experiment: Experiment) -> Iterator[Objection]:
@@ -29,6 +32,7 @@ def conflicts(experiment: Experiment) -> Iterator[Objection]:
     yield from _warmup(experiment)
     yield from _traffic(experiment)
     yield from _cooldown(experiment.cooldown)
+    yield from _simulation(experiment)
 
 
 def _decoding(experiment: Experiment) -> Iterator[Objection]:
@@ -130,3 +134,20 @@ def _traffic(experiment: Experiment) -> Iterator[Objection]:
 def _cooldown(cooldown: Cooldown) -> Iterator[Objection]:
     if cooldown.to_c is None and changed(cooldown, "max_s"):
         yield without_effect("no_effect_cooldown_limit", "cooldown.max_s", "cooldown.to_c is not set.")
+
+
+def _simulation(experiment: Experiment) -> Iterator[Objection]:
+    options, meter = experiment.backend, experiment.energy.name
+    if meter == "simulated" and not isinstance(options, SimulatedBackend):
+        fact = f"the backend is {options.name}, whose energy is not simulated."
+        yield Objection("simulated_energy", "energy.name", fact)
+    if not isinstance(options, SimulatedBackend) or options.sleep:
+        return
+    processes, _ = process_counts(experiment)
+    reasons = {
+        f"energy={meter} reads a sensor": meter not in WITHOUT_SENSORS,
+        f"{processes} processes would wait for each other": processes > 1,
+        "GPUs are watched": options.gpus > 0,
+    }
+    for fact in (fact for fact, is_so in reasons.items() if is_so):
+        yield Objection("simulated_time", "backend.sleep", f"{fact}, which takes real time.")

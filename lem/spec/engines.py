@@ -45,7 +45,11 @@ class PytorchBackend:
 
 @config
 class SimulatedBackend:
-    """A stand-in for an engine, with exactly known times, for trying out grids and for tests. No model runs."""
+    """A stand-in for an engine, with exactly known times, for trying out grids and for tests. No model runs.
+
+    Its times can vary as those of a real machine do, by known amounts: `noise`, `request_noise`, `drift` and
+    `carry_over` are factors of all times. What varies from cell to cell is one factor for the whole of an experiment.
+    """
 
     spreads_a_model_itself: ClassVar[bool] = False
 
@@ -58,6 +62,50 @@ class SimulatedBackend:
     fail_at_request: Annotated[
         int | None, Field(ge=0, description="Fail on reaching the batch that contains this request; null: never.")
     ] = None
+    noise: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Relative standard deviation of an experiment's times: a log-normal factor of median 1 for "
+            "each experiment, drawn from seed and, in a campaign, the names of campaign and arm and the cycle.",
+        ),
+    ] = 0.0
+    request_noise: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="The same for each request on its own, drawn from the same and its position among the prompts; "
+            "a decode step takes the mean of its requests' factors.",
+        ),
+    ] = 0.0
+    drift: Annotated[
+        float,
+        Field(
+            gt=-1,
+            le=10,
+            description="Relative change of all times from the first cell of a campaign to the last as planned, by the "
+            "same factor from each cell to the next; none outside a campaign.",
+        ),
+    ] = 0.0
+    carry_over: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Share of its predecessor's effect in a campaign's cell: all times are multiplied by the ratio "
+            "of the predecessor's decode_s_per_token to the cell's own, to this power; none outside a campaign, "
+            "without a simulated predecessor, or if either is 0.",
+        ),
+    ] = 0.0
+    sleep: Annotated[
+        bool,
+        Field(
+            description="Sleep for as long as the work would take; false: do not, and record the simulated times, as "
+            "if they had passed. For one process, with energy=simulated, replay or none."
+        ),
+    ] = True
 
 
 # ------------------------------------------------------------------ vLLM

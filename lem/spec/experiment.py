@@ -237,7 +237,7 @@ class Energy:
     """The meter to read, and the conversion of joules to grams of CO2e."""
 
     name: Annotated[
-        Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "none"],
+        Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "simulated", "none"],
         Field(description="Meter; auto: the best one available for each component."),
     ] = "auto"
     idle_s: Annotated[
@@ -259,6 +259,10 @@ class Energy:
         str | None,
         Field(description="CSV file for the replay meter, with the columns t_s, power_w and optionally component."),
     ] = None
+    power_w: Annotated[
+        float,
+        Field(gt=0, le=1e6, description="Power of the simulated meter, constant in every phase, idle ones included."),
+    ] = 100.0
     country_iso_code: Annotated[
         str | None,
         Field(

@@ -57,6 +57,15 @@ OPTIONS_IMPOSSIBLE = _rules(
             "The number of concurrent requests cannot be divided evenly among the processes.",
             "Set traffic.concurrency to a multiple of the number of processes.",
         ),
+        "simulated_energy": (
+            "The simulated meter reads no sensor: beside a real engine, it would make up the energy.",
+            "Use another meter, or backend=simulated.",
+        ),
+        "simulated_time": (
+            "With backend.sleep=false the simulated times do not really pass, but something that is asked for needs "
+            "real time: a sensor, another process, or a GPU.",
+            "Use energy=simulated, replay or none, one process and backend.gpus=0; or set backend.sleep=true.",
+        ),
         "bits_conflict": ("Both 4-bit and 8-bit weights are requested.", "Choose one."),
         "no_bits": (
             "Quantization is on, but no bit width is set.",

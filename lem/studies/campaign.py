@@ -34,13 +34,14 @@ from lem.results.codec import to_json, to_plain
 from lem.results.directory import ExperimentDir
 from lem.results.files import NO_SPACE, needs_space, write_atomically
 from lem.results.merging import total
-from lem.results.plan import FINISHED, CampaignCell
+from lem.results.plan import FINISHED
 from lem.results.statistics import summarise
 from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
-from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign
+from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign, CampaignCell
+from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
@@ -415,6 +416,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 def _cells(planned: Planned) -> list[Cell]:
     campaign, arms = planned.definition.campaign, planned.definition.arms
+    before = [None, *(each.backend for each in planned.experiments)]
     return [
         Cell(
             label=f"{arms[place.arm].name}, cycle {place.cycle}/{campaign.cycles}",
@@ -422,9 +424,19 @@ def _cells(planned: Planned) -> list[Cell]:
             overrides=planned.definition.overrides,
             config_file=Path(file) if (file := arms[place.arm].config_file) else None,
             words=words,
-            campaign=CampaignCell(planned.definition.name, arms[place.arm].name, place.cycle, place.position),
+            campaign=CampaignCell(
+                planned.definition.name,
+                arms[place.arm].name,
+                place.cycle,
+                place.position,
+                number=number,
+                cells=len(planned.places),
+                simulated_before=options if isinstance(options := before[number - 1], SimulatedBackend) else None,
+            ),
         )
-        for place, experiment, words in zip(planned.places, planned.experiments, planned.words, strict=True)
+        for number, (place, experiment, words) in enumerate(
+            zip(planned.places, planned.experiments, planned.words, strict=True), start=1
+        )
     ]
 
 

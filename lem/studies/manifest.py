@@ -14,9 +14,9 @@ from lem.results import show
 from lem.results.aggregate import read
 from lem.results.directory import ExperimentDir
 from lem.results.files import DiskFull, needs_space, write_atomically
-from lem.results.plan import CampaignCell
 from lem.results.schema import ExperimentRow
 from lem.results.show import SweepLine
+from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 
 FILE = "experiments.json"

@@ -16,7 +16,7 @@ from lem.units import NS_PER_S
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that arrived together, at `at_ns` on the clock of `time.perf_counter_ns`."""
+    """Tokens that arrived together, at `at_ns` on the clock of the backend."""
 
     at_ns: int
     tokens: int

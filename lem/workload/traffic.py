@@ -1,7 +1,7 @@
 """The arrival of requests: all at once, at a rate, at a fixed concurrency, or as recorded in a trace.
 
 Requests of open-loop traffic (constant, poisson, trace) arrive whether or not the engine keeps up, and wait in a queue.
-This module knows nothing about engines or meters. Times in ns are on the clock of `time.perf_counter_ns`.
+This module knows nothing about engines or meters. Times in ns are on the clock of the arrivals.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Generic, TypeVar
 from lem.errors import BadInput
 from lem.spec.experiment import Traffic
 from lem.units import NS_PER_S
+from lem.workload.clock import REAL, Clock
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -132,6 +132,7 @@ class Arrivals(Generic[T]):
         concurrency: int,
         opened_ns: int,
         first_s: Sequence[float] | None = None,
+        clock: Clock = REAL,
     ) -> None:
         """Queue the requests in order.
 
@@ -143,7 +144,9 @@ class Arrivals(Generic[T]):
             opened_ns: the time when the window opened.
             first_s: the arrival times (as in `times_s`) of the requests that are in the system from the start; None if
                 they arrive at the opening.
+            clock: the clock of `opened_ns`, which decides what has arrived.
         """
+        self.clock = clock
         self._left = list(requests)[::-1]
         self._times_ns = None if times_s is None else [opened_ns + round(t * NS_PER_S) for t in times_s][::-1]
         first_s = [0.0] * concurrency if first_s is None else first_s
@@ -189,13 +192,13 @@ def in_turn(
         The batch that was taken, and each part of it when it is finished.
     """
     while arrivals:
-        batch = arrivals.take(time.perf_counter_ns(), at_most)
+        batch = arrivals.take(arrivals.clock.now_ns(), at_most)
         if not batch:
             _sleep_until_the_next(arrivals)
             continue
         for part in run([each.request for each in batch]):
             yield batch, part
-        arrivals.finished(len(batch), time.perf_counter_ns())
+        arrivals.finished(len(batch), arrivals.clock.now_ns())
 
 
 def as_places_become_free(
@@ -221,16 +224,16 @@ def as_places_become_free(
         The outputs that are finished in the same step.
     """
     while arrivals or running():
-        for each in arrivals.take(time.perf_counter_ns(), at_most - running()):
+        for each in arrivals.take(arrivals.clock.now_ns(), at_most - running()):
             begin(each)
         if not running():
             _sleep_until_the_next(arrivals)
         elif done := advance():
-            arrivals.finished(len(done), time.perf_counter_ns())
+            arrivals.finished(len(done), arrivals.clock.now_ns())
             yield done
 
 
 def _sleep_until_the_next(arrivals: Arrivals[T]) -> None:
     next_ns = arrivals.next_ns()
     assert next_ns is not None  # no request is running, so the next arrival is not waiting for one to finish
-    time.sleep(max(0, next_ns - time.perf_counter_ns()) / NS_PER_S)
+    arrivals.clock.sleep_until(next_ns)

@@ -18,13 +18,15 @@ from lem.energy.rapl import RaplMeter
 from lem.energy.replay import ReplayMeter, integral_j, read_trace
 from lem.errors import BadInput
 from lem.machine import gpu
-from lem.results.merging import headline
+from lem.results.merging import headline, is_estimated
+from lem.spec.conflicts import WITHOUT_SENSORS
 from lem.spec.experiment import Energy
+from lem.workload.clock import VirtualClock
 from tests.energy.test_rapl import RANGE_UJ, USUAL_RANGE_UJ, counting
 from tests.nvml_standin import environment, scenario
 
 CONTRACT_METERS = "CONTRACT_METERS"
-HERE = ("none", "replay", "codecarbon", "auto", "rapl")
+HERE = ("none", "replay", "simulated", "codecarbon", "auto", "rapl")
 # Scenarios for the stand-in driver, which needs a separate process in which this file's contract runs again.
 ON_STANDIN = {
     "nvml": """
@@ -205,15 +207,45 @@ def test_codecarbons_values_are_labelled_as_what_they_are():
     assert "W rated for" in cpu.method or "RAPL" in cpu.method
 
 
+@pytest.mark.parametrize("name", WITHOUT_SENSORS)
+def test_a_meter_without_sensors_follows_the_clock_that_it_is_given(tmp_path, name):
+    (tmp_path / "trace.csv").write_text("t_s,power_w\n0,100\n100000,100\n")
+    trace = {"trace": str(tmp_path / "trace.csv")} if name == "replay" else {}
+    meter = make_meter(Energy(name=name, **trace), [])
+    meter.clock = VirtualClock()
+    meter.open()
+    meter.begin()
+    meter.clock.sleep(5000)
+    assert [reading.energy_j for reading in meter.so_far()] == [reading.energy_j for reading in meter.end()]
+    meter.begin()
+    meter.clock.sleep(0.5)
+    meter.mark()
+    meter.clock.sleep(10)
+    assert [reading.energy_j for reading in meter.end()] == ([] if name == "none" else [pytest.approx(50, rel=1e-9)])
+
+
+def test_simulated_energy_is_power_times_time_and_is_called_simulated():
+    meter = make_meter(Energy(name="simulated", power_w=321.5), [])
+    meter.clock = VirtualClock()
+    meter.open()
+    meter.begin()
+    meter.clock.sleep(20)
+    (reading,) = meter.end()
+    assert reading.energy_j == pytest.approx(6430, rel=1e-12)
+    assert (reading.source, reading.is_measured) == ("simulated", False)
+    assert "321.5 W" in reading.method
+    assert is_estimated(headline([reading]).source)
+
+
 def test_replay_is_the_integral_of_its_trace(tmp_path):
     file = tmp_path / "ramp.csv"
     file.write_text("t_s,power_w\n0,0\n10,100\n")
-    now_ns = [0]
-    meter = ReplayMeter(str(file), clock_ns=lambda: now_ns[0])
+    meter = ReplayMeter(str(file))
+    meter.clock = VirtualClock()
     meter.open()
-    now_ns[0] = int(2e9)
+    meter.clock.sleep(2)
     meter.begin()
-    now_ns[0] = int(6e9)
+    meter.clock.sleep(4)
     (reading,) = meter.end()
     # A ramp of 10 W/s, from 20 W to 60 W over 4 s.
     assert reading.energy_j == pytest.approx(160)
@@ -252,11 +284,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
 def test_a_module_and_its_gpu_in_one_trace_are_not_added_up(tmp_path):
     file = tmp_path / "module.csv"
     file.write_text("t_s,power_w,component\n0,100,gpu\n60,100,gpu\n0,130,module\n60,130,module\n")
-    now_ns = [0]
-    meter = ReplayMeter(str(file), clock_ns=lambda: now_ns[0])
+    meter = ReplayMeter(str(file))
+    meter.clock = VirtualClock()
     meter.open()
     meter.begin()
-    now_ns[0] = int(10e9)
+    meter.clock.sleep(10)
     energy = headline(meter.end())
     assert (energy.energy_j, energy.components) == (pytest.approx(1300), "module")
 

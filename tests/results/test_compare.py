@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lem.results.compare import Effect, contrasts, cycles_needed, holm, is_within, latin_effects, paired_effects
+from bench.campaigns import simulate
+from lem.results.compare import Effect, contrasts, cycles_needed, holm, is_within
 from lem.results.statistics import t_quantile
 from lem.studies.orders import order
 
@@ -101,38 +102,19 @@ def test_cycles_needed_find_the_difference_as_often_as_they_say():
     assert cycles_needed(0.0, 0.03) is None
 
 
-def simulated(structure, arms, cycles, drift, rng, designs=60, each=200, noise=0.01):
-    """Return how often a 95 % interval covers, and how often at least one pair raises a false alarm."""
-    covered, alarms = [], []
-    for seed in range(designs):
-        places = order(structure, arms, cycles, seed)
-        positions, when = np.zeros((cycles, arms), int), np.zeros((cycles, arms))
-        for i, place in enumerate(places):
-            positions[place.cycle - 1, place.arm] = place.position
-            when[place.cycle - 1, place.arm] = i / (len(places) - 1)
-        logs = rng.normal(0, noise, (each, cycles, arms)) + np.log1p(drift * when)
-        effects = latin_effects(logs, positions) if structure == "latin" else paired_effects(logs)
-        means, errors, freedom = effects
-        covered.append(np.abs(means[:, 1]) <= t_quantile(0.975, freedom) * errors[:, 1])
-        level = 1 - 0.05 / (arms - 1)
-        alarms.append((np.abs(means) > t_quantile(0.5 + level / 2, freedom) * errors).any(1))
-    return np.mean(covered), np.mean(alarms)
-
-
 @pytest.mark.parametrize("structure", ["shuffled", "latin"])
 @pytest.mark.parametrize("drift", [0.0, 0.1])
 def test_intervals_cover_as_often_as_they_say_even_if_the_machine_drifts(structure, drift):
-    covered, alarms = simulated(structure, 4, 5, drift, np.random.default_rng(3))
-    assert covered > 0.935
+    found = simulate(structure, 4, 5, drift)
+    assert found.coverage > 0.935
     # A shuffled campaign counts a drift as noise, so its intervals then cover more often.
-    assert covered < 0.965 or (structure == "shuffled" and drift)
-    assert alarms < 0.06
+    assert found.coverage < 0.965 or (structure == "shuffled" and drift)
+    assert found.false_alarms < 0.06
 
 
 def test_a_fixed_order_takes_a_drift_for_a_difference():
-    rng = np.random.default_rng(3)
-    assert simulated("interleaved", 2, 5, 0.1, rng)[0] < 0.9
-    assert simulated("grouped", 2, 5, 0.1, rng)[0] < 0.2
+    assert simulate("interleaved", 2, 5, 0.1).coverage < 0.9
+    assert simulate("grouped", 2, 5, 0.1).coverage < 0.2
 
 
 def test_a_latin_design_with_a_missing_cell_still_has_an_interval():

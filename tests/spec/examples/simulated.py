@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.hosts import ONE, TWO
 from tests.spec.examples.example import EIGHT_BIT, SAMPLED, Example, asks, simulated, spread
 
+AT_ONCE = "backend.sleep=false"
+
 EXAMPLES = [
     Example("no_weights_to_change", "quantization.quantization", simulated(*EIGHT_BIT), asks(*EIGHT_BIT)),
     Example("no_weights_to_change", "revision", simulated("revision=main"), asks("revision=main")),
@@ -23,6 +25,26 @@ EXAMPLES = [
         "parallelism.strategy",
         simulated(*spread("tensor", 2)),
         simulated(*spread("data", 2)),
+    ),
+    Example("simulated_energy", "energy.name", asks("energy=simulated"), simulated("energy=simulated")),
+    Example("simulated_time", "backend.sleep", simulated(AT_ONCE), simulated(AT_ONCE, "energy=simulated")),
+    Example(
+        "simulated_time",
+        "backend.sleep",
+        simulated(AT_ONCE, "energy=none", "num_processes=2"),
+        simulated("energy=none", "num_processes=2"),
+    ),
+    Example(
+        "simulated_time",
+        "backend.sleep",
+        simulated(AT_ONCE, "energy=none", "backend.gpus=1", host=ONE),
+        simulated(AT_ONCE, "energy=none", host=ONE),
+    ),
+    Example(
+        "no_effect_meter_option",
+        "energy.power_w",
+        simulated("energy=none", "energy.power_w=50.0"),
+        simulated("energy=simulated", "energy.power_w=50.0"),
     ),
     Example(
         "too_few_gpus", "backend.gpus", simulated("backend.gpus=2", host=ONE), simulated("backend.gpus=2", host=TWO)

@@ -1,0 +1,44 @@
+"""A simulated meter: a constant power, times the time that has passed on the run's clock.
+
+Reads no sensor; its energy is labelled as simulated everywhere. For trying out campaigns, and for tests whose energy
+has to be known exactly. Knows nothing about the simulated engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lem.energy.base import ImmediateMeter
+from lem.machine.gpu import Gpu
+from lem.record import EnergyReading
+from lem.spec.experiment import Energy
+from lem.units import NS_PER_S
+
+
+class SimulatedMeter(ImmediateMeter):
+    """Multiplies a power by time."""
+
+    options = ("idle_s", "power_w")
+
+    def __init__(self, power_w: float) -> None:
+        self._power_w = power_w
+        self._begun_ns = 0
+
+    @classmethod
+    def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> SimulatedMeter:
+        """Take the power that is configured."""
+        return cls(energy.power_w)
+
+    def begin(self) -> None:
+        """Note the time."""
+        self._begun_ns = self.clock.now_ns()
+
+    def _taken(self) -> tuple[EnergyReading, ...]:
+        """Return the energy since `begin`."""
+        return self.so_far()
+
+    def so_far(self) -> tuple[EnergyReading, ...]:
+        """Return the energy up to now."""
+        passed_s = (self.clock.now_ns() - self._begun_ns) / NS_PER_S
+        method = f"simulated: {self._power_w:g} W at all times"
+        return (EnergyReading("gpu", "simulated", "device", "simulated", self._power_w * passed_s, method),)

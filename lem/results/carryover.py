@@ -1,0 +1,118 @@
+"""Estimates what an arm of a campaign leaves behind for the cell after it: heat, clocks, caches.
+
+First-order carry-over: the logarithm of a cell's value is the sum of effects of its cycle, its arm, its position in the
+cycle, and the arm that ran just before it, whatever cycle that belongs to. Works on plain numbers. Source of the model:
+B. Jones and M. G. Kenward, Design and Analysis of Cross-Over Trials, 3rd ed. (2014), ch. 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lem.results.statistics import CONFIDENCE, t_quantile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# With fewer degrees of freedom an interval is so wide that it tells nothing: t exceeds 4.3 at two.
+LEAST_DEGREES_OF_FREEDOM = 3
+# Logarithms that are this close are equal: what is left of them is rounding.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A cell that was measured: the logarithm of its value, and the arm that was measured just before it.
+
+    Cycles and positions are counted from 1, arms from 0.
+    """
+
+    cycle: int
+    position: int
+    arm: int
+    before: int
+    log: float
+
+
+@dataclass(frozen=True)
+class After:
+    """How a cell's value after one arm compares with that after the baseline; the interval is simultaneous over all."""
+
+    arm: int
+    ratio: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True)
+class CarryOver:
+    """What predecessors do; `p_value` is of the F-test that none of them does anything."""
+
+    after: tuple[After, ...]
+    p_value: float
+    degrees_of_freedom: int
+
+
+def carry_over(cells: Sequence[Ran], arms: int, baseline: int = 0, confidence: float = CONFIDENCE) -> CarryOver | None:
+    """Return the effect of each predecessor relative to the baseline as one, or None if the cells do not tell.
+
+    They do not if predecessors cannot be told apart from arms, cycles and positions, as in an order that repeats, or if
+    fewer than `LEAST_DEGREES_OF_FREEDOM` are left for the noise.
+
+    Args:
+        cells: those whose predecessor is known; the first of a campaign has none.
+        arms: the number of arms.
+        baseline: the predecessor that others are compared with.
+        confidence: of the intervals, all together (Bonferroni).
+    """
+    import numpy as np
+    from scipy.special import fdtrc
+
+    if not cells:
+        return None
+    logs = np.array([cell.log for cell in cells])
+    others = _without_predecessors(cells, arms)
+    of_before = np.delete(np.eye(arms)[[cell.before for cell in cells]], baseline, axis=1)
+    design = np.hstack([of_before, others])
+    rank = int(np.linalg.matrix_rank(design))
+    degrees_of_freedom = len(cells) - rank
+    is_told = rank == np.linalg.matrix_rank(others) + arms - 1
+    if not is_told or degrees_of_freedom < LEAST_DEGREES_OF_FREEDOM:
+        return None
+    inverse = np.linalg.pinv(design)
+    effects = inverse @ logs
+    rest, rest_without = _rest(design, logs), _rest(others, logs)
+    smallest = len(cells) * ROUNDING**2
+    if rest > smallest:
+        p_value = float(
+            fdtrc(arms - 1, degrees_of_freedom, (rest_without - rest) / (arms - 1) * degrees_of_freedom / rest)
+        )
+    else:
+        p_value = 0.0 if rest_without > smallest else 1.0
+    errors = np.sqrt(rest / degrees_of_freedom * np.diag(inverse @ inverse.T))
+    half = t_quantile(1 - (1 - confidence) / (arms - 1) / 2, degrees_of_freedom)
+    found = zip((arm for arm in range(arms) if arm != baseline), effects, half * errors, strict=False)
+    after = tuple(After(arm, math.exp(mean), math.exp(mean - by), math.exp(mean + by)) for arm, mean, by in found)
+    return CarryOver(after, p_value, degrees_of_freedom)
+
+
+def _without_predecessors(cells: Sequence[Ran], arms: int) -> np.ndarray[Any, Any]:
+    """Return the columns of cycles, arms and positions."""
+    import numpy as np
+
+    cycles = sorted({cell.cycle for cell in cells})
+    of_cycle = np.eye(len(cycles))[[cycles.index(cell.cycle) for cell in cells]]
+    of_arm = np.eye(arms)[[cell.arm for cell in cells]][:, 1:]
+    of_position = np.eye(arms)[[cell.position - 1 for cell in cells]][:, 1:]
+    return np.hstack([of_cycle, of_arm, of_position])
+
+
+def _rest(design: np.ndarray[Any, Any], logs: np.ndarray[Any, Any]) -> float:
+    """Return the sum of squares that a linear model leaves."""
+    import numpy as np
+
+    left = logs - design @ (np.linalg.pinv(design) @ logs)
+    return float(left @ left)

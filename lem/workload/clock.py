@@ -1,0 +1,56 @@
+"""The clock that a run is timed by: the machine's own, or one on which time passes only where someone waits.
+
+Knows neither engines nor meters. All times are in nanoseconds, and only their differences mean anything.
+"""
+
+from __future__ import annotations
+
+import time
+
+from lem.units import NS_PER_S
+
+
+class Clock:
+    """The machine's monotonic clock, `time.perf_counter_ns`."""
+
+    is_virtual = False
+
+    def now_ns(self) -> int:
+        """Return the time."""
+        return time.perf_counter_ns()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for some time."""
+        time.sleep(seconds)
+
+    def sleep_until(self, moment_ns: int) -> int:
+        """Sleep until a time, which may be past already; return the time of waking."""
+        left_ns = moment_ns - time.perf_counter_ns()
+        if left_ns > 0:
+            time.sleep(left_ns / NS_PER_S)
+        return time.perf_counter_ns()
+
+
+class VirtualClock(Clock):
+    """A clock that advances by exactly what is slept, at once, and by nothing else."""
+
+    is_virtual = True
+
+    def __init__(self) -> None:
+        self._now_ns = round(NS_PER_S)
+
+    def now_ns(self) -> int:
+        """Return the time."""
+        return self._now_ns
+
+    def sleep(self, seconds: float) -> None:
+        """Advance by some time."""
+        self._now_ns += round(seconds * NS_PER_S)
+
+    def sleep_until(self, moment_ns: int) -> int:
+        """Advance to a time, unless it is past already; return the time."""
+        self._now_ns = max(self._now_ns, moment_ns)
+        return self._now_ns
+
+
+REAL = Clock()
