@@ -351,7 +351,7 @@ def test_broken_inheritance_is_named(compose, files, message):
 
 # ------------------------------------------------------------------ refusals
 KEYS_OF_ENGINES = [
-    ("vllm", "swap_space=4", "vLLM no longer has swap_space; preempted requests are recomputed, unless kv_off"),
+    ("vllm", "swap_space=4", "vLLM no longer has swap_space; preempted requests are recomputed, unless their blocks"),
     ("vllm", "num_scheduler_steps=8", "no longer has num_scheduler_steps; use async_scheduling"),
     ("vllm", "device=cpu", "no longer has device; the installed build of vLLM determines the device"),
     ("vllm", "max_num_seqs=4", "this argument of vLLM is set by batching.batch_size."),
