@@ -31,6 +31,8 @@ COVERAGE, FALSE_ALARMS = (0.94, 0.96), 0.055
 # For several arms: the noise of one cell, in units of the requested half-width; and how much noisier one arm may be.
 CELL_NOISES = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5)
 NOISIER = 3.0
+# The numbers of arms for which it is simulated. Latin campaigns of two arms have the level of shuffled ones.
+JOINT: dict[Structure, tuple[int, ...]] = {"shuffled": (3, 4, 6), "latin": (2, 4), "interleaved": (4,)}
 OUT = "  OUT OF RANGE"
 
 
@@ -184,14 +186,14 @@ def several_arms() -> bool:
     alarms stay below the limit at every noise, and if one arm is noisier than the others.
     """
     print(
-        f"\nadaptive campaigns of several arms, {ORDERS * EACH} each, 5 to 30 cycles, at the noise with the most false "
+        f"\nadaptive campaigns with a joint level, {ORDERS * EACH} each, 5 to 30 cycles, at the noise with most false "
         "alarms"
     )
     heads = ("arms", "noisy arm", "noise", "coverage", "false alarms", "mean cycles")
     print(f"{'structure':<12}" + "".join(f"{head:>13}" for head in heads))
     good = True
-    for structure in ("shuffled", "latin", "interleaved"):
-        for arms in (3, 4, 6) if structure == "shuffled" else (4,):
+    for structure, numbers in JOINT.items():
+        for arms in numbers:
             # A latin design assumes that all arms are equally noisy.
             for noisier in (1.0,) if structure == "latin" else (1.0, NOISIER):
                 noise, found, cycles = _worst(structure, arms, noisier)

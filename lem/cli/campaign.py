@@ -37,8 +37,8 @@ def campaign(
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="Stop once each interval is narrow enough: the half-width, divided by the ratio to the baseline, is at "
-            "most this share, such as 2% or 0.02.",
+            help="Stop once each interval is narrow enough: the half-width, divided by the ratio to the baseline, is "
+            "at most this share, such as 2% or 0.02.",
         ),
     ] = None,
     max_cycles: Annotated[

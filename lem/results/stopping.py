@@ -1,7 +1,7 @@
 """When an adaptive campaign stops, and the nominal level of its intervals.
 
 If a campaign looked at a plain 95 % interval after every cycle and stopped once it was narrow, the interval would cover
-in only 90 to 92 % of cases, because a campaign tends to stop when it underestimates the noise. Therefore intervals are
+in only 91 to 93 % of cases, because a campaign tends to stop when it underestimates the noise. Therefore intervals are
 computed at a higher nominal level. It was calibrated by simulation (`nox -s calibrate`) for pairs of limits, so that at
 the least favourable noise 95 % of the reported intervals cover. Works on plain numbers; does not know what is measured.
 """
