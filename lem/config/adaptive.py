@@ -58,9 +58,9 @@ def problems(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
         text = f"a campaign with until_ci measures at least {FEWEST_ADAPTIVE_CYCLES} cycles, not {campaign.cycles}; "
         yield _problem("cycles", f"{text}leave out cycles, or give more.")
     elif campaign.max_cycles is not None and campaign.cycles >= campaign.max_cycles:
-        text = f"it should be more than cycles ({campaign.cycles}), not {campaign.max_cycles}"
+        text = f"must be greater than cycles ({campaign.cycles}), not {campaign.max_cycles}"
         if campaign.cycles >= MOST_ADAPTIVE_CYCLES:
-            path, text = "cycles", f"with until_ci it should be less than {MOST_ADAPTIVE_CYCLES}, not {campaign.cycles}"
+            path, text = "cycles", f"must be less than {MOST_ADAPTIVE_CYCLES} with until_ci, not {campaign.cycles}"
         else:
             path = "max_cycles"
         yield _problem(path, f"{text}.")
