@@ -202,8 +202,8 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
     [
         (["quick.yaml", "--campaign-name", "x"], "at least two configurations, not 1"),
         (["quick.yaml", "slow.yaml"], "needs a name: use --campaign-name"),
-        (["--campaign-name", "x"], "needs config files"),
-        (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "it should"),
+        (["--campaign-name", "x"], "needs at least two config files"),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "name: must"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "fast"], "no arm is called 'fast'"),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "0"],
