@@ -181,3 +181,9 @@ def accuracy(session: nox.Session) -> None:
     """Compare the GPU meter's joules with known power curves, measure the meter's CPU use, and simulate campaigns."""
     run_in_dev(session, "python", "-m", "bench.accuracy")
     run_in_dev(session, "python", "-m", "bench.campaigns")
+
+
+@in_dev
+def calibrate(session: nox.Session) -> None:
+    """Calibrate the nominal levels of adaptive campaigns by simulation; takes minutes."""
+    run_in_dev(session, "python", "-m", "bench.calibrate")

@@ -69,6 +69,11 @@ def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
     return f"{value:.{digits}g} {unit}".rstrip()
 
 
+def percent(share: float) -> str:
+    """Return a share in percent, with four significant digits at most: 2 %, 97.34 %."""
+    return f"{100 * share:.4g} %"
+
+
 def timestamp(now: datetime | None = None) -> str:
     """Return a time (now by default) in ISO 8601 with the local UTC offset, to the second; used only as a label."""
     return (now or datetime.now()).astimezone().isoformat(timespec="seconds")

@@ -347,6 +347,12 @@ WARNINGS: dict[str, WarningKind] = {
         "Some cells of a campaign have no result: they failed, were interrupted, or have not run.",
         "Run the same command again: it measures the missing cells.",
     ),
+    "campaign_limit_reached": WarningKind(
+        "An adaptive campaign (until_ci) reached its largest number of cycles before its intervals were narrow enough. "
+        "The intervals are valid nevertheless.",
+        "Reduce the noise (longer runs, a warm-up, pauses), or start another campaign with a larger --max-cycles or a "
+        "wider --until-ci.",
+    ),
     "campaign_boards_differ": WarningKind(
         "The cells of a campaign ran on different machines or devices, whose sensors may differ by several percent.",
         "Measure all cells on the same machine and GPU (gpus).",

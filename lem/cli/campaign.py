@@ -33,6 +33,20 @@ def campaign(
     cycles: Annotated[
         int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: 4.")
     ] = None,
+    until_ci: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Stop once each interval is narrow enough: the half-width, divided by the ratio to the baseline, is "
+            "at most this share, such as 2% or 0.02.",
+        ),
+    ] = None,
+    max_cycles: Annotated[
+        int | None,
+        typer.Option(
+            help="With --until-ci: the largest number of cycles. Default: 30, or 100 if --cycles is 30 or more."
+        ),
+    ] = None,
     structure: Annotated[
         str | None,
         typer.Option(help=_HELP["structure"] + " shuffled (default), latin, interleaved or grouped."),
@@ -81,6 +95,8 @@ def campaign(
         "name": name,
         "sample_size": sample_size,
         "cycles": cycles,
+        "until_ci": _number(until_ci),
+        "max_cycles": max_cycles,
         "structure": structure,
         "warmup_prompts": warmup_prompts,
         "warmup_timeout_s": warmup_timeout,
@@ -113,3 +129,11 @@ def campaign(
         *given,
     ]
     raise typer.Exit(study.main(patterns, chosen, overrides, options, config_dir=config_dir))
+
+
+def _number(text: str | None) -> float | str | None:
+    """Return a text as a number if it is one; the schema refuses any other that is no percentage."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text

@@ -25,6 +25,7 @@ from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.host import Host, look
 from lem.results.codec import to_plain
+from lem.results.stopping import rule_of
 from lem.runner.preflight import objections
 from lem.spec.experiment import Experiment
 from lem.units import is_printable, one_line
@@ -152,6 +153,10 @@ def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_ma
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
         found.append(Problem("out_of_range", key, message, Location(file)))
+    try:
+        rule_of(campaign, len(arms))
+    except ConfigError as error:
+        found += [Problem("out_of_range", "", problem, Location(file)) for problem in error.problems]
     return _in_order(list(dict.fromkeys(found)), file)
 
 

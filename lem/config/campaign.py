@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lem.config import yamlfile
+from lem.config import adaptive, yamlfile
 from lem.config.files import find_each
 from lem.config.options import SUFFIXES
 from lem.config.problem import Location, Problem, Problems, shortened, shown_path
@@ -105,7 +105,7 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
         Problems: some values are wrong; lists all problems, each with its line if the value is in a file.
     """
     found = CampaignFile() if file is None else read(file)
-    wanted = {**found.values, **given}
+    wanted = adaptive.completed({**found.values, **given})
     structure = wanted.get("structure", STRUCTURES[0])
     if structure not in STRUCTURES:
         hint = did_you_mean(str(structure), STRUCTURES)
@@ -118,7 +118,8 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
         message = f"unknown key.{did_you_mean(str(key), KEYS)}"
         found.problems.append(Problem("unknown_key", str(key), message, _location(found, given, (key,))))
     campaign, problems = _checked(_composed(structure, {k: v for k, v in wanted.items() if k not in unknown}))
-    for path, problem in problems:
+    for path, problem in [*problems, *adaptive.problems(campaign)]:
+        problem = adaptive.explained(problem) if path == ("until_ci",) else problem
         found.problems.append(replace(problem, location=_location(found, given, path)))
     if campaign is None or found.problems:
         raise Problems(found.problems)

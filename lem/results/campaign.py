@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ from lem.results.directory import ExperimentDir
 from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import CONFIDENCE, summarise, t_quantile
+from lem.results.stopping import ANALYSES, Rule, is_narrow, rule_of
 from lem.results.store import ID, Store
 from lem.spec.campaign import Campaign, square_size
 from lem.spec.experiment import Experiment
@@ -40,6 +41,8 @@ from lem.warning_codes import warning
 
 FOLDER, DEFINITION, CELLS = "campaigns", "campaign.json", "experiments.json"
 FORMAT_VERSION = 1
+# The status of a cell that an adaptive campaign did not reach, because it stopped before.
+NOT_NEEDED = "not needed"
 # The measures by which arms are compared: their columns, units, and wording in sentences.
 MEASURES = {
     "energy_per_output_token_j": ("J/token", "energy per output token"),
@@ -77,13 +80,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Definition:
-    """The definition of a campaign; `prompts_sha256` has the digest of each cycle's prompts, in cycle order."""
+    """The definition of a campaign.
+
+    `prompts_sha256` has the digest of each cycle's prompts, in cycle order. `nominal_level` is the level of an adaptive
+    campaign's intervals, as calibrated when it began; None if the campaign is not adaptive.
+    """
 
     campaign: Campaign
     arms: tuple[Arm, ...]
     prompts_sha256: tuple[str, ...]
     machine: Machine
     overrides: tuple[str, ...] = ()
+    nominal_level: float | None = None
     lem_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -98,6 +106,11 @@ class Definition:
         """The arm with which the others are compared."""
         return self.campaign.baseline or self.arms[0].name
 
+    @property
+    def rule(self) -> Rule | None:
+        """When it stops, with the level with which it began; None if it is not adaptive."""
+        return rule_of(self.campaign, len(self.arms), self.nominal_level)
+
 
 @dataclass(frozen=True)
 class CellEntry:
@@ -109,6 +122,8 @@ class CellEntry:
     experiment_id: str | None
     status: str
     row: ExperimentRow | None = None
+    # Whether it did not run because its arm had been given up.
+    given_up: bool = False
 
 
 class ArmRow(Struct, frozen=True, kw_only=True):
@@ -118,7 +133,9 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     arm: Annotated[str, "Name of the arm."]
     is_baseline: Annotated[bool, "Whether the other arms are compared with this one."]
     cells_completed: Annotated[int, "Number of completed cells."]
-    cells_planned: Annotated[int, "Number of cells planned for the arm."]
+    cells_planned: Annotated[
+        int, "Number of cells planned for the arm; in an adaptive campaign, those of the cycles that it reached."
+    ]
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
     is_primary: Annotated[bool, "Whether this is the primary measure, which decides; the others are descriptive."]
@@ -142,8 +159,18 @@ class PairRow(Struct, frozen=True, kw_only=True):
     ratio: Annotated[float | None, units.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
     ci_low: Annotated[float | None, units.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."]
     ci_high: Annotated[float | None, units.RATIO, "Interval of the ratio, upper end."]
-    confidence: Annotated[float, units.RATIO, "Level of this interval; all pairs' intervals hold jointly at 95 %."]
-    p_value: Annotated[float | None, units.RATIO, "P-value for the hypothesis that the ratio is 1."]
+    confidence: Annotated[
+        float,
+        units.RATIO,
+        "Nominal level of this interval; all pairs' intervals hold jointly at 95 %, for which an adaptive campaign "
+        "needs a higher nominal level.",
+    ]
+    p_value: Annotated[
+        float | None,
+        units.RATIO,
+        "P-value for the hypothesis that the ratio is 1; null in an adaptive campaign, because it is not calibrated "
+        "for stopping early.",
+    ]
     p_adjusted: Annotated[float | None, units.RATIO, "p_value adjusted for the number of pairs (Holm)."]
     verdict: Annotated[str, "less, more, the same, or cannot tell."]
     cycles_needed: Annotated[int | None, "If the verdict is cannot tell: cycles needed for a power of 80 %."]
@@ -159,6 +186,13 @@ class Answer:
     pairs: list[PairRow]
     warnings: list[CodedWarning]
     carry_over: CarryOver | None = None
+    # Whether no further cycle will be measured; an adaptive campaign may still be under way.
+    ended: bool = True
+
+    @property
+    def cycles(self) -> int:
+        """The last cycle that the campaign has begun, or will measure in any case."""
+        return _last_cycle(self.definition, self.cells)
 
 
 # ------------------------------------------------------------------ files
@@ -213,7 +247,9 @@ def _cell(store: Store, entry: dict[str, Any]) -> CellEntry:
         raise ValueError(f"{experiment_id!r} is not a valid experiment id")
     if experiment_id and entry["status"] == "completed":
         row = _row(store.directory(experiment_id))
-    return CellEntry(place["arm"], place["cycle"], place["position"], experiment_id, entry["status"], row)
+    status = entry["status"]
+    is_given_up = status == "not run" and bool(entry.get("error"))
+    return CellEntry(place["arm"], place["cycle"], place["position"], experiment_id, status, row, is_given_up)
 
 
 def _row(directory: ExperimentDir) -> ExperimentRow | None:
@@ -228,12 +264,85 @@ def _row(directory: ExperimentDir) -> ExperimentRow | None:
 def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
     """Return the results of the completed cells."""
     names = [arm.name for arm in definition.arms]
-    found = {(cell.cycle, cell.arm): cell for cell in cells}
-    arms = [row for name in names for row in _arm_rows(definition, name, cells)]
+    last = _last_cycle(definition, cells)
+    reached = [cell for cell in cells if cell.cycle <= last]
+    found = {(cell.cycle, cell.arm): cell for cell in reached}
+    arms = [row for name in names for row in _arm_rows(definition, name, reached)]
     pairs = [row for measure in MEASURES for row in _pair_rows(definition, measure, found)]
-    carried = _carried_over(definition, names, cells)
-    doubts = [*_doubts(definition, names, found), *_of_predecessors(definition, names, carried)]
-    return Answer(definition, list(cells), arms, pairs, doubts, carry_over=carried)
+    carried = _carried_over(definition, names, reached)
+    doubts = [
+        *_doubts(definition, names, found),
+        *_of_predecessors(definition, names, carried),
+        *_wide(definition, cells, pairs),
+    ]
+    return Answer(definition, reached, arms, pairs, doubts, carry_over=carried, ended=has_ended(cells))
+
+
+def _last_cycle(definition: Definition, cells: Sequence[CellEntry]) -> int:
+    """Return the last cycle that counts: the last one planned; in an adaptive campaign, the last one needed so far."""
+    rule = definition.rule
+    if rule is None:
+        return definition.campaign.cycles
+    begun = [cell.cycle for cell in cells if cell.status not in ("not run", NOT_NEEDED)]
+    return max([rule.least, *begun])
+
+
+def has_ended(cells: Sequence[CellEntry]) -> bool:
+    """Return whether no further cycle will be measured: the campaign stopped early, or its last cycle is over."""
+    last = max((cell.cycle for cell in cells), default=0)
+    return any(cell.status == NOT_NEEDED for cell in cells) or all(
+        cell.status in ("completed", "failed") or cell.given_up for cell in cells if cell.cycle == last
+    )
+
+
+def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, given_up: Collection[str]) -> bool:
+    """Return whether an adaptive campaign is over after a cycle, because its intervals are narrow enough.
+
+    This depends only on the completed cells up to that cycle, so a campaign that was interrupted decides like one that
+    was not.
+
+    Args:
+        definition: the campaign.
+        cells: the state of its cells.
+        cycle: the last cycle that is considered.
+        given_up: arms that are no longer measured; their ratios, and ratios to them, cannot become more precise and do
+            not count.
+    """
+    rule = definition.rule
+    if rule is None or cycle not in rule.looks:
+        return False
+    found = {(cell.cycle, cell.arm): cell for cell in cells if cell.cycle <= cycle}
+    compared = {pair.arm: pair for pair in _pair_rows(definition, definition.campaign.primary, found)}
+    left = [arm.name for arm in definition.arms if arm.name not in (definition.baseline, *given_up)]
+    if definition.baseline in given_up:
+        left = []
+    return is_narrow((half_width(compared[arm]) if arm in compared else None for arm in left), rule.half_width)
+
+
+def half_width(pair: PairRow) -> float | None:
+    """Return half the width of a ratio's interval, divided by the ratio, or None if it has no interval."""
+    if pair.ratio is None or pair.ci_low is None or pair.ci_high is None:
+        return None
+    return (pair.ci_high - pair.ci_low) / 2 / pair.ratio
+
+
+def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[PairRow]) -> Iterator[CodedWarning]:
+    """Warn about an adaptive campaign that reached its limit before its intervals were narrow enough."""
+    rule = definition.rule
+    if rule is None or not has_ended(cells):
+        return
+    found = {pair.arm: half_width(pair) for pair in pairs if pair.is_primary}
+    wide = [
+        f"{arm} has no interval" if half is None else f"{arm} ±{units.percent(half)}"
+        for arm, half in found.items()
+        if not is_narrow([half], rule.half_width)
+    ]
+    if wide and not any(cell.status == NOT_NEEDED for cell in cells):
+        yield warning(
+            "campaign_limit_reached",
+            f"{rule.most} cycles, the limit, were not enough to make every interval as narrow as "
+            f"±{units.percent(rule.half_width)}: {', '.join(wide)}.",
+        )
 
 
 def write_answer(folder: Path, found: Answer) -> None:
@@ -268,15 +377,23 @@ def _arm_rows(definition: Definition, name: str, cells: Sequence[CellEntry]) -> 
 
 def _pair_rows(definition: Definition, measure: str, found: dict[tuple[int, str], CellEntry]) -> Iterator[PairRow]:
     campaign, names = definition.campaign, [arm.name for arm in definition.arms]
-    cycles = range(1, campaign.cycles + 1)
+    cycles = range(1, max((cycle for cycle, _ in found), default=0) + 1)
     values = [[_value(found.get((cycle, name)), measure) for name in names] for cycle in cycles]
     if not any(value for row in values for value in row):
         return
+    analysis = ANALYSES[campaign.structure]
     positions = None
-    if campaign.structure == "latin":
+    if analysis != "paired":
         positions = [[found[cycle, name].position for name in names] for cycle in cycles]
-    baseline = names.index(definition.baseline)
-    compared = compare.contrasts(values, baseline=baseline, positions=positions, margin=campaign.margin)
+    rule = definition.rule
+    compared = compare.contrasts(
+        values,
+        baseline=names.index(definition.baseline),
+        analysis=analysis,
+        positions=positions,
+        confidence=CONFIDENCE if rule is None else rule.level,
+        margin=campaign.margin,
+    )
     for name, contrast in zip(names, compared, strict=True):
         if contrast is not None:
             yield PairRow(
@@ -290,8 +407,8 @@ def _pair_rows(definition: Definition, measure: str, found: dict[tuple[int, str]
                 ci_low=contrast.ci_low,
                 ci_high=contrast.ci_high,
                 confidence=contrast.confidence,
-                p_value=contrast.p_value,
-                p_adjusted=contrast.p_adjusted,
+                p_value=contrast.p_value if rule is None else None,
+                p_adjusted=contrast.p_adjusted if rule is None else None,
                 verdict=contrast.verdict,
                 cycles_needed=contrast.cycles_needed,
             )
@@ -314,7 +431,7 @@ def _doubts(
         yield warning("campaign_cells_missing", text)
     yield from _different(names, found)
     yield from _moved(campaign, names, found)
-    codes = Counter(text.partition(":")[0] for row in rows for text in set(row.warnings))
+    codes = Counter(text.partition(":")[0] for row in rows for text in dict.fromkeys(row.warnings))
     if notes := [f"{code} ({count} of {len(rows)})" for code, count in codes.most_common() if code != "few_cycles"]:
         yield warning("campaign_cells_warn", f"cells have warnings of their own: {', '.join(notes)}.")
 
@@ -324,7 +441,7 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
     if campaign.structure in ("interleaved", "grouped"):
         yield warning("campaign_fixed_order", f"the order is {campaign.structure}, so it is the same in each cycle.")
     size = square_size(arms)
-    if campaign.structure == "latin" and campaign.cycles % size:
+    if campaign.structure == "latin" and campaign.until_ci is None and campaign.cycles % size:
         text = (
             f"the number of cycles ({campaign.cycles}) is not a multiple of {size}, so positions and predecessors are "
             "not balanced."
@@ -445,7 +562,7 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
 
 
 # ------------------------------------------------------------------ the power of a campaign
-def detectable_ratio(sd_log: float, cycles: int) -> float:
+def detectable_ratio(sd_log: float, cycles: int, degrees_of_freedom: int) -> float:
     """Return the ratio that this many cycles detect with a power of 80 %, given the SD of one cell's logarithm."""
-    half = t_quantile(0.5 + CONFIDENCE / 2, cycles - 1) + t_quantile(compare.POWER, cycles - 1)
+    half = t_quantile(0.5 + CONFIDENCE / 2, degrees_of_freedom) + t_quantile(compare.POWER, degrees_of_freedom)
     return math.exp(half * math.sqrt(2) * sd_log / math.sqrt(cycles))

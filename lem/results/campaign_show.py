@@ -11,7 +11,7 @@ from lem.results import show
 from lem.results.campaign import MEASURES, Answer, ArmRow, PairRow
 from lem.results.merging import is_estimated
 from lem.results.parquet import names
-from lem.units import plain, quantity
+from lem.units import percent, plain, quantity
 
 PLOT_WIDTH = 41
 # The headers of the table of arms without the part that the unit would repeat, and the remaining unit.
@@ -56,6 +56,36 @@ def sentences(answer: Answer) -> Iterator[str]:
     if len(primary) > 1 and primary[0].ci_low is not None:
         which = "Both" if len(primary) == 2 else f"All {len(primary)}"
         yield f"{which} intervals hold together with a confidence of 95 % (Bonferroni)."
+    yield from _how_it_ended(answer)
+
+
+def _how_it_ended(answer: Answer) -> Iterator[str]:
+    """Yield sentences on how an adaptive campaign ended, and on its nominal level."""
+    rule = answer.definition.rule
+    if rule is None:
+        return
+    target = f"the half-width of each interval{{}} is at most {percent(rule.half_width)} of its ratio"
+    if not answer.ended:
+        yield (
+            f"The campaign is adaptive and not over: it has begun {answer.cycles} of {rule.least} to {rule.most} "
+            f"cycles, and stops once {target.format('')}."
+        )
+    elif any(note.code == "campaign_limit_reached" for note in answer.warnings):
+        yield (
+            f"The campaign is adaptive and reached its limit of {rule.most} cycles before "
+            f"{target.format('').replace(' is ', ' was ')}."
+        )
+    else:
+        arms = " of the arms that were not given up" if any(cell.given_up for cell in answer.cells) else ""
+        yield (
+            f"The campaign is adaptive and stopped after {answer.cycles} cycles ({rule.least} to {rule.most} were "
+            f"allowed), because {target.format(arms)}."
+        )
+    jointly = " jointly" if len(answer.definition.arms) > 2 else ""
+    yield (
+        f"Its intervals have{jointly} a nominal level of {percent(rule.level)}, so that they cover 95 % although the "
+        "data decide when to stop. It has no p-values."
+    )
 
 
 def sentence(pair: PairRow, structure: str) -> str:
@@ -69,7 +99,7 @@ def sentence(pair: PairRow, structure: str) -> str:
     if pair.ci_low is None or pair.ci_high is None:
         return f"{claim} ({cycles}, {structure}): cannot tell, because an interval needs at least two cycles."
     digits = _digits(pair.ci_low, pair.ci_high)
-    level = f"{100 * pair.confidence:.4g} %"
+    level = percent(pair.confidence)
     claim = f"{pair.arm} {verb} {pair.ratio:.{digits}f} times the {words} of {pair.baseline}"
     interval = f"{level} interval {pair.ci_low:.{digits}f}–{pair.ci_high:.{digits}f}"
     return f"{claim} ({interval}, {cycles}, {structure}): {_verdict(pair)}."
@@ -156,6 +186,11 @@ def as_plain(answer: Answer) -> dict[str, Any]:
         "structure": campaign.structure,
         "seed": campaign.seed,
         "cycles": campaign.cycles,
+        "cycles_reached": answer.cycles,
+        "until_ci": campaign.until_ci,
+        "max_cycles": campaign.max_cycles,
+        "nominal_level": None if answer.definition.rule is None else answer.definition.rule.level,
+        "has_ended": answer.ended,
         "baseline": answer.definition.baseline,
         "primary": campaign.primary,
         "cells": [

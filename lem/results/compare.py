@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 Verdict = Literal["less", "more", "the same", "cannot tell"]
+# How a comparison treats the position of a cell in its cycle. The choice follows from the order of the cells, not from
+# the data. `paired` leaves the position in the noise, `position` fits a straight line in it for each pair, and `latin`
+# removes the mean of each position.
+Analysis = Literal["paired", "position", "latin"]
 CONFIDENCE = 0.95
+# The smallest number of pairs to which `position` fits a line. With fewer pairs, the degree of freedom that the line
+# costs widens the interval more than the drift that it removes.
+POSITION_PAIRS = 5
 # For `cycles_needed`: the power to reach, and the largest number of cycles worth suggesting.
 POWER = 0.8
 MOST_CYCLES = 10_000
@@ -57,6 +64,7 @@ def contrasts(
     values: Sequence[Sequence[float | None]],
     *,
     baseline: int = 0,
+    analysis: Analysis = "paired",
     positions: Sequence[Sequence[int]] | None = None,
     confidence: float = CONFIDENCE,
     margin: float | None = None,
@@ -66,14 +74,15 @@ def contrasts(
     Args:
         values: a row for each cycle, with the value of each arm; None or 0 means a missing value.
         baseline: the arm with which the others are compared.
-        positions: each cell's position in its cycle, whose effect is removed for a latin design; None leaves it in.
+        analysis: how the position in the cycle is treated.
+        positions: each cell's position in its cycle, from 1; needed unless the analysis is `paired`.
         confidence: the joint confidence of all intervals.
         margin: ratios within 1 ± margin count as the same; None rules out that verdict.
     """
     logs = [[math.log(value) if value else math.nan for value in row] for row in values]
     arms = range(len(logs[0]))
     each = 1 - (1 - confidence) / max(1, len(arms) - 1)
-    effects = [None if arm == baseline else _effect(logs, positions, arm, baseline) for arm in arms]
+    effects = [None if arm == baseline else _effect(logs, analysis, positions, arm, baseline) for arm in arms]
     tested = [_p_value(effect) for effect in effects if effect is not None]
     adjusted = iter(holm(tested))
     pairs = [sum(not math.isnan(row[arm]) and not math.isnan(row[baseline]) for row in logs) for arm in arms]
@@ -99,6 +108,32 @@ def paired_effects(logs: np.ndarray[Any, Any], baseline: int = 0) -> tuple[Any, 
     cycles = logs.shape[-2]
     differences = logs - logs[..., baseline : baseline + 1]
     return differences.mean(-2), differences.std(-2, ddof=1) / np.sqrt(cycles), cycles - 1
+
+
+def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> tuple[Any, Any, int]:
+    """Return the mean, its standard error and the degrees of freedom of an arm's difference from the baseline.
+
+    A straight line in the difference of the two positions is fitted by ordinary least squares. Its value at 0 is the
+    mean, so an even drift within the cycles neither shifts the mean nor widens its interval. With fewer than
+    `POSITION_PAIRS` pairs, or if the positions always differ by the same number, the pairs are compared without a line.
+
+    Args:
+        differences: logarithms of the arm less those of the baseline, by campaign and cycle.
+        offsets: the arm's position less the baseline's, by campaign and cycle, or by cycle for all campaigns.
+    """
+    import numpy as np
+
+    cycles = differences.shape[-1]
+    mean = differences.mean(-1)
+    offset = offsets.mean(-1)
+    away = offsets - offset[..., None]
+    spread = (away**2).sum(-1)
+    if cycles < POSITION_PAIRS or not spread.all():
+        return mean, differences.std(-1, ddof=1) / np.sqrt(cycles), cycles - 1
+    slope = (differences * away).sum(-1) / spread
+    left = differences - mean[..., None] - slope[..., None] * away
+    variance = (left**2).sum(-1) / (cycles - 2)
+    return mean - slope * offset, np.sqrt(variance * (1 / cycles + offset**2 / spread)), cycles - 2
 
 
 def latin_effects(
@@ -130,6 +165,13 @@ def latin_effects(
     means = np.insert(found[:, : arms - 1], baseline, 0.0, axis=1)
     errors = np.insert(np.sqrt(variance)[:, None] * spread, baseline, 0.0, axis=1)
     return means, errors, degrees_of_freedom
+
+
+def expected_degrees_of_freedom(analysis: Analysis, cycles: int, arms: int) -> int:
+    """Return the degrees of freedom of a campaign in which no cell is missing; at least two cycles."""
+    if analysis == "latin":
+        return max(1, (cycles - 2) * (arms - 1))
+    return cycles - (2 if analysis == "position" and cycles >= POSITION_PAIRS else 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -176,20 +218,29 @@ def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power:
 
 
 def _effect(
-    logs: Sequence[Sequence[float]], positions: Sequence[Sequence[int]] | None, arm: int, baseline: int
+    logs: Sequence[Sequence[float]],
+    analysis: Analysis,
+    positions: Sequence[Sequence[int]] | None,
+    arm: int,
+    baseline: int,
 ) -> Effect | None:
     """Return an arm's effect, or None if there are too few values to estimate their spread."""
     import numpy as np
 
-    if positions is not None:
+    if analysis == "latin":
         means, errors, degrees_of_freedom = latin_effects(np.array([logs]), np.array(positions), baseline)
         if degrees_of_freedom >= 1:
             return Effect(float(means[0, arm]), float(errors[0, arm]), degrees_of_freedom)
-    both = [(row[arm], row[baseline]) for row in logs if not math.isnan(row[arm]) and not math.isnan(row[baseline])]
+    both = [i for i, row in enumerate(logs) if not math.isnan(row[arm]) and not math.isnan(row[baseline])]
     if len(both) < 2:
         return None
-    means, errors, degrees_of_freedom = paired_effects(np.array([both]), baseline=1)
-    return Effect(float(means[0, 0]), float(errors[0, 0]), degrees_of_freedom)
+    differences = np.array([logs[i][arm] - logs[i][baseline] for i in both])
+    # Without positions, as if they never differed.
+    offsets = np.zeros(len(both))
+    if analysis == "position" and positions is not None:
+        offsets = np.array([float(positions[i][arm] - positions[i][baseline]) for i in both])
+    mean, error, degrees_of_freedom = position_effects(differences, offsets)
+    return Effect(float(mean), float(error), degrees_of_freedom)
 
 
 def _without_interval(logs: Sequence[Sequence[float]], arm: int, baseline: int, confidence: float) -> Contrast:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from lem.spec.engines import SimulatedBackend
 
@@ -23,6 +23,11 @@ Measure = Literal[
 
 MOST_CYCLES = 1_000
 LONGEST_GAP_S = 86_400.0
+# An adaptive campaign: the smallest number of cycles after which it may stop, and the largest that it may be given,
+# which is as far as the nominal levels in lem/results/levels.json are calibrated.
+FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES = 5, 100
+# A share as people write it.
+PERCENTAGE = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
 # A campaign's name is also the name of its directory.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 NAME_IN_WORDS = "at most 100 letters, digits, '.', '_' and '-', beginning with a letter or a digit"
@@ -61,7 +66,40 @@ class Campaign:
     overrides: Annotated[tuple[str, ...], Field(description="Hydra overrides for all arms.")] = ()
     dataset: Annotated[str | None, Field(min_length=1, description="Dataset for all arms.")] = None
     sample_size: Annotated[int | None, Field(ge=1, description="Number of prompts for every arm.")] = None
-    cycles: Annotated[int, Field(ge=1, le=MOST_CYCLES, description="How many times each arm is measured.")] = 3
+    cycles: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MOST_CYCLES,
+            description="How many times each arm is measured; with until_ci, at least this often (5 if not given).",
+        ),
+    ] = 3
+    until_ci: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="Stop once each interval is narrow enough: the half-width, divided by the ratio to the "
+            "baseline, is at most this share, such as 2% or 0.02; null: measure all cycles.",
+        ),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                    {"type": "string", "pattern": PERCENTAGE},
+                    {"type": "null"},
+                ]
+            }
+        ),
+    ] = None
+    max_cycles: Annotated[
+        int | None,
+        Field(
+            ge=FEWEST_ADAPTIVE_CYCLES + 1,
+            le=MOST_ADAPTIVE_CYCLES,
+            description="With until_ci: the largest number of cycles; null: 30, or 100 if cycles is 30 or more.",
+        ),
+    ] = None
     structure: Annotated[Structure, Field(description="Order in which the cells run.")] = "shuffled"
     seed: Annotated[int, Field(ge=0, description="Random seed for the order of the cells.")] = 42
     resample_prompts: Annotated[bool, Field(description="Draw new prompts in each cycle, the same for all arms.")] = (

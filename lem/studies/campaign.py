@@ -31,11 +31,13 @@ from lem.results.aggregate import read
 from lem.results.campaign import Answer, Arm, Definition, Machine
 from lem.results.campaign_show import show_answer
 from lem.results.codec import to_json, to_plain
+from lem.results.compare import expected_degrees_of_freedom
 from lem.results.directory import ExperimentDir
 from lem.results.files import NO_SPACE, needs_space, write_atomically
 from lem.results.merging import total
 from lem.results.plan import FINISHED
 from lem.results.statistics import summarise
+from lem.results.stopping import ANALYSES, cycles_at_most, rule_of
 from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
@@ -44,6 +46,7 @@ from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign, Campaign
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
+from lem.studies import adaptive
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
@@ -255,7 +258,8 @@ def _planned(
 ) -> Planned:
     """Check every arm in every cycle that has prompts of its own; raises `ConfigError` with all problems."""
     machine = host.look()
-    seeds = range(campaign.cycles) if campaign.resample_prompts else range(1)
+    rule, cycles = rule_of(campaign, len(arms)), cycles_at_most(campaign, len(arms))
+    seeds = range(cycles) if campaign.resample_prompts else range(1)
     ready: dict[tuple[str, int], Ready] = {}
     problems: dict[str, None] = {}
     warnings: dict[str, None] = {}
@@ -273,12 +277,14 @@ def _planned(
         raise ConfigError(*problems)
     print_warnings(*warnings)
     print_warnings(*(f"{note.code}: {note.text}" for note in results.about_order(campaign, len(arms))))
-    places = order(campaign.structure, len(arms), campaign.cycles, campaign.seed)
+    places = order(campaign.structure, len(arms), cycles, campaign.seed)
     shifts = [place.cycle - 1 if campaign.resample_prompts else 0 for place in places]
     chosen = [ready[arms[place.arm].name, shift] for place, shift in zip(places, shifts, strict=True)]
     digests = ["+".join(dict.fromkeys(ready[arm.name, shift].prompts.sha256 for arm in arms)) for shift in seeds]
     return Planned(
-        definition=Definition(campaign, tuple(arms), tuple(digests), _machine(machine), tuple(overrides)),
+        definition=Definition(
+            campaign, tuple(arms), tuple(digests), _machine(machine), tuple(overrides), rule.level if rule else None
+        ),
         places=places,
         experiments=[each.experiment for each in chosen],
         words=[summary_of(each) for each in chosen],
@@ -338,25 +344,21 @@ def _check_same(kept: Definition, now: Definition, force: bool) -> None:
 # ------------------------------------------------------------------ measuring
 def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> int:
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
-    is_kept = (folder / results.DEFINITION).is_file()
-    if is_kept:
-        _check_same(results.read_definition(folder), planned.definition, options.force)
-    states = _states(planned, store) if is_kept else [CellState(cell) for cell in _cells(planned)]
-    left = [number for number, state in enumerate(states) if state.status != "completed"]
+    planned, states = _continued(planned, store, options) or (planned, [CellState(cell) for cell in _cells(planned)])
+    left = [state for state in states if not state.is_settled]
     if options.dry_run:
         _preview(planned, states)
         return 0
     if left and not (options.yes or confirmed(_question(planned, len(left)))):
         return 0
     with _locked(folder, name):
-        is_kept = (folder / results.DEFINITION).is_file()
-        if is_kept:  # another process may have measured some of it since then
-            _check_same(results.read_definition(folder), planned.definition, options.force)
-            states = _states(planned, store)
-            left = [number for number, state in enumerate(states) if state.status != "completed"]
-        else:
+        kept = _continued(planned, store, options)  # another process may have measured some of it since then
+        if kept is None:
             with needs_space(folder, NOTHING_YET):
                 write_atomically(folder / results.DEFINITION, to_json(planned.definition))
+        else:
+            planned, states = kept
+            left = [state for state in states if not state.is_settled]
         manifest = Manifest(folder, [state.cell for state in states], "cell")
         manifest.states = states
         done = [state.directory.id for state in states if state.status == "completed" and state.directory]
@@ -370,6 +372,8 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
                     [],
                     again=again,
                 )
+            elif planned.definition.rule:
+                manifest.open()  # killed after its last cell, it may not have written down that no other is needed
         finally:
             if (folder / results.CELLS).is_file():  # not where there was no space for it
                 found = results.answer(planned.definition, results.read_cells(store, folder))
@@ -378,6 +382,20 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
                 _show_failures(manifest)
                 print(f"\nCampaign: {folder}")
     return 0 if manifest.all_completed else 1
+
+
+def _continued(planned: Planned, store: Store, options: RunOptions) -> tuple[Planned, list[CellState]] | None:
+    """Return a campaign that was begun before, with the level at which it began, and its cells; None if it was not.
+
+    Raises:
+        ConfigError: it is another one, or what it depends on has changed.
+    """
+    if not (planned.folder / results.DEFINITION).is_file():
+        return None
+    kept = results.read_definition(planned.folder)
+    _check_same(kept, planned.definition, options.force)
+    planned = replace(planned, definition=replace(planned.definition, nominal_level=kept.nominal_level))
+    return planned, adaptive.settled(planned.definition, planned.places, _states(planned, store))
 
 
 def _write_answer(folder: Path, found: Answer) -> None:
@@ -415,11 +433,11 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _cells(planned: Planned) -> list[Cell]:
-    campaign, arms = planned.definition.campaign, planned.definition.arms
+    arms, cycles = planned.definition.arms, max(place.cycle for place in planned.places)
     before = [None, *(each.backend for each in planned.experiments)]
     return [
         Cell(
-            label=f"{arms[place.arm].name}, cycle {place.cycle}/{campaign.cycles}",
+            label=f"{arms[place.arm].name}, cycle {place.cycle}/{cycles}",
             experiment=experiment,
             overrides=planned.definition.overrides,
             config_file=Path(file) if (file := arms[place.arm].config_file) else None,
@@ -477,9 +495,13 @@ class CampaignRunner(OneByOne):
     before: Place | None = None
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Run a cell, after retrying the failed cells of the previous cycle."""
+        """Run a cell, after retrying the failed cells of the previous cycle, unless no further cycle is needed."""
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
+        before, places = self.planned.places[number].cycle - 1, self.planned.places
+        if adaptive.is_over(self.planned.definition, places, self.manifest.states, before, self._given_up()):
+            self.manifest.leave_out(adaptive.after(places, before))
+            return
         self._attempt(number, experiment)
         if self.manifest.states[number].status == "failed":
             self.to_retry.append(number)
@@ -495,6 +517,9 @@ class CampaignRunner(OneByOne):
         if before is None:
             return
         count_down(pause_s(campaign, before, place), report)
+
+    def _given_up(self) -> list[str]:
+        return [arm.name for i, arm in enumerate(self.planned.definition.arms) if self.failures[i] >= GIVE_UP]
 
     def _part(self, place: Place) -> int:
         """Return the number of the part after which failed cells are retried: a cycle, or an arm if grouped."""
@@ -540,23 +565,29 @@ def count_down(seconds: float, report: Report) -> None:
 def _question(planned: Planned, left: int) -> str:
     campaign, arms = planned.definition.campaign, planned.definition.arms
     of = f" of {len(planned.places)}" if left < len(planned.places) else ""
-    return f"Run {left}{of} cells ({len(arms)} arms in {_cycles(campaign)}, {campaign.structure})?"
+    most = "up to " if planned.definition.rule else ""
+    return f"Run {most}{left}{of} cells ({len(arms)} arms in {_cycles(planned.definition)}, {campaign.structure})?"
 
 
-def _cycles(campaign: Campaign) -> str:
-    return f"{campaign.cycles} cycle{'s' if campaign.cycles != 1 else ''}"
+def _cycles(definition: Definition) -> str:
+    rule, cycles = definition.rule, definition.campaign.cycles
+    if rule is not None:
+        return f"{rule.least} to {rule.most} cycles"
+    return f"{cycles} cycle{'s' if cycles != 1 else ''}"
 
 
 def _preview(planned: Planned, states: Sequence[CellState]) -> None:
     """Print the order, the pauses, and the expected time and energy based on earlier runs."""
     campaign, arms = planned.definition.campaign, planned.definition.arms
     print(
-        f"Campaign {campaign.name}: {len(arms)} arms in {_cycles(campaign)}, {campaign.structure}, seed "
-        f"{campaign.seed}; baseline {campaign.baseline}"
+        f"Campaign {campaign.name}: {len(arms)} arms in {_cycles(planned.definition)}, {campaign.structure}, "
+        f"seed {campaign.seed}; baseline {campaign.baseline}"
     )
+    if planned.definition.rule:
+        print(adaptive.plan_words(planned.definition.rule))
     gaps_s = 0.0
     for number, (place, state) in enumerate(zip(planned.places, states, strict=True), start=1):
-        done = ", completed" if state.status == "completed" else ", to be resumed" if state.cell.unfinished else ""
+        done = f", {state.status}" if state.is_settled else ", to be resumed" if state.cell.unfinished else ""
         print(f"[{number}/{len(states)}] {state.cell.label}: {state.cell.words}{done}")
         after = planned.places[number] if number < len(states) else None
         if after is not None:
@@ -571,7 +602,8 @@ def _preview(planned: Planned, states: Sequence[CellState]) -> None:
 
 def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
     """Yield the time, energy and detectable difference to expect from earlier runs, or say that none exist."""
-    campaign, arms = planned.definition.campaign, planned.definition.arms
+    campaign, arms, rule = planned.definition.campaign, planned.definition.arms, planned.definition.rule
+    cycles = cycles_at_most(campaign, len(arms))
     names = [
         "experiment_id",
         "config_json",
@@ -592,9 +624,9 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
             unknown.append(arm.name)
             continue
         each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in own]
-        spent_s += campaign.cycles * sum(each_s) / len(own)
+        spent_s += cycles * sum(each_s) / len(own)
         known_j = [row.energy_j for row in own if row.energy_j is not None]
-        energies_j.append(campaign.cycles * sum(known_j) / len(known_j) if known_j else None)
+        energies_j.append(cycles * sum(known_j) / len(known_j) if known_j else None)
         values = [value for row in own if (value := getattr(row, campaign.primary))]
         if len(values) > 1:
             spreads.append(summarise([math.log(value) for value in values]).sd or 0.0)
@@ -603,10 +635,16 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
     else:
         energy_j = total(energies_j)
         energy = "unknown energy" if energy_j is None else f"{energy_j:.4g} J"
-        yield f"Expected from earlier runs: {(spent_s + gaps_s) / 60:.1f} min including pauses, {energy}."
-    if spreads and campaign.cycles > 1:
-        ratio = results.detectable_ratio(math.sqrt(sum(s**2 for s in spreads) / len(spreads)), campaign.cycles)
-        yield f"With {campaign.cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."
+        most = f", if it takes all {cycles} cycles" if rule else ""
+        yield f"Expected from earlier runs: {(spent_s + gaps_s) / 60:.1f} min including pauses, {energy}{most}."
+    sd_log = math.sqrt(sum(s**2 for s in spreads) / len(spreads)) if spreads else None
+    if rule is not None:
+        if sd_log is not None:
+            yield adaptive.expected_words(planned.definition, rule, sd_log)
+    elif sd_log is not None and cycles > 1:
+        degrees_of_freedom = expected_degrees_of_freedom(ANALYSES[campaign.structure], cycles, len(arms))
+        ratio = results.detectable_ratio(sd_log, cycles, degrees_of_freedom)
+        yield f"With {cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."
     else:
         yield "The detectable difference is unknown: estimating it needs two cycles and two earlier runs of an arm."
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from lem.errors import LemError, ResultsError
 from lem.results import show
 from lem.results.aggregate import read
+from lem.results.campaign import NOT_NEEDED
 from lem.results.directory import ExperimentDir
 from lem.results.files import DiskFull, needs_space, write_atomically
 from lem.results.schema import ExperimentRow
@@ -45,6 +46,11 @@ class CellState:
     row: ExperimentRow | None = None
     error: str | None = None
     log: Path | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is completed or not needed, so that it does not have to run."""
+        return self.status in ("completed", NOT_NEEDED)
 
     @property
     def sentence(self) -> str:
@@ -103,6 +109,13 @@ class Manifest:
             self._write()
         return self.states[number]
 
+    def leave_out(self, numbers: Iterable[int]) -> None:
+        """Record that cells are no longer needed."""
+        for number in numbers:
+            self.states[number] = replace(self.states[number], status=NOT_NEEDED)
+        with needs_space(self.directory):
+            self._write()
+
     def claim(self, number: int, directory: ExperimentDir) -> None:
         """Record where a cell's files are."""
         self.change(number, directory=directory)
@@ -114,8 +127,8 @@ class Manifest:
 
     @property
     def all_completed(self) -> bool:
-        """Whether every cell is completed."""
-        return all(state.status == "completed" for state in self.states)
+        """Whether every cell that is needed is completed."""
+        return all(state.is_settled for state in self.states)
 
     def close(self) -> None:
         """Mark cells still listed as running as interrupted; the interrupt came before their end was recorded."""

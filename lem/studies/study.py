@@ -102,7 +102,7 @@ def run_cells(
     at_once: int = 1,
     again: str = AGAIN,
 ) -> None:
-    """Run those cells of a manifest that are not completed, in order, and keep the manifest up to date.
+    """Run those cells of a manifest that are needed and not completed, in order, and keep the manifest up to date.
 
     Args:
         manifest: the state of each cell.
@@ -131,7 +131,7 @@ def run_cells(
 
 def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> None:
     def run(number: int, composed: Any) -> None:
-        if manifest.is_over or manifest.states[number].status == "completed":
+        if manifest.is_over or manifest.states[number].is_settled:
             return
         try:
             runner.run(number, to_experiment(composed))

@@ -441,7 +441,7 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("arms: [quick.yaml, slow.yaml]\ncycels: 3\n", "bad.yaml:2: cycels: unknown key. Did you mean 'cycles'?"),
+        ("arms: [quick.yaml, slow.yaml]\ncycels: 3\n", "bad.yaml:2: cycels: unknown key. Did you mean 'cycles'"),
         ("arms: [quick.yaml, slow.yaml]\ncycles: 0\n", "bad.yaml:2: cycles: must be greater than or equal to 1"),
         ("arms: [quick.yaml, slow.yaml]\nstructure: lattin\n", "Did you mean 'latin'?"),
         ("arms: [quick.yaml, {confg: slow.yaml}]\n", "bad.yaml:1: arms.1.confg: unknown key. Did you mean 'config'?"),

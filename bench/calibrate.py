@@ -1,0 +1,152 @@
+"""Calibrates the nominal levels of adaptive campaigns and writes them to lem/results/levels.json.
+
+Run with `python -m nox -s calibrate`. It simulates campaigns of two arms that do not differ, with the functions of
+`lem campaign`. After every cycle from the smallest number on, the interval is computed at a nominal level, and the
+campaign stops once it is narrow enough. The calibrated level is the lowest one at which 95 % of the reported intervals
+cover, at the noise with the lowest coverage. The result depends only on the seed and the number of repetitions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lem.results import stopping
+from lem.results.compare import CONFIDENCE, Analysis, position_effects
+from lem.results.statistics import t_quantile
+from lem.results.stopping import Level
+from lem.studies.orders import order
+
+SEED, REPETITIONS = 20_261_126, 200_000
+# The number of different orders of shuffled campaigns, each simulated equally often.
+ORDERS = 1_000
+# The limits that are calibrated: the smallest and the largest number of cycles. Those from 3 on are not offered, and
+# only allow a comparison with known values.
+LIMITS: dict[Analysis, tuple[tuple[int, int], ...]] = {
+    "paired": ((3, 10), (3, 20), (5, 10), (5, 20), (5, 30), (5, 50), (5, 100), (8, 30), (10, 50), (10, 100)),
+    "position": ((5, 10), (5, 20), (5, 30), (5, 50), (5, 100), (8, 30), (10, 50), (10, 100)),
+}
+# Standard deviations of the logarithm of one cycle's ratio, in units of the requested half-width: from noise at which
+# nearly every campaign stops at once to noise at which nearly every one reaches its limit.
+NOISES = tuple(float(noise) for noise in np.round(np.geomspace(0.5, 6.0, 31), 3))
+FILE = Path(stopping.__file__).with_name(stopping.LEVELS)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The estimates of simulated campaigns after each of several cycles, for a noise of 1.
+
+    `means` and `errors` have a row for each campaign and a column for each of `cycles`.
+    """
+
+    cycles: tuple[int, ...]
+    means: np.ndarray[Any, Any]
+    errors: np.ndarray[Any, Any]
+    degrees_of_freedom: tuple[int, ...]
+
+    def within(self, least: int, most: int) -> Looks:
+        """Return the looks from one number of cycles to another."""
+        part = slice(self.cycles.index(least), self.cycles.index(most) + 1)
+        return Looks(self.cycles[part], self.means[:, part], self.errors[:, part], self.degrees_of_freedom[part])
+
+    def halves(self, level: float) -> np.ndarray[Any, Any]:
+        """Return the half-width of each interval at a nominal level."""
+        return self.errors * [t_quantile(0.5 + level / 2, each) for each in self.degrees_of_freedom]
+
+
+def looks(analysis: Analysis, least: int, most: int, repetitions: int, seed: int) -> Looks:
+    """Simulate campaigns of two arms that do not differ.
+
+    Args:
+        analysis: how the position enters; `position` draws the orders of shuffled campaigns.
+        least: the first cycle after which a campaign may stop.
+        most: the last one.
+        repetitions: the number of campaigns.
+        seed: of the noise.
+    """
+    rng = np.random.default_rng([seed, ("paired", "position").index(analysis)])
+    differences = rng.normal(size=(repetitions, most))
+    offsets = np.zeros(differences.shape)  # of plain pairs
+    if analysis == "position":
+        drawn = [_offsets(most, order_seed) for order_seed in range(min(ORDERS, repetitions))]
+        offsets = np.resize(np.array(drawn), differences.shape)
+    # A shorter campaign begins like a longer one, in its order too.
+    found = [position_effects(differences[:, :n], offsets[:, :n]) for n in range(least, most + 1)]
+    means, errors, degrees = zip(*found, strict=True)
+    return Looks(tuple(range(least, most + 1)), np.stack(means, 1), np.stack(errors, 1), degrees)
+
+
+def _offsets(cycles: int, seed: int) -> list[float]:
+    """Return the positions of the second arm less those of the first, by cycle, in a shuffled campaign of two."""
+    return [float(2 * place.position - 3) for place in order("shuffled", 2, cycles, seed) if place.arm == 1]
+
+
+def stopped(found: Looks, level: float, noise: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return for each campaign whether its interval covers, and the number of its cycles.
+
+    Args:
+        found: the campaigns.
+        level: the nominal level at which intervals are computed.
+        noise: the standard deviation of the logarithm of one cycle's ratio, in units of the requested half-width.
+    """
+    halves = found.halves(level)
+    narrow = halves * noise <= 1
+    narrow[:, -1] = True
+    ends = narrow.argmax(1)[:, None]
+    covers = np.abs(np.take_along_axis(found.means, ends, 1)) <= np.take_along_axis(halves, ends, 1)
+    return covers[:, 0], np.array(found.cycles)[ends[:, 0]]
+
+
+def calibrated(found: Looks, analysis: Analysis) -> Level:
+    """Return the lowest level, to a hundredth of a percent, whose coverage is at least 95 % at every noise."""
+    # The noise with the lowest coverage at one level is among the lowest at neighbouring levels.
+    near = sorted(NOISES, key=lambda noise: _coverage(found, 0.97, noise))[:8]
+    low, high = 9_500, 9_999  # the highest covers, the lowest does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if min(_coverage(found, middle / 10_000, noise) for noise in near) >= CONFIDENCE:
+            high = middle
+        else:
+            low = middle
+    level = high / 10_000
+    coverage, worst = min((_coverage(found, level, noise), noise) for noise in NOISES)
+    return Level(analysis, found.cycles[0], found.cycles[-1], level, worst, round(coverage, 5))
+
+
+def _coverage(found: Looks, level: float, noise: float) -> float:
+    return float(stopped(found, level, noise)[0].mean())
+
+
+def table(repetitions: int = REPETITIONS, seed: int = SEED) -> dict[str, Any]:
+    """Return the calibrated levels, with the seed and the other values that they depend on."""
+    levels = []
+    for analysis, limits in LIMITS.items():
+        least, most = min(each for each, _ in limits), max(each for _, each in limits)
+        everything = looks(analysis, least, most, repetitions, seed)
+        for first, last in limits:
+            levels.append(calibrated(everything.within(first, last), analysis))
+            print(f"{analysis}, {first} to {last} cycles: {levels[-1].level:.2%}", flush=True)
+    return {
+        "confidence": CONFIDENCE,
+        "seed": seed,
+        "repetitions": repetitions,
+        "noises": NOISES,
+        "levels": [asdict(each) for each in levels],
+    }
+
+
+def main() -> int:
+    """Calibrate and write the table."""
+    text = json.dumps(table(), indent=1)
+    FILE.write_text(f"{text}\n", encoding="utf-8")
+    print(f"Wrote {FILE.name}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The settings of an adaptive campaign: a share as people write it, its limits, and combinations that are refused.
+
+Works on values alone; `lem.config.campaign` knows where they come from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+from lem.config.problem import Problem
+from lem.config.yamlfile import KeyPath
+from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES, PERCENTAGE, Campaign
+
+# The most cycles if none are given.
+USUAL_MOST = 30
+
+
+def share(value: Any) -> Any:
+    """Return 0.02 for the text "2%", and anything else unchanged."""
+    if isinstance(value, str) and re.match(PERCENTAGE, value):
+        return float(Decimal(value.strip().rstrip("%").strip()) / 100)
+    return value
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a campaign's values, with limits for an adaptive one where none are given."""
+    found = dict(values)
+    if found.get("until_ci") is None:
+        return found
+    found["until_ci"] = share(found["until_ci"])
+    found.setdefault("cycles", FEWEST_ADAPTIVE_CYCLES)
+    if found.get("max_cycles") is None and isinstance(found["cycles"], int):
+        found["max_cycles"] = USUAL_MOST if found["cycles"] < USUAL_MOST else MOST_ADAPTIVE_CYCLES
+    return found
+
+
+def explained(problem: Problem) -> Problem:
+    """Return a problem of `until_ci` with a remedy."""
+    return replace(problem, message=f"{problem.message.removesuffix('.')}; write a share, such as 2% or 0.02.")
+
+
+def problems(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
+    """Yield the values of a campaign that are valid by themselves but not together."""
+    if campaign is None:
+        return
+    if campaign.until_ci is None:
+        if campaign.max_cycles is not None:
+            yield _problem("max_cycles", "it is the limit of an adaptive campaign; give until_ci with it.")
+        return
+    if campaign.structure == "grouped":
+        text = "a grouped campaign has no cycles to stop after, because it finishes each arm before the next; "
+        yield _problem("structure", f"{text}choose another structure, or leave out until_ci.")
+    if campaign.cycles < FEWEST_ADAPTIVE_CYCLES:
+        text = f"a campaign with until_ci measures at least {FEWEST_ADAPTIVE_CYCLES} cycles, not {campaign.cycles}; "
+        yield _problem("cycles", f"{text}leave out cycles, or give more.")
+    elif campaign.max_cycles is not None and campaign.cycles >= campaign.max_cycles:
+        text = f"must be greater than cycles ({campaign.cycles}), not {campaign.max_cycles}"
+        if campaign.cycles >= MOST_ADAPTIVE_CYCLES:
+            path, text = "cycles", f"must be less than {MOST_ADAPTIVE_CYCLES} with until_ci, not {campaign.cycles}"
+        else:
+            path = "max_cycles"
+        yield _problem(path, f"{text}.")
+
+
+def _problem(key: str, message: str) -> tuple[KeyPath, Problem]:
+    return (key,), Problem("out_of_range", key, message)

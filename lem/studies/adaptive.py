@@ -1,0 +1,99 @@
+"""Ends an adaptive campaign: decides after each cycle whether the next one is needed; describes the plan beforehand.
+
+The rule and its level are in `lem.results.stopping`, and the decision is in `lem.results.campaign`; this module passes
+them the states of the cells. The decision depends only on the completed cells, so a campaign that was killed continues
+like one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+from lem.results.campaign import NOT_NEEDED, CellEntry, Definition, is_enough
+from lem.results.compare import expected_degrees_of_freedom
+from lem.results.statistics import t_quantile
+from lem.results.stopping import ANALYSES, Rule
+from lem.studies.manifest import CellState
+from lem.studies.orders import Place
+from lem.units import percent
+
+
+def is_over(
+    definition: Definition,
+    places: Sequence[Place],
+    states: Sequence[CellState],
+    cycle: int,
+    given_up: Collection[str] = (),
+) -> bool:
+    """Return whether a campaign needs no cycle after this one; a later cycle that has begun is always completed.
+
+    Args:
+        definition: the campaign.
+        places: the place of each cell.
+        states: the state of each cell.
+        cycle: the cycle that has just ended.
+        given_up: arms that are no longer measured.
+    """
+    rule = definition.rule
+    if rule is None or cycle not in rule.looks or _last_begun(places, states) > cycle:
+        return False
+    return is_enough(
+        definition, [_entry(definition, *each) for each in zip(places, states, strict=True)], cycle, given_up
+    )
+
+
+def settled(definition: Definition, places: Sequence[Place], states: Sequence[CellState]) -> list[CellState]:
+    """Return the states of a resumed campaign; if it is already over, its remaining cells are marked as not needed."""
+    last = _last_begun(places, states)
+    done = all(state.status == "completed" for place, state in zip(places, states, strict=True) if place.cycle <= last)
+    if not done or not is_over(definition, places, states, last):
+        return list(states)
+    later = set(after(places, last))
+    return [replace(state, status=NOT_NEEDED) if i in later else state for i, state in enumerate(states)]
+
+
+def after(places: Sequence[Place], cycle: int) -> Iterator[int]:
+    """Yield the numbers of the cells in later cycles."""
+    return (number for number, place in enumerate(places) if place.cycle > cycle)
+
+
+def _last_begun(places: Sequence[Place], states: Sequence[CellState]) -> int:
+    begun = (place.cycle for place, state in zip(places, states, strict=True) if state.directory is not None)
+    return max(begun, default=0)
+
+
+def _entry(definition: Definition, place: Place, state: CellState) -> CellEntry:
+    row = state.row if state.row is not None and state.row.status == "completed" else None
+    return CellEntry(definition.arms[place.arm].name, place.cycle, place.position, None, state.status, row)
+
+
+# ------------------------------------------------------------------ before it runs
+def plan_words(rule: Rule) -> str:
+    """Return a sentence on when a campaign will stop."""
+    when = f"after {rule.least} to {rule.most} cycles"
+    if rule.looks[1] - rule.looks[0] > 1:
+        when = f"after {', '.join(map(str, rule.looks[:-1]))} or {rule.most} cycles (whole squares)"
+    return (
+        f"Adaptive: it stops {when}, once the half-width of each interval is at most {percent(rule.half_width)} of its "
+        f"ratio. The intervals have a nominal level of {percent(rule.level)}, so that they cover 95 %."
+    )
+
+
+def expected_words(definition: Definition, rule: Rule, sd_log: float) -> str:
+    """Return a sentence on about how many cycles it will take.
+
+    Args:
+        definition: the campaign.
+        rule: when it stops.
+        sd_log: the spread of one cell's logarithm.
+    """
+    arms, analysis = len(definition.arms), ANALYSES[definition.campaign.structure]
+    level = 1 - (1 - rule.level) / (arms - 1)
+    for cycles in rule.looks:
+        degrees_of_freedom = expected_degrees_of_freedom(analysis, cycles, arms)
+        half = t_quantile(0.5 + level / 2, degrees_of_freedom) * math.sqrt(2) * sd_log / math.sqrt(cycles)
+        if math.sinh(half) <= rule.half_width:
+            return f"With the spread of earlier runs, this takes about {cycles} cycles."
+    return f"With the spread of earlier runs, {rule.most} cycles are not enough for this."

@@ -1,0 +1,193 @@
+"""`lem campaign --until-ci`, through the command: what it accepts, when it stops, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+
+import jsonschema
+import pytest
+import yaml
+
+from lem.config.adaptive import share
+from tests.conftest import begin, command
+
+QUICK = ("-d", "sample", "-n", "2", "max_output_tokens=4", "-y")
+TWO = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one")
+
+
+@pytest.fixture
+def arms(tmp_path):
+    """Config files of two arms, whose power is replayed."""
+    (tmp_path / "power.csv").write_text("t_s,power_w\n0,100\n100000,100\n")
+    for name, step_s in (("quick", 0.004), ("slow", 0.008)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"model: any\nbackend: {{name: simulated, decode_s_per_token: {step_s}}}\n"
+            "energy: {name: replay, trace: power.csv, idle_s: 0.05}\nmin_output_tokens: 4\n"
+        )
+    return tmp_path
+
+
+def cells_of(folder, name="one"):
+    return json.loads((folder / "results" / "campaigns" / name / "experiments.json").read_text())
+
+
+def cycles_of(cells, status):
+    return sorted({cell["campaign"]["cycle"] for cell in cells if cell["status"] == status})
+
+
+# ------------------------------------------------------------------ what it accepts
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2%", 0.02), (" 0.7 % ", 0.007), ("12.5%", 0.125), ("x", "x"), (0.02, 0.02), ("%", "%")]
+)
+def test_a_share_is_read_as_people_write_it(text, expected):
+    assert share(text) == expected
+
+
+@pytest.mark.parametrize("value", ["2%", "0.02"])
+def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
+    done = lem(*TWO, "--until-ci", value, "--dry-run", *QUICK)
+    assert done.code == 0, done.err
+    assert "2 arms in 5 to 30 cycles, shuffled" in done.out
+    assert (
+        "Adaptive: it stops after 5 to 30 cycles, once the half-width of each interval is at most 2 % of its ratio."
+        in done.out
+    )
+    assert "nominal level of 97." in done.out
+    assert done.out.count("cycle 30/30") == 2
+    latin = lem(*TWO, "--until-ci", value, "--structure", "latin", "--max-cycles", "9", "--dry-run", *QUICK)
+    assert "it stops after 6 or 8 cycles (whole squares)" in latin.out
+    assert "cycle 8/8" in latin.out
+    assert "campaign_unbalanced" not in latin.err
+    long = lem(*TWO, "--until-ci", value, "-c", "30", "--dry-run", *QUICK)
+    assert "30 to 100 cycles" in long.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--until-ci", "2%", "-c", "3"], "cycles: a campaign with until_ci measures at least 5 cycles, not 3"),
+        (["--until-ci", "2%", "-c", "8", "--max-cycles", "8"], "max_cycles: must be greater than cycles (8), not 8."),
+        (["--until-ci", "2%", "-c", "200"], "cycles: must be less than 100 with until_ci, not 200."),
+        (["--until-ci", "2%", "--max-cycles", "101"], "max_cycles: must be less than or equal to 100, not 101"),
+        (["--until-ci", "2%", "--structure", "grouped"], "structure: a grouped campaign has no cycles to stop after"),
+        (["--until-ci", "2"], "until_ci: must be less than 1, not 2.0; write a share, such as 2% or 0.02."),
+        (["--until-ci", "0%"], "until_ci: must be greater than 0, not 0.0; write a share"),
+        (["--until-ci", "narrow"], "until_ci: must be a valid number"),
+        (["--max-cycles", "20"], "max_cycles: it is the limit of an adaptive campaign; give until_ci with it."),
+        (["--until-ci", "2%", "--structure", "latin", "--max-cycles", "7"], "give at least 8, or choose structure="),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(lem, arms, options, message):
+    done = lem(*TWO, *options, *QUICK)
+    assert done.code == 2
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not (arms / "results" / "raw").exists()
+
+
+def test_a_campaign_file_has_the_same_keys(lem, arms):
+    (arms / "file.yaml").write_text("arms: [quick.yaml, slow.yaml]\nuntil_ci: 2%\nmax_cycles: 20\n")
+    shown = json.loads(lem("config", "show", "file.yaml", "--json").out)
+    assert (shown["until_ci"], shown["cycles"], shown["max_cycles"]) == (0.02, 5, 20)
+    assert lem("config", "validate", "file.yaml").code == 0
+    (arms / "latin.yaml").write_text("defaults: [file]\nstructure: latin\nmax_cycles: 7\n")
+    assert "fewer than two from 5 to 7 cycles" in lem("config", "validate", "latin.yaml").out
+    (arms / "bad.yaml").write_text("arms: [quick.yaml, slow.yaml]\ncycles: 4\nuntil_ci: 2%\ndataset: sample\n")
+    done = lem("config", "validate", "bad.yaml")
+    assert done.code == 2
+    assert "bad.yaml:2: error: cycles: a campaign with until_ci measures at least 5 cycles, not 4" in done.out
+    # Given on the command line, the share applies to a file that only says how many cycles there are at least.
+    (arms / "plain.yaml").write_text("arms: [quick.yaml, slow.yaml]\ncycles: 7\ndataset: sample\n")
+    assert "7 to 30 cycles" in lem("campaign", "plain.yaml", "--until-ci", "5%", "--dry-run", *QUICK).out
+
+
+def test_the_schema_and_the_template_know_the_keys(lem, arms):
+    validator = jsonschema.Draft7Validator(json.loads(lem("config", "schema", "--campaign").out))
+    for value, valid in (("2%", True), ("0.5 %", True), (0.02, True), (None, True), ("2", False), (2, False)):
+        text = yaml.safe_dump({"arms": ["a.yaml", "b.yaml"], "until_ci": value, "max_cycles": 20})
+        assert validator.is_valid(yaml.safe_load(text)) == valid
+    text = lem("config", "new", "--campaign").out
+    assert "#until_ci: null" in text
+    assert "#max_cycles: null" in text
+
+
+# ------------------------------------------------------------------ when it stops
+@pytest.mark.processes
+def test_it_stops_once_intervals_are_narrow_and_a_latin_one_at_a_whole_square(lem, arms):
+    wanted = (*TWO, "--until-ci", "99%", "--structure", "latin", "--max-cycles", "8", *QUICK)
+    done = lem(*wanted)
+    assert done.code == 0, done.err
+    cells = cells_of(arms)
+    assert cycles_of(cells, "completed") == [1, 2, 3, 4, 5, 6]
+    assert cycles_of(cells, "not needed") == [7, 8]
+    assert "Campaign one: 12 of 12 cells completed, latin" in done.out
+    assert "stopped after 6 cycles (6 to 8 were allowed)" in done.out
+    assert "campaign_limit_reached" not in done.out
+    again = lem(*wanted)
+    assert (again.code, again.out) == (0, done.out)
+    shown = json.loads(lem("results", "show", "one", "--json").out)
+    assert (shown["until_ci"], shown["max_cycles"], shown["cycles_reached"], shown["has_ended"]) == (0.99, 8, 6, True)
+    (pair,) = [pair for pair in shown["pairs"] if pair["is_primary"]]
+    assert pair["confidence"] == shown["nominal_level"] == pytest.approx(0.967, abs=0.003)
+    assert len(os.listdir(arms / "results" / "raw")) == 12
+
+
+@pytest.mark.processes
+def test_reaching_the_limit_is_said_aloud(lem, arms):
+    done = lem(*TWO, "--until-ci", "0.0001%", "--max-cycles", "6", *QUICK)
+    assert done.code == 0, done.err
+    assert cycles_of(cells_of(arms), "completed") == [1, 2, 3, 4, 5, 6]
+    assert "reached its limit of 6 cycles before the half-width of each interval was at most 0.0001 %" in done.out
+    assert "campaign_limit_reached: 6 cycles, the limit, were not enough" in " ".join(done.out.split())
+
+
+@pytest.mark.processes
+def test_an_arm_that_is_given_up_does_not_keep_the_others_from_stopping(lem, arms):
+    text = (arms / "slow.yaml").read_text().replace("name: simulated,", "name: simulated, fail_at_request: 1,")
+    (arms / "broken.yaml").write_text(text)
+    done = lem(
+        "campaign", "quick.yaml", "slow.yaml", "broken.yaml", "--campaign-name", "one", "--until-ci", "99%",
+        "--max-cycles", "7", *QUICK,
+    )  # fmt: skip
+    assert done.code == 1
+    cells = cells_of(arms)
+    assert cycles_of(cells, "completed") == [1, 2, 3, 4, 5]
+    assert [cell["status"] for cell in cells if cell["campaign"]["arm"] == "broken"] == [
+        *["failed"] * 3, *["not run"] * 2, *["not needed"] * 2,
+    ]  # fmt: skip
+    assert "the half-width of each interval of the arms that were not given up is at most 99 %" in done.out
+
+
+@pytest.mark.processes
+def test_a_campaign_that_is_killed_again_and_again_stops_after_the_same_cycle(arms):
+    """Kill it at random moments, at least five times, and continue each time until it is complete."""
+    chance = random.Random(12)
+    wanted = (*TWO, "--until-ci", "99%", "--max-cycles", "7", *QUICK)
+    for attempt in range(60):
+        process = begin(*(wanted if attempt == 0 else ("campaign", "--resume", "one", "-y")), cwd=arms)
+        try:
+            process.communicate(timeout=2 + 4 * chance.random() if attempt < 5 else 120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            continue
+        if attempt >= 1 and process.returncode == 0:
+            break
+        if process.returncode == 2:  # killed before the campaign was written down
+            begin(*wanted, cwd=arms).communicate(timeout=120)
+    cells = cells_of(arms)
+    assert cycles_of(cells, "completed") == [1, 2, 3, 4, 5]
+    assert cycles_of(cells, "not needed") == [6, 7]
+    assert len(cells) == 14
+    # One that lost only what it had written down about the end says the same.
+    before = command("results", "show", "one", cwd=arms).out
+    file = arms / "results" / "campaigns" / "one" / "experiments.json"
+    file.write_text(json.dumps([{**cell, "status": cell["status"].replace("not needed", "not run")} for cell in cells]))
+    assert "adaptive and not over" in command("results", "show", "one", cwd=arms).out
+    assert command("campaign", "--resume", "one", "-y", cwd=arms).code == 0
+    assert command("results", "show", "one", cwd=arms).out == before
+    assert cells_of(arms) == cells
