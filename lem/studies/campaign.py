@@ -15,7 +15,7 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,6 +70,21 @@ class Planned:
         return results.folder_of(Store(self.results_dir), self.definition.name)
 
 
+def _show(found: Answer, manifest: Manifest, folder: Path) -> None:
+    show_answer(found)
+    for failure in failures(manifest):
+        print(failure)
+    print(f"\nCampaign: {folder}")
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How a command presents a campaign: the command that resumes it, and what is shown at its end."""
+
+    command: str = "lem campaign"
+    show: Callable[[Answer, Manifest, Path], None] = _show
+
+
 def main(
     patterns: Sequence[str],
     given: Mapping[str, Any],
@@ -91,9 +106,32 @@ def main(
         BadInput: raised before anything runs, listing all problems.
         Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
     """
-    prompts = RecentPrompts()
     campaign, arms, of_all = planned_arms(patterns, given, overrides, config_dir, Consents(options))
-    return _measure(_planned(campaign, arms, of_all, options, prompts), options, prompts)
+    return measure(campaign, arms, of_all, options)
+
+
+def measure(
+    campaign: Campaign,
+    arms: Sequence[Arm],
+    overrides: Sequence[str],
+    options: RunOptions,
+    presentation: Presentation = Presentation(),
+) -> int:
+    """Check composed arms, measure them, and present the answer; return 0, or 1 if any cell has no result.
+
+    Args:
+        campaign: the campaign's settings; its name has been checked.
+        arms: the configurations to compare; the user has consented to everything that they run.
+        overrides: the overrides of all arms, for the records.
+        options: how the command runs experiments.
+        presentation: how the campaign is presented.
+
+    Raises:
+        BadInput: raised before anything runs, listing all problems.
+        Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
+    """
+    prompts = RecentPrompts()
+    return _measure(_planned(campaign, arms, overrides, options, prompts), options, prompts, presentation)
 
 
 def planned_arms(
@@ -129,18 +167,19 @@ def _without_arms(campaign: Campaign) -> Campaign:
     )  # fmt: skip
 
 
-def resume(name: str, results_dir: Path, options: RunOptions) -> int:
+def resume(
+    name: str,
+    results_dir: Path,
+    options: RunOptions,
+    presentation: Presentation = Presentation(),
+) -> int:
     """Resume a campaign from its files, given its name or its directory.
 
     Raises:
         ResultsError: the campaign does not exist.
         ConfigError: the machine or software has changed, and `options.force` is not set.
     """
-    folder = Path(name)
-    if not (folder / results.DEFINITION).is_file():
-        if not re.fullmatch(NAME, name):
-            raise ResultsError(f"'{name}' is neither the name nor the directory of a campaign.")
-        folder = results.folder_of(Store(results_dir), name)
+    folder = folder_named(name, results_dir)
     kept = results.read_definition(folder)
     root = folder.resolve().parent.parent
     arms = [replace(arm, experiment=_moved(arm.experiment, root)) for arm in kept.arms]
@@ -148,7 +187,21 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
         Consents(options).require(all_asked(arm.experiment))
     prompts = RecentPrompts()
     planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
-    return _measure(planned, options, prompts)
+    return _measure(planned, options, prompts, presentation)
+
+
+def folder_named(name: str, results_dir: Path) -> Path:
+    """Return the directory of a campaign, given its name or its directory.
+
+    Raises:
+        ResultsError: the text is neither.
+    """
+    folder = Path(name)
+    if (folder / results.DEFINITION).is_file():
+        return folder
+    if not re.fullmatch(NAME, name):
+        raise ResultsError(f"'{name}' is neither the name nor the directory of a campaign.")
+    return results.folder_of(Store(results_dir), name)
 
 
 # ------------------------------------------------------------------ the request
@@ -316,7 +369,7 @@ def _check_same(kept: Definition, now: Definition, force: bool) -> None:
 
 
 # ------------------------------------------------------------------ measuring
-def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> int:
+def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation) -> int:
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
     is_kept = (folder / results.DEFINITION).is_file()
     if is_kept:
@@ -338,7 +391,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
             write_atomically(folder / results.DEFINITION, to_json(planned.definition))
         manifest = Manifest(folder, [state.cell for state in states], "cell")
         manifest.states = states
-        again = f"To resume: lem campaign --resume {name}" + _results_flag(store)
+        again = f"To resume: {presentation.command} --resume {name}{_results_flag(store)}"
         try:
             if left:
                 run_cells(
@@ -351,9 +404,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
             found = results.answer(planned.definition, results.read_cells(store, folder)) if left or is_kept else None
             if found is not None:
                 _write_answer(folder, found)
-                show_answer(found)
-                _show_failures(manifest)
-                print(f"\nCampaign: {folder}")
+                presentation.show(found, manifest, folder)
     return 0 if manifest.all_completed else 1
 
 
@@ -369,10 +420,10 @@ def _results_flag(store: Store) -> str:
     return "" if str(store.root) == "results" else f" -o {shlex.quote(str(store.root))}"
 
 
-def _show_failures(manifest: Manifest) -> None:
-    for state in manifest.states:
-        if state.status in ("failed", "not run") and state.error:
-            print(f"{state.cell.label}: {state.sentence}")
+def failures(manifest: Manifest) -> list[str]:
+    """Return a sentence for each cell that failed or was given up."""
+    wrong = [state for state in manifest.states if state.status in ("failed", "not run") and state.error]
+    return [f"{state.cell.label}: {state.sentence}" for state in wrong]
 
 
 @contextmanager
