@@ -22,7 +22,7 @@ from lem.units import one_line
 
 # Importing a module registers its commands; the order of imports is the order of commands in lem --help.
 # isort: off
-from lem.cli import experiment, batch, campaign, config, results, inventory  # noqa: F401
+from lem.cli import experiment, batch, campaign, config, results, inventory, doctor  # noqa: F401
 # isort: on
 
 # The flag for each configuration value; an error about a value names its flag.

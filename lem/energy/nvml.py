@@ -18,13 +18,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from lem.energy.base import Meter
 from lem.energy.ticks import Counter, Edge
 from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.errors import BadInput
-from lem.machine.gpu import W_PER_MW, Gpu
+from lem.machine.gpu import W_PER_MW, Gpu, nvml
 from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
 from lem.spec.experiment import Energy
@@ -215,6 +216,40 @@ class NvmlMeter(Meter):
         )
 
 
+@dataclass(frozen=True)
+class Sensors:
+    """What the driver offers for metering a GPU, as the meter would use it.
+
+    `counter_problem` is why the energy counter cannot be read; None if it can. `tick_s` is the time from one advance of
+    the counter to the next, None without a counter or if it cannot be told. `power_w` is the power now, None with a
+    `power_problem`; `power_is_instant` is False if the value is an average over the last second.
+    """
+
+    has_counter: bool
+    counter_problem: str | None
+    tick_s: float | None
+    power_w: float | None
+    power_problem: str | None
+    power_is_instant: bool
+    covers_module: bool
+
+
+def sensors(gpus: Sequence[Gpu]) -> dict[str, Sensors]:
+    """Return what can be read of GPUs, by UUID, without those that do not answer; takes 0.6 to 2 s to see the ticks."""
+    with nvml() as lib:
+        devices = [] if lib is None else [d for gpu in gpus if (d := _answering(lib, gpu)) is not None]
+        with ThreadPoolExecutor(max(1, len(devices)), thread_name_prefix="nvml") as pool:
+            _finish([pool.submit(device.counter.learn) for device in devices if device.has_counter])
+        return {device.gpu.uuid: device.sensors() for device in devices}
+
+
+def _answering(lib: Any, gpu: Gpu) -> Device | None:
+    try:
+        return Device(lib, gpu)
+    except lib.NVMLError:
+        return None
+
+
 def _finish(tasks: Iterable[Future[None]]) -> None:
     """Wait for the tasks to finish, and re-raise any exception that one of them raised."""
     for task in tasks:
@@ -271,6 +306,19 @@ class Device:
         """Read the counter once and return whether it exists; any other failure shows later as the energy's reason."""
         self.counter.poll()
         return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
+
+    def sensors(self) -> Sensors:
+        """Return what can be read of it."""
+        power_w = self.power_w()
+        return Sensors(
+            has_counter=self.has_counter,
+            counter_problem=self.counter.reason,
+            tick_s=self.counter.tick_s,
+            power_w=power_w,
+            power_problem=self.power_reason,
+            power_is_instant=self._instant,
+            covers_module=self.component == "module",
+        )
 
     def power_w(self) -> float | None:
         """Return the current power in watts, or None if it cannot be read; `power_reason` then says why."""

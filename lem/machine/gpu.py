@@ -117,6 +117,18 @@ def nvml() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
+def why_no_driver() -> str | None:
+    """Return why the NVIDIA driver's library does not answer, in its own words; None if it does."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return str(error)
+    pynvml.nvmlShutdown()
+    return None
+
+
 def installed() -> list[Gpu]:
     """Return the physical GPUs that answer, in the driver's order; the list is empty without a driver."""
     with nvml() as lib:

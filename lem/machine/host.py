@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,7 @@ SLURM_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST",
     "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME",
 )  # fmt: skip
+CPU_DIR = "/sys/devices/system/cpu"
 # Settings of a checkout that make `git status` run a program.
 PROGRAMS_OF_GIT = r"^(core\.fsmonitor|filter\..*\.(clean|smudge|process)|extensions\.worktreeconfig)$"
 CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGULARITY_CONTAINER", "oci": "container"}
@@ -147,6 +149,20 @@ def container() -> str | None:
     if Path("/run/.containerenv").exists():
         return "podman"
     return next((kind for kind, variable in CONTAINER_VARIABLES.items() if variable in os.environ), None)
+
+
+def governors(cpu_dir: str = CPU_DIR) -> dict[str, int]:
+    """Return the processor's frequency governors, each with its number of cores; empty if the kernel shows none."""
+    files = sorted(Path(cpu_dir).glob("cpu[0-9]*/cpufreq/scaling_governor"))
+    return dict(Counter(name for file in files if (name := _first_line(str(file)))))
+
+
+def load_per_core() -> float | None:
+    """Return the mean number of runnable processes over the last minute, per core; None if the system keeps none."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (OSError, AttributeError):
+        return None
 
 
 def _first_line(path: str) -> str | None:

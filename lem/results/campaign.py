@@ -32,7 +32,7 @@ from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
 from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
-from lem.results.statistics import CONFIDENCE, summarise, t_quantile
+from lem.results.statistics import CONFIDENCE, line_through, summarise, t_quantile
 from lem.results.stopping import ANALYSES, Rule, is_narrow, rule_of
 from lem.results.store import ID, Store
 from lem.spec.campaign import Campaign, square_size
@@ -545,20 +545,10 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
 
     The arms' means have been subtracted from the values, which uses up one degree of freedom per arm.
     """
-    from scipy.special import stdtr
-
-    n, degrees_of_freedom = len(places), len(places) - arms - 1
-    mean = math.fsum(places) / n if n else 0.0
-    spread = math.fsum((place - mean) ** 2 for place in places)
-    if degrees_of_freedom < 1 or spread == 0:
+    line = line_through(places, values, arms)
+    if line is None or line.p_value >= SUSPICIOUS:
         return None
-    slope = math.fsum((place - mean) * value for place, value in zip(places, values, strict=True)) / spread
-    rest = math.fsum((value - slope * (place - mean)) ** 2 for place, value in zip(places, values, strict=True))
-    error = math.sqrt(rest / degrees_of_freedom / spread)
-    p_value = float(2 * stdtr(degrees_of_freedom, -abs(slope) / error)) if error else 1.0
-    if p_value >= SUSPICIOUS:
-        return None
-    return f"{math.expm1(slope * (max(places) - min(places))):+.1%} (p = {p_value:.2g})"
+    return f"{math.expm1(line.slope * (max(places) - min(places))):+.1%} (p = {line.p_value:.2g})"
 
 
 # ------------------------------------------------------------------ the power of a campaign

@@ -61,6 +61,57 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     return float(stdtrit(degrees_of_freedom, probability))
 
 
+@dataclass(frozen=True)
+class Line:
+    """A straight line fitted by least squares: its slope, the slope's standard error, and the p-value for a slope of 0.
+
+    Where all values lie on the line, the error is 0 and the p-value 1: a line without noise shows nothing.
+    """
+
+    slope: float
+    error: float
+    degrees_of_freedom: int
+    p_value: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of the slope's 95 % interval (Student's t)."""
+        return t_quantile(0.5 + CONFIDENCE / 2, self.degrees_of_freedom) * self.error
+
+
+def line_through(places: Sequence[float], values: Sequence[float], means_taken: int = 1) -> Line | None:
+    """Fit a straight line; None if the values are too few for an error, or all places are the same.
+
+    Args:
+        places: where the values are, as many as there are values.
+        values: the values; with several groups, each minus the mean of its group.
+        means_taken: the number of means that are taken from the values, here or before: a degree of freedom each.
+    """
+    from scipy.special import stdtr
+
+    n, degrees_of_freedom = len(places), len(places) - means_taken - 1
+    mean = math.fsum(places) / n if n else 0.0
+    spread = math.fsum((place - mean) ** 2 for place in places)
+    if degrees_of_freedom < 1 or spread == 0:
+        return None
+    slope = math.fsum((place - mean) * value for place, value in zip(places, values, strict=True)) / spread
+    level = math.fsum(values) / n
+    rest = math.fsum((v - level - slope * (place - mean)) ** 2 for place, v in zip(places, values, strict=True))
+    error = math.sqrt(rest / degrees_of_freedom / spread)
+    p_value = float(2 * stdtr(degrees_of_freedom, -abs(slope) / error)) if error else 1.0
+    return Line(slope, error, degrees_of_freedom, p_value)
+
+
+def sd_limit(sd: float, degrees_of_freedom: int, confidence: float) -> float:
+    """Return the limit below which the true standard deviation lies with this confidence, for normal values.
+
+    Sums of squares follow a chi-squared distribution (Cochran 1934).
+    """
+    from scipy.special import chdtri
+
+    return sd * math.sqrt(degrees_of_freedom / float(chdtri(degrees_of_freedom, confidence)))
+
+
 def percentile(ordered: Sequence[float], percent: float) -> float:
     """Return a percentile of at least one value in ascending order, interpolating linearly between neighbours."""
     place = (len(ordered) - 1) * percent / 100

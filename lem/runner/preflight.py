@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lem.backends import backend_class
 from lem.energy.objections import objections as energy_objections
@@ -139,7 +140,7 @@ def objections(experiment: Experiment, host: Host, model: Model | None = None) -
         *energy_objections(experiment.energy, chosen, uses_gpu=_wants_gpu(experiment, chosen)),
         *_arrivals(experiment.traffic),
         *_sources(experiment),
-        *_results(experiment.io.results_dir),
+        *results_objections(experiment.io.results_dir),
     ]
 
 
@@ -220,7 +221,8 @@ def _sources(experiment: Experiment) -> Iterator[Objection]:
             yield without_effect("no_effect_dataset_option", f"dataset.{name}", fact)
 
 
-def _results(results_dir: str) -> Iterator[Objection]:
+def results_objections(results_dir: str) -> Iterator[Objection]:
+    """Object to a results directory that cannot be created or written to."""
     try:
         store = Store(results_dir)
     except BadInput as error:
@@ -233,13 +235,20 @@ def _results(results_dir: str) -> Iterator[Objection]:
             yield Objection("results_unwritable", "io.results_dir", f"cannot be created: {error.strerror}.")
             return
     for folder in (store.root / "raw", store.experiments_table, store.requests_table):
-        # Not Path.exists, which raises if a parent directory is not readable.
-        there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-        if not os.path.isdir(there):
-            fact = f"{there} is a file, not a directory."
-        elif not os.access(there, os.W_OK | os.X_OK):
-            fact = f"{there} is not writable."
-        else:
-            continue
-        yield Objection("results_unwritable", "io.results_dir", fact)
-        return
+        if fact := why_unwritable(folder):
+            yield Objection("results_unwritable", "io.results_dir", fact)
+            return
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Return why a directory cannot be created or written to; None if permissions allow it."""
+    there = existing(folder)
+    if not os.path.isdir(there):
+        return f"{there} is a file, not a directory."
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable."
+
+
+def existing(path: Path) -> Path:
+    """Return a path or, if it does not exist, its nearest parent directory that does."""
+    # Not Path.exists, which raises if a parent directory is not readable.
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))

@@ -689,9 +689,14 @@ class Objection:
         return EXPERIMENT_RULES[self.code].scope
 
     @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return EXPERIMENT_RULES[self.code].remedy
+
+    @property
     def message(self) -> str:
         """The fact and the remedy, without path and code."""
-        return f"{self.fact} {EXPERIMENT_RULES[self.code].remedy}"
+        return f"{self.fact} {self.remedy}"
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message} [{self.code}]"

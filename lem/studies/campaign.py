@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +75,21 @@ class Planned:
         return results.folder_of(Store(self.results_dir), self.definition.name)
 
 
+def _show(found: Answer, manifest: Manifest, folder: Path) -> None:
+    show_answer(found)
+    for failure in failures(manifest):
+        print(failure)
+    print(f"\nCampaign: {folder}")
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How a command presents a campaign: the command that resumes it, and what is shown at its end."""
+
+    command: str = "lem campaign"
+    show: Callable[[Answer, Manifest, Path], None] = _show
+
+
 def main(
     patterns: Sequence[str],
     given: Mapping[str, Any],
@@ -96,9 +111,32 @@ def main(
         BadInput: raised before anything runs, listing all problems.
         Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
     """
-    prompts = RecentPrompts()
     campaign, arms, of_all = planned_arms(patterns, given, overrides, config_dir, Consents(options))
-    return _measure(_planned(campaign, arms, of_all, options, prompts), options, prompts)
+    return measure(campaign, arms, of_all, options)
+
+
+def measure(
+    campaign: Campaign,
+    arms: Sequence[Arm],
+    overrides: Sequence[str],
+    options: RunOptions,
+    presentation: Presentation = Presentation(),
+) -> int:
+    """Check composed arms, measure them, and present the answer; return 0, or 1 if any cell has no result.
+
+    Args:
+        campaign: the campaign's settings; its name has been checked.
+        arms: the configurations to compare; the user has consented to everything that they run.
+        overrides: the overrides of all arms, for the records.
+        options: how the command runs experiments.
+        presentation: how the campaign is presented.
+
+    Raises:
+        BadInput: raised before anything runs, listing all problems.
+        Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
+    """
+    prompts = RecentPrompts()
+    return _measure(_planned(campaign, arms, overrides, options, prompts), options, prompts, presentation)
 
 
 def planned_arms(
@@ -137,18 +175,19 @@ def _without_arms(campaign: Campaign) -> Campaign:
     )  # fmt: skip
 
 
-def resume(name: str, results_dir: Path, options: RunOptions) -> int:
+def resume(
+    name: str,
+    results_dir: Path,
+    options: RunOptions,
+    presentation: Presentation = Presentation(),
+) -> int:
     """Resume a campaign from its files, given its name or its directory.
 
     Raises:
         ResultsError: the campaign does not exist.
         ConfigError: the machine or software has changed, and `options.force` is not set.
     """
-    folder = Path(name)
-    if not (folder / results.DEFINITION).is_file():
-        if not re.fullmatch(NAME, name):
-            raise ResultsError(f"'{name}' is neither the name nor the directory of a campaign.")
-        folder = results.folder_of(Store(results_dir), name)
+    folder = folder_named(name, results_dir)
     kept = results.read_definition(folder)
     root = folder.resolve().parent.parent
     arms = [replace(arm, experiment=_moved(arm.experiment, root)) for arm in kept.arms]
@@ -156,7 +195,21 @@ def resume(name: str, results_dir: Path, options: RunOptions) -> int:
         Consents(options).require(all_asked(arm.experiment))
     prompts = RecentPrompts()
     planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
-    return _measure(planned, options, prompts)
+    return _measure(planned, options, prompts, presentation)
+
+
+def folder_named(name: str, results_dir: Path) -> Path:
+    """Return the directory of a campaign, given its name or its directory.
+
+    Raises:
+        ResultsError: the text is neither.
+    """
+    folder = Path(name)
+    if (folder / results.DEFINITION).is_file():
+        return folder
+    if not re.fullmatch(NAME, name):
+        raise ResultsError(f"'{name}' is neither the name nor the directory of a campaign.")
+    return results.folder_of(Store(results_dir), name)
 
 
 # ------------------------------------------------------------------ the request
@@ -342,7 +395,7 @@ def _check_same(kept: Definition, now: Definition, force: bool) -> None:
 
 
 # ------------------------------------------------------------------ measuring
-def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> int:
+def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation) -> int:
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
     planned, states = _continued(planned, store, options) or (planned, [CellState(cell) for cell in _cells(planned)])
     left = [state for state in states if not state.is_settled]
@@ -363,7 +416,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
         manifest.states = states
         done = [state.directory.id for state in states if state.status == "completed" and state.directory]
         catch_up_rows(store.root, options, done)
-        again = f"To resume: lem campaign --resume {name}{results_flag(store)}"
+        again = f"To resume: {presentation.command} --resume {name}{results_flag(store)}"
         try:
             if left:
                 run_cells(
@@ -378,9 +431,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts) -> i
             if (folder / results.CELLS).is_file():  # not where there was no space for it
                 found = results.answer(planned.definition, results.read_cells(store, folder))
                 _write_answer(folder, found)
-                show_answer(found)
-                _show_failures(manifest)
-                print(f"\nCampaign: {folder}")
+                presentation.show(found, manifest, folder)
     return 0 if manifest.all_completed else 1
 
 
@@ -405,10 +456,10 @@ def _write_answer(folder: Path, found: Answer) -> None:
         print_warnings(f"{folder}: cannot write the tables ({error.strerror}); resuming the campaign retries.")
 
 
-def _show_failures(manifest: Manifest) -> None:
-    for state in manifest.states:
-        if state.status in ("failed", "not run") and state.error:
-            print(f"{state.cell.label}: {state.sentence}")
+def failures(manifest: Manifest) -> list[str]:
+    """Return a sentence for each cell that failed or was given up."""
+    wrong = [state for state in manifest.states if state.status in ("failed", "not run") and state.error]
+    return [f"{state.cell.label}: {state.sentence}" for state in wrong]
 
 
 @contextmanager

@@ -8,7 +8,10 @@ cache.
 from __future__ import annotations
 
 import os
+import queue
 import socket
+import threading
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 OFFLINE, OFFLINE_TOO = "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"
@@ -32,11 +35,65 @@ def use_cache_if_unreachable() -> None:
     """
     if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
         return
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
+        socket.getaddrinfo(urlsplit(_endpoint()).hostname, None)
     except OSError:
         os.environ[OFFLINE] = "1"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Whether the hub answers; `problem` says why it does not. `host` is its name, without any password."""
+
+    host: str
+    is_reachable: bool
+    is_switched_off: bool = False
+    problem: str | None = None
+
+
+def reach(timeout_s: float = 3.0) -> Reach:
+    """Ask the hub for the head of its first page, through a proxy if the environment names one.
+
+    Returns after `timeout_s` seconds even if the system is still looking up the name, which has no time limit of its
+    own. In the client's offline mode nothing is asked.
+    """
+    try:
+        parts = urlsplit(_endpoint())
+        host = parts.hostname or ""
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError as error:
+        return Reach("HF_ENDPOINT", is_reachable=False, problem=f"it is no address: {error}")
+    if (os.environ.get(OFFLINE) or "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Reach(host, is_reachable=False, is_switched_off=True)
+    # Without a name and a password, which are not needed to see whether anything answers.
+    address = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path}"
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_problem(address, timeout_s)), name="hub", daemon=True).start()
+    try:
+        problem = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        problem = f"no answer within {timeout_s:g} s"
+    return Reach(host or "HF_ENDPOINT", is_reachable=problem is None, problem=problem)
+
+
+def _problem(address: str, timeout_s: float) -> str | None:
+    """Return why nothing answers at an address; None if something does, whatever its answer says."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=timeout_s).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = getattr(error, "reason", None) or error
+        return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return None
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def is_unreachable(error: BaseException | None) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lem.results.statistics import percentile, summarise, t_quantile
+from lem.results.statistics import line_through, percentile, sd_limit, summarise, t_quantile
 
 NUMBERS = st.floats(1e-3, 1e6)
 
@@ -52,3 +52,34 @@ def test_fewer_than_two_values_have_no_spread():
 @given(st.lists(NUMBERS, min_size=1, max_size=50), st.sampled_from([0, 1, 50, 95, 99, 100]))
 def test_percentiles_are_numpys(values, percent):
     assert percentile(sorted(values), percent) == pytest.approx(float(np.percentile(values, percent)), rel=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.floats(-10, 10)), min_size=3, max_size=20))
+def test_a_line_is_scipys(points):
+    places, values = [float(x) for x, _ in points], [y for _, y in points]
+    found = line_through(places, values)
+    if len(set(places)) == 1:
+        assert found is None
+        return
+    if len(set(values)) == 1:  # scipy's error is then not a number
+        assert (found.slope, found.error) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+        return
+    expected = stats.linregress(places, values)
+    assert found.slope == pytest.approx(expected.slope, rel=1e-6, abs=1e-9)
+    assert found.error == pytest.approx(expected.stderr, rel=1e-4, abs=1e-6)
+    if expected.stderr > 1e-6:
+        assert found.p_value == pytest.approx(expected.pvalue, rel=1e-3, abs=1e-9)
+        low, high = stats.t.interval(0.95, len(points) - 2, loc=expected.slope, scale=expected.stderr)
+        assert (found.slope - found.half_width, found.slope + found.half_width) == pytest.approx((low, high), rel=1e-3)
+
+
+def test_a_line_needs_a_degree_of_freedom_for_its_error():
+    assert line_through([0.0, 1.0], [1.0, 2.0]) is None
+    assert line_through([0.0, 1.0, 2.0], [1.0, 2.0, 2.0], means_taken=2) is None
+    assert line_through([0.0, 1.0, 2.0], [2.0, 2.0, 2.0]).p_value == 1.0
+
+
+def test_limits_of_a_standard_deviation_are_those_of_the_tables():
+    # Chi-squared with 4 degrees of freedom: 0.484 and 11.143 at 2.5 and 97.5 %.
+    assert sd_limit(1.0, 4, 0.975) == pytest.approx((4 / 0.484) ** 0.5, rel=1e-3)
+    assert sd_limit(1.0, 4, 0.025) == pytest.approx((4 / 11.143) ** 0.5, rel=1e-3)

@@ -1,0 +1,403 @@
+"""The noise of a machine, from a campaign that measures one configuration as two arms: any difference is noise.
+
+Works on the cells of an ordinary campaign. Whatever the data cannot support is not computed, and a reason takes its
+place. Ratios are compared as logarithms, as in a campaign's answer. Knows nothing about how a cell is run or shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lem.results.campaign import MEASURES, SUSPICIOUS, Answer, CellEntry, PairRow, detectable_ratio
+from lem.results.compare import holm
+from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, summarise, t_quantile
+from lem.warning_codes import WARNINGS
+
+# Two pairs have a single degree of freedom: the interval of their spread reaches over two orders of magnitude.
+LEAST_PAIRS = 3
+# A line, or a mean without the first cell, leaves four degrees of freedom.
+LEAST_CELLS = 6
+# Fewer neighbours show no correlation short of 0.6.
+LEAST_NEIGHBOURS = 10
+PERMUTATIONS = 2000
+# The numbers of cycles for which it is said what they would find.
+EXAMPLES = (3, 5, 10, 20)
+# More cycles than this are not recommended: a quieter machine is.
+MOST_CYCLES = 100
+# A noise that was measured with few cycles may have been lucky. Planning with its upper limit at this confidence finds
+# the difference in at least that share of cases: R. H. Browne, On the use of a pilot sample for sample size
+# determination, Statistics in Medicine 14 (1995).
+PLANNING_CONFIDENCE = 0.8
+# Warnings of cells that a longer warm-up removes.
+OF_WARM_UP = ("warmup_not_steady", "compiled_in_window", "high_variation", "temperature_drift")
+# What else of the cells' warnings makes noise, and what the advice about it is called.
+OTHER_CAUSES = {
+    "window": ("short_window", "few_ticks", "short_steady_state"),
+    "machine": ("foreign_process", "shared_hardware", "throttled", "busy_host"),
+}
+# A change below this, in percent, is of no interest.
+LEAST_PERCENT = 0.01
+# A gap that is recommended where none was kept.
+LEAST_GAP_S = 10.0
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The noise of one measure: the standard deviation of the log ratio of two cells of the same cycle.
+
+    For small values it is the relative deviation. `low` and `high` are its 95 % interval, `planning` the upper limit
+    that plans use, and `finds` the smallest differences, as ratios minus 1, that numbers of cycles find with a chance
+    of 80 %. All are None, with a reason, if the pairs are too few or do not vary.
+    """
+
+    measure: str
+    pairs: int
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+    planning: float | None = None
+    finds: tuple[tuple[int, float], ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the primary measure, as a ratio minus 1, with its 95 % interval; None, with a reason, if unknown.
+
+    `p_value` is for no change, adjusted for the number of changes that are looked for (Holm).
+    """
+
+    n: int
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    reason: str | None = None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether chance alone would hardly show it."""
+        return self.p_value is not None and self.p_value < SUSPICIOUS
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """How much cells resemble the one before them, after a trend is removed; None, with a reason, if unknown."""
+
+    n: int
+    r: float | None = None
+    p_value: float | None = None
+    reason: str | None = None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether chance alone would hardly show it."""
+        return self.p_value is not None and self.p_value < SUSPICIOUS
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A recommendation: what it is about, the setting, and why."""
+
+    about: str
+    setting: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a campaign of one configuration against itself says about the machine.
+
+    `drift` is over the whole campaign, `drift_per_cycle` the same as a rate; `first` is the first cell against a line
+    through all others, `position` the second cell of a cycle against the first, without the drift between them.
+    """
+
+    answer: Answer
+    difference: float
+    floors: tuple[Floor, ...]
+    pair: PairRow | None
+    drift: Change
+    drift_per_cycle: Change
+    first: Change
+    position: Change
+    neighbours: Correlation
+    advice: tuple[Advice, ...]
+    is_estimate: bool
+
+    @property
+    def floor(self) -> Floor:
+        """The noise of the primary measure."""
+        primary = self.answer.definition.campaign.primary
+        return next(floor for floor in self.floors if floor.measure == primary)
+
+    @property
+    def is_false_alarm(self) -> bool:
+        """Whether the campaign says that the configuration differs from itself."""
+        return self.pair is not None and self.pair.verdict in ("less", "more")
+
+
+def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
+    counted = f"{n} {noun}{'s' * (n != 1)}{' of cells' * (noun == 'pair')}"
+    return f"{counted} {'is' if n == 1 else 'are'} too few for {purpose}; at least {least} are needed"
+
+
+def percent(share: float, sign: str = "") -> str:
+    """Return a share as a percentage with two digits, and all those before the point; with `sign="+"` with its sign."""
+    value = 100 * share
+    if abs(value) < LEAST_PERCENT:
+        return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'} %"
+    return f"{value:{sign}.0f} %" if abs(value) >= 10 else f"{value:{sign}.2g} %"
+
+
+def noise_of(answer: Answer, difference: float) -> Noise:
+    """Return what the completed cells of a campaign with one configuration as two arms say.
+
+    Args:
+        answer: the campaign's answer.
+        difference: the smallest difference, as a ratio minus 1, that later campaigns should find.
+    """
+    primary = answer.definition.campaign.primary
+    cells = [(cell, math.log(value)) for cell in _by_time(answer.cells) if (value := _value(cell, primary))]
+    drift, per_cycle = _drift(cells)
+    neighbours = _neighbours([value for _, value in cells])
+    drift, first, position, neighbours = _adjusted(drift, _first(cells), _position(answer.cells, primary), neighbours)
+    noise = Noise(
+        answer=answer,
+        difference=difference,
+        floors=tuple(_floor(answer, measure) for measure in MEASURES if measure == primary or _has(answer, measure)),
+        pair=next((pair for pair in answer.pairs if pair.is_primary), None),
+        drift=drift,
+        drift_per_cycle=replace(per_cycle, p_value=drift.p_value),
+        first=first,
+        position=position,
+        neighbours=neighbours,
+        advice=(),
+        is_estimate=_is_estimate(answer, primary),
+    )
+    return replace(noise, advice=tuple(_advice(noise)))
+
+
+def _by_time(cells: Sequence[CellEntry]) -> list[CellEntry]:
+    """Return the completed cells in the order in which they ran; a cell that was tried again ran later than planned."""
+    return sorted((cell for cell in cells if cell.row is not None), key=lambda cell: cell.row.started_at)  # type: ignore[union-attr]
+
+
+def _value(cell: CellEntry, measure: str) -> float | None:
+    return None if cell.row is None else getattr(cell.row, measure)
+
+
+def _has(answer: Answer, measure: str) -> bool:
+    return any(_value(cell, measure) for cell in answer.cells)
+
+
+def _is_estimate(answer: Answer, measure: str) -> bool:
+    rests_on_energy = measure.startswith(("energy", "average_power"))
+    return rests_on_energy and any("estimate" in (c.row.energy_source or "") for c in answer.cells if c.row is not None)
+
+
+def _pairs(cells: Sequence[CellEntry], measure: str) -> dict[int, tuple[float, float]]:
+    """Return the logarithms of the first and the second cell of each cycle in which both have a value, by cycle."""
+    values = {(cell.cycle, cell.position): value for cell in cells if (value := _value(cell, measure))}
+    cycles = sorted({cycle for cycle, _ in values})
+    both = {c: (values[c, 1], values[c, 2]) for c in cycles if (c, 1) in values and (c, 2) in values}
+    return {cycle: (math.log(first), math.log(second)) for cycle, (first, second) in both.items()}
+
+
+# ------------------------------------------------------------------ the floor
+def _floor(answer: Answer, measure: str) -> Floor:
+    ratios = [second - first for first, second in _pairs(answer.cells, measure).values()]
+    n = len(ratios)
+    if n == 0:
+        return Floor(measure, 0, reason=f"no cycle has a value of {measure} in both cells")
+    if n < LEAST_PAIRS:
+        return Floor(measure, n, reason=_too_few(n, "pair", "a standard deviation", LEAST_PAIRS))
+    sd = summarise(ratios).sd
+    if not sd:
+        return Floor(measure, n, reason="all pairs of cells have the same ratio, so there is no noise to be seen")
+    return Floor(
+        measure=measure,
+        pairs=n,
+        sd=sd,
+        low=sd_limit(sd, n - 1, (1 - CONFIDENCE) / 2),
+        high=sd_limit(sd, n - 1, 0.5 + CONFIDENCE / 2),
+        planning=sd_limit(sd, n - 1, PLANNING_CONFIDENCE),
+        finds=tuple((cycles, finds(sd, cycles)) for cycles in EXAMPLES),
+    )
+
+
+def finds(sd: float, cycles: int) -> float:
+    """Return the smallest difference, as a ratio minus 1, that cycles find with a chance of 80 %.
+
+    Args:
+        sd: the standard deviation of the log ratio of two cells of a cycle.
+        cycles: how many cycles, at least two.
+    """
+    return detectable_ratio(sd / math.sqrt(2), cycles) - 1
+
+
+def cycles_for(sd: float, difference: float) -> int | None:
+    """Return the least number of cycles, from `LEAST_PAIRS`, that find a difference; None beyond `MOST_CYCLES`."""
+    enough = (n for n in range(LEAST_PAIRS, MOST_CYCLES + 1) if finds(sd, n) <= difference)
+    return next(enough, None)
+
+
+# ------------------------------------------------------------------ what changes
+def _drift(cells: Sequence[tuple[CellEntry, float]]) -> tuple[Change, Change]:
+    """Return the change over the whole and per cycle, from a straight line through the cells in order of time."""
+    n = len(cells)
+    line = line_through([float(i) for i in range(n)], [value for _, value in cells]) if n >= LEAST_CELLS else None
+    if line is None:
+        too_few = Change(n, reason=_too_few(n, "cell", "a trend", LEAST_CELLS))
+        return too_few, too_few
+    of_cycle = len(cells) / len({cell.cycle for cell, _ in cells})
+    return _of_line(line, n - 1, n), _of_line(line, of_cycle, n)
+
+
+def _of_line(line: Line, over: float, n: int) -> Change:
+    low, high = (line.slope - line.half_width) * over, (line.slope + line.half_width) * over
+    return Change(n, math.expm1(line.slope * over), math.expm1(low), math.expm1(high), line.p_value)
+
+
+def _first(cells: Sequence[tuple[CellEntry, float]]) -> Change:
+    """Return the first cell against what a line through all others predicts, with the interval for a single value."""
+    n = len(cells)
+    if n < LEAST_CELLS:
+        return Change(n, reason=_too_few(n, "cell", "comparing the first with the others", LEAST_CELLS))
+    places, others = [float(i) for i in range(1, n)], [value for _, value in cells[1:]]
+    line = line_through(places, others)
+    assert line is not None
+    middle, spread = n / 2, (n - 2) * (n - 1) * n / 12  # of the places 1 to n - 1
+    predicted = math.fsum(others) / (n - 1) - line.slope * middle
+    error = line.error * math.sqrt(spread + spread / (n - 1) + middle**2)
+    return _tested(cells[0][1] - predicted, error, line.degrees_of_freedom, n)
+
+
+def _position(cells: Sequence[CellEntry], measure: str) -> Change:
+    """Return the second cell of a cycle against the first, without the drift that lies between them.
+
+    The drift from one cell to the next is half of that from cycle to cycle, which the means of the cycles tell. The sum
+    and the difference of two values are independent, so the two errors add up (Welch and Satterthwaite).
+    """
+    pairs = _pairs(cells, measure)
+    if len(pairs) < LEAST_PAIRS:
+        return Change(len(pairs), reason=_too_few(len(pairs), "pair", "comparing positions", LEAST_PAIRS))
+    found = summarise([second - first for first, second in pairs.values()])
+    of_cycles = line_through([float(cycle) for cycle in pairs], [math.fsum(both) / 2 for both in pairs.values()])
+    assert found.mean is not None
+    assert of_cycles is not None
+    variances = [(found.sd or 0.0) ** 2 / found.n, (of_cycles.error / 2) ** 2]
+    freedom = [found.n - 1, of_cycles.degrees_of_freedom]
+    error = math.sqrt(sum(variances))
+    parts = sum(variance**2 / n for variance, n in zip(variances, freedom, strict=True))
+    degrees_of_freedom = math.floor(error**4 / parts) if parts else found.n - 1
+    return _tested(found.mean - of_cycles.slope / 2, error, max(1, degrees_of_freedom), found.n)
+
+
+def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Change:
+    from scipy.special import stdtr
+
+    half = t_quantile(0.5 + CONFIDENCE / 2, degrees_of_freedom) * error
+    p_value = float(2 * stdtr(degrees_of_freedom, -abs(mean) / error)) if error else 1.0
+    return Change(n, math.expm1(mean), math.expm1(mean - half), math.expm1(mean + half), p_value)
+
+
+def _neighbours(values: Sequence[float]) -> Correlation:
+    """Return the correlation of each cell with the one before, tested by permutation of what a line leaves over."""
+    import numpy as np
+
+    n = len(values)
+    if n < LEAST_NEIGHBOURS:
+        return Correlation(n, reason=_too_few(n, "cell", "correlating neighbours", LEAST_NEIGHBOURS))
+    places = np.arange(n, dtype=float)
+    left = np.array(values) - np.polyval(np.polyfit(places, np.array(values), 1), places)
+    squares = float(left @ left)
+    if squares == 0:
+        return Correlation(n, reason="all cells have the same value")
+    shuffled = np.random.default_rng(0).permuted(np.tile(left, (PERMUTATIONS, 1)), axis=1)
+    by_chance = (shuffled[:, :-1] * shuffled[:, 1:]).sum(axis=1) / squares
+    r = float(left[:-1] @ left[1:]) / squares
+    further = int((abs(by_chance - by_chance.mean()) >= abs(r - by_chance.mean())).sum())
+    return Correlation(n, r, (1 + further) / (1 + PERMUTATIONS))
+
+
+def _adjusted(
+    drift: Change, first: Change, position: Change, neighbours: Correlation
+) -> tuple[Change, Change, Change, Correlation]:
+    """Return the same with p-values adjusted for looking at several things at once."""
+    known = [each.p_value for each in (drift, first, position, neighbours) if each.p_value is not None]
+    adjusted = iter(holm(known))
+    changes = [
+        each if each.p_value is None else replace(each, p_value=next(adjusted)) for each in (drift, first, position)
+    ]
+    if neighbours.p_value is not None:
+        neighbours = replace(neighbours, p_value=next(adjusted))
+    return changes[0], changes[1], changes[2], neighbours
+
+
+# ------------------------------------------------------------------ what to do
+def _advice(noise: Noise) -> Iterator[Advice]:
+    yield _cycles(noise)
+    yield _gap(noise)
+    yield _warm_up(noise)
+    yield from filter(None, (_of_warnings(noise, about, codes) for about, codes in OTHER_CAUSES.items()))
+
+
+def _cycles(noise: Noise) -> Advice:
+    floor, wanted = noise.floor, f"{percent(noise.difference)}"
+    if floor.sd is None or floor.planning is None:
+        return Advice("cycles", "not known", f"{floor.reason}.")
+    cycles = cycles_for(floor.planning, noise.difference)
+    planned = f"up to {percent(floor.planning)} (its upper limit, at {percent(PLANNING_CONFIDENCE)} confidence)"
+    if cycles is None:
+        why = f"with a noise of {planned}, even {MOST_CYCLES} cycles would not find {wanted}: make the machine quieter."
+        return Advice("cycles", f"more than {MOST_CYCLES}", why)
+    why = f"with a noise of {planned}, they find a difference of {wanted} with a chance of at least 80 %."
+    return Advice("cycles", f"--cycles {cycles}", why)
+
+
+def _gap(noise: Noise) -> Advice:
+    gap_s = noise.answer.definition.campaign.config_gap_s
+    longer = f"--config-gap {max(2 * gap_s, LEAST_GAP_S):g}"
+    again = "measure again with it to see whether that is long enough"
+    if noise.position.is_seen:
+        assert noise.position.change is not None
+        return Advice(
+            "gap", longer, f"the second cell of a cycle differs by {percent(noise.position.change, '+')}; {again}."
+        )
+    if noise.neighbours.is_seen:
+        return Advice("gap", longer, f"cells resemble the preceding one (r = {noise.neighbours.r:.2f}); {again}.")
+    unknown = noise.position.reason or noise.neighbours.reason
+    keep = f"--config-gap {gap_s:g}, unchanged"
+    if unknown is not None:
+        return Advice("gap", keep, f"no reason to change it is seen, but {unknown}.")
+    return Advice("gap", keep, "no effect of the preceding cell is seen.")
+
+
+def _warm_up(noise: Noise) -> Advice:
+    if noise.first.is_seen:
+        assert noise.first.change is not None
+        why = f"the first cell differs from the others by {percent(noise.first.change, '+')}, as on a cold machine."
+        return Advice("warm-up", "a longer warm-up (--warmup-prompts), or a cell before that does not count", why)
+    if noise.drift.is_seen:
+        assert noise.drift.change is not None
+        why = f"the measure changes by {percent(noise.drift.change, '+')} over the campaign."
+        return Advice("warm-up", WARNINGS["campaign_trend"].remedy.rstrip("."), why)
+    if warned := _of_warnings(noise, "warm-up", OF_WARM_UP):
+        return warned
+    unknown = noise.first.reason or noise.drift.reason
+    if unknown is not None:
+        return Advice("warm-up", "unchanged", f"no reason to change it is seen, but {unknown}.")
+    return Advice("warm-up", "unchanged", "neither a trend nor an unusual first cell is seen.")
+
+
+def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
+    """Return the remedy of the first of some warnings that most cells have; None if there is none."""
+    rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
+    for code in codes:
+        count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)
+        if 2 * count > len(rows):
+            why = f"{count} of {len(rows)} cells have the warning {code}."
+            return Advice(about, WARNINGS[code].remedy.rstrip("."), why)
+    return None

@@ -1,0 +1,111 @@
+"""The findings of `lem doctor`: each with a fact, its status and a remedy; and the catalogue of its checks.
+
+`CHECKS` is the single source of the checks' names. They are stable, because programs read them from
+`lem doctor --json`. This module does not know how a check is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# ok: nothing to do; limited: it works, with less precision or with a condition; missing: it is not there.
+Status = Literal["ok", "limited", "missing"]
+
+GROUPS = {
+    "energy": "Energy",
+    "gpus": "GPUs",
+    "machine": "Machine",
+    "engines": "Engines",
+    "files": "Models and files",
+}
+# The checks in the order in which they are shown: the group of each, and its title for people.
+CHECKS = {
+    "gpu_energy": ("energy", "GPU energy"),
+    "gpu_power": ("energy", "GPU power"),
+    "rapl": ("energy", "CPU counters"),
+    "codecarbon": ("energy", "estimates"),
+    "driver": ("gpus", "driver"),
+    "visible_gpus": ("gpus", "visible GPUs"),
+    "mig": ("gpus", "MIG"),
+    "persistence": ("gpus", "persistence"),
+    "power_limit": ("gpus", "power limit"),
+    "clocks": ("gpus", "clocks"),
+    "gpu_processes": ("gpus", "other processes"),
+    "governor": ("machine", "CPU governor"),
+    "load": ("machine", "other load"),
+    "container": ("machine", "container"),
+    "scheduler": ("machine", "scheduler"),
+    "pytorch": ("engines", "pytorch"),
+    "vllm": ("engines", "vllm"),
+    "tensorrt": ("engines", "tensorrt"),
+    "openai": ("engines", "openai"),
+    "launcher": ("engines", "launchers"),
+    "adapters": ("engines", "LoRA adapters"),
+    "quantization": ("engines", "quantization"),
+    "hub": ("files", "model hub"),
+    "model_cache": ("files", "model cache"),
+    "results_dir": ("files", "results"),
+    "disk": ("files", "disk space"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    `device` is the index of the GPU that it is about, None for the machine as a whole; `values` holds the numbers of
+    the fact for programs, with units in their names.
+
+    Raises:
+        KeyError: there is no such check.
+    """
+
+    check: str
+    status: Status
+    fact: str
+    remedy: str | None = None
+    device: int | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        CHECKS[self.check]
+
+    @property
+    def group(self) -> str:
+        """The name of its group."""
+        return CHECKS[self.check][0]
+
+    @property
+    def title(self) -> str:
+        """The check's title."""
+        return CHECKS[self.check][1]
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """All findings about a machine, in the order in which they are shown, and what they add up to.
+
+    `measured` and `estimated` are components whose energy `energy=auto` would read, and would estimate. `engines` are
+    the backends that could run a model here.
+    """
+
+    findings: tuple[Finding, ...]
+    measured: tuple[str, ...]
+    estimated: tuple[str, ...]
+    engines: tuple[str, ...]
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why no experiment can be measured here; empty if one can."""
+        found = [] if self.measured or self.estimated else ["no meter can read or estimate energy"]
+        found += [] if self.engines else ["no engine is installed"]
+        unusable = any(each.check == "results_dir" and each.status == "missing" for each in self.findings)
+        return found + ["the results directory cannot be written to"] * unusable
+
+
+def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return findings in the order of `CHECKS`, those about GPUs by index."""
+    places = {name: place for place, name in enumerate(CHECKS)}
+    return tuple(sorted(findings, key=lambda each: (places[each.check], -1 if each.device is None else each.device)))

@@ -1,0 +1,120 @@
+"""`lem doctor --noise`: a campaign of one configuration against itself, and what it says about the machine's noise.
+
+The campaign is an ordinary one, with its files, its resuming and its answer; only what is shown at its end differs. The
+statistics are in `lem.results.noise`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lem.config.campaign import compose, is_campaign, settings_of_arms
+from lem.config.compose import prepare
+from lem.config.trust import asked_by
+from lem.errors import ConfigError
+from lem.results import campaign as results
+from lem.results.campaign import Answer, Arm
+from lem.results.codec import to_plain
+from lem.results.noise import noise_of
+from lem.results.noise_show import as_plain, show_noise
+from lem.studies import campaign as study
+from lem.studies.ask import RunOptions
+from lem.studies.campaign import Presentation
+from lem.studies.consent import Consents
+from lem.studies.manifest import Manifest
+
+ARMS = ("A", "A again")
+COMMAND = "lem doctor --noise"
+# Five cycles make ten cells, as many as the correlation of neighbours needs.
+CYCLES = 5
+# What is measured unless the command line or a file says otherwise: it needs no network, and its windows take seconds.
+DEFAULTS = {"model": "tiny", "dataset": "sample", "dataset.sample_size": "32"}
+
+
+def main(
+    config_file: Path | None,
+    given: Mapping[str, Any],
+    overrides: Sequence[str],
+    options: RunOptions,
+    *,
+    difference: float,
+    config_dir: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Measure a configuration against itself and show its noise; return 0, or 1 if a cell has no result.
+
+    Args:
+        config_file: the configuration; None for the built-in model and prompts.
+        given: the command line's settings of the campaign, by key.
+        overrides: the command line's Hydra overrides.
+        options: how the command runs.
+        difference: the smallest difference, as a ratio minus 1, that later campaigns should find.
+        config_dir: a directory of the user's own options.
+        as_json: whether the noise is shown as JSON.
+
+    Raises:
+        BadInput: raised before anything runs, with all problems.
+        Interrupted: what was measured is kept, and the command that goes on is named.
+    """
+    if config_file is not None and config_file.is_file() and is_campaign(config_file):
+        raise ConfigError(f"{config_file} is a campaign file; name the config file of a single configuration.")
+    name = f"noise_{datetime.now():%Y%m%d_%H%M%S}"
+    campaign = compose(None, {"name": name, "cycles": CYCLES, **given})
+    study.check(campaign)
+    words = [*settings_of_arms(campaign), *overrides]
+    if config_file is None:
+        words = [*_defaults(words), *words]
+    composition = prepare(config_file, words, config_dir=config_dir)
+    experiment = composition.experiment()
+    Consents(options).require(asked_by(experiment, composition.sources))
+    file = None if config_file is None else str(config_file)
+    campaign = replace(
+        campaign, baseline=ARMS[0], sample_size=None, warmup_prompts=None, warmup_timeout_s=None, cool_to_c=None
+    )
+    arms = [Arm(arm, experiment, file) for arm in ARMS]
+    return study.measure(campaign, arms, words, options, _presentation(difference, as_json))
+
+
+def resume(name: str, results_dir: Path, options: RunOptions, *, difference: float, as_json: bool = False) -> int:
+    """Go on with such a campaign, or show its noise again if it is complete.
+
+    Raises:
+        ResultsError: there is no such campaign.
+        ConfigError: it compares different configurations, or what it measures on has changed.
+    """
+    kept = results.read_definition(study.folder_named(name, results_dir))
+    experiments = [to_plain(arm.experiment) for arm in kept.arms]
+    if len(experiments) != len(ARMS) or experiments[0] != experiments[1]:
+        raise ConfigError(
+            f"Campaign '{kept.name}' does not measure one configuration against itself; to resume it: lem campaign "
+            f"--resume {kept.name}."
+        )
+    return study.resume(name, results_dir, options, _presentation(difference, as_json))
+
+
+def _defaults(words: Sequence[str]) -> list[str]:
+    """Return the overrides for what no other word chooses; prompts of the user's own are taken whole."""
+    keys = {word.partition("=")[0].lstrip("+") for word in words}
+    chosen_prompts = any(key == "dataset" or key in ("dataset.path", "dataset.name") for key in keys)
+    wanted = {key: value for key, value in DEFAULTS.items() if key == "model" or not chosen_prompts}
+    return [f"{key}={value}" for key, value in wanted.items() if key not in keys]
+
+
+def _presentation(difference: float, as_json: bool) -> Presentation:
+    def show(found: Answer, manifest: Manifest, folder: Path) -> None:
+        noise, wrong = noise_of(found, difference), study.failures(manifest)
+        if as_json:
+            plain = {**as_plain(noise), "failures": wrong, "campaign_directory": str(folder)}
+            print(json.dumps(plain, indent=2, ensure_ascii=False))
+            return
+        show_noise(noise)
+        for failure in wrong:
+            print(failure)
+        print(f"\nCampaign: {folder}")
+
+    return Presentation(COMMAND, show)
