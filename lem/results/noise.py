@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lem.results.campaign import MEASURES, SUSPICIOUS, Answer, CellEntry, PairRow, detectable_ratio
-from lem.results.compare import holm
+from lem.results.compare import expected_degrees_of_freedom, holm
 from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, summarise, t_quantile
+from lem.results.stopping import ANALYSES
 from lem.warning_codes import WARNINGS
 
 # Two pairs have a single degree of freedom: the interval of their spread reaches over two orders of magnitude.
@@ -232,9 +233,10 @@ def finds(sd: float, cycles: int) -> float:
 
     Args:
         sd: the standard deviation of the log ratio of two cells of a cycle.
-        cycles: how many cycles, at least two.
+        cycles: how many cycles, at least two, in the default order.
     """
-    return detectable_ratio(sd / math.sqrt(2), cycles) - 1
+    degrees_of_freedom = expected_degrees_of_freedom(ANALYSES["shuffled"], cycles, arms=2)
+    return detectable_ratio(sd / math.sqrt(2), cycles, degrees_of_freedom) - 1
 
 
 def cycles_for(sd: float, difference: float) -> int | None:
