@@ -243,7 +243,7 @@ def test_no_aggregate_leaves_the_row_to_the_aggregate_command(lem, tmp_path):
     assert "to write its row" in lem("results", "list", "--all").out
     assert "completed" in lem("aggregate", "--all").out
     assert "completed" in lem("results", "list").out
-    assert "already have their rows" in lem("aggregate", "--all").out
+    assert "their rows are up to date: 1" in lem("aggregate", "--all").out
 
 
 def test_results_show_as_table_json_and_raw(lem):

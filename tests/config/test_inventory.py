@@ -57,7 +57,7 @@ def test_the_directory_may_be_named(lem, mine, tmp_path):
     assert "yours" not in lem("presets").out
     assert "Mine, for" in lem("presets", "--config-dir", "options").out
     refused = lem("presets", "--config-dir", "nowhere")
-    assert (refused.code, "holds no options" in refused.err) == (2, True)
+    assert (refused.code, "contains no options" in refused.err) == (2, True)
 
 
 def test_a_bad_option_hides_no_other(lem, mine, tmp_path):

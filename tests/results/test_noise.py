@@ -263,7 +263,7 @@ def test_a_false_alarm_is_shown_as_one(capsys):
     found = noise_of(results.answer(given.definition, larger), 0.02)
     assert found.is_false_alarm
     show_noise(found)
-    assert "False alarm  FALSE ALARM: A again needs 1.09" in capsys.readouterr().out
+    assert "False alarm  FALSE ALARM: A again needs 1.1" in capsys.readouterr().out
 
 
 def test_an_estimate_is_labelled(capsys):

@@ -69,8 +69,10 @@ def test_it_holds_one_of_each_kind(results):
 
 def test_the_list_is_the_same(lem, results):
     listed, before = json.loads(lem("results", "list", "--all", "--json").out), expected("list")
-    for row, old in known_then(listed, before):
-        assert row | {"error": bool(row["error"])} == old | {"error": bool(old["error"])}
+    # The failed one had no row, which listing has written since: more columns, in their own order.
+    for row, old in zip(listed, before, strict=True):
+        then = _without_new(row, old)
+        assert then | {"error": bool(then["error"])} == old | {"error": bool(old["error"])}
 
 
 @pytest.mark.parametrize("experiment_id", IDS)
