@@ -76,9 +76,9 @@ WARNINGS: dict[str, WarningKind] = {
         "Run more prompts or longer outputs; 30 s or more is better.",
     ),
     "short_steady_state": WarningKind(
-        f"The window was long enough, but all places of the batch were taken for less than {SHORT_WINDOW_S:g} s of it. "
+        f"The window was long enough, but all slots of the batch were taken for less than {SHORT_WINDOW_S:g} s of it. "
         "The steady state's energy therefore rests on few readings, each up to a tick old.",
-        "Run more prompts, so that all places are taken for most of the window.",
+        "Run more prompts, so that all slots are taken for most of the window.",
     ),
     "few_ticks": WarningKind(
         f"The energy counter advanced fewer than {FEW_TICKS} times in the window.",
@@ -672,7 +672,7 @@ def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     """Yield a warning for each steady state that is too short, unless the whole window is too short."""
     for place, (steady_s, duration_s) in enumerate(zip(rows["steady_duration_s"], rows["duration_s"], strict=True)):
         if steady_s is not None and steady_s < SHORT_WINDOW_S <= (duration_s or 0.0):
-            text = f"all places were taken for {steady_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable."
+            text = f"all slots were taken for {steady_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable."
             yield place, warning("short_steady_state", text)
 
 

@@ -76,7 +76,7 @@ class Generation:
 class Begun:
     """A request that an engine is working on.
 
-    `since_ns` is when the engine began working on the request, or the earliest time at which it can have begun.
+    `since_ns` is when the engine began working on the request, or the earliest time at which it could have begun.
     `output_tokens` is None if the engine delivers a request's tokens only once it is finished.
     """
 
@@ -128,7 +128,7 @@ class Backend(ABC):
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
         """Return the backend's objections to the experiment on this host, without loading anything heavy.
 
-        `model` is None if the model was not found, to which preflight has already objected.
+        `model` is None if the model was not found, which preflight has already reported.
         """
 
     @classmethod

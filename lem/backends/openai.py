@@ -62,7 +62,7 @@ class Openai(Backend):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether the server runs on this machine and uses a GPU of it, rather than the CPU."""
+        """Return whether the server runs on this machine, and on a GPU rather than the CPU."""
         assert isinstance(experiment.backend, OpenaiBackend)
         return wants_gpu(experiment.backend, host)
 
@@ -149,7 +149,7 @@ class Openai(Backend):
         yield from self._begun().serve(arrivals)
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the requests that were sent to the server and are not answered yet."""
+        """Return the requests that have been sent to the server but not yet answered."""
         return () if self._session is None else self._session.under_way()
 
     def _begun(self) -> OpenaiSession:
@@ -261,7 +261,7 @@ class Openai(Backend):
         # The number of tokens that the server generated for failed requests is unknown.
         if session is not None and others > 0 and not session.is_broken and not session.failed:
             found.append(
-                warning("server_shared", f"the server generated {others:.0f} tokens for others in the window.")
+                warning("server_shared", f"the server generated {others:.0f} tokens for other clients in the window.")
             )
         return [*found, *counter_warnings(counters)]
 

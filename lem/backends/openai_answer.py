@@ -124,7 +124,7 @@ def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[P
 
 
 def _first_and_rest(parts: Sequence[Part], output_tokens: int) -> tuple[Chunk, ...]:
-    """Return the first token as one chunk, and all others as a chunk at the last event, even if that has no text."""
+    """Return the first token as one chunk, and all others as a chunk at the last event, even if it has no text."""
     marks = [part for part in parts if part.has_text or part.is_last] or list(parts)
     if not marks:
         return ()

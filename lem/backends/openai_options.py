@@ -121,7 +121,8 @@ def gpus_for(experiment: Experiment, host: Host) -> Sequence[Gpu]:
     """Return the GPUs that the server is assumed to use, and that are metered.
 
     For a server that is already running, these are the GPUs named in `gpus`, or all visible GPUs. A server that lem
-    starts gets the named GPUs, but no more than the parallelism needs if it has a degree or if no GPUs are named.
+    starts gets as many GPUs as the parallelism needs; if GPUs are named but no degree of parallelism is set, it gets
+    all named GPUs.
     """
     options = _options(experiment)
     if not wants_gpu(options, host):
@@ -266,7 +267,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; cached for a while, because a grid asks thousands of times."""
+    """Return whether a server accepts connections; cached for a while, because a grid checks it thousands of times."""
     return answers(host, port, REACH_S)
 
 

@@ -74,7 +74,7 @@ class Loaded:
 
     `server` is None if the server was already running. `card` is the server's entry for the model. `sends_ids` says
     whether the server sends the ids of output tokens; if not, tokens are counted by its usage or, if the user asks for
-    that, by the tokenizer. `texts` maps the tokens of prompts that are sent as text to that text.
+    that, by the tokenizer. `texts` holds the text of each prompt that is sent as text, keyed by the prompt's tokens.
     """
 
     checkpoint: Checkpoint
@@ -195,7 +195,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
             function fails.
 
     Raises:
-        RunError: the server does not start, does not become ready, or does not answer as it should.
+        RunError: the server does not start, does not become ready, or gives an invalid answer.
     """
     assert isinstance(experiment.backend, OpenaiBackend)
     options = experiment.backend
@@ -378,7 +378,7 @@ class OpenaiSession:
             yield [replace(done, batch=number)]
 
     def under_way(self) -> list[Begun]:
-        """Return the unanswered requests, counted from when they were sent, as the server does not say which wait."""
+        """Return the unanswered requests, timed from when they were sent: the server does not report which wait."""
         now_ns = time.perf_counter_ns()
         waiting = list(self._waiting.values())  # a copy, because the client's thread adds requests
         return [Begun(each.request.index, each.at_ns) for each in waiting if each.at_ns <= now_ns]

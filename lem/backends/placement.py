@@ -43,13 +43,13 @@ def spread(model: Any, devices: int) -> dict[str, int]:
     used = len(set(home.values()))
     if used < devices:
         raise RunError(
-            f"The model's layers can be spread over {used} GPUs, not over {devices}. Lower parallelism.degree."
+            f"The model's layers can be spread over at most {used} of the {devices} GPUs. Lower parallelism.degree."
         )
     return placed
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the parts to be placed as a whole, in model order: unsplittable modules, and all leaf modules outside."""
+    """Yield the parts that must stay whole, in model order: unsplittable modules, and leaf modules outside them."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module
@@ -62,7 +62,7 @@ def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _weights(part: Any) -> list[Any]:
-    """Return the parameters of a part; a part that is itself a tensor has only that one."""
+    """Return the parameters of a part, or only the part itself if it is a tensor."""
     return list(part.parameters()) if hasattr(part, "parameters") else [part]
 
 

@@ -265,9 +265,9 @@ class Loaded:
     """A model that can generate.
 
     `devices` are the devices of this process; the first takes the inputs. `inner` is the model whose forward pass
-    `model` calls, which is a different object if an adapter wraps it. `generation_config` sets every option, so that
-    none is taken from defaults that ship with the model. `pad_token` fills rows and is masked. `fit` is the loader's
-    report on the weights.
+    `model` calls; it is a different object from `model` if an adapter wraps it. `generation_config` sets every option,
+    so that none is taken from defaults that ship with the model. `pad_token` fills rows and is masked. `fit` is the
+    loader's report on the weights.
     """
 
     found: Model
@@ -299,7 +299,7 @@ def strategy_of(experiment: Experiment) -> str:
 
 
 def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) -> None:
-    """Check that the GPUs that compute are those that are metered, and make the first one CUDA's current device.
+    """Check that the GPUs in use are the metered ones, and make the first of them CUDA's current device.
 
     Raises:
         RunError: CUDA shows too few GPUs, or different ones because it numbers GPUs in its own order.

@@ -1,11 +1,11 @@
 """transformers' continuous batching, driven step by step in the worker's main thread.
 
 transformers runs its own loop in another thread, which hides errors, cannot be interrupted, and delivers tokens late.
-Instead, this module asks the engine's processor for one step after another. The processor is given requests as places
+Instead, this module asks the engine's processor for one step after another. The processor is given requests as slots
 become free, so each step has at most `batch_size` of them, and its cache has room for exactly `batch_size` requests of
-the maximum length. Some options are not supported by the processor per request: sampling with a seed for each prompt,
-and penalties and bans that look at the whole text. This module applies them itself, with transformers' own logits
-processors. It knows nothing about devices or files.
+the maximum length. Some options cannot be set for each request in the processor: sampling with a seed for each prompt,
+and penalties and bans that look at the whole text. This module applies these options itself, with transformers' own
+logits processors. It knows nothing about devices or files.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Continuous(Session[_Request]):
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def forget_cache(self) -> None:
-        """Do nothing, because the size of the cache is fixed when it is allocated."""
+        """Do nothing: the size of this cache is fixed when it is allocated, so no largest size has to be forgotten."""
 
     def settings(self) -> dict[str, str]:
         """Return the engine's settings that affect the measurements."""
@@ -333,7 +333,7 @@ class Continuous(Session[_Request]):
         return torch.Generator(self._model.device).manual_seed(self.experiment.seed + prompt.index)
 
     def _rows(self) -> list[tuple[Any, _Request]]:
-        """Return the requests that get a token in this step, in the order of their rows of scores."""
+        """Return the requests that get a token in this step, in the order of their rows in the tensor of scores."""
         in_step = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         return [(each.state, self.running[int(each.state.request_id)]) for each in in_step if each.has_new_token]
 

@@ -34,7 +34,7 @@ from lem.workload.traffic import Arrivals, as_places_become_free
 class Request:
     """A prompt given to the engine, and the tokens delivered so far; `chunks` is used only if tokens are timed.
 
-    `number` numbers the prompts given to the engine in one run, from 0.
+    `number` is the position of the prompt among those given to the engine in one run, from 0.
     """
 
     prompt: Encoded
@@ -93,14 +93,14 @@ class Session(ABC, Generic[R]):
     def under_way(self) -> list[Begun]:
         """Return the requests that the engine is working on.
 
-        An engine with its own queue is assumed to run as many requests as it has places, in the order in which it
-        received them, and to begin each one as soon as a place is free.
+        An engine with its own queue is assumed to run as many requests as it has slots, in the order in which it
+        received them, and to begin each one as soon as a slot is free.
         """
         first = itertools.islice(self.running.values(), self.experiment.batching.batch_size)
         return [Begun(each.prompt.index, self.taken_ns(each), self.tokens_so_far(each)) for each in first]
 
     def taken_ns(self, request: R) -> int:
-        """Return when the engine received a request or had a place for it, whichever was later."""
+        """Return when the engine received a request or had a free slot for it, whichever was later."""
         place = min(request.number - self.experiment.batching.batch_size, len(self._ended_ns) - 1)
         return request.given_ns if place < 0 else max(request.given_ns, self._ended_ns[place])
 
@@ -131,7 +131,7 @@ class Session(ABC, Generic[R]):
                 yield [replace(generations[position], arrived_ns=None) for position in positions]
 
     def fill_places(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run prompts on an engine without a queue, by giving it the next prompt whenever it has a free place."""
+        """Run prompts on an engine without a queue, by giving it the next prompt whenever a slot is free."""
         everything = Arrivals(prompts, [0.0] * len(prompts), 1, self.clock.now_ns(), clock=self.clock)
         for done in self.serve(everything, self.experiment.batching.batch_size):
             yield [replace(generation, batch=0, arrived_ns=None) for generation in done]

@@ -291,7 +291,7 @@ class SimulatedSession(Session[_Running]):
         return len(request.token_ids)
 
     def cancel(self) -> None:
-        """Do nothing, because nothing runs between two steps."""
+        """Do nothing, because nothing runs between steps."""
 
     def _generation(self, request: _Running, end_ns: int) -> Generation:
         assert request.start_ns is not None

@@ -35,7 +35,7 @@ LOADING = ("quantization_config", "distributed_config", "device_map")
 
 
 def architecture_of(model: Any) -> Architecture:
-    """Return the sizes of a transformers model, loaded or hollow, including the matrices of a loaded LoRA adapter.
+    """Return the sizes of a transformers model, with or without weights, including any loaded LoRA adapter's matrices.
 
     Raises:
         UnknownArchitecture: the sizes cannot be determined; the message is the reason.
@@ -161,7 +161,7 @@ def _experts(decoder: Any) -> dict[str, Any]:
 
 
 def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
-    """Return the FLOPs per token spent on experts that it is not routed to; some models run all experts.
+    """Return the FLOPs per token spent on experts that the token is not routed to; some models run all experts.
 
     Raises:
         UnknownArchitecture: the cost matches neither the chosen experts nor all experts.
@@ -203,7 +203,7 @@ def _counted(decoder: Any, layers: Sequence[Any], experts: Mapping[str, Any], le
 
 @contextmanager
 def _counting(into: _Pass, layers: Sequence[Any], experts: Mapping[str, Any]) -> Iterator[None]:
-    """Attribute the FLOPs of each operation to the layer, and to the experts, whose module is running."""
+    """Attribute the FLOPs of each operation to the layer and the experts whose modules are running."""
     running: list[tuple[str, Any]] = []
     with ExitStack() as ending:
         for kind, modules in (("layer", list(enumerate(layers))), ("experts", list(experts.items()))):
@@ -280,7 +280,7 @@ def _grouped(costs: Sequence[Fraction], config: Any) -> tuple[Attention, ...]:
 
 
 def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
-    """Return how far back a layer attends (None means without limit), and whether that is counted in chunks.
+    """Return how far back a layer attends (None means without limit), and whether it does so in chunks.
 
     Raises:
         UnknownArchitecture: the config does not specify this in a known form.

@@ -118,7 +118,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text separately; refuse a prompt that exceeds a step if the engine cannot split prompts."""
+        """Tokenize each text separately; refuse a prompt too long for one step if the engine cannot split prompts."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)
@@ -367,12 +367,12 @@ class TensorrtSession(Session[Followed]):
         return done
 
     def _check_engine(self) -> None:
-        """Raise an error if the engine will not answer, because one of its processes has died or it is silent."""
+        """Raise an error if one of the engine's processes has died, or if the engine has been silent too long."""
         if any(not processes.is_alive(process) for process in self._llm.processes):
             raise RunError("TensorRT-LLM failed during the run: one of its processes has died.")
         silent_s = (time.perf_counter_ns() - self._follower.heard_ns) / NS_PER_S
         if silent_s > SILENCE_S + (0 if self.streams else self.experiment.max_output_tokens):
-            raise RunError(f"TensorRT-LLM does not answer: it has sent nothing for {silent_s:.0f} s.")
+            raise RunError(f"TensorRT-LLM is not responding: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
         """Cancel all requests under way in the engine, and wait until the engine has released them."""
@@ -460,6 +460,6 @@ def _metrics(request: Followed) -> Any:
 
 
 def _seconds(moment: Any) -> float | None:
-    """Return a time on the engine's steady clock in seconds; None if it is missing, which can also be written as 0."""
+    """Return a time on the engine's steady clock in seconds; None if it is missing, which the engine may write as 0."""
     seconds = getattr(moment, "total_seconds", lambda: moment)()
     return float(seconds) if isinstance(seconds, (int, float)) and seconds > 0 else None

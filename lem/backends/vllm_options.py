@@ -261,7 +261,7 @@ def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
 
 
 def _incomplete(path: str, config: Mapping[str, Any]) -> Iterator[Objection]:
-    """Object to a speculation method without an option that it needs and that no draft model's files can supply."""
+    """Object to missing options that a speculation method needs and that a draft model's files cannot supply."""
     object_to = partial(Objection, "speculation_incomplete")
     method, model = config.get("method"), config.get("model")
     if model is None and method in MODEL_NEEDED:

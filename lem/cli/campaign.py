@@ -52,12 +52,12 @@ def campaign(
         typer.Option(help=_HELP["structure"] + " shuffled (default), latin, interleaved or grouped."),
     ] = None,
     warmup_prompts: Annotated[int | None, typer.Option(help=_HELP["warmup_prompts"])] = None,
-    warmup_timeout: Annotated[float | None, typer.Option(help=_HELP["warmup_timeout_s"] + " In seconds.")] = None,
-    config_gap: Annotated[float | None, typer.Option(help=_HELP["config_gap_s"] + " In seconds.")] = None,
+    warmup_timeout: Annotated[float | None, typer.Option(help=_HELP["warmup_timeout_s"])] = None,
+    config_gap: Annotated[float | None, typer.Option(help=_HELP["config_gap_s"])] = None,
     cycle_gap: Annotated[
         float | None, typer.Option(help="Pause between two cycles, in seconds. Default: --config-gap.")
     ] = None,
-    cool_to: Annotated[float | None, typer.Option(help=_HELP["cool_to_c"] + " In °C.")] = None,
+    cool_to: Annotated[float | None, typer.Option(help=_HELP["cool_to_c"])] = None,
     seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
     resample_prompts: Annotated[bool | None, typer.Option("--resample-prompts", help=_HELP["resample_prompts"])] = None,
     baseline: Annotated[

@@ -17,7 +17,7 @@ Resume = Annotated[
     typer.Option(
         metavar="ID",
         help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
-        "With --force, even one that a lost host still marks as running.",
+        "With --force, even an experiment that is still marked as running on a host that is gone.",
         autocompletion=complete.experiment_ids,
     ),
 ]

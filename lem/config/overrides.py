@@ -179,7 +179,7 @@ def _names(group: str, value: str, literal: str, options: Options) -> list[Any]:
 
 
 def choice_of(group: str, name: Any, options: Options) -> Choice:
-    """Return the choice for a name: an option, a dataset's hub id or file, or no preset.
+    """Return the choice that a name selects: an option, a dataset (hub id or file), or, for None, no preset.
 
     Raises:
         Problems: no such option exists, or the value is not a name.

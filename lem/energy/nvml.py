@@ -86,7 +86,7 @@ class NvmlMeter(Meter):
             self._lib = pynvml
             self._devices = [Device(pynvml, gpu) for gpu in self._gpus]
         except pynvml.NVMLError as error:
-            raise BadInput(f"The NVIDIA driver does not answer ({error}); check the output of nvidia-smi.") from None
+            raise BadInput(f"The NVIDIA driver is not responding ({error}); check the output of nvidia-smi.") from None
         # Two threads per GPU, because in a short window the readings around its two edges overlap.
         self._pool = ThreadPoolExecutor(2 * len(self._devices), thread_name_prefix="nvml")
         _finish(self._on_each(lambda device: device.counter.learn()))

@@ -48,7 +48,7 @@ class Gpu:
 
     @property
     def is_divided(self) -> bool:
-        """Whether CUDA uses a MIG instance, as on any GPU in MIG mode, even one named by index or not named at all."""
+        """Whether CUDA uses a MIG instance, as on every GPU in MIG mode, however the GPU is named."""
         return self.mig or self.mig_uuid is not None
 
     @property
@@ -78,7 +78,7 @@ class PhysicalGpu:
     """A GPU with its MIG instances; a field is None if the driver does not report it.
 
     `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. `reason` is set for a GPU that does
-    not answer.
+    not respond.
     """
 
     index: int
@@ -130,7 +130,7 @@ def why_no_driver() -> str | None:
 
 
 def installed() -> list[Gpu]:
-    """Return the physical GPUs that answer, in the driver's order; the list is empty without a driver."""
+    """Return the physical GPUs that respond, in the driver's order; the list is empty without a driver."""
     with nvml() as lib:
         if lib is None:
             return []
@@ -177,7 +177,7 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
 
 
 def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
-    """Return the current state of a GPU, or only its UUID if the GPU or the driver does not answer.
+    """Return the current state of a GPU, or only its UUID if the GPU or the driver does not respond.
 
     Process ids are those of the driver; in a container with its own process ids they may be the host's. This process,
     its descendants and the processes in `of_engine` do not count as foreign.

@@ -181,7 +181,7 @@ def versions() -> dict[str, str]:
 def peak_memory_bytes(pid: int | None = None) -> int | None:
     """Return the peak resident memory of a process in bytes (this process by default); None if it is not reported.
 
-    getrusage is not used because, on Linux, its value starts at the size of the parent when it started this process.
+    getrusage is not used, because on Linux its value starts at the size of the parent when this process was started.
     """
     return processes.peak_memory_bytes([os.getpid() if pid is None else pid])
 

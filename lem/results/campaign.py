@@ -534,14 +534,14 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
 
 
 def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> list[float]:
-    """Return the logarithms minus the mean of each one's arm."""
+    """Return each logarithm minus the mean of its arm."""
     own = {name: [value for cell, value in known if cell.arm == name] for name in names}
     means = {name: math.fsum(values) / len(values) for name, values in own.items() if values}
     return [value - means[cell.arm] for cell, value in known]
 
 
 def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:
-    """Return the fitted change over the places as text, if a straight line through the values is significant.
+    """Return the fitted change over the positions as text, if a straight line through the values is significant.
 
     The arms' means have been subtracted from the values, which uses up one degree of freedom per arm.
     """

@@ -31,8 +31,9 @@ def of_each(objects: Iterable[Any], name: str) -> list[Any]:
 def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
     """Return the columns that are derived from other columns.
 
-    Rates are null if a run was incomplete: its time and energy are kept, but part of both was spent on requests that
-    did not finish. Rates are also null if too much of both was spent on requests that had to be run again.
+    Rates are null if a run was incomplete: its time and energy are kept, but part of the time and energy was spent on
+    requests that did not finish. Rates are also null if too much of the time may have been spent on requests that had
+    to be run again.
     """
     is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in of["repeated_share"]]
     complete = [done and once for done, once in zip(complete, is_once, strict=True)]
@@ -94,5 +95,5 @@ def _differences(ones: Values, others: Values) -> list[float | None]:
 
 
 def ratios(values: Values, by: Values) -> list[float | None]:
-    """Return the quotients; None where either value is unknown or the divisor is 0."""
+    """Return the quotients; None where the dividend or the divisor is unknown, or the divisor is 0."""
     return [None if a is None or not b else a / b for a, b in zip(values, by, strict=True)]

@@ -35,8 +35,8 @@ MOST_CYCLES = 10_000
 class Contrast:
     """An arm compared with the baseline; `ratio` is the arm's value divided by the baseline's.
 
-    `cycles` counts the cycles used, in which both have a value above 0. The interval is simultaneous over all
-    contrasts of a comparison (Bonferroni): `confidence` is the level of this one. `p_value` tests a ratio of 1, and
+    `cycles` counts the cycles used, in which both have a value above 0. The intervals of all contrasts in a comparison
+    hold simultaneously (Bonferroni); `confidence` is the level of a single interval. `p_value` tests a ratio of 1, and
     `p_adjusted` is `p_value` after Holm (1979). With fewer than two cycles, interval and p-values are None.
     """
 

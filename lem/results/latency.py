@@ -24,7 +24,8 @@ class Limits(Protocol):
 class Extent(NamedTuple):
     """The span of a cycle's requests, by their own times, which start again from 0 in each attempt's window.
 
-    The earliest start, the sum over attempts of the latest end, and the time in which at least one request was running.
+    The extent consists of the earliest start, the sum over attempts of the latest end, and the time in which at least
+    one request was running.
     """
 
     first_s: float
@@ -47,12 +48,12 @@ def extent(requests: Sequence[RequestRecord]) -> Extent | None:
 
 
 def summary(stem: str, values: Iterable[float]) -> dict[str, float | None]:
-    """Return the mean, median, 95th and 99th percentile by column name; all None without values."""
+    """Return the mean, median, and 95th and 99th percentiles, keyed by column name; all are None without values."""
     return {name: value for name, (value,) in summaries(stem, [list(values)]).items()}
 
 
 def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
-    """Return the same statistics as `summary` for several groups of values, by column."""
+    """Return the statistics of `summary` for several groups of values: for each column name, one value per group."""
     ordered = [sorted(values) for values in groups]
     columns: dict[str, list[float | None]] = {
         f"{stem}_mean_s": [sum(values) / len(values) if values else None for values in ordered]
@@ -101,7 +102,7 @@ def under_load(
         duration_s: the total length of all windows.
         traffic: the limits for goodput.
         opened_s: when each attempt's window opened, on the clock of the arrivals; 0 for an attempt that is not listed.
-            If one of them is None, the measures that depend on it are left out.
+            If any of these times is None, the measures that depend on it are left out.
     """
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)

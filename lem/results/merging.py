@@ -79,7 +79,7 @@ def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyRea
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
         energy = f", and their energy was last read {behind_s:.3g} s before that" if behind_s else ""
-        yield warning("window_cut", f"the windows of the processes were cut short and end together{energy}.")
+        yield warning("window_cut", f"the processes' windows were cut short, and now all end at the same time{energy}.")
         window = record.phase("measured")
         lost = () if window is not None and window.energy == readings else readings
         yield from (warning("energy_missing", f"{each.component}: {each.reason}.") for each in lost)
@@ -92,7 +92,7 @@ def _others(record: ProcessRecord) -> tuple[Phase, ...]:
 
 
 def _cut_at(later_s: float, record: ProcessRecord) -> Cut:
-    """Return the cut of a process whose window is taken to end later by this many seconds."""
+    """Return the cut of a process after moving the end of its window later by this many seconds."""
     cut = record.cut or Cut(lost_s=0.0 if record.status == "completed" else None)
     has_window = record.phase("measured") is not None
     behind_s = None if cut.energy_behind_s is None else cut.energy_behind_s + later_s
@@ -121,7 +121,7 @@ def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work under way after more time in which nothing was finished, so at least one request is included."""
+    """Return the work under way (at least one request) after `by_s` more seconds in which nothing was finished."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known

@@ -398,7 +398,7 @@ def _steady_state(cycle: Cycle, *, is_metered: bool) -> Steady | None:
 
 
 def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool]) -> None:
-    """Set values to null that an interruption makes wrong: those that depend on the queue or describe a whole cycle."""
+    """Set to null the values that an interruption makes wrong: any that depend on the queue or on the whole cycle."""
     keeps_queue = [not cycle.has_lost_its_queue for cycle in cycles]
     for name in (name for name in columns if QUEUED.fullmatch(name)):
         columns[name] = where(keeps_queue, columns[name])

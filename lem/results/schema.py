@@ -88,8 +88,8 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     queue_p99_s: Annotated[Seconds, "99th percentile of the wait in the queue."] = None
     idle_share: Annotated[Ratio, "Share of the window in which no process had a request."] = None
     goodput_requests_per_s: Annotated[RequestsPerSecond, "Rate of requests within the limits on TTFT and ITL."] = None
-    # while all places were taken, with continuous batching
-    steady_duration_s: Annotated[Seconds, "Length of the steady state, in which all places are taken."] = None
+    # while all slots were taken, with continuous batching
+    steady_duration_s: Annotated[Seconds, "Length of the steady state, in which all slots are taken."] = None
     steady_output_tokens: Annotated[int | None, units.TOKEN, "Output tokens generated in the steady state."] = None
     steady_output_tokens_per_s: Annotated[TokensPerSecond, "steady_output_tokens / steady_duration_s."] = None
     steady_energy_j: Annotated[Joules, "Headline energy of the steady state."] = None
@@ -99,7 +99,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     requests_failed: Annotated[
         int | None,
         units.REQUEST,
-        "Failed requests; they count in no mean, total or rate, but in the window's time and energy.",
+        "Failed requests; they enter no mean, total or rate, but the window's time and energy include them.",
     ] = None
     error_rate: Annotated[Ratio, "requests_failed / (requests_completed + requests_failed)."] = None
     warnings: Annotated[list[str], "Reasons to doubt a number, each as `code: sentence`; see docs/warnings.md."] = []

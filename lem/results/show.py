@@ -266,7 +266,7 @@ def _steady(row: ExperimentRow) -> str:
         return ""
     speed, cost = row.steady_output_tokens_per_s, row.steady_energy_per_output_token_j
     return _listed(
-        f"{quantity(row.steady_duration_s, 's')} with all places taken",
+        f"{quantity(row.steady_duration_s, 's')} with all slots taken",
         "" if speed is None else plain(speed, "output tokens/s"),
         "" if cost is None else marked(row, quantity(cost, "J/token")),
         "" if cost is None else marked(row, quantity(row.steady_average_power_w, "W")),

@@ -1,6 +1,6 @@
-"""The steady state of batched serving: the span from the first to the last moment when all places are taken.
+"""The steady state of batched serving: the span from the first to the last moment when all slots are taken.
 
-While the first requests fill the places, and while the last ones leave them, an engine works on smaller batches. With
+While the first requests fill the slots, and while the last ones leave them, an engine works on smaller batches. With
 few prompts, that is a large part of the window. Published figures of served models, such as ML.ENERGY's, exclude it.
 This module knows nothing about engines.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lem.record import EnergySoFar, RequestRecord
 
-# The least occupancy of the places; a request and its successor in the same place are one engine step apart.
+# The least occupancy of the slots; a request and its successor in the same slot are one engine step apart.
 LEAST_OCCUPANCY = 0.95
 
 
@@ -28,12 +28,11 @@ class Steady(NamedTuple):
 def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None, *, by_client: bool) -> int | None:
     """Return how many requests a fully used engine has under way; None if nothing keeps it fully used.
 
-    With padded batches, places become empty as soon as the first request ends; open-loop traffic may leave places
-    empty.
+    With padded batches, slots become empty as soon as the first request ends; open-loop traffic may leave slots empty.
 
     Args:
         strategy: the batching strategy.
-        batch_size: the engine's places.
+        batch_size: the engine's slots.
         pattern: the traffic pattern.
         concurrency: the number of requests in each replica's system, for the pattern `concurrency`.
         by_client: whether only the client knows which requests are under way, as with a server.
@@ -52,7 +51,7 @@ def steady_state(
 
     Args:
         requests: the requests of all processes.
-        taken: the places of each replica.
+        taken: the number of slots of each replica.
         energy: readings of the window's energy, in order.
         ends_at_readings: begin and end with the first and last of these readings in the steady state, so that its time,
             tokens and energy are those of the same span.
@@ -78,8 +77,8 @@ def steady_state(
 def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, float] | None:
     """Return the start and end of the span in which a process had `taken` requests under way, ignoring brief gaps.
 
-    Returns None if the process never had that many, if no request took another's place (there was then no queue to keep
-    the engine full), or if places were empty for longer, as in an engine without enough memory for all of them.
+    Returns None if the process never had that many, if no request took over another's slot (there was then no queue to
+    keep the engine full), or if slots were empty for longer, as in an engine without enough memory to use all of them.
     """
     if len(requests) <= taken:
         return None

@@ -324,7 +324,7 @@ class Attempt:
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report, clock: Clock = REAL) -> bool:
-    """Wait for a fixed time, then until the GPUs in use are cool; return False if they were not within `max_s`."""
+    """Wait for a fixed time, then until the GPUs in use are cool; return False if they stay too warm for `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     clock.sleep(cooldown.wait_s)

@@ -209,7 +209,7 @@ def _signal(processes: Any, number: signal.Signals) -> None:
 
 # ------------------------------------------------------------------ records of workers that wrote none
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, how: str) -> None:
-    """Write records with this status for workers that wrote none, from their journals if those exist, otherwise empty.
+    """Write a record with this status for each worker without one: from its journal if that exists, otherwise empty.
 
     `code` is the exit code of the worker, or of the launcher of several workers, and `how` describes how it ended.
     """

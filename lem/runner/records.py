@@ -158,7 +158,7 @@ def bare_record(
 
 
 def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]:
-    """Return readings of the window's energy, evenly thinned out, if a steady state can be looked for."""
+    """Return readings of the window's energy, evenly thinned out, if the cycle may have a steady state."""
     if plan.experiment.batching.strategy != "continuous":
         return ()
     known = [found for each in measured.readings if (found := _at_one_time(each))]
@@ -188,7 +188,7 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
         text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
         yield warning("fewer_prompts", text)
     if measured.lost_s is not None and measured.ends_when_cut:
-        yield warning("window_cut", "the window ends where it was interrupted, like those of the other processes.")
+        yield warning("window_cut", "the window ends where it was interrupted, like the other processes' windows.")
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
         energy = f", and its energy was last read {behind_s:.3g} s before that" if behind_s else ""

@@ -528,7 +528,11 @@ class _Failures:
         raise RunError(f"{self._failed} of {self._requests} requests failed, more than allowed; the last was {reason}")
 
     def check_warmup(self) -> None:
-        """Raise RunError if a request failed or, where failures are tolerated, if all did, as nothing was warmed up."""
+        """Raise RunError if a request of the warm-up failed.
+
+        If the engine tolerates failures, one failed request is not an error, but the failure of all requests is,
+        because then nothing was warmed up.
+        """
         if self._last is not None and (not self._tolerates_some or self._failed == self._ended):
             raise RunError(f"The engine did not finish prompt {self._last.index} of the warm-up: {self._last.error}")
 

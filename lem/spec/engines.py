@@ -198,7 +198,7 @@ class TensorrtKvCache:
 
     free_gpu_memory_fraction: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Fraction of the GPU memory still free after loading that the cache takes."),
+        Field(gt=0, le=1, description="Fraction of the GPU memory left after loading the model, to use for the cache."),
     ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Maximum number of tokens in the cache.")] = None
     dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (

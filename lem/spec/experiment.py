@@ -226,8 +226,7 @@ class Cooldown:
         float,
         Field(
             gt=0,
-            description="Maximum number of seconds to wait for to_c; the run then starts at whatever temperature it "
-            "is.",
+            description="Maximum number of seconds to wait for to_c; after that, the run starts anyway.",
         ),
     ] = 600.0
 
@@ -277,7 +276,7 @@ class Energy:
 
 @config
 class Io:
-    """The place where results are written."""
+    """Where results are written."""
 
     results_dir: Annotated[
         str, Field(min_length=1, description="Results directory.", json_schema_extra={"env": "LLM_ENERGY_RESULTS_DIR"})

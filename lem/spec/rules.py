@@ -186,8 +186,8 @@ OPTIONS_INADVISABLE = _rules(
             "Choose parallelism.strategy, or set num_processes for processes that share the prompts.",
         ),
         "no_effect_warmup_limit": (
-            "A limit is set that applies only to a warm-up until latencies are steady, but the warm-up has a fixed "
-            "length.",
+            "A limit is set, but the warm-up has a fixed length; the limit applies only to a warm-up that runs until "
+            "latencies are steady.",
             "Set warmup.until_cv, for example to 0.05, or leave this option out.",
         ),
         "no_effect_streaming_warmup": (
@@ -200,7 +200,7 @@ OPTIONS_INADVISABLE = _rules(
             "Turn on streaming (--streaming), or leave this option out.",
         ),
         "no_effect_traffic": (
-            "A value is set that only another traffic pattern reads.",
+            "A value is set, but only another traffic pattern reads it.",
             "Choose a pattern that reads it, or leave this option out.",
         ),
         "no_effect_cooldown_limit": (
@@ -263,7 +263,7 @@ OPTIONS_WARNING = _rules(
             "Choose a meter, or leave this option out.",
         ),
         "no_effect_meter_option": (
-            "An option is set that the chosen meter does not use. A preset may have set it.",
+            "An option is set, but the chosen meter does not use it. A preset may have set it.",
             "Choose a meter that uses it, or leave this option out.",
         ),
         "no_effect_on_simulation": (
@@ -516,8 +516,8 @@ FILES_INADVISABLE = _rules(
     "files",
     {
         "weights_missing": (
-            "The model's files lack weights that it needs. transformers would initialise them at random, differently "
-            "each time.",
+            "The model's files lack weights that the model needs. transformers would initialise them at random, "
+            "differently each time.",
             "Choose a complete checkpoint of a causal language model.",
         ),
         "not_a_decoder": (
@@ -703,5 +703,5 @@ class Objection:
 
 
 def without_effect(code: str, path: str, fact: str) -> Objection:
-    """Return an objection to an option that would be accepted but ignored; `fact` says why it would be."""
+    """Return an objection to an option that would be accepted but ignored; `fact` says why."""
     return Objection(code, path, f"it would have no effect: {fact}")

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lem.studies.child", description="Run one experiment of a batch.")
     parser.add_argument("job", type=Path, help="the job file")
-    parser.add_argument("--report-fd", type=int, required=True, help="the file descriptor for progress, as JSON lines")
+    parser.add_argument(
+        "--report-fd", type=int, required=True, help="the file descriptor to write progress to, as JSON lines"
+    )
     options = parser.parse_args(argv)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -99,7 +101,7 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait until standard input closes, which the parent keeps open for as long as it lives, then interrupt the run."""
+    """Interrupt the run when standard input closes, which the parent keeps open for as long as it lives."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

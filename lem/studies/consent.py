@@ -49,7 +49,7 @@ class Consents:
     def require(self, asked: Iterable[Asked]) -> None:
         """Make sure that the user agrees to everything in `asked`; on a terminal, ask.
 
-        A dry run starts no program and sends no key, so only code needs consent, which checking a model may load.
+        A dry run starts no program and sends no key, but checking a model may load code, so only code needs consent.
 
         Raises:
             Problems: the user does not agree, or there is no terminal to ask on.

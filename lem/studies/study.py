@@ -102,7 +102,7 @@ def run_cells(
     at_once: int = 1,
     again: str = AGAIN,
 ) -> None:
-    """Run those cells of a manifest that are needed and not completed, in order, and keep the manifest up to date.
+    """Run, in order, the cells of a manifest that are needed and not completed, and keep the manifest up to date.
 
     Args:
         manifest: the state of each cell.

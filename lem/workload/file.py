@@ -66,7 +66,7 @@ def read(path: Path, column: str | None = None) -> Rows:
 
 # ------------------------------------------------------------------ content against suffix
 def _checked_kind(path: Path, text: str, kind: str) -> str:
-    """Return a file's format; raises `DatasetError` if its suffix means text or CSV but its content does not."""
+    """Return a file's format; raises `DatasetError` if the content contradicts a suffix for text or CSV."""
     if kind not in ("text", "csv", ""):
         return kind
     if found := _json_kind(text):
@@ -165,7 +165,7 @@ def _as_row(rows: Rows, i: int) -> Row:
 
 
 def _refuse_document(path: Path, whole: Row, column: str | None) -> None:
-    """Refuse a JSON document that contains its rows in a nested list, because its other values are not prompts."""
+    """Refuse a JSON document that contains its rows in a nested list, because the other values are not prompts."""
     of_prompts = {column} if column else set(PROMPT_COLUMNS)
     is_row = any(isinstance(whole.get(name), str) for name in of_prompts)
     for name, value in whole.items():

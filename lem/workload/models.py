@@ -53,7 +53,7 @@ class Model:
 
     @property
     def is_local(self) -> bool:
-        """Whether the model is a local directory, into which nothing will be downloaded."""
+        """Whether the model is a local directory, so that nothing needs to be downloaded."""
         return Path(self.path).is_dir()
 
 
@@ -92,7 +92,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuse the directory of a LoRA adapter, for which transformers would silently load a base model by itself."""
+    """Refuse the directory of a LoRA adapter, for which transformers would silently load the base model alone."""
     file = folder / ADAPTER_FILE
     if not file.is_file():
         return

@@ -209,7 +209,7 @@ def as_places_become_free(
     begin: Callable[[Arrived[T]], None],
     advance: Callable[[], Sequence[R]],
 ) -> Iterator[Sequence[R]]:
-    """Serve arrivals with an engine that accepts requests between two steps of its work.
+    """Serve arrivals with an engine that accepts requests between steps of its work.
 
     If the engine has nothing to do, this sleeps until the next arrival.
 

@@ -529,7 +529,7 @@ def test_an_engine_that_does_not_answer_is_given_up_and_ended(loaded, texts, mon
     backend = loaded(TINY, process=True, hang_after=20)
     (process,) = backend._llm.processes
     began = time.monotonic()
-    with pytest.raises(RunError, match="does not answer: it has sent nothing"):
+    with pytest.raises(RunError, match="is not responding: it has sent nothing"):
         run(backend, texts)
     backend.close()
     assert not processes.is_alive(process)
