@@ -93,8 +93,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "throttled": WarningKind(
         f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, according to "
-        "its own counters or to samples taken during the window. If it reports neither, the GPU was throttled just "
-        "before or after the window.",
+        "its own counters or to samples taken during the window. If the driver reports nothing for the "
+        "window, the GPU was throttled just before or after it.",
         "Cool the machine, raise the power limit, or lock the clocks at a lower frequency.",
     ),
     "foreign_process": WarningKind(
@@ -150,9 +150,10 @@ WARNINGS: dict[str, WarningKind] = {
         "If small differences matter, compare with an uninterrupted run.",
     ),
     "work_repeated": WarningKind(
-        "Requests were under way when a window was cut. The row includes both the time and energy spent on them before "
-        "the cut and those of running them again; the message gives an upper bound for the part spent twice. If it is "
-        "more than 2 % of the window (`repeated_share`), rates and energy per token are null.",
+        "Requests were under way when a window was cut. The row includes the time and energy spent on these requests "
+        "before the cut as well as the time and energy of running them again; the message gives an upper bound for the "
+        "part spent twice. If that part is more than 2 % of the window (`repeated_share`), rates and energy per token "
+        "are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
     "queue_lost": WarningKind(
@@ -277,7 +278,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "prefix_cached": WarningKind(
         "The engine reused cached prefixes of earlier prompts in the window instead of computing them again; FLOPs and "
-        "tokens still count them.",
+        "tokens still count the reused prefixes.",
         "No action is needed if prefix caching is part of your study; otherwise set "
         "backend.enable_prefix_caching=false.",
     ),

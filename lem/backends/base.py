@@ -133,7 +133,7 @@ class Backend(ABC):
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message about a key that is no option of the backend but is or was an argument of its engine."""
+        """Return a message about a key that is not an option of the backend but is or was an argument of its engine."""
         return None
 
     @classmethod

@@ -87,7 +87,7 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
         fact = f"{output} tokens leave no room for a prompt in the model's {longest} positions."
         yield Objection("no_room_for_prompts", "max_output_tokens", fact)
     if experiment.max_input_tokens is not None and experiment.max_input_tokens >= longest:
-        fact = f"the model has {longest} positions, of which the output may take {output}."
+        fact = f"the model has {longest} positions, and the output may take {output} of them."
         yield without_effect("no_effect_input_limit", "max_input_tokens", fact)
 
 
@@ -181,7 +181,7 @@ class EngineArguments:
                 yield from more(path, name, value)
 
     def about_key(self, name: str, owner: str | None, known: Collection[str] = ()) -> str | None:
-        """Return a message about a key that is no option of the backend; None if the engine has no such argument.
+        """Return a message about a key that is not an option of the backend; None if the engine has no such argument.
 
         Args:
             name: the key.

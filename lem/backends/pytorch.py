@@ -452,7 +452,7 @@ def _generation_config(transformers: Any, experiment: Experiment, special: dict[
 
 # ------------------------------------------------------------------ batches
 class Static:
-    """transformers' `generate`, one padded batch after another."""
+    """Runs transformers' `generate` on one padded batch after another."""
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
         assert isinstance(experiment.backend, PytorchBackend)

@@ -58,7 +58,7 @@ def is_too_old() -> bool:
 
 
 def can_run(model_type: str) -> bool | None:
-    """Return whether transformers' code for a model type has replaceable attention; None if it has no code for it."""
+    """Return whether transformers can replace a model type's attention; None if it does not know the type."""
     source = transformers_source.modeling(model_type)
     return None if source is None else "_supports_attention_backend = True" in source
 
@@ -278,7 +278,7 @@ class Continuous(Session[_Request]):
     # -------------------------------------------------------------- choosing the next token
     @property
     def _chooses(self) -> bool:
-        """Whether choosing a token takes more than finding the most likely one."""
+        """Whether choosing a token involves more than taking the most likely one."""
         decoder = self.experiment.decoder
         return bool(
             decoder.do_sample

@@ -413,7 +413,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def _chunks(self, request: Followed, count: int) -> tuple[Chunk, ...]:
-        """Return the times of the tokens; an end token that the engine does not deliver gets the time of the end."""
+        """Return the times of the tokens; an end token that the engine withholds gets the request's end time."""
         if not self.streams:
             return ()
         kept_back = count - len(request.token_ids)
@@ -422,7 +422,7 @@ class TensorrtSession(Session[Followed]):
     def _times(self, request: Followed) -> tuple[int | None, int | None]:
         """Return when the engine began a request and when it had the first token (`time.perf_counter_ns`).
 
-        Either is None if the engine does not report it, or reports a time at which it did not have the request.
+        Either is None if the engine does not report it, or reports a time at which the engine did not have the request.
         """
         timing = getattr(_metrics(request), "timing_metrics", None)
         moments = []

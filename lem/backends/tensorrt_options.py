@@ -334,12 +334,15 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that is no option of the backend; None if LLM has no such argument."""
+    """Return a message about a key that is not an option of the backend; None if LLM has no such argument."""
     return ARGUMENTS.about_key(name, _owner(name, None, TensorrtBackend()))
 
 
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
-    """Return which option sets an argument in lem, or None; arguments that are parts may be given further fields."""
+    """Return the option that sets an argument in lem, or None if none does.
+
+    A part given as a mapping, such as `kv_cache_config`, is not set by any option: its fields are added to lem's own.
+    """
     if name in PARTS.values() and isinstance(value, Mapping):
         return None
     if name == "cuda_graph_config" and options.cuda_graphs is None:

@@ -81,7 +81,7 @@ class Follower:
         return done
 
     def abort(self, requests: Sequence[Followed]) -> None:
-        """Have the engine abort requests, each of which is reported as finished soon after."""
+        """Have the engine abort requests; each is reported as finished soon after."""
 
         def abort() -> None:
             for request in requests:

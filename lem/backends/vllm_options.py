@@ -161,7 +161,7 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 
 
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
-    """Return the requested dtype, or else the checkpoint's on a GPU (by default, vLLM would halve float32)."""
+    """Return the requested dtype, or else the checkpoint's on a GPU (vLLM's default turns float32 into 16 bits)."""
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"
     return checkpoint_dtype(experiment, model) or "auto"
@@ -305,7 +305,7 @@ def wrong_type(path: str, name: str, value: Any) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that is no option of the backend; None if the engine has no such argument."""
+    """Return a message about a key that is not an option of the backend; None if the engine has no such argument."""
     return ARGUMENTS.about_key(name, _owner(name, VllmBackend()), CODE)
 
 

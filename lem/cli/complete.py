@@ -1,6 +1,6 @@
 """Shell completion for presets, datasets, backends and experiment ids.
 
-The shell runs this on every press of Tab, so nothing heavy is imported, and an error simply offers no completions.
+The shell runs this on every press of Tab, so nothing heavy is imported, and after an error no completions are offered.
 """
 
 from __future__ import annotations

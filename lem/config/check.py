@@ -113,7 +113,7 @@ def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
 
     Args:
         path: the key's path; a plain string is a single key, even if it contains dots.
-        backend: the chosen backend; only its `backend.…` keys are suggested. None allows those of all backends.
+        backend: the chosen backend; only its `backend.…` keys are suggested. None allows the keys of all backends.
     """
     parts = (path,) if isinstance(path, str) else path
     name = dotted(parts)

@@ -172,7 +172,7 @@ def _variables() -> dict[str, str]:
 
 @cache
 def schema_defaults(backend: str | None = None) -> Values:
-    """Return a backend's defaults or, if no backend is given, those of everything except the group `backend`."""
+    """Return the defaults of a backend or, without one, of everything except the group `backend`."""
     cls: type[Any] = BACKENDS[backend] if backend else Experiment
     node: Values = {}
     for f in fields(cls):

@@ -1,4 +1,4 @@
-"""The options of each group and their files: those in lem's own conf/, and the user's.
+"""The options of each group and their files, both lem's own in conf/ and the user's.
 
 A user's options are the YAML files in `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one directory:
 the one given by --config-dir, or else `conf/` beside the config file or one of its parents, or, without a config file,

@@ -43,7 +43,7 @@ FLOAT = re.compile(
 
 @dataclass
 class Document:
-    """A file's mapping, the location of each key and list item, and the problems that do not hide others."""
+    """A file's mapping, the location of each key and list item, and the problems that did not stop the reading."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, Location] = field(default_factory=dict)

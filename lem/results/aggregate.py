@@ -414,7 +414,7 @@ def _reason_to_skip(
 
 
 def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) -> bool:
-    """Return whether an experiment's row covers its last attempt; an aggregated experiment has no later ones.
+    """Return whether an experiment's row covers its last attempt; an aggregated experiment has no later attempts.
 
     If a completed experiment's row says that it is incomplete, files were missing when the row was computed.
     """

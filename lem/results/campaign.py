@@ -422,7 +422,7 @@ def _value(cell: CellEntry | None, measure: str) -> float | None:
 def _doubts(
     definition: Definition, names: Sequence[str], found: dict[tuple[int, str], CellEntry]
 ) -> Iterator[CodedWarning]:
-    """Yield warnings that a reader of the comparison must know."""
+    """Yield warnings that a reader of the comparison must know about."""
     campaign, rows = definition.campaign, [cell.row for cell in found.values() if cell.row is not None]
     yield from about_order(campaign, len(names))
     missing = [cell for cell in found.values() if cell.row is None]
@@ -450,7 +450,7 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
 
 
 def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) -> Iterator[CodedWarning]:
-    """Warn about differences between arms other than the ones being compared."""
+    """Warn about unintended differences between arms, such as different machines or prompts."""
     rows = {name: [c.row for (_, arm), c in found.items() if arm == name and c.row is not None] for name in names}
     everything = [row for own in rows.values() for row in own]
     for what, of in (("the machine", "hostname"), ("the device", "device")):

@@ -105,7 +105,7 @@ def check_numbers(content: bytes) -> bytes:
 
 
 def _documents(content: bytes) -> Iterator[Any]:
-    """Yield the readable parts of JSON or JSON lines; reading them by type later reports any problems with the rest."""
+    """Yield the parts of JSON or JSON lines that can be parsed; the rest is reported later, when it is read by type."""
     whole = _plain(content)
     parts = [whole] if whole is not None else map(_plain, content.splitlines())
     yield from (part for part in parts if part is not None)

@@ -252,7 +252,7 @@ class ExperimentDir:
         for entry in os.scandir(self.path):
             if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
                 what = f"{self.path / entry.name} is a link, a pipe or a device"
-                raise ResultsError(f"{what}, to which a run would write; replace it with a plain file.")
+                raise ResultsError(f"{what}, and a run would write to it; replace it with a plain file.")
 
     def clean(self) -> None:
         """Remove the scratch files of killed processes, in this directory and in the tables."""
@@ -333,7 +333,7 @@ class ExperimentDir:
         return [part.record for part in self.parts()]
 
     def finished(self, before_attempt: int | None = None) -> dict[int, set[int]]:
-        """Return the positions of each cycle's finished prompts, in all attempts or in those before a given one."""
+        """Return the positions of each cycle's finished prompts, in all attempts or only before `before_attempt`."""
         done: dict[int, set[int]] = {}
         for part in self.parts():
             if before_attempt is None or part.record.attempt < before_attempt:

@@ -76,7 +76,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
-    """Return the number of values behind each set of percentiles, leaving out those without values."""
+    """Return the number of values behind each set of percentiles, leaving out sets without values."""
     counts = {
         "latency": len(requests),
         "time to first token": sum(r.ttft_s is not None for r in requests),

@@ -57,9 +57,9 @@ class Cycle(NamedTuple):
     """The measurements of one cycle, over all processes and attempts.
 
     `records` has one record per process, ordered by rank, with the process's attempts merged; `requests` has the rows
-    of all processes; `warnings` are those that are in no record. `opened_s` maps each attempt with a window to the time
-    at which the window opened, on the clock of the cycle's arrivals, or to None if that time is unknown; it is empty if
-    there was only one attempt.
+    of all processes; `warnings` are the warnings that no record contains. `opened_s` maps each attempt with a window to
+    the time at which the window opened, on the clock of the cycle's arrivals, or to None if that time is unknown; it is
+    empty if there was only one attempt.
     """
 
     plan: PlanExcerpt

@@ -186,7 +186,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     ]
     decode_energy_j: Annotated[
         Joules,
-        "energy_j minus prefill_energy_j; may be negative; null with idle time, whose energy is unknown.",
+        "energy_j minus prefill_energy_j; may be negative; null if the window has idle time, whose energy is unknown.",
     ]
     prefill_energy_uncertainty_j: Annotated[
         Joules,

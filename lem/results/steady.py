@@ -18,7 +18,7 @@ LEAST_OCCUPANCY = 0.95
 
 
 class Steady(NamedTuple):
-    """A steady state: its length, the tokens generated in it, and its energy if that was read at both of its ends."""
+    """A steady state: its length, the tokens generated in it, and its energy if the meter was read at both ends."""
 
     duration_s: float
     output_tokens: int

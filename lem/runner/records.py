@@ -78,7 +78,7 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that one process knows about a cycle when it makes the record; `engine` is None until it is loaded.
+    """Everything that one process knows about a cycle when it makes the record; `engine` is None before loading.
 
     `trace` holds all power samples of the attempt so far.
     """

@@ -55,7 +55,7 @@ UNDISTURBED = Undisturbed()
 
 
 def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
-    """Turn signals into `Interrupted`; a parent handles Ctrl-C itself, because it reaches both processes."""
+    """Turn signals into `Interrupted`; a parent handles Ctrl-C itself, because Ctrl-C reaches both processes."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         # The second of two signals must not interrupt the writing of the record.
@@ -77,7 +77,7 @@ def ignore_signals() -> None:
 
 
 def end_with_parent(lifeline: Path) -> None:
-    """Stop this process when its parent is gone, however it ended and whatever group or session it was in."""
+    """Stop this process when its parent is gone, however the parent ended and whatever its group or session."""
     # Without O_NONBLOCK, opening the pipe would wait forever for a parent that is already gone.
     end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(end, True)

@@ -559,7 +559,11 @@ class _CpuClock:
     """Processor time over a span, in busy cores: of the machine, and of this process, its children and servers."""
 
     def start(self, server_pids: Sequence[int]) -> None:
-        """Begin the span; listing the processes takes milliseconds, and an engine's workers are already running."""
+        """Begin the span.
+
+        The processes are listed here and not again at the end, because listing them takes milliseconds. An engine's
+        workers are already running by now.
+        """
         import psutil
 
         self._processes = processes.children()

@@ -8,7 +8,7 @@ from lem.spec.experiment import Experiment
 
 
 def changed(part: Any, *names: str) -> list[str]:
-    """Return those of the named options that differ from their defaults."""
+    """Return the named options that differ from their defaults."""
     neutral = type(part)()
     return [name for name in names if getattr(part, name) != getattr(neutral, name)]
 

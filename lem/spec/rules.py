@@ -484,7 +484,7 @@ FILES_IMPOSSIBLE = _rules(
             "Use a degree that divides the attention heads, data_parallel or pipeline_parallel.",
         ),
         "float32_on_tensorrt": (
-            "The model would run in float32, which TensorRT-LLM accepts but most of its kernels lack.",
+            "The model would run in float32, which TensorRT-LLM accepts but most of its kernels do not support.",
             "Use bfloat16 or float16.",
         ),
         "one_end_token_held_off": (

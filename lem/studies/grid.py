@@ -2,9 +2,9 @@
 
     --vary arguments ─> axes ─> points (their product, the last axis fastest) ─> checked ─> named ─> written
 
-Hydra's grammar parses the arguments, as it does those of --multirun. A point is composed by merging plain dictionaries,
-then checked by the schema and the rules; Hydra would take a tenth of a second for each point. This module does not know
-how points are run.
+Hydra's grammar parses the arguments, as it does the arguments of --multirun. A point is composed by merging plain
+dictionaries, then checked by the schema and the rules; Hydra would take a tenth of a second for each point. This module
+does not know how points are run.
 """
 
 from __future__ import annotations

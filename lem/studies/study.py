@@ -64,7 +64,7 @@ def run_study(
     Args:
         cells: the checked cells.
         options: the command line's options.
-        overrides: the command line's overrides; those of Hydra's own settings apply to the multirun.
+        overrides: the command line's overrides; overrides of Hydra's own settings apply to the multirun.
         make_runner: creates the runner of the cells.
         head: the header of the table's label column.
         at_once: the number of cells that run at the same time.

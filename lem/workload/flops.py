@@ -27,7 +27,7 @@ class Attention:
 
     `width` is heads·head_dim, or the mean of both if the heads of keys and values differ in size. A token attends to
     itself and to all earlier positions. If `reach` is set, it attends only to the last `reach` positions, including
-    itself, or if `in_chunks` is also set, to the positions since the last multiple of `reach`.
+    itself; if `in_chunks` is also set, it attends only to the positions since the last multiple of `reach`.
     """
 
     width: int
