@@ -318,7 +318,7 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
         if not expected.is_divided and uuid not in expected.uuid:
             raise RunError(
                 f"CUDA's GPU {device.index} is {uuid}, but the driver's is {expected.uuid}. "
-                "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that the GPU that computes is the one that is metered."
+                "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that lem meters the GPU that computes."
             )
 
 

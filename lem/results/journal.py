@@ -135,12 +135,12 @@ class Window:
 
 
 def _cut(metered: Checkpoint | None, behind_s: float | None) -> str:
-    killed = "the process was killed an unknown time after its last finished request, which is where its window ends"
+    killed = "the process was killed an unknown time after its last finished request; the window ends at that request"
     if metered and not metered.energy:
         return f"{killed}."
     if behind_s is None:
         return f"{killed}, and its energy is unknown."
-    return f"{killed}; its energy was last read {behind_s:.3g} s before that."
+    return f"{killed}, and its energy was last read {behind_s:.3g} s before that."
 
 
 class Journal:

@@ -257,10 +257,10 @@ def _merged_warnings(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ..
 
 
 def _of_several(cut: Cut) -> CodedWarning:
-    lost = "an unknown time" if cut.lost_s is None else f"{cut.lost_s:.3g} s in total"
+    lost = "an unknown time" if cut.lost_s is None else f"a total of {cut.lost_s:.3g} s"
     behind_s = cut.energy_behind_s
-    energy = f", and their energy was last read {behind_s:.3g} s in total before that" if behind_s else ""
-    text = f"{cut.windows} windows end with their last finished requests, {lost} before being interrupted{energy}."
+    energy = f"; their energy was last read a total of {behind_s:.3g} s before that" if behind_s else ""
+    text = f"{cut.windows} windows were interrupted {lost} after their last finished requests, where they end{energy}."
     return warning("window_cut", text)
 
 

@@ -276,7 +276,7 @@ class TensorrtBackend:
         Field(description="Compute activation scales at every step instead of using the checkpoint's scales."),
     ] = None
     moe_expert_parallel_size: Annotated[
-        int | None, Field(ge=1, description="How many of the tensor_parallel GPUs a layer's experts are split over.")
+        int | None, Field(ge=1, description="Number of tensor-parallel GPUs over which a layer's experts are split.")
     ] = None
     kv_cache: TensorrtKvCache = field(default_factory=TensorrtKvCache)
     scheduler: TensorrtScheduler = field(default_factory=TensorrtScheduler)
@@ -344,8 +344,8 @@ class OpenaiBackend:
     device: Annotated[
         Literal["auto", "cpu", "remote"],
         Field(
-            description="Where the model runs. auto: if the address is local or lem starts the server, on this "
-            "machine's GPUs, or on its CPU if it has none; otherwise on another machine."
+            description="Where the model runs. auto: on this machine (on its GPUs, or on its CPU if it has none) if "
+            "the address is local or lem starts the server; otherwise on another machine."
         ),
     ] = "auto"
     extra_body: Annotated[dict[str, Any] | None, Field(description="Other request fields, by name: {priority: 1}.")] = (

@@ -31,9 +31,9 @@ class Dataset:
         ),
     ] = None
     config: Annotated[str | None, Field(description="Configuration (subset) of a hub dataset.")] = None
-    files: Annotated[str | None, Field(description="One file of a hub dataset that has no loading configuration.")] = (
-        None
-    )
+    files: Annotated[
+        str | None, Field(description="File to read from a hub dataset without a loading configuration.")
+    ] = None
     split: Annotated[
         str | None, Field(description="Split to read; null: the dataset's own default, or train if it has none.")
     ] = None
@@ -161,7 +161,10 @@ class Warmup:
         Field(ge=2, le=100, description="Number of latest latencies that until_cv considers; used only with until_cv."),
     ] = 5
     max_prompts: Annotated[
-        int, Field(ge=1, le=100_000, description="Prompts after which until_cv gives up; used only with until_cv.")
+        int,
+        Field(
+            ge=1, le=100_000, description="Number of prompts after which until_cv gives up; used only with until_cv."
+        ),
     ] = 200
     max_s: Annotated[
         float, Field(gt=0, description="Seconds after which the warm-up ends, once the running batch has finished.")
