@@ -95,10 +95,10 @@ class Backend(ABC):
     """The interface to one engine in the worker process.
 
     The contract, checked for each backend by `tests/backends/test_backends.py`: `start` and then `load` are called
-    first, once each. `generate` yields every prompt exactly once and can be called again. The same seed gives the same
-    tokens, even if the first batches are left out. Counts include neither padding nor anything after the end token. If
-    the engine fails or refuses something, the method raises `RunError` with a message that names the engine and the
-    reason.
+    first, once each. `generate` yields one output for every prompt, and can be called again. The same seed gives the
+    same tokens, even if the first batches are left out. Counts include neither padding nor anything after the end
+    token. If the engine fails or refuses something, the method raises `RunError` with a message that names the engine
+    and the reason.
     """
 
     reports: ClassVar[frozenset[Reported]] = frozenset()

@@ -468,7 +468,7 @@ class Transcript:
             self._usage = Usage(self._usage.output, usage.input)
 
     def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
-        """Return the number of an event's tokens, from their ids or else from the usage so far; None if it has neither.
+        """Return the number of an event's tokens, from their ids or else from the usage so far; None without either.
 
         A usage of 0 after some output does not count as a report.
         """

@@ -460,6 +460,6 @@ def _metrics(request: Followed) -> Any:
 
 
 def _seconds(moment: Any) -> float | None:
-    """Return a time on the engine's steady clock in seconds; None if it is missing, which the engine may write as 0."""
+    """Return a time on the engine's steady clock in seconds; None if it is missing or 0."""
     seconds = getattr(moment, "total_seconds", lambda: moment)()
     return float(seconds) if isinstance(seconds, (int, float)) and seconds > 0 else None

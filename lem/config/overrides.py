@@ -142,7 +142,7 @@ def _check_form(text: str, key: str, equals: str, name: str) -> None:
         message = f"'{shown}' is neither an option, a config file (.yaml) nor an override (key=value)."
         raise Problems.one("unknown_key", "", message)
     if "@" in name:
-        raise Problems.one("unknown_key", "", f"The override {shown!r} names a package (@); leave it out.")
+        raise Problems.one("unknown_key", "", f"The override {shown!r} names a package (@); leave the package out.")
 
 
 def _example(part: str) -> str:

@@ -78,7 +78,7 @@ class NvmlMeter(Meter):
     def open(self) -> None:
         """Initialise NVML, find the GPUs by UUID, measure the ticks of their counters, and start the power trace."""
         if not self._gpus:
-            raise BadInput("energy=nvml needs an NVIDIA GPU in use; use energy=auto instead.")
+            raise BadInput("energy=nvml needs a run that uses an NVIDIA GPU; use energy=auto instead.")
         import pynvml
 
         try:

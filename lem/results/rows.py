@@ -178,7 +178,7 @@ def _has_all(cycle: Cycle) -> bool:
 
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
-    """Return the error message; if a process failed, its error, since the others were stopped because of it."""
+    """Return the error message, preferably that of a failed process, because its failure stopped the others."""
     failed_first = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
     return next((r.error.message for r in failed_first if r.error), None)
 
