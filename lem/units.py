@@ -70,7 +70,7 @@ def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in percent, with four significant digits at most: 2 %, 97.34 %."""
+    """Return a share as a percentage with at most four significant digits: 2 %, 97.34 %."""
     return f"{100 * share:.4g} %"
 
 

@@ -3,7 +3,8 @@
 A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. With continuous
 batching, each step first spends the prefill time of newly accepted prompts, while the other requests wait, and then
 decodes one token of each request. A prompt's tokens are its words. The seed and the prompt's position determine the
-length of the output. `Pace` makes these times vary by known amounts. Without sleeping, they pass on a virtual clock.
+length of the output. `Pace` makes these times vary by known amounts. If the engine does not sleep, the times pass on a
+virtual clock.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Simulated(Backend):
         return host.gpus[: self._options.gpus]
 
     def start(self) -> None:
-        """Find out how fast this run is, which depends on its place in a campaign."""
+        """Determine how fast this run is, which depends on its place in a campaign."""
         self._pace.set_cell(self.cell)
 
     def load(self) -> None:
@@ -167,9 +168,9 @@ def _fail_at(prompt: Encoded, options: SimulatedBackend) -> None:
 
 
 class Pace:
-    """How long work takes: the configured times, multiplied by what varies from cell to cell and between requests.
+    """How long work takes: the configured times, multiplied by factors that vary between cells and between requests.
 
-    A log-normal factor of median 1 leaves the ratio of two arms' geometric means, which a campaign estimates, as it is.
+    A log-normal factor with median 1 leaves the ratio of geometric means, which a campaign estimates, unchanged.
     """
 
     def __init__(self, options: SimulatedBackend, seed: int) -> None:
@@ -178,7 +179,7 @@ class Pace:
         self.set_cell(None)
 
     def set_cell(self, cell: CampaignCell | None) -> None:
-        """Set the place in a campaign; outside of one, only noise is left."""
+        """Set the place in a campaign; outside a campaign, only noise varies the times."""
         self._place = "" if cell is None else f"{cell.name}/{cell.arm}/{cell.cycle}"
         self._of_cell = self._noise("cell", self._options.noise)
         if cell is not None:

@@ -1,4 +1,4 @@
-"""`lem doctor`: what can be measured on this machine, and with `--noise` how precisely."""
+"""`lem doctor`: what can be measured on this machine and, with `--noise`, how precisely."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     results_dir: ResultsDir = None,
     noise: Annotated[
         bool,
         typer.Option(
             "--noise",
-            help="Measure one configuration against itself, and say how noisy it is. The options below need it.",
+            help="Measure one configuration against itself, and report the noise. The options below require this flag.",
         ),
     ] = False,
     model: flags.Model = None,
@@ -47,37 +47,41 @@ def doctor(
     sample_size: flags.SampleSize = None,
     cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 5.")] = None,
     warmup_prompts: Annotated[int | None, typer.Option(help=_HELP["warmup_prompts"])] = None,
-    warmup_timeout: Annotated[float | None, typer.Option(help=_HELP["warmup_timeout_s"] + " In seconds.")] = None,
-    config_gap: Annotated[float | None, typer.Option(help=_HELP["config_gap_s"] + " In seconds.")] = None,
+    warmup_timeout: Annotated[float | None, typer.Option(help=_HELP["warmup_timeout_s"])] = None,
+    config_gap: Annotated[float | None, typer.Option(help=_HELP["config_gap_s"])] = None,
     cycle_gap: Annotated[
-        float | None, typer.Option(help="Pause between two cycles. In seconds; default: --config-gap.")
+        float | None, typer.Option(help="Pause between two cycles, in seconds. Default: --config-gap.")
     ] = None,
-    cool_to: Annotated[float | None, typer.Option(help=_HELP["cool_to_c"] + " In °C.")] = None,
+    cool_to: Annotated[float | None, typer.Option(help=_HELP["cool_to_c"])] = None,
     seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
     primary: Annotated[str | None, typer.Option(help="Measure whose noise is examined.")] = None,
     difference: Annotated[
         float | None,
-        typer.Option(help=f"Smallest difference that campaigns should find, as a share. Default: {DIFFERENCE:g}."),
+        typer.Option(help=f"Smallest difference that campaigns should detect, as a share. Default: {DIFFERENCE:g}."),
     ] = None,
     name: Annotated[
         str | None, typer.Option("--campaign-name", help=_HELP["name"] + " Default: noise_ and the time.")
     ] = (None),
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="NAME|DIR", help="Continue such a campaign, or show its noise again."),
+        typer.Option(
+            "--resume", metavar="NAME|DIR", help="Resume an earlier --noise campaign, or show its noise again."
+        ),
     ] = None,
     config_dir: ConfigDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show the order, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the order without running anything.")
+    ] = False,
     force: flags.Force = False,
     allow_command: flags.AllowCommand = False,
     allow_code: flags.AllowCode = False,
     allow_key: flags.AllowKey = False,
 ) -> None:
-    """Say what can be measured on this machine, what cannot, and what to do about it.
+    """Report what can be measured on this machine, what cannot, and how to fix that.
 
-    The exit code is 0 if energy can be measured or estimated here, 1 if nothing can be measured, 2 for wrong arguments;
-    with --noise it is that of lem campaign.
+    The exit code is 0 if energy can be measured or estimated here, 1 if nothing can be measured, and 2 for wrong
+    arguments; with --noise, it is the same as for lem campaign.
     """
     from lem.results.store import default_root
     from lem.studies.ask import RunOptions
@@ -144,7 +148,7 @@ def _flags_of(settings: dict[str, Any]) -> list[str]:
 
 
 def _refuse(arguments: list[str] | None, settings: dict[str, Any], others: dict[str, Any]) -> None:
-    """Refuse whatever only --noise reads."""
+    """Refuse arguments that only --noise uses."""
     given = [*(arguments or []), *_flags_of(settings), *(flag for flag, value in others.items() if value)]
     if given:
         raise ConfigError(f"{', '.join(given)}: this is for --noise; without it, lem doctor measures nothing.")

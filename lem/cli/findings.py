@@ -99,7 +99,7 @@ def _print_group(findings: Sequence[Finding]) -> None:
 
 
 def merged(findings: Sequence[Finding]) -> Iterator[tuple[Finding, list[int]]]:
-    """Yield findings that say the same of several GPUs once, with the GPUs' indices."""
+    """Yield findings; a finding that is the same for several GPUs appears once, with the GPUs' indices."""
     firsts: dict[tuple[str, ...], tuple[Finding, list[int]]] = {}
     for each in findings:
         said = (each.check, each.status, each.fact, each.remedy or "")

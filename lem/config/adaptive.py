@@ -1,6 +1,6 @@
-"""The settings of an adaptive campaign: a share as people write it, its limits, and combinations that are refused.
+"""The settings of an adaptive campaign: shares as people write them, the limits, and combinations that are refused.
 
-Works on values alone; `lem.config.campaign` knows where they come from.
+This module works on values alone; `lem.config.campaign` knows where they come from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def share(value: Any) -> Any:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a campaign's values, with limits for an adaptive one where none are given."""
+    """Return a campaign's values; an adaptive campaign gets default limits where none are given."""
     found = dict(values)
     if found.get("until_ci") is None:
         return found
@@ -39,12 +39,12 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def explained(problem: Problem) -> Problem:
-    """Return a problem of `until_ci` with a remedy."""
+    """Return a problem with `until_ci`, with its remedy added."""
     return replace(problem, message=f"{problem.message.removesuffix('.')}; write a share, such as 2% or 0.02.")
 
 
 def problems(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
-    """Yield the values of a campaign that are valid by themselves but not together."""
+    """Yield the problems with values of a campaign that are each valid, but not in combination."""
     if campaign is None:
         return
     if campaign.until_ci is None:

@@ -235,7 +235,7 @@ class Sensors:
 
 
 def sensors(gpus: Sequence[Gpu]) -> dict[str, Sensors]:
-    """Return what can be read of GPUs, by UUID, without those that do not answer; takes 0.6 to 2 s to see the ticks."""
+    """Return the sensors of the GPUs that respond, by UUID; takes 0.6 to 2 s, to see the ticks."""
     with nvml() as lib:
         devices = [] if lib is None else [d for gpu in gpus if (d := _answering(lib, gpu)) is not None]
         with ThreadPoolExecutor(max(1, len(devices)), thread_name_prefix="nvml") as pool:
@@ -308,7 +308,7 @@ class Device:
         return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
 
     def sensors(self) -> Sensors:
-        """Return what can be read of it."""
+        """Return the sensors of this GPU."""
         power_w = self.power_w()
         return Sensors(
             has_counter=self.has_counter,

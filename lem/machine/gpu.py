@@ -118,7 +118,7 @@ def nvml() -> Iterator[Any]:
 
 
 def why_no_driver() -> str | None:
-    """Return why the NVIDIA driver's library does not answer, in its own words; None if it does."""
+    """Return why the NVIDIA driver's library does not respond, in the library's own words; None if it responds."""
     import pynvml
 
     try:

@@ -178,7 +178,7 @@ class PairRow(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Answer:
-    """The results of a campaign; `carry_over` is None if the cells cannot tell what predecessors leave behind."""
+    """The results of a campaign; `carry_over` is None if the cells cannot show the effects of predecessors."""
 
     definition: Definition
     cells: list[CellEntry]
@@ -499,9 +499,9 @@ def _moved(campaign: Campaign, names: Sequence[str], found: dict[tuple[int, str]
 
 
 def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[CellEntry]) -> CarryOver | None:
-    """Return what predecessors do to the primary measure, in an order that is made to tell.
+    """Return the effects of predecessors on the primary measure, if the order is designed to show them.
 
-    A cell counts if the one before it in the plan has a result too, and nothing else that has one began in between.
+    A cell is used if the one before it in the plan also has a result, and no other cell with a result began in between.
     """
     campaign = definition.campaign
     if campaign.structure not in ("shuffled", "latin"):
@@ -519,7 +519,7 @@ def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[
 
 
 def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryOver | None) -> Iterator[CodedWarning]:
-    """Warn if what ran just before a cell changes its value."""
+    """Warn if a cell's value depends on the arm that ran just before it."""
     if found is None or found.p_value >= SUSPICIOUS:
         return
     what, level = MEASURES[definition.campaign.primary][1], f"{CONFIDENCE:.0%}".replace("%", " %")

@@ -1,8 +1,8 @@
-"""Estimates what an arm of a campaign leaves behind for the cell after it: heat, clocks, caches.
+"""Estimates how an arm of a campaign affects the cell after it, for example through heat, clocks or caches.
 
 First-order carry-over: the logarithm of a cell's value is the sum of effects of its cycle, its arm, its position in the
-cycle, and the arm that ran just before it, whatever cycle that belongs to. Works on plain numbers. Source of the model:
-B. Jones and M. G. Kenward, Design and Analysis of Cross-Over Trials, 3rd ed. (2014), ch. 5.
+cycle, and the arm that ran just before it, even if that was in the previous cycle. This module works on plain numbers.
+Source of the model: B. Jones and M. G. Kenward, Design and Analysis of Cross-Over Trials, 3rd ed. (2014), ch. 5.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class After:
-    """How a cell's value after one arm compares with that after the baseline; the interval is simultaneous over all."""
+    """The ratio of a cell's value after one arm to its value after the baseline; the intervals hold simultaneously."""
 
     arm: int
     ratio: float
@@ -49,7 +49,7 @@ class After:
 
 @dataclass(frozen=True)
 class CarryOver:
-    """What predecessors do; `p_value` is of the F-test that none of them does anything."""
+    """The effects of predecessors; `p_value` is that of the F-test for no effect of any of them."""
 
     after: tuple[After, ...]
     p_value: float
@@ -57,16 +57,17 @@ class CarryOver:
 
 
 def carry_over(cells: Sequence[Ran], arms: int, baseline: int = 0, confidence: float = CONFIDENCE) -> CarryOver | None:
-    """Return the effect of each predecessor relative to the baseline as one, or None if the cells do not tell.
+    """Return each predecessor's effect relative to that of the baseline; None if the cells cannot show it.
 
-    They do not if predecessors cannot be told apart from arms, cycles and positions, as in an order that repeats, or if
-    fewer than `LEAST_DEGREES_OF_FREEDOM` are left for the noise.
+    The cells cannot show it if the effects of predecessors cannot be separated from those of arms, cycles and
+    positions, as in an order that repeats, or if fewer than `LEAST_DEGREES_OF_FREEDOM` degrees of freedom are left for
+    the noise.
 
     Args:
-        cells: those whose predecessor is known; the first of a campaign has none.
+        cells: the cells with a known predecessor; the first cell of a campaign has none.
         arms: the number of arms.
         baseline: the predecessor that others are compared with.
-        confidence: of the intervals, all together (Bonferroni).
+        confidence: the joint confidence of all intervals (Bonferroni).
     """
     import numpy as np
     from scipy.special import fdtrc
@@ -111,7 +112,7 @@ def _without_predecessors(cells: Sequence[Ran], arms: int) -> np.ndarray[Any, An
 
 
 def _rest(design: np.ndarray[Any, Any], logs: np.ndarray[Any, Any]) -> float:
-    """Return the sum of squares that a linear model leaves."""
+    """Return the residual sum of squares of a linear model."""
     import numpy as np
 
     left = logs - design @ (np.linalg.pinv(design) @ logs)

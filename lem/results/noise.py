@@ -1,7 +1,7 @@
 """The noise of a machine, from a campaign that measures one configuration as two arms: any difference is noise.
 
-Works on the cells of an ordinary campaign. Whatever the data cannot support is not computed, and a reason takes its
-place. Ratios are compared as logarithms, as in a campaign's answer. Knows nothing about how a cell is run or shown.
+This module works on the cells of an ordinary campaign. A value that the data cannot support is None, with a reason.
+Ratios are compared as logarithms, as in a campaign's answer. The module knows nothing about how a cell is run or shown.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ LEAST_GAP_S = 10.0
 class Floor:
     """The noise of one measure: the standard deviation of the log ratio of two cells of the same cycle.
 
-    For small values it is the relative deviation. `low` and `high` are its 95 % interval, `planning` the upper limit
-    that plans use, and `finds` the smallest differences, as ratios minus 1, that numbers of cycles find with a chance
-    of 80 %. All are None, with a reason, if the pairs are too few or do not vary.
+    If it is small, it equals the relative standard deviation. `low` and `high` are the ends of its 95 % interval, and
+    `planning` is the upper limit used to plan campaigns. `finds` holds, for several numbers of cycles, the smallest
+    difference (as a ratio minus 1) that they detect with a probability of 80 %. All are None, with a reason, if there
+    are too few pairs or if all pairs are equal.
     """
 
     measure: str
@@ -67,7 +68,7 @@ class Floor:
 class Change:
     """A change of the primary measure, as a ratio minus 1, with its 95 % interval; None, with a reason, if unknown.
 
-    `p_value` is for no change, adjusted for the number of changes that are looked for (Holm).
+    `p_value` tests for no change, and is adjusted for the number of tests (Holm).
     """
 
     n: int
@@ -85,7 +86,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Correlation:
-    """How much cells resemble the one before them, after a trend is removed; None, with a reason, if unknown."""
+    """How much each cell resembles the one before it, after a trend is removed; None, with a reason, if unknown."""
 
     n: int
     r: float | None = None
@@ -111,8 +112,9 @@ class Advice:
 class Noise:
     """What a campaign of one configuration against itself says about the machine.
 
-    `drift` is over the whole campaign, `drift_per_cycle` the same as a rate; `first` is the first cell against a line
-    through all others, `position` the second cell of a cycle against the first, without the drift between them.
+    `drift` is the change over the whole campaign, and `drift_per_cycle` the same as a rate. `first` compares the first
+    cell with a line through all others. `position` compares the second cell of a cycle with the first, without the
+    drift between them.
     """
 
     answer: Answer
@@ -145,7 +147,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Return a share as a percentage with two digits, and all those before the point; with `sign="+"` with its sign."""
+    """Return a share as a percentage with at least two significant digits; `sign="+"` adds its sign."""
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
         return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'} %"
@@ -153,11 +155,11 @@ def percent(share: float, sign: str = "") -> str:
 
 
 def noise_of(answer: Answer, difference: float) -> Noise:
-    """Return what the completed cells of a campaign with one configuration as two arms say.
+    """Return the noise found in the completed cells of a campaign with one configuration as two arms.
 
     Args:
         answer: the campaign's answer.
-        difference: the smallest difference, as a ratio minus 1, that later campaigns should find.
+        difference: the smallest difference, as a ratio minus 1, that later campaigns should detect.
     """
     primary = answer.definition.campaign.primary
     cells = [(cell, math.log(value)) for cell in _by_time(answer.cells) if (value := _value(cell, primary))]
@@ -181,7 +183,7 @@ def noise_of(answer: Answer, difference: float) -> Noise:
 
 
 def _by_time(cells: Sequence[CellEntry]) -> list[CellEntry]:
-    """Return the completed cells in the order in which they ran; a cell that was tried again ran later than planned."""
+    """Return the completed cells in the order in which they ran; a retried cell ran later than planned."""
     return sorted((cell for cell in cells if cell.row is not None), key=lambda cell: cell.row.started_at)  # type: ignore[union-attr]
 
 
@@ -199,7 +201,7 @@ def _is_estimate(answer: Answer, measure: str) -> bool:
 
 
 def _pairs(cells: Sequence[CellEntry], measure: str) -> dict[int, tuple[float, float]]:
-    """Return the logarithms of the first and the second cell of each cycle in which both have a value, by cycle."""
+    """Return, by cycle, the logarithms of the first and second cells of each cycle in which both have a value."""
     values = {(cell.cycle, cell.position): value for cell in cells if (value := _value(cell, measure))}
     cycles = sorted({cycle for cycle, _ in values})
     both = {c: (values[c, 1], values[c, 2]) for c in cycles if (c, 1) in values and (c, 2) in values}
@@ -229,7 +231,7 @@ def _floor(answer: Answer, measure: str) -> Floor:
 
 
 def finds(sd: float, cycles: int) -> float:
-    """Return the smallest difference, as a ratio minus 1, that cycles find with a chance of 80 %.
+    """Return the smallest difference, as a ratio minus 1, that this many cycles detect with a probability of 80 %.
 
     Args:
         sd: the standard deviation of the log ratio of two cells of a cycle.
@@ -240,14 +242,14 @@ def finds(sd: float, cycles: int) -> float:
 
 
 def cycles_for(sd: float, difference: float) -> int | None:
-    """Return the least number of cycles, from `LEAST_PAIRS`, that find a difference; None beyond `MOST_CYCLES`."""
+    """Return the fewest cycles, from `LEAST_PAIRS` up, that detect a difference; None beyond `MOST_CYCLES`."""
     enough = (n for n in range(LEAST_PAIRS, MOST_CYCLES + 1) if finds(sd, n) <= difference)
     return next(enough, None)
 
 
 # ------------------------------------------------------------------ what changes
 def _drift(cells: Sequence[tuple[CellEntry, float]]) -> tuple[Change, Change]:
-    """Return the change over the whole and per cycle, from a straight line through the cells in order of time."""
+    """Return the change over the campaign and per cycle, from a straight line through the cells in order of time."""
     n = len(cells)
     line = line_through([float(i) for i in range(n)], [value for _, value in cells]) if n >= LEAST_CELLS else None
     if line is None:
@@ -263,7 +265,7 @@ def _of_line(line: Line, over: float, n: int) -> Change:
 
 
 def _first(cells: Sequence[tuple[CellEntry, float]]) -> Change:
-    """Return the first cell against what a line through all others predicts, with the interval for a single value."""
+    """Compare the first cell with the prediction of a line through all others, with the interval for a single value."""
     n = len(cells)
     if n < LEAST_CELLS:
         return Change(n, reason=_too_few(n, "cell", "comparing the first with the others", LEAST_CELLS))
@@ -277,10 +279,11 @@ def _first(cells: Sequence[tuple[CellEntry, float]]) -> Change:
 
 
 def _position(cells: Sequence[CellEntry], measure: str) -> Change:
-    """Return the second cell of a cycle against the first, without the drift that lies between them.
+    """Compare the second cell of a cycle with the first, without the drift between them.
 
-    The drift from one cell to the next is half of that from cycle to cycle, which the means of the cycles tell. The sum
-    and the difference of two values are independent, so the two errors add up (Welch and Satterthwaite).
+    The drift from one cell to the next is half the drift from cycle to cycle, which is estimated from the means of the
+    cycles. The sum and the difference of two values are independent, so the two errors add up (Welch and
+    Satterthwaite).
     """
     pairs = _pairs(cells, measure)
     if len(pairs) < LEAST_PAIRS:
@@ -306,7 +309,7 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
 
 
 def _neighbours(values: Sequence[float]) -> Correlation:
-    """Return the correlation of each cell with the one before, tested by permutation of what a line leaves over."""
+    """Return the correlation of each cell with the one before, tested by permuting the residuals of a line."""
     import numpy as np
 
     n = len(values)
@@ -327,7 +330,7 @@ def _neighbours(values: Sequence[float]) -> Correlation:
 def _adjusted(
     drift: Change, first: Change, position: Change, neighbours: Correlation
 ) -> tuple[Change, Change, Change, Correlation]:
-    """Return the same with p-values adjusted for looking at several things at once."""
+    """Return the changes and the correlation with p-values adjusted for testing several effects (Holm)."""
     known = [each.p_value for each in (drift, first, position, neighbours) if each.p_value is not None]
     adjusted = iter(holm(known))
     changes = [
@@ -353,9 +356,11 @@ def _cycles(noise: Noise) -> Advice:
     cycles = cycles_for(floor.planning, noise.difference)
     planned = f"up to {percent(floor.planning)} (its upper limit, at {percent(PLANNING_CONFIDENCE)} confidence)"
     if cycles is None:
-        why = f"with a noise of {planned}, even {MOST_CYCLES} cycles would not find {wanted}: make the machine quieter."
+        why = (
+            f"with a noise of {planned}, even {MOST_CYCLES} cycles would not detect {wanted}: make the machine quieter."
+        )
         return Advice("cycles", f"more than {MOST_CYCLES}", why)
-    why = f"with a noise of {planned}, they find a difference of {wanted} with a chance of at least 80 %."
+    why = f"with a noise of {planned}, they detect a difference of {wanted} with a probability of at least 80 %."
     return Advice("cycles", f"--cycles {cycles}", why)
 
 
@@ -373,8 +378,8 @@ def _gap(noise: Noise) -> Advice:
     unknown = noise.position.reason or noise.neighbours.reason
     keep = f"--config-gap {gap_s:g}, unchanged"
     if unknown is not None:
-        return Advice("gap", keep, f"no reason to change it is seen, but {unknown}.")
-    return Advice("gap", keep, "no effect of the preceding cell is seen.")
+        return Advice("gap", keep, f"nothing suggests changing it, but {unknown}.")
+    return Advice("gap", keep, "the preceding cell has no visible effect.")
 
 
 def _warm_up(noise: Noise) -> Advice:
@@ -390,12 +395,12 @@ def _warm_up(noise: Noise) -> Advice:
         return warned
     unknown = noise.first.reason or noise.drift.reason
     if unknown is not None:
-        return Advice("warm-up", "unchanged", f"no reason to change it is seen, but {unknown}.")
-    return Advice("warm-up", "unchanged", "neither a trend nor an unusual first cell is seen.")
+        return Advice("warm-up", "unchanged", f"nothing suggests changing it, but {unknown}.")
+    return Advice("warm-up", "unchanged", "neither a trend nor an unusual first cell is visible.")
 
 
 def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
-    """Return the remedy of the first of some warnings that most cells have; None if there is none."""
+    """Return advice on the first of these warnings that most cells have; None if most cells have none of them."""
     rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
     for code in codes:
         count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)

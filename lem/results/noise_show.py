@@ -53,7 +53,7 @@ def _print(text: str) -> None:
 
 
 def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Print names and texts in which no line ends between a number and its percent sign."""
+    """Print names and texts, breaking no line between a number and its percent sign."""
     show.print_pairs((name, text.replace(" %", f"{show.NO_BREAK}%")) for name, text in pairs)
 
 
@@ -96,7 +96,7 @@ def _finds(floor: Floor) -> str:
     if not floor.finds:
         return ""
     known = ", ".join(f"{percent(found)} with {cycles}" for cycles, found in floor.finds)
-    return f"a difference of {known} cycles, with a chance of 80 %, if the noise is as above"
+    return f"a difference of {known} cycles, with a probability of 80 %, if the noise is as above"
 
 
 def _alarm(noise: Noise) -> str:

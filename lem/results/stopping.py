@@ -1,9 +1,10 @@
 """When an adaptive campaign stops, and the nominal level of its intervals.
 
-If a campaign looked at a plain 95 % interval after every cycle and stopped once it was narrow, the interval would cover
-in only 91 to 93 % of cases, because a campaign tends to stop when it underestimates the noise. Therefore intervals are
-computed at a higher nominal level. It was calibrated by simulation (`nox -s calibrate`) for pairs of limits, so that at
-the least favourable noise 95 % of the reported intervals cover. Works on plain numbers; does not know what is measured.
+If a campaign looked at a plain 95 % interval after every cycle and stopped once it was narrow enough, the interval
+would contain the true ratio in only 91 to 93 % of cases, because a campaign tends to stop when it underestimates the
+noise. Intervals are therefore computed at a higher nominal level. The level was calibrated by simulation (`nox -s
+calibrate`) for pairs of limits, so that even at the least favourable noise 95 % of the reported intervals contain the
+true ratio. This module works on plain numbers, and does not know what is measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Level:
 
     `worst_noise` is the noise with the lowest coverage: the standard deviation of the logarithm of one cycle's ratio,
     in units of the requested half-width (also of the logarithm). `coverage` is the coverage that the calibration found
-    there.
+    at that noise.
     """
 
     analysis: Analysis
@@ -73,7 +74,7 @@ def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule |
     Args:
         campaign: its settings.
         arms: the number of arms, with the baseline.
-        level: the nominal level with which it began; None: the one in the table.
+        level: the nominal level with which it began; None means the one in the table.
 
     Raises:
         ConfigError: the limits of a latin campaign contain fewer than two whole squares.
@@ -100,9 +101,9 @@ def cycles_at_most(campaign: Campaign, arms: int) -> int:
 
 
 def level_for(analysis: Analysis, least: int, most: int) -> float:
-    """Return the nominal level for a pair of limits: the lowest one that is calibrated for limits that enclose them.
+    """Return the nominal level for a pair of limits: the lowest one calibrated for enclosing limits.
 
-    A campaign with narrower limits looks less often, so its coverage at that level is at least as high.
+    A campaign with narrower limits looks at its data less often, so its coverage at that level is at least as high.
 
     Raises:
         ConfigError: no calibrated limits enclose them.

@@ -1,8 +1,8 @@
 """The checks of `lem doctor`: what can be measured on this machine, whatever the experiment.
 
-Meters and backends state their own requirements and remedies as objections, which are reused here. The GPUs are
-checked in `lem.runner.checkup_gpus`. Imports no engine, loads nothing, changes nothing; only the model hub
-is asked over the network, for no longer than a few seconds.
+Meters and backends state their own requirements and remedies as objections, which are reused here. The GPUs are checked
+in `lem.runner.checkup_gpus`. This module imports no engine, loads nothing and changes nothing. It contacts only the
+model hub, for at most a few seconds.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _governor(cpu_dir: str) -> Finding:
     found = machine.governors(cpu_dir)
     values = {"governors": found}
     if not found:
-        fact = "the kernel shows no control of the CPU's frequency, as usual in virtual machines and containers."
+        fact = "the kernel exposes no control over the CPU's frequency, as is usual in virtual machines and containers."
         return Finding(
             "governor", "missing", fact, "The host controls it; nothing can be done from inside.", values=values
         )
@@ -288,7 +288,7 @@ def _results(results_dir: Path) -> Iterator[Finding]:
 
 
 def _free_bytes(folder: Path) -> int | None:
-    """Return the free space of the disk that a folder is on, or would be; None if the system does not tell."""
+    """Return the free space of the disk that a folder is on, or would be; None if the system does not report it."""
     try:
         return shutil.disk_usage(existing(folder)).free
     except OSError:

@@ -84,7 +84,7 @@ def _energy(device: Gpu, found: Sensors) -> Finding:
     if not found.has_counter:
         fact = f"integral of sampled power{whole}: it has no energy counter."
         return Finding("gpu_energy", "limited", fact, WARNINGS["energy_integrated"].remedy, device.index, values)
-    tick = "whose tick could not be told" if found.tick_s is None else f"tick {found.tick_s * MS_PER_S:.0f} ms"
+    tick = "whose tick could not be determined" if found.tick_s is None else f"tick {found.tick_s * MS_PER_S:.0f} ms"
     if device.is_divided:
         fact = f"energy counter{whole}, {tick}; it is the whole GPU's, as a MIG instance has none."
         return Finding("gpu_energy", "limited", fact, WARNINGS["energy_shared"].remedy, device.index, values)

@@ -85,9 +85,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checkup:
-    """All findings about a machine, in the order in which they are shown, and what they add up to.
+    """All findings about a machine, in the order in which they are shown, and a summary of them.
 
-    `measured` and `estimated` are components whose energy `energy=auto` would read, and would estimate. `engines` are
+    `measured` and `estimated` are the components whose energy `energy=auto` would measure or estimate. `engines` are
     the backends that could run a model here.
     """
 

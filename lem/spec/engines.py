@@ -67,8 +67,8 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="Relative standard deviation of an experiment's times: a log-normal factor of median 1 for "
-            "each experiment, drawn from seed and, in a campaign, the names of campaign and arm and the cycle.",
+            description="Relative standard deviation of all times between experiments: one log-normal factor with "
+            "median 1 for each experiment, determined by seed and, in a campaign, by the campaign, arm and cycle.",
         ),
     ] = 0.0
     request_noise: Annotated[
@@ -76,8 +76,8 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="The same for each request on its own, drawn from the same and its position among the prompts; "
-            "a decode step takes the mean of its requests' factors.",
+            description="The same between requests: one more factor for each request, which also depends on the position "
+            "of its prompt; a decode step takes the mean of its requests' factors.",
         ),
     ] = 0.0
     drift: Annotated[
@@ -85,8 +85,8 @@ class SimulatedBackend:
         Field(
             gt=-1,
             le=10,
-            description="Relative change of all times from the first cell of a campaign to the last as planned, by the "
-            "same factor from each cell to the next; none outside a campaign.",
+            description="Relative change of all times from the first to the last planned cell of a campaign, by the same "
+            "factor from each cell to the next; no effect outside a campaign.",
         ),
     ] = 0.0
     carry_over: Annotated[
@@ -94,16 +94,16 @@ class SimulatedBackend:
         Field(
             ge=0,
             lt=1,
-            description="Share of its predecessor's effect in a campaign's cell: all times are multiplied by the ratio "
-            "of the predecessor's decode_s_per_token to the cell's own, to this power; none outside a campaign, "
-            "without a simulated predecessor, or if either is 0.",
+            description="How strongly a campaign's cell depends on the cell before it: all times are multiplied by the "
+            "ratio of that cell's decode_s_per_token to this cell's own, to this power. No effect outside a campaign, "
+            "after a cell that is not simulated, or if either value is 0.",
         ),
     ] = 0.0
     sleep: Annotated[
         bool,
         Field(
-            description="Sleep for as long as the work would take; false: do not, and record the simulated times, as "
-            "if they had passed. For one process, with energy=simulated, replay or none."
+            description="Sleep for as long as the work would take; false: do not sleep, but record the simulated times "
+            "as if they had passed. false requires one process and energy=simulated, replay or none."
         ),
     ] = True
 

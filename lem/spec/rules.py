@@ -58,7 +58,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set traffic.concurrency to a multiple of the number of processes.",
         ),
         "simulated_energy": (
-            "The simulated meter reads no sensor: beside a real engine, it would make up the energy.",
+            "The simulated meter reads no sensor: with a real engine, it would make up the energy.",
             "Use another meter, or backend=simulated.",
         ),
         "simulated_time": (
@@ -357,7 +357,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Use energy=codecarbon for an estimate instead.",
         ),
         "meter_broken": (
-            "The meter that is named does not work on this machine.",
+            "The chosen meter does not work on this machine.",
             "Repair its installation, or use energy=none to run without it.",
         ),
         # ------------------------------------------------------ servers

@@ -27,7 +27,7 @@ def is_over(
     cycle: int,
     given_up: Collection[str] = (),
 ) -> bool:
-    """Return whether a campaign needs no cycle after this one; a later cycle that has begun is always completed.
+    """Return whether a campaign is over after this cycle; a later cycle that has begun is always completed.
 
     Args:
         definition: the campaign.
@@ -82,12 +82,12 @@ def plan_words(rule: Rule) -> str:
 
 
 def expected_words(definition: Definition, rule: Rule, sd_log: float) -> str:
-    """Return a sentence on about how many cycles it will take.
+    """Return a sentence that estimates how many cycles the campaign will take.
 
     Args:
         definition: the campaign.
         rule: when it stops.
-        sd_log: the spread of one cell's logarithm.
+        sd_log: the standard deviation of one cell's logarithm.
     """
     arms, analysis = len(definition.arms), ANALYSES[definition.campaign.structure]
     level = 1 - (1 - rule.level) / (arms - 1)

@@ -1,6 +1,6 @@
 """`lem doctor --noise`: a campaign of one configuration against itself, and what it says about the machine's noise.
 
-The campaign is an ordinary one, with its files, its resuming and its answer; only what is shown at its end differs. The
+The campaign is an ordinary one with the usual files, resuming and answer; only the output at its end differs. The
 statistics are in `lem.results.noise`.
 """
 
@@ -52,14 +52,14 @@ def main(
         config_file: the configuration; None for the built-in model and prompts.
         given: the command line's settings of the campaign, by key.
         overrides: the command line's Hydra overrides.
-        options: how the command runs.
-        difference: the smallest difference, as a ratio minus 1, that later campaigns should find.
+        options: how the command runs experiments.
+        difference: the smallest difference, as a ratio minus 1, that later campaigns should detect.
         config_dir: a directory of the user's own options.
         as_json: whether the noise is shown as JSON.
 
     Raises:
         BadInput: raised before anything runs, with all problems.
-        Interrupted: what was measured is kept, and the command that goes on is named.
+        Interrupted: finished work is kept, and the message names the command that resumes the campaign.
     """
     if config_file is not None and config_file.is_file() and is_campaign(config_file):
         raise ConfigError(f"{config_file} is a campaign file; name the config file of a single configuration.")
@@ -81,11 +81,11 @@ def main(
 
 
 def resume(name: str, results_dir: Path, options: RunOptions, *, difference: float, as_json: bool = False) -> int:
-    """Go on with such a campaign, or show its noise again if it is complete.
+    """Resume a campaign of one configuration against itself, or show its noise again if it is complete.
 
     Raises:
         ResultsError: there is no such campaign.
-        ConfigError: it compares different configurations, or what it measures on has changed.
+        ConfigError: it compares different configurations, or the machine or software has changed.
     """
     kept = results.read_definition(study.folder_named(name, results_dir))
     experiments = [to_plain(arm.experiment) for arm in kept.arms]
@@ -98,7 +98,7 @@ def resume(name: str, results_dir: Path, options: RunOptions, *, difference: flo
 
 
 def _defaults(words: Sequence[str]) -> list[str]:
-    """Return the overrides for what no other word chooses; prompts of the user's own are taken whole."""
+    """Return overrides for the choices that the command line leaves open; all of the user's own prompts are used."""
     keys = {word.partition("=")[0].lstrip("+") for word in words}
     chosen_prompts = any(key == "dataset" or key in ("dataset.path", "dataset.name") for key in keys)
     wanted = {key: value for key, value in DEFAULTS.items() if key == "model" or not chosen_prompts}

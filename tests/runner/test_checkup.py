@@ -88,7 +88,7 @@ def test_the_counters_tick_is_measured(on):
         ("throttle 0x24", "clocks", "limited", "SM at", WARNINGS["throttled"].remedy),
         ("no_instant", "gpu_power", "limited", "nvmlDeviceGetPowerUsage only", "reports instant power"),
         ("no_counter", "gpu_energy", "limited", "integral of sampled power", WARNINGS["energy_integrated"].remedy),
-        ("tick_ms 0", "gpu_energy", "limited", "energy counter, whose tick could not be told",
+        ("tick_ms 0", "gpu_energy", "limited", "energy counter, whose tick could not be determined",
          WARNINGS["short_window"].remedy),
         ("no_counter\ndevice 0 no_power\ndevice 0 no_instant", "gpu_energy", "missing", "no energy counter (",
          "See what nvidia-smi says"),
@@ -232,7 +232,7 @@ def cpus(folder: Path, *governors: str) -> str:
         (("performance",) * 3, "ok", "performance."),
         (("powersave",) * 3, "limited", "powersave, so the CPU's"),
         (("performance", "powersave", "powersave"), "limited", "performance on 1 core, powersave on 2 cores, so"),
-        ((), "missing", "the kernel shows no control"),
+        ((), "missing", "the kernel exposes no control"),
     ],
 )
 def test_the_governor(tmp_path, governors, status, fact):
