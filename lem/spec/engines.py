@@ -76,8 +76,8 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="The same between requests: one more factor for each request, which also depends on the position "
-            "of its prompt; a decode step takes the mean of its requests' factors.",
+            description="The same between requests: one more factor for each request, which also depends on the "
+            "position of its prompt; a decode step takes the mean of its requests' factors.",
         ),
     ] = 0.0
     drift: Annotated[
@@ -85,8 +85,8 @@ class SimulatedBackend:
         Field(
             gt=-1,
             le=10,
-            description="Relative change of all times from the first to the last planned cell of a campaign, by the same "
-            "factor from each cell to the next; no effect outside a campaign.",
+            description="Relative change of all times from the first to the last planned cell of a campaign, by the "
+            "same factor from each cell to the next; no effect outside a campaign.",
         ),
     ] = 0.0
     carry_over: Annotated[

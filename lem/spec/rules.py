@@ -62,7 +62,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Use another meter, or backend=simulated.",
         ),
         "simulated_time": (
-            "With backend.sleep=false the simulated times do not really pass, but something that is asked for needs "
+            "With backend.sleep=false the simulated times do not really pass, but something in the configuration needs "
             "real time: a sensor, another process, or a GPU.",
             "Use energy=simulated, replay or none, one process and backend.gpus=0; or set backend.sleep=true.",
         ),
