@@ -64,7 +64,7 @@ class Interrupted(LemError):
     exit_code = 130
 
     def __init__(self, reason: str = "", remedy: str = "") -> None:
-        """Keep what stopped it apart from how to go on, for which a study has words of its own."""
+        """Store the cause and the advice on continuing separately, because a study gives advice of its own."""
         self.reason = reason
         super().__init__(" ".join(filter(None, (reason, remedy))))
 

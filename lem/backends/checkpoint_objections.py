@@ -25,7 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 # ------------------------------------------------------------------ weights
 def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool = False) -> Iterator[Objection]:
-    """Object to weights that are missing, damaged, or not those of the model that config.json describes.
+    """Object to weights that are missing or damaged, or that do not fit the model described in config.json.
 
     Some engines read files `of_any_name`.
     """
@@ -42,7 +42,7 @@ def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool
 
 
 def _is_all_there_is(model: Model) -> bool:
-    """Return whether nothing will be downloaded that a model lacks."""
+    """Return whether files that the model lacks will not be downloaded."""
     return model.is_local or is_offline()
 
 

@@ -145,7 +145,7 @@ def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ..
 
 
 def _hollow(folder: Path) -> dict[str, Any]:
-    """Return the tensors of a checkpoint without their values; of an archive, torch reads the list alone."""
+    """Return the tensors of a checkpoint without their values; torch reads only the list of an archive."""
     import torch
 
     archives = weights.archives(folder)

@@ -1,7 +1,7 @@
-"""A simulated meter: a constant power, times the time that has passed on the run's clock.
+"""A simulated meter: a constant power multiplied by the time that has passed on the run's clock.
 
-Reads no sensor; its energy is labelled as simulated everywhere. For trying out campaigns, and for tests whose energy
-has to be known exactly. Knows nothing about the simulated engine.
+The meter reads no sensor, and its energy is labelled as simulated everywhere. It is for trying out campaigns, and for
+tests in which the energy has to be known exactly. It knows nothing about the simulated engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SimulatedMeter(ImmediateMeter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> SimulatedMeter:
-        """Take the power that is configured."""
+        """Return a meter with the configured power."""
         return cls(energy.power_w)
 
     def begin(self) -> None:

@@ -288,9 +288,9 @@ def aggregate_all(
 
 
 def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
-    """Write the rows of experiments that ended but were killed, or met a full disk, before they had them.
+    """Write the missing rows of experiments that ended but were killed, or met a full disk, before writing their rows.
 
-    Cheap, however many experiments there are: only those marked as unfinished are looked at, and the given ones.
+    This is cheap, however many experiments exist: it looks only at those marked as unfinished and at the given ones.
 
     Args:
         store: the results directory.

@@ -108,7 +108,7 @@ class Definition:
 
     @property
     def rule(self) -> Rule | None:
-        """When it stops, with the level with which it began; None if it is not adaptive."""
+        """The rule by which it stops, with its original nominal level; None if the campaign is not adaptive."""
         return rule_of(self.campaign, len(self.arms), self.nominal_level)
 
 

@@ -29,7 +29,7 @@ class DiskFull(RunError):
     """A disk is full; what was written before is kept. Exit code 1."""
 
     def __init__(self, folder: Path, remedy: str = "") -> None:
-        """Name the disk that holds a folder, and how to go on, for which a study has words of its own."""
+        """Name the disk that holds a folder, and say how to continue; a study replaces that advice by its own."""
         self.folder = folder
         reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); everything written so far is kept."
         super().__init__(" ".join(filter(None, (reason, remedy))))
@@ -37,7 +37,7 @@ class DiskFull(RunError):
 
 @contextmanager
 def needs_space(folder: Path, remedy: str = "") -> Iterator[None]:
-    """Raise `DiskFull`, with the remedy, where there is no space left for something in a folder."""
+    """Turn errors about a lack of space in a folder into `DiskFull`, with the remedy."""
     try:
         yield
     except OSError as error:

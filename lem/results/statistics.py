@@ -65,7 +65,7 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
 class Line:
     """A straight line fitted by least squares: its slope, the slope's standard error, and the p-value for a slope of 0.
 
-    Where all values lie on the line, the error is 0 and the p-value 1: a line without noise shows nothing.
+    If all values lie on the line, the error is 0 and the p-value is 1, because without noise nothing can be tested.
     """
 
     slope: float
@@ -80,12 +80,12 @@ class Line:
 
 
 def line_through(places: Sequence[float], values: Sequence[float], means_taken: int = 1) -> Line | None:
-    """Fit a straight line; None if the values are too few for an error, or all places are the same.
+    """Fit a straight line; None if there are too few values for an error, or only one position.
 
     Args:
-        places: where the values are, as many as there are values.
+        places: the position of each value.
         values: the values; with several groups, each minus the mean of its group.
-        means_taken: the number of means that are taken from the values, here or before: a degree of freedom each.
+        means_taken: the number of means subtracted from the values, here or before; each costs a degree of freedom.
     """
     from scipy.special import stdtr
 

@@ -152,5 +152,5 @@ def resume_command(store: Store, directory: ExperimentDir) -> str:
 
 
 def results_flag(store: Store) -> str:
-    """Return the option, with a space before it, by which a command finds a results directory; empty without need."""
+    """Return ` -o …`, the option with which a command finds a results directory; empty if it is not needed."""
     return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"

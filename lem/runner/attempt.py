@@ -232,7 +232,7 @@ class Attempt:
             loaded.journal.add(rows, checkpoint)
 
     def time_passed(self, checkpoint: Checkpoint) -> None:
-        """Write to the journal how far the window has come; from a thread, so signals are not held back here."""
+        """Write the progress of the window to the journal; called from a thread, so signals are not held back here."""
         loaded, total = self._loaded, self._cycle.total_flops
         if loaded is None or loaded.journal is None:
             return

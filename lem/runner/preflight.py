@@ -241,7 +241,7 @@ def results_objections(results_dir: str) -> Iterator[Objection]:
 
 
 def why_unwritable(folder: Path) -> str | None:
-    """Return why a directory cannot be created or written to; None if permissions allow it."""
+    """Return why a directory cannot be created or written to; None if its permissions allow this."""
     there = existing(folder)
     if not os.path.isdir(there):
         return f"{there} is a file, not a directory."

@@ -165,7 +165,7 @@ class Recorder(Protocol):
         """Record a finished batch (empty if only time has passed) and the state of the window up to now."""
 
     def time_passed(self, checkpoint: Checkpoint) -> None:
-        """Record the window up to here, from a thread: the process is inside a batch."""
+        """Record the progress of the window from a thread, while the process is inside a batch."""
 
 
 @dataclass
@@ -350,9 +350,10 @@ class Bench:
 class _Window:
     """The measured window, opened and closed together with the other processes; if cut, it ends at its last batch.
 
-    The energy's owner also notes how far it has come from a thread, if other processes run prompts of their own: what
-    they finish during one of its long batches would have no energy if it were killed there. The lock keeps the two from
-    using the meter and the journal at the same time.
+    If other processes run prompts of their own, the process that meters also records the window's progress from a
+    thread. Otherwise, requests that the others finish during one of its long batches would have no energy if it were
+    killed during that batch. The lock keeps the thread and the process from using the meter and the journal at the same
+    time.
     """
 
     def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
@@ -378,12 +379,12 @@ class _Window:
             self.keep_noting()
 
     def batch_finished(self, batch: Sequence[MeasuredRequest]) -> None:
-        """Record a finished batch and how far the window has come."""
+        """Record a finished batch and the progress of the window."""
         with self._lock:
             self._recorder.batch_finished(batch, self._checkpoint())
 
     def keep_noting(self) -> None:
-        """Begin to note from a thread how far the window has come."""
+        """Start a thread that records the progress of the window."""
 
         def run() -> None:
             # An error of the disk ends the notes; the next batch meets it too, where it ends the run.
@@ -399,7 +400,7 @@ class _Window:
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
     def note(self) -> None:
-        """Record how far the window and its energy have come, within a batch; does nothing once the window is over."""
+        """Record the progress of the window and its energy within a batch; do nothing once the window is over."""
         with self._lock:
             if self._is_over.is_set():
                 return
@@ -414,7 +415,7 @@ class _Window:
             self._recorder.time_passed(self._last)
 
     def _end(self) -> None:
-        """End the notes; waits for one that is being taken."""
+        """Stop taking notes, after waiting for one that is being taken."""
         with self._lock:
             self._is_over.set()
 

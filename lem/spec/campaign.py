@@ -151,8 +151,8 @@ class Campaign:
 class CampaignCell:
     """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1).
 
-    `number` is its place in the planned order of all `cells`, from 1. `simulated_before` has the backend's options of
-    the cell before it in that order, if that is simulated: what a simulated carry-over acts on.
+    `number` is the position in the planned order of all `cells`, from 1. `simulated_before` holds the backend options
+    of the preceding cell in that order if that cell is simulated; a simulated carry-over depends on them.
     """
 
     name: str

@@ -49,7 +49,7 @@ def confirmed(question: str) -> bool:
 
 
 def catch_up_rows(results_dir: str | Path, options: RunOptions, ids: Sequence[str] = ()) -> None:
-    """Write the rows that earlier commands could not write, unless this one writes none; see `catch_up`."""
+    """Write rows that earlier commands could not write, unless this command writes no rows; see `catch_up`."""
     if options.write_tables and not options.dry_run:
         print_warnings(*catch_up(Store(results_dir), ids))
 

@@ -293,7 +293,7 @@ def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[s
 
 
 def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> str:
-    """Return the arm that is the baseline; raises `ConfigError` if there is none of that name."""
+    """Return the arm that is the baseline; raises `ConfigError` if no arm has that name."""
     if not wanted:
         return names[0]
     if wanted not in names:
@@ -436,10 +436,10 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, pres
 
 
 def _continued(planned: Planned, store: Store, options: RunOptions) -> tuple[Planned, list[CellState]] | None:
-    """Return a campaign that was begun before, with the level at which it began, and its cells; None if it was not.
+    """Return an earlier campaign of this name, with its original level, and its cells; None if none was begun.
 
     Raises:
-        ConfigError: it is another one, or what it depends on has changed.
+        ConfigError: the existing campaign is a different one, or the conditions that it depends on have changed.
     """
     if not (planned.folder / results.DEFINITION).is_file():
         return None

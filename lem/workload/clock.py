@@ -1,6 +1,6 @@
-"""The clock that a run is timed by: the machine's own, or one on which time passes only where someone waits.
+"""The clock that times a run: the machine's own, or a virtual one on which time passes only while the run sleeps.
 
-Knows neither engines nor meters. All times are in nanoseconds, and only their differences mean anything.
+This module knows nothing about engines or meters. Times are in nanoseconds; only their differences have a meaning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Clock:
         time.sleep(seconds)
 
     def sleep_until(self, moment_ns: int) -> int:
-        """Sleep until a time, which may be past already; return the time of waking."""
+        """Sleep until a time, which may already have passed; return the time of waking."""
         left_ns = moment_ns - time.perf_counter_ns()
         if left_ns > 0:
             time.sleep(left_ns / NS_PER_S)
@@ -32,7 +32,7 @@ class Clock:
 
 
 class VirtualClock(Clock):
-    """A clock that advances by exactly what is slept, at once, and by nothing else."""
+    """A clock that advances at once by the time that the run would sleep, and by nothing else."""
 
     is_virtual = True
 
@@ -48,7 +48,7 @@ class VirtualClock(Clock):
         self._now_ns += round(seconds * NS_PER_S)
 
     def sleep_until(self, moment_ns: int) -> int:
-        """Advance to a time, unless it is past already; return the time."""
+        """Advance to a time, unless it has already passed; return the time."""
         self._now_ns = max(self._now_ns, moment_ns)
         return self._now_ns
 

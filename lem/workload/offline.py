@@ -52,10 +52,10 @@ class Reach:
 
 
 def reach(timeout_s: float = 3.0) -> Reach:
-    """Ask the hub for the head of its first page, through a proxy if the environment names one.
+    """Send the hub a HEAD request for its front page, through a proxy if the environment names one.
 
     Returns after `timeout_s` seconds even if the system is still looking up the name, which has no time limit of its
-    own. In the client's offline mode nothing is asked.
+    own. In the client's offline mode, no request is sent.
     """
     try:
         parts = urlsplit(_endpoint())
@@ -77,7 +77,7 @@ def reach(timeout_s: float = 3.0) -> Reach:
 
 
 def _problem(address: str, timeout_s: float) -> str | None:
-    """Return why nothing answers at an address; None if something does, whatever its answer says."""
+    """Return why an address cannot be reached; None if anything answers there, even with an error."""
     import http.client
     import urllib.error
     import urllib.request
