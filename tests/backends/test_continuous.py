@@ -68,7 +68,7 @@ def test_steady_state_is_measured_beside_the_whole(tmp_path):
     assert row["steady_duration_s"] <= first_free_s - begins_s
     shown = command("results", "show", row["experiment_id"], cwd=tmp_path)
     (line,) = [line for line in shown.out.splitlines() if line.startswith("Steady state")]
-    assert "all places taken" in line
+    assert "all slots taken" in line
     assert "100 W" in line
 
 

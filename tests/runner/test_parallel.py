@@ -261,7 +261,7 @@ def test_what_may_not_be_split_stays_together_and_a_tied_output_goes_to_its_embe
 
 
 def test_more_gpus_than_layers_are_refused(tmp_path):
-    with pytest.raises(RunError, match="over 5 GPUs, not over 8"):
+    with pytest.raises(RunError, match="over at most 5 of the 8 GPUs"):
         spread(hollow(qwen2(tmp_path)), 8)
 
 
