@@ -279,7 +279,7 @@ def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
 
 
 def _last_cycle(definition: Definition, cells: Sequence[CellEntry]) -> int:
-    """Return the last cycle that counts: the last one planned; in an adaptive campaign, the last one needed so far."""
+    """Return the last planned cycle or, in an adaptive campaign, the last cycle that is needed so far."""
     rule = definition.rule
     if rule is None:
         return definition.campaign.cycles

@@ -77,8 +77,9 @@ def steady_state(
 def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, float] | None:
     """Return the start and end of the span in which a process had `taken` requests under way, ignoring brief gaps.
 
-    Returns None if the process never had that many, if no request took over another's slot (there was then no queue to
-    keep the engine full), or if slots were empty for longer, as in an engine without enough memory to use all of them.
+    Returns None if the process never had that many requests under way, if no request took over another's slot (there
+    was then no queue to keep the engine full), or if slots were empty for longer, as in an engine without enough memory
+    to use all of them.
     """
     if len(requests) <= taken:
         return None
