@@ -350,7 +350,7 @@ def test_a_gpu_that_cuda_does_not_show_is_an_error():
     ("wanted", "rank"), [(on_gpus(num_processes=2), 1), (on_gpus("pipeline_parallel", 2), 0)], ids=["rank", "pipeline"]
 )
 def test_each_gpu_that_computes_must_be_the_one_that_is_metered(wanted, rank):
-    with pytest.raises(RunError, match="CUDA's GPU 1 is 7, the driver's is GPU-1"):
+    with pytest.raises(RunError, match="CUDA's GPU 1 is 7, but the driver's is GPU-1"):
         devices(wanted, rank, "0", "7")
 
 

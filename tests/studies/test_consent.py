@@ -109,7 +109,7 @@ def test_a_program_that_a_file_names_is_not_started_unasked(arguments, folder, l
     assert not (folder / "results").exists()
     for line in done.err.splitlines():
         assert line.startswith("Error: ")
-        assert "backend.command: it starts a program with your permissions, and you have not agreed" in line
+        assert "backend.command: this starts a program with your permissions, and you have not agreed" in line
         assert "pass --allow-command." in line
     assert not list(folder.glob("state/agreed/*"))
 
@@ -175,7 +175,7 @@ def test_on_a_terminal_the_user_sees_the_command_and_is_asked_once_for_it(folder
     code, shown = typed("n", "experiment", "my.yaml", "-y", cwd=folder)
     assert code == 2
     assert f"    {COMMAND}\r\n" in shown
-    assert f"here in {folder}" in shown
+    assert f"with your permissions in {folder}" in shown
     assert not has_run(folder)
     code, shown = typed("y", "experiment", "my.yaml", "-y", cwd=folder)
     assert code == 1
@@ -296,7 +296,7 @@ def test_code_of_a_model_is_not_run_unasked_not_even_by_the_checks(arguments, wi
     done = lem(first, "my.yaml", "-y", *flags)
     assert done.code == 2
     assert (
-        "my.yaml:2: trust_remote_code: it runs Python code with your permissions, and you have not agreed" in done.err
+        "my.yaml:2: trust_remote_code: this runs Python code with your permissions, and you have not agreed" in done.err
     )
     assert "the Python code in model: code.py" in done.err
     assert "--allow-code" in done.err
