@@ -150,7 +150,7 @@ WARNINGS: dict[str, WarningKind] = {
         "If small differences matter, compare with an uninterrupted run.",
     ),
     "work_repeated": WarningKind(
-        "Requests were under way when a window was cut. The row includes the time and energy spent on these requests "
+        "Requests were in flight when a window was cut. The row includes the time and energy spent on these requests "
         "before the cut as well as the time and energy of running them again; the message gives an upper bound for the "
         "part spent twice. If that part is more than 2 % of the window (`repeated_share`), rates and energy per token "
         "are null.",
@@ -641,7 +641,7 @@ def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Iterator[CodedWarning]:
-    """Yield a warning about requests that were under way when windows were cut."""
+    """Yield a warning about requests that were in flight when windows were cut."""
     parts = [record.cut.under_way for record in records if record.cut is not None]
     requests = sum(part.requests for part in parts)
     if not requests:
@@ -652,7 +652,7 @@ def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Itera
     of_window = "" if share is None else f" ({share:.1%} of the window)"
     yield warning(
         "work_repeated",
-        f"requests under way at a cut that had to be run again: {requests}{with_tokens}. Up to "
+        f"requests in flight at a cut that had to be run again: {requests}{with_tokens}. Up to "
         f"{longest_s:.3g} s{of_window}, and the energy used in that time, were spent twice.",
     )
 

@@ -191,7 +191,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def is_within(effect: Effect, margin: float, alpha: float = 1 - CONFIDENCE) -> bool:
     """Return whether two one-sided tests, each at level `alpha`, place the ratio within 1 ± margin.
 
-    This holds if the interval with confidence 1 - 2·alpha lies within it. Source: D. J. Schuirmann, A
+    This holds if the interval with confidence 1 - 2·alpha lies within 1 ± margin. Source: D. J. Schuirmann, A
     comparison of the two one-sided tests procedure and the power approach, J. Pharmacokinetics and Biopharmaceutics 15
     (1987).
     """

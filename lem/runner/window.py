@@ -3,7 +3,7 @@
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window contains
 only the generation for the planned prompts; idling, loading, tokenizing and warm-up happen outside it. Windows are
 timed with the backend's clock; at both edges the device is synchronised and the processes wait for each other. A window
-that is cut short ends with its last finished batch; work still under way at that point is recorded, because the next
+that is cut short ends with its last finished batch; work still in flight at that point is recorded, because the next
 attempt runs it again. Only this module combines a backend with a meter: neither knows the other, and this module knows
 no particular engine or sensor.
 """
@@ -409,7 +409,7 @@ class _Window:
                 self._last = last
                 return
             before = last or Checkpoint(0.0)
-            # The engine must not be asked from here; what it had under way at the last batch, it still has.
+            # The engine must not be asked from here; what it had in flight at the last batch, it still has.
             under_way = longer(before.under_way, now.duration_s - before.duration_s)
             self._last = self._metered = structs.replace(now, under_way=under_way)
             self._recorder.time_passed(self._last)

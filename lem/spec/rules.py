@@ -20,7 +20,7 @@ Scope = Literal["options", "machine", "files"]
 
 @dataclass(frozen=True)
 class Rule:
-    """A kind of objection. In `meaning` and `remedy`, "it" refers to the option that the objection is about."""
+    """A kind of objection. In the texts, "this option" is the option that the objection is about."""
 
     severity: Severity
     scope: Scope
@@ -46,7 +46,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set batching.max_tokens_per_batch, for example to 8192, or use static batching.",
         ),
         "no_continuous_batching": (
-            "Continuous batching needs a paged key/value cache, but the backend or an option rules one out.",
+            "Continuous batching needs a paged key/value cache, which the backend or an option does not allow.",
             "Leave this option out, or use static batching.",
         ),
         "traffic_incomplete": (
@@ -62,11 +62,12 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Use another meter, or backend=simulated.",
         ),
         "simulated_time": (
-            "With backend.sleep=false the simulated times do not really pass, but something in the configuration needs "
-            "real time: a sensor, another process, or a GPU.",
-            "Use energy=simulated, replay or none, one process and backend.gpus=0; or set backend.sleep=true.",
+            "With backend.sleep=false, the simulated backend does not really wait, but something in the configuration "
+            "needs real time: a sensor, another process, or a GPU.",
+            "Use one process, backend.gpus=0 and a meter without a sensor (energy=simulated, replay or none), or set "
+            "backend.sleep=true.",
         ),
-        "bits_conflict": ("Both 4-bit and 8-bit weights are requested.", "Choose one."),
+        "bits_conflict": ("Both 4-bit and 8-bit weights are requested.", "Turn one of the two off."),
         "no_bits": (
             "Quantization is on, but no bit width is set.",
             "Set quantization.load_in_8bit or quantization.load_in_4bit to true.",
@@ -416,7 +417,7 @@ MACHINE_WARNING = _rules(
             "Run on a GPU, or leave this option out.",
         ),
         "more_processes_than_cores": (
-            "More processes than processor cores share the CPU, so they slow each other down.",
+            "There are more processes than processor cores, so they slow each other down.",
             "Lower the number of processes.",
         ),
         "float16_on_cpu": (
@@ -430,14 +431,14 @@ FILES_IMPOSSIBLE = _rules(
     "impossible",
     "files",
     {
-        "no_tokenizer": ("The model's directory has no tokenizer.", "Save one next to the weights."),
+        "no_tokenizer": ("The model's directory has no tokenizer.", "Save the tokenizer next to the weights."),
         "git_lfs_pointer": (
             "A file of the model is a Git LFS pointer: the repository was cloned without its large files.",
-            "Fetch them with git lfs pull, or download the model again.",
+            "Fetch the large files with git lfs pull, or download the model again.",
         ),
         "weights_incomplete": (
-            "Files of the model's weights are missing, cut short or damaged.",
-            "Download them again.",
+            "Files of the model's weights are missing, truncated or damaged.",
+            "Download these files again.",
         ),
         "weights_mismatched": (
             "The shapes of weights in the model's files contradict its config.json.",
@@ -481,7 +482,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "tensor_parallel_unsplittable": (
             "transformers has no tensor-parallel plan for the model, or cannot divide its attention heads evenly.",
-            "Use a degree that divides the attention heads, data_parallel or pipeline_parallel.",
+            "Use data_parallel or pipeline_parallel, or a degree that divides the number of attention heads.",
         ),
         "float32_on_tensorrt": (
             "The model would run in float32, which TensorRT-LLM accepts but most of its kernels do not support.",
@@ -497,7 +498,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "traffic_trace": (
             "The arrival trace cannot be read, has fewer arrivals than the run has requests, or contains a time "
-            "that is not finite or more than 30 days after the first.",
+            "that is infinite or NaN, or that is more than 30 days after the first.",
             "Name a CSV file with a column t_s that says when each request arrives, in seconds.",
         ),
         "bad_trace": (
@@ -578,8 +579,8 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Correct the syntax; put text that contains : or # in quotes.",
         ),
         "too_large": (
-            "A file exceeds a limit that no real configuration reaches: on its size, the length of a string, its "
-            "nesting, its aliases or its inheritance.",
+            "A file exceeds a limit (on size, string length, nesting, aliases or inheritance) that no real "
+            "configuration reaches.",
             "Look for content that was pasted or generated by mistake.",
         ),
         "several_documents": ("The file contains several YAML documents.", "Split the file, or remove the line ---."),
@@ -587,7 +588,7 @@ FILE_RULES: dict[str, Rule] = _rules(
             "A YAML tag (!…) asks for something other than plain data.",
             "Remove the tag: config files cannot run code.",
         ),
-        "duplicate_key": ("A mapping has the same key twice.", "Remove one of them."),
+        "duplicate_key": ("A mapping has the same key twice.", "Remove one of the two."),
         "bad_key": ("A key is not text but, for example, a number.", "Correct the key."),
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
