@@ -77,7 +77,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "short_steady_state": WarningKind(
         f"The window was long enough, but all slots of the batch were taken for less than {SHORT_WINDOW_S:g} s of it. "
-        "The steady state's energy therefore rests on few readings, each up to a tick old.",
+        "The steady state's energy therefore rests on few readings, each of them up to a tick old.",
         "Run more prompts, so that all slots are taken for most of the window.",
     ),
     "few_ticks": WarningKind(
