@@ -79,7 +79,9 @@ def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyRea
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
         energy = f", and their energy was last read {behind_s:.3g} s before that" if behind_s else ""
-        yield warning("window_cut", f"the processes' windows were cut short, and now all end at the same time{energy}.")
+        yield warning(
+            "window_cut", f"the processes' windows were interrupted, and now all end at the same time{energy}."
+        )
         window = record.phase("measured")
         lost = () if window is not None and window.energy == readings else readings
         yield from (warning("energy_missing", f"{each.component}: {each.reason}.") for each in lost)

@@ -74,7 +74,7 @@ class Measurement:
     Three values are set if a window is cut back to its last finished request, and are otherwise None: `lost_s` is the
     time from that request to the interruption; `energy_behind_s` is how long before the window's new end its energy was
     last read, or None if nothing metered it; and `under_way` is the work that the engine had in progress at that end.
-    `ends_when_cut` means that a cut window extends to the interruption, because other processes' windows may do so.
+    `ends_when_cut` means that an interrupted window extends to the interruption, because those of other processes may.
 
     `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
     prompts are available from the start. `readings` are the window's checkpoints with energy.
