@@ -231,7 +231,7 @@ def two_ranks(library: Path) -> bool:
     bad = abs(error) > RANKS_LIMIT or max(apart_s) > RANKS_APART_LIMIT_S
     print(
         f"\ntwo ranks, a GPU each, calls of 3 ms: {error:+.2%} over {windows[0]['duration_s']:.2f} s; the windows "
-        f"opened {apart_s[0] * 1e3:.1f} ms apart, their lengths differ by {apart_s[1] * 1e3:.1f} ms"
+        f"opened {apart_s[0] * 1e3:.1f} ms apart, and their lengths differed by {apart_s[1] * 1e3:.1f} ms"
         f"{'  TOO FAR OFF' if bad else ''}"
     )
     return not bad
