@@ -114,7 +114,7 @@ def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any,
     """Return the mean, its standard error and the degrees of freedom of an arm's difference from the baseline.
 
     A straight line in the difference of the two positions is fitted by ordinary least squares. Its value at 0 is the
-    mean, so an even drift within the cycles neither shifts the mean nor widens its interval. With fewer than
+    mean, so a linear drift within the cycles neither shifts the mean nor widens its interval. With fewer than
     `POSITION_PAIRS` pairs, or if the positions always differ by the same number, the pairs are compared without a line.
 
     Args:
