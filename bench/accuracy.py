@@ -151,7 +151,7 @@ def accuracy(library: Path) -> bool:
 
 def slow_calls(library: Path) -> bool:
     """Print the errors for eight GPUs with slow counter calls; return whether all are within their limits."""
-    print(f"\n{'eight GPUs, ticks 12 ms apart':<50} {'windows':>9} {'mean error':>12} {'largest':>10}")
+    print(f"\n{'eight GPUs, ticking 12 ms after one another':<50} {'windows':>9} {'mean error':>12} {'largest':>10}")
     good = True
     curve = ramp(100, 700, 40)
     for ms in SLOW_CALLS_MS:
@@ -183,7 +183,7 @@ def averaging(library: Path) -> bool:
 
     A bound is the energy that delayed samples may miss at both edges: their reach times the curve's range of power.
     """
-    print(f"\n{'power values, renewed every 100 ms':<50} {'window':>9} {'counter':>9} {'trace':>9} {'its bound':>10}")
+    print(f"\n{'power values, renewed every 100 ms':<50} {'window':>9} {'counter':>9} {'trace':>9} {'bound':>10}")
     good = True
     sensors = {
         "instant": "power_update_ms 100",
@@ -231,7 +231,7 @@ def two_ranks(library: Path) -> bool:
     bad = abs(error) > RANKS_LIMIT or max(apart_s) > RANKS_APART_LIMIT_S
     print(
         f"\ntwo ranks, a GPU each, calls of 3 ms: {error:+.2%} over {windows[0]['duration_s']:.2f} s; the windows "
-        f"opened {apart_s[0] * 1e3:.1f} ms apart, their lengths differ by {apart_s[1] * 1e3:.1f} ms"
+        f"opened {apart_s[0] * 1e3:.1f} ms apart, and their lengths differed by {apart_s[1] * 1e3:.1f} ms"
         f"{'  TOO FAR OFF' if bad else ''}"
     )
     return not bad

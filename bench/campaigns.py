@@ -136,11 +136,11 @@ def fixed_designs() -> bool:
 def until_narrow() -> bool:
     """Print the coverage of adaptive campaigns of two arms; return whether it is within its limits.
 
-    The noise is the one with the lowest coverage. For comparison, the table shows campaigns that stop at a plain 95 %
-    interval, and the number of cycles of a fixed design whose 95 % intervals are as narrow on average.
+    The noise is the one with the lowest coverage. For comparison, the table shows campaigns that stop at an ordinary
+    95 % interval, and the number of cycles of a fixed design whose 95 % intervals are as narrow on average.
     """
     print(f"\nadaptive campaigns of two arms, {ORDERS * EACH} each, at the noise with the lowest coverage")
-    heads = ("cycles", "level", "noise", "coverage", "mean cycles", "plain 95 %", "mean cycles", "fixed design")
+    heads = ("cycles", "level", "noise", "coverage", "mean cycles", "95 % level", "mean cycles", "fixed design")
     print(f"{'structure':<12}" + "".join(f"{head:>13}" for head in heads))
     good = True
     everything = {
@@ -167,7 +167,7 @@ def until_narrow() -> bool:
     plain, plain_cycles = stopped(found, 0.95, noise)
     print(
         f"ratios that vary by 3 %, until ±2 %, 5 to 30 cycles, shuffled: {covers.mean():.1%} after "
-        f"{cycles.mean():.1f} cycles on average (plain 95 %: {plain.mean():.1%} after "
+        f"{cycles.mean():.1f} cycles on average (95 % level: {plain.mean():.1%} after "
         f"{plain_cycles.mean():.1f}; fixed design: {_fixed(everything['position'], noise)})"
     )
     return good

@@ -167,9 +167,10 @@ def warnings() -> str:
 
 # ------------------------------------------------------------------ rules
 SEVERITIES = """\
-Before anything runs, `lem` checks the configuration against these rules and reports all violations at once, each with
-the path of the option and the code of the rule: `decoder.temperature: it would have no effect … [no_effect_sampling]`.
-Codes are stable. In the tables, "it" is that option.
+Before anything runs, `lem` checks the configuration against these rules and reports all violations at once. Each
+message begins with the path of the option and ends with the code of the rule:
+`decoder.temperature: it would have no effect … [no_effect_sampling]`.
+Codes are stable. In the tables, "this option" is the option that the message names.
 
 | severity | effect |
 |---|---|
@@ -177,8 +178,9 @@ Codes are stable. In the tables, "it" is that option.
 | inadvisable | The experiment runs only with `--force`. |
 | warning | The experiment runs, and the message is shown. |
 
-The scope of a rule says what it checks: *options* is the configuration alone, *machine* also the devices and packages
-of this machine, and *files* the model, the prompts, the results directory or the config file.
+The scope of a rule says what is checked. For *options*, that is the configuration alone; for *machine*, it is also this
+machine's devices and packages; for *files*, it is also the model, the prompts, the results directory or the config
+file.
 """
 
 

@@ -297,7 +297,7 @@ class Environment(Struct, frozen=True, gc=False):
 
 
 class CpuLoad(Struct, frozen=True, gc=False):
-    """CPU load in the measured window, in busy cores: of the whole machine, and of this process with its children."""
+    """CPU load in the measured window, in busy cores, for the whole machine and for this process with its children."""
 
     machine_cores: float
     process_cores: float
@@ -320,7 +320,7 @@ class UnderWay(Struct, frozen=True, gc=False):
 class Cut(Struct, frozen=True, gc=False):
     """The end of a measured window that was cut short, or of several such windows.
 
-    The next attempt runs the requests under way at the end of the window again, although the time and energy spent on
+    The next attempt runs the requests in flight at the end of the window again, although the time and energy spent on
     them remain in this window. Repeating them takes at most `under_way.longest_s`. `lost_s` is the time between the end
     of the window and the interruption, None if unknown. `energy_behind_s` is how long before the end of the window its
     energy was last read, None if it was not read.

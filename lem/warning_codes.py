@@ -77,7 +77,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "short_steady_state": WarningKind(
         f"The window was long enough, but all slots of the batch were taken for less than {SHORT_WINDOW_S:g} s of it. "
-        "The steady state's energy therefore rests on few readings, each up to a tick old.",
+        "The steady state's energy therefore rests on few readings, each of them up to a tick old.",
         "Run more prompts, so that all slots are taken for most of the window.",
     ),
     "few_ticks": WarningKind(
@@ -87,9 +87,9 @@ WARNINGS: dict[str, WarningKind] = {
     "counter_trace_mismatch": WarningKind(
         f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} plus the "
         "share that the trace may miss at the window's edges. That share is the maximum age of a sample (0.2 s, or "
-        "1.2 s if the driver averages, plus one sampling period) divided by the length of the window.",
-        "Check the trace for a changing load, and repeat the run. On a module (GH200) the two may cover different "
-        "components.",
+        "1.2 s if the driver averages power, plus one sampling period) divided by the length of the window.",
+        "Check whether the trace shows a changing load, and repeat the run. On a module (GH200), counter and trace may "
+        "cover different components.",
     ),
     "throttled": WarningKind(
         f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, according to "
@@ -102,8 +102,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Wait for that process to end, or use another GPU.",
     ),
     "temperature_drift": WarningKind(
-        f"A GPU's temperature changed by more than {TEMPERATURE_DRIFT_C} °C over the run, and its leakage power with "
-        "it.",
+        f"A GPU's temperature changed by more than {TEMPERATURE_DRIFT_C} °C over the run, which also changes "
+        "its leakage power.",
         "Warm up longer (warmup.until_cv), or cool down first (cooldown.to_c).",
     ),
     "busy_host": WarningKind(
@@ -129,20 +129,21 @@ WARNINGS: dict[str, WarningKind] = {
         "Raise cooldown.max_s or cooldown.to_c.",
     ),
     "few_cycles": WarningKind(
-        f"Fewer than {LEAST_CYCLES} cycles: a single measurement has no confidence interval.",
-        "Measure several cycles (--cycles): an interval needs at least two, and five or more make it usefully narrow.",
+        f"There were fewer than {LEAST_CYCLES} cycles; a single measurement has no confidence interval.",
+        "Measure several cycles (--cycles): an interval needs at least two cycles; with five or more, it is usefully "
+        "narrow.",
     ),
     "few_samples": WarningKind(
-        "A percentile rests on too few values. All of n independent values lie below the true percentile p with "
-        "probability pⁿ. If that exceeds 5 %, even the largest value is not an upper bound for the percentile at 95 % "
-        "confidence (Wilks 1941), and the reported percentile is little more than the largest value. The median needs "
-        "5 values, p95 needs 59, and p99 needs 299: about 3/(1 - p).",
+        "A percentile rests on too few values. The probability that all of n independent values lie below the true "
+        "percentile p is pⁿ. If it exceeds 5 %, even the largest value is not an upper bound for the percentile at "
+        "95 % confidence (Wilks 1941), and the reported percentile is little more than the largest value. The median "
+        "needs 5 values, p95 needs 59, and p99 needs 299: about 3/(1 - p).",
         "Run more prompts, or report a lower percentile or the mean.",
     ),
     "window_cut": WarningKind(
-        "The run was cut short inside the measured window, so the window ends with the last finished request. The "
-        "message says how much time was lost between that request and the cut; for a process that was killed, this is "
-        "unknown.",
+        "The run was interrupted inside the measured window, so the window ends at the last finished request. The "
+        "message says how much time was lost between that request and the interruption; for a process that was killed, "
+        "this is unknown.",
         "No action is needed if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
@@ -150,10 +151,10 @@ WARNINGS: dict[str, WarningKind] = {
         "If small differences matter, compare with an uninterrupted run.",
     ),
     "work_repeated": WarningKind(
-        "Requests were under way when a window was cut. The row includes the time and energy spent on these requests "
-        "before the cut as well as the time and energy of running them again; the message gives an upper bound for the "
-        "part spent twice. If that part is more than 2 % of the window (`repeated_share`), rates and energy per token "
-        "are null.",
+        "Requests were in flight when a window was interrupted. The row includes the time and energy spent on these "
+        "requests before the interruption as well as the time and energy of running them again; the message gives an "
+        "upper bound for the part spent twice. If that part is more than 2 % of the window (`repeated_share`), rates "
+        "and energy per token are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
     "queue_lost": WarningKind(
@@ -167,12 +168,12 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure again (--fresh). If this happens again, look at the logs of the processes.",
     ),
     "mixed_backends": WarningKind(
-        "The processes ran on different backends (--allow-mixed-backends), so the row mixes engines.",
+        "The processes ran on different backends (--allow-mixed-backends), so the row combines different engines.",
         "Do not compare this row with others; use one backend for all processes.",
     ),
     "shared_hardware": WarningKind(
-        "Other experiments ran on this machine at the same time. They slow each other down, and all energy that is not "
-        "read per GPU includes their share.",
+        "Other experiments ran on this machine at the same time. Simultaneous experiments slow each other down, and "
+        "all energy that is not read per GPU includes the energy of the other experiments.",
         "For numbers that matter, run the experiments one after another (without --parallel).",
     ),
     "energy_estimated": WarningKind(
@@ -191,8 +192,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "energy_partial": WarningKind(
         "Energy was read for only part of the measured window, for example because the meter changed between two "
-        "attempts or a process was killed. It is null in the row and left out of sums and means; the record holds the "
-        "partial reading.",
+        "attempts or a process was killed. The row's energy is null and left out of sums and means; the record "
+        "holds the partial reading.",
         "Measure again (--fresh) with one meter for the whole window.",
     ),
     "energy_mixed": WarningKind(
@@ -206,7 +207,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "energy_integrated": WarningKind(
         "A GPU has no energy counter, so its energy is integrated from sampled power.",
-        "Allow for a few percent more uncertainty, and for more than that under rapidly changing load.",
+        "Expect a few percent more uncertainty, and more than that under rapidly changing load.",
     ),
     "idle_adjusted_negative": WarningKind(
         f"The window's energy is lower than idle power times the window's length, by more than {IDLE_TOLERANCE:.0%} of "
@@ -229,23 +230,23 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "window_unfilled": WarningKind(
         f"For more than {UNFILLED_SHARE:.0%} of the window no request was running, although without traffic there is "
-        "always one to run. The window's time and energy therefore include more than the requests.",
+        "always a request to run. The window's time and energy therefore do not come from the requests alone.",
         "Check whether the machine was suspended or overloaded, or has a slow disk; use longer outputs or larger "
         "batches.",
     ),
     "power_implausible": WarningKind(
         f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, the error "
         "of a sensor: the energy or the window's length is wrong.",
-        "Compare the energy with the power trace, and report it with the raw record if it happens again.",
+        "Compare the energy with the power trace. If this happens again, report it with the raw record.",
     ),
     "tokens_disagree": WarningKind(
         "Two independent counts of the same tokens disagree: the counts in the request rows, and the engine's own "
         "counters or the number of token times.",
-        "Report it with the raw record, and disregard all per-token numbers of this run.",
+        "Report this with the raw record, and disregard all per-token numbers of this run.",
     ),
     "random_weights": WarningKind(
         "Some or all of the model's weights are random, so its text is meaningless.",
-        "No action is needed if that is intended.",
+        "No action is needed if random weights are intended.",
     ),
     "unused_weights": WarningKind(
         "The model's files contain weights that were not used. They may belong to another model, or config.json may "
@@ -253,7 +254,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Make sure that config.json and the weights belong together.",
     ),
     "not_finite": WarningKind(
-        "Some logits are infinite or not a number, for example because weights are NaN, so the generated tokens are "
+        "Some logits are infinite or NaN, for example because weights are NaN, so the generated tokens are "
         "meaningless.",
         "Check the checkpoint; if the run used float16, try bfloat16 or float32.",
     ),
@@ -268,7 +269,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Install the engine's CUDA build, or set backend.device=cpu.",
     ),
     "input_truncated": WarningKind(
-        "Prompts were cut to max_input_tokens.", "Raise max_input_tokens, if the model's context is long enough."
+        "Prompts were truncated to max_input_tokens.", "Raise max_input_tokens, if the model's context is long enough."
     ),
     "flops_unknown": WarningKind(
         "The model's sizes cannot be determined from its config and its code in transformers, so FLOPs and MFU are "
@@ -297,8 +298,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server without other clients (backend.command starts one).",
     ),
     "server_gpus_unknown": WarningKind(
-        "The server was already running, and the metered GPUs may not be the ones that it runs on. The energy may then "
-        "include idle GPUs, or lack the server's own.",
+        "The server was already running, and it may run on other GPUs than the metered ones. If so, the energy "
+        "includes GPUs that the server does not use, or lacks GPUs that it does use.",
         "Name the server's GPUs (gpus=[…]), run lem as the same user as the server and outside any container, or have "
         "lem start the server.",
     ),
@@ -340,7 +341,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Use --structure shuffled or latin.",
     ),
     "campaign_unbalanced": WarningKind(
-        "A latin campaign does not consist of whole squares, so positions and predecessors are not balanced over the "
+        "A latin campaign does not consist of whole squares, so positions and predecessors are not balanced across the "
         "arms.",
         "Run a multiple of the number of cycles given in the message.",
     ),
@@ -360,16 +361,16 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_meters_differ": WarningKind(
         "The energy of a campaign's cells comes from different sources, scopes or components, so it is not comparable.",
-        "Set one meter for all arms (energy=…), and find out why a cell used another.",
+        "Set one meter for all arms (energy=…), and find out why a cell used a different meter.",
     ),
     "campaign_estimate": WarningKind(
         "The energy that a campaign compares is an estimate or simulated, not a measurement.",
         "Measure on a machine with a GPU's counter or readable RAPL counters.",
     ),
     "campaign_engines_differ": WarningKind(
-        "Cells of a campaign ran on different engines, or on different versions of one.",
-        "If the engines are what is compared, make the rest the same: precision, batching, lengths. If not, name one "
-        "backend for all arms, and install one version.",
+        "Cells of a campaign ran on different engines, or on different versions of an engine.",
+        "If you are comparing engines, make everything else the same: precision, batching, lengths. Otherwise, set the "
+        "same backend for all arms, and use the same version throughout.",
     ),
     "campaign_prompts_differ": WarningKind(
         "The arms of a campaign did not run the same prompts.",
@@ -388,9 +389,10 @@ WARNINGS: dict[str, WarningKind] = {
         "Use --structure latin, which balances positions over the arms, and wait between cells (--config-gap).",
     ),
     "campaign_carry_over": WarningKind(
-        "The measure depends on which arm ran just before (first-order carry-over). This is estimated together with "
-        "the effects of cycle, arm and position; without carry-over, one campaign in twenty warns. No arm follows "
-        "itself within a cycle, so even in a balanced order a part of the effect remains in the comparison.",
+        "The measure depends on which arm ran just before (first-order carry-over). The dependence is estimated "
+        "together with the effects of cycle, arm and position. Without any carry-over, one campaign in twenty still "
+        "gives this warning. No arm follows itself within a cycle, so part of the effect remains in the comparison "
+        "even if the order is balanced.",
         "Wait between cells (--config-gap), warm up longer (--warmup-prompts), or cool to a temperature (--cool-to).",
     ),
     "campaign_cells_warn": WarningKind(
@@ -641,7 +643,7 @@ def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Iterator[CodedWarning]:
-    """Yield a warning about requests that were under way when windows were cut."""
+    """Yield a warning about requests that were in flight when windows were interrupted."""
     parts = [record.cut.under_way for record in records if record.cut is not None]
     requests = sum(part.requests for part in parts)
     if not requests:
@@ -652,7 +654,7 @@ def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Itera
     of_window = "" if share is None else f" ({share:.1%} of the window)"
     yield warning(
         "work_repeated",
-        f"requests under way at a cut that had to be run again: {requests}{with_tokens}. Up to "
+        f"requests in flight at an interruption that had to be run again: {requests}{with_tokens}. Up to "
         f"{longest_s:.3g} s{of_window}, and the energy used in that time, were spent twice.",
     )
 

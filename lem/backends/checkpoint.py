@@ -197,7 +197,7 @@ def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output
         return
     empty = next((p for p in encoded if not p.token_ids), None)
     if empty is not None:
-        raise RunError(f"Prompt {empty.index} has no tokens in this model's tokenizer; leave it out.")
+        raise RunError(f"This model's tokenizer turns prompt {empty.index} into zero tokens; leave the prompt out.")
     longest = max(encoded, key=lambda p: len(p.token_ids))
     if positions is not None and len(longest.token_ids) + max_output_tokens > positions:
         raise RunError(

@@ -183,7 +183,7 @@ class Reply:
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes from one read of the network, which may be passed in several pieces.
+        """Add bytes received in a single network read; one read's bytes may be passed over several calls.
 
         Raises:
             Refused: the server sent an error, or more data than a completion can have.
@@ -429,7 +429,7 @@ class Transcript:
         self.is_done = False
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes from one read of the network, which may be passed in several pieces.
+        """Add bytes received in a single network read; one read's bytes may be passed over several calls.
 
         Raises:
             Refused: the server sent an error.

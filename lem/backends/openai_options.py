@@ -113,7 +113,7 @@ def runs_here(options: OpenaiBackend) -> bool:
 
 
 def wants_gpu(options: OpenaiBackend, host: Host) -> bool:
-    """Return whether the server is assumed to use GPUs of this machine."""
+    """Return whether the server is assumed to use this machine's GPUs."""
     return options.device == "auto" and runs_here(options) and bool(host.gpus)
 
 

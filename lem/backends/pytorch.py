@@ -502,7 +502,7 @@ class Static:
         return {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run the prompts in batches that finish together."""
+        """Run the prompts in static batches: the prompts of a batch all finish together."""
         import torch
 
         graphs_before = compiled_graphs()
@@ -599,7 +599,7 @@ class _TokenClock:
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
-    """Cut a sequence after its first end token; tokens that the batch generates after it are not output."""
+    """Cut a sequence after its first end token; tokens generated after it do not count as output."""
     for position, token in enumerate(tokens):
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"

@@ -56,7 +56,7 @@ R = TypeVar("R", bound=Request)
 
 
 class Session(ABC, Generic[R]):
-    """The requests under way in one engine, by key; a session cannot be used after the engine has raised an error.
+    """The requests in flight in one engine, by key; a session cannot be used after the engine has raised an error.
 
     A backend creates a session for the first prompts after `Backend.forget`, so without a session nothing has run.
     """
@@ -70,26 +70,26 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a prompt; `key` is unique among the requests under way."""
+        """Give the engine a prompt; `key` is unique among the requests in flight."""
 
     @abstractmethod
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
         """Let the engine work, and return the outputs of the requests that it has finished, by key.
 
-        Finished requests are no longer under way. The result may be empty. If the arrival time of the next prompt is
+        Finished requests are no longer in flight. The result may be empty. If the arrival time of the next prompt is
         known, it is given as `next_ns`, and the method returns by then.
         """
 
     @abstractmethod
     def cancel(self) -> None:
-        """Cancel all requests under way in the engine."""
+        """Cancel all requests in flight in the engine."""
 
     @property
     def streams(self) -> bool:
         """Whether tokens are timed."""
         return self.experiment.streaming.enabled
 
-    # -------------------------------------------------------------- requests under way
+    # -------------------------------------------------------------- requests in flight
     def under_way(self) -> list[Begun]:
         """Return the requests that the engine is working on.
 
@@ -105,7 +105,7 @@ class Session(ABC, Generic[R]):
         return request.given_ns if place < 0 else max(request.given_ns, self._ended_ns[place])
 
     def tokens_so_far(self, request: R) -> int | None:
-        """Return how many tokens have been generated for a request under way; None if that is unknown."""
+        """Return how many tokens have been generated for a request in flight; None if that is unknown."""
         return len(request.token_ids) if self.streams else None
 
     def _give(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
@@ -148,7 +148,7 @@ class Session(ABC, Generic[R]):
         """Give the engine each prompt as it arrives, while others run, and yield those that finish together.
 
         An engine with its own queue is given every request on arrival; any other engine has at most `at_most` requests
-        under way at a time.
+        in flight at a time.
         """
         with self._in_use():
             steps = as_places_become_free(
@@ -163,7 +163,7 @@ class Session(ABC, Generic[R]):
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Cancel requests under way if the caller stops early; after an error the session cannot be used any more."""
+        """Cancel requests in flight if the caller stops early; after an error the session cannot be used any more."""
         self._given, self._ended_ns = 0, []
         try:
             yield
@@ -224,7 +224,7 @@ class SessionBackend(Backend, Generic[S]):
 
     @abstractmethod
     def _begin(self, loaded: Loaded) -> S:
-        """Return a session without any requests under way."""
+        """Return a session without any requests in flight."""
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
         """Return the first visible GPUs, as many as all processes use; none if the engine runs on the CPU."""

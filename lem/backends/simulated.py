@@ -288,7 +288,7 @@ class SimulatedSession(Session[_Running]):
         return {key: self._generation(self.running.pop(key), end_ns) for key in done}
 
     def tokens_so_far(self, request: _Running) -> int | None:
-        """Return how many tokens have been generated for a request under way."""
+        """Return how many tokens have been generated for a request in flight."""
         return len(request.token_ids)
 
     def cancel(self) -> None:

@@ -317,7 +317,7 @@ def _settings(args: Any, options: TensorrtBackend, arguments: Mapping[str, Any])
 
 # ------------------------------------------------------------------ requests
 class TensorrtSession(Session[Followed]):
-    """The requests under way in TensorRT-LLM, and the engine's counts for finished requests.
+    """The requests in flight in TensorRT-LLM, and the engine's counts for finished requests.
 
     `counters` holds only counts that the engine reports, under the names that records use.
     """
@@ -359,7 +359,7 @@ class TensorrtSession(Session[Followed]):
         return {request.key: self._generation(request) for request in done}
 
     def _finished(self, within_s: float) -> list[Followed]:
-        """Wait for requests to finish, and return them; they are no longer under way."""
+        """Wait for requests to finish, and return them; they are no longer in flight."""
         # A request that was cancelled may have finished at the same time.
         done = [each for each in self._follower.finished(within_s) if self.running.get(each.key) is each]
         for request in done:
@@ -375,7 +375,7 @@ class TensorrtSession(Session[Followed]):
             raise RunError(f"TensorRT-LLM is not responding: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
-        """Cancel all requests under way in the engine, and wait until the engine has released them."""
+        """Cancel all requests in flight in the engine, and wait until the engine has released them."""
         self._follower.abort(list(self.running.values()))
         until_s = time.monotonic() + CANCEL_S
         while self.running and time.monotonic() < until_s:

@@ -334,7 +334,7 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that is not an option of the backend; None if LLM has no such argument."""
+    """Return a message about a key that is not an option of the backend; None if TensorRT-LLM has no such argument."""
     return ARGUMENTS.about_key(name, _owner(name, None, TensorrtBackend()))
 
 

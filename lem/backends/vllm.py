@@ -313,7 +313,7 @@ def totals(llm: Any) -> dict[str, float]:
 
 # ------------------------------------------------------------------ requests
 class VllmSession(Session[Request]):
-    """The requests under way in vLLM, which delivers tokens step by step."""
+    """The requests in flight in vLLM, which delivers tokens step by step."""
 
     def __init__(self, experiment: Experiment, loaded: Loaded, degree: int) -> None:
         super().__init__(experiment)

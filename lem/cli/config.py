@@ -91,7 +91,7 @@ def generate_grid(
     ] = False,
     any_machine: AnyMachine = False,
     as_group: Annotated[
-        bool, typer.Option("--as-group", help="Write complete configs that plain Hydra can load as a config group.")
+        bool, typer.Option("--as-group", help="Write complete configs that Hydra alone can load as a config group.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
     config_dir: ConfigDir = None,

@@ -50,7 +50,7 @@ class Inputs:
     problems: tuple[Problem, ...]
 
     def all_problems(self) -> list[Problem]:
-        """Return all problems, including those of the values."""
+        """Return all problems, including problems with values."""
         _, found = values_of(self.sources)
         return without_echoes(self.problems, located(self.sources, found))
 

@@ -254,7 +254,7 @@ def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[t
 
 
 def _energy_mj(known: Sequence[tuple[int, float]], at_ns: int, longest_step_ns: float) -> float:
-    """Return the energy at a time in millijoules, interpolated from the known energies, which are in order of time.
+    """Return the energy in millijoules at a given time, interpolated from known energies, which are in order of time.
 
     Outside the known times, the energy is extrapolated at the rate of the nearest step, unless that step is longer than
     `longest_step_ns`.

@@ -114,7 +114,7 @@ def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any,
     """Return the mean, its standard error and the degrees of freedom of an arm's difference from the baseline.
 
     A straight line in the difference of the two positions is fitted by ordinary least squares. Its value at 0 is the
-    mean, so an even drift within the cycles neither shifts the mean nor widens its interval. With fewer than
+    mean, so a linear drift within the cycles neither shifts the mean nor widens its interval. With fewer than
     `POSITION_PAIRS` pairs, or if the positions always differ by the same number, the pairs are compared without a line.
 
     Args:
@@ -191,7 +191,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def is_within(effect: Effect, margin: float, alpha: float = 1 - CONFIDENCE) -> bool:
     """Return whether two one-sided tests, each at level `alpha`, place the ratio within 1 ± margin.
 
-    This holds if the interval with confidence 1 - 2·alpha lies within it. Source: D. J. Schuirmann, A
+    This holds if the interval with confidence 1 - 2·alpha lies within 1 ± margin. Source: D. J. Schuirmann, A
     comparison of the two one-sided tests procedure and the power approach, J. Pharmacokinetics and Biopharmaceutics 15
     (1987).
     """

@@ -46,7 +46,7 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     """The progress of the measured window when a batch was done.
 
     `energy` is the meter's reading, taken `energy_at_s` after the window opened; None if the meter was not polled or
-    cannot be read before the window closes. `under_way` is None if no request was under way.
+    cannot be read before the window closes. `under_way` is None if no request was in flight.
     """
 
     duration_s: float

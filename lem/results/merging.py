@@ -38,7 +38,7 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
 
     Each process knows only its own last finished request, and only the energy's owner meters. The common end is the end
     of the owner's window or, if another process finished a request after that, the end of that process's window. Work
-    that a process had under way at its own end is counted from there to the common end. Energy that was last read too
+    that a process had in flight at its own end is counted from there to the common end. Energy that was last read too
     long before the common end becomes null.
 
     Args:
@@ -79,7 +79,9 @@ def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyRea
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
         energy = f", and their energy was last read {behind_s:.3g} s before that" if behind_s else ""
-        yield warning("window_cut", f"the processes' windows were cut short, and now all end at the same time{energy}.")
+        yield warning(
+            "window_cut", f"the processes' windows were interrupted, and now all end at the same time{energy}."
+        )
         window = record.phase("measured")
         lost = () if window is not None and window.energy == readings else readings
         yield from (warning("energy_missing", f"{each.component}: {each.reason}.") for each in lost)
@@ -121,7 +123,7 @@ def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work under way (at least one request) after `by_s` more seconds in which nothing was finished."""
+    """Return the work in flight (at least one request) after `by_s` more seconds in which nothing was finished."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known

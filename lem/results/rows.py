@@ -444,4 +444,4 @@ def _of_times(cycle: Cycle, duration_s: float | None) -> Iterator[CodedWarning]:
 def _why_queue_is_lost(cycle: Cycle) -> str:
     if None in cycle.opened_s.values():
         return "an attempt began with an empty queue."
-    return "requests that were under way at an interruption waited again and were run again."
+    return "requests that were in flight at an interruption waited again and were run again."

@@ -26,7 +26,7 @@ class Steady(NamedTuple):
 
 
 def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None, *, by_client: bool) -> int | None:
-    """Return how many requests a fully used engine has under way; None if nothing keeps it fully used.
+    """Return how many requests a fully used engine has in flight; None if nothing keeps it fully used.
 
     With padded batches, slots become empty as soon as the first request ends; open-loop traffic may leave slots empty.
 
@@ -35,7 +35,7 @@ def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None
         batch_size: the engine's slots.
         pattern: the traffic pattern.
         concurrency: the number of requests in each replica's system, for the pattern `concurrency`.
-        by_client: whether only the client knows which requests are under way, as with a server.
+        by_client: whether only the client knows which requests are in flight, as with a server.
     """
     if strategy != "continuous" or pattern not in ("closed", "concurrency"):
         return None
@@ -75,9 +75,9 @@ def steady_state(
 
 
 def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, float] | None:
-    """Return the start and end of the span in which a process had `taken` requests under way, ignoring brief gaps.
+    """Return the start and end of the span in which a process had `taken` requests in flight, ignoring brief gaps.
 
-    Returns None if the process never had that many requests under way, if no request took over another's slot (there
+    Returns None if the process never had that many requests in flight, if no request took over another's slot (there
     was then no queue to keep the engine full), or if slots were empty for longer, as in an engine without enough memory
     to use all of them.
     """

@@ -1,6 +1,6 @@
 """When an adaptive campaign stops, and the nominal level of its intervals.
 
-If a campaign looked at a plain 95 % interval after every cycle and stopped once it was narrow enough, the interval
+If a campaign looked at an ordinary 95 % interval after every cycle and stopped once it was narrow enough, the interval
 would contain the true ratio in only 91 to 93 % of cases, because a campaign tends to stop when it underestimates the
 noise. Intervals are therefore computed at a higher nominal level. The level was calibrated by simulation (`nox -s
 calibrate`) for pairs of limits, so that even at the least favourable noise 95 % of the reported intervals contain the

@@ -130,7 +130,7 @@ def age(experiment_id: str) -> tuple[str, int]:
 
 
 def _says_the_same(directory: ExperimentDir, fingerprint: str) -> bool:
-    """Return whether a directory really has a fingerprint; its configuration may differ from the one it claims."""
+    """Return whether a directory's configuration has the fingerprint that is stored for it, which may be wrong."""
     try:
         plan = directory.plan()
     except ResultsError:

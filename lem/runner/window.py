@@ -3,7 +3,7 @@
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window contains
 only the generation for the planned prompts; idling, loading, tokenizing and warm-up happen outside it. Windows are
 timed with the backend's clock; at both edges the device is synchronised and the processes wait for each other. A window
-that is cut short ends with its last finished batch; work still under way at that point is recorded, because the next
+that is cut short ends with its last finished batch; work still in flight at that point is recorded, because the next
 attempt runs it again. Only this module combines a backend with a meter: neither knows the other, and this module knows
 no particular engine or sensor.
 """
@@ -74,7 +74,7 @@ class Measurement:
     Three values are set if a window is cut back to its last finished request, and are otherwise None: `lost_s` is the
     time from that request to the interruption; `energy_behind_s` is how long before the window's new end its energy was
     last read, or None if nothing metered it; and `under_way` is the work that the engine had in progress at that end.
-    `ends_when_cut` means that a cut window extends to the interruption, because other processes' windows may do so.
+    `ends_when_cut` means that an interrupted window extends to the interruption, because those of other processes may.
 
     `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
     prompts are available from the start. `readings` are the window's checkpoints with energy.
@@ -409,7 +409,7 @@ class _Window:
                 self._last = last
                 return
             before = last or Checkpoint(0.0)
-            # The engine must not be asked from here; what it had under way at the last batch, it still has.
+            # The engine must not be asked from here; what it had in flight at the last batch, it still has.
             under_way = longer(before.under_way, now.duration_s - before.duration_s)
             self._last = self._metered = structs.replace(now, under_way=under_way)
             self._recorder.time_passed(self._last)

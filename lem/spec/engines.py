@@ -67,8 +67,9 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="Relative standard deviation of all times between experiments: one log-normal factor with "
-            "median 1 for each experiment, determined by seed and, in a campaign, by the campaign, arm and cycle.",
+            description="Noise between experiments: the relative standard deviation of a log-normal factor with median "
+            "1 that multiplies all times of an experiment. The factor is determined by seed and, in a campaign, by the "
+            "campaign, arm and cycle.",
         ),
     ] = 0.0
     request_noise: Annotated[
@@ -76,8 +77,9 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="The same between requests: one more factor for each request, which also depends on the "
-            "position of its prompt; a decode step takes the mean of its requests' factors.",
+            description="Noise between requests: the same for one more factor per request, which also depends on the "
+            "position of the request's prompt; the time of a decode step is multiplied by the mean of its requests' "
+            "factors.",
         ),
     ] = 0.0
     drift: Annotated[
@@ -85,8 +87,8 @@ class SimulatedBackend:
         Field(
             gt=-1,
             le=10,
-            description="Relative change of all times from the first to the last planned cell of a campaign, by the "
-            "same factor from each cell to the next; no effect outside a campaign.",
+            description="Relative change of all times from the first to the last planned cell of a campaign; the "
+            "factor from each cell to the next is constant. No effect outside a campaign.",
         ),
     ] = 0.0
     carry_over: Annotated[
@@ -94,9 +96,9 @@ class SimulatedBackend:
         Field(
             ge=0,
             lt=1,
-            description="How strongly a campaign's cell depends on the cell before it: all times are multiplied by the "
-            "ratio of that cell's decode_s_per_token to this cell's own, to this power. No effect outside a campaign, "
-            "after a cell that is not simulated, or if either value is 0.",
+            description="How strongly a campaign's cell depends on the cell before it: all times are multiplied by "
+            "(the previous cell's decode_s_per_token / this cell's decode_s_per_token) ** carry_over. No effect "
+            "outside a campaign, after a cell that is not simulated, or if either decode_s_per_token is 0.",
         ),
     ] = 0.0
     sleep: Annotated[

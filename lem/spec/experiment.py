@@ -124,7 +124,7 @@ class Quantization:
 
     quantization: Annotated[bool, Field(description="Quantize the weights while loading.")] = False
     load_in_8bit: Annotated[bool, Field(description="Load the weights in 8 bits (LLM.int8).")] = False
-    load_in_4bit: Annotated[bool, Field(description="4-bit weights.")] = False
+    load_in_4bit: Annotated[bool, Field(description="Load the weights in 4 bits (bitsandbytes).")] = False
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], Field(description="Number format of 4-bit weights.")] = "nf4"
     bnb_4bit_use_double_quant: Annotated[bool, Field(description="Quantize the scales of 4-bit weights as well.")] = (
         False
@@ -220,7 +220,7 @@ class Traffic:
 class Cooldown:
     """Waiting before any measurement, so that runs start from the same state."""
 
-    wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait.")] = 0.0
+    wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait before the run.")] = 0.0
     to_c: Annotated[
         float | None,
         Field(gt=0, lt=120, description="Wait until the GPUs in use are at or below this temperature, °C."),

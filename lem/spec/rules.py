@@ -20,7 +20,7 @@ Scope = Literal["options", "machine", "files"]
 
 @dataclass(frozen=True)
 class Rule:
-    """A kind of objection. In `meaning` and `remedy`, "it" refers to the option that the objection is about."""
+    """A kind of objection. In the texts, "this option" is the option that the objection is about."""
 
     severity: Severity
     scope: Scope
@@ -46,7 +46,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set batching.max_tokens_per_batch, for example to 8192, or use static batching.",
         ),
         "no_continuous_batching": (
-            "Continuous batching needs a paged key/value cache, but the backend or an option rules one out.",
+            "Continuous batching needs a paged key/value cache, which the backend or an option does not allow.",
             "Leave this option out, or use static batching.",
         ),
         "traffic_incomplete": (
@@ -58,15 +58,16 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set traffic.concurrency to a multiple of the number of processes.",
         ),
         "simulated_energy": (
-            "The simulated meter reads no sensor: with a real engine, it would make up the energy.",
+            "The simulated meter reads no sensor, so with a real engine, the energy would be made up.",
             "Use another meter, or backend=simulated.",
         ),
         "simulated_time": (
-            "With backend.sleep=false the simulated times do not really pass, but something in the configuration needs "
-            "real time: a sensor, another process, or a GPU.",
-            "Use energy=simulated, replay or none, one process and backend.gpus=0; or set backend.sleep=true.",
+            "With backend.sleep=false, the simulated backend does not really wait, but something in the configuration "
+            "needs real time: a sensor, another process, or a GPU.",
+            "Use one process, backend.gpus=0 and a meter without a sensor (energy=simulated, replay or none), or set "
+            "backend.sleep=true.",
         ),
-        "bits_conflict": ("Both 4-bit and 8-bit weights are requested.", "Choose one."),
+        "bits_conflict": ("Both 4-bit and 8-bit weights are requested.", "Turn one of the two off."),
         "no_bits": (
             "Quantization is on, but no bit width is set.",
             "Set quantization.load_in_8bit or quantization.load_in_4bit to true.",
@@ -109,7 +110,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set a temperature of 0.01 or more, or decode greedily (decoder.do_sample=false).",
         ),
         "speculation_min_p": (
-            "decoder.min_p is set, but vLLM's speculative decoding cannot sample with it.",
+            "decoder.min_p is set, but vLLM's speculative decoding does not support min_p.",
             "Set this option to 0, or turn speculative decoding off.",
         ),
         "speculation_incomplete": (
@@ -125,7 +126,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave this argument out."),
         "engine_arg_code": (
             "An argument names Python code that the engine would load and run with your permissions.",
-            "Leave this option out, or set trust_remote_code=true if you trust its authors.",
+            "Leave this option out, or set trust_remote_code=true if you trust the authors of that code.",
         ),
         "dropped_engine_arg": ("The engine no longer has this argument.", "Remove the argument."),
         # ------------------------------------------------------ servers
@@ -143,7 +144,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "server_not_told": (
             "An option is meant for the server but does not reach it: requests have no field for it (at least in this "
-            "dialect), and backend.command does not contain its placeholder.",
+            "dialect), and backend.command does not contain the option's placeholder.",
             "Leave this option out, and configure the server itself if it has an equivalent option.",
         ),
         "server_processes": (
@@ -152,7 +153,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "no_meter_elsewhere": (
             "The chosen meter reads this machine, but the server runs on another machine.",
-            "Use energy=auto, which then leaves the energy null, or measure on the server's machine.",
+            "Use energy=auto (the energy is then null), or run lem on the server's machine.",
         ),
         "api_key_in_config": (
             "The server's API key is in the configuration, which is written to files that people publish.",
@@ -200,15 +201,15 @@ OPTIONS_INADVISABLE = _rules(
             "Turn on streaming (--streaming), or leave this option out.",
         ),
         "no_effect_traffic": (
-            "A value is set, but only another traffic pattern reads it.",
-            "Choose a pattern that reads it, or leave this option out.",
+            "A value is set, but the chosen traffic pattern does not use it.",
+            "Choose a traffic.pattern that uses the value, or leave this option out.",
         ),
         "no_effect_cooldown_limit": (
             "A limit on the wait for a temperature is set, but cooldown.to_c is not.",
             "Set cooldown.to_c, or leave this option out.",
         ),
         "no_effect_trace": (
-            "A power trace is named, but the chosen meter reads none.",
+            "A power trace is named, but the chosen meter does not read power traces.",
             "Use energy=replay, or leave this option out.",
         ),
         "no_effect_country": (
@@ -216,16 +217,16 @@ OPTIONS_INADVISABLE = _rules(
             "Leave one of the two options out.",
         ),
         "no_effect_speculation": (
-            "An option of speculative decoding is set, but nothing drafts tokens.",
+            "An option for speculative decoding is set, but speculative decoding is off.",
             "Choose how tokens are drafted, or leave this option out.",
         ),
         "no_effect_start_limit": (
-            "A time limit for starting a server is set, but lem starts none.",
+            "A time limit for starting a server is set, but lem does not start the server.",
             "Set backend.command, or leave this option out.",
         ),
         "no_weights_to_change": (
             "Quantized weights, a revision or an adapter are requested, but the simulated backend loads no weights. "
-            "The results would still name them.",
+            "The result rows would still name these options.",
             "Leave this option out, or choose another backend.",
         ),
         "seeds_of_batches": (
@@ -241,17 +242,17 @@ OPTIONS_WARNING = _rules(
     "options",
     {
         "no_effect_token_budget": (
-            "A token budget is set, but static batching does not use one. A preset may have set it.",
+            "A token budget is set, but static batching does not use one. The value may come from a preset.",
             "Use batching.strategy=dynamic, or set this option to null.",
         ),
         "no_effect_warmup_prompts": (
             "A number of warm-up prompts is set, but warmup.until_cv or streaming.warmup_requests decides the length "
-            "of the warm-up. A preset may have set it.",
+            "of the warm-up. The value may come from a preset.",
             "Leave this option out, or turn off the option that overrides it.",
         ),
         "no_effect_batching": (
-            "Batching is set, but with traffic, requests go to the server as they arrive. The result rows would still "
-            "name the batching. A preset may have set it.",
+            "Batching options are set, but with traffic, each request is sent to the server when it arrives. The "
+            "result rows would still name the batching strategy. The value may come from a preset.",
             "Leave out either batching or traffic.pattern.",
         ),
         "no_effect_strategy": (
@@ -263,11 +264,11 @@ OPTIONS_WARNING = _rules(
             "Choose a meter, or leave this option out.",
         ),
         "no_effect_meter_option": (
-            "An option is set, but the chosen meter does not use it. A preset may have set it.",
+            "An option is set, but the chosen meter does not use it. The value may come from a preset.",
             "Choose a meter that uses it, or leave this option out.",
         ),
         "no_effect_on_simulation": (
-            "An option for how a model runs is set, but the simulated backend runs no model.",
+            "An option that affects how a model runs is set, but the simulated backend runs no model.",
             "Choose another backend, unless you are only trying out a grid.",
         ),
         "no_cache": (
@@ -317,7 +318,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "attention_unsupported": (
             "The GPU is too old for the attention kernel: flash attention 2 needs Ampere (compute capability 8.0), "
-            "flash attention 3 needs Hopper (9.0).",
+            "and flash attention 3 needs Hopper (9.0).",
             "Use sdpa.",
         ),
         "compile_unsupported": (
@@ -331,12 +332,11 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "continuous_unavailable": (
             "transformers cannot batch this model continuously: the installed version is too old, or the model's "
-            "attention cannot use a paged cache or would produce different tokens with one.",
+            "attention cannot use a paged cache or would produce different tokens with such a cache.",
             "Use static batching, or backend=vllm.",
         ),
         "missing_quantizer": (
-            "The checkpoint's weights are quantized with a method whose package is not installed, or that runs only on "
-            "a GPU.",
+            "The checkpoint's quantization method needs a package that is not installed, or needs a GPU.",
             "Install the package, run on a GPU, or choose a checkpoint in another format.",
         ),
         "unknown_engine_arg": (
@@ -349,7 +349,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "sampler_ignores": (
             "The installed version of TensorRT-LLM accepts the sampling option, but its sampler ignores it.",
-            "Turn the option off, or install a version that uses it.",
+            "Turn the option off, or install a version whose sampler supports it.",
         ),
         "kv_cache_on_cpu": ("vLLM's CPU build has no key/value cache of this dtype.", "Use auto, float16 or bfloat16."),
         "rapl_unreadable": (
@@ -416,7 +416,7 @@ MACHINE_WARNING = _rules(
             "Run on a GPU, or leave this option out.",
         ),
         "more_processes_than_cores": (
-            "More processes than processor cores share the CPU, so they slow each other down.",
+            "There are more processes than processor cores, so they slow each other down.",
             "Lower the number of processes.",
         ),
         "float16_on_cpu": (
@@ -430,22 +430,22 @@ FILES_IMPOSSIBLE = _rules(
     "impossible",
     "files",
     {
-        "no_tokenizer": ("The model's directory has no tokenizer.", "Save one next to the weights."),
+        "no_tokenizer": ("The model's directory has no tokenizer.", "Save the tokenizer next to the weights."),
         "git_lfs_pointer": (
             "A file of the model is a Git LFS pointer: the repository was cloned without its large files.",
-            "Fetch them with git lfs pull, or download the model again.",
+            "Fetch the large files with git lfs pull, or download the model again.",
         ),
         "weights_incomplete": (
-            "Files of the model's weights are missing, cut short or damaged.",
-            "Download them again.",
+            "Files of the model's weights are missing, truncated or damaged.",
+            "Download these files again.",
         ),
         "weights_mismatched": (
             "The shapes of weights in the model's files contradict its config.json.",
             "Correct config.json, or download the model again.",
         ),
         "model_unsupported": (
-            "transformers cannot load the model for text generation: it does not know the model's type, or the type is "
-            "for another task, such as a multimodal one.",
+            "transformers cannot load the model for text generation: it does not know the model's type, or the type "
+            "is for another task (for example, a multimodal type).",
             "Choose a causal language model (many multimodal models come with a text-only one), or update "
             "transformers.",
         ),
@@ -481,7 +481,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "tensor_parallel_unsplittable": (
             "transformers has no tensor-parallel plan for the model, or cannot divide its attention heads evenly.",
-            "Use a degree that divides the attention heads, data_parallel or pipeline_parallel.",
+            "Use data_parallel or pipeline_parallel, or a degree that divides the number of attention heads.",
         ),
         "float32_on_tensorrt": (
             "The model would run in float32, which TensorRT-LLM accepts but most of its kernels do not support.",
@@ -497,7 +497,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "traffic_trace": (
             "The arrival trace cannot be read, has fewer arrivals than the run has requests, or contains a time "
-            "that is not finite or more than 30 days after the first.",
+            "that is infinite or NaN, or that is more than 30 days after the first.",
             "Name a CSV file with a column t_s that says when each request arrives, in seconds.",
         ),
         "bad_trace": (
@@ -578,8 +578,8 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Correct the syntax; put text that contains : or # in quotes.",
         ),
         "too_large": (
-            "A file exceeds a limit that no real configuration reaches: on its size, the length of a string, its "
-            "nesting, its aliases or its inheritance.",
+            "A file exceeds a limit (on size, string length, nesting, aliases or inheritance) that no real "
+            "configuration reaches.",
             "Look for content that was pasted or generated by mistake.",
         ),
         "several_documents": ("The file contains several YAML documents.", "Split the file, or remove the line ---."),
@@ -587,8 +587,8 @@ FILE_RULES: dict[str, Rule] = _rules(
             "A YAML tag (!…) asks for something other than plain data.",
             "Remove the tag: config files cannot run code.",
         ),
-        "duplicate_key": ("A mapping has the same key twice.", "Remove one of them."),
-        "bad_key": ("A key is not text but, for example, a number.", "Correct the key."),
+        "duplicate_key": ("A mapping has the same key twice.", "Remove one of the two."),
+        "bad_key": ("A key is not text (for example, it is a number).", "Correct the key."),
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
             "The key configures Hydra itself, which config files cannot do.",

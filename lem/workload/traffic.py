@@ -74,7 +74,7 @@ def read_trace(path: Path, count: int) -> list[float]:
     """Read the first `count` arrivals of a CSV file with the column t_s, shifted so that the first arrives at 0.
 
     Raises:
-        BadInput: the file cannot be read, has fewer arrivals, or contains a time that is not finite or more than
+        BadInput: the file cannot be read, has fewer arrivals, or contains a time that is infinite, NaN, or more than
             `LONGEST_S` after the first.
     """
     try:

@@ -231,7 +231,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("pipeline parallel", "The layers are spread over several GPUs.", _spread("pipeline")),
     ),
     "Attention and cache": (
-        _of_pytorch("eager attention", "Attention as plain matrix products.", {"backend.attn_implementation": "eager"}),
+        _of_pytorch("eager attention", "Attention as matrix products.", {"backend.attn_implementation": "eager"}),
         _of_pytorch("SDPA", "PyTorch's fused attention.", {"backend.attn_implementation": "sdpa"}),
         _of_pytorch("flex attention", "PyTorch's compiled attention.", {
             "backend.attn_implementation": "flex_attention",
@@ -251,7 +251,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         }, {
             "backend.attn_backend": "FLASHINFER",
         }),
-        _of_vllm("prefix caching", "Prompts that begin alike share the cache.", {
+        _of_vllm("prefix caching", "Prompts share the cache of their common prefix.", {
             "backend.enable_prefix_caching": True,
         }, {"backend.kv_cache.enable_block_reuse": True}),
         _of_vllm("chunked prefill", "Long prompts are processed in pieces.", {"backend.enable_chunked_prefill": True}, {

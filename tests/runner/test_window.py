@@ -335,7 +335,7 @@ def test_a_note_that_cannot_be_written_leaves_the_error_to_the_next_batch():
     assert (len(recording.notes), len(recording.batches)) == (1, 1)
 
 
-# ------------------------------------------------------------------ what is under way at a cut
+# ------------------------------------------------------------------ what is in flight at a cut
 def cut_while_continuous(ranks=None, replicas=1):
     """Run three requests at a time, and interrupt 30 ms after the fifth finishes; return the measurements."""
     experiment = Experiment(
