@@ -146,6 +146,7 @@ def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_ma
     if len(arms) < 2:
         message = f"a campaign compares at least two configurations, not {len(arms)}."
         found.append(Problem("out_of_range", "arms", message, Location(file)))
+        return _in_order(list(dict.fromkeys(found)), file)
     from lem.studies.campaign import baseline_of, names_of
 
     try:

@@ -194,6 +194,11 @@ class Answer:
         """The last cycle that the campaign has begun, or will measure in any case."""
         return _last_cycle(self.definition, self.cells)
 
+    @property
+    def cycles_begun(self) -> int:
+        """The last cycle of which a cell has begun; 0 if none has."""
+        return max(_begun(self.cells), default=0)
+
 
 # ------------------------------------------------------------------ files
 def folder_of(store: Store, name: str) -> Path:
@@ -283,8 +288,12 @@ def _last_cycle(definition: Definition, cells: Sequence[CellEntry]) -> int:
     rule = definition.rule
     if rule is None:
         return definition.campaign.cycles
-    begun = [cell.cycle for cell in cells if cell.status not in ("not run", NOT_NEEDED)]
-    return max([rule.least, *begun])
+    return max([rule.least, *_begun(cells)])
+
+
+def _begun(cells: Sequence[CellEntry]) -> list[int]:
+    """Return the cycles of the cells that have begun."""
+    return [cell.cycle for cell in cells if cell.status not in ("not run", NOT_NEEDED)]
 
 
 def has_ended(cells: Sequence[CellEntry]) -> bool:
@@ -522,7 +531,8 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
     """Warn if a cell's value depends on the arm that ran just before it."""
     if found is None or found.p_value >= SUSPICIOUS:
         return
-    what, level = MEASURES[definition.campaign.primary][1], f"{CONFIDENCE:.0%}".replace("%", " %")
+    what = MEASURES[definition.campaign.primary][1]
+    level = units.percent(1 - (1 - CONFIDENCE) / len(found.after))
     parts = [
         f"after {names[each.arm]} it is {each.ratio:.4g} times that after {definition.baseline} ({level} interval "
         f"{each.ci_low:.4g}–{each.ci_high:.4g})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lem.record import CodedWarning
@@ -52,7 +52,7 @@ def sentences(answer: Answer) -> Iterator[str]:
     if not primary:
         yield f"No cell has a value for {words} ({campaign.primary}), so the arms cannot be compared by it."
     for pair in primary:
-        yield sentence(pair, campaign.structure)
+        yield sentence(pair, campaign.structure, campaign.margin)
     if len(primary) > 1 and primary[0].ci_low is not None:
         which = "Both" if len(primary) == 2 else f"All {len(primary)}"
         yield f"{which} intervals hold together with a confidence of 95 % (Bonferroni)."
@@ -67,13 +67,18 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
     target = f"the half-width of each interval{{}} is at most {percent(rule.half_width)} of its ratio"
     if not answer.ended:
         yield (
-            f"The campaign is adaptive and not over: it has begun {answer.cycles} of {rule.least} to {rule.most} "
-            f"cycles, and stops once {target.format('')}."
+            f"The campaign is adaptive and not over: it has begun {answer.cycles_begun} of {rule.least} to "
+            f"{rule.most} cycles, and stops once {target.format('')}."
         )
     elif any(note.code == "campaign_limit_reached" for note in answer.warnings):
         yield (
             f"The campaign is adaptive and reached its limit of {rule.most} cycles before "
             f"{target.format('').replace(' is ', ' was ')}."
+        )
+    elif any(cell.given_up and cell.arm == answer.definition.baseline for cell in answer.cells):
+        yield (
+            f"The campaign is adaptive and stopped after {answer.cycles} cycles, because the baseline was given up: no "
+            "interval could become narrower."
         )
     else:
         arms = " of the arms that were not given up" if any(cell.given_up for cell in answer.cells) else ""
@@ -88,8 +93,8 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
     )
 
 
-def sentence(pair: PairRow, structure: str) -> str:
-    """Describe a pair's ratio, with its interval and verdict."""
+def sentence(pair: PairRow, structure: str, margin: float | None = None) -> str:
+    """Describe a pair's ratio, with its interval and verdict; ratios within 1 ± `margin` are the same."""
     words = MEASURES[pair.measure][1]
     if pair.ratio is None:
         return f"{pair.arm} and {pair.baseline} have no cycle in common, so they cannot be compared."
@@ -102,16 +107,18 @@ def sentence(pair: PairRow, structure: str) -> str:
     level = percent(pair.confidence)
     claim = f"{pair.arm} {verb} {pair.ratio:.{digits}f} times the {words} of {pair.baseline}"
     interval = f"{level} interval {pair.ci_low:.{digits}f}–{pair.ci_high:.{digits}f}"
-    return f"{claim} ({interval}, {cycles}, {structure}): {_verdict(pair)}."
+    return f"{claim} ({interval}, {cycles}, {structure}): {_verdict(pair, margin)}."
 
 
-def _verdict(pair: PairRow) -> str:
+def _verdict(pair: PairRow, margin: float | None) -> str:
     p_value = "" if pair.p_adjusted is None else f" (p = {pair.p_adjusted:.2g})"
     if pair.verdict == "cannot tell":
         if pair.cycles_needed is None:
             return f"cannot tell{p_value}; more cycles would hardly help"
         return f"cannot tell{p_value}; about {pair.cycles_needed} cycles would be needed"
-    return f"{'the same within the margin' if pair.verdict == 'the same' else pair.verdict}{p_value}"
+    if pair.verdict == "the same":  # the p-value, for a ratio of 1, says nothing about that
+        return f"the same within ±{percent(margin)}" if margin else "the same"
+    return f"{pair.verdict}{p_value}"
 
 
 def _digits(low: float, high: float) -> int:
@@ -140,12 +147,22 @@ def forest(pairs: Sequence[PairRow]) -> Iterator[str]:
             line[at] = "─"
         line[place(one)], line[place(other)], line[place(ratio)] = "├", "┤", "●"
         yield f"{arm:<{width}}  {''.join(line)}  {ratio:.3f}"
-    scale = [" "] * (PLOT_WIDTH + 8)
-    for mark in (math.exp(low), math.exp(high), 1.0):
-        text = "1" if mark == 1 else f"{mark:.3g}"
-        begin = max(0, place(mark) - len(text) // 2)
-        scale[begin : begin + len(text)] = text
-    yield f"{'':<{width}}  {''.join(scale).rstrip()}"
+    yield f"{'':<{width}}  {_scale({place(1.0): '1'} | _ends(math.exp(low), math.exp(high), place))}"
+
+
+def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, str]:
+    """Return the labels of a scale's two ends by column; 1 has its own."""
+    digits = _digits(low, high)
+    return {place(end): f"{end:.{digits}f}" for end in (low, high) if end != 1}
+
+
+def _scale(labels: Mapping[int, str]) -> str:
+    """Return a line with labels centred on their columns, moved right where they would touch the one before."""
+    line = ""
+    for column, text in sorted(labels.items()):
+        begin = max(column - len(text) // 2, len(line) + 1 if line else 0)
+        line = line.ljust(begin) + text
+    return line
 
 
 def _show_arms(answer: Answer) -> None:
@@ -186,7 +203,7 @@ def as_plain(answer: Answer) -> dict[str, Any]:
         "structure": campaign.structure,
         "seed": campaign.seed,
         "cycles": campaign.cycles,
-        "cycles_reached": answer.cycles,
+        "cycles_reached": answer.cycles_begun,
         "until_ci": campaign.until_ci,
         "max_cycles": campaign.max_cycles,
         "nominal_level": None if answer.definition.rule is None else answer.definition.rule.level,

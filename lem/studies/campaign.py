@@ -334,6 +334,11 @@ def _planned(
     shifts = [place.cycle - 1 if campaign.resample_prompts else 0 for place in places]
     chosen = [ready[arms[place.arm].name, shift] for place, shift in zip(places, shifts, strict=True)]
     digests = ["+".join(dict.fromkeys(ready[arm.name, shift].prompts.sha256 for arm in arms)) for shift in seeds]
+    if len(digests) > 1 and len(set(digests)) == 1:
+        raise ConfigError(
+            "resample_prompts: each cycle would have the same prompts, because every prompt of the dataset is used. "
+            "Set sample_size (-n) to fewer."
+        )
     return Planned(
         definition=Definition(
             campaign, tuple(arms), tuple(digests), _machine(machine), tuple(overrides), rule.level if rule else None
@@ -373,7 +378,7 @@ def _changes(kept: Definition, now: Definition) -> list[str]:
     return changed
 
 
-def _check_same(kept: Definition, now: Definition, force: bool) -> None:
+def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> None:
     """Raise if the campaign is not the same as before, or if conditions that affect its comparison have changed."""
     name = kept.name
 
@@ -384,7 +389,7 @@ def _check_same(kept: Definition, now: Definition, force: bool) -> None:
     if wanted(kept) != wanted(now):
         raise ConfigError(
             f"A campaign '{name}' with other arms or settings already exists. Choose another --campaign-name, or "
-            f"resume the existing one: lem campaign --resume {name}."
+            f"resume the existing one: {resume}"
         )
     changed = _changes(kept, now)
     if changed and not force:
@@ -397,7 +402,11 @@ def _check_same(kept: Definition, now: Definition, force: bool) -> None:
 # ------------------------------------------------------------------ measuring
 def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation) -> int:
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
-    planned, states = _continued(planned, store, options) or (planned, [CellState(cell) for cell in _cells(planned)])
+    resume = f"{presentation.command} --resume {name}{results_flag(store)}"
+    planned, states = _continued(planned, store, options, resume) or (
+        planned,
+        [CellState(cell) for cell in _cells(planned)],
+    )
     left = [state for state in states if not state.is_settled]
     if options.dry_run:
         _preview(planned, states)
@@ -405,7 +414,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, pres
     if left and not (options.yes or confirmed(_question(planned, len(left)))):
         return 0
     with _locked(folder, name):
-        kept = _continued(planned, store, options)  # another process may have measured some of it since then
+        kept = _continued(planned, store, options, resume)  # another process may have measured some of it since then
         if kept is None:
             with needs_space(folder, NOTHING_YET):
                 write_atomically(folder / results.DEFINITION, to_json(planned.definition))
@@ -416,7 +425,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, pres
         manifest.states = states
         done = [state.directory.id for state in states if state.status == "completed" and state.directory]
         catch_up_rows(store.root, options, done)
-        again = f"To resume: {presentation.command} --resume {name}{results_flag(store)}"
+        again = f"To resume: {resume}"
         try:
             if left:
                 run_cells(
@@ -435,7 +444,9 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, pres
     return 0 if manifest.all_completed else 1
 
 
-def _continued(planned: Planned, store: Store, options: RunOptions) -> tuple[Planned, list[CellState]] | None:
+def _continued(
+    planned: Planned, store: Store, options: RunOptions, resume: str
+) -> tuple[Planned, list[CellState]] | None:
     """Return an earlier campaign of this name, with its original level, and its cells; None if none was begun.
 
     Raises:
@@ -444,7 +455,7 @@ def _continued(planned: Planned, store: Store, options: RunOptions) -> tuple[Pla
     if not (planned.folder / results.DEFINITION).is_file():
         return None
     kept = results.read_definition(planned.folder)
-    _check_same(kept, planned.definition, options.force)
+    _check_same(kept, planned.definition, options.force, resume)
     planned = replace(planned, definition=replace(planned.definition, nominal_level=kept.nominal_level))
     return planned, adaptive.settled(planned.definition, planned.places, _states(planned, store))
 

@@ -446,3 +446,9 @@ def test_a_problem_of_an_option_is_reported_with_its_line(problems_of, write, na
 def test_a_backend_option_must_name_its_engine(problems_of, write):
     write(a=SOUND + "backend: fast\n", conf__backend__fast="torch_compile: true\n")
     assert ("conf/backend/fast.yaml", None, "name", "unknown_option") in problems_of("a.yaml")[1]
+
+
+def test_a_campaign_file_without_arms_is_a_problem_of_its_arms(lem, tmp_path):
+    (tmp_path / "c.yaml").write_text("name: x\narms: []\n")
+    done = lem("config", "validate", "c.yaml")
+    assert (done.code, "at least two configurations, not 0" in done.out) == (2, True), done

@@ -229,6 +229,14 @@ def test_new_prompts_in_each_cycle_are_the_same_for_all_arms(lem, arms):
     assert digests[1] != digests[2]
 
 
+def test_new_prompts_that_would_be_the_same_prompts_are_refused(lem, arms):
+    (arms / "prompts.txt").write_text("one\ntwo\nthree\n")
+    both = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-p", "prompts.txt", "-c", "3")
+    done = lem(*both, "--resample-prompts", "--dry-run")
+    assert (done.code, "resample_prompts: each cycle would have the same prompts" in done.err) == (2, True)
+    assert lem(*both, "--resample-prompts", "-n", "2", "--dry-run").code == 0
+
+
 def test_two_files_of_one_name_and_one_file_twice_are_arms_of_their_own(lem, arms):
     (arms / "other").mkdir()
     (arms / "other" / "quick.yaml").write_text((arms / "quick.yaml").read_text())
