@@ -517,7 +517,7 @@ def test_prompt_that_just_fits_with_its_output_runs_and_one_more_token_does_not(
 
 
 def test_prompt_without_tokens_is_refused(folders, texts):
-    with pytest.raises(RunError, match="Prompt 1 has no tokens"):
+    with pytest.raises(RunError, match="turns prompt 1 into zero tokens"):
         load(experiment(folders["gpt2"])).encode([texts[0], ""])
 
 

@@ -624,7 +624,7 @@ def test_without_a_gpu_or_the_package_it_says_so(tmp_path):
     done = command(*COMMON, cwd=tmp_path, PYTHONPATH="")
     assert done.code == 2
     assert "pip install 'lem[tensorrt]'" in done.err
-    assert "only runs on NVIDIA GPUs" in done.err
+    assert "runs only on NVIDIA GPUs" in done.err
 
 
 @pytest.mark.processes

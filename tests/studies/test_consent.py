@@ -110,7 +110,7 @@ def test_a_program_that_a_file_names_is_not_started_unasked(arguments, folder, l
     for line in done.err.splitlines():
         assert line.startswith("Error: ")
         assert "backend.command: this starts a program with your permissions, and you have not agreed" in line
-        assert "pass --allow-command." in line
+        assert "use --allow-command." in line
     assert not list(folder.glob("state/agreed/*"))
 
 
