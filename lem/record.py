@@ -71,7 +71,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
         return self.source not in ("estimate", "simulated")
 
     def seconds_of(self, duration_s: float) -> float:
-        """Return how many seconds of a phase of this length the energy covers; 0 if there is no energy."""
+        """Return how many seconds this reading covers of a phase that took `duration_s`; 0 if it has no energy."""
         if self.energy_j is None:
             return 0.0
         return duration_s if self.covered_s is None else self.covered_s

@@ -1,4 +1,4 @@
-"""Objections that do not depend on the engine: to models, GPUs and engine arguments.
+"""Objections to models, GPUs and engine arguments that are the same for every engine.
 
 The checks read the model's config.json but load no weights; `lem.backends.checkpoint_objections` checks the model's
 files.

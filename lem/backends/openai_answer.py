@@ -612,7 +612,7 @@ def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def text_in(choice: dict[str, Any]) -> str:
-    """Return a choice's text, in the form of the completions endpoint or of the chat endpoint."""
+    """Return the text of a choice, which has the format of the completions or of the chat endpoint."""
     for found in (choice, choice.get("delta"), choice.get("message")):
         if isinstance(found, dict) and isinstance(text := found.get("text") or found.get("content"), str):
             return text

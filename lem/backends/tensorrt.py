@@ -253,7 +253,7 @@ def _check_options(args: Any, options: TensorrtBackend) -> None:
             if wanted.casefold() != used.casefold():
                 raise RunError(
                     f"{path} is {wanted}, but TensorRT-LLM uses {used} for this model on this device. "
-                    "Set it to that, or leave this option out."
+                    "Set the option to what TensorRT-LLM uses, or leave it out."
                 )
 
 

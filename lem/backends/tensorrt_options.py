@@ -1,4 +1,6 @@
-"""Translating lem's options into LLM arguments and sampling parameters of TensorRT-LLM, and objections.
+"""Translating lem's options into TensorRT-LLM's sampling parameters and the arguments of its `LLM` class.
+
+Options that the installed version does not support are objected to.
 
 This module imports neither TensorRT-LLM nor torch: the options that the installed version accepts are read from its
 source code. It knows nothing about requests in flight or about time.

@@ -236,7 +236,7 @@ def _check_options(llm: Any, options: VllmBackend, attention: str) -> None:
         if not is_in_use:
             raise RunError(
                 f"backend.{name} is {asked}, but vLLM uses {engine.as_text(used)} for this model on this device. "
-                "Set it to that, or leave this option out."
+                "Set the option to what vLLM uses, or leave it out."
             )
 
 

@@ -93,7 +93,7 @@ def main() -> NoReturn:
 
 @cache
 def _command() -> Callable[..., Any]:
-    """Return the complete click command, cached because building it takes longer than many commands run."""
+    """Return the complete click command, cached because building it takes longer than running many of the commands."""
     return typer.main.get_command(app)
 
 

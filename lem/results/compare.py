@@ -168,7 +168,7 @@ def latin_effects(
 
 
 def expected_degrees_of_freedom(analysis: Analysis, cycles: int, arms: int) -> int:
-    """Return the degrees of freedom of a campaign in which no cell is missing; at least two cycles."""
+    """Return the degrees of freedom of a campaign of at least two cycles in which no cell is missing."""
     if analysis == "latin":
         return max(1, (cycles - 2) * (arms - 1))
     return cycles - (2 if analysis == "position" and cycles >= POSITION_PAIRS else 1)

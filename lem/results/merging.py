@@ -288,7 +288,7 @@ def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
 
     Args:
         groups: the warnings of each attempt, process or cycle.
-        what: the name for one group, such as cycle.
+        what: what one group is called, such as "cycle".
     """
     if len(groups) == 1:
         return list(groups[0])

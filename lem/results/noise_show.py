@@ -1,4 +1,4 @@
-"""Shows what a campaign of one configuration against itself says about noise: as text, and as plain data."""
+"""Shows what a campaign that compares one configuration with itself says about noise: as text, and as plain data."""
 
 from __future__ import annotations
 

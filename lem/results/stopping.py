@@ -59,7 +59,7 @@ class Rule:
 
     @property
     def least(self) -> int:
-        """The fewest cycles."""
+        """The minimum number of cycles."""
         return self.looks[0]
 
     @property

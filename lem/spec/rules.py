@@ -77,7 +77,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the country code, or set energy.carbon_intensity_g_per_kwh instead.",
         ),
         "processes_unlike_degree": (
-            "The strategy starts one process for each unit of parallelism.degree, but num_processes is different.",
+            "The strategy starts as many processes as parallelism.degree, but num_processes is different.",
             "Leave this option out, or change parallelism.degree, which sets the number of processes.",
         ),
         "pipeline_processes": (
@@ -205,7 +205,7 @@ OPTIONS_INADVISABLE = _rules(
             "Choose a traffic.pattern that uses the value, or leave this option out.",
         ),
         "no_effect_cooldown_limit": (
-            "A limit on the wait for a temperature is set, but cooldown.to_c is not.",
+            "A limit on the wait for the GPUs to cool is set, but cooldown.to_c is not.",
             "Set cooldown.to_c, or leave this option out.",
         ),
         "no_effect_trace": (
@@ -272,7 +272,7 @@ OPTIONS_WARNING = _rules(
             "Choose another backend, unless you are only trying out a grid.",
         ),
         "no_cache": (
-            "Without a key/value cache, every step recomputes the whole sequence, while FLOPs count each token once.",
+            "Without a key/value cache, every step recomputes the whole sequence, but FLOPs include each token once.",
             "Set this option to dynamic, unless running without a cache is part of your study.",
         ),
         "remote_code": (
@@ -436,7 +436,7 @@ FILES_IMPOSSIBLE = _rules(
             "Fetch the large files with git lfs pull, or download the model again.",
         ),
         "weights_incomplete": (
-            "Files of the model's weights are missing, truncated or damaged.",
+            "Some of the model's weight files are missing, truncated or damaged.",
             "Download these files again.",
         ),
         "weights_mismatched": (
@@ -454,8 +454,8 @@ FILES_IMPOSSIBLE = _rules(
             "Correct pad_token_id in the model's config.json.",
         ),
         "bad_chat_template": (
-            "The model's chat template cannot wrap a prompt: it raises an error, has no default, or leaves the prompt "
-            "out.",
+            "The model's chat template cannot wrap a prompt: it raises an error, leaves the prompt out, or is a "
+            "set of templates without a default.",
             "Leave the option off, or correct the template that comes with the tokenizer.",
         ),
         "encoder_decoder": (
@@ -605,8 +605,8 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Check the code. Then agree when lem asks on a terminal (it asks once), or pass --allow-code.",
         ),
         "key_not_agreed": (
-            "A file makes lem send the API key in an environment variable to another machine, and you have not agreed "
-            "to that.",
+            "A file makes lem send an API key, which it reads from an environment variable, to another machine, and "
+            "you have not agreed to that.",
             "Check the address. Then agree when lem asks on a terminal (it asks once), or pass --allow-key.",
         ),
         # ------------------------------------------------------ inheritance

@@ -48,7 +48,7 @@ class VirtualClock(Clock):
         self._now_ns += round(seconds * NS_PER_S)
 
     def sleep_until(self, moment_ns: int) -> int:
-        """Advance to a time, unless it has already passed; return the time."""
+        """Advance to the given time, unless it has already passed; return the current time."""
         self._now_ns = max(self._now_ns, moment_ns)
         return self._now_ns
 

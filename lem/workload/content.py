@@ -82,7 +82,7 @@ def _opened(data: bytes, method: str) -> IO[bytes]:
 
 
 def text_of(path: Path, data: bytes) -> str:
-    """Decode bytes as UTF-8, without a byte order mark.
+    """Decode bytes as UTF-8, dropping a byte order mark.
 
     Raises:
         DatasetError: the bytes are in another encoding or are not text; the message gives the line and, if possible,
