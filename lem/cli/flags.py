@@ -98,5 +98,5 @@ def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """Split arguments into the config file, or None, and the overrides."""
     files = [text for text in arguments if "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))]
     if len(files) > 1:
-        raise ConfigError(f"lem experiment takes one config file, not {len(files)}: {', '.join(files)}.")
+        raise ConfigError(f"Give one config file, not {len(files)}: {', '.join(files)}.")
     return (Path(files[0]) if files else None), [text for text in arguments if text not in files]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from lem.results.campaign import MEASURES, SUSPICIOUS, Answer, CellEntry, PairRow, detectable_ratio
 from lem.results.compare import expected_degrees_of_freedom, holm
+from lem.results.merging import is_estimated
 from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, summarise, t_quantile
 from lem.results.stopping import ANALYSES
 from lem.warning_codes import WARNINGS
@@ -197,7 +198,7 @@ def _has(answer: Answer, measure: str) -> bool:
 
 def _is_estimate(answer: Answer, measure: str) -> bool:
     rests_on_energy = measure.startswith(("energy", "average_power"))
-    return rests_on_energy and any("estimate" in (c.row.energy_source or "") for c in answer.cells if c.row is not None)
+    return rests_on_energy and any(is_estimated(c.row.energy_source) for c in answer.cells if c.row is not None)
 
 
 def _pairs(cells: Sequence[CellEntry], measure: str) -> dict[int, tuple[float, float]]:

@@ -58,9 +58,10 @@ def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def _kind(noise: Noise) -> str:
-    if noise.is_estimate:
-        return f", {show.ESTIMATE} estimated: this is the noise of the estimate, which no sensor has measured"
     sources = {cell.row.energy_source for cell in noise.answer.cells if cell.row is not None and cell.row.energy_source}
+    if noise.is_estimate:
+        kind, what = ("simulated", "simulation") if sources == {"simulated"} else ("estimated", "estimate")
+        return f", {show.ESTIMATE} {kind}: this is the noise of the {what}, which no sensor has measured"
     rests_on_energy = noise.floor.measure.startswith(("energy", "average_power"))
     return f" ({', '.join(sorted(sources))})" if sources and rests_on_energy else ""
 

@@ -268,7 +268,7 @@ def _check_single(overrides: Sequence[str]) -> None:
 
 def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[str]:
     """Return a name for each arm: its own, or else the shortest unique end of its path, with a number if
-    none is unique. Raises `ConfigError` if another arm has the name that an arm was given.
+    none is unique. Raises `ConfigError` if two arms were given one name, or one cannot be printed.
     """
     files = [file for _, file in found]
     whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
@@ -280,6 +280,11 @@ def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[s
         )
         names.append("/".join(parts[-length:]))
     names = [source.name or name for name, (source, _) in zip(names, found, strict=True)]
+    for name in names:
+        if not name.isprintable():  # a line break would tear tables and sentences apart
+            raise ConfigError(
+                f"{place}arms: the name {name!r} has characters that cannot be printed; set another name."
+            )
     given = {source.name: source for source, _ in found if source.name}
     for name, (source, _) in zip(names, found, strict=True):
         if given.get(name, source) is not source:

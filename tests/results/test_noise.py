@@ -266,10 +266,17 @@ def test_a_false_alarm_is_shown_as_one(capsys):
     assert "False alarm  FALSE ALARM: A again needs 1.1" in capsys.readouterr().out
 
 
-def test_an_estimate_is_labelled(capsys):
-    show_noise(noise(values(5), source="estimate"))
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ("estimate", "≈ estimated: this is the noise of the estimate"),
+        ("simulated", "≈ simulated: this is the noise of the simulation"),
+    ],
+)
+def test_an_estimate_is_labelled(capsys, source, label):
+    show_noise(noise(values(5), source=source))
     shown = capsys.readouterr().out
-    assert "≈ estimated: this is the noise of the estimate" in shown
+    assert label in shown
     assert "Noise floor  ≈" in shown
     show_noise(noise(values(5)))
     shown = capsys.readouterr().out

@@ -458,6 +458,7 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
         ("arms: quick.yaml\n", 'bad.yaml:1: arms: must be a valid array, not "quick.yaml"'),
         ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
         ("arms: [{config: quick.yaml, name: x}, {config: slow.yaml, name: x}]\n", "two arms are called 'x'"),
+        ('arms: [quick.yaml, {config: slow.yaml, name: "a\\nb"}]\n', "bad.yaml: arms: the name 'a\\nb' has characters"),
         ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml: arms: two arms are called 'quick'"),
         ("arms: [{config: quick.yaml, name: ''}, slow.yaml]\n", "bad.yaml:1: arms.0.name: must not be empty."),
         ("arms: [quick.yaml, slow.yaml]\nbaseline: fast\n", "bad.yaml: baseline: no arm is called 'fast'"),

@@ -119,7 +119,7 @@ def test_what_the_command_line_chooses_replaces_the_defaults(lem, one):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quick.yaml", "slow.yaml"], "takes one config file, not 2"),
+        (["quick.yaml", "slow.yaml"], "one config file, not 2"),
         (["both.yaml"], "is a campaign file; name the config file of a single configuration."),
         (["quick.yaml", "--difference", "2"], "--difference is a share between 0 and 1, such as 0.02 for 2 %, not 2."),
         (["quick.yaml", "--difference", "nan"], "--difference is a share between 0 and 1"),
