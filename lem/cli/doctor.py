@@ -46,14 +46,12 @@ def doctor(
     prompts: flags.Prompts = None,
     sample_size: flags.SampleSize = None,
     cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 5.")] = None,
-    warmup_prompts: Annotated[int | None, typer.Option(help=_HELP["warmup_prompts"])] = None,
-    warmup_timeout: Annotated[float | None, typer.Option(help=_HELP["warmup_timeout_s"])] = None,
-    config_gap: Annotated[float | None, typer.Option(help=_HELP["config_gap_s"])] = None,
-    cycle_gap: Annotated[
-        float | None, typer.Option(help="Pause between two cycles, in seconds. Default: --config-gap.")
-    ] = None,
-    cool_to: Annotated[float | None, typer.Option(help=_HELP["cool_to_c"])] = None,
-    seed: Annotated[int | None, typer.Option(help=_HELP["seed"])] = None,
+    warmup_prompts: flags.WarmupPrompts = None,
+    warmup_timeout: flags.WarmupTimeout = None,
+    config_gap: flags.ConfigGap = None,
+    cycle_gap: flags.CycleGap = None,
+    cool_to: flags.CoolTo = None,
+    seed: flags.OrderSeed = None,
     primary: Annotated[str | None, typer.Option(help="Measure whose noise is examined.")] = None,
     difference: Annotated[
         float | None,
@@ -61,7 +59,7 @@ def doctor(
     ] = None,
     name: Annotated[
         str | None, typer.Option("--campaign-name", help=_HELP["name"] + " Default: noise_ and the time.")
-    ] = (None),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(

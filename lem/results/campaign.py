@@ -32,7 +32,7 @@ from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
 from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
-from lem.results.statistics import CONFIDENCE, line_through, summarise, t_quantile
+from lem.results.statistics import CONFIDENCE, detectable_errors, line_through, summarise
 from lem.results.stopping import ANALYSES, Rule, is_narrow, rule_of
 from lem.results.store import ID, Store
 from lem.spec.campaign import Campaign, square_size
@@ -562,7 +562,10 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
 
 
 # ------------------------------------------------------------------ the power of a campaign
-def detectable_ratio(sd_log: float, cycles: int, degrees_of_freedom: int) -> float:
-    """Return the ratio that this many cycles detect with a power of 80 %, given the SD of one cell's logarithm."""
-    half = t_quantile(0.5 + CONFIDENCE / 2, degrees_of_freedom) + t_quantile(compare.POWER, degrees_of_freedom)
-    return math.exp(half * math.sqrt(2) * sd_log / math.sqrt(cycles))
+def detectable_ratio(sd_log: float, cycles: int, degrees_of_freedom: int, pairs: int = 1) -> float:
+    """Return the ratio that this many cycles detect with a power of 80 %, given the SD of one cell's logarithm.
+
+    With several pairs, each has the interval that makes all of them hold jointly at 95 % (Bonferroni).
+    """
+    errors = detectable_errors(1 - (1 - CONFIDENCE) / pairs, compare.POWER, degrees_of_freedom)
+    return math.exp(errors * math.sqrt(2) * sd_log / math.sqrt(cycles))

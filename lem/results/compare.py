@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lem.results.statistics import t_quantile
+from lem.results.statistics import detectable_errors, t_quantile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,8 +211,7 @@ def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power:
     if sd == 0 or mean == 0:
         return 2 if mean else None
     for cycles in range(2, MOST_CYCLES + 1):
-        needed = t_quantile(0.5 + confidence / 2, cycles - 1) + t_quantile(power, cycles - 1)
-        if abs(mean) / sd * math.sqrt(cycles) >= needed:
+        if abs(mean) / sd * math.sqrt(cycles) >= detectable_errors(confidence, power, cycles - 1):
             return cycles
     return None
 

@@ -65,8 +65,19 @@ class Floor:
     reason: str | None = None
 
 
+class Tested:
+    """An effect that was tested against chance, or not, without a p-value."""
+
+    p_value: float | None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether chance alone would hardly show it."""
+        return self.p_value is not None and self.p_value < SUSPICIOUS
+
+
 @dataclass(frozen=True)
-class Change:
+class Change(Tested):
     """A change of the primary measure, as a ratio minus 1, with its 95 % interval; None, with a reason, if unknown.
 
     `p_value` tests for no change, and is adjusted for the number of tests (Holm).
@@ -79,25 +90,15 @@ class Change:
     p_value: float | None = None
     reason: str | None = None
 
-    @property
-    def is_seen(self) -> bool:
-        """Whether chance alone would hardly show it."""
-        return self.p_value is not None and self.p_value < SUSPICIOUS
-
 
 @dataclass(frozen=True)
-class Correlation:
+class Correlation(Tested):
     """How much each cell resembles the one before it, after a trend is removed; None, with a reason, if unknown."""
 
     n: int
     r: float | None = None
     p_value: float | None = None
     reason: str | None = None
-
-    @property
-    def is_seen(self) -> bool:
-        """Whether chance alone would hardly show it."""
-        return self.p_value is not None and self.p_value < SUSPICIOUS
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def noise_of(answer: Answer, difference: float) -> Noise:
 
 def _by_time(cells: Sequence[CellEntry]) -> list[CellEntry]:
     """Return the completed cells in the order in which they ran; a retried cell ran later than planned."""
-    return sorted((cell for cell in cells if cell.row is not None), key=lambda cell: cell.row.started_at)  # type: ignore[union-attr]
+    ran = [(cell.row.started_at, number, cell) for number, cell in enumerate(cells) if cell.row is not None]
+    return [cell for *_, cell in sorted(ran)]
 
 
 def _value(cell: CellEntry, measure: str) -> float | None:

@@ -61,6 +61,17 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     return float(stdtrit(degrees_of_freedom, probability))
 
 
+def detectable_errors(confidence: float, power: float, degrees_of_freedom: int) -> float:
+    """Return how many standard errors a mean must be from 0 for its interval to exclude 0 with this power.
+
+    This is the noncentrality of Student's t; the interval on the other side of 0, all but impossible, is not counted.
+    Source: J. Cohen, Statistical Power Analysis for the Behavioral Sciences, 2nd ed. (1988), ch. 2.
+    """
+    from scipy.special import nctdtrinc
+
+    return float(nctdtrinc(degrees_of_freedom, 1 - power, t_quantile(0.5 + confidence / 2, degrees_of_freedom)))
+
+
 @dataclass(frozen=True)
 class Line:
     """A straight line fitted by least squares: its slope, the slope's standard error, and the p-value for a slope of 0.

@@ -710,7 +710,7 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
             yield adaptive.expected_words(planned.definition, rule, sd_log)
     elif sd_log is not None and cycles > 1:
         degrees_of_freedom = expected_degrees_of_freedom(ANALYSES[campaign.structure], cycles, len(arms))
-        ratio = results.detectable_ratio(sd_log, cycles, degrees_of_freedom)
+        ratio = results.detectable_ratio(sd_log, cycles, degrees_of_freedom, len(arms) - 1)
         yield f"With {cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."
     else:
         yield "The detectable difference is unknown: estimating it needs two cycles and two earlier runs of an arm."

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.campaigns import effects, simulate
+from lem.results.campaign import detectable_ratio
 from lem.results.compare import (
     Effect,
     contrasts,
@@ -145,6 +146,15 @@ def test_cycles_needed_find_the_difference_as_often_as_they_say():
     found = (np.abs(t) > t_quantile(0.975, needed - 1)).mean()
     assert found == pytest.approx(0.8, abs=0.03)
     assert cycles_needed(0.0, 0.03) is None
+
+
+@pytest.mark.parametrize(("cycles", "pairs"), [(3, 1), (4, 1), (10, 1), (4, 3)])
+def test_a_detectable_ratio_is_found_as_often_as_it_says(cycles, pairs):
+    sd = 0.01
+    mean = math.log(detectable_ratio(sd, cycles, cycles - 1, pairs))
+    differences = np.random.default_rng(6).normal(mean, math.sqrt(2) * sd, (40_000, cycles))
+    t = differences.mean(1) / (differences.std(1, ddof=1) / math.sqrt(cycles))
+    assert (t > t_quantile(1 - 0.025 / pairs, cycles - 1)).mean() == pytest.approx(0.8, abs=0.008)
 
 
 @pytest.mark.parametrize("structure", ["shuffled", "latin"])
