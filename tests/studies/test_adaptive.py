@@ -14,6 +14,7 @@ import yaml
 
 from lem.config.adaptive import share
 from tests.conftest import begin, command
+from tests.studies.campaigns import cells_of, write_arms
 
 QUICK = ("-d", "sample", "-n", "2", "max_output_tokens=4", "-y")
 TWO = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one")
@@ -21,18 +22,8 @@ TWO = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one")
 
 @pytest.fixture
 def arms(tmp_path):
-    """Config files of two arms, whose power is replayed."""
-    (tmp_path / "power.csv").write_text("t_s,power_w\n0,100\n100000,100\n")
-    for name, step_s in (("quick", 0.004), ("slow", 0.008)):
-        (tmp_path / f"{name}.yaml").write_text(
-            f"model: any\nbackend: {{name: simulated, decode_s_per_token: {step_s}}}\n"
-            "energy: {name: replay, trace: power.csv, idle_s: 0.05}\nmin_output_tokens: 4\n"
-        )
-    return tmp_path
-
-
-def cells_of(folder, name="one"):
-    return json.loads((folder / "results" / "campaigns" / name / "experiments.json").read_text())
+    """Config files of two arms that generate few tokens."""
+    return write_arms(tmp_path, tokens=4)
 
 
 def cycles_of(cells, status):

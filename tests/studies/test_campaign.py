@@ -27,26 +27,9 @@ from lem.results.schema import ExperimentRow
 from lem.results.store import Store
 from lem.spec.campaign import STRUCTURES, Measure
 from tests.conftest import SUMMARY, begin, command, kill_group, wait_for
+from tests.studies.campaigns import QUICK, cells_of
 
 CONF = Path(__file__).parents[2] / "conf"
-
-QUICK = ("-d", "sample", "-n", "4", "max_output_tokens=8", "-y")
-
-
-@pytest.fixture
-def arms(tmp_path):
-    """Config files of two arms, whose power is replayed; the second arm takes twice as long per token."""
-    (tmp_path / "power.csv").write_text("t_s,power_w\n0,100\n100000,100\n")
-    for name, step_s in (("quick", 0.004), ("slow", 0.008)):
-        (tmp_path / f"{name}.yaml").write_text(
-            f"model: any\nbackend: {{name: simulated, decode_s_per_token: {step_s}}}\n"
-            "energy: {name: replay, trace: power.csv, idle_s: 0.05}\nmin_output_tokens: 8\n"
-        )
-    return tmp_path
-
-
-def cells_of(folder, name="one"):
-    return json.loads((folder / "results" / "campaigns" / name / "experiments.json").read_text())
 
 
 def places(cells):

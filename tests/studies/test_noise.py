@@ -9,13 +9,7 @@ import signal
 import pytest
 
 from tests.conftest import begin, command
-from tests.studies.test_campaign import QUICK, arms, cells_of  # noqa: F401 - a fixture
-
-
-@pytest.fixture
-def one(arms):  # noqa: F811 - the fixture
-    """A config file whose power is replayed."""
-    return arms
+from tests.studies.campaigns import QUICK, cells_of
 
 
 def campaigns(folder):
@@ -23,10 +17,10 @@ def campaigns(folder):
 
 
 @pytest.mark.processes
-def test_one_configuration_is_measured_as_two_arms_and_its_noise_is_told(lem, one):
+def test_one_configuration_is_measured_as_two_arms_and_its_noise_is_told(lem, arms):
     done = lem("doctor", "--noise", "quick.yaml", "-c", "3", *QUICK)
     assert done.code == 0, done.err
-    (name,) = campaigns(one)
+    (name,) = campaigns(arms)
     assert done.out.startswith(f"Noise {name}: any (simulated) against itself, 6 of 6 cells completed, shuffled\n")
     assert "Energy per output token (replay)" in done.out
     shown = {line.split("  ")[0]: line for line in done.out.splitlines()}
@@ -40,21 +34,21 @@ def test_one_configuration_is_measured_as_two_arms_and_its_noise_is_told(lem, on
     # An ordinary campaign, with its rows and its answer.
     rows = json.loads(lem("results", "list", "--campaign", name, "--json").out)
     assert sorted(row["campaign_arm"] for row in rows) == ["A"] * 3 + ["A again"] * 3
-    first, second = json.loads((one / "results" / "campaigns" / name / "campaign.json").read_text())["arms"]
+    first, second = json.loads((arms / "results" / "campaigns" / name / "campaign.json").read_text())["arms"]
     assert first["experiment"] == second["experiment"]
     assert lem("results", "show", name).out.startswith(f"Campaign {name}: 6 of 6 cells completed")
     # Shown again without measuring, with another difference, and as JSON.
-    before = sorted(os.listdir(one / "results" / "raw"))
+    before = sorted(os.listdir(arms / "results" / "raw"))
     again = json.loads(lem("doctor", "--noise", "--resume", name, "--json", "--difference", "0.5").out)
     assert (again["campaign"], again["cells_completed"], again["difference"]) == (name, 6, 0.5)
     assert again["floors"][0]["sd"] > 0
     assert again["campaign_directory"].endswith(name)
-    assert sorted(os.listdir(one / "results" / "raw")) == before
+    assert sorted(os.listdir(arms / "results" / "raw")) == before
 
 
 @pytest.mark.processes
-def test_as_json_nothing_else_is_on_stdout(one):
-    done = command("doctor", "--noise", "quick.yaml", "-c", "1", "--json", "--campaign-name", "n", *QUICK, cwd=one)
+def test_as_json_nothing_else_is_on_stdout(arms):
+    done = command("doctor", "--noise", "quick.yaml", "-c", "1", "--json", "--campaign-name", "n", *QUICK, cwd=arms)
     assert done.code == 0, done.err
     shown = json.loads(done.out)
     assert (shown["format_version"], shown["campaign"], shown["cells_completed"], shown["failures"]) == (1, "n", 2, [])
@@ -63,9 +57,9 @@ def test_as_json_nothing_else_is_on_stdout(one):
 
 
 @pytest.mark.processes
-def test_ctrl_c_keeps_what_is_measured_and_names_the_command_that_goes_on(one):
+def test_ctrl_c_keeps_what_is_measured_and_names_the_command_that_goes_on(arms):
     process = begin(
-        "doctor", "--noise", "quick.yaml", "-c", "2", "--campaign-name", "n", "--config-gap", "600", *QUICK, cwd=one
+        "doctor", "--noise", "quick.yaml", "-c", "2", "--campaign-name", "n", "--config-gap", "600", *QUICK, cwd=arms
     )
     while "Waiting" not in process.stderr.readline():
         assert process.poll() is None
@@ -74,18 +68,18 @@ def test_ctrl_c_keeps_what_is_measured_and_names_the_command_that_goes_on(one):
     assert process.returncode == 130
     assert "To resume: lem doctor --noise --resume n\n" in err
     assert out.startswith("Noise n: any (simulated) against itself, 1 of 4 cells completed")
-    file = one / "results" / "campaigns" / "n" / "campaign.json"
+    file = arms / "results" / "campaigns" / "n" / "campaign.json"
     kept = json.loads(file.read_text())
     kept["campaign"]["config_gap_s"] = 0.0  # the test has no ten minutes to wait
     file.write_text(json.dumps(kept))
-    done = command("doctor", "--noise", "--resume", "n", "-y", cwd=one)
+    done = command("doctor", "--noise", "--resume", "n", "-y", cwd=arms)
     assert done.code == 0, done.err
     assert "4 of 4 cells completed" in done.out
-    assert [cell["status"] for cell in cells_of(one, "n")] == ["completed"] * 4
+    assert [cell["status"] for cell in cells_of(arms, "n")] == ["completed"] * 4
 
 
 @pytest.mark.processes
-def test_cells_that_fail_are_named_and_the_exit_code_is_1(lem, one):
+def test_cells_that_fail_are_named_and_the_exit_code_is_1(lem, arms):
     done = lem("doctor", "--noise", "quick.yaml", "-c", "1", "backend.fail_at_request=2", *QUICK)
     assert done.code == 1
     assert "No cell is completed yet, so nothing is known about the noise." in done.out
@@ -102,12 +96,12 @@ def test_a_dry_run_shows_the_order_of_the_built_in_model_and_prompts(lem, tmp_pa
     assert not (tmp_path / "results").exists()
 
 
-def test_what_the_command_line_chooses_replaces_the_defaults(lem, one):
+def test_what_the_command_line_chooses_replaces_the_defaults(lem, arms):
     done = lem(
         "doctor", "--noise", "--dry-run", "-m", "any", "--backend", "simulated", "energy=none", "-n", "7", "-c", "2"
     )
     assert "7 prompts of sample through any (simulated)" in done.out, done.err
-    (one / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (arms / "prompts.txt").write_text("one\ntwo\nthree\n")
     done = lem("doctor", "--noise", "--dry-run", "-p", "prompts.txt")
     assert "3 prompts of prompts.txt through tiny (pytorch)" in done.out, done.err
     done = lem("doctor", "--noise", "--dry-run", "quick.yaml", "-d", "sample", "--seed", "7", "--config-gap", "5")
@@ -134,15 +128,15 @@ def test_what_the_command_line_chooses_replaces_the_defaults(lem, one):
         (["--resume", "x", "--config-dir", "."], "as it was planned; leave out --config-dir."),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(lem, one, arguments, message):
-    (one / "both.yaml").write_text("arms: [quick.yaml, slow.yaml]\n")
+def test_bad_input_is_refused_before_anything_runs(lem, arms, arguments, message):
+    (arms / "both.yaml").write_text("arms: [quick.yaml, slow.yaml]\n")
     done = lem("doctor", "--noise", *arguments)
     assert done.code == 2
     assert message in done.err
-    assert not (one / "results" / "raw").exists()
+    assert not (arms / "results" / "raw").exists()
 
 
-def test_a_campaign_of_different_configurations_is_not_taken_for_noise(lem, one):
+def test_a_campaign_of_different_configurations_is_not_taken_for_noise(lem, arms):
     lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
     done = lem("doctor", "--noise", "--resume", "one")
     assert done.code == 2
