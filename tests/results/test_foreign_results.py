@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lem.results.codec import check_numbers
+from lem.results import codec
+from lem.results.codec import check_numbers, to_json
 from lem.results.store import Store
 from tests.conftest import SIMULATED, command
 
@@ -190,6 +195,34 @@ def test_numbers_that_a_run_can_have(content):
 def test_numbers_that_no_run_can_have(content, where):
     with pytest.raises(ValueError, match=f"{where}, which is impossible"):
         check_numbers(content)
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**40), 10**40)
+NAMES = st.sampled_from(["energy_j", "temperature_c", "a"])
+DOCUMENTS = st.recursive(
+    NUMBERS | st.text(max_size=9) | st.none(), lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner)
+)
+
+
+@given(DOCUMENTS, st.sampled_from([None, 0, 2]), st.booleans())
+def test_a_number_that_no_run_can_have_is_found_however_it_is_written(document, indent, capital):
+    text = json.dumps([document], indent=indent)
+    content = (text.replace("e+", "E+") if capital else text).encode()
+    try:
+        codec._check_numbers(json.loads(content), "", "")
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            check_numbers(content)
+    else:
+        assert check_numbers(content) == content
+
+
+def test_files_of_ordinary_runs_need_no_closer_look(monkeypatch):
+    """Looking closer takes many times as long. Digests, dates and small numbers only resemble impossible numbers."""
+    monkeypatch.setattr(codec, "_documents", pytest.fail)
+    digests = [hashlib.sha256(bytes([i])).hexdigest() for i in range(256)]
+    content = to_json({"digests": digests, "at": "2026-01-02T03:04:05-05:00", "seconds": [1e-7, 1 / 3000, 3.0]})
+    assert check_numbers(content.encode()) == content.encode()
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e308, -1e308, -1.0])
