@@ -1,1 +1,1 @@
-"""The configuration's options, one YAML each; installed as the package lem.conf, where Hydra finds it."""
+"""The options of the configuration, one YAML file each. They are installed as lem.conf, where Hydra finds them."""

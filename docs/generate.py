@@ -1,6 +1,6 @@
-"""Generates the reference pages from the schema, the records, the rules, the backends' features and the command line.
+"""Generates the reference pages from the schema, the records, the rules, the features of backends and the commands.
 
-Run `python docs/generate.py` to update them; a test fails if they are stale.
+Run `python docs/generate.py` to update the pages. A test fails if a page is stale.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lem.spec.rules import EXPERIMENT_RULES, FILE_RULES, Rule
 from lem.spec.schema import GROUPS, Leaf, leaves
 from lem.warning_codes import WARNINGS
 
-# The tests define the features that a backend may support, and record which of them have been tested.
+# The tests define the features that a backend may support, and state which features have been tested.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.backends.confirmations import confirmation
 from tests.backends.features import FEATURES, Feature, support
@@ -35,7 +35,7 @@ GENERATED = "<!-- Made by docs/generate.py; do not edit. -->\n"
 
 
 def pages() -> dict[Path, str]:
-    """Return every generated page with its content."""
+    """Return the content of each generated page, by path."""
     return {
         REFERENCE / "configuration.md": GENERATED + configuration(),
         REFERENCE / "results.md": GENERATED + results(),
@@ -51,7 +51,7 @@ def configuration() -> str:
     """Return the page that describes every configuration value."""
     parts = [
         "# Configuration\n",
-        "Each value below can be set in a config file (as nested YAML) or on the command line as an override "
+        "You can set each value below in a config file (as nested YAML) or on the command line as an override "
         "(`batching.batch_size=4`). See [configuring](../configuring.md) for files, presets and precedence.\n",
     ]
     own = [leaf for leaf in leaves() if "." not in leaf.path]
@@ -115,11 +115,11 @@ def _default(leaf: Leaf) -> str:
 
 # ------------------------------------------------------------------ results
 def results() -> str:
-    """Return the page that describes the tables' columns."""
+    """Return the page that describes the columns of the tables."""
     return "\n".join(
         [
             "# Results\n",
-            "Units are in the columns' names and in the Arrow metadata of the files "
+            "The units are in the names of the columns and in the Arrow metadata of the files "
             "(`pyarrow.parquet.read_schema(file).field(name).metadata`). A number that was not measured is null. "
             "[Reading results](../results.md) describes the files.\n",
             "## Table `experiments`\n",
@@ -155,9 +155,9 @@ def warnings() -> str:
     return "\n".join(
         [
             "# Warnings\n",
-            "A warning tells you when not to believe a number. It appears in the raw record, in the row's column "
-            "`warnings` as `code: message`, and in `lem results show`. Codes are stable.\n",
-            "| code | what it means | what to do |",
+            "A warning tells you when not to believe a number. It appears in the record, in the column `warnings` of "
+            "the row as `code: message`, and in the output of `lem results show`. Codes are stable.\n",
+            "| code | meaning | remedy |",
             "|---|---|---|",
             *rows,
             "",
@@ -168,9 +168,9 @@ def warnings() -> str:
 # ------------------------------------------------------------------ rules
 SEVERITIES = """\
 Before anything runs, `lem` checks the configuration against these rules and reports all violations at once. Each
-message begins with the path of the option and ends with the code of the rule:
-`decoder.temperature: it would have no effect … [no_effect_sampling]`.
-Codes are stable. In the tables, "this option" is the option that the message names.
+message begins with the path of an option and ends with the code of the rule, as in
+`decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable. In the tables, "this option"
+is the option that the message names.
 
 | severity | effect |
 |---|---|
@@ -178,14 +178,18 @@ Codes are stable. In the tables, "this option" is the option that the message na
 | inadvisable | The experiment runs only with `--force`. |
 | warning | The experiment runs, and the message is shown. |
 
-The scope of a rule says what is checked. For *options*, that is the configuration alone; for *machine*, it is also this
-machine's devices and packages; for *files*, it is also the model, the prompts, the results directory or the config
-file.
+Each rule has a scope:
+
+| scope | the rule checks |
+|---|---|
+| options | Only the configuration. |
+| machine | The configuration, and the machine's devices and packages. |
+| files | The configuration, and the model, the prompts, the results directory or the config file. |
 """
 
 
 def rules() -> str:
-    """Return the page on the rules by which an experiment is refused or warned about."""
+    """Return the page on the rules for refusing experiments and warning about them."""
     return "\n".join(
         [
             "# Rules\n",
@@ -204,34 +208,32 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
         f"| {_cell(rule.meaning)} | {_cell(rule.remedy)} |"
         for code, rule in catalogue.items()
     ]
-    return (
-        "\n".join(["| code | severity | scope | what is wrong | what to do |", "|---|---|---|---|---|", *rows]) + "\n"
-    )
+    return "\n".join(["| code | severity | scope | problem | remedy |", "|---|---|---|---|---|", *rows]) + "\n"
 
 
 # ------------------------------------------------------------------ what each backend can do
 ANSWERS = """\
-The answers come from the backends themselves: each is asked whether it would run an experiment that uses the feature,
-on a machine with eight modern NVIDIA GPUs and every package installed. If your own machine lacks something, `lem` tells
-you before a run.
+The answers come from the backends. For each feature, a backend reports whether it would run an experiment with this
+feature on a machine with eight modern NVIDIA GPUs and all packages installed. If your machine lacks something, `lem`
+tells you before a run.
 
 | answer | meaning |
 |---|---|
 | **tested** | Supported; a test runs it on a CPU and checks its effect. |
-| arrives | Supported; a test checks that the option reaches the engine's configuration, but no test has run it. |
-| stand-in | Supported, according to the backend; a test has run it on a stand-in for the engine, not on the engine. |
-| not run | Supported, according to the backend; no test has run it. |
-| no: `rule` | Not supported; [that rule](rules.md) refuses it before anything runs. |
-| no effect: `rule` | Accepted with that rule's warning, but it has no effect. |
-| no | The engine does not report it; the columns are null. |
+| arrives | Supported; a test checks that the option reaches the engine's configuration, but does not run the engine. |
+| stand-in | Supported, according to the backend; a test runs it on a stand-in for the engine. |
+| not run | Supported, according to the backend; no test runs it. |
+| no: `rule` | Not supported; [this rule](rules.md) refuses it before anything runs. |
+| no effect: `rule` | Accepted, with this rule's warning, but without effect. |
+| no | The engine does not report this value; the columns are null. |
 | – | The backend has no such option. |
 
-"Tested" always means tested on a CPU: none of these tests has run on a GPU.
+All of these tests run on a CPU. None of them has run on a GPU.
 """
 
 
 def support_matrix() -> str:
-    """Return the page on the features of each backend, with how each answer was confirmed."""
+    """Return the page on the features of each backend and on their tests."""
     parts = ["# What each backend can do\n", ANSWERS]
     for group, members in FEATURES.items():
         parts += [f"## {group}\n", _support_table(members)]

@@ -364,6 +364,6 @@ def test_zsh_gets_what_bash_gets_with_the_help_texts(made):
 def test_presets_datasets_and_backends_are_offered_with_their_purpose():
     from lem.cli import complete
 
-    assert complete.presets("quick") == [("quick-test", "Fast check that everything works")]
+    assert complete.presets("quick") == [("quick-test", "For a quick check that everything works")]
     assert [name for name, _ in complete.datasets("al")] == ["alpaca"]
     assert "pytorch" in dict(complete.backends(""))

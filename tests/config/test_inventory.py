@@ -23,7 +23,7 @@ def mine(tmp_path):
 
 def test_presets_are_listed_with_purpose_and_values(lem):
     shown = lem("presets").out
-    assert "Fast check that everything works" in shown
+    assert "For a quick check that everything works" in shown
     assert "batching.batch_size=1" in shown
     assert "max_output_tokens=32" in shown
     assert "decoder=deterministic" in shown
@@ -44,7 +44,7 @@ def test_a_users_own_are_listed_and_marked(lem, mine):
     shown = lem("presets").out
     assert "Mine, for [all] (yours)" in shown
     assert "Quicker (yours, in place of the built-in one)" in shown
-    assert "Fast check" not in shown
+    assert "quick check" not in shown
     rows = {row["name"]: row for row in json.loads(lem("presets", "--json").out)}
     assert rows["mine"]["values"] == {"decoder": "factual", "seed": 5}
     assert (rows["mine"]["file"], rows["mine"]["replaces_builtin"]) == ("conf/preset/mine.yaml", False)
