@@ -1,4 +1,4 @@
-"""The family of energy meters: one file per meter, all with the same interface, chosen by the `energy` config group.
+"""The energy meters: one file per meter, all with the same interface. The config group `energy` selects a meter.
 
 The section "A meter" in docs/architecture.md lists the steps for adding one.
 """
@@ -16,7 +16,7 @@ __all__ = ["Meter", "make_meter", "meter_class"]
 
 
 def meter_class(name: str) -> type[Meter]:
-    """Return the class of a meter without importing the meter's library; its `open` does that."""
+    """Return the class of a meter without importing the meter's library, which only `open` imports."""
     module, class_name = {
         "none": ("base", "NoMeter"),
         "auto": ("auto", "AutoMeter"),
@@ -32,5 +32,5 @@ def meter_class(name: str) -> type[Meter]:
 
 
 def make_meter(energy: Energy, gpus: Sequence[Gpu]) -> Meter:
-    """Return the configured meter for the physical GPUs in use; no GPU is read if `gpus` is empty."""
+    """Return the configured meter for the physical GPUs in use."""
     return meter_class(energy.name).configured(energy, gpus)

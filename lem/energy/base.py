@@ -23,13 +23,13 @@ class Meter(ABC):
 
     The contract, checked for each meter by `tests/energy/test_energy.py`: `begin` and `end` alternate. `end` returns
     one reading for each device that the meter watches, always in the same order. A reading that failed has
-    `energy_j=None` and a reason, never 0. Calls never overlap; `so_far` may come
-    from another thread than the others.
+    `energy_j=None` and a reason, never 0. Calls never overlap; `so_far` may be called from a different thread than the
+    other methods.
     """
 
     # Options of the `energy` group that this meter uses. Every meter except `none` also measures the idle phases.
     options: ClassVar[tuple[str, ...]] = ("idle_s",)
-    # The clock that times the run; set before `open`. Sensors have time of their own: they ignore it.
+    # The clock that times the run; set before `open`. Meters with sensors ignore it.
     clock: Clock = REAL
 
     @classmethod
@@ -67,13 +67,15 @@ class Meter(ABC):
     def so_far(self) -> tuple[EnergyReading, ...] | None:
         """Return the energy of the open window so far, or None if the meter cannot provide it.
 
-        The caller stores the result, so that a run that is killed keeps its energy. Because the method is called
-        between batches, inside the measured window, it never waits for a sensor's next value, costs at most one call to
-        the driver (usually well under a millisecond), does not raise if a device is lost, and does not change the
-        result of `end`. It returns readings for the same devices as `end`, in the same order. The energy of a reading
-        is the value at the sensor's last tick or sample, so it never decreases and never exceeds that of `end`; before
-        the first tick or sample it is None, with a reason. A reading that lags by more than a tick sets `covered_s` to
-        the time that its energy covers.
+        The caller stores the result, so that a run that is killed keeps its energy. The method is called between
+        batches, inside the measured window. Therefore, it never waits for a sensor's next value and costs at most one
+        call to the driver, usually well under a millisecond. It does not raise if a device is lost, and it does not
+        change the result of `end`.
+
+        The readings are for the same devices as those of `end`, in the same order. A reading holds the energy at the
+        sensor's last tick or sample, so the energy never decreases and never exceeds that of `end`. Before the first
+        tick or sample, the energy is None, with a reason. If a reading lags by more than a tick, `covered_s` says how
+        much time its energy covers.
         """
         return None
 
@@ -130,20 +132,20 @@ class CombinedMeter(Meter):
         self._is_settled = False
 
     def open(self) -> None:
-        """Open all."""
+        """Open all meters."""
         for meter in self._meters:
             meter.open()
 
     def settle(self) -> None:
-        """Settle all meters, ending with the first, so that windows begin at the moment that the first waits for."""
+        """Settle all meters, the first one last, so that windows begin at the moment that the first meter waits for."""
         for meter in reversed(self._meters):
             meter.settle()
         self._is_settled = True
 
     def begin(self) -> None:
-        """Begin the window on all meters, in reverse order, after settling them if that has not been done.
+        """Begin the window on all meters in reverse order; settle the meters before, unless that has been done.
 
-        This gives the first meter the tightest window, and no window includes the time that another meter takes to
+        The first meter thus gets the tightest window, and no window includes the time that another meter takes to
         settle.
         """
         if not self._is_settled:
@@ -164,7 +166,7 @@ class CombinedMeter(Meter):
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all meters, or None if any meter returns None, because the set would be incomplete."""
+        """Return the readings of all meters, or None if any meter returns None and the readings would be incomplete."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 
@@ -173,13 +175,13 @@ class CombinedMeter(Meter):
         return [sample for meter in self._meters for sample in meter.trace()]
 
     def close(self) -> None:
-        """Close all."""
+        """Close all meters."""
         for meter in self._meters:
             meter.close()
 
 
 class OnlyComponents(CombinedMeter):
-    """Wraps a meter and drops the components that a better meter reads."""
+    """Wraps a meter and keeps only some components, because a better meter reads the others."""
 
     def __init__(self, meter: Meter, *components: Component) -> None:
         super().__init__(meter)

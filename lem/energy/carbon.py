@@ -1,7 +1,7 @@
-"""Carbon intensity, the factor that turns joules into grams of CO2e.
+"""Carbon intensity, the factor that converts joules into grams of CO2e.
 
-A configured intensity takes precedence; otherwise it is the mean for the configured country's grid in codecarbon's
-tables. Without either, CO2e is null: lem never assumes a country. This module knows nothing about energy meters.
+If an intensity is configured, it is used. Otherwise, the intensity is the mean of the configured country's grid, from
+codecarbon's tables. Without either, CO2e is null: lem never assumes a country. This module knows nothing about meters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def carbon_intensity(energy: Energy) -> Carbon | None:
         return None
     return Carbon(
         _country_intensity(energy.country_iso_code),
-        f"mean of the grid of {energy.country_iso_code}, codecarbon's tables",
+        f"mean of the {energy.country_iso_code} grid, from codecarbon's tables",
     )
 
 

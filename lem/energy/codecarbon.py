@@ -1,9 +1,9 @@
 """CPU and memory energy of the whole machine, as estimated or read by codecarbon.
 
-codecarbon reads RAPL if the kernel permits it. Otherwise it derives the CPU's power from its load and rated power. For
-memory it assumes a constant power per module. CPU energy without RAPL, and all memory energy, are estimates and
-labelled as such. GPUs are left to the NVML meter and CO2e to `lem.energy.carbon`; the tracker's own grid look-up is
-never used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are ignored too, because they
+codecarbon reads RAPL if the kernel permits it. Otherwise, it derives the CPU's power from the CPU's load and rated
+power. For memory, it assumes a constant power per module. CPU energy without RAPL and all memory energy are labelled as
+estimates. GPUs are left to the NVML meter and CO2e to `lem.energy.carbon`; the tracker's own grid look-up is never
+used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are ignored as well, because they
 would change the numbers without leaving a trace in the record.
 """
 
@@ -34,7 +34,7 @@ SAMPLING_PERIOD_S = 1.0
 # In these modes codecarbon computes CPU energy from sampled power; in the others it reads a counter at the end.
 SAMPLED_MODES = ("cpu_load", "constant")
 _WITHOUT = "Use energy=none to run without a meter."
-# Opens the meter; prints why that failed.
+# A program that opens the meter and, if that fails, prints the reason.
 _TRY = """
 import sys
 from lem.energy import codecarbon
@@ -60,7 +60,7 @@ class CodecarbonMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object to a codecarbon that is missing or cannot start its tracker; trying that takes a second or two."""
+        """Object if codecarbon is missing or cannot start its tracker; the check takes a second or two."""
         fact = why_broken() if host.has("codecarbon") else "the package codecarbon is not installed."
         if fact is not None:
             yield Objection("meter_broken", "energy", fact)
@@ -151,7 +151,7 @@ class CodecarbonMeter(ImmediateMeter):
 def why_broken() -> str | None:
     """Return why the meter cannot be opened on this machine; None if it can.
 
-    Another process opens it, as codecarbon prints, starts threads and stays in memory.
+    A separate process opens the meter, because codecarbon prints, starts threads and stays in memory.
     """
     tried = subprocess.run([sys.executable, "-c", _TRY], capture_output=True, text=True, check=False)
     if not tried.returncode:
@@ -182,11 +182,10 @@ def _offline_tracker() -> Any:
 
 @contextmanager
 def _without_settings() -> Iterator[None]:
-    """Hide codecarbon's settings (in the home and working directories and in variables) from a tracker created here.
+    """Hide codecarbon's settings, in files and environment variables, from a tracker created within this context.
 
     The settings are meant for other programs' trackers and can, for example, force the power of the CPU and the memory.
-    This replaces the function that reads them, because that function fails without a home directory and on a damaged
-    file.
+    The function that reads the settings is replaced, because it fails without a home directory or on a damaged file.
     """
     from codecarbon import emissions_tracker
 

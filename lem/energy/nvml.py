@@ -1,16 +1,16 @@
-"""GPU energy from the driver (NVML), per physical GPU: an energy counter, with a power trace alongside.
+"""GPU energy from the driver (NVML): an energy counter and a power trace for each physical GPU.
 
 On Volta and newer, `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded. The counter
 advances in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03), and a call takes 3 ms on an H100, sometimes
 15 ms. Each reading is therefore stored with the time of its call, and the counter's value at a window's edge is
-interpolated between the ticks on either side (`lem.energy.ticks`); a plain difference of two readings would be off by
-up to a tick at each edge. GPUs are read in parallel, because with eight calls in a row the last GPU would be read long
+interpolated between the ticks on either side (`lem.energy.ticks`). A plain difference of two readings would be off by
+up to a tick at each edge. GPUs are read in parallel, because with eight calls in a row, the last GPU would be read long
 after the first.
 
 Power is the instantaneous value if the driver reports it (field 186), otherwise the value of
 `nvmlDeviceGetPowerUsage`, which is a one-second average on Ampere and newer. If a GPU has no counter, its energy is the
 integral of the power trace. A MIG instance has neither counter nor power, so it gets the reading of the whole GPU. On a
-GH200 the driver's values are for the whole module. Readings are labelled accordingly. The meter opens no CUDA context.
+GH200, the driver's values are for the whole module. Readings are labelled accordingly. The meter opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 J_PER_MJ = 1e-3
 MODULES = ("GH200",)
-# The driver updates its power values every 0.1 s, the instantaneous one sometimes every 0.2 s (H100, 2026-11-26).
+# The driver updates its power values every 0.1 s, but sometimes the instantaneous value only every 0.2 s (H100,
+# 2026-11-26).
 POWER_UPDATE_S = 0.2
 # Averaging time of nvmlDeviceGetPowerUsage (measured on the same GPU: the value rises for 1.0 s after a power step).
 POWER_AVERAGE_S = 1.0
 
 
 class NvmlMeter(Meter):
-    """Counters and power traces of the given GPUs, each physical GPU once."""
+    """Reads the counters and the power of the given GPUs; each physical GPU is read once."""
 
     options = ("idle_s", "power_hz")
 
@@ -64,7 +65,7 @@ class NvmlMeter(Meter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> NvmlMeter:
-        """Return a meter for the GPUs in use that samples power at the configured rate."""
+        """Return a meter for the GPUs in use, with the configured sampling rate for power."""
         return cls(gpus, energy.power_hz)
 
     @classmethod
@@ -108,12 +109,12 @@ class NvmlMeter(Meter):
         seen = self._sampler.count
         self._sampler.sample_now()
         self._pending = self._on_each(lambda device: device.counter.follow())
-        # This comes last, because the caller's clock starts when the method returns.
+        # The time is noted last, because the caller's clock starts when this method returns.
         self._begun_ns = time.perf_counter_ns()
         self._traced = RunningIntegral(self._sampler, seen, self._begun_ns)
 
     def mark(self) -> None:
-        """Note the time and the power, and have each counter read in the background until after its next tick."""
+        """Note the time and the power, and have each counter read in the background until it has ticked twice."""
         assert self._sampler is not None
         if self._marked_ns is not None:
             return
@@ -218,11 +219,12 @@ class NvmlMeter(Meter):
 
 @dataclass(frozen=True)
 class Sensors:
-    """What the driver offers for metering a GPU, as the meter would use it.
+    """The sensors that the driver offers for a GPU, as the meter would use them.
 
-    `counter_problem` is why the energy counter cannot be read; None if it can. `tick_s` is the time from one advance of
-    the counter to the next, None without a counter or if it cannot be told. `power_w` is the power now, None with a
-    `power_problem`; `power_is_instant` is False if the value is an average over the last second.
+    `counter_problem` says why the energy counter cannot be read; None if it can. `tick_s` is the time from one advance
+    of the counter to the next; None without a counter or if the time cannot be determined. `power_w` is the current
+    power; None if `power_problem` says why it cannot be read. `power_is_instant` is False if the power is an average
+    over the last second.
     """
 
     has_counter: bool
@@ -235,7 +237,7 @@ class Sensors:
 
 
 def sensors(gpus: Sequence[Gpu]) -> dict[str, Sensors]:
-    """Return the sensors of the GPUs that respond, by UUID; takes 0.6 to 2 s, to see the ticks."""
+    """Return the sensors of the GPUs that respond, by UUID; waiting for the counters to tick takes 0.6 to 2 s."""
     with nvml() as lib:
         devices = [] if lib is None else [d for gpu in gpus if (d := _answering(lib, gpu)) is not None]
         with ThreadPoolExecutor(max(1, len(devices)), thread_name_prefix="nvml") as pool:
@@ -303,7 +305,7 @@ class Device:
         return int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
     def _counter_exists(self) -> bool:
-        """Read the counter once and return whether it exists; any other failure shows later as the energy's reason."""
+        """Read the counter once and return whether it exists; other failures become the reason for missing energy."""
         self.counter.poll()
         return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
 

@@ -1,4 +1,4 @@
-"""Objections to the `energy` group: options that the meter ignores, unknown countries, and each meter's own."""
+"""Objections to the `energy` group: to options without effect, unknown countries and meters that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lem.spec.experiment import Energy
 from lem.spec.processes import changed
 from lem.spec.rules import Objection, without_effect
 
-# Options that only some meters use, apart from `trace`; all other options of the group apply to every meter.
+# Besides `trace`, the options that only some meters use; all other options of the group apply to every meter.
 METER_OPTIONS = ("idle_s", "power_hz", "powercap_dir", "power_w")
 
 
@@ -29,7 +29,7 @@ def _unread(energy: Energy) -> Iterator[Objection]:
         yield without_effect("no_effect_trace", "energy.trace", "only the replay meter reads a trace.")
     unread = [name for name in METER_OPTIONS if name not in meter_class(energy.name).options]
     for name in changed(energy, *unread):
-        yield without_effect("no_effect_meter_option", f"energy.{name}", f"energy={energy.name} does not use it.")
+        yield without_effect("no_effect_meter_option", f"energy.{name}", f"{energy.name} does not use this option.")
 
 
 def _carbon(energy: Energy) -> Iterator[Objection]:

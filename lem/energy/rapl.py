@@ -7,7 +7,7 @@ everything that runs on the package. Client processors often have no DRAM zone, 
 meter knows nothing about GPUs and estimates nothing.
 
 A counter has 32 bits and wraps around after about 65 to 262 kJ, that is, after minutes to an hour under load. A thread
-reads it regularly while a window is open, so a window may last longer than that.
+reads it regularly while a window is open, so windows may be longer than that.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lem.units import NS_PER_S
 
 POWERCAP_DIR = "/sys/class/powercap"
 UJ_PER_J = 1e6
-# A power that no single package (or its memory) sustains. If the time between two readings is shorter than this power
-# would take to fill the counter, the counter has wrapped at most once.
+# No single package (or its memory) sustains this power. If two readings are closer together than the counter takes to
+# fill up at this power, the counter has wrapped around at most once.
 MAX_POWER_W = 1000.0
 # Allowance for a power peak, or the kernel's own update of the counter, just before or after a reading.
 GAIN_SLACK_S = 1.0
@@ -124,7 +124,7 @@ class RaplMeter(ImmediateMeter):
             return self._advanced()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read the counters once, as the thread does: one file per zone, which takes about 10 µs."""
+        """Read the counter of each zone once; reading a zone's file takes about 10 µs."""
         with self._lock:
             return self._advanced()
 
@@ -185,8 +185,8 @@ class _Counter:
         counter = f"the counter of {self._zone.label}"
         # This happens if the process was suspended for a while.
         if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
-            self._failure = f"{counter} was not read for {gap_s:.0f} s and may have wrapped unseen"
-        # A reset counter looks like one that wrapped around, but with a larger increase than a package can draw.
+            self._failure = f"{counter} was not read for {gap_s:.0f} s and may have wrapped around unnoticed"
+        # A reset counter looks like a counter that wrapped around, but its increase exceeds what a package can use.
         if gained_uj / UJ_PER_J > MAX_POWER_W * (gap_s + GAIN_SLACK_S):
             self._failure = f"{counter} was reset during the window (was the machine suspended?)"
         self._total_uj += gained_uj
@@ -215,8 +215,8 @@ class _Counter:
 def step_uj(range_uj: int) -> int:
     """Return a counter's step in µJ, derived from its largest value, which is 2^32 - 1 steps.
 
-    Real counters have steps of 15.3 or 61 µJ. A smaller range reveals nothing about the step, so 1 µJ is assumed, the
-    resolution of the file.
+    Real counters have steps of 15.3 or 61 µJ. A smaller range reveals nothing about the step, so the file's resolution
+    of 1 µJ is assumed.
     """
     return max(1, round(range_uj / COUNTER_MAX))
 
@@ -224,7 +224,7 @@ def step_uj(range_uj: int) -> int:
 def increase_uj(before_uj: int, after_uj: int, range_uj: int) -> int:
     """Return a counter's increase between two readings, assuming that it wrapped around at most once.
 
-    One step after its largest value the counter is 0, so a full cycle is the range plus one step.
+    One step after its largest value, the counter is 0 again, so a full cycle is the range plus one step.
     """
     gained_uj = after_uj - before_uj
     return gained_uj if gained_uj >= 0 else gained_uj + range_uj + step_uj(range_uj)

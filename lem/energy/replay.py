@@ -103,7 +103,7 @@ def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
 
 
 def read_trace(path: Path) -> dict[Component, Trace]:
-    """Read a trace; raises `BadInput` with the file's path and the problem if it cannot be used."""
+    """Read a trace, or raise `BadInput` with the file's path and the problem."""
     try:
         samples = _samples(path)
     except FileNotFoundError:

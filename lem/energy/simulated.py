@@ -1,7 +1,7 @@
 """A simulated meter: a constant power multiplied by the time that has passed on the run's clock.
 
-The meter reads no sensor, and its energy is labelled as simulated everywhere. It is for trying out campaigns, and for
-tests in which the energy has to be known exactly. It knows nothing about the simulated engine.
+The meter reads no sensor, and its energy is labelled as simulated everywhere. It serves for trying out campaigns and
+for tests in which the energy must be known exactly. It knows nothing about the simulated engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lem.units import NS_PER_S
 
 
 class SimulatedMeter(ImmediateMeter):
-    """Multiplies a power by time."""
+    """Multiplies a constant power by time."""
 
     options = ("idle_s", "power_w")
 

@@ -1,11 +1,11 @@
-"""An energy counter that advances in ticks, and its estimated value at times between them.
+"""Reads an energy counter that advances in ticks, and estimates its value between ticks.
 
 The counter holds the energy up to its last tick. If two readings differ, a tick fell between them. If those readings
 are also close together, the time of the tick is known to within a few milliseconds, and so are the times of the ticks
 around it. Every other reading then gives the exact energy at the preceding tick, however long the call took. The
-energy at any time is interpolated between the ticks on either side of it. If a load starts or stops at that time, the
-power changes there, so the energy between the two ticks is divided in proportion to the power before the first tick and
-the power after the second. This module knows nothing about drivers.
+energy at any time is interpolated between the ticks on either side. If a load starts or stops at that time, the power
+changes. The energy between the two ticks is therefore divided in proportion to the power before the first tick and the
+power after the second. This module knows nothing about drivers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LEARN_S = 0.6
 # The relative accuracy to which the tick period must be known; slow calls take longer to reach it.
 PERIOD_WITHIN = 0.02
 LEARN_MOST_S = 2.0
-# Maximum time to wait for a tick; counters without a known tick are not waited for.
+# Maximum time to wait for a tick of a counter with a known tick period.
 WATCH_S = 0.3
 POLL_S = 0.001
-# If a larger share of the readings than this shows a change, the counter ticks as fast as it can be read.
+# If more than this share of the readings show a change, the counter ticks as fast as it can be read.
 CHANGES_ALWAYS = 0.8
-# Readings further away from a time than this are not used for the ticks around it.
+# The energy at a time is estimated only from readings within this distance of that time.
 NEAR_S = 0.5
 # A tick's time is extrapolated from a known tick at most this many ticks away, because the period varies slightly.
 FRESH_TICKS = 5
@@ -65,7 +65,7 @@ class Reading(NamedTuple):
 class Tick(NamedTuple):
     """An advance of the counter between two readings, with the values before and after.
 
-    `within_ns` is the uncertainty of the tick's time, and `calls_ns` the duration of the two calls together.
+    `within_ns` is the uncertainty of the tick's time, and `calls_ns` is the total duration of the two calls.
     """
 
     at_ns: int
@@ -81,7 +81,7 @@ class Tick(NamedTuple):
 
 
 class Counter:
-    """Readings of one counter. Its methods may be called from several threads.
+    """An energy counter and its readings. The methods may be called from several threads.
 
     Args:
         read_mj: a function that returns the counter's value in millijoules.
@@ -103,7 +103,7 @@ class Counter:
 
     # -------------------------------------------------------------- reading
     def poll(self) -> Tick | None:
-        """Read the counter and return the tick between this reading and the previous one, or None without a tick."""
+        """Read the counter and return the tick since the previous reading, or None if the counter has not advanced."""
         asked_ns = time.perf_counter_ns()
         try:
             value_mj = self._read_mj()
@@ -208,7 +208,7 @@ class Counter:
         return Edge(max(energy_mj, _least_mj(readings, at_ns)))
 
     def last_since(self, begun: Edge) -> Edge:
-        """Return the last value read, or no value as long as the counter has not advanced beyond `begun`."""
+        """Return the last value that was read; the energy is None until the counter has advanced beyond `begun`."""
         if begun.energy_mj is None:
             return begun
         if self.error is not None or not self._readings:
@@ -239,7 +239,7 @@ def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
 
 
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
-    """Return the times of the ticks, extrapolated from one of them, with the counter's value at each, in order.
+    """Return the times of the ticks, extrapolated from `tick`, and the counter's value after each, in order of time.
 
     A reading that may have been taken on either side of a tick is left out.
     """
@@ -254,10 +254,10 @@ def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[t
 
 
 def _energy_mj(known: Sequence[tuple[int, float]], at_ns: int, longest_step_ns: float) -> float:
-    """Return the energy in millijoules at a given time, interpolated from known energies, which are in order of time.
+    """Return the energy in millijoules at a time, interpolated from `known`: times and energies, in order of time.
 
-    Outside the known times, the energy is extrapolated at the rate of the nearest step, unless that step is longer than
-    `longest_step_ns`.
+    Outside the known times, the energy is extrapolated at the rate of the nearest step. If that step is longer than
+    `longest_step_ns`, the nearest known energy is returned.
     """
     place = bisect_right([time_ns for time_ns, _ in known], at_ns)
     if len(known) == 1:
@@ -273,10 +273,9 @@ def _energy_mj(known: Sequence[tuple[int, float]], at_ns: int, longest_step_ns: 
 
 
 def _share(before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]], at_ns: int) -> float:
-    """Return the share of the energy between the two ticks around a time that was used before that time.
+    """Return which share of the energy between the two ticks around `at_ns` was used before `at_ns`.
 
-    The power is assumed to change at that time, from its value before the earlier tick to its value after the later
-    tick.
+    The power is assumed to change at `at_ns`, from its value before the earlier tick to its value after the later tick.
     """
     (left_ns, left_mj), (right_ns, right_mj) = before[-1], after[0]
     until_ns, since_ns, gained_mj = at_ns - left_ns, right_ns - at_ns, right_mj - left_mj

@@ -1,8 +1,8 @@
-"""Power traces: sampling in the background, and integrating over a window. Knows nothing about particular sensors.
+"""Samples power traces in the background and integrates them over windows, whatever the sensor.
 
 A thread takes samples at a fixed rate and sleeps in between. The meter adds a sample at each edge of a window, so that
-the integral covers exactly the window. At 20 samples per second, the integral of square waves of up to 3 Hz is within
-2 % over 5 s; at 10 samples per second, it aliases with a wave of 2 Hz (simulated waves, `docs/accuracy.md`).
+the integral covers exactly the window. In simulations (`docs/accuracy.md`), 20 samples per second give the integral of
+a square wave of up to 3 Hz over 5 s to within 2 %; 10 samples per second alias with a wave of 2 Hz.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lem.units import NS_PER_S
 def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> float | None:
     """Return the trapezoidal integral of one device's samples over [start_ns, end_ns], in joules.
 
-    Samples must be in order of time. The result is None if they do not extend to both edges.
+    The samples must be in order of time. The result is None if they do not extend to both edges.
     """
     times = [sample.t_ns for sample in samples]
     first, last = bisect_right(times, start_ns) - 1, bisect_left(times, end_ns)
@@ -45,7 +45,7 @@ class RunningIntegral:
     """The integral of each device's samples since a start time; each update processes only the new samples."""
 
     def __init__(self, sampler: Sampler, seen: int, start_ns: int) -> None:
-        # The first samples after `seen` precede the start, because the meter took one of each device at that point.
+        # The first samples after `seen` precede the start: the meter samples each device just before the window opens.
         self._sampler = sampler
         self._seen = seen
         self._start_ns = start_ns

@@ -1,8 +1,8 @@
 """GPU energy through zeus, for AMD and other GPUs that zeus's device layer supports and NVML does not.
 
-zeus reads the energy counter if the GPU has one, and otherwise integrates sampled power; the reading says which. It
-measures the GPUs that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible, by its own numbering, and does
-not know UUIDs or MIG instances. CPUs are left to the RAPL meter. The meter needs the extra `zeus`.
+zeus reads the energy counter if the GPU has one, and otherwise integrates sampled power; each reading names its source.
+zeus measures the GPUs that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible. It identifies them by
+number and does not know UUIDs or MIG instances. CPUs are left to the RAPL meter. The meter needs the extra `zeus`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ZeusMeter(ImmediateMeter):
     def __init__(self, gpus: Sequence[Gpu]) -> None:
         # If NVML knows the GPUs in use, they are the first visible GPUs; otherwise all visible GPUs are read.
         self._indices = list(range(len(gpus))) if gpus else None
-        # zeus, too, reads a GPU in MIG mode as a whole.
+        # Like NVML, zeus reads a GPU in MIG mode as a whole.
         self._divided = {index for index, gpu in enumerate(gpus) if gpu.is_divided}
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
@@ -91,7 +91,7 @@ class ZeusMeter(ImmediateMeter):
         measured, failure = None, self._failure
         if failure is None:
             measured, failure = self._try(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
-        reason = failure or "zeus saw no energy in this window"
+        reason = failure or "zeus reported no energy for this window"
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
@@ -102,7 +102,7 @@ class ZeusMeter(ImmediateMeter):
         before_j, (now_j, failure) = self._begun_j[index], self._counter_j(index)
         if before_j is None or now_j is None:
             return self._reading(index, None, failure or self._failure or "zeus integrates power only at the end")
-        return self._reading(index, now_j - before_j, "its counter has not advanced yet")
+        return self._reading(index, now_j - before_j, "the counter has not advanced yet")
 
     def _counter_j(self, index: int) -> tuple[float | None, str | None]:
         if self._labels[index][0] != "counter":

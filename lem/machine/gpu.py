@@ -1,7 +1,7 @@
 """The NVIDIA devices of this machine, queried through the driver's management library (NVML).
 
 The module answers three questions: which GPUs CUDA would show (`visible`), which GPUs the driver knows (`topology`),
-and which state a GPU is in (`state`). It opens no CUDA context, so any process can call it. Without a driver it reports
+and which state a GPU is in (`state`). It opens no CUDA context, so any process can use it. Without a driver, it reports
 no devices. It reads `CUDA_VISIBLE_DEVICES` but never sets it. It knows nothing about energy or engines.
 """
 
@@ -34,8 +34,8 @@ class Gpu:
     """A physical GPU; `mig_uuid` is set if CUDA_VISIBLE_DEVICES names one of its MIG instances.
 
     `memory_bytes` is None if the driver does not report it, for example for the parent of the only accessible MIG
-    instance. `compute_capability` is CUDA's (major, minor) version, which determines the kernels that can run; None if
-    the driver does not report it. `mig` says whether the GPU is in MIG mode.
+    instance. `compute_capability` is CUDA's (major, minor) version number of the GPU, which determines the kernels that
+    can run; None if the driver does not report it. `mig` says whether the GPU is in MIG mode.
     """
 
     index: int
@@ -48,12 +48,12 @@ class Gpu:
 
     @property
     def is_divided(self) -> bool:
-        """Whether CUDA uses a MIG instance, as on every GPU in MIG mode, however the GPU is named."""
+        """Whether CUDA uses only a MIG instance; always True in MIG mode, even if the GPU itself is named."""
         return self.mig or self.mig_uuid is not None
 
     @property
     def computing_name(self) -> str:
-        """The GPU's name, marked if only a MIG instance computes, because the GPU's datasheet does not apply to it."""
+        """The GPU's name, marked if only a MIG instance is used, because the GPU's datasheet does not apply to that."""
         return f"{self.name} (MIG instance)" if self.is_divided else self.name
 
     @property
@@ -77,8 +77,8 @@ class MigInstance:
 class PhysicalGpu:
     """A GPU with its MIG instances; a field is None if the driver does not report it.
 
-    `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. `reason` is set for a GPU that does
-    not respond.
+    `visible` is False if CUDA_VISIBLE_DEVICES hides the GPU and all its instances. `reason` says why the GPU does not
+    respond; None if it responds.
     """
 
     index: int
@@ -94,7 +94,7 @@ class PhysicalGpu:
 
 @dataclass(frozen=True)
 class Topology:
-    """The driver's version, the newest CUDA version that it supports, and its GPUs, visible or not."""
+    """The driver's version, the newest CUDA version that the driver supports, and all GPUs, visible or hidden."""
 
     driver_version: str | None
     cuda_version: str | None
@@ -179,8 +179,8 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
 def state(uuid: str, of_engine: Collection[int] = ()) -> DeviceState:
     """Return the current state of a GPU, or only its UUID if the GPU or the driver does not respond.
 
-    Process ids are those of the driver; in a container with its own process ids they may be the host's. This process,
-    its descendants and the processes in `of_engine` do not count as foreign.
+    Process ids come from the driver; in a container with its own process ids, they may be the host's. This process, its
+    descendants and the processes in `of_engine` do not count as foreign.
     """
     with nvml() as lib:
         handle = None if lib is None else ask(lib, "nvmlDeviceGetHandleByUUID", uuid)

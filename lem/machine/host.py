@@ -63,7 +63,7 @@ class Host:
 
 
 def is_built_for_cpu(package: str) -> bool:
-    """Return whether the installed build of a package lacks CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
+    """Return whether the installed build of a package lacks CUDA, as its name (`…-cpu`) or version (`…+cpu`) shows."""
     _, _, local = (installed_version(package) or "").partition("+")
     return installed_version(f"{package}-cpu") is not None or "cpu" in local.split(".")
 
@@ -92,7 +92,7 @@ def device_states(gpus: Sequence[gpu.Gpu], of_engine: Sequence[int] = ()) -> tup
 
 
 def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[DeviceState, ...] = ()) -> Environment:
-    """Return the snapshot for a record, including the states of the devices before and after the run."""
+    """Return the snapshot of the machine for a record, including the GPUs' states before and after the run."""
     import psutil
 
     commit, dirty = git_state()
@@ -118,10 +118,10 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the working directory and whether it has changes; (None, None) outside a checkout.
+    """Return the working directory's commit and whether files have changed since; (None, None) outside a checkout.
 
-    The second value is None if the checkout's own settings name programs that git would run to find changes, because
-    the checkout may come from an untrusted archive.
+    The second value is None if the checkout's own settings name programs that git would run to find changes. They are
+    not run, because the checkout may come from an untrusted archive.
     """
     commit = _git("rev-parse", "HEAD")
     if not commit:
@@ -152,13 +152,13 @@ def container() -> str | None:
 
 
 def governors(cpu_dir: str = CPU_DIR) -> dict[str, int]:
-    """Return the processor's frequency governors, each with its number of cores; empty if the kernel shows none."""
+    """Return the processor's frequency governors, each with its number of cores; empty if the kernel reports none."""
     files = sorted(Path(cpu_dir).glob("cpu[0-9]*/cpufreq/scaling_governor"))
     return dict(Counter(name for file in files if (name := _first_line(str(file)))))
 
 
 def load_per_core() -> float | None:
-    """Return the mean number of runnable processes over the last minute, per core; None if the system keeps none."""
+    """Return the mean number of runnable processes per core over the last minute; None if the system reports none."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Finding, checking and ending the processes of workers, engines and servers, and reading their peak memory."""
+"""Finds, checks and kills the processes of workers, engines and servers, and reads their peak memory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def kill(processes: Sequence[Any]) -> None:
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int | None:
-    """Return the sum of the processes' peak resident memory in bytes; None if any has ended or none are given."""
+    """Return the sum of the processes' peak resident memory in bytes; None if one has ended or `pids` is empty."""
     peaks = []
     for pid in pids:
         try:

@@ -1,4 +1,4 @@
-"""Watching GPUs during a window: how long the driver held their clocks down, and which other processes used them.
+"""Watches GPUs during a window: how long the driver held their clocks down, and which other processes used them.
 
 Neither can be seen before or after the window, when the GPU is idle. The driver counts how long each policy has held
 clocks down; these counters are read at both edges of the window. In between, a thread samples the active throttle
@@ -97,7 +97,7 @@ class _Seen:
         return {POLICIES[f.fieldId]: f.value.ullVal / NS_PER_S for f in fields or () if f.nvmlReturn == 0}
 
     def throttled_s(self) -> dict[str, float] | None:
-        """Return the time for which each policy has held clocks down, omitting zeros; None if it is not counted."""
+        """Return how long each policy has held clocks down since `begin`, omitting zeros; None without counters."""
         now_s = self._counters_s()
         known = self._begun_s.keys() & now_s.keys()
         if not known:

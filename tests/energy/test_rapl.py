@@ -167,7 +167,7 @@ def test_wrap_arounds_that_were_not_read_are_null_with_a_reason(running, opened)
     time.sleep(0.8)
     for reading in meter.end():
         assert reading.energy_j is None
-        assert "may have wrapped unseen" in reading.reason
+        assert "may have wrapped around unnoticed" in reading.reason
 
 
 def test_the_gap_allowed_is_measured_by_the_meters_clock(tree, opened):
