@@ -1,4 +1,4 @@
-"""Grouping requests into batches by the length of their inputs. Knows nothing about models or the meaning of tokens."""
+"""Groups requests into batches by the length of their inputs, without regard to models or the meaning of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
     Args:
         lengths: the number of input tokens of each request, without padding.
         batching: the strategy and its limits. The dynamic strategies need `max_tokens_per_batch`, which bounds
-            the padded input (longest input × requests); a single request that exceeds it gets a batch of its own.
+            the padded input (longest input × requests); a request that exceeds this bound runs alone.
 
     Raises:
         ValueError: a dynamic strategy is used without `max_tokens_per_batch`.

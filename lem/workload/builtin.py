@@ -17,7 +17,7 @@ def read(path: str) -> Iterator[Row]:
     """Yield the rows (`text`, `kind`) of the built-in dataset at a path of the form `builtin:<name>`."""
     name = path.removeprefix(PREFIX)
     if name not in NAMES:
-        raise DatasetError(f"There is no built-in dataset '{name}'; the built-in ones are {', '.join(NAMES)}.")
+        raise DatasetError(f"There is no built-in dataset '{name}'; the built-in datasets are {', '.join(NAMES)}.")
     with (resources.files("lem.workload") / f"{name}.jsonl").open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

@@ -20,7 +20,7 @@ class Clock:
         return time.perf_counter_ns()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep for some time."""
+        """Sleep for the given time."""
         time.sleep(seconds)
 
     def sleep_until(self, moment_ns: int) -> int:
@@ -32,7 +32,7 @@ class Clock:
 
 
 class VirtualClock(Clock):
-    """A clock that advances at once by the time that the run would sleep, and by nothing else."""
+    """A clock that advances only when the run sleeps, and then at once."""
 
     is_virtual = True
 
@@ -44,7 +44,7 @@ class VirtualClock(Clock):
         return self._now_ns
 
     def sleep(self, seconds: float) -> None:
-        """Advance by some time."""
+        """Advance by the given time."""
         self._now_ns += round(seconds * NS_PER_S)
 
     def sleep_until(self, moment_ns: int) -> int:

@@ -1,4 +1,4 @@
-"""Reading a file: decompressing its bytes, and decoding them as UTF-8. Knows nothing about the meaning of the text."""
+"""Reads a file, decompresses its bytes and decodes them as UTF-8, without regard to the meaning of the text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WESTERN_SHARE = 0.3
 
 OTHERS = {
     b"PK\x03\x04": "a zip archive or an office document; unpack it, or export it as CSV",
-    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the file; fetch it with git lfs pull",
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file; fetch the file with git lfs pull",
 }
 BYTE_ORDER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
@@ -132,7 +132,7 @@ def _likely(data: bytes, position: int) -> str | None:
 
 
 def _encoded_as(path: Path, line: int, encoding: str | None) -> DatasetError:
-    likely = f"likely {encoding}" if encoding else "in an unknown encoding"
+    likely = f"probably in {encoding}" if encoding else "in an unknown encoding"
     remedy = f"convert the file with iconv -f {(encoding or 'ENCODING').upper()} -t UTF-8"
     return DatasetError(f"{path}, line {line} is not in UTF-8 but {likely}; {remedy}.")
 

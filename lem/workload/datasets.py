@@ -1,4 +1,7 @@
-"""The family of prompt sources: built-in, local files, the hub. To add a dataset, add a YAML file to conf/dataset."""
+"""Loads prompts from lem's own files, from local files or from the hub.
+
+To add a dataset, add a YAML file to conf/dataset.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Prompts in a local file: JSON, JSON lines, CSV, Parquet, or text with one prompt per line, compressed or not.
+"""Reads prompts from a local file (JSON, JSON lines, CSV, Parquet, or a prompt per line), which may be compressed.
 
-The suffix states a file's format, and the content is checked against it. If they contradict each other, or the suffix
-is unknown, the file is refused, because otherwise raw JSON or CSV could be run as prompts.
+A file's suffix states its format. If the content contradicts the suffix, or if the suffix is unknown, the file is
+refused, because otherwise raw JSON or CSV could be run as prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WITHOUT_HEADER = "If its first line is already a prompt, add a header line such 
 
 
 def kind_of(name: str) -> str | None:
-    """Return the format that a file name's suffix stands for; "" if it has no suffix, None if the suffix is unknown."""
+    """Return the format that a file name's suffix stands for; "" without a suffix, None if the suffix is unknown."""
     path = Path(name.lower())
     path = path.with_suffix("") if path.suffix in COMPRESSED else path
     return KINDS.get(path.suffix) if path.suffix else ""
@@ -66,7 +66,7 @@ def read(path: Path, column: str | None = None) -> Rows:
 
 # ------------------------------------------------------------------ content against suffix
 def _checked_kind(path: Path, text: str, kind: str) -> str:
-    """Return a file's format; raises `DatasetError` if the content contradicts a suffix for text or CSV."""
+    """Return a file's format, or raise `DatasetError` if the content contradicts a suffix for text or CSV."""
     if kind not in ("text", "csv", ""):
         return kind
     if found := _json_kind(text):
@@ -105,7 +105,7 @@ def _tried(text: str) -> Any:
 
 
 def _is_table(text: str) -> bool:
-    """Return whether the text looks like a table: a header with a prompt column, and a line with as many fields."""
+    """Return whether the text looks like a table: a header with a prompt column, then a line with as many fields."""
     first = text.split("\n", 2)[:2]
     if len(first) < 2 or not first[1].strip():
         return False
@@ -123,7 +123,7 @@ def _is_table(text: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    """Split the text at line ends only, not at the other Unicode characters that separate lines."""
+    """Split the text at line ends only, not at other Unicode line separators."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -173,7 +173,7 @@ def _refuse_document(path: Path, whole: Row, column: str | None) -> None:
         of_texts = isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
         if name not in of_prompts and (of_objects or (of_texts and not is_row)):
             raise DatasetError(
-                f"{path} is not a list of rows but a document that contains them in the list '{name}'; convert it to "
+                f"{path} is not a list of rows but a document that contains rows in the list '{name}'; convert it to "
                 f"JSON lines with jq -c '.[{json.dumps(name)}][]'."
             )
 
@@ -234,7 +234,7 @@ def _physical_lines(text: str) -> Iterator[str]:
 
 
 def _delimiter(path: Path, text: str, column: str | None) -> str:
-    """Return the delimiter that yields a prompt column in the first line, or else the one that splits it most often."""
+    """Return the delimiter that yields a prompt column in the first line, or else the one that yields most columns."""
     if path.name.lower().removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".tsv"):
         return "\t"
     wanted = {column} if column else set(PROMPT_COLUMNS)
@@ -267,7 +267,7 @@ def _parquet(path: Path, data: bytes, column: str | None) -> Rows:
 
 
 def arrow_rows(name: str, table: Any) -> Rows:
-    """Return the rows of an Arrow table; raises `DatasetError` for text that is not UTF-8."""
+    """Return the rows of an Arrow table, or raise `DatasetError` if its text is not UTF-8."""
     rows: list[Row] = []
     for batch in table.to_batches():
         try:

@@ -25,9 +25,10 @@ class UnknownArchitecture(LemError):
 class Attention:
     """The attention of one or more layers, added up.
 
-    `width` is heads·head_dim, or the mean of both if the heads of keys and values differ in size. A token attends to
-    itself and to all earlier positions. If `reach` is set, it attends only to the last `reach` positions, including
-    itself; if `in_chunks` is also set, it attends only to the positions since the last multiple of `reach`.
+    `width` is heads·head_dim; if the heads of keys and values differ in size, it is the mean of both products. A token
+    attends to itself and to all earlier positions. If `reach` is set, a token attends only to the last `reach`
+    positions, including itself; if `in_chunks` is also set, it attends only to the positions since the last multiple of
+    `reach`.
     """
 
     width: int
@@ -80,5 +81,5 @@ def forward_flops(arch: Architecture, input_tokens: int, output_tokens: int) -> 
 
 
 def total_flops(arch: Architecture, requests: Iterable[tuple[int, int]]) -> float:
-    """Return the FLOPs of requests given as (input tokens, output tokens)."""
+    """Return the FLOPs of all requests, each given as (input tokens, output tokens)."""
     return sum((forward_flops(arch, n_in, n_out) for n_in, n_out in requests), 0.0)

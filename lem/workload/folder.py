@@ -1,7 +1,7 @@
-"""Prompts in a local directory: a dataset with a card, one saved to disk by `datasets`, or plain files of one format.
+"""Reads prompts from a local directory, which may be a dataset with a card, one saved by `datasets`, or plain files.
 
-The files that were read are reported, because a directory may contain more than the user has in mind. A directory that
-would be read only in part is refused.
+Plain files must have the same format. The files that were read are reported, because a directory may contain more than
+the user expects. A directory that would be read only in part is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lem.workload import file, hub
 from lem.workload.prompts import Rows, choose_column
 
 CARD = "README.md"
-# Older versions of `datasets` write this file next to the data.
+# Files that `datasets` writes next to the data.
 NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 # The keys that describe a configuration in a card; any other key is an option for the library's reader.
 PLAIN = frozenset({"config_name", "data_files", "data_dir", "default"})
@@ -97,7 +97,7 @@ def _read(folder: Path, files: Sequence[Path], column: str | None) -> Rows:
 
 # ------------------------------------------------------------------ plain files
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split, found (as by `datasets`) by the names of files and folders."""
+    """Return the files of a split; the names of files and folders determine the split, as in `datasets`."""
     data = sorted(_data_files(folder))
     if not data:
         raise DatasetError(f"The directory {folder} contains no file of prompts ({file.KNOWN}).")

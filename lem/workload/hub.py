@@ -26,7 +26,7 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
         split: the split to read; None means `train`.
 
     Raises:
-        DatasetError: the dataset is not found or neither reachable nor cached, or lacks the configuration or split.
+        DatasetError: the dataset does not exist, is neither reachable nor cached, or lacks the configuration or split.
     """
     use_cache_if_unreachable()
     import datasets

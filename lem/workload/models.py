@@ -1,4 +1,4 @@
-"""Finding a model: built in, in a local directory, or on the hub. Reads its config.json but loads no weights."""
+"""Finds a model (built in, in a local directory or on the hub) and reads its config.json, but loads no weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Model:
 
     @property
     def folder(self) -> Path | None:
-        """The directory with the model's files, local or in the hub's cache; None if the cache does not have any."""
+        """The directory with the model's files, local or in the hub's cache; None if the model is in neither place."""
         if Path(self.path).is_dir():
             return Path(self.path)
         import huggingface_hub

@@ -1,4 +1,4 @@
-"""Switching to the Hugging Face hub's cache when the hub is unreachable. Knows nothing about models or datasets.
+"""Switches to the Hugging Face hub's cache when the hub is unreachable. This module knows no models or datasets.
 
 Without a network, the hub's client retries for half a minute before it falls back on its cache. Looking up the host
 name shows immediately that the hub is unreachable; the client is then put into offline mode, so that it uses the
@@ -54,18 +54,18 @@ class Reach:
 def reach(timeout_s: float = 3.0) -> Reach:
     """Send the hub a HEAD request for its front page, through a proxy if the environment names one.
 
-    Returns after `timeout_s` seconds even if the system is still looking up the name, which has no time limit of its
-    own. In the client's offline mode, no request is sent.
+    The function returns after `timeout_s` seconds even if the system is still looking up the name, because the system
+    sets no limit for this. In the client's offline mode, no request is sent.
     """
     try:
         parts = urlsplit(_endpoint())
         host = parts.hostname or ""
         port = f":{parts.port}" if parts.port else ""
     except ValueError as error:
-        return Reach("HF_ENDPOINT", is_reachable=False, problem=f"it is no address: {error}")
+        return Reach("HF_ENDPOINT", is_reachable=False, problem=f"it is not an address: {error}")
     if (os.environ.get(OFFLINE) or "").upper() in ("1", "ON", "YES", "TRUE"):
         return Reach(host, is_reachable=False, is_switched_off=True)
-    # Without a name and a password, which are not needed to see whether anything answers.
+    # User name and password are left out, because a check whether anything answers does not need them.
     address = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path}"
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=lambda: answers.put(_problem(address, timeout_s)), name="hub", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Turning rows into prompts: choosing the column, dropping empty prompts, drawing a sample.
+"""Turns rows into prompts: chooses the column, drops empty prompts and draws a sample.
 
 Rows are mappings from column names to values. This module knows nothing about their source.
 """
@@ -155,7 +155,7 @@ def text_of(value: Any) -> str | None:
     """Return a cell's prompt: the text itself, or the first user turn of a conversation; None for any other value.
 
     A conversation is a list of turns, `{"from": "human", "value": …}` (ShareGPT) or
-    `{"role": "user", "content": …}`. A conversation without a user turn is empty, and so is a missing cell.
+    `{"role": "user", "content": …}`. The prompt is empty if the cell is missing or the conversation has no user turn.
     """
     if value is None:
         return ""

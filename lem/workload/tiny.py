@@ -2,7 +2,7 @@
 
 Its files are always byte-for-byte the same: the weights are uniform random numbers from MT19937, whose stream numpy
 guarantees not to change, and the tokenizer is trained on the prompts that come with lem. The model's text is
-meaningless, but it does the same amount of work as a real model of its size. Creating it needs neither torch nor
+meaningless, but the model does as much work as a real model of its size. Creating it requires neither torch nor
 transformers.
 """
 

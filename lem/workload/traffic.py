@@ -1,7 +1,7 @@
 """The arrival of requests: all at once, at a rate, at a fixed concurrency, or as recorded in a trace.
 
 Requests of open-loop traffic (constant, poisson, trace) arrive whether or not the engine keeps up, and wait in a queue.
-This module knows nothing about engines or meters. Times in ns are readings of the arrival clock.
+This module knows nothing about engines or meters. Times in ns are times on the arrival clock.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ LONGEST_S = 30 * 86400.0
 def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
     """Return the arrival time of each request of open-loop traffic, in seconds after the window opens.
 
-    Poisson traffic has exponential gaps with a mean of 1 / target_qps, including one before the first request; with
-    constant traffic the first request arrives immediately. The same seed gives the same times, and a longer run starts
-    with the times of a shorter run.
+    In Poisson traffic, the gaps between requests and the gap before the first request are exponential, with a mean of
+    1 / target_qps. In constant traffic, the first request arrives immediately. The same seed gives the same times, and
+    a longer run starts with the times of a shorter run.
 
     Raises:
         BadInput: the trace cannot be read, or has fewer arrivals than the run has requests.
@@ -52,8 +52,8 @@ def in_system_s(concurrency: int, ends_s: Sequence[float]) -> list[float]:
     """Return the arrival times of the requests that are in the system, given the ends of earlier requests.
 
     Args:
-        concurrency: the fixed number of requests in the system. The first ones arrive at 0, and each later one arrives
-            when another request ends.
+        concurrency: the fixed number of requests in the system. The first ones arrive at 0; each later request arrives
+            when another ends.
         ends_s: the times at which requests have ended so far.
     """
     return sorted([*[0.0] * concurrency, *ends_s])[len(ends_s) :]
@@ -91,7 +91,7 @@ def read_trace(path: Path, count: int) -> list[float]:
 
 
 def _times(path: Path) -> list[float]:
-    """Return the times of a trace in ascending order; raises ValueError with the line of an invalid time."""
+    """Return the times of a trace in ascending order, or raise ValueError with the line of an invalid time."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         found = [(row["t_s"], rows.line_num) for row in rows]
@@ -144,7 +144,7 @@ class Arrivals(Generic[T]):
             opened_ns: the time when the window opened.
             first_s: the arrival times (as in `times_s`) of the requests that are in the system from the start; None if
                 they arrive at the opening.
-            clock: the clock of `opened_ns`, which decides what has arrived.
+            clock: the clock for `opened_ns` and for the arrivals.
         """
         self.clock = clock
         self._left = list(requests)[::-1]
@@ -157,7 +157,7 @@ class Arrivals(Generic[T]):
         return bool(self._left)
 
     def next_ns(self) -> int | None:
-        """Return when the next request arrives; None if none is left or the next waits for another to finish."""
+        """Return when the next request arrives; None if no request is left, or if it waits for another to finish."""
         if not self._left:
             return None
         if self._times_ns is not None:
@@ -189,7 +189,7 @@ def in_turn(
     If no request is waiting, this sleeps until the next arrival; otherwise it takes up to `at_most` waiting requests.
 
     Yields:
-        The batch that was taken, and each part of it when it is finished.
+        The batch that was taken, and the outputs of a part of the batch as soon as that part is finished.
     """
     while arrivals:
         batch = arrivals.take(arrivals.clock.now_ns(), at_most)
@@ -221,7 +221,7 @@ def as_places_become_free(
         advance: a function that makes the engine take a step, and returns the outputs finished in that step.
 
     Yields:
-        The outputs that are finished in the same step.
+        The outputs that finish in the same step.
     """
     while arrivals or running():
         for each in arrivals.take(arrivals.clock.now_ns(), at_most - running()):

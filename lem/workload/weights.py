@@ -20,7 +20,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 POINTER = b"version https://git-lfs"
 ZIP = b"PK"
-# Safetensors files begin with the length of their header, which may be at most this.
+# A safetensors file begins with the length of its header, in this many bytes; the header's length is limited.
 LENGTH_BYTES, LONGEST_HEADER = 8, 100_000_000
 
 # The maximum number of names per kind that a record keeps; if thousands are missing, the first few are enough.
@@ -55,7 +55,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Fit:
-    """Names of tensors that the checkpoint lacks, of tensors that the model does not use, and of mismatched shapes."""
+    """The names of tensors that the checkpoint lacks, that the model does not use, and that have mismatched shapes."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -84,9 +84,9 @@ def flaws(folder: Path) -> Iterator[Flaw]:
 
 
 def has_any(folder: Path, *, of_any_name: bool = False) -> bool:
-    """Return whether a folder has weights in files that transformers would look for, or an index of some.
+    """Return whether a folder has weights, or an index of weights, under a name that transformers looks for.
 
-    Some engines read weights `of_any_name`, such as consolidated.safetensors.
+    With `of_any_name`, other names also count, because some engines read files such as consolidated.safetensors.
     """
     if of_any_name and any(file.suffix in SUFFIXES for file in folder.iterdir()):
         return True
@@ -116,7 +116,7 @@ def tensors(folder: Path) -> dict[str, Tensor] | None:
 
 
 def archives(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint if all are archives by torch, whose tensors only torch can list; else none."""
+    """Return the files of a checkpoint if all of them are torch archives, which only torch can list; otherwise none."""
     files = weight_files(folder)
     are_archives = all(file.suffix != ".safetensors" and _beginning(file, len(ZIP)) == ZIP for file in files)
     return files if are_archives else []

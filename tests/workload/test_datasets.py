@@ -503,4 +503,4 @@ def test_alias_sample_is_the_one_that_comes_with_lem():
 
 
 def test_unknown_builtin_names_the_existing_ones():
-    assert "the built-in ones are sample" in refusal("builtin:samples")
+    assert "the built-in datasets are sample" in refusal("builtin:samples")
