@@ -1,4 +1,4 @@
-"""The family of inference backends: one module per backend, all with the same interface, chosen by the `backend` group.
+"""The inference backends: one module per backend, all with the same interface. The `backend` group selects a backend.
 
 To add a backend, write a module here that passes the contract suite, define its options in `lem.spec.engines`, add its
 YAML to `conf/backend/`, and add a line below.
@@ -13,7 +13,7 @@ __all__ = ["Backend", "Encoded", "Generation", "backend_class", "make_backend"]
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of a backend; its module does not import the engine, which happens in `start`."""
+    """Return the class of a backend without importing the engine, which only `start` imports."""
     from importlib import import_module
 
     module, class_name = {

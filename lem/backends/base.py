@@ -26,8 +26,8 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# The values that not every backend reports, in this order: `Generation.token_ids`, `model_info`,
-# `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes`, `counters`.
+# Values that only some backends report. The names stand for `Generation.token_ids`, `model_info`,
+# `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
@@ -42,7 +42,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Generation:
-    """The output for one prompt; times are readings of the backend's clock.
+    """The output for one prompt; times are times on the backend's clock.
 
     `token_ids` contains no padding and nothing after the first end token. It is empty if the engine reports only the
     number of output tokens, which is then in `counted`. `arrived_ns` is when the request arrived, or None if all
@@ -77,7 +77,7 @@ class Begun:
     """A request that an engine is working on.
 
     `since_ns` is when the engine began working on the request, or the earliest time at which it could have begun.
-    `output_tokens` is None if the engine delivers a request's tokens only once it is finished.
+    `output_tokens` is None if the engine delivers no tokens of a request before the request has finished.
     """
 
     index: int
@@ -97,8 +97,8 @@ class Backend(ABC):
     The contract, checked for each backend by `tests/backends/test_backends.py`: `start` and then `load` are called
     first, once each. `generate` yields one output for every prompt, and can be called again. The same seed gives the
     same tokens, even if the first batches are left out. Counts include neither padding nor anything after the end
-    token. If the engine fails or refuses something, the method raises `RunError` with a message that names the engine
-    and the reason.
+    token. If the engine fails or refuses something, the method that called it raises `RunError` with a message that
+    names the engine and the reason.
     """
 
     reports: ClassVar[frozenset[Reported]] = frozenset()
@@ -114,7 +114,7 @@ class Backend(ABC):
     """The run's place in a campaign, if it belongs to one; set before `start`."""
 
     clock: Clock = REAL
-    """What times the run; virtual only if the backend simulates all of its work."""
+    """The clock that times the run; virtual only if the backend simulates all of its work."""
 
     log_folder: Path | None = None
     """The directory for the log of a server that the backend starts; set before `start`."""
@@ -133,12 +133,12 @@ class Backend(ABC):
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message about a key that is not an option of the backend but is or was an argument of its engine."""
+        """Return a message about a key that is or was an argument of the engine but is not an option; else None."""
         return None
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether the engine will run on a GPU of this host, as far as can be told without importing it."""
+        """Return whether the engine will run on a GPU of this host, as far as is known before importing the engine."""
         return False
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
@@ -149,7 +149,7 @@ class Backend(ABC):
         return ()
 
     def runs_elsewhere(self) -> bool:
-        """Return whether the model runs on another machine, where no meter of this machine covers it."""
+        """Return whether the model runs on another machine, out of reach of this machine's meters."""
         return False
 
     def tolerated_failures(self, requests: int) -> int:
@@ -183,7 +183,7 @@ class Backend(ABC):
         """Run prompts as they arrive, and yield the outputs with their arrival times, grouped by when they finish.
 
         The default implementation runs one batch after another, each formed from the prompts that are waiting when the
-        engine becomes free. Engines that accept prompts while they are working override it.
+        engine becomes free. Backends whose engine accepts prompts while it is working override this method.
 
         Args:
             arrivals: the requests and their arrival times.

@@ -1,4 +1,4 @@
-"""Wrapping prompts in a model's chat template, and checking that the result contains them.
+"""Wraps prompts in a model's chat template, and checks that the result contains the prompt.
 
 Some templates expect a message's content as text, others as a list of parts. Given the wrong form, a template can drop
 the content without an error, and every prompt would become the same few tokens.

@@ -55,8 +55,8 @@ def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Ch
 
     Args:
         experiment: the experiment, which names the model.
-        config_changes: the changes that the engine makes to the model's config; None if it uses a different config, so
-            that the sizes are unknown.
+        config_changes: the changes that the engine makes to the model's config; None if the engine uses a different
+            config, so that the sizes are unknown.
 
     Raises:
         ModelError: the model does not exist.
@@ -201,7 +201,7 @@ def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output
     longest = max(encoded, key=lambda p: len(p.token_ids))
     if positions is not None and len(longest.token_ids) + max_output_tokens > positions:
         raise RunError(
-            f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with max_output_tokens {max_output_tokens} "
+            f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with max_output_tokens={max_output_tokens}, "
             f"that is more than the model's {positions} positions. "
             f"Set max_input_tokens={max(1, positions - max_output_tokens)} or less."
         )

@@ -1,4 +1,4 @@
-"""Objections to a model's files that can be found before loading: weights, tokenizer and chat template.
+"""Objections to a model's files (weights, tokenizer and chat template), found before loading.
 
 The checks look at config.json, indexes and headers. The tokenizer is loaded only if a chat template is requested.
 """
@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool = False) -> Iterator[Objection]:
     """Object to weights that are missing or damaged, or that do not fit the model described in config.json.
 
-    Some engines read files `of_any_name`.
+    With `of_any_name`, weights may be in files of any name, because some engines read those.
     """
     folder = None if model is None else model.folder
     if model is None or folder is None:
@@ -42,7 +42,7 @@ def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool
 
 
 def _is_all_there_is(model: Model) -> bool:
-    """Return whether files that the model lacks will not be downloaded."""
+    """Return whether no more files of the model will be downloaded."""
     return model.is_local or is_offline()
 
 
@@ -60,8 +60,8 @@ def damaged_weights(model: Model | None) -> Iterator[Objection]:
 
 def _none(model: Model, folder: Path, of_any_name: bool) -> Iterator[Objection]:
     if _is_all_there_is(model) and not weights.has_any(folder, of_any_name=of_any_name):
-        names = " or ".join((*weights.SINGLE_FILES, "an index of several"))
-        yield Objection("weights_incomplete", "model", f"{folder} has no weights: no {names}.")
+        names = " nor ".join((*weights.SINGLE_FILES, "an index of several files"))
+        yield Objection("weights_incomplete", "model", f"{folder} has no weights: neither {names}.")
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -94,8 +94,8 @@ def padding(model: Model) -> Iterator[Objection]:
 def largest_id(folder: Path) -> int | None:
     """Return the largest token id that a prompt's text can produce; None if that cannot be determined.
 
-    Special tokens are ignored, because many tokenizers have some that their model never receives, such as one for
-    images.
+    Special tokens are ignored, because many tokenizers have special tokens that their model never receives, such as one
+    for images.
     """
     file = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
     return None if file is None else _largest_in(str(file), file.stat().st_size, file.stat().st_mtime_ns)
@@ -152,5 +152,5 @@ def _unknown_tokens(loaded: Any, model: Model) -> Iterator[Objection]:
     rows, rendered = model.text_config.get("vocab_size"), chat.rendered(loaded, chat.PROBE)
     largest = max(loaded(rendered, add_special_tokens=False)["input_ids"], default=0)
     if isinstance(rows, int) and largest >= rows:
-        fact = f"the chat template writes the token {largest}, but the model's embedding has {rows} rows."
+        fact = f"the chat template adds the token {largest}, but the model's embedding has {rows} rows."
         yield Objection("tokenizer_too_large", "chat_template", fact)

@@ -17,7 +17,7 @@ from lem.workload.weights import Fit, summary
 
 # Maximum length of a reason, in characters.
 LONGEST_REASON = 400
-# An offset between two clocks that is smaller than this is just the time that passes between reading them.
+# A smaller offset between two clocks is only the time that passes between reading them.
 SAME_CLOCK_NS = 1_000_000
 
 
@@ -41,7 +41,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
-    """Turn any error of an engine into a one-line `RunError`: the given beginning, the reason, and a remedy if any."""
+    """Turn any error of an engine into a one-line `RunError`: the given beginning, the reason, and any remedy."""
     try:
         yield
     except Interrupted:
@@ -65,7 +65,7 @@ class MemoryHint:
 
 # ------------------------------------------------------------------ clock and compiler
 def clock_offset_ns() -> int:
-    """Return the offset from the engine's clock, `time.monotonic`, to `time.perf_counter` in ns; 0 on Linux."""
+    """Return the ns to add to the engine's clock, `time.monotonic`, to get `time.perf_counter`; 0 on Linux."""
     before_ns = time.perf_counter_ns()
     engine_ns = time.monotonic_ns()
     offset_ns = (before_ns + time.perf_counter_ns()) // 2 - engine_ns
@@ -73,7 +73,7 @@ def clock_offset_ns() -> int:
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs torch.compile has compiled in this process so far, for any caller."""
+    """Return how many graphs torch.compile has compiled in this process so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 

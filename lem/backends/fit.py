@@ -1,9 +1,9 @@
-"""Checking that a checkpoint has the tensors that the model in transformers needs.
+"""Checks that a checkpoint has the tensors that transformers needs for its model.
 
-transformers initialises any weights that a checkpoint lacks at random. Before the run, transformers' own loading code
-compares the names and shapes in the files' headers with a model without values. When the real weights are loaded, the
-loader reports the same comparison. Importing transformers takes seconds, so the comparison is skipped for checkpoints
-that are evidently complete.
+If a checkpoint lacks weights, transformers initialises them at random. Before the run, transformers' own loading code
+therefore compares the names and shapes in the files' headers with those of a model without values. When the real
+weights are loaded, the loader reports the same comparison. Importing transformers takes seconds, so the comparison is
+skipped for checkpoints that are evidently complete.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ..
 
 
 def _hollow(folder: Path) -> dict[str, Any]:
-    """Return the tensors of a checkpoint without their values; torch reads only the list of an archive."""
+    """Return the tensors of a checkpoint without their values; of a torch archive, only the list of tensors is read."""
     import torch
 
     archives = weights.archives(folder)

@@ -1,4 +1,4 @@
-"""Objections to models, GPUs and engine arguments that are the same for every engine.
+"""The objections that all engines have in common: to models, GPUs and engine arguments.
 
 The checks read the model's config.json but load no weights; `lem.backends.checkpoint_objections` checks the model's
 files.
@@ -68,7 +68,7 @@ def _code(experiment: Experiment, model: Model | None) -> Iterator[Objection]:
 
 
 def needs_own_code(model: Model) -> bool:
-    """Return whether the model needs the code that comes with it, because transformers has none for it."""
+    """Return whether the model needs the code that comes with it, because transformers has no code for the model."""
     known = transformers_source.language_models()
     kind = model.config.get("model_type")
     return "auto_map" in model.config and (kind is None or (bool(known) and kind not in known))
@@ -103,7 +103,7 @@ def positions_of(model: Model) -> int | None:
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
-    """Return the dtype used on a GPU: the requested one, or else the checkpoint's if its config names it."""
+    """Return the dtype used on a GPU: the requested dtype, or else the checkpoint's; None if its config names none."""
     if experiment.fp_precision != "auto":
         return experiment.fp_precision
     config = {} if model is None else model.config
@@ -130,7 +130,7 @@ def without_method(speculation: Any, method: str) -> Iterator[Objection]:
 
 def set_by_lem(path: str, owner: str) -> Objection:
     """Return an objection to an engine argument that lem sets; `owner` is the option that sets it, or lem's reason."""
-    return Objection("engine_arg_of_lem", path, f"it is set by {owner}.")
+    return Objection("engine_arg_of_lem", path, f"this argument is set by {owner}.")
 
 
 class Source(Protocol):
@@ -145,7 +145,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class EngineArguments:
-    """The engine arguments that a backend's option passes through by name.
+    """The engine arguments that one of a backend's options passes on by name.
 
     `dropped` maps arguments of earlier versions to advice on what to use instead.
     """
@@ -186,14 +186,14 @@ class EngineArguments:
         Args:
             name: the key.
             owner: the option that sets the argument in lem, or None if none does.
-            known: known arguments of the engine, for the case that it is not installed.
+            known: known arguments of the engine, used if the engine is not installed.
         """
         if dropped := self._dropped(name):
             return dropped
         if owner:
             return f"this argument of {self.engine} is set by {owner}."
         if name in self.source.arguments() or name in known:
-            return f"it is an argument of {self.engine}; write {self.option}={{{name}: …}}."
+            return f"this is an argument of {self.engine}; write {self.option}={{{name}: …}}."
         return None
 
     def _dropped(self, name: str) -> str | None:

@@ -1,8 +1,8 @@
-"""A server that speaks OpenAI's protocol, used over HTTP, whether lem starts it for the run or it is already running.
+"""The backend for servers that speak OpenAI's protocol, whether lem starts the server or it is already running.
 
 Prompts are sent as token ids to the completions endpoint, so that tokenizer, end tokens and seeds are the same for
-every backend. Times are measured by the client, from sending a request to the arrival of its tokens. Values that a
-server does not report are None: when it began a request, when prefill ended, and how much GPU memory it uses.
+every backend. The client measures times, from sending a request to the arrival of its tokens. A server does not report
+when it began a request, when prefill ended, or how much GPU memory it uses, so these values are None.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Openai(Backend):
         # At the last `forget`: the server's counters, and whether it emptied its prefix cache.
         self._totals_before: Mapping[str, float] = {}
         self._is_reset: bool | None = None
-        # Counters since `forget`, once requested; the peak memory from when the server last had processes.
+        # The counters since `forget`, once requested, and the peak memory when the server's processes were last seen.
         self._counters: dict[str, float] | None = None
         self._peak: Memory | None = None
 
@@ -87,7 +87,7 @@ class Openai(Backend):
         of_all = f"all {len(visible)} {'named' if is_chosen else 'visible'} GPUs are metered, including idle ones"
         if found:
             names = ", ".join(str(gpu.index) for gpu in found)
-            return visible, f"the server computes only on {names}, but {of_all}."
+            return visible, f"the server computes only on GPU {names}, but {of_all}."
         why = "the driver lists none of its processes" if pids else "its processes cannot be seen"
         why = "the driver does not list processes" if None in listed.values() else why
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
@@ -145,7 +145,7 @@ class Openai(Backend):
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Send each prompt as soon as it arrives, however many are in flight, because the server has the queue."""
+        """Send each prompt as soon as it arrives, however many are in flight, because the server queues requests."""
         yield from self._begun().serve(arrivals)
 
     def under_way(self) -> Sequence[Begun]:
@@ -239,11 +239,11 @@ class Openai(Backend):
         return "ids" if loaded.sends_ids else "the server's usage"
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model, determined without weights by the same method as in the pytorch backend."""
+        """Return the sizes of the model, determined without weights by the pytorch backend's method."""
         return needed(self._loaded).checkpoint.architecture()
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn about values that cannot be measured on a server, and about findings in its counters."""
+        """Warn about values that cannot be measured on a server, and about its counters."""
         loaded, session, counters = needed(self._loaded), self._session, self.counters() or {}
         model = loaded.checkpoint.model
         found = []

@@ -1,9 +1,8 @@
-"""Interpreting one answer of a server as its bytes arrive: decompressing, splitting into events, counting tokens.
+"""Interprets one answer of a server as its bytes arrive: decompresses it, splits it into events, counts its tokens.
 
-Servers deviate from the protocol in many small ways. Whether an answer is compressed, and whether it is a stream of
-events or one JSON object, is therefore decided by its bytes, with headers only as hints. Tokens are counted by the ids
-or the usage that the server sends, never by events. This module knows nothing about the network, prompts or
-experiments.
+Servers deviate from the protocol in many small ways. The bytes of an answer therefore decide whether it is compressed
+and whether it is a stream of events or a single JSON object; headers are only hints. Tokens are counted by the ids or
+the usage that the server sends, never by events. This module knows nothing about the network, prompts or experiments.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ BUSY = (429, 503)
 END_OF_STREAM = b"[DONE]"
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
-# The beginning of an uncompressed response, whatever its header says.
+# The possible beginnings of an uncompressed response, whatever its header says.
 PLAIN = (BOM[:2], b"{", b"[", b"<", b":", b"da", b"ev", b"id", b"re")
 LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # a \r at the very end may be half of a \r\n
 LINE_ENDS = (b"\n", b"\r")
 EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
 LONGEST_FIELD = max(map(len, EVENT_FIELDS))
-# Limits in bytes: a larger event is refused; of a longer error text, the rest is not read.
+# Limits in bytes: a larger event is refused, and only this much of an error's text is read.
 LARGEST_EVENT, LARGEST_ERROR = 8 * 2**20, 64 * 2**10
 TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.DOTALL | re.IGNORECASE)
 HTML = re.compile(r"\s*<(!doctype|html|head|body)\b", re.IGNORECASE)
@@ -56,7 +55,7 @@ class Refused(RunError):
 
 
 class Part(NamedTuple):
-    """An event of an answer, and the read that completed it; `tokens` is None if the event has no token count."""
+    """An event of an answer, and the network read that completed it; `tokens` is None without a token count."""
 
     read: int
     at_ns: int
@@ -124,7 +123,7 @@ def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[P
 
 
 def _first_and_rest(parts: Sequence[Part], output_tokens: int) -> tuple[Chunk, ...]:
-    """Return the first token as one chunk, and all others as a chunk at the last event, even if it has no text."""
+    """Return two chunks: the first token, and all others at the time of the last event, which may have no text."""
     marks = [part for part in parts if part.has_text or part.is_last] or list(parts)
     if not marks:
         return ()
@@ -183,7 +182,7 @@ class Reply:
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes received in a single network read; one read's bytes may be passed over several calls.
+        """Add bytes received in one network read, all at once or in several calls with the same `read`.
 
         Raises:
             Refused: the server sent an error, or more data than a completion can have.
@@ -225,7 +224,7 @@ class Reply:
         if self._content is None and self._transcript is None:
             self._tell_apart(0, self._at_ns, at_end=True)
         if self._transcript is not None:
-            # If a response has no length, its end looks like a lost connection.
+            # The normal end of a response without a length looks the same as a lost connection.
             return self._transcript.answer(is_whole=is_whole and self._is_delimited and not self._unpacking.is_cut)
         content = bytes(self._content or b"")
         if self._status != OK:
@@ -257,7 +256,7 @@ def waiting_s(retry_after: str) -> float | None:
 
 
 class Unpacking:
-    """Decompresses a response that the server compressed unasked, as recognised by its header or first bytes."""
+    """Decompresses a response if its header or first bytes show that the server compressed it."""
 
     def __init__(self, encoding: str, largest: int) -> None:
         """Store the compression and the maximum size in bytes of the decompressed response."""
@@ -308,7 +307,7 @@ class Unpacking:
         elif self._names and not head.lstrip().startswith(PLAIN):
             names = printable(", ".join(self._names))[:40]
             raise Refused(
-                f"its response is compressed ({names}), although lem does not ask for compression; turn it off."
+                f"its response is compressed ({names}), although lem does not ask for that; turn compression off."
             )
 
     def _inflated(self, data: bytes) -> bytes:
@@ -329,7 +328,7 @@ class Unpacking:
 
 # ------------------------------------------------------------------ events
 class Event(NamedTuple):
-    """A server-sent event, and the read that completed its last line of data."""
+    """A server-sent event, and the network read that completed its last line of data."""
 
     name: bytes
     data: bytes
@@ -338,7 +337,7 @@ class Event(NamedTuple):
 
 
 class Events:
-    """Parses server-sent events from bytes, however they are split; a single line end may separate two events."""
+    """Parses server-sent events from bytes, however these are split; a single line end may separate two events."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -420,8 +419,8 @@ class Transcript:
         self._token_ids: list[int] = []
         self._has_ids = self._lacks_ids = self._has_output = False
         self._usage = Usage(None, None)
-        # Whether usage has arrived with or after the last event of a choice, so that it is complete; whether it arrived
-        # in a separate event, as at the end; and whether text has arrived since.
+        # Whether the usage arrived with or after the last event of a choice, so that it is complete; whether the usage
+        # arrived in an event without choices, as at the end of a stream; whether text has arrived after the usage.
         self._usage_is_last = self._usage_is_alone = self._text_is_later = False
         self._finish_reason: str | None = None
         self._read, self._at_ns = 0, sent_ns
@@ -429,7 +428,7 @@ class Transcript:
         self.is_done = False
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes received in a single network read; one read's bytes may be passed over several calls.
+        """Add bytes received in one network read, all at once or in several calls with the same `read`.
 
         Raises:
             Refused: the server sent an error.
@@ -470,7 +469,7 @@ class Transcript:
     def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
         """Return the number of an event's tokens, from their ids or else from the usage so far; None without either.
 
-        A usage of 0 after some output does not count as a report.
+        A usage of 0 after some output is ignored.
         """
         if ids is not None:
             self._has_ids = True
@@ -492,7 +491,7 @@ class Transcript:
         """Return the answer, once the stream has ended.
 
         Args:
-            is_whole: whether the response is known to have ended where the server intended.
+            is_whole: whether the response is known to be complete.
 
         Raises:
             ServerGone: the stream ended too early.
@@ -523,9 +522,9 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_end(self, has_ids: bool, *, is_whole: bool) -> None:
-        """Raise `ServerGone` unless the stream ended after the last token and, if there is one, the final token count.
+        """Raise `ServerGone` if the stream may have ended before the last token or before the final token count.
 
-        A server need not give a finish reason, as long as it marks the end and counts all tokens.
+        A finish reason is not required if the server marks the end of the stream and counts all tokens.
         """
         # A server may report 0 until it knows the count.
         has_count = has_ids or self._by_text or (self._usage_is_last and bool(self._usage.output))
@@ -556,7 +555,7 @@ def _whole_answer(content: bytes, sent_ns: int, ended_ns: int, *, by_text: bool)
 NO_COMPLETION = "it sent no completion (no choices)."
 NOT_COUNTED = (
     "it sends neither the ids nor the number of the output tokens (usage.completion_tokens); "
-    "set backend.count=tokenizer to count them with the model's tokenizer."
+    "set backend.count=tokenizer to count tokens with the model's tokenizer."
 )
 
 
@@ -612,7 +611,7 @@ def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def text_in(choice: dict[str, Any]) -> str:
-    """Return the text of a choice, which has the format of the completions or of the chat endpoint."""
+    """Return the text of a choice, in the format of the completions endpoint or of the chat endpoint."""
     for found in (choice, choice.get("delta"), choice.get("message")):
         if isinstance(found, dict) and isinstance(text := found.get("text") or found.get("content"), str):
             return text

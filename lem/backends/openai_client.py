@@ -73,7 +73,7 @@ class Client:
             self._headers["authorization"] = f"Bearer {key}"
         self._done: queue.SimpleQueue[tuple[int, Answer | Failure | Exception]] = queue.SimpleQueue()
         self._running: set[asyncio.Task[None]] = set()
-        # How often all requests have been cancelled; answers to requests sent before the last time are dropped.
+        # How often all requests have been cancelled; answers to requests sent before the last cancellation are dropped.
         self._cancelled = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
@@ -232,7 +232,7 @@ class Client:
                     await self._read(response, reply, limit)
                 return reply.answer()
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, TimeoutError):
-                # All tokens may have arrived by then.
+                # All tokens may have arrived before the failure.
                 if reply is None or (answer := _despite_the_end(reply)) is None:
                     raise
                 return answer
@@ -279,7 +279,7 @@ def _limits(timeout_s: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The data of one read from the network, or the rest of it."""
+    """The data of one network read, or the part of it that has not been passed on yet."""
 
     read: int
     at_ns: int

@@ -1,6 +1,6 @@
-"""Translating lem's options for a server (address, command, request bodies), and objections to an experiment.
+"""Translates lem's options into a server's address, command and request bodies, and objects to unsuitable options.
 
-This module imports no HTTP library, and knows nothing about requests in flight or about time.
+This module imports no HTTP library. It knows nothing about requests in flight or about time.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Address:
 
 
 def address_of(options: OpenaiBackend) -> Address:
-    """Return the server's address; if no url is set, its port has yet to be chosen.
+    """Return the server's address; if no url is set, the port is None, because it has yet to be chosen.
 
     Raises:
         ConfigError: the url is not a server's address; the message says why.
@@ -267,7 +267,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; cached for a while, because a grid checks it thousands of times."""
+    """Return whether a server accepts connections; cached for a while, because a grid may ask thousands of times."""
     return answers(host, port, REACH_S)
 
 
@@ -287,7 +287,7 @@ def _command(options: OpenaiBackend) -> Iterator[Objection]:
             hint = did_you_mean(name, PLACEHOLDERS) or f" The placeholders are {', '.join(PLACEHOLDERS)}."
             yield Objection("bad_server_command", path, f"there is no placeholder {{{name}}}.{hint}")
     if options.url is None and not _has(options, "port"):
-        fact = "without backend.url, it must contain {port}, which stands for the port that lem chooses."
+        fact = "without backend.url, the command must contain {port}, for the port that lem chooses."
         yield Objection("bad_server_command", path, fact)
     if parts and program_path(parts[0]) is None:
         yield Objection("missing_program", path, f"there is no program {parts[0]}.")
@@ -303,7 +303,7 @@ def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
     }
     for path, (placeholder, is_set) in to_fill_in.items():
         if is_set and not _has(options, placeholder):
-            fact = f"only {{{placeholder}}} in backend.command would pass it to the server."
+            fact = f"only {{{placeholder}}} in backend.command would pass this option to the server."
             yield Objection("server_not_told", path, fact)
     in_no_request = {
         "adapter": (

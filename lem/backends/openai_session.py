@@ -1,8 +1,8 @@
-"""The HTTP side of the openai backend: getting a server ready, and sending it requests.
+"""The HTTP side of the openai backend: gets a server ready and sends it requests.
 
-The server is either started for the run or already running. It is also queried for its models, version and counters,
-and told to drop its prefix cache. This module is imported only when the backend starts, because its client takes a
-while to import.
+The server is either started for the run or already running. This module also queries the server's models, version and
+counters, and has the server drop its prefix cache. It is imported only when the backend starts, because the HTTP client
+takes a while to import.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 }  # fmt: skip
 # HTTP statuses of servers that have no list of models.
 NO_SUCH_PATH = (404, 405, 501)
-# The maximum size of an answer in bytes: per token, and in addition.
+# The maximum size of an answer in bytes: for each token, and for everything else.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
 # The maximum length in characters of a value that a server reports about itself.
 LONGEST_TOLD = 200
-# The remedy to suggest if a server rejects the form of the first request.
+# The HTTP statuses with which servers reject the form of a request, and the remedy to suggest.
 REFUSED_KINDS = (400, 404, 415, 422, 500)
 HINT = (
     "If the server accepts prompts only as text, set backend.prompts=text; if it knows only OpenAI's own fields, "
@@ -132,7 +132,7 @@ class Loaded:
         ).encode()
 
     def text_of(self, prompt: Encoded) -> str:
-        """Return a prompt as text; raises RunError if no text produces exactly its tokens."""
+        """Return a prompt as text, or raise RunError if no text produces exactly its tokens."""
         if prompt.token_ids not in self.texts:
             self.texts[prompt.token_ids] = as_text(self.checkpoint.tokenizer, prompt)
         return self.texts[prompt.token_ids]
@@ -346,15 +346,15 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 class OpenaiSession:
     """The requests of one window, from the first prompts after `Backend.forget`.
 
-    `is_broken` is set if the server did not answer the last request or answered it wrongly; its counters are then not
-    queried. `output_tokens` is the number of tokens in the answers so far, `failed` the number of requests without an
-    answer, and `retries` how often requests were sent again. `tokens_are_timed` says whether the times of tokens are
-    exact, and `ignores_stream` whether an answer was sent in one piece although streaming was requested.
+    `is_broken` is set if the server did not answer the last request or answered it wrongly; the server's counters are
+    then not queried. `output_tokens` is the number of tokens in the answers so far, `failed` is the number of failed
+    requests, and `retries` says how often requests were sent again. `tokens_are_timed` says whether the times of tokens
+    are exact. `ignores_stream` says whether an answer was sent in one piece although streaming was requested.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
         self._experiment, self._loaded, self._client = experiment, loaded, loaded.client
-        # In open-loop traffic requests are not sent again, because they would arrive at a different time.
+        # In open-loop traffic, requests are not sent again, because they would arrive at a different time.
         self._insists = experiment.traffic.pattern in ("closed", "concurrency")
         self.is_broken = False
         self.output_tokens = self.failed = self.retries = 0
@@ -373,12 +373,12 @@ class OpenaiSession:
             yield self._batch([prompts[i] for i in positions], number)
 
     def serve(self, arrivals: Arrivals[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send each prompt as soon as it arrives, however many are in flight, because the server has the queue."""
+        """Send each prompt as soon as it arrives, however many are in flight, because the server queues requests."""
         for number, done in enumerate(self._served(arrivals)):
             yield [replace(done, batch=number)]
 
     def under_way(self) -> list[Begun]:
-        """Return the unanswered requests, timed from when they were sent: the server does not report which wait."""
+        """Return the unanswered requests, timed from sending, because the server does not report which of them wait."""
         now_ns = time.perf_counter_ns()
         waiting = list(self._waiting.values())  # a copy, because the client's thread adds requests
         return [Begun(each.request.index, each.at_ns) for each in waiting if each.at_ns <= now_ns]

@@ -1,4 +1,4 @@
-"""Placing one model on several devices: spreading its layers over GPUs, or splitting each layer over processes.
+"""Places one model on several devices: spreads its layers over GPUs, or splits each layer over processes.
 
 Both plans are based on the model's config and the sizes of its weights, so a model on the meta device is enough;
 transformers carries out the plan. This module does not consider the memory or the speed of a GPU.
@@ -18,8 +18,8 @@ def spread(model: Any, devices: int) -> dict[str, int]:
     """Return the device (numbered from 0) for each part of a model, giving the devices equal shares of the weights.
 
     The parts are placed in order, each on the device whose share contains the middle of the part's weights. Modules
-    that the model declares unsplittable stay whole. A part that shares the weights of another part (a tied output
-    projection) goes to the same device.
+    that the model declares unsplittable stay whole. A part that shares the weights of another part (such as a tied
+    output projection) goes to the same device.
 
     Raises:
         RunError: the model does not declare its unsplittable modules, or its parts are too few or too unequal.

@@ -79,7 +79,7 @@ class Pytorch(Backend):
         return bool(host.gpus) and experiment.backend.device != "cpu"
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the first visible GPUs, as many as all processes use, or none if PyTorch runs on the CPU."""
+        """Return the GPUs that all processes use, beginning with the first visible one; none if the CPU is used."""
         import torch
 
         if self._is_on_cuda(torch):
@@ -166,7 +166,7 @@ class Pytorch(Backend):
         self._running.noticed = Noticed()
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the running requests, with continuous batching; otherwise none, as a batch finishes as a whole."""
+        """Return the running requests of continuous batching; without it, none, because a batch finishes as a whole."""
         return self._runner.under_way() if isinstance(self._runner, Continuous) else ()
 
     def synchronize(self) -> None:
@@ -255,7 +255,7 @@ def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
     if noticed.not_finite:
         yield warning("not_finite", f"the logits of {noticed.not_finite} requests are infinite or not a number.")
     if noticed.padded:
-        text = f"{noticed.padded} requests were padded in their batch, which the model does not mask."
+        text = f"{noticed.padded} requests were padded in their batch, but the model does not mask padding."
         yield warning("padding_changed_tokens", text)
 
 
@@ -264,10 +264,10 @@ def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
 class Loaded:
     """A model that can generate.
 
-    `devices` are the devices of this process; the first takes the inputs. `inner` is the model whose forward pass
-    `model` calls; it is a different object from `model` if an adapter wraps it. `generation_config` sets every option,
-    so that none is taken from defaults that ship with the model. `pad_token` fills rows and is masked. `fit` is the
-    loader's report on the weights.
+    `devices` are the devices of this process; the first takes the inputs. `inner` is the transformers model inside
+    `model` if an adapter wraps it, otherwise `model` itself. `generation_config` sets every option, so that the
+    defaults that ship with the model are never used. `pad_token` fills rows and is masked. `fit` is the loader's report
+    on the weights.
     """
 
     found: Model
@@ -411,7 +411,7 @@ def _with_adapter(model: Any, adapter: str) -> tuple[Any, tuple[str, ...]]:
 def _placement(
     torch: Any, transformers: Any, experiment: Experiment, found: Model, devices: Sequence[Any]
 ) -> dict[str, Any]:
-    """Return the options that place the weights."""
+    """Return the options with which transformers places the weights on the devices."""
     strategy = strategy_of(experiment)
     if strategy in ("none", "data_parallel"):
         return {"device_map": {"": devices[0]}}
@@ -481,13 +481,14 @@ class Static:
         self._cache_bytes: int | None = None
 
     def kv_cache_bytes(self) -> int | None:
-        """Return the size in bytes of the largest batch's cache at its end, in all processes that share the model."""
+        """Return the final size in bytes of the largest batch's cache, in all processes that share the model."""
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
         """Measure the cache after the last forward pass, unless an earlier batch had as many tokens (with padding).
 
-        The cache is taken from the forward passes, because asking transformers to return it changes how it generates.
+        The cache is taken from the forward passes, because transformers generates differently if it is asked to return
+        the cache.
         """
         held, self._cache = self._cache, None
         if tokens <= self._largest:

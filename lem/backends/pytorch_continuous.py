@@ -32,9 +32,9 @@ OLDEST = (5, 19)
 # The number of tokens in a page of the cache. Flash attention reads pages of 256; other kernels read token by token.
 PAGE, FLASH_PAGE = 16, 256
 # The number of input tokens that a step can process in addition to one token per running request. Without flash
-# attention, a mask with this many rows and the length of the whole cache is allocated.
+# attention, a mask is allocated that has this many rows and is as long as the whole cache.
 STEP_TOKENS, FLASH_STEP_TOKENS = 512, 8192
-# For a model with several kinds of layers, the cache is allocated in units larger than a page.
+# Spare pages, because a model with several kinds of layers allocates its cache in units larger than a page.
 SPARE_PAGES = 4
 LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
 # Models with replaceable attention that fail or produce different tokens with the paged cache (transformers 5.23).
@@ -187,7 +187,7 @@ class Continuous(Session[_Request]):
             allow_block_sharing=False,
             # The cache has room for every request that can run, so none has to be held back.
             safety_margin=0.0,
-            # The times of a step are only meaningful if the step has ended when it returns.
+            # A step can be timed only if it has ended when the call returns.
             use_async_batching=False,
             use_cuda_graph=False,
             # Keep the kernel that was requested.
@@ -201,7 +201,7 @@ class Continuous(Session[_Request]):
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def forget_cache(self) -> None:
-        """Do nothing: the size of this cache is fixed when it is allocated, so no largest size has to be forgotten."""
+        """Do nothing, because the size of this cache is fixed when it is allocated."""
 
     def settings(self) -> dict[str, str]:
         """Return the engine's settings that affect the measurements."""
@@ -228,7 +228,7 @@ class Continuous(Session[_Request]):
         return 0 if state is None else len(state.generated_tokens)
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a request, under a name of its own, because a warm-up may repeat prompts."""
+        """Give the engine a request under a new name, because a warm-up may repeat prompts."""
         key = next(self._names)
         rules, generator = self._own_rules(prompt), self._generator(prompt)
         request = _Request(prompt, batch, arrived_ns, name=str(key), own_rules=rules, generator=generator)
@@ -352,9 +352,9 @@ class Continuous(Session[_Request]):
 
 
 class _Chooser:
-    """Adjusts the scores so that transformers' loop, which takes the most likely token, picks the right one.
+    """Adjusts the scores so that transformers' loop, which takes the most likely token, takes the intended one.
 
-    It takes the place of transformers' own logits processor.
+    This class replaces transformers' own logits processor.
     """
 
     supports_continuous_batching = True

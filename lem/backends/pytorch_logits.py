@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Noticed:
-    """The numbers of requests since `Backend.forget` whose tokens are meaningless or affected by padding."""
+    """How many requests since `Backend.forget` had logits that are not finite, and how many had unmasked padding."""
 
     not_finite: int = 0
     padded: int = 0

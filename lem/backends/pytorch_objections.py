@@ -90,7 +90,7 @@ def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Object
 def _tensor_parallel(
     experiment: Experiment, options: PytorchBackend, model: Model | None, host: Host
 ) -> Iterator[Objection]:
-    """Object to a model that, according to transformers and its config, cannot be split over the processes."""
+    """Object to a model that transformers cannot split over the processes, judging by the model's config."""
     parallelism = experiment.parallelism
     if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
         return
@@ -172,7 +172,7 @@ def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | 
             code, "backend.cache_implementation", f"continuous batching uses a paged cache, not a {cache} one."
         )
     if options.torch_compile:
-        fact = "each step of continuous batching has a different shape, so it would be recompiled."
+        fact = "every step of continuous batching has a different shape and would be recompiled."
         yield Objection(code, "backend.torch_compile", fact)
     if strategy in ("tensor_parallel", "pipeline_parallel"):
         fact = f"the pytorch backend cannot batch continuously with {strategy}, only with data_parallel; vllm can."
@@ -195,7 +195,7 @@ def _unavailable(model: Model | None) -> Iterator[Objection]:
         yield Objection(code, path, reason)
     strange = sorted(set(config.get("layer_types") or ()) - pytorch_continuous.LAYER_TYPES)
     if strange:
-        fact = f"{model.name} has layers of {', '.join(strange)}, for which transformers has no paged cache."
+        fact = f"{model.name} has layers of type {', '.join(strange)}, for which transformers has no paged cache."
         yield Objection(code, path, fact)
 
 

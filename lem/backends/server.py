@@ -1,7 +1,7 @@
 """A server that is started for a run and stopped after it: its command, its log and its processes.
 
-All of the server's processes are ended by a guardian, a process between this one and the server that outlives both.
-This module knows nothing about the server's protocol or its requests.
+The guardian, a process between this one and the server, ends all of the server's processes; it outlives this process
+and the server. This module knows nothing about the server's protocol or its requests.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return a server's environment: that of this process, without launcher variables, and with these GPUs visible.
+    """Return a server's environment: this process's environment without launcher variables, with the GPUs to show.
 
     If `shown_gpus` is None, the visibility of GPUs is unchanged.
     """
     variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
     variables.pop(
         "PYTHONSAFEPATH", None
-    )  # it is meant for lem's own processes; a user's server may import modules next to it
+    )  # this variable is meant for lem's own processes; a user's server may import modules from its own directory
     if shown_gpus is not None:
         variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": shown_gpus}
     return variables

@@ -34,7 +34,7 @@ from lem.workload.traffic import Arrivals, as_places_become_free
 class Request:
     """A prompt given to the engine, and the tokens delivered so far; `chunks` is used only if tokens are timed.
 
-    `number` is the position of the prompt among those given to the engine in one run, from 0.
+    `number` is the position of the prompt among those given to the engine in one run, counted from 0.
     """
 
     prompt: Encoded
@@ -58,7 +58,7 @@ R = TypeVar("R", bound=Request)
 class Session(ABC, Generic[R]):
     """The requests in flight in one engine, by key; a session cannot be used after the engine has raised an error.
 
-    A backend creates a session for the first prompts after `Backend.forget`, so without a session nothing has run.
+    A backend creates a session for the first prompts after `Backend.forget`; until then, it has no session.
     """
 
     def __init__(self, experiment: Experiment, clock: Clock = REAL) -> None:
@@ -227,7 +227,7 @@ class SessionBackend(Backend, Generic[S]):
         """Return a session without any requests in flight."""
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the first visible GPUs, as many as all processes use; none if the engine runs on the CPU."""
+        """Return the GPUs that all processes use, beginning with the first visible one; none if the CPU is used."""
         if not self._on_gpu:
             return ()
         in_use, first = host.gpus[: gpus_needed(self._experiment)], self.local_rank * self._degree
@@ -281,7 +281,7 @@ class SessionBackend(Backend, Generic[S]):
         )
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model and its adapter, determined without weights as in the pytorch backend."""
+        """Return the sizes of the model and its adapter, determined without weights by the pytorch backend's method."""
         loaded = needed(self._loaded)
         return loaded.checkpoint.architecture(loaded.adapter_weights)
 

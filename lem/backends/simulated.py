@@ -53,7 +53,7 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object to requests for more GPUs than are visible, and to model options, because no model runs."""
+        """Object if more GPUs are needed than are visible, and to model options, because no model runs."""
         assert isinstance(experiment.backend, SimulatedBackend)
         needed, visible = experiment.backend.gpus, len(host.gpus)
         too_few = Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {needed}, visible: {visible}.")
@@ -66,7 +66,7 @@ class Simulated(Backend):
         return experiment.backend.gpus > 0
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the first visible GPUs, as many as are requested."""
+        """Return the requested number of GPUs, beginning with the first visible one."""
         return host.gpus[: self._options.gpus]
 
     def start(self) -> None:
@@ -134,7 +134,7 @@ class Simulated(Backend):
             yield from super().serve(arrivals, at_most)
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the running requests, with continuous batching; otherwise none, as a batch finishes as a whole."""
+        """Return the running requests of continuous batching; without it, none, because a batch finishes as a whole."""
         return self._session.under_way()
 
     def peak_memory(self) -> Memory:
@@ -187,12 +187,12 @@ class Pace:
         self._of_requests.clear()
 
     def prefill_s(self, prompts: Sequence[Encoded]) -> float:
-        """Return how long it takes to process prompts."""
+        """Return how long the prefill of these prompts takes, in seconds."""
         tokens = math.fsum(len(p.token_ids) * self._of_request(p.index) for p in prompts)
         return tokens * self._options.prefill_s_per_token * self._of_cell
 
     def step_s(self, prompts: Sequence[Encoded]) -> float:
-        """Return how long a decode step of some requests takes."""
+        """Return how long a decode step for these prompts takes, in seconds."""
         mean = statistics.fmean(self._of_request(p.index) for p in prompts)
         return mean * self._options.decode_s_per_token * self._of_cell
 

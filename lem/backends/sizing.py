@@ -1,14 +1,14 @@
-"""The sizes that determine a model's FLOPs, found by running its text model without values.
+"""Finds the sizes that determine a model's FLOPs by running the model's text part without values.
 
-The text model is built on PyTorch's device `meta`, where tensors have shapes but no values, and PyTorch's own counter
-counts the matrix products of a few short forward passes. The part that grows linearly with the number of tokens is the
-body, and the part that grows with its square is attention; both are known for each layer. The peculiarities of a model
-family (low-rank projections, heads of several sizes, layers that share keys and values, shared experts) are therefore
-taken from transformers' own code, and an image tower is never run. A layer's reach, such as a sliding window, is read
-from the config. If the costs of the passes do not follow this pattern, the sizes are unknown, and the exception gives
-the reason.
+The text part is built on PyTorch's device `meta`, where tensors have shapes but no values. PyTorch's own counter counts
+the matrix products of a few short forward passes. In each layer, the cost that grows linearly with the number of tokens
+belongs to the body, and the cost that grows quadratically belongs to attention. The peculiarities of a model family
+(low-rank projections, heads of several sizes, layers that share keys and values, shared experts) are thus taken from
+transformers' own code, and an image tower is never run. A layer's reach, such as a sliding window, is read from the
+config. If the costs of the passes do not follow this pattern, the sizes are unknown, and the exception gives the
+reason.
 
-The module also measures the size of a cache, by adding up its tensors. It knows nothing about engines.
+The module also measures the size of a cache by adding up its tensors. It knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _counting(into: _Pass, layers: Sequence[Any], experts: Mapping[str, Any]) ->
 
 
 def _counter(add: Any) -> Any:
-    """Return a dispatch mode that calls `add` with the FLOPs of each matrix product, by PyTorch's own counter."""
+    """Return a dispatch mode that calls `add` with the FLOPs of each matrix product, as counted by PyTorch."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry

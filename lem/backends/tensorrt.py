@@ -1,4 +1,4 @@
-"""TensorRT-LLM's LLM API with its PyTorch backend: the engine runs in its own processes, and this one sends requests.
+"""TensorRT-LLM's LLM API with its PyTorch backend: the engine has separate processes, and this one sends requests.
 
 Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. The times
 of requests, cache hits and accepted drafts are the engine's own figures, or None if it does not report them. This
@@ -131,7 +131,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         return encoded
 
     def forget(self) -> None:
-        """Reset the counters and start a new session, whose different salt keeps it from reusing cached prefixes."""
+        """Reset the counters and start a new session; its new salt prevents the reuse of cached prefixes."""
         self._windows += 1
         self._session = None
 
@@ -253,7 +253,7 @@ def _check_options(args: Any, options: TensorrtBackend) -> None:
             if wanted.casefold() != used.casefold():
                 raise RunError(
                     f"{path} is {wanted}, but TensorRT-LLM uses {used} for this model on this device. "
-                    "Set the option to what TensorRT-LLM uses, or leave it out."
+                    "Set the option to the value in use, or leave it out."
                 )
 
 
@@ -279,7 +279,7 @@ def _positions(model: Model, args: Any) -> int | None:
 def _model_info(
     args: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
 ) -> ModelInfo | None:
-    """Describe the model by its checkpoint, as the engine reports nothing; None if transformers does not know it."""
+    """Describe the model by its checkpoint, because the engine does not; None if transformers does not know it."""
     if read.hollow is None:
         return None
     parameters = int(read.hollow.num_parameters()) + adapter_weights

@@ -1,6 +1,4 @@
-"""Translating lem's options into TensorRT-LLM's sampling parameters and the arguments of its `LLM` class.
-
-Options that the installed version does not support are objected to.
+"""Translates lem's options into the arguments and sampling parameters of TensorRT-LLM, and objects to unsuitable ones.
 
 This module imports neither TensorRT-LLM nor torch: the options that the installed version accepts are read from its
 source code. It knows nothing about requests in flight or about time.
@@ -275,7 +273,7 @@ def _sampling(experiment: Experiment) -> Iterator[Objection]:
     read = tensorrt_source.sampling_options_read()
     for name, path, neutral in asked:
         if read and name not in read:
-            fact = f"the sampler of TensorRT-LLM {tensorrt_source.version()} ignores it ({neutral:g} is off)."
+            fact = f"the sampler of TensorRT-LLM {tensorrt_source.version()} ignores this option ({neutral:g}: off)."
             yield Objection("sampler_ignores", path, fact)
 
 

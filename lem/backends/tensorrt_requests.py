@@ -1,4 +1,4 @@
-"""Following requests in TensorRT-LLM: submitting them, timing their tokens, and waiting until any is finished.
+"""Submits requests to TensorRT-LLM, times their tokens, and waits until any request is finished.
 
 TensorRT-LLM answers each request through a future, which is an asyncio future if an event loop is running. Here a
 thread runs an event loop and follows all requests, so that tokens are timed on arrival, whatever the main thread is
@@ -23,7 +23,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A request being followed; `result` is the engine's future, None before submission; `error` is set on failure."""
+    """A followed request; `result` is the engine's future (None before submission); `error` is set on failure."""
 
     key: int = 0
     last_ns: int = 0

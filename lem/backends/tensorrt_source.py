@@ -1,9 +1,9 @@
 """The arguments and some of the values that the installed TensorRT-LLM accepts, read from its source code.
 
 Importing TensorRT-LLM takes many seconds and looks for GPUs, whereas parsing the files with its arguments takes 0.1 s.
-If the source has an unknown layout, nothing is known about the accepted arguments, and it is left to the engine to
-refuse them. This module knows nothing about experiments. It was written for `tensorrt_llm/llmapi/llm_args.py` of the
-1.x series, at the commits named in docs/tensorrt.md.
+If the source has an unknown layout, the accepted arguments are unknown, and only the engine can refuse an argument.
+This module knows nothing about experiments. It was written for `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at
+the commits named in docs/tensorrt.md.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 from lem.machine.host import installed_version
 
 AUTO = "models/auto"
-# Part of transformers' warning when it uses a model trained to read in both directions as a decoder.
+# Part of the warning that transformers gives if a model trained to read in both directions is used as a decoder.
 READS_BOTH_WAYS = "as a standalone, add `is_decoder=True"
 
 

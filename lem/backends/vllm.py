@@ -129,7 +129,7 @@ class Vllm(SessionBackend["VllmSession"]):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's counters since `forget`, including those of speculation only if it is on."""
+        """Return the engine's counters since `forget`; those of speculation are included only if speculation is on."""
         if self._session is None:
             return None
         now = totals(needed(self._loaded).engine)
@@ -236,7 +236,7 @@ def _check_options(llm: Any, options: VllmBackend, attention: str) -> None:
         if not is_in_use:
             raise RunError(
                 f"backend.{name} is {asked}, but vLLM uses {engine.as_text(used)} for this model on this device. "
-                "Set the option to what vLLM uses, or leave it out."
+                "Set the option to the value in use, or leave it out."
             )
 
 

@@ -1,4 +1,4 @@
-"""Translating lem's options into vLLM's engine arguments and sampling parameters, and objections to an experiment.
+"""Translates lem's options into vLLM's engine arguments and sampling parameters, and objects to unsuitable options.
 
 This module imports neither vLLM nor torch: the options that the installed version accepts are read from its source
 code. It knows nothing about requests in flight or about time.
@@ -76,7 +76,7 @@ CODE = (
     "worker_cls",
     "worker_extension_cls",
 )
-# Fields that do the same within an argument that is a mapping.
+# Fields with the same effect, inside arguments that are mappings.
 CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
 # Arguments of earlier versions, and what to use instead.
 DROPPED = {

@@ -1,8 +1,8 @@
 """The arguments that the installed vLLM accepts, read from its source code, and functions to run in its workers.
 
 Importing vLLM takes ten seconds or more, whereas parsing the file with its arguments takes 40 ms. If the source has an
-unknown layout, nothing is known about the accepted arguments, and it is left to the engine to refuse them. This module
-knows nothing about experiments.
+unknown layout, the accepted arguments are unknown, and only the engine can refuse an argument. This module knows
+nothing about experiments.
 """
 
 from __future__ import annotations

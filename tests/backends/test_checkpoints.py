@@ -528,7 +528,7 @@ def test_special_token_that_prompts_never_hold_needs_no_embedding_but_that_of_a_
     (folder / "chat_template.jinja").write_text("<image>{{ messages[0].content }}")
     (objection,) = found(folder, chat_template=True)
     assert (objection.code, objection.path) == ("tokenizer_too_large", "chat_template")
-    assert f"writes the token {last_token(llama) + 1}" in objection.fact
+    assert f"adds the token {last_token(llama) + 1}" in objection.fact
     with pytest.raises(RunError, match="contains token"):
         loaded(folder, chat_template=True).encode(TEXTS)
 

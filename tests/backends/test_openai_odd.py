@@ -331,7 +331,7 @@ FAULTS = {
         "it sent 4 token ids but counted 9 output tokens.",
     ),
     "no counts": (
-        lambda b: stream(events(b, ids=False, final=False)), r".*set backend\.count=tokenizer to count them with .*",
+        lambda b: stream(events(b, ids=False, final=False)), r".*set backend\.count=tokenizer to count tokens with .*",
     ),
     "abort": (lambda b: stream(events(b, finish="abort")), "The server stopped generating: abort."),
     "a line without end": (
@@ -392,7 +392,7 @@ def test_where_a_server_tells_no_counts_the_tokenizer_counts(served, streaming):
             return uncounted(body)
         return [response(json.dumps({"choices": [choice(" the cat sat on", "stop")]}).encode())]
 
-    with pytest.raises(RunError, match=r"set backend\.count=tokenizer to count them"):
+    with pytest.raises(RunError, match=r"set backend\.count=tokenizer to count tokens"):
         served(answer, streaming=streaming)
     _, backend = served(answer, {"count": "tokenizer"}, streaming=streaming, max_output_tokens=8)
     (g,) = run(backend, 1)
