@@ -1,7 +1,7 @@
 """lem measures what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.
 
-As a library, `run` does what `lem experiment` does, without Hydra, and `load` reads a results directory. Each
-name is imported on first use, so that `import lem` stays fast.
+In Python code, `run` runs an experiment as `lem experiment` does, but without Hydra, and `load` reads a results
+directory. Each public name is imported on first use, so that `import lem` stays fast.
 """
 
 from __future__ import annotations

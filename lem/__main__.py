@@ -1,8 +1,8 @@
-"""`python -m lem` is the `lem` command."""
+"""Makes `python -m lem` run the `lem` command."""
 
 import sys
 
-# Python searches the working directory for modules first, and a user's folder may contain, say, a yaml.py.
+# With -m, Python searches the working directory for modules first, and a user's folder may contain, say, a yaml.py.
 if not sys.flags.safe_path:
     del sys.path[0]
 

@@ -28,7 +28,7 @@ class LemError(Exception):
 
 
 class BadInput(LemError):
-    """The request cannot be carried out; raised by the checks that come before measuring. Exit code 2."""
+    """The request cannot be carried out; raised by the checks before a run. Exit code 2."""
 
     exit_code = 2
 
@@ -39,7 +39,7 @@ class BadInput(LemError):
 
 
 class ConfigError(BadInput):
-    """A configuration has one or more problems, all in `problems`; raised by `config` and preflight. Exit code 2."""
+    """The configuration is invalid; `problems` lists every problem. Raised by `config` and preflight. Exit code 2."""
 
 
 class DatasetError(BadInput):
@@ -64,7 +64,7 @@ class Interrupted(LemError):
     exit_code = 130
 
     def __init__(self, reason: str = "", remedy: str = "") -> None:
-        """Store the cause and the advice on continuing separately, because a study gives advice of its own."""
+        """Store the reason and the remedy separately, because a study replaces the remedy."""
         self.reason = reason
         super().__init__(" ".join(filter(None, (reason, remedy))))
 

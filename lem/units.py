@@ -1,10 +1,10 @@
-"""Formatting for people: numbers with units and prefixes, and text made safe to print.
+"""Formats numbers for people, with units and prefixes, and makes text safe to print.
 
 Numbers in records are in unprefixed units (joules, watts, seconds, bytes) unless the field's name says otherwise.
 
-A name that comes from a file or a server may contain escape sequences that colour the terminal, set its title or move
-its cursor, characters that reverse the direction of the surrounding text, or line breaks that make one message look
-like two. Such characters are printed as JSON escapes, so that JSON output stays valid and keeps its values.
+Names from files and servers may contain control characters. Escape sequences can recolour the terminal or move its
+cursor, other characters reverse the text direction, and a line break makes one message look like two. Control
+characters are therefore printed as JSON escapes, so that JSON output stays valid and keeps its values.
 `lem.cli.streams` and `lem.results.show` apply this to everything that lem prints. This module knows nothing about
 measurements.
 """

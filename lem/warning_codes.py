@@ -1,4 +1,4 @@
-"""The catalogue of warnings, each with its meaning and remedy, and the checks that find them in records and rows.
+"""The catalogue of warnings, with meanings and remedies, and the checks that derive warnings from records and rows.
 
 The catalogue is the single source of the codes: a warning with any other code cannot be created, and
 `docs/warnings.md` is generated from it. This module knows records and rows, but not how they were measured.
@@ -33,26 +33,26 @@ BUSY_SHARE = 0.10
 HIGH_CV = 0.2
 CV_LEAST_BATCHES = 5
 IDENTITY_TOLERANCE = 0.01
-# Each process's window opens when the process passes the barrier, and a busy machine can delay that.
+# A busy machine may delay a process at the barrier where its window opens.
 TIMES_TOLERANCE_S = 0.05
-# Without traffic, some request should always be running; an idle share and an idle time above these are suspicious.
+# Without traffic, a request should always be running; idle time that exceeds both limits is suspicious.
 UNFILLED_SHARE = 0.1
 UNFILLED_LEAST_S = 0.2
-# Because of the sensor's own error, a window's average power may appear to exceed a GPU's limit by this share.
+# Because of sensor error, a GPU's average power may appear to exceed its limit by up to this share.
 POWER_TOLERANCE = 0.05
 POWER_LEAST_S = 2.0
 LEAST_CYCLES = 2
 # The percentiles of latencies that rows report.
 PERCENTILES = (50, 95, 99)
-# The probability with which the largest value must reach the percentile, for the sample to be large enough.
+# A sample is large enough if its largest value reaches the percentile with at least this probability.
 PERCENTILE_CERTAINTY = 0.95
-# Even in a good run, the counter and the power trace differ by up to this share; smaller differences mean nothing.
+# Even in a good run, the counter and the power trace differ by up to this share, so smaller differences are ignored.
 IDLE_TOLERANCE = 0.01
 # A counter's energy is uncertain by up to one tick at each edge of a window.
 EDGE_TICKS = 2
 # Throttling for less than this share of the window is ignored.
 THROTTLED_LEAST = 0.01
-# Throttle reasons for which the driver also keeps a time counter, and the policy that the counter belongs to.
+# Throttle reasons, mapped to the driver policies that have time counters for them.
 COUNTED_AS = {
     "sw_power_cap": "power",
     "sw_thermal_slowdown": "thermal",
@@ -64,7 +64,7 @@ NOT_THROTTLING = frozenset({"applications_clocks_setting", "sync_boost"})
 
 @dataclass(frozen=True)
 class WarningKind:
-    """A kind of warning: what it means, and what to do about it."""
+    """The meaning and the remedy of one kind of warning."""
 
     meaning: str
     remedy: str
@@ -73,11 +73,11 @@ class WarningKind:
 WARNINGS: dict[str, WarningKind] = {
     "short_window": WarningKind(
         f"The measured window was shorter than {SHORT_WINDOW_S:g} s, so sensor resolution and one-time costs dominate.",
-        "Run more prompts or longer outputs; 30 s or more is better.",
+        "Run more prompts, or generate longer outputs; 30 s or more is better.",
     ),
     "short_steady_state": WarningKind(
         f"The window was long enough, but all slots of the batch were taken for less than {SHORT_WINDOW_S:g} s of it. "
-        "The steady state's energy therefore rests on few readings, each of them up to a tick old.",
+        "The steady state's energy therefore rests on few readings, and each reading may be one tick old.",
         "Run more prompts, so that all slots are taken for most of the window.",
     ),
     "few_ticks": WarningKind(
@@ -85,16 +85,16 @@ WARNINGS: dict[str, WarningKind] = {
         "Run longer, so that the error at the edges of the window becomes negligible.",
     ),
     "counter_trace_mismatch": WarningKind(
-        f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} plus the "
-        "share that the trace may miss at the window's edges. That share is the maximum age of a sample (0.2 s, or "
-        "1.2 s if the driver averages power, plus one sampling period) divided by the length of the window.",
-        "Check whether the trace shows a changing load, and repeat the run. On a module (GH200), counter and trace may "
-        "cover different components.",
+        f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} plus an "
+        "allowance for the window's edges. The allowance is the maximum age of a power sample divided by the window's "
+        "length. The maximum age is 0.2 s (1.2 s if the driver averages power) plus one sampling period.",
+        "Check whether the trace shows a changing load, and repeat the run. On a module (GH200), the counter and the "
+        "trace may cover different components.",
     ),
     "throttled": WarningKind(
         f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, according to "
-        "its own counters or to samples taken during the window. If the driver reports nothing for the "
-        "window, the GPU was throttled just before or after it.",
+        "its own counters or to samples taken during the window. If the driver reported nothing during the window, the "
+        "warning refers to throttling just before or after the window.",
         "Cool the machine, raise the power limit, or lock the clocks at a lower frequency.",
     ),
     "foreign_process": WarningKind(
@@ -102,8 +102,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Wait for that process to end, or use another GPU.",
     ),
     "temperature_drift": WarningKind(
-        f"A GPU's temperature changed by more than {TEMPERATURE_DRIFT_C} °C over the run, which also changes "
-        "its leakage power.",
+        f"A GPU's temperature changed by more than {TEMPERATURE_DRIFT_C} °C over the run, and its leakage power "
+        "changed with the temperature.",
         "Warm up longer (warmup.until_cv), or cool down first (cooldown.to_c).",
     ),
     "busy_host": WarningKind(
@@ -112,7 +112,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "high_variation": WarningKind(
         f"The time per output token varied between batches by more than {HIGH_CV:.0%} (coefficient of variation). "
-        "Prefill time is excluded if it is known.",
+        "Prefill time is excluded if known.",
         "Warm up longer, look for other load on the machine, and repeat the run.",
     ),
     "warmup_not_steady": WarningKind(
@@ -129,32 +129,31 @@ WARNINGS: dict[str, WarningKind] = {
         "Raise cooldown.max_s or cooldown.to_c.",
     ),
     "few_cycles": WarningKind(
-        f"There were fewer than {LEAST_CYCLES} cycles; a single measurement has no confidence interval.",
-        "Measure several cycles (--cycles): an interval needs at least two cycles; with five or more, it is usefully "
-        "narrow.",
+        f"Fewer than {LEAST_CYCLES} cycles finished, and a single measurement has no confidence interval.",
+        "Measure several cycles (--cycles). A confidence interval needs at least two cycles; five or more make it "
+        "usefully narrow.",
     ),
     "few_samples": WarningKind(
         "A percentile rests on too few values. The probability that all of n independent values lie below the true "
-        "percentile p is pⁿ. If it exceeds 5 %, even the largest value is not an upper bound for the percentile at "
-        "95 % confidence (Wilks 1941), and the reported percentile is little more than the largest value. The median "
-        "needs 5 values, p95 needs 59, and p99 needs 299: about 3/(1 - p).",
+        "percentile p is pⁿ. If pⁿ exceeds 5 %, even the largest value is not an upper bound for the percentile at "
+        "95 % confidence (Wilks 1941). The number of values needed is about 3/(1 - p): 5 for the median, 59 for p95, "
+        "and 299 for p99.",
         "Run more prompts, or report a lower percentile or the mean.",
     ),
     "window_cut": WarningKind(
         "The run was interrupted inside the measured window, so the window ends at the last finished request. The "
-        "message says how much time was lost between that request and the interruption; for a process that was killed, "
-        "this is unknown.",
+        "message says how much time was lost between that request and the interruption; the loss is unknown if the "
+        "process was killed.",
         "No action is needed if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
-        "The run was interrupted and resumed: its windows were measured at different times, each after a warm-up.",
+        "The run was interrupted and resumed. Its windows were measured at different times, each after a warm-up.",
         "If small differences matter, compare with an uninterrupted run.",
     ),
     "work_repeated": WarningKind(
-        "Requests were in flight when a window was interrupted. The row includes the time and energy spent on these "
-        "requests before the interruption as well as the time and energy of running them again; the message gives an "
-        "upper bound for the part spent twice. If that part is more than 2 % of the window (`repeated_share`), rates "
-        "and energy per token are null.",
+        "Requests were in flight when a window was interrupted, and ran again afterwards. The row includes the time "
+        "and energy of both runs; the message gives an upper bound for the part spent twice. If that part exceeds 2 % "
+        "of the window (`repeated_share`), rates and energy per token are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
     "queue_lost": WarningKind(
@@ -173,7 +172,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "shared_hardware": WarningKind(
         "Other experiments ran on this machine at the same time. Simultaneous experiments slow each other down, and "
-        "all energy that is not read per GPU includes the energy of the other experiments.",
+        "energy that is not read per GPU includes the energy of the other experiments.",
         "For numbers that matter, run the experiments one after another (without --parallel).",
     ),
     "energy_estimated": WarningKind(
@@ -181,14 +180,16 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on a machine with an NVIDIA GPU or readable RAPL counters. Do not compare estimates between machines.",
     ),
     "energy_simulated": WarningKind(
-        "The energy is simulated: a constant power (energy.power_w) times the time of the simulated backend; nothing "
-        "was measured.",
+        "The energy was not measured: it is a constant power (energy.power_w) times the simulated backend's time.",
         "Use a real backend and a real meter for real numbers.",
     ),
-    "energy_missing": WarningKind("Some energy is null; the message says why.", "Fix the cause given in the message."),
+    "energy_missing": WarningKind(
+        "Some energy values are null; the message says why.", "Fix the cause given in the message."
+    ),
     "energy_without_gpu": WarningKind(
-        "A GPU ran the model, but the meter does not read it. The energy covers only the components in the message.",
-        "Use energy=nvml, or energy=auto, which reads the GPUs in use as well.",
+        "A GPU ran the model, but the meter did not read that GPU. The energy covers only the components named in the "
+        "message.",
+        "Use energy=nvml or energy=auto; both read the GPUs in use.",
     ),
     "energy_partial": WarningKind(
         "Energy was read for only part of the measured window, for example because the meter changed between two "
@@ -202,17 +203,17 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure all cycles with the same meter (--fresh).",
     ),
     "energy_shared": WarningKind(
-        "A MIG instance has no energy counter of its own, so the energy is that of the whole GPU.",
+        "A MIG instance has no energy counter, so the energy is that of the whole GPU.",
         "Leave the other instances idle, or turn MIG off.",
     ),
     "energy_integrated": WarningKind(
         "A GPU has no energy counter, so its energy is integrated from sampled power.",
-        "Expect a few percent more uncertainty, and more than that under rapidly changing load.",
+        "Expect a few percent more uncertainty, or more if the load changes rapidly.",
     ),
     "idle_adjusted_negative": WarningKind(
-        f"The window's energy is lower than idle power times the window's length, by more than {IDLE_TOLERANCE:.0%} of "
-        f"the energy and by more than the uncertainty at the window's edges (idle power times {EDGE_TICKS} counter "
-        "ticks).",
+        "The window's energy is lower than idle power times the window's length. The difference exceeds both "
+        f"{IDLE_TOLERANCE:.0%} of the energy and the uncertainty at the window's edges (idle power times {EDGE_TICKS} "
+        "counter ticks).",
         "Something else was probably running while idle power was measured; repeat on a quiet machine.",
     ),
     "decode_negative": WarningKind(
@@ -220,28 +221,28 @@ WARNINGS: dict[str, WarningKind] = {
         "Run longer: the window is too short for the power trace.",
     ),
     "identity_violated": WarningKind(
-        "Numbers that must agree do not: J = W·t, J/token = W/(tokens/s), or a token count and its sum over requests.",
+        "Numbers that must agree do not. For example, J = W·t is violated, or a token count differs from the sum over "
+        "requests.",
         "This is a bug in lem, or the files are damaged; please report it with the raw record.",
     ),
     "times_disagree": WarningKind(
-        "A request began before the measured window opened, or ended after it closed. The window's length, and every "
-        "rate computed from it, is wrong by the amount given in the message.",
+        "A request began before the measured window opened, or ended after the window closed. The window's length is "
+        "wrong by the amount given in the message, so every rate computed from the length is wrong as well.",
         "Look at the processes' logs and at the machine's load, and measure again (--fresh).",
     ),
     "window_unfilled": WarningKind(
-        f"For more than {UNFILLED_SHARE:.0%} of the window no request was running, although without traffic there is "
-        "always a request to run. The window's time and energy therefore do not come from the requests alone.",
-        "Check whether the machine was suspended or overloaded, or has a slow disk; use longer outputs or larger "
-        "batches.",
+        f"No request was running for more than {UNFILLED_SHARE:.0%} of the window. Without traffic, a request should "
+        "always be running, so part of the window's time and energy did not go into requests.",
+        "Check whether the machine was suspended or overloaded or has a slow disk. Generate longer outputs, or use "
+        "larger batches.",
     ),
     "power_implausible": WarningKind(
-        f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, the error "
-        "of a sensor: the energy or the window's length is wrong.",
+        f"A GPU's average power over the window exceeds its power limit by more than {POWER_TOLERANCE:.0%}, which "
+        "sensor error cannot explain. Either the energy or the window's length is wrong.",
         "Compare the energy with the power trace. If this happens again, report it with the raw record.",
     ),
     "tokens_disagree": WarningKind(
-        "Two independent counts of the same tokens disagree: the counts in the request rows, and the engine's own "
-        "counters or the number of token times.",
+        "The token counts in the request rows disagree with the engine's counters or with the number of token times.",
         "Report this with the raw record, and disregard all per-token numbers of this run.",
     ),
     "random_weights": WarningKind(
@@ -260,7 +261,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "padding_changed_tokens": WarningKind(
         "Prompts of different lengths ran in one batch, but the model does not mask padding. The shorter prompts may "
-        "have produced different tokens than they would alone.",
+        "have produced different tokens than they would have alone.",
         "Use batching.batch_size=1.",
     ),
     "simulated": WarningKind("No model ran: the backend is simulated.", "Use another backend for real numbers."),
@@ -272,19 +273,20 @@ WARNINGS: dict[str, WarningKind] = {
         "Prompts were truncated to max_input_tokens.", "Raise max_input_tokens, if the model's context is long enough."
     ),
     "flops_unknown": WarningKind(
-        "The model's sizes cannot be determined from its config and its code in transformers, so FLOPs and MFU are "
-        "null. The model keeps a recurrent state instead of attending to positions, attends to selected positions, or "
-        "routes to experts by looking at values.",
+        "The model's dimensions cannot be determined from its config and its code in transformers, so FLOPs and MFU "
+        "are null. Typical causes are layers that keep a recurrent state, layers that attend only to selected "
+        "positions, and code that cannot run without the values of tensors.",
         "Compare tokens and joules instead.",
     ),
     "prefix_cached": WarningKind(
-        "The engine reused cached prefixes of earlier prompts in the window instead of computing them again; FLOPs and "
-        "tokens still count the reused prefixes.",
+        "In the window, the engine reused cached prefixes of earlier prompts instead of computing the prefixes again. "
+        "FLOPs and tokens still include the reused prefixes.",
         "No action is needed if prefix caching is part of your study; otherwise set "
         "backend.enable_prefix_caching=false.",
     ),
     "preempted": WarningKind(
-        "The engine's cache was too small for all running requests, so some were preempted and computed again.",
+        "The engine's cache was too small for all running requests, so some requests were preempted and computed "
+        "again.",
         "Lower batching.batch_size, or give the cache more memory.",
     ),
     "server_elsewhere": WarningKind(
@@ -298,8 +300,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server without other clients (backend.command starts one).",
     ),
     "server_gpus_unknown": WarningKind(
-        "The server was already running, and it may run on other GPUs than the metered ones. If so, the energy "
-        "includes GPUs that the server does not use, or lacks GPUs that it does use.",
+        "The server was already running, and it may run on GPUs other than the metered ones. If so, the energy "
+        "includes GPUs that the server does not use, or omits GPUs that it uses.",
         "Name the server's GPUs (gpus=[…]), run lem as the same user as the server and outside any container, or have "
         "lem start the server.",
     ),
@@ -310,7 +312,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "requests_retried": WarningKind(
         "The server refused requests because it was busy, and said when to retry (Retry-After); lem then sent them "
-        "again. Their latency is counted from the first time they were sent.",
+        "again. The latency of these requests is counted from the first time they were sent.",
         "Lower the number of requests in flight, unless the server's refusals are part of your study.",
     ),
     "stream_ignored": WarningKind(
@@ -319,14 +321,14 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "tokens_by_tokenizer": WarningKind(
         "The server reports no token counts, so lem counted output tokens by tokenizing the text again and adding one "
-        "for the end token. The count is wrong if the text was generated with a different split into tokens, or if "
-        "the server dropped part of it.",
+        "for the end token. The count is wrong if the model split the text into different tokens, or if the server "
+        "dropped part of the text.",
         "Use a server that reports token ids or usage; expect a few percent more uncertainty in rates per token.",
     ),
     "prefix_cache_kept": WarningKind(
-        "The server has no way to drop cached prefixes on request, so prompts may have benefited from prefixes cached "
-        "during the warm-up, during an earlier cycle, or for other clients.",
-        "Turn the server's prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1, bound to a local address only.",
+        "The server cannot drop cached prefixes on request, so prompts may have benefited from prefixes cached during "
+        "the warm-up, during an earlier cycle, or for other clients.",
+        "Turn the server's prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1 and bind it to a local address.",
     ),
     "tokens_not_timed": WarningKind(
         "The server does not report how many tokens each event carries. The time to first token is measured, but the "
@@ -336,7 +338,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_fixed_order": WarningKind(
         "The arms of a campaign were measured in the same order in each cycle (interleaved) or one after another "
-        "(grouped). Drift of the machine can look like a difference between arms, and confidence intervals cover the "
+        "(grouped). Machine drift can then look like a difference between arms, and confidence intervals contain the "
         "true value less often than stated.",
         "Use --structure shuffled or latin.",
     ),
@@ -347,7 +349,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_cells_missing": WarningKind(
         "Some cells of a campaign have no result: they failed, were interrupted, or have not run.",
-        "Run the same command again: it measures the missing cells.",
+        "Run the same command again to measure the missing cells.",
     ),
     "campaign_limit_reached": WarningKind(
         "An adaptive campaign (until_ci) reached its largest number of cycles before its intervals were narrow enough. "
@@ -360,7 +362,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure all cells on the same machine and GPU (gpus).",
     ),
     "campaign_meters_differ": WarningKind(
-        "The energy of a campaign's cells comes from different sources, scopes or components, so it is not comparable.",
+        "The cells of a campaign differ in the source, scope or components of their energy, so their energy is not "
+        "comparable.",
         "Set one meter for all arms (energy=…), and find out why a cell used a different meter.",
     ),
     "campaign_estimate": WarningKind(
@@ -377,7 +380,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Set the same dataset, sample size and seed for all arms.",
     ),
     "campaign_lengths_differ": WarningKind(
-        "The arms of a campaign generated different numbers of output tokens, by more than 1 %.",
+        "The numbers of output tokens that the arms of a campaign generated differ by more than 1 %.",
         "Compare the energy per request as well, or fix the output length (min_output_tokens = max_output_tokens).",
     ),
     "campaign_trend": WarningKind(
@@ -396,7 +399,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Wait between cells (--config-gap), warm up longer (--warmup-prompts), or cool to a temperature (--cool-to).",
     ),
     "campaign_cells_warn": WarningKind(
-        "Some cells of the campaign have warnings of their own.",
+        "Some cells of the campaign have warnings.",
         "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",
     ),
     "fewer_prompts": WarningKind("The dataset has fewer prompts than were requested.", "Lower --sample-size."),
@@ -404,7 +407,7 @@ WARNINGS: dict[str, WarningKind] = {
 
 
 def warning(code: str, text: str) -> CodedWarning:
-    """Return a warning; raises KeyError if the code is not in the catalogue."""
+    """Return a warning, or raise KeyError if the code is not in the catalogue."""
     WARNINGS[code]
     return CodedWarning(code, text)
 
@@ -430,16 +433,16 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
 
 def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if duration_s < SHORT_WINDOW_S:
-        yield warning("short_window", f"the window is {duration_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable.")
+        yield warning("short_window", f"the window is {duration_s:.3g} s; it should be at least {SHORT_WINDOW_S:g} s.")
     ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
     if ticks and min(ticks) < FEW_TICKS:
-        text = f"the energy counter advanced about {min(ticks):.0f} times; {FEW_TICKS} or more is reliable."
+        text = f"the energy counter advanced about {min(ticks):.0f} times; at least {FEW_TICKS} are needed."
         yield warning("few_ticks", text)
     for r in readings:
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
             continue
         ratio = r.trace_energy_j / r.energy_j
-        # The trace may show a step of power at an edge of the window too late, by up to its reach.
+        # The trace may show a power step at the window's edge late, by up to `trace_reach_s`.
         if abs(ratio - 1) > TRACE_TOLERANCE + (r.trace_reach_s or 0.0) / duration_s:
             yield warning(
                 "counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter's energy."
@@ -466,7 +469,7 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
 
 
 def lacks_gpu(record: ProcessRecord) -> bool:
-    """Return whether a GPU ran the model but the window has no energy reading of a GPU."""
+    """Return whether a GPU ran the model but the window has no energy reading for any GPU."""
     window = record.phase("measured")
     readings = window.energy if window else ()
     environment, engine = record.environment, record.engine
@@ -479,7 +482,7 @@ def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
         window = record.phase("measured")
         names = " and ".join(dict.fromkeys(r.component for r in (window.energy if window else ())))
         yield warning(
-            "energy_without_gpu", f"the energy is that of {names} alone; the GPU that ran the model is not read."
+            "energy_without_gpu", f"the energy covers only {names}; the meter did not read the GPU that ran the model."
         )
 
 
@@ -495,15 +498,15 @@ def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
             continue
         power_w = r.energy_j / covered_s
         if power_w > limit_w * (1 + POWER_TOLERANCE):
-            text = f"{r.device}: {power_w:.4g} W on average, with a limit of {limit_w:.4g} W."
+            text = f"{r.device}: the average power of {power_w:.4g} W exceeds the limit of {limit_w:.4g} W."
             yield warning("power_implausible", text)
 
 
 def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
     """Yield a warning if the engine's token counts differ from those of the request rows.
 
-    Only the engine counts tokens of requests that were cut off, that were computed again after a preemption, or that
-    other clients sent. In these cases a higher count by the engine is not a contradiction.
+    Only the engine counts the tokens of interrupted requests, tokens that it computed again after a preemption, and the
+    tokens of other clients. In these cases, a higher count by the engine is not a contradiction.
     """
     counters = record.counters or {}
     more_is_wrong = record.status == "completed" and not counters.get("preemptions") and record.backend != "openai"
@@ -522,7 +525,7 @@ def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
 def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
     here = record.environment
     before, after = (here.devices_before, here.devices_after) if here is not None else ((), ())
-    # The first process watches the GPUs of all during the window, which says more than the others' looks around it.
+    # Rank 0 watches the GPUs of all processes throughout the window; the other ranks look only before and after it.
     yield from _of_throttling(record.devices_during, (*before, *after) if record.rank == ENERGY_OWNER else ())
     yield from _of_strangers((*before, *record.devices_during, *after))
     for first, last in zip(before, after, strict=False):
@@ -535,7 +538,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU that was throttled in the window, or before or after it if it was not watched."""
+    """Yield a warning for each GPU that was throttled in the window or, if nothing watched it then, before or after."""
     for window in during:
         if held := _held_down(window):
             yield warning("throttled", f"{window.uuid}: {', '.join(held)} of the window.")
@@ -543,21 +546,21 @@ def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState
     for state in outside:
         reasons = [reason for reason in state.throttle_reasons or () if reason not in NOT_THROTTLING]
         if reasons and state.uuid not in watched:
-            yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}.")
+            yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}, before or after the window.")
 
 
 def _of_strangers(devices: Sequence[DeviceState | DeviceWindow]) -> Iterator[CodedWarning]:
-    """Yield one warning for each process seen on a GPU that does not belong to this run."""
+    """Yield one warning for each process that was seen on a GPU but does not belong to this run."""
     names: dict[tuple[str, int], str | None] = {}
     for device in devices:
         for process in device.foreign_processes or ():
             names.setdefault((device.uuid, process.pid), process.name)
     for (uuid, pid), name in names.items():
-        yield warning("foreign_process", f"{uuid}: process {pid} ({name or 'unnamed'}).")
+        yield warning("foreign_process", f"{uuid}: used by process {pid} ({name or 'unnamed'}).")
 
 
 def _held_down(window: DeviceWindow) -> list[str]:
-    """Return the reasons that held a GPU's clocks down, each with its share of the window."""
+    """Return the reasons for which a GPU's clocks were held down, each with its share of the window."""
     counted_s = window.throttled_s
     shares = {} if counted_s is None else {name: min(s / window.duration_s, 1.0) for name, s in counted_s.items()}
     for reason, share in (window.reasons or {}).items():
@@ -567,7 +570,7 @@ def _held_down(window: DeviceWindow) -> list[str]:
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning about load from other processes, provided the records cover all processes of the run."""
+    """Yield a warning if other processes loaded the machine; yield nothing if the record of any rank is missing."""
     loads = [record.cpu_load for record in records if record.cpu_load is not None]
     here = records[0].environment
     if not loads or len(loads) < records[0].world_size or here is None or not here.cpu_threads:
@@ -594,7 +597,7 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
-    """Return each request's time per output token, excluding prefill if prefill is known for enough requests."""
+    """Return each request's time per output token, without prefill if enough requests report their prefill time."""
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
         for r in requests
@@ -634,7 +637,7 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
 
 
 def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning if requests of a cycle failed, with the most frequent reason."""
+    """Yield a warning that gives the most frequent reason if any requests of a cycle failed."""
     reasons = Counter(r.error for r in requests if r.error is not None)
     if reasons:
         (reason, times), failed = reasons.most_common(1)[0], reasons.total()
@@ -654,7 +657,7 @@ def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Itera
     of_window = "" if share is None else f" ({share:.1%} of the window)"
     yield warning(
         "work_repeated",
-        f"requests in flight at an interruption that had to be run again: {requests}{with_tokens}. Up to "
+        f"requests that were in flight at an interruption and ran again: {requests}{with_tokens}. Up to "
         f"{longest_s:.3g} s{of_window}, and the energy used in that time, were spent twice.",
     )
 
@@ -666,7 +669,7 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
         yield warning("energy_mixed", text)
     if cycles_completed < LEAST_CYCLES:
         cycles = f"{cycles_completed} cycle{'' if cycles_completed == 1 else 's'}"
-        yield warning("few_cycles", f"{cycles} finished; an interval needs at least {LEAST_CYCLES}.")
+        yield warning("few_cycles", f"{cycles} finished; a confidence interval needs at least {LEAST_CYCLES}.")
     if resumed:
         yield warning("resumed", f"the run was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
 
@@ -675,7 +678,7 @@ def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     """Yield a warning for each steady state that is too short, unless the whole window is too short."""
     for place, (steady_s, duration_s) in enumerate(zip(rows["steady_duration_s"], rows["duration_s"], strict=True)):
         if steady_s is not None and steady_s < SHORT_WINDOW_S <= (duration_s or 0.0):
-            text = f"all slots were taken for {steady_s:.3g} s; {SHORT_WINDOW_S:g} s or more is reliable."
+            text = f"all slots were taken for {steady_s:.3g} s; it should be at least {SHORT_WINDOW_S:g} s."
             yield place, warning("short_steady_state", text)
 
 
@@ -694,7 +697,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 
 
 def samples_needed(percent: float) -> int:
-    """Return how many independent values are needed for the largest to reach a percentile with 95 % probability.
+    """Return the sample size at which the largest value reaches a percentile with 95 % probability.
 
     S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """
@@ -702,7 +705,7 @@ def samples_needed(percent: float) -> int:
 
 
 def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
-    """Yield a warning about percentiles that rest on too few values; `counts` has the number of values per metric."""
+    """Yield a warning about percentiles that rest on too few values; `counts` gives the number of values per metric."""
     of_count: dict[int, list[str]] = {}
     for name, count in counts.items():
         of_count.setdefault(count, []).append(name)
@@ -711,7 +714,7 @@ def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
         needed = {percent: samples_needed(percent) for percent in PERCENTILES}
         lacking = [f"p{percent} needs {least}" for percent, least in needed.items() if count < least]
         if lacking:
-            parts.append(f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, {', '.join(lacking)}")
+            parts.append(f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, but {', '.join(lacking)}")
     if parts:
         yield warning("few_samples", f"{'; '.join(parts)}.")
 
@@ -719,25 +722,25 @@ def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
 def of_times(
     duration_s: float, first_s: float, last_s: float, busy_s: float, *, attempts: int, filled: bool
 ) -> Iterator[CodedWarning]:
-    """Yield warnings if a window's length contradicts its requests' own times.
+    """Yield warnings if a window's length contradicts the times of its requests.
 
     Args:
         duration_s: the length of the window, or the sum of the attempts' windows.
-        first_s: the earliest start of a request in its window.
-        last_s: the latest end in its window, summed over the attempts.
+        first_s: the earliest start of a request, counted from the opening of its window.
+        last_s: the latest end of a request, counted from the opening of its window and summed over the attempts.
         busy_s: the time during which at least one request was running.
         attempts: the number of attempts.
-        filled: whether requests were always waiting, so that at least one should always have been running.
+        filled: whether at least one request should always have been running, because requests were always waiting.
     """
     tolerance_s = max(IDENTITY_TOLERANCE * duration_s, TIMES_TOLERANCE_S * attempts)
     if first_s < -tolerance_s:
-        yield warning("times_disagree", f"a request began {-first_s:.3g} s before its window.")
+        yield warning("times_disagree", f"a request began {-first_s:.3g} s before its window opened.")
     if last_s > duration_s + tolerance_s:
-        text = f"requests ended {last_s - duration_s:.3g} s after their window of {duration_s:.3g} s."
+        text = f"requests ended {last_s - duration_s:.3g} s after their window, which was {duration_s:.3g} s long."
         yield warning("times_disagree", text)
     unfilled_s = duration_s - busy_s
     if filled and unfilled_s > max(UNFILLED_SHARE * duration_s, UNFILLED_LEAST_S):
-        yield warning("window_unfilled", f"no request was running in {unfilled_s:.3g} of {duration_s:.3g} s.")
+        yield warning("window_unfilled", f"no request was running for {unfilled_s:.3g} of {duration_s:.3g} s.")
 
 
 def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
@@ -783,13 +786,13 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
             if one is None or other is None or one == other:
                 continue
             if abs(one - other) > IDENTITY_TOLERANCE * max(abs(one), abs(other)):
-                yield place, warning("identity_violated", f"{name} does not hold: {one:.6g} and {other:.6g}.")
+                yield place, warning("identity_violated", f"{name} does not hold: {one:.6g} is not {other:.6g}.")
 
 
 def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
         if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
-            yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle power is subtracted.")
+            yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle energy is subtracted.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
             yield place, warning("decode_negative", f"the decode energy is {decode_j:.4g} J.")

@@ -144,7 +144,7 @@ def test_another_process_is_named_once_whenever_it_was_seen():
         devices_during=(replace(WINDOW, foreign_processes=(visitor, stayer)),),
     )
     texts = [w.text for w in warning_codes.of_record(made, []) if w.code == "foreign_process"]
-    assert texts == ["GPU-0: process 8 (x).", "GPU-0: process 7 (unnamed)."]
+    assert texts == ["GPU-0: used by process 8 (x).", "GPU-0: used by process 7 (unnamed)."]
 
 
 @pytest.mark.parametrize(
@@ -268,13 +268,13 @@ def test_a_percentile_needs_enough_values_for_one_of_them_to_reach_it(percent, l
     ("counts", "text"),
     [
         ({"latency": 299}, None),
-        ({"latency": 298}, "latency: 298 values, p99 needs 299."),
-        ({"latency": 12}, "latency: 12 values, p95 needs 59, p99 needs 299."),
-        ({"latency": 1}, "latency: 1 value, p50 needs 5, p95 needs 59, p99 needs 299."),
+        ({"latency": 298}, "latency: 298 values, but p99 needs 299."),
+        ({"latency": 12}, "latency: 12 values, but p95 needs 59, p99 needs 299."),
+        ({"latency": 1}, "latency: 1 value, but p50 needs 5, p95 needs 59, p99 needs 299."),
         (
             {"latency": 71, "time to first token": 71, "inter-token latency": 9000, "queueing": 4},
-            "latency, time to first token: 71 values, p99 needs 299; "
-            "queueing: 4 values, p50 needs 5, p95 needs 59, p99 needs 299.",
+            "latency, time to first token: 71 values, but p99 needs 299; "
+            "queueing: 4 values, but p50 needs 5, p95 needs 59, p99 needs 299.",
         ),
         ({}, None),
     ],
@@ -379,14 +379,16 @@ class TestTimes:
         assert self.found(first_s=-0.19, last_s=20.19, busy_s=18.01) == []
 
     def test_a_window_that_opened_after_its_first_request_or_closed_before_its_last(self):
-        assert self.found(first_s=-0.21) == [("times_disagree", "a request began 0.21 s before its window.")]
-        assert self.found(last_s=20.5) == [("times_disagree", "requests ended 0.5 s after their window of 20 s.")]
+        assert self.found(first_s=-0.21) == [("times_disagree", "a request began 0.21 s before its window opened.")]
+        assert self.found(last_s=20.5) == [
+            ("times_disagree", "requests ended 0.5 s after their window, which was 20 s long.")
+        ]
 
     def test_each_attempt_has_edges(self):
         assert self.found(last_s=20.24, attempts=5) == []
 
     def test_time_without_a_request(self):
-        assert self.found(busy_s=17.9) == [("window_unfilled", "no request was running in 2.1 of 20 s.")]
+        assert self.found(busy_s=17.9) == [("window_unfilled", "no request was running for 2.1 of 20 s.")]
         assert self.found(busy_s=1.0, filled=False) == []
 
 

@@ -1,7 +1,7 @@
-"""The settings of a campaign: how its arms are measured and compared. Plain data; each arm becomes an `Experiment`.
+"""The settings of a campaign: how its arms are measured and compared. Each arm becomes an `Experiment`.
 
-This is the single source of a campaign file's keys, with their types, ranges and descriptions, and of the help for the
-corresponding flags.
+This module is the single source of the keys of a campaign file (their types, ranges and descriptions) and of the help
+for the corresponding flags.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Measure = Literal[
 
 MOST_CYCLES = 1_000
 LONGEST_GAP_S = 86_400.0
-# An adaptive campaign: the smallest number of cycles after which it may stop, and the largest that it may be given,
-# which is as far as the nominal levels in lem/results/levels.json are calibrated.
+# The smallest number of cycles after which an adaptive campaign may stop, and the largest maximum that can be set. The
+# nominal levels in lem/results/levels.json are calibrated for this range.
 FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES = 5, 100
-# A share as people write it.
+# A percentage, such as 2 %.
 PERCENTAGE = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
 # A campaign's name is also the name of its directory.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -35,14 +35,14 @@ NAME_IN_WORDS = "at most 100 letters, digits, '.', '_' and '-', beginning with a
 
 @dataclass(frozen=True)
 class ArmSource:
-    """An arm as written in a campaign file: a config file, optionally with a name and overrides of its own."""
+    """An arm as written in a campaign file: a config file and, optionally, a name and overrides."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     config: Annotated[str, Field(min_length=1, description="Config file, relative to the campaign file.")]
     name: Annotated[
         str | None,
-        Field(min_length=1, description="Name of the arm; null: the shortest unique end of its config's path."),
+        Field(min_length=1, description="Name of the arm; null: the shortest end of the config's path that is unique."),
     ] = None
     overrides: Annotated[tuple[str, ...], Field(description="Hydra overrides for this arm alone.")] = ()
 
@@ -71,7 +71,7 @@ class Campaign:
         Field(
             ge=1,
             le=MOST_CYCLES,
-            description="How many times each arm is measured; with until_ci, at least this often (5 if not given).",
+            description="Number of times each arm is measured; with until_ci, the minimum (5 if not given).",
         ),
     ] = 3
     until_ci: Annotated[
@@ -79,8 +79,8 @@ class Campaign:
         Field(
             gt=0,
             lt=1,
-            description="Stop once each interval is narrow enough: the half-width, divided by the ratio to the "
-            "baseline, is at most this share, such as 2% or 0.02; null: measure all cycles.",
+            description="Stop once each interval's half-width, divided by the ratio to the baseline, is at most this "
+            "share, such as 2% or 0.02; null: measure all cycles.",
         ),
         WithJsonSchema(
             {
@@ -120,7 +120,7 @@ class Campaign:
             ge=0,
             le=LONGEST_GAP_S,
             allow_inf_nan=False,
-            description="Pause between two cycles, in seconds, instead of config_gap_s; null: config_gap_s.",
+            description="Pause between two cycles, in seconds; null: the same as config_gap_s.",
         ),
     ] = None
     cool_to_c: Annotated[
@@ -151,8 +151,9 @@ class Campaign:
 class CampaignCell:
     """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1).
 
-    `number` is the position in the planned order of all `cells`, from 1. `simulated_before` holds the backend options
-    of the preceding cell in that order if that cell is simulated; a simulated carry-over depends on them.
+    `number` is the cell's position, from 1, in the planned order of all cells; `cells` is how many cells the order has.
+    `simulated_before` holds the backend options of the preceding cell if that cell is simulated; a simulated carry-over
+    depends on these options.
     """
 
     name: str

@@ -18,7 +18,7 @@ WARMUP_LIMITS = ("cv_batches", "max_prompts")
 # The option that each traffic pattern reads.
 TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrency": "concurrency", "trace": "trace"}
 
-# Meters that read no sensor, and so follow a clock on which time is simulated.
+# Meters that read no sensor and can therefore follow a simulated clock.
 WITHOUT_SENSORS = ("simulated", "replay", "none")
 
 
@@ -116,11 +116,11 @@ def _traffic(experiment: Experiment) -> Iterator[Objection]:
     traffic = experiment.traffic
     read = TRAFFIC_VALUES.get(traffic.pattern)
     if read is not None and getattr(traffic, read) is None:
-        yield Objection("traffic_incomplete", f"traffic.{read}", f"{traffic.pattern} traffic needs it.")
+        yield Objection("traffic_incomplete", f"traffic.{read}", f"{traffic.pattern} traffic needs this value.")
     for name in changed(traffic, "target_qps", "concurrency", "trace"):
         if name != read:
             patterns = " or ".join(pattern for pattern, value in TRAFFIC_VALUES.items() if value == name)
-            fact = f"only {patterns} traffic reads it, and traffic.pattern is {traffic.pattern}."
+            fact = f"only {patterns} traffic uses this value, but traffic.pattern is {traffic.pattern}."
             yield without_effect("no_effect_traffic", f"traffic.{name}", fact)
     if not experiment.streaming.enabled:
         for name in changed(traffic, "ttft_limit_s", "itl_limit_s"):
@@ -139,7 +139,7 @@ def _cooldown(cooldown: Cooldown) -> Iterator[Objection]:
 def _simulation(experiment: Experiment) -> Iterator[Objection]:
     options, meter = experiment.backend, experiment.energy.name
     if meter == "simulated" and not isinstance(options, SimulatedBackend):
-        fact = f"the backend is {options.name}, whose energy is not simulated."
+        fact = f"the backend is {options.name}, but only the simulated backend has simulated energy."
         yield Objection("simulated_energy", "energy.name", fact)
     if not isinstance(options, SimulatedBackend) or options.sleep:
         return

@@ -21,7 +21,7 @@ class PytorchBackend:
     name: Annotated[Literal["pytorch"], Field(description="Inference backend.")] = "pytorch"
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Field(description="Device to run on; auto is the first visible CUDA GPU, else the CPU."),
+        Field(description="Device to run on; auto: the first visible CUDA GPU, or the CPU if no GPU is visible."),
     ] = "auto"
     attn_implementation: Annotated[
         Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
@@ -31,7 +31,7 @@ class PytorchBackend:
         Literal["dynamic", "static", "none"],
         Field(
             description="Key/value cache: dynamic (growing), static (preallocated), or none (every step recomputes "
-            "everything)."
+            "the whole sequence)."
         ),
     ] = "dynamic"
     torch_compile: Annotated[
@@ -45,10 +45,10 @@ class PytorchBackend:
 
 @config
 class SimulatedBackend:
-    """A stand-in for an engine, with exactly known times, for trying out grids and for tests. No model runs.
+    """An engine that runs no model and takes exactly known times, for tests and for trying out grids.
 
-    Its times can vary as those of a real machine do, by known amounts: `noise`, `request_noise`, `drift` and
-    `carry_over` are factors of all times. What varies from cell to cell is one factor for the whole of an experiment.
+    To imitate a real machine, the times can vary by known amounts. `noise`, `drift` and `carry_over` multiply all times
+    of an experiment by the same factor; `request_noise` adds a factor for each request.
     """
 
     spreads_a_model_itself: ClassVar[bool] = False
@@ -67,9 +67,9 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="Noise between experiments: the relative standard deviation of a log-normal factor with median "
-            "1 that multiplies all times of an experiment. The factor is determined by seed and, in a campaign, by the "
-            "campaign, arm and cycle.",
+            description="Noise between experiments. All times of an experiment are multiplied by a random log-normal "
+            "factor with median 1 and this relative standard deviation. The factor depends on the seed and, in a "
+            "campaign, on the campaign, arm and cycle.",
         ),
     ] = 0.0
     request_noise: Annotated[
@@ -77,9 +77,9 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="Noise between requests: the same for one more factor per request, which also depends on the "
-            "position of the request's prompt; the time of a decode step is multiplied by the mean of its requests' "
-            "factors.",
+            description="Noise between requests. The times of each request are multiplied by another such factor, "
+            "which also depends on the position of the request's prompt. The time of a decode step is multiplied by "
+            "the mean factor of its requests.",
         ),
     ] = 0.0
     drift: Annotated[
@@ -302,8 +302,8 @@ class OpenaiBackend:
         str | None,
         Field(
             min_length=1,
-            description="Address of the server (http://127.0.0.1:8000); null: a free local port for the server that "
-            "command starts.",
+            description="Address of the server (http://127.0.0.1:8000); null: a free local port, on which lem starts "
+            "the server with command.",
         ),
     ] = None
     command: Annotated[
@@ -319,7 +319,8 @@ class OpenaiBackend:
         str | None,
         Field(
             min_length=1,
-            description="The model's name on the server; null: the server's only model, else the value of model.",
+            description="The model's name on the server; null: the server's model if it has only one, otherwise the "
+            "value of model.",
         ),
     ] = None
     dialect: Annotated[
@@ -332,15 +333,15 @@ class OpenaiBackend:
     prompts: Annotated[
         Literal["ids", "text"],
         Field(
-            description="How prompts are sent: as token ids, or as text to a server that refuses ids. The server must "
-            "then add the same special tokens."
+            description="How prompts are sent: as token ids or, for a server that refuses ids, as text. With text, the "
+            "server must add the same special tokens as the tokenizer."
         ),
     ] = "ids"
     count: Annotated[
         Literal["server", "tokenizer"],
         Field(
-            description="Who counts output tokens: the server, or (for a server that reports no counts) lem, by "
-            "tokenizing the text with the model's tokenizer."
+            description="Who counts output tokens: the server or, if the server reports no counts, lem with the "
+            "model's tokenizer."
         ),
     ] = "server"
     device: Annotated[
@@ -369,8 +370,8 @@ class OpenaiBackend:
         float,
         Field(
             ge=0,
-            description="Number of requests that may fail in a cycle; one more ends the run. A value below 1 is a "
-            "share of the cycle's requests.",
+            description="Number of requests that may fail in a cycle; one more failure ends the run. A value below 1 "
+            "is a share of the cycle's requests.",
         ),
     ] = 0.0
 

@@ -2,8 +2,8 @@
 
 Each field carries its constraints and its description. The help of the command-line flags, the reference page, the
 JSON Schema and the checks are all derived from here and from `lem.spec.engines`. Values of these types are plain data:
-creating one contacts no hub, sets no environment variable and probes no device. This module knows nothing about Hydra,
-files or where a value came from; `lem.config.compose` does.
+creating a value contacts no hub, sets no environment variable and probes no device. This module knows nothing about
+Hydra, files or the origin of a value; `lem.config.compose` does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lem.spec.fields import config
 # ------------------------------------------------------------------ inputs
 @config
 class Dataset:
-    """The source of the prompts, and which of its prompts are used."""
+    """The source of the prompts, and the choice of prompts from this source."""
 
     name: Annotated[str, Field(description="Name of the chosen dataset; only a label.")] = "custom"
     path: Annotated[
@@ -32,14 +32,14 @@ class Dataset:
     ] = None
     config: Annotated[str | None, Field(description="Configuration (subset) of a hub dataset.")] = None
     files: Annotated[
-        str | None, Field(description="File to read from a hub dataset without a loading configuration.")
+        str | None, Field(description="File to read from a hub dataset without configurations, or from a directory.")
     ] = None
     split: Annotated[
         str | None, Field(description="Split to read; null: the dataset's own default, or train if it has none.")
     ] = None
     column: Annotated[str | None, Field(description="Column that holds the prompts; null: detected by name.")] = None
     sample_size: Annotated[
-        int | None, Field(ge=1, description="Number of prompts to draw (with the seed, after dropping empty prompts).")
+        int | None, Field(ge=1, description="Number of prompts to draw with the seed; empty prompts are never drawn.")
     ] = None
 
 
@@ -92,8 +92,8 @@ class Batching:
         int | None,
         Field(
             ge=1,
-            description="Maximum number of input tokens in a batch, including padding (dynamic strategies). A prompt "
-            "that is longer gets a batch of its own.",
+            description="Maximum number of input tokens in a batch, including padding (dynamic strategies). A longer "
+            "prompt runs alone.",
         ),
     ] = None
 
@@ -143,7 +143,7 @@ class Warmup:
         Field(
             ge=0,
             le=10_000,
-            description="Minimum number of prompts to run before the window, in whole batches as in the window; 0: "
+            description="Minimum number of prompts to run before the window, in batches like those of the window; 0: "
             "none.",
         ),
     ] = 2
@@ -158,16 +158,16 @@ class Warmup:
     ] = None
     cv_batches: Annotated[
         int,
-        Field(ge=2, le=100, description="Number of latest latencies that until_cv considers; used only with until_cv."),
+        Field(ge=2, le=100, description="Number of most recent latencies whose variation until_cv limits."),
     ] = 5
     max_prompts: Annotated[
         int,
         Field(
-            ge=1, le=100_000, description="Number of prompts after which until_cv gives up; used only with until_cv."
+            ge=1, le=100_000, description="With until_cv: number of prompts after which the warm-up ends regardless."
         ),
     ] = 200
     max_s: Annotated[
-        float, Field(gt=0, description="Seconds after which the warm-up ends, once the running batch has finished.")
+        float, Field(gt=0, description="Time limit for the warm-up in seconds; a batch that has begun is finished.")
     ] = 120.0
 
 
@@ -180,9 +180,7 @@ class Streaming:
     ] = False
     warmup_requests: Annotated[
         int,
-        Field(
-            ge=0, le=10_000, description="Number of warm-up requests if tokens are timed, instead of warmup.prompts."
-        ),
+        Field(ge=0, le=10_000, description="Number of warm-up requests if tokens are timed; replaces warmup.prompts."),
     ] = 5
 
 
@@ -194,7 +192,7 @@ class Traffic:
         Literal["closed", "constant", "poisson", "concurrency", "trace"],
         Field(
             description="closed: all requests at once; constant, poisson: at target_qps, whether or not the engine "
-            "keeps up; concurrency: always the same number in the system; trace: as recorded."
+            "keeps up; concurrency: always the same number in the system; trace: as recorded in a file."
         ),
     ] = "closed"
     target_qps: Annotated[
@@ -205,7 +203,7 @@ class Traffic:
     ] = None
     trace: Annotated[
         str | None,
-        Field(description="CSV file of the trace, whose column t_s says when each request arrives, in seconds."),
+        Field(description="CSV file with the recorded arrivals: a column t_s, in seconds."),
     ] = None
     ttft_limit_s: Annotated[
         float | None, Field(gt=0, description="For goodput: maximum time to first token of a good request, in seconds.")
@@ -263,7 +261,7 @@ class Energy:
     ] = None
     power_w: Annotated[
         float,
-        Field(gt=0, le=1e6, description="Power of the simulated meter, constant in every phase, idle ones included."),
+        Field(gt=0, le=1e6, description="Power of the simulated meter in watts, the same in every phase."),
     ] = 100.0
     country_iso_code: Annotated[
         str | None,
@@ -317,7 +315,7 @@ class Experiment:
         int,
         Field(
             ge=0,
-            description="Minimum number of tokens to generate per request; the end token is suppressed until then.",
+            description="Minimum number of tokens to generate per request; the end token is suppressed before that.",
         ),
     ] = 0
     chat_template: Annotated[

@@ -1,4 +1,4 @@
-"""The decorator that declares a part of the configuration: a dataclass whose fields pydantic checks."""
+"""The decorator for parts of the configuration, which turns a class into a dataclass that pydantic checks."""
 
 from __future__ import annotations
 

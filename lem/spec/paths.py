@@ -1,4 +1,4 @@
-"""Paths as users write them, with `~`. Knows nothing about the purpose of a path."""
+"""Expands `~` in paths that users write. This module knows nothing about the purpose of a path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lem.errors import BadInput
 
 
 def expanded(text: str | Path) -> Path:
-    """Return a path in which a leading `~` or `~user` is replaced by the user's home directory.
+    """Return the path with a leading `~` or `~user` replaced by that user's home directory.
 
-    `./~name` means a file in the working directory, so it is returned as an absolute path.
+    `./~name` names a file in the working directory and is returned as an absolute path.
 
     Raises:
         BadInput: the user does not exist, or the home directory is unknown.
@@ -21,7 +21,7 @@ def expanded(text: str | Path) -> Path:
     if given.startswith("~") and path.startswith("~"):
         user = given.partition("/")[0]
         reason = f"there is no user {user[1:]}" if user != "~" else "your home directory is unknown (HOME is not set)"
-        raise BadInput(f"{given}: {reason}. If it is the name of a file or directory, write ./{given}.")
+        raise BadInput(f"{given}: {reason}. If this is the name of a file or directory, write ./{given}.")
     return literal(path)
 
 

@@ -1,4 +1,4 @@
-"""The number of processes and GPUs that an experiment needs, and which of its options differ from their defaults."""
+"""Counts the processes and GPUs that an experiment needs, and finds the options that differ from their defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def runs_in_one_process(experiment: Experiment) -> bool:
 
 
 def process_counts(experiment: Experiment) -> tuple[int, int]:
-    """Return the number of processes that an experiment starts, and the number of replicas that they form."""
+    """Return the number of processes that an experiment starts, and the number of replicas that these form."""
     strategy, degree = experiment.parallelism.strategy, experiment.parallelism.degree
     if strategy == "tensor_parallel" and not experiment.backend.spreads_a_model_itself:
         return degree, 1
@@ -32,7 +32,7 @@ def process_counts(experiment: Experiment) -> tuple[int, int]:
 
 
 def gpus_needed(experiment: Experiment) -> int:
-    """Return how many GPUs a GPU run needs: one per process, or the degree if one process spreads the model."""
+    """Return how many GPUs a run on GPUs needs: one per process, or `degree` if one process spreads the model."""
     if runs_in_one_process(experiment):
         return experiment.parallelism.degree
     processes, _ = process_counts(experiment)
@@ -40,5 +40,5 @@ def gpus_needed(experiment: Experiment) -> int:
 
 
 def gpus_per_process(experiment: Experiment) -> int:
-    """Return the number of GPUs (on a CPU: of engine workers) over which one process runs the model."""
+    """Return the number of GPUs, or of engine workers on a CPU, over which one process spreads the model."""
     return experiment.parallelism.degree if runs_in_one_process(experiment) else 1

@@ -12,15 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-# impossible: the experiment cannot run; inadvisable: it runs only with --force; warning: it runs after a message.
+# impossible: the experiment cannot run. inadvisable: the experiment runs only with --force. warning: the experiment
+# runs, and a message is printed.
 Severity = Literal["impossible", "inadvisable", "warning"]
-# What a rule looks at: the options alone, the machine and the software installed on it, or files.
+# What a rule checks: the options alone, the machine and its installed software, or files.
 Scope = Literal["options", "machine", "files"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A kind of objection. In the texts, "this option" is the option that the objection is about."""
+    """A kind of objection. In `remedy`, "this option" is the option that the objection is about."""
 
     severity: Severity
     scope: Scope
@@ -46,7 +47,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set batching.max_tokens_per_batch, for example to 8192, or use static batching.",
         ),
         "no_continuous_batching": (
-            "Continuous batching needs a paged key/value cache, which the backend or an option does not allow.",
+            "Continuous batching needs a paged key/value cache, which the backend or an option rules out.",
             "Leave this option out, or use static batching.",
         ),
         "traffic_incomplete": (
@@ -77,7 +78,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the country code, or set energy.carbon_intensity_g_per_kwh instead.",
         ),
         "processes_unlike_degree": (
-            "The strategy starts as many processes as parallelism.degree, but num_processes is different.",
+            "The strategy starts parallelism.degree processes, but num_processes is a different number.",
             "Leave this option out, or change parallelism.degree, which sets the number of processes.",
         ),
         "pipeline_processes": (
@@ -272,7 +273,8 @@ OPTIONS_WARNING = _rules(
             "Choose another backend, unless you are only trying out a grid.",
         ),
         "no_cache": (
-            "Without a key/value cache, every step recomputes the whole sequence, but FLOPs include each token once.",
+            "Without a key/value cache, every step recomputes the whole sequence, but FLOPs count each token only "
+            "once.",
             "Set this option to dynamic, unless running without a cache is part of your study.",
         ),
         "remote_code": (
@@ -358,7 +360,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "meter_broken": (
             "The chosen meter does not work on this machine.",
-            "Repair its installation, or use energy=none to run without it.",
+            "Repair the meter's installation, or use energy=none to run without a meter.",
         ),
         # ------------------------------------------------------ servers
         "server_unreachable": (
@@ -472,7 +474,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave the option off."),
         "no_room_for_prompts": (
-            "The output alone could fill all of the model's positions, leaving no room for a prompt.",
+            "The output alone could fill all of the model's positions, so that no prompt would fit.",
             "Lower max_output_tokens.",
         ),
         "too_few_positions": (
@@ -496,9 +498,9 @@ FILES_IMPOSSIBLE = _rules(
             "Use backend=pytorch, or run on a GPU.",
         ),
         "traffic_trace": (
-            "The arrival trace cannot be read, has fewer arrivals than the run has requests, or contains a time "
-            "that is infinite or NaN, or that is more than 30 days after the first.",
-            "Name a CSV file with a column t_s that says when each request arrives, in seconds.",
+            "The arrival trace cannot be read, or has fewer arrivals than the run has requests, or one of its times is "
+            "infinite, NaN or more than 30 days after the first.",
+            "Name a CSV file with a column t_s that gives each request's arrival in seconds.",
         ),
         "bad_trace": (
             "The replay meter's power trace is missing or cannot be read.",
@@ -525,8 +527,8 @@ FILES_INADVISABLE = _rules(
             "Choose a causal language model.",
         ),
         "tokenizer_too_large": (
-            "The tokenizer has tokens for which the model has no embedding; prompts that contain such a token cannot "
-            "run.",
+            "The tokenizer has tokens without an embedding in the model; prompts that contain one of these tokens "
+            "cannot run.",
             "Use the tokenizer that belongs to the model.",
         ),
         "padding_changes_tokens": (
@@ -549,7 +551,7 @@ FILES_INADVISABLE = _rules(
     },
 )
 
-# Reasons to refuse or warn about an experiment whose values are each valid on their own.
+# Rules about experiments; each value is valid by itself.
 EXPERIMENT_RULES: dict[str, Rule] = (
     OPTIONS_IMPOSSIBLE
     | OPTIONS_INADVISABLE
@@ -605,8 +607,8 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Check the code. Then agree when lem asks on a terminal (it asks once), or pass --allow-code.",
         ),
         "key_not_agreed": (
-            "A file makes lem send an API key, which it reads from an environment variable, to another machine, and "
-            "you have not agreed to that.",
+            "A file makes lem send an API key from an environment variable to another machine, and you have not agreed "
+            "to that.",
             "Check the address. Then agree when lem asks on a terminal (it asks once), or pass --allow-key.",
         ),
         # ------------------------------------------------------ inheritance
@@ -638,7 +640,8 @@ FILE_RULES: dict[str, Rule] = _rules(
         "out_of_range": ("The value is outside the allowed range.", "Choose a value within the range."),
         "missing_value": ("??? marks a value that must be set.", "Set the value, or remove the line."),
         "bad_interpolation": (
-            "An interpolation ${…} cannot be resolved: the key or variable does not exist, or it refers to itself.",
+            "An interpolation ${…} cannot be resolved: the key or variable does not exist, or the interpolation refers "
+            "to itself.",
             "Correct the interpolation; `${oc.env:NAME,default}` provides a default.",
         ),
         "secret": (
@@ -663,7 +666,7 @@ RULES: dict[str, Rule] = EXPERIMENT_RULES | FILE_RULES
 
 @dataclass(frozen=True)
 class Objection:
-    """One reason to refuse or warn about an experiment: the rule that it breaks, the option concerned, and the facts.
+    """A reason not to run an experiment, or to warn about it: the broken rule, the option concerned, and the facts.
 
     `fact` says what is wrong in this case, with the actual values. The rule supplies the severity and the remedy.
 
@@ -685,12 +688,12 @@ class Objection:
 
     @property
     def scope(self) -> Scope:
-        """What the rule looks at: the options alone, the machine, or files."""
+        """What the rule checks: the options alone, the machine, or files."""
         return EXPERIMENT_RULES[self.code].scope
 
     @property
     def remedy(self) -> str:
-        """What to do about it."""
+        """What to do about the objection."""
         return EXPERIMENT_RULES[self.code].remedy
 
     @property

@@ -57,7 +57,7 @@ def _leaves(cls: Any, prefix: str) -> tuple[Leaf, ...]:
 
 
 def leaf(path: str) -> Leaf:
-    """Return the leaf at a dotted path (the first backend's if several have it).
+    """Return the leaf at a dotted path, or the first backend's if several backends have this path.
 
     Raises:
         KeyError: no value has this path.
@@ -71,7 +71,7 @@ def _leaves_by_path() -> dict[str, Leaf]:
 
 
 def _member_types(annotation: Any) -> list[Any]:
-    """Return the types that an annotation allows: the one in Annotated, all those in a union, none for a Literal."""
+    """Return the types that an annotation allows: every member of a union, and no type for a Literal."""
     if get_origin(annotation) is Annotated:
         return _member_types(get_args(annotation)[0])
     if get_origin(annotation) is Literal:

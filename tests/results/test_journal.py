@@ -39,7 +39,7 @@ def test_a_killed_process_is_known_up_to_its_last_batch(file):
     window = salvaged.phase("measured")
     assert (window.duration_s, window.energy) == (1.5, (reading(energy_j=30.0, covered_s=0.4),))
     (usable,) = window.usable()
-    assert (usable.energy_j, usable.reason) == (None, "it covers only 0.4 of 1.5 s")
+    assert (usable.energy_j, usable.reason) == (None, "the reading covers only 0.4 of 1.5 s")
     assert salvaged.flops.total == 2.0
     cut, *others = salvaged.warnings
     assert cut.code == "window_cut"

@@ -291,7 +291,7 @@ def test_numbers_that_do_not_agree_are_a_warning(wrong):
 # ------------------------------------------------------------------ doubts
 def test_percentiles_of_few_requests_have_a_warning_that_all_cycles_share():
     made = row()
-    assert any(w.startswith("few_samples: latency: 3 values, p50 needs 5, p95 needs 59") for w in made.warnings)
+    assert any(w.startswith("few_samples: latency: 3 values, but p50 needs 5, p95 needs 59") for w in made.warnings)
     assert codes(over_cycles(cycles(1.0, 3.0), plan(cycles=2))).count("few_samples") == 1
     many = [request(request=i, batch=i, start_s=i * 0.01, end_s=i * 0.01 + 0.01) for i in range(299)]
     assert "few_samples" not in codes(row(record(many), rows=many, count=299))
@@ -432,7 +432,7 @@ def test_a_small_share_leaves_the_rates_and_a_warning_that_names_it():
     made = row(merged([first, record(requests([1, 2]), duration_s=3.0, attempt=2)]))
     assert made.output_tokens_per_s == pytest.approx(60 / 4)
     (text,) = [each for each in made.warnings if each.startswith("work_repeated")]
-    assert "run again: 2. Up to 0.04 s (1.0% of the window)" in text
+    assert "ran again: 2. Up to 0.04 s (1.0% of the window)" in text
 
 
 def test_several_cuts_add_up_and_one_warning_names_their_sum():
@@ -642,7 +642,10 @@ def test_what_was_read_of_a_part_is_kept_in_the_record():
         ("counter", 20.0, 1.0),
         ("estimate", 300.0, 3.0),
     ]
-    assert [r.reason for r in window.usable()] == ["it covers only 1 of 4 s", "it covers only 3 of 4 s"]
+    assert [r.reason for r in window.usable()] == [
+        "the reading covers only 1 of 4 s",
+        "the reading covers only 3 of 4 s",
+    ]
 
 
 @pytest.mark.parametrize(("covered_s", "whole"), [(4.0, True), (3.91, True), (3.89, False), (0.0, False)])
