@@ -319,7 +319,7 @@ class UnderWay(Struct, frozen=True, gc=False):
 
 
 class Cut(Struct, frozen=True, gc=False):
-    """The end of a measured window that was cut short, or of several such windows.
+    """The early end of an interrupted window, or of several interrupted windows.
 
     The next attempt runs the requests in flight at the end of the window again, although the time and energy spent on
     them remain in this window. At most `under_way.longest_s` is spent twice. `lost_s` is the time between the end of

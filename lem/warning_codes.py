@@ -367,8 +367,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Set one meter for all arms (energy=…), and find out why a cell used a different meter.",
     ),
     "campaign_estimate": WarningKind(
-        "The energy that a campaign compares is an estimate or simulated, not a measurement.",
-        "Measure on a machine with a GPU's counter or readable RAPL counters.",
+        "The energy that a campaign compares is estimated or simulated, not measured.",
+        "Measure on a machine with a GPU energy counter or readable RAPL counters.",
     ),
     "campaign_engines_differ": WarningKind(
         "Cells of a campaign ran on different engines, or on different versions of an engine.",
@@ -385,7 +385,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_trend": WarningKind(
         "The measure changed over the course of the campaign, independently of the arm: the machine drifts.",
-        "Warm up longer, wait between cells (--config-gap), or cool down to a temperature (--cool-to).",
+        "Warm up longer, wait between cells (--config-gap), or cool down before each cell (--cool-to).",
     ),
     "campaign_position": WarningKind(
         "The measure depends on a cell's position within its cycle.",
@@ -396,7 +396,8 @@ WARNINGS: dict[str, WarningKind] = {
         "together with the effects of cycle, arm and position. Without any carry-over, one campaign in twenty still "
         "gives this warning. No arm follows itself within a cycle, so part of the effect remains in the comparison "
         "even if the order is balanced.",
-        "Wait between cells (--config-gap), warm up longer (--warmup-prompts), or cool to a temperature (--cool-to).",
+        "Wait between cells (--config-gap), warm up longer (--warmup-prompts), or cool down before each cell "
+        "(--cool-to).",
     ),
     "campaign_cells_warn": WarningKind(
         "Some cells of the campaign have warnings.",
@@ -433,10 +434,10 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
 
 def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if duration_s < SHORT_WINDOW_S:
-        yield warning("short_window", f"the window is {duration_s:.3g} s; it should be at least {SHORT_WINDOW_S:g} s.")
+        yield warning("short_window", f"the window is {duration_s:.3g} s long, less than {SHORT_WINDOW_S:g} s.")
     ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
     if ticks and min(ticks) < FEW_TICKS:
-        text = f"the energy counter advanced about {min(ticks):.0f} times; at least {FEW_TICKS} are needed."
+        text = f"the energy counter advanced about {min(ticks):.0f} times, less than {FEW_TICKS} times."
         yield warning("few_ticks", text)
     for r in readings:
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
@@ -518,7 +519,8 @@ def _of_counters(record: ProcessRecord) -> Iterator[CodedWarning]:
         tolerance = IDENTITY_TOLERANCE * tokens
         if engines < tokens - tolerance or (more_is_wrong and engines > tokens + tolerance):
             yield warning(
-                "tokens_disagree", f"{tokens} {kind} tokens in the request rows, {engines:.0f} counted by the engine."
+                "tokens_disagree",
+                f"the request rows have {tokens} {kind} tokens, but the engine counted {engines:.0f}.",
             )
 
 
@@ -533,20 +535,21 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
             continue
         drift = last.temperature_c - first.temperature_c
         if abs(drift) > TEMPERATURE_DRIFT_C:
-            text = f"{last.uuid}: {first.temperature_c} °C before, {last.temperature_c} °C after."
+            text = f"{last.uuid}: {first.temperature_c} °C before the run, {last.temperature_c} °C after it."
             yield warning("temperature_drift", text)
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU that was throttled in the window or, if nothing watched it then, before or after."""
+    """Yield a warning for each GPU that was throttled in the window, or around the window if it was not watched."""
     for window in during:
         if held := _held_down(window):
-            yield warning("throttled", f"{window.uuid}: {', '.join(held)} of the window.")
+            yield warning("throttled", f"{window.uuid}: clocks held down by {', '.join(held)} of the window.")
     watched = {window.uuid for window in during if window.throttled_s is not None or window.reasons is not None}
     for state in outside:
         reasons = [reason for reason in state.throttle_reasons or () if reason not in NOT_THROTTLING]
         if reasons and state.uuid not in watched:
-            yield warning("throttled", f"{state.uuid}: {', '.join(reasons)}, before or after the window.")
+            text = f"{state.uuid}: clocks held down by {', '.join(reasons)} before or after the window."
+            yield warning("throttled", text)
 
 
 def _of_strangers(devices: Sequence[DeviceState | DeviceWindow]) -> Iterator[CodedWarning]:
@@ -637,7 +640,7 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
 
 
 def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning that gives the most frequent reason if any requests of a cycle failed."""
+    """If any requests of a cycle failed, yield a warning with the most frequent reason."""
     reasons = Counter(r.error for r in requests if r.error is not None)
     if reasons:
         (reason, times), failed = reasons.most_common(1)[0], reasons.total()
@@ -678,7 +681,7 @@ def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     """Yield a warning for each steady state that is too short, unless the whole window is too short."""
     for place, (steady_s, duration_s) in enumerate(zip(rows["steady_duration_s"], rows["duration_s"], strict=True)):
         if steady_s is not None and steady_s < SHORT_WINDOW_S <= (duration_s or 0.0):
-            text = f"all slots were taken for {steady_s:.3g} s; it should be at least {SHORT_WINDOW_S:g} s."
+            text = f"all slots were taken for {steady_s:.3g} s, less than {SHORT_WINDOW_S:g} s."
             yield place, warning("short_steady_state", text)
 
 

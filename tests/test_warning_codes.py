@@ -114,12 +114,21 @@ WINDOW = DeviceWindow("GPU-0", 20.0, throttled_s={}, reasons={}, foreign_process
 @pytest.mark.parametrize(
     ("during", "said"),
     [
-        ({"throttled_s": {"power": 9.65, "thermal": 0.5}}, ["GPU-0: power for 48%, thermal for 2% of the window."]),
-        ({"throttled_s": {"power": 20.5}}, ["GPU-0: power for 100% of the window."]),
+        (
+            {"throttled_s": {"power": 9.65, "thermal": 0.5}},
+            ["GPU-0: clocks held down by power for 48%, thermal for 2% of the window."],
+        ),
+        ({"throttled_s": {"power": 20.5}}, ["GPU-0: clocks held down by power for 100% of the window."]),
         ({"throttled_s": {"power": 0.1}}, []),
         # The driver's own counts are better than samples; reasons that it does not count are sampled.
-        ({"reasons": {"sw_power_cap": 0.5, "hw_slowdown": 0.25}}, ["GPU-0: hw_slowdown for 25% of the window."]),
-        ({"reasons": {"sw_power_cap": 0.5}, "throttled_s": None}, ["GPU-0: sw_power_cap for 50% of the window."]),
+        (
+            {"reasons": {"sw_power_cap": 0.5, "hw_slowdown": 0.25}},
+            ["GPU-0: clocks held down by hw_slowdown for 25% of the window."],
+        ),
+        (
+            {"reasons": {"sw_power_cap": 0.5}, "throttled_s": None},
+            ["GPU-0: clocks held down by sw_power_cap for 50% of the window."],
+        ),
         ({"reasons": {"applications_clocks_setting": 1.0}}, []),
         ({"reasons": None, "throttled_s": None}, []),
     ],
@@ -349,7 +358,7 @@ class TestTokensCountedTwice:
     @pytest.mark.parametrize("output_tokens", [989.0, 1011.0, 0.0])
     def test_an_engine_that_counts_another_number(self, output_tokens):
         (text,) = self.found({"prompt_tokens": 500.0, "generation_tokens": output_tokens})
-        assert text == f"1000 output tokens in the request rows, {output_tokens:.0f} counted by the engine."
+        assert text == f"the request rows have 1000 output tokens, but the engine counted {output_tokens:.0f}."
 
     @pytest.mark.parametrize("more", [{"backend": "openai"}, {"status": "interrupted"}])
     def test_more_tokens_may_be_those_of_others_or_of_requests_that_were_cut_off(self, more):

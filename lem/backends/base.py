@@ -42,14 +42,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Generation:
-    """The output for one prompt; times are times on the backend's clock.
+    """The output for one prompt; all times are on the backend's clock.
 
     `token_ids` contains no padding and nothing after the first end token. It is empty if the engine reports only the
     number of output tokens, which is then in `counted`. `arrived_ns` is when the request arrived, or None if all
     prompts are present from the start (`Backend.generate`). `start_ns` is when the engine began working on the request.
-    If that is not known (`start_is_known` is False), it is when the engine was given the request or had room for it,
-    whichever was later. `prefill_end_ns` is when the logits of the first token were ready, or None if the engine does
-    not report it. `chunks` holds the times of the tokens, if the experiment enables streaming. `error` says why the
+    If that is unknown (`start_is_known` is False), `start_ns` is when the engine was given the request or had room for
+    it, whichever was later. `prefill_end_ns` is when the logits of the first token were ready, or None if the engine
+    does not report it. `chunks` holds the times of the tokens if the experiment enables streaming. `error` says why the
     request failed, and is None if it succeeded. A failed request has no tokens, and its `finish_reason` is error.
     """
 
@@ -105,7 +105,7 @@ class Backend(ABC):
     """The values that the backend reports; all others are None, and null in the results."""
 
     local_rank: int = 0
-    """The number of this process among the run's processes on the node; set before `start`."""
+    """The number (from 0) of this process among the run's processes on the node; set before `start`."""
 
     forced: bool = False
     """Whether the user has accepted inadvisable conditions, such as missing weights; set before `load`."""
@@ -218,7 +218,7 @@ class Backend(ABC):
 
     @abstractmethod
     def peak_memory(self) -> Memory:
-        """Return the peak memory since the last reset, or over the period stated in its `scope`."""
+        """Return the peak memory since the last reset, or over the period that `Memory.scope` states."""
 
     @abstractmethod
     def model_info(self) -> ModelInfo | None:

@@ -44,7 +44,7 @@ def _holds(found: str, text: str) -> bool:
 
 
 def problem_of(tokenizer: Any) -> str | None:
-    """Return a sentence about what is wrong with a tokenizer's chat template, or None if the template works."""
+    """Return a sentence that says why a tokenizer's chat template fails, or None if the template works."""
     try:
         rendered(tokenizer, PROBE)
     except RunError as error:

@@ -124,7 +124,7 @@ def counter_warnings(counters: Mapping[str, float] | None) -> Iterator[CodedWarn
         share = hits / counters["prefix_cache_queried_tokens"]
         yield warning("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache.")
     if preemptions := counters.get("preemptions"):
-        yield warning("preempted", f"requests were preempted {preemptions:.0f} times for lack of cache and recomputed.")
+        yield warning("preempted", f"requests were preempted {preemptions:.0f} times for lack of cache space.")
 
 
 def compilation_warnings(graphs: int) -> Iterator[CodedWarning]:

@@ -35,7 +35,7 @@ LAYERS = {
 }
 OUTER = frozenset(["model.embed_tokens.weight", "model.norm.weight"])
 HEAD = "lm_head.weight"
-# The names of dtypes in safetensors, and in torch.
+# The names of dtypes in safetensors, mapped to their names in torch.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",

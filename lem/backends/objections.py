@@ -1,4 +1,4 @@
-"""The objections that all engines have in common: to models, GPUs and engine arguments.
+"""Objections to models, GPUs and engine arguments, shared by all engines.
 
 The checks read the model's config.json but load no weights; `lem.backends.checkpoint_objections` checks the model's
 files.
@@ -92,7 +92,7 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
 
 
 def positions_of(model: Model) -> int | None:
-    """Return the model's number of positions, if its config or the defaults of its type give it."""
+    """Return the model's number of positions, from its config or its type's defaults; None if neither gives it."""
     config = model.text_config
     named = [config[name] for name in POSITIONS if isinstance(config.get(name), int)]
     if named:
@@ -147,7 +147,7 @@ class Source(Protocol):
 class EngineArguments:
     """The engine arguments that one of a backend's options passes on by name.
 
-    `dropped` maps arguments of earlier versions to advice on what to use instead.
+    `dropped` maps arguments of earlier versions to advice on replacing them.
     """
 
     engine: str

@@ -141,7 +141,7 @@ class Openai(Backend):
         self._session = self._counters = None
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send one batch after another and yield each as a whole, or keep `batch_size` requests in flight."""
+        """Send one batch after another or, with continuous batching, keep `batch_size` requests in flight."""
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
@@ -248,7 +248,7 @@ class Openai(Backend):
         model = loaded.checkpoint.model
         found = []
         if self.runs_elsewhere():
-            text = f"the server at {loaded.address.base} runs on another machine: its energy cannot be metered here."
+            text = f"the server at {loaded.address.base} runs on another machine, so its energy cannot be metered here."
             found.append(warning("server_elsewhere", text))
         if self._doubt is not None:
             found.append(warning("server_gpus_unknown", self._doubt))
@@ -274,8 +274,8 @@ class Openai(Backend):
             text = f"the server was busy, and requests were sent again {session.retries} times after Retry-After."
             yield warning("requests_retried", text)
         if session.ignores_stream:
-            text = "the server answered in one piece although it was asked to stream: token times are null."
+            text = "the server answered in one piece although it was asked to stream, so token times are null."
             yield warning("stream_ignored", text)
         if not session.tokens_are_timed:
-            text = "the server's events have no token counts; tokens are spread from the first event to the last."
+            text = "the server's events have no token counts; tokens are spread evenly from first to last event."
             yield warning("tokens_not_timed", text)

@@ -1,4 +1,4 @@
-"""Interprets one answer of a server as its bytes arrive: decompresses it, splits it into events, counts its tokens.
+"""Interprets a server's answer as the bytes arrive: decompresses them, splits them into events and counts tokens.
 
 Servers deviate from the protocol in many small ways. The bytes of an answer therefore decide whether it is compressed
 and whether it is a stream of events or a single JSON object; headers are only hints. Tokens are counted by the ids or
@@ -55,7 +55,10 @@ class Refused(RunError):
 
 
 class Part(NamedTuple):
-    """An event of an answer, and the network read that completed it; `tokens` is None without a token count."""
+    """An event of an answer, and the network read that completed the event.
+
+    `tokens` is None if the event has no token count.
+    """
 
     read: int
     at_ns: int

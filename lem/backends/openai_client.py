@@ -44,7 +44,7 @@ SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Failure:
-    """The reason why a request has no answer, and when it was sent and failed (`time.perf_counter_ns`)."""
+    """A request without an answer: when it was sent and when it failed (`time.perf_counter_ns`), and the error."""
 
     sent_ns: int
     ended_ns: int
@@ -105,7 +105,7 @@ class Client:
         return self._wait(self._fetch(method, path, timeout_s))
 
     def send(self, number: int, body: bytes, at_ns: int | None = None, *, insists: bool = False) -> None:
-        """Send a completion request, whose answer `next_done` will return.
+        """Send a completion request; `next_done` returns the answer.
 
         Args:
             number: a number that identifies the answer.

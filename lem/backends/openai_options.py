@@ -43,7 +43,7 @@ OF_LEM = {
     "seed": "seed",
     **dict.fromkeys(("stream", "stream_options"), "streaming.enabled"),
     **dict.fromkeys(("ignore_eos", "stop_token_ids"), "lem, to the model's end tokens"),
-    "return_token_ids": "lem, which counts tokens by them",
+    "return_token_ids": "lem, which counts tokens by their ids",
     **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem: one output for each prompt"),
 }
 # Decoder options for which OpenAI's protocol has no field.
@@ -154,7 +154,7 @@ def _has(options: OpenaiBackend, placeholder: str) -> bool:
 
 # ------------------------------------------------------------------ requests
 def as_text(tokenizer: Any, prompt: Encoded) -> str:
-    """Return text that the server will turn into the prompt's tokens, including the special tokens that it adds.
+    """Return text that the server will turn into the prompt's tokens, counting the special tokens that it adds.
 
     Raises:
         RunError: no such text exists.
@@ -202,7 +202,7 @@ def request_body(
 
 
 def _vllm_fields(experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return all sampling fields, as for vLLM in-process, because a server may otherwise use its model's defaults."""
+    """Return all sampling fields, as in the vllm backend, because a server may otherwise use its model's defaults."""
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fields = neutral | sampling_parameters(experiment, prompt.index, end_tokens) | {"return_token_ids": True}
     del fields["detokenize"]

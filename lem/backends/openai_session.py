@@ -363,7 +363,7 @@ class OpenaiSession:
         self._waiting: dict[int, Arrived[Encoded]] = {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send one batch after another and yield each as a whole, or keep `batch_size` requests in flight."""
+        """Send one batch after another or, with continuous batching, keep `batch_size` requests in flight."""
         batching = self._experiment.batching
         if batching.strategy == "continuous":
             for done in self._served(Arrivals(prompts, None, batching.batch_size, time.perf_counter_ns())):
@@ -422,7 +422,7 @@ class OpenaiSession:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Cancel requests in flight if the caller stops early; after an error the session cannot be used any more."""
+        """Cancel requests in flight if the caller stops early; after an error, mark the session as broken."""
         try:
             yield
         except GeneratorExit:

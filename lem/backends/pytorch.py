@@ -253,7 +253,7 @@ class Pytorch(Backend):
 
 def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
     if noticed.not_finite:
-        yield warning("not_finite", f"the logits of {noticed.not_finite} requests are infinite or not a number.")
+        yield warning("not_finite", f"the logits of {noticed.not_finite} requests are infinite or NaN.")
     if noticed.padded:
         text = f"{noticed.padded} requests were padded in their batch, but the model does not mask padding."
         yield warning("padding_changed_tokens", text)
@@ -344,12 +344,12 @@ def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loa
     if fit.missing and not forced:
         raise RunError(
             f"{found.name} lacks weights, which transformers has initialised at random: {summary(fit.missing)}. "
-            "Choose a complete checkpoint of a causal language model; --force runs it anyway."
+            "Choose a complete checkpoint of a causal language model, or run it anyway with --force."
         )
     ends = end_tokens(model.generation_config, tokenizer)
     pad = _padding_token(tokenizer, model.get_input_embeddings().num_embeddings)
     special = {"pad_token_id": pad, "eos_token_id": sorted(ends) or None}
-    # `generate` takes any option that it is not given from the model's own config, which may sample or penalise.
+    # `generate` takes missing options from the model's own config, which may turn on sampling or penalties.
     model.generation_config = transformers.GenerationConfig(**special)
     config = _generation_config(transformers, experiment, special)
     inner = model if experiment.adapter is None else model.get_base_model()

@@ -2,10 +2,10 @@
 
 transformers runs its own loop in another thread, which hides errors, cannot be interrupted, and delivers tokens late.
 Instead, this module asks the engine's processor for one step after another. The processor is given requests as slots
-become free, so each step has at most `batch_size` of them, and its cache has room for exactly `batch_size` requests of
-the maximum length. Some options cannot be set for each request in the processor: sampling with a seed for each prompt,
-and penalties and bans that look at the whole text. This module applies these options itself, with transformers' own
-logits processors. It knows nothing about devices or files.
+become free, so a step has at most `batch_size` requests, and the cache has room for exactly `batch_size` requests of
+the maximum length. The processor cannot set some options for each request: sampling with a seed for each prompt, and
+penalties and bans that look at the whole text. This module applies these options itself, with transformers' own logits
+processors. It knows nothing about devices or files.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Continuous(Session[_Request]):
             self._manager = self._make_manager(wanted)
         except (MemoryError, RuntimeError) as error:
             raise RunError(
-                f"Too little memory for a key/value cache of {self._places} requests of {wanted.longest} tokens: "
+                f"Too little memory for a key/value cache for {self._places} requests of {wanted.longest} tokens: "
                 f"{reason_of(error)} Lower batching.batch_size, max_input_tokens or max_output_tokens."
             ) from error
         except ValueError as error:
@@ -262,7 +262,7 @@ class Continuous(Session[_Request]):
             raise RunError(f"transformers failed on prompt {index}: {output.error}.")
         times_ns = [round(at_s * NS_PER_S) for at_s in output.timestamps]
         if len(times_ns) != len(tokens):
-            raise RunError(f"transformers ran out of cache, and preempted and recomputed prompt {index}.")
+            raise RunError(f"transformers ran out of cache space, so it preempted and recomputed prompt {index}.")
         return Generation(
             index,
             batch=0,

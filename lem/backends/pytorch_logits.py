@@ -17,8 +17,7 @@ class Noticed:
 class LastLogits:
     """The logits of a model's latest forward pass.
 
-    A value that is not a number stays in the key/value cache of its request, so it is enough to check once, when the
-    request is finished.
+    A NaN stays in the key/value cache of its request, so a single check is enough, when the request has finished.
     """
 
     def __init__(self, model: Any) -> None:

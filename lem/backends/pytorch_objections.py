@@ -67,7 +67,7 @@ def _device(options: PytorchBackend, host: Host, used: Sequence[Gpu]) -> Iterato
         fact = f"torch.compile needs compute capability {_dotted(COMPILE_CAPABILITY)}; {old} is too old."
         yield Objection("compile_unsupported", "backend.torch_compile", fact)
     if options.cache_implementation == "none":
-        fact = "without a cache every step recomputes the whole sequence, while FLOPs count each token once."
+        fact = "without a cache, every step recomputes the whole sequence, but FLOPs count each token only once."
         yield Objection("no_cache", "backend.cache_implementation", fact)
 
 
@@ -175,7 +175,7 @@ def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | 
         fact = "every step of continuous batching has a different shape and would be recompiled."
         yield Objection(code, "backend.torch_compile", fact)
     if strategy in ("tensor_parallel", "pipeline_parallel"):
-        fact = f"the pytorch backend cannot batch continuously with {strategy}, only with data_parallel; vllm can."
+        fact = f"the pytorch backend cannot batch continuously with {strategy}; the vllm backend can."
         yield Objection(code, "parallelism.strategy", fact)
 
 

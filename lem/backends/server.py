@@ -130,7 +130,7 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return a server's environment: this process's environment without launcher variables, with the GPUs to show.
+    """Return the environment for a server: this process's own, without launcher variables, showing only some GPUs.
 
     If `shown_gpus` is None, the visibility of GPUs is unchanged.
     """

@@ -1,4 +1,4 @@
-"""The common part of backends whose engine accepts prompts while others are running.
+"""The code shared by backends whose engine accepts prompts while other prompts are running.
 
 This module knows no particular engine. Each backend defines how its engine loads a model, takes a prompt, works, and is
 interrupted.
@@ -74,10 +74,10 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine work, and return the outputs of the requests that it has finished, by key.
+        """Let the engine work, and return the outputs of the requests that have finished, by key.
 
-        Finished requests are no longer in flight. The result may be empty. If the arrival time of the next prompt is
-        known, it is given as `next_ns`, and the method returns by then.
+        Finished requests are no longer in flight. The result may be empty. `next_ns` is the arrival time of the next
+        prompt, if known; the method returns by then.
         """
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Session(ABC, Generic[R]):
 
     # -------------------------------------------------------------- running
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run and yield one batch after another or, with continuous batching, yield each prompt when it finishes."""
+        """Run and yield one batch after another or, with continuous batching, yield each output when it is finished."""
         batching = self.experiment.batching
         for number, positions in enumerate(plan_batches([len(p.token_ids) for p in prompts], batching)):
             steps = self._run({position: prompts[position] for position in positions}, number)
@@ -145,7 +145,7 @@ class Session(ABC, Generic[R]):
                     yield done
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int = sys.maxsize) -> Iterator[Sequence[Generation]]:
-        """Give the engine each prompt as it arrives, while others run, and yield those that finish together.
+        """Give the engine each prompt as it arrives, while others run, and yield the outputs that finish together.
 
         An engine with its own queue is given every request on arrival; any other engine has at most `at_most` requests
         in flight at a time.
@@ -163,7 +163,7 @@ class Session(ABC, Generic[R]):
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Cancel requests in flight if the caller stops early; after an error the session cannot be used any more."""
+        """Cancel requests in flight if the caller stops early; after an error, mark the session as broken."""
         self._given, self._ended_ns = 0, []
         try:
             yield
@@ -181,9 +181,9 @@ class Session(ABC, Generic[R]):
 class Loaded:
     """An engine with its model loaded.
 
-    `lora` is the adapter in the form that requests use, or None. `adapter_weights` gives the number of its weights in
-    the model's body and at the output projection. `positions` is the maximum length of a sequence (prompt and output
-    together) in tokens, or None if there is no limit. `clock_offset_ns` is the offset to add to the engine's clock to
+    `lora` is the adapter in the form that requests use, or None. `adapter_weights` holds the number of the adapter's
+    weights in the model's body and at the output projection. `positions` is the maximum length of a sequence (prompt
+    and output together) in tokens, or None if there is no limit. `clock_offset_ns` is added to the engine's clock to
     get `time.perf_counter_ns`. `model` is None if nothing is known about the model. `settings` holds the engine's
     resolved settings that affect the measurements.
     """
@@ -240,7 +240,7 @@ class SessionBackend(Backend, Generic[S]):
         return encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run and yield one batch after another or, with continuous batching, yield each request when it finishes."""
+        """Run and yield one batch after another or, with continuous batching, yield each output when it is finished."""
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:

@@ -53,7 +53,7 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object if more GPUs are needed than are visible, and to model options, because no model runs."""
+        """Object if too few GPUs are visible, or if model options are set although no model runs."""
         assert isinstance(experiment.backend, SimulatedBackend)
         needed, visible = experiment.backend.gpus, len(host.gpus)
         too_few = Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {needed}, visible: {visible}.")
@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Note how late the work ended, limited so that a long interruption is not caught up in a rush."""
+        """Note how late the work ended, up to a limit, so that the work after a long interruption is not rushed."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 

@@ -133,7 +133,7 @@ def _costs(decoder: Any, config: Any) -> tuple[list[Fraction], Fraction]:
         if abs(constant) > CONSTANT_SHARE * linear:
             raise UnknownArchitecture("the work of its layers is not proportional to the number of tokens")
         if quadratic <= 0:
-            raise UnknownArchitecture("not all of its layers attend to all earlier positions")
+            raise UnknownArchitecture("some of its layers do not attend to all earlier positions")
         attention.append(quadratic)
         body += linear
     for name, module in experts.items():
@@ -170,7 +170,7 @@ def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
     total, active = _named(config, EXPERTS), _named(config, EXPERTS_PER_TOKEN)
     each = sum(int(p.numel()) // int(p.shape[0]) for p in tensors)
     if total is None or active is None or any(p.shape[0] != total for p in tensors):
-        raise UnknownArchitecture("the share of its experts that a token is routed to is unknown")
+        raise UnknownArchitecture("it is unknown how many of its experts a token is routed to")
     if cost == 2 * active * each:
         return Fraction(0)
     if cost == 2 * total * each:
@@ -292,18 +292,16 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
     by_window = SLIDING if window is not None else CHUNKED if chunk is not None else FULL
     kind = kinds[layer] if kinds else by_window
     if getattr(config, "index_topk", None) is not None or kind not in (FULL, SLIDING, CHUNKED):
-        raise UnknownArchitecture(
-            "it has layers that attend to selected positions only, or keep a recurrent state instead"
-        )
+        raise UnknownArchitecture("it has layers that attend only to selected positions or keep a recurrent state")
     reach = {FULL: None, SLIDING: window, CHUNKED: chunk}[kind]
     if kind != FULL and not isinstance(reach, int):
-        raise UnknownArchitecture("how far back its layers attend is unknown")
+        raise UnknownArchitecture("it is unknown how far back its layers attend")
     return reach, kind == CHUNKED
 
 
 # ------------------------------------------------------------------ caches
 def cache_bytes(cache: Any) -> int | None:
-    """Return the memory that a transformers cache occupies in bytes; None if it contains no tensors.
+    """Return the size in bytes of a transformers cache; None if the cache contains no tensors.
 
     Each storage is counted once and in full, because a tensor that is a view of part of a storage, such as the last
     tokens of a sequence, keeps all of it alive.

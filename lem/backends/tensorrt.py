@@ -1,4 +1,4 @@
-"""TensorRT-LLM's LLM API with its PyTorch backend: the engine has separate processes, and this one sends requests.
+"""TensorRT-LLM's LLM API with its PyTorch backend; the engine runs in other processes, and this one sends requests.
 
 Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. The times
 of requests, cache hits and accepted drafts are the engine's own figures, or None if it does not report them. This

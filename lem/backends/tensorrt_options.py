@@ -1,4 +1,4 @@
-"""Translates lem's options into the arguments and sampling parameters of TensorRT-LLM, and objects to unsuitable ones.
+"""Translates lem's options into TensorRT-LLM's arguments and sampling parameters, and objects to unsuitable options.
 
 This module imports neither TensorRT-LLM nor torch: the options that the installed version accepts are read from its
 source code. It knows nothing about requests in flight or about time.
@@ -47,7 +47,7 @@ OWN_TOKENIZER = ("tokenizer", "tokenizer_mode", "custom_tokenizer", "skip_tokeni
 # Arguments that lem sets, and the option or reason that sets each.
 OF_LEM = {
     "model": "model",
-    **dict.fromkeys(OWN_TOKENIZER, "model, whose own tokenizer is used"),
+    **dict.fromkeys(OWN_TOKENIZER, "model, because the model's own tokenizer is used"),
     **dict.fromkeys(("revision", "tokenizer_revision"), "revision"),
     "trust_remote_code": "trust_remote_code",
     "dtype": "fp_precision",
@@ -71,9 +71,8 @@ OF_BUILDING = (
 )
 DROPPED = {
     **dict.fromkeys(OF_BUILDING, "the PyTorch backend builds no TensorRT engine"),
-    "calib_config": "name a checkpoint that is already quantized as the model",
-    "quant_config": "name a checkpoint that is already quantized as the model; for the cache, use "
-    "backend.kv_cache.dtype",
+    "calib_config": "set model to a checkpoint that is already quantized",
+    "quant_config": "set model to a checkpoint that is already quantized; for the cache, use backend.kv_cache.dtype",
     "pytorch_backend_config": "its fields are now separate arguments; set them in backend.extra_args",
     "enable_overlap_scheduler": "use backend.overlap_scheduler",
     "use_cuda_graph": "use backend.cuda_graphs",
@@ -135,7 +134,7 @@ def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | No
 
 
 def given(options: TensorrtBackend) -> dict[str, Any]:
-    """Return the options that are not null as arguments of LLM, with each part as a mapping."""
+    """Return the arguments of LLM for the options that are not null, with each part as a mapping."""
     found: dict[str, Any] = {}
     for option, argument in DIRECT.items():
         value = getattr(options, option)
@@ -157,7 +156,7 @@ def _translated(option: str, value: Any) -> Any:
 
 
 def merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two sets of arguments, including parts that are in both; preflight objects to fields that are in both."""
+    """Merge two sets of arguments, and the fields of parts that are in both; preflight refuses duplicate fields."""
     both = {name: {**ours[name], **extra[name]} for name in ours if isinstance(extra.get(name), Mapping)}
     return {**ours, **extra, **both}
 
@@ -181,9 +180,9 @@ def _known_as(field: str, known: Mapping[str, Any]) -> str:
 def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozenset[int]) -> dict[str, Any]:
     """Return the arguments of TensorRT-LLM's SamplingParams for the prompt with the given index.
 
-    One end token is passed to the engine as such, and the engine suppresses it for `min_tokens`; any others are passed
-    as stop words. A request without temperature, top_k and top_p is decoded greedily. With sampling, top_p is always
-    set, because earlier versions decode greedily if they are given only a temperature.
+    The engine accepts a single end token, which it suppresses for `min_tokens`; any other end tokens are passed as stop
+    words. A request without temperature, top_k and top_p is decoded greedily. With sampling, top_p is always set,
+    because earlier versions decode greedily if they are given only a temperature.
     """
     decoder = experiment.decoder
     first, *others = sorted(end_tokens) or [-1]
@@ -273,7 +272,7 @@ def _sampling(experiment: Experiment) -> Iterator[Objection]:
     read = tensorrt_source.sampling_options_read()
     for name, path, neutral in asked:
         if read and name not in read:
-            fact = f"the sampler of TensorRT-LLM {tensorrt_source.version()} ignores this option ({neutral:g}: off)."
+            fact = f"the sampler of TensorRT-LLM {tensorrt_source.version()} ignores this option ({neutral:g} is off)."
             yield Objection("sampler_ignores", path, fact)
 
 

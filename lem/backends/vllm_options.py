@@ -37,8 +37,9 @@ RESOLVED = {
     "load_format": "load_config.load_format",
     "cpu_offload_gb": "offload_config.uva.cpu_offload_gb",
 }
-# Speculation methods: the one that loads code, those that need a draft model or head, those for which no model's files
-# give the number of drafted tokens, and those with a default number.
+# Speculation methods: CODE_METHOD loads code, MODEL_NEEDED lists methods that need a draft model or head, NUMBER_NEEDED
+# lists methods for which no model's files give the number of drafted tokens, and NUMBER_BY_DEFAULT lists methods with a
+# default number.
 CODE_METHOD = "custom_class"
 MODEL_NEEDED = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash", CODE_METHOD)
 NUMBER_NEEDED = ("ngram", "[ngram]", "ngram_gpu", "draft_model", "eagle", "eagle3", CODE_METHOD)
@@ -46,7 +47,9 @@ NUMBER_BY_DEFAULT = ("suffix",)
 # Engine arguments that lem sets, and the option or reason that sets each.
 OF_LEM = {
     **dict.fromkeys(("model", "model_weights"), "model"),
-    **dict.fromkeys(("tokenizer", "tokenizer_mode", "skip_tokenizer_init"), "model, whose own tokenizer is used"),
+    **dict.fromkeys(
+        ("tokenizer", "tokenizer_mode", "skip_tokenizer_init"), "model, because the model's own tokenizer is used"
+    ),
     **dict.fromkeys(("revision", "tokenizer_revision"), "revision"),
     "trust_remote_code": "trust_remote_code",
     "dtype": "fp_precision",
@@ -84,8 +87,8 @@ DROPPED = {
     "backend.engine_args)",
     "max_seq_len_to_capture": "use max_cudagraph_capture_size (in tokens per step) in backend.engine_args",
     "cuda_graph_sizes": "use cudagraph_capture_sizes in backend.engine_args",
-    "num_scheduler_steps": "use async_scheduling in backend.engine_args, which prepares each step while the previous "
-    "one runs",
+    "num_scheduler_steps": "use async_scheduling in backend.engine_args, so that each step is prepared while the "
+    "previous one runs",
     "multi_step_stream_outputs": "use stream_interval in backend.engine_args",
     "disable_async_output_proc": "use async_scheduling in backend.engine_args",
     "device": "the installed build of vLLM determines the device; use gpus to choose among GPUs",
@@ -112,7 +115,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ATTENTION_ON_CPU = "CPU_ATTN"
 KV_CACHE_DTYPES_ON_CPU = ("auto", "float16", "bfloat16")
 LEAST_HEAD_SIZE_ON_CPU = 32
-# Formats of weights in which vLLM reads the files that transformers would; None is vLLM's default, auto.
+# The load formats with which vLLM reads the same files as transformers; None is vLLM's default, auto.
 USUAL_FORMATS = (None, "auto", "hf", "safetensors", "pt")
 # A request's seed is derived from the experiment's seed and the prompt, and must fit into 63 bits.
 PROMPTS_PER_SEED = 2**31
@@ -161,7 +164,7 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 
 
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
-    """Return the requested dtype, or else the checkpoint's on a GPU (vLLM's default turns float32 into 16 bits)."""
+    """Return the requested dtype, or else the checkpoint's on a GPU; vLLM's default would turn float32 to 16 bits."""
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"
     return checkpoint_dtype(experiment, model) or "auto"
@@ -251,7 +254,7 @@ def _unsupported(experiment: Experiment) -> Iterator[Objection]:
 def raised_temperature(decoder: Decoder) -> Iterator[Objection]:
     """Object to a temperature that vLLM would change."""
     if decoder.do_sample and decoder.temperature < LOWEST_TEMPERATURE:
-        yield Objection("temperature_raised", "decoder.temperature", f"vLLM raises it to {LOWEST_TEMPERATURE:g}.")
+        yield Objection("temperature_raised", "decoder.temperature", f"vLLM raises this to {LOWEST_TEMPERATURE:g}.")
 
 
 def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
@@ -271,7 +274,7 @@ def _incomplete(path: str, config: Mapping[str, Any]) -> Iterator[Objection]:
         yield object_to(f"{path}.num_speculative_tokens", f"{method} needs the number of tokens drafted per step.")
     least, most = config.get("prompt_lookup_min"), config.get("prompt_lookup_max")
     if isinstance(least, int) and isinstance(most, int) and least > most:
-        yield object_to(f"{path}.prompt_lookup_min", f"it is larger than prompt_lookup_max ({most}).")
+        yield object_to(f"{path}.prompt_lookup_min", f"{least} is larger than prompt_lookup_max ({most}).")
 
 
 # ------------------------------------------------------------------ engine arguments
@@ -321,7 +324,7 @@ def _owner(name: str, options: VllmBackend) -> str | None:
 def _code(options: VllmBackend) -> Iterator[Objection]:
     """Object to options that name code, because the configuration may come from someone else."""
     for path in code_arguments(options):
-        yield Objection("engine_arg_code", path, "it names Python code that vLLM would load and run.")
+        yield Objection("engine_arg_code", path, "this option names Python code that vLLM would load and run.")
 
 
 def code_arguments(options: VllmBackend) -> dict[str, Any]:
@@ -360,7 +363,7 @@ def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -
         yield without_effect("no_effect_without_gpu", "backend.cpu_offload_gb", "the run uses no GPU.")
     size = _head_size(model)
     if size is not None and size < LEAST_HEAD_SIZE_ON_CPU:
-        fact = f"its attention heads have size {size}, but vLLM's CPU kernels need at least {LEAST_HEAD_SIZE_ON_CPU}."
+        fact = f"the attention heads have size {size}, but vLLM's CPU kernels need at least {LEAST_HEAD_SIZE_ON_CPU}."
         yield Objection("head_size_on_cpu", "model", fact)
     if experiment.fp_precision == "float16":
         yield Objection("float16_on_cpu", "fp_precision", "most CPUs emulate float16, which is slow.")

@@ -1,6 +1,6 @@
 """The energy meters: one file per meter, all with the same interface. The config group `energy` selects a meter.
 
-The section "A meter" in docs/architecture.md lists the steps for adding one.
+The section "A meter" in docs/architecture.md lists the steps for adding a meter.
 """
 
 from __future__ import annotations

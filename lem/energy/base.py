@@ -143,7 +143,7 @@ class CombinedMeter(Meter):
         self._is_settled = True
 
     def begin(self) -> None:
-        """Begin the window on all meters in reverse order; settle the meters before, unless that has been done.
+        """Begin the window on all meters in reverse order; settle the meters first, unless they are already settled.
 
         The first meter thus gets the tightest window, and no window includes the time that another meter takes to
         settle.
@@ -166,7 +166,7 @@ class CombinedMeter(Meter):
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all meters, or None if any meter returns None and the readings would be incomplete."""
+        """Return the readings of all meters, or None if any meter returns None, so that no set is incomplete."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 

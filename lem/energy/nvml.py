@@ -149,7 +149,7 @@ class NvmlMeter(Meter):
         if is_begun:
             self._begun = self._begun or self._edges(self._begun_ns)
             _finish(self._on_each(lambda device: device.counter.poll()))
-        begun = self._begun or [Edge(None, "its first tick has not come yet")] * len(self._devices)
+        begun = self._begun or [Edge(None, "it has not ticked in this window yet")] * len(self._devices)
         readings = []
         for device, edge in zip(self._devices, begun, strict=True):
             # The trace of a GPU that has stopped answering ends early.
@@ -221,10 +221,10 @@ class NvmlMeter(Meter):
 class Sensors:
     """The sensors that the driver offers for a GPU, as the meter would use them.
 
-    `counter_problem` says why the energy counter cannot be read; None if it can. `tick_s` is the time from one advance
-    of the counter to the next; None without a counter or if the time cannot be determined. `power_w` is the current
-    power; None if `power_problem` says why it cannot be read. `power_is_instant` is False if the power is an average
-    over the last second.
+    `counter_problem` says why the energy counter cannot be read; None if it can be read. `tick_s` is the time from one
+    advance of the counter to the next; None without a counter or if the time cannot be determined. `power_w` is the
+    current power; None if it cannot be read, and `power_problem` then says why. `power_is_instant` is False if the
+    power is an average over the last second.
     """
 
     has_counter: bool

@@ -57,11 +57,11 @@ class Zone:
         return f"{self.directory.name} {self.name}"
 
     def energy_uj(self) -> int:
-        """Return the counter's value in µJ; raises OSError or ValueError if it cannot be read."""
+        """Return the counter's value in µJ, or raise OSError or ValueError if it cannot be read."""
         return int((self.directory / "energy_uj").read_text())
 
     def range_uj(self) -> int:
-        """Return the counter's largest value in µJ; raises OSError or ValueError if it cannot be read."""
+        """Return the counter's largest value in µJ, or raise OSError or ValueError if it cannot be read."""
         return int((self.directory / "max_energy_range_uj").read_text())
 
 
@@ -171,7 +171,7 @@ class _Counter:
         self._last_ns = self._clock_ns()
 
     def advance(self) -> None:
-        """Add the increase since the last reading; after one failure the window has no energy."""
+        """Add the increase since the last reading; after a failure, the window has no energy."""
         if self._failure is not None:
             return
         try:

@@ -54,7 +54,7 @@ class ZeusMeter(ImmediateMeter):
             yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, but the run uses no GPU.")
 
     def open(self) -> None:
-        """Find the GPUs; raises `BadInput` if zeus finds none."""
+        """Find the GPUs, or raise `BadInput` if zeus finds none."""
         with quiet_stdout():
             from zeus.device import get_gpus
             from zeus.device.exception import ZeusBaseGPUError
@@ -101,7 +101,7 @@ class ZeusMeter(ImmediateMeter):
     def _so_far_of(self, index: int) -> EnergyReading:
         before_j, (now_j, failure) = self._begun_j[index], self._counter_j(index)
         if before_j is None or now_j is None:
-            return self._reading(index, None, failure or self._failure or "zeus integrates power only at the end")
+            return self._reading(index, None, failure or self._failure or "zeus integrates only at a window's end")
         return self._reading(index, now_j - before_j, "the counter has not advanced yet")
 
     def _counter_j(self, index: int) -> tuple[float | None, str | None]:

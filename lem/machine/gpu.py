@@ -53,7 +53,7 @@ class Gpu:
 
     @property
     def computing_name(self) -> str:
-        """The GPU's name, marked if only a MIG instance is used, because the GPU's datasheet does not apply to that."""
+        """The GPU's name, marked if only a MIG instance is used, because the datasheet applies to the whole GPU."""
         return f"{self.name} (MIG instance)" if self.is_divided else self.name
 
     @property
@@ -307,7 +307,7 @@ def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance
         yield MigInstance(
             uuid=uuid,
             name=name,
-            # The driver names it "<GPU> MIG <profile>".
+            # The driver names an instance "<GPU> MIG <profile>".
             profile=None if name is None else name.rpartition(" MIG ")[2],
             memory_bytes=ask(lib, "nvmlDeviceGetMemoryInfo", instance, convert=_total),
             visible=None in named or (uuid is not None and uuid in named),

@@ -143,7 +143,7 @@ class Campaign:
         ),
     ] = None
     retries: Annotated[
-        int, Field(ge=0, le=10, description="How many times a failed cell is retried, at the end of its cycle.")
+        int, Field(ge=0, le=10, description="Number of retries of a failed cell; they run at the end of its cycle.")
     ] = 0
 
 
@@ -151,7 +151,7 @@ class Campaign:
 class CampaignCell:
     """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1).
 
-    `number` is the cell's position, from 1, in the planned order of all cells; `cells` is how many cells the order has.
+    `number` is the cell's position, from 1, in the planned order of all cells, and `cells` is their number.
     `simulated_before` holds the backend options of the preceding cell if that cell is simulated; a simulated carry-over
     depends on these options.
     """

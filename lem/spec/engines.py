@@ -45,7 +45,7 @@ class PytorchBackend:
 
 @config
 class SimulatedBackend:
-    """An engine that runs no model and takes exactly known times, for tests and for trying out grids.
+    """An engine with exactly known times that runs no model, for tests and for trying out grids.
 
     To imitate a real machine, the times can vary by known amounts. `noise`, `drift` and `carry_over` multiply all times
     of an experiment by the same factor; `request_noise` adds a factor for each request.
@@ -77,9 +77,9 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="Noise between requests. The times of each request are multiplied by another such factor, "
-            "which also depends on the position of the request's prompt. The time of a decode step is multiplied by "
-            "the mean factor of its requests.",
+            description="Noise between requests. The times of each request are multiplied by a second log-normal "
+            "factor, with this relative standard deviation. The factor also depends on the position of the request's "
+            "prompt. The time of a decode step is multiplied by the mean factor of its requests.",
         ),
     ] = 0.0
     drift: Annotated[
@@ -312,7 +312,7 @@ class OpenaiBackend:
             min_length=1,
             description="Command that starts the server, without a shell; the server is stopped after the run. "
             "{model}, {port}, {host}, {revision}, {dtype}, {seed}, {batch_size} and {degree} are replaced by their "
-            "values: vllm serve {model} --port {port}. null: the server is already running.",
+            "values, as in vllm serve {model} --port {port}. null: the server is already running.",
         ),
     ] = None
     model_name: Annotated[
@@ -347,8 +347,8 @@ class OpenaiBackend:
     device: Annotated[
         Literal["auto", "cpu", "remote"],
         Field(
-            description="Where the model runs. auto: on this machine (on its GPUs, or on its CPU if it has none) if "
-            "the address is local or lem starts the server; otherwise on another machine."
+            description="Where the model runs. auto: if the address is local or lem starts the server, on this "
+            "machine's GPUs, or on its CPU without GPUs; otherwise on another machine."
         ),
     ] = "auto"
     extra_body: Annotated[dict[str, Any] | None, Field(description="Other request fields, by name: {priority: 1}.")] = (

@@ -158,12 +158,12 @@ class Warmup:
     ] = None
     cv_batches: Annotated[
         int,
-        Field(ge=2, le=100, description="Number of most recent latencies whose variation until_cv limits."),
+        Field(ge=2, le=100, description="With until_cv: number of most recent latencies that are compared."),
     ] = 5
     max_prompts: Annotated[
         int,
         Field(
-            ge=1, le=100_000, description="With until_cv: number of prompts after which the warm-up ends regardless."
+            ge=1, le=100_000, description="With until_cv: number of prompts after which the warm-up ends in any case."
         ),
     ] = 200
     max_s: Annotated[
@@ -203,7 +203,7 @@ class Traffic:
     ] = None
     trace: Annotated[
         str | None,
-        Field(description="CSV file with the recorded arrivals: a column t_s, in seconds."),
+        Field(description="CSV file with the recorded arrivals, in seconds, in a column t_s."),
     ] = None
     ttft_limit_s: Annotated[
         float | None, Field(gt=0, description="For goodput: maximum time to first token of a good request, in seconds.")
@@ -238,7 +238,7 @@ class Energy:
 
     name: Annotated[
         Literal["auto", "nvml", "rapl", "codecarbon", "zeus", "replay", "simulated", "none"],
-        Field(description="Meter; auto: the best one available for each component."),
+        Field(description="Meter; auto: the best available meter for each component."),
     ] = "auto"
     idle_s: Annotated[
         float,
@@ -267,11 +267,11 @@ class Energy:
         str | None,
         Field(
             pattern="^[A-Z]{3}$",
-            description="Country whose mean grid carbon intensity applies (ISO 3166 alpha-3 code, such as DEU).",
+            description="Country for the mean carbon intensity of the grid (ISO 3166 alpha-3 code, such as DEU).",
         ),
     ] = None
     carbon_intensity_g_per_kwh: Annotated[
-        float | None, Field(ge=0, description="Carbon intensity to use instead of a country's, gCO2e/kWh.")
+        float | None, Field(ge=0, description="Carbon intensity in gCO2e/kWh, used instead of a country's.")
     ] = None
 
 
@@ -315,7 +315,7 @@ class Experiment:
         int,
         Field(
             ge=0,
-            description="Minimum number of tokens to generate per request; the end token is suppressed before that.",
+            description="Minimum number of tokens to generate per request; the end token is suppressed until then.",
         ),
     ] = 0
     chat_template: Annotated[
@@ -329,7 +329,7 @@ class Experiment:
     ] = 1
     num_processes: Annotated[
         int,
-        Field(ge=1, le=1024, description="Worker processes on this node that share the prompts, each on its own GPU."),
+        Field(ge=1, le=1024, description="Number of processes on this node that share the prompts, one GPU for each."),
     ] = 1
     gpus: Annotated[
         list[int | str] | None,

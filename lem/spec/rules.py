@@ -132,7 +132,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         "dropped_engine_arg": ("The engine no longer has this argument.", "Remove the argument."),
         # ------------------------------------------------------ servers
         "no_server": (
-            "Neither the address of a server nor a command that starts one is set.",
+            "Neither the address of a server nor a command that starts a server is set.",
             "Set backend.url or backend.command.",
         ),
         "bad_server_url": (
@@ -144,8 +144,8 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the command.",
         ),
         "server_not_told": (
-            "An option is meant for the server but does not reach it: requests have no field for it (at least in this "
-            "dialect), and backend.command does not contain the option's placeholder.",
+            "An option is meant for the server but would not reach the server: requests have no field for the option "
+            "(at least in this dialect), and backend.command does not contain its placeholder.",
             "Leave this option out, and configure the server itself if it has an equivalent option.",
         ),
         "server_processes": (
@@ -254,7 +254,7 @@ OPTIONS_WARNING = _rules(
         "no_effect_batching": (
             "Batching options are set, but with traffic, each request is sent to the server when it arrives. The "
             "result rows would still name the batching strategy. The value may come from a preset.",
-            "Leave out either batching or traffic.pattern.",
+            "Leave out either the batching options or traffic.pattern.",
         ),
         "no_effect_strategy": (
             "A parallel strategy with degree 1 splits nothing.",
@@ -418,7 +418,7 @@ MACHINE_WARNING = _rules(
             "Run on a GPU, or leave this option out.",
         ),
         "more_processes_than_cores": (
-            "There are more processes than processor cores, so they slow each other down.",
+            "There are more processes than processor cores, so the processes slow each other down.",
             "Lower the number of processes.",
         ),
         "float16_on_cpu": (
@@ -448,8 +448,7 @@ FILES_IMPOSSIBLE = _rules(
         "model_unsupported": (
             "transformers cannot load the model for text generation: it does not know the model's type, or the type "
             "is for another task (for example, a multimodal type).",
-            "Choose a causal language model (many multimodal models come with a text-only one), or update "
-            "transformers.",
+            "Choose a causal language model (many multimodal models have a text-only variant), or update transformers.",
         ),
         "pad_token_outside": (
             "The model's padding token is outside its vocabulary, so transformers cannot create the embedding layer.",
@@ -508,7 +507,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "results_unwritable": (
             "The results directory cannot be created or written to.",
-            "Choose another with --results-dir or io.results_dir, or correct its permissions.",
+            "Choose another directory with --results-dir or io.results_dir, or correct the permissions.",
         ),
     },
 )
@@ -551,7 +550,7 @@ FILES_INADVISABLE = _rules(
     },
 )
 
-# Rules about experiments; each value is valid by itself.
+# The rules that apply to an experiment as a whole; each value is valid by itself.
 EXPERIMENT_RULES: dict[str, Rule] = (
     OPTIONS_IMPOSSIBLE
     | OPTIONS_INADVISABLE
@@ -627,7 +626,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         # ------------------------------------------------------ values from any source
         "unknown_key": (
             "The key does not exist.",
-            "Correct the key; the message names similar keys, and reference/configuration lists all of them.",
+            "Correct the key; the message names similar keys, and reference/configuration lists all keys.",
         ),
         "unknown_option": (
             "The value is not one of the available choices.",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from lem.errors import LemError
 
-METHOD = "sizes by torch's counter, without values: 2 per weight used + 4·width per attended position, no padding"
+METHOD = "2 per weight used + 4·width per attended position, without padding; sizes counted by torch without values"
 
 
 class UnknownArchitecture(LemError):

@@ -1,4 +1,4 @@
-"""Reads prompts from a local directory, which may be a dataset with a card, one saved by `datasets`, or plain files.
+"""Reads prompts from a local directory: a dataset with a card, a dataset saved by `datasets`, or plain files.
 
 Plain files must have the same format. The files that were read are reported, because a directory may contain more than
 the user expects. A directory that would be read only in part is refused.

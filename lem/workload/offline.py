@@ -43,7 +43,7 @@ def use_cache_if_unreachable() -> None:
 
 @dataclass(frozen=True)
 class Reach:
-    """Whether the hub answers; `problem` says why it does not. `host` is its name, without any password."""
+    """Whether the hub answers and, in `problem`, why not. `host` is the hub's name, without any password."""
 
     host: str
     is_reachable: bool
@@ -54,8 +54,8 @@ class Reach:
 def reach(timeout_s: float = 3.0) -> Reach:
     """Send the hub a HEAD request for its front page, through a proxy if the environment names one.
 
-    The function returns after `timeout_s` seconds even if the system is still looking up the name, because the system
-    sets no limit for this. In the client's offline mode, no request is sent.
+    The function returns after at most `timeout_s` seconds, even if the system is still looking up the name, because the
+    look-up has no time limit. In the client's offline mode, no request is sent.
     """
     try:
         parts = urlsplit(_endpoint())

@@ -65,8 +65,8 @@ class Rows(Sequence[Row]):
 class Prompts:
     """The prompts of an experiment, in order.
 
-    `available` is the number of non-empty prompts in the source, and `dropped_empty` the number of empty ones. `files`
-    lists the files that were read, if the source is a directory.
+    `available` is the number of non-empty prompts in the source, and `dropped_empty` is the number of empty prompts.
+    `files` lists the files that were read, if the source is a directory.
     """
 
     texts: tuple[str, ...]
@@ -178,7 +178,7 @@ def _user_text(turn: Row) -> str | None:
 
 def _checked_text(row: Row, column: str, rows: Rows, index: int) -> str:
     if column not in row:
-        raise DatasetError(f"{rows.place(index)} has no '{column}': every row needs its prompt.")
+        raise DatasetError(f"{rows.place(index)} has no '{column}': every row needs a prompt.")
     text = text_of(row[column])
     if text is None:
         kind = type(row[column]).__name__

@@ -75,7 +75,7 @@ def path() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return lem's directory in the user's cache, or the one set by `LEM_CACHE_DIR`.
+    """Return lem's directory in the user's cache, or the directory set by `LEM_CACHE_DIR`.
 
     Raises:
         ModelError: the user's home directory is unknown.

@@ -1,8 +1,8 @@
 """TTFT, inter-token latency and time per output token of one request, computed from its chunks of tokens.
 
-An engine delivers tokens in chunks, mostly of one token, but of several with speculation or over a network. Latencies
-are per token, never per chunk: the tokens of a chunk are spread evenly over the time since the previous chunk. This
-module knows nothing about engines.
+An engine delivers tokens in chunks. Most chunks have one token; with speculation or over a network, a chunk can have
+several. Latencies are per token, never per chunk: the tokens of a chunk are spread evenly over the time since the
+previous chunk. This module knows nothing about engines.
 """
 
 from __future__ import annotations

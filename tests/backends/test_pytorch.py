@@ -446,7 +446,7 @@ def test_cache_that_does_not_fit_is_refused_in_a_sentence(folders, texts):
     backend._runner._model.config.num_hidden_layers = 100_000
     backend._runner._model.config.layer_types = None
     with pytest.raises(
-        RunError, match=r"Too little memory for a key/value cache of 65536 requests .* Lower batching.batch_size"
+        RunError, match=r"Too little memory for a key/value cache for 65536 requests .* Lower batching.batch_size"
     ):
         backend.encode(["the river"])
 

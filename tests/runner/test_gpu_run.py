@@ -230,7 +230,7 @@ def test_the_other_processes_of_a_run_are_not_strangers_and_the_first_one_watche
         assert {p.pid for state in states for p in state.foreign_processes or ()} <= {4242}
     assert len([w for w in row["warnings"] if w.startswith("foreign_process")]) == 1
     assert [w for w in row["warnings"] if w.startswith("throttled")] == [
-        "throttled: GPU-00000002: power for 100% of the window."
+        "throttled: GPU-00000002: clocks held down by power for 100% of the window."
     ]
 
 
