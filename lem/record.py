@@ -29,7 +29,7 @@ UNCOVERED_SHARE = 0.01
 UNCOVERED_S = 0.1
 UNCOVERED_MOST = 0.05
 
-# Only one process meters the node, however many there are, because every meter sees the whole node's energy.
+# Only one of the processes meters the node, because every meter sees the whole node's energy.
 ENERGY_OWNER = 0
 
 Status = Literal["completed", "failed", "interrupted"]

@@ -540,7 +540,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU that was throttled in the window, or around the window if it was not watched."""
+    """Yield a warning for each GPU that was throttled in the window, or around the window if nothing watched it."""
     for window in during:
         if held := _held_down(window):
             yield warning("throttled", f"{window.uuid}: clocks held down by {', '.join(held)} of the window.")

@@ -111,7 +111,7 @@ class Backend(ABC):
     """Whether the user has accepted inadvisable conditions, such as missing weights; set before `load`."""
 
     cell: CampaignCell | None = None
-    """The run's place in a campaign, if it belongs to one; set before `start`."""
+    """The run's place in its campaign, or None outside a campaign; set before `start`."""
 
     clock: Clock = REAL
     """The clock that times the run; virtual only if the backend simulates all of its work."""
@@ -211,7 +211,7 @@ class Backend(ABC):
         """Wait until the device has finished its work; the default, for synchronous engines, does nothing."""
 
     def close(self) -> None:
-        """Release the model and the device; may be called at any time, even if `load` failed."""
+        """Release the model and the device; this works at any time, even if `load` failed."""
 
     def reset_peak_memory(self) -> None:
         """Reset the peak that `peak_memory` reports, if the engine supports it."""

@@ -110,7 +110,7 @@ def quantization_of(model: Model) -> str | None:
 
 
 def weights_bytes(model: Model) -> int | None:
-    """Return the size of a local checkpoint's weights in bytes; None if the model has no directory."""
+    """Return the size of a local checkpoint's weights in bytes; None without safetensors files."""
     return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) or None
 
 

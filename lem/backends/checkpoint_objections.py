@@ -42,7 +42,7 @@ def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool
 
 
 def _is_all_there_is(model: Model) -> bool:
-    """Return whether missing files will stay missing, because the model is local or the hub is not used."""
+    """Return whether missing files will stay missing, because the model is local or the hub's client is offline."""
     return model.is_local or is_offline()
 
 

@@ -1,10 +1,10 @@
-"""Runs a command and ends all of the command's descendants, whatever happens to the process that started this one.
+"""Runs a command and ends all of the command's descendants, even if the process that requested the command is killed.
 
 This module is a program, `guardian.py COMMAND…`. It is run by its path, so that it needs only the standard library. The
-command's family consists of all processes that the command has started, including those in other sessions and orphans:
-the kernel makes this process the parent of orphans. The guardian ends the family when its own stdin is closed (because
-the starting process closed it or died), when it receives a termination signal, and when the command's first process has
-ended. The exit code is that of the command. This module knows nothing about servers.
+command's family consists of all processes that the command has started, including those in other sessions. It also
+includes orphans, because the kernel makes the guardian their parent. The guardian ends the family in three cases: its
+own stdin is closed (because the process at the other end closed the pipe or died), it receives a termination signal, or
+the command's first process ends. It exits with the command's exit code. This module knows nothing about servers.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class EngineArguments:
-    """The engine arguments that one of a backend's options passes on by name.
+    """The engine arguments that users can pass by name in one of a backend's options.
 
     `dropped` maps arguments of earlier versions to advice on replacing them.
     """

@@ -74,9 +74,9 @@ class Openai(Backend):
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs on which a running server computes; if that is unknown, all GPUs and the reason.
+        """Return the GPUs on which a running server computes; if they are unknown, return all GPUs and the reason.
 
-        If the user has named GPUs, all of them are kept.
+        If the user has named GPUs, all of the named GPUs are returned.
         """
         pids = {process.pid for process in self._processes()}
         listed = {gpu: computing(gpu) for gpu in visible}
@@ -93,7 +93,7 @@ class Openai(Backend):
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return the number of failures that `backend.max_errors` allows; the option may be a share."""
+        """Return how many requests may fail: `backend.max_errors` or, if it is below 1, that share of the requests."""
         most = self._options.max_errors
         return int(most * requests if most < 1 else most)
 
@@ -243,7 +243,7 @@ class Openai(Backend):
         return needed(self._loaded).checkpoint.architecture()
 
     def warnings(self) -> list[CodedWarning]:
-        """Warn about values that cannot be measured on a server, and about its counters."""
+        """Warn about values that cannot be measured on a server, and about anomalies in the server's counters."""
         loaded, session, counters = needed(self._loaded), self._session, self.counters() or {}
         model = loaded.checkpoint.model
         found = []

@@ -422,8 +422,9 @@ class Transcript:
         self._token_ids: list[int] = []
         self._has_ids = self._lacks_ids = self._has_output = False
         self._usage = Usage(None, None)
-        # Whether the usage arrived with or after the last event of a choice, so that it is complete; whether the usage
-        # arrived in an event without choices, as at the end of a stream; whether text has arrived after the usage.
+        # _usage_is_last: the usage arrived with or after the last event of a choice, so it is complete.
+        # _usage_is_alone: the usage arrived in an event without choices, as at the end of a stream.
+        # _text_is_later: text has arrived after the usage.
         self._usage_is_last = self._usage_is_alone = self._text_is_later = False
         self._finish_reason: str | None = None
         self._read, self._at_ns = 0, sent_ns

@@ -154,10 +154,10 @@ def _has(options: OpenaiBackend, placeholder: str) -> bool:
 
 # ------------------------------------------------------------------ requests
 def as_text(tokenizer: Any, prompt: Encoded) -> str:
-    """Return text that the server will turn into the prompt's tokens, counting the special tokens that it adds.
+    """Return text that the server, which adds special tokens, will turn into exactly the prompt's tokens.
 
     Raises:
-        RunError: no such text exists.
+        RunError: no text produces exactly the prompt's tokens.
     """
     ids = list(prompt.token_ids)
     added = [token for token in tokenizer("")["input_ids"] if token in tokenizer.all_special_ids]

@@ -299,7 +299,7 @@ def strategy_of(experiment: Experiment) -> str:
 
 
 def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) -> None:
-    """Check that the GPUs in use are the metered ones, and make the first of them CUDA's current device.
+    """Check that the GPUs in use are the metered GPUs, and make the first of them CUDA's current device.
 
     Raises:
         RunError: CUDA shows too few GPUs, or different ones because it numbers GPUs in its own order.
@@ -371,7 +371,7 @@ def _load_weights(
     if experiment.fp_precision != "auto":
         options["dtype"] = getattr(torch, experiment.fp_precision)
     else:
-        # On a GPU the checkpoint's own dtype is used. CPUs without half-precision units are fastest in float32.
+        # On a GPU, the checkpoint's own dtype is used. CPUs without half-precision units are fastest in float32.
         options["dtype"] = "auto" if devices[0].type == "cuda" else torch.float32
     if experiment.backend.attn_implementation != "auto":
         options["attn_implementation"] = experiment.backend.attn_implementation
@@ -443,7 +443,7 @@ def _generation_config(transformers: Any, experiment: Experiment, special: dict[
         num_beams=1,
         use_cache=cache != "none",
         cache_implementation="static" if cache == "static" else None,
-        # With a static cache transformers would compile by default; here torch_compile alone decides.
+        # With a static cache, transformers would compile by default; here, torch_compile alone decides.
         disable_compile=True,
         **(sampling if decoder.do_sample else {}),
         **special,
@@ -481,7 +481,7 @@ class Static:
         self._cache_bytes: int | None = None
 
     def kv_cache_bytes(self) -> int | None:
-        """Return the final size in bytes of the largest batch's cache, in all processes that share the model."""
+        """Return the final size in bytes of the largest batch's cache, summed over processes that share the model."""
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:

@@ -352,7 +352,7 @@ class Continuous(Session[_Request]):
 
 
 class _Chooser:
-    """Adjusts the scores so that transformers' loop, which takes the most likely token, takes the intended one.
+    """Adjusts the scores so that transformers' loop, which takes the most likely token, takes the right token.
 
     This class replaces transformers' own logits processor.
     """

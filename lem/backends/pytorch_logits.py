@@ -17,7 +17,7 @@ class Noticed:
 class LastLogits:
     """The logits of a model's latest forward pass.
 
-    A NaN stays in the key/value cache of its request, so a single check is enough, when the request has finished.
+    A NaN stays in the key/value cache of its request, so checking once, when the request has finished, is enough.
     """
 
     def __init__(self, model: Any) -> None:

@@ -90,7 +90,7 @@ def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Object
 def _tensor_parallel(
     experiment: Experiment, options: PytorchBackend, model: Model | None, host: Host
 ) -> Iterator[Objection]:
-    """Object to a model that transformers cannot split over the processes, judging by the model's config."""
+    """Object if, according to the model's config, transformers cannot split the model over the processes."""
     parallelism = experiment.parallelism
     if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
         return

@@ -93,8 +93,8 @@ class Session(ABC, Generic[R]):
     def under_way(self) -> list[Begun]:
         """Return the requests that the engine is working on.
 
-        An engine with its own queue is assumed to run as many requests as it has slots, in the order in which it
-        received them, and to begin each one as soon as a slot is free.
+        An engine with its own queue is assumed to run requests in the order in which it received them, one in each
+        slot, and to begin the next request as soon as a slot is free.
         """
         first = itertools.islice(self.running.values(), self.experiment.batching.batch_size)
         return [Begun(each.prompt.index, self.taken_ns(each), self.tokens_so_far(each)) for each in first]

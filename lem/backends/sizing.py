@@ -303,8 +303,8 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
 def cache_bytes(cache: Any) -> int | None:
     """Return the size in bytes of a transformers cache; None if the cache contains no tensors.
 
-    Each storage is counted once and in full, because a tensor that is a view of part of a storage, such as the last
-    tokens of a sequence, keeps all of it alive.
+    Each storage is counted once and in full. A tensor may be a view of only a part of a storage, such as the last
+    tokens of a sequence, but it keeps the whole storage alive.
     """
     import torch
 

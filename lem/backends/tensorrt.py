@@ -1,4 +1,4 @@
-"""TensorRT-LLM's LLM API with its PyTorch backend; the engine runs in other processes, and this one sends requests.
+"""TensorRT-LLM's LLM API with its PyTorch backend; the engine runs in other processes, and this process sends requests.
 
 Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. The times
 of requests, cache hits and accepted drafts are the engine's own figures, or None if it does not report them. This
@@ -422,7 +422,7 @@ class TensorrtSession(Session[Followed]):
     def _times(self, request: Followed) -> tuple[int | None, int | None]:
         """Return when the engine began a request and when it had the first token (`time.perf_counter_ns`).
 
-        Either is None if the engine does not report it, or reports a time at which the engine did not have the request.
+        A time is None if the engine does not report it, or if the engine did not have the request at that time.
         """
         timing = getattr(_metrics(request), "timing_metrics", None)
         moments = []

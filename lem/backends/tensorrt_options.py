@@ -277,7 +277,7 @@ def _sampling(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _seeds(experiment: Experiment) -> Iterator[Objection]:
-    """Object to sampling that is not reproducible, because only a request that runs alone has its own seed."""
+    """Object to sampling that cannot be reproduced: only a request that runs alone has its own seed."""
     if not experiment.decoder.do_sample:
         return
     read = tensorrt_source.sampling_options_read()

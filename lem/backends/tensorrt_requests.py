@@ -1,8 +1,8 @@
 """Submits requests to TensorRT-LLM, times their tokens, and waits until any request is finished.
 
-TensorRT-LLM answers each request through a future, which is an asyncio future if an event loop is running. Here a
-thread runs an event loop and follows all requests, so that tokens are timed on arrival, whatever the main thread is
-doing. The main thread sleeps until a request is finished. This module knows nothing about options or models.
+TensorRT-LLM answers each request through a future, which is an asyncio future if an event loop is running. In this
+module, a thread runs an event loop and follows all requests, so that tokens are timed on arrival even if the main
+thread is busy. The main thread sleeps until a request is finished. This module knows nothing about options or models.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ ENVIRONMENT = {
 }
 # vLLM gives this variable precedence over the option, so the two must not be set together.
 CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-# How long to wait for a signal after a failure, because Ctrl-C can reach the engine's processes before this one.
+# How long to wait for a signal after a failure, because Ctrl-C can reach the engine's processes before this process.
 INTERRUPTION_S = 1.0
 MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization"),

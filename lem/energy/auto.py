@@ -16,7 +16,7 @@ from lem.spec.rules import Objection, without_effect
 
 
 class AutoMeter(CombinedMeter):
-    """NVML for the GPUs in use, RAPL if its counters can be read, and codecarbon's estimates for the rest."""
+    """Uses NVML for the GPUs in use, RAPL if its counters can be read, and codecarbon's estimates for the rest."""
 
     options = ("idle_s", "power_hz", "powercap_dir")
 

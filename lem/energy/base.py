@@ -72,8 +72,8 @@ class Meter(ABC):
         call to the driver, usually well under a millisecond. It does not raise if a device is lost, and it does not
         change the result of `end`.
 
-        The readings are for the same devices as those of `end`, in the same order. A reading holds the energy at the
-        sensor's last tick or sample, so the energy never decreases and never exceeds that of `end`. Before the first
+        There is a reading for each device that `end` reports, in the same order. A reading holds the energy at the
+        sensor's last tick or sample, so the energy never decreases and never exceeds the final energy. Before the first
         tick or sample, the energy is None, with a reason. If a reading lags by more than a tick, `covered_s` says how
         much time its energy covers.
         """
@@ -166,7 +166,7 @@ class CombinedMeter(Meter):
         return tuple(reading for part in reversed(parts) for reading in part)
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
-        """Return the readings of all meters, or None if any meter returns None, so that no set is incomplete."""
+        """Return the readings of all meters, or None if any meter returns None."""
         parts = [meter.so_far() for meter in self._meters]
         return None if None in parts else tuple(reading for part in parts for reading in part or ())
 

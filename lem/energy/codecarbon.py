@@ -2,7 +2,7 @@
 
 codecarbon reads RAPL if the kernel permits it. Otherwise, it derives the CPU's power from the CPU's load and rated
 power. For memory, it assumes a constant power per module. CPU energy without RAPL and all memory energy are labelled as
-estimates. GPUs are left to the NVML meter and CO2e to `lem.energy.carbon`; the tracker's own grid look-up is never
+estimates. The NVML meter reads the GPUs, and `lem.energy.carbon` computes CO2e; the tracker's own grid look-up is never
 used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are ignored as well, because they
 would change the numbers without leaving a trace in the record.
 """

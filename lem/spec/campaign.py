@@ -143,7 +143,7 @@ class Campaign:
         ),
     ] = None
     retries: Annotated[
-        int, Field(ge=0, le=10, description="Number of retries of a failed cell; they run at the end of its cycle.")
+        int, Field(ge=0, le=10, description="Maximum number of retries of a failed cell, at the end of its cycle.")
     ] = 0
 
 

@@ -266,7 +266,7 @@ OPTIONS_WARNING = _rules(
         ),
         "no_effect_meter_option": (
             "An option is set, but the chosen meter does not use it. The value may come from a preset.",
-            "Choose a meter that uses it, or leave this option out.",
+            "Choose a meter that uses this option, or leave the option out.",
         ),
         "no_effect_on_simulation": (
             "An option that affects how a model runs is set, but the simulated backend runs no model.",
@@ -333,8 +333,8 @@ MACHINE_IMPOSSIBLE = _rules(
             "Install the package, or leave the option out.",
         ),
         "continuous_unavailable": (
-            "transformers cannot batch this model continuously: the installed version is too old, or the model's "
-            "attention cannot use a paged cache or would produce different tokens with such a cache.",
+            "transformers cannot batch this model continuously: the installed version is too old, or a paged cache "
+            "does not work with the model's attention or changes the tokens.",
             "Use static batching, or backend=vllm.",
         ),
         "missing_quantizer": (
@@ -351,7 +351,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "sampler_ignores": (
             "The installed version of TensorRT-LLM accepts the sampling option, but its sampler ignores it.",
-            "Turn the option off, or install a version whose sampler supports it.",
+            "Turn this option off, or install a version with a sampler that supports the option.",
         ),
         "kv_cache_on_cpu": ("vLLM's CPU build has no key/value cache of this dtype.", "Use auto, float16 or bfloat16."),
         "rapl_unreadable": (

@@ -1,10 +1,10 @@
 """Model FLOPs of the counted tokens, computed from the model's architecture.
 
-The count covers the matrix products of the forward pass, with a multiply-add as two operations: 2 for each weight that
-a token passes through and, in each attention layer, 4·(heads·head_dim) for each position that a token attends to (QKᵀ
-and the weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361, table 1;
-Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that all parameters are matrices.
-Padding, recomputation, norms and softmax are not counted. This module knows nothing about engines.
+The count covers the matrix products of the forward pass, with a multiply-add as two operations. A token costs 2 for
+each weight that it passes through and, in each attention layer, 4·(heads·head_dim) for each position that it attends to
+(QKᵀ and the weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361,
+table 1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that all parameters are
+matrices. Padding, recomputation, norms and softmax are not counted. This module knows nothing about engines.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def draw(texts: Sequence[str], n: int | None, seed: int) -> list[str]:
 
 
 def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: str = "") -> str:
-    """Return the column that holds the prompts: the requested one, otherwise the first with a common name.
+    """Return the column that holds the prompts: the requested column, otherwise the first with a common name.
 
     Raises:
         DatasetError: no column fits. A column with any other name is never used, even if it seems to contain prompts.

@@ -1,7 +1,7 @@
 """The built-in model `tiny`: a small Llama with random weights, created on first use in the user's cache.
 
-Its files are always byte-for-byte the same: the weights are uniform random numbers from MT19937, whose stream numpy
-guarantees not to change, and the tokenizer is trained on the prompts that come with lem. The model's text is
+Its files are always byte-for-byte the same. The weights are uniform random numbers from MT19937, and numpy guarantees
+that this stream never changes. The tokenizer is trained on the prompts that come with lem. The model's text is
 meaningless, but the model does as much work as a real model of its size. Creating it requires neither torch nor
 transformers.
 """

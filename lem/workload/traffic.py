@@ -1,7 +1,7 @@
 """The arrival of requests: all at once, at a rate, at a fixed concurrency, or as recorded in a trace.
 
 Requests of open-loop traffic (constant, poisson, trace) arrive whether or not the engine keeps up, and wait in a queue.
-This module knows nothing about engines or meters. Times in ns are times on the arrival clock.
+This module knows nothing about engines or meters. All times in ns are on the arrival clock.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class Arrivals(Generic[T]):
 
         Args:
             requests: the requests, in order of arrival.
-            times_s: the arrival times in seconds after the window's opening, negative if before it; None for a fixed
-                concurrency.
+            times_s: the arrival times in seconds after the window's opening (negative before the opening); None for a
+                fixed concurrency.
             concurrency: the number of requests in the system at any time, if `times_s` is None.
             opened_ns: the time when the window opened.
             first_s: the arrival times (as in `times_s`) of the requests that are in the system from the start; None if

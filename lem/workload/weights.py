@@ -20,7 +20,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 POINTER = b"version https://git-lfs"
 ZIP = b"PK"
-# A safetensors file begins with the length of its header, in this many bytes; the header's length is limited.
+# A safetensors file begins with the length of its header: a number of LENGTH_BYTES bytes, at most LONGEST_HEADER.
 LENGTH_BYTES, LONGEST_HEADER = 8, 100_000_000
 
 # The maximum number of names per kind that a record keeps; if thousands are missing, the first few are enough.
