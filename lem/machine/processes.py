@@ -16,7 +16,7 @@ OF_LAUNCHERS = re.compile(
     r"|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|PET_.*|ACCELERATE_.*|FSDP_.*"
     r"|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE|MV2_COMM_WORLD_.*|MPI_LOCAL.*|PMI_.*|PMIX_.*"
 )
-# On a busy machine the kernel takes a while to remove processes that were killed.
+# On a busy machine, the kernel takes a while to remove processes that were killed.
 GONE_S = 10.0
 
 
@@ -81,7 +81,7 @@ def kill(processes: Sequence[Any]) -> None:
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int | None:
-    """Return the sum of the processes' peak resident memory in bytes; None if a process has ended or without ids."""
+    """Return the sum of the processes' peak resident memory in bytes; None if any has ended or `pids` is empty."""
     peaks = []
     for pid in pids:
         try:
