@@ -437,7 +437,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
         yield warning("short_window", f"the window is {duration_s:.3g} s long, less than {SHORT_WINDOW_S:g} s.")
     ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
     if ticks and min(ticks) < FEW_TICKS:
-        text = f"the energy counter advanced about {min(ticks):.0f} times, less than {FEW_TICKS} times."
+        text = f"the energy counter advanced about {min(ticks):.0f} times, fewer than {FEW_TICKS}."
         yield warning("few_ticks", text)
     for r in readings:
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:

@@ -340,7 +340,7 @@ class Event(NamedTuple):
 
 
 class Events:
-    """Parses server-sent events from bytes, however these are split; a single line end may separate two events."""
+    """Parses server-sent events from bytes that arrive in any split; a single line end may separate two events."""
 
     def __init__(self) -> None:
         self._rest = bytearray()

@@ -238,7 +238,7 @@ class Client:
                 return answer
 
     async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
-        """Read a response to its end, or as far as needed, as long as complete events keep arriving."""
+        """Read a response to its end, or until enough of it has arrived; each complete event extends the time limit."""
         network, events = response.extensions["network_stream"], 0
         async for received in response.aiter_stream():
             reply.take(received, network.reads, network.read_at_ns)

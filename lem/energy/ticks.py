@@ -185,8 +185,8 @@ class Counter:
 
         Args:
             at_ns: the time.
-            begun: at the end of a window, the energy at its beginning. Readings after the end do not show the power
-                before the end, so the window's mean power is used instead.
+            begun: the energy at the beginning of a window, if `at_ns` is the window's end. Readings after the end do
+                not show the power before the end, so the window's mean power is used instead.
             begun_ns: the time of `begun`.
         """
         if self.error is not None:

@@ -45,7 +45,7 @@ class PytorchBackend:
 
 @config
 class SimulatedBackend:
-    """An engine with exactly known times that runs no model, for tests and for trying out grids.
+    """A simulated engine for tests and for trying out grids: no model runs, and all times are known exactly.
 
     To imitate a real machine, the times can vary by known amounts. `noise`, `drift` and `carry_over` multiply all times
     of an experiment by the same factor; `request_noise` adds a factor for each request.

@@ -92,7 +92,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuse the directory of a LoRA adapter, for which transformers would silently load the base model alone."""
+    """Refuse the directory of a LoRA adapter, because transformers would silently load only the base model."""
     file = folder / ADAPTER_FILE
     if not file.is_file():
         return
