@@ -1,6 +1,7 @@
 """The `lem` command. Importing a command module registers its commands, which delegate to the other packages.
 
-Nothing heavy is imported here; a command that needs torch, transformers, hydra, pyarrow or codecarbon imports it.
+This module imports no heavy libraries; a command that needs torch, transformers, hydra, pyarrow or codecarbon imports
+it when it runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lem.units import one_line
 from lem.cli import experiment, batch, campaign, config, results, inventory, doctor  # noqa: F401
 # isort: on
 
-# The flag for each configuration value; an error about a value names its flag.
+# Flags by the path of the configuration value that they set; an error about one of these values mentions the flag.
 FLAGS = {
     "model": "--model",
     "dataset.split": "--split",
@@ -83,7 +84,7 @@ def _log_to_stderr() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit; lem's own errors become a message and an exit code."""
+    """Run the `lem` command and exit; print lem's own errors as messages, without a traceback."""
     forgiving_streams()
     code = _with_output(exit_code_of(_run, _with_flag))
     log.debug("exit code %d", code)
@@ -98,7 +99,7 @@ def _command() -> Callable[..., Any]:
 
 
 def _run() -> int:
-    """Run the command and return its exit code; any exception other than lem's own errors and OSError is a bug."""
+    """Run the command and return its exit code; an exception that this function does not catch is a bug in lem."""
     try:
         return int(_command()(prog_name="lem", standalone_mode=False) or 0)
     except SystemExit as stop:
@@ -118,7 +119,7 @@ def _run() -> int:
 
 
 def _misused(error: Any) -> int:
-    """Print an error about invalid arguments as typer does, with control characters escaped; return its exit code."""
+    """Print a usage error in typer's format, with control characters escaped; return the error's exit code."""
     from typer import rich_utils
 
     message = error.format_message()
@@ -128,13 +129,13 @@ def _misused(error: Any) -> int:
 
 
 def _with_flag(line: str) -> str:
-    """Return an error message, adding the flag for the configuration value that it names."""
+    """If an error message starts with the path of a configuration value, add the flag that sets the value."""
     path = line.partition(":")[0]
     return line.replace(path, f"{path} ({FLAGS[path]})", 1) if path in FLAGS else line
 
 
 def _with_output(code: int) -> int:
-    """Return the exit code, or 1 instead of 0 if some of the output was lost.
+    """Return the given exit code, or 1 in place of 0 if some of the output was lost.
 
     A closed pipe (lem … | head) is not an error: the reader has all it wanted.
     """

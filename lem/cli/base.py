@@ -1,4 +1,4 @@
-"""Shared by all commands: the typer app, common options, and the printing of errors."""
+"""Code shared by all commands: the typer app, common options, and the printing of errors."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> i
 
 
 def ignore_ctrl_c() -> None:
-    """Ignore Ctrl-C from now on: the command is exiting and its exit code is decided."""
+    """Ignore Ctrl-C from now on: the command is exiting, and its exit code is already known."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def log_origin(error: Exception) -> None:
-    """Log an error's traceback, including that of its cause (even after `raise … from None`)."""
+    """Log the traceback of an error and of its cause, even if the error was raised `from None`."""
     error.__suppress_context__ = False
     log.debug("traceback of the error", exc_info=error)

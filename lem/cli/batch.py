@@ -29,7 +29,7 @@ def batch(
     parallel: Annotated[
         int, typer.Option(min=1, help="Number of experiments to run at a time, each on its own GPUs.")
     ] = 1,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop starting experiments after a failure.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="After a failure, start no more experiments.")] = False,
     config_dir: ConfigDir = None,
     no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,
@@ -43,7 +43,7 @@ def batch(
     allow_key: flags.AllowKey = False,
     fresh: flags.Fresh = False,
 ) -> None:
-    """Run many config files, one experiment each, after checking all of them."""
+    """Check many config files, then run one experiment for each of them."""
     from lem.studies import batch as batch_app
     from lem.studies.ask import RunOptions
 

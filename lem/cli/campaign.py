@@ -21,7 +21,7 @@ def campaign(
         list[str] | None,
         typer.Argument(
             metavar="CONFIG_PATH… | KEY=VALUE",
-            help="A campaign file, or the arms' config files, folders or quoted patterns, and Hydra overrides for all "
+            help="The arms' config files, folders or quoted patterns, or a campaign file; also Hydra overrides for all "
             "arms.",
             show_default=False,
         ),
@@ -37,15 +37,13 @@ def campaign(
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="Stop once each interval is narrow enough: the half-width, divided by the ratio to the baseline, is "
-            "at most this share, such as 2% or 0.02.",
+            help="Stop as soon as the half-width of each arm's interval is at most this share of its ratio to the "
+            "baseline, such as 2% or 0.02.",
         ),
     ] = None,
     max_cycles: Annotated[
         int | None,
-        typer.Option(
-            help="With --until-ci: the largest number of cycles. Default: 30, or 100 if --cycles is 30 or more."
-        ),
+        typer.Option(help="With --until-ci: maximum number of cycles. Default: 30, or 100 if --cycles is 30 or more."),
     ] = None,
     structure: Annotated[
         str | None,
@@ -60,10 +58,10 @@ def campaign(
     resample_prompts: Annotated[bool | None, typer.Option("--resample-prompts", help=_HELP["resample_prompts"])] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="The arm to compare the others with. Default: the first."),
+        typer.Option(metavar="TEXT", help="The arm that the others are compared with. Default: the first."),
     ] = None,
     primary: Annotated[str | None, typer.Option(help=_HELP["primary"])] = None,
-    margin: Annotated[float | None, typer.Option(help="Ratios within 1 ± this margin count as equal.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Ratios within 1 ± this margin count as equivalent.")] = None,
     retries: Annotated[int | None, typer.Option(help=_HELP["retries"])] = None,
     resume: Annotated[
         str | None,
@@ -111,16 +109,14 @@ def campaign(
     chosen = {key: value for key, value in settings.items() if value is not None}
     if resume is not None:
         if arguments or chosen or dataset or prompts or config_dir:
-            raise ConfigError(
-                "--resume continues a campaign as it was planned; give no config files and no settings with it."
-            )
+            raise ConfigError("--resume continues a campaign as it was planned; leave out config files and settings.")
         raise typer.Exit(study.resume(resume, results_dir or default_root(), options))
     if baseline and len(baseline) > 1:
-        raise ConfigError(f"--baseline: one arm is the baseline, not {len(baseline)} ({', '.join(baseline)}).")
+        raise ConfigError(f"--baseline takes one arm, not {len(baseline)} ({', '.join(baseline)}).")
     given = [text for text in arguments or [] if flags.is_override(text)]
     patterns = [text for text in arguments or [] if text not in given]
     if not patterns:
-        raise ConfigError("A campaign needs config files: name at least two, or a campaign file.")
+        raise ConfigError("A campaign needs at least two config files, or a campaign file.")
     overrides = [
         *flags.dataset_overrides(dataset, prompts),
         *flags.value_overrides({"io.results_dir": results_dir}),
@@ -130,7 +126,7 @@ def campaign(
 
 
 def _number(text: str | None) -> float | str | None:
-    """Return a text as a number if it is one; the schema refuses any other that is no percentage."""
+    """Convert a text to a number if possible; otherwise, return it unchanged for the schema to check."""
     try:
         return None if text is None else float(text)
     except ValueError:

@@ -1,6 +1,7 @@
 """Shell completion for presets, datasets, backends and experiment ids.
 
-The shell runs this on every press of Tab, so nothing heavy is imported, and after an error no completions are offered.
+The shell runs this code each time the user presses Tab. Therefore, it imports nothing heavy, and offers no completions
+if an error occurs.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ import typer
 
 
 def presets(incomplete: str) -> list[tuple[str, str]]:
-    """Complete presets, with their purposes."""
+    """Return the built-in presets that complete the typed text, with their purposes."""
     return _options("preset", incomplete)
 
 
 def datasets(incomplete: str) -> list[tuple[str, str]]:
-    """Complete the built-in datasets, with their descriptions."""
+    """Return the built-in datasets that complete the typed text, with their descriptions."""
     return _options("dataset", incomplete)
 
 
 def backends(incomplete: str) -> list[tuple[str, str]]:
-    """Complete backends."""
+    """Return the backends that complete the typed text, with their descriptions."""
     return _options("backend", incomplete)
 
 
 def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete experiment ids, newest first, from the results directory that the command would use."""
+    """Return the experiment ids that complete the typed text, newest first, from the command's results directory."""
     import dotenv
 
     from lem.errors import BadInput

@@ -11,7 +11,7 @@ from lem.cli import flags
 from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
 
-Campaign = Annotated[bool, typer.Option("--campaign", help="For a campaign file instead of a config file.")]
+Campaign = Annotated[bool, typer.Option("--campaign", help="Use the format of campaign files instead of config files.")]
 
 config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -51,12 +51,12 @@ def show(
     backend: Annotated[str | None, typer.Option(help="Inference backend.")] = None,
     results_dir: ResultsDir = None,
     origin: Annotated[
-        bool, typer.Option("--origin", help="Show the source of each value: file and line, preset, …")
+        bool, typer.Option("--origin", help="Show where each value comes from: file and line, preset, …")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Show the complete configuration that a config file and overrides produce, as a config file."""
+    """Print, as a config file, the complete configuration that a config file and overrides produce."""
     from lem.cli import validate
 
     config_file, given = flags.split_arguments(arguments or [])
@@ -78,7 +78,7 @@ def generate_grid(
         typer.Option(
             "--vary",
             metavar="KEY=VALUES",
-            help="Values to combine with those of the other keys: batch_size=1,2,4; seed=range(1,9); "
+            help="Values of a key, to combine with the values of the other keys: batch_size=1,2,4; seed=range(1,9); "
             "backend=pytorch,simulated. Repeat the flag for each key; the last key varies fastest.",
             show_default=False,
         ),
@@ -91,7 +91,7 @@ def generate_grid(
     ] = False,
     any_machine: AnyMachine = False,
     as_group: Annotated[
-        bool, typer.Option("--as-group", help="Write complete configs that Hydra alone can load as a config group.")
+        bool, typer.Option("--as-group", help="Write complete configs that Hydra can load as a group without lem.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
     config_dir: ConfigDir = None,
@@ -107,7 +107,7 @@ def generate_grid(
 
 @config_app.command("schema")
 def schema(campaign: Campaign = False, config_dir: ConfigDir = None) -> None:
-    """Print the JSON Schema of config files, which lets editors check and complete them."""
+    """Print the JSON Schema of config files; editors use it to check and complete the files."""
     from lem.config import file_schema
     from lem.config.options import Options
 
@@ -133,11 +133,11 @@ def new(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a new config file, from your answers on a terminal or else as a commented template."""
+    """Write a new config file: ask for its values on a terminal, or else write a commented template."""
     from lem.cli import new
 
     if campaign:
         if preset is not None:
-            raise ConfigError("--preset cannot be used with --campaign: presets are for config files. Leave it out.")
+            raise ConfigError("--preset is for config files and cannot be used with --campaign; leave it out.")
         raise typer.Exit(new.new_campaign(output, force=force))
     raise typer.Exit(new.new(output, preset=preset, yes=yes, force=force, config_dir=config_dir))

@@ -1,4 +1,4 @@
-"""The deprecated flags of `lem experiment`. They still work, but print what to write in a config file instead."""
+"""The deprecated flags of `lem experiment`. They still work, but print a warning that names the replacement."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def option(name: str, *declarations: str) -> Any:
 
 
 def overrides(given: Mapping[str, Any]) -> list[str]:
-    """Return the overrides for the given flags, and warn about each flag; None means that a flag was not given."""
+    """Return the overrides for the given flags, and warn about each; a flag with the value None was not given."""
     result: list[str] = []
     for name, value in given.items():
         if value is None:

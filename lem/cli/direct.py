@@ -2,9 +2,9 @@
 
     accelerate launch --num_processes 2 -m lem.cli.direct --config my.yaml --dataset alpaca -n 100
 
-The first process composes and checks the configuration, claims the directory and writes the plan, as `lem experiment`
-does. All processes then run as workers; at the end the first one writes the row and shows it. An interrupted run can be
-resumed with `lem experiment --resume`.
+Like `lem experiment`, the first process composes and checks the configuration, claims the directory and writes the
+plan. Then all processes run as workers. At the end, the first process writes the row and shows it. An interrupted run
+can be resumed with `lem experiment --resume`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lem.studies.ask import RunOptions, print_warnings, show_outcome
 from lem.studies.consent import Consents
 from lem.studies.display import display
 
-# Sent by the first process to the others when there is nothing to run.
+# The message that the first process sends to the others if there is nothing to run.
 NOTHING = "nothing"
 
 
@@ -68,14 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="run despite inadvisable options")
     for kind, what in {"command": "start programs", "code": "run code", "key": "send API keys"}.items():
         parser.add_argument(f"--allow-{kind}", action="store_true", help=f"{what} that the config file names")
-    parser.add_argument("--fresh", action="store_true", help="start over even if the same experiment is unfinished")
+    parser.add_argument("--fresh", action="store_true", help="start over even if an identical experiment is unfinished")
     return parser
 
 
 def _lead(here: Ranks, options: argparse.Namespace) -> int:
     """Compose the experiment, run it together with the other processes, and show the result.
 
-    Whatever happens, the other processes are released and never left waiting.
+    Even after an error, the other processes are told to exit, so that they do not wait forever.
     """
     others = _Others(here)
     choices = {"preset": options.preset, "dataset": options.dataset}
@@ -132,7 +132,7 @@ def _shared_by(started: int, composition: Composition) -> Experiment:
 
 
 def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, others: _Others) -> Outcome:
-    """Run the experiment, or resume it if an identical one was left unfinished."""
+    """Run the experiment, or resume an identical one that was left unfinished."""
     store = Store(ready.experiment.io.results_dir)
     print_warnings(*catch_up(store))
     unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
@@ -146,7 +146,7 @@ def _run(ready: Ready, overrides: Sequence[str], options: argparse.Namespace, ot
 
 
 class _Others:
-    """The other processes, from the first one's point of view: they wait for one message and then act on it."""
+    """Lets the first process direct the other processes, which wait for one message and then act on it."""
 
     def __init__(self, here: Ranks) -> None:
         self._ranks = range(1, here.size)

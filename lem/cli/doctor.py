@@ -1,4 +1,4 @@
-"""`lem doctor`: what can be measured on this machine and, with `--noise`, how precisely."""
+"""The `lem doctor` command, which reports what this machine can measure and, with `--noise`, how precisely."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lem.spec.campaign import Campaign
 from lem.spec.schema import leaf, leaves
 
 _HELP = {each.path: each.description for each in leaves(Campaign)}
-# The smallest difference that campaigns should find, unless the user says otherwise.
+# The default for the smallest difference that campaigns should detect, as a share.
 DIFFERENCE = 0.02
 
 
@@ -34,7 +34,7 @@ def doctor(
         bool,
         typer.Option(
             "--noise",
-            help="Measure one configuration against itself, and report the noise. The options below require this flag.",
+            help="Compare one configuration with itself, and report the noise. The options below require this flag.",
         ),
     ] = False,
     model: flags.Model = None,
@@ -52,7 +52,7 @@ def doctor(
     cycle_gap: flags.CycleGap = None,
     cool_to: flags.CoolTo = None,
     seed: flags.OrderSeed = None,
-    primary: Annotated[str | None, typer.Option(help="Measure whose noise is examined.")] = None,
+    primary: Annotated[str | None, typer.Option(help="Report the noise of this measure.")] = None,
     difference: Annotated[
         float | None,
         typer.Option(help=f"Smallest difference that campaigns should detect, as a share. Default: {DIFFERENCE:g}."),
@@ -78,7 +78,7 @@ def doctor(
 ) -> None:
     """Report what can be measured on this machine, what cannot, and how to fix that.
 
-    The exit code is 0 if energy can be measured or estimated here, 1 if nothing can be measured, and 2 for wrong
+    The exit code is 0 if energy can be measured or estimated here, 1 if nothing can be measured, and 2 for invalid
     arguments; with --noise, it is the same as for lem campaign.
     """
     from lem.results.store import default_root
@@ -149,10 +149,10 @@ def _refuse(arguments: list[str] | None, settings: dict[str, Any], others: dict[
     """Refuse arguments that only --noise uses."""
     given = [*(arguments or []), *_flags_of(settings), *(flag for flag, value in others.items() if value)]
     if given:
-        raise ConfigError(f"{', '.join(given)}: this is for --noise; without it, lem doctor measures nothing.")
+        raise ConfigError(f"{', '.join(given)}: only lem doctor --noise accepts this; add --noise or leave it out.")
 
 
 def _checked(difference: float) -> float:
     if not 0 < difference < 1:
-        raise ConfigError(f"--difference is a share between 0 and 1, such as 0.02 for 2 %, not {difference:g}.")
+        raise ConfigError(f"--difference must be between 0 and 1, such as 0.02 for 2 %, not {difference:g}.")
     return difference

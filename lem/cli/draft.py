@@ -13,7 +13,7 @@ from lem.config.userfile import UserFile
 WIDTH = 80
 # This model and dataset work on any machine, without a network.
 MODEL, DATASET, SAMPLE_SIZE = "tiny", "sample", 10
-# Values set in every new file unless a preset sets them.
+# The values that every new file sets, unless the preset sets them.
 FIRST = ("fp_precision", "max_output_tokens", "batching.batch_size")
 
 
@@ -30,7 +30,7 @@ class Draft:
         return plain_values(UserFile(self.options), self.choices, self.values)
 
     def at(self, path: str) -> Any:
-        """Return the value that the whole configuration has at a dotted path."""
+        """Return the value at a dotted path in the whole configuration."""
         value: Any = self.effective()
         for part in path.split("."):
             value = value[part]
@@ -42,7 +42,7 @@ class Draft:
         return inventory.summary(self.options, "preset", name).values if name else {}
 
     def choose(self, group: str, option: str | None) -> Draft:
-        """Return a draft with this option chosen for the group, or with none if the option is None."""
+        """Return a draft with this option chosen for the group; None removes the group's choice."""
         rest = {key: value for key, value in self.choices.items() if key != group}
         return replace(self, choices=rest if option is None else {**rest, group: option})
 

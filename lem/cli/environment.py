@@ -57,12 +57,12 @@ LOADERS = re.compile(
 
 
 def loads_code(name: str) -> bool:
-    """Return whether a variable can make processes load code, or redirects where they look for code or consents."""
+    """Return whether a variable can make processes load code, or changes where they look for code or consents."""
     return LOADERS.fullmatch(name) is not None and name not in OF_PYTHON
 
 
 def load_dotenv() -> None:
-    """Set the variables of the nearest `.env` that are not set yet; warn about each one that is ignored."""
+    """Set the variables in the nearest `.env`, except for those already set; warn about each ignored variable."""
     import dotenv
 
     file = dotenv.find_dotenv(usecwd=True)

@@ -1,4 +1,4 @@
-"""The `lem experiment` command. It turns flags, whose help texts come from the schema, into overrides."""
+"""The `lem experiment` command. It turns flags into overrides; the help texts come from the schema."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Resume = Annotated[
     str | None,
     typer.Option(
         metavar="ID",
-        help="Resume an experiment that was interrupted or failed; the beginning of its id is enough. "
-        "With --force, even an experiment that is still marked as running on a host that is gone.",
+        help="Resume an interrupted or failed experiment; the beginning of its id is enough. "
+        "With --force, you can also resume an experiment that is marked as running on a host that no longer exists.",
         autocompletion=complete.experiment_ids,
     ),
 ]
@@ -122,7 +122,7 @@ def experiment(
 
 
 def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:
-    """Raise if --resume comes with anything that changes the experiment: it must keep its configuration."""
+    """Raise `ConfigError` if --resume is given together with an argument that would change the experiment."""
     given = [str(config_file)] if config_file else []
     given += [text for text in overrides if not text.startswith("io.results_dir=")]
     given += ["--fresh"] * fresh + ["--multirun"] * multirun

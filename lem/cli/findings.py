@@ -1,4 +1,4 @@
-"""What `lem doctor` prints: the findings about a machine as a table for people, and as JSON for programs."""
+"""The output of `lem doctor`: the findings about a machine, as a table for people or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lem.machine import host
 from lem.results import show
 from lem.runner.finding import CHECKS, GROUPS, Checkup, Finding
 
-# The number of the JSON's shape. 1: the first.
+# The version of the JSON format. 1: the first version.
 FORMAT_VERSION = 1
 STYLES = {"ok": "green", "limited": "yellow", "missing": "red"}
 COMPONENTS = {"gpu": "GPU", "cpu": "CPU", "dram": "memory"}
@@ -22,7 +22,7 @@ LEAST_FACT_WIDTH = 24
 
 
 def show_checkup(results_dir: Path, *, as_json: bool = False) -> int:
-    """Print what can be measured on this machine; return 0, or 1 if nothing can."""
+    """Print what can be measured on this machine; return 0, or 1 if nothing can be measured."""
     from lem.runner.checkup import checkup
 
     found = checkup(host.look(), results_dir)
@@ -65,7 +65,7 @@ def _kind_of_energy(found: Checkup) -> str:
 
 
 def verdict(found: Checkup) -> str:
-    """Return what can be measured, in a sentence or two."""
+    """Return a summary of what can be measured, in one or two sentences."""
     if found.obstacles:
         return f"Nothing can be measured here: {'; '.join(found.obstacles)}."
     parts = [

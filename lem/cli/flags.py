@@ -49,7 +49,8 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Do not ask before running code named in config files (trust_remote_code).")
 ]
 AllowKey = Annotated[
-    bool, typer.Option("--allow-key", help="Send API keys to other machines that config files name without asking.")
+    bool,
+    typer.Option("--allow-key", help="Do not ask before sending API keys to other machines named in config files."),
 ]
 
 # A key in Hydra's grammar. A path does not count as a key, except for hydra/launcher and similar settings.
@@ -57,7 +58,7 @@ OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$"
 
 
 def is_override(text: str) -> bool:
-    """Return whether an argument is an override (key=value) and not a file or pattern; existing files win."""
+    """Return whether an argument is an override (key=value); the name of an existing file is not an override."""
     if text.startswith("~") and text.endswith((".yaml", ".yml")):
         return False  # a file in another user's home directory
     return OVERRIDE.match(text) is not None and not os.path.exists(os.path.expanduser(text))

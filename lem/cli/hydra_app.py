@@ -39,7 +39,7 @@ def hydra_app(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     import hydra
 
-    # Overrides go first, wherever they were given: --info would take an override that follows it as its value.
+    # Move overrides to the front, because --info would take an override that follows it as its own value.
     given = [text for text in arguments if "=" in text and not text.startswith("-")]
     options = RunOptions(yes=True, **{flag[2:].replace("-", "_"): flag in arguments for flag in ALLOW})
     flags = [text for text in arguments if text not in given and text not in ALLOW]

@@ -47,7 +47,7 @@ def agrees(question: str) -> bool:
 
 
 def is_content(draft: Draft) -> bool:
-    """If the draft cannot run on this machine, print why and ask whether to write it anyway."""
+    """Return whether to write the draft; if it cannot run on this machine, print the reasons and ask the user."""
     chosen = {group: choice_of(group, name, draft.options) for group, name in draft.choices.items()}
     problems = judge(UserFile(draft.options), {**chosen, **draft.values}, host.look())
     for problem in problems:

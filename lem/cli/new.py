@@ -1,8 +1,8 @@
 """`lem config new`: writes a config file that shows every value of the schema, most of them commented out.
 
 A `Draft` holds the values to set: either the few that people change first, or the answers to questions on a terminal.
-Each commented-out value is the one already in effect, so removing every `#` changes nothing. This module does not
-handle inheritance.
+Each commented-out value is already in effect, so removing every `#` changes nothing. This module does not handle
+inheritance.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT_FILE = Path("experiment.yaml")
 HEAD = """\
 {editor}
 # A lem experiment: lem config validate checks it, lem experiment runs it.
-# A value after # is already in effect; to set it, delete its # and its group's."""
+# A value after # is already in effect; to set it, delete its # and its group's #."""
 
 
 def render(draft: Draft) -> str:
@@ -117,7 +117,7 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
     """Write a new config file, or print it; return the exit code.
 
     Args:
-        file: the file to write; if None, the file is experiment.yaml on a terminal, and otherwise the text is printed.
+        file: the file to write; None means experiment.yaml on a terminal, and otherwise standard output.
         preset: the preset to start from.
         yes: ask no questions.
         force: replace an existing file.

@@ -22,18 +22,18 @@ def aggregate(
         ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Aggregate every experiment whose row is missing or out of date.")
+        bool, typer.Option("--all", help="Aggregate all experiments with missing or outdated rows.")
     ] = False,
     results_dir: ResultsDir = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it is up to date.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Fail if any record is missing, or use the records that exist.")
+        bool, typer.Option("--strict/--no-strict", help="Fail if a record is missing, or use the existing records.")
     ] = True,
     allow_mixed_backends: Annotated[
         bool, typer.Option("--allow-mixed-backends", help="Combine records from different backends (not recommended).")
     ] = False,
 ) -> None:
-    """Build table rows from raw records; lem experiment does this automatically when it ends."""
+    """Build table rows from raw records; lem experiment does this automatically at the end of a run."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)
@@ -52,18 +52,20 @@ def results_list(
     ] = False,
     status: Annotated[
         str | None,
-        typer.Option("--status", help="Only one status: completed, failed, interrupted, running or planned."),
+        typer.Option(
+            "--status", help="Only experiments with this status: completed, failed, interrupted, running or planned."
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Only backends whose name contains this.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets whose name contains this.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Only models with this text in the name.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Only backends with this text in the name.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets with this text in the name.")] = None,
     campaign: Annotated[
         str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")
     ] = None,
     since: Annotated[
         str | None, typer.Option("--since", help="Only experiments started at this time or later.")
     ] = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N of the list.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N experiments in the list.")] = None,
     sort: Annotated[
         str | None,
         typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
@@ -90,9 +92,7 @@ def results_show(
         ),
     ],
     results_dir: ResultsDir = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Show the record of each process, cycle and attempt: phases, readings.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Show all records, with their phases and readings.")] = False,
     environment: Annotated[
         bool, typer.Option("--environment", "-e", help="Also show the machine and software that the experiment ran on.")
     ] = False,

@@ -1,4 +1,4 @@
-"""Standard streams that cannot end a run, even if they are closed, full, abandoned by their reader, or ASCII-only.
+"""Standard streams that never end a run, even if they are closed, cannot be written to, or accept only ASCII.
 
 They escape control characters in all output, so that printed names cannot manipulate the terminal. This module knows
 neither the content of the output nor the exit codes.
@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 
 from lem.units import printable
 
-# Replacements for characters that lem and rich write and some encodings lack.
+# ASCII spellings of characters that lem and rich write but some encodings lack.
 SPELLED = {
     "–": "-", "—": "-", "·": "|", "≈": "~", "°": "deg", "µ": "u", "×": "x", "±": "+/-", "…": "...", "→": "->",
     "≥": ">=", "≤": "<=", "‘": "'", "’": "'", "“": '"', "”": '"', "│": "|", "─": "-", "├": "+", "└": "+",
@@ -26,7 +26,7 @@ ENCODING_ERRORS = "lem.spelled"
 
 
 def forgiving_streams() -> None:
-    """Replace the process's standard streams with ones that never raise; `lost_output` returns the error instead."""
+    """Replace the standard streams with streams that never raise an error; `lost_output` returns the error instead."""
     codecs.register_error(ENCODING_ERRORS, _spelled)
     _fill_closed_descriptors()
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
@@ -42,7 +42,7 @@ def lost_output() -> OSError | None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open /dev/null as descriptor 0, 1 or 2 if closed; otherwise the next file opened could receive stray output."""
+    """Open /dev/null as descriptor 0, 1 or 2 if it is closed; otherwise the next file opened could get stray output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -68,8 +68,8 @@ class _Guard:
     """A text stream that escapes control characters and otherwise behaves like the stream it wraps."""
 
     def __init__(self, stream: TextIO) -> None:
-        # If a stream has this attribute, rich consoles write to it, so their colour codes are not escaped. lem's
-        # consoles have already escaped their texts (`lem.results.show.console`).
+        # If a stream has an attribute of this name, rich writes to the attribute instead, so that its colour codes are
+        # not escaped. lem's own consoles have already escaped their texts (`lem.results.show.console`).
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
@@ -101,7 +101,7 @@ class _Descriptor(io.FileIO):
         self.lost: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write, waiting if a non-blocking pipe has a slow reader; always report success."""
+        """Write the data, waiting if a non-blocking pipe is full; always report success."""
         try:
             while self.lost is None:
                 # Despite its declared type, FileIO.write returns None if the descriptor would block.

@@ -105,7 +105,7 @@ def problems(
     any_machine: bool = False,
     overrides: Sequence[str] = (),
 ) -> list[Problem]:
-    """Return all problems of a config file: in its text, in its keys and values, and in the rules between values.
+    """Return all problems of a config file: in its text, in its keys and values, and conflicts between values.
 
     Args:
         file: the config file.
@@ -125,7 +125,12 @@ def problems(
         return _in_order(known, file)
     if experiment.model is None and not _is_about("model", known):
         known.append(
-            Problem("no_model", "model", "no model is set, so this file can only be inherited from.", Location(file))
+            Problem(
+                "no_model",
+                "model",
+                "no model is set, so other files can inherit from this one, but it cannot be run.",
+                Location(file),
+            )
         )
     return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known)], file)
 
@@ -238,7 +243,7 @@ def show(
 
 def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, as_json: bool) -> int:
     if overrides or with_origin:
-        raise ConfigError("lem config show prints a campaign file without overrides; leave out overrides and --origin.")
+        raise ConfigError("lem config show accepts neither overrides nor --origin for a campaign file; leave them out.")
     values = to_plain(compose(file, {}))
     if as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
@@ -253,9 +258,9 @@ def resolve(
     """Return the checked values of a configuration and the sources of those values; raises `ConfigError`."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
-        raise ConfigError(f"{swept[0]}: several values are given, but lem config show needs a single one.")
+        raise ConfigError(f"{swept[0]}: several values are given, but lem config show needs a single value.")
     if settings := [override.text for override in inputs.overrides if not override.key]:
-        raise ConfigError(f"{settings[0]}: Hydra's settings have no effect here; leave it out.")
+        raise ConfigError(f"{settings[0]}: a Hydra setting has no effect here; leave it out.")
     if found := impossible(inputs.all_problems()):
         raise Problems(found)
     values, _ = values_of(inputs.sources)

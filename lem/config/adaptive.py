@@ -1,4 +1,4 @@
-"""The settings of an adaptive campaign: shares as people write them, the limits, and combinations that are refused.
+"""Handles the settings of adaptive campaigns: shares such as 2%, default limits, and checks of combinations.
 
 This module works on values alone; `lem.config.campaign` knows where they come from.
 """
@@ -15,7 +15,7 @@ from lem.config.problem import Problem
 from lem.config.yamlfile import KeyPath
 from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES, PERCENTAGE, Campaign
 
-# The most cycles if none are given.
+# The default maximum number of cycles.
 USUAL_MOST = 30
 
 
@@ -27,7 +27,7 @@ def share(value: Any) -> Any:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a campaign's values; an adaptive campaign gets default limits where none are given."""
+    """Return a campaign's values; if it is adaptive, add default limits where none are given."""
     found = dict(values)
     if found.get("until_ci") is None:
         return found
@@ -39,20 +39,22 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def explained(problem: Problem) -> Problem:
-    """Return a problem with `until_ci`, with its remedy added."""
+    """Add the remedy to the message of a problem with `until_ci`."""
     return replace(problem, message=f"{problem.message.removesuffix('.')}; write a share, such as 2% or 0.02.")
 
 
 def problems(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
-    """Yield the problems with values of a campaign that are each valid, but not in combination."""
+    """Yield the problems of values that are valid individually, but not in combination."""
     if campaign is None:
         return
     if campaign.until_ci is None:
         if campaign.max_cycles is not None:
-            yield _problem("max_cycles", "it is the limit of an adaptive campaign; give until_ci with it.")
+            yield _problem(
+                "max_cycles", "only adaptive campaigns have this limit; set until_ci as well, or leave it out."
+            )
         return
     if campaign.structure == "grouped":
-        text = "a grouped campaign has no cycles to stop after, because it finishes each arm before the next; "
+        text = "a grouped campaign cannot stop after a cycle, because it finishes one arm before the next; "
         yield _problem("structure", f"{text}choose another structure, or leave out until_ci.")
     if campaign.cycles < FEWEST_ADAPTIVE_CYCLES:
         text = f"a campaign with until_ci measures at least {FEWEST_ADAPTIVE_CYCLES} cycles, not {campaign.cycles}; "

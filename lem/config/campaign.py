@@ -61,7 +61,7 @@ def is_campaign(file: Path) -> bool:
 
 
 def check_alone(file: Path) -> None:
-    """Check a file that is given alone, and is no campaign's; raises `Problems` if it is not even a config file."""
+    """Check the only file given, which is not a campaign file; raises `Problems` if it cannot be read as YAML."""
     if problems := yamlfile.read(file).problems:
         raise Problems(problems)
 
@@ -102,7 +102,7 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
         given: the command line's values by key; they take precedence over the file's.
 
     Raises:
-        Problems: some values are wrong; lists all problems, each with its line if the value is in a file.
+        Problems: some values are wrong; the error lists all problems, with a line for each value from a file.
     """
     found = CampaignFile() if file is None else read(file)
     wanted = adaptive.completed({**found.values, **given})
@@ -133,14 +133,14 @@ def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
         ConfigError: patterns of arms match no config file; the message lists all of them.
     """
     sources = [ArmSource(arm) if isinstance(arm, str) else arm for arm in campaign.arms]
-    # All at once: a grid's index is passed over only beside files of its grid.
+    # All patterns in one call, because a grid's index is skipped only if files of the same grid are found as well.
     for source, files in zip(sources, find_each([source.config for source in sources]), strict=True):
         for file in files:
             yield source, file
 
 
 def settings_of_arms(campaign: Campaign) -> Iterator[str]:
-    """Yield the overrides by which the campaign's settings apply to every arm."""
+    """Yield the overrides that apply the campaign's settings to every arm."""
     if campaign.dataset is not None:
         yield f"dataset={campaign.dataset}"
     for path, value in (
@@ -161,7 +161,7 @@ def _composed(structure: str, values: Mapping[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     store = ConfigStore.instance()
-    # The values are stored as JSON, so Hydra takes an interpolation in a campaign file literally.
+    # The values are stored as JSON text, so that Hydra does not resolve interpolations in them.
     store.store(name="campaign_schema", node=to_plain(Campaign()))
     store.store(name="campaign_values", node={"values": json.dumps(dict(values))})
     root = {"defaults": ["campaign_schema", {ROOT: structure}, "campaign_values", "_self_"]}
@@ -181,7 +181,7 @@ def _checked(values: dict[str, Any]) -> tuple[Campaign | None, list[tuple[KeyPat
         by_path: dict[KeyPath, list[Any]] = {}
         for detail in error.errors(include_url=False):
             by_path.setdefault(_path(values, detail["loc"]), []).append(detail)
-        # What is said of a value within an arm says more than that the arm is not a string either.
+        # pydantic also complains that the arm is not a string; report only the problem with the value inside the arm.
         inner = [path for path in by_path if not any(path == other[: len(path)] for other in by_path if other != path)]
         return None, [(path, _problem(path, by_path[path])) for path in inner]
 

@@ -1,4 +1,4 @@
-"""Checks composed values against the schema: resolves interpolations, checks types and ranges, collects all problems.
+"""Checks composed values against the schema: resolves interpolations and collects all problems with types and ranges.
 
 Each problem has the path of its value; this module does not know which source the value came from.
 """
@@ -136,7 +136,7 @@ def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
 
 
 def _about_backends_key(name: str, backend: str | None) -> str | None:
-    """Return the chosen backend's own message for a key it does not have but its engine may know, or None."""
+    """Return the backend's own message about a key that only its engine may have, or None if it has none."""
     from lem.backends import backend_class
 
     group, _, key = name.partition(".")
@@ -184,7 +184,7 @@ def secrets(values: Values) -> Found:
 
 
 def unusable(values: Values) -> Found:
-    """Return a problem for each string with a null character, which no name, path or request can contain."""
+    """Return a problem for each string with a null character, because no name, path or request can contain it."""
     message = "the text contains a null character; remove it."
     return [(path, Problem("out_of_range", dotted(path), message)) for path, text in texts(values) if "\0" in text]
 

@@ -1,8 +1,8 @@
 """Turns a config file and overrides into an `Experiment`, using Hydra's own composition.
 
-The sources apply in the order of Hydra's defaults list, and later ones win: schema (including environment variables),
-group options, preset, config file, command line. The result is checked as a whole, so all problems are reported at
-once, each with its path and, if it is in a file, its line. Callers receive only plain dataclasses.
+The sources apply in the order of Hydra's defaults list, and later sources win: schema (including environment
+variables), group options, preset, config file, command line. The result is checked as a whole, so all problems are
+reported at once, each with its path and, if it is in a file, its line. Callers receive only plain dataclasses.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_inputs(
 
 
 def _of_the_backend(problem: Problem, sources: Sources) -> Problem:
-    """Reword the problem of an unknown backend key now that the chosen backend is known."""
+    """Reword the problem of an unknown backend key to suit the chosen backend."""
     if problem.code != "unknown_key" or not problem.path.startswith("backend."):
         return problem
     try:
@@ -110,7 +110,7 @@ def _sources(file: UserFile, overrides: Iterable[Override]) -> Sources:
 
 # ------------------------------------------------------------------ composition in plain dictionaries
 def values_of(sources: Sources) -> tuple[Values, Found]:
-    """Compose in plain dictionaries, resolve and check; return the values and their problems."""
+    """Compose the values in plain dictionaries, resolve interpolations, and return the values and their problems."""
     try:
         values, found = resolved(sources.values())
     except Problems:
@@ -143,7 +143,7 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
 
 
 def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Problem]:
-    """Return the problems without those that merely follow from another problem at the same path."""
+    """Combine problems, dropping those in `then` that follow from a problem in `first` at the same path."""
     first = list(first)
     paths = {problem.path for problem in first if problem.path}
     return first + [problem for problem in then if problem.path not in paths]
@@ -156,7 +156,7 @@ def located(sources: Sources, found: Found) -> list[Problem]:
 
 
 def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Location | None:
-    """Return where a value is set, or where its option or parent is; None if that is not in a file."""
+    """Return the location of a value or, failing that, of its parent or option; None if it is not from a file."""
     for end in range(len(path), 0, -1):
         for layer in reversed(layers):
             if layer.kind == "command line" and holds(layer.values, path[:end]):
@@ -170,7 +170,7 @@ def _location(sources: Sources, layers: Sequence[Layer], path: KeyPath) -> Locat
 # ------------------------------------------------------------------ composition by Hydra
 @dataclass(frozen=True)
 class Composition:
-    """The input of Hydra's composition: the user's file as overrides, followed by those of the command line."""
+    """The input of Hydra's composition: the user's file as overrides, followed by the overrides of the command line."""
 
     of_file: tuple[str, ...]
     given: tuple[Override, ...] = ()
@@ -182,21 +182,21 @@ class Composition:
         return (*self.of_file, *(override.text for override in self.given))
 
     def experiment(self) -> Experiment:
-        """Compose and check; raises `ConfigError` listing all problems."""
+        """Compose and check the experiment; raises `ConfigError` listing all problems."""
         experiment, found = examine(self.values())
         if experiment is None:
             raise Problems(located(self.sources, found))
         return experiment
 
     def values(self) -> Values:
-        """Compose and resolve without checking; raises `ConfigError` if Hydra cannot."""
+        """Compose the values and resolve interpolations, without checks; raises `ConfigError` if Hydra cannot."""
         from hydra import compose, initialize_config_module
 
         if swept := next((override for override in self.given if override.is_sweep), None):
             raise ConfigError(f"{swept.text}: {SEVERAL}")
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), _hydra_errors(self.sources):
             composed = compose(CONFIG_NAME, overrides=list(self.overrides))
-        # Hydra accepts a value from a lower layer in place of ???, but its author wants the value to be set explicitly.
+        # Hydra lets a lower layer's value stand in for ???, but ??? means that the value must be set explicitly.
         _, found = values_of(self.sources)
         if missing := [(path, problem) for path, problem in found if problem.code == "missing_value"]:
             raise Problems(located(self.sources, missing))

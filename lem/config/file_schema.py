@@ -19,7 +19,8 @@ from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, Leaf
 
-# Written beside the files that refer to it, so that editors find it offline and after a clone. *.yaml skips it.
+# Written beside the files that refer to it, so that editors find it offline and after a clone. The pattern *.yaml does
+# not match it.
 SCHEMA_FILE = ".lem-schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 # The newest JSON Schema draft that the YAML language server supports in full.
@@ -55,7 +56,7 @@ def file_schema(options: Options) -> dict[str, Any]:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """Return an object's schema for use in a file: nothing required, interpolations allowed, no titles."""
+    """Return an object's schema for a file: it requires nothing, allows interpolations, and has no titles."""
     properties = {key: _value(value) for key, value in part["properties"].items()}
     kept = {key: part[key] for key in ("type", "description", "additionalProperties")}
     return {**kept, "properties": properties}

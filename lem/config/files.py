@@ -1,4 +1,4 @@
-"""Finds the config files that command-line arguments (files, folders, glob patterns) name, without reading them."""
+"""Finds the config files that command-line arguments (files, folders, glob patterns) name, without parsing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lem.config.options import SUFFIXES
 from lem.errors import BadInput, ConfigError
 from lem.spec.paths import expanded
 
-# The first key of a grid's index file, which tells it apart from a config file.
+# The first key of a grid's index file; it tells the index apart from a config file.
 INDEX_KEY = "lem_grid"
 
 
@@ -21,7 +21,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 
 def find_each(patterns: Sequence[str]) -> list[list[Path]]:
-    """Return the config files matched by each of some files, folders and glob patterns, in order.
+    """Return, for each of the given files, folders and glob patterns, the config files that it matches.
 
     A grid's index is skipped when config files of its grid are given, because a shell expands `grid/*.yaml` to both.
 

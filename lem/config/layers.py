@@ -2,9 +2,9 @@
 
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
-The result is the same as Hydra's composition of conf/config.yaml, which the tests check. Merging plain dictionaries is
-a thousand times as fast, which grids need, and it keeps track of the layer of each value, which Hydra does not. This
-module does not parse Hydra's grammar and does not check values.
+The tests check that the result equals Hydra's composition of conf/config.yaml. Merging plain dictionaries is a thousand
+times as fast, which grids need, and it records the layer of each value, which Hydra does not. This module does not
+parse Hydra's grammar and does not check values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Option:
     file: OptionFile
     layers: tuple[Layer, ...]
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    # A preset's values for the groups whose option it chooses; they apply only if that choice applies.
+    # The values that a preset sets for the options it chooses, by group; they do not apply to any other option.
     bound: Mapping[str, Layer] = field(default_factory=dict)
 
 
@@ -59,7 +59,7 @@ class Sources:
         return cls(file, choices, tuple(given))
 
     def settled(self) -> Sources:
-        """Return the sources without the file's values for each group whose option the command line replaces."""
+        """Return the sources; if the command line replaces a group's option, the file's values for it are left out."""
         file = self.file
         for group, choice in self.choices.items():
             named = file.choices.get(group)
@@ -91,7 +91,7 @@ class Sources:
         return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
-        """Compose without resolving interpolations; callers must not modify the result, which shares subtrees."""
+        """Compose the values, leaving interpolations unresolved; do not modify the result, which shares subtrees."""
         settled = self.settled()
         base = _base_values(self.file.options, settled._all_chosen(), _environment())
         above = [layer.values for layer in settled.file.layers] + [layer.values for layer in settled.given]
@@ -114,7 +114,7 @@ def holds(values: Any, path: KeyPath) -> bool:
 
 
 def leaf_paths(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the path and value of every item that is not a non-empty mapping."""
+    """Yield the path and value of every leaf; an empty mapping counts as a leaf."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from leaf_paths(value, (*prefix, key))
@@ -208,7 +208,7 @@ def option(options: Options, group: str, name: str, source: str | None = None) -
     file = options.get(group, name)
     assert file is not None, (group, name)
     if source is not None and name == CUSTOM:
-        # If a file or a preset names the source, it is also a value of that layer, which overrides this one.
+        # If a file or a preset names the source, that layer also sets these values and overrides this layer.
         given = Layer("command line", f"dataset={source}", {"dataset": {"name": source, "path": source}})
         return Option(file, (given,))
     return _users(file, options) if file.is_users else _builtin(file)

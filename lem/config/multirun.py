@@ -1,7 +1,7 @@
 """A study's plan and its Hydra multirun: one resolved config file per cell, composed and run by Hydra in turn.
 
 The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. This module does not
-know what running a cell involves.
+know how a cell is run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ hydra:
 
 
 def sweep_dir(overrides: Iterable[str]) -> Path:
-    """Return a study's directory: the one given by hydra.sweep.dir, or else one named after the current time.
+    """Return a study's directory: hydra.sweep.dir if it is given, or else a directory named after the current time.
 
     Raises:
         ConfigError: the given name contains an interpolation that cannot be resolved.

@@ -1,9 +1,9 @@
-"""The options of each group and their files, both lem's own in conf/ and the user's.
+"""The options of each group and their files: the built-in ones in conf/, and the user's own.
 
-A user's options are the YAML files in `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one directory:
-the one given by --config-dir, or else `conf/` beside the config file or one of its parents, or, without a config file,
-`conf/` in the working directory. A user's option replaces a built-in one of the same name. This module only finds
-options; `lem.config.layers` reads them.
+A user's options are YAML files in the folders `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one
+directory. This is the directory given by --config-dir or, without that flag, `conf/` beside the config file or one of
+its parents. Without a config file, it is `conf/` in the working directory. A user's option replaces a built-in one of
+the same name. This module only finds options; `lem.config.layers` reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lem.workload.file import SUFFIXES as SOURCE_SUFFIXES
 CONFIG_MODULE = "lem.conf"
 FOLDER = "conf"
 SUFFIXES = (".yaml", ".yml")
-# Stands for any hub dataset or local file; it has no prompts of its own.
+# Stands for any hub dataset or local file; the option itself names no prompts.
 CUSTOM = "custom"
 
 
@@ -32,13 +32,13 @@ class OptionFile:
     name: str
     path: Path
     is_users: bool
-    # Whether this is a user's option with the name of a built-in one.
+    # Whether this is a user's option with the name of a built-in option.
     shadows: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options that can be chosen by name; `folder` holds the user's, if any."""
+    """The options that can be chosen by name; `folder` is the directory of the user's own options, if any."""
 
     folder: Path | None = None
 

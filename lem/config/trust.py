@@ -1,9 +1,9 @@
-"""What a configuration would run or send on the user's behalf, and whether the command line itself asks for it.
+"""Finds the programs, code and API keys that a configuration would run or send, and whether the user asked for them.
 
 This covers a program that starts a server, Python code that comes with a model or that an engine's argument names, and
-an API key that would be sent to another machine. Whoever wrote the config file chose these, so the user has to confirm
-them first (`lem.studies.consent`); those given on the command line are the user's own choice. This module runs nothing
-and imports no code of a model.
+an API key that would be sent to another machine. If a config file asks for one of these, the user must confirm it
+(`lem.studies.consent`); if the command line asks for it, no confirmation is needed. This module runs nothing and
+imports no code of a model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lem.spec.experiment import Experiment
 from lem.workload import tiny
 
 Kind = Literal["command", "code", "key"]
-# How much of a file named by a command or a model is digested. A server binary may be larger; scripts are not.
+# The digest of a file covers at most this many bytes. A server's binary may be larger, but scripts are not.
 MOST_BYTES = 64_000_000
 # Files of a model that determine which code is loaded.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
@@ -78,7 +78,7 @@ def _interpolates(layer: Any, path: tuple[str, ...]) -> bool:
 
 
 def all_asked(experiment: Experiment) -> Iterator[Asked]:
-    """Yield everything that an experiment asks to run or send, whoever wrote it; `is_own` is False."""
+    """Yield everything that an experiment asks to run or send, with `is_own` set to False."""
     backend = experiment.backend
     if isinstance(backend, OpenaiBackend):
         if backend.command is not None:
@@ -101,7 +101,10 @@ def _asked(kind: Kind, path: str, text: str, files: Iterable[Path] = ()) -> Aske
 
 # ------------------------------------------------------------------ commands
 def _files_named_in(command: str) -> Iterator[Path]:
-    """Yield the files that a command names: in another folder, the same command may run a different script."""
+    """Yield the files that a command names.
+
+    Consent covers their content, because the same command may run a different script in another folder.
+    """
     with suppress(ValueError):
         for word in shlex.split(command):
             module = Path(*word.split(".")) if word.replace(".", "").isidentifier() else None

@@ -75,8 +75,8 @@ class UserFile:
     def without_values_of(self, group: str) -> UserFile:
         """Drop the values that belong to a group's option, because another option replaces it.
 
-        One engine's options or one dataset's column mean nothing to another, but values such as a sample size or a
-        country are kept.
+        Values that may not suit the other option, such as a dataset's column, are dropped; values that suit any option,
+        such as a sample size or a country, are kept.
         """
         stays = STAYS_WHEN_OPTION_CHANGES.get(group, frozenset())
         layers = []
@@ -245,7 +245,7 @@ class _OwnContent:
         return Layer("file", str(self.path), self.values, locations)
 
     def _report(self, code: str, at: KeyPath, message: str) -> None:
-        # A value that could not be read already has a problem of its own.
+        # A value that could not be read already has a problem.
         if dotted(at) not in {problem.path for problem in self.document.problems}:
             self.problems.append(Problem(code, dotted(at), message, self._location(at)))
 

@@ -130,7 +130,7 @@ def _node(path: Path, text: str) -> yaml.Node | None:
 
 
 def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
-    """Raise for input that would break the composer, which is recursive."""
+    """Raise `Problems` for input that would break the composer, because the composer is recursive."""
     depth = documents = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -171,7 +171,7 @@ class _Walk:
         return self.value(node, at)
 
     def _pairs(self, node: yaml.Node, at: KeyPath) -> list[tuple[str, Any, yaml.Node]]:
-        """Return the key, mark and value of each of a mapping's own entries, then of those merged in by `<<`."""
+        """Return a mapping's entries as (key, mark, value): its own first, then the entries merged in by `<<`."""
         own: dict[str, tuple[str, Any, yaml.Node]] = {}
         merged: list[tuple[str, Any, yaml.Node]] = []
         for key_node, child in node.value:

@@ -1,8 +1,8 @@
-"""Ends an adaptive campaign: decides after each cycle whether the next one is needed; describes the plan beforehand.
+"""Decides after each cycle of an adaptive campaign whether it goes on, and describes the plan beforehand.
 
 The rule and its level are in `lem.results.stopping`, and the decision is in `lem.results.campaign`; this module passes
-them the states of the cells. The decision depends only on the completed cells, so a campaign that was killed continues
-like one that was not.
+them the states of the cells. The decision depends only on the completed cells, so a campaign that was killed and
+resumed takes the same decisions as one that was not.
 """
 
 from __future__ import annotations
@@ -71,13 +71,14 @@ def _entry(definition: Definition, place: Place, state: CellState) -> CellEntry:
 
 # ------------------------------------------------------------------ before it runs
 def plan_words(rule: Rule) -> str:
-    """Return a sentence on when a campaign will stop."""
+    """Return sentences that say when a campaign will stop."""
     when = f"after {rule.least} to {rule.most} cycles"
     if rule.looks[1] - rule.looks[0] > 1:
         when = f"after {', '.join(map(str, rule.looks[:-1]))} or {rule.most} cycles (whole squares)"
     return (
-        f"Adaptive: it stops {when}, once the half-width of each interval is at most {percent(rule.half_width)} of its "
-        f"ratio. The intervals have a nominal level of {percent(rule.level)}, so that they cover 95 %."
+        f"Adaptive: the campaign stops {when}, as soon as the half-width of each interval is at most "
+        f"{percent(rule.half_width)} of its ratio. The intervals have a nominal level of {percent(rule.level)}, so "
+        "that they contain the true ratio in 95 % of campaigns."
     )
 
 
@@ -87,7 +88,7 @@ def expected_words(definition: Definition, rule: Rule, sd_log: float) -> str:
     Args:
         definition: the campaign.
         rule: when it stops.
-        sd_log: the standard deviation of one cell's logarithm.
+        sd_log: the standard deviation of the logarithm of a cell's value.
     """
     arms, analysis = len(definition.arms), ANALYSES[definition.campaign.structure]
     level = 1 - (1 - rule.level) / (arms - 1)
@@ -95,5 +96,5 @@ def expected_words(definition: Definition, rule: Rule, sd_log: float) -> str:
         degrees_of_freedom = expected_degrees_of_freedom(analysis, cycles, arms)
         half = t_quantile(0.5 + level / 2, degrees_of_freedom) * math.sqrt(2) * sd_log / math.sqrt(cycles)
         if math.sinh(half) <= rule.half_width:
-            return f"With the spread of earlier runs, this takes about {cycles} cycles."
-    return f"With the spread of earlier runs, {rule.most} cycles are not enough for this."
+            return f"Judging by the spread of earlier runs, this takes about {cycles} cycles."
+    return f"Judging by the spread of earlier runs, {rule.most} cycles are not enough for this."

@@ -64,7 +64,7 @@ def progress_of(directory: ExperimentDir) -> str:
 
 
 def summary_of(ready: Ready) -> str:
-    """Return a description of what would run."""
+    """Return a short description of a run that has passed preflight."""
     wanted, prompts = ready.experiment, ready.prompts
     dropped = f" ({prompts.dropped_empty} empty ones dropped)" if prompts.dropped_empty else ""
     source = f"{len(prompts.texts)} prompts of {wanted.dataset.name}{dropped}"

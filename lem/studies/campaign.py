@@ -84,7 +84,7 @@ def _show(found: Answer, manifest: Manifest, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Presentation:
-    """How a command presents a campaign: the command that resumes it, and what is shown at its end."""
+    """How a command presents a campaign: the command that resumes it, and the output at its end."""
 
     command: str = "lem campaign"
     show: Callable[[Answer, Manifest, Path], None] = _show
@@ -202,7 +202,7 @@ def folder_named(name: str, results_dir: Path) -> Path:
     """Return the directory of a campaign, given its name or its directory.
 
     Raises:
-        ResultsError: the text is neither.
+        ResultsError: no campaign has this name or directory.
     """
     folder = Path(name)
     if (folder / results.DEFINITION).is_file():
@@ -214,7 +214,7 @@ def folder_named(name: str, results_dir: Path) -> Path:
 
 # ------------------------------------------------------------------ the request
 def check(campaign: Campaign) -> None:
-    """Check the name of an otherwise checked campaign; raises `ConfigError`."""
+    """Check a campaign's name; raises `ConfigError` if it cannot be a directory name."""
     if not re.fullmatch(NAME, campaign.name or ""):
         raise ConfigError(f"name: '{campaign.name}' cannot be a directory name; use {NAME_IN_WORDS}.")
 
@@ -241,7 +241,7 @@ def _arms(
     arms = []
     for name, (source, file) in zip(names_of(found, place), found, strict=True):
         everything = [*of_all, *source.overrides, *overrides]
-        # Where an arm has overrides of its own, no file and line says which arm is wrong.
+        # If an arm has its own overrides, the file and line in a problem may not tell which arm is wrong.
         whose = f"{place}{name}: " if source.overrides else ""
         try:
             _check_single(everything)
@@ -261,14 +261,16 @@ def _check_single(overrides: Sequence[str]) -> None:
     """Refuse several values for one key; raises `ConfigError`."""
     if several := next(filter(has_several_values, overrides), None):
         raise ConfigError(
-            f"{several}: an arm has one value for each key. Give its file once per value, with overrides of its own in "
-            "a campaign file, or write a list as [a,b]."
+            f"{several}: an arm has one value for each key. For several values, list the file several times in a "
+            "campaign file, with different overrides; for a list, write [a,b]."
         )
 
 
 def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[str]:
-    """Return a name for each arm: its own, or else the shortest unique end of its path, with a number if
-    none is unique. Raises `ConfigError` if two arms were given one name, or one cannot be printed.
+    """Return a name for each arm: the given name, or else the shortest end of its path that is unique.
+
+    If no end is unique, the name ends with a number. Raises `ConfigError` if two arms were given the same name, or if a
+    name cannot be printed.
     """
     files = [file for _, file in found]
     whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
@@ -288,7 +290,7 @@ def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[s
     given = {source.name: source for source, _ in found if source.name}
     for name, (source, _) in zip(names, found, strict=True):
         if given.get(name, source) is not source:
-            raise ConfigError(f"{place}arms: two arms are called '{name}'; give each a name of its own.")
+            raise ConfigError(f"{place}arms: two arms are called '{name}'; give them different names.")
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):
         seen[name] += 1
@@ -314,7 +316,7 @@ def _moved(experiment: Experiment, results_dir: Path) -> Experiment:
 def _planned(
     campaign: Campaign, arms: Sequence[Arm], overrides: Sequence[str], options: RunOptions, prompts: RecentPrompts
 ) -> Planned:
-    """Check every arm in every cycle that has prompts of its own; raises `ConfigError` with all problems."""
+    """Check every arm with every sample of prompts; raises `ConfigError` with all problems."""
     machine = host.look()
     rule, cycles = rule_of(campaign, len(arms)), cycles_at_most(campaign, len(arms))
     seeds = range(cycles) if campaign.resample_prompts else range(1)
@@ -342,7 +344,7 @@ def _planned(
     if len(digests) > 1 and len(set(digests)) == 1:
         raise ConfigError(
             "resample_prompts: each cycle would have the same prompts, because every prompt of the dataset is used. "
-            "Set sample_size (-n) to fewer."
+            "Reduce sample_size (-n)."
         )
     return Planned(
         definition=Definition(
@@ -400,7 +402,8 @@ def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> 
     if changed and not force:
         raise ConfigError(
             *(f"Campaign '{name}' began under different conditions: {each}." for each in changed),
-            "Its cells would not be comparable. Restore them, choose another --campaign-name, or use --force.",
+            "Its cells would not be comparable. Restore the earlier conditions, choose another --campaign-name, or use "
+            "--force.",
         )
 
 
@@ -419,7 +422,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, pres
     if left and not (options.yes or confirmed(_question(planned, len(left)))):
         return 0
     with _locked(folder, name):
-        kept = _continued(planned, store, options, resume)  # another process may have measured some of it since then
+        kept = _continued(planned, store, options, resume)  # another process may have measured some cells since then
         if kept is None:
             with needs_space(folder, NOTHING_YET):
                 write_atomically(folder / results.DEFINITION, to_json(planned.definition))
@@ -440,9 +443,9 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, pres
                     again=again,
                 )
             elif planned.definition.rule:
-                manifest.open()  # killed after its last cell, it may not have written down that no other is needed
+                manifest.open()  # a campaign killed after its last cell may not have saved that no more are needed
         finally:
-            if (folder / results.CELLS).is_file():  # not where there was no space for it
+            if (folder / results.CELLS).is_file():  # missing if the disk was full
                 found = results.answer(planned.definition, results.read_cells(store, folder))
                 _write_answer(folder, found)
                 presentation.show(found, manifest, folder)
@@ -452,7 +455,7 @@ def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, pres
 def _continued(
     planned: Planned, store: Store, options: RunOptions, resume: str
 ) -> tuple[Planned, list[CellState]] | None:
-    """Return an earlier campaign of this name, with its original level, and its cells; None if none was begun.
+    """Return the earlier campaign of this name with its original nominal level, and its cells; None if there is none.
 
     Raises:
         ConfigError: the existing campaign is a different one, or the conditions that it depends on have changed.
@@ -469,7 +472,7 @@ def _write_answer(folder: Path, found: Answer) -> None:
     try:
         results.write_answer(folder, found)
     except OSError as error:  # such as a full disk; this must not hide the answer or how the run ended
-        print_warnings(f"{folder}: cannot write the tables ({error.strerror}); resuming the campaign retries.")
+        print_warnings(f"{folder}: cannot write the tables ({error.strerror}); resume the campaign to retry.")
 
 
 def failures(manifest: Manifest) -> list[str]:
@@ -480,7 +483,7 @@ def failures(manifest: Manifest) -> list[str]:
 
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold a campaign's lock, which the kernel releases when this process ends.
+    """Hold a campaign's lock; the kernel releases it when this process ends.
 
     Raises:
         ResultsError: another process is measuring the campaign, or the directory is not writable.
@@ -562,7 +565,7 @@ class CampaignRunner(OneByOne):
     before: Place | None = None
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Run a cell, after retrying the failed cells of the previous cycle, unless no further cycle is needed."""
+        """Retry the failed cells of the previous cycle; then run this cell, unless no further cycle is needed."""
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
         before, places = self.planned.places[number].cycle - 1, self.planned.places
@@ -589,7 +592,7 @@ class CampaignRunner(OneByOne):
         return [arm.name for i, arm in enumerate(self.planned.definition.arms) if self.failures[i] >= GIVE_UP]
 
     def _part(self, place: Place) -> int:
-        """Return the number of the part after which failed cells are retried: a cycle, or an arm if grouped."""
+        """Return the number of the cell's cycle or (if grouped) of its arm; failed cells are retried at its end."""
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _attempt(self, number: int, experiment: Experiment) -> None:
@@ -668,7 +671,7 @@ def _preview(planned: Planned, states: Sequence[CellState]) -> None:
 
 
 def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
-    """Yield the time, energy and detectable difference to expect from earlier runs, or say that none exist."""
+    """Yield the time, energy and detectable difference to expect from earlier runs, or say that none was found."""
     campaign, arms, rule = planned.definition.campaign, planned.definition.arms, planned.definition.rule
     cycles = cycles_at_most(campaign, len(arms))
     names = [

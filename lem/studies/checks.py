@@ -40,7 +40,7 @@ class RecentPrompts:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cell to be checked: `check` composes it and runs preflight; it raises `BadInput` if the cell cannot run."""
+    """A cell to be checked: `check` composes it and runs preflight, or raises `BadInput` if the cell cannot run."""
 
     label: str
     overrides: tuple[str, ...]
@@ -56,7 +56,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
         fresh: do not resume unfinished experiments.
 
     Raises:
-        ConfigError: some cells cannot run; lists all problems of all cells.
+        ConfigError: some cells cannot run; the error lists all problems of all cells.
     """
     cells: list[Cell] = []
     problems: list[tuple[str, str]] = []

@@ -1,8 +1,8 @@
 """One experiment of a parallel batch as a child process: `python -m lem.studies.child <job file> --report-fd N`.
 
-It runs the composed experiment in the job file. Through a pipe it tells its parent which directory it has claimed, how
-far it is and, if it could not run, why. Its output goes to the log that the parent opened. It knows nothing about Hydra
-or the other runs of the batch.
+It runs the composed experiment in the job file. Through a pipe, it reports to its parent the directory that it has
+claimed, its progress and, if it could not run, the reason. Its output goes to the log that the parent opened. It knows
+nothing about Hydra or the other runs of the batch.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _end_with_parent() -> None:
-    """Interrupt the run when standard input closes, which the parent keeps open for as long as it lives."""
+    """Interrupt the run when standard input closes; the parent keeps it open until the parent itself ends."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

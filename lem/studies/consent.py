@@ -1,8 +1,8 @@
-"""The user's consent to run or send what a config file names: asked for once on a terminal, then remembered.
+"""The user's consent to the programs, code and keys that a config file names: requested once, then remembered.
 
-Each agreement is a file named by the digest of the text agreed to, in lem's state directory of the user
-(`~/.local/state/lem/agreed`). Requests from the command line need no consent, but are remembered so that the experiment
-can be resumed. This module does not know what a configuration can ask for; `lem.config.trust` does.
+Each agreement is a file in the user's state directory (`~/.local/state/lem/agreed`); its name is the digest of the text
+agreed to. Requests from the command line need no consent, but are remembered so that the experiment can be resumed.
+This module does not know what a configuration can ask for; `lem.config.trust` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lem.studies.ask import RunOptions, print_warnings
 from lem.units import one_line
 
 STATE_VARIABLE = "LEM_STATE_DIR"
-# What agreeing would do, and the question. The remedy after a refusal is in `lem.spec.rules`.
+# What happens if the user agrees, and the question. The remedy after a refusal is in `lem.spec.rules`.
 DOES = {
     "command": "starts a program with your permissions",
     "code": "runs Python code with your permissions",
@@ -49,7 +49,8 @@ class Consents:
     def require(self, asked: Iterable[Asked]) -> None:
         """Make sure that the user agrees to everything in `asked`; on a terminal, ask.
 
-        A dry run starts no program and sends no key, but checking a model may load code, so only code needs consent.
+        In a dry run, only code needs consent: checking a model may load code, but no program is started and no key is
+        sent.
 
         Raises:
             Problems: the user does not agree, or there is no terminal to ask on.

@@ -69,7 +69,7 @@ def _progress(bar_width: int = 30) -> Any:
         TextColumn("{task.fields[note]}", markup=False),
         console=show.console(stderr=True),
         auto_refresh=False,
-        # Without this, rich would interpret control characters in text printed meanwhile as colours.
+        # Without this, rich would interpret control characters as colours in text that is printed above the bars.
         redirect_stdout=False,
         redirect_stderr=False,
     )
@@ -84,7 +84,7 @@ def _shown(progress: Any) -> Iterator[Any]:
 
 
 class _Above:
-    """A stream whose lines appear above the bars if it is the terminal, and otherwise go to the original stream."""
+    """A stream that prints lines above the bars if it is the terminal, and otherwise to the original stream."""
 
     def __init__(self, stream: TextIO, console: Any) -> None:
         self._stream, self._console, self._begun = stream, console, ""
@@ -130,7 +130,7 @@ class _Phases:
         self._progress.refresh()
 
     def finish(self) -> None:
-        """Stop all bars, and fill those of phases without a known total."""
+        """Stop all bars, and fill the bars of phases without a known total."""
         for task in self._progress.tasks:
             if task.id in self._tasks.values():
                 if task.total is None:
@@ -215,7 +215,7 @@ class _OneBar:
 
     def __init__(self, progress: Any, label: str) -> None:
         self._progress, self._rate = progress, Rate()
-        # Labels of files differ at the end.
+        # Keep the end of a label, because file names usually differ there.
         title = label if len(label) <= 18 else f"…{label[-17:]}"
         self._task = progress.add_task(title, total=None, note="starting")
         self._cycle = ""

@@ -48,7 +48,7 @@ INDEX = "grid.yaml"
 # The version of the index's format: the value of its first key.
 FORMAT = 1
 MAX_POINTS = 100_000
-# File systems allow 255 bytes; what is appended to a name (.yaml, .part) needs space too.
+# File systems allow names of 255 bytes; suffixes (.yaml, .part) count as well.
 MAX_STEM = 180
 MAX_VALUE = 60
 
@@ -162,7 +162,7 @@ def _axis(text: str, options: Options) -> Axis:
 
 
 def full_key(name: str) -> str:
-    """Return the dotted path of a value or a group, given in full or by its last part."""
+    """Return the dotted path of the value or group with this name: the whole path, or only its last part."""
     paths = dict.fromkeys(leaf.path for leaf in leaves())
     if name in paths or name in GROUPS:
         return name
@@ -262,7 +262,7 @@ def _digest(value: Any) -> str:
 def file_text(point: Point, parent: str, about: str) -> str:
     """Return the text of a point's file: its parent and the values that distinguish this point."""
     tree: dict[str, Any] = {}
-    # Options come first, so that a group's values are added to the option's name.
+    # Options come first, so that a group's other values are added to the mapping with the option's name.
     for key, value in sorted(point.values.items(), key=lambda item: not isinstance(item[1], Choice)):
         if isinstance(value, Choice) and any(other.startswith(f"{key}.") for other in point.values):
             tree[key] = {"name": _plain(value)}
@@ -276,7 +276,7 @@ def group_text(base: UserFile, point: Point, about: str) -> str:
     values, _ = resolved(_sources(base, point.values).values())
     if any("${" in text for _, text in texts(values)):
         raise ConfigError(f"{point.file}: a value contains '${{', which Hydra would resolve again; change the value.")
-    # Without this, Hydra would merge the values into those of the default backend, whose keys differ.
+    # Without this, Hydra would merge the values with the values of the default backend, which has other keys.
     engine = f"defaults: [override /backend: {flow(values['backend']['name'])}, _self_]"
     return _text(["# @package _global_", file_schema.EDITOR_LINE, f"# {about}", engine, *block(values)])
 
@@ -333,7 +333,7 @@ def _parent(base: Path, folder: Path) -> str:
 
 
 def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) -> list[Path]:
-    """Return the files of an earlier grid that the new one lacks; raise rather than overwrite or delete other files."""
+    """Return the files of an earlier grid that the new grid lacks; raise if other files would be overwritten."""
     index = folder / INDEX
     earlier: set[str] = set()
     if os.path.lexists(index):
@@ -399,7 +399,7 @@ def _index_text(index: dict[str, Any]) -> str:
 # ------------------------------------------------------------------ the command
 @dataclass(frozen=True)
 class GridOptions:
-    """How a grid is generated, regardless of its content."""
+    """The options for generating a grid, apart from its content."""
 
     # Leave out the invalid points.
     validate: bool = False
@@ -459,7 +459,7 @@ def _enumerated(values: Sequence[Any]) -> str:
 
 
 def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
-    """Yield each reason why points are invalid, with the number of points affected and the values of the first."""
+    """Yield each reason why points are invalid, with the number of points and the values of the first point."""
     found: dict[str, list[Point]] = {}
     for point in points:
         for problem in point.problems:

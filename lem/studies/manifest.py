@@ -25,7 +25,7 @@ FILE = "experiments.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One checked experiment of a study; `label` tells it apart from other cells, and `words` describe what it runs."""
+    """One checked experiment of a study; `label` distinguishes it from other cells, and `words` describe it."""
 
     label: str
     experiment: Experiment
@@ -49,7 +49,7 @@ class CellState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is completed or not needed, so that it does not have to run."""
+        """Whether the cell does not have to run, because it is completed or no longer needed."""
         return self.status in ("completed", NOT_NEEDED)
 
     @property
@@ -103,7 +103,7 @@ class Manifest:
             raise ResultsError(f"The study's directory {self.directory} cannot be used: {error.strerror}.") from None
 
     def change(self, number: int, **values: Any) -> CellState:
-        """Change the state of a cell and save it; raises `DiskFull` if it could only be changed, not saved."""
+        """Change the state of a cell and save it; raises `DiskFull` if the change could not be saved."""
         self.states[number] = replace(self.states[number], **values)
         with needs_space(self.directory):
             self._write()
@@ -134,7 +134,7 @@ class Manifest:
         """Mark cells still listed as running as interrupted; the interrupt came before their end was recorded."""
         for number, state in enumerate(self.states):
             if state.status == "running":
-                with suppress(DiskFull):  # another error has said so already
+                with suppress(DiskFull):  # an earlier error has already reported the full disk
                     self.change(number, status="interrupted", row=row_of(state.directory))
 
     def show(self) -> None:
@@ -150,7 +150,7 @@ class Manifest:
 
 
 def row_of(directory: ExperimentDir | None) -> ExperimentRow | None:
-    """Return an experiment's row, even if it is unfinished, or None if it has no records."""
+    """Return an experiment's row, even if the experiment is unfinished, or None if it has no records."""
     try:
         return read(directory, strict=False).row if directory else None
     except LemError:

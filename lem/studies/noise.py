@@ -1,7 +1,7 @@
-"""`lem doctor --noise`: a campaign of one configuration against itself, and what it says about the machine's noise.
+"""`lem doctor --noise`: compares one configuration with itself in a campaign, and reports the machine's noise.
 
-The campaign is an ordinary one with the usual files, resuming and answer; only the output at its end differs. The
-statistics are in `lem.results.noise`.
+The campaign has the usual files and answer, and can be resumed; only the output at its end differs. The statistics are
+in `lem.results.noise`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lem.studies.manifest import Manifest
 
 ARMS = ("A", "A again")
 COMMAND = "lem doctor --noise"
-# Five cycles make ten cells, as many as the correlation of neighbours needs.
+# Five cycles make ten cells, the minimum for the correlation between neighbouring cells.
 CYCLES = 5
-# What is measured unless the command line or a file says otherwise: it needs no network, and its windows take seconds.
+# The configuration to measure if none is given: it needs no network, and its windows take seconds.
 DEFAULTS = {"model": "tiny", "dataset": "sample", "dataset.sample_size": "32"}
 
 
@@ -46,7 +46,7 @@ def main(
     config_dir: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Measure a configuration against itself and show its noise; return 0, or 1 if a cell has no result.
+    """Compare a configuration with itself and show the noise; return 0, or 1 if a cell has no result.
 
     Args:
         config_file: the configuration; None for the built-in model and prompts.
@@ -81,7 +81,7 @@ def main(
 
 
 def resume(name: str, results_dir: Path, options: RunOptions, *, difference: float, as_json: bool = False) -> int:
-    """Resume a campaign of one configuration against itself, or show its noise again if it is complete.
+    """Resume a campaign that compares one configuration with itself, or show its noise again if it is complete.
 
     Raises:
         ResultsError: there is no such campaign.
@@ -91,14 +91,14 @@ def resume(name: str, results_dir: Path, options: RunOptions, *, difference: flo
     experiments = [to_plain(arm.experiment) for arm in kept.arms]
     if len(experiments) != len(ARMS) or experiments[0] != experiments[1]:
         raise ConfigError(
-            f"Campaign '{kept.name}' does not measure one configuration against itself; to resume it: lem campaign "
+            f"Campaign '{kept.name}' does not compare one configuration with itself; to resume it: lem campaign "
             f"--resume {kept.name}."
         )
     return study.resume(name, results_dir, options, _presentation(difference, as_json))
 
 
 def _defaults(words: Sequence[str]) -> list[str]:
-    """Return overrides for the choices that the command line leaves open; all of the user's own prompts are used."""
+    """Return, as overrides, the defaults that the command line leaves in effect; the user's own prompts have none."""
     keys = {word.partition("=")[0].lstrip("+") for word in words}
     chosen_prompts = any(key == "dataset" or key in ("dataset.path", "dataset.name") for key in keys)
     wanted = {key: value for key, value in DEFAULTS.items() if key == "model" or not chosen_prompts}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lem.spec.campaign import Structure, square_size
 
-# The number of orders drawn in search of one that differs enough; if none does (many arms), the last is reversed.
+# How many random orders to try for a cycle; if none differs enough (with many arms), the last order is reversed.
 DRAWS = 200
 
 
@@ -30,10 +30,10 @@ def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place
     """Return the places in the order in which they are measured.
 
     Args:
-        structure: `shuffled`: a new random order in each cycle, in which no two arms keep their order in three cycles
-            in a row, because a few cycles that agree by chance would make a drift look like a difference; `latin`: rows
-            of Williams squares in random order; `interleaved`: the same order in each cycle; `grouped`: all cycles of
-            one arm, then those of the next.
+        structure: `shuffled`: a new random order in each cycle; `latin`: rows of Williams squares in random order;
+            `interleaved`: the same order in each cycle; `grouped`: all cycles of one arm, then all of the next. With
+            `shuffled`, no two arms keep their order in three successive cycles, because a drift would then look like a
+            difference between them.
         arms: the number of arms, at least one.
         cycles: the number of cycles, at least one.
         seed: used by shuffled and latin; the same seed gives the same order on every machine.
@@ -87,7 +87,7 @@ def _relabelled(square: Sequence[Sequence[int]], chance: random.Random, row: int
 
 
 def williams_square(arms: int) -> list[list[int]]:
-    """Return the rows of a Williams design: a latin square balanced for predecessors, or two if `arms` is odd.
+    """Return the rows of a Williams design: a Latin square balanced for predecessors, or two squares if `arms` is odd.
 
     Source: E. J. Williams, Experimental designs balanced for the estimation of residual effects of treatments,
     Australian Journal of Scientific Research A 2 (1949).

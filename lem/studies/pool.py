@@ -54,7 +54,7 @@ def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.en
     """Split the visible GPUs into `parallel` disjoint sets of the same size; any remainder stays unused.
 
     With fewer GPUs than `parallel`, every slot has all of them. Devices are named as in the user's
-    CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden, or else by UUID.
+    CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden; without that variable, they are named by UUID.
     """
     each = len(gpus) // parallel
     if not each:
@@ -135,7 +135,7 @@ class Pool(Runner):
             self._wait_for_one()
 
     def stop(self) -> None:
-        """Terminate all children, which save their finished requests; kill them after STOP_S or on a second Ctrl-C."""
+        """Terminate all children, so that they save finished requests; kill them after STOP_S or on a second Ctrl-C."""
         for child in self.running:
             child.process.terminate()
         deadline = time.monotonic() + STOP_S
@@ -191,8 +191,8 @@ class Pool(Runner):
         """Wait until a child has ended and record how.
 
         Raises:
-            queue.Empty: none has ended in time.
-            DiskFull: for the child or its record there was no space; not where all are being `stopped`.
+            queue.Empty: no child has ended in time.
+            DiskFull: the disk was full for the child or its record; not raised if all children are being `stopped`.
         """
         child = self.ended.get(timeout=timeout_s)
         self.running.remove(child)
@@ -220,7 +220,7 @@ class Pool(Runner):
         return {"status": "failed", "row": row, "error": child.error or f"the process {how}."}
 
     def _orphaned_row(self, child: Child) -> ExperimentRow | None:
-        """Return the row of a killed child, whose workers end after it and record their finished requests."""
+        """Return the row of a killed child, after its workers have ended and recorded their finished requests."""
         if child.directory is None:
             return None
         try:

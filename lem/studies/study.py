@@ -196,8 +196,8 @@ class OneByOne(Runner):
             self._end(number, status=row.status, row=row, error=row.error)
         except (Interrupted, KeyboardInterrupt) as stop:
             self._end(number, status="interrupted", row=row_of(self.manifest.states[number].directory))
-            # Hydra would continue after an Exception; only this exception ends the multirun. The study adds its own
-            # command that resumes.
+            # Hydra would continue after an Exception, so raise KeyboardInterrupt to end the multirun. The study adds
+            # its own command for resuming.
             raise KeyboardInterrupt(stop.reason if isinstance(stop, Interrupted) else str(stop)) from None
         except DiskFull:
             raise  # ends the study; closing the manifest marks the cell as interrupted

@@ -105,7 +105,7 @@ def test_it_imports_nothing_heavy_but_the_drivers_binding(tmp_path):
 def test_what_only_noise_reads_is_refused_without_it(lem, arguments, named):
     done = lem("doctor", *arguments)
     assert done.code == 2
-    assert done.err == f"Error: {named}: this is for --noise; without it, lem doctor measures nothing.\n"
+    assert done.err == f"Error: {named}: only lem doctor --noise accepts this; add --noise or leave it out.\n"
 
 
 def test_every_option_is_refused_without_noise_or_read(lem):
@@ -122,4 +122,4 @@ def test_every_option_is_refused_without_noise_or_read(lem):
         value = [] if parameter.is_flag else ["3"]
         done = lem("doctor", flag, *value)
         assert done.code == 2, flag
-        assert re.search(rf"Error: {flag}: this is for --noise", done.err), (flag, done.err)
+        assert re.search(rf"Error: {flag}: only lem doctor --noise", done.err), (flag, done.err)

@@ -382,7 +382,7 @@ def test_show_without_a_file_and_as_json(lem):
     [
         (("seed=-1",), "seed (--seed): must be greater"),
         (("seed=1,2",), "seed=1,2: several values are given"),
-        (("hydra.run.dir=x",), "Hydra's settings have no effect here"),
+        (("hydra.run.dir=x",), "a Hydra setting has no effect here"),
         (("nowhere.yaml",), "nowhere.yaml: no such config file"),
         (("a.yaml", "b.yaml"), "one config file, not 2"),
         (("--config-dir", "nowhere"), "nowhere: this config directory contains no options"),

@@ -44,13 +44,13 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
     assert done.code == 0, done.err
     assert "2 arms in 5 to 30 cycles, shuffled" in done.out
     assert (
-        "Adaptive: it stops after 5 to 30 cycles, once the half-width of each interval is at most 2 % of its ratio."
-        in done.out
+        "Adaptive: the campaign stops after 5 to 30 cycles, as soon as the half-width of each interval is" in done.out
     )
+    assert "at most 2 % of its ratio." in done.out
     assert "nominal level of 97." in done.out
     assert done.out.count("cycle 30/30") == 2
     latin = lem(*TWO, "--until-ci", value, "--structure", "latin", "--max-cycles", "9", "--dry-run", *QUICK)
-    assert "it stops after 6 or 8 cycles (whole squares)" in latin.out
+    assert "the campaign stops after 6 or 8 cycles (whole squares)" in latin.out
     assert "cycle 8/8" in latin.out
     assert "campaign_unbalanced" not in latin.err
     long = lem(*TWO, "--until-ci", value, "-c", "30", "--dry-run", *QUICK)
@@ -64,11 +64,11 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
         (["--until-ci", "2%", "-c", "8", "--max-cycles", "8"], "max_cycles: must be greater than cycles (8), not 8."),
         (["--until-ci", "2%", "-c", "200"], "cycles: must be less than 100 with until_ci, not 200."),
         (["--until-ci", "2%", "--max-cycles", "101"], "max_cycles: must be less than or equal to 100, not 101"),
-        (["--until-ci", "2%", "--structure", "grouped"], "structure: a grouped campaign has no cycles to stop after"),
+        (["--until-ci", "2%", "--structure", "grouped"], "structure: a grouped campaign cannot stop after a cycle"),
         (["--until-ci", "2"], "until_ci: must be less than 1, not 2.0; write a share, such as 2% or 0.02."),
         (["--until-ci", "0%"], "until_ci: must be greater than 0, not 0.0; write a share"),
         (["--until-ci", "narrow"], "until_ci: must be a valid number"),
-        (["--max-cycles", "20"], "max_cycles: it is the limit of an adaptive campaign; give until_ci with it."),
+        (["--max-cycles", "20"], "max_cycles: only adaptive campaigns have this limit; set until_ci as well, or leave"),
         (["--until-ci", "2%", "--structure", "latin", "--max-cycles", "7"], "give at least 8, or choose structure="),
     ],
 )  # fmt: skip
@@ -86,7 +86,7 @@ def test_a_campaign_file_has_the_same_keys(lem, arms):
     assert (shown["until_ci"], shown["cycles"], shown["max_cycles"]) == (0.02, 5, 20)
     assert lem("config", "validate", "file.yaml").code == 0
     (arms / "latin.yaml").write_text("defaults: [file]\nstructure: latin\nmax_cycles: 7\n")
-    assert "fewer than two from 5 to 7 cycles" in lem("config", "validate", "latin.yaml").out
+    assert "fewer than two squares end between 5 and 7 cycles" in lem("config", "validate", "latin.yaml").out
     (arms / "bad.yaml").write_text("arms: [quick.yaml, slow.yaml]\ncycles: 4\nuntil_ci: 2%\ndataset: sample\n")
     done = lem("config", "validate", "bad.yaml")
     assert done.code == 2

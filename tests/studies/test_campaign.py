@@ -268,7 +268,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
     [
         (["quick.yaml", "--campaign-name", "x"], "at least two configurations, not 1"),
         (["quick.yaml", "slow.yaml"], "needs a name: use --campaign-name"),
-        (["--campaign-name", "x"], "needs config files"),
+        (["--campaign-name", "x"], "needs at least two config files"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "a/b"], "name: must be at most 100 letters"),
         (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "fast"], "no arm is called 'fast'"),
         (
@@ -298,7 +298,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "slow", "--baseline", "quick"],
-            "--baseline: one arm is the baseline, not 2 (slow, quick)",
+            "--baseline takes one arm, not 2 (slow, quick)",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "batching.batch_size=1,2"],
@@ -313,9 +313,9 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         (["empty.yaml", "quick.yaml", "--campaign-name", "x"], "empty: No model"),
         (["bytes.yaml", "--campaign-name", "x"], "bytes.yaml:1: byte 0x80 is not UTF-8"),
         (["bytes.yaml", "quick.yaml", "--campaign-name", "x"], "bytes.yaml:1: byte 0x80 is not UTF-8"),
-        (["quick.yaml", "--resume", "x"], "give no config files and no settings with it"),
-        (["--resume", "x", "-c", "5"], "give no config files and no settings with it"),
-        (["--resume", "x", "--baseline", "quick"], "give no config files and no settings with it"),
+        (["quick.yaml", "--resume", "x"], "leave out config files and settings"),
+        (["--resume", "x", "-c", "5"], "leave out config files and settings"),
+        (["--resume", "x", "--baseline", "quick"], "leave out config files and settings"),
         (["--resume", "x"], "There is no campaign 'x'"),
         (["--resume", "other"], "There is no campaign 'other'"),
         (["--resume", ""], "'' is neither the name nor the directory of a campaign"),

@@ -115,8 +115,8 @@ def test_what_the_command_line_chooses_replaces_the_defaults(lem, arms):
     [
         (["quick.yaml", "slow.yaml"], "one config file, not 2"),
         (["both.yaml"], "is a campaign file; name the config file of a single configuration."),
-        (["quick.yaml", "--difference", "2"], "--difference is a share between 0 and 1, such as 0.02 for 2 %, not 2."),
-        (["quick.yaml", "--difference", "nan"], "--difference is a share between 0 and 1"),
+        (["quick.yaml", "--difference", "2"], "--difference must be between 0 and 1, such as 0.02 for 2 %, not 2."),
+        (["quick.yaml", "--difference", "nan"], "--difference must be between 0 and 1"),
         (["quick.yaml", "-c", "0"], "cycles: must be greater than or equal to 1, not 0"),
         (["quick.yaml", "--campaign-name", "a/b"], "Error: name: "),
         (["quick.yaml", "--primary", "cost"], "primary: must be 'energy_per_output_token_j'"),
@@ -140,4 +140,4 @@ def test_a_campaign_of_different_configurations_is_not_taken_for_noise(lem, arms
     lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
     done = lem("doctor", "--noise", "--resume", "one")
     assert done.code == 2
-    assert "does not measure one configuration against itself; to resume it: lem campaign --resume one." in done.err
+    assert "does not compare one configuration with itself; to resume it: lem campaign --resume one." in done.err
