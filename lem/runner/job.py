@@ -1,4 +1,4 @@
-"""Takes one experiment from a checked configuration to its row: preflight, claim an id, launch, aggregate; or resume.
+"""Runs or resumes one experiment, from its checked configuration to its row in the tables.
 
 The command line, the cells of studies and callers of the Python API all run experiments through this module. It knows
 nothing about Hydra or about how results are shown.
@@ -40,7 +40,7 @@ Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 class Outcome:
     """How an experiment ended, and where its files are.
 
-    `problem` explains why the row is missing from the tables although it should be there; `row` is then unsaved.
+    `problem` is the reason why the row is missing from the tables, if it should have been written.
     """
 
     row: ExperimentRow
@@ -126,7 +126,7 @@ def run_ready(
 
 
 def fingerprint(ready: Ready) -> str:
-    """Return the digest that is equal for two runs of the same experiment."""
+    """Return the experiment's fingerprint, which is the same for all runs of the same experiment."""
     return _plan("", ready, (), None).fingerprint
 
 
@@ -175,7 +175,8 @@ def _execute(
     """Run the unfinished part, write the outcome to the state file, and write the row."""
     plan = directory.plan()
     with _full_disk(store, directory), directory.run(take_over=take_over) as attempt:
-        # Marked only once the lock is held, so that another run of the same configuration does not resume this one.
+        # Marked only while the lock is held, so that another run of the same configuration does not resume this
+        # experiment.
         store.mark_unfinished(directory.id, plan.fingerprint)
         log.debug("experiment %s, attempt %d, in %s", directory.id, attempt, directory.path)
         try:
@@ -190,7 +191,7 @@ def _execute(
         status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))
         row, problem = _row(store, directory, write_tables)
-        # Last, so that an experiment that is killed before it has its rows is found, and gets them (`catch_up`).
+        # This comes last, so that `catch_up` finds an experiment that was killed before its rows were written.
         if problem is None and not plan.unfinished_cycles(directory.finished()):
             store.mark_finished(directory.id)
         return Outcome(row, directory, store, problem)
@@ -198,7 +199,7 @@ def _execute(
 
 def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:
     has_all = not plan.unfinished_cycles(directory.finished())
-    if has_all and not directory.is_fruitless():  # however the processes ended
+    if has_all and not directory.is_fruitless():  # even if a process failed after its last request
         return "completed", None
     records = directory.records()
     attempt = max(record.attempt for record in records)

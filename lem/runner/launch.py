@@ -39,7 +39,7 @@ from lem.runner.stopping import GRACE_S, signals_ignored, signals_raise
 
 log = logging.getLogger(__name__)
 
-# How long the launcher of several workers may keep running after they end; it has nothing to write.
+# How long a launcher may keep running after its workers have ended; it has no files to write.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
@@ -98,7 +98,7 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
         return [sys.executable, "-P", "-m", "lem.runner.worker"]
     if backend_class(plan.experiment.backend.name).wants_gpu(plan.experiment, host):
         several = ["--num_processes", str(plan.processes), "--num_machines", "1", "--mixed_precision", "no"]
-        # "all" leaves CUDA_VISIBLE_DEVICES unchanged, whatever accelerate's configuration file says.
+        # "all" leaves CUDA_VISIBLE_DEVICES unchanged, even if accelerate's configuration file sets other GPUs.
         several += ["--dynamo_backend", "no", "--main_process_port", "0", "--gpu_ids", "all", "--log_dir", str(scratch)]
         return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *several, "-m", "lem.runner.worker"]
     local = ["--nnodes", "1", "--nproc_per_node", str(plan.processes), "--rdzv_backend", "c10d"]
@@ -107,9 +107,9 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
 
 
 def _environment(plan: Plan, host: Host) -> dict[str, str]:
-    """Return the workers' environment: the chosen GPUs, no outer launcher, and no more threads than cores."""
+    """Return the workers' environment, which names the chosen GPUs and limits threads to the number of cores."""
     variables = without_launchers(os.environ)
-    # A bullet point printed by a library must not end a run on a machine whose encoding is ASCII.
+    # Otherwise, a bullet point printed by a library would end a run on a machine with ASCII encoding.
     variables["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     variables["PYTHONSAFEPATH"] = "1"
     if plan.experiment.gpus is not None:
@@ -209,7 +209,7 @@ def _signal(processes: Any, number: signal.Signals) -> None:
 
 # ------------------------------------------------------------------ records of workers that wrote none
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, how: str) -> None:
-    """Write a record with this status for each worker without one: from its journal if that exists, otherwise empty.
+    """For each worker without a record, write one with this status, from the worker's journal if it exists.
 
     `code` is the exit code of the worker, or of the launcher of several workers, and `how` describes how it ended.
     """

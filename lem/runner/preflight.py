@@ -57,13 +57,13 @@ def preflight(
     """Check an experiment against this machine, and load its prompts.
 
     Args:
-        experiment: an experiment whose types and ranges have been checked.
+        experiment: an experiment with checked types and ranges.
         host: the machine.
         force: run despite inadvisable options.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
 
     Raises:
-        ConfigError: the experiment cannot or should not run; lists all reasons.
+        ConfigError: the experiment cannot or should not run; the error lists all reasons.
     """
     prompts, arrivals_s = None, None
     model, reasons, warnings = _without_prompts(experiment, host, force=force)
@@ -84,7 +84,7 @@ def preflight(
 def check_again(
     experiment: Experiment, host: Host, *, force: bool = False, has_arrivals: bool = False
 ) -> tuple[Objection, ...]:
-    """Check an experiment that is being resumed, whose prompts are already stored; return the warnings.
+    """Check an experiment that is being resumed, without loading its stored prompts; return the warnings.
 
     Args:
         experiment: the experiment as it was started.
@@ -93,7 +93,7 @@ def check_again(
         has_arrivals: whether the arrivals of its trace are also stored, so that the trace file is not needed.
 
     Raises:
-        ConfigError: the experiment cannot or should not run on this machine; lists all reasons.
+        ConfigError: the experiment cannot or should not run on this machine; the error lists all reasons.
     """
     without = frozenset({"traffic_trace"} if has_arrivals else ())
     _, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
@@ -123,7 +123,7 @@ def objections(experiment: Experiment, host: Host, model: Model | None = None) -
     """Return all objections to an experiment on a machine, without looking for the model or loading prompts.
 
     Args:
-        experiment: an experiment whose types and ranges have been checked.
+        experiment: an experiment with checked types and ranges.
         host: the machine.
         model: the model, if it has been found; None skips the rules about the model.
     """

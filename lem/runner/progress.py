@@ -45,7 +45,7 @@ class PipeReport:
         self._last_s = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Send an event, unless one of the same phase was sent too recently; a phase's last event is always sent."""
+        """Send an event, unless the phase's previous event is too recent; the last event of a phase is always sent."""
         now_s = time.monotonic()
         is_news = event.phase != self._phase or event.done == event.total
         if self._descriptor is None or not (is_news or now_s - self._last_s >= self._period_s):

@@ -15,7 +15,7 @@ from typing import Any
 
 from lem.errors import ConfigError, RunError
 
-# How long a rank may wait while another one works.
+# How long a rank may wait while another rank works.
 BARRIER_TIMEOUT = timedelta(days=7)
 # How often a waiting rank returns to Python, because no signal is handled while torch waits.
 BARRIER_POLL = timedelta(seconds=1)
@@ -42,7 +42,7 @@ class TorchRanks(Ranks):
     """Processes started by a launcher and connected by torch.distributed."""
 
     def barrier(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait for the other processes; raises torch's error if one of them is gone."""
+        """Wait for the other processes; raises torch's error if another process is gone."""
         import torch.distributed as dist
 
         arrival = dist.barrier(group=_gloo(), async_op=True)
@@ -71,7 +71,7 @@ def _has_arrived(arrival: Any) -> bool:
 
 @cache
 def _gloo() -> Any:
-    """Return a process group whose barriers do not use the GPUs."""
+    """Return a process group with barriers that do not use the GPUs."""
     import torch.distributed as dist
 
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
@@ -99,7 +99,7 @@ def join(planned: int, *, share_a_model: bool = False) -> Ranks:
 
     Args:
         planned: the number of processes.
-        share_a_model: whether several processes run one model together, so that its GPUs communicate.
+        share_a_model: whether several processes run one model together, so that their GPUs communicate.
 
     Raises:
         RunError: the launcher started a different number of processes, so work would be repeated or left out.

@@ -45,18 +45,19 @@ from lem.workload import flops
 from lem.workload.flops import Architecture
 from lem.workload.tokens import token_times
 
-# The largest number of readings of a window's energy that a record keeps.
+# The maximum number of energy readings that a record keeps for a window.
 READINGS_KEPT = 100
 # If a larger share of the prefill time overlaps other requests' decoding, the two cannot be told apart.
 SHARED_LEAST = 0.01
-# How many times the reach of the power sensor's averaging the mean prefill must last for its energy to be resolved.
+# To resolve the energy of prefill, the mean prefill must last at least this many times as long as the maximum age of a
+# power sample.
 LEAST_REACHES = 5
 SHARED = "some requests were decoding while other prompts were processed"
 
 
 @dataclass(frozen=True)
 class WindowId:
-    """The window to which a record and its rows belong, as the fields that they share."""
+    """Identifies the window of a record and of its rows, by the fields that they share."""
 
     experiment_id: str
     rank: int
@@ -142,7 +143,7 @@ def _cut(measured: Measurement, *, counts: bool) -> Cut:
 def bare_record(
     plan: Plan, window: WindowId, status: Status, error: ErrorInfo | None, started_at: str | None = None
 ) -> ProcessRecord:
-    """Return a record without measurements, only with the process it belongs to and how that process ended."""
+    """Return a record that states only the process and how it ended, without measurements."""
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=__version__,
@@ -158,7 +159,7 @@ def bare_record(
 
 
 def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]:
-    """Return readings of the window's energy, evenly thinned out, if the cycle may have a steady state."""
+    """Return at most `READINGS_KEPT` readings of the window's energy; none if the cycle cannot have a steady state."""
     if plan.experiment.batching.strategy != "continuous":
         return ()
     known = [found for each in measured.readings if (found := _at_one_time(each))]
@@ -166,7 +167,7 @@ def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]
 
 
 def _at_one_time(checkpoint: Checkpoint) -> EnergySoFar | None:
-    """Return the headline energy up to the time that it reaches; None if its parts do not reach the same time."""
+    """Return the headline energy and the time up to which it is known; None if its parts cover different times."""
     readings, read_s = of_headline(checkpoint.energy or ()), checkpoint.energy_at_s
     energy_j = total([r.energy_j for r in readings])
     if energy_j is None or read_s is None:
@@ -181,14 +182,17 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     """Yield the warnings about the plan, the prompts, and a window that was cut short."""
     if plan.shared_with:
         others = f"{plan.shared_with} other experiment{'s' if plan.shared_with > 1 else ''}"
-        text = f"the experiment ran alongside {others}, so energy not measured on its own GPUs includes theirs."
+        text = (
+            f"the experiment ran alongside {others}, so any energy not measured on its own GPUs includes the energy of "
+            "the others."
+        )
         yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
     if wanted is not None and available < wanted:
         text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
         yield warning("fewer_prompts", text)
     if measured.lost_s is not None and measured.ends_when_cut:
-        yield warning("window_cut", "the window ends where it was interrupted, like the other processes' windows.")
+        yield warning("window_cut", "the window ends at the interruption, like the windows of the other processes.")
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
         energy = f", and its energy was last read {behind_s:.3g} s before that" if behind_s else ""
@@ -212,7 +216,7 @@ def prefill_of(
     Args:
         requests: the window's requests.
         trace: the power samples, at least those within the window.
-        readings: the window's energy, including how far back each device's samples reach.
+        readings: the window's energy readings, which state the maximum age of each device's power samples.
     """
     if any(r.generation.prefill_end_ns is None for r in requests):
         return None
@@ -249,7 +253,7 @@ def _with_energy(
     reach_s = max(known_s)
     if (prefill.duration_s or 0.0) < LEAST_REACHES * reach_s * len(spans):
         short = f"prefills shorter than {LEAST_REACHES * reach_s:.3g} s on average cannot be resolved by power samples"
-        return replace(prefill, reason=f"{short} that reach back {reach_s:.3g} s")
+        return replace(prefill, reason=f"{short} that may be {reach_s:.3g} s old")
     pieces_j = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
     known_j = [piece for piece in pieces_j if piece is not None]
     if len(known_j) < len(pieces_j):
@@ -272,7 +276,7 @@ def _common_ns(ones: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return spans in order with overlapping ones merged, because requests may be prefilled at the same time."""
+    """Return the spans in order, merging spans that overlap, because requests may be prefilled at the same time."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if merged and start < merged[-1][1]:
@@ -283,9 +287,9 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _uncertainty_j(samples: Sequence[PowerSample], spans: Sequence[tuple[int, int]], reach_s: float) -> float:
-    """Bound the energy that averaging samples may attribute to the wrong side of the spans' edges.
+    """Return an upper bound, in J, on the energy that the samples may attribute to the wrong side of the spans' edges.
 
-    At each edge the error is at most the averaging reach times the range of power in the window.
+    At each edge, the error is at most the maximum age of a sample times the range of power in the window.
     """
     inside = [s.power_w for s in samples if spans[0][0] <= s.t_ns <= spans[-1][1] + reach_s * NS_PER_S]
     return 2 * len(spans) * reach_s * (max(inside) - min(inside)) if inside else 0.0

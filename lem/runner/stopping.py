@@ -1,7 +1,7 @@
-"""How a run is stopped: by signals to a worker or its parent, or because the parent is gone.
+"""Stops a run when a worker or its parent receives a signal, or when the parent is gone.
 
-In a worker the first signal raises `Interrupted`; later ones must not interrupt the writing of the record. This module
-knows nothing about the run itself.
+In a worker the first signal raises `Interrupted`; later signals must not interrupt the writing of the record. This
+module knows nothing about the run itself.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ GRACE_S = 8.0
 class Undisturbed:
     """A stretch of work that no signal interrupts, so that finished work is always written completely.
 
-    A signal that arrives meanwhile interrupts the run at the end of the stretch. Signals belong to the whole process,
-    so there is only one instance.
+    A signal that arrives during the stretch interrupts the run at its end. Signals belong to the whole process, so
+    there is only one instance.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ def ignore_signals() -> None:
 
 
 def end_with_parent(lifeline: Path) -> None:
-    """Stop this process when its parent is gone, however the parent ended and whatever its group or session."""
+    """Stop this process when its parent is gone, even if the parent was killed or is in another session."""
     # Without O_NONBLOCK, opening the pipe would wait forever for a parent that is already gone.
     end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(end, True)
@@ -109,7 +109,7 @@ def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManag
 
 @contextmanager
 def _handled_by(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Install signal handlers temporarily; do nothing outside the main thread, where Python does not allow it."""
+    """Install signal handlers temporarily; do nothing outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

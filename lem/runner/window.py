@@ -50,7 +50,7 @@ from lem.workload.traffic import Arrivals
 
 # Shortest interval between two readings of the meter inside the window.
 METER_POLL_NS = 100_000_000
-# How old, as a share of the window, the last note of the energy's owner may be while others finish requests.
+# The metering process notes the window's progress whenever the window has grown by this share since the last note.
 NOTED_SHARE = 0.01
 
 
@@ -73,8 +73,8 @@ class Measurement:
 
     Three values are set if a window is cut back to its last finished request, and are otherwise None: `lost_s` is the
     time from that request to the interruption; `energy_behind_s` is how long before the window's new end its energy was
-    last read, or None if nothing metered it; and `under_way` is the work that the engine had in progress at that end.
-    `ends_when_cut` means that an interrupted window extends to the interruption, because those of other processes may.
+    last read, or None if no meter was read; and `under_way` is the work that the engine had in progress at that end. If
+    `ends_when_cut`, the window ends at the interruption, because other processes may have finished requests until then.
 
     `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
     prompts are available from the start. `readings` are the window's checkpoints with energy.
@@ -121,7 +121,7 @@ class Measurement:
         Args:
             requests: the number of the window's requests to keep.
             window: the measured phase up to the last of these requests; None if none are kept.
-            metered: the last checkpoint within that phase whose energy is known.
+            metered: the last checkpoint within that phase for which the energy is known.
             last: the last checkpoint within that phase.
         """
         before = next((phase for phase in self.phases if phase.name == "measured"), None)
@@ -172,7 +172,7 @@ class Recorder(Protocol):
 class Bench:
     """Everything a process needs to measure its cycles: an engine, a meter, its peers, and a receiver of progress.
 
-    `replicas` is the number of processes, or groups of processes sharing a model, that run prompts of their own.
+    `replicas` is the number of processes, or of groups that share a model, among which the prompts are divided.
     """
 
     backend: Backend
@@ -307,7 +307,7 @@ class Bench:
     def _generate(
         self, prompts: Sequence[Encoded], queue: Queue | None, opened_ns: int
     ) -> Iterator[Sequence[Generation]]:
-        """Yield the engine's generations for the prompts, which run all at once or as they arrive."""
+        """Run the prompts, all at once or as they arrive, and yield the engine's generations."""
         if not prompts:
             return
         if queue is None:
@@ -319,7 +319,7 @@ class Bench:
 
     @contextmanager
     def phase(self, name: PhaseName, into: Measurement) -> Iterator[None]:
-        """Time and meter a phase, which is kept even if it ends in an error."""
+        """Time and meter a phase, and keep it even if it ends in an error."""
         into.current = name
         self.open_together()
         opened_ns = self.now_ns()
@@ -350,10 +350,9 @@ class Bench:
 class _Window:
     """The measured window, opened and closed together with the other processes; if cut, it ends at its last batch.
 
-    If other processes run prompts of their own, the process that meters also records the window's progress from a
-    thread. Otherwise, requests that the others finish during one of its long batches would have no energy if it were
-    killed during that batch. The lock keeps the thread and the process from using the meter and the journal at the same
-    time.
+    If other processes run a share of the prompts, the metering process also records the window's progress from a
+    thread. If it did not and were killed during a long batch, requests that the others finished during that batch would
+    have no energy. The lock keeps the thread and the process from using the meter and the journal at the same time.
     """
 
     def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
@@ -387,7 +386,7 @@ class _Window:
         """Start a thread that records the progress of the window."""
 
         def run() -> None:
-            # An error of the disk ends the notes; the next batch meets it too, where it ends the run.
+            # A disk error ends the notes; the next batch will meet the same error, which then ends the run.
             with suppress(OSError):
                 while not self._is_over.wait(self.until_next_note_s()):
                     self.note()
@@ -395,7 +394,7 @@ class _Window:
         threading.Thread(target=run, name="window-notes", daemon=True).start()
 
     def until_next_note_s(self) -> float:
-        """Return how long to wait for the next note, so that the last one is never older than 1 % of the window."""
+        """Return how long to wait before the next note: 1 % of the window so far, but at least 100 ms."""
         passed_s = self._into.since_opening_s(self._bench.now_ns())
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
@@ -405,11 +404,11 @@ class _Window:
             if self._is_over.is_set():
                 return
             last, now = self._last, self._checkpoint(asks_engine=False)
-            if now.energy is None:  # a later end of the window without its energy would be no gain
+            if now.energy is None:  # moving the window's end without its energy would gain nothing
                 self._last = last
                 return
             before = last or Checkpoint(0.0)
-            # The engine must not be asked from here; what it had in flight at the last batch, it still has.
+            # A thread must not ask the engine; the requests in flight are the same as at the last batch.
             under_way = longer(before.under_way, now.duration_s - before.duration_s)
             self._last = self._metered = structs.replace(now, under_way=under_way)
             self._recorder.time_passed(self._last)
@@ -447,7 +446,7 @@ class _Window:
         duration_s = into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()
         into.devices = self._bench.watch.end()
-        # Processor time is real time, of which a window on a virtual clock takes next to none.
+        # Processor time passes in real time, so it means nothing for a window on a virtual clock.
         into.cpu_load = None if self._bench.backend.clock.is_virtual else self._load.stop()
         into.phases.append(Phase("measured", duration_s, covering(self._bench.meter.end(), duration_s)))
         into.current = None
@@ -465,8 +464,8 @@ class _Window:
     def cut(self, *, is_unfinished: bool) -> None:
         """End the window with its last batch: anything begun after that was never finished, or will be run again.
 
-        If other processes run prompts of their own, the process that meters energy ends its window at the interruption
-        instead, because the others may have finished requests in the meantime.
+        If other processes run a share of the prompts, the metering process ends its window at the interruption instead,
+        because the others may have finished requests in the meantime.
         """
         self._end()
         interrupted_s = self._into.since_opening_s(self._bench.now_ns())
@@ -557,10 +556,10 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
 
 # ------------------------------------------------------------------ processor time
 class _CpuClock:
-    """Processor time over a span, in busy cores: of the machine, and of this process, its children and servers."""
+    """Measures processor time, in busy cores: of the machine, and of this process with its children and servers."""
 
     def start(self, server_pids: Sequence[int]) -> None:
-        """Begin the span.
+        """Start measuring.
 
         The processes are listed here and not again at the end, because listing them takes milliseconds. An engine's
         workers are already running by now.

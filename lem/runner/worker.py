@@ -2,9 +2,9 @@
 
     python -m lem.runner.worker <directory> --attempt 1
 
-It starts from spec.json and does not know where the configuration came from. Whatever ends its attempt, be it an
-error, a signal or a missing package, it leaves a record with a status (`lem.runner.attempt`) and all finished requests
-in its journal. Its exit code is 0 if it completed.
+It starts from spec.json and does not know where the configuration came from. Even if its attempt is ended by an error,
+a signal or a missing package, it leaves a record with a status (`lem.runner.attempt`) and all finished requests in its
+journal. Its exit code is 0 if it completed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None, report: Report = silent) -> int:
     """Run one process of an experiment; return the exit code."""
     try:
         return _main(argv, report)
-    except Interrupted as stop:  # by a signal that arrived while an error was being reported
+    except Interrupted as stop:  # a signal arrived while an error was being reported
         return _report(stop)
 
 

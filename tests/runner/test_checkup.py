@@ -86,12 +86,12 @@ def test_the_counters_tick_is_measured(on):
         ("process 4242 100 python train.py", "gpu_processes", "limited", "1 process: 4242 (python train.py).",
          WARNINGS["foreign_process"].remedy),
         ("throttle 0x24", "clocks", "limited", "SM at", WARNINGS["throttled"].remedy),
-        ("no_instant", "gpu_power", "limited", "nvmlDeviceGetPowerUsage only", "reports instant power"),
+        ("no_instant", "gpu_power", "limited", "only nvmlDeviceGetPowerUsage", "reports instant power"),
         ("no_counter", "gpu_energy", "limited", "integral of sampled power", WARNINGS["energy_integrated"].remedy),
-        ("tick_ms 0", "gpu_energy", "limited", "energy counter, whose tick could not be determined",
+        ("tick_ms 0", "gpu_energy", "limited", "energy counter, tick unknown: each edge",
          WARNINGS["short_window"].remedy),
         ("no_counter\ndevice 0 no_power\ndevice 0 no_instant", "gpu_energy", "missing", "no energy counter (",
-         "See what nvidia-smi says"),
+         "Run nvidia-smi to see the cause"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_gpu_is_said_with_its_remedy(on, scenario, check, status, fact, remedy):
@@ -104,7 +104,7 @@ def test_what_is_wrong_with_a_gpu_is_said_with_its_remedy(on, scenario, check, s
 
 def test_clocks_that_are_held_are_named_and_those_held_by_a_setting_are_no_fault(on):
     _, throttled = on("device 0 clocks 1200 1500\ndevice 0 max_clocks 1980 2619\ndevice 0 throttle 0x26")
-    assert throttled["clocks", 0]["fact"] == "SM at 1200 MHz of 1980, held down now: sw_power_cap, sw_thermal_slowdown."
+    assert throttled["clocks", 0]["fact"] == "SM at 1200 MHz of 1980, throttled now: sw_power_cap, sw_thermal_slowdown."
     _, held = on("device 0 clocks 1200 1500\ndevice 0 max_clocks 1980 2619\ndevice 0 throttle 0x02")
     assert held["clocks", 0]["status"] == "ok"
     assert held["clocks", 0]["fact"] == "SM at 1200 MHz of 1980, held by a setting: applications_clocks_setting."
