@@ -1,6 +1,6 @@
-"""From raw files to the tables: decides which experiments to read and whether their files belong together.
+"""Turns raw files into tables: decides which experiments to read, and whether their files belong together.
 
-Aggregating is idempotent: an experiment whose row is as new as its state is left alone. This module works on the store
+Aggregating is idempotent: an experiment is left alone if its row is as new as its state. This module works on the store
 and the tables; `rows` interprets the numbers.
 """
 
@@ -28,8 +28,8 @@ from lem.results.tables import SHARED_FILE, NewRows, RowLocation, Tables
 from lem.units import timestamp
 from lem.warning_codes import warning
 
-# The largest numbers of cycles read before their rows are computed, and of experiments and request rows written
-# together.
+# The maximum number of cycles that are read before their rows are computed, and the maximum numbers of experiments and
+# of request rows that are written together.
 READ_TOGETHER = 200
 WRITTEN_TOGETHER = 2_000
 REQUESTS_TOGETHER = 100_000
@@ -53,7 +53,7 @@ def measured(
         state: the experiment's state, if it has already been read.
 
     Raises:
-        ResultsError: no record exists, one is damaged, the records do not belong together, or `strict` rejects them.
+        ResultsError: no record exists, a record is damaged, records do not belong together, or `strict` rejects them.
     """
     state = state or directory.state()
     plan, parts = directory.plan_excerpt(), directory.parts()
@@ -127,8 +127,8 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
-            f"{directory.id} mixes the backends {' and '.join(backends)}, whose numbers do not belong together. "
-            "Use --allow-mixed-backends to accept them, with a warning in the row."
+            f"{directory.id} mixes the backends {' and '.join(backends)}, and their numbers cannot be "
+            "combined. Use --allow-mixed-backends to combine them anyway, with a warning in the row."
         )
     for record in records:
         foreign = len(backends) > 1 and record.backend != plan.experiment.backend.name
@@ -148,7 +148,7 @@ def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | Non
     if record.experiment_id != plan.experiment_id:
         return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
-        return "was measured with a configuration that differs from the one in spec.json"
+        return "was measured with a configuration other than that in spec.json"
     if record.world_size != plan.processes:
         return f"was written by one of {record.world_size} processes, but the plan has {plan.processes}"
     for phase in record.phases:
@@ -158,7 +158,7 @@ def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | Non
 
 
 def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, Sequence[Part]]) -> None:
-    """Raise if processes or prompts of a cycle are missing, listing all of them."""
+    """Raise an error that lists the missing processes and prompts of all cycles, if any are missing."""
     missing = []
     for cycle in range(1, plan.experiment.cycles + 1):
         ranks = set(range(plan.processes)) - {part.record.rank for part in by_cycle.get(cycle, ())}
@@ -188,13 +188,13 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
             continue
         text = f"the windows of processes {apart[0]} and {apart[1]} in cycle {cycle} do not overlap in time"
         if strict:
-            raise ResultsError(f"{directory.id}: {text}. Use --no-strict to accept them, with a warning.")
+            raise ResultsError(f"{directory.id}: {text}. Use --no-strict to accept the records, with a warning.")
         warnings.append(warning("ranks_apart", f"{text}."))
     return warnings
 
 
 def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
-    """Return two processes whose windows do not overlap, or None.
+    """Return two processes with windows that do not overlap, or None if all overlap.
 
     Killed processes are left out: a journal tells when its process reached the window, not when all windows opened.
     """
@@ -224,13 +224,13 @@ class Aggregated:
 def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, force: bool = False) -> ExperimentRow:
     """Write an experiment's rows to the tables and return its row.
 
-    An experiment whose row is as new as its state is left alone unless `force` is set.
+    An experiment is left alone if its row is as new as its state, unless `force` is set.
     """
     tables, state = Tables(store), directory.state()
     with tables.locked():
         at = tables.location(directory.id)
         if at and SHARED_FILE.fullmatch(Path(at.file).stem) and at.file in (lacking := tables.lacking()):
-            gone = f"{store.experiments_table / at.file} lacks rows in other tables; run lem aggregate --all."
+            gone = f"{store.experiments_table / at.file} has rows that other tables lack; run lem aggregate --all."
             raise ResultsError(lacking[at.file] or gone)
         if at and not force and is_fresh(tables, directory.id, at, state):
             return tables.row(directory.id, at)
@@ -250,7 +250,7 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
 def aggregate_all(
     store: Store, ids: Sequence[str], *, strict: bool = True, force: bool = False, mixed: bool = False
 ) -> Iterator[Aggregated]:
-    """Write the rows of experiments whose rows are missing or older than their state; yield each outcome.
+    """Write the rows that are missing, or older than their experiment's state; yield the outcome of each experiment.
 
     An experiment that cannot be aggregated does not stop the others. Running experiments are left alone.
 
@@ -288,15 +288,16 @@ def aggregate_all(
 
 
 def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
-    """Write the missing rows of experiments that ended but were killed, or met a full disk, before writing their rows.
+    """Write rows that are missing because a run was killed, or the disk was full, after the measurements ended.
 
-    This is cheap, however many experiments exist: it looks only at those marked as unfinished and at the given ones.
+    This is cheap even if many experiments exist: it looks only at `ids` and at experiments marked as unfinished.
 
     Args:
         store: the results directory.
-        ids: completed experiments that should have rows too, marked or not.
+        ids: completed experiments that should also have rows, whether or not they are marked.
 
-    Returns: why some rows could not be written.
+    Returns:
+        A message for each failure to write rows.
     """
     ended = {name: state.status for name in store.marked() if (state := _ended(store.directory(name)))}
     if not ended and not ids:
@@ -321,7 +322,7 @@ def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
 
 
 def _ended(directory: ExperimentDir) -> State | None:
-    """Return the state of an experiment that has ended, and whose process is not just about to write its rows."""
+    """Return the state of an experiment that has ended; None while its process may still write its rows."""
     state = directory.state()
     return state if state.status in (*FINISHED, "failed") and not directory.is_held() else None
 
@@ -329,7 +330,7 @@ def _ended(directory: ExperimentDir) -> State | None:
 def _with_neighbours(
     store: Store, ids: Sequence[str], locations: Mapping[str, RowLocation], lacking: Set[str]
 ) -> Sequence[str]:
-    """Return the ids, plus those of experiments in the same files if rows of those files are missing elsewhere."""
+    """Return the ids, plus the ids of all experiments in the files in `lacking`."""
     if not lacking:
         return ids
     there, known = set(store.ids()), set(ids)
@@ -416,7 +417,8 @@ def _reason_to_skip(
 def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) -> bool:
     """Return whether an experiment's row covers its last attempt; an aggregated experiment has no later attempts.
 
-    If a completed experiment's row says that it is incomplete, files were missing when the row was computed.
+    If a completed experiment's row says that it is incomplete, files were missing when the row was computed, so the row
+    is outdated.
     """
     if state.status == "aggregated" or not state.attempt:
         return True

@@ -33,7 +33,7 @@ STATUSES = ("completed", "failed", "interrupted", "running", "planned")
 
 
 def store_at(results_dir: Path | None) -> Store:
-    """Return the store given by --results-dir, or else by the environment variable, or else results/."""
+    """Return the store in --results-dir or, without it, in the directory that `default_root` returns."""
     return Store(results_dir or default_root())
 
 
@@ -50,7 +50,7 @@ def _no_collector() -> Iterator[None]:
 # ------------------------------------------------------------------ list
 @dataclass(frozen=True)
 class Selection:
-    """Which experiments to list, and in which order."""
+    """The criteria for the experiments to list, and their order."""
 
     status: str | None = None
     model: str | None = None
@@ -138,12 +138,12 @@ def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -
     elif ids and not listed:
         print(f"No experiment in {store.root} has a row; use --all to list experiments without rows.")
     else:
-        print(f"No {'such ' if listed else ''}experiments in {store.root}.")
+        print(f"No {'matching ' if listed else ''}experiments in {store.root}.")
     return damaged
 
 
 def _print_json(listed: Sequence[Listed]) -> None:
-    """Print a JSON list, one experiment per line, because thousands in a single string could take a gigabyte."""
+    """Print a JSON list, one experiment per line, because a string with thousands of them could take a gigabyte."""
     print("[")
     for i, one in enumerate(listed, start=1):
         print(show.as_json(_plain(one), indent=None) + ("," if i < len(listed) else ""))
@@ -241,7 +241,7 @@ def _find(store: Store, text: str) -> ExperimentDir:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return the rows from the tables or, if missing or stale, from the records; None if no records exist."""
+    """Return the rows from the tables or, if those are missing or outdated, from the records; None without records."""
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
@@ -281,7 +281,7 @@ def _as_plain(
 
 
 def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
-    """Print the state of an experiment that is not done, and how to continue it."""
+    """Print the state of an unfinished experiment, and the command that continues it."""
     if not directory.path.is_dir() or (state.status in FINISHED and has_row):
         return
     if has_row:
@@ -359,7 +359,7 @@ NUMBERS = frozenset({"requests", "cycles", "of", "tokens/s", "energy", "per toke
 
 @dataclass(frozen=True)
 class Listed:
-    """An experiment in a list: its status, a description of what it runs, and its row if it has one."""
+    """An experiment in a list: its status, a description of its configuration, and its row if it has one."""
 
     experiment_id: str
     status: str
@@ -371,7 +371,7 @@ class Listed:
 
 
 def show_list(listed: Sequence[Listed]) -> None:
-    """Print a line for each experiment, followed by the details of some."""
+    """Print a line for each experiment, followed by notes on estimates, intervals and errors."""
     wide = console().width >= WIDE
     _print([*(WIDE_HEADERS if wide else NARROW_HEADERS)], [_cells(one, wide) for one in listed])
     say_estimates(one.row for one in listed if one.row)
@@ -407,7 +407,7 @@ def _joules(value: float | None) -> str:
 def _with_interval(
     row: ExperimentRow, stem: str, unit: str, write: Callable[[float | None], str], wide: bool = True
 ) -> str:
-    """Return a value; with an interval and enough room, add half the interval as a percentage of the value."""
+    """Return a value as text; if it has an interval and there is room, add half the interval in percent."""
     value = getattr(row, f"{stem}{unit}")
     low, high = getattr(row, f"{stem}_ci95_low{unit}"), getattr(row, f"{stem}_ci95_high{unit}")
     if not wide or None in (value, low, high) or not value:

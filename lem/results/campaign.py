@@ -5,8 +5,8 @@
                                   arms.parquet, pairs.parquet: the results
                                   plan/: the configuration of each cell, for Hydra
 
-The replicate is the cell: cycles of its experiment in one process are averaged. This module does not know how a
-cell is run.
+Each cell is one replicate, so the cycles that its experiment runs in one process are averaged. This module does not
+know how a cell is run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lem.warning_codes import warning
 
 FOLDER, DEFINITION, CELLS = "campaigns", "campaign.json", "experiments.json"
 FORMAT_VERSION = 1
-# The status of a cell that an adaptive campaign did not reach, because it stopped before.
+# The status of a cell that an adaptive campaign did not reach, because it stopped earlier.
 NOT_NEEDED = "not needed"
 # The measures by which arms are compared: their columns, units, and wording in sentences.
 MEASURES = {
@@ -108,7 +108,7 @@ class Definition:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule by which it stops, with its original nominal level; None if the campaign is not adaptive."""
+        """The rule by which the campaign stops, with its original nominal level; None if it is not adaptive."""
         return rule_of(self.campaign, len(self.arms), self.nominal_level)
 
 
@@ -122,7 +122,7 @@ class CellEntry:
     experiment_id: str | None
     status: str
     row: ExperimentRow | None = None
-    # Whether it did not run because its arm had been given up.
+    # Whether the cell was skipped because its arm had been given up.
     given_up: bool = False
 
 
@@ -134,11 +134,11 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     is_baseline: Annotated[bool, "Whether the other arms are compared with this one."]
     cells_completed: Annotated[int, "Number of completed cells."]
     cells_planned: Annotated[
-        int, "Number of cells planned for the arm; in an adaptive campaign, those of the cycles that it reached."
+        int, "Number of cells planned for the arm; in an adaptive campaign, only in the cycles that it reached."
     ]
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
-    is_primary: Annotated[bool, "Whether this is the primary measure, which decides; the others are descriptive."]
+    is_primary: Annotated[bool, "Whether this is the primary measure, which decides the comparison."]
     source: Annotated[
         str | None, "Source of the energy: counter, integral, estimate, replay or simulated; null without energy."
     ]
@@ -148,13 +148,13 @@ class ArmRow(Struct, frozen=True, kw_only=True):
 
 
 class PairRow(Struct, frozen=True, kw_only=True):
-    """An arm of a campaign against the baseline: the ratio of one measure, from pairs of cells of the same cycle."""
+    """The comparison of an arm with the baseline: the ratio of one measure, from pairs of cells in the same cycle."""
 
     campaign: Annotated[str, "Name of the campaign."]
     arm: Annotated[str, "Name of the arm."]
     baseline: Annotated[str, "Name of the baseline arm."]
     measure: Annotated[str, "Column of the experiments table that is compared."]
-    is_primary: Annotated[bool, "Whether this is the primary measure, which decides; the others are descriptive."]
+    is_primary: Annotated[bool, "Whether this is the primary measure, which decides the comparison."]
     cycles: Annotated[int, "Cycles in which both arms have a value."]
     ratio: Annotated[float | None, units.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
     ci_low: Annotated[float | None, units.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."]
@@ -186,17 +186,17 @@ class Answer:
     pairs: list[PairRow]
     warnings: list[CodedWarning]
     carry_over: CarryOver | None = None
-    # Whether no further cycle will be measured; an adaptive campaign may still be under way.
+    # Whether no further cycle will be measured; False while an adaptive campaign is unfinished.
     ended: bool = True
 
     @property
     def cycles(self) -> int:
-        """The last cycle that the campaign has begun, or will measure in any case."""
+        """The last cycle that has begun or is certain to be measured."""
         return _last_cycle(self.definition, self.cells)
 
     @property
     def cycles_begun(self) -> int:
-        """The last cycle of which a cell has begun; 0 if none has."""
+        """The last cycle in which a cell has begun; 0 if no cell has begun."""
         return max(_begun(self.cells), default=0)
 
 
@@ -307,8 +307,7 @@ def has_ended(cells: Sequence[CellEntry]) -> bool:
 def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, given_up: Collection[str]) -> bool:
     """Return whether an adaptive campaign is over after a cycle, because its intervals are narrow enough.
 
-    This depends only on the completed cells up to that cycle, so a campaign that was interrupted decides like one that
-    was not.
+    This depends only on the completed cells up to that cycle, so interrupting a campaign does not change the result.
 
     Args:
         definition: the campaign.
@@ -436,13 +435,13 @@ def _doubts(
     yield from about_order(campaign, len(names))
     missing = [cell for cell in found.values() if cell.row is None]
     if missing:
-        text = f"{len(missing)} of {len(found)} cells have no result, so their cycles lack these pairs."
+        text = f"{len(missing)} of {len(found)} cells have no result, so the pairs that contain them are missing."
         yield warning("campaign_cells_missing", text)
     yield from _different(names, found)
     yield from _moved(campaign, names, found)
     codes = Counter(text.partition(":")[0] for row in rows for text in dict.fromkeys(row.warnings))
     if notes := [f"{code} ({count} of {len(rows)})" for code, count in codes.most_common() if code != "few_cycles"]:
-        yield warning("campaign_cells_warn", f"cells have warnings of their own: {', '.join(notes)}.")
+        yield warning("campaign_cells_warn", f"some cells have warnings: {', '.join(notes)}.")
 
 
 def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
@@ -482,7 +481,7 @@ def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) ->
             yield warning("campaign_meters_differ", text)
     sources = {row.energy_source for row in everything if is_estimated(row.energy_source)}
     if "simulated" in sources:
-        yield warning("campaign_estimate", "the energy is simulated, so its ratios are those of a simulation.")
+        yield warning("campaign_estimate", "the energy is simulated, so its ratios are simulated too.")
     if sources - {"simulated"}:
         yield warning("campaign_estimate", "the energy is an estimate, so its ratios are estimates too.")
     cycles = {cycle for cycle, _ in found}
@@ -510,7 +509,8 @@ def _moved(campaign: Campaign, names: Sequence[str], found: dict[tuple[int, str]
 def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[CellEntry]) -> CarryOver | None:
     """Return the effects of predecessors on the primary measure, if the order is designed to show them.
 
-    A cell is used if the one before it in the plan also has a result, and no other cell with a result began in between.
+    A cell is used if the cell before it in the plan also has a result, and no third cell with a result began between
+    the two.
     """
     campaign = definition.campaign
     if campaign.structure not in ("shuffled", "latin"):
@@ -534,8 +534,8 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
     what = MEASURES[definition.campaign.primary][1]
     level = units.percent(1 - (1 - CONFIDENCE) / len(found.after))
     parts = [
-        f"after {names[each.arm]} it is {each.ratio:.4g} times that after {definition.baseline} ({level} interval "
-        f"{each.ci_low:.4g}–{each.ci_high:.4g})"
+        f"after {names[each.arm]} it is {each.ratio:.4g} times as high as after {definition.baseline} ({level} "
+        f"interval {each.ci_low:.4g}–{each.ci_high:.4g})"
         for each in found.after
     ]
     yield warning(
@@ -563,9 +563,10 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
 
 # ------------------------------------------------------------------ the power of a campaign
 def detectable_ratio(sd_log: float, cycles: int, degrees_of_freedom: int, pairs: int = 1) -> float:
-    """Return the ratio that this many cycles detect with a power of 80 %, given the SD of one cell's logarithm.
+    """Return the ratio that this many cycles detect with a power of 80 %.
 
-    With several pairs, each has the interval that makes all of them hold jointly at 95 % (Bonferroni).
+    `sd_log` is the standard deviation of the logarithm of a cell's value. With several pairs, the intervals are widened
+    so that they hold jointly at 95 % (Bonferroni).
     """
     errors = detectable_errors(1 - (1 - CONFIDENCE) / pairs, compare.POWER, degrees_of_freedom)
     return math.exp(errors * math.sqrt(2) * sd_log / math.sqrt(cycles))

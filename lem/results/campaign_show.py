@@ -14,7 +14,7 @@ from lem.results.parquet import names
 from lem.units import percent, plain, quantity
 
 PLOT_WIDTH = 41
-# The headers of the table of arms without the part that the unit would repeat, and the remaining unit.
+# The header of each measure in the table of arms, and the unit of its values; "per token" with J stands for J/token.
 HEADS = {
     "energy_per_output_token_j": ("per token", "J"),
     "energy_per_request_j": ("per request", "J"),
@@ -45,7 +45,7 @@ def show_answer(answer: Answer) -> None:
 
 
 def sentences(answer: Answer) -> Iterator[str]:
-    """Yield a sentence for each pair about the primary measure, or one that explains why there are none."""
+    """Yield a sentence on the primary measure for each pair, or a sentence that explains why there are no pairs."""
     campaign = answer.definition.campaign
     words = MEASURES[campaign.primary][1]
     primary = [pair for pair in answer.pairs if pair.is_primary]
@@ -55,20 +55,20 @@ def sentences(answer: Answer) -> Iterator[str]:
         yield sentence(pair, campaign.structure, campaign.margin)
     if len(primary) > 1 and primary[0].ci_low is not None:
         which = "Both" if len(primary) == 2 else f"All {len(primary)}"
-        yield f"{which} intervals hold together with a confidence of 95 % (Bonferroni)."
+        yield f"{which} intervals hold jointly with a confidence of 95 % (Bonferroni)."
     yield from _how_it_ended(answer)
 
 
 def _how_it_ended(answer: Answer) -> Iterator[str]:
-    """Yield sentences on how an adaptive campaign ended, and on its nominal level."""
+    """Yield sentences that say how an adaptive campaign ended, and its nominal level."""
     rule = answer.definition.rule
     if rule is None:
         return
     target = f"the half-width of each interval{{}} is at most {percent(rule.half_width)} of its ratio"
     if not answer.ended:
         yield (
-            f"The campaign is adaptive and not over: it has begun {answer.cycles_begun} of {rule.least} to "
-            f"{rule.most} cycles, and stops once {target.format('')}."
+            f"The campaign is adaptive and not over: {answer.cycles_begun} of {rule.least} to {rule.most} cycles have "
+            f"begun. It stops as soon as {target.format('')}."
         )
     elif any(note.code == "campaign_limit_reached" for note in answer.warnings):
         yield (
@@ -88,8 +88,8 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
         )
     jointly = " jointly" if len(answer.definition.arms) > 2 else ""
     yield (
-        f"Its intervals have{jointly} a nominal level of {percent(rule.level)}, so that they cover 95 % although the "
-        "data decide when to stop. It has no p-values."
+        f"Its intervals have{jointly} a nominal level of {percent(rule.level)}, so that they contain the true ratio in "
+        "95 % of campaigns, although the data decide when to stop. There are no p-values."
     )
 
 
@@ -116,7 +116,7 @@ def _verdict(pair: PairRow, margin: float | None) -> str:
         if pair.cycles_needed is None:
             return f"cannot tell{p_value}; more cycles would hardly help"
         return f"cannot tell{p_value}; about {pair.cycles_needed} cycles would be needed"
-    if pair.verdict == "the same":  # the p-value, for a ratio of 1, says nothing about that
+    if pair.verdict == "the same":  # no p-value, because it tests a ratio of 1 and not equivalence
         return f"the same within ±{percent(margin)}" if margin else "the same"
     return f"{pair.verdict}{p_value}"
 
@@ -151,13 +151,13 @@ def forest(pairs: Sequence[PairRow]) -> Iterator[str]:
 
 
 def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, str]:
-    """Return the labels of a scale's two ends by column; 1 has its own."""
+    """Return the labels at the two ends of a scale, by column; the ratio 1 is labelled separately."""
     digits = _digits(low, high)
     return {place(end): f"{end:.{digits}f}" for end in (low, high) if end != 1}
 
 
 def _scale(labels: Mapping[int, str]) -> str:
-    """Return a line with labels centred on their columns, moved right where they would touch the one before."""
+    """Return a line with each label centred on its column, or moved right if it would touch the label before."""
     line = ""
     for column, text in sorted(labels.items()):
         begin = max(column - len(text) // 2, len(line) + 1 if line else 0)
@@ -229,7 +229,7 @@ def as_plain(answer: Answer) -> dict[str, Any]:
 
 
 def _carry_over(answer: Answer) -> dict[str, Any] | None:
-    """Return how the primary measure depends on the arm before, None if the cells do not tell."""
+    """Return the carry-over as plain data; None if the cells cannot show it."""
     found = answer.carry_over
     if found is None:
         return None

@@ -17,9 +17,9 @@ from lem.results.statistics import CONFIDENCE, t_quantile
 if TYPE_CHECKING:
     import numpy as np
 
-# With fewer degrees of freedom an interval is so wide that it tells nothing: t exceeds 4.3 at two.
+# With one or two degrees of freedom, t exceeds 4.3, so an interval is too wide to be useful.
 LEAST_DEGREES_OF_FREEDOM = 3
-# Logarithms that are this close are equal: what is left of them is rounding.
+# Logarithms that differ by no more than this are treated as equal; the difference is a rounding error.
 ROUNDING = 1e-9
 
 
@@ -49,7 +49,7 @@ class After:
 
 @dataclass(frozen=True)
 class CarryOver:
-    """The effects of predecessors; `p_value` is that of the F-test for no effect of any of them."""
+    """The effects of predecessors; `p_value` is from the F-test for whether there are any."""
 
     after: tuple[After, ...]
     p_value: float
@@ -57,9 +57,9 @@ class CarryOver:
 
 
 def carry_over(cells: Sequence[Ran], arms: int, baseline: int = 0, confidence: float = CONFIDENCE) -> CarryOver | None:
-    """Return each predecessor's effect relative to that of the baseline; None if the cells cannot show it.
+    """Return each predecessor's effect relative to the baseline's; None if the cells cannot show it.
 
-    The cells cannot show it if the effects of predecessors cannot be separated from those of arms, cycles and
+    The cells cannot show it if the effects of predecessors cannot be separated from the effects of arms, cycles and
     positions, as in an order that repeats, or if fewer than `LEAST_DEGREES_OF_FREEDOM` degrees of freedom are left for
     the noise.
 

@@ -146,7 +146,7 @@ def _check_numbers(value: Any, path: str, name: str) -> None:
 
 
 def config_sha256(experiment: Experiment) -> str:
-    """Return the digest of a configuration without the results directory, which does not affect the measurement."""
+    """Return a configuration's digest, leaving out the results directory, which does not affect the measurement."""
     values = to_plain(experiment)
     del values["io"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -175,7 +175,7 @@ class _Traffic(msgspec.Struct, gc=False):
 
 
 class ExperimentExcerpt(msgspec.Struct, gc=False):
-    """The configuration values that have columns of their own."""
+    """The configuration values that have their own columns."""
 
     model: str | None
     backend: _Named
@@ -191,7 +191,7 @@ class ExperimentExcerpt(msgspec.Struct, gc=False):
 class PlanExcerpt(msgspec.Struct, gc=False):
     """The part of a plan that rows need; `config_json` is the whole configuration as JSON.
 
-    Reading it takes a third of the time of reading the plan and does not need pydantic, which matters because a results
+    Reading it takes a third of the time that the plan takes, and does not need pydantic. This matters because a results
     directory may contain tens of thousands of plans.
     """
 
@@ -213,7 +213,7 @@ def read_excerpt(content: bytes) -> PlanExcerpt:
     """Read the excerpt of a plan; raises ValueError if the plan is damaged."""
     try:
         return _excerpt(content)
-    except ValueError:  # a plan from an older version may lack a value whose default only `Plan` supplies
+    except ValueError:  # a plan from an older version may lack a value for which only `Plan` has a default
         return excerpt_of(from_json(Plan, content))
 
 

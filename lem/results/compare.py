@@ -1,8 +1,8 @@
 """Compares the arms of a campaign: ratios to a baseline, with intervals, p-values and verdicts.
 
-The replicate is the cell, one fresh process. Values are paired by cycle and compared as logarithms, because noise and
-drift are multiplicative. This module works on plain numbers; the methods and their interval coverage are explained in
-docs/campaigns.md. It knows neither the tables nor how an experiment is run.
+Each cell, which is one fresh process, is a replicate. Values are paired by cycle and compared as logarithms, because
+noise and drift are multiplicative. This module works on plain numbers; the methods and their interval coverage are
+explained in docs/campaigns.md. It knows neither the tables nor how an experiment is run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Contrast:
 
     `cycles` counts the cycles used, in which both have a value above 0. The intervals of all contrasts in a comparison
     hold simultaneously (Bonferroni); `confidence` is the level of a single interval. `p_value` tests a ratio of 1, and
-    `p_adjusted` is `p_value` after Holm (1979). With fewer than two cycles, interval and p-values are None.
+    `p_adjusted` is `p_value` adjusted by Holm's method. With fewer than two cycles, interval and p-values are None.
     """
 
     cycles: int
@@ -97,7 +97,9 @@ def contrasts(
 
 
 def paired_effects(logs: np.ndarray[Any, Any], baseline: int = 0) -> tuple[Any, Any, int]:
-    """Return means, standard errors and degrees of freedom of the arms' differences from the baseline, by cycle.
+    """Return the mean difference of each arm from the baseline, its standard error and the degrees of freedom.
+
+    Values are subtracted cycle by cycle.
 
     Args:
         logs: logarithms of complete campaigns, by campaign, cycle and arm.
@@ -118,8 +120,8 @@ def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any,
     `POSITION_PAIRS` pairs, or if the positions always differ by the same number, the pairs are compared without a line.
 
     Args:
-        differences: logarithms of the arm less those of the baseline, by campaign and cycle.
-        offsets: the arm's position less the baseline's, by campaign and cycle, or by cycle for all campaigns.
+        differences: the arm's logarithms minus the baseline's, by campaign and cycle.
+        offsets: the arm's position minus the baseline's, by campaign and cycle, or by cycle for all campaigns.
     """
     import numpy as np
 
@@ -139,10 +141,11 @@ def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any,
 def latin_effects(
     logs: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], baseline: int = 0
 ) -> tuple[Any, Any, int]:
-    """Return the results of `paired_effects` from a linear model with cycle, arm and position, by least squares.
+    """Return the same results as `paired_effects`, from a least-squares fit of cycle, arm and position.
 
     Args:
-        logs: logarithms by campaign, cycle and arm; NaN for a missing cell, which must be the same in all campaigns.
+        logs: logarithms by campaign, cycle and arm; NaN for a missing cell; the same cells must be missing in all
+            campaigns.
         positions: each cell's position, from 1, by cycle and arm; common to all campaigns.
         baseline: the arm that is subtracted.
     """
@@ -234,7 +237,7 @@ def _effect(
     if len(both) < 2:
         return None
     differences = np.array([logs[i][arm] - logs[i][baseline] for i in both])
-    # Without positions, as if they never differed.
+    # Without positions, treat their differences as 0.
     offsets = np.zeros(len(both))
     if analysis == "position" and positions is not None:
         offsets = np.array([float(positions[i][arm] - positions[i][baseline]) for i in both])

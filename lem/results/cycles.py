@@ -18,7 +18,7 @@ from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import summarise
 
-# The quantities whose spread over the cycles has its own columns, by the stem and the unit suffix of those columns.
+# The quantities that have columns for their spread over the cycles, with the stem and unit suffix of those columns.
 SPREADS = {
     "energy_j": ("energy", "_j"),
     "output_tokens_per_s": ("output_tokens_per_s", ""),
@@ -27,7 +27,7 @@ SPREADS = {
 }
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
-# Columns that tell how a number was obtained; if cycles differ in one, all of its values are listed.
+# Columns that tell how a number was obtained; if the cycles differ, all values are listed.
 LABELS = re.compile(r".*_(source|scope|components|method|reason)")
 
 # Energies, with the columns that tell their kind: only energies of the same kind are averaged.
@@ -111,7 +111,7 @@ def _at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
 
 
 def _chosen(places: Sequence[int], of_cycles: Columns) -> Columns:
-    """Return the columns restricted to the given indices; if these are all indices, the same lists."""
+    """Return the columns restricted to the given indices; if all indices are given, return the same lists."""
     if len(places) == len(of_cycles["status"]):
         return dict(of_cycles)
     return {name: _at(places, values) for name, values in of_cycles.items()}

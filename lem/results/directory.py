@@ -117,7 +117,7 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- the plan
     def write_plan(self, plan: Plan, texts: Sequence[str], arrivals_s: Sequence[float] | None = None) -> None:
-        """Write the prompts and a trace's arrivals, and the plan last, so that a directory with a plan is complete."""
+        """Write the prompts, any trace's arrivals and, last, the plan, so that a directory with a plan is complete."""
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         write_atomically(self.path / "prompts.jsonl", lines)
         if arrivals_s is not None:
@@ -161,7 +161,7 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- state
     def state(self) -> State:
-        """Return the state, corrected if its process is gone; if unreadable, a state inferred from the other files."""
+        """Return the state, corrected if its process is gone; if it cannot be read, infer it from the other files."""
         try:
             state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):
@@ -204,7 +204,7 @@ class ExperimentDir:
             write_atomically(self.path / AGGREGATED, source.read_bytes())
 
     def is_held(self) -> bool:
-        """Return whether processes of a run are still alive, even if they are only ending."""
+        """Return whether processes of a run are still alive, even if they are about to end."""
         try:
             with os.fdopen(open_to_read(f"{self._folder}/.lock"), "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,7 +247,8 @@ class ExperimentDir:
     def _check_plain(self) -> None:
         """Raise `ResultsError` if the directory contains links, pipes or devices.
 
-        The directory may come from someone else, and a log that is a link would append to any of the user's files.
+        The directory may come from someone else, and if a log in it were a link, a run would append to the file it
+        points to.
         """
         for entry in os.scandir(self.path):
             if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
@@ -265,7 +266,7 @@ class ExperimentDir:
     def hold(self, *, exclusive: bool = False) -> Iterator[None]:
         """Share the experiment's lock with the other processes of its attempt; `exclusive` waits until all are gone.
 
-        The kernel releases the lock when the process ends, however it ends.
+        The kernel releases the lock when the process ends, even if the process is killed.
         """
         with (self.path / ".lock").open("a") as lock:
             mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
@@ -288,7 +289,7 @@ class ExperimentDir:
         write_atomically(self.record_file(record.rank, record.cycle, record.attempt), to_json(record))
 
     def parts(self) -> list[Part]:
-        """Return the parts of all processes by cycle, attempt and rank, however the processes ended.
+        """Return the parts of all processes, sorted by cycle, attempt and rank.
 
         If a process was killed before it could write its record, its journal takes the record's place.
 

@@ -18,7 +18,7 @@ from lem.errors import RunError
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# How each message about a full disk begins, including the one in a worker's record.
+# The beginning of every message about a full disk, including the message in a worker's record.
 NO_SPACE = "No space left"
 
 # A scratch file is locked well before it reaches this age.
@@ -26,10 +26,10 @@ ABANDONED_S = 1.0
 
 
 class DiskFull(RunError):
-    """A disk is full; what was written before is kept. Exit code 1."""
+    """A disk is full; everything written before is kept. Exit code 1."""
 
     def __init__(self, folder: Path, remedy: str = "") -> None:
-        """Name the disk that holds a folder, and say how to continue; a study replaces that advice by its own."""
+        """Name the disk that holds a folder, and say how to continue; a study replaces that advice with its own."""
         self.folder = folder
         reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); everything written so far is kept."
         super().__init__(" ".join(filter(None, (reason, remedy))))
@@ -101,7 +101,7 @@ def open_to_read(path: str) -> int:
 
 
 def remove_if_abandoned(scratch: Path) -> None:
-    """Remove a scratch file whose writer was killed; a living writer holds a lock on it."""
+    """Remove a scratch file if its writer was killed; a living writer holds a lock on the file."""
     with suppress(OSError), scratch.open("rb") as file:
         if time.time() - scratch.stat().st_mtime > ABANDONED_S:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

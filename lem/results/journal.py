@@ -56,10 +56,10 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     under_way: UnderWay | None = None
 
     def energy_behind_s(self, end_s: float) -> float | None:
-        """Return how long before an end of the window the energy was last known, at most; None if nothing was read.
+        """Return the maximum time between the last known energy and the end of the window; None if nothing was read.
 
-        A counter's value may be as old as its last tick, a trace's integral as its last sample, and an estimate reaches
-        as far as it says.
+        A counter's value may be as old as its last tick, and a trace's integral as old as its last sample. An estimate
+        states the time that it covers.
         """
         known = [r for r in self.energy or () if r.energy_j is not None]
         if self.energy_at_s is None or not self.energy:
@@ -96,7 +96,7 @@ class Window:
     """A measured window as recorded in a journal.
 
     If the process has written its own record of the window, `record` is that record and there are no checkpoints;
-    otherwise `record` is the one written when the window opened.
+    otherwise `record` was written when the window opened.
     """
 
     record: ProcessRecord
@@ -170,7 +170,7 @@ class Journal:
 
 
 def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({})) -> list[Window]:
-    """Read a journal, however its writer ended.
+    """Read a journal, even if its writer was killed.
 
     Args:
         journal: the file's content.
@@ -214,7 +214,7 @@ def _of_window(record: ProcessRecord, batches: Sequence[_Rows | _Done]) -> list[
 
 
 def _damage(content: bytes) -> str:
-    """Return the number of a damaged journal's first damaged line, and a description of the damage."""
+    """Return the number of the first damaged line of a journal, and a description of the damage."""
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             if number > 1 and not line.startswith(OPENING):

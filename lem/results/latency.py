@@ -22,7 +22,7 @@ class Limits(Protocol):
 
 
 class Extent(NamedTuple):
-    """The span of a cycle's requests, by their own times, which start again from 0 in each attempt's window.
+    """The span of a cycle's requests according to their own times, which start again from 0 in each attempt's window.
 
     The extent consists of the earliest start, the sum over attempts of the latest end, and the time in which at least
     one request was running.

@@ -1,8 +1,8 @@
 """Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
 The attempts' windows are added up without the gaps between them. Energy is summed per device, together with the time
-that it covers; readings that do not cover the whole window enter no sum. If any other value is missing from an attempt,
-it is unknown in the merged record. This module works only on records.
+that it covers; readings that do not cover their whole window are left out of totals. If any other value is missing from
+an attempt, it is unknown in the merged record. This module works only on records.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ UNMETERED_SHARE = 0.02
 
 # ------------------------------------------------------------------ processes of one attempt
 def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
-    """Let the windows of processes that were cut short together end at the same time.
+    """Make the windows of processes that were interrupted together end at the same time.
 
-    Each process knows only its own last finished request, and only the energy's owner meters. The common end is the end
-    of the owner's window or, if another process finished a request after that, the end of that process's window. Work
-    that a process had in flight at its own end is counted from there to the common end. Energy that was last read too
-    long before the common end becomes null.
+    Each process knows only its own last finished request, and only one process meters. The common end is the end of the
+    metering process's window or, if another process finished a request after that, the end of that process's window.
+    Work that a process had in flight at its own end is counted from there to the common end. Energy that was last read
+    too long before the common end becomes null.
 
     Args:
         records: the records of one attempt at one cycle, one for each process.
@@ -107,7 +107,7 @@ def _cut_at(later_s: float, record: ProcessRecord) -> Cut:
 def _readings_at(end_s: float, record: ProcessRecord, cut: Cut) -> tuple[EnergyReading, ...]:
     window = record.phase("measured")
     if window is None:
-        reason = "the metering process was stopped before it finished a request, although other processes did"
+        reason = "the metering process was stopped before it finished a request; other processes had finished some"
         return unread(record, reason)
     behind_s = cut.energy_behind_s or 0.0
     if behind_s <= UNMETERED_SHARE * end_s:
@@ -177,7 +177,7 @@ def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
 
 
 def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Phase]) -> EnergyReading:
-    """Return the sum of a device's readings, which some windows may lack, keeping everything that was read."""
+    """Return the sum of a device's readings; some windows may have none, and everything that was read is kept."""
     readings = [r for r in found if r is not None]
     known_j = [r.energy_j for r in readings if r.energy_j is not None]
     covered_s = [
@@ -288,7 +288,7 @@ def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
 
     Args:
         groups: the warnings of each attempt, process or cycle.
-        what: what one group is called, such as "cycle".
+        what: the noun for a group, such as "cycle".
     """
     if len(groups) == 1:
         return list(groups[0])
@@ -336,7 +336,7 @@ def headline(readings: Sequence[EnergyReading]) -> Energy:
 
 
 def of_headline(readings: Sequence[EnergyReading]) -> Sequence[EnergyReading]:
-    """Return the readings whose sum is the headline energy."""
+    """Return the readings that add up to the headline energy."""
     if len(readings) < 2:
         return readings
     # A module contains its GPU: if both were read, only the module counts.

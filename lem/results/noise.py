@@ -17,42 +17,42 @@ from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, sum
 from lem.results.stopping import ANALYSES
 from lem.warning_codes import WARNINGS
 
-# Two pairs have a single degree of freedom: the interval of their spread reaches over two orders of magnitude.
+# With two pairs, there is a single degree of freedom, and the interval of their spread spans a factor of 70.
 LEAST_PAIRS = 3
-# A line, or a mean without the first cell, leaves four degrees of freedom.
+# With six cells, a line through them leaves four degrees of freedom, and a line without the first cell three.
 LEAST_CELLS = 6
-# Fewer neighbours show no correlation short of 0.6.
+# With fewer cells, no correlation between neighbours below 0.6 is significant.
 LEAST_NEIGHBOURS = 10
 PERMUTATIONS = 2000
-# The numbers of cycles for which it is said what they would find.
+# The numbers of cycles for which the detectable difference is shown.
 EXAMPLES = (3, 5, 10, 20)
-# More cycles than this are not recommended: a quieter machine is.
+# If more cycles than this were needed, the advice is to make the machine quieter.
 MOST_CYCLES = 100
-# A noise that was measured with few cycles may have been lucky. Planning with its upper limit at this confidence finds
+# The noise measured in a few cycles may be too low by chance. Planning with its upper limit at this confidence detects
 # the difference in at least that share of cases: R. H. Browne, On the use of a pilot sample for sample size
 # determination, Statistics in Medicine 14 (1995).
 PLANNING_CONFIDENCE = 0.8
-# Warnings of cells that a longer warm-up removes.
+# Warnings of cells that a longer warm-up can remove.
 OF_WARM_UP = ("warmup_not_steady", "compiled_in_window", "high_variation", "temperature_drift")
-# What else of the cells' warnings makes noise, and what the advice about it is called.
+# Warnings of cells about other causes of noise, by the name of the advice on them.
 OTHER_CAUSES = {
     "window": ("short_window", "few_ticks", "short_steady_state"),
     "machine": ("foreign_process", "shared_hardware", "throttled", "busy_host"),
 }
-# A change below this, in percent, is of no interest.
+# Changes smaller than this, in percent, are not shown exactly.
 LEAST_PERCENT = 0.01
-# A gap that is recommended where none was kept.
+# The smallest gap to recommend, in seconds.
 LEAST_GAP_S = 10.0
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The noise of one measure: the standard deviation of the log ratio of two cells of the same cycle.
+    """The noise of one measure: the standard deviation of the log ratio of two cells in the same cycle.
 
-    If it is small, it equals the relative standard deviation. `low` and `high` are the ends of its 95 % interval, and
-    `planning` is the upper limit used to plan campaigns. `finds` holds, for several numbers of cycles, the smallest
-    difference (as a ratio minus 1) that they detect with a probability of 80 %. All are None, with a reason, if there
-    are too few pairs or if all pairs are equal.
+    A small value is almost equal to the relative standard deviation. `low` and `high` are the ends of its 95 %
+    interval, and `planning` is the upper limit used to plan campaigns. `finds` holds, for several numbers of cycles,
+    the smallest difference (as a ratio minus 1) that they detect with a probability of 80 %. All are None, with a
+    reason, if there are too few pairs or if all pairs are equal.
     """
 
     measure: str
@@ -66,13 +66,13 @@ class Floor:
 
 
 class Tested:
-    """An effect that was tested against chance, or not, without a p-value."""
+    """An effect; its p-value is None if it could not be tested against chance."""
 
     p_value: float | None
 
     @property
     def is_seen(self) -> bool:
-        """Whether chance alone would hardly show it."""
+        """Whether the effect is significant, so that chance alone would rarely produce it."""
         return self.p_value is not None and self.p_value < SUSPICIOUS
 
 
@@ -93,7 +93,7 @@ class Change(Tested):
 
 @dataclass(frozen=True)
 class Correlation(Tested):
-    """How much each cell resembles the one before it, after a trend is removed; None, with a reason, if unknown."""
+    """The correlation `r` of each cell with the cell before it, without any trend; None, with a reason, if unknown."""
 
     n: int
     r: float | None = None
@@ -103,7 +103,7 @@ class Correlation(Tested):
 
 @dataclass(frozen=True)
 class Advice:
-    """A recommendation: what it is about, the setting, and why."""
+    """A recommendation: its subject, the setting to use, and the reason."""
 
     about: str
     setting: str
@@ -112,11 +112,11 @@ class Advice:
 
 @dataclass(frozen=True)
 class Noise:
-    """What a campaign of one configuration against itself says about the machine.
+    """The noise of a machine, found in a campaign that compares one configuration with itself.
 
-    `drift` is the change over the whole campaign, and `drift_per_cycle` the same as a rate. `first` compares the first
-    cell with a line through all others. `position` compares the second cell of a cycle with the first, without the
-    drift between them.
+    `drift` is the change over the whole campaign, and `drift_per_cycle` is the same change per cycle. `first` compares
+    the first cell with a line through all others. `position` compares the second cell of a cycle with the first,
+    without the drift between them.
     """
 
     answer: Answer
@@ -204,7 +204,7 @@ def _is_estimate(answer: Answer, measure: str) -> bool:
 
 
 def _pairs(cells: Sequence[CellEntry], measure: str) -> dict[int, tuple[float, float]]:
-    """Return, by cycle, the logarithms of the first and second cells of each cycle in which both have a value."""
+    """Return the logarithms of the first and second cell by cycle, for the cycles in which both have a value."""
     values = {(cell.cycle, cell.position): value for cell in cells if (value := _value(cell, measure))}
     cycles = sorted({cycle for cycle, _ in values})
     both = {c: (values[c, 1], values[c, 2]) for c in cycles if (c, 1) in values and (c, 2) in values}
@@ -221,7 +221,7 @@ def _floor(answer: Answer, measure: str) -> Floor:
         return Floor(measure, n, reason=_too_few(n, "pair", "a standard deviation", LEAST_PAIRS))
     sd = summarise(ratios).sd
     if not sd:
-        return Floor(measure, n, reason="all pairs of cells have the same ratio, so there is no noise to be seen")
+        return Floor(measure, n, reason="all pairs of cells have the same ratio, so no noise is visible")
     return Floor(
         measure=measure,
         pairs=n,
@@ -237,7 +237,7 @@ def finds(sd: float, cycles: int) -> float:
     """Return the smallest difference, as a ratio minus 1, that this many cycles detect with a probability of 80 %.
 
     Args:
-        sd: the standard deviation of the log ratio of two cells of a cycle.
+        sd: the standard deviation of the log ratio of two cells in a cycle.
         cycles: how many cycles, at least two, in the default order.
     """
     degrees_of_freedom = expected_degrees_of_freedom(ANALYSES["shuffled"], cycles, arms=2)
@@ -245,7 +245,7 @@ def finds(sd: float, cycles: int) -> float:
 
 
 def cycles_for(sd: float, difference: float) -> int | None:
-    """Return the fewest cycles, from `LEAST_PAIRS` up, that detect a difference; None beyond `MOST_CYCLES`."""
+    """Return the fewest cycles, at least `LEAST_PAIRS`, that detect a difference; None if more than `MOST_CYCLES`."""
     enough = (n for n in range(LEAST_PAIRS, MOST_CYCLES + 1) if finds(sd, n) <= difference)
     return next(enough, None)
 
@@ -268,14 +268,17 @@ def _of_line(line: Line, over: float, n: int) -> Change:
 
 
 def _first(cells: Sequence[tuple[CellEntry, float]]) -> Change:
-    """Compare the first cell with the prediction of a line through all others, with the interval for a single value."""
+    """Compare the first cell with the prediction of a line through all others, using a prediction interval."""
     n = len(cells)
     if n < LEAST_CELLS:
         return Change(n, reason=_too_few(n, "cell", "comparing the first with the others", LEAST_CELLS))
     places, others = [float(i) for i in range(1, n)], [value for _, value in cells[1:]]
     line = line_through(places, others)
     assert line is not None
-    middle, spread = n / 2, (n - 2) * (n - 1) * n / 12  # of the places 1 to n - 1
+    middle, spread = (
+        n / 2,
+        (n - 2) * (n - 1) * n / 12,
+    )  # the mean and the sum of squared deviations of the places 1 to n - 1
     predicted = math.fsum(others) / (n - 1) - line.slope * middle
     error = line.error * math.sqrt(spread + spread / (n - 1) + middle**2)
     return _tested(cells[0][1] - predicted, error, line.degrees_of_freedom, n)
@@ -312,7 +315,7 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
 
 
 def _neighbours(values: Sequence[float]) -> Correlation:
-    """Return the correlation of each cell with the one before, tested by permuting the residuals of a line."""
+    """Return the correlation of each cell with the cell before it, tested by permuting the residuals of a line."""
     import numpy as np
 
     n = len(values)
@@ -363,14 +366,14 @@ def _cycles(noise: Noise) -> Advice:
             f"with a noise of {planned}, even {MOST_CYCLES} cycles would not detect {wanted}: make the machine quieter."
         )
         return Advice("cycles", f"more than {MOST_CYCLES}", why)
-    why = f"with a noise of {planned}, they detect a difference of {wanted} with a probability of at least 80 %."
+    why = f"with a noise of {planned}, this detects a difference of {wanted} with a probability of at least 80 %."
     return Advice("cycles", f"--cycles {cycles}", why)
 
 
 def _gap(noise: Noise) -> Advice:
     gap_s = noise.answer.definition.campaign.config_gap_s
     longer = f"--config-gap {max(2 * gap_s, LEAST_GAP_S):g}"
-    again = "measure again with it to see whether that is long enough"
+    again = "measure again to see whether this gap is long enough"
     if noise.position.is_seen:
         assert noise.position.change is not None
         return Advice(
@@ -381,7 +384,7 @@ def _gap(noise: Noise) -> Advice:
     unknown = noise.position.reason or noise.neighbours.reason
     keep = f"--config-gap {gap_s:g}, unchanged"
     if unknown is not None:
-        return Advice("gap", keep, f"nothing suggests changing it, but {unknown}.")
+        return Advice("gap", keep, f"nothing suggests a change, but {unknown}.")
     return Advice("gap", keep, "the preceding cell has no visible effect.")
 
 
@@ -389,7 +392,7 @@ def _warm_up(noise: Noise) -> Advice:
     if noise.first.is_seen:
         assert noise.first.change is not None
         why = f"the first cell differs from the others by {percent(noise.first.change, '+')}, as on a cold machine."
-        return Advice("warm-up", "a longer warm-up (--warmup-prompts), or a cell before that does not count", why)
+        return Advice("warm-up", "a longer warm-up (--warmup-prompts), or an extra first cell that is not counted", why)
     if noise.drift.is_seen:
         assert noise.drift.change is not None
         why = f"the measure changes by {percent(noise.drift.change, '+')} over the campaign."
@@ -398,12 +401,12 @@ def _warm_up(noise: Noise) -> Advice:
         return warned
     unknown = noise.first.reason or noise.drift.reason
     if unknown is not None:
-        return Advice("warm-up", "unchanged", f"nothing suggests changing it, but {unknown}.")
+        return Advice("warm-up", "unchanged", f"nothing suggests a change, but {unknown}.")
     return Advice("warm-up", "unchanged", "neither a trend nor an unusual first cell is visible.")
 
 
 def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
-    """Return advice on the first of these warnings that most cells have; None if most cells have none of them."""
+    """Return advice on the first of these warnings that most cells have, or None if none is that common."""
     rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
     for code in codes:
         count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)

@@ -1,4 +1,4 @@
-"""Shows what a campaign that compares one configuration with itself says about noise: as text, and as plain data."""
+"""Shows the noise found in a campaign that compares one configuration with itself: as text, and as plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lem.results.campaign import MEASURES
 from lem.results.campaign_show import sentence
 from lem.results.noise import LEAST_PAIRS, Change, Correlation, Floor, Noise, percent
 
-# The number of the JSON's shape. 1: the first.
+# The version of the JSON format. 1: the first version.
 FORMAT_VERSION = 1
 NONE_SEEN = "none seen"
 FALSE_ALARM = (
@@ -21,7 +21,7 @@ FALSE_ALARM = (
 
 
 def show_noise(noise: Noise) -> None:
-    """Print what a campaign says about the noise, and what it recommends."""
+    """Print the noise found in a campaign, and the advice."""
     answer, campaign = noise.answer, noise.answer.definition.campaign
     done = sum(cell.row is not None for cell in answer.cells)
     experiment = answer.definition.arms[0].experiment
@@ -93,7 +93,7 @@ def _short(floor: Floor) -> str:
 
 
 def _finds(floor: Floor) -> str:
-    """Return the smallest differences that campaigns would find; empty if the noise is not known."""
+    """Return the smallest differences that campaigns would detect; empty if the noise is not known."""
     if not floor.finds:
         return ""
     known = ", ".join(f"{percent(found)} with {cycles}" for cycles, found in floor.finds)
@@ -107,7 +107,7 @@ def _alarm(noise: Noise) -> str:
     if noise.is_false_alarm:
         return FALSE_ALARM.format(sentence=said)
     if noise.pair.ci_low is None or noise.pair.cycles < LEAST_PAIRS:
-        return f"not known: {noise.pair.cycles} cycle{'s' * (noise.pair.cycles != 1)} cannot show one"
+        return f"not known: {noise.pair.cycles} cycle{'s' * (noise.pair.cycles != 1)} cannot show a false alarm"
     ratios = (noise.pair.ratio, noise.pair.ci_low, noise.pair.ci_high)
     change, low, high = (percent((each or 1.0) - 1, "+") for each in ratios)
     return f"none: the two arms differ by {change} (95 % interval {low} to {high})"
@@ -137,7 +137,7 @@ def _correlation(found: Correlation) -> str:
 
 
 def as_plain(noise: Noise) -> dict[str, Any]:
-    """Return the same as plain data, for programs; docs/doctor.md describes it."""
+    """Return the noise as plain data, for programs; docs/doctor.md describes the format."""
     definition = noise.answer.definition
     return {
         "format_version": FORMAT_VERSION,

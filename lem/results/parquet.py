@@ -33,7 +33,7 @@ class Column:
 
 
 def names(record_type: type[Any]) -> list[str]:
-    """Return the columns of a record type in the order of its fields, except for those that its `AFTER` moves."""
+    """Return the columns of a record type in the order of its fields, except that its `AFTER` moves some columns."""
     after: Mapping[str, str] = getattr(record_type, "AFTER", {})
     found: list[str] = []
     place = 0
@@ -138,7 +138,7 @@ def _array(values: Sequence[Any], arrow_type: Any) -> Any:
 
 @contextmanager
 def _without_pandas() -> Iterator[None]:
-    """Keep pyarrow from importing pandas, which it otherwise does for its first array, to recognise a Series.
+    """Keep pyarrow from importing pandas, as it otherwise does when it creates its first array.
 
     The import would cost every `lem experiment` and `lem aggregate` 0.25 s and 40 MB: a quarter of the time to
     aggregate 6,000 records. If a DataFrame is needed later, pyarrow still imports pandas.

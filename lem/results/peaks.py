@@ -49,7 +49,7 @@ _DEVICES = (
     # The A10G's tensor throughput is lower than the A10's, despite the similar name.
     _Device("A10G", 35, 70, 70, "NVIDIA A10G for AWS datasheet"),
     _Device("RTX A6000", 38.7, 154.8, 154.8, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
-    # GeForce cards run FP32 accumulation at half the rate of FP16 accumulation, whose figure is often quoted instead.
+    # GeForce cards run FP32 accumulation at half the rate of FP16 accumulation; the FP16 figure is often quoted.
     _Device("RTX 3090", 35.6, 71, 71, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
     # Ada
     _Device("RTX 4090", 82.6, 165.2, 165.2, "NVIDIA Ada GPU Architecture whitepaper", 330.3),
@@ -72,9 +72,9 @@ _DEVICES = (
 _MAKER = re.compile(r"^(NVIDIA )?(TESLA |GEFORCE )?")
 
 
-# Names that engines and checkpoints use for quantizations whose weights are unpacked to the model's dtype …
+# Names that engines and checkpoints use for quantizations that unpack the weights to the model's dtype …
 _WEIGHTS_ONLY = re.compile(r"awq(_marlin)?|gptq(_marlin)?|w[48]a16(_awq|_gptq)?|bitsandbytes 4-bit .*")
-# … and for those whose arithmetic itself is 8-bit floating point, on devices that have units for it.
+# … and for quantizations that compute in 8-bit floating point, on devices that have units for it.
 _FLOAT8 = re.compile(r"fp8|fbgemm_fp8|ptpc_fp8")
 
 
@@ -86,9 +86,9 @@ def arithmetic_dtype(dtype: str | None, quantization: str | None) -> str | None:
 
 
 def peak_flops_per_s(device_name: str, dtype: str) -> Peak | None:
-    """Return the peak of a device, named as by NVML and CUDA, for a dtype of the arithmetic; None if unknown.
+    """Return a device's peak for a dtype of the arithmetic; None if unknown.
 
-    The dtypes are float32, bfloat16, float16 and float8.
+    `device_name` is the name that NVML and CUDA report. The dtypes are float32, bfloat16, float16 and float8.
     """
     name = _MAKER.sub("", device_name.strip().upper())
     row = next((device for device in _DEVICES if re.fullmatch(device.name, name)), None)

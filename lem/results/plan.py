@@ -134,7 +134,7 @@ class State(Struct, frozen=True):
 
 
 def _started_s(process: psutil.Process) -> float:
-    """Return a process's start time in seconds since boot, which setting the clock does not change."""
+    """Return a process's start time in seconds since boot; setting the clock does not change this time."""
     import psutil
 
     return process.create_time() - psutil.boot_time()

@@ -37,7 +37,7 @@ from lem.results.peaks import Peak, arithmetic_dtype, peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow, Measures
 from lem.results.steady import Steady, places, steady_state
 
-# The reason why prefill has no energy of its own.
+# The reason why the prefill energy is null if several processes run.
 SEVERAL = "several processes share the meter"
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
 # Columns that depend on how long requests waited for their turn.
@@ -72,7 +72,7 @@ class Cycle(NamedTuple):
 
     @property
     def has_arrivals(self) -> bool:
-        """Whether requests arrive while others run, or wait for their turn."""
+        """Whether requests arrive over time, so that they may have to wait for their turn."""
         return self.plan.experiment.traffic.pattern != "closed"
 
     @property
@@ -131,7 +131,7 @@ def as_rows(row_type: type[Any], columns: Columns) -> list[Any]:
 
 
 # ------------------------------------------------------------------ cycles
-# Columns that only some cycles fill, such as those of streaming; they are None in the others.
+# Columns that only some cycles fill, such as the columns for streaming; they are None in the other cycles.
 _OPTIONAL = [name for name, value in defaults(ExperimentRow).items() if value is None]
 _peak = cache(peak_flops_per_s)
 
@@ -178,7 +178,7 @@ def _has_all(cycle: Cycle) -> bool:
 
 
 def _error(records: Sequence[ProcessRecord]) -> str | None:
-    """Return the error message, preferably that of a failed process, because its failure stopped the others."""
+    """Return the error message, preferably from a failed process, because its failure stopped the others."""
     failed_first = sorted((r for r in records if r.error), key=lambda r: r.status != "failed")
     return next((r.error.message for r in failed_first if r.error), None)
 

@@ -1,4 +1,4 @@
-"""The columns of the experiments and cycles tables, with their units; those of requests are in `lem.record`."""
+"""The columns of the experiments and cycles tables, with their units; `lem.record` has the columns of requests."""
 
 # Annotations are evaluated here rather than kept as strings, because every command that reads a table needs them.
 
@@ -53,7 +53,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     dram_energy_j: Annotated[Joules, "Energy of main memory during the window."]
     energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
     prefill_duration_s: Annotated[
-        Seconds, "Time spent processing prompts; null if other requests were decoding meanwhile."
+        Seconds, "Time spent processing prompts; null if other requests were decoding at the same time."
     ]
     decode_duration_s: Annotated[Seconds, "The rest of the window after prefill, minus idle time where known."]
     # derived
@@ -135,7 +135,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         "overrides": "warnings",
     }  # fmt: skip
 
-    error: Annotated[str | None, "Why the experiment did not complete, or null."]
+    error: Annotated[str | None, "Reason why the experiment did not complete, or null."]
     started_at: Annotated[str, "Wall-clock start, ISO 8601 with UTC offset; a label, not a measurement."]
     lem_version: Annotated[str, "Version of lem that ran the experiment."]
     hostname: Annotated[str, "Name of the machine on which it ran."]
@@ -145,11 +145,11 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     resumed: Annotated[int, "Number of times the experiment was resumed."]
     # what ran
     model: Annotated[str, "Model, as configured."]
-    random_weights: Annotated[bool | None, "Whether the weights are random: meaningless output, but real work."]
+    random_weights: Annotated[bool | None, "Whether the weights are random, so that the output is meaningless."]
     parameters: Annotated[int | None, "Number of parameters of the loaded model, including any adapter's."]
     backend: Annotated[str, "Backend that ran."]
     engine_version: Annotated[str | None, "Version of the engine behind the backend."]
-    device: Annotated[str | None, "Device the model ran on, by name."]
+    device: Annotated[str | None, "Name of the device on which the model ran."]
     dtype: Annotated[str | None, "Dtype of the loaded weights, and of the arithmetic unless they are quantized."]
     quantization: Annotated[str | None, "How the weights were quantized, or null."]
     adapter: Annotated[str | None, "LoRA adapter, or null if none was used."]
@@ -186,13 +186,15 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     ]
     decode_energy_j: Annotated[
         Joules,
-        "energy_j minus prefill_energy_j; may be negative; null if the window has idle time, whose energy is unknown.",
+        "energy_j minus prefill_energy_j; may be negative; null if the window has idle time, which has unknown energy.",
     ]
     prefill_energy_uncertainty_j: Annotated[
         Joules,
-        "Bound on the error of prefill and decode energy from sampling and from the sensor's averaging.",
+        "Upper bound on the error of prefill and decode energy, caused by sampling and by the sensor's averaging.",
     ]
-    prefill_reason: Annotated[str | None, "Why prefill_duration_s or prefill_energy_j is null, where known."] = None
+    prefill_reason: Annotated[str | None, "Reason why prefill_duration_s or prefill_energy_j is null, where known."] = (
+        None
+    )
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
     co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
@@ -209,7 +211,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     peak_flops_source: Annotated[str | None, "Source of the datasheet peak."]
     kv_cache_bytes: Annotated[Bytes, "Allocated key/value cache of the largest batch, padding included."]
     warmup_prompts: Annotated[int | None, units.REQUEST, "Number of prompts run in the warm-up."]
-    warmup_ended: Annotated[str | None, "Why the warm-up ended: fixed, converged, max_prompts or max_s."]
+    warmup_ended: Annotated[str | None, "Reason why the warm-up ended: fixed, converged, max_prompts or max_s."]
     warmup_cv: Annotated[Ratio, "Coefficient of variation of the warm-up's last latencies."]
     # over the cycles
     energy_sd_j: Annotated[Joules, "Standard deviation of energy_j over the cycles."] = None

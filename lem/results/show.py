@@ -107,7 +107,7 @@ def _fitted(table: Table, width: int) -> bool:
 
 
 def _print_paragraphs(table: Table, out: Console) -> None:
-    """Print each row's first cell, and below it the others with their headers; the terminal wraps them."""
+    """Print each row's first cell, and below it the other cells with their headers; the terminal wraps the lines."""
     headers = [column.header for column in table.columns][1:]
     for head, *cells in zip(*(column.cells for column in table.columns), strict=True):
         if not table.show_header:
@@ -121,7 +121,7 @@ def _print_paragraphs(table: Table, out: Console) -> None:
 
 # ------------------------------------------------------------------ one experiment
 def show_row(row: ExperimentRow) -> None:
-    """Print an experiment's measurements, leaving out those that were not made."""
+    """Print an experiment's measurements, leaving out everything that was not measured."""
     console().print(f"{cell(row.experiment_id)}  {_status(row.status)}", soft_wrap=True)
     print_pairs(_lines(row))
 
@@ -249,7 +249,7 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
             (
                 f"{marked(row, quantity(row.idle_power_before_w, 'W'))} before loading, "
                 f"{marked(row, quantity(row.idle_power_loaded_w, 'W'))} loaded · "
-                f"energy without it {marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
+                f"idle-adjusted energy {marked(row, quantity(row.energy_idle_adjusted_j, 'J'))}"
             ),
         )
     yield "Energy per request", marked(row, quantity(row.energy_per_request_j, "J/request"))
@@ -325,7 +325,7 @@ def _status(status: str) -> str:
 
 
 def say_estimates(rows: Iterable[ExperimentRow]) -> None:
-    """Explain the mark for estimates if any row has one, and list the rows whose energy lacks the GPU's."""
+    """Explain the mark for estimates if any row has one, and list the rows whose energy does not include the GPU."""
     rows = list(rows)
     if any(is_estimated(row.energy_source) for row in rows):
         print(f"{ESTIMATE} an estimate, not a measurement")
@@ -382,7 +382,7 @@ def columns_of(row: Measures) -> dict[str, Any]:
 
 
 def row_dict(row: ExperimentRow) -> dict[str, Any]:
-    """Return a row as plain data, its configuration unpacked."""
+    """Return a row as plain data, with its configuration as nested data."""
     values = columns_of(row)
     text = values.pop("config_json")
     return values | {"config": json.loads(text) if text else None}

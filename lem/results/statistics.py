@@ -29,7 +29,7 @@ def summarise(values: Sequence[float]) -> Summary:
     """Summarise values; a mean needs at least one value, and a spread at least two.
 
     The standard deviation is the sample standard deviation (n - 1). The interval assumes independent, roughly normal
-    values (Student 1908); consecutive cycles on a warm machine come close to that, but do not satisfy it exactly.
+    values (Student 1908); consecutive cycles on a warm machine meet this assumption only approximately.
     """
     n = len(values)
     if n == 0:
@@ -44,7 +44,7 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 # The quantiles of Student's t for a 95 % interval with 1 to 9 degrees of freedom. With them, up to ten cycles need no
-# scipy, whose import takes longer than computing the rows of a thousand experiments. A test checks them against scipy.
+# scipy; importing it takes longer than computing the rows of a thousand experiments. A test compares them with scipy.
 _T_975 = (
     12.706204736432095, 4.302652729911275, 3.182446305284263, 2.7764451051977987, 2.570581835636314,
     2.4469118511449692, 2.3646242515927844, 2.306004135204166, 2.2621571627409915,
@@ -64,8 +64,8 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
 def detectable_errors(confidence: float, power: float, degrees_of_freedom: int) -> float:
     """Return how many standard errors a mean must be from 0 for its interval to exclude 0 with this power.
 
-    This is the noncentrality of Student's t; the interval on the other side of 0, all but impossible, is not counted.
-    Source: J. Cohen, Statistical Power Analysis for the Behavioral Sciences, 2nd ed. (1988), ch. 2.
+    This is the noncentrality of Student's t. The tiny probability that the interval lies on the other side of 0 is not
+    counted. Source: J. Cohen, Statistical Power Analysis for the Behavioral Sciences, 2nd ed. (1988), ch. 2.
     """
     from scipy.special import nctdtrinc
 

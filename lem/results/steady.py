@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lem.record import EnergySoFar, RequestRecord
 
-# The least occupancy of the slots; a request and its successor in the same slot are one engine step apart.
+# The minimum occupancy of the slots. It is below 1 because a slot is empty for one engine step between two requests.
 LEAST_OCCUPANCY = 0.95
 
 
@@ -34,7 +34,7 @@ def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None
         strategy: the batching strategy.
         batch_size: the engine's slots.
         pattern: the traffic pattern.
-        concurrency: the number of requests in each replica's system, for the pattern `concurrency`.
+        concurrency: the number of requests that each replica holds at a time, for the pattern `concurrency`.
         by_client: whether only the client knows which requests are in flight, as with a server.
     """
     if strategy != "continuous" or pattern not in ("closed", "concurrency"):
@@ -53,8 +53,8 @@ def steady_state(
         requests: the requests of all processes.
         taken: the number of slots of each replica.
         energy: readings of the window's energy, in order.
-        ends_at_readings: begin and end with the first and last of these readings in the steady state, so that its time,
-            tokens and energy are those of the same span.
+        ends_at_readings: begin at the first reading in the steady state and end at the last, so that time, tokens and
+            energy belong to the same span.
     """
     ranks = {r.rank for r in requests}
     spans = [full_span([r for r in requests if r.rank == rank], taken) for rank in ranks]

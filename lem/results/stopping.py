@@ -1,4 +1,4 @@
-"""When an adaptive campaign stops, and the nominal level of its intervals.
+"""Decides when an adaptive campaign stops, and at which nominal level its intervals are computed.
 
 If a campaign looked at an ordinary 95 % interval after every cycle and stopped once it was narrow enough, the interval
 would contain the true ratio in only 91 to 93 % of cases, because a campaign tends to stop when it underestimates the
@@ -47,10 +47,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Rule:
-    """When a campaign stops: after one of the cycles `looks`, and after the last of them at the latest.
+    """The rule for stopping a campaign: after one of the cycles in `looks`, at the latest after the last of them.
 
-    It stops once each interval's half-width, divided by its ratio, is at most `half_width`. `level` is the joint
-    nominal level of the intervals: each of m is computed at 1 - (1 - level) / m.
+    The campaign stops as soon as each interval's half-width, divided by its ratio, is at most `half_width`. `level` is
+    the joint nominal level of the intervals: each of m is computed at 1 - (1 - level) / m.
     """
 
     half_width: float
@@ -64,17 +64,17 @@ class Rule:
 
     @property
     def most(self) -> int:
-        """The most cycles."""
+        """The maximum number of cycles."""
         return self.looks[-1]
 
 
 def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule | None:
-    """Return when an adaptive campaign stops, or None if the campaign is not adaptive.
+    """Return the rule by which an adaptive campaign stops, or None if the campaign is not adaptive.
 
     Args:
-        campaign: its settings.
+        campaign: the settings of the campaign.
         arms: the number of arms, with the baseline.
-        level: the nominal level with which it began; None means the one in the table.
+        level: the nominal level with which the campaign began; None means the calibrated level.
 
     Raises:
         ConfigError: the limits of a latin campaign contain fewer than two whole squares.
@@ -85,11 +85,11 @@ def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule |
     looks = tuple(n for n in range(campaign.cycles, campaign.max_cycles + 1) if n % step == 0)
     if len(looks) < 2:
         raise ConfigError(
-            f"max_cycles: a latin campaign of {arms} arms stops only after whole squares, of {step} cycles, and there "
-            f"are fewer than two from {campaign.cycles} to {campaign.max_cycles} cycles; give at least "
+            f"max_cycles: a latin campaign of {arms} arms stops only after whole squares of {step} cycles, but "
+            f"fewer than two squares end between {campaign.cycles} and {campaign.max_cycles} cycles; give at least "
             f"{(-(-campaign.cycles // step) + 1) * step}, or choose structure=shuffled."
         )
-    # A latin campaign has at least as many degrees of freedom as a shuffled one, and looks after fewer cycles.
+    # A latin campaign has at least as many degrees of freedom as a shuffled one, and may stop less often.
     analysis: Analysis = "paired" if ANALYSES[campaign.structure] == "paired" else "position"
     return Rule(campaign.until_ci, looks, level or level_for(analysis, looks[0], looks[-1]))
 
@@ -101,12 +101,12 @@ def cycles_at_most(campaign: Campaign, arms: int) -> int:
 
 
 def level_for(analysis: Analysis, least: int, most: int) -> float:
-    """Return the nominal level for a pair of limits: the lowest one calibrated for enclosing limits.
+    """Return the nominal level for a pair of limits: the lowest level that was calibrated for limits around them.
 
     A campaign with narrower limits looks at its data less often, so its coverage at that level is at least as high.
 
     Raises:
-        ConfigError: no calibrated limits enclose them.
+        ConfigError: no level was calibrated for limits around them.
     """
     known = [each for each in levels() if each.analysis == analysis]
     found = [each.level for each in known if each.least <= least and most <= each.most]
@@ -126,5 +126,5 @@ def levels() -> tuple[Level, ...]:
 
 
 def is_narrow(half_widths: Iterable[float | None], wanted: float) -> bool:
-    """Return whether every half-width is known and at most the requested one; true if there are none."""
+    """Return whether every half-width is known and is at most `wanted`; true if there are no half-widths."""
     return all(each is not None and each <= wanted for each in half_widths)

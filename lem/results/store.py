@@ -34,7 +34,7 @@ ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
 
 
 def default_root() -> Path:
-    """Return the results directory of commands without a configuration: the environment variable's, else results/."""
+    """Return the default results directory: the environment variable's value or, without that variable, results/."""
     return Path(os.environ.get(RESULTS_DIR_VARIABLE) or DEFAULT_RESULTS_DIR)
 
 
@@ -106,11 +106,11 @@ class Store:
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
-        """Remove an experiment from those that can be found by fingerprint."""
+        """Make an experiment no longer findable by its fingerprint."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def marked(self) -> list[str]:
-        """Return the ids of the experiments that are marked as unfinished, oldest first, whatever their state."""
+        """Return the ids of the experiments that are marked as unfinished, in any state, oldest first."""
         folder = self.root / "unfinished"
         names = os.listdir(folder) if folder.is_dir() else []
         return sorted(filter(ID.fullmatch, names), key=age)
@@ -130,7 +130,7 @@ def age(experiment_id: str) -> tuple[str, int]:
 
 
 def _says_the_same(directory: ExperimentDir, fingerprint: str) -> bool:
-    """Return whether a directory's configuration has the fingerprint that is stored for it, which may be wrong."""
+    """Return whether a directory's plan matches the fingerprint that is stored for it; the stored one may be wrong."""
     try:
         plan = directory.plan()
     except ResultsError:

@@ -3,8 +3,8 @@
 A table is a folder of Parquet files. A file contains the rows of one experiment, `<id>.parquet`, or of several that
 were aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
 experiments/ contain the same experiments. They are written in this order, each atomically. A file without a counterpart
-in experiments/ does not count, and the next writer removes it, so no row is lost or duplicated, whenever a writer is
-killed. This module knows rows, but not how they are computed.
+in experiments/ does not count, and the next writer removes it, so no row is lost or duplicated, no matter when a writer
+is killed. This module knows rows, but not how they are computed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Tables:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the write lock, which the kernel releases when the process ends, however it ends."""
+        """Hold the write lock; the kernel releases it when the process ends, even if the process is killed."""
         self._store.root.mkdir(parents=True, exist_ok=True)
         with (self._store.root / ".tables.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -82,7 +82,7 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files whose rows in the other tables are missing or damaged, with a message about any damage.
+        """Return the files that are missing or damaged in the other tables, with a message about any damage.
 
         Files of single experiments are not checked for damage, because there may be thousands.
         """
@@ -133,7 +133,7 @@ class Tables:
         return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), KINDS[name])
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
-        """Return the rows of all experiments, and a message about each damaged file (none hides another).
+        """Return the rows of all experiments, and a message about each damaged file.
 
         Args:
             names: the columns to read; None reads all.
@@ -192,7 +192,7 @@ ArrowTables = dict[str, Any]
 
 
 class NewRows:
-    """Rows waiting to be written, as Arrow tables, which take a tenth of the memory of the data behind them.
+    """Rows waiting to be written, as Arrow tables, because those take a tenth of the memory of the original data.
 
     Args:
         locations: the locations of the experiments' previous rows, which are replaced; new experiments share a new

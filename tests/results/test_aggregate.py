@@ -158,7 +158,7 @@ def test_a_record_of_another_configuration_is_refused(store):
     other = json.loads(directory.record_file(1, 1, 1).read_text()) | {"config_sha256": "f" * 64}
     directory.record_file(1, 1, 1).write_text(json.dumps(other))
     for strict in (True, False):
-        refused(directory, r"process_1_c1_a1\.json was measured with a configuration that differs", strict=strict)
+        refused(directory, r"process_1_c1_a1\.json was measured with a configuration other than", strict=strict)
 
 
 def test_a_record_of_another_number_of_processes_is_refused(store):
@@ -307,7 +307,7 @@ def test_rows_that_are_gone_are_made_anew_with_all_that_shared_their_file(store,
     before = {each: table(store, each) for each in ("experiments", "cycles", "requests")}
     (file,) = (store.root / name).iterdir()
     file.unlink()
-    with pytest.raises(ResultsError, match="lacks rows in other tables; run lem aggregate --all"):
+    with pytest.raises(ResultsError, match="has rows that other tables lack; run lem aggregate --all"):
         aggregate(store, directories[1], force=True)
     assert kinds(aggregate_all(store, [directories[1].id])) == ["written"] * 4
     for each, rows in before.items():

@@ -209,7 +209,7 @@ def test_a_cell_without_a_value_takes_only_its_pair_along():
 
 def test_values_that_are_all_equal_have_no_noise_to_tell():
     found = noise([2.0] * 10)
-    assert found.floor.reason == "all pairs of cells have the same ratio, so there is no noise to be seen"
+    assert found.floor.reason == "all pairs of cells have the same ratio, so no noise is visible"
     assert not any(each.is_seen for each in (found.drift, found.first, found.position, found.neighbours))
 
 

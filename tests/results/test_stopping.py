@@ -90,7 +90,7 @@ def test_a_shuffled_campaign_may_stop_after_any_cycle_and_a_latin_one_after_whol
     latin = Campaign(cycles=5, until_ci=0.02, max_cycles=30, structure="latin")
     assert rule_of(latin, 4).looks == (8, 12, 16, 20, 24, 28)
     assert rule_of(latin, 3).looks == (6, 12, 18, 24, 30)
-    with pytest.raises(ConfigError, match=r"whole squares, of 18 cycles, .* give at least 36, or choose"):
+    with pytest.raises(ConfigError, match=r"whole squares of 18 cycles, .* give at least 36, or choose"):
         rule_of(latin, 9)
 
 
@@ -192,7 +192,9 @@ def test_it_says_how_it_ended():
     assert (
         "stopped after 6 cycles (5 to 10 were allowed), because the half-width of each interval is at most 2 %" in said
     )
-    assert f"nominal level of {100 * definition.nominal_level:.4g} %, so that they cover 95 %" in said
+    assert (
+        f"nominal level of {100 * definition.nominal_level:.4g} %, so that they contain the true ratio in 95 %" in said
+    )
     at_limit = answer(definition, measured(definition, noisy(10, noise=0.2)))
     (note,) = [note for note in at_limit.warnings if note.code == "campaign_limit_reached"]
     assert "10 cycles, the limit, were not enough to make every interval as narrow as ±2 %: b ±" in note.text
@@ -200,7 +202,7 @@ def test_it_says_how_it_ended():
         sentences(at_limit)
     )
     under_way = answer(definition, measured(definition, noisy(6), "not run"))
-    assert "not over: it has begun 6 of 5 to 10 cycles" in " ".join(sentences(under_way))
+    assert "not over: 6 of 5 to 10 cycles have begun" in " ".join(sentences(under_way))
     assert not under_way.ended
 
 
