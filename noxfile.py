@@ -39,7 +39,7 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 
 def install_lem(session: nox.Session, *how: str) -> None:
-    """Install lem and its dependencies; torch first, so that nothing else pulls in another build of it."""
+    """Install lem and its dependencies; torch first, so that nothing else pulls in another build of torch."""
     install(session, "torch")
     install(session, *how)
 
@@ -113,7 +113,7 @@ def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """Run the vllm backend's tests and the backends' contract suite on the CPU build of the real engine."""
-    # vLLM pins other versions of torch and transformers than constraints.txt does. It goes first, so its pins win.
+    # vLLM and constraints.txt pin different versions of torch and transformers. vLLM goes first, so its pins win.
     session.install(VLLM)
     # If these packages were built for a different torch, they break the import of transformers.
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec")
@@ -136,7 +136,7 @@ def _requirements(file: str) -> list[str]:
 
 @in_dev
 def queueing(session: nox.Session) -> None:
-    """Let requests arrive for five minutes and compare rate, waits and idle share with theory. Mostly sleeps."""
+    """Let requests arrive for five minutes and compare rate, waits and idle share with theory; mostly sleeps."""
     run_in_dev(session, "pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs)
 
 

@@ -1,11 +1,11 @@
-"""Compares the GPU meter's joules with power curves whose integral is known, and measures the meter's CPU use.
+"""Compares the GPU meter's joules with power curves that have known integrals, and measures the meter's CPU use.
 
 It covers one GPU at a time with fast calls, eight GPUs with calls as slow as a real driver's, power that the driver
 averages or renews only ten times a second, and two ranks that open their windows together.
 
 Run with `python -m nox -s accuracy`. The real NVML binding runs on a stand-in for the driver's library
 (tests/nvml_standin.c), which reports power curves as functions of the monotonic clock; the meter cannot tell the
-difference. Prints tables, and fails if an error exceeds its limit. Real sensors add errors of their own
+difference. The benchmark prints tables, and fails if an error exceeds its limit. Real sensors have additional errors
 (docs/methodology.md).
 """
 
@@ -27,11 +27,11 @@ from tests.nvml_standin import build, environment
 
 WINDOWS_S = (5, 20)
 LIMITS = {5: {"counter": 0.02, "trace": 0.02}, 20: {"counter": 0.005, "trace": 0.02}}
-# Eight GPUs in windows of 5 s: the mean error shows a bias; the largest is that of a single reading, and grows with
-# the time that a call takes, including the wait for its turn.
+# The limits for eight GPUs in windows of 5 s. The mean error shows a bias. The largest error is that of a single
+# reading; it grows with the time that a call takes, including the wait for its turn.
 SLOW_CALLS_MS = (0, 1, 3, 15)
 SLOW_WINDOWS = 3
-BIAS_LIMIT_MS = 5.0  # a thousandth of the window
+BIAS_LIMIT_MS = 5.0  # 0.1 % of the window
 LARGEST_LIMIT_MS = 10.0
 LARGEST_LIMIT_CALLS = 1.5
 RANKS_LIMIT = 0.01
@@ -181,7 +181,8 @@ def slow_calls(library: Path) -> bool:
 def averaging(library: Path) -> bool:
     """Print the errors for power that the driver averages or renews slowly; return whether all are within bounds.
 
-    A bound is the energy that delayed samples may miss at both edges: their reach times the curve's range of power.
+    A bound is the energy that delayed samples may miss at both edges: their maximum age times the curve's range of
+    power.
     """
     print(f"\n{'power values, renewed every 100 ms':<50} {'window':>9} {'counter':>9} {'trace':>9} {'bound':>10}")
     good = True
@@ -210,7 +211,8 @@ def averaging(library: Path) -> bool:
 def two_ranks(library: Path) -> bool:
     """Print the error of a run of two processes with a GPU each; return whether it is within its limit.
 
-    The processes must also open their windows together, or the metering process misses some of the other's work.
+    The processes must also open their windows together, or the metering process misses some of the other process's
+    work.
     """
     file = library.parent / "scenario.txt"
     gpus = (f"device {i} power constant 300\ndevice {i} tick_ms 100 {40 * i}\ndevice {i} counter_ms 3" for i in (0, 1))

@@ -2,9 +2,9 @@
 
 Run with `python -m bench.aggregation`; it takes minutes. The benchmark writes experiments just as lem does, using its
 own types: spec.json, state.json, a journal, and a record for each cycle. The plain conversion reads the same process
-records, and the request rows in the journals, joins them, and has pyarrow turn them into Parquet; it reads no plan or
-state and computes no columns. Each step runs in its own process, start-up included; CPU time and peak memory are those
-that the kernel reports. Prints a table, and fails if a limit is exceeded.
+records and the request rows in the journals, concatenates them, and lets pyarrow turn them into Parquet. It reads no
+plan or state, and computes no columns. Each step runs in its own process; the kernel reports its CPU time, including
+start-up, and its peak memory. The benchmark prints a table, and fails if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from lem.workload.flops import METHOD
 FEW, MANY = 5_000, 20_000
 REPEATS = 5
 CYCLES = 10
-# Few, because the more requests there are, the smaller is the share of the files that are read once per experiment.
+# Few requests, because the files that are read once per experiment then take a larger share of the time.
 REQUESTS = 5
 FACTOR_LIMIT = 2.0
 MEMORY_LIMIT_MB = 400
@@ -265,12 +265,12 @@ class Costs:
 
     @property
     def factor(self) -> float:
-        """CPU time of aggregating, as a multiple of that of the plain conversion of process records and requests."""
+        """CPU time of aggregating, divided by that of the plain conversion of process records and requests."""
         return self.first.cpu_s / self.plain_with_requests.cpu_s
 
     @property
     def factor_of_process_records(self) -> float:
-        """CPU time of aggregating, as a multiple of that of the plain conversion of process records alone."""
+        """CPU time of aggregating, divided by that of the plain conversion of process records alone."""
         return self.first.cpu_s / self.plain.cpu_s
 
 
@@ -281,7 +281,7 @@ def measure(records: int, cycles: int) -> Costs:
         write_experiments(Path(results), records // cycles, cycles)
         plain = [sys.executable, "-c", PLAIN, results, f"{folder}/plain.parquet"]
         for file in Path(results).rglob("*.json*"):
-            file.read_bytes()  # fills the disk cache, for both
+            file.read_bytes()  # fills the disk cache for all steps
         cost(plain)
         everything = [*LEM, "aggregate", "--all", "-o", results]
         listing = [*LEM, "results", "list", "-o", results]
@@ -290,7 +290,7 @@ def measure(records: int, cycles: int) -> Costs:
 
 
 def _start_up() -> Cost:
-    """Return the cost of aggregating a single record, which is almost all start-up."""
+    """Return the cost of aggregating a single record; almost all of it is start-up."""
     with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
         write_experiments(Path(folder), 1, 1)
         return cost([*LEM, "aggregate", "--all", "-o", folder])

@@ -1,9 +1,10 @@
 """Calibrates the nominal levels of adaptive campaigns and writes them to lem/results/levels.json.
 
 Run with `python -m nox -s calibrate`. It simulates campaigns of two arms that do not differ, with the functions of
-`lem campaign`. After every cycle from the smallest number on, the interval is computed at a nominal level, and the
-campaign stops once it is narrow enough. The calibrated level is the lowest one at which 95 % of the reported intervals
-cover, at the noise with the lowest coverage. The result depends only on the seed and the number of repetitions.
+`lem campaign`. From the minimum number of cycles on, the interval is computed at a nominal level after every cycle, and
+the campaign stops as soon as the interval is narrow enough. The calibrated level is the lowest one at which 95 % of the
+reported intervals contain the true ratio, even at the noise with the lowest coverage. The result depends only on the
+seed and the number of repetitions.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from lem.studies.orders import order
 SEED, REPETITIONS = 20_261_126, 200_000
 # The number of different orders of shuffled campaigns, each simulated equally often.
 ORDERS = 1_000
-# The limits that are calibrated: the smallest and the largest number of cycles. Those from 3 on are not offered, and
-# only allow a comparison with known values.
+# The minimum and maximum numbers of cycles to calibrate. Minima of 3 are not offered to users; they serve only for
+# comparison with known values.
 LIMITS: dict[Analysis, tuple[tuple[int, int], ...]] = {
     "paired": ((3, 10), (3, 20), (5, 10), (5, 20), (5, 30), (5, 50), (5, 100), (8, 30), (10, 50), (10, 100)),
     "position": ((5, 10), (5, 20), (5, 30), (5, 50), (5, 100), (8, 30), (10, 50), (10, 100)),
@@ -50,7 +51,7 @@ class Looks:
     degrees_of_freedom: tuple[int, ...]
 
     def within(self, least: int, most: int) -> Looks:
-        """Return the looks from one number of cycles to another."""
+        """Return the estimates after `least` to `most` cycles."""
         part = slice(self.cycles.index(least), self.cycles.index(most) + 1)
         return Looks(self.cycles[part], self.means[:, part], self.errors[:, part], self.degrees_of_freedom[part])
 
@@ -63,31 +64,31 @@ def looks(analysis: Analysis, least: int, most: int, repetitions: int, seed: int
     """Simulate campaigns of two arms that do not differ.
 
     Args:
-        analysis: how the position enters; `position` draws the orders of shuffled campaigns.
+        analysis: how the position in the cycle is treated; `position` draws the orders of shuffled campaigns.
         least: the first cycle after which a campaign may stop.
-        most: the last one.
+        most: the last cycle.
         repetitions: the number of campaigns.
-        seed: of the noise.
+        seed: the seed of the noise.
     """
     rng = np.random.default_rng([seed, ("paired", "position").index(analysis)])
     differences = rng.normal(size=(repetitions, most))
-    offsets = np.zeros(differences.shape)  # of plain pairs
+    offsets = np.zeros(differences.shape)  # pairs without positions
     if analysis == "position":
         drawn = [_offsets(most, order_seed) for order_seed in range(min(ORDERS, repetitions))]
         offsets = np.resize(np.array(drawn), differences.shape)
-    # A shorter campaign begins like a longer one, in its order too.
+    # A shorter campaign has the same first cycles, in the same order, as a longer one.
     found = [position_effects(differences[:, :n], offsets[:, :n]) for n in range(least, most + 1)]
     means, errors, degrees = zip(*found, strict=True)
     return Looks(tuple(range(least, most + 1)), np.stack(means, 1), np.stack(errors, 1), degrees)
 
 
 def _offsets(cycles: int, seed: int) -> list[float]:
-    """Return the positions of the second arm less those of the first, by cycle, in a shuffled campaign of two."""
+    """Return, for each cycle of a shuffled campaign of two arms, the second arm's position minus the first's."""
     return [float(2 * place.position - 3) for place in order("shuffled", 2, cycles, seed) if place.arm == 1]
 
 
 def stopped(found: Looks, level: float, noise: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return for each campaign whether its interval covers, and the number of its cycles.
+    """Return, for each campaign, whether its interval contains the true ratio, and its number of cycles.
 
     Args:
         found: the campaigns.
@@ -103,10 +104,10 @@ def stopped(found: Looks, level: float, noise: float) -> tuple[np.ndarray[Any, A
 
 
 def calibrated(found: Looks, analysis: Analysis) -> Level:
-    """Return the lowest level, to a hundredth of a percent, whose coverage is at least 95 % at every noise."""
+    """Return the lowest level, to a hundredth of a percent, that gives at least 95 % coverage at every noise."""
     # The noise with the lowest coverage at one level is among the lowest at neighbouring levels.
     near = sorted(NOISES, key=lambda noise: _coverage(found, 0.97, noise))[:8]
-    low, high = 9_500, 9_999  # the highest covers, the lowest does not
+    low, high = 9_500, 9_999  # the upper level is high enough, the lower is not
     while high - low > 1:
         middle = (low + high) // 2
         if min(_coverage(found, middle / 10_000, noise) for noise in near) >= CONFIDENCE:

@@ -1,10 +1,10 @@
 """Measures the coverage of a campaign's intervals, and its rate of false alarms, in simulated campaigns.
 
 Run with `python -m nox -s accuracy`. It applies the functions of `lem campaign` to arms that do not differ, with
-independent noise, a level that the cells of a cycle share, and a machine that drifts. Prints three tables: campaigns
-with a fixed number of cycles, adaptive campaigns of two arms, and adaptive campaigns of several arms. Fails if coverage
-or false alarms are outside their limits. The structures interleaved and grouped, which repeat the order, have no limits
-under a drift; they are shown to warn against them.
+independent noise, a level that the cells of a cycle share, and a machine that drifts. The benchmark prints three
+tables: campaigns with a fixed number of cycles, adaptive campaigns of two arms, and adaptive campaigns of several arms.
+It fails if coverage or false alarms are outside their limits. The structures interleaved and grouped, which repeat the
+order, have no limits under a drift; they are shown to warn against them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from lem.results.stopping import ANALYSES, level_for, levels, rule_of
 from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, Campaign, Structure
 from lem.studies.orders import order
 
-# Not the random numbers of the calibration.
+# A seed that differs from that of the calibration.
 SEED = 20_261_127
 ORDERS, EACH = 1_000, 40
 NOISE, OF_CYCLE, DRIFT = 0.01, 0.03, 0.10
 COVERAGE, FALSE_ALARMS = (0.94, 0.96), 0.055
-# For several arms: the noise of one cell, in units of the requested half-width; and how much noisier one arm may be.
+# For several arms: the noise of one cell, in units of the requested half-width, and the factor by which one arm may be
+# noisier.
 CELL_NOISES = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5)
 NOISIER = 3.0
-# The numbers of arms for which it is simulated. Latin campaigns of two arms have the level of shuffled ones.
+# The numbers of arms to simulate, by structure. Latin campaigns of two arms have the same level as shuffled ones.
 JOINT: dict[Structure, tuple[int, ...]] = {"shuffled": (3, 4, 6), "latin": (2, 4), "interleaved": (4,)}
 OUT = "  OUT OF RANGE"
 
@@ -57,10 +58,10 @@ class Design:
 def effects(
     analysis: Analysis, logs: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-    """Return means and standard errors by campaign and arm but the first, and the degrees of freedom.
+    """Return means and standard errors, by campaign and by arm except the first, and the degrees of freedom.
 
     Args:
-        analysis: how the position enters.
+        analysis: how the position in the cycle is treated.
         logs: logarithms by campaign, cycle and arm.
         positions: the positions by cycle and arm.
     """
@@ -74,7 +75,7 @@ def effects(
 
 @dataclass(frozen=True)
 class Found:
-    """What simulated campaigns of one kind showed."""
+    """The results of simulated campaigns of one kind."""
 
     coverage: float
     false_alarms: float
@@ -82,13 +83,13 @@ class Found:
 
 
 def simulate(structure: Structure, arms: int, cycles: int, drift: float) -> Found:
-    """Simulate campaigns of a fixed number of cycles whose arms do not differ.
+    """Simulate campaigns with a fixed number of cycles, in which the arms do not differ.
 
     Args:
         structure: the order of the cells.
         arms: the number of arms.
         cycles: the number of cycles.
-        drift: by how much the machine's level rises from the first cell to the last, evenly.
+        drift: the steady rise of the machine's level from the first cell to the last.
     """
     rng = np.random.default_rng(SEED)
     covered, alarms, widths = [], [], []
@@ -137,7 +138,7 @@ def until_narrow() -> bool:
     """Print the coverage of adaptive campaigns of two arms; return whether it is within its limits.
 
     The noise is the one with the lowest coverage. For comparison, the table shows campaigns that stop at an ordinary
-    95 % interval, and the number of cycles of a fixed design whose 95 % intervals are as narrow on average.
+    95 % interval, and the number of cycles after which the 95 % intervals of a fixed design are as narrow on average.
     """
     print(f"\nadaptive campaigns of two arms, {ORDERS * EACH} each, at the noise with the lowest coverage")
     heads = ("cycles", "level", "noise", "coverage", "mean cycles", "95 % level", "mean cycles", "fixed design")
@@ -174,7 +175,7 @@ def until_narrow() -> bool:
 
 
 def _fixed(found: Looks, noise: float) -> int | str:
-    """Return the smallest number of cycles whose 95 % intervals are narrow enough on average."""
+    """Return the smallest number of cycles after which 95 % intervals are narrow enough on average."""
     narrow = found.halves(0.95).mean(0) * noise <= 1
     return found.cycles[int(narrow.argmax())] if narrow.any() else f">{found.cycles[-1]}"
 
@@ -182,8 +183,8 @@ def _fixed(found: Looks, noise: float) -> int | str:
 def several_arms() -> bool:
     """Print the false alarms of adaptive campaigns of several arms; return whether they are within their limit.
 
-    The level is calibrated for one pair; with m pairs, each interval has 1 - (1 - level) / m. This is sound if false
-    alarms stay below the limit at every noise, and if one arm is noisier than the others.
+    The level is calibrated for one pair; with m pairs, each interval is computed at 1 - (1 - level) / m. This is sound
+    if false alarms stay below the limit at every noise, even when one arm is noisier than the others.
     """
     print(
         f"\nadaptive campaigns with a joint level, {ORDERS * EACH} each, 5 to 30 cycles, at the noise with most false "
@@ -208,8 +209,9 @@ def several_arms() -> bool:
 
 
 def _worst(structure: Structure, arms: int, noisier: float) -> tuple[float, Found, float]:
-    """Return the noise with most false alarms, what it shows (the coverage of the pair that covers least), and the mean
-    number of cycles.
+    """Return the noise with the most false alarms, the results at that noise, and the mean number of cycles.
+
+    The coverage in the results is the lowest of any pair.
     """
     rng = np.random.default_rng(SEED)
     rule = rule_of(Campaign(cycles=5, until_ci=0.02, max_cycles=30, structure=structure), arms)
@@ -240,7 +242,7 @@ def _worst(structure: Structure, arms: int, noisier: float) -> tuple[float, Foun
 
 
 def main() -> int:
-    """Simulate and print; return 1 when a limit is exceeded."""
+    """Simulate and print all campaigns; return 1 if a limit is exceeded."""
     results = [check() for check in (fixed_designs, until_narrow, several_arms)]
     return 0 if all(results) else 1
 

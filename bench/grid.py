@@ -1,6 +1,6 @@
-"""Measures the CPU time of validating and writing a grid of 10,000 points, and estimates that of composing it by Hydra.
+"""Measures the CPU time of validating and writing a grid of 10,000 points, and estimates Hydra's time to compose it.
 
-Run with `python -m nox -s bench`. Fails if the grid exceeds its limit, which was set for a machine of 2026.
+Run with `python -m nox -s bench`. It fails if the grid exceeds its limit, which was set for a machine of 2026.
 """
 
 from __future__ import annotations

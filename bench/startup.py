@@ -1,6 +1,6 @@
-"""Measures the CPU time of starting up, in seconds and as a multiple of that of an empty interpreter.
+"""Measures the CPU time of starting up, in seconds and as a multiple of an empty interpreter's.
 
-Run with `python -m nox -s bench`. Prints a table, and fails if `lem --help` exceeds its limit. The limit is such a
+Run with `python -m nox -s bench`. It prints a table, and fails if `lem --help` exceeds its limit. The limit is a
 multiple, because seconds depend more on the machine.
 """
 
