@@ -1,7 +1,11 @@
 """Compares the GPU meter's joules with power curves that have known integrals, and measures the meter's CPU use.
 
-It covers one GPU at a time with fast calls, eight GPUs with calls as slow as a real driver's, power that the driver
-averages or renews only ten times a second, and two ranks that open their windows together.
+It covers these cases:
+
+- one GPU at a time, with fast calls;
+- eight GPUs, with calls as slow as a real driver's;
+- power that the driver averages, or renews only ten times a second;
+- two ranks that open their windows together.
 
 Run with `python -m nox -s accuracy`. The real NVML binding runs on a stand-in for the driver's library
 (tests/nvml_standin.c), which reports power curves as functions of the monotonic clock; the meter cannot tell the

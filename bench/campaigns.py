@@ -138,7 +138,7 @@ def until_narrow() -> bool:
     """Print the coverage of adaptive campaigns of two arms; return whether it is within its limits.
 
     The noise is the one with the lowest coverage. For comparison, the table shows campaigns that stop at an ordinary
-    95 % interval, and the number of cycles after which the 95 % intervals of a fixed design are as narrow on average.
+    95 % interval. It also shows after how many cycles the 95 % intervals of a fixed design are as narrow on average.
     """
     print(f"\nadaptive campaigns of two arms, {ORDERS * EACH} each, at the noise with the lowest coverage")
     heads = ("cycles", "level", "noise", "coverage", "mean cycles", "95 % level", "mean cycles", "fixed design")

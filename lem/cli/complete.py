@@ -12,22 +12,22 @@ import typer
 
 
 def presets(incomplete: str) -> list[tuple[str, str]]:
-    """Return the built-in presets that complete the typed text, with their purposes."""
+    """Return the built-in presets that begin with the typed text, with their purposes."""
     return _options("preset", incomplete)
 
 
 def datasets(incomplete: str) -> list[tuple[str, str]]:
-    """Return the built-in datasets that complete the typed text, with their descriptions."""
+    """Return the built-in datasets that begin with the typed text, with their descriptions."""
     return _options("dataset", incomplete)
 
 
 def backends(incomplete: str) -> list[tuple[str, str]]:
-    """Return the backends that complete the typed text, with their descriptions."""
+    """Return the backends that begin with the typed text, with their descriptions."""
     return _options("backend", incomplete)
 
 
 def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the experiment ids that complete the typed text, newest first, from the command's results directory."""
+    """Return the experiment ids that begin with the typed text, newest first, from the command's results directory."""
     import dotenv
 
     from lem.errors import BadInput

@@ -1,9 +1,9 @@
 """A user's config file: read with its parents, checked for shape, and split into chosen options and given values.
 
-A file may choose options of config groups (`backend: pytorch`, `dataset: alpaca`, or `name:` inside the group's
-mapping), contain values, and inherit from other files through a `defaults:` list (`- base` means `base.yaml` in the
-same directory). Each file stays a separate layer, so that every value has a file and a line. This module does not
-compose anything or check values against the schema.
+A file may choose options of config groups, set values, and inherit from other files. It chooses an option with
+`backend: pytorch`, or with `name:` inside the group's mapping. It lists its parents under `defaults:`, where `- base`
+means `base.yaml` in the same directory. Each file stays a separate layer, so that every value has a file and a line.
+This module does not compose anything or check values against the schema.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Estimates how an arm of a campaign affects the cell after it, for example through heat, clocks or caches.
 
-First-order carry-over: the logarithm of a cell's value is the sum of effects of its cycle, its arm, its position in the
-cycle, and the arm that ran just before it, even if that was in the previous cycle. This module works on plain numbers.
-Source of the model: B. Jones and M. G. Kenward, Design and Analysis of Cross-Over Trials, 3rd ed. (2014), ch. 5.
+The model is first-order carry-over: the logarithm of a cell's value is the sum of the effects of its cycle, its arm,
+its position in the cycle, and the arm that ran just before it (possibly in the previous cycle). This module works on
+plain numbers. Source of the model: B. Jones and M. G. Kenward, Design and Analysis of Cross-Over Trials, 3rd ed.
+(2014), ch. 5.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class CarryOver:
 def carry_over(cells: Sequence[Ran], arms: int, baseline: int = 0, confidence: float = CONFIDENCE) -> CarryOver | None:
     """Return each predecessor's effect relative to the baseline's; None if the cells cannot show it.
 
-    The cells cannot show it if the effects of predecessors cannot be separated from the effects of arms, cycles and
-    positions, as in an order that repeats, or if fewer than `LEAST_DEGREES_OF_FREEDOM` degrees of freedom are left for
-    the noise.
+    The cells cannot show it in two cases:
+
+    - The effects of predecessors cannot be separated from the effects of arms, cycles and positions, as in an order
+      that repeats.
+    - Fewer than `LEAST_DEGREES_OF_FREEDOM` degrees of freedom are left for the noise.
 
     Args:
         cells: the cells with a known predecessor; the first cell of a campaign has none.

@@ -109,8 +109,9 @@ def check_numbers(content: bytes) -> bytes:
 def _is_suspicious(content: bytes) -> bool:
     """Return whether JSON may contain a negative number, a large exponent or many digits; most files do not.
 
-    Looking for fixed bytes takes a fifth of the time of one regular expression for all of this. Digests are full of
-    what looks like exponents, so only numbers count, which follow a colon, a comma or a bracket.
+    Searching for fixed bytes takes a fifth of the time that a single regular expression for all three would take.
+    Digests contain bytes that look like exponents; only exponents of numbers count, and a number follows a colon, a
+    comma or a bracket.
     """
     shape = content.translate(_SHAPE, _SPACES)
     if _NEGATIVE in shape or _LONG in shape:

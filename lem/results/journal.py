@@ -1,9 +1,12 @@
 """A worker's journal of finished requests, written during the run, so that a killed run loses no finished work.
 
-A journal is a file of JSON lines for one process and one attempt. It has two kinds of lines: `{"record": …}`, written
-when a measured window opens, with the process's record up to then; and `{"done": [rows], "duration_s": …}`, written
-after each batch, occasionally with the window's energy so far. A last line without a line end was cut off when the
-process died and is ignored. This module knows nothing about engines or meters.
+A journal is a file of JSON lines for one process and one attempt. It has two kinds of lines:
+
+- `{"record": …}` is written when a measured window opens, with the process's record up to then.
+- `{"done": [rows], "duration_s": …}` is written after each batch, occasionally with the window's energy so far.
+
+A last line without a line end was cut off when the process died, and is ignored. This module knows nothing about
+engines or meters.
 """
 
 from __future__ import annotations

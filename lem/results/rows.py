@@ -58,8 +58,8 @@ class Cycle(NamedTuple):
 
     `records` has one record per process, ordered by rank, with the process's attempts merged; `requests` has the rows
     of all processes; `warnings` are the warnings that no record contains. `opened_s` maps each attempt with a window to
-    the time at which the window opened, on the clock of the cycle's arrivals, or to None if that time is unknown; it is
-    empty if there was only one attempt.
+    the time at which the window opened, on the clock of the cycle's arrivals. The time is None if it is unknown. If
+    there was only one attempt, `opened_s` is empty.
     """
 
     plan: PlanExcerpt

@@ -77,9 +77,11 @@ def steady_state(
 def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, float] | None:
     """Return the start and end of the span in which a process had `taken` requests in flight, ignoring brief gaps.
 
-    Returns None if the process never had that many requests in flight, if no request took over another's slot (there
-    was then no queue to keep the engine full), or if slots were empty for longer, as in an engine without enough memory
-    to use all of them.
+    Returns None in three cases:
+
+    - The process never had that many requests in flight.
+    - No request took over another request's slot, so there was no queue to keep the engine full.
+    - Slots were empty for longer, as in an engine without enough memory to use all of them.
     """
     if len(requests) <= taken:
         return None

@@ -100,7 +100,7 @@ def run_ready(
         overrides: the command line's overrides, for the record.
         config_file: the user's config file, for the record.
         write_tables: write the row to the tables, not only the raw records.
-        shared_with: the largest number of other experiments running on this machine at the same time.
+        shared_with: the maximum number of other experiments running on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
         campaign: the experiment's place in a campaign, for the record.
         claimed: called with the experiment's directory before the run starts, and therefore even if the run fails.

@@ -71,10 +71,14 @@ class Measurement:
 
     `indices` are the positions of this process's prompts in the experiment, without those finished by earlier attempts.
 
-    Three values are set if a window is cut back to its last finished request, and are otherwise None: `lost_s` is the
-    time from that request to the interruption; `energy_behind_s` is how long before the window's new end its energy was
-    last read, or None if no meter was read; and `under_way` is the work that the engine had in progress at that end. If
-    `ends_when_cut`, the window ends at the interruption, because other processes may have finished requests until then.
+    Three values are set only if the window was interrupted:
+
+    - `lost_s`: the time from the window's end, which is normally its last finished request, to the interruption;
+    - `energy_behind_s`: how long before the window's end its energy was last read; None if no meter was read;
+    - `under_way`: the work that the engine had in progress at the window's end.
+
+    If `ends_when_cut` is true, the window ends at the interruption, because other processes may have finished requests
+    until then.
 
     `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
     prompts are available from the start. `readings` are the window's checkpoints with energy.

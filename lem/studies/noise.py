@@ -98,7 +98,7 @@ def resume(name: str, results_dir: Path, options: RunOptions, *, difference: flo
 
 
 def _defaults(words: Sequence[str]) -> list[str]:
-    """Return, as overrides, the defaults that the command line leaves in effect; the user's own prompts have none."""
+    """Return overrides that set the defaults, leaving out the model or the prompts if the command line sets them."""
     keys = {word.partition("=")[0].lstrip("+") for word in words}
     chosen_prompts = any(key == "dataset" or key in ("dataset.path", "dataset.name") for key in keys)
     wanted = {key: value for key, value in DEFAULTS.items() if key == "model" or not chosen_prompts}
