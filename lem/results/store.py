@@ -106,7 +106,7 @@ class Store:
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
-        """Make an experiment no longer findable by its fingerprint."""
+        """Remove the mark by which an unfinished experiment is found by its fingerprint."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def marked(self) -> list[str]:

@@ -239,7 +239,7 @@ def prefill_of(
 def _with_energy(
     prefill: Prefill, spans: Sequence[tuple[int, int]], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
 ) -> Prefill:
-    """Add the energy of the spans, if the power sensor can resolve it."""
+    """Add the energy of the prefill spans, if the power sensor can resolve it."""
     by_device: dict[str, list[PowerSample]] = {}
     for sample in trace:
         if sample.component == "gpu":
