@@ -150,6 +150,11 @@ WARNINGS: dict[str, WarningKind] = {
         "The run was interrupted and resumed. Its windows were measured at different times, each after a warm-up.",
         "If small differences matter, compare with an uninterrupted run.",
     ),
+    "machine_changed": WarningKind(
+        "A run was resumed on another machine, another device or another version of the engine, so its numbers combine "
+        "both. MFU and idle-adjusted energy are null if the device changed.",
+        "Measure again on one machine (--fresh).",
+    ),
     "work_repeated": WarningKind(
         "Requests were in flight when a window was interrupted, and ran again afterwards. The row includes the time "
         "and energy of both runs; the message gives an upper bound for the part spent twice. If that part exceeds 2 % "
@@ -675,6 +680,13 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
         yield warning("few_cycles", f"{cycles} finished; a confidence interval needs at least {LEAST_CYCLES}.")
     if resumed:
         yield warning("resumed", f"the run was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
+
+
+def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
+    """Yield a warning if parts of a run were measured in different places; `places` lists the distinct ones by kind."""
+    parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
+    if parts:
+        yield warning("machine_changed", f"parts of the run were measured in different places: {'; '.join(parts)}.")
 
 
 def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
