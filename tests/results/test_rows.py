@@ -297,6 +297,22 @@ def test_percentiles_of_few_requests_have_a_warning_that_all_cycles_share():
     assert "few_samples" not in codes(row(record(many), rows=many, count=299))
 
 
+def test_times_that_requests_of_a_batch_share_count_once():
+    """However many requests a batch has, its latency is one measurement."""
+    rows = [
+        request(request=i, batch=i // 100, start_s=i // 100 * 0.5, end_s=i // 100 * 0.5 + 0.5, ttft_s=0.1,
+                itl_s=[0.1] * (1 + i % 2), tpot_s=0.1)
+        for i in range(400)
+    ]  # fmt: skip
+    made = row(record(rows), rows=rows, count=400)
+    (text,) = [each for each in made.warnings if each.startswith("few_samples")]
+    assert "latency, time to first token, time per output token: 4 values, p50 needs 5" in text
+    assert "inter-token latency: 8 values" in text
+    assert made.latency_p50_s == 0.5
+    apart = [replace(r, rank=r.request % 100) for r in rows]
+    assert "few_samples" not in codes(row(record(apart), rows=apart, count=400))
+
+
 def test_tokens_are_counted_where_percentiles_are_of_tokens():
     rows = [replace(r, ttft_s=0.1, tpot_s=0.02, itl_s=[0.02] * 150) for r in requests()]
     (text,) = [w for w in row(rows=rows).warnings if w.startswith("few_samples")]
