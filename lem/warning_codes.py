@@ -212,8 +212,10 @@ WARNINGS: dict[str, WarningKind] = {
         "Leave the other instances idle, or turn MIG off.",
     ),
     "energy_integrated": WarningKind(
-        "A GPU has no energy counter, so its energy is integrated from sampled power.",
-        "Expect a few percent more uncertainty, or more if the load changes rapidly.",
+        "A GPU has no energy counter, so its energy is integrated from sampled power. Samples show power late. The "
+        "energy is off by up to that delay, which the message gives, times the difference between the power just "
+        "before the window and the power at its end.",
+        "Use windows many times as long as the delay, and expect more uncertainty under rapidly changing load.",
     ),
     "idle_adjusted_negative": WarningKind(
         "The window's energy is lower than idle power times the window's length. The difference exceeds both "
@@ -426,7 +428,8 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
         return []
     return [
         *_of_window(window.duration_s, window.energy),
-        *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the other processes meter nothing
+        # The other processes meter nothing.
+        *(_of_energy(window.energy, window.duration_s) if record.rank == ENERGY_OWNER else ()),
         *_of_the_gpu(record),
         *_of_power(record),
         *_of_counters(record),
@@ -455,7 +458,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
             )
 
 
-def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
+def _of_energy(readings: Sequence[EnergyReading], duration_s: float) -> Iterator[CodedWarning]:
     if not readings:
         yield warning("energy_missing", "no meter was used.")
     if simulated := next((r for r in readings if r.source == "simulated"), None):
@@ -471,7 +474,13 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
         if r.energy_j is None:
             yield warning("energy_missing", f"{r.component}: {r.reason}.")
         elif r.source == "integral":
-            yield warning("energy_integrated", f"{r.device}: {r.method}.")
+            late = ""
+            if r.trace_reach_s and duration_s:
+                share = min(r.trace_reach_s / duration_s, 1.0)
+                late = (
+                    f"; its samples show power up to {r.trace_reach_s:.3g} s late, which is {share:.0%} of the window"
+                )
+            yield warning("energy_integrated", f"{r.device}: {r.method}{late}.")
 
 
 def lacks_gpu(record: ProcessRecord) -> bool:
