@@ -150,6 +150,11 @@ WARNINGS: dict[str, WarningKind] = {
         "The run was interrupted and resumed. Its windows were measured at different times, each after a warm-up.",
         "If small differences matter, compare with an uninterrupted run.",
     ),
+    "machine_changed": WarningKind(
+        "A run was resumed on another machine, another device or another version of the engine, so its numbers combine "
+        "both. MFU and idle-adjusted energy are null if the device changed.",
+        "Measure again on one machine (--fresh).",
+    ),
     "work_repeated": WarningKind(
         "Requests were in flight when a window was interrupted, and ran again afterwards. The row includes the time "
         "and energy of both runs; the message gives an upper bound for the part spent twice. If that part exceeds 2 % "
@@ -207,8 +212,10 @@ WARNINGS: dict[str, WarningKind] = {
         "Leave the other instances idle, or turn MIG off.",
     ),
     "energy_integrated": WarningKind(
-        "A GPU has no energy counter, so its energy is integrated from sampled power.",
-        "Expect a few percent more uncertainty, or more if the load changes rapidly.",
+        "A GPU has no energy counter, so its energy is integrated from sampled power. Samples show power late. The "
+        "energy is off by up to that delay, which the message gives, times the difference between the power just "
+        "before the window and the power at its end.",
+        "Use windows many times as long as the delay, and expect more uncertainty under rapidly changing load.",
     ),
     "idle_adjusted_negative": WarningKind(
         "The window's energy is lower than idle power times the window's length. The difference exceeds both "
@@ -421,7 +428,8 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
         return []
     return [
         *_of_window(window.duration_s, window.energy),
-        *(_of_energy(window.energy) if record.rank == ENERGY_OWNER else ()),  # the other processes meter nothing
+        # The other processes meter nothing.
+        *(_of_energy(window.energy, window.duration_s) if record.rank == ENERGY_OWNER else ()),
         *_of_the_gpu(record),
         *_of_power(record),
         *_of_counters(record),
@@ -450,7 +458,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
             )
 
 
-def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
+def _of_energy(readings: Sequence[EnergyReading], duration_s: float) -> Iterator[CodedWarning]:
     if not readings:
         yield warning("energy_missing", "no meter was used.")
     if simulated := next((r for r in readings if r.source == "simulated"), None):
@@ -466,7 +474,13 @@ def _of_energy(readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
         if r.energy_j is None:
             yield warning("energy_missing", f"{r.component}: {r.reason}.")
         elif r.source == "integral":
-            yield warning("energy_integrated", f"{r.device}: {r.method}.")
+            late = ""
+            if r.trace_reach_s and duration_s:
+                share = min(r.trace_reach_s / duration_s, 1.0)
+                late = (
+                    f"; its samples show power up to {r.trace_reach_s:.3g} s late, which is {share:.0%} of the window"
+                )
+            yield warning("energy_integrated", f"{r.device}: {r.method}{late}.")
 
 
 def lacks_gpu(record: ProcessRecord) -> bool:
@@ -675,6 +689,13 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
         yield warning("few_cycles", f"{cycles} finished; a confidence interval needs at least {LEAST_CYCLES}.")
     if resumed:
         yield warning("resumed", f"the run was interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}.")
+
+
+def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
+    """Yield a warning if parts of a run were measured in different places; `places` lists the distinct ones by kind."""
+    parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
+    if parts:
+        yield warning("machine_changed", f"parts of the run were measured in different places: {'; '.join(parts)}.")
 
 
 def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:

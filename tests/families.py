@@ -48,12 +48,20 @@ MLA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's dimensions: heads·head_dim, how far back it attends, and the values that it caches per token."""
+    """A layer's dimensions: heads·head_dim, how far back it attends, and the values that it caches per token.
+
+    `caches_all` layers keep what they no longer attend to.
+    """
 
     width: int
     cached: int
     reach: int | None = None
     in_chunks: bool = False
+    caches_all: bool = False
+
+    def kept(self, tokens: int) -> int:
+        """Return how many of a sequence's tokens the layer caches."""
+        return tokens if self.reach is None or self.caches_all else min(self.reach, tokens)
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,23 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi3ForCausalLM", grouped(sliding_window=WINDOW), plain(reach=WINDOW)),
     "gemma2": Family("Gemma2ForCausalLM", grouped(head_dim=24, sliding_window=WINDOW), mixed(2, 24)),
     "cohere2": Family("Cohere2ForCausalLM", grouped(sliding_window=WINDOW, layer_types=MIXED), mixed()),
+    # its own names for windows and for the layers that have them
+    "gpt_neo": Family(
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "num_layers": 2,
+            "num_heads": HEADS,
+            "max_position_embeddings": 256,
+            "window_size": WINDOW,
+            "attention_types": [[["global", "local"], 1]],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        (Layer(48, 96), Layer(48, 96, WINDOW, caches_all=True)),
+        steps_do_more=True,
+    ),
     # a tower for images, which no text token passes
     "gemma3": Family(
         "Gemma3ForConditionalGeneration",

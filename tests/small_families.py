@@ -83,6 +83,7 @@ OPTIONS = {
     "mixtral": EXPERTS,
     "opt": {"ffn_dim": 96, "num_key_value_heads": UNSET, "intermediate_size": UNSET, "init_std": 0.3},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "moe_intermediate_size": 32},
+    "plbart": BART,
     "rwkv": {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -99,7 +100,7 @@ OPTIONS = {
         "initializer_range": 0.3,
     },
 }
-WHOLE = frozenset(["bart", "bloom", "gpt2", "gpt_bigcode", "mamba", "rwkv", "xlnet"])
+WHOLE = frozenset(["bart", "bloom", "gpt2", "gpt_bigcode", "mamba", "plbart", "rwkv", "xlnet"])
 
 
 def config_of(kind, **changes):

@@ -249,6 +249,18 @@ class TestBelowIdle:
         assert "idle_adjusted_negative" in self.found(-1.01, tick_s=0.001)
 
 
+def test_an_integral_says_how_late_its_samples_are():
+    late = replace(GPU, source="integral", method="integral of power", trace_reach_s=1.25)
+    (found,) = [
+        each
+        for each in warning_codes.of_record(record([late], 5.0), requests([1.0]))
+        if each.code == "energy_integrated"
+    ]
+    assert found.text.endswith(
+        "integral of power; its samples show power up to 1.25 s late, which is 25% of the window."
+    )
+
+
 def test_an_integral_that_failed_is_missing_and_not_integrated():
     made = codes(record([replace(GPU, source="integral", energy_j=None, reason="it is lost")]))
     assert "energy_missing" in made

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from lem.backends.base import Backend, Begun, Encoded, Generation, needed
 from lem.backends.checkpoint import encode
 from lem.backends.engine import counter_warnings, prompt_settings, weights_warnings
-from lem.backends.openai_options import Address, address_of, gpus_for, objections, runs_here, wants_gpu
+from lem.backends.openai_options import Address, address_of, gpus_for, may_use_gpu, objections, runs_here, wants_gpu
 from lem.backends.server import free_port
 from lem.errors import ConfigError, RunError
-from lem.machine.gpu import Gpu, computing
+from lem.machine.gpu import Gpu, computing, installed
 from lem.machine.host import Host, cpu_model
 from lem.machine.processes import listening_at, peak_memory_bytes
 from lem.record import CodedWarning, EngineInfo, Memory, ModelInfo
@@ -69,27 +69,36 @@ class Openai(Backend):
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
         """Return the GPUs that the server runs on, as far as the driver lists its processes."""
         self._gpus = gpus_for(self._experiment, host)
-        if self._gpus and self._options.command is None:
+        if self._options.command is None and may_use_gpu(self._options):
             self._gpus, self._doubt = self._of_the_server(self._gpus)
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs on which a running server computes; if they are unknown, return all GPUs and the reason.
+        """Return the GPUs on which a running server computes; if that is unknown, all visible GPUs and the reason.
 
-        If the user has named GPUs, all of the named GPUs are returned.
+        A server may also compute on GPUs that CUDA_VISIBLE_DEVICES hides from lem alone. If the user has named GPUs,
+        exactly these are kept.
         """
         pids = {process.pid for process in self._processes()}
-        listed = {gpu: computing(gpu) for gpu in visible}
+        hidden = [gpu for gpu in installed() if gpu.uuid not in {each.uuid for each in visible}]
+        listed = {gpu: computing(gpu) for gpu in (*visible, *hidden)}
         found = [gpu for gpu in visible if pids & (listed[gpu] or frozenset())]
+        beside = [gpu for gpu in hidden if pids & (listed[gpu] or frozenset())]
         is_chosen = self._experiment.gpus is not None
-        if found and (not is_chosen or len(found) == len(visible)):
-            return found, None
+        if not is_chosen and (found or beside):
+            return [*found, *beside], None
         of_all = f"all {len(visible)} {'named' if is_chosen else 'visible'} GPUs are metered, including idle ones"
-        if found:
-            names = ", ".join(str(gpu.index) for gpu in found)
-            return visible, f"the server computes only on GPU {names}, but {of_all}."
+        if found or beside:
+            numbers = ", ".join(str(index) for index in sorted(gpu.index for gpu in (*found, *beside)))
+            if beside:
+                return visible, f"the server computes on GPU {numbers}, but only the named GPUs are metered."
+            is_exact = len(found) == len(visible)
+            return visible, None if is_exact else f"the server computes only on GPU {numbers}, but {of_all}."
+        if not visible and (not hidden or (pids and None not in listed.values())):
+            return visible, None  # there is no GPU, or the server computes on the CPU
         why = "the driver lists none of its processes" if pids else "its processes cannot be seen"
         why = "the driver does not list processes" if None in listed.values() else why
+        of_all = of_all if visible else "no GPU is metered, because none is visible"
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:

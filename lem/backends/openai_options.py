@@ -114,7 +114,12 @@ def runs_here(options: OpenaiBackend) -> bool:
 
 def wants_gpu(options: OpenaiBackend, host: Host) -> bool:
     """Return whether the server is assumed to use this machine's GPUs."""
-    return options.device == "auto" and runs_here(options) and bool(host.gpus)
+    return may_use_gpu(options) and bool(host.gpus)
+
+
+def may_use_gpu(options: OpenaiBackend) -> bool:
+    """Return whether the server may use a GPU of this machine, visible or not."""
+    return options.device == "auto" and runs_here(options)
 
 
 def gpus_for(experiment: Experiment, host: Host) -> Sequence[Gpu]:

@@ -37,7 +37,7 @@ QUANTIZERS_ON_GPU = frozenset(["eetq", "fbgemm_fp8", "fp_quant", "higgs", "spqr"
 # Models whose recurrent state or positions advance over padding (tested with transformers 5.23).
 PADDING_UNMASKED = frozenset([
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "minimax", "mvp", "pegasus",
-    "prophetnet", "rwkv", "trocr", "xlnet",
+    "plbart", "prophetnet", "rwkv", "trocr", "whisper", "xlnet",
 ])  # fmt: skip
 
 

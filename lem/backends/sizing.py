@@ -27,6 +27,12 @@ LENGTHS = (2, 3, 5)
 # The largest accepted constant cost of a pass, relative to the cost of a token.
 CONSTANT_SHARE = 0.002
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# GPT-Neo's names for its kinds of layers.
+KINDS = {"global": FULL, "local": SLIDING}
+# Config keys with windows whose meaning is known; any other one may limit how far back layers attend.
+WINDOWS = frozenset([
+    "sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern",
+])  # fmt: skip
 # Keys under which configs give the number of experts, and the number of experts that a token is routed to.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
@@ -285,18 +291,28 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
     Raises:
         UnknownArchitecture: the config does not specify this in a known form.
     """
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     of_layers = getattr(config, "per_layer_config", None)
     config = of_layers[layer] if of_layers is not None else config
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     by_window = SLIDING if window is not None else CHUNKED if chunk is not None else FULL
-    kind = kinds[layer] if kinds else by_window
+    kind = KINDS.get(kinds[layer], kinds[layer]) if kinds else by_window
+    if kind == SLIDING and window is None:
+        window = getattr(config, "window_size", None)
+    elif not kinds and (unknown := _unknown_windows(config)):
+        raise UnknownArchitecture(f"how far back its layers attend is unknown ({', '.join(unknown)})")
     if getattr(config, "index_topk", None) is not None or kind not in (FULL, SLIDING, CHUNKED):
         raise UnknownArchitecture("it has layers that attend only to selected positions or keep a recurrent state")
     reach = {FULL: None, SLIDING: window, CHUNKED: chunk}[kind]
     if kind != FULL and not isinstance(reach, int):
         raise UnknownArchitecture("it is unknown how far back its layers attend")
     return reach, kind == CHUNKED
+
+
+def _unknown_windows(config: Any) -> list[str]:
+    """Return the keys of a config that may limit how far back layers attend, in a way that is not known here."""
+    values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    return [key for key, value in values.items() if "window" in key and value and key not in WINDOWS]
 
 
 # ------------------------------------------------------------------ caches

@@ -14,6 +14,7 @@ from typing import Any
 from lem.energy.base import ImmediateMeter
 from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
+from lem.machine import gpu
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
 from lem.record import EnergyReading, Source
@@ -28,10 +29,10 @@ class ZeusMeter(ImmediateMeter):
     """Reads zeus's monitor, using one zeus window for each window of lem."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
-        # If NVML knows the GPUs in use, they are the first visible GPUs; otherwise all visible GPUs are read.
-        self._indices = list(range(len(gpus))) if gpus else None
-        # Like NVML, zeus reads a GPU in MIG mode as a whole.
-        self._divided = {index for index, gpu in enumerate(gpus) if gpu.is_divided}
+        # The GPUs in use, if NVML knows them; otherwise all visible GPUs are read.
+        self._gpus = gpus
+        # The numbers of GPUs of which only a MIG instance is used; zeus, too, reads these as a whole.
+        self._divided: set[int] = set()
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
         # For each GPU, the source that zeus reads, and the GPU's name.
@@ -63,9 +64,10 @@ class ZeusMeter(ImmediateMeter):
 
         logging.getLogger("zeus").setLevel(logging.ERROR)
         self._errors = (ZeusBaseGPUError,)
+        indices = self._indices()
         try:
             gpus = get_gpus()
-            self._monitor = ZeusMonitor(gpu_indices=self._indices, cpu_indices=[])
+            self._monitor = ZeusMonitor(gpu_indices=indices, cpu_indices=[])
             for index in self._monitor.gpu_indices:
                 has_counter = gpus.supports_get_total_energy_consumption(index)
                 self._labels[index] = "counter" if has_counter else "integral", gpus.get_name(index)
@@ -80,6 +82,19 @@ class ZeusMeter(ImmediateMeter):
             ) from None
         if not self._labels:
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
+
+    def _indices(self) -> list[int] | None:
+        """Return zeus's numbers of the GPUs in use, which count the visible GPUs; None if NVML does not know them."""
+        if not self._gpus:
+            return None
+        shown = list(dict.fromkeys(each.uuid for each in gpu.visible()))
+        hidden = [str(each.index) for each in self._gpus if each.uuid not in shown]
+        if hidden:
+            raise BadInput(
+                f"energy=zeus cannot read GPU {', '.join(hidden)}, which CUDA_VISIBLE_DEVICES hides; use energy=auto."
+            )
+        self._divided = {shown.index(each.uuid) for each in self._gpus if each.is_divided}
+        return list(dict.fromkeys(shown.index(each.uuid) for each in self._gpus))
 
     def begin(self) -> None:
         """Begin a window; the caller has already synchronised the device."""

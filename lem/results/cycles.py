@@ -12,7 +12,7 @@ from typing import Any
 
 from lem import warning_codes
 from lem.record import Status
-from lem.results.columns import Columns, of_each, quotients
+from lem.results.columns import Columns, of_each, quotients, where
 from lem.results.merging import as_text, is_estimated, joined, once_each, total
 from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
@@ -33,11 +33,18 @@ LABELS = re.compile(r".*_(source|scope|components|method|reason)")
 # Energies, with the columns that tell their kind: only energies of the same kind are averaged.
 KINDS = {
     **dict.fromkeys(
-        ("energy_j", "load_energy_j", "warmup_energy_j", "idle_power_before_w", "idle_power_loaded_w"),
+        (
+            "energy_j", "steady_energy_j", "load_energy_j", "warmup_energy_j", "idle_power_before_w",
+            "idle_power_loaded_w",
+        ),
         ("energy_source", "energy_components", "energy_scope"),
     ),
     **{f"{component}_energy_j": (f"{component}_energy_source",) for component in ("gpu", "cpu", "dram")},
-}
+}  # fmt: skip
+# Properties of a device, which are averaged only over cycles on the same device.
+OF_THE_DEVICE = ("peak_flops_per_s", "idle_power_before_w", "idle_power_loaded_w")
+# Columns that tell where a cycle ran; a run that was resumed elsewhere has several values.
+PLACES = {"hostname": "host", "device": "device", "engine_version": "engine"}
 
 _TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
 # Every number is averaged over the cycles, so no column can be forgotten; a value common to all cycles is kept.
@@ -84,6 +91,7 @@ def experiment_columns(
             [
                 *once_each([of_cycles["warnings"][i] for i in span], "cycle"),
                 *map(as_text, warning_codes.of_experiment(cycles, times, _kinds(done, of_cycles, KINDS["energy_j"]))),
+                *map(as_text, warning_codes.of_places(_places(done, of_cycles))),
             ]
             for span, done, cycles, times in zip(spans, finished, completed, resumed, strict=True)
         ],
@@ -133,8 +141,11 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
             value if len(_kinds(group, of_cycles, labels)) < 2 else None
             for value, group in zip(made[name], groups, strict=True)
         ]
+    is_one_device = [len(set(_at(group, of_cycles["device"]))) == 1 for group in groups]
+    made |= {name: where(is_one_device, made[name]) for name in OF_THE_DEVICE}
     made |= quotients(made, [True] * len(groups))
     made |= over(MAXIMA, _largest) | over(_LABELS, lambda values: joined(filter(None, values)) or None)
+    made |= over(PLACES, lambda values: joined(filter(None, values)) or None)
     for name in (name for name in made if _TYPES[name] is int):
         made[name] = [None if value is None else round(value) for value in made[name]]
     return made | _spreads(groups, of_cycles)
@@ -149,6 +160,11 @@ def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> l
     known = [(is_estimated(source), *others) for source, *others in found if source is not None]
     names = (" ".join(filter(None, ["estimated" if first else "measured", *others])) for first, *others in known)
     return list(dict.fromkeys(names))
+
+
+def _places(group: Sequence[int], of_cycles: Columns) -> dict[str, list[str]]:
+    """Return where some cycles ran: the different values of each column that tells it."""
+    return {what: list(dict.fromkeys(filter(None, _at(group, of_cycles[name])))) for name, what in PLACES.items()}
 
 
 def _of_groups(

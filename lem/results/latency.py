@@ -76,13 +76,24 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
-    """Return the number of values behind each set of percentiles, leaving out sets without values."""
+    """Return the number of values behind each set of percentiles, leaving out sets without values.
+
+    Requests that ran side by side from the same moment to the same moment, as in a padded batch, have the same times;
+    these count once.
+    """
+    longest: dict[tuple[object, ...], RequestRecord] = {}
+    for r in requests:
+        times = (r.attempt, r.rank, r.arrived_s, r.start_s, r.end_s)
+        other = longest.get(times)
+        if other is None or len(r.itl_s or ()) > len(other.itl_s or ()):
+            longest[times] = r
+    apart = longest.values()
     counts = {
-        "latency": len(requests),
-        "time to first token": sum(r.ttft_s is not None for r in requests),
-        "inter-token latency": sum(len(r.itl_s or ()) for r in requests if r.ttft_s is not None),
-        "time per output token": sum(r.tpot_s is not None for r in requests),
-        "queueing": sum(r.queue_s is not None for r in requests),
+        "latency": len(apart),
+        "time to first token": sum(r.ttft_s is not None for r in apart),
+        "inter-token latency": sum(len(r.itl_s or ()) for r in apart if r.ttft_s is not None),
+        "time per output token": sum(r.tpot_s is not None for r in apart),
+        "queueing": sum(r.queue_s is not None for r in apart),
     }
     return {name: count for name, count in counts.items() if count}
 

@@ -19,6 +19,7 @@ from lem.record import (
     Component,
     Cut,
     EnergyReading,
+    EngineInfo,
     Flops,
     Memory,
     Phase,
@@ -26,8 +27,11 @@ from lem.record import (
     ProcessRecord,
     UnderWay,
 )
-from lem.warning_codes import warning
+from lem.warning_codes import of_places, warning
 
+# Attempts on hardware that differs in one of these have different peaks and idle power.
+HARDWARE = ("processor", "device", "GPUs")
+IDLE = ("idle_before", "idle_loaded")
 # If the energy of more than this share of a window is unknown, the window's energy is null.
 UNMETERED_SHARE = 0.02
 
@@ -141,12 +145,16 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         return records[0]
     counted = [r for r in records if r.phase("measured")] or [records[-1]]
     latest, ran = counted[-1], [r for r in counted if r.requests_completed]
+    places = _places(counted)
+    has_moved = any(len(places[what]) > 1 for what in HARDWARE)
     return replace(
         latest,
         status=records[-1].status,
         error=records[-1].error,
         started_at=counted[0].started_at,
-        phases=_merged_phases(counted),
+        hostname=joined(r.hostname for r in counted),
+        engine=_merged_engine([r.engine for r in counted]),
+        phases=tuple(p for p in _merged_phases(counted) if not (has_moved and p.name in IDLE)),
         requests_planned=max(r.requests_planned for r in counted),
         requests_completed=sum(r.requests_completed for r in counted),
         requests_failed=sum(r.requests_failed for r in counted),
@@ -156,8 +164,32 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         flops=_merged_flops([r.flops for r in ran]) if ran else latest.flops,
         prefill=_merged_prefill([r.prefill for r in ran]),
         cut=merged_cut([r.cut for r in counted]),
-        warnings=_merged_warnings(counted),
+        warnings=(*_merged_warnings(counted), *of_places(places)),
     )
+
+
+def _places(records: Sequence[ProcessRecord]) -> dict[str, list[str]]:
+    """Return where the attempts ran: the distinct hosts, processors, devices, GPUs and versions of the engine."""
+    environments = [r.environment for r in records if r.environment is not None]
+    engines = [r.engine for r in records if r.engine is not None]
+    gpus = (", ".join(state.uuid for state in each.devices_before) for each in environments)
+    found = {
+        "host": [r.hostname for r in records],
+        "processor": [each.cpu_model for each in environments],
+        "device": [each.device_name for each in engines],
+        "GPUs": filter(None, gpus),
+        "engine": [each.version for each in engines],
+    }
+    return {what: list(dict.fromkeys(names)) for what, names in found.items()}
+
+
+def _merged_engine(engines: Sequence[EngineInfo | None]) -> EngineInfo | None:
+    """Return the last attempt's engine, with the names of all devices and versions if attempts differ in them."""
+    known = [engine for engine in engines if engine is not None]
+    if not known:
+        return None
+    names, versions = joined(e.device_name for e in known), joined(e.version for e in known)
+    return replace(known[-1], device_name=names, version=versions)
 
 
 def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:

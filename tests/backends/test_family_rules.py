@@ -28,7 +28,7 @@ NOT_PAGED = (
     "mimo_v2_flash", "minicpm3", "minimax", "nemotron", "rwkv",
 )  # fmt: skip
 MASKED = ("bloom", "gpt2", "llama", "mamba", "mixtral", "opt")
-NOT_MASKED = ("bart", "minimax", "rwkv", "xlnet")
+NOT_MASKED = ("bart", "minimax", "plbart", "rwkv", "xlnet")
 
 
 @pytest.fixture(scope="module")

@@ -344,6 +344,32 @@ def test_zeus_with_a_lost_gpu_is_null_with_a_reason(driver):
         assert "GPU is lost" in reading["reason"]
 
 
+def test_zeus_reads_the_gpus_in_use_wherever_they_are_among_the_visible_ones(driver):
+    """A running server may compute on any of them."""
+    pytest.importorskip("zeus", reason="the extra zeus is not installed")
+    code = """
+import json, time
+from lem.energy.zeus import ZeusMeter
+from lem.errors import BadInput
+from lem.machine import gpu
+of_all = gpu.installed()
+meter = ZeusMeter([of_all[0], of_all[3]])
+meter.open()
+meter.begin()
+began_s = time.monotonic()
+time.sleep(1.0)
+meter.mark()
+window_s = time.monotonic() - began_s
+print(json.dumps([r.energy_j / window_s for r in meter.end()]))
+"""
+    text = "devices 4\n" + "\n".join(f"device {i} power constant {100 * (i + 1)}" for i in range(4))
+    assert driver(code, text, CUDA_VISIBLE_DEVICES="3,2,0") == pytest.approx([100, 400], rel=0.15)
+    refused = code.replace(
+        "meter.open()", "try: meter.open()\nexcept BadInput as e: print(json.dumps(str(e))); raise SystemExit"
+    )
+    assert "GPU 3, which CUDA_VISIBLE_DEVICES hides" in driver(refused, text, CUDA_VISIBLE_DEVICES="0,1")
+
+
 @pytest.mark.parametrize("variable", ["GPU-00000001", "MIG-0-0"])
 def test_zeus_with_visible_devices_that_it_does_not_understand_says_so(driver, variable):
     pytest.importorskip("zeus", reason="the extra zeus is not installed")
@@ -392,7 +418,23 @@ ON_TWO = "devices 4\ndevice 1 process self 100\ndevice 3 process self 100\ndevic
 def test_of_a_running_server_the_gpus_that_it_computes_on_are_metered(driver):
     """The driver lists the server's processes: the energy of seven other, idle GPUs is not counted."""
     assert driver(SERVED, ON_TWO) == [[1, 3], None]
-    assert driver(SERVED, ON_TWO, CUDA_VISIBLE_DEVICES="3,2") == [[3], None]
+
+
+@pytest.mark.parametrize("visible", ["3,2", "0,2", ""])
+def test_of_a_running_server_the_gpus_that_lem_does_not_see_are_metered_too(driver, visible):
+    """CUDA_VISIBLE_DEVICES of lem's shell says nothing about a server that was started elsewhere."""
+    indices, doubt = driver(SERVED, ON_TWO, CUDA_VISIBLE_DEVICES=visible)
+    assert (sorted(indices), doubt) == ([1, 3], None)
+
+
+def test_a_server_on_no_gpu_is_told_from_one_that_cannot_be_seen(driver):
+    elsewhere = "devices 2\ndevice 0 process 1 50"
+    assert driver(SERVED, elsewhere, CUDA_VISIBLE_DEVICES="") == [[], None]
+    indices, doubt = driver(SERVED, elsewhere, CUDA_VISIBLE_DEVICES="", LISTENS="0")
+    assert indices == []
+    assert "its processes cannot be seen; no GPU is metered, because none is visible" in doubt
+    blind = "devices 1\ndevice 0 unsupported nvmlDeviceGetComputeRunningProcesses"
+    assert "the driver does not list processes" in driver(SERVED, blind, CUDA_VISIBLE_DEVICES="")[1]
 
 
 @pytest.mark.parametrize(
@@ -418,4 +460,7 @@ def test_gpus_that_are_named_are_metered_and_idle_ones_among_them_mentioned(driv
     assert driver(SERVED, ON_TWO, NAMED="[1, 3]") == [[1, 3], None]
     indices, doubt = driver(SERVED, ON_TWO, NAMED="[1, 2]")
     assert indices == [1, 2]
-    assert "the server computes only on GPU 1, but all 2 named GPUs are metered" in doubt
+    assert "the server computes on GPU 1, 3, but only the named GPUs are metered" in doubt
+    indices, doubt = driver(SERVED, ON_TWO, NAMED="[1, 2, 3]")
+    assert indices == [1, 2, 3]
+    assert "the server computes only on GPU 1, 3, but all 3 named GPUs are metered" in doubt

@@ -297,6 +297,22 @@ def test_percentiles_of_few_requests_have_a_warning_that_all_cycles_share():
     assert "few_samples" not in codes(row(record(many), rows=many, count=299))
 
 
+def test_times_that_requests_of_a_batch_share_count_once():
+    """However many requests a batch has, its latency is one measurement."""
+    rows = [
+        request(request=i, batch=i // 100, start_s=i // 100 * 0.5, end_s=i // 100 * 0.5 + 0.5, ttft_s=0.1,
+                itl_s=[0.1] * (1 + i % 2), tpot_s=0.1)
+        for i in range(400)
+    ]  # fmt: skip
+    made = row(record(rows), rows=rows, count=400)
+    (text,) = [each for each in made.warnings if each.startswith("few_samples")]
+    assert "latency, time to first token, time per output token: 4 values, p50 needs 5" in text
+    assert "inter-token latency: 8 values" in text
+    assert made.latency_p50_s == 0.5
+    apart = [replace(r, rank=r.request % 100) for r in rows]
+    assert "few_samples" not in codes(row(record(apart), rows=apart, count=400))
+
+
 def test_tokens_are_counted_where_percentiles_are_of_tokens():
     rows = [replace(r, ttft_s=0.1, tpot_s=0.02, itl_s=[0.02] * 150) for r in requests()]
     (text,) = [w for w in row(rows=rows).warnings if w.startswith("few_samples")]
@@ -707,6 +723,49 @@ def test_an_attempt_that_ran_nothing_does_not_hide_the_others_prefill():
     assert (one.prefill, one.flops) == (Prefill(1.0, 30.0, 2.0), Flops(5.0, "m"))
 
 
+ELSEWHERE = {"hostname": "b", "name": "NVIDIA A100-SXM4-80GB", "version": "5.24", "uuid": "GPU-b"}
+
+
+def placed(rows, hostname="a", name="NVIDIA H100 80GB HBM3", version="5.23", uuid="GPU-a", **more):
+    """Return a record of an attempt with an idle phase, on this machine."""
+    return record(
+        rows,
+        hostname=hostname,
+        model=ModelInfo("m", None, "A", 1, False, 1, "bfloat16"),
+        engine=EngineInfo("pytorch", version, "cuda:0", name, {}),
+        environment=gpus(uuid),
+        flops=Flops(1e14, "m"),
+        phases=(Phase("idle_loaded", 2.0, (reading(energy_j=20.0, device=uuid),)), *phases(energy=(GPU,))),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("changed", [["hostname"], ["name"], ["version"], ["uuid"], [*ELSEWHERE], []])
+def test_a_cycle_that_was_resumed_elsewhere_says_so_and_has_no_number_of_one_machine_alone(changed):
+    other = {each: ELSEWHERE[each] for each in changed}
+    first, second = placed(requests([0])), placed(requests([1, 2]), attempt=2, **other)
+    made = row(merged([first, second]))
+    assert ("machine_changed" in codes(made)) == bool(changed)
+    for each in set(changed) - {"uuid"}:
+        column = {"name": "device", "version": "engine_version"}.get(each, each)
+        assert getattr(made, column).endswith(f"+{ELSEWHERE[each]}")
+    assert (made.mfu is None) == ("name" in changed)
+    is_other_hardware = not {"name", "uuid"}.isdisjoint(changed)
+    assert (made.energy_idle_adjusted_j is None) == (made.idle_power_loaded_w is None) == is_other_hardware
+    assert made.energy_j == 200.0
+    assert made.output_tokens_per_s == pytest.approx(60 / 8)
+
+
+@pytest.mark.parametrize("changed", [["hostname"], ["name"], ["version"], []])
+def test_cycles_that_ran_in_different_places_say_so(changed):
+    other = {each: ELSEWHERE[each] for each in changed}
+    each = [row(placed(requests())), row(placed(requests(), **other))]
+    made = over_cycles(each, plan(cycles=2))
+    assert codes(made).count("machine_changed") == bool(changed)
+    assert (made.mfu is None) == (made.idle_power_loaded_w is None) == ("name" in changed)
+    assert made.energy_j == 100.0
+
+
 # ------------------------------------------------------------------ warnings
 def test_a_warning_is_told_once_and_how_often():
     short = "short_window: the window is 0.2 s; 5 s is the least to trust."
@@ -820,6 +879,23 @@ def test_measured_and_estimated_cycles_have_no_mean():
     assert made.output_tokens_per_s_sd == 0.0
     (text,) = [text for text in made.warnings if text.startswith("energy_mixed")]
     assert "measured cpu package in some and estimated cpu+dram machine in others" in text
+
+
+def test_no_energy_or_power_is_averaged_over_measured_and_estimated_cycles():
+    """Whatever column is added: only what has a kind of its own, and the same in both, has a mean."""
+    metered = {column.name for column in columns(ExperimentRow) if column.unit in ("J", "W", "J/token", "J/request")}
+    kinds = ("counter", "package"), ("estimate", "machine")
+    each = [
+        replace(
+            row(), **dict.fromkeys(metered, 4.0), energy_source=source, energy_components="cpu", energy_scope=scope,
+            gpu_energy_source=None, cpu_energy_source=source, dram_energy_source="estimate",
+        )
+        for source, scope in kinds
+    ]  # fmt: skip
+    made = over_cycles(each, plan(cycles=2))
+    of_the_gpu = {"gpu_energy_j", "trace_energy_j", "prefill_energy_j", "prefill_energy_uncertainty_j"}
+    assert {name for name in metered if getattr(made, name) is not None} == {"dram_energy_j", *of_the_gpu}
+    assert made.steady_energy_j is made.steady_energy_per_output_token_j is None
 
 
 def test_cycles_of_different_components_have_no_mean():
