@@ -7,6 +7,7 @@ nothing about engines.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def _generation_config(model: Model, source: Mapping[str, Any]) -> Any:
 
 def quantization_of(model: Model) -> str | None:
     """Return the method by which a checkpoint's weights are quantized; None if its files name no method."""
-    config = model.config.get("quantization_config") or {}
+    config = model.quantization_config
     file = Path(model.path) / "hf_quant_config.json"
     if file.is_file():
         config = json.loads(file.read_text(encoding="utf-8")).get("quantization", {})
@@ -145,6 +146,8 @@ def encode(
     Raises:
         RunError: a prompt has no tokens, does not fit, or contains a token without an embedding.
     """
+    if not isinstance(tokenizer.model_max_length, int | float):
+        tokenizer.model_max_length = sys.maxsize  # lem applies its own limits, but each call compares with this one
     limit = experiment.max_input_tokens
     encoded = []
     for index, text in enumerate(texts):

@@ -35,6 +35,11 @@ LAYERS = {
 }
 OUTER = frozenset(["model.embed_tokens.weight", "model.norm.weight"])
 HEAD = "lm_head.weight"
+# The sizes in config.json that determine the shapes of these tensors.
+SIZES = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size",
+)  # fmt: skip
 # The names of dtypes in safetensors, mapped to their names in torch.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -83,22 +88,25 @@ def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name
     """Return whether a checkpoint has exactly the tensors of a common family, with the sizes given in its config."""
     config = model.config
     needed = LAYERS.get(str(config.get("model_type")))
+    if any(not isinstance(config.get(name), int | None) for name in SIZES):
+        return False
     if needed is None or class_name not in (config.get("architectures") or ()):
         return False
     if config.get("attention_bias") or config.get("mlp_bias"):
         return False
     outer = OUTER if config.get("tie_word_embeddings") is True else OUTER | {HEAD}
-    in_layers = {
-        f"model.layers.{number}.{name}" for number in range(config.get("num_hidden_layers", 0)) for name in needed
-    }
+    layers = config.get("num_hidden_layers") or 0
+    if len(found) != len(outer) + layers * len(needed):
+        return False
+    in_layers = {f"model.layers.{number}.{name}" for number in range(layers) for name in needed}
     return found.keys() == outer | in_layers and all(_has_its_shape(config, name, found[name]) for name in found)
 
 
 def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool:
     """Return whether a large matrix has the shape that the config implies; False if the config lacks a value."""
-    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads") or 1
+    hidden, heads = config.get("hidden_size") or 0, config.get("num_attention_heads") or 1
     head_dim = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, config.get("num_key_value_heads", 0) * head_dim
+    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or 0) * head_dim
     inner, vocabulary = config.get("intermediate_size"), config.get("vocab_size")
     shapes = {
         "embed_tokens.weight": (vocabulary, hidden),

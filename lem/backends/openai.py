@@ -212,7 +212,7 @@ class Openai(Backend):
             random_weights=model.random_weights,
             weights_bytes=None,
             dtype=self._experiment.fp_precision if is_passed_on else None,
-            quantization=(model.config.get("quantization_config") or {}).get("quant_method"),
+            quantization=model.quantization_config.get("quant_method"),
         )
 
     def engine_info(self) -> EngineInfo:

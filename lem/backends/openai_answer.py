@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -145,6 +146,7 @@ class Reply:
         headers: Iterable[tuple[bytes, bytes]],
         *,
         largest: int,
+        most_events: int = sys.maxsize,
         by_text: bool = False,
     ) -> None:
         """Begin with the response's status and headers.
@@ -154,11 +156,13 @@ class Reply:
             status: the HTTP status.
             headers: the headers; the case of their names does not matter.
             largest: the maximum size of a plausible answer in bytes.
+            most_events: the maximum number of events with output in a plausible answer.
             by_text: whether tokens will be counted from the text, so that the server need not count them.
         """
         headers = list(headers)
         known = {name.lower(): value for name, value in headers}
         self._status, self._sent_ns, self._largest, self._by_text = status, sent_ns, largest, by_text
+        self._most_events = most_events
         self._location = known.get(b"location", b"").decode(errors="replace")
         self._retry_after = known.get(b"retry-after", b"").decode(errors="replace")
         self._unpacking = Unpacking.of(headers, largest)
@@ -181,7 +185,7 @@ class Reply:
 
     @property
     def events(self) -> int:
-        """The number of events that have arrived."""
+        """The number of events with output that have arrived; an event without output may only keep the connection."""
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
@@ -196,6 +200,8 @@ class Reply:
             self._content += data
         elif self._transcript is not None:
             self._transcript.take(data, read, at_ns)
+            if self.events > self._most_events:
+                raise Refused(f"it sent more than {self._most_events} events with output, and would not stop.")
         else:
             self._head += data
             self._tell_apart(read, at_ns)
@@ -443,7 +449,6 @@ class Transcript:
     def _take_events(self, events: Sequence[Event]) -> None:
         for event in events:
             data = event.data.strip()
-            self.events += 1
             if self.is_done or not data:
                 continue
             if data == END_OF_STREAM:
@@ -455,8 +460,10 @@ class Transcript:
 
     def _take_event(self, content: dict[str, Any], event: Event) -> None:
         usage, choices = usage_in(content), choices_in(content)
+        has_news = (usage.output or 0) > (self._usage.output or 0)
         for choice in choices:
             text, ids, reason = text_in(choice), ids_in(choice), finish_reason_in(choice)
+            has_news = has_news or bool(text or ids or (reason and not self._finish_reason))
             self._texts.append(text)
             self._has_output = self._has_output or bool(text or ids)
             self._finish_reason = reason or self._finish_reason
@@ -469,6 +476,7 @@ class Transcript:
             self._usage_is_alone = not choices
         elif usage.input:
             self._usage = Usage(self._usage.output, usage.input)
+        self.events += has_news
 
     def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
         """Return the number of an event's tokens, from their ids or else from the usage so far; None without either.
@@ -510,6 +518,7 @@ class Transcript:
             raise Refused(NO_COMPLETION)
         if output_tokens is None and not self._by_text:
             raise Refused(NOT_COUNTED)
+        self._check_count(output_tokens)
         answer = Answer(
             self._sent_ns,
             self._parts[-1].at_ns if self._parts else self._at_ns,
@@ -524,6 +533,17 @@ class Transcript:
             return answer
         chunks, _ = answer.chunks(output_tokens)
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
+
+    def _check_count(self, output_tokens: int | None) -> None:
+        """Raise `Refused` if there are too few tokens for the text, because some servers count those of each event.
+
+        Each event with text has at least one token, except for text that was held back until the end.
+        """
+        with_text = sum(part.has_text for part in self._parts)
+        if output_tokens is not None and not self._has_ids and not self._by_text and with_text > output_tokens + 1:
+            raise Refused(
+                f"it sent text in {with_text} events but counted {output_tokens} output tokens; {COUNT_BY_TOKENIZER}"
+            )
 
     def _check_end(self, has_ids: bool, *, is_whole: bool) -> None:
         """Raise `ServerGone` if the stream may have ended before the last token or before the final token count.
@@ -557,9 +577,9 @@ def _whole_answer(content: bytes, sent_ns: int, ended_ns: int, *, by_text: bool)
 
 
 NO_COMPLETION = "it sent no completion (no choices)."
+COUNT_BY_TOKENIZER = "set backend.count=tokenizer to count tokens with the model's tokenizer."
 NOT_COUNTED = (
-    "it sends neither the ids nor the number of the output tokens (usage.completion_tokens); "
-    "set backend.count=tokenizer to count tokens with the model's tokenizer."
+    f"it sends neither the ids nor the number of the output tokens (usage.completion_tokens); {COUNT_BY_TOKENIZER}"
 )
 
 

@@ -13,6 +13,7 @@ import queue
 import re
 import resource
 import ssl
+import sys
 import threading
 import time
 from collections import deque
@@ -56,7 +57,14 @@ class Client:
     """The client of one server, over HTTP/1.1."""
 
     def __init__(
-        self, address: str, key: str | None, timeout_s: float, *, largest: int = 2**30, by_text: bool = False
+        self,
+        address: str,
+        key: str | None,
+        timeout_s: float,
+        *,
+        largest: int = 2**30,
+        most_events: int = sys.maxsize,
+        by_text: bool = False,
     ) -> None:
         """Store the server's address without sending anything.
 
@@ -65,9 +73,11 @@ class Client:
             key: the API key, sent as a bearer token and never written anywhere.
             timeout_s: the longest time in seconds that the server may be silent within an answer.
             largest: the maximum size of a plausible answer in bytes.
+            most_events: the maximum number of events with output in a plausible answer.
             by_text: whether tokens are counted from the text, so that the server need not count them.
         """
-        self._address, self._timeout_s, self._largest, self._by_text = address, timeout_s, largest, by_text
+        self._address, self._timeout_s = address, timeout_s
+        self._as_answers: dict[str, Any] = {"largest": largest, "most_events": most_events, "by_text": by_text}
         self._headers = {"content-type": "application/json", "user-agent": "lem", "accept-encoding": "identity"}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
@@ -228,7 +238,7 @@ class Client:
                     ) as response,
                 ):
                     status = int(response.status)
-                    reply = Reply(sent_ns, status, response.headers, largest=self._largest, by_text=self._by_text)
+                    reply = Reply(sent_ns, status, response.headers, **self._as_answers)
                     await self._read(response, reply, limit)
                 return reply.answer()
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, TimeoutError):
@@ -238,11 +248,14 @@ class Client:
                 return answer
 
     async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
-        """Read a response to its end, or until enough of it has arrived; each complete event extends the time limit."""
-        network, events = response.extensions["network_stream"], 0
+        """Read a response to its end, or until enough of it has arrived; each event with output extends the limit."""
+        network, events, is_ending = response.extensions["network_stream"], 0, False
         async for received in response.aiter_stream():
             reply.take(received, network.reads, network.read_at_ns)
+            if is_ending:
+                continue
             if reply.is_done:
+                is_ending = True
                 limit.reschedule(self._loop.time() + ENDING_S)
             elif reply.is_enough:
                 return

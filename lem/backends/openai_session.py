@@ -57,6 +57,8 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 NO_SUCH_PATH = (404, 405, 501)
 # The maximum size of an answer in bytes: for each token, and for everything else.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
+# The same for its events with output: a proxy may cut a token's text into several events.
+MOST_EVENTS_PER_TOKEN, MOST_EVENTS_BESIDE = 16, 1000
 # The maximum length in characters of a value that a server reports about itself.
 LONGEST_TOLD = 200
 # The HTTP statuses with which servers reject the form of a request, and the remedy to suggest.
@@ -210,6 +212,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
         os.environ.get(options.api_key_env),
         options.timeout_s,
         largest=LARGEST_REST + LARGEST_TOKEN * experiment.max_output_tokens,
+        most_events=MOST_EVENTS_BESIDE + MOST_EVENTS_PER_TOKEN * experiment.max_output_tokens,
         by_text=options.count == "tokenizer",
     )
     ending.callback(client.close)

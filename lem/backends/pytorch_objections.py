@@ -225,7 +225,7 @@ def _unsupported(model: Model, kind: str) -> Iterator[Objection]:
 
 
 def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Objection]:
-    config = model.config.get("quantization_config") or {}
+    config = model.quantization_config
     by_bitsandbytes = config.get("load_in_8bit") or config.get("load_in_4bit")
     method = str(config.get("quant_method") or ("bitsandbytes" if by_bitsandbytes else None))
     packages = [name for name in QUANTIZERS.get(method, ()) if not host.has(name)]

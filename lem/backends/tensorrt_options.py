@@ -61,6 +61,9 @@ OF_LEM = {
     "encode_only": "lem, which generates",
     "mpi_session": "lem",
 }
+# Arguments that name Python code that the engine loads and runs, and fields that do so within an argument.
+CODE = ("ray_worker_extension_cls",)
+CODE_INSIDE = ("connector_module",)
 # Arguments of earlier versions, and what to use instead.
 OF_BUILDING = (
     "build_config",
@@ -228,12 +231,28 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
         *_end_tokens(experiment, model),
         *_speculation(experiment),
         *_extra_args(options),
+        *(() if experiment.trust_remote_code else _code(options)),
         *_parts(options),
         *_cache(options),
         *unused_gpus(experiment, host.gpus),
         *model_objections(experiment, model, limit="max_seq_len"),
         *_weights(experiment, model, options),
     ]
+
+
+def _code(options: TensorrtBackend) -> Iterator[Objection]:
+    """Object to arguments that name code, because the configuration may come from someone else."""
+    for path in code_arguments(options):
+        yield Objection("engine_arg_code", path, "it names Python code that TensorRT-LLM would load and run.")
+
+
+def code_arguments(options: TensorrtBackend) -> dict[str, Any]:
+    """Return the paths and values of the arguments that name code that TensorRT-LLM would load and run."""
+    return {
+        f"backend.extra_args.{name}": value
+        for name, value in sorted((options.extra_args or {}).items())
+        if name in CODE or (isinstance(value, dict) and not value.keys().isdisjoint(CODE_INSIDE))
+    }
 
 
 def _weights(experiment: Experiment, model: Model | None, options: TensorrtBackend) -> Iterator[Objection]:

@@ -80,7 +80,10 @@ CODE = (
     "worker_extension_cls",
 )
 # Fields with the same effect, inside arguments that are mappings.
-CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path")
+CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path", "inductor_passes")
+# Arguments, and fields within an argument, that take a name of vLLM's own or the dotted path of a class or function.
+DOTTED = ("distributed_executor_backend",)
+DOTTED_INSIDE = ("backend",)
 # Arguments of earlier versions, and what to use instead.
 DROPPED = {
     "swap_space": "preempted requests are recomputed, unless their blocks are offloaded (kv_offloading_size in "
@@ -332,11 +335,18 @@ def code_arguments(options: VllmBackend) -> dict[str, Any]:
     named = {
         f"backend.engine_args.{name}": value
         for name, value in (options.engine_args or {}).items()
-        if name in CODE or (isinstance(value, dict) and not value.keys().isdisjoint(CODE_INSIDE))
+        if name in CODE
+        or (name in DOTTED and _is_dotted(value))
+        or (isinstance(value, dict) and not value.keys().isdisjoint(CODE_INSIDE))
+        or (isinstance(value, dict) and any(_is_dotted(value.get(field)) for field in DOTTED_INSIDE))
     }
     if options.speculative.method == CODE_METHOD:
         named["backend.speculative.method"] = [CODE_METHOD, options.speculative.model]
     return dict(sorted(named.items()))
+
+
+def _is_dotted(value: Any) -> bool:
+    return isinstance(value, str) and "." in value
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:

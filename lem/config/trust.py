@@ -14,16 +14,16 @@ import os
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lem.backends import tensorrt_options, vllm_options
 from lem.backends.openai_options import address_of
-from lem.backends.vllm_options import code_arguments
 from lem.config.layers import Sources, holds, origin
 from lem.config.problem import Location, shown_path
 from lem.errors import ConfigError
-from lem.spec.engines import OpenaiBackend, SimulatedBackend, VllmBackend
+from lem.spec.engines import OpenaiBackend, SimulatedBackend, TensorrtBackend, VllmBackend
 from lem.spec.experiment import Experiment
 from lem.workload import tiny
 
@@ -32,6 +32,10 @@ Kind = Literal["command", "code", "key"]
 MOST_BYTES = 64_000_000
 # Files of a model that determine which code is loaded.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
+
+# The interpolation of an environment variable, and the minimum length in characters of a value that may be a secret.
+OF_ENVIRONMENT = "oc.env"
+SHORTEST_SECRET = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Asked:
 def asked_by(experiment: Experiment, sources: Sources) -> list[Asked]:
     """Return everything that a composed experiment asks to run or send, with the origin of each request."""
     layers = sources.layers()
-    return [_with_origin(each, layers) for each in all_asked(experiment)]
+    return [*(_with_origin(each, layers) for each in all_asked(experiment)), *_variables(experiment.backend, layers)]
 
 
 def _with_origin(asked: Asked, layers: list[Any]) -> Asked:
@@ -87,9 +91,13 @@ def all_asked(experiment: Experiment) -> Iterator[Asked]:
     if not experiment.trust_remote_code or isinstance(backend, SimulatedBackend):
         return
     yield _code_of_models(experiment)
+    named: dict[str, Any] = {}
     if isinstance(backend, VllmBackend):
-        for path, value in code_arguments(backend).items():
-            yield _asked("code", path, f"{path.rpartition('.')[2]}={json.dumps(value, default=str)}")
+        named = vllm_options.code_arguments(backend)
+    elif isinstance(backend, TensorrtBackend):
+        named = tensorrt_options.code_arguments(backend)
+    for path, value in named.items():
+        yield _asked("code", path, f"{path.rpartition('.')[2]}={json.dumps(value, default=str)}")
 
 
 def _asked(kind: Kind, path: str, text: str, files: Iterable[Path] = ()) -> Asked:
@@ -165,10 +173,29 @@ def _key(backend: OpenaiBackend) -> Iterator[Asked]:
     """Yield the request to send an API key to another machine, if there is one."""
     if not os.environ.get(backend.api_key_env) or backend.url is None:
         return
+    if machine := _other_machine(backend):
+        yield _asked("key", "backend.api_key_env", f"the value of {backend.api_key_env} to {machine}")
+
+
+def _variables(backend: object, layers: list[Any]) -> Iterator[Asked]:
+    """Yield the request to send environment variables to another machine, because a file interpolates them."""
+    if not isinstance(backend, OpenaiBackend) or (machine := _other_machine(backend)) is None:
+        return
+    from_files = [layer for layer in layers if layer.kind in ("option", "preset", "file")]
+    if not any(OF_ENVIRONMENT in json.dumps(layer.values, default=str) for layer in from_files):
+        return
+    sent = json.dumps(asdict(backend), default=str)
+    held = {name: json.dumps(value)[1:-1] for name, value in os.environ.items() if len(value) >= SHORTEST_SECRET}
+    if names := sorted(name for name, value in held.items() if value in sent):
+        yield _asked("key", "backend", f"the value of {', '.join(names)} to {machine}")
+
+
+def _other_machine(backend: OpenaiBackend) -> str | None:
+    """Return the address of a server on another machine; None if it is on this one."""
+    if backend.url is None:
+        return None
     try:
         address = address_of(backend)
     except ConfigError:
-        return  # the address is rejected elsewhere
-    if not address.is_here:
-        text = f"the value of {backend.api_key_env} to {address.scheme}://{address.host}:{address.port}"
-        yield _asked("key", "backend.api_key_env", text)
+        return None  # the address is rejected elsewhere
+    return None if address.is_here else f"{address.scheme}://{address.host}:{address.port}"

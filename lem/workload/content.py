@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,12 @@ WESTERN_SHARE = 0.3
 
 OTHERS = {
     b"PK\x03\x04": "a zip archive or an office document; unpack it, or export it as CSV",
+    b"%PDF-": "a PDF document; save its text as UTF-8",
+    b"{\\rtf": "an RTF document; save it as plain text",
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file; fetch the file with git lfs pull",
 }
+# Escape sequences that switch the character set in encodings that are otherwise ASCII.
+SWITCHES = re.compile(rb"\x1b\$(\)C|[@AB(])")
 BYTE_ORDER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -91,6 +96,8 @@ def text_of(path: Path, data: bytes) -> str:
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             raise _encoded_as(path, 1, encoding)
+    if switch := SWITCHES.search(data):
+        raise _encoded_as(path, _line(data, switch.start()), "ISO-2022-KR" if switch[1] == b")C" else "ISO-2022-JP")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ SUFFIXES = (*KINDS, *COMPRESSED)
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # The first bytes of Parquet files.
 PARQUET = b"PAR1"
+# The beginning of markup, of JSON (or a Python list) whose rows span lines, and of YAML.
+MARKUP = re.compile(r"\s*<(!doctype\s|html\b|\?xml\b)", re.IGNORECASE)
+LIKE_JSON = re.compile(r"""\s*(\[\s*\{\s*["'][^"'\n]+["']\s*:|\{\s*\n\s*["'][^"'\n]+["']\s*:|\[\s*\n\s*["'{\[])""")
+LIKE_YAML = re.compile(rf"""(---\s*\n)?\s*(-\s+["']?({"|".join(PROMPT_COLUMNS)})["']?:\s|prompts:\s*\n\s*-\s)""")
 KNOWN = "json, jsonl (ndjson), csv, tsv, parquet and txt, also with .gz, .bz2, .xz or .zst"
 WITHOUT_HEADER = "If its first line is already a prompt, add a header line such as 'prompt' above it."
 
@@ -73,6 +78,10 @@ def _checked_kind(path: Path, text: str, kind: str) -> str:
         if kind == "":
             return found
         raise DatasetError(f"{path} contains JSON, not {_called(kind)}; rename it to .{found}.")
+    if what := _like_no_text(text):
+        raise DatasetError(
+            f"{path} {what}; its source would be run as prompts. Convert it to one prompt per line, or to JSON lines."
+        )
     if kind != "csv" and _is_table(text):
         raise DatasetError(
             f"{path} begins with a line of column names, which would be run as a prompt; rename the file to .csv, or "
@@ -95,6 +104,36 @@ def _json_kind(text: str) -> str | None:
     whole = _tried(text)
     rows = whole if isinstance(whole, list) else [whole]
     return "json" if rows and all(isinstance(row, (dict, str)) for row in rows) else None
+
+
+def _like_no_text(text: str) -> str | None:
+    """Return what text seems to be instead of prompts: markup, YAML, or JSON that is damaged; None if it is prompts."""
+    if MARKUP.match(text):
+        return "begins like HTML or XML"
+    if LIKE_YAML.match(text):
+        return "begins like YAML"
+    if LIKE_JSON.match(text):
+        return f"begins like JSON, {_fault_of_json(text)}"
+    lines = [line for line in text.split("\n") if line.strip()]
+    of_json = {number: row for number, line in enumerate(lines) if isinstance(row := _tried_row(line), dict)}
+    is_mostly_json = len(of_json) > 1 and 2 * len(of_json) >= len(lines)
+    if is_mostly_json or any(name in row for row in of_json.values() for name in PROMPT_COLUMNS):
+        return "has lines of JSON"
+    return None
+
+
+def _fault_of_json(text: str) -> str:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"but line {error.lineno} cannot be read as JSON"
+    except (ValueError, RecursionError) as error:
+        return f"but cannot be read: {error}"
+    return "but is not a list of rows"
+
+
+def _tried_row(line: str) -> Any:
+    return _tried(line) if line.lstrip().startswith("{") else None
 
 
 def _tried(text: str) -> Any:
@@ -183,6 +222,8 @@ def _csv(path: Path, text: str, column: str | None) -> Rows:
     csv.field_size_limit(sys.maxsize)
     delimiter = _delimiter(path, text, column)
     records = _records(path, text, delimiter)
+    if re.search(f'{re.escape(delimiter)} +"', text):
+        records = _with_spaced_quotes(path, text, delimiter, records)
     header = [name.strip() or f"column {i}" for i, name in enumerate(records[0][1], start=1)]
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
@@ -204,9 +245,27 @@ def _fields(count: int) -> str:
     return f"{count} field{'' if count == 1 else 's'}"
 
 
-def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+def _with_spaced_quotes(
+    path: Path, text: str, delimiter: str, records: list[tuple[int, list[str]]]
+) -> list[tuple[int, list[str]]]:
+    """Return the records of a file with a space before some quotes, which a strict reading takes for text.
+
+    The spaces are not text if the header has them too; otherwise it is unknown what the author meant.
+    """
+    spaced = _records(path, text, delimiter, skips_spaces=True)
+    if any(name.startswith(" ") for name in records[0][1][1:]):
+        return spaced
+    by_line = dict(spaced)
+    for line, fields in records:
+        if any(field.lstrip(" ").startswith('"') for field in fields) and by_line.get(line) != fields:
+            raise DatasetError(f"{path}, line {line} has a space before a quote; remove the space.")
+    return records
+
+
+def _records(path: Path, text: str, delimiter: str, *, skips_spaces: bool = False) -> list[tuple[int, list[str]]]:
     """Return the records, each with the number of its first line, starting with the first record that is not blank."""
-    reader = csv.reader(_physical_lines(text), delimiter=delimiter, strict=True)
+    lines = _physical_lines(text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=skips_spaces)
     records: list[tuple[int, list[str]]] = []
     line = 1
     try:

@@ -17,6 +17,10 @@ ADAPTER_FILE = "adapter_config.json"
 # Keys under which a multimodal model's configuration has the configuration of its language model.
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
+# The maximum number of layers that is believed, and the maximum length in characters of a value in a message.
+MOST_LAYERS = 10_000
+LONGEST_SHOWN = 40
+
 
 @dataclass(frozen=True)
 class Model:
@@ -31,6 +35,12 @@ class Model:
     def random_weights(self) -> bool:
         """Whether the weights are random, so that the model's text is meaningless."""
         return self.name == tiny.NAME
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """How the weights are quantized, as in config.json; empty if they are not."""
+        found = self.config.get("quantization_config")
+        return found if isinstance(found, dict) else {}
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -88,7 +98,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file} cannot be read: {error}.") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file} is not a model's configuration.")
+    for part in (content, *(content[name] for name in LANGUAGE_PARTS if isinstance(content.get(name), dict))):
+        _refuse_odd_values(file, part)
     return content
+
+
+def _refuse_odd_values(file: Path, config: dict[str, Any]) -> None:
+    """Refuse types that are not names, and a number of layers whose construction would not end."""
+    kind, layers, classes = (config.get(name) for name in ("model_type", "num_hidden_layers", "architectures"))
+    if not isinstance(kind, str | None):
+        raise ModelError(f"{file}: model_type is {_shown(kind)}, not a name; correct the file.")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+        raise ModelError(f"{file}: architectures is {_shown(classes)}, not a list of names; correct the file.")
+    if layers is not None and (type(layers) is not int or not 0 <= layers <= MOST_LAYERS):
+        limit = f"not a number from 0 to {MOST_LAYERS}"
+        raise ModelError(f"{file}: num_hidden_layers is {_shown(layers)}, {limit}; correct the file.")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ PROMPT_COLUMNS = (
 # The maximum number of columns that a message lists.
 MOST_LISTED = 20
 USER_ROLES = ("human", "user")
+# The beginning of a list of turns in JSON.
+CONVERSATION = re.compile(r"\s*\[\s*\{\s*\"")
 
 Row = Mapping[str, Any]
 
@@ -136,13 +139,19 @@ def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: 
             raise DatasetError(
                 f"{source} has no column '{asked}'.{did_you_mean(asked, columns)} Its columns: {listed}.{hint}"
             )
-        return asked
+        return _once(asked, columns, source)
     by_name = [name for name in PROMPT_COLUMNS if name in columns]
     if by_name:
-        return by_name[0]
+        return _once(by_name[0], columns, source)
     raise DatasetError(
         f"{source}: no column has a name that suggests prompts. Name one with --column; the columns are {listed}.{hint}"
     )
+
+
+def _once(column: str, columns: Sequence[str], source: str) -> str:
+    if columns.count(column) > 1:
+        raise DatasetError(f"{source} has two columns '{column}'; rename one of them.")
+    return column
 
 
 def shortened(text: str, most: int) -> str:
@@ -185,12 +194,31 @@ def _checked_text(row: Row, column: str, rows: Rows, index: int) -> str:
         raise DatasetError(
             f"{rows.place(index)}: column '{column}' contains {kind} values, not text; choose another with --column."
         )
+    if _is_conversation(text):
+        raise DatasetError(
+            f"{rows.place(index)}: column '{column}' contains a conversation written as JSON text, which would be sent "
+            "as it is; convert it to a list of turns."
+        )
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
             raise DatasetError(f"{rows.place(index)}: {half_a_character(text)}") from None
     return text
+
+
+def _is_conversation(text: str) -> bool:
+    """Return whether a text is the JSON of a list of turns rather than a prompt."""
+    if not CONVERSATION.match(text):
+        return False
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    keys = ({"role", "content"}, {"from", "value"})
+    return isinstance(turns, list) and all(
+        isinstance(t, dict) and any(each <= t.keys() for each in keys) for t in turns
+    )
 
 
 def sha256_of(texts: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lem.backends import backend_class, fit, make_backend
+from lem.backends.checkpoint import as_sent
 from lem.backends.pytorch_objections import objections
 from lem.errors import ModelError, RunError
 from lem.machine.host import Host
@@ -78,6 +80,30 @@ def change_weights(folder, change):
 def change_json(folder, name, **values):
     file = folder / name
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+# ------------------------------------------------------------------ odd values
+ODD_VALUES = ("x", [], {}, [[]], None, -1, 0, 1.5, 10**30, float("inf"))
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=str)
+@pytest.mark.parametrize("name", [*fit.SIZES, "quantization_config", "architectures", "model_type"])
+def test_odd_value_in_a_config_is_no_traceback(copied, name, value):
+    """Each value is refused, or leads to objections or to none; no value makes the checks fail or hang."""
+    change_json(copied, "config.json", **{name: value})
+    try:
+        codes(copied)
+        refusal = None
+    except ModelError as error:
+        refusal = str(error)
+    assert refusal is None or re.fullmatch(rf"\S+config\.json: {name} is .+, not .+; correct the file\.", refusal)
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=str)
+def test_odd_limit_of_a_tokenizer_is_no_traceback(copied, value):
+    change_json(copied, "tokenizer_config.json", model_max_length=value)
+    (sent, _), *_ = as_sent(asked(copied), find(str(copied)), ["a prompt"])
+    assert sent.token_ids
 
 
 # ------------------------------------------------------------------ missing weights

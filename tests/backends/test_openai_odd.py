@@ -144,6 +144,9 @@ ANSWERS = {
     "connection kept after [DONE]": lambda body: [
         response(lines(events(body)) + DONE, kind=EVENT_STREAM, length=False, Content_Length="99999"), 30.0
     ],
+    "comments for ever after [DONE]": lambda body: [
+        response(lines(events(body)) + DONE, kind=EVENT_STREAM, length=False), *[b": ping\n\n", 0.02] * 3000
+    ],
     "finish reason eos_token": lambda body: stream(events(body, finish="eos_token")),
     "no finish reason": lambda body: stream(events(body, finish=None)),
     "usage alone": lambda body: stream(events(body, ids=False)),
@@ -349,6 +352,32 @@ FAULTS = {
     "comments for ever": (
         lambda _: [response(b"", kind=EVENT_STREAM, length=False), *[b": ping\n\n", 0.05] * 200],
         r"The server at .* has sent nothing for 1 s .*",
+    ),
+    "events without output for ever": (
+        lambda b: [response(some(b), kind=EVENT_STREAM, length=False), *[b'data: {"choices": []}\n\n', 0.05] * 400],
+        r"The server at .* has sent nothing for 1 s .*",
+    ),
+    "empty texts for ever": (
+        lambda _: [response(b"", kind=EVENT_STREAM, length=False), *[lines([{"choices": [choice("")]}]), 0.05] * 400],
+        r"The server at .* has sent nothing for 1 s .*",
+    ),
+    "reasons to finish for ever": (
+        lambda _: [
+            response(b"", kind=EVENT_STREAM, length=False), *[lines([{"choices": [choice("", "stop")]}]), 0.05] * 400
+        ],
+        r"The server at .* has sent nothing for 1 s .*",
+    ),
+    "pings as events for ever": (
+        lambda _: [response(b"", kind=EVENT_STREAM, length=False), *[b"event: ping\ndata: {}\n\n", 0.05] * 400],
+        r"The server at .* has sent nothing for 1 s .*",
+    ),
+    "tokens for ever": (
+        lambda b: [response(b"", kind=EVENT_STREAM, length=False), *[some(b, 1) * 10, 0.001] * 20_000],
+        r"it sent more than 1064 events with output, and would not stop\.",
+    ),
+    "counts of each event": (
+        lambda b: stream(events(b, ids=False, each=lambda _: usage(1), final=False)),
+        r"it sent text in 4 events but counted 1 output tokens; set backend\.count=tokenizer .*",
     ),
     "a drip": (
         lambda _: [response(b"data: ", kind=EVENT_STREAM, length=False), *[b"x", 0.05] * 200],

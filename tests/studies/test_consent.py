@@ -341,6 +341,16 @@ def found(folder: Path, text: str, *overrides: str) -> dict[str, bool]:
             ("trust_remote_code=true",),
             {"trust_remote_code": True, "backend.engine_args.worker_cls": False},
         ),
+        (
+            "backend: {name: vllm, engine_args: {compilation_config: {backend: a.b}}}",
+            ("trust_remote_code=true",),
+            {"trust_remote_code": True, "backend.engine_args.compilation_config": False},
+        ),
+        (
+            "backend: {name: tensorrt, extra_args: {kv_connector_config: {connector_module: a}}}",
+            ("trust_remote_code=true",),
+            {"trust_remote_code": True, "backend.extra_args.kv_connector_config": False},
+        ),
         ("backend: {name: openai, url: 'http://127.0.0.1:1'}", (), {}),
         ("backend: {name: openai, url: 'http://elsewhere.example'}", (), {"backend.api_key_env": False}),
         ("backend: openai", ("backend.url=http://elsewhere.example",), {"backend.api_key_env": True}),
@@ -354,6 +364,37 @@ def found(folder: Path, text: str, *overrides: str) -> dict[str, bool]:
 def test_what_is_asked_for_and_whose_words_it_is(text, overrides, expected, folder, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert found(folder, f"model: tiny\n{text}\n", *overrides) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "is_asked"),
+    [
+        ("backend: {name: openai, url: 'http://elsewhere.example/${oc.env:A_SECRET}'}", True),
+        ("backend: {name: openai, url: 'http://elsewhere.example', extra_body: {x: '${oc.env:A_SECRET}'}}", True),
+        (
+            "revision: '${oc.env:A_SECRET}'\n"
+            "backend: {name: openai, url: 'http://elsewhere.example', model_name: 'a ${revision}'}",
+            True,
+        ),
+        (
+            "revision: A_SECRET\n"
+            "backend: {name: openai, url: 'http://elsewhere.example', model_name: '${oc.env:${revision}}'}",
+            True,
+        ),
+        ("backend: {name: openai, url: 'http://127.0.0.1:1', extra_body: {x: '${oc.env:A_SECRET}'}}", False),
+        ("revision: '${oc.env:A_SECRET}'\nbackend: {name: openai, url: 'http://elsewhere.example'}", False),
+    ],
+)
+def test_variables_that_a_file_would_send_to_another_machine_are_asked_for(text, is_asked, folder, lem, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "swordfish")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (folder / "my.yaml").write_text(f"model: tiny\ndataset: sample\nenergy: none\n{text}\n")
+    assert gets_through(lem, "experiment", "-y", "my.yaml") != is_asked
+    if is_asked:
+        done = lem("experiment", "-y", "my.yaml")
+        assert "the value of A_SECRET to http://elsewhere.example:80. " in done.err
+        assert "swordfish" not in done.err
+        assert gets_through(lem, "experiment", "-y", "my.yaml", "--allow-key")
 
 
 def test_a_key_that_is_not_set_is_not_sent(folder, monkeypatch):

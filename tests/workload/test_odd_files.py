@@ -58,6 +58,15 @@ def empty_parquet(**types):
     return parquet([], **(types or {"text": pyarrow.string()}))
 
 
+def two_columns_parquet():
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table([pyarrow.array(["a"])] * 2, names=["text", "text"]), out)
+    return out.getvalue()
+
+
 def broken_text_parquet(data):
     """A column of text that is not UTF-8."""
     import pyarrow
@@ -109,6 +118,8 @@ READ = [
     ("p.txt", b'{"a": 1} is JSON\nplain\n', ('{"a": 1} is JSON', "plain")),
     ("p.txt", b'What does [1, 2] mean?\n[1, 2]\n', ("What does [1, 2] mean?", "[1, 2]")),
     ("p.txt", b"[1, 2, 3]\n", ("[1, 2, 3]",)),
+    ("p.txt", b'{"a": 1}\nplain\nmore\n', ('{"a": 1}', "plain", "more")),
+    ("p.txt", b"<b>bold</b>\n- a point\nquestion: why?\n", ("<b>bold</b>", "- a point", "question: why?")),
     ("p.txt", b"First question, then text\nHello, you\n", ("First question, then text", "Hello, you")),
     ("p.txt", b"'\"`,;\t|\n", ("'\"`,;\t|",)),
     # ------------------------------------------------------ JSON
@@ -135,6 +146,8 @@ READ = [
     ("p.csv", b"\xef\xbb\xbfprompt,x\r\na,1\r\n", ("a",)),
     ("p.csv", b",text\n0,a\n1,b\n", ("a", "b")),
     ("p.csv", b"id, text\n1,a\n", ("a",)),
+    ("p.csv", b'id, text\n1, "a, b"\n2, "c"\n', ("a, b", "c")),
+    ("p.csv", b'id,text\n1,"a, ""b"""\n2," ""c"""\n', ('a, "b"', ' "c"')),
     ("p.csv", b"prompt\n" + b"x" * 200_000 + b"\n", ("x" * 200_000,)),
     ("p.csv", b"prompt\none; two\tthree|four\n", ("one; two\tthree|four",)),
     ("p.csv", b"id,text\r1,a\r2,b\r", ("a", "b")),
@@ -168,6 +181,20 @@ REFUSED = [
     ("p", b"id\tprompt\n1\ta\n", " begins with a line of column names"),
     ("p.txt", b"prompt\nHello, you\n", " begins with a line of column names"),
     ("p", b'"question"\n"Who?"\n', " begins with a line of column names"),
+    ("p.txt", JSONL + b'{"text": \n', " has lines of JSON; its source would be run as prompts"),
+    ("p", JSONL + b'{"text": \n', " has lines of JSON"),
+    ("p.txt", b'// rows\n{"text": "a"}\n', " has lines of JSON"),
+    ("p.csv", b'{"id": 1}\n{"id": 2}\nplain\n', " has lines of JSON"),
+    ("p.txt", json.dumps(ROWS, indent=1).encode()[:-5], " begins like JSON, but line 6 cannot be read"),
+    ("p", b'[\n{"text": "a"},\n]\n', " begins like JSON, but line 3 cannot be read"),
+    ("p.txt", b"[\n[1],\n[2]\n]\n", " begins like JSON, but is not a list of rows"),
+    ("p.txt", b"[{'text': 'a'}]\n", " begins like JSON, but line 1 cannot be read"),
+    ("p", b"- text: a\n- text: b\n", " begins like YAML"),
+    ("p.txt", b"---\nprompts:\n  - a\n", " begins like YAML"),
+    ("p.txt", b"<!DOCTYPE html>\n<html>\n", " begins like HTML or XML"),
+    ("p", b"\n<?xml version='1.0'?>\n<a/>\n", " begins like HTML or XML"),
+    ("p.txt", b"%PDF-1.4\n%\xe2\xe3\n", " is a PDF document"),
+    ("p.txt", b"{\\rtf1\\ansi a}", " is an RTF document"),
     ("p.parquet", JSONL, " cannot be read as Parquet"),
     ("p.jsonl", b"plain text\n", ", line 1 cannot be read as JSON"),
     ("p.jsonl", b"- text: yaml\n", ", line 1 cannot be read as JSON"),
@@ -209,6 +236,10 @@ REFUSED = [
     ("p.csv", b"prompt\nHello, how are you\n", ", line 2 has 2 fields where line 1 has 1"),
     ("p.csv", b"id,prompt\n1,a\n2\n", ", line 3 has 1 field where line 1 has 2"),
     ("p.csv", b'id,prompt\n1,"a\nb"\n2,c,d\n', ", line 4 has 3 fields where line 1 has 2"),
+    ("p.csv", b'id,prompt\n1,a\n2, "b"\n', ", line 3 has a space before a quote"),
+    ("p.csv", b'prompt\n"[{""role"": ""user"", ""content"": ""a""}]"\n', ", line 2: column 'prompt' contains a conv"),
+    ("p.txt", b'a\n[{"from": "human", "value": "b"}]\n', ", line 2: column 'text' contains a conversation"),
+    ("p.parquet", two_columns_parquet, " has two columns 'text'"),
     ("p.csv", b"prompt,prompt\na,b\n", ", line 1 names two columns 'prompt'"),
     ("p.csv", b'prompt\n"never closed\n', ", line 2 cannot be read as CSV"),
     ("p.csv", b'prompt\n"a" b\n', ", line 2 cannot be read as CSV"),
@@ -234,6 +265,8 @@ REFUSED = [
     ("p.txt", "Объясни мне квантовую механику\n".encode("cp1251"), ", line 1 is not in UTF-8 but probably in cp1251"),
     ("p.txt", "量子力学をわかりやすく説明してください\n".encode("shift_jis"), "convert the file with iconv -f CP932"),
     ("p.txt", "请用简单的语言解释量子力学\n".encode("gb18030"), "probably in gb18030"),
+    ("p.txt", "one\n量子力学\n".encode("iso2022_jp"), ", line 2 is not in UTF-8 but probably in ISO-2022-JP"),
+    ("p.csv", "prompt\n안녕하세요\n".encode("iso2022_kr"), "probably in ISO-2022-KR"),
     ("p.txt", "one\ntwo\n".encode("utf-16"), ", line 1 is not in UTF-8 but probably in UTF-16"),
     ("p.csv", "prompt\ntwo\n".encode("utf-16-le"), ", line 1 is not in UTF-8 but probably in UTF-16"),
     ("p.jsonl", '{"text": "a"}\n'.encode("utf-32"), ", line 1 is not in UTF-8 but probably in UTF-32"),

@@ -43,6 +43,18 @@ EXAMPLES = [
         tensorrt("backend.extra_args={kv_cache_config: {use_uvm: true}}"),
     ),
     Example(
+        "engine_arg_code",
+        "backend.extra_args.kv_connector_config",
+        tensorrt("backend.extra_args={kv_connector_config: {connector_module: mine}}"),
+        tensorrt("trust_remote_code=true", "backend.extra_args={kv_connector_config: {connector_module: mine}}"),
+    ),
+    Example(
+        "engine_arg_code",
+        "backend.extra_args.ray_worker_extension_cls",
+        tensorrt("backend.extra_args={ray_worker_extension_cls: my.Extension}"),
+        tensorrt("backend.extra_args={orchestrator_type: ray}"),
+    ),
+    Example(
         "dropped_engine_arg",
         "backend.extra_args.use_cuda_graph",
         tensorrt("backend.extra_args={use_cuda_graph: true}"),

@@ -90,6 +90,24 @@ EXAMPLES = [
     ),
     Example(
         "engine_arg_code",
+        "backend.engine_args.distributed_executor_backend",
+        vllm("backend.engine_args={distributed_executor_backend: my.Executor}"),
+        vllm("backend.engine_args={distributed_executor_backend: mp}"),
+    ),
+    Example(
+        "engine_arg_code",
+        "backend.engine_args.compilation_config",
+        vllm("backend.engine_args={compilation_config: {backend: my.compile}}"),
+        vllm("backend.engine_args={compilation_config: {backend: inductor}}"),
+    ),
+    Example(
+        "engine_arg_code",
+        "backend.engine_args.compilation_config",
+        vllm("backend.engine_args={compilation_config: {inductor_passes: {post: my.change}}}"),
+        vllm("backend.engine_args={compilation_config: {mode: 3}}"),
+    ),
+    Example(
+        "engine_arg_code",
         "backend.speculative.method",
         vllm("backend.speculative.method=custom_class", "backend.speculative.model=my.Drafter"),
         vllm(*NGRAM),
