@@ -306,7 +306,7 @@ def test_times_that_requests_of_a_batch_share_count_once():
     ]  # fmt: skip
     made = row(record(rows), rows=rows, count=400)
     (text,) = [each for each in made.warnings if each.startswith("few_samples")]
-    assert "latency, time to first token, time per output token: 4 values, p50 needs 5" in text
+    assert "latency, time to first token, time per output token: 4 values, but p50 needs 5" in text
     assert "inter-token latency: 8 values" in text
     assert made.latency_p50_s == 0.5
     apart = [replace(r, rank=r.request % 100) for r in rows]
