@@ -147,6 +147,10 @@ def test_a_failed_cell_is_tried_again_and_an_arm_that_only_fails_is_given_up(lem
     assert by_arm["quick"] == ["completed"] * 3
     assert by_arm["slow"] == ["failed", "failed", "not run"]
     assert "slow was abandoned after 3 failures in a row." in done.out
+    # A cell that is retried is one cell in the progress, too.
+    assert [line.rpartition("(")[2] for line in done.err.splitlines() if " ended, " in line][-1] == (
+        "5 of 6 ended, 2 failed)"
+    )
     # Two fail in the first cycle and one in the second; then no more are run.
     assert len(os.listdir(arms / "results" / "raw")) == 3 + 3
     assert "slow and quick have no cycle in common" in done.out
