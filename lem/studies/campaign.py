@@ -134,8 +134,7 @@ def measure(
     options: RunOptions,
     presentation: Presentation = Presentation(),
 ) -> int:
-    """Check composed arms, measure them, and present the answer; return 0, or 1 if any cell has no result or
-    an arm cannot be compared.
+    """Check composed arms, measure them, and present the answer; return 0, or 1 if cells or comparisons lack values.
 
     Args:
         campaign: the campaign's settings; its name has been checked.
@@ -467,6 +466,7 @@ def _measure(
         if kept is None:
             _begin(manifest, planned.definition)
         _write_missing_rows(manifest, store, options)
+        code = 1
         try:
             if any(not state.is_settled for state in states):
                 run_cells(
