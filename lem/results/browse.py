@@ -210,7 +210,7 @@ def campaign_folder(store: Store, text: str) -> Path | None:
     """Return the directory of the campaign with this name or directory; None if it is none, or an experiment's id."""
     from lem.results.campaign import DEFINITION, folder_named
 
-    if store.directory(text).path.is_dir() and ID.fullmatch(text):
+    if ID.fullmatch(text) and store.directory(text).path.is_dir():
         return None
     try:
         folder = folder_named(text, store)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -226,9 +227,9 @@ def folder_named(text: str, store: Store) -> Path:
     Raises:
         ResultsError: the text is neither.
     """
-    folder = Path(text)
-    if (folder / DEFINITION).is_file():
-        return folder.resolve()
+    # Not Path.is_file, which raises if the text is too long for a path.
+    if text and os.path.isfile(os.path.join(text, DEFINITION)):
+        return Path(text).resolve()
     if not re.fullmatch(NAME, text):
         raise ResultsError(f"'{text}' is neither the name nor the directory of a campaign.")
     return folder_of(store, text)

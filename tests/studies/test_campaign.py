@@ -239,6 +239,7 @@ def test_what_shows_an_experiment_is_refused_for_a_campaign(lem, arms):
     done = lem("results", "show", "on")
     assert done.code == 2
     assert done.err == "Error: There is no experiment 'on' and no campaign of that name in results. Nearest: one.\n"
+    assert lem("results", "show", "x" * 300).err.startswith("Error: There is no experiment 'xxx")
 
 
 def test_an_experiment_is_not_hidden_by_a_campaign_with_its_id(lem, arms):
@@ -496,6 +497,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         (["--resume", "x", "--baseline", "quick"], "leave out config files and settings"),
         (["--resume", "x"], "There is no campaign 'x'"),
         (["--resume", "other"], "There is no campaign 'other'"),
+        (["--resume", "x" * 300], "is neither the name nor the directory of a campaign"),
         (["--resume", ""], "'' is neither the name nor the directory of a campaign"),
     ],
 )
