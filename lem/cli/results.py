@@ -87,7 +87,7 @@ def results_show(
         str,
         typer.Argument(
             metavar="ID|CAMPAIGN",
-            help="Experiment id or the beginning of one, or the name of a campaign.",
+            help="Experiment id or the beginning of one, or the name or directory of a campaign.",
             autocompletion=complete.experiment_ids,
         ),
     ],
@@ -102,6 +102,7 @@ def results_show(
     from lem.results import browse
 
     store = browse.store_at(results_dir)
-    if browse.is_campaign(store, experiment_id):
-        raise typer.Exit(browse.show_campaign(store, experiment_id, as_json=as_json))
+    if folder := browse.campaign_folder(store, experiment_id):
+        code = browse.show_campaign(folder, raw=raw, environment=environment, as_json=as_json)
+        raise typer.Exit(code)
     raise typer.Exit(browse.show_experiment(store, experiment_id, raw=raw, environment=environment, as_json=as_json))

@@ -27,6 +27,8 @@ from lem.machine.host import Host, look
 from lem.results.codec import to_plain
 from lem.results.stopping import rule_of
 from lem.runner.preflight import objections
+from lem.spec.campaign import Measure
+from lem.spec.conflicts import unmeasured
 from lem.spec.experiment import Experiment
 from lem.units import is_printable, one_line
 
@@ -104,6 +106,7 @@ def problems(
     config_dir: Path | None = None,
     any_machine: bool = False,
     overrides: Sequence[str] = (),
+    primary: Measure | None = None,
 ) -> list[Problem]:
     """Return all problems of a config file: in its text, in its keys and values, and conflicts between values.
 
@@ -113,6 +116,7 @@ def problems(
         config_dir: a directory with the user's own options.
         any_machine: ignore problems specific to this machine.
         overrides: Hydra overrides to check the file with.
+        primary: the measure by which a campaign compares this configuration.
     """
     inputs = read_inputs(file, overrides, config_dir)
     if not inputs.sources.file.layers:
@@ -132,7 +136,7 @@ def problems(
                 Location(file),
             )
         )
-    return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known)], file)
+    return _in_order([*known, *_objections(experiment, host, inputs, any_machine, known, primary)], file)
 
 
 def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_machine: bool) -> Sequence[Problem]:
@@ -147,7 +151,7 @@ def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_ma
     found: list[Problem] = []
     for source, arm in arms:
         overrides = [*settings_of_arms(campaign), *campaign.overrides, *source.overrides]
-        found += problems(arm, host, config_dir, any_machine, overrides)
+        found += problems(arm, host, config_dir, any_machine, overrides, campaign.primary)
     if len(arms) < 2:
         message = f"a campaign compares at least two configurations, not {len(arms)}."
         found.append(Problem("out_of_range", "arms", message, Location(file)))
@@ -179,12 +183,17 @@ def _in_order(found: Sequence[Problem], first: Path) -> list[Problem]:
 
 
 def _objections(
-    experiment: Experiment, host: Host, inputs: Inputs, any_machine: bool, known: Sequence[Problem]
+    experiment: Experiment,
+    host: Host,
+    inputs: Inputs,
+    any_machine: bool,
+    known: Sequence[Problem],
+    primary: Measure | None,
 ) -> list[Problem]:
     """Return the objections of the rules, except those about values already reported as wrong."""
     found: Found = [
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
-        for objection in objections(experiment, host)
+        for objection in [*objections(experiment, host), *(unmeasured(experiment, primary) if primary else [])]
         if not (any_machine and objection.scope == "machine")
         and not _is_about(f"{objection.path} {objection.message}", known)
     ]

@@ -24,7 +24,7 @@ from lem.config.userfile import MAX_FILES, merged
 from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
 from lem.results.codec import adapter, to_plain
-from lem.spec.campaign import NAME_IN_WORDS, STRUCTURES, ArmSource, Campaign
+from lem.spec.campaign import LIKE_AN_ID, NAME_IN_WORDS, STRUCTURES, ArmSource, Campaign, is_like_an_id
 from lem.spec.paths import expanded
 
 CONFIG_MODULE = "lem.conf"
@@ -118,7 +118,7 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
         message = f"unknown key.{did_you_mean(str(key), KEYS)}"
         found.problems.append(Problem("unknown_key", str(key), message, _location(found, given, (key,))))
     campaign, problems = _checked(_composed(structure, {k: v for k, v in wanted.items() if k not in unknown}))
-    for path, problem in [*problems, *adaptive.problems(campaign)]:
+    for path, problem in [*problems, *_of_name(campaign), *adaptive.problems(campaign)]:
         problem = adaptive.explained(problem) if path == ("until_ci",) else problem
         found.problems.append(replace(problem, location=_location(found, given, path)))
     if campaign is None or found.problems:
@@ -184,6 +184,11 @@ def _checked(values: dict[str, Any]) -> tuple[Campaign | None, list[tuple[KeyPat
         # pydantic also complains that the arm is not a string; report only the problem with the value inside the arm.
         inner = [path for path in by_path if not any(path == other[: len(path)] for other in by_path if other != path)]
         return None, [(path, _problem(path, by_path[path])) for path in inner]
+
+
+def _of_name(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
+    if campaign is not None and campaign.name is not None and is_like_an_id(campaign.name):
+        yield ("name",), Problem("out_of_range", "name", f"'{campaign.name}' {LIKE_AN_ID}.")
 
 
 def _path(values: Any, location: Iterable[str | int]) -> KeyPath:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from msgspec import structs
 
-from lem.errors import ResultsError, RunError, did_you_mean
+from lem.errors import ResultsError, RunError, did_you_mean, nearest
 from lem.record import DeviceState, Environment
 from lem.results import show
 from lem.results.aggregate import Aggregated, aggregate_all, catch_up, is_fresh, read
@@ -25,7 +24,7 @@ from lem.results.plan import FINISHED, State
 from lem.results.rows import Rows
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.show import NOT_MEASURED, STATUS_STYLE, WIDE, console, marked, print_table, say_estimates
-from lem.results.store import Store, age, default_root, resume_command
+from lem.results.store import ID, Store, age, default_root, results_flag, resume_command
 from lem.results.tables import Tables
 from lem.units import one_line, plain, quantity
 
@@ -207,20 +206,34 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
     return 0
 
 
-def is_campaign(store: Store, name: str) -> bool:
-    """Return whether a results directory contains a campaign of this name."""
-    from lem.results.campaign import DEFINITION, folder_of
-    from lem.spec.campaign import NAME
+def campaign_folder(store: Store, text: str) -> Path | None:
+    """Return the directory of the campaign with this name or directory; None if it is none, or an experiment's id."""
+    from lem.results.campaign import DEFINITION, folder_named
 
-    return re.fullmatch(NAME, name) is not None and (folder_of(store, name) / DEFINITION).is_file()
+    if ID.fullmatch(text) and store.directory(text).path.is_dir():
+        return None
+    try:
+        folder = folder_named(text, store)
+    except ResultsError:
+        return None
+    return folder if (folder / DEFINITION).is_file() else None
 
 
-def show_campaign(store: Store, name: str, *, as_json: bool) -> int:
-    """Print the results of a campaign from its files; return 0."""
-    from lem.results.campaign import answer, folder_of, read_cells, read_definition
+def show_campaign(folder: Path, *, raw: bool, environment: bool, as_json: bool) -> int:
+    """Print the results of a campaign from its files; return 0.
+
+    Raises:
+        ResultsError: its files are damaged, or an option was given that shows a single experiment.
+    """
+    from lem.results.campaign import answer, read_cells, read_definition, store_of
     from lem.results.campaign_show import as_plain, show_answer
 
-    folder = folder_of(store, name)
+    store = store_of(folder)
+    for flag in (flag for flag, is_given in (("--raw", raw), ("--environment", environment)) if is_given):
+        raise ResultsError(
+            f"{flag}: it shows one experiment, and '{folder.name}' is a campaign; to list its experiments: "
+            f"lem results list --campaign {folder.name}{results_flag(store)}"
+        )
     found = answer(read_definition(folder), read_cells(store, folder))
     if as_json:
         print(show.as_json(as_plain(found)))
@@ -235,9 +248,23 @@ def _find(store: Store, text: str) -> ExperimentDir:
         return store.find(text)
     except ResultsError:
         names = [name for name in Tables(store).locations() if name.startswith(text)]
-        if len(names) != 1:
-            raise
-        return store.directory(names[0])
+        if len(names) == 1:
+            return store.directory(names[0])
+        _refuse_near_campaigns(store, text, [*store.ids(), *names])
+        raise
+
+
+def _refuse_near_campaigns(store: Store, text: str, ids: Sequence[str]) -> None:
+    """Raise `ResultsError` with the nearest names if a campaign's is among them and no experiment matches."""
+    from lem.results.campaign import names_in
+
+    campaigns = names_in(store)
+    close = nearest(text, [*ids, *campaigns])
+    if text and not any(name.startswith(text) for name in ids) and not set(close).isdisjoint(campaigns):
+        raise ResultsError(
+            f"There is no experiment '{text}' and no campaign of that name in {store.root}. Nearest: "
+            f"{', '.join(close)}."
+        )
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,8 +36,8 @@ from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import CONFIDENCE, detectable_errors, line_through, summarise
 from lem.results.stopping import ANALYSES, Rule, is_narrow, rule_of
-from lem.results.store import ID, Store
-from lem.spec.campaign import Campaign, square_size
+from lem.results.store import ID, Store, results_flag
+from lem.spec.campaign import NAME, Campaign, square_size
 from lem.spec.experiment import Experiment
 from lem.warning_codes import warning
 
@@ -83,7 +85,8 @@ class Definition:
     """The definition of a campaign.
 
     `prompts_sha256` has the digest of each cycle's prompts, in cycle order. `nominal_level` is the level of an adaptive
-    campaign's intervals, as calibrated when it began; None if the campaign is not adaptive.
+    campaign's intervals, as calibrated when it began; None if the campaign is not adaptive. `working_dir` is the
+    directory in which it was started: relative paths in the arms' configurations start there.
     """
 
     campaign: Campaign
@@ -92,6 +95,7 @@ class Definition:
     machine: Machine
     overrides: tuple[str, ...] = ()
     nominal_level: float | None = None
+    working_dir: str | None = None
     lem_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -124,6 +128,8 @@ class CellEntry:
     row: ExperimentRow | None = None
     # Whether the cell was skipped because its arm had been given up.
     given_up: bool = False
+    # Why it has no result: how its experiment failed, or that its arm had been given up.
+    error: str | None = None
 
 
 class ArmRow(Struct, frozen=True, kw_only=True):
@@ -142,9 +148,12 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     source: Annotated[
         str | None, "Source of the energy: counter, integral, estimate, replay or simulated; null without energy."
     ]
-    mean: Annotated[float | None, "Mean over the cells; null if a completed cell lacks a value."]
+    mean: Annotated[
+        float | None, "Mean over the completed cells; null if there are none, or if one of them lacks a value."
+    ]
     ci95_low: Annotated[float | None, "95 % interval of the mean, lower end; null with fewer than two cells."]
     ci95_high: Annotated[float | None, "95 % interval of the mean, upper end."]
+    reason: Annotated[str | None, "Why the mean is null; null if it is not."]
 
 
 class PairRow(Struct, frozen=True, kw_only=True):
@@ -195,6 +204,12 @@ class Answer:
         return _last_cycle(self.definition, self.cells)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every arm is compared with the baseline by the primary measure."""
+        compared = {pair.arm for pair in self.pairs if pair.is_primary and pair.ratio is not None}
+        return all(arm.name in compared for arm in self.definition.arms if arm.name != self.definition.baseline)
+
+    @property
     def cycles_begun(self) -> int:
         """The last cycle in which a cell has begun; 0 if no cell has begun."""
         return max(_begun(self.cells), default=0)
@@ -204,6 +219,25 @@ class Answer:
 def folder_of(store: Store, name: str) -> Path:
     """Return a campaign's directory, whether or not it exists."""
     return store.root / FOLDER / name
+
+
+def folder_named(text: str, store: Store) -> Path:
+    """Return the directory of a campaign, given its name or its directory, which need not be in the store.
+
+    Raises:
+        ResultsError: the text is neither.
+    """
+    # Not Path.is_file, which raises if the text is too long for a path.
+    if text and os.path.isfile(os.path.join(text, DEFINITION)):
+        return Path(text).resolve()
+    if not re.fullmatch(NAME, text):
+        raise ResultsError(f"'{text}' is neither the name nor the directory of a campaign.")
+    return folder_of(store, text)
+
+
+def store_of(folder: Path) -> Store:
+    """Return the results directory that contains a campaign's directory."""
+    return Store(folder.resolve().parent.parent)
 
 
 def names_in(store: Store) -> list[str]:
@@ -231,8 +265,8 @@ def read_definition(folder: Path) -> Definition:
         raise ResultsError(f"{file} is damaged ({error}); restore it from a copy.") from None
 
 
-def read_cells(store: Store, folder: Path) -> list[CellEntry]:
-    """Read the states of a campaign's cells, in order, with the rows of completed cells.
+def read_entries(folder: Path) -> list[dict[str, Any]]:
+    """Read the list of a campaign's cells, in order, as it is in the file.
 
     Raises:
         ResultsError: the file is missing or damaged.
@@ -240,21 +274,52 @@ def read_cells(store: Store, folder: Path) -> list[CellEntry]:
     file = folder / CELLS
     try:
         entries: list[dict[str, Any]] = json.loads(file.read_bytes())
-        return [_cell(store, entry) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}); restore it from a copy.") from None
+        if not all(_is_entry(entry) for entry in entries):
+            raise ValueError("it does not list a campaign's cells")
+        return entries
+    except FileNotFoundError:
+        raise ResultsError(f"{file} is missing. {_to_rebuild(folder)}") from None
+    except OSError as error:
+        raise ResultsError(f"{file} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, TypeError) as error:
+        raise ResultsError(f"{file} is damaged ({error}). {_to_rebuild(folder)}") from None
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether the values of a cell that are read from the file have the right types."""
+    place = entry.get("campaign") if isinstance(entry, dict) else None
+    if not isinstance(place, dict) or not {"experiment_id", "status"} <= entry.keys():
+        return False
+    has_place = isinstance(place.get("arm"), str) and all(isinstance(place.get(k), int) for k in ("cycle", "position"))
+    experiment_id = entry["experiment_id"]
+    return (
+        has_place
+        and isinstance(entry["status"], str)
+        and isinstance(entry.get("error"), str | None)
+        and (experiment_id is None or (isinstance(experiment_id, str) and ID.fullmatch(experiment_id) is not None))
+    )
+
+
+def _to_rebuild(folder: Path) -> str:
+    command = f"lem campaign --resume {folder.name}{results_flag(store_of(folder))}"
+    return f"To rebuild it from the experiments, and to run the cells that have no result: {command}"
+
+
+def read_cells(store: Store, folder: Path) -> list[CellEntry]:
+    """Read the states of a campaign's cells, in order, with the rows of completed cells.
+
+    Raises:
+        ResultsError: the file is missing or damaged.
+    """
+    return [_cell(store, entry) for entry in read_entries(folder)]
 
 
 def _cell(store: Store, entry: dict[str, Any]) -> CellEntry:
-    place, experiment_id = entry["campaign"], entry["experiment_id"]
-    row = None
-    if experiment_id is not None and not ID.fullmatch(experiment_id):
-        raise ValueError(f"{experiment_id!r} is not a valid experiment id")
-    if experiment_id and entry["status"] == "completed":
-        row = _row(store.directory(experiment_id))
-    status = entry["status"]
-    is_given_up = status == "not run" and bool(entry.get("error"))
-    return CellEntry(place["arm"], place["cycle"], place["position"], experiment_id, status, row, is_given_up)
+    place, experiment_id, status = entry["campaign"], entry["experiment_id"], entry["status"]
+    row = _row(store.directory(experiment_id)) if experiment_id and status == "completed" else None
+    error = entry.get("error")
+    is_given_up = status == "not run" and bool(error)
+    return CellEntry(place["arm"], place["cycle"], place["position"], experiment_id, status, row, is_given_up, error)
 
 
 def _row(directory: ExperimentDir) -> ExperimentRow | None:
@@ -272,7 +337,12 @@ def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
     last = _last_cycle(definition, cells)
     reached = [cell for cell in cells if cell.cycle <= last]
     found = {(cell.cycle, cell.arm): cell for cell in reached}
-    arms = [row for name in names for row in _arm_rows(definition, name, reached)]
+    measures = [
+        measure
+        for measure in MEASURES
+        if measure == definition.campaign.primary or any(_value(cell, measure) is not None for cell in reached)
+    ]
+    arms = [_arm_row(definition, name, measure, reached) for name in names for measure in measures]
     pairs = [row for measure in MEASURES for row in _pair_rows(definition, measure, found)]
     carried = _carried_over(definition, names, reached)
     doubts = [
@@ -359,28 +429,44 @@ def write_answer(folder: Path, found: Answer) -> None:
     parquet.write_rows(folder / "pairs.parquet", PairRow, found.pairs)
 
 
-def _arm_rows(definition: Definition, name: str, cells: Sequence[CellEntry]) -> Iterator[ArmRow]:
+def _arm_row(definition: Definition, name: str, measure: str, cells: Sequence[CellEntry]) -> ArmRow:
     own = [cell for cell in cells if cell.arm == name]
     rows = [cell.row for cell in own if cell.row is not None]
     sources = dict.fromkeys(row.energy_source for row in rows if row.energy_source)
-    for measure, (unit, _) in MEASURES.items():
-        values = [getattr(row, measure) for row in rows]
-        summary = summarise([] if None in values else values)
-        if summary.n:
-            yield ArmRow(
-                campaign=definition.name,
-                arm=name,
-                is_baseline=name == definition.baseline,
-                cells_completed=len(rows),
-                cells_planned=len(own),
-                measure=measure,
-                unit=unit,
-                is_primary=measure == definition.campaign.primary,
-                source="+".join(sources) or None,
-                mean=summary.mean,
-                ci95_low=summary.ci95_low,
-                ci95_high=summary.ci95_high,
-            )
+    values = [getattr(row, measure) for row in rows]
+    summary = summarise([] if None in values else values)
+    return ArmRow(
+        campaign=definition.name,
+        arm=name,
+        is_baseline=name == definition.baseline,
+        cells_completed=len(rows),
+        cells_planned=len(own),
+        measure=measure,
+        unit=MEASURES[measure][0],
+        is_primary=measure == definition.campaign.primary,
+        source="+".join(sources) or None,
+        mean=summary.mean,
+        ci95_low=summary.ci95_low,
+        ci95_high=summary.ci95_high,
+        reason=_why_no_mean(own, measure) if summary.mean is None else None,
+    )
+
+
+def _why_no_mean(cells: Sequence[CellEntry], measure: str) -> str:
+    """Return why an arm has no mean of a measure, given its cells."""
+    values = [_value(cell, measure) for cell in cells if cell.row is not None]
+    if values:
+        lacking, count = values.count(None), len(values)
+        which = "no completed cell has" if lacking == count else f"{lacking} of {count} completed cells lack"
+        return f"{which} a value of {measure}"
+    failed = [cell.error or "for an unknown reason" for cell in cells if cell.status == "failed"]
+    given_up = next((cell.error for cell in cells if cell.given_up and cell.error), None)
+    if not failed:
+        return "none of its cells is completed"
+    how = f"{len(failed)} of its {len(cells)} cells failed"
+    if given_up:  # such as "quick was abandoned after 3 failures in a row."
+        how = given_up.removeprefix(f"{cells[0].arm} was ").rstrip(".")
+    return f"{how}; the last failure: {failed[-1].rstrip('.')}"
 
 
 def _pair_rows(definition: Definition, measure: str, found: dict[tuple[int, str], CellEntry]) -> Iterator[PairRow]:

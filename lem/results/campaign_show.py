@@ -13,7 +13,10 @@ from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.units import percent, plain, quantity
 
-PLOT_WIDTH = 41
+# The width of the plot of intervals without a terminal, and its limits on one.
+PLOT_WIDTH, LEAST_PLOT_WIDTH, MOST_PLOT_WIDTH = 41, 21, 81
+# The space between names, plot and ratios.
+GAP = 2
 # The header of each measure in the table of arms, and the unit of its values; "per token" with J stands for J/token.
 HEADS = {
     "energy_per_output_token_j": ("per token", "J"),
@@ -29,15 +32,19 @@ def show_answer(answer: Answer) -> None:
     """Print the results of a campaign."""
     campaign = answer.definition.campaign
     done = sum(cell.row is not None for cell in answer.cells)
-    print(f"Campaign {answer.definition.name}: {done} of {len(answer.cells)} cells completed, {campaign.structure}\n")
+    show.say(f"Campaign {answer.definition.name}: {done} of {len(answer.cells)} cells completed, {campaign.structure}")
+    print()
     _show_arms(answer)
+    for row in answer.arms:
+        if row.is_primary and row.reason:
+            show.say(f"{row.arm}: {row.reason}.")
     primary = [pair for pair in answer.pairs if pair.is_primary]
     print()
     for sentence in sentences(answer):
-        print(sentence)
+        show.say(sentence)
     if any(pair.ci_low is not None for pair in primary):
         print()
-        for line in forest(primary):
+        for line in forest(primary, show.terminal_width()):
             print(line)
     if answer.warnings:
         print()
@@ -52,11 +59,26 @@ def sentences(answer: Answer) -> Iterator[str]:
     if not primary:
         yield f"No cell has a value for {words} ({campaign.primary}), so the arms cannot be compared by it."
     for pair in primary:
-        yield sentence(pair, campaign.structure, campaign.margin)
-    if len(primary) > 1 and primary[0].ci_low is not None:
-        which = "Both" if len(primary) == 2 else f"All {len(primary)}"
+        yield _why_no_ratio(answer, pair) or sentence(pair, campaign.structure, campaign.margin)
+    known = sum(pair.ci_low is not None for pair in primary)
+    if known > 1:
+        which = "Both" if known == 2 else f"All {known}"
         yield f"{which} intervals hold jointly with a confidence of 95 % (Bonferroni)."
     yield from _how_it_ended(answer)
+
+
+def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
+    """Say why one of two arms has no value with which the other could be compared; None if both have one."""
+    if pair.ratio is not None:
+        return None
+    reasons = {row.arm: row.reason for row in answer.arms if row.is_primary}
+    lacking = [arm for arm in (pair.arm, pair.baseline) if reasons.get(arm)]
+    if not lacking:
+        return None
+    return (
+        f"{pair.arm} cannot be compared with {pair.baseline}, because {lacking[0]} has no {MEASURES[pair.measure][1]} "
+        f"({reasons[lacking[0]]})."
+    )
 
 
 def _how_it_ended(answer: Answer) -> Iterator[str]:
@@ -127,27 +149,45 @@ def _digits(low: float, high: float) -> int:
     return min(6, max(2, 1 - math.floor(math.log10(width)))) if width > 0 else 2
 
 
-def forest(pairs: Sequence[PairRow]) -> Iterator[str]:
-    """Yield a line for each pair's interval on a logarithmic scale, and a last line with the scale's ends and 1."""
+def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
+    """Yield a line for each pair's interval on a logarithmic scale, and a last line with the scale's ends and 1.
+
+    Args:
+        pairs: the pairs to draw.
+        width: the width of the terminal; None if there is none. Where names and plot do not fit side by side, each
+            name stands above its interval.
+    """
+    from rich.cells import cell_len
+
     known = [(pair.arm, pair.ratio, pair.ci_low, pair.ci_high) for pair in pairs]
     drawn = [(arm, ratio, one, other) for arm, ratio, one, other in known if ratio and one and other]
     ends = [math.log(value) for _, _, *both in drawn for value in both]
     low, high = min(0.0, *ends), max(0.0, *ends)
     if low == high:
         return
-    width = max(len(arm) for arm, *_ in drawn)
+    names, ratios = max(cell_len(arm) for arm, *_ in drawn), max(len(f"{ratio:.3f}") for _, ratio, *_ in drawn)
+    plot = PLOT_WIDTH if width is None else min(MOST_PLOT_WIDTH, width - names - ratios - 2 * GAP)
+    is_stacked = plot < LEAST_PLOT_WIDTH
+    if is_stacked and width is not None:
+        plot = max(LEAST_PLOT_WIDTH, min(MOST_PLOT_WIDTH, width - GAP))
+    indent = " " * (GAP if is_stacked else names + GAP)
 
     def place(ratio: float) -> int:
-        return round((math.log(ratio) - low) / (high - low) * (PLOT_WIDTH - 1))
+        return round((math.log(ratio) - low) / (high - low) * (plot - 1))
 
     for arm, ratio, one, other in drawn:
-        line = [" "] * PLOT_WIDTH
+        line = [" "] * plot
         line[place(1.0)] = "│"
         for at in range(place(one), place(other) + 1):
             line[at] = "─"
         line[place(one)], line[place(other)], line[place(ratio)] = "├", "┤", "●"
-        yield f"{arm:<{width}}  {''.join(line)}  {ratio:.3f}"
-    yield f"{'':<{width}}  {_scale({place(1.0): '1'} | _ends(math.exp(low), math.exp(high), place))}"
+        if is_stacked:
+            yield f"{arm}  {ratio:.3f}"
+            yield f"{indent}{''.join(line).rstrip()}"
+        else:
+            yield f"{arm}{' ' * (names - cell_len(arm))}  {''.join(line)}  {ratio:.3f}"
+    labels = {place(1.0): "1"} | _ends(math.exp(low), math.exp(high), place)
+    yield indent + _scale(labels, plot if is_stacked else plot + GAP + ratios)
 
 
 def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, str]:
@@ -156,12 +196,14 @@ def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, s
     return {place(end): f"{end:.{digits}f}" for end in (low, high) if end != 1}
 
 
-def _scale(labels: Mapping[int, str]) -> str:
-    """Return a line with each label centred on its column, or moved right if it would touch the label before."""
+def _scale(labels: Mapping[int, str], width: int) -> str:
+    """Return a line with each label centred on its column, or moved if it would touch a label or leave the width."""
     line = ""
+    left = sum(len(text) + 1 for text in labels.values())
     for column, text in sorted(labels.items()):
-        begin = max(column - len(text) // 2, len(line) + 1 if line else 0)
-        line = line.ljust(begin) + text
+        begin = min(column - len(text) // 2, width + 1 - left)
+        line = line.ljust(max(begin, len(line) + 1 if line else 0)) + text
+        left -= len(text) + 1
     return line
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ PERCENTILES = {
     "Inter-token latency": "itl",
     "Time per output token": "tpot",
 }
+# The indent of what stands below a heading.
+INDENT = 2
 NOT_MEASURED = "–"
 NO_BREAK = "\u00a0"
 ESTIMATE = "≈"
@@ -60,6 +63,47 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
     return _console_class()(stderr=stderr, width=width, highlight=False, emoji=False, soft_wrap=not stream.isatty())
+
+
+def terminal_width() -> int | None:
+    """Return the width of the terminal on stdout; None if there is none."""
+    return console().width if sys.stdout.isatty() else None
+
+
+def say(text: str) -> None:
+    """Print a text on one line or, on a narrower terminal, broken between words.
+
+    A number stays on one line with its percent sign, as do the parts of `p = 0.01`.
+    """
+    from rich.cells import cell_len
+
+    line, width = one_line(text), terminal_width()
+    if width is None:
+        print(line)
+        return
+    kept = re.sub(r" %|(?<=\bp) = ", lambda match: match[0].replace(" ", NO_BREAK), line)
+    for part in filled(kept.split(" "), " ", width, cell_len):
+        print(part.replace(NO_BREAK, " "))
+
+
+def filled(parts: Iterable[str], separator: str, width: int, cells: Callable[[str], int]) -> Iterator[str]:
+    """Join parts to lines that are as long as a width allows; only a part that is wider by itself exceeds it.
+
+    Args:
+        parts: the parts, which are not divided.
+        separator: what stands between two parts; at the end of a line, without its spaces.
+        width: the width of a line, in columns.
+        cells: returns the number of columns of a text.
+    """
+    line = ""
+    for part in parts:
+        longer = f"{line}{separator}{part}" if line else part
+        if line and cells(longer) > width:
+            yield f"{line}{separator}".rstrip(" ")
+            longer = part
+        line = longer
+    if line:
+        yield line
 
 
 def cell(text: str) -> str:
@@ -107,16 +151,21 @@ def _fitted(table: Table, width: int) -> bool:
 
 
 def _print_paragraphs(table: Table, out: Console) -> None:
-    """Print each row's first cell, and below it the other cells with their headers; the terminal wraps the lines."""
+    """Print each row's first cell, and below it the other cells with their headers, broken between words."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     headers = [column.header for column in table.columns][1:]
     for head, *cells in zip(*(column.cells for column in table.columns), strict=True):
         if not table.show_header:
-            out.print(f"[bold]{head}:[/bold] {' '.join(map(str, cells))}", soft_wrap=True)
+            out.print(f"[bold]{head}:[/bold] {' '.join(map(str, cells))}", overflow="fold")
             continue
         known = zip(headers, cells, strict=True)
-        details = " · ".join(f"{header}: {text}" for header, text in known if text not in ("", NOT_MEASURED))
-        for line in filter(None, (head, details and f"  {details}")):
-            out.print(line, soft_wrap=True)
+        details = [f"{header}: {text}" for header, text in known if text not in ("", NOT_MEASURED)]
+        out.print(head, overflow="fold")
+        # The dot of the separator stays at the end of a line, for which a line needs two more columns.
+        for line in filled(details, " · ", out.width - INDENT - 2, lambda text: Text.from_markup(text).cell_len):
+            out.print(Padding(line, (0, 0, 0, INDENT), expand=False), overflow="fold")
 
 
 # ------------------------------------------------------------------ one experiment

@@ -44,6 +44,7 @@ LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
 KILLED_AT_ONCE = "was killed at once, because the run was interrupted a second time."
+KILLED_LATE = f"was killed, because it did not end within {GRACE_S:g} s."
 # The message of torch's launcher about the first of several processes that failed.
 KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 
@@ -74,18 +75,20 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
         try:
             progress.relay_until_end_of(workers, CombinedReport(report))
         except (KeyboardInterrupt, Interrupted) as stop:
-            insisted = _stop(workers, is_launcher=plan.processes > 1)
+            killed = _stop(workers, is_launcher=plan.processes > 1)
             with signals_ignored():
-                how = KILLED_AT_ONCE if insisted else _describe_end(workers.returncode, _read_log(log_file, log_start))
-                _complete_records(directory, attempt, "interrupted", workers.returncode, how)
-                _record_cause(directory, attempt, str(stop) or "Ctrl-C")
+                reason = f"stopped by {str(stop) or 'Ctrl-C'}"
+                # Not the signal that ended the workers, because it came from here.
+                reason_without_record = f"{reason}. The worker {killed}" if killed else reason
+                _complete_records(directory, attempt, "interrupted", workers.returncode, reason_without_record)
+                _record_reason(directory, attempt, reason)
             raise Interrupted("The run was interrupted; finished requests are kept.") from None
     output_text = _read_log(log_file, log_start)
     log.debug("the worker's exit code is %d; its log is %s", workers.returncode, log_file)
     if workers.returncode:
         log.debug("its log:\n%s", output_text)
     how = _describe_end(workers.returncode, output_text)
-    _complete_records(directory, attempt, "failed", workers.returncode, how)
+    _complete_records(directory, attempt, "failed", workers.returncode, f"The worker {how}")
 
 
 def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
@@ -174,29 +177,30 @@ def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
 
 
 # ------------------------------------------------------------------ stopping
-def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> bool:
+def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> str | None:
     """Ask the workers and any launcher to end; kill them if they take too long or the user interrupts again.
 
     Returns:
-        Whether the user interrupted again.
+        Why they were killed; None if they ended by themselves.
     """
     import psutil
 
     family: list[Any] = []
-    insisted = False
+    killed = None
     try:
         family = family_of([workers.pid])
         # The workers get the signal first, because their launcher might give them too little time.
         _signal(reversed(family), signal.SIGTERM)
         _, alive = psutil.wait_procs(family[1:] if is_launcher else family, timeout=GRACE_S)
+        killed = KILLED_LATE if alive else None
         if is_launcher and not alive:
             psutil.wait_procs(family[:1], timeout=LAUNCHER_GRACE_S)
     except (KeyboardInterrupt, Interrupted):
-        insisted = True
+        killed = KILLED_AT_ONCE
     with signals_ignored():
         _signal([*family, *family_of([workers.pid])], signal.SIGKILL)
         workers.wait()
-    return insisted
+    return killed
 
 
 def _signal(processes: Any, number: signal.Signals) -> None:
@@ -208,14 +212,14 @@ def _signal(processes: Any, number: signal.Signals) -> None:
 
 
 # ------------------------------------------------------------------ records of workers that wrote none
-def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, how: str) -> None:
+def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, message: str) -> None:
     """For each worker without a record, write one with this status, from the worker's journal if it exists.
 
-    `code` is the exit code of the worker, or of the launcher of several workers, and `how` describes how it ended.
+    `code` is the exit code of the worker, or of the launcher of several workers, and `message` says why it ended.
     """
     plan = directory.plan()
     mine = [record for record in directory.records() if record.attempt == attempt]
-    error = ErrorInfo(DIED, f"The worker {how}")
+    error = ErrorInfo(DIED, message)
     for record in mine:
         if record.error is not None and record.error.type == DIED:
             directory.write_record(replace(record, status=status, error=replace(error, phase=record.error.phase)))
@@ -229,11 +233,11 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
         directory.write_record(bare_record(plan, window, status, error))
 
 
-def _record_cause(directory: ExperimentDir, attempt: int, cause: str) -> None:
-    """Add the cause to the records of an interrupted attempt, because each worker knows only the signal it received."""
+def _record_reason(directory: ExperimentDir, attempt: int, reason: str) -> None:
+    """Add the reason to the records of an interrupted attempt: each worker knows only the signal that it received."""
     for record in directory.records():
         if record.attempt == attempt and record.error is not None and record.error.type == Interrupted.__name__:
-            error = replace(record.error, message=f"stopped by {cause}")
+            error = replace(record.error, message=reason)
             if error != record.error:
                 directory.write_record(replace(record, error=error))
 

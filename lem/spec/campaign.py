@@ -6,6 +6,7 @@ for the corresponding flags.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -30,7 +31,17 @@ FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES = 5, 100
 PERCENTAGE = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
 # A campaign's name is also the name of its directory.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+LIKE_AN_ID = "would hide the experiments whose ids begin like that; choose a name that is not exp_ and digits"
 NAME_IN_WORDS = "at most 100 letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+
+
+# Names that `lem results show` could not tell from an experiment's id or the beginning of one.
+_LIKE_AN_ID = r"exp_[0-9_]*"
+
+
+def is_like_an_id(name: str) -> bool:
+    """Return whether a campaign's name could be an experiment's id or the beginning of one, such as exp_2026."""
+    return re.fullmatch(_LIKE_AN_ID, name) is not None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lem.spec.campaign import Measure
 from lem.spec.engines import PytorchBackend, SimulatedBackend
 from lem.spec.experiment import Cooldown, Experiment, Quantization
 from lem.spec.processes import changed, process_counts, runs_in_one_process
@@ -17,6 +18,9 @@ OF_4_BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_comput
 WARMUP_LIMITS = ("cv_batches", "max_prompts")
 # The option that each traffic pattern reads.
 TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrency": "concurrency", "trace": "trace"}
+
+# The measures of a campaign that only arms with a meter have.
+OF_ENERGY: tuple[Measure, ...] = ("energy_per_output_token_j", "energy_per_request_j", "average_power_w")
 
 # Meters that read no sensor and can therefore follow a simulated clock.
 WITHOUT_SENSORS = ("simulated", "replay", "none")
@@ -151,3 +155,11 @@ def _simulation(experiment: Experiment) -> Iterator[Objection]:
     }
     for fact in (fact for fact, is_so in reasons.items() if is_so):
         yield Objection("simulated_time", "backend.sleep", f"{fact}, which takes real time.")
+
+
+def unmeasured(experiment: Experiment, measure: Measure) -> Iterator[Objection]:
+    """Object to an arm of a campaign that compares by a measure that this arm never has."""
+    if measure == "ttft_mean_s" and not experiment.streaming.enabled:
+        yield Objection("primary_without_ttft", "streaming.enabled", f"without it, an arm has no {measure}.")
+    if measure in OF_ENERGY and experiment.energy.name == "none":
+        yield Objection("primary_without_energy", "energy.name", f"with energy=none, an arm has no {measure}.")

@@ -130,6 +130,15 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Leave this option out, or set trust_remote_code=true if you trust the authors of that code.",
         ),
         "dropped_engine_arg": ("The engine no longer has this argument.", "Remove the argument."),
+        # ------------------------------------------------------ campaigns
+        "primary_without_energy": (
+            "A campaign compares its arms by energy or power, but an arm measures no energy.",
+            "Choose a meter (energy=auto), or compare by another measure, such as --primary output_tokens_per_s.",
+        ),
+        "primary_without_ttft": (
+            "A campaign compares its arms by the time to the first token, but an arm does not time tokens.",
+            "Set streaming.enabled=true for all arms, or compare by another measure, such as --primary latency_mean_s.",
+        ),
         # ------------------------------------------------------ servers
         "no_server": (
             "Neither the address of a server nor a command that starts a server is set.",

@@ -11,12 +11,14 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,32 @@ from lem.config.trust import all_asked, asked_by
 from lem.errors import BadInput, ConfigError, ResultsError
 from lem.machine import host
 from lem.results import campaign as results
+from lem.results import show
 from lem.results.aggregate import read
 from lem.results.campaign import Answer, Arm, Definition, Machine
 from lem.results.campaign_show import show_answer
-from lem.results.codec import to_json, to_plain
+from lem.results.codec import config_sha256, to_json, to_plain
 from lem.results.compare import expected_degrees_of_freedom
 from lem.results.directory import ExperimentDir
-from lem.results.files import NO_SPACE, needs_space, write_atomically
+from lem.results.files import NO_SPACE, DiskFull, needs_space, write_atomically
 from lem.results.merging import total
 from lem.results.plan import FINISHED
 from lem.results.statistics import summarise
 from lem.results.stopping import ANALYSES, cycles_at_most, rule_of
-from lem.results.store import ID, Store, results_flag
+from lem.results.store import Store, results_flag
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
-from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign, CampaignCell
+from lem.spec.campaign import (
+    LIKE_AN_ID,
+    NAME,
+    NAME_IN_WORDS,
+    ArmSource,
+    Campaign,
+    CampaignCell,
+    is_like_an_id,
+)
+from lem.spec.conflicts import unmeasured
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
@@ -78,7 +90,7 @@ class Planned:
 def _show(found: Answer, manifest: Manifest, folder: Path) -> None:
     show_answer(found)
     for failure in failures(manifest):
-        print(failure)
+        show.say(failure)
     print(f"\nCampaign: {folder}")
 
 
@@ -98,7 +110,7 @@ def main(
     *,
     config_dir: Path | None = None,
 ) -> int:
-    """Measure a campaign's arms; return 0, or 1 if a cell has no result.
+    """Measure a campaign's arms; return 0, or 1 if a cell has no result or an arm cannot be compared.
 
     Args:
         patterns: a campaign file, or the config files of the arms.
@@ -122,7 +134,7 @@ def measure(
     options: RunOptions,
     presentation: Presentation = Presentation(),
 ) -> int:
-    """Check composed arms, measure them, and present the answer; return 0, or 1 if any cell has no result.
+    """Check composed arms, measure them, and present the answer; return 0, or 1 if cells or comparisons lack values.
 
     Args:
         campaign: the campaign's settings; its name has been checked.
@@ -136,7 +148,9 @@ def measure(
         Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
     """
     prompts = RecentPrompts()
-    return _measure(_planned(campaign, arms, overrides, options, prompts), options, prompts, presentation)
+    planned = _planned(campaign, arms, overrides, options, prompts)
+    again = _resume_command(planned.definition.name, Store(planned.results_dir), presentation)
+    return _measure(planned, options, prompts, presentation, again)
 
 
 def planned_arms(
@@ -187,29 +201,39 @@ def resume(
         ResultsError: the campaign does not exist.
         ConfigError: the machine or software has changed, and `options.force` is not set.
     """
-    folder = folder_named(name, results_dir)
+    folder = results.folder_named(name, Store(results_dir))
     kept = results.read_definition(folder)
-    root = folder.resolve().parent.parent
+    root = results.store_of(folder).root
     arms = [replace(arm, experiment=_moved(arm.experiment, root)) for arm in kept.arms]
     for arm in arms:
         Consents(options).require(all_asked(arm.experiment))
+    # Before the working directory changes, because the user will type it here.
+    again = _resume_command(kept.name, Store(root), presentation)
     prompts = RecentPrompts()
-    planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
-    return _measure(planned, options, prompts, presentation)
+    with _where_it_began(kept):
+        planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
+        return _measure(planned, options, prompts, presentation, again)
 
 
-def folder_named(name: str, results_dir: Path) -> Path:
-    """Return the directory of a campaign, given its name or its directory.
+def _resume_command(name: str, store: Store, presentation: Presentation) -> str:
+    return f"{presentation.command} --resume {name}{results_flag(store)}"
 
-    Raises:
-        ResultsError: no campaign has this name or directory.
-    """
-    folder = Path(name)
-    if (folder / results.DEFINITION).is_file():
-        return folder
-    if not re.fullmatch(NAME, name):
-        raise ResultsError(f"'{name}' is neither the name nor the directory of a campaign.")
-    return results.folder_of(Store(results_dir), name)
+
+@contextmanager
+def _where_it_began(kept: Definition) -> Iterator[None]:
+    """Work in the directory in which a campaign was started, where the relative paths of its arms start."""
+    before = os.getcwd()
+    try:
+        os.chdir(kept.working_dir or before)
+    except OSError as error:
+        print_warnings(
+            f"The directory in which campaign '{kept.name}' was started cannot be used ({kept.working_dir}: "
+            f"{error.strerror}); relative paths in its arms are looked up in the current directory."
+        )
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 # ------------------------------------------------------------------ the request
@@ -217,6 +241,8 @@ def check(campaign: Campaign) -> None:
     """Check a campaign's name; raises `ConfigError` if it cannot be a directory name."""
     if not re.fullmatch(NAME, campaign.name or ""):
         raise ConfigError(f"name: '{campaign.name}' cannot be a directory name; use {NAME_IN_WORDS}.")
+    if is_like_an_id(campaign.name or ""):
+        raise ConfigError(f"name: '{campaign.name}' {LIKE_AN_ID}.")
 
 
 def _arms(
@@ -331,6 +357,8 @@ def _planned(
             except BadInput as error:
                 problems |= dict.fromkeys(f"{arm.name}: {problem}" for problem in error.problems)
                 continue
+            wrong = [f"{arm.name}: {objection}" for objection in unmeasured(experiment, campaign.primary)]
+            problems |= dict.fromkeys(wrong)
             ready[arm.name, shift] = found
             warnings |= dict.fromkeys(f"{arm.name}: {warning}" for warning in found.warnings)
     if problems:
@@ -348,7 +376,13 @@ def _planned(
         )
     return Planned(
         definition=Definition(
-            campaign, tuple(arms), tuple(digests), _machine(machine), tuple(overrides), rule.level if rule else None
+            campaign,
+            tuple(arms),
+            tuple(digests),
+            _machine(machine),
+            tuple(overrides),
+            rule.level if rule else None,
+            os.getcwd(),
         ),
         places=places,
         experiments=[each.experiment for each in chosen],
@@ -408,48 +442,87 @@ def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> 
 
 
 # ------------------------------------------------------------------ measuring
-def _measure(planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation) -> int:
+def _measure(
+    planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation, resume: str
+) -> int:
+    """Run the cells that are missing and present the answer; `resume` is the command that resumes the campaign."""
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
-    resume = f"{presentation.command} --resume {name}{results_flag(store)}"
-    planned, states = _continued(planned, store, options, resume) or (
-        planned,
-        [CellState(cell) for cell in _cells(planned)],
-    )
+    kept = _continued(planned, store, options, resume)
+    planned, states = kept or (planned, [CellState(cell) for cell in _cells(planned)])
     left = [state for state in states if not state.is_settled]
     if options.dry_run:
         _preview(planned, states)
         return 0
+    if kept and _is_recorded(folder, states):
+        manifest = _manifest(folder, states)
+        _write_missing_rows(manifest, store, options)
+        return _present(planned, store, manifest, presentation)
     if left and not (options.yes or confirmed(_question(planned, len(left)))):
         return 0
     with _locked(folder, name):
         kept = _continued(planned, store, options, resume)  # another process may have measured some cells since then
+        planned, states = kept or (planned, states)
+        manifest = _manifest(folder, states)
         if kept is None:
-            with needs_space(folder, NOTHING_YET):
-                write_atomically(folder / results.DEFINITION, to_json(planned.definition))
-        else:
-            planned, states = kept
-            left = [state for state in states if not state.is_settled]
-        manifest = Manifest(folder, [state.cell for state in states], "cell")
-        manifest.states = states
-        done = [state.directory.id for state in states if state.status == "completed" and state.directory]
-        catch_up_rows(store.root, options, done)
-        again = f"To resume: {resume}"
+            _begin(manifest, planned.definition)
+        _write_missing_rows(manifest, store, options)
+        code = 1
         try:
-            if left:
+            if any(not state.is_settled for state in states):
                 run_cells(
                     manifest,
                     lambda manifest, display: CampaignRunner(manifest, display, options, prompts, planned),
                     [],
-                    again=again,
+                    again=f"To resume: {resume}",
                 )
-            elif planned.definition.rule:
-                manifest.open()  # a campaign killed after its last cell may not have saved that no more are needed
+            else:
+                manifest.open()
         finally:
-            if (folder / results.CELLS).is_file():  # missing if the disk was full
-                found = results.answer(planned.definition, results.read_cells(store, folder))
-                _write_answer(folder, found)
-                presentation.show(found, manifest, folder)
-    return 0 if manifest.all_completed else 1
+            if (folder / results.CELLS).is_file():  # not where it was lost and there was no space for it
+                code = _present(planned, store, manifest, presentation)
+    return code
+
+
+def _manifest(folder: Path, states: Sequence[CellState]) -> Manifest:
+    manifest = Manifest(folder, [state.cell for state in states], "cell")
+    manifest.states = list(states)
+    return manifest
+
+
+def _is_recorded(folder: Path, states: Sequence[CellState]) -> bool:
+    """Return whether no cell is left to run and the list of cells says so; showing the answer then needs no lock.
+
+    A campaign that was killed after its last cell may not have recorded that cell, or that no other is needed.
+    """
+    try:
+        recorded = [entry["status"] for entry in results.read_entries(folder)]
+    except ResultsError:
+        return False
+    return all(state.is_settled for state in states) and recorded == [state.status for state in states]
+
+
+def _begin(manifest: Manifest, definition: Definition) -> None:
+    """Write a new campaign's files, the definition last: a campaign without a list of cells has lost it."""
+    try:
+        manifest.open()
+        with needs_space(manifest.directory):
+            write_atomically(manifest.directory / results.DEFINITION, to_json(definition))
+    except DiskFull as full:
+        raise DiskFull(full.folder, NOTHING_YET) from None
+
+
+def _write_missing_rows(manifest: Manifest, store: Store, options: RunOptions) -> None:
+    done = [state.directory.id for state in manifest.states if state.status == "completed" and state.directory]
+    catch_up_rows(store.root, options, done)
+
+
+def _present(planned: Planned, store: Store, manifest: Manifest, presentation: Presentation) -> int:
+    """Write the tables, show the answer, and return the exit code."""
+    folder = planned.folder
+    found = results.answer(planned.definition, results.read_cells(store, folder))
+    _write_answer(folder, found)
+    presentation.show(found, manifest, folder)
+    return 0 if manifest.all_completed and found.is_complete else 1
 
 
 def _continued(
@@ -531,16 +604,38 @@ def _cells(planned: Planned) -> list[Cell]:
 def _states(planned: Planned, store: Store) -> list[CellState]:
     """Return the state of each cell: completed, interrupted and to be resumed, or not run."""
     try:
-        entries = json.loads((planned.folder / results.CELLS).read_bytes())
-    except FileNotFoundError:  # the campaign was killed before its first cell
-        entries = []
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{planned.folder / results.CELLS} cannot be read ({error}).") from None
+        ids = [entry["experiment_id"] for entry in results.read_entries(planned.folder)]
+    except ResultsError:
+        ids = []
+    if len(ids) != len(planned.places):
+        ids = _ids_of_cells(planned, store)
     states = [CellState(cell) for cell in _cells(planned)]
-    for number, (state, entry) in enumerate(zip(states, entries, strict=False)):
-        if ID.fullmatch(str(entry.get("experiment_id"))):
-            states[number] = _state(state, store.directory(str(entry["experiment_id"])))
+    for number, (state, experiment_id) in enumerate(zip(states, ids, strict=True)):
+        if experiment_id is not None:
+            states[number] = _state(state, store.directory(experiment_id))
     return states
+
+
+def _ids_of_cells(planned: Planned, store: Store) -> list[str | None]:
+    """Return the id of the latest experiment of each cell, None if it has none, as the experiments' plans have it.
+
+    This replaces a list of cells that is lost.
+    """
+    ids: list[str | None] = [None] * len(planned.places)
+    for experiment_id in store.ids():
+        try:
+            plan = store.directory(experiment_id).plan()
+        except ResultsError:
+            continue
+        cell = plan.campaign
+        if cell is None or cell.name != planned.definition.name or not 1 <= cell.number <= len(ids):
+            continue
+        place, experiment = planned.places[cell.number - 1], planned.experiments[cell.number - 1]
+        digests = planned.definition.prompts_sha256
+        prompts = digests[place.cycle - 1 if len(digests) > 1 else 0].split("+")
+        if plan.config_sha256 == config_sha256(experiment) and plan.prompts.sha256 in prompts:
+            ids[cell.number - 1] = experiment_id
+    return ids
 
 
 def _state(state: CellState, directory: ExperimentDir) -> CellState:
@@ -647,33 +742,47 @@ def _cycles(definition: Definition) -> str:
 
 
 def _preview(planned: Planned, states: Sequence[CellState]) -> None:
-    """Print the order, the pauses, and the expected time and energy based on earlier runs."""
+    """Print what is left to run: the order, the pauses, and the expected time and energy based on earlier runs."""
     campaign, arms = planned.definition.campaign, planned.definition.arms
-    print(
+    left = [number for number, state in enumerate(states) if not state.is_settled]
+    show.say(
         f"Campaign {campaign.name}: {len(arms)} arms in {_cycles(planned.definition)}, {campaign.structure}, "
         f"seed {campaign.seed}; baseline {campaign.baseline}"
     )
     if planned.definition.rule:
-        print(adaptive.plan_words(planned.definition.rule))
+        show.say(adaptive.plan_words(planned.definition.rule))
+    if len(left) < len(states):
+        completed = sum(state.status == "completed" for state in states)
+        show.say(f"{completed} of {len(states)} cells are completed; {_left_words(left)}")
     gaps_s = 0.0
-    for number, (place, state) in enumerate(zip(planned.places, states, strict=True), start=1):
-        done = f", {state.status}" if state.is_settled else ", to be resumed" if state.cell.unfinished else ""
-        print(f"[{number}/{len(states)}] {state.cell.label}: {state.cell.words}{done}")
-        after = planned.places[number] if number < len(states) else None
-        if after is not None:
-            gap_s = pause_s(campaign, place, after)
-            gaps_s += gap_s
-            if gap_s:
-                print(f"      pause of {gap_s:g} s")
-    for line in _expected(planned, gaps_s):
-        print(line)
-    print("# dry run: nothing was measured")
+    for number, after in zip_longest(left, left[1:]):
+        state = states[number]
+        resumed = ", to be resumed" if state.cell.unfinished else ""
+        show.say(f"[{number + 1}/{len(states)}] {state.cell.label}: {state.cell.words}{resumed}")
+        gap_s = 0.0 if after is None else pause_s(campaign, planned.places[number], planned.places[after])
+        gaps_s += gap_s
+        if gap_s:
+            print(f"      pause of {gap_s:g} s")
+    for line in _expected(planned, Counter(planned.places[number].arm for number in left), gaps_s):
+        show.say(line)
+    show.say("# dry run: nothing was measured")
 
 
-def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
-    """Yield the time, energy and detectable difference to expect from earlier runs, or say that none was found."""
+def _left_words(left: Sequence[int]) -> str:
+    if not left:
+        return "nothing is left to run."
+    return "this one is left:" if len(left) == 1 else f"these {len(left)} are left:"
+
+
+def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iterator[str]:
+    """Yield the time, energy and detectable difference to expect from earlier runs, or say that none was found.
+
+    Args:
+        planned: the campaign.
+        cells: how many cells of each arm are left to run, by the arm's number.
+        gaps_s: the pauses between these cells, in seconds.
+    """
     campaign, arms, rule = planned.definition.campaign, planned.definition.arms, planned.definition.rule
-    cycles = cycles_at_most(campaign, len(arms))
     names = [
         "experiment_id",
         "config_json",
@@ -688,32 +797,46 @@ def _expected(planned: Planned, gaps_s: float) -> Iterator[str]:
     wanted = {arm.name: {k: v for k, v in to_plain(arm.experiment).items() if k != "io"} for arm in arms}
     spent_s, energies_j, spreads = 0.0, list[float | None](), list[float]()
     unknown = []
-    for arm in arms:
+    for number, arm in enumerate(arms):
         own = [row for row in rows if row.status == "completed" and _same(row.config_json, wanted[arm.name])]
-        if not own:
-            unknown.append(arm.name)
-            continue
-        each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in own]
-        spent_s += cycles * sum(each_s) / len(own)
-        known_j = [row.energy_j for row in own if row.energy_j is not None]
-        energies_j.append(cycles * sum(known_j) / len(known_j) if known_j else None)
         values = [value for row in own if (value := getattr(row, campaign.primary))]
         if len(values) > 1:
             spreads.append(summarise([math.log(value) for value in values]).sd or 0.0)
+        count = cells.get(number, 0)
+        if not own and count:
+            unknown.append(arm.name)
+        if not own or not count:
+            continue
+        each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in own]
+        spent_s += count * sum(each_s) / len(own)
+        known_j = [row.energy_j for row in own if row.energy_j is not None]
+        energies_j.append(count * sum(known_j) / len(known_j) if known_j else None)
+    if not cells:
+        return
     if unknown:
         yield f"No earlier run of {', '.join(unknown)}: the expected time and energy are unknown."
     else:
         energy_j = total(energies_j)
         energy = "unknown energy" if energy_j is None else f"{energy_j:.4g} J"
-        most = f", if it takes all {cycles} cycles" if rule else ""
+        most = f", if it takes all {cycles_at_most(campaign, len(arms))} cycles" if rule else ""
         yield f"Expected from earlier runs: {(spent_s + gaps_s) / 60:.1f} min including pauses, {energy}{most}."
     sd_log = math.sqrt(sum(s**2 for s in spreads) / len(spreads)) if spreads else None
+    yield from _precision(planned.definition, sd_log)
+
+
+def _precision(definition: Definition, sd_log: float | None) -> Iterator[str]:
+    """Yield the detectable difference or, in an adaptive campaign, the number of cycles to expect.
+
+    `sd_log` is the standard deviation of one cell's logarithm in earlier runs; None if unknown.
+    """
+    campaign, arms, rule = definition.campaign, len(definition.arms), definition.rule
+    cycles = cycles_at_most(campaign, arms)
     if rule is not None:
         if sd_log is not None:
-            yield adaptive.expected_words(planned.definition, rule, sd_log)
+            yield adaptive.expected_words(definition, rule, sd_log)
     elif sd_log is not None and cycles > 1:
-        degrees_of_freedom = expected_degrees_of_freedom(ANALYSES[campaign.structure], cycles, len(arms))
-        ratio = results.detectable_ratio(sd_log, cycles, degrees_of_freedom, len(arms) - 1)
+        degrees_of_freedom = expected_degrees_of_freedom(ANALYSES[campaign.structure], cycles, arms)
+        ratio = results.detectable_ratio(sd_log, cycles, degrees_of_freedom, arms - 1)
         yield f"With {cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."
     else:
         yield "The detectable difference is unknown: estimating it needs two cycles and two earlier runs of an arm."

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO, cast
 
 from lem.results import show
@@ -45,13 +46,17 @@ def bars() -> Iterator[Report]:
 
 
 @contextmanager
-def study_display(total: int, *, at_once: int = 1) -> Iterator[StudyDisplay]:
-    """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines."""
+def study_display(total: int, *, at_once: int = 1, settled: Iterable[int] = ()) -> Iterator[StudyDisplay]:
+    """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines.
+
+    `settled` has the numbers of the runs that need not run, because an earlier command completed them.
+    """
+    outcomes = Outcomes(total, set(settled))
     if _is_terminal(sys.stderr):
         with _shown(_progress(30 if at_once == 1 else 10)) as progress:
-            yield StudyBars(progress, total, at_once)
+            yield StudyBars(progress, outcomes, at_once)
     else:
-        yield StudyLines(sys.stderr, total, at_once)
+        yield StudyLines(sys.stderr, outcomes, at_once)
 
 
 def _is_terminal(stream: TextIO) -> bool:
@@ -176,14 +181,29 @@ class StudyDisplay(Protocol):
         """Show how a run ended."""
 
 
+@dataclass
+class Outcomes:
+    """Which runs of a study have ended and which of these have failed; a run that is retried counts once."""
+
+    total: int
+    ended: set[int]
+    failed: set[int] = field(default_factory=set)
+
+    def end(self, number: int, *, failed: bool) -> None:
+        """Note how a run ended, in place of how an earlier try of it ended."""
+        self.ended.add(number)
+        self.failed.discard(number)
+        if failed:
+            self.failed.add(number)
+
+
 class StudyBars:
     """A bar for the study, above the bars of a single run or above one bar for each of several runs."""
 
-    def __init__(self, progress: Any, total: int, at_once: int) -> None:
-        self._progress, self._total, self._at_once = progress, total, at_once
-        self._failed = 0
+    def __init__(self, progress: Any, outcomes: Outcomes, at_once: int) -> None:
+        self._progress, self._outcomes, self._at_once = progress, outcomes, at_once
         self._runs: dict[int, tuple[str, Any]] = {}
-        self._all = progress.add_task("Experiments", total=total, note="")
+        self._all = progress.add_task("Experiments", total=outcomes.total, completed=len(outcomes.ended), note="")
 
     def begin(self, number: int, label: str) -> Report:
         """Add the run's bars."""
@@ -196,16 +216,17 @@ class StudyBars:
         """Remove the run's bars and print its outcome above the remaining bars."""
         label, run = self._runs.pop(number)
         run.clear()
-        self._failed += failed
-        self._progress.advance(self._all)
+        self._outcomes.end(number, failed=failed)
+        self._progress.update(self._all, completed=len(self._outcomes.ended))
         style = "red" if failed else None
-        line = one_line(f"[{number + 1}/{self._total}] {label}: {sentence}")
+        line = one_line(f"[{number + 1}/{self._outcomes.total}] {label}: {sentence}")
         self._progress.console.print(line, markup=False, highlight=False, style=style)
         self._head()
 
     def _head(self) -> None:
         labels = [label for label, _ in self._runs.values()] if self._at_once == 1 else []
-        note = "  ".join([*([f"{self._failed} failed"] if self._failed else []), *labels])
+        failed = len(self._outcomes.failed)
+        note = "  ".join([*([f"{failed} failed"] if failed else []), *labels])
         self._progress.update(self._all, note=note)
         self._progress.refresh()
 
@@ -238,23 +259,22 @@ class _OneBar:
 class StudyLines:
     """Prints a line when a run begins and another when it ends, with its phases in between."""
 
-    def __init__(self, stream: TextIO, total: int, at_once: int) -> None:
-        self._stream, self._total, self._at_once = stream, total, at_once
-        self._done = self._failed = 0
+    def __init__(self, stream: TextIO, outcomes: Outcomes, at_once: int) -> None:
+        self._stream, self._outcomes, self._at_once = stream, outcomes, at_once
         self._labels: dict[int, str] = {}
 
     def begin(self, number: int, label: str) -> Report:
         """Print which run begins; return the function that receives its events."""
         self._labels[number] = label
-        self._print(f"[{number + 1}/{self._total}] {label}")
+        self._print(f"[{number + 1}/{self._outcomes.total}] {label}")
         return Lines(self._stream, f"[{number + 1}] " if self._at_once > 1 else "")
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Print how the run ended, and how many runs have ended so far."""
-        self._done += 1
-        self._failed += failed
-        so_far = f"{self._done} of {self._total} ended" + (f", {self._failed} failed" if self._failed else "")
-        self._print(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
+        self._outcomes.end(number, failed=failed)
+        total, ended, wrong = self._outcomes.total, len(self._outcomes.ended), len(self._outcomes.failed)
+        so_far = f"{ended} of {total} ended" + (f", {wrong} failed" if wrong else "")
+        self._print(f"[{number + 1}/{total}] {self._labels[number]}: {sentence} ({so_far})")
 
     def _print(self, line: str) -> None:
         print(one_line(line), file=self._stream, flush=True)

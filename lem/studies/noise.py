@@ -22,6 +22,7 @@ from lem.results.campaign import Answer, Arm
 from lem.results.codec import to_plain
 from lem.results.noise import noise_of
 from lem.results.noise_show import as_plain, show_noise
+from lem.results.store import Store
 from lem.studies import campaign as study
 from lem.studies.ask import RunOptions
 from lem.studies.campaign import Presentation
@@ -87,7 +88,7 @@ def resume(name: str, results_dir: Path, options: RunOptions, *, difference: flo
         ResultsError: there is no such campaign.
         ConfigError: it compares different configurations, or the machine or software has changed.
     """
-    kept = results.read_definition(study.folder_named(name, results_dir))
+    kept = results.read_definition(results.folder_named(name, Store(results_dir)))
     experiments = [to_plain(arm.experiment) for arm in kept.arms]
     if len(experiments) != len(ARMS) or experiments[0] != experiments[1]:
         raise ConfigError(

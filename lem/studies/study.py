@@ -118,8 +118,10 @@ def run_cells(
     try:
         manifest.open()
         try:
+            settled = [number for number, state in enumerate(manifest.states) if state.is_settled]
+            shown = study_display(len(manifest.cells), at_once=at_once, settled=settled)
             # Between cells, too, a signal must raise an exception.
-            with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
+            with shown as display, signals_raise(_stopped):
                 _run_cells(manifest, make_runner(manifest, display), settings)
         finally:
             manifest.close()

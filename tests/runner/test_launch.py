@@ -151,7 +151,23 @@ def test_a_worker_that_ignores_signals_is_killed_after_its_grace(tmp_path):
     assert process.returncode == 130
     assert 5 < time.monotonic() - began_s < 12
     assert gone(tmp_path)
-    assert only(tmp_path / "results").state().status == "interrupted"
+    state = only(tmp_path / "results").state()
+    assert state.status == "interrupted"
+    (record,) = only(tmp_path / "results").records()
+    assert record.error.message == "stopped by Ctrl-C. The worker was killed, because it did not end within 8 s."
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_while_its_worker_starts_says_who_stopped_it(tmp_path, number):
+    process = begin("experiment", *SIMULATED, "-n", "4", cwd=tmp_path)
+    while not (workers := workers_of(process)):
+        assert process.poll() is None
+    os.killpg(process.pid, number)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert workers
+    (record,) = only(tmp_path / "results").records()
+    assert record.error.message == f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}"
 
 
 def test_a_second_ctrl_c_is_immediate(tmp_path):
@@ -169,7 +185,9 @@ def test_a_second_ctrl_c_is_immediate(tmp_path):
     assert process.returncode == 130
     assert time.monotonic() - began_s < 4
     (record,) = only(tmp_path / "results").records()
-    assert record.error.message == "The worker was killed at once, because the run was interrupted a second time."
+    assert record.error.message == (
+        "stopped by Ctrl-C. The worker was killed at once, because the run was interrupted a second time."
+    )
     assert "Traceback" not in err
     assert "--resume" in err
     assert gone(tmp_path)

@@ -7,7 +7,7 @@ import json
 import os
 
 from lem.runner.progress import Event, PipeReport
-from lem.studies.display import Lines, Rate, StudyLines, bars
+from lem.studies.display import Lines, Outcomes, Rate, StudyLines, bars
 
 
 def sent(events, period_s):
@@ -80,7 +80,7 @@ def test_every_phase_that_has_ended_has_a_full_bar(capsys):
 
 def test_a_batch_reports_how_many_have_ended_and_failed():
     stream = io.StringIO()
-    show = StudyLines(stream, total=2, at_once=2)
+    show = StudyLines(stream, Outcomes(2, set()), at_once=2)
     first, second = show.begin(0, "a.yaml"), show.begin(1, "b.yaml")
     second(Event("load"))
     first(Event("load"))
@@ -93,4 +93,18 @@ def test_a_batch_reports_how_many_have_ended_and_failed():
         "[1] Loading the model",
         "[2/2] b.yaml: failed: no (1 of 2 ended, 1 failed)",
         "[1/2] a.yaml: completed (2 of 2 ended, 1 failed)",
+    ]
+
+
+def test_a_run_that_is_tried_again_counts_once_and_those_that_need_not_run_count_as_ended():
+    stream = io.StringIO()
+    show = StudyLines(stream, Outcomes(3, {0}), at_once=1)
+    for number, failed in ((1, True), (2, True), (1, True), (2, False)):
+        show.begin(number, "a.yaml")
+        show.end(number, "over", failed=failed)
+    assert [line.rpartition("(")[2] for line in stream.getvalue().splitlines() if "over" in line] == [
+        "2 of 3 ended, 1 failed)",
+        "3 of 3 ended, 2 failed)",
+        "3 of 3 ended, 2 failed)",
+        "3 of 3 ended, 1 failed)",
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -103,6 +105,150 @@ def test_the_same_command_again_runs_nothing_and_shows_the_answer(lem, arms):
     assert again.out == first.out
 
 
+@pytest.mark.processes
+def test_a_finished_campaign_is_shown_while_another_process_holds_its_lock(lem, arms):
+    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    first = lem(*wanted)
+    folder = arms / "results" / "campaigns" / "one"
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for again in (("campaign", "--resume", "one"), wanted):
+            done = lem(*again)
+            assert (done.code, done.out.replace(f"{arms}/", "")) == (0, first.out)
+        lose(arms, cells_of(arms)[1])
+        assert "Another process is measuring campaign 'one'." in lem("campaign", "--resume", "one", "-y").err
+
+
+def lose(folder, cell):
+    """Remove an experiment as if it had never run."""
+    shutil.rmtree(folder / "results" / "raw" / cell["experiment_id"])
+
+
+@pytest.mark.processes
+def test_a_dry_run_of_a_begun_campaign_shows_what_is_left(lem, arms):
+    wanted = (
+        "campaign",
+        "quick.yaml",
+        "slow.yaml",
+        "--campaign-name",
+        "one",
+        "-c",
+        "2",
+        "--config-gap",
+        "0.01",
+        *QUICK,
+    )
+    assert lem(*wanted).code == 0
+    for again in (("campaign", "--resume", "one", "--dry-run"), (*wanted, "--dry-run")):
+        assert lem(*again).out.splitlines()[1:] == [
+            "4 of 4 cells are completed; nothing is left to run.",
+            "# dry run: nothing was measured",
+        ]
+    lost = cells_of(arms)[2]
+    lose(arms, lost)
+    out = lem("campaign", "--resume", "one", "--dry-run").out
+    assert "3 of 4 cells are completed; this one is left:\n[3/4] " in out
+    assert [line for line in out.splitlines() if line.startswith("[")] == [
+        f"[3/4] {lost['label']}: 4 prompts of sample through any (simulated)"
+    ]
+    assert "pause of" not in out
+    (energy_j,) = re.findall(r"including pauses, (\S+) J\.", out)
+    rows = json.loads(lem("results", "list", "--campaign", "one", "--json").out)
+    own = [row["energy_j"] for row in rows if row["campaign_arm"] == lost["campaign"]["arm"]]
+    assert float(energy_j) == pytest.approx(sum(own) / len(own), rel=1e-3)
+
+
+@pytest.mark.processes
+def test_a_campaign_goes_on_from_any_directory(lem, arms, monkeypatch):
+    (arms / "prompts.txt").write_text("one\ntwo\nthree\n")
+    wanted = ("quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", "-p", "prompts.txt", "-y")
+    assert lem("campaign", *wanted, "max_output_tokens=8").code == 0
+    lose(arms, cells_of(arms)[0])
+    (arms / "elsewhere").mkdir()
+    monkeypatch.chdir(arms / "elsewhere")
+    folder = arms / "results" / "campaigns" / "one"
+    done = lem("campaign", "--resume", str(folder), "-y")
+    assert done.code == 0, done.err
+    assert "Campaign one: 2 of 2 cells completed" in done.out
+    assert Path.cwd() == arms / "elsewhere"
+    assert lem("results", "show", "../results/campaigns/one").out.startswith("Campaign one: 2 of 2 cells completed")
+    kept = json.loads((folder / "campaign.json").read_text())
+    assert kept["working_dir"] == str(arms)
+    (folder / "campaign.json").write_text(json.dumps({**kept, "working_dir": str(arms / "gone")}))
+    refused = lem("campaign", "--resume", str(folder), "-y")
+    assert refused.code == 2
+    assert "The directory in which campaign 'one' was started cannot be used" in refused.err
+    monkeypatch.chdir(arms)
+    assert lem("campaign", "--resume", str(folder), "-y").code == 0
+
+
+@pytest.mark.processes
+def test_a_lost_list_of_cells_is_rebuilt_from_the_experiments(lem, arms):
+    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    first = lem(*wanted)
+    before = cells_of(arms)
+    file = arms / "results" / "campaigns" / "one" / "experiments.json"
+    for content in (None, "", '{"a": 1}', "[1, 2]", '[{"campaign": {"arm": 1}}]', "[]"):
+        file.unlink() if content is None else file.write_text(content)
+        if content != "[]":
+            shown = lem("results", "show", "one")
+            assert shown.code == 2
+            assert ("is missing. " if content is None else "is damaged (") in shown.err
+            assert shown.err.endswith("run the cells that have no result: lem campaign --resume one\n")
+        done = lem("campaign", "--resume", "one", "-y")
+        assert (done.code, done.out.replace(f"{arms}/", "")) == (0, first.out)
+        assert cells_of(arms) == before
+    assert len(os.listdir(arms / "results" / "raw")) == 2
+
+
+@pytest.mark.processes
+def test_cells_of_another_campaign_of_the_same_name_are_not_taken_for_lost_ones(lem, arms):
+    wanted = ("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    lem(*wanted)
+    shutil.rmtree(arms / "results" / "campaigns" / "one")
+    assert lem(*wanted, "max_output_tokens=9").code == 0
+    (arms / "results" / "campaigns" / "one" / "experiments.json").unlink()
+    lose(arms, {"experiment_id": sorted(os.listdir(arms / "results" / "raw"))[-1]})
+    assert lem("campaign", "--resume", "one", "-y").code == 0
+    rows = json.loads(lem("results", "list", "--json").out)
+    kept = [row["max_output_tokens"] for row in rows if (arms / "results" / "raw" / row["experiment_id"]).is_dir()]
+    assert sorted(kept) == [8, 8, 9, 9]
+
+
+@pytest.mark.processes
+def test_a_primary_measure_that_turns_out_to_be_missing_ends_with_1(lem, arms):
+    (arms / "short.csv").write_text("t_s,power_w\n0,100\n0.01,100\n")
+    (arms / "short.yaml").write_text((arms / "quick.yaml").read_text().replace("power.csv", "short.csv"))
+    for first, sentence in (
+        ("short", "No cell has a value for energy per output token (energy_per_output_token_j)"),
+        ("quick", "short cannot be compared with quick, because short has no energy per output token (no completed"),
+    ):
+        done = lem("campaign", f"{first}.yaml", "short.yaml", "--campaign-name", first, "-c", "1", *QUICK)
+        assert (done.code, sentence in done.out) == (1, True), done.out
+        assert [cell["status"] for cell in cells_of(arms, first)] == ["completed"] * 2
+        assert lem("campaign", "--resume", first).code == 1
+
+
+def test_what_shows_an_experiment_is_refused_for_a_campaign(lem, arms):
+    lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    for flag, name in (("--raw", "--raw"), ("-e", "--environment")):
+        done = lem("results", "show", "one", flag)
+        assert (done.code, done.out) == (2, "")
+        assert f"Error: {name}: it shows one experiment, and 'one' is a campaign" in done.err
+        assert "lem results list --campaign one" in done.err
+    done = lem("results", "show", "on")
+    assert done.code == 2
+    assert done.err == "Error: There is no experiment 'on' and no campaign of that name in results. Nearest: one.\n"
+    assert lem("results", "show", "x" * 300).err.startswith("Error: There is no experiment 'xxx")
+
+
+def test_an_experiment_is_not_hidden_by_a_campaign_with_its_id(lem, arms):
+    lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
+    experiment_id = cells_of(arms)[0]["experiment_id"]
+    shutil.copytree(arms / "results" / "campaigns" / "one", arms / "results" / "campaigns" / experiment_id)
+    assert lem("results", "show", experiment_id).out.startswith(f"{experiment_id}  completed")
+
+
 def test_another_campaign_of_the_same_name_is_refused(lem, arms):
     lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "1", *QUICK)
     done = lem("campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "2", *QUICK)
@@ -147,10 +293,27 @@ def test_a_failed_cell_is_tried_again_and_an_arm_that_only_fails_is_given_up(lem
     assert by_arm["quick"] == ["completed"] * 3
     assert by_arm["slow"] == ["failed", "failed", "not run"]
     assert "slow was abandoned after 3 failures in a row." in done.out
+    # A cell that is retried is one cell in the progress, too.
+    assert [line.rpartition("(")[2] for line in done.err.splitlines() if " ended, " in line][-1] == (
+        "5 of 6 ended, 2 failed)"
+    )
     # Two fail in the first cycle and one in the second; then no more are run.
     assert len(os.listdir(arms / "results" / "raw")) == 3 + 3
-    assert "slow and quick have no cycle in common" in done.out
+    reason = "abandoned after 3 failures in a row; the last failure: simulated failure at request 2"
+    said = f"slow cannot be compared with quick, because slow has no energy per output token ({reason})."
+    assert f"slow: {reason}.\n" in done.out
+    assert f"{said}\n" in done.out
     assert "campaign_cells_missing" in done.out
+    shown = json.loads(lem("results", "show", "one", "--json").out)
+    assert shown["sentences"] == [said]
+    stored = pq.read_table(arms / "results" / "campaigns" / "one" / "arms.parquet").to_pylist()
+    for rows in (shown["arms"], stored):
+        of_slow = [row for row in rows if row["arm"] == "slow"]
+        assert {row["measure"] for row in of_slow} == {row["measure"] for row in rows if row["arm"] == "quick"}
+        for row in of_slow:
+            assert (row["cells_completed"], row["cells_planned"], row["reason"]) == (0, 3, reason)
+            assert [row[name] for name in ("mean", "ci95_low", "ci95_high", "source")] == [None] * 4
+    assert {row["reason"] for row in stored if row["arm"] == "quick"} == {None}
 
 
 @pytest.mark.processes
@@ -295,6 +458,22 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "cost"],
             "primary: must be 'energy_per_output_token_j'",
         ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "exp_2026"],
+            "name: 'exp_2026' would hide the experiments whose ids begin like that",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "ttft_mean_s"],
+            "slow: streaming.enabled: without it, an arm has no ttft_mean_s. Set streaming.enabled=true for all arms",
+        ),
+        *(
+            (
+                ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", measure, "energy=none"],
+                f"quick: energy.name: with energy=none, an arm has no {measure}. Choose a meter",
+            )
+            for measure in ("energy_per_output_token_j", "energy_per_request_j", "average_power_w")
+        ),
+        (["exp_2.yaml"], "name: 'exp_2' would hide the experiments"),
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "slow", "--baseline", "quick"],
@@ -318,11 +497,13 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         (["--resume", "x", "--baseline", "quick"], "leave out config files and settings"),
         (["--resume", "x"], "There is no campaign 'x'"),
         (["--resume", "other"], "There is no campaign 'other'"),
+        (["--resume", "x" * 300], "is neither the name nor the directory of a campaign"),
         (["--resume", ""], "'' is neither the name nor the directory of a campaign"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(lem, arms, arguments, message):
     (arms / "other").mkdir()
+    (arms / "exp_2.yaml").write_text("arms: [quick.yaml, slow.yaml]\n")
     (arms / "empty.yaml").write_text("")
     (arms / "bytes.yaml").write_bytes(b"model: \x80")
     done = lem("campaign", *arguments, *(() if "--resume" in arguments else QUICK))
@@ -448,6 +629,11 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
         (
             "arms: [quick.yaml, slow.yaml]\nbaseline: slow\nbaseline: quick\n",
             "bad.yaml:3: baseline: duplicate key; it was first given on line 2.",
+        ),
+        ("arms: [quick.yaml, slow.yaml]\nname: exp_20260102_030405\n", "bad.yaml:2: name: 'exp_20260102_030405' would"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nprimary: ttft_mean_s\n",
+            "streaming.enabled: without it, an arm has no ttft_mean_s. Set streaming.enabled=true",
         ),
         ("arms: [quick.yaml, slow.yaml]\nname: a/b\n", "bad.yaml:2: name: must be at most 100 letters"),
         (

@@ -97,9 +97,8 @@ def test_a_dry_run_shows_the_order_of_the_built_in_model_and_prompts(lem, tmp_pa
 
 
 def test_what_the_command_line_chooses_replaces_the_defaults(lem, arms):
-    done = lem(
-        "doctor", "--noise", "--dry-run", "-m", "any", "--backend", "simulated", "energy=none", "-n", "7", "-c", "2"
-    )
+    of_times = ("energy=none", "--primary", "output_tokens_per_s")
+    done = lem("doctor", "--noise", "--dry-run", "-m", "any", "--backend", "simulated", *of_times, "-n", "7", "-c", "2")
     assert "7 prompts of sample through any (simulated)" in done.out, done.err
     (arms / "prompts.txt").write_text("one\ntwo\nthree\n")
     done = lem("doctor", "--noise", "--dry-run", "-p", "prompts.txt")
@@ -120,6 +119,10 @@ def test_what_the_command_line_chooses_replaces_the_defaults(lem, arms):
         (["quick.yaml", "-c", "0"], "cycles: must be greater than or equal to 1, not 0"),
         (["quick.yaml", "--campaign-name", "a/b"], "Error: name: "),
         (["quick.yaml", "--primary", "cost"], "primary: must be 'energy_per_output_token_j'"),
+        (
+            ["-m", "any", "--backend", "simulated", "energy=none"],
+            "with energy=none, an arm has no energy_per_output_token_j",
+        ),
         (["quick.yaml", "--json", "--dry-run"], "--dry-run shows the order as text; leave out --json."),
         (["nowhere.yaml"], "nowhere.yaml"),
         (["--resume", "x"], "There is no campaign 'x'"),

@@ -10,6 +10,8 @@ import yaml
 
 from lem.machine.host import Host
 from lem.runner.preflight import objections
+from lem.spec.campaign import Measure
+from lem.spec.conflicts import unmeasured
 from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
@@ -33,15 +35,17 @@ def spread(strategy: str, degree: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Asked:
-    """An experiment, the machine on which it would run, and its model if that has been found."""
+    """An experiment, its machine, its model if that has been found, and the measure by which a campaign compares it."""
 
     experiment: Experiment
     host: Host
     model: Model | None
+    primary: Measure | None = None
 
     def objections(self) -> list[Objection]:
         """Return lem's objections."""
-        return objections(self.experiment, self.host, self.model)
+        of_campaign = unmeasured(self.experiment, self.primary) if self.primary else ()
+        return [*objections(self.experiment, self.host, self.model), *of_campaign]
 
 
 class Example(NamedTuple):
@@ -53,7 +57,7 @@ class Example(NamedTuple):
     not_by: Asked
 
 
-def asks(*overrides: str, host: Host = CPU, model: Model | None = None) -> Asked:
+def asks(*overrides: str, host: Host = CPU, model: Model | None = None, primary: Measure | None = None) -> Asked:
     """Return the experiment that these overrides would give on the command line."""
     experiment = Experiment(model="owner/name")
     for override in overrides:
@@ -63,7 +67,7 @@ def asks(*overrides: str, host: Host = CPU, model: Model | None = None) -> Asked
             experiment.backend = BACKENDS[value]()
         else:
             experiment = changed_at(experiment, "energy.name" if path == "energy" else path, value)
-    return Asked(experiment, host, model)
+    return Asked(experiment, host, model, primary)
 
 
 def model(folder: str = "model", **config: object) -> Model:
