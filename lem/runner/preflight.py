@@ -18,7 +18,7 @@ from lem.backends import backend_class
 from lem.energy.objections import objections as energy_objections
 from lem.errors import BadInput, ConfigError
 from lem.machine.gpu import Gpu, pick
-from lem.machine.host import Host
+from lem.machine.host import KERNELS_FILESYSTEMS, Host, filesystem_type
 from lem.results.store import Store
 from lem.spec.conflicts import conflicts
 from lem.spec.experiment import Dataset, Experiment, Traffic
@@ -241,11 +241,18 @@ def results_objections(results_dir: str) -> Iterator[Objection]:
 
 
 def why_unwritable(folder: Path) -> str | None:
-    """Return why a directory cannot be created or written to; None if its permissions allow this."""
+    """Return why a directory cannot be created or written to; None if nothing on its path prevents this."""
     there = existing(folder)
+    nearest = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not os.path.exists(nearest):
+        return f"{nearest} is a link to {os.readlink(nearest)}, which cannot be found."
     if not os.path.isdir(there):
         return f"{there} is a file, not a directory."
-    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable."
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} is not writable."
+    if (kind := filesystem_type(there)) in KERNELS_FILESYSTEMS:
+        return f"{there} is in the kernel's file system {kind}, where no directories can be created."
+    return None
 
 
 def existing(path: Path) -> Path:

@@ -314,6 +314,15 @@ def test_a_results_directory_that_cannot_be_is_an_obstacle(tmp_path):
     assert not [each for each in checked.findings if each.check == "disk"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_results_directory_where_none_can_be_created_is_an_obstacle():
+    checked = found("/proc/results")
+    results = only(checked, "results_dir")
+    assert results.status == "missing"
+    assert results.fact == "/proc is in the kernel's file system proc, where no directories can be created."
+    assert not checked.can_measure
+
+
 def test_a_home_that_is_not_known_is_an_obstacle_and_no_crash(tmp_path):
     assert only(found("~nobody-of-this-name/results"), "results_dir").status == "missing"
 
