@@ -31,7 +31,10 @@ def campaign(
     prompts: flags.Prompts = None,
     sample_size: flags.SampleSize = None,
     cycles: Annotated[
-        int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: 4.")
+        int | None,
+        typer.Option(
+            "--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: at least 4, in whole squares."
+        ),
     ] = None,
     until_ci: Annotated[
         str | None,

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
+from lem.config.campaign import campaign_arms, compose, in_whole_squares, is_campaign, keys_given, settings_of_arms
 from lem.config.check import Found, examine, texts, without
 from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
 from lem.config.layers import Sources, leaf_paths, origin
@@ -155,7 +156,7 @@ def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_ma
         key, _, message = str(error).partition(": ")
         found.append(Problem("out_of_range", key, message, Location(file)))
     try:
-        rule_of(campaign, len(arms))
+        rule_of(in_whole_squares(campaign, len(arms), keys_given(file, {})), len(arms))
     except ConfigError as error:
         found += [Problem("out_of_range", "", problem, Location(file)) for problem in error.problems]
     return _in_order(list(dict.fromkeys(found)), file)
@@ -239,7 +240,10 @@ def show(
 def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, as_json: bool) -> int:
     if overrides or with_origin:
         raise ConfigError("lem config show prints a campaign file without overrides; leave out overrides and --origin.")
-    values = to_plain(compose(file, {}))
+    campaign = compose(file, {})
+    with suppress(ConfigError):  # an arm whose file is missing does not keep the settings from being shown
+        campaign = in_whole_squares(campaign, len(list(campaign_arms(campaign))), keys_given(file, {}))
+    values = to_plain(campaign)
     if as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:

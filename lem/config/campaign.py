@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from lem.config.userfile import MAX_FILES, merged
 from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
 from lem.results.codec import adapter, to_plain
-from lem.spec.campaign import NAME_IN_WORDS, STRUCTURES, ArmSource, Campaign
+from lem.spec.campaign import (
+    MOST_ADAPTIVE_CYCLES,
+    MOST_CYCLES,
+    NAME_IN_WORDS,
+    STRUCTURES,
+    ArmSource,
+    Campaign,
+    square_size,
+    whole_squares,
+)
 from lem.spec.paths import expanded
 
 CONFIG_MODULE = "lem.conf"
@@ -124,6 +133,33 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
     if campaign is None or found.problems:
         raise Problems(found.problems)
     return campaign
+
+
+def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
+    """Return the keys that a campaign file, its parents or the command line set; raises `Problems`, as `read` does."""
+    values = {**(CampaignFile() if file is None else read(file)).values, **given}
+    return {key for key, value in values.items() if value is not None}
+
+
+def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Campaign:
+    """Return a campaign's settings; if it is latin, cycles that nobody chose are rounded up to whole squares.
+
+    Args:
+        campaign: its settings.
+        arms: the number of arms, with the baseline.
+        given: the keys that the user set.
+    """
+    if campaign.structure != "latin":
+        return campaign
+    size = square_size(arms)
+    whole = whole_squares(campaign.cycles, size)
+    if campaign.until_ci is None:
+        is_rounded = "cycles" not in given and whole <= MOST_CYCLES
+        return replace(campaign, cycles=whole) if is_rounded else campaign
+    # An adaptive campaign needs a second whole square after which it may stop.
+    most = max(campaign.max_cycles or 0, whole + size)
+    is_raised = "max_cycles" not in given and most <= MOST_ADAPTIVE_CYCLES
+    return replace(campaign, max_cycles=most) if is_raised else campaign
 
 
 def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:

@@ -171,3 +171,8 @@ def square_size(arms: int) -> int:
     After Williams (1949): one square for an even number of arms, two squares for an odd number.
     """
     return arms if arms % 2 == 0 else 2 * arms
+
+
+def whole_squares(cycles: int, size: int) -> int:
+    """Return the smallest number of cycles, at least `cycles`, that consists of whole squares of `size` cycles."""
+    return -(-cycles // size) * size

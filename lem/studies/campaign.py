@@ -20,7 +20,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.config.campaign import campaign_arms, check_alone, compose, is_campaign, settings_of_arms
+from lem.config.campaign import (
+    campaign_arms,
+    check_alone,
+    compose,
+    in_whole_squares,
+    is_campaign,
+    keys_given,
+    settings_of_arms,
+)
 from lem.config.compose import prepare
 from lem.config.overrides import has_several_values
 from lem.config.trust import all_asked, asked_by
@@ -42,7 +50,7 @@ from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Event, Report
-from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign, CampaignCell
+from lem.spec.campaign import NAME, NAME_IN_WORDS, ArmSource, Campaign, CampaignCell, square_size
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
@@ -164,6 +172,7 @@ def planned_arms(
     place = f"{own[0]}: " if own else ""
     arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir, consents, place)
     campaign = replace(campaign, baseline=baseline_of(campaign.baseline, [arm.name for arm in arms], place))
+    campaign = in_whole_squares(campaign, len(arms), keys_given(own[0] if own else None, given))
     return _without_arms(campaign), arms, [*of_all, *overrides]
 
 
@@ -640,7 +649,9 @@ def _cycles(definition: Definition) -> str:
     rule, cycles = definition.rule, definition.campaign.cycles
     if rule is not None:
         return f"{rule.least} to {rule.most} cycles"
-    return f"{cycles} cycle{'s' if cycles != 1 else ''}"
+    size = square_size(len(definition.arms))
+    whole = " (whole squares)" if definition.campaign.structure == "latin" and cycles % size == 0 else ""
+    return f"{cycles} cycle{'s' if cycles != 1 else ''}{whole}"
 
 
 def _preview(planned: Planned, states: Sequence[CellState]) -> None:
@@ -652,6 +663,8 @@ def _preview(planned: Planned, states: Sequence[CellState]) -> None:
     )
     if planned.definition.rule:
         print(adaptive.plan_words(planned.definition.rule))
+    elif campaign.structure == "latin" and campaign.cycles % (size := square_size(len(arms))) == 0:
+        print(f"After every {size} cycles, each arm has had each position and followed each other arm equally often.")
     gaps_s = 0.0
     for number, (place, state) in enumerate(zip(planned.places, states, strict=True), start=1):
         done = f", {state.status}" if state.is_settled else ", to be resumed" if state.cell.unfinished else ""

@@ -53,6 +53,8 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
     assert "it stops after 6 or 8 cycles (whole squares)" in latin.out
     assert "cycle 8/8" in latin.out
     assert "campaign_unbalanced" not in latin.err
+    nine = ("campaign", *["quick.yaml"] * 9, "--campaign-name", "nine", "--until-ci", value, "--structure", "latin")
+    assert "it stops after 18 or 36 cycles (whole squares)" in lem(*nine, "--dry-run", *QUICK).out
     long = lem(*TWO, "--until-ci", value, "-c", "30", "--dry-run", *QUICK)
     assert "30 to 100 cycles" in long.out
 

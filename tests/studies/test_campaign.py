@@ -340,8 +340,32 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     options = ("quick.yaml", "slow.yaml", "--dry-run", *QUICK)
     assert "campaign_fixed_order" in lem("campaign", "--campaign-name", "x", "--structure", "grouped", *options).err
     latin = lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "3", *options)
-    assert "campaign_unbalanced: the number of cycles (3) is not a multiple of 2" in latin.err
+    assert (
+        "campaign_unbalanced: the number of cycles (3) is not a multiple of 2, so positions and predecessors are not "
+        "balanced; 2 or 4 cycles would be.\n"
+    ) in latin.err
+    assert "whole squares" not in latin.out
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
+
+
+@pytest.mark.parametrize(("arms_given", "cycles", "size"), [(2, 4, 2), (3, 6, 6), (4, 4, 4), (5, 10, 10), (6, 6, 6)])
+def test_a_latin_campaign_without_cycles_gets_the_fewest_whole_squares(lem, arms, arms_given, cycles, size):
+    files = ["quick.yaml"] * arms_given
+    done = lem("campaign", *files, "--campaign-name", "x", "--structure", "latin", "--dry-run", *QUICK)
+    assert done.out.startswith(f"Campaign x: {arms_given} arms in {cycles} cycles (whole squares), latin, seed 42;")
+    assert f"After every {size} cycles, each arm has had each position" in done.out
+    assert "campaign_unbalanced" not in done.err
+
+
+def test_cycles_of_ones_own_stay_though_they_are_no_whole_squares(lem, arms):
+    (arms / "three.yaml").write_text("arms: [quick.yaml, slow.yaml, quick.yaml]\nstructure: latin\n")
+    (arms / "four.yaml").write_text("defaults: [three]\ncycles: 4\n")
+    for given, cycles in ((["three.yaml"], 6), (["three.yaml", "-c", "4"], 4), (["four.yaml"], 4)):
+        done = lem("campaign", *given, "--dry-run", *QUICK)
+        assert f"3 arms in {cycles} cycles" in done.out
+        assert ("not balanced; 6 cycles would be." in done.err) == (cycles == 4)
+    shown = [json.loads(lem("config", "show", name, "--json").out)["cycles"] for name in ("three.yaml", "four.yaml")]
+    assert shown == [6, 4]
 
 
 KILLS = 20
