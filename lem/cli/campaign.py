@@ -32,9 +32,7 @@ def campaign(
     sample_size: flags.SampleSize = None,
     cycles: Annotated[
         int | None,
-        typer.Option(
-            "--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: at least 4, in whole squares."
-        ),
+        typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: at least 4, in whole squares."),
     ] = None,
     until_ci: Annotated[
         str | None,
@@ -66,7 +64,12 @@ def campaign(
         typer.Option(metavar="TEXT", help="The arm to compare the others with. Default: the first."),
     ] = None,
     primary: Annotated[str | None, typer.Option(help=_HELP["primary"])] = None,
-    margin: Annotated[float | None, typer.Option(help="Ratios within 1 ± this margin count as equal.")] = None,
+    margin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Ratios within 1 ± this margin count as equal: a share, such as 2% or 0.02."
+        ),
+    ] = None,
     retries: Annotated[int | None, typer.Option(help=_HELP["retries"])] = None,
     resume: Annotated[
         str | None,
@@ -96,7 +99,7 @@ def campaign(
         "name": name,
         "sample_size": sample_size,
         "cycles": cycles,
-        "until_ci": _number(until_ci),
+        "until_ci": until_ci,
         "max_cycles": max_cycles,
         "structure": structure,
         "warmup_prompts": warmup_prompts,
@@ -130,11 +133,3 @@ def campaign(
         *given,
     ]
     raise typer.Exit(study.main(patterns, chosen, overrides, options, config_dir=config_dir))
-
-
-def _number(text: str | None) -> float | str | None:
-    """Return a text as a number if it is one; the schema refuses any other that is no percentage."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text

@@ -128,7 +128,6 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
         found.problems.append(Problem("unknown_key", str(key), message, _location(found, given, (key,))))
     campaign, problems = _checked(_composed(structure, {k: v for k, v in wanted.items() if k not in unknown}))
     for path, problem in [*problems, *adaptive.problems(campaign)]:
-        problem = adaptive.explained(problem) if path == ("until_ci",) else problem
         found.problems.append(replace(problem, location=_location(found, given, path)))
     if campaign is None or found.problems:
         raise Problems(found.problems)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import ConfigDict, Field
 
 from lem.spec.engines import SimulatedBackend
+from lem.spec.share import Share
 
 Structure = Literal["shuffled", "latin", "interleaved", "grouped"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
@@ -26,8 +27,6 @@ LONGEST_GAP_S = 86_400.0
 # The smallest number of cycles after which an adaptive campaign may stop, and the largest maximum that can be set. The
 # nominal levels in lem/results/levels.json are calibrated for this range.
 FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES = 5, 100
-# A percentage, such as 2 %.
-PERCENTAGE = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
 # A campaign's name is also the name of its directory.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 NAME_IN_WORDS = "at most 100 letters, digits, '.', '_' and '-', beginning with a letter or a digit"
@@ -75,21 +74,10 @@ class Campaign:
         ),
     ] = 3
     until_ci: Annotated[
-        float | None,
+        Share,
         Field(
-            gt=0,
-            lt=1,
             description="Stop once each interval's half-width, divided by the ratio to the baseline, is at most this "
             "share, such as 2% or 0.02; null: measure all cycles.",
-        ),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                    {"type": "string", "pattern": PERCENTAGE},
-                    {"type": "null"},
-                ]
-            }
         ),
     ] = None
     max_cycles: Annotated[
@@ -137,9 +125,10 @@ class Campaign:
         Measure, Field(description="Measure that decides the comparison; choose it before seeing the data.")
     ] = "energy_per_output_token_j"
     margin: Annotated[
-        float | None,
+        Share,
         Field(
-            gt=0, lt=1, description="Ratios within 1 ± this value count as equivalent; null: equivalence is not tested."
+            description="Ratios within 1 ± this share, such as 2% or 0.02, count as equivalent; null: equivalence is "
+            "not tested."
         ),
     ] = None
     retries: Annotated[

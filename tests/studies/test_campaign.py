@@ -285,7 +285,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--margin", "2"],
-            "margin: must be less than 1, not 2.0",
+            'margin: must be a share between 0 and 1, such as 2% or 0.02, not "2"',
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "-1"],
@@ -478,7 +478,10 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
             "arms: [quick.yaml, {config: slow.yaml, overrides: [batching.batch_size=0]}]\n",
             "batching.batch_size: must be greater than or equal to 1, not 0",
         ),
-        ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: must be less than 1"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n",
+            "bad.yaml:2: margin: must be a share between 0 and 1, such as 2% or 0.02, not 1.5.",
+        ),
     ],
 )
 def test_a_bad_campaign_file_is_refused_with_the_line(lem, arms, text, message):
