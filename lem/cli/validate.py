@@ -27,7 +27,7 @@ from lem.errors import ConfigError
 from lem.machine.host import Host, look
 from lem.results.codec import to_plain
 from lem.results.stopping import rule_of
-from lem.runner.preflight import objections
+from lem.runner.preflight import OUTSIDE_CAMPAIGNS, objections
 from lem.spec.experiment import Experiment
 from lem.units import is_printable, one_line
 
@@ -182,6 +182,7 @@ def _objections(
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
         for objection in objections(experiment, host)
         if not (any_machine and objection.scope == "machine")
+        and objection.code not in OUTSIDE_CAMPAIGNS
         and not _is_about(f"{objection.path} {objection.message}", known)
     ]
     return located(inputs.sources, found)

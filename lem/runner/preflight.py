@@ -32,6 +32,9 @@ from lem.workload.traffic import recorded_times_s
 
 log = logging.getLogger(__name__)
 
+# Rules that cells of a campaign do not break, and files that may be arms of one.
+OUTSIDE_CAMPAIGNS = frozenset({"no_effect_outside_campaign"})
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -52,6 +55,7 @@ def preflight(
     host: Host,
     *,
     force: bool = False,
+    in_campaign: bool = False,
     load: Callable[[Dataset, int], Prompts] = load_prompts,
 ) -> Ready:
     """Check an experiment against this machine, and load its prompts.
@@ -60,13 +64,15 @@ def preflight(
         experiment: an experiment whose types and ranges have been checked.
         host: the machine.
         force: run despite inadvisable options.
+        in_campaign: whether the experiment is a cell of a campaign.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
 
     Raises:
         ConfigError: the experiment cannot or should not run; lists all reasons.
     """
     prompts, arrivals_s = None, None
-    model, reasons, warnings = _without_prompts(experiment, host, force=force)
+    without = OUTSIDE_CAMPAIGNS if in_campaign else frozenset[str]()
+    model, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
     try:
         prompts = load(experiment.dataset, experiment.seed)
     except BadInput as error:
@@ -82,7 +88,12 @@ def preflight(
 
 
 def check_again(
-    experiment: Experiment, host: Host, *, force: bool = False, has_arrivals: bool = False
+    experiment: Experiment,
+    host: Host,
+    *,
+    force: bool = False,
+    has_arrivals: bool = False,
+    in_campaign: bool = False,
 ) -> tuple[Objection, ...]:
     """Check an experiment that is being resumed, whose prompts are already stored; return the warnings.
 
@@ -91,11 +102,12 @@ def check_again(
         host: the machine.
         force: run despite inadvisable options.
         has_arrivals: whether the arrivals of its trace are also stored, so that the trace file is not needed.
+        in_campaign: whether the experiment is a cell of a campaign.
 
     Raises:
         ConfigError: the experiment cannot or should not run on this machine; lists all reasons.
     """
-    without = frozenset({"traffic_trace"} if has_arrivals else ())
+    without = frozenset({"traffic_trace"} if has_arrivals else ()) | (OUTSIDE_CAMPAIGNS if in_campaign else set())
     _, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
     if reasons:
         raise ConfigError(*reasons)

@@ -334,7 +334,7 @@ def _planned(
         for arm in arms:
             experiment = replace(arm.experiment, seed=arm.experiment.seed + shift)
             try:
-                found = preflight(experiment, machine, force=options.force, load=prompts)
+                found = preflight(experiment, machine, force=options.force, in_campaign=True, load=prompts)
             except BadInput as error:
                 problems |= dict.fromkeys(f"{arm.name}: {problem}" for problem in error.problems)
                 continue
@@ -621,8 +621,12 @@ class CampaignRunner(OneByOne):
 
 
 def pause_s(campaign: Campaign, before: Place, after: Place) -> float:
-    """Return the pause between two consecutive cells, in seconds."""
-    if before.cycle != after.cycle and campaign.cycle_gap_s is not None:
+    """Return the pause between two consecutive cells, in seconds.
+
+    A grouped campaign goes from cycle to cycle within an arm, and begins again with the first cycle at the next arm.
+    """
+    is_next_arm = campaign.structure == "grouped" and before.arm != after.arm
+    if before.cycle != after.cycle and not is_next_arm and campaign.cycle_gap_s is not None:
         return campaign.cycle_gap_s
     return campaign.config_gap_s
 

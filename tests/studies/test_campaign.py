@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -25,7 +26,9 @@ from lem.results import campaign
 from lem.results.campaign import MEASURES
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
-from lem.spec.campaign import STRUCTURES, Measure
+from lem.spec.campaign import STRUCTURES, Campaign, Measure
+from lem.studies.campaign import pause_s
+from lem.studies.orders import order
 from tests.conftest import SUMMARY, begin, command, kill_group, wait_for
 from tests.studies.campaigns import QUICK, cells_of
 
@@ -414,6 +417,22 @@ def requests_of(results, cells):
         )
         for cell in cells
     ]
+
+
+# ------------------------------------------------------------------ pauses
+@pytest.mark.parametrize(
+    ("structure", "expected"),
+    [("grouped", [7, 7, 1, 7, 7]), ("interleaved", [1, 7, 1, 7, 1]), ("shuffled", [1, 7, 1, 7, 1]),
+     ("latin", [1, 7, 1, 7, 1])],
+)  # fmt: skip
+def test_a_pause_lies_between_any_two_cells_of_every_structure(structure, expected):
+    places = order(structure, 2, 3, 5)
+    both = Campaign(structure=structure, config_gap_s=1, cycle_gap_s=7)
+    assert [pause_s(both, *pair) for pair in pairwise(places)] == expected
+    without = replace(both, cycle_gap_s=None)
+    assert [pause_s(without, *pair) for pair in pairwise(places)] == [1] * 5
+    none_between_cycles = [pause_s(replace(both, cycle_gap_s=0), *pair) for pair in pairwise(places)]
+    assert none_between_cycles == [0 if pause == 7 else 1 for pause in expected]
 
 
 # ------------------------------------------------------------------ campaign files
