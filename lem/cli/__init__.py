@@ -5,6 +5,7 @@ Nothing heavy is imported here; a command that needs torch, transformers, hydra,
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -118,13 +119,31 @@ def _run() -> int:
 
 
 def _misused(error: Any) -> int:
-    """Print an error about invalid arguments as typer does, with control characters escaped; return its exit code."""
+    """Print an error about invalid arguments, with control characters escaped; return its exit code.
+
+    A value of the wrong type gets a sentence, as a wrong value in a file does; other errors are shown as typer does.
+    """
     from typer import rich_utils
 
+    if sentence := _wrong_value(error):
+        print(f"Error: {one_line(sentence)}", file=sys.stderr)
+        return int(error.exit_code)
     message = error.format_message()
     error.format_message = lambda: one_line(message)
     rich_utils.rich_format_error(error)
     return int(error.exit_code)
+
+
+def _wrong_value(error: Any) -> str | None:
+    """Return a sentence about a flag's value that is not of the flag's type, or None for any other error."""
+    from pydantic import ValidationError  # which typer converts values with
+
+    cause, parameter = error.__cause__, getattr(error, "param", None)
+    if parameter is None or not isinstance(cause, ValidationError):
+        return None
+    detail = cause.errors(include_url=False)[0]
+    wanted = detail["msg"].removeprefix("Input should be ").partition(",")[0]
+    return f"{'/'.join(parameter.opts)}: must be {wanted}, not {json.dumps(detail['input'], ensure_ascii=False)}."
 
 
 def _with_flag(line: str) -> str:

@@ -134,6 +134,13 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
     return campaign
 
 
+def place_of(key: str, file: Path | None, given: Mapping[str, Any]) -> Location | None:
+    """Return where a campaign file or one of its parents sets a key; None if the command line does, or no file."""
+    if file is None or key in given:
+        return None
+    return read(file).locations.get((key,), Location(file))
+
+
 def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
     """Return the keys that a campaign file, its parents or the command line set; raises `Problems`, as `read` does."""
     values = {**(CampaignFile() if file is None else read(file)).values, **given}
@@ -241,7 +248,9 @@ def _problem(path: KeyPath, details: list[Any]) -> Problem:
     missing = [detail for detail in details if detail["type"] in ("missing", "missing_argument")]
     if missing:
         return Problem("missing_value", name, f"{missing[0]['loc'][-1]!r} is missing.")
-    wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
+    # Without pydantic's words about parsing: in a file, there is nothing that a user would call so.
+    told = (str(detail["msg"]).removeprefix("Input should be ").partition(", unable to parse")[0] for detail in details)
+    wanted = " or ".join(dict.fromkeys(told))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))
     if details[0]["type"] == "string_pattern_mismatch":
         return Problem("out_of_range", name, f"must be {NAME_IN_WORDS}, not {given}.")

@@ -149,7 +149,7 @@ def objections(experiment: Experiment, host: Host, model: Model | None = None) -
         *_too_few_gpus(experiment, chosen),
         *_without_gpu(experiment, chosen),
         *backend_class(experiment.backend.name).objections(experiment, model, chosen),
-        *energy_objections(experiment.energy, chosen, uses_gpu=_wants_gpu(experiment, chosen)),
+        *energy_objections(experiment.energy, chosen, uses_gpu=wants_gpu(experiment, chosen)),
         *_arrivals(experiment.traffic),
         *_sources(experiment),
         *results_objections(experiment.io.results_dir),
@@ -165,7 +165,8 @@ def _model(experiment: Experiment) -> Model | None:
 
 
 # ------------------------------------------------------------------ GPUs
-def _wants_gpu(experiment: Experiment, host: Host) -> bool:
+def wants_gpu(experiment: Experiment, host: Host) -> bool:
+    """Return whether an experiment runs on, or meters, the GPUs of a host."""
     return backend_class(experiment.backend.name).wants_gpu(experiment, host)
 
 
@@ -190,7 +191,7 @@ def _wrong_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
 
 def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
     needed, there = gpus_needed(experiment), len(host.gpus)
-    if not _wants_gpu(experiment, host) or needed <= there:
+    if not wants_gpu(experiment, host) or needed <= there:
         return
     path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
     where = "visible" if experiment.gpus is None else "named in gpus"
@@ -199,7 +200,7 @@ def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
 
 def _without_gpu(experiment: Experiment, host: Host) -> Iterator[Objection]:
     """Object to GPU options if the run uses no GPU."""
-    if _wants_gpu(experiment, host):
+    if wants_gpu(experiment, host):
         return
     if experiment.gpus is not None and host.gpus:
         yield without_effect("no_effect_gpus", "gpus", "the run uses no GPU.")

@@ -45,13 +45,16 @@ def bars() -> Iterator[Report]:
 
 
 @contextmanager
-def study_display(total: int, *, at_once: int = 1) -> Iterator[StudyDisplay]:
-    """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines."""
+def study_display(total: int, *, done: int = 0, at_once: int = 1) -> Iterator[StudyDisplay]:
+    """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines.
+
+    `done` runs ended earlier, before the study was interrupted.
+    """
     if _is_terminal(sys.stderr):
         with _shown(_progress(30 if at_once == 1 else 10)) as progress:
-            yield StudyBars(progress, total, at_once)
+            yield StudyBars(progress, total, at_once, done)
     else:
-        yield StudyLines(sys.stderr, total, at_once)
+        yield StudyLines(sys.stderr, total, at_once, done)
 
 
 def _is_terminal(stream: TextIO) -> bool:
@@ -179,11 +182,12 @@ class StudyDisplay(Protocol):
 class StudyBars:
     """A bar for the study, above the bars of a single run or above one bar for each of several runs."""
 
-    def __init__(self, progress: Any, total: int, at_once: int) -> None:
-        self._progress, self._total, self._at_once = progress, total, at_once
-        self._failed = 0
+    def __init__(self, progress: Any, total: int, at_once: int, done: int = 0) -> None:
+        self._progress, self._total, self._at_once, self._before = progress, total, at_once, done
+        # Whether each run that has ended failed; a run that is retried ends more than once.
+        self._failed: dict[int, bool] = {}
         self._runs: dict[int, tuple[str, Any]] = {}
-        self._all = progress.add_task("Experiments", total=total, note="")
+        self._all = progress.add_task("Experiments", total=total, completed=done, note="")
 
     def begin(self, number: int, label: str) -> Report:
         """Add the run's bars."""
@@ -196,8 +200,8 @@ class StudyBars:
         """Remove the run's bars and print its outcome above the remaining bars."""
         label, run = self._runs.pop(number)
         run.clear()
-        self._failed += failed
-        self._progress.advance(self._all)
+        self._failed[number] = failed
+        self._progress.update(self._all, completed=self._before + len(self._failed))
         style = "red" if failed else None
         line = one_line(f"[{number + 1}/{self._total}] {label}: {sentence}")
         self._progress.console.print(line, markup=False, highlight=False, style=style)
@@ -205,7 +209,8 @@ class StudyBars:
 
     def _head(self) -> None:
         labels = [label for label, _ in self._runs.values()] if self._at_once == 1 else []
-        note = "  ".join([*([f"{self._failed} failed"] if self._failed else []), *labels])
+        failed = sum(self._failed.values())
+        note = "  ".join([*([f"{failed} failed"] if failed else []), *labels])
         self._progress.update(self._all, note=note)
         self._progress.refresh()
 
@@ -238,9 +243,10 @@ class _OneBar:
 class StudyLines:
     """Prints a line when a run begins and another when it ends, with its phases in between."""
 
-    def __init__(self, stream: TextIO, total: int, at_once: int) -> None:
-        self._stream, self._total, self._at_once = stream, total, at_once
-        self._done = self._failed = 0
+    def __init__(self, stream: TextIO, total: int, at_once: int, done: int = 0) -> None:
+        self._stream, self._total, self._at_once, self._before = stream, total, at_once, done
+        # As for StudyBars.
+        self._failed: dict[int, bool] = {}
         self._labels: dict[int, str] = {}
 
     def begin(self, number: int, label: str) -> Report:
@@ -251,9 +257,10 @@ class StudyLines:
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Print how the run ended, and how many runs have ended so far."""
-        self._done += 1
-        self._failed += failed
-        so_far = f"{self._done} of {self._total} ended" + (f", {self._failed} failed" if self._failed else "")
+        self._failed[number] = failed
+        all_failed = sum(self._failed.values())
+        so_far = f"{self._before + len(self._failed)} of {self._total} ended"
+        so_far += f", {all_failed} failed" if all_failed else ""
         self._print(f"[{number + 1}/{self._total}] {self._labels[number]}: {sentence} ({so_far})")
 
     def _print(self, line: str) -> None:

@@ -119,7 +119,8 @@ def run_cells(
         manifest.open()
         try:
             # Between cells, too, a signal must raise an exception.
-            with study_display(len(manifest.cells), at_once=at_once) as display, signals_raise(_stopped):
+            done = sum(state.is_settled for state in manifest.states)
+            with study_display(len(manifest.cells), done=done, at_once=at_once) as display, signals_raise(_stopped):
                 _run_cells(manifest, make_runner(manifest, display), settings)
         finally:
             manifest.close()

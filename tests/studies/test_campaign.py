@@ -121,7 +121,7 @@ def test_the_overrides_of_an_arm_that_break_it_are_said_to_be_its(lem, arms):
     (arms / "both.yaml").write_text(f"arms: [quick.yaml, {broken}]\n")
     done = lem("campaign", "both.yaml", *QUICK)
     assert (done.code, done.out) == (2, "")
-    assert done.err == "Error: both.yaml: wide: batching.batch_size: must be greater than or equal to 1, not 0.\n"
+    assert done.err == "Error: both.yaml:1: wide: batching.batch_size: must be greater than or equal to 1, not 0.\n"
 
 
 def test_a_campaign_whose_machine_has_changed_is_not_continued_unless_forced(lem, arms):
@@ -298,7 +298,32 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "cost"],
             "primary: must be 'energy_per_output_token_j'",
         ),
-        (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
+        (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "Error: 'nowhere.yaml' matches no config file"),
+        (["nowhere.yaml"], "Error: 'nowhere.yaml' matches no config file (.yaml, .yml). There is no such file."),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "Quick"], "Did you mean 'quick'? Choose"),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "abc"],
+            'Error: --config-gap: must be a valid number, not "abc".\n',
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "1.5"],
+            'Error: --cycles/-c: must be a valid integer, not "1.5".\n',
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--warmup-timeout", "-1"],
+            "warmup_timeout_s: must be greater than 0, not -1.0.\n",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--cool-to", "20"],
+            "cool_to_c: no arm runs on a GPU, so there is no temperature to wait for.",
+        ),
+        *(
+            (
+                ["quick.yaml", "slow.yaml", "--campaign-name", name],
+                "name: must be at most 100 letters",
+            )
+            for name in ("a b", "../x", "..", "", "😀", "-x", "n" * 300)
+        ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "slow", "--baseline", "quick"],
             "--baseline: one arm is the baseline, not 2 (slow, quick)",
@@ -480,14 +505,29 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
         ("arms: [quick.yaml, slow.yaml]\nstructure: lattin\n", "Did you mean 'latin'?"),
         ("arms: [quick.yaml, {confg: slow.yaml}]\n", "bad.yaml:1: arms.1.confg: unknown key. Did you mean 'config'?"),
         ("arms: [quick.yaml]\n", "at least two configurations, not 1"),
-        ("arms: [quick.yaml, gone.yaml]\n", "gone.yaml' matches no config file"),
+        ("arms: [quick.yaml, gone.yaml]\n", "bad.yaml:1: arms: 'gone.yaml' matches no config file"),
+        (
+            "arms: [quick.yaml, slow.yaml]\ncool_to_c: 20\n",
+            "bad.yaml:2: cool_to_c: no arm runs on a GPU, so there is no temperature to wait for.",
+        ),
+        ("cycles: 2\narms: []\n", "bad.yaml:2: arms: a campaign compares at least two configurations, not 0"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nbaseline: slwo\n",
+            "bad.yaml:2: baseline: no arm is called 'slwo'. Did you mean 'slow'? Choose one of quick, slow.",
+        ),
         ("arms: quick.yaml\n", 'bad.yaml:1: arms: must be a valid array, not "quick.yaml"'),
         ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
         ("arms: [{config: quick.yaml, name: x}, {config: slow.yaml, name: x}]\n", "two arms are called 'x'"),
-        ('arms: [quick.yaml, {config: slow.yaml, name: "a\\nb"}]\n', "bad.yaml: arms: the name 'a\\nb' has characters"),
-        ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml: arms: two arms are called 'quick'"),
+        (
+            'arms: [quick.yaml, {config: slow.yaml, name: "a\\nb"}]\n',
+            "bad.yaml:1: arms: the name 'a\\nb' has characters",
+        ),
+        ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml:1: arms: two arms are called 'quick'"),
         ("arms: [{config: quick.yaml, name: ''}, slow.yaml]\n", "bad.yaml:1: arms.0.name: must not be empty."),
-        ("arms: [quick.yaml, slow.yaml]\nbaseline: fast\n", "bad.yaml: baseline: no arm is called 'fast'"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nbaseline: fast\n",
+            "bad.yaml:2: baseline: no arm is called 'fast'. Choose one of quick, slow.",
+        ),
         (
             "arms: [quick.yaml, slow.yaml]\nbaseline: slow\nbaseline: quick\n",
             "bad.yaml:3: baseline: duplicate key; it was first given on line 2.",
