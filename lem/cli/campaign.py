@@ -70,7 +70,7 @@ def campaign(
             metavar="SHARE", help="Ratios within 1 ± this margin count as equal: a share, such as 2% or 0.02."
         ),
     ] = None,
-    retries: Annotated[int | None, typer.Option(help=_HELP["retries"])] = None,
+    retries: Annotated[int | None, typer.Option(help=_HELP["retries"] + f" Default: {Campaign.retries}.")] = None,
     resume: Annotated[
         str | None,
         typer.Option("--resume", metavar="NAME|DIR", help="Resume the campaign with this name or directory."),
