@@ -44,7 +44,7 @@ def _checked(value: Any) -> float | None:
     try:
         return None if value is None else share(value)
     except ValueError:
-        raise PydanticCustomError("share", IN_WORDS) from None  # type: ignore[arg-type]
+        raise PydanticCustomError("share", IN_WORDS) from None
 
 
 # For a value of a schema that may be left out.
