@@ -314,7 +314,10 @@ def _finish_reason(output: Sequence[int]) -> FinishReason:
 
 
 def _ignored(experiment: Experiment) -> Iterator[Objection]:
-    """Object to model options, because no model runs."""
+    """Object to what only cells of a campaign have, and to model options, because no model runs."""
+    assert isinstance(experiment.backend, SimulatedBackend)
+    for path in (path for path in ("drift", "carry_over") if getattr(experiment.backend, path)):
+        yield without_effect("no_effect_outside_campaign", f"backend.{path}", "this is not a cell of a campaign.")
     weights = {
         "revision": experiment.revision is not None,
         "adapter": experiment.adapter is not None,

@@ -6,6 +6,7 @@ it when it runs.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -119,13 +120,32 @@ def _run() -> int:
 
 
 def _misused(error: Any) -> int:
-    """Print a usage error in typer's format, with control characters escaped; return the error's exit code."""
+    """Print a usage error, with control characters escaped; return the error's exit code.
+
+    For a value of the wrong type, print one sentence, as for a wrong value in a file. Print other errors in typer's
+    format.
+    """
     from typer import rich_utils
 
+    if sentence := _wrong_value(error):
+        print(f"Error: {one_line(sentence)}", file=sys.stderr)
+        return int(error.exit_code)
     message = error.format_message()
     error.format_message = lambda: one_line(message)
     rich_utils.rich_format_error(error)
     return int(error.exit_code)
+
+
+def _wrong_value(error: Any) -> str | None:
+    """Return a sentence about a flag's value that is not of the flag's type, or None for any other error."""
+    from pydantic import ValidationError  # which typer converts values with
+
+    cause, parameter = error.__cause__, getattr(error, "param", None)
+    if parameter is None or not isinstance(cause, ValidationError):
+        return None
+    detail = cause.errors(include_url=False)[0]
+    wanted = detail["msg"].removeprefix("Input should be ").partition(",")[0]
+    return f"{'/'.join(parameter.opts)}: must be {wanted}, not {json.dumps(detail['input'], ensure_ascii=False)}."
 
 
 def _with_flag(line: str) -> str:

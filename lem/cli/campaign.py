@@ -31,7 +31,8 @@ def campaign(
     prompts: flags.Prompts = None,
     sample_size: flags.SampleSize = None,
     cycles: Annotated[
-        int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: 4.")
+        int | None,
+        typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: at least 4, in whole squares."),
     ] = None,
     until_ci: Annotated[
         str | None,
@@ -61,8 +62,13 @@ def campaign(
         typer.Option(metavar="TEXT", help="The arm that the others are compared with. Default: the first."),
     ] = None,
     primary: Annotated[str | None, typer.Option(help=_HELP["primary"])] = None,
-    margin: Annotated[float | None, typer.Option(help="Ratios within 1 ± this margin count as equivalent.")] = None,
-    retries: Annotated[int | None, typer.Option(help=_HELP["retries"])] = None,
+    margin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Ratios within 1 ± this margin count as equivalent: a share, such as 2% or 0.02."
+        ),
+    ] = None,
+    retries: Annotated[int | None, typer.Option(help=_HELP["retries"] + f" Default: {Campaign.retries}.")] = None,
     resume: Annotated[
         str | None,
         typer.Option("--resume", metavar="NAME|DIR", help="Resume the campaign with this name or directory."),
@@ -91,7 +97,7 @@ def campaign(
         "name": name,
         "sample_size": sample_size,
         "cycles": cycles,
-        "until_ci": _number(until_ci),
+        "until_ci": until_ci,
         "max_cycles": max_cycles,
         "structure": structure,
         "warmup_prompts": warmup_prompts,
@@ -123,11 +129,3 @@ def campaign(
         *given,
     ]
     raise typer.Exit(study.main(patterns, chosen, overrides, options, config_dir=config_dir))
-
-
-def _number(text: str | None) -> float | str | None:
-    """Convert a text to a number if possible; otherwise, return it unchanged for the schema to check."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text

@@ -11,6 +11,7 @@ from lem.cli.base import ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
 from lem.spec.campaign import Campaign
 from lem.spec.schema import leaf, leaves
+from lem.spec.share import share
 
 _HELP = {each.path: each.description for each in leaves(Campaign)}
 # The default for the smallest difference that campaigns should detect, as a share.
@@ -54,8 +55,12 @@ def doctor(
     seed: flags.OrderSeed = None,
     primary: Annotated[str | None, typer.Option(help="Report the noise of this measure.")] = None,
     difference: Annotated[
-        float | None,
-        typer.Option(help=f"Smallest difference that campaigns should detect, as a share. Default: {DIFFERENCE:g}."),
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Smallest difference that campaigns should detect: a share, such as 2% or 0.02. "
+            f"Default: {DIFFERENCE:.0%}.",
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option("--campaign-name", help=_HELP["name"] + " Default: noise_ and the time.")
@@ -116,7 +121,7 @@ def doctor(
         yes=yes, dry_run=dry_run, force=force,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
     )  # fmt: skip
-    wanted = _checked(DIFFERENCE if difference is None else difference)
+    wanted = DIFFERENCE if difference is None else _share("--difference", difference)
     from lem.studies import noise as study
 
     if resume is not None:
@@ -152,7 +157,8 @@ def _refuse(arguments: list[str] | None, settings: dict[str, Any], others: dict[
         raise ConfigError(f"{', '.join(given)}: only lem doctor --noise accepts this; add --noise or leave it out.")
 
 
-def _checked(difference: float) -> float:
-    if not 0 < difference < 1:
-        raise ConfigError(f"--difference must be between 0 and 1, such as 0.02 for 2 %, not {difference:g}.")
-    return difference
+def _share(flag: str, text: str) -> float:
+    try:
+        return share(text)
+    except ValueError as error:
+        raise ConfigError(f'{flag}: must be {error}, not "{text}".') from None

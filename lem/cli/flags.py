@@ -25,13 +25,18 @@ Dataset = Annotated[
 Prompts = Annotated[str | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
 SampleSize = Annotated[int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)]
 _OF_CAMPAIGN = {each.path: each.description for each in leaves(Campaign)}
-CampaignName = Annotated[str | None, typer.Option("--campaign-name", help=_OF_CAMPAIGN["name"])]
+CampaignName = Annotated[
+    str | None,
+    typer.Option("--campaign-name", help=_OF_CAMPAIGN["name"] + " Required unless a campaign file is given."),
+]
 WarmupPrompts = Annotated[int | None, typer.Option(help=_OF_CAMPAIGN["warmup_prompts"])]
 WarmupTimeout = Annotated[float | None, typer.Option(help=_OF_CAMPAIGN["warmup_timeout_s"])]
-ConfigGap = Annotated[float | None, typer.Option(help=_OF_CAMPAIGN["config_gap_s"])]
+ConfigGap = Annotated[
+    float | None, typer.Option(help=_OF_CAMPAIGN["config_gap_s"] + f" Default: {Campaign.config_gap_s:g}.")
+]
 CycleGap = Annotated[float | None, typer.Option(help="Pause between two cycles, in seconds. Default: --config-gap.")]
 CoolTo = Annotated[float | None, typer.Option(help=_OF_CAMPAIGN["cool_to_c"])]
-OrderSeed = Annotated[int | None, typer.Option(help=_OF_CAMPAIGN["seed"])]
+OrderSeed = Annotated[int | None, typer.Option(help=_OF_CAMPAIGN["seed"] + f" Default: {Campaign.seed}.")]
 Preset = Annotated[
     str | None, typer.Option(help="Start from a preset; lem presets lists them.", autocompletion=complete.presets)
 ]

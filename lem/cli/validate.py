@@ -8,13 +8,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lem.config.campaign import campaign_arms, compose, is_campaign, settings_of_arms
+from lem.config.campaign import (
+    campaign_arms,
+    compose,
+    in_whole_squares,
+    is_campaign,
+    keys_given,
+    place_of,
+    settings_of_arms,
+)
 from lem.config.check import Found, examine, texts, without
 from lem.config.compose import Inputs, located, read_inputs, values_of, without_echoes
 from lem.config.layers import Sources, leaf_paths, origin
@@ -26,7 +35,7 @@ from lem.errors import ConfigError
 from lem.machine.host import Host, look
 from lem.results.codec import to_plain
 from lem.results.stopping import rule_of
-from lem.runner.preflight import objections
+from lem.runner.preflight import OUTSIDE_CAMPAIGNS, objections
 from lem.spec.campaign import Measure
 from lem.spec.conflicts import unmeasured
 from lem.spec.experiment import Experiment
@@ -141,30 +150,36 @@ def problems(
 
 def problems_of_campaign(file: Path, host: Host, config_dir: Path | None, any_machine: bool) -> Sequence[Problem]:
     """Return all problems of a campaign file and of the config files of its arms."""
+    from lem.studies.campaign import NO_COOLING, baseline_of, names_of
+
     try:
         campaign = compose(file, {})
         arms = list(campaign_arms(campaign))
     except Problems as error:
         return _in_order(error.found, file)
     except ConfigError as error:
-        return [Problem("missing_file", "arms", problem, Location(file)) for problem in error.problems]
+        where = place_of("arms", file, {})
+        return [Problem("missing_file", "arms", problem, where) for problem in error.problems]
     found: list[Problem] = []
+    cannot_cool = []
     for source, arm in arms:
         overrides = [*settings_of_arms(campaign), *campaign.overrides, *source.overrides]
-        found += problems(arm, host, config_dir, any_machine, overrides, campaign.primary)
+        of_arm = problems(arm, host, config_dir, any_machine, overrides, campaign.primary)
+        cannot_cool.append(("no_effect_without_gpu", "cooldown.to_c") in [(each.code, each.path) for each in of_arm])
+        found += of_arm
+    if campaign.cool_to_c is not None and cannot_cool and all(cannot_cool):
+        found.append(Problem("no_gpu", "cool_to_c", NO_COOLING, place_of("cool_to_c", file, {})))
     if len(arms) < 2:
         message = f"a campaign compares at least two configurations, not {len(arms)}."
-        found.append(Problem("out_of_range", "arms", message, Location(file)))
+        found.append(Problem("out_of_range", "arms", message, place_of("arms", file, {})))
         return _in_order(list(dict.fromkeys(found)), file)
-    from lem.studies.campaign import baseline_of, names_of
-
     try:
         baseline_of(campaign.baseline, names_of(arms))
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
-        found.append(Problem("out_of_range", key, message, Location(file)))
+        found.append(Problem("out_of_range", key, message, place_of(key, file, {})))
     try:
-        rule_of(campaign, len(arms))
+        rule_of(in_whole_squares(campaign, len(arms), keys_given(file, {})), len(arms))
     except ConfigError as error:
         found += [Problem("out_of_range", "", problem, Location(file)) for problem in error.problems]
     return _in_order(list(dict.fromkeys(found)), file)
@@ -195,6 +210,7 @@ def _objections(
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
         for objection in [*objections(experiment, host), *(unmeasured(experiment, primary) if primary else [])]
         if not (any_machine and objection.scope == "machine")
+        and objection.code not in OUTSIDE_CAMPAIGNS
         and not _is_about(f"{objection.path} {objection.message}", known)
     ]
     return located(inputs.sources, found)
@@ -253,7 +269,10 @@ def show(
 def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, as_json: bool) -> int:
     if overrides or with_origin:
         raise ConfigError("lem config show accepts neither overrides nor --origin for a campaign file; leave them out.")
-    values = to_plain(compose(file, {}))
+    campaign = compose(file, {})
+    with suppress(ConfigError):  # an arm whose file is missing does not keep the settings from being shown
+        campaign = in_whole_squares(campaign, len(list(campaign_arms(campaign))), keys_given(file, {}))
+    values = to_plain(campaign)
     if as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:

@@ -1,29 +1,19 @@
-"""Handles the settings of adaptive campaigns: shares such as 2%, default limits, and checks of combinations.
+"""Handles the settings of adaptive campaigns: default limits, and checks of combinations.
 
 This module works on values alone; `lem.config.campaign` knows where they come from.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from decimal import Decimal
 from typing import Any
 
 from lem.config.problem import Problem
 from lem.config.yamlfile import KeyPath
-from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES, PERCENTAGE, Campaign
+from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES, Campaign
 
 # The default maximum number of cycles.
 USUAL_MOST = 30
-
-
-def share(value: Any) -> Any:
-    """Return 0.02 for the text "2%", and anything else unchanged."""
-    if isinstance(value, str) and re.match(PERCENTAGE, value):
-        return float(Decimal(value.strip().rstrip("%").strip()) / 100)
-    return value
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,16 +21,10 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if found.get("until_ci") is None:
         return found
-    found["until_ci"] = share(found["until_ci"])
     found.setdefault("cycles", FEWEST_ADAPTIVE_CYCLES)
     if found.get("max_cycles") is None and isinstance(found["cycles"], int):
         found["max_cycles"] = USUAL_MOST if found["cycles"] < USUAL_MOST else MOST_ADAPTIVE_CYCLES
     return found
-
-
-def explained(problem: Problem) -> Problem:
-    """Add the remedy to the message of a problem with `until_ci`."""
-    return replace(problem, message=f"{problem.message.removesuffix('.')}; write a share, such as 2% or 0.02.")
 
 
 def problems(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,18 @@ from lem.config.userfile import MAX_FILES, merged
 from lem.config.yamlfile import KeyPath, dotted
 from lem.errors import did_you_mean
 from lem.results.codec import adapter, to_plain
-from lem.spec.campaign import LIKE_AN_ID, NAME_IN_WORDS, STRUCTURES, ArmSource, Campaign, is_like_an_id
+from lem.spec.campaign import (
+    LIKE_AN_ID,
+    MOST_ADAPTIVE_CYCLES,
+    MOST_CYCLES,
+    NAME_IN_WORDS,
+    STRUCTURES,
+    ArmSource,
+    Campaign,
+    is_like_an_id,
+    square_size,
+    whole_squares,
+)
 from lem.spec.paths import expanded
 
 CONFIG_MODULE = "lem.conf"
@@ -119,11 +130,44 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
         found.problems.append(Problem("unknown_key", str(key), message, _location(found, given, (key,))))
     campaign, problems = _checked(_composed(structure, {k: v for k, v in wanted.items() if k not in unknown}))
     for path, problem in [*problems, *_of_name(campaign), *adaptive.problems(campaign)]:
-        problem = adaptive.explained(problem) if path == ("until_ci",) else problem
         found.problems.append(replace(problem, location=_location(found, given, path)))
     if campaign is None or found.problems:
         raise Problems(found.problems)
     return campaign
+
+
+def place_of(key: str, file: Path | None, given: Mapping[str, Any]) -> Location | None:
+    """Return where a campaign file or one of its parents sets a key; None if the command line does, or no file."""
+    if file is None or key in given:
+        return None
+    return read(file).locations.get((key,), Location(file))
+
+
+def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
+    """Return the keys that a campaign file, its parents or the command line set; raises `Problems`, as `read` does."""
+    values = {**(CampaignFile() if file is None else read(file)).values, **given}
+    return {key for key, value in values.items() if value is not None}
+
+
+def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Campaign:
+    """Return a campaign's settings; if it is latin, cycles that nobody chose are rounded up to whole squares.
+
+    Args:
+        campaign: its settings.
+        arms: the number of arms, with the baseline.
+        given: the keys that the user set.
+    """
+    if campaign.structure != "latin":
+        return campaign
+    size = square_size(arms)
+    whole = whole_squares(campaign.cycles, size)
+    if campaign.until_ci is None:
+        is_rounded = "cycles" not in given and whole <= MOST_CYCLES
+        return replace(campaign, cycles=whole) if is_rounded else campaign
+    # An adaptive campaign needs a second whole square after which it may stop.
+    most = max(campaign.max_cycles or 0, whole + size)
+    is_raised = "max_cycles" not in given and most <= MOST_ADAPTIVE_CYCLES
+    return replace(campaign, max_cycles=most) if is_raised else campaign
 
 
 def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
@@ -211,7 +255,9 @@ def _problem(path: KeyPath, details: list[Any]) -> Problem:
     missing = [detail for detail in details if detail["type"] in ("missing", "missing_argument")]
     if missing:
         return Problem("missing_value", name, f"{missing[0]['loc'][-1]!r} is missing.")
-    wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
+    # Without pydantic's words about parsing: in a file, there is nothing that a user would call so.
+    told = (str(detail["msg"]).removeprefix("Input should be ").partition(", unable to parse")[0] for detail in details)
+    wanted = " or ".join(dict.fromkeys(told))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))
     if details[0]["type"] == "string_pattern_mismatch":
         return Problem("out_of_range", name, f"must be {NAME_IN_WORDS}, not {given}.")

@@ -34,6 +34,11 @@ SLURM_VARIABLES = (
 CPU_DIR = "/sys/devices/system/cpu"
 # Settings of a checkout that make `git status` run a program.
 PROGRAMS_OF_GIT = r"^(core\.fsmonitor|filter\..*\.(clean|smudge|process)|extensions\.worktreeconfig)$"
+# Types of file systems through which Linux shows its own state: they have no room for files, even root's.
+KERNELS_FILESYSTEMS = frozenset([
+    "proc", "sysfs", "cgroup", "cgroup2", "devpts", "securityfs", "debugfs", "tracefs", "configfs", "pstore", "bpf",
+    "efivarfs", "fusectl", "binfmt_misc", "selinuxfs", "mqueue", "nsfs", "rpc_pipefs",
+])  # fmt: skip
 CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGULARITY_CONTAINER", "oci": "container"}
 
 
@@ -163,6 +168,18 @@ def load_per_core() -> float | None:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except (OSError, AttributeError):
         return None
+
+
+def filesystem_type(path: Path) -> str | None:
+    """Return the type of the file system that an existing path is on, such as `ext4`; None if it is not known."""
+    import psutil
+
+    try:
+        types = {each.mountpoint: each.fstype for each in psutil.disk_partitions(all=True)}
+    except (OSError, psutil.Error):
+        return None
+    real = path.resolve()
+    return next((types[str(each)] for each in (real, *real.parents) if str(each) in types), None)
 
 
 def _first_line(path: str) -> str | None:

@@ -37,7 +37,7 @@ from lem.results.schema import ExperimentRow
 from lem.results.statistics import CONFIDENCE, detectable_errors, line_through, summarise
 from lem.results.stopping import ANALYSES, Rule, is_narrow, rule_of
 from lem.results.store import ID, Store, results_flag
-from lem.spec.campaign import NAME, Campaign, square_size
+from lem.spec.campaign import NAME, Campaign, square_size, whole_squares
 from lem.spec.experiment import Experiment
 from lem.warning_codes import warning
 
@@ -536,9 +536,11 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
         yield warning("campaign_fixed_order", f"the order is {campaign.structure}, so it is the same in each cycle.")
     size = square_size(arms)
     if campaign.structure == "latin" and campaign.until_ci is None and campaign.cycles % size:
+        above = whole_squares(campaign.cycles, size)
+        nearest = [str(cycles) for cycles in (above - size, above) if cycles > 0]
         text = (
             f"the number of cycles ({campaign.cycles}) is not a multiple of {size}, so positions and predecessors are "
-            "not balanced."
+            f"not balanced; {' or '.join(nearest)} cycles would be."
         )
         yield warning("campaign_unbalanced", text)
 

@@ -17,7 +17,7 @@ from importlib.resources import files
 
 from lem.errors import ConfigError
 from lem.results.compare import Analysis
-from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, Campaign, Structure, square_size
+from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, Campaign, Structure, square_size, whole_squares
 
 LEVELS = "levels.json"
 ANALYSES: dict[Structure, Analysis] = {
@@ -87,7 +87,7 @@ def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule |
         raise ConfigError(
             f"max_cycles: a latin campaign of {arms} arms stops only after whole squares of {step} cycles, but "
             f"fewer than two squares end between {campaign.cycles} and {campaign.max_cycles} cycles; give at least "
-            f"{(-(-campaign.cycles // step) + 1) * step}, or choose structure=shuffled."
+            f"{whole_squares(campaign.cycles, step) + step}, or choose structure=shuffled."
         )
     # A latin campaign has at least as many degrees of freedom as a shuffled one, and may stop less often.
     analysis: Analysis = "paired" if ANALYSES[campaign.structure] == "paired" else "position"

@@ -36,6 +36,13 @@ LEAST_FREE_RESULTS_GB = 1.0
 LEAST_FREE_MODELS_GB = 20.0
 # The remedy if a package that lem itself requires is missing.
 REINSTALL = "pip install --force-reinstall lem"
+# What a check needs besides lem itself: the package's name, and how to install it.
+OPTIONAL = {
+    "vllm": ("vLLM", "pip install 'lem[vllm]'"),
+    "tensorrt": ("TensorRT-LLM", "pip install 'lem[tensorrt]'; see docs/tensorrt.md."),
+    "adapters": ("peft", "pip install 'lem[lora]'"),
+    "quantization": ("bitsandbytes", "pip install 'lem[bitsandbytes]'"),
+}
 # The packages behind each backend; their versions are reported.
 OF_ENGINES = {
     "pytorch": ("torch", "transformers"),
@@ -94,6 +101,9 @@ def _summed_up(findings: list[Finding], host: Host, powercap_dir: str) -> Checku
 
 
 def _of_objection(check: str, objection: Objection) -> Finding:
+    if objection.code == "missing_package":  # its remedy also offers to leave an option out, but here is no option
+        package, remedy = OPTIONAL[check]
+        return Finding(check, "missing", f"{package} is not installed.", remedy)
     return Finding(check, "missing", objection.fact, objection.remedy)
 
 

@@ -18,7 +18,7 @@ from lem.backends import backend_class
 from lem.energy.objections import objections as energy_objections
 from lem.errors import BadInput, ConfigError
 from lem.machine.gpu import Gpu, pick
-from lem.machine.host import Host
+from lem.machine.host import KERNELS_FILESYSTEMS, Host, filesystem_type
 from lem.results.store import Store
 from lem.spec.conflicts import conflicts
 from lem.spec.experiment import Dataset, Experiment, Traffic
@@ -31,6 +31,9 @@ from lem.workload.prompts import Prompts
 from lem.workload.traffic import recorded_times_s
 
 log = logging.getLogger(__name__)
+
+# Rules that cells of a campaign do not break, and files that may be arms of one.
+OUTSIDE_CAMPAIGNS = frozenset({"no_effect_outside_campaign"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def preflight(
     host: Host,
     *,
     force: bool = False,
+    in_campaign: bool = False,
     load: Callable[[Dataset, int], Prompts] = load_prompts,
 ) -> Ready:
     """Check an experiment against this machine, and load its prompts.
@@ -60,13 +64,15 @@ def preflight(
         experiment: an experiment with checked types and ranges.
         host: the machine.
         force: run despite inadvisable options.
+        in_campaign: whether the experiment is a cell of a campaign.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
 
     Raises:
         ConfigError: the experiment cannot or should not run; the error lists all reasons.
     """
     prompts, arrivals_s = None, None
-    model, reasons, warnings = _without_prompts(experiment, host, force=force)
+    without = OUTSIDE_CAMPAIGNS if in_campaign else frozenset[str]()
+    model, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
     try:
         prompts = load(experiment.dataset, experiment.seed)
     except BadInput as error:
@@ -82,7 +88,12 @@ def preflight(
 
 
 def check_again(
-    experiment: Experiment, host: Host, *, force: bool = False, has_arrivals: bool = False
+    experiment: Experiment,
+    host: Host,
+    *,
+    force: bool = False,
+    has_arrivals: bool = False,
+    in_campaign: bool = False,
 ) -> tuple[Objection, ...]:
     """Check an experiment that is being resumed, without loading its stored prompts; return the warnings.
 
@@ -91,11 +102,12 @@ def check_again(
         host: the machine.
         force: run despite inadvisable options.
         has_arrivals: whether the arrivals of its trace are also stored, so that the trace file is not needed.
+        in_campaign: whether the experiment is a cell of a campaign.
 
     Raises:
         ConfigError: the experiment cannot or should not run on this machine; the error lists all reasons.
     """
-    without = frozenset({"traffic_trace"} if has_arrivals else ())
+    without = frozenset({"traffic_trace"} if has_arrivals else ()) | (OUTSIDE_CAMPAIGNS if in_campaign else set())
     _, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
     if reasons:
         raise ConfigError(*reasons)
@@ -137,7 +149,7 @@ def objections(experiment: Experiment, host: Host, model: Model | None = None) -
         *_too_few_gpus(experiment, chosen),
         *_without_gpu(experiment, chosen),
         *backend_class(experiment.backend.name).objections(experiment, model, chosen),
-        *energy_objections(experiment.energy, chosen, uses_gpu=_wants_gpu(experiment, chosen)),
+        *energy_objections(experiment.energy, chosen, uses_gpu=wants_gpu(experiment, chosen)),
         *_arrivals(experiment.traffic),
         *_sources(experiment),
         *results_objections(experiment.io.results_dir),
@@ -153,7 +165,8 @@ def _model(experiment: Experiment) -> Model | None:
 
 
 # ------------------------------------------------------------------ GPUs
-def _wants_gpu(experiment: Experiment, host: Host) -> bool:
+def wants_gpu(experiment: Experiment, host: Host) -> bool:
+    """Return whether an experiment runs on, or meters, the GPUs of a host."""
     return backend_class(experiment.backend.name).wants_gpu(experiment, host)
 
 
@@ -178,7 +191,7 @@ def _wrong_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
 
 def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
     needed, there = gpus_needed(experiment), len(host.gpus)
-    if not _wants_gpu(experiment, host) or needed <= there:
+    if not wants_gpu(experiment, host) or needed <= there:
         return
     path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
     where = "visible" if experiment.gpus is None else "named in gpus"
@@ -187,7 +200,7 @@ def _too_few_gpus(experiment: Experiment, host: Host) -> Iterator[Objection]:
 
 def _without_gpu(experiment: Experiment, host: Host) -> Iterator[Objection]:
     """Object to GPU options if the run uses no GPU."""
-    if _wants_gpu(experiment, host):
+    if wants_gpu(experiment, host):
         return
     if experiment.gpus is not None and host.gpus:
         yield without_effect("no_effect_gpus", "gpus", "the run uses no GPU.")
@@ -241,11 +254,18 @@ def results_objections(results_dir: str) -> Iterator[Objection]:
 
 
 def why_unwritable(folder: Path) -> str | None:
-    """Return why a directory cannot be created or written to; None if its permissions allow this."""
+    """Return why a directory cannot be created or written to; None if nothing on its path prevents this."""
     there = existing(folder)
+    nearest = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not os.path.exists(nearest):
+        return f"{nearest} is a link to {os.readlink(nearest)}, which cannot be found."
     if not os.path.isdir(there):
         return f"{there} is a file, not a directory."
-    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable."
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} is not writable."
+    if (kind := filesystem_type(there)) in KERNELS_FILESYSTEMS:
+        return f"{there} is in the kernel's file system {kind}, where no directories can be created."
+    return None
 
 
 def existing(path: Path) -> Path:

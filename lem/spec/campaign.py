@@ -10,9 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import ConfigDict, Field
 
 from lem.spec.engines import SimulatedBackend
+from lem.spec.share import Share
 
 Structure = Literal["shuffled", "latin", "interleaved", "grouped"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
@@ -27,8 +28,6 @@ LONGEST_GAP_S = 86_400.0
 # The smallest number of cycles after which an adaptive campaign may stop, and the largest maximum that can be set. The
 # nominal levels in lem/results/levels.json are calibrated for this range.
 FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES = 5, 100
-# A percentage, such as 2 %.
-PERCENTAGE = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
 # A campaign's name is also the name of its directory.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 LIKE_AN_ID = "would hide the experiments whose ids begin like that; choose a name that is not exp_ and digits"
@@ -86,21 +85,10 @@ class Campaign:
         ),
     ] = 3
     until_ci: Annotated[
-        float | None,
+        Share,
         Field(
-            gt=0,
-            lt=1,
             description="Stop once each interval's half-width, divided by the ratio to the baseline, is at most this "
             "share, such as 2% or 0.02; null: measure all cycles.",
-        ),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                    {"type": "string", "pattern": PERCENTAGE},
-                    {"type": "null"},
-                ]
-            }
         ),
     ] = None
     max_cycles: Annotated[
@@ -148,9 +136,10 @@ class Campaign:
         Measure, Field(description="Measure that decides the comparison; choose it before seeing the data.")
     ] = "energy_per_output_token_j"
     margin: Annotated[
-        float | None,
+        Share,
         Field(
-            gt=0, lt=1, description="Ratios within 1 ± this value count as equivalent; null: equivalence is not tested."
+            description="Ratios within 1 ± this share, such as 2% or 0.02, count as equivalent; null: equivalence is "
+            "not tested."
         ),
     ] = None
     retries: Annotated[
@@ -182,3 +171,8 @@ def square_size(arms: int) -> int:
     After Williams (1949): one square for an even number of arms, two squares for an odd number.
     """
     return arms if arms % 2 == 0 else 2 * arms
+
+
+def whole_squares(cycles: int, size: int) -> int:
+    """Return the smallest number of cycles, at least `cycles`, that consists of whole squares of `size` cycles."""
+    return -(-cycles // size) * size

@@ -88,7 +88,7 @@ class SimulatedBackend:
             gt=-1,
             le=10,
             description="Relative change of all times from the first to the last planned cell of a campaign; the "
-            "factor from each cell to the next is constant. No effect outside a campaign.",
+            "factor from each cell to the next is constant. Only in a campaign.",
         ),
     ] = 0.0
     carry_over: Annotated[
@@ -97,8 +97,8 @@ class SimulatedBackend:
             ge=0,
             lt=1,
             description="How strongly a campaign's cell depends on the cell before it: all times are multiplied by "
-            "(the previous cell's decode_s_per_token / this cell's decode_s_per_token) ** carry_over. No effect "
-            "outside a campaign, after a cell that is not simulated, or if either decode_s_per_token is 0.",
+            "(the previous cell's decode_s_per_token / this cell's decode_s_per_token) ** carry_over. Only in a "
+            "campaign; no effect after a cell that is not simulated, or if either decode_s_per_token is 0.",
         ),
     ] = 0.0
     sleep: Annotated[

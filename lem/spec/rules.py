@@ -239,6 +239,10 @@ OPTIONS_INADVISABLE = _rules(
             "The result rows would still name these options.",
             "Leave this option out, or choose another backend.",
         ),
+        "no_effect_outside_campaign": (
+            "The simulated backend has a drift or a carry-over, which only cells of a campaign have.",
+            "Use lem campaign, or leave this option out.",
+        ),
         "seeds_of_batches": (
             "TensorRT-LLM draws the samples of concurrent requests from one random stream, so the same seed does not "
             "reproduce the same tokens.",

@@ -22,11 +22,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lem.config.campaign import campaign_arms, check_alone, compose, is_campaign, settings_of_arms
+from lem.config.campaign import (
+    campaign_arms,
+    check_alone,
+    compose,
+    in_whole_squares,
+    is_campaign,
+    keys_given,
+    place_of,
+    settings_of_arms,
+)
 from lem.config.compose import prepare
 from lem.config.overrides import has_several_values
 from lem.config.trust import all_asked, asked_by
-from lem.errors import BadInput, ConfigError, ResultsError
+from lem.errors import BadInput, ConfigError, ResultsError, did_you_mean
 from lem.machine import host
 from lem.results import campaign as results
 from lem.results import show
@@ -43,7 +52,7 @@ from lem.results.statistics import summarise
 from lem.results.stopping import ANALYSES, cycles_at_most, rule_of
 from lem.results.store import Store, results_flag
 from lem.results.tables import Tables
-from lem.runner.preflight import Ready, preflight
+from lem.runner.preflight import Ready, preflight, wants_gpu
 from lem.runner.progress import Event, Report
 from lem.spec.campaign import (
     LIKE_AN_ID,
@@ -53,6 +62,7 @@ from lem.spec.campaign import (
     Campaign,
     CampaignCell,
     is_like_an_id,
+    square_size,
 )
 from lem.spec.conflicts import unmeasured
 from lem.spec.engines import SimulatedBackend
@@ -68,6 +78,9 @@ from lem.studies.study import OneByOne, run_cells
 
 # An arm is given up after this many failures in a row.
 GIVE_UP = 3
+NO_COOLING = (
+    "no arm runs on a GPU, so there is no temperature to wait for. Leave it out, or set a pause instead (config_gap_s)."
+)
 NOTHING_YET = "Free some space, then run the same command again."
 
 
@@ -162,23 +175,35 @@ def planned_arms(
 ) -> tuple[Campaign, list[Arm], list[str]]:
     """Return a campaign's settings, its arms, and overrides for all arms; raises `ConfigError` with all problems."""
     files = [expanded(pattern) for pattern in patterns]
-    own = [file for file in files if file.is_file() and is_campaign(file)]
-    if own and len(files) > 1:
-        raise ConfigError(f"{own[0]} is a campaign file, which lists its own arms; leave out the other files.")
-    if not own and len(files) == 1 and files[0].is_file():
+    campaigns = [file for file in files if file.is_file() and is_campaign(file)]
+    if campaigns and len(files) > 1:
+        raise ConfigError(f"{campaigns[0]} is a campaign file, which lists its own arms; leave out the other files.")
+    if not campaigns and len(files) == 1 and files[0].is_file():
         check_alone(files[0])
-    campaign = compose(own[0] if own else None, given)
+    own = campaigns[0] if campaigns else None
+    campaign = compose(own, given)
+    named = campaign if own else replace(campaign, arms=tuple(patterns))
+    place = _place("arms", own, given)
+    try:
+        found = list(campaign_arms(named))
+    except ConfigError as error:
+        raise ConfigError(*(f"{place}arms: {problem}" if place else problem for problem in error.problems)) from None
     if own and campaign.name is None:
-        campaign = replace(campaign, name=own[0].stem)
+        campaign = replace(campaign, name=own.stem)
     if campaign.name is None:
         raise ConfigError("A campaign without a campaign file needs a name: use --campaign-name.")
     check(campaign)
-    named = campaign if campaign.arms else replace(campaign, arms=tuple(patterns))
     of_all = [*settings_of_arms(campaign), *campaign.overrides]
-    place = f"{own[0]}: " if own else ""
-    arms = _arms(list(campaign_arms(named)), of_all, overrides, config_dir, consents, place)
-    campaign = replace(campaign, baseline=baseline_of(campaign.baseline, [arm.name for arm in arms], place))
+    arms = _arms(found, of_all, overrides, config_dir, consents, place)
+    baseline = baseline_of(campaign.baseline, [arm.name for arm in arms], _place("baseline", own, given))
+    check_cooling(campaign, [arm.experiment for arm in arms], _place("cool_to_c", own, given))
+    campaign = in_whole_squares(replace(campaign, baseline=baseline), len(arms), keys_given(own, given))
     return _without_arms(campaign), arms, [*of_all, *overrides]
+
+
+def _place(key: str, file: Path | None, given: Mapping[str, Any]) -> str:
+    location = place_of(key, file, given)
+    return f"{location}: " if location else ""
 
 
 def _without_arms(campaign: Campaign) -> Campaign:
@@ -260,8 +285,9 @@ def _arms(
     """
     if len(found) < 2:
         raise ConfigError(
-            f"{place}A campaign compares at least two configurations, not {len(found)}. Give several config files, or "
-            "the same one twice to measure the noise, or a campaign file, which lists its arms."
+            f"{f'{place}arms: a' if place else 'A'} campaign compares at least two configurations, not {len(found)}. "
+            "Give several config files, or the same one twice to measure the noise, or a campaign file, which lists "
+            "its arms."
         )
     problems: list[str] = []
     arms = []
@@ -330,8 +356,18 @@ def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> st
     if not wanted:
         return names[0]
     if wanted not in names:
-        raise ConfigError(f"{place}baseline: no arm is called '{wanted}'; choose one of {', '.join(names)}.")
+        hint = did_you_mean(wanted, names)
+        raise ConfigError(f"{place}baseline: no arm is called '{wanted}'.{hint} Choose one of {', '.join(names)}.")
     return wanted
+
+
+def check_cooling(campaign: Campaign, experiments: Sequence[Experiment], place: str = "") -> None:
+    """Refuse to cool GPUs that no arm uses; raises `ConfigError`."""
+    if campaign.cool_to_c is None:
+        return
+    machine = host.look()
+    if not any(wants_gpu(each, machine.only(each.gpus)) for each in experiments):
+        raise ConfigError(f"{place}cool_to_c: {NO_COOLING}")
 
 
 def _moved(experiment: Experiment, results_dir: Path) -> Experiment:
@@ -353,7 +389,7 @@ def _planned(
         for arm in arms:
             experiment = replace(arm.experiment, seed=arm.experiment.seed + shift)
             try:
-                found = preflight(experiment, machine, force=options.force, load=prompts)
+                found = preflight(experiment, machine, force=options.force, in_campaign=True, load=prompts)
             except BadInput as error:
                 problems |= dict.fromkeys(f"{arm.name}: {problem}" for problem in error.problems)
                 continue
@@ -710,8 +746,12 @@ class CampaignRunner(OneByOne):
 
 
 def pause_s(campaign: Campaign, before: Place, after: Place) -> float:
-    """Return the pause between two consecutive cells, in seconds."""
-    if before.cycle != after.cycle and campaign.cycle_gap_s is not None:
+    """Return the pause between two consecutive cells, in seconds.
+
+    A grouped campaign goes from cycle to cycle within an arm, and begins again with the first cycle at the next arm.
+    """
+    is_next_arm = campaign.structure == "grouped" and before.arm != after.arm
+    if before.cycle != after.cycle and not is_next_arm and campaign.cycle_gap_s is not None:
         return campaign.cycle_gap_s
     return campaign.config_gap_s
 
@@ -738,7 +778,9 @@ def _cycles(definition: Definition) -> str:
     rule, cycles = definition.rule, definition.campaign.cycles
     if rule is not None:
         return f"{rule.least} to {rule.most} cycles"
-    return f"{cycles} cycle{'s' if cycles != 1 else ''}"
+    size = square_size(len(definition.arms))
+    whole = " (whole squares)" if definition.campaign.structure == "latin" and cycles % size == 0 else ""
+    return f"{cycles} cycle{'s' if cycles != 1 else ''}{whole}"
 
 
 def _preview(planned: Planned, states: Sequence[CellState]) -> None:
@@ -751,6 +793,10 @@ def _preview(planned: Planned, states: Sequence[CellState]) -> None:
     )
     if planned.definition.rule:
         show.say(adaptive.plan_words(planned.definition.rule))
+    elif campaign.structure == "latin" and campaign.cycles % (size := square_size(len(arms))) == 0:
+        show.say(
+            f"After every {size} cycles, each arm has had every position and followed every other arm equally often."
+        )
     if len(left) < len(states):
         completed = sum(state.status == "completed" for state in states)
         show.say(f"{completed} of {len(states)} cells are completed; {_left_words(left)}")

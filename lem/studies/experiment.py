@@ -98,7 +98,13 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
     Consents(options).require(replace(each, where=spec) for each in all_asked(plan.experiment))
     # Inadvisable options were accepted when the experiment began; the results may have been moved since then.
     experiment = replace(plan.experiment, io=replace(plan.experiment.io, results_dir=str(store.root)))
-    check_again(experiment, host.look(), force=True, has_arrivals=bool(plan.arrivals_sha256))
+    check_again(
+        experiment,
+        host.look(),
+        force=True,
+        has_arrivals=bool(plan.arrivals_sha256),
+        in_campaign=plan.campaign is not None,
+    )
     if not (options.yes or confirmed(f"Resume {directory.id} ({progress_of(directory)})?")):
         return 0
     return _resume(store, directory, options)

@@ -40,7 +40,7 @@ from lem.config.yamltext import block, flow
 from lem.errors import ConfigError
 from lem.machine import host
 from lem.machine.host import Host
-from lem.runner.preflight import objections
+from lem.runner.preflight import OUTSIDE_CAMPAIGNS, objections
 from lem.spec.schema import GROUPS, leaves
 from lem.studies.ask import print_warnings
 
@@ -208,7 +208,9 @@ def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: 
     return tuple(
         str(objection)
         for objection in objections(experiment, machine)
-        if objection.severity != "warning" and not (any_machine and objection.scope == "machine")
+        if objection.severity != "warning"
+        and not (any_machine and objection.scope == "machine")
+        and objection.code not in OUTSIDE_CAMPAIGNS
     )
 
 

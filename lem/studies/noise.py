@@ -74,6 +74,7 @@ def main(
     experiment = composition.experiment()
     Consents(options).require(asked_by(experiment, composition.sources))
     file = None if config_file is None else str(config_file)
+    study.check_cooling(campaign, [experiment])
     campaign = replace(
         campaign, baseline=ARMS[0], sample_size=None, warmup_prompts=None, warmup_timeout_s=None, cool_to_c=None
     )

@@ -215,7 +215,8 @@ class OneByOne(Runner):
 
     def _measured(self, number: int, experiment: Experiment, report: Report) -> ExperimentRow:
         cell = self.manifest.cells[number]
-        ready = preflight(experiment, host.look(), force=self.options.force, load=self.prompts)
+        in_campaign = cell.campaign is not None
+        ready = preflight(experiment, host.look(), force=self.options.force, in_campaign=in_campaign, load=self.prompts)
         outcome = run_ready(
             ready,
             overrides=cell.overrides,

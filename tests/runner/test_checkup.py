@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from lem.warning_codes import WARNINGS
 from tests.energy.test_rapl import build
 from tests.hosts import EVERY_PACKAGE, FakeHost
 
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 NOTHING = Host(gpus=())
 
 
@@ -268,12 +271,18 @@ def test_every_backend_that_runs_a_model_is_checked():
         assert backend_class(name)
 
 
-def test_a_machine_without_packages_says_how_to_install_each_in_the_backends_own_words(tmp_path):
+def test_a_machine_without_packages_says_how_to_install_each(tmp_path):
     checked = found(tmp_path, FakeHost((), lacks=EVERY_PACKAGE))
-    assert "pip install 'lem[vllm]'" in only(checked, "vllm").fact
-    assert only(checked, "vllm").remedy == EXPERIMENT_RULES["missing_package"].remedy
-    assert "pip install 'lem[lora]'" in only(checked, "adapters").fact
-    assert "pip install 'lem[bitsandbytes]'" in only(checked, "quantization").fact
+    for check, package, extra in (
+        ("vllm", "vLLM", "vllm"),
+        ("tensorrt", "TensorRT-LLM", "tensorrt"),
+        ("adapters", "peft", "lora"),
+        ("quantization", "bitsandbytes", "bitsandbytes"),
+    ):
+        finding = only(checked, check)
+        assert (finding.status, finding.fact) == ("missing", f"{package} is not installed.")
+        assert (finding.remedy or "").startswith(f"pip install 'lem[{extra}]'")
+        assert extra in EXTRAS
     missing = [each.check for each in checked.findings if each.group == "engines" and each.status == "missing"]
     assert missing == ["pytorch", "vllm", "tensorrt", "launcher", "adapters", "quantization"]
     assert checked.engines == ("openai",)
@@ -312,6 +321,15 @@ def test_a_results_directory_that_cannot_be_is_an_obstacle(tmp_path):
     assert (results.status, results.remedy) == ("missing", EXPERIMENT_RULES["results_unwritable"].remedy)
     assert checked.obstacles == ["the results directory cannot be written to"]
     assert not [each for each in checked.findings if each.check == "disk"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_results_directory_where_none_can_be_created_is_an_obstacle():
+    checked = found("/proc/results")
+    results = only(checked, "results_dir")
+    assert results.status == "missing"
+    assert results.fact == "/proc is in the kernel's file system proc, where no directories can be created."
+    assert not checked.can_measure
 
 
 def test_a_home_that_is_not_known_is_an_obstacle_and_no_crash(tmp_path):

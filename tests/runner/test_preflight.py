@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -209,6 +210,27 @@ def test_a_file_where_results_go_is_impossible(tmp_path, taken):
     (found,) = objections(simulated(io=Io(results_dir=str(tmp_path / "results"))), CPU)
     assert found.code == "results_unwritable"
     assert taken in found.fact
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("folder", ["/proc/results", "/proc/self/results", "/sys/a/b"])
+def test_the_kernels_own_file_systems_are_impossible_even_for_root(folder):
+    (found,) = objections(simulated(io=Io(results_dir=folder)), CPU)
+    assert found.code == "results_unwritable"
+    assert found.fact.startswith(str(Path(folder).parent).removesuffix("/a"))
+
+
+def test_a_link_to_nowhere_is_impossible(tmp_path):
+    (tmp_path / "link").symlink_to("/no-directory-of-this-name/results")
+    for folder in (tmp_path / "link", tmp_path / "link" / "more"):
+        (found,) = objections(simulated(io=Io(results_dir=str(folder))), CPU)
+        assert found.fact == f"{tmp_path}/link is a link to /no-directory-of-this-name/results, which cannot be found."
+
+
+def test_a_link_to_a_directory_is_fine(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert objections(simulated(io=Io(results_dir=str(tmp_path / "link"))), CPU) == []
 
 
 def become_nobody():

@@ -12,7 +12,9 @@ import jsonschema
 import pytest
 import yaml
 
-from lem.config.adaptive import share
+from lem.config.campaign import compose
+from lem.config.problem import Problems
+from lem.spec.share import share
 from tests.conftest import begin, command
 from tests.studies.campaigns import cells_of, write_arms
 
@@ -31,11 +33,36 @@ def cycles_of(cells, status):
 
 
 # ------------------------------------------------------------------ what it accepts
-@pytest.mark.parametrize(
-    ("text", "expected"), [("2%", 0.02), (" 0.7 % ", 0.007), ("12.5%", 0.125), ("x", "x"), (0.02, 0.02), ("%", "%")]
-)
+SHARES = [("2%", 0.02), (" 0.7 % ", 0.007), ("12.5%", 0.125), ("0.02", 0.02), ("1e-2", 0.01), (0.02, 0.02)]
+NO_SHARES = ["nan", "inf", "-inf", "-1", "0", "200%", "100%", "0%", "2", "%", "", "x", "2,5%", "2%%", "true"]
+
+
+@pytest.mark.parametrize(("text", "expected"), SHARES)
 def test_a_share_is_read_as_people_write_it(text, expected):
     assert share(text) == expected
+
+
+@pytest.mark.parametrize("value", [*NO_SHARES, 0, 1, -0.5, float("nan"), float("inf"), True, None, [0.02], {}])
+def test_what_is_no_share_is_refused(value):
+    with pytest.raises(ValueError, match=r"^a share between 0 and 1, such as 2% or 0\.02$"):
+        share(value)
+
+
+@pytest.mark.parametrize("key", ["until_ci", "margin"])
+def test_a_campaign_file_reads_shares_as_the_flags_do(tmp_path, key):
+    file = tmp_path / "file.yaml"
+    for text, expected in SHARES:
+        file.write_text(f"arms: [a.yaml, b.yaml]\n{key}: {text}\n")
+        assert getattr(compose(file, {}), key) == getattr(compose(None, {key: str(text)}), key) == expected
+    for text in (".nan", ".inf", "-1", "0", "200%", "2", "yes", "[0.02]", "'x'"):
+        file.write_text(f"arms: [a.yaml, b.yaml]\n{key}: {text}\n")
+        with pytest.raises(Problems) as error:
+            compose(file, {})
+        (problem,) = error.value.problems
+        assert problem.startswith(f"{file}:2: {key}: must be a share between 0 and 1, such as 2% or 0.02, not ")
+    for text in NO_SHARES:
+        with pytest.raises(Problems, match=f"^{key}: must be a share between 0 and 1, such as 2% or 0\\.02, not "):
+            compose(None, {key: text})
 
 
 @pytest.mark.parametrize("value", ["2%", "0.02"])
@@ -53,6 +80,8 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
     assert "the campaign stops after 6 or 8 cycles (whole squares)" in latin.out
     assert "cycle 8/8" in latin.out
     assert "campaign_unbalanced" not in latin.err
+    nine = ("campaign", *["quick.yaml"] * 9, "--campaign-name", "nine", "--until-ci", value, "--structure", "latin")
+    assert "the campaign stops after 18 or 36 cycles (whole squares)" in lem(*nine, "--dry-run", *QUICK).out
     long = lem(*TWO, "--until-ci", value, "-c", "30", "--dry-run", *QUICK)
     assert "30 to 100 cycles" in long.out
 
@@ -65,9 +94,10 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
         (["--until-ci", "2%", "-c", "200"], "cycles: must be less than 100 with until_ci, not 200."),
         (["--until-ci", "2%", "--max-cycles", "101"], "max_cycles: must be less than or equal to 100, not 101"),
         (["--until-ci", "2%", "--structure", "grouped"], "structure: a grouped campaign cannot stop after a cycle"),
-        (["--until-ci", "2"], "until_ci: must be less than 1, not 2.0; write a share, such as 2% or 0.02."),
-        (["--until-ci", "0%"], "until_ci: must be greater than 0, not 0.0; write a share"),
-        (["--until-ci", "narrow"], "until_ci: must be a valid number"),
+        (["--until-ci", "2"], 'until_ci: must be a share between 0 and 1, such as 2% or 0.02, not "2".'),
+        (["--until-ci", "0%"], 'until_ci: must be a share between 0 and 1, such as 2% or 0.02, not "0%".'),
+        (["--until-ci", "narrow"], 'such as 2% or 0.02, not "narrow".'),
+        (["--margin", "2"], 'margin: must be a share between 0 and 1, such as 2% or 0.02, not "2".'),
         (["--max-cycles", "20"], "max_cycles: only adaptive campaigns have this limit; set until_ci as well, or leave"),
         (["--until-ci", "2%", "--structure", "latin", "--max-cycles", "7"], "give at least 8, or choose structure="),
     ],
@@ -98,8 +128,11 @@ def test_a_campaign_file_has_the_same_keys(lem, arms):
 
 def test_the_schema_and_the_template_know_the_keys(lem, arms):
     validator = jsonschema.Draft7Validator(json.loads(lem("config", "schema", "--campaign").out))
-    for value, valid in (("2%", True), ("0.5 %", True), (0.02, True), (None, True), ("2", False), (2, False)):
-        text = yaml.safe_dump({"arms": ["a.yaml", "b.yaml"], "until_ci": value, "max_cycles": 20})
+    for value, valid in (
+        ("2%", True), ("0.5 %", True), (0.02, True), ("0.02", True), (None, True), ("2", False), (2, False),
+        ("200%", False), (0, False),
+    ):  # fmt: skip
+        text = yaml.safe_dump({"arms": ["a.yaml", "b.yaml"], "until_ci": value, "max_cycles": 20, "margin": value})
         assert validator.is_valid(yaml.safe_load(text)) == valid
     text = lem("config", "new", "--campaign").out
     assert "#until_ci: null" in text

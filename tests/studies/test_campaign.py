@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -27,7 +28,9 @@ from lem.results import campaign
 from lem.results.campaign import MEASURES
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
-from lem.spec.campaign import STRUCTURES, Measure
+from lem.spec.campaign import STRUCTURES, Campaign, Measure
+from lem.studies.campaign import pause_s
+from lem.studies.orders import order
 from tests.conftest import SUMMARY, begin, command, kill_group, wait_for
 from tests.studies.campaigns import QUICK, cells_of
 
@@ -264,7 +267,7 @@ def test_the_overrides_of_an_arm_that_break_it_are_said_to_be_its(lem, arms):
     (arms / "both.yaml").write_text(f"arms: [quick.yaml, {broken}]\n")
     done = lem("campaign", "both.yaml", *QUICK)
     assert (done.code, done.out) == (2, "")
-    assert done.err == "Error: both.yaml: wide: batching.batch_size: must be greater than or equal to 1, not 0.\n"
+    assert done.err == "Error: both.yaml:1: wide: batching.batch_size: must be greater than or equal to 1, not 0.\n"
 
 
 def test_a_campaign_whose_machine_has_changed_is_not_continued_unless_forced(lem, arms):
@@ -448,7 +451,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--margin", "2"],
-            "margin: must be less than 1, not 2.0",
+            'margin: must be a share between 0 and 1, such as 2% or 0.02, not "2"',
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "-1"],
@@ -475,6 +478,32 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (["exp_2.yaml"], "name: 'exp_2' would hide the experiments"),
         (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "matches no config file"),
+        (["quick.yaml", "nowhere.yaml", "--campaign-name", "x"], "Error: 'nowhere.yaml' matches no config file"),
+        (["nowhere.yaml"], "Error: 'nowhere.yaml' matches no config file (.yaml, .yml). There is no such file."),
+        (["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "Quick"], "Did you mean 'quick'? Choose"),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--config-gap", "abc"],
+            'Error: --config-gap: must be a valid number, not "abc".\n',
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "-c", "1.5"],
+            'Error: --cycles/-c: must be a valid integer, not "1.5".\n',
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--warmup-timeout", "-1"],
+            "warmup_timeout_s: must be greater than 0, not -1.0.\n",
+        ),
+        (
+            ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--cool-to", "20"],
+            "cool_to_c: no arm runs on a GPU, so there is no temperature to wait for.",
+        ),
+        *(
+            (
+                ["quick.yaml", "slow.yaml", "--campaign-name", name],
+                "name: must be at most 100 letters",
+            )
+            for name in ("a b", "../x", "..", "", "😀", "-x", "n" * 300)
+        ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--baseline", "slow", "--baseline", "quick"],
             "--baseline takes one arm, not 2 (slow, quick)",
@@ -521,8 +550,32 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     options = ("quick.yaml", "slow.yaml", "--dry-run", *QUICK)
     assert "campaign_fixed_order" in lem("campaign", "--campaign-name", "x", "--structure", "grouped", *options).err
     latin = lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "3", *options)
-    assert "campaign_unbalanced: the number of cycles (3) is not a multiple of 2" in latin.err
+    assert (
+        "campaign_unbalanced: the number of cycles (3) is not a multiple of 2, so positions and predecessors are not "
+        "balanced; 2 or 4 cycles would be.\n"
+    ) in latin.err
+    assert "whole squares" not in latin.out
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
+
+
+@pytest.mark.parametrize(("arms_given", "cycles", "size"), [(2, 4, 2), (3, 6, 6), (4, 4, 4), (5, 10, 10), (6, 6, 6)])
+def test_a_latin_campaign_without_cycles_gets_the_fewest_whole_squares(lem, arms, arms_given, cycles, size):
+    files = ["quick.yaml"] * arms_given
+    done = lem("campaign", *files, "--campaign-name", "x", "--structure", "latin", "--dry-run", *QUICK)
+    assert done.out.startswith(f"Campaign x: {arms_given} arms in {cycles} cycles (whole squares), latin, seed 42;")
+    assert f"After every {size} cycles, each arm has had each position" in done.out
+    assert "campaign_unbalanced" not in done.err
+
+
+def test_cycles_of_ones_own_stay_though_they_are_no_whole_squares(lem, arms):
+    (arms / "three.yaml").write_text("arms: [quick.yaml, slow.yaml, quick.yaml]\nstructure: latin\n")
+    (arms / "four.yaml").write_text("defaults: [three]\ncycles: 4\n")
+    for given, cycles in ((["three.yaml"], 6), (["three.yaml", "-c", "4"], 4), (["four.yaml"], 4)):
+        done = lem("campaign", *given, "--dry-run", *QUICK)
+        assert f"3 arms in {cycles} cycles" in done.out
+        assert ("not balanced; 6 cycles would be." in done.err) == (cycles == 4)
+    shown = [json.loads(lem("config", "show", name, "--json").out)["cycles"] for name in ("three.yaml", "four.yaml")]
+    assert shown == [6, 4]
 
 
 KILLS = 20
@@ -573,6 +626,22 @@ def requests_of(results, cells):
     ]
 
 
+# ------------------------------------------------------------------ pauses
+@pytest.mark.parametrize(
+    ("structure", "expected"),
+    [("grouped", [7, 7, 1, 7, 7]), ("interleaved", [1, 7, 1, 7, 1]), ("shuffled", [1, 7, 1, 7, 1]),
+     ("latin", [1, 7, 1, 7, 1])],
+)  # fmt: skip
+def test_a_pause_lies_between_any_two_cells_of_every_structure(structure, expected):
+    places = order(structure, 2, 3, 5)
+    both = Campaign(structure=structure, config_gap_s=1, cycle_gap_s=7)
+    assert [pause_s(both, *pair) for pair in pairwise(places)] == expected
+    without = replace(both, cycle_gap_s=None)
+    assert [pause_s(without, *pair) for pair in pairwise(places)] == [1] * 5
+    none_between_cycles = [pause_s(replace(both, cycle_gap_s=0), *pair) for pair in pairwise(places)]
+    assert none_between_cycles == [0 if pause == 7 else 1 for pause in expected]
+
+
 # ------------------------------------------------------------------ campaign files
 @pytest.fixture
 def file(arms):
@@ -618,14 +687,29 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
         ("arms: [quick.yaml, slow.yaml]\nstructure: lattin\n", "Did you mean 'latin'?"),
         ("arms: [quick.yaml, {confg: slow.yaml}]\n", "bad.yaml:1: arms.1.confg: unknown key. Did you mean 'config'?"),
         ("arms: [quick.yaml]\n", "at least two configurations, not 1"),
-        ("arms: [quick.yaml, gone.yaml]\n", "gone.yaml' matches no config file"),
+        ("arms: [quick.yaml, gone.yaml]\n", "bad.yaml:1: arms: 'gone.yaml' matches no config file"),
+        (
+            "arms: [quick.yaml, slow.yaml]\ncool_to_c: 20\n",
+            "bad.yaml:2: cool_to_c: no arm runs on a GPU, so there is no temperature to wait for.",
+        ),
+        ("cycles: 2\narms: []\n", "bad.yaml:2: arms: a campaign compares at least two configurations, not 0"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nbaseline: slwo\n",
+            "bad.yaml:2: baseline: no arm is called 'slwo'. Did you mean 'slow'? Choose one of quick, slow.",
+        ),
         ("arms: quick.yaml\n", 'bad.yaml:1: arms: must be a valid array, not "quick.yaml"'),
         ("arms: [quick.yaml, slow.yaml]\ndefaults: [bad]\n", "the file inherits from itself"),
         ("arms: [{config: quick.yaml, name: x}, {config: slow.yaml, name: x}]\n", "two arms are called 'x'"),
-        ('arms: [quick.yaml, {config: slow.yaml, name: "a\\nb"}]\n', "bad.yaml: arms: the name 'a\\nb' has characters"),
-        ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml: arms: two arms are called 'quick'"),
+        (
+            'arms: [quick.yaml, {config: slow.yaml, name: "a\\nb"}]\n',
+            "bad.yaml:1: arms: the name 'a\\nb' has characters",
+        ),
+        ("arms: [quick.yaml, {config: slow.yaml, name: quick}]\n", "bad.yaml:1: arms: two arms are called 'quick'"),
         ("arms: [{config: quick.yaml, name: ''}, slow.yaml]\n", "bad.yaml:1: arms.0.name: must not be empty."),
-        ("arms: [quick.yaml, slow.yaml]\nbaseline: fast\n", "bad.yaml: baseline: no arm is called 'fast'"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nbaseline: fast\n",
+            "bad.yaml:2: baseline: no arm is called 'fast'. Choose one of quick, slow.",
+        ),
         (
             "arms: [quick.yaml, slow.yaml]\nbaseline: slow\nbaseline: quick\n",
             "bad.yaml:3: baseline: duplicate key; it was first given on line 2.",
@@ -640,7 +724,10 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
             "arms: [quick.yaml, {config: slow.yaml, overrides: [batching.batch_size=0]}]\n",
             "batching.batch_size: must be greater than or equal to 1, not 0",
         ),
-        ("arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n", "bad.yaml:2: margin: must be less than 1"),
+        (
+            "arms: [quick.yaml, slow.yaml]\nmargin: 1.5\n",
+            "bad.yaml:2: margin: must be a share between 0 and 1, such as 2% or 0.02, not 1.5.",
+        ),
     ],
 )
 def test_a_bad_campaign_file_is_refused_with_the_line(lem, arms, text, message):

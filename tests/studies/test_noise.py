@@ -39,7 +39,7 @@ def test_one_configuration_is_measured_as_two_arms_and_its_noise_is_told(lem, ar
     assert lem("results", "show", name).out.startswith(f"Campaign {name}: 6 of 6 cells completed")
     # Shown again without measuring, with another difference, and as JSON.
     before = sorted(os.listdir(arms / "results" / "raw"))
-    again = json.loads(lem("doctor", "--noise", "--resume", name, "--json", "--difference", "0.5").out)
+    again = json.loads(lem("doctor", "--noise", "--resume", name, "--json", "--difference", "50%").out)
     assert (again["campaign"], again["cells_completed"], again["difference"]) == (name, 6, 0.5)
     assert again["floors"][0]["sd"] > 0
     assert again["campaign_directory"].endswith(name)
@@ -114,8 +114,14 @@ def test_what_the_command_line_chooses_replaces_the_defaults(lem, arms):
     [
         (["quick.yaml", "slow.yaml"], "one config file, not 2"),
         (["both.yaml"], "is a campaign file; name the config file of a single configuration."),
-        (["quick.yaml", "--difference", "2"], "--difference must be between 0 and 1, such as 0.02 for 2 %, not 2."),
-        (["quick.yaml", "--difference", "nan"], "--difference must be between 0 and 1"),
+        (
+            ["quick.yaml", "--difference", "2"],
+            '--difference: must be a share between 0 and 1, such as 2% or 0.02, not "2".',
+        ),
+        (
+            ["quick.yaml", "--difference", "nan"],
+            '--difference: must be a share between 0 and 1, such as 2% or 0.02, not "nan".',
+        ),
         (["quick.yaml", "-c", "0"], "cycles: must be greater than or equal to 1, not 0"),
         (["quick.yaml", "--campaign-name", "a/b"], "Error: name: "),
         (["quick.yaml", "--primary", "cost"], "primary: must be 'energy_per_output_token_j'"),

@@ -129,6 +129,25 @@ def test_without_noise_and_drift_a_campaign_finds_the_true_ratio_exactly(lem, fo
     assert "energy_simulated (6 of 6)" in note
 
 
+@pytest.mark.parametrize("option", ["backend.drift=0.1", "backend.carry_over=0.2"])
+def test_what_only_a_campaign_has_is_refused_elsewhere(lem, folder, quickly, option):
+    refused = f"Error: {option.partition('=')[0]}: it would have no effect: this is not a cell of a campaign. Use lem"
+    for words in (("experiment", "quick.yaml"), ("batch", "*.yaml"), ("experiment", "quick.yaml", "--multirun")):
+        done = lem(*words, option, "-d", "sample", "-n", "2", "--dry-run", "-y")
+        assert done.code == 2
+        assert done.err.startswith(refused)
+        assert "[no_effect_outside_campaign] (use --force to run it anyway)" in done.err
+        assert len(done.err.splitlines()) == 1
+    (folder / "own.yaml").write_text(f"defaults: [quick]\nbackend: {{name: simulated, {_pair(option)}}}\n")
+    assert lem("config", "validate", "own.yaml").out == "own.yaml: valid\n"  # it may be an arm
+    noise = lem("doctor", "--noise", "own.yaml", "-d", "sample", "-n", "2", "--dry-run")
+    assert (noise.code, noise.err) == (0, "")
+
+
+def _pair(option):
+    return option.removeprefix("backend.").replace("=", ": ")
+
+
 def test_a_drift_goes_through_the_cells_in_their_order_and_is_reported(lem, folder, quickly):
     lem(
         "campaign", "quick.yaml", "slow.yaml", "--campaign-name", "one", "-c", "4", "backend.drift=0.2",

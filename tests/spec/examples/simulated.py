@@ -26,6 +26,15 @@ EXAMPLES = [
         simulated(*spread("tensor", 2)),
         simulated(*spread("data", 2)),
     ),
+    Example(
+        "no_effect_outside_campaign", "backend.drift", simulated("backend.drift=0.1"), simulated("backend.noise=0.1")
+    ),
+    Example(
+        "no_effect_outside_campaign",
+        "backend.carry_over",
+        simulated("backend.carry_over=0.1"),
+        simulated("backend.request_noise=0.1"),
+    ),
     Example("simulated_energy", "energy.name", asks("energy=simulated"), simulated("energy=simulated")),
     Example("simulated_time", "backend.sleep", simulated(AT_ONCE), simulated(AT_ONCE, "energy=simulated")),
     Example(
