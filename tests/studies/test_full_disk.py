@@ -16,7 +16,7 @@ from tests.conftest import begin, command, fill, small_disk
 pytestmark = pytest.mark.processes
 
 PROMPTS = ("-d", "sample", "-n", "40", "max_output_tokens=8", "min_output_tokens=8", "warmup.prompts=0", "-y")
-CAMPAIGN = ("campaign", "a.yaml", "b.yaml", "--campaign-name", "one", "-c", "2")
+CAMPAIGN = ("campaign", "a.yaml", "b.yaml", "--campaign-name", "one", "-c", "2", "--primary", "latency_mean_s")
 BATCH = ("batch", "a.yaml", "b.yaml", "hydra.sweep.dir=study")
 NO_SPACE = r"Error: No space left in .* \(the disk at {disk}\); everything written so far is kept\. Free some space"
 

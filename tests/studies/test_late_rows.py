@@ -20,7 +20,7 @@ COMMANDS = {
     "sweep": ("experiment", "a.yaml", "--multirun", "seed=1,2"),
     "batch": ("batch", "a.yaml", "b.yaml"),
     "grid": ("batch", "grid"),
-    "campaign": ("campaign", "a.yaml", "b.yaml", "--campaign-name", "one", "-c", "1"),
+    "campaign": ("campaign", "a.yaml", "b.yaml", "--campaign-name", "one", "-c", "1", "--primary", "latency_mean_s"),
 }
 # `lem …`, killed when it has an experiment's last record and is about to write the rows.
 KILLED = """
