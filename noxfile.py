@@ -122,7 +122,7 @@ def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
 def slurm(session: nox.Session) -> None:
     """Run the tests of jobs on a private two-node Slurm cluster, installing Slurm by apt; skipped where that fails."""
     if (reason := _why_no_slurm(session)) is not None:
-        session.skip(f"slurm: {reason}.")
+        session.skip(f"slurm: {reason}")
     run_in_dev(session, "pytest", "-m", "slurm", "tests/slurm", *session.posargs)
 
 

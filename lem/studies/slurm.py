@@ -80,9 +80,7 @@ def preflight_for_job(
     """Check an experiment for the machine that its job will have; raises `BadInput` with all problems."""
     assert options.launcher is not None
     machine = machine_of_job(experiment, options.launcher.options)
-    return preflight(
-        experiment, machine, force=options.force, in_campaign=in_campaign, load=prompts, elsewhere=True
-    )
+    return preflight(experiment, machine, force=options.force, in_campaign=in_campaign, load=prompts, elsewhere=True)
 
 
 def _machine(gpus: int) -> Host:

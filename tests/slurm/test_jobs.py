@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slurm
 
 
 SMALL = prompts(4)
+# Without a meter, arms cannot be compared by energy.
+BY_LATENCY = ("--primary", "latency_mean_s")
 # So many prompts take longer than the part of a minute that remains until Slurm's signal.
 LONG = 50
 GRID = ("seed=1,2,3", "batching.batch_size=1,2", "max_output_tokens=4,8", "--multirun")
@@ -85,7 +87,9 @@ def arms(lem: Lem) -> tuple[str, ...]:
 
 
 def test_a_campaign_is_a_job_for_each_cycle(cluster: Cluster, lem: Lem, arms: tuple[str, ...]) -> None:
-    done = lem("campaign", *arms, "--campaign-name", "sizes", "--cycles", "3", *SMALL, *HERE, cluster=cluster)
+    done = lem(
+        "campaign", *arms, "--campaign-name", "sizes", "--cycles", "3", *BY_LATENCY, *SMALL, *HERE, cluster=cluster
+    )
     assert done.returncode == 0, done.stderr
     rows = lem.rows()
     assert len(rows) == 9
@@ -100,7 +104,7 @@ def test_a_campaign_is_a_job_for_each_cycle(cluster: Cluster, lem: Lem, arms: tu
 
 
 def test_a_campaign_can_be_a_single_job(cluster: Cluster, lem: Lem, arms: tuple[str, ...]) -> None:
-    given = ("--campaign-name", "one", "--cycles", "2", "--one-job", *SMALL, *HERE)
+    given = ("--campaign-name", "one", "--cycles", "2", "--one-job", *BY_LATENCY, *SMALL, *HERE)
     done = lem("campaign", *arms[:2], *given, cluster=cluster)
     assert done.returncode == 0, done.stderr
     assert len(lem.rows()) == 4
@@ -108,8 +112,8 @@ def test_a_campaign_can_be_a_single_job(cluster: Cluster, lem: Lem, arms: tuple[
 
 
 def test_an_adaptive_campaign_decides_after_each_cycle(cluster: Cluster, lem: Lem, arms: tuple[str, ...]) -> None:
-    given = ("--campaign-name", "few", "--until-ci", "50%", "--cycles", "5", "--max-cycles", "7", "--primary")
-    done = lem("campaign", *arms[:2], *given, "latency_mean_s", *SMALL, *HERE, cluster=cluster)
+    given = ("--campaign-name", "few", "--until-ci", "50%", "--cycles", "5", "--max-cycles", "7", *BY_LATENCY)
+    done = lem("campaign", *arms[:2], *given, *SMALL, *HERE, cluster=cluster)
     assert done.returncode == 0, done.stderr
     assert len(lem.rows()) == 10
     cells = json.loads((lem.folder / "results/campaigns/few/experiments.json").read_text())
