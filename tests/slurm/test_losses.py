@@ -76,7 +76,15 @@ REASONS = {
 def test_jobs_that_cannot_start_or_have_too_little_memory_fail(either_cluster: Cluster, lem: Lem) -> None:
     commands = {
         option: lem.start(
-            "experiment", "quick.yaml", *prompts(4), *HERE, option, "-o", f"results{number}", cluster=either_cluster
+            # Slow, because the memory is looked at once a second.
+            "experiment",
+            "slow.yaml",
+            *prompts(10),
+            *HERE,
+            option,
+            "-o",
+            f"results{number}",
+            cluster=either_cluster,
         )
         for number, option in enumerate(REASONS)
     }
