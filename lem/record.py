@@ -389,7 +389,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     in each record of the attempt. `window_opened_unix_s` is for comparing processes, not for measuring. With continuous
     batching, `energy_so_far` holds energy readings taken when some of the requests finished. `cut` is None if the
     window was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened, which is the
-    measured time of the cycle's earlier attempts. It is None without traffic.
+    measured time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` is None outside of Slurm.
     """
 
     format_version: int
@@ -406,6 +406,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     backend: str = ""
     window_opened_unix_s: float | None = None
     error: ErrorInfo | None = None
+    slurm_job_id: str | None = None
     model: ModelInfo | None = None
     engine: EngineInfo | None = None
     phases: tuple[Phase, ...] = ()

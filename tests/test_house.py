@@ -72,8 +72,8 @@ def test_every_room_and_its_data_are_packaged():
     assert set(found) == data
 
 
-# A folder of tests/ that is not a room: a package that stands in for an engine.
-STANDINS = {"tensorrt_standin"}
+# Folders of tests/ that are not rooms: a package that stands in for an engine, and a private cluster.
+STANDINS = {"tensorrt_standin", "slurm"}
 
 
 def folders(root: Path) -> set[str]:

@@ -73,6 +73,10 @@ def campaign(
         str | None,
         typer.Option("--resume", metavar="NAME|DIR", help="Resume the campaign with this name or directory."),
     ] = None,
+    launcher: flags.Launcher = None,
+    one_job: Annotated[
+        bool, typer.Option("--one-job", help="With --launcher slurm: one job for all cycles, not one for each.")
+    ] = False,
     config_dir: ConfigDir = None,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
@@ -89,9 +93,13 @@ def campaign(
     from lem.studies import campaign as study
     from lem.studies.ask import RunOptions
 
+    slurm, arguments = flags.launcher_of(launcher, arguments or [], config_dir)
+    if one_job and slurm is None:
+        raise ConfigError("--one-job needs --launcher slurm.")
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
+        launcher=slurm, one_job=one_job,
     )  # fmt: skip
     settings = {
         "name": name,
@@ -114,7 +122,7 @@ def campaign(
     }
     chosen = {key: value for key, value in settings.items() if value is not None}
     if resume is not None:
-        if arguments or chosen or dataset or prompts or config_dir:
+        if arguments or chosen or dataset or prompts or (config_dir and not slurm):
             raise ConfigError("--resume continues a campaign as it was planned; leave out config files and settings.")
         raise typer.Exit(study.resume(resume, results_dir or default_root(), options))
     if baseline and len(baseline) > 1:

@@ -65,6 +65,7 @@ def experiment(
     allow_code: flags.AllowCode = False,
     allow_key: flags.AllowKey = False,
     config_dir: ConfigDir = None,
+    launcher: flags.Launcher = None,
     multirun: Annotated[
         bool, typer.Option("--multirun", help="Run every combination of comma-separated override values.")
     ] = False,
@@ -107,18 +108,31 @@ def experiment(
         *deprecated.overrides(old_flags),
         *given,
     ]
+    slurm, overrides = flags.launcher_of(launcher, overrides, config_dir or _conf_beside(config_file))
     options = ask.RunOptions(
         yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
+        launcher=slurm,
     )  # fmt: skip
     if resume is not None:
+        if slurm:
+            raise ConfigError(
+                "--resume runs on this machine. To resume an experiment as a job, start it again with the command that "
+                "began it."
+            )
         _check_alone(config_file, overrides, fresh=fresh, multirun=multirun)
         raise typer.Exit(run_app.resume(resume, results_dir, options))
-    if multirun:
+    if multirun or slurm:
         from lem.studies import sweep
 
         raise typer.Exit(sweep.main(config_file, overrides, options, config_dir=config_dir))
     raise typer.Exit(run_app.main(config_file, overrides, options, config_dir=config_dir))
+
+
+def _conf_beside(config_file: Path | None) -> Path | None:
+    """Return the config directory that is used unless --config-dir names another."""
+    folder = config_file.parent / "conf" if config_file else None
+    return folder if folder and folder.is_dir() else None
 
 
 def _check_alone(config_file: Path | None, overrides: list[str], *, fresh: bool, multirun: bool) -> None:

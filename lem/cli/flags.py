@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from lem.errors import ConfigError, DatasetError
 from lem.spec.campaign import Campaign
 from lem.spec.paths import expanded
 from lem.spec.schema import leaf, leaves
+
+if TYPE_CHECKING:
+    from lem.config import launcher as config_launcher
 
 Dataset = Annotated[
     str | None,
@@ -58,6 +61,16 @@ AllowKey = Annotated[
     typer.Option("--allow-key", help="Do not ask before sending API keys to other machines named in config files."),
 ]
 
+Launcher = Annotated[
+    str | None,
+    typer.Option(
+        "--launcher",
+        metavar="NAME",
+        help="Where to run: basic (this machine, the default), slurm (jobs of a Slurm cluster), or a launcher of your "
+        "own in --config-dir. Short for hydra/launcher=NAME; options are hydra.launcher.… overrides.",
+    ),
+]
+
 # A key in Hydra's grammar. A path does not count as a key, except for hydra/launcher and similar settings.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
 
@@ -92,6 +105,19 @@ def dataset_overrides(dataset: str | None, prompts: str | None) -> list[str]:
 def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
     """Return the overrides that choose options of groups; None means that a flag was not given."""
     return [f"{group}={option}" for group, option in choices.items() if option is not None]
+
+
+def launcher_of(
+    name: str | None, overrides: list[str], config_dir: Path | None
+) -> tuple[config_launcher.Launcher | None, list[str]]:
+    """Return the launcher that submits to Slurm, if one is chosen, and the overrides that are not the launcher's."""
+    given = [*choice_overrides({"hydra/launcher": name}), *overrides]
+    if not any(text.lstrip("+").startswith("hydra/launcher=") for text in given):
+        return None, overrides
+    from lem.config.launcher import chosen_launcher, is_of_launcher
+
+    launcher = chosen_launcher(given, config_dir)
+    return launcher, given if launcher is None else [text for text in given if not is_of_launcher(text)]
 
 
 def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.cli.base import exit_code_of
+from lem.cli.flags import launcher_of
 from lem.cli.streams import forgiving_streams
 from lem.config.compose import CONFIG_NAME, prepare, to_experiment
 from lem.config.options import CONFIG_MODULE
@@ -41,7 +42,8 @@ def _run(arguments: list[str]) -> int:
 
     # Move overrides to the front, because --info would take an override that follows it as its own value.
     given = [text for text in arguments if "=" in text and not text.startswith("-")]
-    options = RunOptions(yes=True, **{flag[2:].replace("-", "_"): flag in arguments for flag in ALLOW})
+    allow_command, allow_code, allow_key = (flag in arguments for flag in ALLOW)
+    options = RunOptions(yes=True, allow_command=allow_command, allow_code=allow_code, allow_key=allow_key)
     flags = [text for text in arguments if text not in given and text not in ALLOW]
     parsed, _ = _parser().parse_known_args([*given, *flags])
     codes: list[int] = []
@@ -55,8 +57,14 @@ def _run(arguments: list[str]) -> int:
 
     if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
         raise ConfigError("--run, --multirun, --cfg, --info and --shell-completion are mutually exclusive.")
+    launcher, own = launcher_of(None, parsed.overrides, None if parsed.config_dir is None else Path(parsed.config_dir))
     if parsed.multirun and len(flags) == 1:
-        return sweep.main(None, parsed.overrides, options)
+        return sweep.main(None, own, replace(options, launcher=launcher))
+    if launcher is not None:
+        raise ConfigError(
+            "hydra/launcher: this app submits jobs only for --multirun without other flags. Use lem experiment or "
+            "lem batch with --launcher."
+        )
     if parsed.shell_completion:
         overrides = parsed.overrides  # the argument is a Hydra subcommand, not configuration
     elif parsed.hydra_help:

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lem.config.launcher import Launcher
 from lem.config.overrides import first_sentence, quoted
 from lem.config.problem import shortened
 from lem.config.yamltext import escaped
@@ -44,6 +45,8 @@ hydra:
   run: {dir: .}
   sweep: {subdir: .}
 """
+# A task with this attribute submits its cells; hydra_plugins/lem_slurm refuses all others.
+SUBMITS = "submits_to_slurm"
 
 
 def sweep_dir(overrides: Iterable[str]) -> Path:
@@ -63,7 +66,11 @@ def sweep_dir(overrides: Iterable[str]) -> Path:
 
 
 def run_plan(
-    directory: Path, cells: Sequence[tuple[str, Experiment]], settings: Sequence[str], run: Callable[[int, Any], None]
+    directory: Path,
+    cells: Sequence[tuple[str, Experiment]],
+    settings: Sequence[str],
+    run: Callable[[int, Any], None],
+    launcher: Launcher | None = None,
 ) -> None:
     """Write the plan and let Hydra run it.
 
@@ -72,6 +79,7 @@ def run_plan(
         cells: a label and a checked experiment for each cell.
         settings: overrides of Hydra's own settings, such as a launcher.
         run: called with the number and the composed config of each cell.
+        launcher: the launcher if `run` submits the cells; None if it runs them.
 
     Raises:
         ConfigError: Hydra rejects a setting.
@@ -80,8 +88,12 @@ def run_plan(
     def task(composed: Any) -> None:
         run(int(HydraConfig.get().job.num), composed)
 
+    if launcher is not None:
+        _register_launcher()
+        setattr(task, SUBMITS, True)
     folder = (directory / FOLDER).resolve()
-    _write_plan(folder, cells)
+    _write_plan(folder, cells, launcher.search_path if launcher else ())
+    settings = [*settings, *(launcher.settings if launcher else ())]
     names = ",".join(map(cell_name, range(len(cells))))
     command_line = sys.argv
     # hydra.main reads its overrides from sys.argv.
@@ -102,13 +114,23 @@ def run_plan(
         sys.argv = command_line
 
 
+def _register_launcher() -> None:
+    """Make the launcher for Slurm known to Hydra, which overlooks it in an editable installation."""
+    from hydra.core.plugins import Plugins
+
+    from hydra_plugins.lem_slurm import SlurmLauncher
+
+    Plugins.instance().register(SlurmLauncher)
+
+
 def cell_name(number: int) -> str:
     """Return the base name of a cell's file; it starts with a letter so that Hydra does not read it as a number."""
     return f"c{number:03d}"
 
 
-def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]]) -> None:
-    write_atomically(folder / f"{NAME}.yaml", PLAN)
+def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]], search_path: Sequence[str]) -> None:
+    found = f"  searchpath: {json.dumps(list(search_path))}\n" if search_path else ""
+    write_atomically(folder / f"{NAME}.yaml", PLAN + found)
     for number, (label, experiment) in enumerate(cells):
         values = escaped(json.loads(to_json(experiment)))
         head = f"# @package _global_\n# {shortened(label, 200)}\n"

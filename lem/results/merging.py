@@ -155,6 +155,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         hostname=joined(r.hostname for r in counted),
         engine=_merged_engine([r.engine for r in counted]),
         phases=tuple(p for p in _merged_phases(counted) if not (has_moved and p.name in IDLE)),
+        slurm_job_id=joined(r.slurm_job_id for r in records if r.slurm_job_id) or None,
         requests_planned=max(r.requests_planned for r in counted),
         requests_completed=sum(r.requests_completed for r in counted),
         requests_failed=sum(r.requests_failed for r in counted),

@@ -149,6 +149,7 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
         "started_at": of_each(first, "started_at"),
         "lem_version": of_each(first, "lem_version"),
         "hostname": of_each(first, "hostname"),
+        "slurm_job_id": of_each(first, "slurm_job_id"),
         "processes": list(map(len, records)),
         "cycles_planned": [1] * len(cycles),
         "cycles_completed": list(map(int, complete)),

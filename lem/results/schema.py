@@ -240,5 +240,8 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
     campaign_cycle: Annotated[int | None, "The experiment's cycle in the campaign, from 1."] = None
     campaign_position: Annotated[int | None, "The experiment's position in that cycle, from 1."] = None
+    slurm_job_id: Annotated[
+        str | None, "Slurm job that ran it; several, joined by +, if it was resumed in another job; null without Slurm."
+    ] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lem.errors import Interrupted, ResultsError
 from lem.machine import host
+from lem.record import ErrorInfo
 from lem.results.aggregate import aggregate, read
 from lem.results.codec import arrivals_sha256, config_sha256
 from lem.results.directory import ExperimentDir
 from lem.results.files import FULL, needs_space
-from lem.results.plan import FINISHED, Plan, PromptsInfo, StateName
+from lem.results.plan import FINISHED, Plan, PromptsInfo, State, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
-from lem.runner.launch import launch
+from lem.runner.launch import launch, record_loss
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Report, silent
 from lem.runner.stopping import signals_ignored
@@ -110,6 +111,29 @@ def run_ready(
     Raises:
         Interrupted: the run was stopped from outside; finished requests are kept and the row is written.
     """
+    store, directory = planned(
+        ready,
+        overrides=overrides,
+        config_file=config_file,
+        shared_with=shared_with,
+        unfinished=unfinished,
+        campaign=campaign,
+        claimed=claimed,
+    )
+    return _execute(store, directory, write_tables, report, launcher)
+
+
+def planned(
+    ready: Ready,
+    *,
+    overrides: Sequence[str] = (),
+    config_file: Path | None = None,
+    shared_with: int = 0,
+    unfinished: ExperimentDir | None = None,
+    campaign: CampaignCell | None = None,
+    claimed: Callable[[ExperimentDir], None] | None = None,
+) -> tuple[Store, ExperimentDir]:
+    """Claim an id and write the plan, without running anything; the arguments are those of `run_ready`."""
     store = Store(ready.experiment.io.results_dir)
     directory = unfinished or store.claim()
     if claimed is not None:
@@ -122,7 +146,7 @@ def run_ready(
             plan = _plan(directory.id, ready, overrides, config_file)
             plan = replace(plan, shared_with=shared_with, campaign=campaign)
             directory.write_plan(plan, ready.prompts.texts, ready.arrivals_s)
-    return _execute(store, directory, write_tables, report, launcher)
+    return store, directory
 
 
 def fingerprint(ready: Ready) -> str:
@@ -136,6 +160,7 @@ def resume(
     *,
     write_tables: bool = True,
     take_over: bool = False,
+    leave_marked: bool = False,
     report: Report = silent,
     launcher: Launcher = launch,
 ) -> Outcome:
@@ -146,6 +171,7 @@ def resume(
         directory: the experiment's directory.
         write_tables: write the row to the tables, not only the raw records.
         take_over: resume even if another host is marked as running the experiment.
+        leave_marked: leave the experiment marked as unfinished, because another process writes its row.
         report: receives the progress.
         launcher: runs the workers until they end.
 
@@ -160,7 +186,35 @@ def resume(
             f"All requests of {directory.id} have failed; there is nothing left to run. Use --fresh to run it again."
         )
     directory.check_inputs()  # the files may have been damaged in the meantime
-    return _execute(store, directory, write_tables, report, launcher, take_over=take_over)
+    return _execute(store, directory, write_tables, report, launcher, take_over=take_over, leave_marked=leave_marked)
+
+
+def fail(store: Store, directory: ExperimentDir, error: ErrorInfo, slurm_job_id: str, *, write_tables: bool) -> Outcome:
+    """Record that an experiment failed whose processes are gone, or were never started, and write its row.
+
+    Args:
+        store: the results directory.
+        directory: the experiment's directory, with its plan.
+        error: why it failed.
+        slurm_job_id: the job that was to run it; empty if there was none.
+        write_tables: write the row to the tables, not only the raw records.
+    """
+    with suppress(ResultsError), directory.hold(exclusive=True):  # wait for processes that are just ending
+        pass
+    state = directory.state()
+    record_loss(directory, max(1, state.attempt), error, slurm_job_id or None)
+    directory.write_state(State("failed", max(1, state.attempt), timestamp(), error=error.message))
+    store.mark_unfinished(directory.id, directory.plan().fingerprint)
+    row, problem = _row(store, directory, write_tables)
+    return Outcome(row, directory, store, problem)
+
+
+def collect(store: Store, directory: ExperimentDir, *, write_tables: bool) -> Outcome:
+    """Write the row of an experiment that another process, such as a job on another host, has run to its end."""
+    row, problem = _row(store, directory, write_tables)
+    if problem is None and row.status == "completed":
+        store.mark_finished(directory.id)
+    return Outcome(row, directory, store, problem)
 
 
 def _execute(
@@ -171,6 +225,7 @@ def _execute(
     launcher: Launcher,
     *,
     take_over: bool = False,
+    leave_marked: bool = False,
 ) -> Outcome:
     """Run the unfinished part, write the outcome to the state file, and write the row."""
     plan = directory.plan()
@@ -192,7 +247,7 @@ def _execute(
         directory.write_state(directory.state().now(status, error))
         row, problem = _row(store, directory, write_tables)
         # This comes last, so that `catch_up` finds an experiment that was killed before its rows were written.
-        if problem is None and not plan.unfinished_cycles(directory.finished()):
+        if problem is None and not leave_marked and not plan.unfinished_cycles(directory.finished()):
             store.mark_finished(directory.id)
         return Outcome(row, directory, store, problem)
 

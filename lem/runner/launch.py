@@ -233,6 +233,25 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
         directory.write_record(bare_record(plan, window, status, error))
 
 
+def record_loss(directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_job_id: str | None) -> None:
+    """Record that an attempt failed because of the scheduler: in the records of processes that did not complete.
+
+    If no process left one, a record without measurements says so. `slurm_job_id` is the job that ran the attempt.
+    """
+    plan = directory.plan()
+    cut = [r for r in directory.records() if r.attempt == attempt and r.status != "completed"]
+    for record in cut:
+        if record.status == "interrupted" or (record.error is not None and record.error.type == DIED):
+            found = replace(error, phase=record.error.phase if record.error else None)
+            directory.write_record(
+                replace(record, status="failed", error=found, slurm_job_id=record.slurm_job_id or slurm_job_id)
+            )
+    if not cut:
+        cycle = next(iter(plan.unfinished_cycles(directory.finished())), plan.experiment.cycles)
+        record = bare_record(plan, WindowId(directory.id, 0, cycle, attempt), "failed", error)
+        directory.write_record(replace(record, slurm_job_id=slurm_job_id))
+
+
 def _record_reason(directory: ExperimentDir, attempt: int, reason: str) -> None:
     """Add the reason to the records of an interrupted attempt: each worker knows only the signal that it received."""
     for record in directory.records():

@@ -57,6 +57,7 @@ def preflight(
     force: bool = False,
     in_campaign: bool = False,
     load: Callable[[Dataset, int], Prompts] = load_prompts,
+    elsewhere: bool = False,
 ) -> Ready:
     """Check an experiment against this machine, and load its prompts.
 
@@ -66,13 +67,15 @@ def preflight(
         force: run despite inadvisable options.
         in_campaign: whether the experiment is a cell of a campaign.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
+        elsewhere: the experiment will run on another machine, of which `host` is all that is known; what only that
+            machine can tell about its sensors is left to the check there.
 
     Raises:
         ConfigError: the experiment cannot or should not run; the error lists all reasons.
     """
     prompts, arrivals_s = None, None
     without = OUTSIDE_CAMPAIGNS if in_campaign else frozenset[str]()
-    model, reasons, warnings = _without_prompts(experiment, host, force=force, without=without)
+    model, reasons, warnings = _without_prompts(experiment, host, force=force, without=without, elsewhere=elsewhere)
     try:
         prompts = load(experiment.dataset, experiment.seed)
     except BadInput as error:
@@ -115,9 +118,17 @@ def check_again(
 
 
 def _without_prompts(
-    experiment: Experiment, host: Host, *, force: bool, without: frozenset[str] = frozenset()
+    experiment: Experiment,
+    host: Host,
+    *,
+    force: bool,
+    without: frozenset[str] = frozenset(),
+    elsewhere: bool = False,
 ) -> tuple[Model | None, list[str], tuple[Objection, ...]]:
-    """Return the model, the reasons not to run, and the warnings; objections with codes in `without` are skipped."""
+    """Return the model, the reasons not to run, and the warnings; objections with codes in `without` are skipped.
+
+    With `elsewhere`, so are objections to the meters of this machine.
+    """
     reasons: list[str] = []
     model = None
     try:
@@ -125,6 +136,8 @@ def _without_prompts(
     except BadInput as error:
         reasons += error.problems
     found = [o for o in objections(experiment, host, model) if o.code not in without]
+    if elsewhere:
+        found = [o for o in found if not (o.scope == "machine" and o.path.partition(".")[0] == "energy")]
     log.debug("model: %s; objections: %s", model, [o.code for o in found])
     blocking = [o for o in found if o.severity == "impossible" or (o.severity == "inadvisable" and not force)]
     reasons += [str(o) if o.severity == "impossible" else f"{o} (use --force to run it anyway)" for o in blocking]

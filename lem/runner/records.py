@@ -5,6 +5,7 @@ This module queries no engine or meter; `lem.runner.attempt` does that and passe
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,7 @@ def bare_record(
         config_sha256=plan.config_sha256,
         backend=plan.experiment.backend.name,
         error=error,
+        slurm_job_id=os.environ.get("SLURM_JOB_ID"),
     )
 
 

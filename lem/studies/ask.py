@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lem.config.launcher import Launcher
 from lem.errors import Interrupted
 from lem.results import show
 from lem.results.aggregate import catch_up
@@ -30,6 +31,10 @@ class RunOptions:
     allow_command: bool = False
     allow_code: bool = False
     allow_key: bool = False
+    # The launcher that submits the experiments to Slurm; None runs them on this machine.
+    launcher: Launcher | None = None
+    # Whether a campaign is one job, instead of one for each of its cycles.
+    one_job: bool = False
 
 
 def confirmed(question: str) -> bool:

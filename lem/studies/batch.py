@@ -24,6 +24,7 @@ from lem.studies.consent import Consents
 from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Cell, Manifest
 from lem.studies.pool import Pool, Slot, are_disjoint, slots
+from lem.studies.slurm import AT_ONCE, SlurmRunner, preflight_for_job
 from lem.studies.study import OneByOne, Runner, run_study
 
 # The meters that read only the GPUs in use.
@@ -51,6 +52,8 @@ def main(
             f"{several}: a batch needs one value for all files. To try several values, write a file for each with "
             "lem config generate-grid, or run lem experiment FILE --multirun."
         )
+    if options.launcher:
+        return _as_jobs(files, overrides, options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir)
     at_once = min(parallel, len(files))
     visible = host.look().gpus
     shares = slots(at_once, visible) if at_once > 1 else [Slot(visible)]
@@ -65,6 +68,33 @@ def main(
         return Pool(manifest, display, options, list(shares), [_shared_with(cell, shares) for cell in cells])
 
     return run_study(cells, options, overrides, make_runner, head="config", at_once=at_once, fail_fast=fail_fast)
+
+
+def _as_jobs(
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    options: RunOptions,
+    *,
+    parallel: int,
+    fail_fast: bool,
+    config_dir: Path | None,
+) -> int:
+    """Run each file as a Slurm job."""
+    assert options.launcher is not None
+    if parallel > 1:
+        raise ConfigError("--parallel: Slurm decides how many jobs run at a time; leave this option out.")
+    prompts, consents = RecentPrompts(), Consents(options)
+
+    def check(file: Path) -> Ready:
+        composition = prepare(file, overrides, config_dir=config_dir)
+        experiment = composition.experiment()
+        consents.require(asked_by(experiment, composition.sources))
+        return preflight_for_job(experiment, options, prompts)
+
+    candidates = (Candidate(str(file), tuple(overrides), file, partial(check, file)) for file in files)
+    cells = checked(candidates, fresh=options.fresh)
+    runner = partial(SlurmRunner, options=options, prompts=prompts, slurm=options.launcher.options)
+    return run_study(cells, options, overrides, runner, head="config", at_once=AT_ONCE, fail_fast=fail_fast)
 
 
 @dataclass(frozen=True)

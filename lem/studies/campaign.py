@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,11 @@ from lem.studies import adaptive
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
+from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Cell, CellState, Manifest
 from lem.studies.orders import Place, order
-from lem.studies.study import OneByOne, run_cells
+from lem.studies.slurm import SlurmRunner, preflight_for_job
+from lem.studies.study import OneByOne, Runner, run_cells
 
 # An arm is given up after this many failures in a row.
 GIVE_UP = 3
@@ -379,8 +382,10 @@ def _planned(
     campaign: Campaign, arms: Sequence[Arm], overrides: Sequence[str], options: RunOptions, prompts: RecentPrompts
 ) -> Planned:
     """Check every arm with every sample of prompts; raises `ConfigError` with all problems."""
-    machine = host.look()
+    machine = None if options.launcher else host.look()
     rule, cycles = rule_of(campaign, len(arms)), cycles_at_most(campaign, len(arms))
+    if rule and options.one_job:
+        raise ConfigError("--one-job plans all cycles in advance, but --until-ci decides after each; use one of them.")
     seeds = range(cycles) if campaign.resample_prompts else range(1)
     ready: dict[tuple[str, int], Ready] = {}
     problems: dict[str, None] = {}
@@ -389,7 +394,10 @@ def _planned(
         for arm in arms:
             experiment = replace(arm.experiment, seed=arm.experiment.seed + shift)
             try:
-                found = preflight(experiment, machine, force=options.force, in_campaign=True, load=prompts)
+                if machine is None:
+                    found = preflight_for_job(experiment, options, prompts, in_campaign=True)
+                else:
+                    found = preflight(experiment, machine, force=options.force, in_campaign=True, load=prompts)
             except BadInput as error:
                 problems |= dict.fromkeys(f"{arm.name}: {problem}" for problem in error.problems)
                 continue
@@ -427,7 +435,10 @@ def _planned(
     )
 
 
-def _machine(machine: host.Host) -> Machine:
+def _machine(machine: host.Host | None) -> Machine:
+    """Return the conditions that all cells share; None stands for the nodes of a cluster, whose rows name theirs."""
+    if machine is None:
+        return Machine("Slurm", None, (), host.versions(), host.git_state()[0])
     found = host.environment(machine)
     return Machine(found.hostname, found.driver_version, found.gpus, found.versions, found.git_commit)
 
@@ -505,12 +516,8 @@ def _measure(
         code = 1
         try:
             if any(not state.is_settled for state in states):
-                run_cells(
-                    manifest,
-                    lambda manifest, display: CampaignRunner(manifest, display, options, prompts, planned),
-                    [],
-                    again=f"To resume: {resume}",
-                )
+                make_runner = partial(_runner, options=options, prompts=prompts, planned=planned)
+                run_cells(manifest, make_runner, [], again=f"To resume: {resume}", launcher=options.launcher)
             else:
                 manifest.open()
         finally:
@@ -686,6 +693,14 @@ def _state(state: CellState, directory: ExperimentDir) -> CellState:
     return state
 
 
+def _runner(
+    manifest: Manifest, display: StudyDisplay, options: RunOptions, prompts: RecentPrompts, planned: Planned
+) -> Runner:
+    if options.launcher is None:
+        return CampaignRunner(manifest, display, options, prompts, planned)
+    return CampaignJobs(manifest, display, options, prompts, options.launcher.options, planned=planned)
+
+
 @dataclass
 class CampaignRunner(OneByOne):
     """Runs a campaign's cells with pauses between them; retries failed cells and gives up on arms that keep failing."""
@@ -743,6 +758,73 @@ class CampaignRunner(OneByOne):
                     self.manifest.change(number, directory=None, row=None, error=None)
                     self._attempt(number, self.planned.experiments[number])
         self.to_retry.clear()
+
+
+@dataclass(kw_only=True)
+class CampaignJobs(SlurmRunner):
+    """Submits each cycle of a campaign (each arm, if grouped) as one job, with its cells in their order inside.
+
+    All cells of a cycle therefore run on one node. With `options.one_job`, all cycles are one job. Failed cells are
+    retried at the end, in a job for each of their cycles.
+    """
+
+    planned: Planned
+    waiting: list[int] = field(default_factory=list)
+
+    def run(self, number: int, experiment: Experiment) -> None:
+        """Plan a cell, and submit the cycle before it if that is complete; an adaptive campaign waits for it."""
+        if self._begins_a_part(number):
+            self._submit_waiting()
+        definition, places = self.planned.definition, self.planned.places
+        if definition.rule and not self.waiting:
+            super().finish()
+            before = places[number].cycle - 1
+            if adaptive.is_over(definition, places, self.manifest.states, before, self._given_up()):
+                self.manifest.leave_out(adaptive.after(places, before))
+                return
+        self._add(number, experiment)
+
+    def finish(self) -> None:
+        """Submit the last cycle, wait for all, and retry failed cells."""
+        self._submit_waiting()
+        super().finish()
+        for _ in range(self.planned.definition.campaign.retries):
+            for number in [n for n in self.steps if self.manifest.states[n].status == "failed"]:
+                if self._begins_a_part(number):
+                    self._submit_waiting()
+                self.manifest.change(number, directory=None, row=None, error=None)
+                self._add(number, self.planned.experiments[number])
+            self._submit_waiting()
+            super().finish()
+
+    def _add(self, number: int, experiment: Experiment) -> None:
+        campaign, places = self.planned.definition.campaign, self.planned.places
+        before = self.waiting[-1] if self.waiting else None
+        self.plan(number, experiment, 0.0 if before is None else pause_s(campaign, places[before], places[number]))
+        self.waiting.append(number)
+
+    def _begins_a_part(self, number: int) -> bool:
+        is_other = bool(self.waiting) and self._part(self.waiting[-1]) != self._part(number)
+        return is_other and not self.options.one_job
+
+    def _submit_waiting(self) -> None:
+        if self.waiting:
+            self.submit(self.waiting)
+            self.waiting.clear()
+
+    def _part(self, number: int) -> int:
+        place = self.planned.places[number]
+        return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
+
+    def _given_up(self) -> list[str]:
+        """Return the arms whose last cells have all failed, as many as make an arm hopeless."""
+        names = []
+        for i, arm in enumerate(self.planned.definition.arms):
+            own = [s for s, place in zip(self.manifest.states, self.planned.places, strict=True) if place.arm == i]
+            last = [state.status for state in own if state.status != "not run"][-GIVE_UP:]
+            if last == ["failed"] * GIVE_UP:
+                names.append(arm.name)
+        return names
 
 
 def pause_s(campaign: Campaign, before: Place, after: Place) -> float:

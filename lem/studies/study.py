@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.config.compose import to_experiment
+from lem.config.launcher import Launcher
 from lem.config.multirun import run_plan, sweep_dir
 from lem.config.overrides import is_hydra_setting
 from lem.errors import Interrupted, LemError
@@ -36,7 +37,7 @@ AGAIN = "The same command resumes unfinished experiments and runs all others aga
 
 
 class Runner(ABC):
-    """Runs cells, one after another in this process or several at once in child processes."""
+    """Runs cells, one after another in this process, several at once in child processes, or as jobs of a cluster."""
 
     @abstractmethod
     def run(self, number: int, experiment: Experiment) -> None:
@@ -78,7 +79,7 @@ def run_study(
             resumed = f", resuming {_resumed(cell)}" if cell.unfinished else ""
             print(f"[{number}/{len(cells)}] {cell.label}: {cell.words}{resumed}")
         return 0
-    if not (options.yes or confirmed(_question(cells, at_once))):
+    if not (options.yes or confirmed(_question(cells, at_once, options))):
         return 0
     for results_dir in dict.fromkeys(cell.experiment.io.results_dir for cell in cells):
         catch_up_rows(results_dir, options)
@@ -88,7 +89,7 @@ def run_study(
     settings = [text for text in overrides if is_hydra_setting(text)]
     manifest = Manifest(sweep_dir(settings), cells, head, fail_fast)
     try:
-        run_cells(manifest, make_runner, settings, at_once=at_once)
+        run_cells(manifest, make_runner, settings, at_once=at_once, launcher=options.launcher)
     finally:
         manifest.show()
     return 0 if manifest.all_completed else 1
@@ -101,6 +102,7 @@ def run_cells(
     *,
     at_once: int = 1,
     again: str = AGAIN,
+    launcher: Launcher | None = None,
 ) -> None:
     """Run, in order, the cells of a manifest that are needed and not completed, and keep the manifest up to date.
 
@@ -110,6 +112,7 @@ def run_cells(
         settings: overrides of Hydra's own settings.
         at_once: the number of cells that run at the same time.
         again: how to continue after an interruption or a full disk, as a sentence for the user.
+        launcher: the launcher, if the runner submits the cells to Slurm.
 
     Raises:
         Interrupted: the study was interrupted; finished requests are kept.
@@ -122,7 +125,7 @@ def run_cells(
             shown = study_display(len(manifest.cells), at_once=at_once, settled=settled)
             # Between cells, too, a signal must raise an exception.
             with shown as display, signals_raise(_stopped):
-                _run_cells(manifest, make_runner(manifest, display), settings)
+                _run_cells(manifest, make_runner(manifest, display), settings, launcher)
         finally:
             manifest.close()
     except Interrupted as stop:
@@ -131,7 +134,7 @@ def run_cells(
         raise DiskFull(full.folder, f"Free some space. {again}") from None
 
 
-def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> None:
+def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str], launcher: Launcher | None) -> None:
     def run(number: int, composed: Any) -> None:
         if manifest.is_over or manifest.states[number].is_settled:
             return
@@ -144,7 +147,8 @@ def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str]) -> N
 
     try:
         with needs_space(manifest.directory):
-            run_plan(manifest.directory, [(cell.label, cell.experiment) for cell in manifest.cells], settings, run)
+            cells = [(cell.label, cell.experiment) for cell in manifest.cells]
+            run_plan(manifest.directory, cells, settings, run, launcher)
             runner.finish()
     except (_NoSpace, DiskFull) as end:
         runner.stop()
@@ -165,8 +169,9 @@ def _stopped(signal_name: str) -> KeyboardInterrupt:
     return KeyboardInterrupt(f"Stopped by {signal_name}; finished requests are kept.")
 
 
-def _question(cells: Sequence[Cell], at_once: int) -> str:
+def _question(cells: Sequence[Cell], at_once: int, options: RunOptions) -> str:
     together = f", {at_once} at a time" if at_once > 1 else ""
+    together = " as Slurm jobs" if options.launcher else together
     begun = sum(cell.unfinished is not None for cell in cells)
     resumed = f" ({begun} unfinished ones are resumed, unless --fresh is given)" if begun else ""
     return f"Run {len(cells)} experiments{together}{resumed}?"

@@ -14,6 +14,7 @@ from lem.runner.preflight import Ready, preflight
 from lem.studies.ask import RunOptions
 from lem.studies.checks import Candidate, RecentPrompts, checked
 from lem.studies.consent import Consents
+from lem.studies.slurm import AT_ONCE, SlurmRunner, preflight_for_job
 from lem.studies.study import OneByOne, run_study
 
 
@@ -27,20 +28,27 @@ def main(
         Interrupted: raised after the table is printed; finished requests are kept.
     """
     compositions = prepare(config_file, overrides, config_dir=config_dir).cells()
-    prompts, machine, consents = RecentPrompts(), host.look(), Consents(options)
+    prompts, consents, launcher = RecentPrompts(), Consents(options), options.launcher
+    machine = None if launcher else host.look()
 
     def check(composition: Composition) -> Ready:
         experiment = composition.experiment()
         consents.require(asked_by(experiment, composition.sources))
+        if machine is None:
+            return preflight_for_job(experiment, options, prompts)
         return preflight(experiment, machine, force=options.force, load=prompts)
 
+    labels = [str(config_file or "experiment")] if launcher and len(compositions) == 1 else _labels(compositions)
     candidates = (
         Candidate(label, tuple(override.shown for override in each.given), config_file, partial(check, each))
-        for each, label in zip(compositions, _labels(compositions), strict=True)
+        for each, label in zip(compositions, labels, strict=True)
     )
     cells = checked(candidates, fresh=options.fresh)
-    if len(cells) == 1:
+    if len(cells) == 1 and not launcher:
         print("No value is varied: give several values, as in batching.batch_size=1,2,4.", file=sys.stderr)
+    if launcher:
+        submitter = partial(SlurmRunner, options=options, prompts=prompts, slurm=launcher.options)
+        return run_study(cells, options, overrides, submitter, head="overrides", at_once=AT_ONCE)
     runner = partial(OneByOne, options=options, prompts=prompts)
     return run_study(cells, options, overrides, runner, head="overrides")
 

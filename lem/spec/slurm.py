@@ -1,0 +1,90 @@
+"""The options of `hydra/launcher=slurm`: what a job asks Slurm for, and how it is waited for. Plain data.
+
+The names are those of the Hydra plugin hydra-submitit-launcher, so that a site's file for that plugin can be reused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from lem.spec.fields import config
+
+TARGET = "hydra_plugins.lem_slurm.SlurmLauncher"
+
+
+@config
+class SlurmOptions:
+    """What each job asks for; null leaves the choice to the experiment or to the cluster's own defaults."""
+
+    partition: Annotated[str | None, Field(description="Partition; null: the cluster's default.")] = None
+    account: Annotated[str | None, Field(description="Account that the time is charged to.")] = None
+    qos: Annotated[str | None, Field(description="Quality of service.")] = None
+    wckey: Annotated[str | None, Field(description="Workload characterisation key, where the site uses them.")] = None
+    comment: Annotated[str | None, Field(description="Comment that Slurm keeps with the job.")] = None
+    timeout_min: Annotated[
+        int, Field(ge=1, description="Time limit of a job in minutes; an experiment that needs longer is requeued.")
+    ] = 240
+    signal_delay_s: Annotated[
+        int,
+        Field(ge=10, description="How long before the limit the experiment saves and is requeued, in seconds."),
+    ] = 120
+    max_num_timeout: Annotated[
+        int, Field(ge=0, description="How often a job may be requeued at its time limit before it counts as failed.")
+    ] = 10
+    requeue: Annotated[
+        bool, Field(description="Whether a job that is preempted or meets its time limit is requeued and resumed.")
+    ] = True
+    exclusive: Annotated[
+        bool, Field(description="Whether a job has its node to itself. Without it, other jobs' work is measured too.")
+    ] = True
+    constraint: Annotated[str | None, Field(description="Features that the node must have.")] = None
+    nodelist: Annotated[str | None, Field(description="Nodes that may be used.")] = None
+    exclude: Annotated[str | None, Field(description="Nodes that must not be used.")] = None
+    gpus_per_node: Annotated[
+        int | None, Field(ge=0, description="GPUs of a job; null: as many as the experiment needs; 0: run on the CPU.")
+    ] = None
+    gpu_type: Annotated[str | None, Field(description="Type of the GPUs as the cluster names it, such as a100.")] = None
+    cpus_per_task: Annotated[
+        int | None,
+        Field(ge=1, description="Cores of a job; null: all of an exclusive node, else one for each process."),
+    ] = None
+    mem_gb: Annotated[
+        float | None,
+        Field(gt=0, description="Memory of a job in GB; null: all of an exclusive node, else the cluster's default."),
+    ] = None
+    setup: Annotated[
+        list[str], Field(description="Shell lines that run on the node before the experiment, such as module load.")
+    ] = field(default_factory=list)
+    container: Annotated[
+        str | None, Field(description="Image in which the experiment runs; needs the plugin pyxis (--container-image).")
+    ] = None
+    python: Annotated[
+        str | None,
+        Field(description="Command that starts Python on the node; null: the Python that runs this command."),
+    ] = None
+    srun_args: Annotated[list[str], Field(description="Further arguments of srun.")] = field(default_factory=list)
+    additional_parameters: Annotated[
+        dict[str, Any], Field(description="Further options of sbatch, such as {mail-user: me@site, mail-type: END}.")
+    ] = field(default_factory=dict)
+    never_starts_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="How long a job may wait for a reason that cannot pass by itself (a limit, a hold, a closed "
+            "partition) before it is cancelled and counts as failed, in seconds.",
+        ),
+    ] = 60.0
+    poll_s: Annotated[float, Field(ge=0.2, description="Longest pause between two looks at the queue, in seconds.")] = (
+        15.0
+    )
+    settle_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="How long after a job's end its files may take to become visible here through the shared file "
+            "system, in seconds.",
+        ),
+    ] = 10.0

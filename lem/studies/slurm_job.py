@@ -1,0 +1,172 @@
+"""What runs inside a Slurm job: its experiments, one after another. submitit calls `run` with the job's file.
+
+The experiments are planned already; here they are run, saved when Slurm's signal announces the time limit, and resumed
+when the job has been requeued. The rows are written by the command that submitted the job, so that no two jobs write
+the same file. What this module leaves behind are records; its return value is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lem.errors import Interrupted, LemError
+from lem.machine import host, slurm
+from lem.record import ErrorInfo
+from lem.results.codec import from_json
+from lem.results.directory import ExperimentDir
+from lem.results.files import DiskFull
+from lem.results.plan import FINISHED, State
+from lem.results.store import Store
+from lem.runner.job import fail, resume
+from lem.runner.preflight import check_again
+from lem.runner.stopping import signals_raise
+from lem.studies.display import Lines
+
+# The signal that submitit asks Slurm to send before the time limit.
+LIMIT_SIGNAL = signal.SIGUSR2
+# Slurm ends a requeued job at once, except when its controller is busy.
+REQUEUED_S = 120.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One experiment of a job: its directory, how often it had been attempted before, and the pause before it."""
+
+    directory: str
+    attempts: int = 0
+    pause_s: float = 0.0
+
+    def is_over(self, state: State) -> bool:
+        """Return whether this job, or one before it, has run the experiment to its end."""
+        return state.status in FINISHED or (state.status == "failed" and state.attempt > self.attempts)
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """The experiments of a job, and how often it may be requeued at its time limit."""
+
+    steps: tuple[Step, ...]
+    requeue: bool
+    most_requeues: int
+
+
+class _Limit:
+    """Whether Slurm has announced the time limit. Its signal reaches all processes of the job; only this one heeds it.
+
+    Everything that the main thread starts inherits that the signal is blocked; by default, it would end workers at
+    once. Here, the signal goes to the waiting thread, or to a thread that a library started earlier, which runs the
+    handler.
+    """
+
+    def __init__(self) -> None:
+        self.is_near = False
+        # In place of submitit's handler, which would pickle the function that it interrupts.
+        signal.signal(LIMIT_SIGNAL, lambda _number, _frame: self._announce())
+        signal.pthread_sigmask(signal.SIG_BLOCK, {LIMIT_SIGNAL})
+        threading.Thread(target=self._wait, name="time limit", daemon=True).start()
+
+    def _wait(self) -> None:
+        signal.sigwait({LIMIT_SIGNAL})
+        self._announce()
+
+    def _announce(self) -> None:
+        if not self.is_near:
+            self.is_near = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(file: str) -> None:
+    """Run the experiments of a job's file that are not over.
+
+    Raises:
+        SystemExit: an experiment failed or was interrupted, so that Slurm does not list the job as completed.
+    """
+    limit = _Limit()
+    job = from_json(JobFile, Path(file).read_bytes())
+    use_only_granted_gpus()
+    try:
+        with signals_raise(Interrupted):
+            codes = [_run(step) for step in job.steps]
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(stop, file=sys.stderr, flush=True)
+        if limit.is_near or _is_preempted():
+            _requeue(job)
+        sys.exit(Interrupted.exit_code)
+    if any(codes):
+        sys.exit(1)
+
+
+def use_only_granted_gpus(environ: Mapping[str, str] = os.environ) -> None:
+    """Name the GPUs that Slurm granted by UUID in CUDA_VISIBLE_DEVICES, and hide all others.
+
+    A variable of the submitting shell is passed on to the job, and where no GPU was requested, Slurm leaves it as it
+    is; without device constraints, all GPUs of the node would be visible.
+    """
+    granted = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS", "") * ("SLURM_STEP_ID" not in environ)
+    if not granted:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif gpus := host.look().gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.visible_uuid for gpu in gpus)
+
+
+def _run(step: Step) -> int:
+    """Run or resume one experiment; return 0 if it is completed, else 1."""
+    directory = ExperimentDir(Path(step.directory))
+    store = Store(directory.path.parent.parent)
+    state = directory.state()
+    if step.is_over(state):
+        return 0 if state.status in FINISHED else 1
+    if state.status == "planned":  # a job that was requeued in the middle of an experiment does not pause again
+        time.sleep(step.pause_s)
+    print(f"{directory.id} on {os.environ.get('SLURMD_NODENAME', 'this node')}", file=sys.stderr, flush=True)
+    try:
+        plan = directory.plan()
+        check_again(plan.experiment, host.look(), force=True, has_arrivals=bool(plan.arrivals_sha256))
+        # Slurm runs a job once at a time, so a claim by another node is that of an earlier start.
+        done = resume(store, directory, write_tables=False, take_over=True, leave_marked=True, report=Lines(sys.stderr))
+    except (Interrupted, KeyboardInterrupt, DiskFull):
+        raise
+    except LemError as error:
+        return _failed(store, directory, ErrorInfo(type(error).__name__, " ".join(str(error).split())))
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(store, directory, ErrorInfo(type(error).__name__, " ".join(str(error).split())))
+    return 0 if done.row.status == "completed" else 1
+
+
+def _failed(store: Store, directory: ExperimentDir, error: ErrorInfo) -> int:
+    print(f"{directory.id}: {error.message}", file=sys.stderr, flush=True)
+    fail(store, directory, error, os.environ.get("SLURM_JOB_ID", ""), write_tables=False)
+    return 1
+
+
+def _is_preempted() -> bool:
+    """Return whether SIGTERM came from a preemption with a grace period: Slurm lists the job as running meanwhile.
+
+    A job that ends by itself within the period would not be put back into the queue.
+    """
+    own = os.environ.get("SLURM_JOB_ID", "")
+    try:
+        seen = slurm.queue([own]).get(own)
+    except slurm.Unreachable:
+        return False
+    return seen is not None and seen.state == "RUNNING"
+
+
+def _requeue(job: JobFile) -> None:
+    """Put the job back into the queue and wait for Slurm to end this process; return if that is not possible."""
+    if not job.requeue or int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.most_requeues:
+        print("The job may not be requeued (again).", file=sys.stderr, flush=True)
+        return
+    problem = slurm.requeue_this_job()
+    if problem is None:
+        time.sleep(REQUEUED_S)
+    print(f"The job could not be requeued: {problem or 'Slurm did not end it'}.", file=sys.stderr, flush=True)

@@ -1,0 +1,142 @@
+"""What a job asks for, and what is checked before it is submitted; tests/slurm/ runs jobs on a real cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lem.machine import gpu
+from lem.machine.slurm import Ended, Queued
+from lem.spec.engines import OpenaiBackend, PytorchBackend, SimulatedBackend, VllmBackend
+from lem.spec.experiment import Experiment, Parallelism
+from lem.spec.slurm import SlurmOptions
+from lem.studies.slurm import gpus_of_job, sbatch_parameters
+from lem.studies.slurm_job import use_only_granted_gpus
+
+SLURM = ("--launcher", "slurm", "-y")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "options", "gpus"),
+    [
+        (Experiment(backend=PytorchBackend()), {}, 1),
+        (Experiment(backend=PytorchBackend(), num_processes=4), {}, 4),
+        (Experiment(backend=PytorchBackend(device="cpu"), num_processes=4), {}, 0),
+        (Experiment(backend=PytorchBackend(), num_processes=4), {"gpus_per_node": 0}, 0),
+        (Experiment(backend=VllmBackend(), parallelism=Parallelism(strategy="tensor_parallel", degree=8)), {}, 8),
+        (Experiment(backend=SimulatedBackend()), {}, 0),
+        (Experiment(backend=SimulatedBackend(gpus=2)), {}, 2),
+        (Experiment(backend=OpenaiBackend(url="http://elsewhere.example/v1")), {}, 0),
+    ],
+    ids=["one", "processes", "on the CPU", "by option", "degree", "simulated", "metered", "server elsewhere"],
+)
+def test_gpus_follow_from_the_experiment(experiment, options, gpus):
+    assert gpus_of_job(experiment, SlurmOptions(**options)) == gpus
+
+
+def test_an_exclusive_job_gets_all_of_its_node():
+    wanted = sbatch_parameters([Experiment(backend=PytorchBackend(), num_processes=2)], SlurmOptions(gpu_type="a100"))
+    assert (wanted["exclusive"], wanted["mem"], wanted["gpus_per_node"]) == (True, "0", "a100:2")
+    assert "cpus_per_task" not in wanted
+    assert wanted["additional_parameters"] == {"requeue": True}
+
+
+def test_a_job_beside_others_asks_for_a_core_for_each_process():
+    options = SlurmOptions(exclusive=False, requeue=False, container="img.sqsh", srun_args=["--mpi=none"])
+    wanted = sbatch_parameters([Experiment(backend=SimulatedBackend(), num_processes=3)], options)
+    assert wanted["cpus_per_task"] == 3
+    assert not {"exclusive", "mem", "gpus_per_node", "partition"} & set(wanted)
+    assert wanted["srun_args"] == ["--container-image=img.sqsh", "--mpi=none"]
+    assert wanted["additional_parameters"] == {"no-requeue": True}
+    assert wanted["wckey"] is None  # submitit would send one of its own
+
+
+def test_a_job_of_several_cells_fits_the_largest():
+    cells = [Experiment(backend=PytorchBackend(), num_processes=n) for n in (1, 4, 2)]
+    assert sbatch_parameters(cells, SlurmOptions())["gpus_per_node"] == 4
+
+
+@pytest.fixture
+def without_a_driver(monkeypatch):
+    """Fail the test if anything looks for a GPU, as nothing may on a login node."""
+
+    def refuse(*_):
+        raise AssertionError("a GPU was looked for")
+
+    monkeypatch.setattr(gpu, "nvml", refuse)
+
+
+def test_the_login_node_looks_for_no_gpu_and_judges_the_jobs_machine(lem, without_a_driver):
+    given = ("experiment", "model=any", "-d", "sample", "-n", "4", "energy=nvml", "--dry-run", *SLURM)
+    done = lem(*given, "backend=simulated", "backend.gpus=2")
+    assert done.code == 0, done.err
+    done = lem(*given, "backend=simulated", "backend.gpus=2", "cooldown.to_c=40", "hydra.launcher.gpus_per_node=2")
+    assert done.code == 0, done.err
+    done = lem(*given, "backend=pytorch", "model=tiny", "num_processes=4", "hydra.launcher.gpus_per_node=2")
+    assert done.code == 2
+    assert "num_processes: GPUs needed: 4, visible: 2." in done.err
+
+
+def test_what_does_not_go_together_is_refused(lem, tmp_path):
+    name = "a.yaml"
+    (tmp_path / name).write_text("model: any\nbackend: {name: simulated}\n")
+    done = lem("batch", name, "--parallel", "2", *SLURM)
+    assert (done.code, "--parallel: Slurm decides" in done.err) == (2, True)
+    done = lem("campaign", name, name, "--campaign-name", "x", "--one-job", "-y")
+    assert (done.code, "--one-job needs --launcher slurm." in done.err) == (2, True)
+    done = lem("campaign", name, name, "--campaign-name", "x", "--one-job", "--until-ci", "2%", *SLURM)
+    assert (done.code, "--until-ci decides after each" in done.err) == (2, True)
+    done = lem("experiment", "--resume", "exp_20260102_030405", *SLURM)
+    assert (done.code, "--resume runs on this machine." in done.err) == (2, True)
+
+
+def test_the_hydra_app_does_not_run_jobs_here_by_mistake(tmp_path):
+    command = [sys.executable, "-m", "lem.cli.hydra_app", "hydra/launcher=slurm", "model=any", "backend=simulated"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Use lem experiment or lem batch with --launcher." in done.stderr
+
+
+def test_gpus_that_were_not_granted_are_hidden(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # of the shell that submitted the job
+    use_only_granted_gpus({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_GPUS": "0,1"})
+    assert gpu.visible() == []
+
+
+def test_granted_gpus_are_named_by_uuid(driver):
+    code = """
+    import json, os
+    from lem.studies.slurm_job import use_only_granted_gpus
+    use_only_granted_gpus()
+    print(json.dumps(os.environ["CUDA_VISIBLE_DEVICES"]))
+    """
+    found = driver(code, "devices 4\n", CUDA_VISIBLE_DEVICES="2,3", SLURM_STEP_GPUS="2,3", SLURM_STEP_ID="0")
+    assert [name.startswith("GPU-") for name in found.split(",")] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("reason", "never"),
+    [
+        ("PartitionTimeLimit", True),
+        ("AssocGrpGRESMinutes", True),
+        ("QOSMaxWallDurationPerJobLimit", True),
+        ("JobHeldAdmin", True),
+        ("Priority", False),
+        ("Resources", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("BeginTime", False),
+    ],
+)
+def test_only_reasons_that_do_not_pass_mean_that_a_job_never_starts(reason, never):
+    assert Queued("PENDING", reason, 0, "").cannot_start is never
+    assert not Queued("RUNNING", reason, 0, "n1").cannot_start
+
+
+def test_the_end_of_a_job_in_words():
+    assert Ended("CANCELLED by 0", "None", "0:0", "n1").sentence == "CANCELLED by 0 on n1"
+    assert Ended("FAILED", "NonZeroExitCode", "137:0", "n1").sentence == (
+        "FAILED on n1, NonZeroExitCode, exit code 137 (ended by signal 9)"
+    )
+    assert Ended("OUT_OF_MEMORY", "", "0:125").sentence == "OUT_OF_MEMORY, ended by signal 125"
