@@ -282,7 +282,7 @@ WARNINGS: dict[str, WarningKind] = {
     "flops_unknown": WarningKind(
         "The model's dimensions cannot be determined from its config and its code in transformers, so FLOPs and MFU "
         "are null. Typical causes are layers that keep a recurrent state, layers that attend only to selected "
-        "positions, and code that cannot run without the values of tensors.",
+        "positions, and code whose control flow depends on the values of tensors.",
         "Compare tokens and joules instead.",
     ),
     "prefix_cached": WarningKind(

@@ -394,7 +394,7 @@ def _fields_known(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _parts(options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to options and values that the installed version does not support."""
+    """Yield objections to options and values that the installed version does not support."""
     known = tensorrt_source.arguments()
     for option, argument in DIRECT.items():
         if known and argument not in known and getattr(options, option) is not None:

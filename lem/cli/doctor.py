@@ -154,7 +154,7 @@ def _refuse(arguments: list[str] | None, settings: dict[str, Any], others: dict[
     """Refuse arguments that only --noise uses."""
     given = [*(arguments or []), *_flags_of(settings), *(flag for flag, value in others.items() if value)]
     if given:
-        raise ConfigError(f"{', '.join(given)}: only lem doctor --noise accepts this; add --noise or leave it out.")
+        raise ConfigError(f"{', '.join(given)}: accepted only together with --noise. Add --noise, or leave these out.")
 
 
 def _share(flag: str, text: str) -> float:

@@ -651,10 +651,10 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
 
 # ------------------------------------------------------------------ the power of a campaign
 def detectable_ratio(sd_log: float, cycles: int, degrees_of_freedom: int, pairs: int = 1) -> float:
-    """Return the ratio that this many cycles detect with a power of 80 %.
+    """Return the smallest ratio above 1 that a campaign of `cycles` cycles detects with a power of 80 %.
 
-    `sd_log` is the standard deviation of the logarithm of a cell's value. With several pairs, the intervals are widened
-    so that they hold jointly at 95 % (Bonferroni).
+    `sd_log` is the standard deviation of the logarithm of a cell's value. With several pairs, the campaign's confidence
+    intervals are those that hold jointly at 95 % (Bonferroni).
     """
     errors = detectable_errors(1 - (1 - CONFIDENCE) / pairs, compare.POWER, degrees_of_freedom)
     return math.exp(errors * math.sqrt(2) * sd_log / math.sqrt(cycles))

@@ -68,7 +68,7 @@ def sentences(answer: Answer) -> Iterator[str]:
 
 
 def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
-    """Say why one of two arms has no value with which the other could be compared; None if both have one."""
+    """Return why two arms cannot be compared (one of them has no value), or None if both have a value."""
     if pair.ratio is not None:
         return None
     reasons = {row.arm: row.reason for row in answer.arms if row.is_primary}

@@ -81,7 +81,7 @@ def named_by_launcher() -> Ranks:
     """Return this process's ranks from its launcher's environment variables, without connecting to other processes.
 
     Raises:
-        ConfigError: the variables are not numbers.
+        ConfigError: a variable is not a whole number.
     """
     named = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     try:
@@ -90,7 +90,8 @@ def named_by_launcher() -> Ranks:
     except ValueError:
         told = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
         raise ConfigError(
-            f"The launcher's environment variables are not numbers: {told}. Unset them, or set all three to numbers."
+            f"RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, but the environment has {told}. "
+            "Unset all three, or set them to whole numbers."
         ) from None
 
 

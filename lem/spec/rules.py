@@ -194,7 +194,7 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_effect_degree": (
             "A degree of parallelism is set without a strategy.",
-            "Choose parallelism.strategy, or set num_processes for processes that share the prompts.",
+            "Set parallelism.strategy; or set num_processes to split the prompts among several processes.",
         ),
         "no_effect_warmup_limit": (
             "A limit is set, but the warm-up has a fixed length; the limit applies only to a warm-up that runs until "

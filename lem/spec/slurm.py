@@ -1,4 +1,4 @@
-"""The options of `hydra/launcher=slurm`: what a job asks Slurm for, and how it is waited for. Plain data.
+"""The options of `hydra/launcher=slurm`: what a job requests from Slurm, and how the command waits for it.
 
 The names are those of the Hydra plugin hydra-submitit-launcher, so that a site's file for that plugin can be reused.
 """
@@ -17,28 +17,28 @@ TARGET = "hydra_plugins.lem_slurm.SlurmLauncher"
 
 @config
 class SlurmOptions:
-    """What each job asks for; null leaves the choice to the experiment or to the cluster's own defaults."""
+    """The requests of each job; null leaves the choice to the experiment or to the cluster's own defaults."""
 
     partition: Annotated[str | None, Field(description="Partition; null: the cluster's default.")] = None
-    account: Annotated[str | None, Field(description="Account that the time is charged to.")] = None
+    account: Annotated[str | None, Field(description="Account to which the time is charged.")] = None
     qos: Annotated[str | None, Field(description="Quality of service.")] = None
-    wckey: Annotated[str | None, Field(description="Workload characterisation key, where the site uses them.")] = None
+    wckey: Annotated[str | None, Field(description="Workload characterisation key, if the site uses such keys.")] = None
     comment: Annotated[str | None, Field(description="Comment that Slurm keeps with the job.")] = None
     timeout_min: Annotated[
         int, Field(ge=1, description="Time limit of a job in minutes; an experiment that needs longer is requeued.")
     ] = 240
     signal_delay_s: Annotated[
         int,
-        Field(ge=10, description="How long before the limit the experiment saves and is requeued, in seconds."),
+        Field(ge=10, description="How many seconds before the limit the experiment saves its finished requests and is requeued."),
     ] = 120
     max_num_timeout: Annotated[
-        int, Field(ge=0, description="How often a job may be requeued at its time limit before it counts as failed.")
+        int, Field(ge=0, description="Maximum number of times that a job is requeued at its time limit; after that, it counts as failed.")
     ] = 10
     requeue: Annotated[
         bool, Field(description="Whether a job that is preempted or meets its time limit is requeued and resumed.")
     ] = True
     exclusive: Annotated[
-        bool, Field(description="Whether a job has its node to itself. Without it, other jobs' work is measured too.")
+        bool, Field(description="Whether a job has its node to itself. If not, the energy of other jobs is measured too.")
     ] = True
     constraint: Annotated[str | None, Field(description="Features that the node must have.")] = None
     nodelist: Annotated[str | None, Field(description="Nodes that may be used.")] = None
@@ -46,17 +46,17 @@ class SlurmOptions:
     gpus_per_node: Annotated[
         int | None, Field(ge=0, description="GPUs of a job; null: as many as the experiment needs; 0: run on the CPU.")
     ] = None
-    gpu_type: Annotated[str | None, Field(description="Type of the GPUs as the cluster names it, such as a100.")] = None
+    gpu_type: Annotated[str | None, Field(description="The cluster's name for the type of GPU, such as a100.")] = None
     cpus_per_task: Annotated[
         int | None,
-        Field(ge=1, description="Cores of a job; null: all of an exclusive node, else one for each process."),
+        Field(ge=1, description="Cores of a job; null: all of an exclusive node, otherwise one for each process."),
     ] = None
     mem_gb: Annotated[
         float | None,
-        Field(gt=0, description="Memory of a job in GB; null: all of an exclusive node, else the cluster's default."),
+        Field(gt=0, description="Memory of a job in GB; null: all of an exclusive node, otherwise the cluster's default."),
     ] = None
     setup: Annotated[
-        list[str], Field(description="Shell lines that run on the node before the experiment, such as module load.")
+        list[str], Field(description="Shell commands that run on the node before the experiment, such as module load.")
     ] = field(default_factory=list)
     container: Annotated[
         str | None, Field(description="Image in which the experiment runs; needs the plugin pyxis (--container-image).")

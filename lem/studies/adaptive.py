@@ -27,7 +27,7 @@ def is_over(
     cycle: int,
     given_up: Collection[str] = (),
 ) -> bool:
-    """Return whether a campaign is over after this cycle; a later cycle that has begun is always completed.
+    """Return whether a campaign ends after this cycle; False if a later cycle has begun, which must be completed.
 
     Args:
         definition: the campaign.

@@ -1,9 +1,9 @@
-"""Runs the cells of a study as Slurm jobs: plans them here, submits them, waits, and collects what their records say.
+"""Runs the cells of a study as Slurm jobs: plans and submits them, waits for them, and collects their records.
 
     cell ─> preflight for the job's machine ─> claimed and planned ─> submitted ─> queue and state.json watched ─> row
 
-Only files on a shared file system connect this process with a job (`lem.studies.slurm_job`). An experiment's own state
-decides whether it is over. Slurm is asked only whether it still has the job and, if it lost it, why.
+This process and a job (`lem.studies.slurm_job`) communicate only through files on a shared file system. An experiment's
+own state tells whether the experiment has ended. Slurm tells only whether a job still exists and, if not, why it ended.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from lem.studies.manifest import Manifest, row_of
 from lem.studies.slurm_job import JobFile, Step
 from lem.studies.study import Runner
 
-# The first look at the queue comes soon, for jobs that end at once; later ones are further and further apart.
+# The time before the first query of the queue, and the factor by which the time between two queries grows.
 FIRST_PAUSE_S, SLOWER = 0.5, 1.3
-# How long Slurm's controller may not answer before its jobs count as lost.
+# How long Slurm's controller may fail to answer before its jobs count as lost.
 UNREACHABLE_S = 600.0
 # How long cancelled jobs may take to save their finished requests.
 STOP_S = 30.0
@@ -58,7 +58,7 @@ MANY = 64
 
 # ------------------------------------------------------------------ what a job needs
 def gpus_of_job(experiment: Experiment, options: SlurmOptions) -> int:
-    """Return the number of GPUs that an experiment's job asks for: the option's, or what the experiment needs."""
+    """Return the number of GPUs that an experiment's job requests: the option's value, or what the experiment needs."""
     if options.gpus_per_node is not None:
         return options.gpus_per_node
     if not backend_class(experiment.backend.name).wants_gpu(experiment, _machine(MANY)):
@@ -70,7 +70,7 @@ def gpus_of_job(experiment: Experiment, options: SlurmOptions) -> int:
 
 
 def machine_of_job(experiment: Experiment, options: SlurmOptions) -> Host:
-    """Return the machine that the job will have, as far as it is known before it starts: the number of its GPUs."""
+    """Return the machine that the job will have; before the job starts, only the number of its GPUs is known."""
     return _machine(gpus_of_job(experiment, options))
 
 
@@ -88,14 +88,14 @@ def _machine(gpus: int) -> Host:
 
 
 def sbatch_parameters(experiments: Sequence[Experiment], options: SlurmOptions) -> dict[str, Any]:
-    """Return submitit's parameters of a job that runs these experiments one after another.
+    """Return submitit's parameters for a job that runs these experiments one after another.
 
-    A parameter that is None is left out, so that the cluster's default applies and nothing is there to warn about.
+    A parameter without a value is left out, so that the cluster's default applies.
     """
     gpus = max(gpus_of_job(each, options) for each in experiments)
     processes = max(process_counts(each)[0] for each in experiments)
     cores = options.cpus_per_task or (None if options.exclusive else processes)
-    # 0 stands for all memory of the node, which an exclusive job does not get by itself.
+    # 0 requests all memory of the node, which an exclusive job does not get by default.
     memory = f"{round(options.mem_gb * 1024)}MB" if options.mem_gb else "0" if options.exclusive else None
     container = [] if options.container is None else [f"--container-image={options.container}"]
     wanted = {
@@ -123,14 +123,14 @@ def sbatch_parameters(experiments: Sequence[Experiment], options: SlurmOptions) 
             **options.additional_parameters,
         },
     }
-    # submitit has a default for this one.
+    # submitit has a default for this parameter, which must be overridden even if the value is None.
     return {name: value for name, value in wanted.items() if value is not None} | {"wckey": options.wckey}
 
 
 # ------------------------------------------------------------------ jobs
 @dataclass
 class Job:
-    """A submitted job, the cells that it runs in order, and what has been seen of it; times are of `monotonic`."""
+    """A submitted job, the cells that it runs in order, and its last known state; times are those of `time.monotonic`."""
 
     id: str
     cells: list[int]
@@ -142,7 +142,7 @@ class Job:
 
 @dataclass
 class SlurmRunner(Runner):
-    """Submits each cell as a job of its own and waits until all are over."""
+    """Submits each cell as a separate job and waits until all jobs have ended."""
 
     manifest: Manifest
     display: StudyDisplay
@@ -163,7 +163,7 @@ class SlurmRunner(Runner):
         self.submit([number])
 
     def finish(self) -> None:
-        """Wait until all cells are over."""
+        """Wait until all cells have ended."""
         pause_s = FIRST_PAUSE_S
         while self.jobs:
             time.sleep(pause_s)
@@ -171,7 +171,7 @@ class SlurmRunner(Runner):
             self._look()
 
     def stop(self) -> None:
-        """Cancel all jobs, wait until those that run have saved, and record what is left to resume."""
+        """Cancel all jobs, wait until running ones have saved their finished requests, and record what remains to resume."""
         slurm.cancel([job.id for job in self.jobs])
         deadline_s = time.monotonic() + STOP_S
         while self.jobs and time.monotonic() < deadline_s:
@@ -205,7 +205,7 @@ class SlurmRunner(Runner):
         self.experiments[number] = experiment
 
     def submit(self, numbers: Sequence[int]) -> None:
-        """Submit one job for planned cells; if Slurm refuses it, the cells have failed."""
+        """Submit one job for planned cells; if Slurm refuses the job, the cells fail."""
         folder = self.manifest.directory / "jobs"
         file = folder / f"c{numbers[0]:03d}.json"
         steps = tuple(self.steps[number] for number in numbers)
@@ -224,7 +224,7 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- waiting
     def _look(self) -> None:
-        """Settle the cells that are over, and the jobs that Slurm has lost or cannot start."""
+        """Record which cells have started or ended, and give up on jobs that Slurm has lost or cannot start."""
         try:
             known = slurm.queue([job.id for job in self.jobs])
             self.silent_since_s = None
@@ -245,11 +245,11 @@ class SlurmRunner(Runner):
         return [number for number in job.cells if self.manifest.states[number].status in ("queued", "running")]
 
     def _has_ended(self, job: Job) -> bool:
-        """Return whether a job's cells that are left are over, and only their files are waited for."""
+        """Return whether all remaining cells of a job have ended, so that only their files are still to arrive."""
         return all(number in self.incomplete_since_s for number in self._open(job))
 
     def _settle(self, number: int) -> None:
-        """Record a cell's end or its start, if its experiment's state says so."""
+        """Record that a cell has started or ended, if the state of its experiment says so."""
         directory = ExperimentDir(Path(self.steps[number].directory))
         state = directory.state()
         if self.steps[number].is_over(state):
@@ -259,7 +259,7 @@ class SlurmRunner(Runner):
             self.manifest.change(number, status="running")
 
     def _collect(self, number: int, directory: ExperimentDir, *, is_complete: bool) -> None:
-        """Write the row of an experiment that is over, unless some of its files have not become visible here yet."""
+        """Write the row of an experiment that has ended, unless some of its files are not visible on this machine yet."""
         problem = None
         try:
             outcome = collect(Store(directory.path.parent.parent), directory, write_tables=self.options.write_tables)
@@ -276,7 +276,7 @@ class SlurmRunner(Runner):
         self.display.end(number, self.manifest.change(number, status="failed", error=problem).sentence, failed=True)
 
     def _why_lost(self, job: Job, seen: Queued | None) -> str | None:
-        """Return why a job will not finish its cells; None while it may."""
+        """Return why a job cannot finish its cells, or None if it still may."""
         now_s = time.monotonic()
         if seen is None or seen.is_over:
             # Its files may not have arrived yet through the shared file system.
@@ -297,7 +297,7 @@ class SlurmRunner(Runner):
         return f"it could not start and was cancelled ({seen.reason})"
 
     def _reason(self, job: Job) -> str:
-        """Return Slurm's reason for the end of a job, with the end of its log where the reason alone says little."""
+        """Return Slurm's reason for the end of a job, with the end of the job's log if the reason alone explains little."""
         found = slurm.ended(job.id)
         if found is None:
             if not slurm.has_accounting():
@@ -313,7 +313,7 @@ class SlurmRunner(Runner):
         self.jobs.remove(job)
 
     def _give_up_waiting(self, known: Mapping[str, Queued]) -> None:
-        """Cancel the jobs that have not started, because another one failed and --fail-fast was given."""
+        """Cancel the jobs that have not started, because another job failed and --fail-fast was given."""
         waiting = [job for job in self.jobs if job.id in known and known[job.id].is_waiting and not job.restarts]
         slurm.cancel([job.id for job in waiting])
         for job in waiting:

@@ -1,8 +1,8 @@
-"""What runs inside a Slurm job: its experiments, one after another. submitit calls `run` with the job's file.
+"""Runs the experiments of a Slurm job inside the job, one after another. submitit calls `run` with the job's file.
 
-The experiments are planned already; here they are run, saved when Slurm's signal announces the time limit, and resumed
-when the job has been requeued. The rows are written by the command that submitted the job, so that no two jobs write
-the same file. What this module leaves behind are records; its return value is not used.
+The experiments have already been planned. An experiment saves its finished requests when Slurm announces the time
+limit, and resumes when the job has been requeued. This module writes only records. The command that submitted the job
+writes the rows, so that no two jobs write the same file.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ REQUEUED_S = 120.0
 
 @dataclass(frozen=True)
 class Step:
-    """One experiment of a job: its directory, how often it had been attempted before, and the pause before it."""
+    """One experiment of a job: its directory, the number of its earlier attempts, and the pause before it in seconds."""
 
     directory: str
     attempts: int = 0
     pause_s: float = 0.0
 
     def is_over(self, state: State) -> bool:
-        """Return whether this job, or one before it, has run the experiment to its end."""
+        """Return whether this job or an earlier one has run the experiment to its end."""
         return state.status in FINISHED or (state.status == "failed" and state.attempt > self.attempts)
 
 
 @dataclass(frozen=True)
 class JobFile:
-    """The experiments of a job, and how often it may be requeued at its time limit."""
+    """The experiments of a job, and how many times the job may be requeued at its time limit."""
 
     steps: tuple[Step, ...]
     requeue: bool
@@ -59,11 +59,11 @@ class JobFile:
 
 
 class _Limit:
-    """Whether Slurm has announced the time limit. Its signal reaches all processes of the job; only this one heeds it.
+    """Notes when Slurm announces the time limit. All processes of the job get the signal; only this one acts on it.
 
-    Everything that the main thread starts inherits that the signal is blocked; by default, it would end workers at
-    once. Here, the signal goes to the waiting thread, or to a thread that a library started earlier, which runs the
-    handler.
+    By default, the signal would end the workers at once. The main thread therefore blocks it, and all threads and
+    processes started from there inherit the block. In this process, the signal is delivered to the waiting thread, or
+    to a thread that a library started earlier, which runs the handler.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class _Limit:
 
 
 def run(file: str) -> None:
-    """Run the experiments of a job's file that are not over.
+    """Run the unfinished experiments of a job's file.
 
     Raises:
         SystemExit: an experiment failed or was interrupted, so that Slurm does not list the job as completed.
@@ -107,8 +107,8 @@ def run(file: str) -> None:
 def use_only_granted_gpus(environ: Mapping[str, str] = os.environ) -> None:
     """Name the GPUs that Slurm granted by UUID in CUDA_VISIBLE_DEVICES, and hide all others.
 
-    A variable of the submitting shell is passed on to the job, and where no GPU was requested, Slurm leaves it as it
-    is; without device constraints, all GPUs of the node would be visible.
+    A job inherits the variables of the submitting shell. If no GPU was requested, Slurm does not change this variable,
+    and without device constraints all GPUs of the node would be visible.
     """
     granted = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS", "") * ("SLURM_STEP_ID" not in environ)
     if not granted:
@@ -118,7 +118,7 @@ def use_only_granted_gpus(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _run(step: Step) -> int:
-    """Run or resume one experiment; return 0 if it is completed, else 1."""
+    """Run or resume one experiment; return 0 if it was completed, otherwise 1."""
     directory = ExperimentDir(Path(step.directory))
     store = Store(directory.path.parent.parent)
     state = directory.state()
@@ -130,7 +130,7 @@ def _run(step: Step) -> int:
     try:
         plan = directory.plan()
         check_again(plan.experiment, host.look(), force=True, has_arrivals=bool(plan.arrivals_sha256))
-        # Slurm runs a job once at a time, so a claim by another node is that of an earlier start.
+        # A job never runs twice at the same time, so a claim by another node is left over from an earlier start.
         done = resume(store, directory, write_tables=False, take_over=True, leave_marked=True, report=Lines(sys.stderr))
     except (Interrupted, KeyboardInterrupt, DiskFull):
         raise
@@ -149,9 +149,9 @@ def _failed(store: Store, directory: ExperimentDir, error: ErrorInfo) -> int:
 
 
 def _is_preempted() -> bool:
-    """Return whether SIGTERM came from a preemption with a grace period: Slurm lists the job as running meanwhile.
+    """Return whether SIGTERM came from a preemption with a grace period, during which Slurm lists the job as running.
 
-    A job that ends by itself within the period would not be put back into the queue.
+    Slurm does not requeue a job that ends by itself within this period.
     """
     own = os.environ.get("SLURM_JOB_ID", "")
     try:
@@ -162,7 +162,7 @@ def _is_preempted() -> bool:
 
 
 def _requeue(job: JobFile) -> None:
-    """Put the job back into the queue and wait for Slurm to end this process; return if that is not possible."""
+    """Requeue the job and wait until Slurm ends this process; return only if that fails."""
     if not job.requeue or int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.most_requeues:
         print("The job may not be requeued (again).", file=sys.stderr, flush=True)
         return

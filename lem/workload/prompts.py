@@ -127,10 +127,12 @@ def draw(texts: Sequence[str], n: int | None, seed: int) -> list[str]:
 
 
 def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: str = "") -> str:
-    """Return the column that holds the prompts: the requested column, otherwise the first with a common name.
+    """Return the column that holds the prompts: the requested column or else the first of `PROMPT_COLUMNS` that exists.
+
+    No other column is ever used, even if it seems to contain prompts.
 
     Raises:
-        DatasetError: no column fits. A column with any other name is never used, even if it seems to contain prompts.
+        DatasetError: there is no such column.
     """
     listed = ", ".join(shortened(name, 60) for name in columns[:MOST_LISTED])
     listed += f" and {len(columns) - MOST_LISTED} more" if len(columns) > MOST_LISTED else ""

@@ -114,7 +114,7 @@ def test_the_ranks_are_the_launchers(monkeypatch):
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
 def test_ranks_that_are_no_numbers_are_bad_input(monkeypatch, name):
     monkeypatch.setenv(name, "\u0660x")
-    with pytest.raises(ConfigError, match=rf"not numbers: .*{name}="):
+    with pytest.raises(ConfigError, match=rf"must be whole numbers, but the environment has .*{name}="):
         named_by_launcher()
 
 
