@@ -322,9 +322,9 @@ class Cut(Struct, frozen=True, gc=False):
     """The early end of an interrupted window, or of several interrupted windows.
 
     The next attempt reruns the requests that were in flight when the window ended, but the time and energy already
-    spent on them stay in this window. At most `under_way.longest_s` seconds are therefore counted twice. `lost_s` is the time between the end of
-    the window and the interruption, or None if unknown. `energy_behind_s` is the time between the last reading of the
-    energy and the end of the window, or None if the energy was not read.
+    spent on them stay in this window. At most `under_way.longest_s` seconds therefore count twice. `lost_s` is the
+    time between the end of the window and the interruption, or None if unknown. `energy_behind_s` is the time between
+    the last reading of the energy and the end of the window, or None if the energy was not read.
     """
 
     windows: int = 1

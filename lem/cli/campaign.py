@@ -65,7 +65,8 @@ def campaign(
     margin: Annotated[
         str | None,
         typer.Option(
-            metavar="SHARE", help="Equivalence margin, such as 2% or 0.02: ratios within 1 ± this margin count as equivalent."
+            metavar="SHARE",
+            help="Equivalence margin, such as 2% or 0.02: ratios within 1 ± this margin count as equivalent.",
         ),
     ] = None,
     retries: Annotated[int | None, typer.Option(help=_HELP["retries"] + f" Default: {Campaign.retries}.")] = None,

@@ -29,7 +29,7 @@ DEFAULT_FILE = Path("experiment.yaml")
 HEAD = """\
 {editor}
 # A lem experiment: lem config validate checks it, lem experiment runs it.
-# A value after # is already in effect; to set it, delete its # and its group's #."""
+# A value after # is in effect; to set it, delete its # and its group's #."""
 
 
 def render(draft: Draft) -> str:
@@ -146,7 +146,7 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
 
 CAMPAIGN_HEAD = """\
 # A lem campaign: lem config validate checks it, lem campaign runs it.
-# A value after # is already in effect; to set it, delete its #."""
+# A value after # is in effect; to set it, delete its #."""
 CAMPAIGN_ARMS = ("first.yaml", "second.yaml")
 
 

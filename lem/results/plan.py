@@ -74,7 +74,7 @@ class Plan:
         return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
 
     def counts(self, rank: int) -> bool:
-        """Return whether the results include a process's requests; of processes with the same prompts, only the first's."""
+        """Return whether a process's requests count; of processes with the same prompts, only the first one's do."""
         return rank % (self.processes // self.replicas) == 0
 
     def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:

@@ -29,16 +29,20 @@ class SlurmOptions:
     ] = 240
     signal_delay_s: Annotated[
         int,
-        Field(ge=10, description="How many seconds before the limit the experiment saves its finished requests and is requeued."),
+        Field(
+            ge=10,
+            description="How many seconds before the limit the experiment saves its finished requests and is requeued.",
+        ),
     ] = 120
     max_num_timeout: Annotated[
-        int, Field(ge=0, description="Maximum number of times that a job is requeued at its time limit; after that, it counts as failed.")
+        int, Field(ge=0, description="How many times a job is requeued at its time limit before it counts as failed.")
     ] = 10
     requeue: Annotated[
         bool, Field(description="Whether a job that is preempted or meets its time limit is requeued and resumed.")
     ] = True
     exclusive: Annotated[
-        bool, Field(description="Whether a job has its node to itself. If not, the energy of other jobs is measured too.")
+        bool,
+        Field(description="Whether a job has its node to itself. If not, the energy of other jobs is measured too."),
     ] = True
     constraint: Annotated[str | None, Field(description="Features that the node must have.")] = None
     nodelist: Annotated[str | None, Field(description="Nodes that may be used.")] = None
@@ -53,7 +57,9 @@ class SlurmOptions:
     ] = None
     mem_gb: Annotated[
         float | None,
-        Field(gt=0, description="Memory of a job in GB; null: all of an exclusive node, otherwise the cluster's default."),
+        Field(
+            gt=0, description="Memory of a job in GB; null: all of an exclusive node, otherwise the cluster's default."
+        ),
     ] = None
     setup: Annotated[
         list[str], Field(description="Shell commands that run on the node before the experiment, such as module load.")

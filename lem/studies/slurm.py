@@ -130,7 +130,7 @@ def sbatch_parameters(experiments: Sequence[Experiment], options: SlurmOptions) 
 # ------------------------------------------------------------------ jobs
 @dataclass
 class Job:
-    """A submitted job, the cells that it runs in order, and its last known state; times are those of `time.monotonic`."""
+    """A submitted job, the cells that it runs in order, and its last known state; times are from `time.monotonic`."""
 
     id: str
     cells: list[int]
@@ -171,7 +171,7 @@ class SlurmRunner(Runner):
             self._look()
 
     def stop(self) -> None:
-        """Cancel all jobs, wait until running ones have saved their finished requests, and record what remains to resume."""
+        """Cancel all jobs, wait until running ones have saved their work, and record what remains to resume."""
         slurm.cancel([job.id for job in self.jobs])
         deadline_s = time.monotonic() + STOP_S
         while self.jobs and time.monotonic() < deadline_s:
@@ -259,7 +259,7 @@ class SlurmRunner(Runner):
             self.manifest.change(number, status="running")
 
     def _collect(self, number: int, directory: ExperimentDir, *, is_complete: bool) -> None:
-        """Write the row of an experiment that has ended, unless some of its files are not visible on this machine yet."""
+        """Write the row of an experiment that has ended, unless some of its files are not visible here yet."""
         problem = None
         try:
             outcome = collect(Store(directory.path.parent.parent), directory, write_tables=self.options.write_tables)
@@ -297,7 +297,7 @@ class SlurmRunner(Runner):
         return f"it could not start and was cancelled ({seen.reason})"
 
     def _reason(self, job: Job) -> str:
-        """Return Slurm's reason for the end of a job, with the end of the job's log if the reason alone explains little."""
+        """Return Slurm's reason for the end of a job, with the end of the job's log if the reason explains little."""
         found = slurm.ended(job.id)
         if found is None:
             if not slurm.has_accounting():

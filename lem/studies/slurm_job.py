@@ -38,7 +38,7 @@ REQUEUED_S = 120.0
 
 @dataclass(frozen=True)
 class Step:
-    """One experiment of a job: its directory, the number of its earlier attempts, and the pause before it in seconds."""
+    """One experiment of a job: its directory, how many attempts it has had, and the pause before it in seconds."""
 
     directory: str
     attempts: int = 0

@@ -122,4 +122,4 @@ def test_every_option_is_refused_without_noise_or_read(lem):
         value = [] if parameter.is_flag else ["3"]
         done = lem("doctor", flag, *value)
         assert done.code == 2, flag
-        assert re.search(rf"Error: {flag}: only lem doctor --noise", done.err), (flag, done.err)
+        assert re.search(rf"Error: {flag}: accepted only together with --noise", done.err), (flag, done.err)

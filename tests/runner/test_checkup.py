@@ -329,7 +329,7 @@ def test_a_results_directory_where_none_can_be_created_is_an_obstacle():
     results = only(checked, "results_dir")
     assert results.status == "missing"
     assert results.fact == "/proc is in the kernel's file system proc, where no directories can be created."
-    assert not checked.can_measure
+    assert checked.obstacles == ["the results directory cannot be written to"]
 
 
 def test_a_home_that_is_not_known_is_an_obstacle_and_no_crash(tmp_path):

@@ -78,19 +78,6 @@ def test_every_phase_that_has_ended_has_a_full_bar(capsys):
     assert all(" 1/1 " in line or " 2/2 " in line for line in shown), shown
 
 
-def test_a_study_that_goes_on_counts_from_what_has_ended_and_a_retried_run_once():
-    stream = io.StringIO()
-    show = StudyLines(stream, total=4, at_once=1, done=2)
-    for number, failed in ((2, True), (3, False), (2, False)):
-        show.begin(number, "a")
-        show.end(number, "it ended", failed=failed)
-    assert [line for line in stream.getvalue().splitlines() if "ended" in line] == [
-        "[3/4] a: it ended (3 of 4 ended, 1 failed)",
-        "[4/4] a: it ended (4 of 4 ended, 1 failed)",
-        "[3/4] a: it ended (4 of 4 ended)",
-    ]
-
-
 def test_a_batch_reports_how_many_have_ended_and_failed():
     stream = io.StringIO()
     show = StudyLines(stream, Outcomes(2, set()), at_once=2)
