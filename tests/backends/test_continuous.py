@@ -92,7 +92,7 @@ def test_ctrl_c_ends_it_and_resuming_runs_what_is_left(tmp_path):
     long = ("max_output_tokens=120", "min_output_tokens=120")
     process = begin(*COMMON, *long, cwd=tmp_path)
     try:
-        wait_for(process, "Prompts")
+        wait_for(process, "Prompts ")
         (worker,) = workers_of(process)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130

@@ -132,7 +132,7 @@ def test_a_parent_that_does_not_read_does_not_hold_up_the_work(tmp_path):
 def test_the_pipes_of_a_killed_parent_are_removed_by_the_next(tmp_path):
     (tmp_path / "tmp").mkdir()
     process = begin("experiment", *SIMULATED, "-n", "20", *SLOW, cwd=tmp_path, TMPDIR=str(tmp_path / "tmp"))
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     kill_group(process)
     assert len(list((tmp_path / "tmp").glob("lem-*"))) == 1
     resume = ("experiment", "-y", "--resume", only(tmp_path / "results").id)
@@ -142,7 +142,7 @@ def test_the_pipes_of_a_killed_parent_are_removed_by_the_next(tmp_path):
 
 def test_a_worker_that_ignores_signals_is_killed_after_its_grace(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "200", *SLOW, cwd=tmp_path)
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     (worker,) = workers_of(process)
     worker.suspend()  # a stopped process reacts to no signal but SIGKILL
     began_s = time.monotonic()
@@ -172,7 +172,7 @@ def test_a_run_that_is_stopped_while_its_worker_starts_says_who_stopped_it(tmp_p
 
 def test_a_second_ctrl_c_is_immediate(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "200", *SLOW, cwd=tmp_path)
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     time.sleep(1)
     (worker,) = workers_of(process)
     worker.suspend()
@@ -197,7 +197,7 @@ def test_a_second_ctrl_c_is_immediate(tmp_path):
 @pytest.mark.slow
 def test_an_impatient_user_loses_nothing(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "60", *SLOW, cwd=tmp_path)
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     time.sleep(1)
     before = sum(len(part.requests) for part in only(tmp_path / "results").parts())
     for _ in range(8):
@@ -239,7 +239,7 @@ def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
     # The first process finishes in less than a second; the second finishes its prompts after about 2 s and 8 s.
     seed = seed_with(lambda n: n[0] + n[2] < 16 and 30 < n[1] < 50 and n[3] > 120)
     process = two_ranks(tmp_path, "-n", "4", "--seed", str(seed), "backend.decode_s_per_token=0.05")
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     time.sleep(4.5)
     if how == "sigkill":
         everyone = [*workers_of(process), *psutil.Process(process.pid).children()]
@@ -268,7 +268,7 @@ def test_energy_of_one_that_waits_for_the_others_is_not_lost(tmp_path, how):
 def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
     (tmp_path / "tmp").mkdir()
     process = two_ranks(tmp_path, "-n", "14", "backend.decode_s_per_token=0.005", TMPDIR=str(tmp_path / "tmp"))
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     time.sleep(1)
     assert len(workers_of(process)) == 2
     began_s = time.monotonic()
@@ -287,7 +287,7 @@ def test_ten_seconds_after_ctrl_c_no_process_of_two_is_left(tmp_path):
 @pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     process = two_ranks(tmp_path, "-n", "41", "backend.decode_s_per_token=0.005")
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     assert len(workers_of(process)) == 2
     process.kill()  # to this process alone: torch's launcher and the workers notice only by the lifeline
     process.communicate()
@@ -312,7 +312,7 @@ def test_a_killed_one_of_two_is_named_before_there_is_a_window(tmp_path, which):
 @pytest.mark.slow
 def test_a_killed_one_of_two_is_named(tmp_path):
     process = two_ranks(tmp_path, "-n", "41", "backend.decode_s_per_token=0.005")
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     time.sleep(0.5)
     workers_of(process)[1].kill()
     out, _ = process.communicate(timeout=60)

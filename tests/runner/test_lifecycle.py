@@ -44,7 +44,7 @@ TRACE = "t_s,power_w\n0,100\n100000,100\n"
 def running(tmp_path):
     """Start a run of a few seconds; return it and its worker once the worker is measuring."""
     process = begin("experiment", *SIMULATED, "-n", "40", *SLOW, cwd=tmp_path)
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     (worker,) = workers_of(process)
     time.sleep(0.5)
     yield process, worker
@@ -126,7 +126,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
 
 def test_the_command_that_resumes_names_the_results_directory(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "20", *SLOW, "-o", "my results", cwd=tmp_path)
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     (resume,) = re.findall(r"lem experiment --resume .*", err)
@@ -137,7 +137,7 @@ def test_the_command_that_resumes_names_the_results_directory(tmp_path):
 
 def test_ctrl_c_ends_a_sweep_with_all_its_remaining_cells(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "100", *SLOW, "--multirun", "seed=1,2,3", cwd=tmp_path)
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -307,7 +307,7 @@ def test_energy_is_that_of_the_windows_and_never_of_the_gap(tmp_path, how):
         "experiment", *SIMULATED[:-2], "-y", "-n", "30", *SLOW, "energy=replay", "energy.trace=trace.csv",
         "energy.idle_s=0", cwd=tmp_path,
     )  # fmt: skip
-    wait_for(process, "Prompts")
+    wait_for(process, "Prompts ")
     time.sleep(2)
     os.killpg(process.pid, how)
     process.communicate(timeout=20)
@@ -339,7 +339,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(tmp_path, pages):
             "experiment", *SIMULATED, "-n", str(prompts), "backend.decode_s_per_token=0.0005",
             "-o", "results", cwd=disk,
         )  # fmt: skip
-        wait_for(process, "Prompts")
+        wait_for(process, "Prompts ")
         time.sleep(0.3)
         filler = fill(disk, pages)
         out, err = process.communicate(timeout=60)

@@ -460,7 +460,7 @@ def test_interrupted_direct_form_is_kept_and_resumed_by_the_command(tmp_path):
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     for line in process.stderr:
-        if line.startswith("Prompts") and not line.startswith("Prompts 0/"):
+        if line.startswith("Prompts ") and not line.startswith("Prompts 0/"):
             os.killpg(process.pid, signal.SIGINT)
             break
     _, said = process.communicate(timeout=60)

@@ -135,7 +135,7 @@ def until_killed_or_done(arguments: tuple[str, ...], cwd: Path, kill_s: tuple[st
 
 def a_moment(case: Case, chance: random.Random) -> tuple[str, float]:
     """Draw the time of a kill: during start-up, or after the prompts have begun."""
-    return ("", chance.uniform(0.1, 1.5)) if chance.random() < EARLY else ("Prompts", chance.uniform(0, case.within_s))
+    return ("", chance.uniform(0.1, 1.5)) if chance.random() < EARLY else ("Prompts ", chance.uniform(0, case.within_s))
 
 
 def kill_until_complete(

@@ -593,7 +593,7 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_the_same_cells(arms
         process = begin(*(("campaign", "--resume", "one", "-y") if is_planned else wanted), cwd=arms)
         try:
             if kills < KILLS and chance.random() < 0.7:  # else at any time from the start
-                wait_for(process, chance.choice(("[", "Warm-up", "Prompts")))
+                wait_for(process, chance.choice(("[", "Warm-up", "Prompts ")))
             out, err = process.communicate(timeout=chance.uniform(0, 1.5) if kills < KILLS else 300)
         except subprocess.TimeoutExpired:
             kill_group(process)

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from lem.config import multirun
 from lem.config.multirun import sweep_dir
 from lem.spec.experiment import Dataset
 from lem.studies.checks import RecentPrompts
@@ -46,14 +47,17 @@ def test_a_failing_cell_ends_nothing(lem, tmp_path):
     assert "backend.fail_at_request=2: simulated failure" in sweep.out
 
 
-def test_a_cell_that_cannot_start_is_a_row_too(lem, tmp_path):
-    # A link to nowhere is found only when the directory is created.
-    (tmp_path / "link").symlink_to("nowhere")
-    sweep = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=link,good")
+def test_a_cell_that_cannot_start_is_a_row_too(lem, tmp_path, monkeypatch):
+    def run_plan(*arguments):
+        (tmp_path / "taken").touch()  # between the check and the run
+        multirun.run_plan(*arguments)
+
+    monkeypatch.setattr("lem.studies.study.run_plan", run_plan)
+    sweep = lem("experiment", *SIMULATED, "-n", "1", "--multirun", "io.results_dir=taken,good")
     assert sweep.code == 1
     failed, good = manifest(tmp_path)
-    assert (failed["label"], failed["status"], failed["experiment_id"]) == ("io.results_dir=link", "failed", None)
-    assert "link cannot be used" in failed["error"]
+    assert (failed["label"], failed["status"], failed["experiment_id"]) == ("io.results_dir=taken", "failed", None)
+    assert "taken is a file, not a directory" in failed["error"]
     assert failed["error"] in sweep.out
     assert (good["label"], good["status"]) == ("io.results_dir=good", "completed")
 
