@@ -152,7 +152,7 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec")
     installed = str(session.run("python", "-m", "pip", "list", "--format=freeze", "--exclude", "lem", silent=True))
     pinned = {line.partition("==")[0].lower().replace("_", "-"): line for line in _requirements(CONSTRAINTS)}
-    pinned |= {line.partition("==")[0].lower().replace("_", "-"): line for line in installed.split()}
+    pinned |= {line.partition("==")[0].lower().replace("_", "-"): line for line in installed.split() if "==" in line}
     versions = Path(session.create_tmp()) / "constraints.txt"
     versions.write_text("".join(f"{line}\n" for line in pinned.values()))
     session.install("--constraint", str(versions), "-e", ".[lora]", "pytest", "hypothesis")
