@@ -16,8 +16,7 @@ from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititLauncher
 from omegaconf import open_dict
 
-# A task with this attribute submits the cells that it is given (`lem.config.multirun`).
-SUBMITS = "submits_to_slurm"
+from lem.config.multirun import SUBMITS
 
 
 class SlurmLauncher(SubmititLauncher):  # type: ignore[misc]  # Hydra has no types
