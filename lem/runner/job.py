@@ -229,6 +229,7 @@ def _execute(
 ) -> Outcome:
     """Run the unfinished part, write the outcome to the state file, and write the row."""
     plan = directory.plan()
+    machine = host.look().only(plan.experiment.gpus)
     with _full_disk(store, directory), directory.run(take_over=take_over) as attempt:
         # Marked only while the lock is held, so that another run of the same configuration does not resume this
         # experiment.
@@ -236,7 +237,7 @@ def _execute(
         log.debug("experiment %s, attempt %d, in %s", directory.id, attempt, directory.path)
         try:
             if plan.unfinished_cycles(directory.finished()):
-                launcher(directory, attempt, host.look().only(plan.experiment.gpus), report)
+                launcher(directory, attempt, machine, report)
         except Interrupted as stop:
             with signals_ignored():
                 directory.write_state(directory.state().now("interrupted", str(stop)))

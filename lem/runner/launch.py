@@ -35,7 +35,7 @@ from lem.results.journal import DIED
 from lem.results.plan import Plan
 from lem.runner.progress import CombinedReport, Event, Report
 from lem.runner.records import WindowId, bare_record
-from lem.runner.stopping import GRACE_S, signals_ignored, signals_raise
+from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_raise
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +63,29 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
     """
     plan = directory.plan()
     log_file = directory.log_file(0)
+    workers: subprocess.Popen[bytes] | None = None
     with log_file.open("ab") as output, _fifos(directory) as (progress, lifeline), signals_raise(Interrupted):
         log_start = output.tell()
-        # A path that begins with a dash would be taken for an option.
-        arguments = [os.path.join(os.curdir, directory.path), "--attempt", str(attempt)]
-        arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
-        command = [*worker_command(plan, host, Path(progress.path).parent), *arguments]
-        log.debug("worker: %s", shlex.join(command))
-        environment = _environment(plan, host)
-        workers = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         try:
+            # A path that begins with a dash would be taken for an option.
+            arguments = [os.path.join(os.curdir, directory.path), "--attempt", str(attempt)]
+            arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
+            command = [*worker_command(plan, host, Path(progress.path).parent), *arguments]
+            log.debug("worker: %s", shlex.join(command))
+            environment = _environment(plan, host)
+            with signals_held():  # otherwise a process could be started that nobody knows of
+                workers = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+                )
             progress.relay_until_end_of(workers, CombinedReport(report))
         except (KeyboardInterrupt, Interrupted) as stop:
-            killed = _stop(workers, is_launcher=plan.processes > 1)
+            killed = _stop(workers, is_launcher=plan.processes > 1) if workers else None
             with signals_ignored():
                 reason = f"stopped by {str(stop) or 'Ctrl-C'}"
                 # Not the signal that ended the workers, because it came from here.
                 reason_without_record = f"{reason}. The worker {killed}" if killed else reason
-                _complete_records(directory, attempt, "interrupted", workers.returncode, reason_without_record)
+                code = workers.returncode if workers else 0
+                _complete_records(directory, attempt, "interrupted", code, reason_without_record)
                 _record_reason(directory, attempt, reason)
             raise Interrupted("The run was interrupted; finished requests are kept.") from None
     output_text = _read_log(log_file, log_start)

@@ -97,6 +97,18 @@ def signals_ignored() -> AbstractContextManager[None]:
     return _handled_by(dict.fromkeys(INTERRUPTING, signal.SIG_IGN))
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back signals during a step that must not be cut in two; the first takes effect at the end of the step."""
+    held: list[int] = []
+    # A signal that is ignored must stay ignored, because processes that are started meanwhile inherit that.
+    heard = [number for number in INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN]
+    with _handled_by(dict.fromkeys(heard, lambda number, _frame: held.append(number))):
+        yield
+    if held:
+        signal.raise_signal(held[0])
+
+
 def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
     """Treat SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) like Ctrl-C: raise `error(name)`."""
 

@@ -123,12 +123,15 @@ def test_an_adaptive_campaign_decides_after_each_cycle(cluster: Cluster, lem: Le
 def test_a_job_asks_for_what_its_experiment_needs(cluster: Cluster, lem: Lem) -> None:
     given = ("backend.gpus=2", "backend.sleep=true", "hydra.launcher.exclusive=true", "hydra.launcher.timeout_min=7")
     running = lem.start("experiment", "slow.yaml", "-d", "sample", "-n", "8", *HERE, *given, cluster=cluster)
-    wait_for("the job", lambda: "RUNNING" in cluster.command("squeue", "-h", "-o", "%T %j"))
-    shown = cluster.command("scontrol", "--oneliner", "show", "job")
-    last = shown.strip().splitlines()[-1]
-    assert "TresPerNode=gres:gpu:2" in last
-    assert "TimeLimit=00:07:00" in last
-    assert "OverSubscribe=NO" in last
+
+    def asked() -> str:
+        jobs = cluster.command("scontrol", "--oneliner", "show", "job").splitlines()
+        return "".join(job for job in jobs if f"={lem.folder}/" in job and "JobState=RUNNING" in job)
+
+    wait_for("the job", asked)
+    assert "TresPerNode=gres:gpu:2" in asked()
+    assert "TimeLimit=00:07:00" in asked()
+    assert "OverSubscribe=NO" in asked()
     running.communicate(timeout=120)
     # There is no driver, so the check inside the job finds that the GPUs to be metered are not there.
     assert running.returncode == 1
