@@ -11,16 +11,54 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lem.backends import chat, fit
+from lem.backends import chat, fit, transformers_source
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
 from lem.workload import weights
-from lem.workload.models import Model
+from lem.workload.models import Model, shown
 from lem.workload.offline import is_offline
 from lem.workload.weights import summary
 
 # A model has a tokenizer if any of these files exists.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+# ------------------------------------------------------------------ config.json
+def values(model: Model) -> Iterator[Objection]:
+    """Object to values in config.json whose types transformers rejects.
+
+    The types in transformers' source give a first hint. Only transformers itself decides, because importing it takes
+    seconds.
+    """
+    parts = [model.config] if model.text_config is model.config else [model.config, model.text_config]
+    for part in parts:
+        types = transformers_source.value_types(str(part.get("model_type")))
+        odd = [name for name, kind in types.items() if name in part and not _is_of_type(part[name], kind)]
+        message = _rejection(model) if odd else ""
+        for name in odd:
+            if f"'{name}'" in message:  # transformers names one value
+                fact = f"{name} is {shown(part[name])}, but transformers expects {types[name]}"
+                yield Objection("config_value_type", "model", f"{model.name}/config.json: {fact}.")
+
+
+def _is_of_type(value: Any, annotation: str) -> bool:
+    """Return whether a value from a JSON file evidently has the type; types of containers allow any content."""
+    plain = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if "Any" in kinds or type(value) in (plain.get(kind) for kind in kinds):
+        return True
+    return isinstance(value, list | dict) and any(kind not in plain for kind in kinds)
+
+
+def _rejection(model: Model) -> str:
+    """Return the message with which transformers rejects a model's config.json; empty if it accepts the file."""
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except Exception as error:  # the classes of transformers and huggingface_hub raise errors of many types
+        return str(error)
+    return ""
 
 
 # ------------------------------------------------------------------ weights

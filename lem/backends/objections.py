@@ -39,6 +39,8 @@ def model_objections(experiment: Experiment, model: Model | None, *, limit: str 
     if model is not None:
         if model.config.get("is_encoder_decoder"):
             yield Objection("encoder_decoder", "model", f"{model.name} is an encoder-decoder model.")
+        if not experiment.trust_remote_code:
+            yield from checkpoint_objections.values(model)
         yield from checkpoint_objections.tokenizer(model)
         yield from _lengths(experiment, model, limit)
         yield from checkpoint_objections.chat_template(experiment, model)

@@ -19,7 +19,9 @@ from lem.spec.engines import PytorchBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, process_counts
 from lem.spec.rules import Objection
+from lem.workload import weights
 from lem.workload.models import Model
+from lem.workload.weights import summary
 
 # The packages of attention kernels that do not come with PyTorch, and the oldest GPUs that the kernels support.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -234,6 +236,10 @@ def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Object
         yield Objection("missing_quantizer", "model", fact)
     if method in QUANTIZERS_ON_GPU and not used:
         yield Objection("missing_quantizer", "model", f"weights quantized with {method} run only on a GPU.")
+    folder = model.folder
+    if method == "None" and folder is not None and (integers := weights.of_integers(folder)):
+        fact = f"{model.name} has integers as weights ({summary(integers)}), but its config.json names no quantization."
+        yield Objection("weights_unscaled", "model", fact)
 
 
 def _padding(experiment: Experiment, model: Model) -> Iterator[Objection]:

@@ -51,6 +51,25 @@ def default(model_type: str, name: str) -> int | None:
     return values.pop() if len(values) == 1 else None
 
 
+def value_types(model_type: str) -> dict[str, str]:
+    """Return the type of each value in a model type's configuration as in the source, such as `int | None`."""
+    for node in ast.parse(_source("configuration", model_type) or "").body:
+        if isinstance(node, ast.ClassDef) and _has_model_type(node, model_type):
+            return {
+                field.target.id: ast.unparse(field.annotation)
+                for field in node.body
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            }
+    return {}
+
+
+def _has_model_type(config_class: ast.ClassDef, model_type: str) -> bool:
+    for node in config_class.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and node.value.value == model_type:
+            return [target.id for target in node.targets if isinstance(target, ast.Name)] == ["model_type"]
+    return False
+
+
 @cache
 def _source(kind: str, model_type: str) -> str | None:
     folder, module = _folder(), _module_of(model_type)

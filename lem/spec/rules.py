@@ -454,6 +454,10 @@ FILES_IMPOSSIBLE = _rules(
             "Some of the model's weight files are missing, truncated or damaged.",
             "Download these files again.",
         ),
+        "config_value_type": (
+            "A value in the model's config.json has a type that transformers rejects.",
+            "Correct config.json, or download it again.",
+        ),
         "weights_mismatched": (
             "The shapes of weights in the model's files contradict its config.json.",
             "Correct config.json, or download the model again.",
@@ -529,6 +533,11 @@ FILES_INADVISABLE = _rules(
     "inadvisable",
     "files",
     {
+        "weights_unscaled": (
+            "The model's weights are integers, and its config.json does not say how they were quantized. transformers "
+            "would use the integers themselves, without their scales.",
+            "Add quantization_config to config.json, or use the original weights.",
+        ),
         "weights_missing": (
             "The model's files lack weights that the model needs. transformers would initialise them at random, "
             "differently each time.",

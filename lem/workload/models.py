@@ -107,15 +107,16 @@ def _refuse_odd_values(file: Path, config: dict[str, Any]) -> None:
     """Refuse types that are not names, and a number of layers whose construction would not end."""
     kind, layers, classes = (config.get(name) for name in ("model_type", "num_hidden_layers", "architectures"))
     if not isinstance(kind, str | None):
-        raise ModelError(f"{file}: model_type is {_shown(kind)}, not a name; correct the file.")
+        raise ModelError(f"{file}: model_type is {shown(kind)}, not a name; correct the file.")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-        raise ModelError(f"{file}: architectures is {_shown(classes)}, not a list of names; correct the file.")
+        raise ModelError(f"{file}: architectures is {shown(classes)}, not a list of names; correct the file.")
     if layers is not None and (type(layers) is not int or not 0 <= layers <= MOST_LAYERS):
         limit = f"not a number from 0 to {MOST_LAYERS}"
-        raise ModelError(f"{file}: num_hidden_layers is {_shown(layers)}, {limit}; correct the file.")
+        raise ModelError(f"{file}: num_hidden_layers is {shown(layers)}, {limit}; correct the file.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a configuration as JSON, shortened if necessary."""
     text = json.dumps(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 

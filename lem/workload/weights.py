@@ -115,6 +115,12 @@ def tensors(folder: Path) -> dict[str, Tensor] | None:
     return found
 
 
+def of_integers(folder: Path) -> tuple[str, ...]:
+    """Return the names of the weights in a folder's safetensors files that consist of integers."""
+    found = (tensors(folder) or {}).items()
+    return tuple(name for name, tensor in found if name.endswith(".weight") and tensor.dtype.startswith(("I", "U")))
+
+
 def archives(folder: Path) -> list[Path]:
     """Return the files of a checkpoint if all of them are torch archives, which only torch can list; otherwise none."""
     files = weight_files(folder)

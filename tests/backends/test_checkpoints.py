@@ -441,6 +441,35 @@ def test_what_the_hubs_cache_lacks_is_no_objection_if_it_will_be_downloaded(copi
     assert "weights_incomplete" not in codes(name)
 
 
+@pytest.mark.parametrize("engine", [PytorchBackend, VllmBackend, TensorrtBackend])
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("vocab_size", "x", "int"),
+        ("num_attention_heads", "4", "int"),
+        ("hidden_size", 32.5, "int"),
+        ("rms_norm_eps", "1e-5", "float"),
+        ("initializer_range", None, "float"),
+        ("use_cache", "yes", "bool"),
+        ("hidden_act", 3, "str"),
+        ("attention_dropout", "0", "int | float | None"),
+        ("eos_token_id", "</s>", "int | list[int] | None"),
+        ("rope_parameters", "x", "RopeParameters | dict | None"),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_the_config_is_found_before_loading(copied, engine, name, value, expected):
+    change_json(copied, "config.json", **{name: value})
+    experiment = replace(asked(copied), backend=engine())
+    told = backend_class(experiment.backend.name).objections(experiment, find(str(copied)), IDEAL)
+    (fact,) = [each.fact for each in told if each.code == "config_value_type"]
+    assert f"{name} is {json.dumps(value)}, but transformers expects {expected}." in fact
+
+
+def test_only_transformers_decides_that_a_value_has_the_wrong_type(copied, monkeypatch):
+    monkeypatch.setattr("lem.backends.transformers_source.value_types", lambda _: {"hidden_size": "str"})
+    assert "config_value_type" not in codes(copied)
+
+
 @pytest.mark.parametrize("engine", [VllmBackend, TensorrtBackend])
 @pytest.mark.parametrize(
     ("spoil", "code"),

@@ -71,14 +71,14 @@ def files(tmp_path_factory):
         shutil.copytree(tiny.path(), root / folder)
         settings = root / folder / "tokenizer_config.json"
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
-    for folder in ("pointer", "cut", "headless", "wider"):
+    for folder in ("pointer", "cut", "headless", "wider", "typed", "unscaled"):
         shutil.copytree(tiny.path(), root / folder)
-    spoil_weights(root)
+    spoil(root)
     return root
 
 
-def spoil_weights(root):
-    """In copies of tiny, replace the weights with a pointer, truncate them, or remove tensors."""
+def spoil(root):
+    """In copies of tiny, replace the weights with a pointer, truncate them, or remove tensors; spoil config.json."""
     from safetensors.numpy import load_file, save_file
 
     weights = "model.safetensors"
@@ -88,8 +88,10 @@ def spoil_weights(root):
     tensors = load_file(root / "headless" / weights)
     del tensors["lm_head.weight"]
     save_file(tensors, root / "headless" / weights)
-    config = root / "wider" / "config.json"
-    config.write_text(json.dumps(tiny.CONFIG | {"intermediate_size": 705}))
+    tensors = load_file(root / "unscaled" / weights)
+    save_file({name: tensor.astype("int8") for name, tensor in tensors.items()}, root / "unscaled" / weights)
+    for folder, changes in {"wider": {"intermediate_size": 705}, "typed": {"rms_norm_eps": "1e-5"}}.items():
+        (root / folder / "config.json").write_text(json.dumps(tiny.CONFIG | changes))
 
 
 @pytest.fixture(autouse=True)

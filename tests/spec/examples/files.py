@@ -20,6 +20,8 @@ EXAMPLES = [
     Example("weights_incomplete", "model", asks(model=model()), WHOLE),
     Example("weights_missing", "model", asks(model=copy_of_tiny("headless")), WHOLE),
     Example("weights_mismatched", "model", asks(model=copy_of_tiny("wider", intermediate_size=705)), WHOLE),
+    Example("config_value_type", "model", asks(model=copy_of_tiny("typed", rms_norm_eps="1e-5")), WHOLE),
+    Example("weights_unscaled", "model", asks(model=copy_of_tiny("unscaled")), WHOLE),
     Example("model_unsupported", "model", asks(model=model(model_type="llava")), WHOLE),
     Example("model_unsupported", "model", asks(model=model(model_type="of tomorrow")), WHOLE),
     Example("not_a_decoder", "model", asks(model=model(model_type="bert")), WHOLE),
