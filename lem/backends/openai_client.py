@@ -114,17 +114,16 @@ class Client:
         """
         return self._wait(self._fetch(method, path, timeout_s))
 
-    def send(self, number: int, body: bytes, at_ns: int | None = None, *, insists: bool = False) -> None:
+    def send(self, number: int, body: bytes, at_ns: int | None = None, *, patience_s: float = 0.0) -> None:
         """Send a completion request; `next_done` returns the answer.
 
         Args:
             number: a number that identifies the answer.
             body: the request's body as JSON.
             at_ns: when to send the request, as a reading of `time.perf_counter_ns`; None means now.
-            insists: whether to send the request again after a busy server's Retry-After, waiting up to `timeout_s` in
-                total.
+            patience_s: how long to wait in total if the server is busy and says when to send the request again.
         """
-        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, insists, self._cancelled)
+        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, patience_s, self._cancelled)
 
     def next_done(self) -> tuple[int, Answer | Failure]:
         """Wait until a request ends, and return its number and its answer or failure."""
@@ -164,19 +163,19 @@ class Client:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # -------------------------------------------------------------- in the client's thread
-    def _begin(self, number: int, body: bytes, at_ns: int | None, insists: bool, epoch: int) -> None:
+    def _begin(self, number: int, body: bytes, at_ns: int | None, patience_s: float, epoch: int) -> None:
         if epoch != self._cancelled:  # an answer triggered this request just before all requests were cancelled
             return
-        task = self._loop.create_task(self._answer(number, body, at_ns, insists))
+        task = self._loop.create_task(self._answer(number, body, at_ns, patience_s))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _answer(self, number: int, body: bytes, at_ns: int | None, insists: bool) -> None:
+    async def _answer(self, number: int, body: bytes, at_ns: int | None, patience_s: float) -> None:
         epoch = self._cancelled
         try:
             while at_ns is not None and (left_ns := at_ns - time.perf_counter_ns()) > 0:
                 await asyncio.sleep(left_ns / NS_PER_S)
-            answer = await self._insist(body, self._timeout_s if insists else 0.0)
+            answer = await self._insist(body, patience_s)
             if epoch == self._cancelled:
                 self.on_answer(answer)
             done: Answer | Failure | Exception = answer

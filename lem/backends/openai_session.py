@@ -39,6 +39,8 @@ from lem.workload.traffic import Arrivals, Arrived
 READY_POLL_S = 0.5
 # The timeout of side requests, which may be sent while the run is being stopped.
 ASIDE_S = 2.0
+# How long a busy server may put off the test request.
+TRIAL_PATIENCE_S = 30.0
 # How long a server that no longer answers may take until all of its processes have ended.
 ENDING_PATIENCE_S = 4.0
 # Paths that make servers drop cached prefixes: vLLM in its development mode, and SGLang.
@@ -223,7 +225,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
     # A single token shows how the server counts, and that it accepts requests of this form.
     short = replace(experiment, max_output_tokens=1, min_output_tokens=0)
     (prompt,) = encode(read.tokenizer, [TRIAL_TEXT], short, None)
-    client.send(0, loaded.body(prompt, short), insists=True)
+    client.send(0, loaded.body(prompt, short), patience_s=min(options.timeout_s, TRIAL_PATIENCE_S))
     _, answer = client.next_done()
     reason = loaded.failure(answer)
     if isinstance(answer, Failure) or reason is not None:
@@ -358,7 +360,8 @@ class OpenaiSession:
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
         self._experiment, self._loaded, self._client = experiment, loaded, loaded.client
         # In open-loop traffic, requests are not sent again, because they would arrive at a different time.
-        self._insists = experiment.traffic.pattern in ("closed", "concurrency")
+        is_closed = experiment.traffic.pattern in ("closed", "concurrency")
+        self._patience_s = _options(experiment).timeout_s if is_closed else 0.0
         self.is_broken = False
         self.output_tokens = self.failed = self.retries = 0
         self.tokens_are_timed = True
@@ -389,7 +392,7 @@ class OpenaiSession:
     def _batch(self, prompts: Sequence[Encoded], batch: int) -> list[Generation]:
         with self._in_use():
             for number, body in enumerate([self._loaded.body(prompt, self._experiment) for prompt in prompts]):
-                self._client.send(number, body, insists=self._insists)
+                self._client.send(number, body, patience_s=self._patience_s)
             done: dict[int, Generation] = {}
             while len(done) < len(prompts):
                 number, answer = self._client.next_done()
@@ -408,7 +411,7 @@ class OpenaiSession:
                 number = next(numbers)
                 waiting[number] = each
                 body = self._loaded.body(each.request, self._experiment)
-                self._client.send(number, body, each.at_ns, insists=self._insists)
+                self._client.send(number, body, each.at_ns, patience_s=self._patience_s)
 
         def take_the_place(answer: Answer | Failure) -> None:
             """Let the next request arrive; called only in the client's thread, which handles all arrivals."""

@@ -560,6 +560,13 @@ def test_a_server_that_stays_busy_is_not_asked_for_ever(served):
     assert len(server.bodies) == 1 + 3
 
 
+def test_a_server_that_is_always_busy_is_soon_given_up(served, monkeypatch):
+    monkeypatch.setattr("lem.backends.openai_session.TRIAL_PATIENCE_S", 1.5)
+    refusal = response(b'{"error": {"message": "busy"}}', status=429, **{"Retry_After": "1"})
+    with pytest.raises(RunError, match=r"did not answer the first request: HTTP 429: busy\."):
+        served(lambda _: [refusal], {"timeout_s": 600})
+
+
 @pytest.mark.parametrize("retry_after", [None, "soon", "3600"])
 def test_a_busy_server_that_names_no_time_or_a_far_one_is_not_asked_again(served, retry_after):
     server, backend = served(busy(99, retry_after=retry_after))
