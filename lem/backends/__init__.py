@@ -1,7 +1,7 @@
 """The inference backends: one module per backend, all with the same interface. The `backend` group selects a backend.
 
 To add a backend, write a module here that passes the contract suite, define its options in `lem.spec.engines`, add its
-YAML to `conf/backend/`, and add a line below.
+YAML to `conf/backend/`, and add a line to the table in `backend_class`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# Values that only some backends report. The names stand for `Generation.token_ids`, `model_info`,
+# Values that only some backends report. The names stand for, in this order: `Generation.token_ids`, `model_info`,
 # `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
@@ -86,7 +86,7 @@ class Begun:
 
 
 def needed(loaded: T | None) -> T:
-    """Return the object created by `Backend.load`, after asserting that it exists."""
+    """Return `loaded`, which `Backend.load` sets, after asserting that it is not None."""
     assert loaded is not None, "load must be called first"
     return loaded
 
@@ -96,13 +96,13 @@ class Backend(ABC):
 
     The contract, checked for each backend by `tests/backends/test_backends.py`: `start` and then `load` are called
     first, once each. `generate` yields one output for every prompt, and can be called again. The same seed gives the
-    same tokens, even if the first batches are left out. Counts include neither padding nor anything after the end
-    token. If the engine fails or refuses something, the method that called it raises `RunError` with a message that
-    names the engine and the reason.
+    same tokens, even if a resumed run leaves out batches that are already finished. Counts include neither padding nor
+    anything after the end token. If the engine fails or refuses something, the method that called it raises `RunError`
+    with a message that names the engine and the reason.
     """
 
     reports: ClassVar[frozenset[Reported]] = frozenset()
-    """The values that the backend reports; all others are None, and null in the results."""
+    """The optional values that the backend reports; the other optional values are None, and null in the results."""
 
     local_rank: int = 0
     """The number (from 0) of this process among the run's processes on the node; set before `start`."""
@@ -133,7 +133,7 @@ class Backend(ABC):
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message about a key that is or was an argument of the engine but is not an option; else None."""
+        """Return a message if a key is not an option but is, or once was, an argument of the engine; otherwise None."""
         return None
 
     @classmethod
@@ -196,8 +196,8 @@ class Backend(ABC):
     def under_way(self) -> Sequence[Begun]:
         """Return the requests that the engine is working on when `generate` or `serve` has just yielded.
 
-        Requests that are still waiting are not included. The default implementation is for engines whose requests all
-        finish with their batch.
+        Requests that are still waiting are not included. The default implementation returns nothing: it is for
+        engines that finish a whole batch before they yield it.
         """
         return ()
 
@@ -211,7 +211,7 @@ class Backend(ABC):
         """Wait until the device has finished its work; the default, for synchronous engines, does nothing."""
 
     def close(self) -> None:
-        """Release the model and the device; this works at any time, even if `load` failed."""
+        """Release the model and the device; may be called at any time, even if `load` failed."""
 
     def reset_peak_memory(self) -> None:
         """Reset the peak that `peak_memory` reports, if the engine supports it."""

@@ -41,7 +41,10 @@ class Checkpoint:
     end_tokens: frozenset[int]
 
     def architecture(self, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture:
-        """Return the sizes that determine the FLOPs, given an adapter's weights in the body and output projection.
+        """Return the sizes that determine the FLOPs, including those of an adapter.
+
+        Args:
+            adapter_weights: the number of the adapter's weights in the model's body and at its output projection.
 
         Raises:
             UnknownArchitecture: the sizes cannot be determined; the message is the reason.
@@ -73,7 +76,7 @@ def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Ch
 
 
 def source_of(model: Model, experiment: Experiment) -> dict[str, Any]:
-    """Return the options with which transformers finds the parts of a model."""
+    """Return the arguments that transformers' loading functions need in addition to the model's path."""
     return {"revision": model.revision, "trust_remote_code": experiment.trust_remote_code}
 
 
@@ -111,7 +114,7 @@ def quantization_of(model: Model) -> str | None:
 
 
 def weights_bytes(model: Model) -> int | None:
-    """Return the size of a local checkpoint's weights in bytes; None without safetensors files."""
+    """Return the size of a local checkpoint's weights in bytes; None if it has no safetensors files."""
     return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) or None
 
 
@@ -147,7 +150,7 @@ def encode(
         RunError: a prompt has no tokens, does not fit, or contains a token without an embedding.
     """
     if not isinstance(tokenizer.model_max_length, int | float):
-        tokenizer.model_max_length = sys.maxsize  # lem applies its own limits, but each call compares with this one
+        tokenizer.model_max_length = sys.maxsize  # each call compares with it; lem applies its own limit
     limit = experiment.max_input_tokens
     encoded = []
     for index, text in enumerate(texts):
@@ -195,7 +198,7 @@ def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[
 
 
 def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output_tokens: int) -> None:
-    """Refuse prompts that do not fit into the model's positions, before anything is measured."""
+    """Refuse, before anything is measured, prompts that are empty or too long for the model with their outputs."""
     if not encoded:
         return
     empty = next((p for p in encoded if not p.token_ids), None)
@@ -224,7 +227,7 @@ def adapter_folder(adapter: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(adapter))
-    except Exception as error:  # the client also raises errors of its transport
+    except Exception as error:  # the hub's client also raises errors of its HTTP library
         raise RunError(f"The adapter {adapter} cannot be fetched from the hub: {reason_of(error)}") from error
 
 
@@ -234,7 +237,7 @@ def adapter_rank(folder: Path) -> int:
 
 
 def adapter_weights(folder: Path) -> tuple[int, int]:
-    """Return the number of weights in an adapter's matrices: in the model's body, and at its output projection."""
+    """Return how many of an adapter's weights are in the model's body, and how many at its output projection."""
     from safetensors import safe_open
 
     of_body = of_head = 0

@@ -27,8 +27,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 def values(model: Model) -> Iterator[Objection]:
     """Object to values in config.json whose types transformers rejects.
 
-    The types in transformers' source give a first hint. Only transformers itself decides, because importing it takes
-    seconds.
+    The values are first compared with the types in transformers' source code, which is fast. Only if a value has a
+    different type is transformers imported, which takes seconds, to find out whether it really rejects the value.
     """
     parts = [model.config] if model.text_config is model.config else [model.config, model.text_config]
     for part in parts:

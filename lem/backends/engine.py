@@ -17,7 +17,7 @@ from lem.workload.weights import Fit, summary
 
 # Maximum length of a reason, in characters.
 LONGEST_REASON = 400
-# A smaller offset between two clocks is only the time that passes between reading them.
+# A smaller offset between two clocks is treated as zero: it is due only to the time between the two readings.
 SAME_CLOCK_NS = 1_000_000
 
 
@@ -41,7 +41,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
-    """Turn any error of an engine into a one-line `RunError`: the given beginning, the reason, and any remedy."""
+    """Turn an error raised in the block into a one-line `RunError`: `beginning`, the reason, and what `hint` returns."""
     try:
         yield
     except Interrupted:

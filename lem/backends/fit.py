@@ -19,7 +19,7 @@ from lem.workload import weights
 from lem.workload.models import Model
 from lem.workload.weights import Fit, Tensor
 
-# The tensors of the most common families: those of each layer, by model type, and all others.
+# The tensors of the most common model families: in each layer (by model type), outside the layers, and in the head.
 _LLAMA = frozenset(
     f"{name}.weight"
     for name in (

@@ -19,7 +19,7 @@ from lem.spec.processes import changed, gpus_needed
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
-# Keys under which a model's configuration gives the number of positions.
+# Keys under which a model's configuration gives its number of positions (the maximum length of a sequence).
 POSITIONS = ("max_position_embeddings", "n_positions")
 # The maximum number of values that a message lists.
 LISTED = 8
@@ -183,7 +183,7 @@ class EngineArguments:
                 yield from more(path, name, value)
 
     def about_key(self, name: str, owner: str | None, known: Collection[str] = ()) -> str | None:
-        """Return a message about a key that is not an option of the backend; None if the engine has no such argument.
+        """Return a message about a key that is no option of the backend; None if it is no engine argument either.
 
         Args:
             name: the key.

@@ -267,7 +267,7 @@ class Openai(Backend):
             found.append(warning("prefix_cache_kept", text))
         found += [] if session is None else self._about(session)
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
-        # The number of tokens that the server generated for failed requests is unknown.
+        # After a failed request, the comparison is impossible: how many tokens the server generated for it is unknown.
         if session is not None and others > 0 and not session.is_broken and not session.failed:
             found.append(
                 warning("server_shared", f"the server generated {others:.0f} tokens for other clients in the window.")

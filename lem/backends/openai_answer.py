@@ -93,7 +93,7 @@ class Answer:
         return bool(self.parts)
 
     def chunks(self, output_tokens: int) -> tuple[tuple[Chunk, ...], bool]:
-        """Return the chunks of tokens in order of arrival, and whether their times are exact; empty unless streamed.
+        """Return the chunks of tokens in order of arrival (none unless streamed), and whether their times are exact.
 
         Args:
             output_tokens: the number of output tokens. If the events do not show how many tokens each has, the result
@@ -185,7 +185,7 @@ class Reply:
 
     @property
     def events(self) -> int:
-        """The number of events with output that have arrived; an event without output may only keep the connection."""
+        """The number of events with output that have arrived; others may serve only to keep the connection alive."""
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
@@ -290,7 +290,7 @@ class Unpacking:
         """Return the decompressed form of these bytes.
 
         Raises:
-            Refused: the data is damaged, compressed in another way, or too large.
+            Refused: the data is damaged, too large, or compressed by a method other than gzip and deflate.
         """
         data = received
         if self._head is not None:
@@ -346,7 +346,7 @@ class Event(NamedTuple):
 
 
 class Events:
-    """Parses server-sent events from bytes that arrive in any split; a single line end may separate two events."""
+    """Parses server-sent events from bytes that may be split anywhere; accepts events that no blank line separates."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -535,7 +535,7 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_count(self, output_tokens: int | None) -> None:
-        """Raise `Refused` if there are too few tokens for the text, because some servers count those of each event.
+        """Raise `Refused` if the count is too low for the text, as with servers that count each event separately.
 
         Each event with text has at least one token, except for text that was held back until the end.
         """
@@ -678,7 +678,7 @@ def _count(value: Any) -> int | None:
 
 
 def reason_in(content: bytes) -> str:
-    """Return the text of an error, in any form that servers use; for an HTML page, only its title."""
+    """Extract the error text from a response body, whichever format the server uses; of HTML, take only the title."""
     text = content[:LARGEST_ERROR].decode(errors="replace")
     if HTML.match(text):
         title = TITLE.search(text)

@@ -38,7 +38,7 @@ KEEP_ALIVE_S = 2.0
 ENDING_S = 0.25
 # The minimum waiting time before a request is sent again to a busy server.
 LEAST_RETRY_S = 0.25
-# The maximum size in bytes of a side response, such as a list of models.
+# The maximum size in bytes of a response that is not a completion, such as a list of models.
 LARGEST_PAGE = 16 * 2**20
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
@@ -107,7 +107,7 @@ class Client:
         )
 
     def fetch(self, path: str, *, method: str = "GET", timeout_s: float = CONNECT_S) -> tuple[int, str]:
-        """Send a side request, and return the status and text of its response.
+        """Send a request other than a completion (such as for the list of models); return the status and the text.
 
         Raises:
             ServerGone: nothing is listening, or the response does not arrive in time.
@@ -299,7 +299,7 @@ class _Piece:
 
 
 class _Incoming(asyncio.Protocol):
-    """Receives the data of one connection, and immediately notes the time of its arrival."""
+    """Receives the data of one connection, and immediately records when each read arrived."""
 
     def __init__(self) -> None:
         self.pieces: deque[_Piece] = deque()

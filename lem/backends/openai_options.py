@@ -190,10 +190,10 @@ def request_body(
 
     Args:
         experiment: an experiment that has passed preflight.
-        prompt: the prompt, sent as token ids.
+        prompt: the prompt as token ids.
         end_tokens: the model's end tokens.
         model_name: the model's name on the server.
-        text: the prompt as text, which is then sent instead of the token ids.
+        text: the prompt as text, to be sent instead of the token ids; None to send the ids.
         count_by_usage: whether to ask for the number of tokens with each event, because the server sends no ids.
     """
     options = _options(experiment)
@@ -299,7 +299,7 @@ def _command(options: OpenaiBackend) -> Iterator[Objection]:
 
 
 def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
-    """Object to model options that would not reach the server."""
+    """Object to options about the model that would have no effect, because nothing passes them to the server."""
     options = _options(experiment)
     to_fill_in = {
         "fp_precision": ("dtype", experiment.fp_precision != "auto"),

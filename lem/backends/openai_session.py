@@ -37,11 +37,11 @@ from lem.workload.models import Model
 from lem.workload.traffic import Arrivals, Arrived
 
 READY_POLL_S = 0.5
-# The timeout of side requests, which may be sent while the run is being stopped.
+# The timeout of requests other than completions; it is short, because they may be sent while the run is being stopped.
 ASIDE_S = 2.0
 # How long a busy server may put off the test request.
 TRIAL_PATIENCE_S = 30.0
-# How long a server that no longer answers may take until all of its processes have ended.
+# How long to wait for the processes of a server that no longer answers to end.
 ENDING_PATIENCE_S = 4.0
 # Paths that make servers drop cached prefixes: vLLM in its development mode, and SGLang.
 RESETS = ("/reset_prefix_cache", "/flush_cache")
@@ -55,11 +55,11 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
     "length": "length", "max_tokens": "length", "max_length": "length",
 }  # fmt: skip
-# HTTP statuses of servers that have no list of models.
+# HTTP statuses with which servers that have no list of models answer the request for it.
 NO_SUCH_PATH = (404, 405, 501)
 # The maximum size of an answer in bytes: for each token, and for everything else.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
-# The same for its events with output: a proxy may cut a token's text into several events.
+# The maximum number of an answer's events with output, likewise: a proxy may split a token's text over several events.
 MOST_EVENTS_PER_TOKEN, MOST_EVENTS_BESIDE = 16, 1000
 # The maximum length in characters of a value that a server reports about itself.
 LONGEST_TOLD = 200
@@ -145,7 +145,7 @@ class Loaded:
         """Return why a request failed, as a sentence; None if it succeeded.
 
         Raises:
-            RunError: a server that lem started has ended, so that no other request can succeed.
+            RunError: a server that lem started has ended, so that no further request can succeed.
         """
         if isinstance(answer, Failure):
             if isinstance(answer.error, ServerGone) and self.server is not None:
@@ -294,7 +294,7 @@ def _wait_for_models(
 
 
 def _models_in(text: str) -> list[dict[str, Any]]:
-    """Return the entries of a list of models, in any form that servers use; empty if the list cannot be read."""
+    """Extract the models from a server's list, whichever format it has; empty if the list cannot be read."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -314,7 +314,7 @@ def _raise_unreadable() -> NoReturn:
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the server's entry for the model: `backend.model_name`, else its only model, else the model's own name."""
+    """Return the entry for `backend.model_name`; if that is null, the only entry or the one with the model's name."""
     assert isinstance(experiment.backend, OpenaiBackend)
     names = [str(card["id"]) for card in models]
     if experiment.backend.model_name is not None:
@@ -340,7 +340,7 @@ def _version(client: Client) -> str | None:
 
 
 def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str]:
-    """Return the status and text of the response to a side request, or 0 and "" if there is no response."""
+    """Send a request other than a completion; return the status and the text, or 0 and "" without a response."""
     try:
         return client.fetch(path, method=method, timeout_s=ASIDE_S)
     except RunError:
@@ -414,7 +414,7 @@ class OpenaiSession:
                 self._client.send(number, body, each.at_ns, patience_s=self._patience_s)
 
         def take_the_place(answer: Answer | Failure) -> None:
-            """Let the next request arrive; called only in the client's thread, which handles all arrivals."""
+            """Send the request that an answer makes room for; called only in the client's thread, like `send`."""
             arrivals.finished(1, answer.ended_ns)
             send()
 

@@ -468,7 +468,7 @@ class Static:
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
-        """Note when a batch's first forward pass (its prefill) is done; costs one synchronisation per batch."""
+        """Record when a batch's first forward pass (its prefill) is done; costs one synchronisation per batch."""
         # The output itself is not kept, because its logits, which are large after a prefill, would stay in memory.
         self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
         if self._prefill_end_ns is None:
@@ -579,7 +579,7 @@ class Static:
 
 
 class _TokenClock:
-    """Receives tokens from `generate`, one for each prompt of the batch, and notes the times.
+    """Receives tokens from `generate`, one for each prompt of the batch, and records the times.
 
     `generate` reads the tokens back from the device to pass them on, so each step waits for its tokens.
     """

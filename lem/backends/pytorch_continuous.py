@@ -58,7 +58,7 @@ def is_too_old() -> bool:
 
 
 def can_run(model_type: str) -> bool | None:
-    """Return whether transformers can replace a model type's attention; None if it does not know the type."""
+    """Return whether transformers can replace a model type's attention by a paged one; None if the type is unknown."""
     source = transformers_source.modeling(model_type)
     return None if source is None else "_supports_attention_backend = True" in source
 
@@ -201,7 +201,7 @@ class Continuous(Session[_Request]):
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def forget_cache(self) -> None:
-        """Do nothing, because the size of this cache is fixed when it is allocated."""
+        """Do nothing: there is no largest size to forget, because this cache's size is fixed when it is allocated."""
 
     def settings(self) -> dict[str, str]:
         """Return the engine's settings that affect the measurements."""

@@ -117,7 +117,7 @@ def _tensor_parallel(
 
 # ------------------------------------------------------------------ capabilities of GPUs
 def _older_than(capability: tuple[int, int], gpus: Sequence[Gpu]) -> str | None:
-    """Return the name and compute capability of a GPU that is known to be too old; None if no GPU is."""
+    """Return the name and compute capability of a GPU known to be below `capability`; None if no GPU is."""
     for gpu in gpus:
         if gpu.compute_capability is not None and gpu.compute_capability < capability:
             return f"{gpu.name} (compute capability {_dotted(gpu.compute_capability)})"

@@ -130,9 +130,9 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return the environment for a server: this process's environment without the variables of launchers.
+    """Return the environment for a server: this process's environment without the variables that launchers set.
 
-    Only `shown_gpus` are visible in it. If `shown_gpus` is None, the visibility of GPUs is unchanged.
+    It makes only `shown_gpus` visible to the server; if `shown_gpus` is None, the visibility of GPUs is unchanged.
     """
     variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
     variables.pop(

@@ -181,11 +181,11 @@ class Session(ABC, Generic[R]):
 class Loaded:
     """An engine with its model loaded.
 
-    `lora` is the adapter in the form that requests use, or None. `adapter_weights` holds the number of the adapter's
-    weights in the model's body and at the output projection. `positions` is the maximum length of a sequence (prompt
-    and output together) in tokens, or None if there is no limit. `clock_offset_ns` is added to the engine's clock to
-    get `time.perf_counter_ns`. `model` is None if nothing is known about the model. `settings` holds the engine's
-    resolved settings that affect the measurements.
+    `lora` is the adapter in the form that requests use, or None. `adapter_weights` says how many of the adapter's
+    weights are in the model's body, and how many at its output projection. `positions` is the maximum length of a
+    sequence (prompt and output together) in tokens, or None if there is no limit. `clock_offset_ns` is added to the
+    engine's clock to get `time.perf_counter_ns`. `model` is None if nothing is known about the model. `settings` holds
+    the engine's resolved settings that affect the measurements.
     """
 
     engine: Any

@@ -66,7 +66,7 @@ class Simulated(Backend):
         return experiment.backend.gpus > 0
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the requested number of GPUs, beginning with the first visible one."""
+        """Return as many of the visible GPUs as are requested, beginning with the first."""
         return host.gpus[: self._options.gpus]
 
     def start(self) -> None:
@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Note how late the work ended, up to a limit, so that the work after a long interruption is not rushed."""
+        """Record how late the work ended, up to a limit, so that the work after a long interruption is not rushed."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 
@@ -314,7 +314,7 @@ def _finish_reason(output: Sequence[int]) -> FinishReason:
 
 
 def _ignored(experiment: Experiment) -> Iterator[Objection]:
-    """Object to what only cells of a campaign have, and to model options, because no model runs."""
+    """Object to options that have an effect only in a campaign, and to model options, because no model runs."""
     assert isinstance(experiment.backend, SimulatedBackend)
     for path in (path for path in ("drift", "carry_over") if getattr(experiment.backend, path)):
         yield without_effect("no_effect_outside_campaign", f"backend.{path}", "this is not a cell of a campaign.")

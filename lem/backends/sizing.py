@@ -4,9 +4,9 @@ The text part is built on PyTorch's device `meta`, where tensors have shapes but
 the matrix products of a few short forward passes. In each layer, the cost that grows linearly with the number of tokens
 belongs to the body, and the cost that grows quadratically belongs to attention. The peculiarities of a model family
 (low-rank projections, heads of several sizes, layers that share keys and values, shared experts) are thus taken from
-transformers' own code, and an image tower is never run. A layer's reach, such as a sliding window, is read from the
-config. If the costs of the passes do not follow this pattern, the sizes are unknown, and the exception gives the
-reason.
+transformers' own code, and an image tower is never run. How far back a layer attends, as with a sliding window, is read
+from the config. If the costs of the passes do not follow this pattern, the sizes are unknown, and the exception gives
+the reason.
 
 The module also measures the size of a cache by adding up its tensors. It knows nothing about engines.
 """
@@ -29,7 +29,7 @@ CONSTANT_SHARE = 0.002
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # GPT-Neo's names for its kinds of layers.
 KINDS = {"global": FULL, "local": SLIDING}
-# Config keys with windows whose meaning is known; any other one may limit how far back layers attend.
+# Config keys about windows whose meaning is known; any other key about windows may limit how far back layers attend.
 WINDOWS = frozenset([
     "sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern",
 ])  # fmt: skip
@@ -92,13 +92,13 @@ def _text_model(model: Any) -> Any:
 
 
 def _check_nothing_else(hollow: Any, decoder: Any, head: Any) -> None:
-    """Refuse a model, such as BERT, that has matrices outside its layers and its output projection."""
+    """Refuse a model, such as BERT, with linear layers outside its transformer layers and output projection."""
     import torch
 
     known = {*decoder.modules(), *head.modules()}
     for module in hollow.modules():
         if module not in known and isinstance(module, torch.nn.Linear):
-            raise UnknownArchitecture("it has matrices outside its layers and its output projection")
+            raise UnknownArchitecture("it has linear layers outside its transformer layers and output projection")
 
 
 def _brief(error: Exception) -> str:
@@ -106,7 +106,7 @@ def _brief(error: Exception) -> str:
 
 
 def _adapter_weights(model: Any) -> tuple[int, int]:
-    """Return the number of weights in a LoRA adapter's matrices: in the model's body, and at its output projection."""
+    """Return how many of a LoRA adapter's weights are in the model's body, and how many at its output projection."""
     of_body = of_head = 0
     for name, weight in model.named_parameters():
         if ".lora_" in name and weight.ndim == 2 and "embedding" not in name:
@@ -256,7 +256,7 @@ def _counter(add: Any) -> Any:
 
 # ------------------------------------------------------------------ evaluating the passes
 def _parts(costs: Sequence[int]) -> tuple[Fraction, Fraction, Fraction]:
-    """Return the coefficients of the parabola through the costs of the passes with lengths `LENGTHS`."""
+    """Return the constant, linear and quadratic coefficients of the parabola through the costs at lengths `LENGTHS`."""
     (a, b, c), (fa, fb, fc) = LENGTHS, costs
     slope_ab, slope_bc = Fraction(fb - fa, b - a), Fraction(fc - fb, c - b)
     quadratic = (slope_bc - slope_ab) / (c - a)
@@ -277,7 +277,7 @@ def _linear(costs: Sequence[int]) -> Fraction:
 
 
 def _grouped(costs: Sequence[Fraction], config: Any) -> tuple[Attention, ...]:
-    """Return the layers' attention, added up for each reach."""
+    """Return the attention of all layers, added up over the layers that attend equally far back."""
     widths: dict[tuple[int | None, bool], Fraction] = {}
     for index, cost in enumerate(costs):
         reach = _reach(config, index)
@@ -310,7 +310,7 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
 
 
 def _unknown_windows(config: Any) -> list[str]:
-    """Return the keys of a config that may limit how far back layers attend, in a way that is not known here."""
+    """Return the keys of a config that may limit how far back layers attend but whose meaning is not known here."""
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     return [key for key, value in values.items() if "window" in key and value and key not in WINDOWS]
 

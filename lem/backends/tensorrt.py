@@ -55,7 +55,7 @@ MEMORY_HINT = engine.MemoryHint(
     "Set backend.kv_cache.free_gpu_memory_fraction, backend.kv_cache.max_tokens or backend.max_seq_len.",
 )
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
-# The resolved arguments that are recorded, and the recorded arguments of their parts.
+# The resolved arguments that are recorded, and the fields that are recorded of arguments that are themselves configs.
 SETTINGS = (
     "attn_backend", "dtype", "max_batch_size", "max_num_tokens", "max_seq_len", "tensor_parallel_size",
     "pipeline_parallel_size", "moe_expert_parallel_size", "enable_chunked_prefill", "disable_overlap_scheduler",
@@ -263,9 +263,7 @@ def _pairs(name: str, asked: Any, used: Any) -> Iterator[tuple[str, Any, Any]]:
         yield "backend.cuda_graphs", asked is not None, used is not None
     elif not isinstance(asked, Mapping):
         yield name, asked, used
-    elif (
-        name != "speculative_config"
-    ):  # its fields have other names in the engine, which accepts or refuses it as a whole
+    elif name != "speculative_config":  # the engine renames its fields, and accepts or refuses it as a whole
         for field, value in asked.items():
             yield f"{name}.{field}", value, getattr(used, field, None)
 
@@ -279,7 +277,7 @@ def _positions(model: Model, args: Any) -> int | None:
 def _model_info(
     args: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
 ) -> ModelInfo | None:
-    """Describe the model by its checkpoint, because the engine does not; None if transformers does not know it."""
+    """Describe the model from its checkpoint, as the engine reports nothing; None if transformers does not know it."""
     if read.hollow is None:
         return None
     parameters = int(read.hollow.num_parameters()) + adapter_weights

@@ -29,7 +29,7 @@ from lem.spec.processes import runs_in_one_process
 from lem.spec.rules import Objection
 from lem.workload.models import Model
 
-# The LLM argument for each option, and the LLM argument for each part of the options.
+# The LLM argument for each option, and for each part (a group of options, passed as one nested config).
 DIRECT = {
     "max_seq_len": "max_seq_len",
     "max_num_tokens": "max_num_tokens",
@@ -137,7 +137,7 @@ def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | No
 
 
 def given(options: TensorrtBackend) -> dict[str, Any]:
-    """Return the arguments of LLM for the options that are not null, with each part as a mapping."""
+    """Return the LLM arguments for the options that are not null; each nested config is a mapping."""
     found: dict[str, Any] = {}
     for option, argument in DIRECT.items():
         value = getattr(options, option)
@@ -159,7 +159,7 @@ def _translated(option: str, value: Any) -> Any:
 
 
 def merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two sets of arguments, and the fields of parts that are in both; preflight refuses duplicate fields."""
+    """Merge two sets of arguments, and the fields of nested configs in both; preflight refuses duplicate fields."""
     both = {name: {**ours[name], **extra[name]} for name in ours if isinstance(extra.get(name), Mapping)}
     return {**ours, **extra, **both}
 
@@ -359,7 +359,8 @@ def about_key(name: str) -> str | None:
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
     """Return the option that sets an argument in lem, or None if none does.
 
-    A part given as a mapping, such as `kv_cache_config`, is not set by any option: its fields are added to lem's own.
+    A nested config given as a mapping, such as `kv_cache_config`, is not set by any option: its fields are added to
+    lem's own.
     """
     if name in PARTS.values() and isinstance(value, Mapping):
         return None
@@ -370,11 +371,11 @@ def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
 
 
 def _fields_of(name: str, config: Mapping[str, Any], options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to fields of a part that have their own option in lem or that do not exist in the part."""
+    """Object to fields of a nested config that have their own option in lem or that do not exist in the config."""
     option = {argument: option for option, argument in PARTS.items()}.get(name)
     named = set(vars(getattr(options, option))) if option else set()
     if name == "speculative_config" and options.speculative.decoding_type is None:
-        named = set()  # the mapping is the whole value
+        named = set()  # no option sets any field: the mapping is the whole config
     known = _fields_known(name, {**given(options).get(name, {}), **config})
     for field in config:
         path = f"backend.extra_args.{name}.{field}"
@@ -385,7 +386,7 @@ def _fields_of(name: str, config: Mapping[str, Any], options: TensorrtBackend) -
 
 
 def _fields_known(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields of a part; empty if they cannot be determined."""
+    """Return the fields of a nested config; empty if they cannot be determined."""
     if name != "speculative_config":
         part = tensorrt_source.part(name)
         return {} if part is None else tensorrt_source.arguments(part)

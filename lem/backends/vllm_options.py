@@ -167,7 +167,7 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 
 
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
-    """Return the requested dtype, or else the checkpoint's on a GPU; vLLM's default would turn float32 to 16 bits."""
+    """Return the requested dtype or, on a GPU, the checkpoint's: vLLM's own default would convert float32 to 16 bits."""
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"
     return checkpoint_dtype(experiment, model) or "auto"
@@ -350,7 +350,7 @@ def _is_dotted(value: Any) -> bool:
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:
-    """Object to values that the installed version does not know, although a plugin may add them."""
+    """Object to values that the installed version does not know; a plugin may still add them."""
     asked = given(options) | {"speculative.method": options.speculative.method}
     for argument in vllm_source.CHOICES:
         if (value := asked.get(argument)) is not None:
