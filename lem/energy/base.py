@@ -58,7 +58,7 @@ class Meter(ABC):
 
     @abstractmethod
     def mark(self) -> None:
-        """Fix the end of the window without waiting; `end` follows. Only the first call per window has an effect."""
+        """Fix the time at which the window ends, without waiting; `end` follows. Later calls have no effect."""
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
@@ -69,8 +69,8 @@ class Meter(ABC):
 
         The caller stores the result, so that a run that is killed keeps its energy. The method is called between
         batches, inside the measured window. Therefore, it never waits for a sensor's next value and costs at most one
-        call to the driver, usually well under a millisecond. It does not raise if a device is lost, and it does not
-        change the result of `end`.
+        call to the driver for each device, usually well under a millisecond. It does not raise if a device is lost, and
+        it does not change the result of `end`.
 
         There is a reading for each device that `end` reports, in the same order. A reading holds the energy at the
         sensor's last tick or sample, so the energy never decreases and never exceeds the final energy. Before the first
@@ -155,7 +155,7 @@ class CombinedMeter(Meter):
             meter.begin()
 
     def mark(self) -> None:
-        """Fix the end of the window on all meters, starting with the first."""
+        """Fix the time at which the window ends on all meters, starting with the first."""
         for meter in self._meters:
             meter.mark()
 

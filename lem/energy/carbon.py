@@ -1,7 +1,8 @@
 """Carbon intensity, the factor that converts joules into grams of CO2e.
 
-If an intensity is configured, it is used. Otherwise, the intensity is the mean of the configured country's grid, from
-codecarbon's tables. Without either, CO2e is null: lem never assumes a country. This module knows nothing about meters.
+If an intensity is configured, it is used. Otherwise, the intensity is the mean for the configured country's electricity
+grid, from codecarbon's tables. Without either, CO2e is null: lem never assumes a country. This module knows nothing
+about meters.
 """
 
 from __future__ import annotations

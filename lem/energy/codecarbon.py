@@ -2,9 +2,9 @@
 
 codecarbon reads RAPL if the kernel permits it. Otherwise, it derives the CPU's power from the CPU's load and rated
 power. For memory, it assumes a constant power per module. CPU energy without RAPL and all memory energy are labelled as
-estimates. The NVML meter reads the GPUs, and `lem.energy.carbon` computes CO2e; the tracker's own grid look-up is never
-used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are ignored as well, because they
-would change the numbers without leaving a trace in the record.
+estimates. The NVML meter reads the GPUs, and `lem.energy.carbon` computes CO2e; the carbon intensity that the tracker
+itself looks up is never used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are
+ignored as well, because they would change the numbers without leaving a trace in the record.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lem.spec.rules import Objection
 from lem.units import J_PER_KWH, NS_PER_S
 
 SAMPLING_PERIOD_S = 1.0
-# In these modes codecarbon computes CPU energy from sampled power; in the others it reads a counter at the end.
+# In these modes, codecarbon computes CPU energy from power samples; in its other modes, it reads a counter at the end.
 SAMPLED_MODES = ("cpu_load", "constant")
 _WITHOUT = "Use energy=none to run without a meter."
 # A program that opens the meter and, if that fails, prints the reason.

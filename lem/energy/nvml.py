@@ -38,7 +38,7 @@ MODULES = ("GH200",)
 # The driver updates its power values every 0.1 s, but sometimes the instantaneous value only every 0.2 s (H100,
 # 2026-11-26).
 POWER_UPDATE_S = 0.2
-# Averaging time of nvmlDeviceGetPowerUsage (measured on the same GPU: the value rises for 1.0 s after a power step).
+# Averaging time of nvmlDeviceGetPowerUsage (measured on an H100: the value rises for 1.0 s after a power step).
 POWER_AVERAGE_S = 1.0
 
 
@@ -102,19 +102,19 @@ class NvmlMeter(Meter):
         self._is_settled = True
 
     def begin(self) -> None:
-        """Note the time, and have each counter read in the background: now, and after its next two ticks."""
+        """Record the time, and have each counter read in the background: now, and after each of its next two ticks."""
         assert self._sampler is not None
         self.settle()
         self._is_settled, self._marked_ns, self._begun = False, None, None
         seen = self._sampler.count
         self._sampler.sample_now()
         self._pending = self._on_each(lambda device: device.counter.follow())
-        # The time is noted last, because the caller's clock starts when this method returns.
+        # The time is recorded last, because the caller's clock starts when this method returns.
         self._begun_ns = time.perf_counter_ns()
         self._traced = RunningIntegral(self._sampler, seen, self._begun_ns)
 
     def mark(self) -> None:
-        """Note the time and the power, and have each counter read in the background until it has ticked twice."""
+        """Record the time and the power, and have each counter read in the background until it has ticked twice."""
         assert self._sampler is not None
         if self._marked_ns is not None:
             return
@@ -152,7 +152,7 @@ class NvmlMeter(Meter):
         begun = self._begun or [Edge(None, "it has not ticked in this window yet")] * len(self._devices)
         readings = []
         for device, edge in zip(self._devices, begun, strict=True):
-            # The trace of a GPU that has stopped answering ends early.
+            # The trace of a GPU that no longer responds ends too early, so its integral is not used.
             trace_j = None if device.power_reason else traced_j.get(device.gpu.uuid) or None
             readings.append(self._reading(device, edge, device.counter.last_since(edge), trace_j))
         return tuple(readings)
@@ -305,7 +305,7 @@ class Device:
         return int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
     def _counter_exists(self) -> bool:
-        """Read the counter once and return whether it exists; other failures become the reason for missing energy."""
+        """Read the counter once and return whether it exists; any other failure is stored in `counter.error`."""
         self.counter.poll()
         return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
 

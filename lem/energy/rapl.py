@@ -30,8 +30,8 @@ from lem.units import NS_PER_S
 
 POWERCAP_DIR = "/sys/class/powercap"
 UJ_PER_J = 1e6
-# No single package (or its memory) sustains this power. If two readings are closer together than the counter takes to
-# fill up at this power, the counter has wrapped around at most once.
+# No single package (or its memory) sustains this power. If the time between two readings is shorter than a counter
+# takes to reach its largest value at this power, the counter has wrapped around at most once.
 MAX_POWER_W = 1000.0
 # Allowance for a power peak, or the kernel's own update of the counter, just before or after a reading.
 GAIN_SLACK_S = 1.0
@@ -111,7 +111,7 @@ class RaplMeter(ImmediateMeter):
         self._thread.start()
 
     def begin(self) -> None:
-        """Note the counters' values."""
+        """Record the counters' values."""
         with self._lock:
             self._window_is_open = True
             for counter in self._counters:

@@ -58,7 +58,7 @@ class ReplayMeter(ImmediateMeter):
         self._opened_ns = self.clock.now_ns()
 
     def begin(self) -> None:
-        """Note the time."""
+        """Record the time at which the window begins."""
         self._begun_ns = self.clock.now_ns()
 
     def _taken(self) -> tuple[EnergyReading, ...]:

@@ -30,7 +30,7 @@ class SimulatedMeter(ImmediateMeter):
         return cls(energy.power_w)
 
     def begin(self) -> None:
-        """Note the time."""
+        """Record the time at which the window begins."""
         self._begun_ns = self.clock.now_ns()
 
     def _taken(self) -> tuple[EnergyReading, ...]:

@@ -24,7 +24,7 @@ from lem.units import NS_PER_S
 
 # Long enough for five ticks of 100 ms.
 LEARN_S = 0.6
-# The relative accuracy to which the tick period must be known; slow calls take longer to reach it.
+# The relative accuracy to which the tick period must be known; if calls are slow, determining it takes longer.
 PERIOD_WITHIN = 0.02
 LEARN_MOST_S = 2.0
 # Maximum time to wait for a tick of a counter with a known tick period.
@@ -241,7 +241,7 @@ def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
     """Return the times of the ticks, extrapolated from `tick`, and the counter's value after each, in order of time.
 
-    A reading that may have been taken on either side of a tick is left out.
+    A reading is left out if it was taken so close to a tick that it is unclear on which side.
     """
     values = {-1: tick.before_mj, 0: tick.after_mj}
     for reading in readings:

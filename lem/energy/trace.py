@@ -32,7 +32,7 @@ def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> fl
 
 
 def _piece_j(left: PowerSample, right: PowerSample, start_ns: int, end_ns: int) -> float:
-    """Return the integral in joules between two samples, clipped to [start_ns, end_ns]."""
+    """Return the energy in joules over [start_ns, end_ns], which must lie between the two samples."""
     span_ns = right.t_ns - left.t_ns
     if span_ns <= 0:
         return 0.0
@@ -95,7 +95,7 @@ class Sampler:
             self._samples.extend(self._take())
 
     def samples(self, first: int = 0) -> list[PowerSample]:
-        """Return the samples so far, starting with number `first`, in order of time."""
+        """Return the samples so far without the first `first` ones, in order of time."""
         with self._lock:
             return self._samples[first:]
 

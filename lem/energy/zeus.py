@@ -31,7 +31,7 @@ class ZeusMeter(ImmediateMeter):
     def __init__(self, gpus: Sequence[Gpu]) -> None:
         # The GPUs in use, if NVML knows them; otherwise all visible GPUs are read.
         self._gpus = gpus
-        # The numbers of GPUs of which only a MIG instance is used; zeus, too, reads these as a whole.
+        # zeus's numbers for the GPUs of which only a MIG instance is in use; zeus reads the whole of such a GPU.
         self._divided: set[int] = set()
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
@@ -84,7 +84,7 @@ class ZeusMeter(ImmediateMeter):
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
 
     def _indices(self) -> list[int] | None:
-        """Return zeus's numbers of the GPUs in use, which count the visible GPUs; None if NVML does not know them."""
+        """Return zeus's numbers for the GPUs in use (it counts visible GPUs); None if NVML does not know them."""
         if not self._gpus:
             return None
         shown = list(dict.fromkeys(each.uuid for each in gpu.visible()))

@@ -302,7 +302,7 @@ def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance
     for k in range(ask(lib, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
         instance = ask(lib, "nvmlDeviceGetMigDeviceHandleByIndex", handle, k)
         if instance is None:
-            continue  # this slot is free
+            continue  # the GPU has no instance with this number
         uuid, name = (ask(lib, f"nvmlDeviceGet{what}", instance, convert=_text) for what in ("UUID", "Name"))
         yield MigInstance(
             uuid=uuid,

@@ -34,7 +34,7 @@ SLURM_VARIABLES = (
 CPU_DIR = "/sys/devices/system/cpu"
 # Settings of a checkout that make `git status` run a program.
 PROGRAMS_OF_GIT = r"^(core\.fsmonitor|filter\..*\.(clean|smudge|process)|extensions\.worktreeconfig)$"
-# Types of file systems through which Linux shows its own state: they have no room for files, even root's.
+# Types of file systems in which the kernel exposes its own state, and in which nobody, not even root, can store files.
 KERNELS_FILESYSTEMS = frozenset([
     "proc", "sysfs", "cgroup", "cgroup2", "devpts", "securityfs", "debugfs", "tracefs", "configfs", "pstore", "bpf",
     "efivarfs", "fusectl", "binfmt_misc", "selinuxfs", "mqueue", "nsfs", "rpc_pipefs",

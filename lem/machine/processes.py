@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Launchers of several processes (torchrun, accelerate, MPI) set these variables to tell each process its rank and where
-# the others are. A shell or pod that runs under a launcher passes them on to everything that it starts.
+# Launchers of several processes (torchrun, accelerate, MPI) set these variables to tell each process its rank and the
+# addresses of the other processes. A shell or pod that runs under a launcher passes them on to everything that it
+# starts.
 OF_LAUNCHERS = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|ROLE_NAME|RDZV_.*"
     r"|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|PET_.*|ACCELERATE_.*|FSDP_.*"

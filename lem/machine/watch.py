@@ -105,7 +105,7 @@ class _Seen:
         return {name: now_s[name] - s for name, s in self._begun_s.items() if name in known and now_s[name] > s}
 
     def sample(self, own: Callable[[], Collection[int]]) -> None:
-        """Note the active throttle reasons and any new processes."""
+        """Record the active throttle reasons and any new processes."""
         if self._handle is None:
             return
         self._samples += 1
