@@ -24,7 +24,8 @@ FORMAT_VERSION = 2
 COMMON = ("experiment_id", "rank", "cycle", "attempt")
 
 # A reading covers a phase if it misses at most UNCOVERED_SHARE of the phase or at most UNCOVERED_S (one tick of a GPU's
-# counter). UNCOVERED_S is capped at UNCOVERED_MOST of the phase, a sensor's proportional error (Yang et al. 2024).
+# counter). UNCOVERED_S is capped at UNCOVERED_MOST of the phase, the relative error of a power sensor (Yang et al.
+# 2024).
 UNCOVERED_SHARE = 0.01
 UNCOVERED_S = 0.1
 UNCOVERED_MOST = 0.05
@@ -200,7 +201,7 @@ class ModelInfo(Struct, frozen=True, gc=False):
     weights_missing: tuple[str, ...] | None = None
     weights_unexpected: tuple[str, ...] | None = None
     weights_mismatched: tuple[str, ...] | None = None
-    # The dtype of the matrix products, if the engine has a setting for it besides the dtype of the weights.
+    # The dtype of the matrix products, if the engine sets it separately from the dtype of the weights.
     arithmetic: str | None = None
 
 

@@ -44,7 +44,7 @@ POWER_LEAST_S = 2.0
 LEAST_CYCLES = 2
 # The percentiles of latencies that rows report.
 PERCENTILES = (50, 95, 99)
-# A sample is large enough if its largest value reaches the percentile with at least this probability.
+# A sample is large enough if its largest value is at least the true percentile with at least this probability.
 PERCENTILE_CERTAINTY = 0.95
 # Even in a good run, the counter and the power trace differ by up to this share, so smaller differences are ignored.
 IDLE_TOLERANCE = 0.01
@@ -428,7 +428,7 @@ def of_record(record: ProcessRecord, requests: Sequence[RequestRecord]) -> list[
         return []
     return [
         *_of_window(window.duration_s, window.energy),
-        # The other processes meter nothing.
+        # Only one process meters energy; for the others, missing energy is normal.
         *(_of_energy(window.energy, window.duration_s) if record.rank == ENERGY_OWNER else ()),
         *_of_the_gpu(record),
         *_of_power(record),
@@ -451,7 +451,7 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
             continue
         ratio = r.trace_energy_j / r.energy_j
-        # The trace may show a power step at the window's edge late, by up to `trace_reach_s`.
+        # The trace may show a power step at the window's edge up to `trace_reach_s` late.
         if abs(ratio - 1) > TRACE_TOLERANCE + (r.trace_reach_s or 0.0) / duration_s:
             yield warning(
                 "counter_trace_mismatch", f"{r.device}: the power trace gives {ratio:.3f} times the counter's energy."
@@ -554,7 +554,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU that was throttled in the window, or around the window if nothing watched it."""
+    """Yield a warning for each GPU throttled in the window or, if nothing watched the GPUs then, before or after it."""
     for window in during:
         if held := _held_down(window):
             yield warning("throttled", f"{window.uuid}: clocks held down by {', '.join(held)} of the window.")
@@ -692,7 +692,7 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
 
 
 def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
-    """Yield a warning if parts of a run were measured in different places; `places` lists the distinct ones by kind."""
+    """Yield a warning if parts of a run were measured in different places; `places` gives the distinct ones by kind."""
     parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
     if parts:
         yield warning("machine_changed", f"parts of the run were measured in different places: {'; '.join(parts)}.")
@@ -721,7 +721,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 
 
 def samples_needed(percent: float) -> int:
-    """Return the sample size at which the largest value reaches a percentile with 95 % probability.
+    """Return the sample size at which the largest value is at least the true percentile with 95 % probability.
 
     S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """

@@ -1,6 +1,6 @@
 """The clock that times a run: the machine's own, or a virtual one on which time passes only while the run sleeps.
 
-This module knows nothing about engines or meters. Times are in nanoseconds; only their differences have a meaning.
+This module knows nothing about engines or meters. Times are in nanoseconds; only their differences are meaningful.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Clock:
 
 
 class VirtualClock(Clock):
-    """A clock that advances only when the run sleeps, and then at once."""
+    """A clock that advances only when the run sleeps; it then jumps ahead, without any real waiting."""
 
     is_virtual = True
 

@@ -1,4 +1,4 @@
-"""Reads prompts from a local file (JSON, JSON lines, CSV, Parquet, or a prompt per line), which may be compressed.
+"""Reads prompts from a local file (JSON, JSON lines, CSV, Parquet, or one prompt per line), which may be compressed.
 
 A file's suffix states its format. If the content contradicts the suffix, or if the suffix is unknown, the file is
 refused, because otherwise raw JSON or CSV could be run as prompts.
@@ -107,7 +107,7 @@ def _json_kind(text: str) -> str | None:
 
 
 def _like_no_text(text: str) -> str | None:
-    """Return what text seems to be instead of prompts: markup, YAML, or JSON that is damaged; None if it is prompts."""
+    """Return what text seems to be instead of prompts: markup, YAML, or damaged JSON; None if it may be prompts."""
     if MARKUP.match(text):
         return "begins like HTML or XML"
     if LIKE_YAML.match(text):
@@ -248,9 +248,9 @@ def _fields(count: int) -> str:
 def _with_spaced_quotes(
     path: Path, text: str, delimiter: str, records: list[tuple[int, list[str]]]
 ) -> list[tuple[int, list[str]]]:
-    """Return the records of a file with a space before some quotes, which a strict reading takes for text.
+    """Return the records of a file with spaces before some quotes, so that a strict parser takes these quotes for text.
 
-    The spaces are not text if the header has them too; otherwise it is unknown what the author meant.
+    If the header has such spaces too, they are skipped. Otherwise, it is unknown what the author meant.
     """
     spaced = _records(path, text, delimiter, skips_spaces=True)
     if any(name.startswith(" ") for name in records[0][1][1:]):

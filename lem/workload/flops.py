@@ -1,10 +1,11 @@
 """Model FLOPs of the counted tokens, computed from the model's architecture.
 
-The count covers the matrix products of the forward pass, with a multiply-add as two operations. A token costs 2 for
-each weight that it passes through and, in each attention layer, 4·(heads·head_dim) for each position that it attends to
-(QKᵀ and the weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al. 2020, arXiv 2001.08361,
-table 1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that all parameters are
-matrices. Padding, recomputation, norms and softmax are not counted. This module knows nothing about engines.
+The count covers the matrix products of the forward pass, with a multiply-add as two operations. A token costs 2
+operations for each weight that it passes through and, in each attention layer, 4·(heads·head_dim) operations for each
+position that it attends to (QKᵀ and the weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al.
+2020, arXiv 2001.08361, table 1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that
+all parameters are matrices. Padding, recomputation, norms and softmax are not counted. This module knows nothing about
+engines.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Architecture:
 
     `body_weights` is the number of matrix weights that every token passes through (in a mixture of experts, only the
     experts that the token is routed to). `head_weights` is the number of weights in the output projection, which is
-    computed only where a token is chosen. `attention` has one entry for each reach.
+    computed only where a token is chosen. `attention` has one entry for each group of layers that attend
+    equally far back.
     """
 
     body_weights: int
@@ -60,7 +62,7 @@ class Architecture:
     attention: tuple[Attention, ...] = ()
 
     def with_adapter(self, of_body: int, of_head: int) -> Architecture:
-        """Return the sizes including an adapter's weights in the body and at the output projection."""
+        """Return this architecture with an adapter's weights added to the body and to the output projection."""
         return replace(self, body_weights=self.body_weights + of_body, head_weights=self.head_weights + of_head)
 
 

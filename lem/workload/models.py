@@ -17,7 +17,7 @@ ADAPTER_FILE = "adapter_config.json"
 # Keys under which a multimodal model's configuration has the configuration of its language model.
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
-# The maximum number of layers that is believed, and the maximum length in characters of a value in a message.
+# The largest plausible number of layers, and the maximum length in characters of a value in a message.
 MOST_LAYERS = 10_000
 LONGEST_SHOWN = 40
 
@@ -104,7 +104,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_odd_values(file: Path, config: dict[str, Any]) -> None:
-    """Refuse types that are not names, and a number of layers whose construction would not end."""
+    """Refuse model types and classes that are not names, and a number of layers too large to build."""
     kind, layers, classes = (config.get(name) for name in ("model_type", "num_hidden_layers", "architectures"))
     if not isinstance(kind, str | None):
         raise ModelError(f"{file}: model_type is {shown(kind)}, not a name; correct the file.")
@@ -155,7 +155,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         raise ModelError(f"The model {name} has no revision '{revision}'.") from None
     except errors.HFValidationError:
         raise ModelError(f"'{name}' is neither a model directory nor a hub id (owner/name).") from None
-    except Exception as error:  # the client also raises errors of its transport
+    except Exception as error:  # the hub's client also raises errors of its HTTP library
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise ModelError(
                 f"{name} has no config.json on the hub, so it is not a model that transformers can load. If it is a "

@@ -1,4 +1,4 @@
-"""Switches to the Hugging Face hub's cache when the hub is unreachable. This module knows no models or datasets.
+"""Switches to the Hugging Face hub's cache when the hub is unreachable, without regard to models or datasets.
 
 Without a network, the hub's client retries for half a minute before it falls back on its cache. Looking up the host
 name shows immediately that the hub is unreachable; the client is then put into offline mode, so that it uses the
@@ -65,7 +65,7 @@ def reach(timeout_s: float = 3.0) -> Reach:
         return Reach("HF_ENDPOINT", is_reachable=False, problem=f"it is not an address: {error}")
     if (os.environ.get(OFFLINE) or "").upper() in ("1", "ON", "YES", "TRUE"):
         return Reach(host, is_reachable=False, is_switched_off=True)
-    # User name and password are left out, because a check whether anything answers does not need them.
+    # User name and password are left out: they are not needed to check whether anything answers.
     address = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path}"
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=lambda: answers.put(_problem(address, timeout_s)), name="hub", daemon=True).start()

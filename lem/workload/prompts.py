@@ -37,7 +37,7 @@ class Rows(Sequence[Row]):
         name: the file's path or the dataset's id.
         unit: the word for a row in this format, such as line, item or row.
         rows: the rows.
-        numbers: the number of each row; None means that rows are counted from 1.
+        numbers: the number of each row in its source, such as a line number; None means that rows are counted from 1.
         places: the location of each row, if the rows come from several files.
         files: the files that were read, if the dataset is a directory.
     """

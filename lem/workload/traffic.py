@@ -176,7 +176,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """Let `count` more requests arrive, because that many have finished."""
+        """With a fixed concurrency, let `count` more requests arrive, because that many have finished at `at_ns`."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 

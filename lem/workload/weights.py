@@ -14,13 +14,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-# These are in the order in which transformers looks for them.
+# The names of weight files and of their indexes, in the order in which transformers looks for them.
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 POINTER = b"version https://git-lfs"
 ZIP = b"PK"
-# A safetensors file begins with the length of its header: a number of LENGTH_BYTES bytes, at most LONGEST_HEADER.
+# A safetensors file begins with an integer of LENGTH_BYTES bytes: the length of its header, at most LONGEST_HEADER
+# bytes.
 LENGTH_BYTES, LONGEST_HEADER = 8, 100_000_000
 
 # The maximum number of names per kind that a record keeps; if thousands are missing, the first few are enough.
@@ -116,13 +117,13 @@ def tensors(folder: Path) -> dict[str, Tensor] | None:
 
 
 def of_integers(folder: Path) -> tuple[str, ...]:
-    """Return the names of the weights in a folder's safetensors files that consist of integers."""
+    """Return the names of the weights stored as integers in a folder's safetensors files."""
     found = (tensors(folder) or {}).items()
     return tuple(name for name, tensor in found if name.endswith(".weight") and tensor.dtype.startswith(("I", "U")))
 
 
 def archives(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint if all of them are torch archives, which only torch can list; otherwise none."""
+    """Return a checkpoint's files if all are torch archives, whose tensors only torch can list; otherwise none."""
     files = weight_files(folder)
     are_archives = all(file.suffix != ".safetensors" and _beginning(file, len(ZIP)) == ZIP for file in files)
     return files if are_archives else []
