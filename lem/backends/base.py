@@ -108,7 +108,7 @@ class Backend(ABC):
     """The number (from 0) of this process among the run's processes on the node; set before `start`."""
 
     forced: bool = False
-    """Whether the user has accepted inadvisable conditions, such as missing weights; set before `load`."""
+    """Whether the user has accepted inadvisable conditions (`--force`), such as missing weights; set before `load`."""
 
     cell: CampaignCell | None = None
     """The run's place in its campaign, or None outside a campaign; set before `start`."""
@@ -142,7 +142,7 @@ class Backend(ABC):
         return False
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the physical GPUs that all processes of the experiment use on this node; called after `start`.
+        """Return all physical GPUs that the experiment's processes use on this node; called after `start`.
 
         Only these GPUs are metered.
         """
@@ -153,7 +153,7 @@ class Backend(ABC):
         return False
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return how many of a window's requests may fail; the default is 0, because most engines fail as a whole."""
+        """Return how many of a window's requests may fail; 0 by default, because a failure stops most engines."""
         return 0
 
     def server_pids(self) -> Sequence[int]:
@@ -177,10 +177,10 @@ class Backend(ABC):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Seed the sampling, run the prompts, and yield the outputs, grouped by when they finish."""
+        """Seed the sampling, run the prompts, and yield the outputs in groups that finish together."""
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Run prompts as they arrive, and yield the outputs with their arrival times, grouped by when they finish.
+        """Run prompts as they arrive, and yield the outputs, with their arrival times, in groups that finish together.
 
         The default implementation runs one batch after another, each formed from the prompts that are waiting when the
         engine becomes free. Backends whose engine accepts prompts while it is working override this method.

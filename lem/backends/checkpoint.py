@@ -44,7 +44,8 @@ class Checkpoint:
         """Return the sizes that determine the FLOPs, including those of an adapter.
 
         Args:
-            adapter_weights: the number of the adapter's weights in the model's body and at its output projection.
+            adapter_weights: how many of the adapter's weights are in the model's body, and how many at its output
+            projection.
 
         Raises:
             UnknownArchitecture: the sizes cannot be determined; the message is the reason.

@@ -36,13 +36,13 @@ def values(model: Model) -> Iterator[Objection]:
         odd = [name for name, kind in types.items() if name in part and not _is_of_type(part[name], kind)]
         message = _rejection(model) if odd else ""
         for name in odd:
-            if f"'{name}'" in message:  # transformers names one value
+            if f"'{name}'" in message:  # the message names only one of the values
                 fact = f"{name} is {shown(part[name])}, but transformers expects {types[name]}"
                 yield Objection("config_value_type", "model", f"{model.name}/config.json: {fact}.")
 
 
 def _is_of_type(value: Any, annotation: str) -> bool:
-    """Return whether a value from a JSON file evidently has the type; types of containers allow any content."""
+    """Return whether a value from a JSON file evidently has the type; the elements of containers are not checked."""
     plain = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
     kinds = [kind.strip() for kind in annotation.split("|")]
     if "Any" in kinds or type(value) in (plain.get(kind) for kind in kinds):

@@ -41,7 +41,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
-    """Turn an error raised in the block into a one-line `RunError`: `beginning`, the reason, and what `hint` returns."""
+    """Turn an error in the block into a one-line `RunError`: `beginning`, the reason, and what `hint` returns."""
     try:
         yield
     except Interrupted:

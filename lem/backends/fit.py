@@ -125,7 +125,7 @@ def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool
 # ------------------------------------------------------------------ with transformers
 @lru_cache(maxsize=8)
 def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
-    """Return the `Fit` that transformers' loader reports for a checkpoint's tensors without their values.
+    """Return the `Fit` that transformers' loader reports if it loads a checkpoint's tensors without their values.
 
     The result is cached for the many cells of a study; `stamps` change when the files do.
     """

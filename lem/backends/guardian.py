@@ -28,7 +28,7 @@ SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 
 
 class EndRequested(Exception):
-    """The command is no longer needed."""
+    """Raised when the command is no longer needed."""
 
 
 def main(command: list[str]) -> int:
@@ -62,7 +62,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end the command if this process is killed; called in the child before it runs the command."""
+    """Have the kernel end the command if the guardian is killed; the child calls this before it runs the command."""
     _prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
@@ -105,7 +105,7 @@ def _family() -> list[int]:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
-        return []  # orphans become children of this process
+        return []  # without children, there are no descendants, because orphans become children of this process
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdecimal() and (parent := _parent(entry)) is not None:

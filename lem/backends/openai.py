@@ -67,17 +67,18 @@ class Openai(Backend):
         return wants_gpu(experiment.backend, host)
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that the server runs on, as far as the driver lists its processes."""
+        """Return the GPUs that the server runs on or, if the driver does not list its processes, may run on."""
         self._gpus = gpus_for(self._experiment, host)
         if self._options.command is None and may_use_gpu(self._options):
             self._gpus, self._doubt = self._of_the_server(self._gpus)
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs on which a running server computes; if that is unknown, all visible GPUs and the reason.
+        """Return the GPUs to meter for a running server, and why these may not be the GPUs that it uses, or None.
 
-        A server may also compute on GPUs that CUDA_VISIBLE_DEVICES hides from lem alone. If the user has named GPUs,
-        exactly these are kept.
+        They are the GPUs on which the driver lists the server's processes, even GPUs that CUDA_VISIBLE_DEVICES hides
+        from lem alone. If the driver lists none, they are all visible GPUs. If the user has named GPUs, they are
+        exactly these.
         """
         pids = {process.pid for process in self._processes()}
         hidden = [gpu for gpu in installed() if gpu.uuid not in {each.uuid for each in visible}]

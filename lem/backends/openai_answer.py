@@ -189,7 +189,7 @@ class Reply:
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes received in one network read, all at once or in several calls with the same `read`.
+        """Add bytes from the network read with the number `read`, which may be passed in several pieces.
 
         Raises:
             Refused: the server sent an error, or more data than a completion can have.
@@ -438,7 +438,7 @@ class Transcript:
         self.is_done = False
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes received in one network read, all at once or in several calls with the same `read`.
+        """Add bytes from the network read with the number `read`, which may be passed in several pieces.
 
         Raises:
             Refused: the server sent an error.

@@ -92,7 +92,7 @@ class Client:
         """A function called in the client's thread with each answer or failure, before `next_done` returns it."""
 
     def start(self) -> None:
-        """Start the thread, and raise the limit on open files, because each request in flight needs one."""
+        """Start the thread, and raise the limit on open files, because each request in flight needs an open socket."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             with suppress(ValueError, OSError):
@@ -247,7 +247,7 @@ class Client:
                 return answer
 
     async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
-        """Read a response to its end, or until enough of it has arrived; each event with output extends the limit."""
+        """Read a response until it ends or enough of it has arrived; each event with output extends the time limit."""
         network, events, is_ending = response.extensions["network_stream"], 0, False
         async for received in response.aiter_stream():
             reply.take(received, network.reads, network.read_at_ns)
@@ -277,7 +277,7 @@ class Client:
 
 
 def _despite_the_end(reply: Reply) -> Answer | None:
-    """Return the answer in a response that was cut off, if only the end of the response is missing."""
+    """Return the answer in a response that was cut off after all of its tokens; None if some may be missing."""
     try:
         return reply.answer(is_whole=False)
     except ServerGone:

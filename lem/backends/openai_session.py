@@ -59,7 +59,8 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 NO_SUCH_PATH = (404, 405, 501)
 # The maximum size of an answer in bytes: for each token, and for everything else.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
-# The maximum number of an answer's events with output, likewise: a proxy may split a token's text over several events.
+# The maximum number of an answer's events with output: for each token (a proxy may split its text over several events),
+# and in addition to these.
 MOST_EVENTS_PER_TOKEN, MOST_EVENTS_BESIDE = 16, 1000
 # The maximum length in characters of a value that a server reports about itself.
 LONGEST_TOLD = 200
@@ -77,8 +78,9 @@ class Loaded:
     """A server that is ready, and its model.
 
     `server` is None if the server was already running. `card` is the server's entry for the model. `sends_ids` says
-    whether the server sends the ids of output tokens; if not, tokens are counted by its usage or, if the user asks for
-    that, by the tokenizer. `texts` holds the text of each prompt that is sent as text, keyed by the prompt's tokens.
+    whether the server sends the ids of output tokens; if not, the token counts are those that the server reports or, if
+    the user asks for that, those of the tokenizer. `texts` holds the text of each prompt that is sent as text, keyed by
+    the prompt's tokens.
     """
 
     checkpoint: Checkpoint

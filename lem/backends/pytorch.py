@@ -79,7 +79,7 @@ class Pytorch(Backend):
         return bool(host.gpus) and experiment.backend.device != "cpu"
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that all processes use, beginning with the first visible one; none if the CPU is used."""
+        """Return all GPUs that the run's processes use on this node, the first visible one first; none on a CPU."""
         import torch
 
         if self._is_on_cuda(torch):

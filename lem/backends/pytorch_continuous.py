@@ -32,7 +32,7 @@ OLDEST = (5, 19)
 # The number of tokens in a page of the cache. Flash attention reads pages of 256; other kernels read token by token.
 PAGE, FLASH_PAGE = 16, 256
 # The number of input tokens that a step can process in addition to one token per running request. Without flash
-# attention, a mask is allocated that has this many rows and is as long as the whole cache.
+# attention, a mask is allocated with a row for each of these tokens and a column for each token in the cache.
 STEP_TOKENS, FLASH_STEP_TOKENS = 512, 8192
 # Spare pages, because a model with several kinds of layers allocates its cache in units larger than a page.
 SPARE_PAGES = 4

@@ -35,7 +35,7 @@ class LastLogits:
         logits, self._logits = self._logits, None
         if logits is None:
             return 0
-        # The maximum of a row is NaN if any of its values is; unlike a comparison of all values, this needs no memory.
+        # The maximum of a row is NaN if any of its values is; unlike comparing all values, this needs no extra memory.
         largest = logits.amax(dim=-1)
         largest = largest[:, -1] if largest.ndim == 2 and largest.shape[0] > 1 else largest
         return int((~largest.isfinite()).sum())

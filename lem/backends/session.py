@@ -1,7 +1,7 @@
 """The code shared by backends whose engine accepts prompts while other prompts are running.
 
-This module knows no particular engine. Each backend defines how its engine loads a model, takes a prompt, works, and is
-interrupted.
+This module knows nothing about any particular engine. Each backend defines how its engine loads a model, takes a
+prompt, works, and is interrupted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Request:
     given_ns: int = field(default_factory=lambda: time.perf_counter_ns(), kw_only=True)
 
     def take(self, token_ids: Sequence[int], at_ns: int, *, timed: bool) -> None:
-        """Add tokens that arrived together."""
+        """Add tokens that the engine delivered together."""
         self.token_ids += token_ids
         if timed and token_ids:
             self.chunks.append(Chunk(at_ns, len(token_ids)))
@@ -203,7 +203,7 @@ S = TypeVar("S", bound=Session[Any])
 
 
 class SessionBackend(Backend, Generic[S]):
-    """Base class of the backends whose engine works on a session of requests."""
+    """Base class of the backends that run their prompts through a `Session`."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
@@ -227,7 +227,7 @@ class SessionBackend(Backend, Generic[S]):
         """Return a session without any requests in flight."""
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that all processes use, beginning with the first visible one; none if the CPU is used."""
+        """Return all GPUs that the run's processes use on this node, the first visible one first; none on a CPU."""
         if not self._on_gpu:
             return ()
         in_use, first = host.gpus[: gpus_needed(self._experiment)], self.local_rank * self._degree
@@ -244,7 +244,7 @@ class SessionBackend(Backend, Generic[S]):
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Give the engine each prompt as it arrives, while others run; without continuous batching, run in batches."""
+        """Give the engine each prompt as it arrives; without continuous batching, run them batch by batch."""
         if self._experiment.batching.strategy == "continuous":
             yield from self._begun().serve(arrivals)
         else:

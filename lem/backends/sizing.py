@@ -24,7 +24,7 @@ from lem.workload.flops import Architecture, Attention, UnknownArchitecture
 
 # The lengths of the forward passes; three are needed to separate constant, linear and quadratic parts.
 LENGTHS = (2, 3, 5)
-# The largest accepted constant cost of a pass, relative to the cost of a token.
+# The part of a pass's cost that does not depend on the pass's length may be at most this share of a token's cost.
 CONSTANT_SHARE = 0.002
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # GPT-Neo's names for its kinds of layers.
@@ -85,7 +85,7 @@ def _text_model(model: Any) -> Any:
     except Exception as error:  # the model's own code may fail on tensors without values
         raise UnknownArchitecture(f"its text model cannot be built without weights ({_brief(error)})") from error
     hollow.eval()
-    # This option selects each token's experts without looking at values; models without experts reject it.
+    # With this implementation, the experts run without looking at values; models without experts reject the option.
     with suppress(Exception):
         hollow.set_experts_implementation("batched_mm")
     return hollow

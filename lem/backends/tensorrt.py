@@ -43,7 +43,7 @@ from lem.workload.models import Model
 from lem.workload.tokens import Chunk, first_tokens
 
 ENVIRONMENT = {"TRTLLM_NO_USAGE_STATS": "1"}
-# How often a waiting session checks whether the engine's processes are alive.
+# The time between two checks whether the engine's processes are alive, while a session waits for requests.
 CHECK_S = 1.0
 # An engine that sends nothing for this long is assumed to be dead. If tokens are not streamed, one second is added for
 # each output token, because no engine is slower than that.
@@ -147,7 +147,8 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
     def peak_memory(self) -> Memory:
         """Return the GPU memory in use, as reported by the driver; without GPUs, the peak memory of the processes.
 
-        The engine's allocator is in other processes and cannot be queried. The cache was allocated during loading.
+        The peak cannot be queried, because the engine's allocator is in other processes. The memory in use is close to
+        it, because the cache is allocated when the model is loaded.
         """
         if self._own_gpus:
             scope = (
@@ -231,9 +232,9 @@ class Llm:
 
 
 def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return LLM's arguments, with the speculative configuration as an object of the class that LLM requires.
+    """Return the arguments for `LLM`, with the speculative configuration as an object of the class that it requires.
 
-    LLM recognises the other parts by their names, so these may remain mappings.
+    The class of any other nested config follows from the argument's name, so these may remain mappings.
     """
     config = arguments.get("speculative_config")
     found = None if not isinstance(config, Mapping) else speculative_class(config)

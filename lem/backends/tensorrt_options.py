@@ -29,7 +29,7 @@ from lem.spec.processes import runs_in_one_process
 from lem.spec.rules import Objection
 from lem.workload.models import Model
 
-# The LLM argument for each option, and for each part (a group of options, passed as one nested config).
+# The argument of `LLM` for each option, and for each part (a group of options, passed as one nested config).
 DIRECT = {
     "max_seq_len": "max_seq_len",
     "max_num_tokens": "max_num_tokens",
@@ -111,7 +111,7 @@ class Adapter:
 
 
 def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | None) -> dict[str, Any]:
-    """Return the arguments of TensorRT-LLM's LLM as plain values, omitting options that are null.
+    """Return the arguments of TensorRT-LLM's `LLM` as plain values, omitting options that are null.
 
     Args:
         experiment: an experiment that has passed preflight.
@@ -137,7 +137,7 @@ def engine_arguments(experiment: Experiment, model: Model, adapter: Adapter | No
 
 
 def given(options: TensorrtBackend) -> dict[str, Any]:
-    """Return the LLM arguments for the options that are not null; each nested config is a mapping."""
+    """Return the arguments of `LLM` for the options that are not null; each nested config is a mapping."""
     found: dict[str, Any] = {}
     for option, argument in DIRECT.items():
         value = getattr(options, option)
@@ -241,7 +241,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
 
 
 def _code(options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to arguments that name code, because the configuration may come from someone else."""
+    """Object to arguments that name code to be run, because the configuration may come from someone else."""
     for path in code_arguments(options):
         yield Objection("engine_arg_code", path, "it names Python code that TensorRT-LLM would load and run.")
 

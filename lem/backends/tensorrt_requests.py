@@ -23,7 +23,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A followed request; `result` is the engine's future (None before submission); `error` is set on failure."""
+    """A request that the follower handles; `result` is the engine's future, None before the request is submitted."""
 
     key: int = 0
     last_ns: int = 0
@@ -37,7 +37,7 @@ class Follower:
     def __init__(self) -> None:
         self._finished: queue.SimpleQueue[Followed] = queue.SimpleQueue()
         self.heard_ns = time.perf_counter_ns()
-        """When the engine last delivered something, or was given a request while it had none."""
+        """When the engine last delivered something or, if later, was given a request while it had no others."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()

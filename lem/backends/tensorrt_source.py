@@ -84,7 +84,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of an LLM argument that is a nested config; None for a plain value or a choice of classes."""
+    """Return the class of an argument of `LLM` that is a nested config; None for a plain value or several classes."""
     argument = arguments().get(name)
     if argument is None:
         return None

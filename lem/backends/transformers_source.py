@@ -27,7 +27,7 @@ def version() -> str:
 
 
 def language_models() -> Mapping[str, str]:
-    """Return the text generation class for each model type; empty if unknown."""
+    """Return the name of the class for text generation for each model type; empty if unknown."""
     return _table("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 
 
@@ -52,7 +52,7 @@ def default(model_type: str, name: str) -> int | None:
 
 
 def value_types(model_type: str) -> dict[str, str]:
-    """Return the type of each value in a model type's configuration as in the source, such as `int | None`."""
+    """Return the type annotation (such as `int | None`) of each value in a model type's configuration."""
     for node in ast.parse(_source("configuration", model_type) or "").body:
         if isinstance(node, ast.ClassDef) and _has_model_type(node, model_type):
             return {

@@ -79,7 +79,7 @@ CODE = (
     "worker_cls",
     "worker_extension_cls",
 )
-# Fields with the same effect, inside arguments that are mappings.
+# Fields that do so within an argument that is a mapping.
 CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path", "inductor_passes")
 # Arguments, and fields within an argument, that take a name of vLLM's own or the dotted path of a class or function.
 DOTTED = ("distributed_executor_backend",)
@@ -167,7 +167,7 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 
 
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
-    """Return the requested dtype or, on a GPU, the checkpoint's: vLLM's own default would convert float32 to 16 bits."""
+    """Return the requested dtype or, on a GPU, the checkpoint's: vLLM's default would convert float32 to 16 bits."""
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"
     return checkpoint_dtype(experiment, model) or "auto"
@@ -325,7 +325,7 @@ def _owner(name: str, options: VllmBackend) -> str | None:
 
 
 def _code(options: VllmBackend) -> Iterator[Objection]:
-    """Object to options that name code, because the configuration may come from someone else."""
+    """Object to options that name code to be run, because the configuration may come from someone else."""
     for path in code_arguments(options):
         yield Objection("engine_arg_code", path, "this option names Python code that vLLM would load and run.")
 
@@ -350,7 +350,7 @@ def _is_dotted(value: Any) -> bool:
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:
-    """Object to values that the installed version does not know; a plugin may still add them."""
+    """Object to values that the installed version does not know, unless a plugin adds them, which cannot be checked."""
     asked = given(options) | {"speculative.method": options.speculative.method}
     for argument in vllm_source.CHOICES:
         if (value := asked.get(argument)) is not None:
