@@ -68,7 +68,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
     @property
     def is_measured(self) -> bool:
-        """Whether a sensor measured the energy, in this run or for a replayed trace."""
+        """Whether a sensor measured the energy, in this run or when a replayed trace was recorded."""
         return self.source not in ("estimate", "simulated")
 
     def seconds_of(self, duration_s: float) -> float:

@@ -663,7 +663,7 @@ def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Iterator[CodedWarning]:
-    """Yield a warning about requests that were in flight when windows were interrupted."""
+    """Yield a warning about requests that were in flight when windows were interrupted, and so were run again."""
     parts = [record.cut.under_way for record in records if record.cut is not None]
     requests = sum(part.requests for part in parts)
     if not requests:

@@ -54,11 +54,11 @@ class Meter(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Open a window."""
+        """Begin a window."""
 
     @abstractmethod
     def mark(self) -> None:
-        """Fix the time at which the window ends, without waiting; `end` follows. Later calls have no effect."""
+        """Fix the time at which the window ends, without waiting; `end` follows. A second call has no effect."""
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:

@@ -185,8 +185,9 @@ class Counter:
 
         Args:
             at_ns: the time.
-            begun: the energy at the beginning of a window, if `at_ns` is the window's end. Readings after the end do
-                not show the power before the end, so the window's mean power is used instead.
+            begun: the energy at the beginning of a window, if `at_ns` is the window's end; otherwise None. If there are
+                only readings after the end, which do not show the power before it, the energy is interpolated from the
+                window's beginning.
             begun_ns: the time of `begun`.
         """
         if self.error is not None:

@@ -68,7 +68,7 @@ class RunningIntegral:
 
 
 class Sampler:
-    """Takes samples at a fixed rate in a background thread, from `start` to `stop`."""
+    """Takes power samples at a fixed rate in a background thread, from `start` to `stop`."""
 
     def __init__(self, take: Callable[[], Iterable[PowerSample]], hz: float) -> None:
         self._take = take

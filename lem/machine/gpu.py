@@ -170,7 +170,7 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
         chosen = _chosen([gpu for i in indices if (gpu := _answering(lib, i)) is not None], environ)
         return Topology(
             driver_version=ask(lib, "nvmlSystemGetDriverVersion", convert=_text),
-            # 12080 is 12.8
+            # for CUDA 12.8, the driver reports 12080
             cuda_version=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
             gpus=tuple(_physical(lib, i, chosen) for i in indices),
         )
@@ -317,7 +317,7 @@ def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance
 def throttle_reasons(lib: Any, handle: Any) -> tuple[str, ...] | None:
     """Return the reasons why a GPU's clocks are currently held down; None if the driver does not report them."""
     mask = ask(lib, "nvmlDeviceGetCurrentClocksEventReasons", handle)
-    if mask is None:  # the function's name before driver 535
+    if mask is None:  # before driver 535, the function had another name
         mask = ask(lib, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     return None if mask is None else tuple(name for bit, name in THROTTLE_REASONS.items() if mask & bit)
 

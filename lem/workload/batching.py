@@ -8,7 +8,7 @@ from lem.spec.experiment import Batching
 
 
 def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
-    """Return batches of positions into `lengths`, in order of execution; each position is in exactly one batch.
+    """Return batches of indices into `lengths`, in order of execution; each index is in exactly one batch.
 
     Args:
         lengths: the number of input tokens of each request, without padding.

@@ -41,7 +41,7 @@ def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
     """Return the latencies of a request's tokens, or None if it has no tokens.
 
     Args:
-        start_ns: the time when the engine was given the request.
+        start_ns: the time from which latency counts: the request's arrival or, without traffic, its start.
         chunks: the tokens as they arrived, in order. All tokens of the first chunk arrived together, so the gaps
             between them are 0.
     """

@@ -1,7 +1,7 @@
 """The arrival of requests: all at once, at a rate, at a fixed concurrency, or as recorded in a trace.
 
 Requests of open-loop traffic (constant, poisson, trace) arrive whether or not the engine keeps up, and wait in a queue.
-This module knows nothing about engines or meters. All times in ns are on the arrival clock.
+This module knows nothing about engines or meters. All times in ns are readings of `Arrivals.clock`.
 """
 
 from __future__ import annotations
