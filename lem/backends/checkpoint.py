@@ -45,7 +45,7 @@ class Checkpoint:
 
         Args:
             adapter_weights: how many of the adapter's weights are in the model's body, and how many at its output
-            projection.
+                projection.
 
         Raises:
             UnknownArchitecture: the sizes cannot be determined; the message is the reason.
