@@ -151,7 +151,7 @@ def encode(
         RunError: a prompt has no tokens, does not fit, or contains a token without an embedding.
     """
     if not isinstance(tokenizer.model_max_length, int | float):
-        tokenizer.model_max_length = sys.maxsize  # each call compares with it; lem applies its own limit
+        tokenizer.model_max_length = sys.maxsize  # each tokenizer call compares with it; lem applies its own limit
     limit = experiment.max_input_tokens
     encoded = []
     for index, text in enumerate(texts):

@@ -74,7 +74,7 @@ class Openai(Backend):
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs to meter for a running server, and why these may not be the GPUs that it uses, or None.
+        """Return the GPUs to meter for a running server, and why it may use other GPUs; None if it uses exactly these.
 
         They are the GPUs on which the driver lists the server's processes, even GPUs that CUDA_VISIBLE_DEVICES hides
         from lem alone. If the driver lists none, they are all visible GPUs. If the user has named GPUs, they are

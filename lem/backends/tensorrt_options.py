@@ -64,7 +64,7 @@ OF_LEM = {
 # Arguments that name Python code that the engine loads and runs, and fields that do so within an argument.
 CODE = ("ray_worker_extension_cls",)
 CODE_INSIDE = ("connector_module",)
-# Arguments of earlier versions, and what to use instead.
+# Arguments of earlier versions: OF_BUILDING built TensorRT engines; DROPPED maps all of them to what to use instead.
 OF_BUILDING = (
     "build_config",
     "fast_build",
