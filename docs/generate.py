@@ -213,9 +213,9 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
 
 # ------------------------------------------------------------------ what each backend can do
 ANSWERS = """\
-The answers come from the backends. For each feature, a backend reports whether it would run an experiment with this
-feature on a machine with eight modern NVIDIA GPUs and all packages installed. If your machine lacks something, `lem`
-tells you before a run.
+For each feature, `lem` asks each backend whether it would run an experiment with this feature on a machine with eight
+modern NVIDIA GPUs and all packages installed. The tables show the answers. If your machine lacks something that an
+experiment needs, `lem` tells you before the run.
 
 | answer | meaning |
 |---|---|
@@ -224,11 +224,11 @@ tells you before a run.
 | stand-in | Supported, according to the backend; a test runs it on a stand-in for the engine. |
 | not run | Supported, according to the backend; no test runs it. |
 | no: `rule` | Not supported; [this rule](rules.md) refuses it before anything runs. |
-| no effect: `rule` | Accepted, with this rule's warning, but without effect. |
-| no | The engine does not report this value; the columns are null. |
+| no effect: `rule` | The option is accepted, with this rule's warning, but has no effect. |
+| no | Not available from this engine, so the columns for it are null. |
 | – | The backend has no such option. |
 
-All of these tests run on a CPU. None of them has run on a GPU.
+All of these tests run on a CPU; no feature has been tested on a GPU.
 """
 
 
