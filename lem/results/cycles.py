@@ -170,7 +170,7 @@ def _places(group: Sequence[int], of_cycles: Columns) -> dict[str, list[str]]:
 def _of_groups(
     summed_up: Callable[[Sequence[Any]], Any], groups: Sequence[Sequence[int]], values: Sequence[Any]
 ) -> list[Any]:
-    """Apply a function to each group of values; if all values are equal (for example None), it is called only once."""
+    """Apply a function to each group of values; if all values are equal (for example None), call it only once."""
     if values[0] == values[-1] and values.count(values[0]) == len(values):
         return [summed_up(values[:1])] * len(groups)
     return [summed_up(_at(group, values)) for group in groups]
