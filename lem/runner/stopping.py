@@ -55,7 +55,7 @@ UNDISTURBED = Undisturbed()
 
 
 def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
-    """Turn signals into `Interrupted`; a parent handles Ctrl-C itself, because Ctrl-C reaches both processes."""
+    """Turn signals into `Interrupted`, and ignore those in `except_for`, such as a Ctrl-C that the parent handles."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         # The second of two signals must not interrupt the writing of the record.
