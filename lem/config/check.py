@@ -136,7 +136,7 @@ def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
 
 
 def _about_backends_key(name: str, backend: str | None) -> str | None:
-    """Return the backend's own message about a key that only its engine may have, or None if it has none."""
+    """Return the backend's own message about a key that its engine may know, or None if there is no such message."""
     from lem.backends import backend_class
 
     group, _, key = name.partition(".")
