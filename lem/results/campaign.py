@@ -128,7 +128,7 @@ class CellEntry:
     row: ExperimentRow | None = None
     # Whether the cell was skipped because its arm had been given up.
     given_up: bool = False
-    # Why it has no result: how its experiment failed, or that its arm had been given up.
+    # Why the cell has no result: its experiment failed in this way, or its arm had been given up.
     error: str | None = None
 
 
@@ -286,7 +286,7 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Return whether the values of a cell that are read from the file have the right types."""
+    """Return whether a cell's entry, as read from the file, has values of the right types."""
     place = entry.get("campaign") if isinstance(entry, dict) else None
     if not isinstance(place, dict) or not {"experiment_id", "status"} <= entry.keys():
         return False

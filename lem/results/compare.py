@@ -179,7 +179,7 @@ def expected_degrees_of_freedom(analysis: Analysis, cycles: int, arms: int) -> i
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted by Holm's step-down method, in the order given.
+    """Return the p-values, adjusted by Holm's step-down method, in their original order.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6
     (1979).

@@ -96,7 +96,7 @@ class ExperimentDir:
 
     @cached_property
     def path(self) -> Path:
-        """The directory as a Path, created on first use because there may be tens of thousands of experiments."""
+        """The directory as a Path object, made on first use because there may be tens of thousands of experiments."""
         return Path(self._folder)
 
     def record_file(self, rank: int, cycle: int, attempt: int) -> Path:
@@ -171,7 +171,7 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state of a completed experiment that has its rows, or None."""
+        """Return the state `aggregated` if the rows of this last attempt have been written, else None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:
@@ -204,7 +204,7 @@ class ExperimentDir:
             write_atomically(self.path / AGGREGATED, source.read_bytes())
 
     def is_held(self) -> bool:
-        """Return whether processes of a run are still alive, even if they are about to end."""
+        """Return whether any process of a run is still alive, even if it is about to end."""
         try:
             with os.fdopen(open_to_read(f"{self._folder}/.lock"), "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

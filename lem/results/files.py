@@ -29,7 +29,7 @@ class DiskFull(RunError):
     """A disk is full; everything written before is kept. Exit code 1."""
 
     def __init__(self, folder: Path, remedy: str = "") -> None:
-        """Make the message: the disk that holds `folder`, and `remedy`, which a study replaces with its own."""
+        """Build the message; `remedy` says how to continue, and a study replaces it with advice of its own."""
         self.folder = folder
         reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); everything written so far is kept."
         super().__init__(" ".join(filter(None, (reason, remedy))))

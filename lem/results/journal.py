@@ -82,7 +82,7 @@ class _Rows(msgspec.Struct, gc=False):
 
 
 class _Done(Checkpoint, frozen=True, gc=False, kw_only=True):
-    """A finished batch with its checkpoint, from the same line of the journal."""
+    """A finished batch and its checkpoint, which are in one line of the journal."""
 
     done: list[RequestRecord]
 

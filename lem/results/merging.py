@@ -210,7 +210,7 @@ def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
 
 
 def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Phase]) -> EnergyReading:
-    """Return the sum of a device's readings; some windows may have none, and everything that was read is kept."""
+    """Return the sum of a device's readings; a window without one does not void the readings of other windows."""
     readings = [r for r in found if r is not None]
     known_j = [r.energy_j for r in readings if r.energy_j is not None]
     covered_s = [
@@ -344,7 +344,7 @@ def _and_more(text: str, more: int, what: str) -> str:
 
 # ------------------------------------------------------------------ energy
 def is_estimated(source: str | None) -> bool:
-    """Return whether an energy is at least partly an estimate, given its source or several joined by plus signs.
+    """Return whether an energy is at least partly an estimate, given its source or sources (joined by plus signs).
 
     Simulated energy counts as an estimate.
     """

@@ -31,9 +31,9 @@ PERMUTATIONS = 2000
 EXAMPLES = (3, 5, 10, 20)
 # If more cycles than this were needed, the advice is to make the machine quieter.
 MOST_CYCLES = 100
-# The noise measured in a few cycles may be too low by chance. Planning with its upper limit at this confidence detects
-# the difference in at least that share of cases: R. H. Browne, On the use of a pilot sample for sample size
-# determination, Statistics in Medicine 14 (1995).
+# The noise measured in a few cycles may be too low by chance. Planning with the upper limit of the noise at this
+# confidence detects the difference in at least that share of cases: R. H. Browne, On the use of a pilot sample for
+# sample size determination, Statistics in Medicine 14 (1995).
 PLANNING_CONFIDENCE = 0.8
 # The cells' warnings that a longer warm-up can prevent.
 OF_WARM_UP = ("warmup_not_steady", "compiled_in_window", "high_variation", "temperature_drift")
@@ -160,7 +160,7 @@ def percent(share: float, sign: str = "") -> str:
 
 
 def noise_of(answer: Answer, difference: float) -> Noise:
-    """Return the noise found in the completed cells of a campaign with one configuration as two arms.
+    """Return the noise found in the completed cells of a campaign whose two arms are the same configuration.
 
     Args:
         answer: the campaign's results.
@@ -207,7 +207,7 @@ def _is_estimate(answer: Answer, measure: str) -> bool:
 
 
 def _pairs(cells: Sequence[CellEntry], measure: str) -> dict[int, tuple[float, float]]:
-    """Return the logarithms of the first and second cell by cycle, for the cycles in which both have a value."""
+    """Return, for each cycle in which both cells have a value, the logarithms of the first and of the second."""
     values = {(cell.cycle, cell.position): value for cell in cells if (value := _value(cell, measure))}
     cycles = sorted({cycle for cycle, _ in values})
     both = {c: (values[c, 1], values[c, 2]) for c in cycles if (c, 1) in values and (c, 2) in values}

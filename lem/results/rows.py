@@ -216,7 +216,7 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the backend that ran, or several joined names if the user allowed mixed backends."""
+    """Return the name of the backend that ran, or several joined names if the user allowed mixed backends."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
