@@ -99,7 +99,7 @@ def signals_ignored() -> AbstractContextManager[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back signals during a step that must not be cut in two; the first takes effect at the end of the step."""
+    """Hold back signals during a step that must not be interrupted; the first one takes effect when the step ends."""
     held: list[int] = []
     # A signal that is ignored must stay ignored, because processes that are started meanwhile inherit that.
     heard = [number for number in INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN]

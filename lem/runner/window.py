@@ -147,7 +147,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Queue:
-    """How a window's prompts arrive, in seconds after its opening; negative times are before it.
+    """How a window's prompts arrive; times are in seconds after the opening, and negative before it.
 
     If `times_s` is None, requests arrive so that `concurrency` of them are always in the system, the first ones at
     `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of the waiting requests at a time.
