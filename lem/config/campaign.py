@@ -172,7 +172,7 @@ def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Ca
 
 
 def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
-    """Yield each arm together with its config file; a pattern may yield several files for one arm.
+    """Yield each arm together with its config file; an arm given as a pattern comes once for each matching file.
 
     Raises:
         ConfigError: patterns of arms match no config file; the message lists all of them.

@@ -184,7 +184,7 @@ def secrets(values: Values) -> Found:
 
 
 def unusable(values: Values) -> Found:
-    """Return a problem for each string with a null character, because no name, path or request can contain it."""
+    """Return a problem for each string with a null character, because no name, path or request can contain one."""
     message = "the text contains a null character; remove it."
     return [(path, Problem("out_of_range", dotted(path), message)) for path, text in texts(values) if "\0" in text]
 
