@@ -44,7 +44,7 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """A process's data once the model is loaded; the record of every cycle repeats its phases and warnings."""
+    """What a process has once the model is loaded; its phases and warnings go into the record of every cycle."""
 
     bench: Bench
     prompts: Sequence[Encoded]

@@ -39,7 +39,7 @@ from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_
 
 log = logging.getLogger(__name__)
 
-# How long a launcher may keep running after its workers have ended; it has no files to write.
+# How long a launcher may keep running after its workers have ended. It needs no longer, because it writes no files.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"

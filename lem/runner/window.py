@@ -201,7 +201,7 @@ class Bench:
             into: receives the phases.
 
         Returns:
-            The encoded prompts, indexed by those positions.
+            The encoded prompts; the index of each is its position in the experiment.
         """
         self._idle("idle_before", idle_s, into)
         with self.phase("load", into):
