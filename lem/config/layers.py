@@ -31,7 +31,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Option:
-    """An option's content: its values, nested as in the whole configuration; a preset's chosen options."""
+    """An option's content: its values, nested as in the whole configuration, and the options that a preset picks."""
 
     file: OptionFile
     layers: tuple[Layer, ...]
