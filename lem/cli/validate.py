@@ -125,7 +125,7 @@ def problems(
         config_dir: a directory with the user's own options.
         any_machine: ignore problems specific to this machine.
         overrides: Hydra overrides to check the file with.
-        primary: the measure by which a campaign compares this configuration.
+        primary: the metric by which a campaign compares this configuration.
     """
     inputs = read_inputs(file, overrides, config_dir)
     if not inputs.sources.file.layers:

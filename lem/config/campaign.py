@@ -113,7 +113,8 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
         given: the command line's values by key; they take precedence over the file's.
 
     Raises:
-        Problems: some values are wrong; the error lists all problems, with a line for each value from a file.
+        Problems: some values are wrong; the error lists all problems, with the line number of each value that comes
+            from a file.
     """
     found = CampaignFile() if file is None else read(file)
     wanted = adaptive.completed({**found.values, **given})
@@ -137,7 +138,7 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
 
 
 def place_of(key: str, file: Path | None, given: Mapping[str, Any]) -> Location | None:
-    """Return where a campaign file or one of its parents sets a key; None if the command line does, or no file."""
+    """Return where a campaign file or one of its parents sets a key; None if the command line sets it, or no file."""
     if file is None or key in given:
         return None
     return read(file).locations.get((key,), Location(file))
@@ -150,7 +151,7 @@ def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
 
 
 def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Campaign:
-    """Return a campaign's settings; if it is latin, cycles that nobody chose are rounded up to whole squares.
+    """Return a campaign's settings; if it is latin, round numbers of cycles not set by the user up to whole squares.
 
     Args:
         campaign: its settings.
@@ -171,7 +172,7 @@ def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Ca
 
 
 def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
-    """Yield each arm together with its config file; a pattern may yield several files for one arm.
+    """Yield each arm together with its config file; an arm given as a pattern comes once for each matching file.
 
     Raises:
         ConfigError: patterns of arms match no config file; the message lists all of them.
@@ -255,7 +256,7 @@ def _problem(path: KeyPath, details: list[Any]) -> Problem:
     missing = [detail for detail in details if detail["type"] in ("missing", "missing_argument")]
     if missing:
         return Problem("missing_value", name, f"{missing[0]['loc'][-1]!r} is missing.")
-    # Without pydantic's words about parsing: in a file, there is nothing that a user would call so.
+    # What pydantic says about parsing is dropped, because it means nothing to the author of a file.
     told = (str(detail["msg"]).removeprefix("Input should be ").partition(", unable to parse")[0] for detail in details)
     wanted = " or ".join(dict.fromkeys(told))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))

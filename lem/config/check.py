@@ -136,7 +136,7 @@ def unknown_key(path: KeyPath | str, backend: str | None = None) -> str:
 
 
 def _about_backends_key(name: str, backend: str | None) -> str | None:
-    """Return the backend's own message about a key that only its engine may have, or None if it has none."""
+    """Return the backend's own message about a key that its engine may know, or None if there is no such message."""
     from lem.backends import backend_class
 
     group, _, key = name.partition(".")
@@ -184,7 +184,7 @@ def secrets(values: Values) -> Found:
 
 
 def unusable(values: Values) -> Found:
-    """Return a problem for each string with a null character, because no name, path or request can contain it."""
+    """Return a problem for each string with a null character, because no name, path or request can contain one."""
     message = "the text contains a null character; remove it."
     return [(path, Problem("out_of_range", dotted(path), message)) for path, text in texts(values) if "\0" in text]
 

@@ -189,7 +189,7 @@ class Composition:
         return experiment
 
     def values(self) -> Values:
-        """Compose the values and resolve interpolations, without checks; raises `ConfigError` if Hydra cannot."""
+        """Compose the values and resolve interpolations, without checks; raises `ConfigError` if Hydra fails."""
         from hydra import compose, initialize_config_module
 
         if swept := next((override for override in self.given if override.is_sweep), None):

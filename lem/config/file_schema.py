@@ -114,7 +114,7 @@ def as_text(options: Options) -> str:
 
 
 def campaign_as_text() -> str:
-    """Return the JSON Schema of a campaign file as text; no key is required, and files to inherit from are allowed."""
+    """Return the JSON Schema of a campaign file as text; no key is required, and the file may inherit from others."""
     schema = TypeAdapter(Campaign).json_schema()
     inherits = {
         "description": "Campaign files to inherit from, relative to this one (base means base.yaml beside it).",

@@ -31,7 +31,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Option:
-    """An option's content: its values, nested as in the whole configuration, and the options that a preset chooses."""
+    """An option's content: its values, nested as in the whole configuration, and the options that a preset picks."""
 
     file: OptionFile
     layers: tuple[Layer, ...]
@@ -80,7 +80,7 @@ class Sources:
         return Choice(default_choices()[group])
 
     def _all_chosen(self) -> Chosen:
-        """Return the choices in effect, as a cache key."""
+        """Return the choices in effect as a tuple, which serves as a cache key."""
         chosen = ((group, self.chosen(group)) for group in default_choices())
         return tuple((group, choice.name, choice.source, choice.preset) for group, choice in chosen)
 

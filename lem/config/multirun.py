@@ -45,7 +45,7 @@ hydra:
   run: {dir: .}
   sweep: {subdir: .}
 """
-# A task with this attribute submits its cells; hydra_plugins/lem_slurm refuses all others.
+# A task function with this attribute submits its cells to Slurm; hydra_plugins/lem_slurm refuses all other tasks.
 SUBMITS = "submits_to_slurm"
 
 

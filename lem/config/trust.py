@@ -178,7 +178,7 @@ def _key(backend: OpenaiBackend) -> Iterator[Asked]:
 
 
 def _variables(backend: object, layers: list[Any]) -> Iterator[Asked]:
-    """Yield the request to send environment variables to another machine, because a file interpolates them."""
+    """Yield the request to send environment variables to another machine, if a file interpolates any."""
     if not isinstance(backend, OpenaiBackend) or (machine := _other_machine(backend)) is None:
         return
     from_files = [layer for layer in layers if layer.kind in ("option", "preset", "file")]

@@ -130,7 +130,7 @@ def _node(path: Path, text: str) -> yaml.Node | None:
 
 
 def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
-    """Raise `Problems` for input that would break the composer, because the composer is recursive."""
+    """Raise `Problems` for a second document, or for nesting so deep that the recursive composer could fail."""
     depth = documents = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -1,7 +1,7 @@
 """Turns raw files into tables: decides which experiments to read, and whether their files belong together.
 
-Aggregating is idempotent: an experiment is left alone if its row is as new as its state. This module works on the store
-and the tables; `rows` interprets the numbers.
+Aggregating is idempotent: an experiment is skipped if its row is as new as its state. This module decides what to read
+and write; `lem.results.rows` computes the numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REQUESTS_TOGETHER = 100_000
 
 # ------------------------------------------------------------------ one experiment
 def read(directory: ExperimentDir, *, strict: bool = True, mixed: bool = False, state: State | None = None) -> Rows:
-    """Read an experiment's raw files and return its rows, writing nothing; see `measured`."""
+    """Read an experiment's raw files and return its rows without writing them; for the arguments, see `measured`."""
     return rows_of(measured(directory, strict=strict, mixed=mixed, state=state))
 
 
@@ -53,7 +53,8 @@ def measured(
         state: the experiment's state, if it has already been read.
 
     Raises:
-        ResultsError: no record exists, a record is damaged, records do not belong together, or `strict` rejects them.
+        ResultsError: no record exists, a record is damaged, records do not belong together or, with `strict`, something
+            is missing or processes did not run at the same time.
     """
     state = state or directory.state()
     plan, parts = directory.plan_excerpt(), directory.parts()
@@ -74,11 +75,12 @@ def put_together(
     attempts: int,
     warnings: Mapping[int, Sequence[CodedWarning]] = MappingProxyType({}),
 ) -> Measured:
-    """Combine the parts of an experiment's processes into its measurements.
+    """Combine what an experiment's processes recorded into the measurements of the experiment.
 
     Args:
         plan: the experiment's plan.
-        parts: each process's part, by cycle; at least one per cycle, sorted by attempt and rank.
+        parts: the record and the requests of each process in each attempt, by cycle; at least one per cycle, sorted by
+            attempt and rank.
         attempts: the number of attempts that the experiment has had.
         warnings: warnings that are not in any record, by cycle.
     """
@@ -194,7 +196,7 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
 
 
 def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
-    """Return two processes with windows that do not overlap, or None if all overlap.
+    """Return the ranks of two processes whose windows do not overlap, or None if there are none.
 
     Killed processes are left out: a journal tells when its process reached the window, not when all windows opened.
     """
@@ -224,7 +226,7 @@ class Aggregated:
 def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, force: bool = False) -> ExperimentRow:
     """Write an experiment's rows to the tables and return its row.
 
-    An experiment is left alone if its row is as new as its state, unless `force` is set.
+    Nothing is written if the row is already as new as the experiment's state, unless `force` is set.
     """
     tables, state = Tables(store), directory.state()
     with tables.locked():
@@ -252,7 +254,7 @@ def aggregate_all(
 ) -> Iterator[Aggregated]:
     """Write the rows that are missing, or older than their experiment's state; yield the outcome of each experiment.
 
-    An experiment that cannot be aggregated does not stop the others. Running experiments are left alone.
+    An experiment that cannot be aggregated does not stop the others. Running experiments are skipped.
 
     Args:
         store: the results directory.
@@ -294,7 +296,7 @@ def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
 
     Args:
         store: the results directory.
-        ids: completed experiments that should also have rows, whether or not they are marked.
+        ids: completed experiments that should have rows, even if they are not marked as unfinished.
 
     Returns:
         A message for each failure to write rows.
@@ -330,7 +332,7 @@ def _ended(directory: ExperimentDir) -> State | None:
 def _with_neighbours(
     store: Store, ids: Sequence[str], locations: Mapping[str, RowLocation], lacking: Set[str]
 ) -> Sequence[str]:
-    """Return the ids, plus the ids of all experiments in the files in `lacking`."""
+    """Return the ids, plus the ids of all experiments whose rows are in one of the files in `lacking`."""
     if not lacking:
         return ids
     there, known = set(store.ids()), set(ids)
@@ -340,8 +342,8 @@ def _with_neighbours(
 class _Writer:
     """Writes the rows of several experiments, then marks their directories as aggregated.
 
-    Records become Arrow tables in small groups, so that they stay in the processor's cache. Rows are written to few
-    files, because each file takes some milliseconds.
+    Records are converted to Arrow tables in small groups, so that a group stays in the processor's cache. Many
+    experiments share a file, because writing a file takes a few milliseconds.
     """
 
     def __init__(self, store: Store, locations: Mapping[str, RowLocation]) -> None:
@@ -398,7 +400,7 @@ def _beyond(directory: ExperimentDir, error: OverflowError) -> str:
 def _reason_to_skip(
     tables: Tables, directory: ExperimentDir, state: State, at: RowLocation | None
 ) -> Aggregated | None:
-    """Return the reason why an experiment is left alone, or None."""
+    """Return the outcome of an experiment that need not or cannot be aggregated now; None if it is to be aggregated."""
     if state.status == "running":
         return Aggregated(
             "skipped", f"{directory.id} was skipped: it is running (process {state.pid} on {state.host})."
@@ -415,7 +417,7 @@ def _reason_to_skip(
 
 
 def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) -> bool:
-    """Return whether an experiment's row covers its last attempt; an aggregated experiment has no later attempts.
+    """Return whether an experiment's row covers its last attempt.
 
     If a completed experiment's row says that it is incomplete, files were missing when the row was computed, so the row
     is outdated.

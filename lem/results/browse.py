@@ -38,7 +38,7 @@ def store_at(results_dir: Path | None) -> Store:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Pause garbage collection: rows form no reference cycles, and searching 20,000 rows takes 5 to 8 % of the time."""
+    """Pause garbage collection: rows form no reference cycles, and scanning 20,000 rows takes 5 to 8 % of the time."""
     gc.disable()
     try:
         yield
@@ -49,7 +49,7 @@ def _no_collector() -> Iterator[None]:
 # ------------------------------------------------------------------ list
 @dataclass(frozen=True)
 class Selection:
-    """The criteria for the experiments to list, and their order."""
+    """Which experiments to list, and in which order."""
 
     status: str | None = None
     model: str | None = None
@@ -142,7 +142,7 @@ def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -
 
 
 def _print_json(listed: Sequence[Listed]) -> None:
-    """Print a JSON list, one experiment per line, because a string with thousands of them could take a gigabyte."""
+    """Print a JSON list one experiment at a time, because thousands of them in one string could take a gigabyte."""
     print("[")
     for i, one in enumerate(listed, start=1):
         print(show.as_json(_plain(one), indent=None) + ("," if i < len(listed) else ""))
@@ -207,7 +207,7 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
 
 
 def campaign_folder(store: Store, text: str) -> Path | None:
-    """Return the directory of the campaign with this name or directory; None if it is none, or an experiment's id."""
+    """Return the directory of the campaign that a text names; None if it names none, or is an experiment's id."""
     from lem.results.campaign import DEFINITION, folder_named
 
     if ID.fullmatch(text) and store.directory(text).path.is_dir():
@@ -223,7 +223,7 @@ def show_campaign(folder: Path, *, raw: bool, environment: bool, as_json: bool) 
     """Print the results of a campaign from its files; return 0.
 
     Raises:
-        ResultsError: its files are damaged, or an option was given that shows a single experiment.
+        ResultsError: its files are damaged, or an option was given that applies only to experiments.
     """
     from lem.results.campaign import answer, read_cells, read_definition, store_of
     from lem.results.campaign_show import as_plain, show_answer
@@ -255,7 +255,7 @@ def _find(store: Store, text: str) -> ExperimentDir:
 
 
 def _refuse_near_campaigns(store: Store, text: str, ids: Sequence[str]) -> None:
-    """Raise `ResultsError` with the nearest names if a campaign's is among them and no experiment matches."""
+    """If no experiment matches and the nearest names include a campaign's, raise `ResultsError` that lists them."""
     from lem.results.campaign import names_in
 
     campaigns = names_in(store)
@@ -268,7 +268,7 @@ def _refuse_near_campaigns(store: Store, text: str, ids: Sequence[str]) -> None:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return the rows from the tables or, if those are missing or outdated, from the records; None without records."""
+    """Return the rows from the tables or, if missing or outdated, from the records; None if there are no records."""
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
@@ -336,7 +336,7 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
 def aggregate_experiments(
     store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the rows of one experiment, or of all with missing or outdated rows; return 1 if any write failed."""
+    """Write the rows of one experiment, or of all whose rows are missing or outdated; return 1 if any write failed."""
     if (experiment_id is None) == (not everything):
         raise ResultsError("Give one experiment, or use --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]
@@ -357,7 +357,7 @@ def aggregate_experiments(
 
 
 def _report(one: Aggregated, everything: bool) -> str:
-    """Print the outcome for an experiment, unless `everything` is set and the row was up to date; return its kind."""
+    """Print an experiment's outcome, unless `everything` is set and its row was up to date; return the kind."""
     if one.kind == "failed" or (one.kind == "skipped" and not everything):
         show.console(stderr=True).print(one_line(one.text), markup=False, style="red")
     elif not (one.kind == "fresh" and everything):
@@ -434,7 +434,7 @@ def _joules(value: float | None) -> str:
 def _with_interval(
     row: ExperimentRow, stem: str, unit: str, write: Callable[[float | None], str], wide: bool = True
 ) -> str:
-    """Return a value as text; if it has an interval and there is room, add half the interval in percent."""
+    """Return a value as text; if it has an interval and there is room, add half the interval's width in percent."""
     value = getattr(row, f"{stem}{unit}")
     low, high = getattr(row, f"{stem}_ci95_low{unit}"), getattr(row, f"{stem}_ci95_high{unit}")
     if not wide or None in (value, low, high) or not value:

@@ -45,7 +45,7 @@ FOLDER, DEFINITION, CELLS = "campaigns", "campaign.json", "experiments.json"
 FORMAT_VERSION = 1
 # The status of a cell that an adaptive campaign did not reach, because it stopped earlier.
 NOT_NEEDED = "not needed"
-# The measures by which arms are compared: their columns, units, and wording in sentences.
+# The metrics by which arms are compared: their columns, units, and wording in sentences.
 MEASURES = {
     "energy_per_output_token_j": ("J/token", "energy per output token"),
     "energy_per_request_j": ("J/request", "energy per request"),
@@ -112,7 +112,7 @@ class Definition:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule by which the campaign stops, with its original nominal level; None if it is not adaptive."""
+        """The stopping rule, with the nominal level that the campaign began with; None if it is not adaptive."""
         return rule_of(self.campaign, len(self.arms), self.nominal_level)
 
 
@@ -128,7 +128,7 @@ class CellEntry:
     row: ExperimentRow | None = None
     # Whether the cell was skipped because its arm had been given up.
     given_up: bool = False
-    # Why it has no result: how its experiment failed, or that its arm had been given up.
+    # Why the cell has no result: its experiment failed in this way, or its arm had been given up.
     error: str | None = None
 
 
@@ -157,7 +157,7 @@ class ArmRow(Struct, frozen=True, kw_only=True):
 
 
 class PairRow(Struct, frozen=True, kw_only=True):
-    """The comparison of an arm with the baseline: the ratio of one measure, from pairs of cells in the same cycle."""
+    """The comparison of an arm with the baseline: the ratio of one metric, from pairs of cells in the same cycle."""
 
     campaign: Annotated[str, "Name of the campaign."]
     arm: Annotated[str, "Name of the arm."]
@@ -187,7 +187,7 @@ class PairRow(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Answer:
-    """The results of a campaign; `carry_over` is None if the cells cannot show the effects of predecessors."""
+    """The results of a campaign; `carry_over` is None if the effects of predecessors cannot be estimated."""
 
     definition: Definition
     cells: list[CellEntry]
@@ -200,18 +200,18 @@ class Answer:
 
     @property
     def cycles(self) -> int:
-        """The last cycle that has begun or is certain to be measured."""
+        """The number of the last cycle that has begun or is certain to be measured."""
         return _last_cycle(self.definition, self.cells)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every arm is compared with the baseline by the primary measure."""
+        """Whether every arm has been compared with the baseline by the primary metric."""
         compared = {pair.arm for pair in self.pairs if pair.is_primary and pair.ratio is not None}
         return all(arm.name in compared for arm in self.definition.arms if arm.name != self.definition.baseline)
 
     @property
     def cycles_begun(self) -> int:
-        """The last cycle in which a cell has begun; 0 if no cell has begun."""
+        """The number of the last cycle in which a cell has begun; 0 if no cell has begun."""
         return max(_begun(self.cells), default=0)
 
 
@@ -286,7 +286,7 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Return whether the values of a cell that are read from the file have the right types."""
+    """Return whether a cell's entry, as read from the file, has values of the right types."""
     place = entry.get("campaign") if isinstance(entry, dict) else None
     if not isinstance(place, dict) or not {"experiment_id", "status"} <= entry.keys():
         return False
@@ -367,7 +367,7 @@ def _begun(cells: Sequence[CellEntry]) -> list[int]:
 
 
 def has_ended(cells: Sequence[CellEntry]) -> bool:
-    """Return whether no further cycle will be measured: the campaign stopped early, or its last cycle is over."""
+    """Return whether no further cycle will be measured, because the campaign stopped early or all cycles are over."""
     last = max((cell.cycle for cell in cells), default=0)
     return any(cell.status == NOT_NEEDED for cell in cells) or all(
         cell.status in ("completed", "failed") or cell.given_up for cell in cells if cell.cycle == last
@@ -453,7 +453,7 @@ def _arm_row(definition: Definition, name: str, measure: str, cells: Sequence[Ce
 
 
 def _why_no_mean(cells: Sequence[CellEntry], measure: str) -> str:
-    """Return why an arm has no mean of a measure, given its cells."""
+    """Return why an arm has no mean of a metric, given the arm's cells."""
     values = [_value(cell, measure) for cell in cells if cell.row is not None]
     if values:
         lacking, count = values.count(None), len(values)
@@ -595,7 +595,7 @@ def _moved(campaign: Campaign, names: Sequence[str], found: dict[tuple[int, str]
 
 
 def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[CellEntry]) -> CarryOver | None:
-    """Return the effects of predecessors on the primary measure, if the order is designed to show them.
+    """Return the effects of predecessors on the primary metric; None unless the order is designed to reveal them.
 
     A cell is used if the cell before it in the plan also has a result, and no third cell with a result began between
     the two.
@@ -639,7 +639,7 @@ def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]
 
 
 def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:
-    """Return the fitted change over the positions as text, if a straight line through the values is significant.
+    """Return the change over the positions as text, from a straight line through the values; None if not significant.
 
     The arms' means have been subtracted from the values, which uses up one degree of freedom per arm.
     """
@@ -653,8 +653,8 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
 def detectable_ratio(sd_log: float, cycles: int, degrees_of_freedom: int, pairs: int = 1) -> float:
     """Return the smallest ratio above 1 that a campaign of `cycles` cycles detects with a power of 80 %.
 
-    `sd_log` is the standard deviation of the logarithm of a cell's value. With several pairs, the campaign's confidence
-    intervals are those that hold jointly at 95 % (Bonferroni).
+    `sd_log` is the standard deviation of the logarithm of a cell's value. With several pairs, the intervals are wide
+    enough to hold jointly at 95 % (Bonferroni).
     """
     errors = detectable_errors(1 - (1 - CONFIDENCE) / pairs, compare.POWER, degrees_of_freedom)
     return math.exp(errors * math.sqrt(2) * sd_log / math.sqrt(cycles))

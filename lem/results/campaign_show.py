@@ -13,11 +13,11 @@ from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.units import percent, plain, quantity
 
-# The width of the plot of intervals without a terminal, and its limits on one.
+# The width of the interval plot if there is no terminal, and the least and greatest width on a terminal.
 PLOT_WIDTH, LEAST_PLOT_WIDTH, MOST_PLOT_WIDTH = 41, 21, 81
 # The space between names, plot and ratios.
 GAP = 2
-# The header of each measure in the table of arms, and the unit of its values; "per token" with J stands for J/token.
+# Each metric's header in the table of arms, and the unit of its values; "per token" with J stands for J/token.
 HEADS = {
     "energy_per_output_token_j": ("per token", "J"),
     "energy_per_request_j": ("per request", "J"),
@@ -52,7 +52,7 @@ def show_answer(answer: Answer) -> None:
 
 
 def sentences(answer: Answer) -> Iterator[str]:
-    """Yield a sentence on the primary measure for each pair, or a sentence that explains why there are no pairs."""
+    """Yield a sentence on the primary metric for each pair, or a sentence that explains why there are no pairs."""
     campaign = answer.definition.campaign
     words = MEASURES[campaign.primary][1]
     primary = [pair for pair in answer.pairs if pair.is_primary]
@@ -82,7 +82,7 @@ def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
 
 
 def _how_it_ended(answer: Answer) -> Iterator[str]:
-    """Yield sentences that say how an adaptive campaign ended, and its nominal level."""
+    """Yield sentences that say how an adaptive campaign ended and what its nominal level is."""
     rule = answer.definition.rule
     if rule is None:
         return
@@ -116,7 +116,7 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
 
 
 def sentence(pair: PairRow, structure: str, margin: float | None = None) -> str:
-    """Describe a pair's ratio, with its interval and verdict; ratios within 1 ± `margin` are the same."""
+    """Describe a pair's ratio, with its interval and verdict; ratios within 1 ± `margin` count as the same."""
     words = MEASURES[pair.measure][1]
     if pair.ratio is None:
         return f"{pair.arm} and {pair.baseline} have no cycle in common, so they cannot be compared."
@@ -144,13 +144,13 @@ def _verdict(pair: PairRow, margin: float | None) -> str:
 
 
 def _digits(low: float, high: float) -> int:
-    """Return the number of decimals needed to show a tenth of an interval's width, from 2 to 6."""
+    """Return the number of decimal places, at least 2 and at most 6, needed to show a tenth of an interval's width."""
     width = high - low
     return min(6, max(2, 1 - math.floor(math.log10(width)))) if width > 0 else 2
 
 
 def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
-    """Yield a line for each pair's interval on a logarithmic scale, and a last line with the scale's ends and 1.
+    """Yield a line for each pair's interval on a logarithmic scale, and a last line that labels its ends and 1.
 
     Args:
         pairs: the pairs to draw.
@@ -238,7 +238,7 @@ def _mean(row: ArmRow | None) -> str:
 
 
 def as_plain(answer: Answer) -> dict[str, Any]:
-    """Return the answer as plain data, for programs."""
+    """Return a campaign's results as plain data, for programs."""
     campaign = answer.definition.campaign
     return {
         "campaign": answer.definition.name,
@@ -271,7 +271,7 @@ def as_plain(answer: Answer) -> dict[str, Any]:
 
 
 def _carry_over(answer: Answer) -> dict[str, Any] | None:
-    """Return the carry-over as plain data; None if the cells cannot show it."""
+    """Return the carry-over as plain data; None if it could not be estimated."""
     found = answer.carry_over
     if found is None:
         return None

@@ -58,9 +58,9 @@ class CarryOver:
 
 
 def carry_over(cells: Sequence[Ran], arms: int, baseline: int = 0, confidence: float = CONFIDENCE) -> CarryOver | None:
-    """Return each predecessor's effect relative to the baseline's; None if the cells cannot show it.
+    """Return each predecessor's effect relative to the baseline's; None if the effects cannot be estimated.
 
-    The cells cannot show it in two cases:
+    The effects cannot be estimated in two cases:
 
     - The effects of predecessors cannot be separated from the effects of arms, cycles and positions, as in an order
       that repeats.
@@ -104,7 +104,7 @@ def carry_over(cells: Sequence[Ran], arms: int, baseline: int = 0, confidence: f
 
 
 def _without_predecessors(cells: Sequence[Ran], arms: int) -> np.ndarray[Any, Any]:
-    """Return the columns of cycles, arms and positions."""
+    """Return the columns of the design matrix for cycles, arms and positions, but not those for predecessors."""
     import numpy as np
 
     cycles = sorted({cell.cycle for cell in cells})

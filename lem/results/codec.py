@@ -68,7 +68,7 @@ def _reader(cls: Any) -> Callable[[str | bytes], Any]:
 
 
 def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return pydantic's reader, changed to report only the first error, on one line."""
+    """Wrap pydantic's reader so that it reports only the first error, on one line."""
     from pydantic import ValidationError
 
     def read(content: str | bytes) -> Any:
@@ -82,7 +82,7 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read
 
 
-# JSON with every digit as 0 and each of the characters that may precede a number as a colon.
+# Turns every digit of JSON into 0, and each of the characters that may precede a number into a colon.
 _SHAPE = bytes.maketrans(b"123456789E,[", b"000000000e::")
 _SPACES = b" \t\r\n"
 _NEGATIVE, _LONG, _LARGE = b":-0", b":" + 18 * b"0", re.compile(rb"0e\+?00")
@@ -90,15 +90,16 @@ AMOUNT = re.compile(
     r".*(energy_j|duration_s|tokens|bytes|planned|completed|resolution_[js]|total|uncertainty_j|per_kwh|prompts|power_w"
     r"|latency_s|ttft_s|tpot_s|itl_s|cores)"
 )
-# Larger than any quantity of a run, but small enough to be summed and squared. Time differences may round below 0.
+# The largest number that is accepted: larger than any quantity of a run, but small enough to be summed and squared.
+# Amounts may be below 0 by the rounding error of a difference of times.
 MOST, ROUNDING = 1e30, 1e-6
 
 
 def check_numbers(content: bytes) -> bytes:
-    """Return JSON lines unchanged if all their numbers are possible for a run.
+    """Return JSON lines unchanged if every number in them is a possible value of a run.
 
     Raises:
-        ValueError: a number is too large, or an amount is negative; the message says which.
+        ValueError: a number is too large, or one that cannot be negative is negative; the message says which.
     """
     if _is_suspicious(content):
         for document in _documents(content):
@@ -110,7 +111,7 @@ def _is_suspicious(content: bytes) -> bool:
     """Return whether JSON may contain a negative number, a large exponent or many digits; most files do not.
 
     Searching for fixed bytes takes a fifth of the time that a single regular expression for all three would take.
-    Digests contain bytes that look like exponents; only exponents of numbers count, and a number follows a colon, a
+    Digests contain bytes that look like exponents, so an exponent counts only in a number, which follows a colon, a
     comma or a bracket.
     """
     shape = content.translate(_SHAPE, _SPACES)
@@ -192,8 +193,8 @@ class ExperimentExcerpt(msgspec.Struct, gc=False):
 class PlanExcerpt(msgspec.Struct, gc=False):
     """The part of a plan that rows need; `config_json` is the whole configuration as JSON.
 
-    Reading it takes a third of the time that the plan takes, and does not need pydantic. This matters because a results
-    directory may contain tens of thousands of plans.
+    Reading the excerpt takes a third of the time of reading the plan, and does not need pydantic. This matters because
+    a results directory may contain tens of thousands of plans.
     """
 
     experiment_id: str

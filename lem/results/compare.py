@@ -2,7 +2,7 @@
 
 Each cell, which is one fresh process, is a replicate. Values are paired by cycle and compared as logarithms, because
 noise and drift are multiplicative. This module works on plain numbers; the methods and their interval coverage are
-explained in docs/campaigns.md. It knows neither the tables nor how an experiment is run.
+explained in docs/campaigns.md. The module knows neither the tables nor how an experiment is run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 Verdict = Literal["less", "more", "the same", "cannot tell"]
 # How a comparison treats the position of a cell in its cycle. The choice follows from the order of the cells, not from
-# the data. `paired` leaves the position in the noise, `position` fits a straight line in it for each pair, and `latin`
-# removes the mean of each position.
+# the data. `paired` leaves the effect of the position in the noise, `position` removes a straight-line effect of it
+# from each pair, and `latin` removes the mean of each position.
 Analysis = Literal["paired", "position", "latin"]
 CONFIDENCE = 0.95
 # The smallest number of pairs to which `position` fits a line. With fewer pairs, the degree of freedom that the line
-# costs widens the interval more than the drift that it removes.
+# costs widens the interval more than removing the drift narrows it.
 POSITION_PAIRS = 5
 # For `cycles_needed`: the power to reach, and the largest number of cycles worth suggesting.
 POWER = 0.8
@@ -113,11 +113,12 @@ def paired_effects(logs: np.ndarray[Any, Any], baseline: int = 0) -> tuple[Any, 
 
 
 def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> tuple[Any, Any, int]:
-    """Return the mean, its standard error and the degrees of freedom of an arm's difference from the baseline.
+    """Return the mean difference of an arm from the baseline, its standard error and the degrees of freedom.
 
-    A straight line in the difference of the two positions is fitted by ordinary least squares. Its value at 0 is the
-    mean, so a linear drift within the cycles neither shifts the mean nor widens its interval. With fewer than
-    `POSITION_PAIRS` pairs, or if the positions always differ by the same number, the pairs are compared without a line.
+    The difference in value is fitted by a straight line in the difference in position (ordinary least squares). The
+    line's value at 0 is the mean, so a linear drift within the cycles neither shifts the mean nor widens its interval.
+    With fewer than `POSITION_PAIRS` pairs, or if the positions differ by the same number in all pairs, the pairs are
+    compared without a line.
 
     Args:
         differences: the arm's logarithms minus the baseline's, by campaign and cycle.
@@ -178,7 +179,7 @@ def expected_degrees_of_freedom(analysis: Analysis, cycles: int, arms: int) -> i
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted by Holm's step-down method, in the order given.
+    """Return the p-values, adjusted by Holm's step-down method, in their original order.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6
     (1979).
@@ -203,7 +204,7 @@ def is_within(effect: Effect, margin: float, alpha: float = 1 - CONFIDENCE) -> b
 
 
 def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power: float = POWER) -> int | None:
-    """Return the number of cycles needed to tell a mean from 0 with this power; None if more than `MOST_CYCLES`.
+    """Return the number of cycles needed to distinguish a mean from 0 with this power; None if above `MOST_CYCLES`.
 
     Args:
         mean: the mean difference of logarithms to detect.

@@ -47,7 +47,8 @@ OF_THE_DEVICE = ("peak_flops_per_s", "idle_power_before_w", "idle_power_loaded_w
 PLACES = {"hostname": "host", "device": "device", "engine_version": "engine"}
 
 _TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
-# Every number is averaged over the cycles, so no column can be forgotten; a value common to all cycles is kept.
+# By default, every number is averaged over the cycles, so that no new column can be forgotten. A value common to all
+# cycles stays as it is.
 MEANS = [name for name, of in _TYPES.items() if of in (int, float) and name not in MAXIMA]
 _LABELS = [name for name, of in _TYPES.items() if of is str and LABELS.fullmatch(name)]
 
@@ -119,7 +120,7 @@ def _at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
 
 
 def _chosen(places: Sequence[int], of_cycles: Columns) -> Columns:
-    """Return the columns restricted to the given indices; if all indices are given, return the same lists."""
+    """Return the columns restricted to the given indices; if these are all indices, return the lists uncopied."""
     if len(places) == len(of_cycles["status"]):
         return dict(of_cycles)
     return {name: _at(places, values) for name, values in of_cycles.items()}
@@ -152,7 +153,7 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
 
 
 def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> list[str]:
-    """Return the different kinds of energy among some cycles; cycles without energy have no kind.
+    """Return the distinct kinds of energy in the given cycles; a cycle without energy has none.
 
     Counters, integrals of sampled power and replayed traces are all measurements.
     """
@@ -163,14 +164,14 @@ def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> l
 
 
 def _places(group: Sequence[int], of_cycles: Columns) -> dict[str, list[str]]:
-    """Return where some cycles ran: the different values of each column that tells it."""
+    """Return where the given cycles ran: the distinct values of each column that names a place."""
     return {what: list(dict.fromkeys(filter(None, _at(group, of_cycles[name])))) for name, what in PLACES.items()}
 
 
 def _of_groups(
     summed_up: Callable[[Sequence[Any]], Any], groups: Sequence[Sequence[int]], values: Sequence[Any]
 ) -> list[Any]:
-    """Apply a function to each group of values; if all values are equal (for example None), it is called only once."""
+    """Apply a function to each group of values; if all values are equal (for example None), call it only once."""
     if values[0] == values[-1] and values.count(values[0]) == len(values):
         return [summed_up(values[:1])] * len(groups)
     return [summed_up(_at(group, values)) for group in groups]

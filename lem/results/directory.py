@@ -96,7 +96,7 @@ class ExperimentDir:
 
     @cached_property
     def path(self) -> Path:
-        """The directory as a Path, created on first use because there may be tens of thousands of experiments."""
+        """The directory as a Path object, made on first use because there may be tens of thousands of experiments."""
         return Path(self._folder)
 
     def record_file(self, rank: int, cycle: int, attempt: int) -> Path:
@@ -125,7 +125,7 @@ class ExperimentDir:
         write_atomically(self.path / "spec.json", to_json(plan))
 
     def share(self, others: int) -> None:
-        """Record in the plan that up to this many other experiments shared the machine."""
+        """Record in the plan that up to `others` other experiments shared the machine."""
         plan = self.plan()
         if others > plan.shared_with:
             write_atomically(self.path / "spec.json", to_json(replace(plan, shared_with=others)))
@@ -161,7 +161,7 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- state
     def state(self) -> State:
-        """Return the state, corrected if its process is gone; if it cannot be read, infer it from the other files."""
+        """Return the experiment's state: interrupted if its process is gone; inferred if state.json cannot be read."""
         try:
             state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):
@@ -171,7 +171,7 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state of a completed experiment that has its rows, or None."""
+        """Return the state `aggregated` if the rows of this last attempt have been written, else None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:
@@ -194,9 +194,9 @@ class ExperimentDir:
         write_atomically(self.path / AGGREGATED, to_json(state))
 
     def link_aggregated(self, source: Path) -> None:
-        """Do the same as `mark_aggregated` with a link to a file shared with other experiments.
+        """Do the same as `mark_aggregated`, but by linking a file that is shared with other experiments.
 
-        Linking takes a third of the time of replacing state.json.
+        Linking takes a third of the time of writing a file.
         """
         try:
             os.link(source, f"{self._folder}/{AGGREGATED}")
@@ -204,7 +204,7 @@ class ExperimentDir:
             write_atomically(self.path / AGGREGATED, source.read_bytes())
 
     def is_held(self) -> bool:
-        """Return whether processes of a run are still alive, even if they are about to end."""
+        """Return whether any process of a run is still alive, even if it is about to end."""
         try:
             with os.fdopen(open_to_read(f"{self._folder}/.lock"), "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,7 +216,7 @@ class ExperimentDir:
 
     @contextmanager
     def run(self, *, take_over: bool = False) -> Iterator[int]:
-        """Hold the experiment while it runs, with its state set to running; yield the attempt's number.
+        """Lock the experiment while it runs, with its state set to running; yield the attempt's number.
 
         The caller writes the final state.
 
@@ -264,7 +264,7 @@ class ExperimentDir:
 
     @contextmanager
     def hold(self, *, exclusive: bool = False) -> Iterator[None]:
-        """Share the experiment's lock with the other processes of its attempt; `exclusive` waits until all are gone.
+        """Hold the lock shared by all processes of an attempt; with `exclusive`, wait until the others are gone.
 
         The kernel releases the lock when the process ends, even if the process is killed.
         """
@@ -334,7 +334,7 @@ class ExperimentDir:
         return [part.record for part in self.parts()]
 
     def finished(self, before_attempt: int | None = None) -> dict[int, set[int]]:
-        """Return the positions of each cycle's finished prompts, in all attempts or only before `before_attempt`."""
+        """Return the positions of each cycle's finished prompts, in all attempts or those before `before_attempt`."""
         done: dict[int, set[int]] = {}
         for part in self.parts():
             if before_attempt is None or part.record.attempt < before_attempt:
@@ -342,7 +342,7 @@ class ExperimentDir:
         return done
 
     def is_fruitless(self) -> bool:
-        """Return whether all requests of a cycle failed."""
+        """Return whether there is a cycle in which all requests failed."""
         ended: dict[int, bool] = {}
         for part in self.parts():
             for row in part.requests:

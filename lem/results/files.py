@@ -21,7 +21,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 # The beginning of every message about a full disk, including the message in a worker's record.
 NO_SPACE = "No space left"
 
-# A scratch file is locked well before it reaches this age.
+# A scratch file older than this that is not locked is abandoned: its writer would have locked it long before.
 ABANDONED_S = 1.0
 
 
@@ -29,7 +29,7 @@ class DiskFull(RunError):
     """A disk is full; everything written before is kept. Exit code 1."""
 
     def __init__(self, folder: Path, remedy: str = "") -> None:
-        """Name the disk that holds a folder, and say how to continue; a study replaces that advice with its own."""
+        """Build the message; `remedy` says how to continue, and a study replaces it with advice of its own."""
         self.folder = folder
         reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); everything written so far is kept."
         super().__init__(" ".join(filter(None, (reason, remedy))))

@@ -69,7 +69,7 @@ def load(results_dir: str | Path = "results") -> Frames:
         results_dir: the directory, as given to --results-dir.
 
     Raises:
-        BadInput: the path begins with the `~` of a user who does not exist.
+        BadInput: the path begins with `~` and the name of a user who does not exist.
         ResultsError: the directory has no tables or, on first use of a table, one of its files is damaged.
     """
     root = expanded(results_dir)

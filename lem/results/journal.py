@@ -82,7 +82,7 @@ class _Rows(msgspec.Struct, gc=False):
 
 
 class _Done(Checkpoint, frozen=True, gc=False, kw_only=True):
-    """A finished batch with its checkpoint, from the same line of the journal."""
+    """A finished batch and its checkpoint, which are in one line of the journal."""
 
     done: list[RequestRecord]
 
@@ -98,7 +98,7 @@ _ROWS, _DONE = msgspec.json.Decoder(_Rows), msgspec.json.Decoder(_Done)
 class Window:
     """A measured window as recorded in a journal.
 
-    If the process has written its own record of the window, `record` is that record and there are no checkpoints;
+    If the process has written its final record of the window, `record` is that record and there are no checkpoints;
     otherwise `record` was written when the window opened.
     """
 
@@ -112,7 +112,7 @@ class Window:
         return next((each for each in reversed(self.checkpoints) if each.energy is not None), None)
 
     def salvaged(self) -> ProcessRecord:
-        """Return the process's own record or, without one, a record of the window up to its last finished batch."""
+        """Return the process's final record or, without one, a record of the window up to its last finished batch."""
         if not self.checkpoints:
             return self.record
         record, last = self.record, self.checkpoints[-1]
@@ -153,7 +153,7 @@ class Journal:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def open_window(self, record: ProcessRecord) -> None:
-        """Record that a measured window opens; `record` is used if the process never writes its own."""
+        """Record that a measured window opens; `record` is used if the process never writes its final record."""
         self._write(OPENING + msgspec.json.encode(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:

@@ -78,8 +78,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
     """Return the number of values behind each set of percentiles, leaving out sets without values.
 
-    Requests that ran side by side from the same moment to the same moment, as in a padded batch, have the same times;
-    these count once.
+    Requests that start and end together, as in a padded batch, have the same times, which count once.
     """
     longest: dict[tuple[object, ...], RequestRecord] = {}
     for r in requests:
@@ -104,7 +103,7 @@ def under_load(
     traffic: Limits,
     opened_s: Mapping[int, float | None] = MappingProxyType({}),
 ) -> dict[str, float | None]:
-    """Return the measures of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput.
+    """Return the metrics of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput.
 
     Failed requests also arrived and kept the engine busy, but they are never good.
 
@@ -113,7 +112,7 @@ def under_load(
         duration_s: the total length of all windows.
         traffic: the limits for goodput.
         opened_s: when each attempt's window opened, on the clock of the arrivals; 0 for an attempt that is not listed.
-            If any of these times is None, the measures that depend on it are left out.
+            If any of these times is None, the metrics that depend on it are left out.
     """
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)

@@ -29,7 +29,7 @@ from lem.record import (
 )
 from lem.warning_codes import of_places, warning
 
-# Attempts on hardware that differs in one of these have different peaks and idle power.
+# If attempts differ in one of these fields, their hardware has different peaks and idle power.
 HARDWARE = ("processor", "device", "GPUs")
 IDLE = ("idle_before", "idle_loaded")
 # If the energy of more than this share of a window is unknown, the window's energy is null.
@@ -42,8 +42,8 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
 
     Each process knows only its own last finished request, and only one process meters. The common end is the end of the
     metering process's window or, if another process finished a request after that, the end of that process's window.
-    Work that a process had in flight at its own end is counted from there to the common end. Energy that was last read
-    too long before the common end becomes null.
+    Requests that a process had in flight at the end of its own window count as in flight until the common end. Energy
+    that was last read too long before the common end becomes null.
 
     Args:
         records: the records of one attempt at one cycle, one for each process.
@@ -98,7 +98,7 @@ def _others(record: ProcessRecord) -> tuple[Phase, ...]:
 
 
 def _cut_at(later_s: float, record: ProcessRecord) -> Cut:
-    """Return the cut of a process after moving the end of its window later by this many seconds."""
+    """Return a record's `cut`, adjusted for a window that ends `later_s` seconds later."""
     cut = record.cut or Cut(lost_s=0.0 if record.status == "completed" else None)
     has_window = record.phase("measured") is not None
     behind_s = None if cut.energy_behind_s is None else cut.energy_behind_s + later_s
@@ -210,7 +210,7 @@ def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
 
 
 def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Phase]) -> EnergyReading:
-    """Return the sum of a device's readings; some windows may have none, and everything that was read is kept."""
+    """Return the sum of a device's readings; a window without one does not void the readings of other windows."""
     readings = [r for r in found if r is not None]
     known_j = [r.energy_j for r in readings if r.energy_j is not None]
     covered_s = [
@@ -344,7 +344,7 @@ def _and_more(text: str, more: int, what: str) -> str:
 
 # ------------------------------------------------------------------ energy
 def is_estimated(source: str | None) -> bool:
-    """Return whether an energy is at least partly an estimate, given its source or several joined by plus signs.
+    """Return whether an energy is at least partly an estimate, given its source or sources (joined by plus signs).
 
     Simulated energy counts as an estimate.
     """
@@ -364,7 +364,7 @@ UNMETERED = Energy(None, None, None, None)
 
 
 def headline(readings: Sequence[EnergyReading]) -> Energy:
-    """Return the headline energy of one window: of the GPUs, else of all measured components, else of estimates."""
+    """Return the headline energy of one window: of the GPUs, else of all measured components, else of all estimates."""
     return _sum(of_headline(readings))
 
 

@@ -1,7 +1,8 @@
 """The noise of a machine, from a campaign that measures one configuration as two arms: any difference is noise.
 
 This module works on the cells of an ordinary campaign. A value that the data cannot support is None, with a reason.
-Ratios are compared as logarithms, as in a campaign's answer. The module knows nothing about how a cell is run or shown.
+Ratios are compared as logarithms, as in a campaign's results. The module knows nothing about how a cell is run or
+shown.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, sum
 from lem.results.stopping import ANALYSES
 from lem.warning_codes import WARNINGS
 
-# With two pairs, there is a single degree of freedom, and the interval of their spread spans a factor of 70.
+# With two pairs, there is a single degree of freedom, and the ends of the standard deviation's 95 % interval differ by
+# a factor of 70.
 LEAST_PAIRS = 3
-# With six cells, a line through them leaves four degrees of freedom, and a line without the first cell three.
+# With six cells, a line through them leaves four degrees of freedom, and a line through all but the first cell leaves
+# three.
 LEAST_CELLS = 6
-# With fewer cells, no correlation between neighbours below 0.6 is significant.
+# With fewer cells, a correlation between neighbouring cells is not significant unless it exceeds 0.6.
 LEAST_NEIGHBOURS = 10
 PERMUTATIONS = 2000
 # The numbers of cycles for which the detectable difference is shown.
 EXAMPLES = (3, 5, 10, 20)
 # If more cycles than this were needed, the advice is to make the machine quieter.
 MOST_CYCLES = 100
-# The noise measured in a few cycles may be too low by chance. Planning with its upper limit at this confidence detects
-# the difference in at least that share of cases: R. H. Browne, On the use of a pilot sample for sample size
-# determination, Statistics in Medicine 14 (1995).
+# The noise measured in a few cycles may be too low by chance. Planning with the upper limit of the noise at this
+# confidence detects the difference in at least that share of cases: R. H. Browne, On the use of a pilot sample for
+# sample size determination, Statistics in Medicine 14 (1995).
 PLANNING_CONFIDENCE = 0.8
-# Warnings of cells that a longer warm-up can remove.
+# The cells' warnings that a longer warm-up can prevent.
 OF_WARM_UP = ("warmup_not_steady", "compiled_in_window", "high_variation", "temperature_drift")
-# Warnings of cells about other causes of noise, by the name of the advice on them.
+# The cells' warnings about other causes of noise, keyed by the name of the advice that they lead to.
 OTHER_CAUSES = {
     "window": ("short_window", "few_ticks", "short_steady_state"),
     "machine": ("foreign_process", "shared_hardware", "throttled", "busy_host"),
@@ -47,12 +50,12 @@ LEAST_GAP_S = 10.0
 
 @dataclass(frozen=True)
 class Floor:
-    """The noise of one measure: the standard deviation of the log ratio of two cells in the same cycle.
+    """The noise of one metric: the standard deviation of the log ratio of two cells in the same cycle.
 
     A small value is almost equal to the relative standard deviation. `low` and `high` are the ends of its 95 %
-    interval, and `planning` is the upper limit used to plan campaigns. `finds` holds, for several numbers of cycles,
-    the smallest difference (as a ratio minus 1) that they detect with a probability of 80 %. All are None, with a
-    reason, if there are too few pairs or if all pairs are equal.
+    interval, and `planning` is the upper confidence limit used to plan campaigns. `finds` maps several numbers of
+    cycles to the smallest difference (as a ratio minus 1) that so many cycles detect with a probability of 80 %. All
+    are None, with a reason, if there are too few pairs or if all pairs are equal.
     """
 
     measure: str
@@ -78,7 +81,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class Change(Tested):
-    """A change of the primary measure, as a ratio minus 1, with its 95 % interval; None, with a reason, if unknown.
+    """A change in the primary metric, as a ratio minus 1, with its 95 % interval; None, with a reason, if unknown.
 
     `p_value` tests for no change, and is adjusted for the number of tests (Holm).
     """
@@ -93,7 +96,7 @@ class Change(Tested):
 
 @dataclass(frozen=True)
 class Correlation(Tested):
-    """The correlation `r` of each cell with the cell before it, without any trend; None, with a reason, if unknown."""
+    """The correlation `r` of successive cells, after removing any trend; None, with a reason, if unknown."""
 
     n: int
     r: float | None = None
@@ -115,8 +118,8 @@ class Noise:
     """The noise of a machine, found in a campaign that compares one configuration with itself.
 
     `drift` is the change over the whole campaign, and `drift_per_cycle` is the same change per cycle. `first` compares
-    the first cell with a line through all others. `position` compares the second cell of a cycle with the first,
-    without the drift between them.
+    the first cell with a line through all others. `position` compares the second cell of a cycle with the first, after
+    removing the drift between them.
     """
 
     answer: Answer
@@ -133,13 +136,13 @@ class Noise:
 
     @property
     def floor(self) -> Floor:
-        """The noise of the primary measure."""
+        """The noise of the primary metric."""
         primary = self.answer.definition.campaign.primary
         return next(floor for floor in self.floors if floor.measure == primary)
 
     @property
     def is_false_alarm(self) -> bool:
-        """Whether the campaign says that the configuration differs from itself."""
+        """Whether the campaign's verdict is that its two arms differ, although both are the same configuration."""
         return self.pair is not None and self.pair.verdict in ("less", "more")
 
 
@@ -157,10 +160,10 @@ def percent(share: float, sign: str = "") -> str:
 
 
 def noise_of(answer: Answer, difference: float) -> Noise:
-    """Return the noise found in the completed cells of a campaign with one configuration as two arms.
+    """Return the noise found in the completed cells of a campaign whose two arms are the same configuration.
 
     Args:
-        answer: the campaign's answer.
+        answer: the campaign's results.
         difference: the smallest difference, as a ratio minus 1, that later campaigns should detect.
     """
     primary = answer.definition.campaign.primary
@@ -204,7 +207,7 @@ def _is_estimate(answer: Answer, measure: str) -> bool:
 
 
 def _pairs(cells: Sequence[CellEntry], measure: str) -> dict[int, tuple[float, float]]:
-    """Return the logarithms of the first and second cell by cycle, for the cycles in which both have a value."""
+    """Return, for each cycle in which both cells have a value, the logarithms of the first and of the second."""
     values = {(cell.cycle, cell.position): value for cell in cells if (value := _value(cell, measure))}
     cycles = sorted({cycle for cycle, _ in values})
     both = {c: (values[c, 1], values[c, 2]) for c in cycles if (c, 1) in values and (c, 2) in values}
@@ -285,11 +288,11 @@ def _first(cells: Sequence[tuple[CellEntry, float]]) -> Change:
 
 
 def _position(cells: Sequence[CellEntry], measure: str) -> Change:
-    """Compare the second cell of a cycle with the first, without the drift between them.
+    """Compare the second cell of a cycle with the first, after removing the drift between them.
 
     The drift from one cell to the next is half the drift from cycle to cycle, which is estimated from the means of the
-    cycles. The sum and the difference of two values are independent, so the two errors add up (Welch and
-    Satterthwaite).
+    cycles. The sum and the difference of two values are independent, so the variances of the two estimates add up
+    (Welch and Satterthwaite).
     """
     pairs = _pairs(cells, measure)
     if len(pairs) < LEAST_PAIRS:
@@ -406,7 +409,7 @@ def _warm_up(noise: Noise) -> Advice:
 
 
 def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
-    """Return advice on the first of these warnings that most cells have, or None if none is that common."""
+    """Return advice on the first of these warnings that most cells have; None if most cells have none of them."""
     rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
     for code in codes:
         count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)

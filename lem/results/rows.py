@@ -40,7 +40,7 @@ from lem.results.steady import Steady, places, steady_state
 # The reason why the prefill energy is null if several processes run.
 SEVERAL = "several processes share the meter"
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
-# Columns that depend on how long requests waited for their turn.
+# Columns that depend on how long requests waited in the queue.
 QUEUED = re.compile(r"(latency|ttft|queue)_.*_s|goodput_.*|idle_share")
 
 
@@ -216,7 +216,7 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the backend that ran, or several joined names if the user allowed mixed backends."""
+    """Return the name of the backend that ran, or several joined names if the user allowed mixed backends."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
@@ -374,7 +374,7 @@ def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | 
 
 
 def _steady(cycles: Sequence[Cycle], complete: Sequence[bool], energies_j: Sequence[float | None]) -> Columns:
-    """Return the measures of the steady state, for cycles that were finished in one attempt."""
+    """Return the metrics of the steady state, for cycles that were finished in one attempt."""
     found = [
         _steady_state(cycle, is_metered=energy_j is not None) if done and cycle.attempts == 1 else None
         for cycle, done, energy_j in zip(cycles, complete, energies_j, strict=True)

@@ -87,7 +87,7 @@ def say(text: str) -> None:
 
 
 def filled(parts: Iterable[str], separator: str, width: int, cells: Callable[[str], int]) -> Iterator[str]:
-    """Join parts to lines that are as long as a width allows; only a part that is wider by itself exceeds it.
+    """Join parts into lines no longer than `width`, unless a single part is wider than that.
 
     Args:
         parts: the parts, which are not divided.
@@ -163,7 +163,7 @@ def _print_paragraphs(table: Table, out: Console) -> None:
         known = zip(headers, cells, strict=True)
         details = [f"{header}: {text}" for header, text in known if text not in ("", NOT_MEASURED)]
         out.print(head, overflow="fold")
-        # The dot of the separator stays at the end of a line, for which a line needs two more columns.
+        # If the separator ends a line, its dot stays there and needs two more columns.
         for line in filled(details, " · ", out.width - INDENT - 2, lambda text: Text.from_markup(text).cell_len):
             out.print(Padding(line, (0, 0, 0, INDENT), expand=False), overflow="fold")
 
@@ -310,7 +310,7 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
 
 
 def _steady(row: ExperimentRow) -> str:
-    """Return the measures of the steady state as text; empty if there was none."""
+    """Return the metrics of the steady state as text; empty if there was none."""
     if row.steady_duration_s is None:
         return ""
     speed, cost = row.steady_output_tokens_per_s, row.steady_energy_per_output_token_j

@@ -96,7 +96,8 @@ def line_through(places: Sequence[float], values: Sequence[float], means_taken: 
     Args:
         places: the position of each value.
         values: the values; with several groups, each minus the mean of its group.
-        means_taken: the number of means subtracted from the values, here or before; each costs a degree of freedom.
+        means_taken: the number of means subtracted from the values, by the caller or by the fit; each costs a degree of
+            freedom.
     """
     from scipy.special import stdtr
 
@@ -114,9 +115,9 @@ def line_through(places: Sequence[float], values: Sequence[float], means_taken: 
 
 
 def sd_limit(sd: float, degrees_of_freedom: int, confidence: float) -> float:
-    """Return the limit below which the true standard deviation lies with this confidence, for normal values.
+    """Return the upper confidence limit of the true standard deviation, for normally distributed values.
 
-    Sums of squares follow a chi-squared distribution (Cochran 1934).
+    The sample variance follows a scaled chi-squared distribution (Cochran 1934).
     """
     from scipy.special import chdtri
 

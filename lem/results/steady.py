@@ -28,7 +28,7 @@ class Steady(NamedTuple):
 def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None, *, by_client: bool) -> int | None:
     """Return how many requests a fully used engine has in flight; None if nothing keeps it fully used.
 
-    With padded batches, slots become empty as soon as the first request ends; open-loop traffic may leave slots empty.
+    Two things leave slots empty: padded batches, as soon as their first request ends, and open-loop traffic.
 
     Args:
         strategy: the batching strategy.
@@ -81,7 +81,8 @@ def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, flo
 
     - The process never had that many requests in flight.
     - No request took over another request's slot, so there was no queue to keep the engine full.
-    - Slots were empty for longer, as in an engine without enough memory to use all of them.
+    - Slots were empty for longer than a brief gap, for example because the engine had too little memory to use them
+      all.
     """
     if len(requests) <= taken:
         return None

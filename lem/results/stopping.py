@@ -3,8 +3,9 @@
 Suppose that a campaign computed an ordinary 95 % interval after every cycle and stopped once it was narrow enough. The
 interval would contain the true ratio in only 91 to 93 % of cases, because campaigns tend to stop when they
 underestimate the noise. Intervals are therefore computed at a higher nominal level. The level was calibrated by
-simulation (`nox -s calibrate`) for pairs of limits, so that even at the least favourable noise 95 % of the reported
-intervals contain the true ratio. This module works on plain numbers, and does not know what is measured.
+simulation (`nox -s calibrate`) for pairs of limits (a minimum and a maximum number of cycles), so that even at the
+least favourable noise 95 % of the reported intervals contain the true ratio. This module works on plain numbers, and
+does not know what is measured.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule for stopping a campaign: after one of the cycles in `looks`, at the latest after the last of them.
+    """The rule for stopping a campaign, which may stop after any of the cycles in `looks` and stops after the last.
 
     The campaign stops as soon as each interval's half-width, divided by its ratio, is at most `half_width`. `level` is
-    the joint nominal level of the intervals: each of m is computed at 1 - (1 - level) / m.
+    the joint nominal level of the intervals: each of m intervals is computed at 1 - (1 - level) / m.
     """
 
     half_width: float
@@ -69,7 +70,7 @@ class Rule:
 
 
 def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule | None:
-    """Return the rule by which an adaptive campaign stops, or None if the campaign is not adaptive.
+    """Return the stopping rule of an adaptive campaign, or None if the campaign is not adaptive.
 
     Args:
         campaign: the settings of the campaign.
@@ -95,18 +96,18 @@ def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule |
 
 
 def cycles_at_most(campaign: Campaign, arms: int) -> int:
-    """Return the number of cycles that a campaign is planned with."""
+    """Return the number of cycles planned for a campaign; for an adaptive campaign, this is the maximum."""
     rule = rule_of(campaign, arms)
     return campaign.cycles if rule is None else rule.most
 
 
 def level_for(analysis: Analysis, least: int, most: int) -> float:
-    """Return the nominal level for a pair of limits: the lowest level that was calibrated for limits around them.
+    """Return the lowest nominal level that was calibrated for limits that enclose `least` and `most`.
 
     A campaign with narrower limits looks at its data less often, so its coverage at that level is at least as high.
 
     Raises:
-        ConfigError: no level was calibrated for limits around them.
+        ConfigError: no level was calibrated for limits that enclose these.
     """
     known = [each for each in levels() if each.analysis == analysis]
     found = [each.level for each in known if each.least <= least and most <= each.most]

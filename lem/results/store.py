@@ -42,7 +42,7 @@ class Store:
     """One results directory.
 
     Raises:
-        BadInput: its path begins with the `~` of a user who does not exist.
+        BadInput: its path begins with `~` and the name of a user who does not exist.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -116,7 +116,7 @@ class Store:
         return sorted(filter(ID.fullmatch, names), key=age)
 
     def unfinished(self, fingerprint: str) -> list[ExperimentDir]:
-        """Return the experiments with a fingerprint that are neither completed nor running, oldest first."""
+        """Return the experiments that have this fingerprint and are neither completed nor running, oldest first."""
         folder = self.root / "unfinished"
         found = [ExperimentDir(self._raw / name) for name in self.marked() if _text(folder / name) == fingerprint]
         left = [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]

@@ -82,7 +82,7 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files that are missing or damaged in the other tables, with a message about any damage.
+        """Return the files of this table that are missing or damaged in the other two, with a message about any damage.
 
         Files of single experiments are not checked for damage, because there may be thousands.
         """
@@ -105,7 +105,7 @@ class Tables:
         return [file for file in _parquet_files(self._folder) if _is_ours(file)]
 
     def strangers(self) -> list[str]:
-        """Return a message about each file in the tables' folders that does not belong to them."""
+        """Return a message about each Parquet file in the tables' folders that does not belong there."""
         folders = [self._store.root / name for name in KINDS]
         return [
             f"{file} is not part of this table, but pandas and DuckDB would read it too; move it elsewhere."

@@ -44,7 +44,7 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """A process's data once the model is loaded; the record of every cycle repeats its phases and warnings."""
+    """What a process has once the model is loaded; its phases and warnings go into the record of every cycle."""
 
     bench: Bench
     prompts: Sequence[Encoded]
@@ -158,12 +158,12 @@ class Attempt:
             return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
 
     def _others_pids(self) -> Sequence[int]:
-        """Return the processes of the run that this one did not start: the engine's server and the other ranks."""
+        """Return the pids of processes of the run that this one did not start: the engine's server and other ranks."""
         ranks = processes.family_of([os.getppid()]) if self._plan.processes > 1 else ()
         return [*self._backend.server_pids(), *(process.pid for process in ranks)]
 
     def _own_pids(self) -> set[int]:
-        """Return all processes of the run."""
+        """Return the pids of all processes of the run."""
         return {os.getpid(), *(process.pid for process in processes.children()), *self._others_pids()}
 
     # -------------------------------------------------------------- a cycle
@@ -277,7 +277,7 @@ class Attempt:
         )
 
     def _write(self, status: Status, error: ErrorInfo | None = None) -> None:
-        """Write the cycle's power trace, then its record, so that a record never exists without its rows."""
+        """Write the cycle's power trace and then its record, so that no record exists without its trace."""
         from lem.results import parquet
 
         known, window = self._snapshot(status, error), self._window_id

@@ -66,7 +66,7 @@ def checkup(
         host: the machine with its visible GPUs.
         results_dir: where results would be kept; it need not exist.
         powercap_dir: the kernel's powercap tree.
-        cpu_dir: the kernel's folders of the processor's cores.
+        cpu_dir: the kernel's directory with a folder for each processor core.
         hub_timeout_s: how long the model hub may take to answer, in seconds.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="hub") as pool:

@@ -190,7 +190,7 @@ def resume(
 
 
 def fail(store: Store, directory: ExperimentDir, error: ErrorInfo, slurm_job_id: str, *, write_tables: bool) -> Outcome:
-    """Record that an experiment failed whose processes are gone, or were never started, and write its row.
+    """Record the failure of an experiment whose processes are gone or were never started, and write its row.
 
     Args:
         store: the results directory.

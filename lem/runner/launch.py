@@ -39,7 +39,7 @@ from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_
 
 log = logging.getLogger(__name__)
 
-# How long a launcher may keep running after its workers have ended; it has no files to write.
+# How long a launcher may keep running after its workers have ended. It needs no longer, because it writes no files.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
@@ -82,7 +82,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
             killed = _stop(workers, is_launcher=plan.processes > 1) if workers else None
             with signals_ignored():
                 reason = f"stopped by {str(stop) or 'Ctrl-C'}"
-                # Not the signal that ended the workers, because it came from here.
+                # The reason does not name the signal that ended the workers, because this process sent it.
                 reason_without_record = f"{reason}. The worker {killed}" if killed else reason
                 code = workers.returncode if workers else 0
                 _complete_records(directory, attempt, "interrupted", code, reason_without_record)
@@ -239,9 +239,10 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
 
 
 def record_loss(directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_job_id: str | None) -> None:
-    """Record that an attempt failed because of the scheduler: in the records of processes that did not complete.
+    """Record that an attempt failed because of the scheduler, in the records of interrupted and killed processes.
 
-    If no process left one, a record without measurements says so. `slurm_job_id` is the job that ran the attempt.
+    If every process that left a record has completed, a record without measurements is added for the failure.
+    `slurm_job_id` is the job that ran the attempt.
     """
     plan = directory.plan()
     cut = [r for r in directory.records() if r.attempt == attempt and r.status != "completed"]

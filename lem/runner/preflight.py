@@ -32,7 +32,7 @@ from lem.workload.traffic import recorded_times_s
 
 log = logging.getLogger(__name__)
 
-# Rules that cells of a campaign do not break, and files that may be arms of one.
+# Rules that do not apply to cells of a campaign, or to config files that may become arms of one.
 OUTSIDE_CAMPAIGNS = frozenset({"no_effect_outside_campaign"})
 
 
@@ -67,8 +67,8 @@ def preflight(
         force: run despite inadvisable options.
         in_campaign: whether the experiment is a cell of a campaign.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
-        elsewhere: the experiment will run on another machine, of which `host` is all that is known; what only that
-            machine can tell about its sensors is left to the check there.
+        elsewhere: the experiment will run on another machine, of which `host` is all that is known; checks of its
+            sensors are left to that machine.
 
     Raises:
         ConfigError: the experiment cannot or should not run; the error lists all reasons.

@@ -213,7 +213,7 @@ def _readings(measured: Measurement) -> Sequence[EnergyReading]:
 def prefill_of(
     requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
 ) -> Prefill | None:
-    """Return the prefill's share of the window, or None if the backend does not report where prefill ends.
+    """Return the window's time and energy in prefill; None if the backend does not report where prefill ends.
 
     Args:
         requests: the window's requests.

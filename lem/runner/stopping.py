@@ -55,7 +55,7 @@ UNDISTURBED = Undisturbed()
 
 
 def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
-    """Turn signals into `Interrupted`; a parent handles Ctrl-C itself, because Ctrl-C reaches both processes."""
+    """Turn signals into `Interrupted`, and ignore those in `except_for`, such as a Ctrl-C that the parent handles."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         # The second of two signals must not interrupt the writing of the record.
@@ -99,7 +99,7 @@ def signals_ignored() -> AbstractContextManager[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back signals during a step that must not be cut in two; the first takes effect at the end of the step."""
+    """Hold back signals during a step that must not be interrupted; the first one takes effect when the step ends."""
     held: list[int] = []
     # A signal that is ignored must stay ignored, because processes that are started meanwhile inherit that.
     heard = [number for number in INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN]

@@ -50,7 +50,7 @@ from lem.workload.traffic import Arrivals
 
 # Shortest interval between two readings of the meter inside the window.
 METER_POLL_NS = 100_000_000
-# The metering process notes the window's progress whenever the window has grown by this share since the last note.
+# The metering process records a checkpoint whenever the window has grown by this share since the last one.
 NOTED_SHARE = 0.01
 
 
@@ -147,7 +147,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Queue:
-    """How a window's prompts arrive, in seconds after its opening; negative times are before it.
+    """How a window's prompts arrive; times are in seconds after the opening, and negative before it.
 
     If `times_s` is None, requests arrive so that `concurrency` of them are always in the system, the first ones at
     `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of the waiting requests at a time.
@@ -201,7 +201,7 @@ class Bench:
             into: receives the phases.
 
         Returns:
-            The encoded prompts, indexed by those positions.
+            The encoded prompts; the index of each is its position in the experiment.
         """
         self._idle("idle_before", idle_s, into)
         with self.phase("load", into):
@@ -352,7 +352,7 @@ class Bench:
 
 
 class _Window:
-    """The measured window, opened and closed together with the other processes; if cut, it ends at its last batch.
+    """The measured window, opened and closed with the other processes; if interrupted, it ends at its last batch.
 
     If other processes run a share of the prompts, the metering process also records the window's progress from a
     thread. If it did not and were killed during a long batch, requests that the others finished during that batch would
@@ -387,10 +387,10 @@ class _Window:
             self._recorder.batch_finished(batch, self._checkpoint())
 
     def keep_noting(self) -> None:
-        """Start a thread that records the progress of the window."""
+        """Start the thread that records checkpoints within batches."""
 
         def run() -> None:
-            # A disk error ends the notes; the next batch will meet the same error, which then ends the run.
+            # A disk error ends this thread; the next batch will meet the same error, which then ends the run.
             with suppress(OSError):
                 while not self._is_over.wait(self.until_next_note_s()):
                     self.note()
@@ -398,7 +398,7 @@ class _Window:
         threading.Thread(target=run, name="window-notes", daemon=True).start()
 
     def until_next_note_s(self) -> float:
-        """Return how long to wait before the next note: 1 % of the window so far, but at least 100 ms."""
+        """Return how long to wait before the next checkpoint: 1 % of the window so far, but at least 100 ms."""
         passed_s = self._into.since_opening_s(self._bench.now_ns())
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
@@ -418,7 +418,7 @@ class _Window:
             self._recorder.time_passed(self._last)
 
     def _end(self) -> None:
-        """Stop taking notes, after waiting for one that is being taken."""
+        """Stop recording checkpoints from the thread; if one is being recorded, wait for it to finish."""
         with self._lock:
             self._is_over.set()
 
@@ -456,7 +456,7 @@ class _Window:
         into.current = None
 
     def _under_way(self, now_ns: int) -> UnderWay | None:
-        """Return the work in the requests that the engine has begun."""
+        """Return the requests in flight, with their tokens and time so far; None if there are none."""
         begun = self._bench.backend.under_way()
         if not begun:
             return None

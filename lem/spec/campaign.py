@@ -17,7 +17,7 @@ from lem.spec.share import Share
 
 Structure = Literal["shuffled", "latin", "interleaved", "grouped"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
-# The measures by which arms can be compared; each is a column of the experiments table.
+# The metrics by which arms can be compared; each is a column of the experiments table.
 Measure = Literal[
     "energy_per_output_token_j", "energy_per_request_j", "output_tokens_per_s", "latency_mean_s", "ttft_mean_s",
     "average_power_w",

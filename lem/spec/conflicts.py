@@ -19,7 +19,7 @@ WARMUP_LIMITS = ("cv_batches", "max_prompts")
 # The option that each traffic pattern reads.
 TRAFFIC_VALUES = {"constant": "target_qps", "poisson": "target_qps", "concurrency": "concurrency", "trace": "trace"}
 
-# The measures of a campaign that only arms with a meter have.
+# The metrics that only arms with a meter can have.
 OF_ENERGY: tuple[Measure, ...] = ("energy_per_output_token_j", "energy_per_request_j", "average_power_w")
 
 # Meters that read no sensor and can therefore follow a simulated clock.
@@ -158,7 +158,7 @@ def _simulation(experiment: Experiment) -> Iterator[Objection]:
 
 
 def unmeasured(experiment: Experiment, measure: Measure) -> Iterator[Objection]:
-    """Object to an arm of a campaign that compares by a measure that this arm never has."""
+    """Object to an arm that can never have a value of the metric by which its campaign compares."""
     if measure == "ttft_mean_s" and not experiment.streaming.enabled:
         yield Objection("primary_without_ttft", "streaming.enabled", f"without it, an arm has no {measure}.")
     if measure in OF_ENERGY and experiment.energy.name == "none":

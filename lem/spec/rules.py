@@ -572,7 +572,7 @@ FILES_INADVISABLE = _rules(
     },
 )
 
-# The rules that apply to an experiment as a whole; each value is valid by itself.
+# The rules for an experiment whose values are all valid individually: they concern its options, the machine and files.
 EXPERIMENT_RULES: dict[str, Rule] = (
     OPTIONS_IMPOSSIBLE
     | OPTIONS_INADVISABLE

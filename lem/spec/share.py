@@ -47,5 +47,5 @@ def _checked(value: Any) -> float | None:
         raise PydanticCustomError("share", IN_WORDS) from None
 
 
-# For a value of a schema that may be left out.
+# The type of a share in a schema; None means that it is not set.
 Share = Annotated[float | None, BeforeValidator(_checked), WithJsonSchema(_SCHEMA)]

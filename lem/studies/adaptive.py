@@ -2,7 +2,7 @@
 
 The rule and its level are in `lem.results.stopping`, and the decision is in `lem.results.campaign`; this module passes
 them the states of the cells. The decision depends only on the completed cells, so a campaign that was killed and
-resumed takes the same decisions as one that was not.
+resumed stops after the same cycle as one that was not.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _on_terminal() -> bool:
 
 
 def _agrees(asked: Asked) -> bool:
-    """Show the full text and ask, even with --yes; the default answer is no."""
+    """Show the full text of the request and ask for consent, even with --yes; the default answer is no."""
     import typer
 
     where = f"{asked.where}: " if asked.where else ""

@@ -190,7 +190,7 @@ class Outcomes:
     failed: set[int] = field(default_factory=set)
 
     def end(self, number: int, *, failed: bool) -> None:
-        """Note how a run ended, in place of how an earlier try of it ended."""
+        """Record how a run ended, replacing the outcome of an earlier try of the same run."""
         self.ended.add(number)
         self.failed.discard(number)
         if failed:

@@ -162,7 +162,7 @@ def _axis(text: str, options: Options) -> Axis:
 
 
 def full_key(name: str) -> str:
-    """Return the dotted path of the value or group with this name: the whole path, or only its last part."""
+    """Return the dotted path of a value or group, given its whole path or only the last part of it."""
     paths = dict.fromkeys(leaf.path for leaf in leaves())
     if name in paths or name in GROUPS:
         return name
@@ -461,7 +461,7 @@ def _enumerated(values: Sequence[Any]) -> str:
 
 
 def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
-    """Yield each reason why points are invalid, with the number of points and the values of the first point."""
+    """Yield each reason why points are invalid, with the number of points affected and the values of the first."""
     found: dict[str, list[Point]] = {}
     for point in points:
         for problem in point.problems:

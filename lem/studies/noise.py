@@ -1,6 +1,6 @@
 """`lem doctor --noise`: compares one configuration with itself in a campaign, and reports the machine's noise.
 
-The campaign has the usual files and answer, and can be resumed; only the output at its end differs. The statistics are
+The campaign has the usual files and results, and can be resumed; only the output at its end differs. The statistics are
 in `lem.results.noise`.
 """
 

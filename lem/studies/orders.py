@@ -67,7 +67,7 @@ def _cycle(structure: Structure, arms: int, cycle: int, seed: int, before: Seque
 
 
 def _keeps_a_pair(*rows: Sequence[int]) -> bool:
-    """Return whether any two arms come in the same order in all rows."""
+    """Return whether some pair of arms comes in the same order in every row."""
     places = [{arm: place for place, arm in enumerate(row)} for row in rows]
     arms = range(len(rows[0]))
     return any(all(place[one] < place[other] for place in places) for one in arms for other in arms if one != other)

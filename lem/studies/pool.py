@@ -188,7 +188,7 @@ class Pool(Runner):
         self.ended.put(child)
 
     def _wait_for_one(self, timeout_s: float | None = None, *, stopped: bool = False) -> None:
-        """Wait until a child has ended and record how.
+        """Wait until a child has ended, and record how it ended.
 
         Raises:
             queue.Empty: no child has ended in time.
