@@ -31,9 +31,9 @@ PERMUTATIONS = 2000
 EXAMPLES = (3, 5, 10, 20)
 # If more cycles than this were needed, the advice is to make the machine quieter.
 MOST_CYCLES = 100
-# The noise measured in a few cycles may be too low by chance. Planning with the upper limit of the noise at this
-# confidence detects the difference in at least that share of cases: R. H. Browne, On the use of a pilot sample for
-# sample size determination, Statistics in Medicine 14 (1995).
+# The noise measured in a few cycles may be too low by chance. Campaigns planned with the upper limit of the noise at
+# this confidence have at least the planned power in that share of cases: R. H. Browne, On the use of a pilot sample
+# for sample size determination, Statistics in Medicine 14 (1995).
 PLANNING_CONFIDENCE = 0.8
 # The cells' warnings that a longer warm-up can prevent.
 OF_WARM_UP = ("warmup_not_steady", "compiled_in_window", "high_variation", "temperature_drift")
