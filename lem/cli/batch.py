@@ -32,6 +32,7 @@ def batch(
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="After a failure, start no more experiments.")] = False,
     config_dir: ConfigDir = None,
     launcher: flags.Launcher = None,
+    per_job: flags.PerJob = None,
     no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
@@ -60,10 +61,11 @@ def batch(
         *given,
     ]
     slurm, overrides = flags.launcher_of(launcher, overrides, config_dir)
+    flags.check_per_job(per_job, slurm)
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
-        launcher=slurm,
+        launcher=slurm, per_job=per_job,
     )  # fmt: skip
     raise typer.Exit(
         batch_app.main(patterns, overrides, options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir)

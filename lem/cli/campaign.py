@@ -75,6 +75,7 @@ def campaign(
         typer.Option("--resume", metavar="NAME|DIR", help="Resume the campaign with this name or directory."),
     ] = None,
     launcher: flags.Launcher = None,
+    per_job: Annotated[int | None, typer.Option(hidden=True)] = None,
     one_job: Annotated[
         bool, typer.Option("--one-job", help="With --launcher slurm: one job for all cycles, not one for each.")
     ] = False,
@@ -97,6 +98,11 @@ def campaign(
     slurm, arguments = flags.launcher_of(launcher, arguments or [], config_dir)
     if one_job and slurm is None:
         raise ConfigError("--one-job needs --launcher slurm.")
+    if per_job is not None:
+        raise ConfigError(
+            "--per-job: a campaign compares experiments on one node, so each cycle is one job; use --one-job to run "
+            "all cycles in a single job."
+        )
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,

@@ -66,6 +66,7 @@ def experiment(
     allow_key: flags.AllowKey = False,
     config_dir: ConfigDir = None,
     launcher: flags.Launcher = None,
+    per_job: flags.PerJob = None,
     multirun: Annotated[
         bool, typer.Option("--multirun", help="Run every combination of comma-separated override values.")
     ] = False,
@@ -109,10 +110,11 @@ def experiment(
         *given,
     ]
     slurm, overrides = flags.launcher_of(launcher, overrides, config_dir or _conf_beside(config_file))
+    flags.check_per_job(per_job, slurm, several=multirun)
     options = ask.RunOptions(
         yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
-        launcher=slurm,
+        launcher=slurm, per_job=per_job,
     )  # fmt: skip
     if resume is not None:
         if slurm:

@@ -71,6 +71,15 @@ Launcher = Annotated[
     ),
 ]
 
+PerJob = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="K",
+        help="With --launcher slurm: run K experiments in each job, one after another. Default: 1.",
+    ),
+]
+
 # A key in Hydra's grammar. A path does not count as a key, except for hydra/launcher and similar settings.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
 
@@ -118,6 +127,14 @@ def launcher_of(
 
     launcher = chosen_launcher(given, config_dir)
     return launcher, given if launcher is None else [text for text in given if not is_of_launcher(text)]
+
+
+def check_per_job(per_job: int | None, launcher: config_launcher.Launcher | None, *, several: bool = True) -> None:
+    """Raise `ConfigError` if --per-job is given to a command that submits no jobs, or only one experiment."""
+    if per_job is not None and launcher is None:
+        raise ConfigError("--per-job needs --launcher slurm.")
+    if per_job is not None and not several:
+        raise ConfigError("--per-job needs several experiments: add --multirun, or use lem batch.")
 
 
 def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:

@@ -64,19 +64,23 @@ class Refused(Exception):
 
 
 def submit(
-    folder: Path, run: Callable[[str], None], argument: str, parameters: Mapping[str, Any], python: str | None
-) -> str:
-    """Submit a job that calls a function with one argument; return the job's id.
+    folder: Path,
+    run: Callable[..., None],
+    calls: Sequence[Sequence[Any]],
+    parameters: Mapping[str, Any],
+    python: str | None,
+) -> list[str]:
+    """Submit a job that calls a function or, for several calls, a job array; return the id of each job.
 
     Args:
-        folder: where the job's batch file and log go, in a folder named after its id.
+        folder: where a job's batch file and log go, in a folder named after its id.
         run: a function that can be imported by its name on the node.
-        argument: the function's argument.
-        parameters: submitit's parameters of the job.
+        calls: the function's arguments in each job.
+        parameters: submitit's parameters of the jobs.
         python: the command that starts Python on the node; None is the Python of this process.
 
     Raises:
-        Refused: Slurm did not accept the job.
+        Refused: Slurm did not accept the job, or any job of the array.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -86,7 +90,9 @@ def submit(
         executor = submitit.SlurmExecutor(folder=str(folder.resolve() / "%j"), python=python)
         executor.update_parameters(**parameters)
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-            return str(executor.submit(run, argument).job_id)
+            if len(calls) == 1:
+                return [str(executor.submit(run, *calls[0]).job_id)]
+            return [str(job.job_id) for job in executor.map_array(run, *zip(*calls, strict=True))]
     except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
         told = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
         raise Refused("; ".join(told) or " ".join(str(error).split())[:300]) from None

@@ -1,7 +1,8 @@
 """A study's plan and its Hydra multirun: one resolved config file per cell, composed and run by Hydra in turn.
 
-The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. This module does not
-know how a cell is run.
+The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. If the cells are
+submitted to Slurm, Hydra runs a single task that submits all of them, because composing a cell takes it a tenth of a
+second. This module does not know how a cell is run.
 """
 
 from __future__ import annotations
@@ -32,10 +33,17 @@ from lem.spec.experiment import Experiment
 
 SWEEP_DIR = "hydra.sweep.dir="
 FOLDER, NAME = "plan", "study"
-PLAN = """\
+HEAD = """\
 # The plan of this study: each file in cell/ is one resolved configuration.
 defaults:
   - cell: c000
+"""
+HEAD_SUBMITTED = """\
+# The settings of Hydra with which this study was submitted to Slurm. The configuration of each experiment is in
+# spec.json in its own directory, which ../experiments.json names.
+defaults:
+"""
+SETTINGS = """\
   - override hydra/job_logging: none
   - override hydra/hydra_logging: none
   - _self_
@@ -70,16 +78,14 @@ def run_plan(
     cells: Sequence[tuple[str, Experiment]],
     settings: Sequence[str],
     run: Callable[[int, Any], None],
-    launcher: Launcher | None = None,
 ) -> None:
     """Write the plan and let Hydra run it.
 
     Args:
         directory: the study's directory.
         cells: a label and a checked experiment for each cell.
-        settings: overrides of Hydra's own settings, such as a launcher.
+        settings: overrides of Hydra's own settings.
         run: called with the number and the composed config of each cell.
-        launcher: the launcher if `run` submits the cells; None if it runs them.
 
     Raises:
         ConfigError: Hydra rejects a setting.
@@ -88,22 +94,39 @@ def run_plan(
     def task(composed: Any) -> None:
         run(int(HydraConfig.get().job.num), composed)
 
-    if launcher is not None:
-        _register_launcher()
-        setattr(task, SUBMITS, True)
     folder = (directory / FOLDER).resolve()
-    _write_plan(folder, cells, launcher.search_path if launcher else ())
-    settings = [*settings, *(launcher.settings if launcher else ())]
-    names = ",".join(map(cell_name, range(len(cells))))
+    _write_plan(folder, cells)
+    _run_by_hydra(directory, [f"cell={','.join(map(cell_name, range(len(cells))))}", *settings], task)
+
+
+def submit_plan(directory: Path, settings: Sequence[str], submit_all: Callable[[], None], launcher: Launcher) -> None:
+    """Let Hydra run a task that submits all cells; their configurations are in their own plans.
+
+    Args:
+        directory: the study's directory.
+        settings: overrides of Hydra's own settings, apart from those of the launcher.
+        submit_all: submits the cells.
+        launcher: the launcher for Slurm.
+
+    Raises:
+        ConfigError: Hydra rejects a setting.
+    """
+
+    def task(_: Any) -> None:
+        submit_all()
+
+    setattr(task, SUBMITS, True)
+    _register_launcher()
+    search_path = f"  searchpath: {json.dumps(list(launcher.search_path))}\n"
+    write_atomically((directory / FOLDER).resolve() / f"{NAME}.yaml", f"{HEAD_SUBMITTED}{SETTINGS}{search_path}")
+    _run_by_hydra(directory, [*settings, *launcher.settings], task)
+
+
+def _run_by_hydra(directory: Path, overrides: Sequence[str], task: Callable[[Any], None]) -> None:
+    folder = (directory / FOLDER).resolve()
     command_line = sys.argv
     # hydra.main reads its overrides from sys.argv.
-    sys.argv = [
-        *sys.argv[:1],
-        "--multirun",
-        f"cell={names}",
-        *settings,
-        f"{SWEEP_DIR}{quoted(escaped(str(directory)))}",
-    ]
+    sys.argv = [*sys.argv[:1], "--multirun", *overrides, f"{SWEEP_DIR}{quoted(escaped(str(directory)))}"]
     try:
         # Without this setting, Hydra prints its errors and exits.
         with env_override({"HYDRA_FULL_ERROR": "1"}):
@@ -128,9 +151,8 @@ def cell_name(number: int) -> str:
     return f"c{number:03d}"
 
 
-def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]], search_path: Sequence[str]) -> None:
-    found = f"  searchpath: {json.dumps(list(search_path))}\n" if search_path else ""
-    write_atomically(folder / f"{NAME}.yaml", PLAN + found)
+def _write_plan(folder: Path, cells: Iterable[tuple[str, Experiment]]) -> None:
+    write_atomically(folder / f"{NAME}.yaml", HEAD + SETTINGS)
     for number, (label, experiment) in enumerate(cells):
         values = escaped(json.loads(to_json(experiment)))
         head = f"# @package _global_\n# {shortened(label, 200)}\n"

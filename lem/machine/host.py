@@ -10,10 +10,11 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata, util
 from pathlib import Path
 
@@ -170,14 +171,20 @@ def load_per_core() -> float | None:
         return None
 
 
-def filesystem_type(path: Path) -> str | None:
-    """Return the type of the file system that an existing path is on, such as `ext4`; None if it is not known."""
+@lru_cache(maxsize=1)
+def _filesystem_types(_second: int) -> dict[str, str]:
+    """Return the types of all file systems by their mount points; read once a second, for checks of many cells."""
     import psutil
 
     try:
-        types = {each.mountpoint: each.fstype for each in psutil.disk_partitions(all=True)}
+        return {each.mountpoint: each.fstype for each in psutil.disk_partitions(all=True)}
     except (OSError, psutil.Error):
-        return None
+        return {}
+
+
+def filesystem_type(path: Path) -> str | None:
+    """Return the type of the file system that an existing path is on, such as `ext4`; None if it is not known."""
+    types = _filesystem_types(int(time.monotonic()))
     real = path.resolve()
     return next((types[str(each)] for each in (real, *real.parents) if str(each) in types), None)
 

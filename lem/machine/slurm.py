@@ -16,6 +16,8 @@ from dataclasses import dataclass
 COMMAND_S = 30.0
 # As many ids as certainly fit on a command line.
 IDS_AT_ONCE = 500
+# Slurm's default for MaxArraySize.
+MAX_ARRAY_SIZE = 1001
 # The states of a job that is over, unless it is requeued.
 OVER = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
@@ -61,22 +63,28 @@ class Unreachable(Exception):
 
 
 def queue(ids: Sequence[str]) -> dict[str, Queued]:
-    """Return those of the jobs that Slurm's controller still knows, by id.
+    """Return those of the jobs that Slurm's controller still knows, by id; the id of an array's task is `123_4`.
+
+    Arrays are asked for as a whole, so that one question is enough for thousands of tasks.
 
     Raises:
         Unreachable: the controller does not answer.
     """
     found: dict[str, Queued] = {}
-    form = "JobID:|,State:|,RestartCnt:|,NodeList:|,Reason:|"
-    for start in range(0, len(ids), IDS_AT_ONCE):
-        some = ",".join(ids[start : start + IDS_AT_ONCE])
-        code, text, error = _run("squeue", "--noheader", "--states=all", f"--jobs={some}", f"--Format={form}")
+    wanted, jobs = set(ids), list(dict.fromkeys(each.partition("_")[0] for each in ids))
+    form = "JobArrayID:|,State:|,RestartCnt:|,NodeList:|,Reason:|"
+    for start in range(0, len(jobs), IDS_AT_ONCE):
+        some = ",".join(jobs[start : start + IDS_AT_ONCE])
+        asked = ("--noheader", "--array", "--states=all", f"--jobs={some}", f"--Format={form}")
+        code, text, error = _run("squeue", *asked)
         if code and "Invalid job id" not in error:
             raise Unreachable(" ".join(error.split()) or f"squeue ended with exit code {code}")
         for line in text.splitlines():
             fields = line.strip().split("|")
             if len(fields) >= 5:
                 name, state, restarts, node, reason = (each.strip() for each in fields[:5])
+                if name not in wanted:
+                    continue
                 found[name] = Queued(state, reason, int(restarts) if restarts.isdecimal() else 0, node)
     return found
 
@@ -173,6 +181,20 @@ def cancel(ids: Sequence[str]) -> None:
     """Cancel jobs; those that have ended are left alone."""
     for start in range(0, len(ids), IDS_AT_ONCE):
         _run("scancel", "--quiet", *ids[start : start + IDS_AT_ONCE])
+
+
+def own_job_id() -> str | None:
+    """Return the id of the job that this process belongs to, `123_4` for a task of an array; None outside of Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def max_array_size() -> int:
+    """Return the number of tasks that an array may have on this cluster; Slurm's default if it does not say."""
+    _, text, _ = _run("scontrol", "show", "config")
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
+    # The indices of tasks begin with 0, and all of them must be below the cluster's value; 0 allows no arrays.
+    return max(1, int(found[1])) if found else MAX_ARRAY_SIZE
 
 
 def requeue_this_job() -> str | None:

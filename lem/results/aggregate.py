@@ -249,6 +249,34 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
     return row
 
 
+def aggregate_together(store: Store, directories: Sequence[ExperimentDir]) -> dict[str, ExperimentRow]:
+    """Write the rows of experiments that have none yet, a file for many of them; return the rows by id.
+
+    An experiment that already has a row, or whose files cannot be read, is left out.
+
+    Raises:
+        ResultsError: a file of several experiments cannot be read.
+    """
+    tables, rows = Tables(store), dict[str, ExperimentRow]()
+    with tables.locked():
+        locations = tables.locations()
+        writer, outcomes = _Writer(store, locations), list[Aggregated]()
+        for directory in directories:
+            if directory.id in locations:
+                continue
+            state = directory.state()
+            try:
+                one = measured(directory, strict=False, state=state)
+                rows[directory.id] = rows_of(one).row
+            except (ResultsError, OverflowError):
+                rows.pop(directory.id, None)
+                continue
+            outcomes += writer.add(directory, state, one)
+        outcomes += writer.write()
+    written = {each.text.partition(":")[0] for each in outcomes if each.kind == "written"}
+    return {name: row for name, row in rows.items() if name in written}
+
+
 def aggregate_all(
     store: Store, ids: Sequence[str], *, strict: bool = True, force: bool = False, mixed: bool = False
 ) -> Iterator[Aggregated]:

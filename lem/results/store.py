@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from lem.spec.paths import expanded
 RESULTS_DIR_VARIABLE = "LLM_ENERGY_RESULTS_DIR"
 DEFAULT_RESULTS_DIR = "results"
 ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
+# By the folder in which this process last claimed an id: the id without its suffix, and the number of the suffix. A
+# study of thousands of cells claims hundreds of ids in a second, and need not try all of them again for each.
+_last_claims: dict[Path, tuple[str, int]] = {}
 
 
 def default_root() -> Path:
@@ -62,12 +66,14 @@ class Store:
         base = f"exp_{now or datetime.now():%Y%m%d_%H%M%S}"
         try:
             self._raw.mkdir(parents=True, exist_ok=True)
-            for number in range(1, 100_000):
+            last, taken = _last_claims.get(self._raw, ("", 0))
+            for number in range(taken + 1 if last == base else 1, 100_000):
                 path = self._raw / (base if number == 1 else f"{base}_{number}")
                 try:
                     path.mkdir()  # atomic, so only one of several processes gets the name
                 except FileExistsError:
                     continue
+                _last_claims[self._raw] = base, number
                 return ExperimentDir(path)
         except OSError as error:
             if error.errno in FULL:
@@ -115,10 +121,23 @@ class Store:
         names = os.listdir(folder) if folder.is_dir() else []
         return sorted(filter(ID.fullmatch, names), key=age)
 
-    def unfinished(self, fingerprint: str) -> list[ExperimentDir]:
-        """Return the experiments that have this fingerprint and are neither completed nor running, oldest first."""
-        folder = self.root / "unfinished"
-        found = [ExperimentDir(self._raw / name) for name in self.marked() if _text(folder / name) == fingerprint]
+    def marked_by_fingerprint(self) -> dict[str, list[str]]:
+        """Return the ids of the experiments that are marked as unfinished, by fingerprint, oldest first."""
+        found: dict[str, list[str]] = {}
+        for name in self.marked():
+            if (fingerprint := _text(self.root / "unfinished" / name)) is not None:
+                found.setdefault(fingerprint, []).append(name)
+        return found
+
+    def unfinished(self, fingerprint: str, marked: Mapping[str, Sequence[str]] | None = None) -> list[ExperimentDir]:
+        """Return the experiments that have this fingerprint and are neither completed nor running, oldest first.
+
+        Args:
+            fingerprint: the fingerprint, see `lem.results.plan.Plan`.
+            marked: the result of `marked_by_fingerprint`, if a caller that looks for many has read it.
+        """
+        marked = self.marked_by_fingerprint() if marked is None else marked
+        found = [ExperimentDir(self._raw / name) for name in marked.get(fingerprint, ())]
         left = [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]
         return [each for each in left if _says_the_same(each, fingerprint)]
 

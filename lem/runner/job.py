@@ -15,7 +15,7 @@ from pathlib import Path
 from lem.errors import Interrupted, ResultsError
 from lem.machine import host
 from lem.record import ErrorInfo
-from lem.results.aggregate import aggregate, read
+from lem.results.aggregate import aggregate, aggregate_together, read
 from lem.results.codec import arrivals_sha256, config_sha256
 from lem.results.directory import ExperimentDir
 from lem.results.files import FULL, needs_space
@@ -215,6 +215,22 @@ def collect(store: Store, directory: ExperimentDir, *, write_tables: bool) -> Ou
     if problem is None and row.status == "completed":
         store.mark_finished(directory.id)
     return Outcome(row, directory, store, problem)
+
+
+def collect_together(store: Store, directories: Sequence[ExperimentDir]) -> list[Outcome]:
+    """Write the rows of experiments that have ended to few files; return their outcomes.
+
+    Experiments whose rows cannot be written in this way are left out; `collect` says why, or writes them.
+    """
+    try:
+        rows = aggregate_together(store, directories)
+    except (ResultsError, OSError):
+        return []
+    by_id = {directory.id: directory for directory in directories}
+    for name, row in rows.items():
+        if row.status == "completed":
+            store.mark_finished(name)
+    return [Outcome(row, by_id[name], store) for name, row in rows.items()]
 
 
 def _execute(

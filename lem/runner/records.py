@@ -5,7 +5,6 @@ This module queries no engine or meter; `lem.runner.attempt` does that and passe
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from msgspec.structs import replace
 from lem import __version__
 from lem.energy.carbon import carbon_intensity
 from lem.energy.trace import integral_j
+from lem.machine.slurm import own_job_id
 from lem.record import (
     FORMAT_VERSION,
     UNCOVERED_S,
@@ -156,7 +156,7 @@ def bare_record(
         config_sha256=plan.config_sha256,
         backend=plan.experiment.backend.name,
         error=error,
-        slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+        slurm_job_id=own_job_id(),
     )
 
 

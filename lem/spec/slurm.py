@@ -75,6 +75,9 @@ class SlurmOptions:
     additional_parameters: Annotated[
         dict[str, Any], Field(description="Further options of sbatch, such as {mail-user: me@site, mail-type: END}.")
     ] = field(default_factory=dict)
+    array_parallelism: Annotated[
+        int | None, Field(ge=1, description="How many jobs of a sweep or batch may run at once; null: no limit.")
+    ] = None
     never_starts_s: Annotated[
         float,
         Field(

@@ -35,6 +35,8 @@ class RunOptions:
     launcher: Launcher | None = None
     # Whether a campaign is one job, instead of one for each of its cycles.
     one_job: bool = False
+    # The number of experiments that a job of a sweep or batch runs, one after another; None is 1.
+    per_job: int | None = None
 
 
 def confirmed(question: str) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lem.backends import backend_class
-from lem.config.compose import prepare
+from lem.config.compose import compose_quickly, prepare
 from lem.config.files import find
 from lem.config.overrides import has_several_values
 from lem.config.trust import asked_by
@@ -86,9 +86,12 @@ def _as_jobs(
     prompts, consents = RecentPrompts(), Consents(options)
 
     def check(file: Path) -> Ready:
-        composition = prepare(file, overrides, config_dir=config_dir)
-        experiment = composition.experiment()
-        consents.require(asked_by(experiment, composition.sources))
+        if file is files[0]:  # by Hydra, which checks the overrides of its own settings too
+            composition = prepare(file, overrides, config_dir=config_dir)
+            experiment, sources = composition.experiment(), composition.sources
+        else:
+            experiment, sources = compose_quickly(file, overrides, config_dir)
+        consents.require(asked_by(experiment, sources))
         return preflight_for_job(experiment, options, prompts)
 
     candidates = (Candidate(str(file), tuple(overrides), file, partial(check, file)) for file in files)

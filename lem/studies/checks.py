@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lem.errors import BadInput, ConfigError
@@ -17,25 +17,30 @@ from lem.spec.experiment import Dataset
 from lem.studies.ask import print_warnings, summary_of
 from lem.studies.manifest import Cell
 from lem.workload.datasets import load_prompts
-from lem.workload.prompts import Prompts
+from lem.workload.prompts import Prompts, draw
 
 
 class RecentPrompts:
-    """Loads prompts and keeps the last two sets, because neighbouring cells usually share their prompts."""
+    """Loads prompts and keeps the last two datasets, because neighbouring cells usually share theirs.
+
+    A dataset is kept whole, so that cells with other seeds or sample sizes only draw from it.
+    """
 
     def __init__(self, size: int = 2) -> None:
-        self._kept: OrderedDict[tuple[str, int], Prompts] = OrderedDict()
+        self._kept: OrderedDict[str, Prompts] = OrderedDict()
         self._size = size
 
     def __call__(self, dataset: Dataset, seed: int) -> Prompts:
         """Return the prompts; raises `DatasetError` if they cannot be loaded."""
-        key = (to_json(dataset), seed)
+        all_of_it = replace(dataset, sample_size=None)
+        key = to_json(all_of_it)
         if key not in self._kept:
-            self._kept[key] = load_prompts(dataset, seed)
+            self._kept[key] = load_prompts(all_of_it, seed)
         self._kept.move_to_end(key)
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
-        return self._kept[key]
+        whole = self._kept[key]
+        return replace(whole, texts=tuple(draw(whole.texts, dataset.sample_size, seed)))
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
     problems: list[tuple[str, str]] = []
     warnings: list[tuple[str, str]] = []
     resumed: set[Path] = set()
+    marked: dict[str, Mapping[str, Sequence[str]]] = {}
     for each in candidates:
         try:
             ready = each.check()
@@ -69,7 +75,7 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
             problems += [(problem, each.label) for problem in error.problems]
             continue
         warnings += [(str(warning), each.label) for warning in ready.warnings]
-        unfinished = None if fresh else _unfinished(ready, resumed)
+        unfinished = None if fresh else _unfinished(ready, resumed, marked)
         # Only the description is kept, because the prompts of a hundred cells could fill the memory.
         words = summary_of(ready)
         cells.append(Cell(each.label, ready.experiment, each.overrides, each.config_file, words, unfinished))
@@ -79,10 +85,19 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
     return cells
 
 
-def _unfinished(ready: Ready, resumed: set[Path]) -> ExperimentDir | None:
-    """Return the newest unfinished run of the same experiment that no other cell is resuming."""
-    store = Store(ready.experiment.io.results_dir)
-    left = [each for each in store.unfinished(fingerprint(ready)) if each.path not in resumed]
+def _unfinished(
+    ready: Ready, resumed: set[Path], marked: dict[str, Mapping[str, Sequence[str]]]
+) -> ExperimentDir | None:
+    """Return the newest unfinished run of the same experiment that no other cell is resuming.
+
+    `marked` keeps the marks of each results directory, which are read once.
+    """
+    results_dir = ready.experiment.io.results_dir
+    store = Store(results_dir)
+    if results_dir not in marked:
+        marked[results_dir] = store.marked_by_fingerprint()
+    found = store.unfinished(fingerprint(ready), marked[results_dir])
+    left = [each for each in found if each.path not in resumed]
     if not left:
         return None
     resumed.add(left[-1].path)

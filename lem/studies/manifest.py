@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 
 FILE = "experiments.json"
+# While many changes are made together, saving them takes at most this share of the time.
+SAVING_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ class Manifest:
     head: str
     fail_fast: bool = False
     states: list[CellState] = field(init=False)
+    _is_saved: bool = field(default=True, init=False)
+    _is_together: bool = field(default=False, init=False)
+    _last_saved_s: float = field(default=0.0, init=False)
+    _saving_took_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.states = [CellState(cell) for cell in self.cells]
@@ -105,16 +112,34 @@ class Manifest:
     def change(self, number: int, **values: Any) -> CellState:
         """Change the state of a cell and save it; raises `DiskFull` if the change could not be saved."""
         self.states[number] = replace(self.states[number], **values)
-        with needs_space(self.directory):
-            self._write()
+        self._is_saved = False
+        pause_s = self._saving_took_s / SAVING_SHARE
+        if not self._is_together or time.monotonic() - self._last_saved_s >= pause_s:
+            self._save()
         return self.states[number]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Save the changes that are made inside only now and then, and at the end; raises `DiskFull` if that fails.
+
+        The file is always written as a whole, so saving each change of ten thousand cells would take hours.
+        """
+        if self._is_together:
+            yield
+            return
+        self._is_together = True
+        try:
+            yield
+        finally:
+            self._is_together = False
+            if not self._is_saved:
+                self._save()
 
     def leave_out(self, numbers: Iterable[int]) -> None:
         """Record that cells are no longer needed."""
         for number in numbers:
             self.states[number] = replace(self.states[number], status=NOT_NEEDED)
-        with needs_space(self.directory):
-            self._write()
+        self._save()
 
     def claim(self, number: int, directory: ExperimentDir) -> None:
         """Record where a cell's files are."""
@@ -143,6 +168,13 @@ class Manifest:
         counts = Counter(state.status for state in self.states)
         print(f"\n{', '.join(f'{count} {status}' for status, count in counts.items())}")
         print(f"List of experiments: {self.directory / FILE}")
+
+    def _save(self) -> None:
+        began_s = time.monotonic()
+        with needs_space(self.directory):
+            self._write()
+        self._is_saved, self._last_saved_s = True, time.monotonic()
+        self._saving_took_s = self._last_saved_s - began_s
 
     def _write(self) -> None:
         text = show.as_json([state.plain() for state in self.states])

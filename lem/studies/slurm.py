@@ -8,10 +8,13 @@ own state tells whether the experiment has ended. Slurm tells only whether a job
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,10 @@ from lem.machine.slurm import Queued, Unreachable
 from lem.record import ErrorInfo
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
-from lem.results.files import write_atomically
+from lem.results.files import sync, synced_later, write_atomically
 from lem.results.plan import FINISHED
 from lem.results.store import Store
-from lem.runner.job import Outcome, collect, fail, planned
+from lem.runner.job import Outcome, collect, collect_together, fail, planned
 from lem.runner.preflight import Ready, preflight
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
@@ -41,6 +44,7 @@ from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Manifest, row_of
 from lem.studies.slurm_job import JobFile, Step
 from lem.studies.study import Runner
+from lem.workload.traffic import recorded_times_s
 
 # The time before the first query of the queue, and the factor by which the time between two queries grows.
 FIRST_PAUSE_S, SLOWER = 0.5, 1.3
@@ -54,6 +58,10 @@ LINES_OF_LOG = 2
 AT_ONCE = 2
 # More GPUs than any node has, to ask a backend whether it would use them.
 MANY = 64
+# What Slurm says when a user (an account, a QOS, the cluster) has as many jobs as allowed, which changes as jobs end.
+TOO_MANY_JOBS = re.compile(r"(Max|Grp)Submit|temporarily unable|temporarily unavailable")
+# Array tasks that are not limited; submitit limits them to 256 by default.
+UNLIMITED = 1_000_000
 
 
 # ------------------------------------------------------------------ what a job needs
@@ -83,6 +91,7 @@ def preflight_for_job(
     return preflight(experiment, machine, force=options.force, in_campaign=in_campaign, load=prompts, elsewhere=True)
 
 
+@cache
 def _machine(gpus: int) -> Host:
     return Host(tuple(Gpu(i, f"granted by Slurm, {i}", "GPU of the job", None) for i in range(gpus)))
 
@@ -116,6 +125,7 @@ def sbatch_parameters(experiments: Sequence[Experiment], options: SlurmOptions) 
         "mem": memory,
         "gpus_per_node": None if not gpus else f"{options.gpu_type}:{gpus}" if options.gpu_type else gpus,
         "setup": list(options.setup) or None,
+        "array_parallelism": options.array_parallelism or UNLIMITED,
         "srun_args": [*container, *options.srun_args],
         "stderr_to_stdout": True,
         "additional_parameters": {
@@ -140,9 +150,22 @@ class Job:
     stuck_since_s: float | None = None
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """A cell that has ended, its experiment's directory, and whether that says that the experiment is complete."""
+
+    number: int
+    directory: ExperimentDir
+    is_complete: bool
+
+
 @dataclass
 class SlurmRunner(Runner):
-    """Submits each cell as a separate job and waits until all jobs have ended."""
+    """Plans all cells, submits them as job arrays, and waits until all jobs have ended.
+
+    Cells that request the same resources share an array. A job runs one cell, or `options.per_job` of them one after
+    another.
+    """
 
     manifest: Manifest
     display: StudyDisplay
@@ -150,6 +173,13 @@ class SlurmRunner(Runner):
     prompts: RecentPrompts
     slurm: SlurmOptions
     jobs: list[Job] = field(default_factory=list)
+    # Planned cells that are not submitted yet; jobs (the cells of each) that Slurm does not accept before others end;
+    # and the number of jobs that have ended since it was last asked to.
+    unsubmitted: list[int] = field(default_factory=list)
+    deferred: list[list[int]] = field(default_factory=list)
+    ended_since: int = 0
+    # Results directories with files that a crash of the machine might still lose.
+    to_sync: set[Path] = field(default_factory=set)
     steps: dict[int, Step] = field(default_factory=dict)
     experiments: dict[int, Experiment] = field(default_factory=dict)
     shown: set[int] = field(default_factory=set)
@@ -158,17 +188,19 @@ class SlurmRunner(Runner):
     has_warned: set[str] = field(default_factory=set)
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Plan a cell and submit its job."""
+        """Plan a cell; it is submitted together with the others."""
         self.plan(number, experiment)
-        self.submit([number])
+        self.unsubmitted.append(number)
 
     def finish(self) -> None:
-        """Wait until all cells have ended."""
+        """Submit the planned cells, and wait until all cells have ended."""
+        self.submit_planned()
         pause_s = FIRST_PAUSE_S
         while self.jobs:
             time.sleep(pause_s)
             pause_s = min(self.slurm.poll_s, pause_s * SLOWER)
             self._look()
+            self._submit_deferred()
 
     def stop(self) -> None:
         """Cancel all jobs, wait until running ones have saved their work, and record what remains to resume."""
@@ -182,45 +214,125 @@ class SlurmRunner(Runner):
             if all(job.id not in known or known[job.id].is_over for job in self.jobs):
                 break
             time.sleep(FIRST_PAUSE_S)
-        for job in self.jobs:
-            for number in self._open(job):
+        with self.manifest.together(), synced_later():
+            for number in [*(n for job in self.jobs for n in self._open(job)), *self._not_submitted()]:
                 self._interrupted(number)
+        self._sync()
         self.jobs.clear()
 
     # -------------------------------------------------------------- submitting
     def plan(self, number: int, experiment: Experiment, pause_s: float = 0.0) -> None:
-        """Check a cell for the machine that its job will have, and write its plan."""
+        """Write the plan of a cell; the cell was checked before the study began, and its job checks it again."""
         cell = self.manifest.cells[number]
-        ready = preflight_for_job(experiment, self.options, self.prompts, in_campaign=cell.campaign is not None)
+        prompts = self.prompts(experiment.dataset, experiment.seed)
+        arrivals_s = recorded_times_s(experiment.traffic, len(prompts.texts))
+        ready = Ready(experiment, None, prompts, (), arrivals_s, forced=self.options.force)
         attempts = cell.unfinished.state().attempt if cell.unfinished else 0
-        _, directory = planned(
-            ready,
-            overrides=cell.overrides,
-            config_file=cell.config_file,
-            unfinished=cell.unfinished,
-            campaign=cell.campaign,
-            claimed=lambda directory: self.manifest.claim(number, directory),
-        )
+        with synced_later():
+            store, directory = planned(
+                ready,
+                overrides=cell.overrides,
+                config_file=cell.config_file,
+                unfinished=cell.unfinished,
+                campaign=cell.campaign,
+                claimed=lambda directory: self.manifest.claim(number, directory),
+            )
+        self.to_sync.add(store.root)
         self.steps[number] = Step(str(directory.path.resolve()), attempts, pause_s)
         self.experiments[number] = experiment
 
     def submit(self, numbers: Sequence[int]) -> None:
         """Submit one job for planned cells; if Slurm refuses the job, the cells fail."""
-        folder = self.manifest.directory / "jobs"
-        file = folder / f"c{numbers[0]:03d}.json"
-        steps = tuple(self.steps[number] for number in numbers)
-        write_atomically(file, to_json(JobFile(steps, self.slurm.requeue, self.slurm.max_num_timeout)))
-        parameters = sbatch_parameters([self.experiments[number] for number in numbers], self.slurm)
-        try:
-            run, of_job = slurm_job.run, str(file.resolve())
-            job = Job(submit(folder, run, of_job, parameters, self.slurm.python), list(numbers))
-        except Refused as refusal:
-            for number in numbers:
-                self._fail(number, "", f"Slurm refused the job: {refusal}")
-            return
-        self.jobs.append(job)
+        self._submit_array([list(numbers)])
+
+    def submit_planned(self) -> None:
+        """Submit all planned cells as arrays that the cluster allows, in the order of the cells."""
+        if self.unsubmitted:
+            size, per_job = slurm.max_array_size(), self.options.per_job or 1
+            for alike in self._by_resources(self.unsubmitted):
+                jobs = [alike[start : start + per_job] for start in range(0, len(alike), per_job)]
+                for start in range(0, len(jobs), size):
+                    self._submit_array(jobs[start : start + size])
+            self.unsubmitted.clear()
+
+    def _by_resources(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the cells in groups that request the same from Slurm."""
+        groups: dict[str, list[int]] = {}
         for number in numbers:
-            self.manifest.change(number, status="queued", log=folder / job.id / f"{job.id}_0_log.out")
+            parameters = sbatch_parameters([self.experiments[number]], self.slurm)
+            groups.setdefault(json.dumps(parameters, sort_keys=True), []).append(number)
+        yield from groups.values()
+
+    def _submit_array(self, jobs: Sequence[list[int]]) -> None:
+        """Submit jobs, each with the numbers of its cells, as an array.
+
+        Of an array with more jobs than the user may have now, as many as possible are submitted; the others wait until
+        jobs have ended. If Slurm refuses an array for another reason, its cells fail.
+        """
+        while jobs:
+            size = len(jobs)
+            while (refusal := self._try(jobs[:size])) and size > 1 and TOO_MANY_JOBS.search(refusal):
+                size //= 2
+            if refusal and self.jobs and TOO_MANY_JOBS.search(refusal):
+                self.deferred += jobs
+                self._warn_once(f"Slurm accepts no more jobs now ({refusal}); the others are submitted as jobs end.")
+                return
+            if refusal:
+                self._fail([(n, "", f"Slurm refused the job: {refusal}") for cells in jobs[:size] for n in cells])
+            jobs = jobs[size:]
+
+    def _try(self, jobs: Sequence[list[int]]) -> str | None:
+        """Submit an array, or a single job; return why Slurm refuses it, or None."""
+        folder = self.manifest.directory / "jobs"
+        file = folder / f"c{jobs[0][0]:03d}.json"
+        tasks = tuple(tuple(self.steps[number] for number in cells) for cells in jobs)
+        write_atomically(file, to_json(JobFile(tasks, self.slurm.requeue, self.slurm.max_num_timeout)))
+        parameters = sbatch_parameters([self.experiments[number] for cells in jobs for number in cells], self.slurm)
+        self._sync()
+        calls = [(str(file.resolve()), task) for task in range(len(jobs))]
+        try:
+            ids = submit(folder, slurm_job.run, calls, self._after_others(parameters, len(jobs)), self.slurm.python)
+        except Refused as refusal:
+            return str(refusal)
+        self.jobs += [Job(job_id, list(cells)) for job_id, cells in zip(ids, jobs, strict=True)]
+        with self.manifest.together():
+            for job_id, cells in zip(ids, jobs, strict=True):
+                log = folder / job_id / f"{job_id}_0_log.out"
+                for number in cells:
+                    self.manifest.change(number, status="queued", log=log)
+        return None
+
+    def _after_others(self, parameters: dict[str, Any], count: int) -> dict[str, Any]:
+        """Return the parameters of `count` new jobs, which start after earlier ones if only some may run at once.
+
+        The limit is a property of each array, so several arrays side by side would exceed it.
+        """
+        limit, earlier = self.slurm.array_parallelism, [job.id for job in self.jobs[-1:]]
+        if not (limit and earlier):
+            return parameters
+        if count == 1 and "_" not in earlier[0]:  # single jobs
+            earlier = [job.id for job in self.jobs[-limit:][:1] if len(self.jobs) >= limit]
+        given = parameters["additional_parameters"]
+        after = [f"afterany:{job_id.partition('_')[0]}" for job_id in earlier]
+        dependency = ",".join(filter(None, (given.get("dependency"), *after)))
+        further = {"dependency": dependency} if dependency else {}
+        return {**parameters, "additional_parameters": {**given, **further}}
+
+    def _sync(self) -> None:
+        for root in self.to_sync:
+            sync(root)
+        self.to_sync.clear()
+
+    def _submit_deferred(self) -> None:
+        """Submit jobs that Slurm did not accept before: as many as have ended since or, without other jobs, all."""
+        count = self.ended_since if self.jobs else len(self.deferred)
+        some, self.deferred = self.deferred[:count], self.deferred[count:]
+        self.ended_since = 0
+        self._submit_array(some)
+
+    def _not_submitted(self) -> Iterator[int]:
+        yield from self.unsubmitted
+        yield from (number for cells in self.deferred for number in cells)
 
     # -------------------------------------------------------------- waiting
     def _look(self) -> None:
@@ -231,15 +343,19 @@ class SlurmRunner(Runner):
         except Unreachable as problem:
             self._without_slurm(str(problem))
             known = None
-        for job in list(self.jobs):
-            for number in self._open(job):
-                self._settle(number)
-            if not self._open(job):
-                self.jobs.remove(job)
-            elif known is not None and not self._has_ended(job) and (reason := self._why_lost(job, known.get(job.id))):
-                self._lose(job, reason)
-        if self.manifest.is_over and known is not None:
-            self._give_up_waiting(known)
+        with self.manifest.together():
+            self._collect([each for job in self.jobs for each in self._ended(job, known)])
+            before, self.jobs = len(self.jobs), [job for job in self.jobs if self._open(job)]
+            if known is not None:
+                self._lose_lost(known)
+                if self.manifest.is_over:
+                    self._give_up_waiting(known)
+            self.ended_since += before - len(self.jobs)
+
+    def _lose_lost(self, known: Mapping[str, Queued]) -> None:
+        """Give up on the jobs that cannot finish their cells."""
+        open_jobs = [job for job in self.jobs if not self._has_ended(job)]
+        self._lose([(job, reason) for job in open_jobs if (reason := self._why_lost(job, known.get(job.id)))])
 
     def _open(self, job: Job) -> list[int]:
         return [number for number in job.cells if self.manifest.states[number].status in ("queued", "running")]
@@ -248,28 +364,59 @@ class SlurmRunner(Runner):
         """Return whether all remaining cells of a job have ended, so that only their files are still to arrive."""
         return all(number in self.incomplete_since_s for number in self._open(job))
 
-    def _settle(self, number: int) -> None:
-        """Record that a cell has started or ended, if the state of its experiment says so."""
-        directory = ExperimentDir(Path(self.steps[number].directory))
-        state = directory.state()
-        if self.steps[number].is_over(state):
-            self._collect(number, directory, is_complete=state.status in FINISHED)
-        elif state.status == "running" and self.manifest.states[number].status == "queued":
-            self._show(number)
-            self.manifest.change(number, status="running")
+    def _ended(self, job: Job, known: Mapping[str, Queued] | None) -> Iterator[_Ended]:
+        """Yield the cells of a job that have ended, and record which one has started.
 
-    def _collect(self, number: int, directory: ExperimentDir, *, is_complete: bool) -> None:
-        """Write the row of an experiment that has ended, unless some of its files are not visible here yet."""
-        problem = None
+        Of thousands of jobs, most wait or have ended, so only the states of cells that may have changed are read: the
+        cells of a job run in order, and those of a waiting job do not run.
+        """
+        seen = None if known is None else known.get(job.id)
+        if seen is not None and seen.is_waiting and not seen.restarts:
+            return
+        for number in self._open(job):
+            directory = ExperimentDir(Path(self.steps[number].directory))
+            state = directory.state()
+            if self.steps[number].is_over(state):
+                yield _Ended(number, directory, is_complete=state.status in FINISHED)
+                continue
+            if state.status == "running" and self.manifest.states[number].status == "queued":
+                self._show(number)
+                self.manifest.change(number, status="running")
+            if seen is not None and not seen.is_over:
+                return
+
+    def _collect(self, ended: Sequence[_Ended]) -> None:
+        """Write the rows of experiments that have ended, few files for many of them."""
+        written = self._rows([each.directory for each in ended])
+        for each in ended:
+            self._collect_one(each, written.get(each.directory.path))
+
+    def _rows(self, directories: Sequence[ExperimentDir]) -> dict[Path, Outcome]:
+        """Write the rows of several experiments together; return the outcomes of those whose rows have been written."""
+        written: dict[Path, Outcome] = {}
+        if len(directories) > 1 and self.options.write_tables:
+            roots = dict.fromkeys(directory.path.parent.parent for directory in directories)
+            for root in roots:
+                own = [directory for directory in directories if directory.path.parent.parent == root]
+                written |= {each.directory.path: each for each in collect_together(Store(root), own)}
+        return written
+
+    def _collect_one(self, ended: _Ended, outcome: Outcome | None) -> None:
+        """Record an experiment that has ended, unless some of its files are not visible here yet.
+
+        `outcome` has its row if that has already been written.
+        """
+        number, directory, problem = ended.number, ended.directory, None
         try:
-            outcome = collect(Store(directory.path.parent.parent), directory, write_tables=self.options.write_tables)
-            is_missing = is_complete and outcome.row.status != "completed"
+            store = Store(directory.path.parent.parent)
+            outcome = outcome or collect(store, directory, write_tables=self.options.write_tables)
+            is_missing = ended.is_complete and outcome.row.status != "completed"
         except ResultsError as error:
             problem, is_missing = str(error), True
         since_s = self.incomplete_since_s.setdefault(number, time.monotonic())
         if is_missing and time.monotonic() - since_s < self.slurm.settle_s:
             return
-        if problem is None:
+        if outcome is not None:
             self._end(number, outcome)
             return
         self._show(number)
@@ -307,13 +454,23 @@ class SlurmRunner(Runner):
         log = [] if is_explained else _end_of_log(self.manifest.states[job.cells[0]].log)
         return found.sentence + (f"; its log ends: {' | '.join(log)}" if log else "")
 
-    def _lose(self, job: Job, reason: str) -> None:
-        for number in self._open(job):
-            self._fail(number, job.id, f"Slurm job {job.id}: {reason.rstrip('.')}.")
-        self.jobs.remove(job)
+    def _lose(self, lost: Sequence[tuple[Job, str]]) -> None:
+        """Record as failed the cells that jobs can no longer finish, with the reason for each job."""
+        self._fail(
+            [
+                (number, job.id, f"Slurm job {job.id}: {reason.rstrip('.')}.")
+                for job, reason in lost
+                for number in self._open(job)
+            ]
+        )
+        gone = {job.id for job, _ in lost}
+        self.jobs = [job for job in self.jobs if job.id not in gone]
 
     def _give_up_waiting(self, known: Mapping[str, Queued]) -> None:
         """Cancel the jobs that have not started, because another job failed and --fail-fast was given."""
+        for number in self._not_submitted():
+            self._interrupted(number)
+        self.deferred.clear()
         waiting = [job for job in self.jobs if job.id in known and known[job.id].is_waiting and not job.restarts]
         slurm.cancel([job.id for job in waiting])
         for job in waiting:
@@ -327,15 +484,27 @@ class SlurmRunner(Runner):
             self.silent_since_s = now_s
             self._warn_once(f"Slurm does not answer ({problem}); asking again for {UNREACHABLE_S / 60:g} minutes.")
         if now_s - self.silent_since_s > UNREACHABLE_S:
-            for job in list(self.jobs):
-                self._lose(job, f"Slurm has not answered for {UNREACHABLE_S / 60:g} minutes ({problem})")
+            reason = f"Slurm has not answered for {UNREACHABLE_S / 60:g} minutes ({problem})"
+            self._lose([(job, reason) for job in self.jobs])
 
     # -------------------------------------------------------------- ends
-    def _fail(self, number: int, job_id: str, message: str) -> None:
-        directory = ExperimentDir(Path(self.steps[number].directory))
-        store = Store(directory.path.parent.parent)
-        error = ErrorInfo(LOST, message)
-        self._end(number, fail(store, directory, error, job_id, write_tables=self.options.write_tables))
+    def _fail(self, failures: Sequence[tuple[int, str, str]]) -> None:
+        """Record cells as failed, each with its job's id (empty if it has none) and a message, and write their rows."""
+        outcomes: dict[int, Outcome] = {}
+        with synced_later():
+            for number, job_id, message in failures:
+                directory = ExperimentDir(Path(self.steps[number].directory))
+                store = Store(directory.path.parent.parent)
+                outcomes[number] = fail(store, directory, ErrorInfo(LOST, message), job_id, write_tables=False)
+                self.to_sync.add(store.root)
+        self._sync()
+        written = self._rows([outcome.directory for outcome in outcomes.values()])
+        with self.manifest.together():
+            for number, outcome in outcomes.items():
+                directory = outcome.directory
+                if self.options.write_tables and directory.path not in written:
+                    outcome = collect(outcome.store, directory, write_tables=True)
+                self._end(number, written.get(directory.path, outcome))
 
     def _interrupted(self, number: int) -> None:
         """Record a cell that was stopped, or did not begin, so that the same command resumes it."""

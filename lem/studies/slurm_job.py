@@ -1,4 +1,6 @@
-"""Runs the experiments of a Slurm job inside the job, one after another. submitit calls `run` with the job's file.
+"""Runs the experiments of a Slurm job inside the job, one after another.
+
+submitit calls `run` with the file that was written when the job, or the array that it belongs to, was submitted.
 
 The experiments have already been planned. An experiment saves its finished requests when Slurm announces the time
 limit, and resumes when the job has been requeued. This module writes only records. The command that submitted the job
@@ -51,9 +53,9 @@ class Step:
 
 @dataclass(frozen=True)
 class JobFile:
-    """The experiments of a job, and how many times the job may be requeued at its time limit."""
+    """The experiments of each task of an array (of one job), and how often a job may be requeued at its time limit."""
 
-    steps: tuple[Step, ...]
+    tasks: tuple[tuple[Step, ...], ...]
     requeue: bool
     most_requeues: int
 
@@ -83,8 +85,8 @@ class _Limit:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(file: str) -> None:
-    """Run the unfinished experiments of a job's file.
+def run(file: str, task: int) -> None:
+    """Run the unfinished experiments of one task of an array, or of a single job, which is task 0.
 
     Raises:
         SystemExit: an experiment failed or was interrupted, so that Slurm does not list the job as completed.
@@ -94,7 +96,7 @@ def run(file: str) -> None:
     use_only_granted_gpus()
     try:
         with signals_raise(Interrupted):
-            codes = [_run(step) for step in job.steps]
+            codes = [_run(step) for step in job.tasks[task]]
     except (Interrupted, KeyboardInterrupt) as stop:
         print(stop, file=sys.stderr, flush=True)
         if limit.is_near or _is_preempted():
@@ -144,7 +146,7 @@ def _run(step: Step) -> int:
 
 def _failed(store: Store, directory: ExperimentDir, error: ErrorInfo) -> int:
     print(f"{directory.id}: {error.message}", file=sys.stderr, flush=True)
-    fail(store, directory, error, os.environ.get("SLURM_JOB_ID", ""), write_tables=False)
+    fail(store, directory, error, slurm.own_job_id() or "", write_tables=False)
     return 1
 
 
@@ -153,7 +155,7 @@ def _is_preempted() -> bool:
 
     Slurm does not requeue a job that ends by itself within this period.
     """
-    own = os.environ.get("SLURM_JOB_ID", "")
+    own = slurm.own_job_id() or ""
     try:
         seen = slurm.queue([own]).get(own)
     except slurm.Unreachable:

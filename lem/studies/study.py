@@ -17,7 +17,7 @@ from typing import Any
 
 from lem.config.compose import to_experiment
 from lem.config.launcher import Launcher
-from lem.config.multirun import run_plan, sweep_dir
+from lem.config.multirun import run_plan, submit_plan, sweep_dir
 from lem.config.overrides import is_hydra_setting
 from lem.errors import Interrupted, LemError
 from lem.machine import host
@@ -139,16 +139,24 @@ def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str], laun
         if manifest.is_over or manifest.states[number].is_settled:
             return
         try:
-            runner.run(number, to_experiment(composed))
+            runner.run(number, composed if isinstance(composed, Experiment) else to_experiment(composed))
         except DiskFull as full:
             raise _NoSpace(full) from None
         except LemError as error:
             manifest.change(number, status="failed", error=str(error))
 
+    def submit_all() -> None:
+        with manifest.together():
+            for number, cell in enumerate(manifest.cells):
+                run(number, cell.experiment)
+
     try:
         with needs_space(manifest.directory):
-            cells = [(cell.label, cell.experiment) for cell in manifest.cells]
-            run_plan(manifest.directory, cells, settings, run, launcher)
+            if launcher is None:
+                cells = [(cell.label, cell.experiment) for cell in manifest.cells]
+                run_plan(manifest.directory, cells, settings, run)
+            else:
+                submit_plan(manifest.directory, settings, submit_all, launcher)
             runner.finish()
     except (_NoSpace, DiskFull) as end:
         runner.stop()

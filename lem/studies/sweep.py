@@ -32,7 +32,7 @@ def main(
     machine = None if launcher else host.look()
 
     def check(composition: Composition) -> Ready:
-        experiment = composition.experiment()
+        experiment = composition.experiment() if composition is compositions[0] else composition.quickly()
         consents.require(asked_by(experiment, composition.sources))
         if machine is None:
             return preflight_for_job(experiment, options, prompts)

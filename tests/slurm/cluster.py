@@ -68,7 +68,8 @@ KillWait=5
 # A limit has the resolution of a minute; nothing is added to it.
 OverTimeLimit=0
 MinJobAge={keep_s}
-MaxArraySize=1001
+MaxArraySize={max_array_size}
+MaxJobCount={max_jobs}
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -110,11 +111,17 @@ def _program(name: str) -> str | None:
 
 @dataclass
 class Cluster:
-    """A cluster in a directory of its own; `keep_s` is how long the controller remembers jobs that have ended."""
+    """A cluster in a directory of its own.
+
+    `keep_s` is how long the controller remembers jobs that have ended; the indices of a job array are below
+    `max_array_size`; the controller takes `max_jobs` jobs at a time.
+    """
 
     root: Path
     has_accounting: bool = True
     keep_s: int = 300
+    max_array_size: int = 1001
+    max_jobs: int = 10_000
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -215,7 +222,7 @@ class Cluster:
         (self.root / "gres.conf").write_text("\n".join(devices) + "\n")
         text = SLURM_CONF.format(
             host=_host(), port=ports[0], root=self.root, accounting=accounting, nodes="\n".join(nodes),
-            names=",".join(NODES), keep_s=self.keep_s,
+            names=",".join(NODES), keep_s=self.keep_s, max_array_size=self.max_array_size, max_jobs=self.max_jobs,
         )  # fmt: skip
         (self.root / "slurm.conf").write_text(text)
 

@@ -33,7 +33,7 @@ def folder(tmp_path):
 def quickly(in_this_process, monkeypatch):
     """Hand each cell's experiment, which is composed and checked, to the runner without Hydra's multirun."""
 
-    def run_plan(_directory, cells, _settings, run, _launcher):
+    def run_plan(_directory, cells, _settings, run):
         for number, (_, experiment) in enumerate(cells):
             run(number, experiment)
 
