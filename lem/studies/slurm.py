@@ -330,9 +330,10 @@ class SlurmRunner(Runner):
         self.ended_since = 0
         self._submit_array(some)
 
-    def _not_submitted(self) -> Iterator[int]:
-        yield from self.unsubmitted
-        yield from (number for cells in self.deferred for number in cells)
+    def _not_submitted(self) -> list[int]:
+        """Return the planned cells that have no job; a signal may arrive while some of them are being submitted."""
+        planned = [*self.unsubmitted, *(number for cells in self.deferred for number in cells)]
+        return [number for number in planned if self.manifest.states[number].status == "not run"]
 
     # -------------------------------------------------------------- waiting
     def _look(self) -> None:

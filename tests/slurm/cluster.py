@@ -114,7 +114,8 @@ class Cluster:
     """A cluster in a directory of its own.
 
     `keep_s` is how long the controller remembers jobs that have ended; the indices of a job array are below
-    `max_array_size`; the controller takes `max_jobs` jobs at a time.
+    `max_array_size`; the controller takes `max_jobs` jobs at a time, and `max_submit` of them from a user (which needs
+    accounting).
     """
 
     root: Path
@@ -122,6 +123,7 @@ class Cluster:
     keep_s: int = 300
     max_array_size: int = 1001
     max_jobs: int = 10_000
+    max_submit: int | None = None
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -144,6 +146,8 @@ class Cluster:
         for node in NODES:
             self._run("slurmd", "-D", "-N", node)
         self._wait_for("the nodes", self._nodes_are_idle)
+        if self.max_submit:
+            self.command("sacctmgr", "-i", "modify", "user", "root", "set", f"MaxSubmitJobs={self.max_submit}")
 
     def stop(self) -> None:
         """End all jobs and daemons that `start` started, in the reverse order."""
@@ -204,6 +208,7 @@ class Cluster:
         return (
             "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
             f"AccountingStoragePort={port}\nAccountingStoragePass={self.root}/munge/socket"
+            + ("\nAccountingStorageEnforce=limits" if self.max_submit else "")
         )
 
     def _write_configuration(self, ports: Sequence[int], accounting: str) -> None:
