@@ -123,7 +123,15 @@ def slurm(session: nox.Session) -> None:
     """Run the tests of jobs on a private two-node Slurm cluster, installing Slurm by apt; skipped where that fails."""
     if (reason := _why_no_slurm(session)) is not None:
         session.skip(f"slurm: {reason}")
-    run_in_dev(session, "pytest", "-m", "slurm", "tests/slurm", *session.posargs)
+    run_in_dev(session, "pytest", "-m", "slurm and not slow", "tests/slurm", *session.posargs)
+
+
+@in_dev
+def slurm_large(session: nox.Session) -> None:
+    """Send 2,000 experiments through a private two-node Slurm cluster; takes ten minutes or more on two cores."""
+    if (reason := _why_no_slurm(session)) is not None:
+        session.skip(f"slurm_large: {reason}")
+    run_in_dev(session, "pytest", "-m", "slurm and slow", "tests/slurm", *session.posargs)
 
 
 def _why_no_slurm(session: nox.Session) -> str | None:
@@ -203,10 +211,11 @@ def docs(session: nox.Session) -> None:
 
 @in_dev
 def bench(session: nox.Session) -> None:
-    """Measure the cost of start-up, a grid of 10,000 configs, and aggregation; fail if a limit is exceeded."""
+    """Measure the cost of start-up, a grid of 10,000 configs, aggregation and Slurm; fail if a limit is exceeded."""
     run_in_dev(session, "python", "-m", "bench.startup")
     run_in_dev(session, "python", "-m", "bench.grid")
     run_in_dev(session, "python", "-m", "bench.aggregation")
+    run_in_dev(session, "python", "-m", "bench.slurm")
 
 
 @in_dev

@@ -1,8 +1,8 @@
 """The class behind `hydra/launcher=slurm`; Hydra accepts only launchers from this namespace package.
 
-Unlike the plugin that it extends, it pickles nothing and waits for nothing: it composes each cell and gives it to the
-task, in this process. The task submits the job (`lem.studies.slurm`), and the records of the experiment say how it
-ended.
+Unlike the plugin that it extends, it pickles nothing and waits for nothing: it composes the configuration and
+gives it to the task, in this process. The task submits all cells (`lem.studies.slurm`), and the records of the
+experiments say how they ended.
 """
 
 from __future__ import annotations

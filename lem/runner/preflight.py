@@ -260,7 +260,8 @@ def results_objections(results_dir: str) -> Iterator[Objection]:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             yield Objection("results_unwritable", "io.results_dir", f"cannot be created: {error.strerror}.")
             return
-    for folder in (store.root / "raw", store.experiments_table, store.requests_table):
+    folders = (store.root / "raw", store.experiments_table, store.requests_table)
+    for folder in dict.fromkeys(folder if os.path.lexists(folder) else store.root for folder in folders):
         if fact := why_unwritable(folder):
             yield Objection("results_unwritable", "io.results_dir", fact)
             return

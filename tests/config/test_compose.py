@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from lem.backends import tensorrt_source, vllm_source
 from lem.config.check import check
-from lem.config.compose import prepare
+from lem.config.compose import Composition, compose_quickly, prepare
 from lem.config.options import builtin
 from lem.config.overrides import quoted
 from lem.errors import BadInput, ConfigError
@@ -295,6 +295,69 @@ def test_a_files_values_for_its_own_option_apply_to_that_cell_only(cells):
 )
 def test_options_may_be_swept_by_any_list_of_names(cells, override, names):
     assert {e.decoder.name for e in cells("seed: 1", override).values()} == names
+
+
+FILE_OF_ALL = """\
+preset: benchmark
+model: ${oc.env:LEM_TEST_MODEL,any}
+dataset: {name: alpaca, column: output, sample_size: 3}
+backend: {name: simulated, sleep: false}
+energy: {name: none}
+"""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=1,2", "batching.batch_size=4,8"],
+        ["batching={strategy:static,batch_size:1},{batch_size:2}"],
+        ["model='a, b','it\\'s',\"${oc.env:LEM_TEST_MODEL,other}\"", "gpus=[0,1],[2],null"],
+        ["preset=quick-test,null", "chat_template=true,false"],
+        ["dataset=alpaca,gsm8k,owner/name", "energy=none,auto"],
+        ["backend=simulated,pytorch", "decoder=glob([c*,f*])"],
+        ["+seed=5", "cooldown.wait_s=range(0,0.3,0.1)", "io.results_dir='out dir'"],
+        ["max_output_tokens=1e1,1_000", "hydra.sweep.dir=elsewhere"],
+        ["seed=1,-1", "batching.batch_size=0,1"],
+        ["model=???,any", "max_input_tokens=null,7"],
+    ],
+)
+def test_cells_composed_quickly_are_those_that_hydra_composes(overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(FILE_OF_ALL)
+    for file in (None, tmp_path / "a.yaml"):
+        for cell in prepare(file, overrides).cells():
+            assert outcome_of(cell.quickly) == outcome_of(cell.experiment)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FILE_OF_ALL,
+        "defaults: [parent]\nseed: 3\n",
+        "model: any\nsede: 3\n",
+        "seed: -1\nmodel: [3]\n",
+        "model: ${nowhere}\n",
+        "decoder: nonesuch\n",
+    ],
+)
+def test_a_file_composed_quickly_is_what_hydra_composes(text, tmp_path):
+    (tmp_path / "parent.yaml").write_text(FILE_OF_ALL)
+    (tmp_path / "a.yaml").write_text(text)
+    given = (tmp_path / "a.yaml", ["cycles=2"])
+    assert outcome_of(lambda: compose_quickly(*given)[0]) == outcome_of(lambda: prepare(*given).experiment())
+
+
+def test_most_cells_are_composed_without_hydra(monkeypatch):
+    monkeypatch.setattr(Composition, "experiment", None)
+    assert [cell.quickly().seed for cell in prepare(None, ["seed=1,2", "model=any"]).cells()] == [1, 2]
+
+
+def outcome_of(make: Callable[[], Experiment]) -> Experiment | tuple[str, ...]:
+    """Return an experiment, or the problems why there is none."""
+    try:
+        return make()
+    except ConfigError as error:
+        return tuple(error.problems)
 
 
 def test_several_values_need_a_multirun(compose):
