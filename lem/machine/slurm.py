@@ -199,7 +199,8 @@ def max_array_size() -> int:
 
 def requeue_this_job() -> str | None:
     """Put the job that this process belongs to back into the queue; return why that failed, or None."""
-    code, _, error = _run("scontrol", "requeue", os.environ.get("SLURM_JOB_ID", ""))
+    # Not SLURM_JOB_ID: in one task of an array, that is the id of the whole array.
+    code, _, error = _run("scontrol", "requeue", own_job_id() or "")
     return None if not code else " ".join(error.split()) or f"scontrol ended with exit code {code}"
 
 

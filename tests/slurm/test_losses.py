@@ -60,7 +60,9 @@ def process_of(job: str) -> int:
                 variables = (entry / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            is_of_job = b"submitit.core._submit" in arguments and f"SLURM_JOB_ID={job}".encode() in variables
+            array, _, task = job.partition("_")
+            own = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={job}"}
+            is_of_job = b"submitit.core._submit" in arguments and {each.encode() for each in own} <= set(variables)
             if is_of_job and Path(os.fsdecode(arguments[0])).name.startswith("python"):
                 return int(entry.name)
     raise AssertionError(f"Job {job} has no process.")
