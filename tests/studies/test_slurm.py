@@ -140,3 +140,16 @@ def test_the_end_of_a_job_in_words():
         "FAILED on n1, NonZeroExitCode, exit code 137 (ended by signal 9)"
     )
     assert Ended("OUT_OF_MEMORY", "", "0:125").sentence == "OUT_OF_MEMORY, ended by signal 125"
+
+
+def test_several_experiments_in_a_job_need_a_sweep_on_slurm(lem, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: any\nbackend: {name: simulated}\n")
+    needs_slurm, needs_several = "--per-job needs --launcher slurm.", "--per-job needs several experiments"
+    for arguments, message in (
+        (("experiment", "a.yaml", "--multirun", "seed=1,2"), needs_slurm),
+        (("batch", "a.yaml"), needs_slurm),
+        (("experiment", "a.yaml", *SLURM), needs_several),
+        (("campaign", "a.yaml", "a.yaml", *SLURM), "each cycle is one job"),
+    ):
+        done = lem(*arguments, "--per-job", "2")
+        assert (done.code, message in done.err) == (2, True), done.err
