@@ -390,7 +390,8 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     in each record of the attempt. `window_opened_unix_s` is for comparing processes, not for measuring. With continuous
     batching, `energy_so_far` holds energy readings taken when some of the requests finished. `cut` is None if the
     window was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened, which is the
-    measured time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` is None outside of Slurm.
+    measured time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and
+    `slurm_node` are None outside of Slurm. `hostname` is None if no process of the experiment ran.
     """
 
     format_version: int
@@ -400,7 +401,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     world_size: int
     status: Status
     started_at: str
-    hostname: str
+    hostname: str | None
     cycle: int = 1
     attempt: int = 1
     config_sha256: str = ""
@@ -408,6 +409,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     window_opened_unix_s: float | None = None
     error: ErrorInfo | None = None
     slurm_job_id: str | None = None
+    slurm_node: str | None = None
     model: ModelInfo | None = None
     engine: EngineInfo | None = None
     phases: tuple[Phase, ...] = ()

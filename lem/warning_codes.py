@@ -366,7 +366,20 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_boards_differ": WarningKind(
         "The cells of a campaign ran on different machines or devices, whose sensors may differ by several percent.",
-        "Measure all cells on the same machine and GPU (gpus).",
+        "Measure all cells on the same machine and GPU (gpus). On a Slurm cluster, set hydra.launcher.gpu_type, "
+        "constraint or nodelist, or compare across boards on purpose (--across-nodes).",
+    ),
+    "campaign_cycle_moved": WarningKind(
+        "On a Slurm cluster, some cells ran on another node or board than the baseline's cell of the same cycle, for "
+        "example because the job was requeued. Their ratio would compare nodes, so these pairs are left out.",
+        "Measure more cycles, or keep jobs from being requeued (a longer hydra.launcher.timeout_min, another "
+        "partition).",
+    ),
+    "campaign_nodes_interact": WarningKind(
+        "The ratio of two arms differs between the nodes or boards of a cluster by more than the noise explains. The "
+        "answer is a mean over those that happened to run the cycles.",
+        "Read the ratios for each board, and measure a campaign for each board that matters "
+        "(hydra.launcher.gpu_type, constraint or nodelist).",
     ),
     "campaign_meters_differ": WarningKind(
         "The cells of a campaign differ in the source, scope or components of their energy, so their energy is not "

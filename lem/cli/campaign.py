@@ -79,6 +79,7 @@ def campaign(
     one_job: Annotated[
         bool, typer.Option("--one-job", help="With --launcher slurm: one job for all cycles, not one for each.")
     ] = False,
+    across_nodes: Annotated[bool | None, typer.Option("--across-nodes", help=_HELP["across_nodes"])] = None,
     config_dir: ConfigDir = None,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
@@ -125,6 +126,7 @@ def campaign(
         "baseline": baseline[0] if baseline else None,
         "primary": primary,
         "margin": margin,
+        "across_nodes": across_nodes,
         "retries": retries,
     }
     chosen = {key: value for key, value in settings.items() if value is not None}

@@ -173,6 +173,65 @@ def node_failure(job_id: str, node: str) -> str | None:
     return f"node {failed[-1]} failed" if failed else None
 
 
+# ------------------------------------------------------------------ nodes
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster as Slurm is configured; nodes of the same `kind` have the same GPUs, cores and features."""
+
+    name: str
+    kind: str
+    gpus: int
+    is_usable: bool
+
+
+def nodes(partition: str | None) -> list[Node]:
+    """Return the nodes of a partition (of several, separated by commas); None stands for the default partition.
+
+    The list is empty if Slurm does not answer, or does not know the partition.
+    """
+    wanted = set(partition.split(",")) if partition else _default_partitions()
+    _, text, _ = _run("scontrol", "--oneliner", "show", "node")
+    known = [_fields(line) for line in text.splitlines()]
+    return [_as_node(each) for each in known if wanted & set(each.get("Partitions", "").split(","))]
+
+
+def is_usable(node: str) -> bool:
+    """Return whether a node exists and may run jobs."""
+    _, text, _ = _run("scontrol", "--oneliner", "show", "node", node)
+    return _as_node(_fields(text)).is_usable
+
+
+def _default_partitions() -> set[str]:
+    _, text, _ = _run("scontrol", "--oneliner", "show", "partition")
+    known = [_fields(line) for line in text.splitlines()]
+    return {each["PartitionName"] for each in known if each.get("Default") == "YES"}
+
+
+def _as_node(known: Mapping[str, str]) -> Node:
+    # The sockets in parentheses tell where a GPU is plugged in.
+    gpus = re.sub(r"\([^)]*\)", "", known.get("Gres", ""))
+    features = ",".join(sorted(known.get("AvailableFeatures", "").replace("(null)", "").split(",")))
+    parts = [gpus, features, f"{known.get('CPUTot', '?')} CPUs"]
+    return Node(
+        name=known.get("NodeName", ""),
+        kind=", ".join(filter(None, parts)),
+        gpus=sum(map(int, re.findall(r"\bgpu(?::[^:,]+)?:(\d+)", gpus))),
+        is_usable=not re.search(r"DOWN|DRAIN|FAIL|NOT_RESPONDING|UNKNOWN", known.get("State", "UNKNOWN")),
+    )
+
+
+def expanded(names: str) -> list[str]:
+    """Return the names in Slurm's short form, such as gpu[1-3,7], one by one."""
+    _, text, _ = _run("scontrol", "show", "hostnames", names)
+    return text.split()
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return names of nodes in Slurm's short form."""
+    code, text, _ = _run("scontrol", "show", "hostlistsorted", ",".join(names))
+    return ",".join(names) if code else text.strip()
+
+
 def _fields(line: str) -> Mapping[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", line))
 

@@ -16,8 +16,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +33,7 @@ from lem.results.carryover import CarryOver, Ran, carry_over
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
 from lem.results.merging import is_estimated
+from lem.results.nodes import Block, Spread, spread
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import CONFIDENCE, detectable_errors, line_through, summarise
 from lem.results.stopping import ANALYSES, Rule, is_narrow, rule_of
@@ -58,6 +59,11 @@ MEASURES = {
 LENGTHS_DIFFER = 0.01
 # A trend or an effect of position is reported if its p-value is below this.
 SUSPICIOUS = 0.05
+# What joins the names of several nodes in a row.
+SEVERAL = "+"
+
+# The cells of a campaign, by cycle and arm.
+Found = Mapping[tuple[int, str], "CellEntry"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,11 @@ class PairRow(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Answer:
-    """The results of a campaign; `carry_over` is None if the effects of predecessors cannot be estimated."""
+    """The results of a campaign.
+
+    `carry_over` is None if the effects of predecessors cannot be estimated. `spread` is None unless cycles ran on
+    several nodes of a cluster.
+    """
 
     definition: Definition
     cells: list[CellEntry]
@@ -195,6 +205,7 @@ class Answer:
     pairs: list[PairRow]
     warnings: list[CodedWarning]
     carry_over: CarryOver | None = None
+    spread: Spread | None = None
     # Whether no further cycle will be measured; False while an adaptive campaign is unfinished.
     ended: bool = True
 
@@ -343,14 +354,17 @@ def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
         if measure == definition.campaign.primary or any(_value(cell, measure) is not None for cell in reached)
     ]
     arms = [_arm_row(definition, name, measure, reached) for name in names for measure in measures]
-    pairs = [row for measure in MEASURES for row in _pair_rows(definition, measure, found)]
+    comparable = _comparable(definition, found)
+    pairs = [row for measure in MEASURES for row in _pair_rows(definition, measure, comparable)]
     carried = _carried_over(definition, names, reached)
+    spread_of_nodes = _spread(definition, names, comparable)
     doubts = [
         *_doubts(definition, names, found),
+        *_of_nodes(definition, names, found, spread_of_nodes),
         *_of_predecessors(definition, names, carried),
         *_wide(definition, cells, pairs),
     ]
-    return Answer(definition, reached, arms, pairs, doubts, carry_over=carried, ended=has_ended(cells))
+    return Answer(definition, reached, arms, pairs, doubts, carried, spread_of_nodes, has_ended(cells))
 
 
 def _last_cycle(definition: Definition, cells: Sequence[CellEntry]) -> int:
@@ -389,7 +403,7 @@ def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, gi
     rule = definition.rule
     if rule is None or cycle not in rule.looks:
         return False
-    found = {(cell.cycle, cell.arm): cell for cell in cells if cell.cycle <= cycle}
+    found = _comparable(definition, {(cell.cycle, cell.arm): cell for cell in cells if cell.cycle <= cycle})
     compared = {pair.arm: pair for pair in _pair_rows(definition, definition.campaign.primary, found)}
     left = [arm.name for arm in definition.arms if arm.name not in (definition.baseline, *given_up)]
     if definition.baseline in given_up:
@@ -469,7 +483,7 @@ def _why_no_mean(cells: Sequence[CellEntry], measure: str) -> str:
     return f"{how}; the last failure: {failed[-1].rstrip('.')}"
 
 
-def _pair_rows(definition: Definition, measure: str, found: dict[tuple[int, str], CellEntry]) -> Iterator[PairRow]:
+def _pair_rows(definition: Definition, measure: str, found: Found) -> Iterator[PairRow]:
     campaign, names = definition.campaign, [arm.name for arm in definition.arms]
     cycles = range(1, max((cycle for cycle, _ in found), default=0) + 1)
     values = [[_value(found.get((cycle, name)), measure) for name in names] for cycle in cycles]
@@ -512,10 +526,77 @@ def _value(cell: CellEntry | None, measure: str) -> float | None:
     return None if cell is None or cell.row is None else getattr(cell.row, measure)
 
 
-# ------------------------------------------------------------------ reasons for doubt
-def _doubts(
-    definition: Definition, names: Sequence[str], found: dict[tuple[int, str], CellEntry]
+# ------------------------------------------------------------------ nodes of a cluster
+def _node_and_board(row: ExperimentRow) -> tuple[str, str]:
+    return row.slurm_node or row.hostname or "", row.device or ""
+
+
+def _apart(definition: Definition, found: Found) -> set[tuple[int, str]]:
+    """Return the cells that ran on another node or board than the baseline's cell of their cycle, or on several.
+
+    This happens if a job was requeued in the middle of its cycle and started again on another node. In a grouped
+    campaign, each arm is one job, so that no cycle has a node of its own; its cells are all kept.
+    """
+    if definition.campaign.structure == "grouped":
+        return set()
+    rows = {key: cell.row for key, cell in found.items() if cell.row is not None}
+    in_jobs = {cycle for (cycle, _), row in rows.items() if row.slurm_node}
+    places = {key: _node_and_board(row) for key, row in rows.items() if key[0] in in_jobs}
+    of_cycle: dict[int, tuple[str, str]] = {}
+    for (cycle, arm), place in places.items():
+        if arm == definition.baseline or cycle not in of_cycle:
+            of_cycle[cycle] = place
+    return {key for key, place in places.items() if place != of_cycle[key[0]] or SEVERAL in place[0]}
+
+
+def _comparable(definition: Definition, found: Found) -> Found:
+    """Return the cells without the values of those that cannot be compared with the others of their cycle."""
+    apart = _apart(definition, found)
+    return {key: replace(cell, row=None) if key in apart else cell for key, cell in found.items()}
+
+
+def _spread(definition: Definition, names: Sequence[str], comparable: Found) -> Spread | None:
+    """Return how far nodes and boards differ by the primary measure; None unless cycles ran on several nodes."""
+    campaign = definition.campaign
+    if campaign.structure == "grouped":
+        return None
+    blocks = []
+    for cycle in sorted({cycle for cycle, _ in comparable}):
+        cells = [comparable.get((cycle, name)) for name in names]
+        row = next((cell.row for cell in cells if cell and cell.row and cell.row.slurm_node), None)
+        if row is None:
+            continue
+        values = [_value(cell, campaign.primary) for cell in cells]
+        logs = tuple(math.log(value) if value else math.nan for value in values)
+        blocks.append(Block(*_node_and_board(row), logs, tuple(cell.position if cell else 0 for cell in cells)))
+    if len({block.node for block in blocks}) < 2:
+        return None
+    return spread(blocks, names.index(definition.baseline), ANALYSES[campaign.structure])
+
+
+def _of_nodes(
+    definition: Definition, names: Sequence[str], found: Found, spread_of_nodes: Spread | None
 ) -> Iterator[CodedWarning]:
+    """Warn about cells on other nodes than the rest of their cycle, and about ratios that differ between nodes."""
+    apart = sorted(_apart(definition, found))
+    if apart:
+        parts = [f"{arm} in cycle {cycle} ({row.slurm_node})" for cycle, arm in apart if (row := found[cycle, arm].row)]
+        text = (
+            "cells ran on another node than the rest of their cycle, or on several nodes, so the pairs that contain "
+            f"them are left out: {', '.join(parts)}."
+        )
+        yield warning("campaign_cycle_moved", text)
+    for test in spread_of_nodes.interactions if spread_of_nodes else ():
+        if test.p_adjusted < SUSPICIOUS:
+            text = (
+                f"the ratio of {names[test.arm]} to {definition.baseline} differs between {test.by}s (F-test, p = "
+                f"{test.p_adjusted:.2g}), so its interval is that of a mean over the {test.by}s of this campaign only."
+            )
+            yield warning("campaign_nodes_interact", text)
+
+
+# ------------------------------------------------------------------ reasons for doubt
+def _doubts(definition: Definition, names: Sequence[str], found: Found) -> Iterator[CodedWarning]:
     """Yield warnings that a reader of the comparison must know about."""
     campaign, rows = definition.campaign, [cell.row for cell in found.values() if cell.row is not None]
     yield from about_order(campaign, len(names))
@@ -523,7 +604,7 @@ def _doubts(
     if missing:
         text = f"{len(missing)} of {len(found)} cells have no result, so the pairs that contain them are missing."
         yield warning("campaign_cells_missing", text)
-    yield from _different(names, found)
+    yield from _different(campaign, names, found)
     yield from _moved(campaign, names, found)
     codes = Counter(text.partition(":")[0] for row in rows for text in dict.fromkeys(row.warnings))
     if notes := [f"{code} ({count} of {len(rows)})" for code, count in codes.most_common() if code != "few_cycles"]:
@@ -545,14 +626,26 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
         yield warning("campaign_unbalanced", text)
 
 
-def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) -> Iterator[CodedWarning]:
-    """Warn about unintended differences between arms, such as different machines or prompts."""
-    rows = {name: [c.row for (_, arm), c in found.items() if arm == name and c.row is not None] for name in names}
-    everything = [row for own in rows.values() for row in own]
-    for what, of in (("the machine", "hostname"), ("the device", "device")):
-        values = dict.fromkeys(str(getattr(row, of)) for row in everything if getattr(row, of))
+def _places_differ(campaign: Campaign, rows: Sequence[ExperimentRow]) -> Iterator[CodedWarning]:
+    """Warn about different machines or devices.
+
+    On a cluster, a cycle is a job, so cycles may run on different nodes; only `across_nodes` allows different boards.
+    """
+    has_jobs = campaign.structure != "grouped" and all(row.slurm_node for row in rows)
+    places = {"the machine": "hostname", "the device": "device"}
+    if has_jobs:
+        places = {} if campaign.across_nodes else {"the device": "device"}
+    for what, of in places.items():
+        values = dict.fromkeys(str(getattr(row, of)) for row in rows if getattr(row, of))
         if len(values) > 1:
             yield warning("campaign_boards_differ", f"{what} differs between cells: {', '.join(values)}.")
+
+
+def _different(campaign: Campaign, names: Sequence[str], found: Found) -> Iterator[CodedWarning]:
+    """Warn about unintended differences between cells, such as different machines or prompts."""
+    rows = {name: [c.row for (_, arm), c in found.items() if arm == name and c.row is not None] for name in names}
+    everything = [row for own in rows.values() for row in own]
+    yield from _places_differ(campaign, everything)
     engines = dict.fromkeys(
         f"{row.backend} ({row.engine_version})" if row.engine_version else row.backend for row in everything
     )
@@ -582,15 +675,20 @@ def _different(names: Sequence[str], found: dict[tuple[int, str], CellEntry]) ->
         yield warning("campaign_lengths_differ", f"the numbers of output tokens differ: {words}.")
 
 
-def _moved(campaign: Campaign, names: Sequence[str], found: dict[tuple[int, str], CellEntry]) -> Iterator[CodedWarning]:
+def _moved(campaign: Campaign, names: Sequence[str], found: Found) -> Iterator[CodedWarning]:
     """Warn about a trend over the campaign, and about an effect of the position within the cycles."""
     known = [(cell, math.log(value)) for cell in found.values() if (value := _value(cell, campaign.primary))]
     known = [(cell, value) for cell, value in known if cell.row is not None]
-    known.sort(key=lambda each: each[0].row.started_at if each[0].row else "")
-    left, what = _without_arms(known, names), MEASURES[campaign.primary][1]
-    if trend := _change([float(i) for i in range(len(known))], left, len(names)):
-        yield warning("campaign_trend", f"{what} changes by {trend} over the campaign.")
-    if moved := _change([float(cell.position) for cell, _ in known], left, len(names)):
+    what = MEASURES[campaign.primary][1]
+    if len({cell.row.slurm_node for cell, _ in known if cell.row}) > 1:
+        # Cycles on several nodes may overlap, and the nodes' clocks may differ, so there is no order for a trend.
+        left, used = _without_arms_and_cycles(known, names)
+    else:
+        known.sort(key=lambda each: each[0].row.started_at if each[0].row else "")
+        left, used = _without_arms(known, names), len(names)
+        if trend := _change([float(i) for i in range(len(known))], left, used):
+            yield warning("campaign_trend", f"{what} changes by {trend} over the campaign.")
+    if moved := _change([float(cell.position) for cell, _ in known], left, used):
         yield warning("campaign_position", f"{what} changes by {moved} from the first to the last position in a cycle.")
 
 
@@ -598,15 +696,18 @@ def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[
     """Return the effects of predecessors on the primary metric; None unless the order is designed to reveal them.
 
     A cell is used if the cell before it in the plan also has a result, and no third cell with a result began between
-    the two.
+    the two. On a cluster, both must be cells of one job.
     """
     campaign = definition.campaign
     if campaign.structure not in ("shuffled", "latin"):
         return None
-    begun = sorted(
-        (cell for cell in cells if cell.row is not None), key=lambda cell: cell.row.started_at if cell.row else ""
-    )
-    follows = {id(after): before for before, after in pairwise(begun)}
+    begun: dict[str, list[CellEntry]] = {}
+    for cell in cells:
+        if cell.row is not None:
+            begun.setdefault(cell.row.slurm_job_id or "", []).append(cell)
+    # Times are compared only within a job, because the clocks of nodes may differ.
+    in_order = [sorted(own, key=lambda cell: cell.row.started_at if cell.row else "") for own in begun.values()]
+    follows = {id(after): before for own in in_order for before, after in pairwise(own)}
     known = [
         Ran(cell.cycle, cell.position, names.index(cell.arm), names.index(before.arm), math.log(value))
         for before, cell in pairwise(cells)
@@ -636,6 +737,18 @@ def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]
     own = {name: [value for cell, value in known if cell.arm == name] for name in names}
     means = {name: math.fsum(values) / len(values) for name, values in own.items() if values}
     return [value - means[cell.arm] for cell, value in known]
+
+
+def _without_arms_and_cycles(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> tuple[list[float], int]:
+    """Return what arms and cycles leave of each logarithm, fitted by least squares, and the degrees of freedom used."""
+    import numpy as np
+
+    cycles = sorted({cell.cycle for cell, _ in known})
+    of_arm = np.eye(len(names))[[names.index(cell.arm) for cell, _ in known]]
+    of_cycle = np.eye(len(cycles))[[cycles.index(cell.cycle) for cell, _ in known]]
+    design, logs = np.hstack([of_arm, of_cycle]), np.array([value for _, value in known])
+    left = logs - design @ (np.linalg.pinv(design) @ logs)
+    return left.tolist(), int(np.linalg.matrix_rank(design))
 
 
 def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lem.record import CodedWarning
 from lem.results import show
-from lem.results.campaign import MEASURES, Answer, ArmRow, PairRow
+from lem.results.campaign import MEASURES, SUSPICIOUS, Answer, ArmRow, PairRow
 from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.units import percent, plain, quantity
@@ -46,6 +47,10 @@ def show_answer(answer: Answer) -> None:
         print()
         for line in forest(primary, show.terminal_width()):
             print(line)
+    if answer.spread is not None:
+        print()
+        for sentence in on_nodes(answer):
+            show.say(sentence)
     if answer.warnings:
         print()
         show.print_pairs(("Warning", f"{note.code}: {note.text}") for note in answer.warnings)
@@ -79,6 +84,30 @@ def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
         f"{pair.arm} cannot be compared with {pair.baseline}, because {lacking[0]} has no {MEASURES[pair.measure][1]} "
         f"({reasons[lacking[0]]})."
     )
+
+
+def on_nodes(answer: Answer) -> Iterator[str]:
+    """Yield sentences on how far the nodes and boards of a cluster differ by the primary measure."""
+    found, definition = answer.spread, answer.definition
+    if found is None:
+        return
+    words, names = MEASURES[definition.campaign.primary][1], [arm.name for arm in definition.arms]
+    yield f"The cycles ran on the nodes {', '.join(found.nodes)} ({', '.join(found.boards)})."
+    for by, sd_log in (("node", found.node_sd_log), ("board", found.board_sd_log)):
+        if sd_log is not None:
+            yield f"From {by} to {by}, {words} varies by a factor of {math.exp(sd_log):.3f} (standard deviation)."
+    for each in found.ratios if len(found.boards) > 1 else ():
+        where = f"{each.board} ({', '.join(each.nodes)}; {each.cycles} cycle{'s' if each.cycles != 1 else ''})"
+        interval = "no interval"
+        if each.ci_low is not None and each.ci_high is not None:
+            interval = f"95 % interval {each.ci_low:.4g}–{each.ci_high:.4g}"
+        yield f"{names[each.arm]} to {definition.baseline} on {where}: {each.ratio:.4g} times ({interval})."
+    for test in found.interactions:
+        differs = "differs" if test.p_adjusted < SUSPICIOUS else "does not differ noticeably"
+        yield (
+            f"The ratio of {names[test.arm]} to {definition.baseline} {differs} between {test.by}s "
+            f"(p = {test.p_adjusted:.2g})."
+        )
 
 
 def _how_it_ended(answer: Answer) -> Iterator[str]:
@@ -265,6 +294,7 @@ def as_plain(answer: Answer) -> dict[str, Any]:
         "arms": [_plain(row) for row in answer.arms],
         "pairs": [_plain(row) for row in answer.pairs],
         "carry_over": _carry_over(answer),
+        "nodes": _nodes(answer),
         "sentences": list(sentences(answer)),
         "warnings": [_warning(note) for note in answer.warnings],
     }
@@ -281,6 +311,17 @@ def _carry_over(answer: Answer) -> dict[str, Any] | None:
         for each in found.after
     ]
     return {"after": after, "p_value": found.p_value, "degrees_of_freedom": found.degrees_of_freedom}
+
+
+def _nodes(answer: Answer) -> dict[str, Any] | None:
+    """Return how far nodes and boards differ as plain data; None unless cycles ran on several nodes of a cluster."""
+    if answer.spread is None:
+        return None
+    names = [arm.name for arm in answer.definition.arms]
+    plain = asdict(answer.spread)
+    for each in (*plain["ratios"], *plain["interactions"]):
+        each["arm"] = names[each["arm"]]
+    return plain
 
 
 def _plain(row: ArmRow | PairRow) -> dict[str, Any]:

@@ -28,7 +28,7 @@ SPREADS = {
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
 # Columns that tell how a number was obtained; if the cycles differ, all values are listed.
-LABELS = re.compile(r".*_(source|scope|components|method|reason|job_id)")
+LABELS = re.compile(r".*_(source|scope|components|method|reason|job_id|node)")
 
 # Energies, with the columns that tell their kind: only energies of the same kind are averaged.
 KINDS = {

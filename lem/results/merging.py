@@ -152,10 +152,11 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         status=records[-1].status,
         error=records[-1].error,
         started_at=counted[0].started_at,
-        hostname=joined(r.hostname for r in counted),
+        hostname=joined(r.hostname for r in counted if r.hostname) or None,
         engine=_merged_engine([r.engine for r in counted]),
         phases=tuple(p for p in _merged_phases(counted) if not (has_moved and p.name in IDLE)),
         slurm_job_id=joined(r.slurm_job_id for r in records if r.slurm_job_id) or None,
+        slurm_node=joined(r.slurm_node for r in counted if r.slurm_node) or None,
         requests_planned=max(r.requests_planned for r in counted),
         requests_completed=sum(r.requests_completed for r in counted),
         requests_failed=sum(r.requests_failed for r in counted),
@@ -175,7 +176,7 @@ def _places(records: Sequence[ProcessRecord]) -> dict[str, list[str]]:
     engines = [r.engine for r in records if r.engine is not None]
     gpus = (", ".join(state.uuid for state in each.devices_before) for each in environments)
     found = {
-        "host": [r.hostname for r in records],
+        "host": [r.hostname for r in records if r.hostname],
         "processor": [each.cpu_model for each in environments],
         "device": [each.device_name for each in engines],
         "GPUs": filter(None, gpus),

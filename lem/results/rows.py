@@ -150,6 +150,7 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
         "lem_version": of_each(first, "lem_version"),
         "hostname": of_each(first, "hostname"),
         "slurm_job_id": of_each(first, "slurm_job_id"),
+        "slurm_node": of_each(first, "slurm_node"),
         "processes": list(map(len, records)),
         "cycles_planned": [1] * len(cycles),
         "cycles_completed": list(map(int, complete)),

@@ -138,7 +138,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     error: Annotated[str | None, "Reason why the experiment did not complete, or null."]
     started_at: Annotated[str, "Wall-clock start, ISO 8601 with UTC offset; a label, not a measurement."]
     lem_version: Annotated[str, "Version of lem that ran the experiment."]
-    hostname: Annotated[str, "Name of the machine on which it ran."]
+    hostname: Annotated[str | None, "Name of the machine on which it ran; null if no process ran."]
     processes: Annotated[int, "Number of worker processes that wrote a record."]
     cycles_planned: Annotated[int, "Number of cycles planned."]
     cycles_completed: Annotated[int, "Cycles in which every prompt was finished."]
@@ -242,6 +242,11 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     campaign_position: Annotated[int | None, "The experiment's position in that cycle, from 1."] = None
     slurm_job_id: Annotated[
         str | None, "Slurm job that ran it; several, joined by +, if it was resumed in another job; null without Slurm."
+    ] = None
+    slurm_node: Annotated[
+        str | None,
+        "Slurm's name of the node on which it ran; several, joined by +, if it was resumed on another node; null "
+        "without Slurm, or if no process ran.",
     ] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

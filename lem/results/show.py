@@ -341,7 +341,7 @@ def show_records(records: Sequence[ProcessRecord]) -> None:
     for record in records:
         where = f"process {record.rank} of {record.world_size}, cycle {record.cycle}, attempt {record.attempt}"
         how = f"{record.status}, {record.requests_completed} requests"
-        print(one_line(f"{where}, on {record.hostname}: {how}"))
+        print(one_line(f"{where}, on {record.hostname or 'no machine'}: {how}"))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for header in ("phase", "duration", "component", "energy", "source", "scope", "device", "method"):
             table.add_column(header, overflow="fold")

@@ -202,7 +202,7 @@ def fail(store: Store, directory: ExperimentDir, error: ErrorInfo, slurm_job_id:
     with suppress(ResultsError), directory.hold(exclusive=True):  # wait for processes that are just ending
         pass
     state = directory.state()
-    record_loss(directory, max(1, state.attempt), error, slurm_job_id or None)
+    record_loss(directory, max(1, state.attempt), error, slurm_job_id or None, state.host)
     directory.write_state(State("failed", max(1, state.attempt), timestamp(), error=error.message))
     store.mark_unfinished(directory.id, directory.plan().fingerprint)
     row, problem = _row(store, directory, write_tables)

@@ -238,11 +238,13 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
         directory.write_record(bare_record(plan, window, status, error))
 
 
-def record_loss(directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_job_id: str | None) -> None:
+def record_loss(
+    directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_job_id: str | None, hostname: str | None
+) -> None:
     """Record that an attempt failed because of the scheduler, in the records of interrupted and killed processes.
 
     If every process that left a record has completed, a record without measurements is added for the failure.
-    `slurm_job_id` is the job that ran the attempt.
+    `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which it had begun; None if it had not.
     """
     plan = directory.plan()
     cut = [r for r in directory.records() if r.attempt == attempt and r.status != "completed"]
@@ -255,7 +257,10 @@ def record_loss(directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_
     if not cut:
         cycle = next(iter(plan.unfinished_cycles(directory.finished())), plan.experiment.cycles)
         record = bare_record(plan, WindowId(directory.id, 0, cycle, attempt), "failed", error)
-        directory.write_record(replace(record, slurm_job_id=slurm_job_id))
+        # This process is not the one that was to run the experiment, unless it belongs to that job itself.
+        if record.slurm_job_id is None or record.slurm_job_id != slurm_job_id:
+            record = replace(record, slurm_job_id=slurm_job_id, hostname=hostname, slurm_node=None)
+        directory.write_record(record)
 
 
 def _record_reason(directory: ExperimentDir, attempt: int, reason: str) -> None:

@@ -5,6 +5,7 @@ This module queries no engine or meter; `lem.runner.attempt` does that and passe
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def bare_record(
         backend=plan.experiment.backend.name,
         error=error,
         slurm_job_id=own_job_id(),
+        slurm_node=os.environ.get("SLURMD_NODENAME"),
     )
 
 

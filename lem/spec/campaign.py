@@ -142,6 +142,13 @@ class Campaign:
             "not tested."
         ),
     ] = None
+    across_nodes: Annotated[
+        bool,
+        Field(
+            description="On a Slurm cluster: let cycles run on nodes of different types, and report how far the nodes "
+            "differ."
+        ),
+    ] = False
     retries: Annotated[
         int, Field(ge=0, le=10, description="Maximum number of retries of a failed cell, at the end of its cycle.")
     ] = 0

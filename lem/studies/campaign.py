@@ -37,7 +37,7 @@ from lem.config.compose import prepare
 from lem.config.overrides import has_several_values
 from lem.config.trust import all_asked, asked_by
 from lem.errors import BadInput, ConfigError, ResultsError, did_you_mean
-from lem.machine import host
+from lem.machine import host, slurm
 from lem.results import campaign as results
 from lem.results import show
 from lem.results.aggregate import read
@@ -69,14 +69,16 @@ from lem.spec.conflicts import unmeasured
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
+from lem.spec.slurm import SlurmOptions
 from lem.studies import adaptive
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
 from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Cell, CellState, Manifest
+from lem.studies.node_types import kept_on_one_type
 from lem.studies.orders import Place, order
-from lem.studies.slurm import SlurmRunner, preflight_for_job
+from lem.studies.slurm import SlurmRunner, gpus_of_job, preflight_for_job
 from lem.studies.study import OneByOne, Runner, run_cells
 
 # An arm is given up after this many failures in a row.
@@ -163,6 +165,8 @@ def measure(
         BadInput: raised before anything runs, listing all problems.
         Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
     """
+    if campaign.across_nodes:
+        check_across_nodes(campaign, options)
     prompts = RecentPrompts()
     planned = _planned(campaign, arms, overrides, options, prompts)
     again = _resume_command(planned.definition.name, Store(planned.results_dir), presentation)
@@ -371,6 +375,19 @@ def check_cooling(campaign: Campaign, experiments: Sequence[Experiment], place: 
     machine = host.look()
     if not any(wants_gpu(each, machine.only(each.gpus)) for each in experiments):
         raise ConfigError(f"{place}cool_to_c: {NO_COOLING}")
+
+
+def check_across_nodes(campaign: Campaign, options: RunOptions) -> None:
+    """Refuse to let cycles run on different nodes if they cannot; raises `ConfigError`."""
+    if options.launcher is None:
+        raise ConfigError("across_nodes: without --launcher slurm, all cycles run on this machine. Leave it out.")
+    if options.one_job:
+        raise ConfigError("across_nodes: with --one-job, all cycles run on one node. Use only one of them.")
+    if campaign.structure == "grouped":
+        raise ConfigError(
+            "across_nodes: with structure=grouped, each arm is a job, so that a difference between nodes would look "
+            "like a difference between arms. Use another structure."
+        )
 
 
 def _moved(experiment: Experiment, results_dir: Path) -> Experiment:
@@ -698,7 +715,13 @@ def _runner(
 ) -> Runner:
     if options.launcher is None:
         return CampaignRunner(manifest, display, options, prompts, planned)
-    return CampaignJobs(manifest, display, options, prompts, options.launcher.options, planned=planned)
+    of_jobs = options.launcher.options
+    if not planned.definition.campaign.across_nodes:
+        gpus = max(gpus_of_job(experiment, of_jobs) for experiment in planned.experiments)
+        ran_on = [state.row.slurm_node for state in manifest.states if state.row and state.row.slurm_node]
+        of_jobs, note = kept_on_one_type(of_jobs, gpus, ran_on)
+        print_warnings(*([note] if note else []))
+    return CampaignJobs(manifest, display, options, prompts, of_jobs, planned=planned)
 
 
 @dataclass
@@ -765,7 +788,7 @@ class CampaignJobs(SlurmRunner):
     """Submits each cycle of a campaign (each arm, if grouped) as one job, with its cells in their order inside.
 
     All cells of a cycle therefore run on one node. With `options.one_job`, all cycles are one job. Failed cells are
-    retried at the end, in a job for each of their cycles.
+    retried at the end, in a job for each of their cycles, on the node that ran the rest of the cycle.
     """
 
     planned: Planned
@@ -811,6 +834,15 @@ class CampaignJobs(SlurmRunner):
         if self.waiting:
             self.submit(self.waiting)
             self.waiting.clear()
+
+    def options_of(self, numbers: Sequence[int]) -> SlurmOptions:
+        """Return the options of a job; cells of a cycle that has partly run are sent to the node that ran the rest."""
+        parts = {self._part(number) for number in numbers}
+        rows = [state.row for number, state in enumerate(self.manifest.states) if self._part(number) in parts]
+        ran_on = {row.slurm_node for row in rows if row and row.status == "completed" and row.slurm_node}
+        # One that cannot run jobs would let the job wait for ever; "n1+n2" is not a node.
+        is_possible = len(ran_on) == 1 and slurm.is_usable(*ran_on)
+        return replace(self.slurm, nodelist=ran_on.pop()) if is_possible else self.slurm
 
     def _part(self, number: int) -> int:
         place = self.planned.places[number]

@@ -287,7 +287,8 @@ class SlurmRunner(Runner):
         file = folder / f"c{jobs[0][0]:03d}.json"
         tasks = tuple(tuple(self.steps[number] for number in cells) for cells in jobs)
         write_atomically(file, to_json(JobFile(tasks, self.slurm.requeue, self.slurm.max_num_timeout)))
-        parameters = sbatch_parameters([self.experiments[number] for cells in jobs for number in cells], self.slurm)
+        numbers = [number for cells in jobs for number in cells]
+        parameters = sbatch_parameters([self.experiments[number] for number in numbers], self.options_of(numbers))
         self._sync()
         calls = [(str(file.resolve()), task) for task in range(len(jobs))]
         try:
@@ -334,6 +335,10 @@ class SlurmRunner(Runner):
         """Return the planned cells that have no job; a signal may arrive while some of them are being submitted."""
         planned = [*self.unsubmitted, *(number for cells in self.deferred for number in cells)]
         return [number for number in planned if self.manifest.states[number].status == "not run"]
+
+    def options_of(self, numbers: Sequence[int]) -> SlurmOptions:
+        """Return the options of the job that runs these cells."""
+        return self.slurm
 
     # -------------------------------------------------------------- waiting
     def _look(self) -> None:

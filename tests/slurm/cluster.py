@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -70,6 +71,7 @@ OverTimeLimit=0
 MinJobAge={keep_s}
 MaxArraySize={max_array_size}
 MaxJobCount={max_jobs}
+FirstJobId=1
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -125,6 +127,8 @@ class Cluster:
     max_jobs: int = 10_000
     max_submit: int | None = None
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    # The place of slurmctld among the daemons.
+    _controller: int = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -142,6 +146,7 @@ class Cluster:
         if self.has_accounting:
             accounting = self._start_accounting(ports[3])
         self._write_configuration(ports, accounting)
+        self._controller = len(self._daemons)
         self._run("slurmctld", "-D")
         for node in NODES:
             self._run("slurmd", "-D", "-N", node)
@@ -175,6 +180,19 @@ class Cluster:
     def wait_until_idle(self) -> None:
         """Wait until no job is left and both nodes are idle."""
         self._wait_for("an idle cluster", lambda: not self.command("squeue", "-h").strip() and self._nodes_are_idle())
+
+    def forget(self, before: Callable[[], object] = lambda: None) -> None:
+        """Restart the controller without its state, so that it knows no job; call `before` while it is down."""
+        file, controller = self.root / "slurm.conf", self._daemons[self._controller]
+        newest = max(map(int, self.command("squeue", "-h", "-t", "all", "-o", "%A").split()), default=0)
+        controller.send_signal(signal.SIGTERM)
+        controller.wait(STOP_S)
+        before()
+        # Ids are not used again, because the accounting still has them.
+        file.write_text(re.sub(r"FirstJobId=\d+", f"FirstJobId={newest + 100}", file.read_text()))
+        self._run("slurmctld", "-D", "-c")
+        self._daemons[self._controller] = self._daemons.pop()
+        self._wait_for("the nodes", self._nodes_are_idle)
 
     # -------------------------------------------------------------- the daemons
     def _start_munge(self) -> None:
