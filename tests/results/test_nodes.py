@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lem.results.campaign import Answer, Arm, CellEntry, Definition, Machine
+from lem.results.campaign import answer as answer_of
+from lem.results.campaign_show import as_plain, on_nodes
 from lem.results.compare import contrasts
 from lem.results.nodes import Block, between_groups, spread
+from lem.spec.campaign import Campaign
 from lem.studies.orders import order
 
 NODES = ("n1", "n2", "n3")
@@ -115,3 +120,82 @@ def test_values_without_noise_are_told_apart_or_equal():
 
     assert tests(0.1) == [1.0]
     assert tests(0.2) == [0.0]
+
+
+# ------------------------------------------------------------------ the answer of a campaign
+def answer(blocks, *, ran_on=None, **settings) -> Answer:
+    """Return the answer of a campaign with these cycles.
+
+    `ran_on` has the nodes of cells that ran elsewhere than their cycle, by cycle and arm; None is this machine.
+    """
+    of = Campaign(name="one", cycles=len(blocks), primary="latency_mean_s", **settings)
+    names = ("a", "b", "c")[: len(blocks[0].logs)]
+    definition = Definition(of, tuple(Arm(name, None) for name in names), (), Machine("Slurm", None, (), {}, None))
+    cells = []
+    for place in order(of.structure, len(names), len(blocks), of.seed):
+        block, name = blocks[place.cycle - 1], names[place.arm]
+        node = (ran_on or {}).get((place.cycle, name), block.node)
+        row = SimpleNamespace(
+            energy_per_output_token_j=None, energy_per_request_j=None, output_tokens_per_s=None, ttft_mean_s=None,
+            latency_mean_s=math.exp(block.logs[place.arm]), average_power_w=None, energy_source=None,
+            hostname=node or "here", slurm_node=node, slurm_job_id=node and f"{place.cycle}", device=block.board,
+            energy_scope=None, energy_components=None, prompts_sha256="0", output_tokens=8,
+            started_at=f"{place.cycle:03}{place.position:03}", warnings=(), status="completed", backend="simulated",
+            engine_version=None,
+        )  # fmt: skip
+        cells.append(CellEntry(name, place.cycle, place.position, None, "completed", row))
+    return answer_of(definition, cells)
+
+
+def codes(found: Answer) -> set[str]:
+    return {note.code for note in found.warnings}
+
+
+def test_another_board_is_an_objection_unless_it_is_wanted():
+    blocks = campaign(np.random.default_rng(1), cycles=6)
+    found = answer(blocks)
+    (note,) = [note for note in found.warnings if note.code == "campaign_boards_differ"]
+    assert note.text == "the device differs between cells: A100, H100."
+    assert "campaign_boards_differ" not in codes(answer(blocks, across_nodes=True))
+    same_board = [Block(block.node, "A100", block.logs, block.positions) for block in blocks]
+    assert "campaign_boards_differ" not in codes(answer(same_board))  # a cycle's arms share a node, whichever it is
+
+
+def test_nodes_that_differ_in_level_look_like_neither_a_trend_nor_an_effect_of_the_position():
+    random = np.random.default_rng(17)
+    found = [codes(answer(campaign(random, cycles=6), across_nodes=True)) for _ in range(60)]
+    assert not any("campaign_trend" in each for each in found)
+    assert sum("campaign_position" in each for each in found) < 10
+    assert sum("campaign_nodes_interact" in each for each in found) < 10
+
+
+def test_a_cell_on_another_node_than_its_cycle_is_not_compared():
+    blocks = campaign(np.random.default_rng(2), cycles=6)
+    whole = answer(blocks, across_nodes=True)
+    moved = answer(blocks, across_nodes=True, ran_on={(2, "b"): "n9", (4, "a"): "n1+n2"})
+    assert [pair.cycles for pair in whole.pairs] == [6]
+    assert [pair.cycles for pair in moved.pairs] == [4]
+    without = [block for cycle, block in enumerate(blocks, start=1) if cycle not in (2, 4)]
+    ratio = math.exp(np.mean([block.logs[1] - block.logs[0] for block in without]))
+    assert moved.pairs[0].ratio == pytest.approx(ratio, rel=0.01)
+    (note,) = [note for note in moved.warnings if note.code == "campaign_cycle_moved"]
+    assert note.text.endswith("left out: b in cycle 2 (n9), a in cycle 4 (n1+n2), b in cycle 4 (n1).")
+    assert "campaign_cycle_moved" not in codes(whole)
+    # Without a cluster, nothing is left out: that another machine was allowed is said by campaign_boards_differ.
+    here = answer([Block(None, "A100", block.logs, block.positions) for block in blocks])
+    assert (here.pairs[0].cycles, here.spread, codes(here) & {"campaign_cycle_moved"}) == (6, None, set())
+
+
+def test_the_answer_says_how_far_nodes_and_boards_differ():
+    blocks = campaign(np.random.default_rng(4), cycles=9, interaction=0.2)
+    found = answer(blocks, across_nodes=True)
+    note = next(note for note in found.warnings if note.code == "campaign_nodes_interact")
+    assert note.text.startswith("the ratio of b to a differs between boards (F-test, p = ")
+    words = list(on_nodes(found))
+    assert words[0] == "The cycles ran on the nodes n1, n2, n3 (A100, H100)."
+    assert words[1].startswith("From node to node, mean latency varies by a factor of 1.")
+    assert any(line.startswith("b to a on H100 (n3; 3 cycles): 1.8") for line in words)
+    plain = as_plain(found)["nodes"]
+    assert plain["nodes"] == ("n1", "n2", "n3")
+    assert {(each["arm"], each["board"]) for each in plain["ratios"]} == {("b", "A100"), ("b", "H100")}
+    assert as_plain(answer([blocks[0]] * 3))["nodes"] is None  # a single node

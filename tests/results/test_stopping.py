@@ -127,7 +127,7 @@ def measured(definition, values, status=NOT_NEEDED):
                 latency_mean_s=None, ttft_mean_s=None, average_power_w=None, energy_source="counter", hostname="here",
                 device="gpu", energy_scope="gpu", energy_components="gpu", prompts_sha256="0", output_tokens=8,
                 started_at=f"{place.cycle:03}{place.position:03}", warnings=(), status="completed", backend="simulated",
-                engine_version=None,
+                engine_version=None, slurm_node=None, slurm_job_id=None,
             )  # fmt: skip
         cells.append(CellEntry(name, place.cycle, place.position, None, "completed" if row else "failed", row))
     return cells
