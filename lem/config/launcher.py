@@ -14,13 +14,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lem.config.options import LAUNCHERS
 from lem.config.overrides import first_sentence, is_hydra_setting
 from lem.config.problem import Problem, Problems, shortened
 from lem.errors import ConfigError, did_you_mean
 from lem.results.codec import adapter
 from lem.spec.slurm import TARGET, SlurmOptions
 
-GROUP, NODE = "hydra/launcher", "hydra.launcher"
+GROUP, NODE = LAUNCHERS, "hydra.launcher"
 BASIC = "basic"
 KEYS = tuple(each.name for each in fields(SlurmOptions))
 

@@ -19,6 +19,8 @@ from lem.workload.file import SUFFIXES as SOURCE_SUFFIXES
 
 CONFIG_MODULE = "lem.conf"
 FOLDER = "conf"
+# The folder of launchers, which a user's directory may have too; `lem.config.launcher` reads them.
+LAUNCHERS = "hydra/launcher"
 SUFFIXES = (".yaml", ".yml")
 # Stands for any hub dataset or local file; the option itself names no prompts.
 CUSTOM = "custom"
@@ -52,7 +54,7 @@ class Options:
             ConfigError: the given directory contains no options.
         """
         if config_dir is not None:
-            if not any((config_dir / group).is_dir() for group in GROUPS):
+            if not any((config_dir / group).is_dir() for group in (*GROUPS, LAUNCHERS)):
                 raise ConfigError(
                     f"{config_dir}: this config directory contains no options. "
                     f"Options are YAML files in its folders {', '.join(f'{group}/' for group in GROUPS)}."
