@@ -9,7 +9,6 @@ import logging
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -132,8 +131,11 @@ def open_to_read(path: str) -> int:
 
 
 def remove_if_abandoned(scratch: Path) -> None:
-    """Remove a scratch file if its writer was killed; a living writer holds a lock on the file."""
-    with suppress(OSError), scratch.open("rb") as file:
-        if time.time() - scratch.stat().st_mtime > ABANDONED_S:
+    """Remove a scratch file if its writer was killed; a living writer holds a lock on the file.
+
+    Its age is taken by the clock that stamps the files, which on a shared file system is not this machine's.
+    """
+    with suppress(OSError), scratch.open("rb") as file, tempfile.TemporaryFile(dir=scratch.parent) as fresh:
+        if os.fstat(fresh.fileno()).st_mtime - scratch.stat().st_mtime > ABANDONED_S:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             scratch.unlink()

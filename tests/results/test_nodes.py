@@ -123,10 +123,11 @@ def test_values_without_noise_are_told_apart_or_equal():
 
 
 # ------------------------------------------------------------------ the answer of a campaign
-def answer(blocks, *, ran_on=None, **settings) -> Answer:
+def answer(blocks, *, ran_on=None, clocks_h=None, **settings) -> Answer:
     """Return the answer of a campaign with these cycles.
 
     `ran_on` has the nodes of cells that ran elsewhere than their cycle, by cycle and arm; None is this machine.
+    `clocks_h` says by how many hours the clocks of nodes are ahead.
     """
     of = Campaign(name="one", cycles=len(blocks), primary="latency_mean_s", **settings)
     names = ("a", "b", "c")[: len(blocks[0].logs)]
@@ -135,12 +136,13 @@ def answer(blocks, *, ran_on=None, **settings) -> Answer:
     for place in order(of.structure, len(names), len(blocks), of.seed):
         block, name = blocks[place.cycle - 1], names[place.arm]
         node = (ran_on or {}).get((place.cycle, name), block.node)
+        started_at = f"{10 + (clocks_h or {}).get(node, 0):02}:{place.cycle:02}:{place.position:02}"
         row = SimpleNamespace(
             energy_per_output_token_j=None, energy_per_request_j=None, output_tokens_per_s=None, ttft_mean_s=None,
             latency_mean_s=math.exp(block.logs[place.arm]), average_power_w=None, energy_source=None,
             hostname=node or "here", slurm_node=node, slurm_job_id=node and f"{place.cycle}", device=block.board,
             energy_scope=None, energy_components=None, prompts_sha256="0", output_tokens=8,
-            started_at=f"{place.cycle:03}{place.position:03}", warnings=(), status="completed", backend="simulated",
+            started_at=started_at, warnings=(), status="completed", backend="simulated",
             engine_version=None,
         )  # fmt: skip
         cells.append(CellEntry(name, place.cycle, place.position, None, "completed", row))
@@ -199,3 +201,10 @@ def test_the_answer_says_how_far_nodes_and_boards_differ():
     assert plain["nodes"] == ("n1", "n2", "n3")
     assert {(each["arm"], each["board"]) for each in plain["ratios"]} == {("b", "A100"), ("b", "H100")}
     assert as_plain(answer([blocks[0]] * 3))["nodes"] is None  # a single node
+
+
+def test_clocks_that_differ_do_not_change_the_answer():
+    blocks = campaign(np.random.default_rng(6), cycles=9, arms=3)
+    found, apart = answer(blocks), answer(blocks, clocks_h={"n1": 1, "n3": -1})
+    assert found.carry_over is not None
+    assert as_plain(apart) == as_plain(found)
