@@ -162,7 +162,9 @@ def record_of(lem: Lem, row: dict[str, Any], results: str = "results") -> dict[s
     return record
 
 
-def test_a_job_that_meets_its_time_limit_is_resumed(long_run: tuple[Lem, subprocess.Popen[str]]) -> None:
+def test_a_job_that_meets_its_time_limit_is_resumed(
+    cluster: Cluster, long_run: tuple[Lem, subprocess.Popen[str]]
+) -> None:
     lem, process = long_run
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -172,6 +174,8 @@ def test_a_job_that_meets_its_time_limit_is_resumed(long_run: tuple[Lem, subproc
     assert row["resumed"] >= 1
     assert str(row["slurm_job_id"]).isdecimal()
     assert any(text.startswith("resumed:") for text in row["warnings"])
+    given = ("--noheader", "--allocations", "--duplicates", "--format=State", "--jobs", row["slurm_job_id"])
+    assert cluster.command("sacct", *given).split().count("REQUEUED") == row["resumed"]
     requests = lem.requests()
     assert [request["request"] for request in requests] == list(range(LONG))
     attempts = {request["attempt"] for request in requests}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import yaml
 
+from lem.config.launcher import chosen_launcher
 from lem.machine import gpu
 from lem.machine.slurm import Ended, Queued
 from lem.spec.engines import OpenaiBackend, PytorchBackend, SimulatedBackend, VllmBackend
@@ -90,6 +95,53 @@ def test_what_does_not_go_together_is_refused(lem, tmp_path):
     assert (done.code, "--until-ci decides after each" in done.err) == (2, True)
     done = lem("experiment", "--resume", "exp_20260102_030405", *SLURM)
     assert (done.code, "--resume runs on this machine." in done.err) == (2, True)
+
+
+def test_nodes_are_not_mixed_where_that_makes_no_sense(lem, tmp_path):
+    name = "a.yaml"
+    (tmp_path / name).write_text("model: any\nbackend: {name: simulated}\n")
+    given = ("campaign", name, name, "--campaign-name", "x", "--across-nodes", "-y")
+    done = lem(*given)
+    assert (done.code, "across_nodes: without --launcher slurm, all cycles run on this machine." in done.err) == (
+        2,
+        True,
+    )
+    done = lem(*given, "--one-job", "--launcher", "slurm")
+    assert (done.code, "across_nodes: with --one-job, all cycles run on one node." in done.err) == (2, True)
+    done = lem(*given, "--structure", "grouped", "--launcher", "slurm")
+    assert (done.code, "across_nodes: with structure=grouped, each arm is a job" in done.err) == (2, True)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "slurm.md"
+
+
+def test_the_site_file_in_the_docs_is_a_launcher(lem, tmp_path):
+    name, content = re.search(
+        r"```yaml\n# (conf/hydra/launcher/mysite.yaml)\n(.*?)```", PAGE.read_text(), re.S
+    ).groups()
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    found = chosen_launcher(["hydra/launcher=mysite"], tmp_path / "conf")
+    options = found.options
+    given = {key: value for key, value in yaml.safe_load(content).items() if key != "defaults"}
+    assert {key: getattr(options, key) for key in given} == given
+    others = {each.name for each in fields(SlurmOptions)} - set(given)
+    assert {key: getattr(options, key) for key in others} == {key: getattr(SlurmOptions(), key) for key in others}
+    (tmp_path / "a.yaml").write_text("model: any\nbackend: {name: simulated}\n")
+    done = lem("batch", "*.yaml", "--config-dir", "conf", "--launcher", "mysite", "-d", "sample", "--dry-run")
+    assert done.code == 0, done.err
+
+
+def test_the_docs_list_every_option_with_its_default():
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (\S+) \|", PAGE.read_text(), re.M)
+    listed = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    defaults = {each.name: getattr(SlurmOptions(), each.name) for each in fields(SlurmOptions)}
+    assert listed.keys() == defaults.keys()
+    for name, default in defaults.items():
+        assert listed[name] == (
+            "–" if default in (None, [], {}) else f"{default:g}" if type(default) is not bool else str(default).lower()
+        )
 
 
 def test_the_hydra_app_does_not_run_jobs_here_by_mistake(tmp_path):
