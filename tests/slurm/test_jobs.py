@@ -27,7 +27,7 @@ LONG = 50
 GRID = ("seed=1,2,3", "batching.batch_size=1,2", "max_output_tokens=4,8", "--multirun")
 # What two runs of one configuration do not share: when and where they ran, and what measuring them cost.
 UNLIKE = re.compile(
-    r"experiment_id|started_at|hostname|slurm_job_id|overrides|config_json|peak_memory_bytes|.*load_\w+_s|\w*warnings?|"
+    r"experiment_id|started_at|hostname|slurm_\w+|overrides|config_json|peak_memory_bytes|.*load_\w+_s|\w*warnings?|"
     r"cpu_\w+|.*_unix_s"
 )
 
