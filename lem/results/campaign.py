@@ -556,7 +556,7 @@ def _comparable(definition: Definition, found: Found) -> Found:
 
 
 def _spread(definition: Definition, names: Sequence[str], comparable: Found) -> Spread | None:
-    """Return how far nodes and boards differ by the primary measure; None unless cycles ran on several nodes."""
+    """Return how far nodes and boards differ by the primary metric; None unless cycles ran on several nodes."""
     campaign = definition.campaign
     if campaign.structure == "grouped":
         return None

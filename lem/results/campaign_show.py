@@ -87,7 +87,7 @@ def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
 
 
 def on_nodes(answer: Answer) -> Iterator[str]:
-    """Yield sentences on how far the nodes and boards of a cluster differ by the primary measure."""
+    """Yield sentences on how far the nodes and boards of a cluster differ by the primary metric."""
     found, definition = answer.spread, answer.definition
     if found is None:
         return

@@ -244,7 +244,8 @@ def record_loss(
     """Record that an attempt failed because of the scheduler, in the records of interrupted and killed processes.
 
     If every process that left a record has completed, a record without measurements is added for the failure.
-    `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which it had begun; None if it had not.
+    `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which it began (None if it did
+    not).
     """
     plan = directory.plan()
     cut = [r for r in directory.records() if r.attempt == attempt and r.status != "completed"]
