@@ -298,7 +298,7 @@ class Device:
 
     @property
     def power_reach_s(self) -> float:
-        """Maximum age of the power that a value reports: its averaging time plus the driver's update period."""
+        """How far back a power value can reach: the time over which it is averaged, plus the driver's update period."""
         return POWER_UPDATE_S if self._instant else POWER_AVERAGE_S + POWER_UPDATE_S
 
     def _energy_mj(self) -> int:

@@ -627,9 +627,10 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
 
 
 def _places_differ(campaign: Campaign, rows: Sequence[ExperimentRow]) -> Iterator[CodedWarning]:
-    """Warn about different machines or devices.
+    """Warn if cells ran on different machines or devices, unless that is intended.
 
-    On a cluster, a cycle is a job, so cycles may run on different nodes; only `across_nodes` allows different boards.
+    On a cluster, each cycle is a job and may run on another node. With `across_nodes`, it may also run on another
+    device.
     """
     has_jobs = campaign.structure != "grouped" and all(row.slurm_node for row in rows)
     places = {"the machine": "hostname", "the device": "device"}

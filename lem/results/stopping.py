@@ -78,7 +78,7 @@ def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule |
         level: the nominal level with which the campaign began; None means the calibrated level.
 
     Raises:
-        ConfigError: the limits of a latin campaign contain fewer than two whole squares.
+        ConfigError: fewer than two squares of a latin campaign end between its minimum and maximum number of cycles.
     """
     if campaign.until_ci is None or campaign.max_cycles is None:
         return None

@@ -109,7 +109,8 @@ def join(planned: int, *, share_a_model: bool = False) -> Ranks:
     if here.size != planned:
         raise RunError(
             f"The plan has {planned} processes, but the launcher started {here.size}. On a machine without GPUs, "
-            "accelerate launch starts only one; use python -m torch.distributed.run --nproc_per_node there."
+            "accelerate launch starts only one process; use python -m torch.distributed.run --nproc_per_node "
+            f"{planned} instead."
         )
     if here.size == 1:
         return here
