@@ -153,15 +153,25 @@ def test_the_prompts_of_neighbouring_cells_are_loaded_once(lem, monkeypatch):
     assert loaded == [42]
 
 
-def test_only_a_few_sets_of_prompts_are_kept():
+def test_only_a_few_datasets_are_kept(tmp_path, monkeypatch):
+    import lem.studies.checks as module
+
+    loaded = []
+    load = module.load_prompts
+    monkeypatch.setattr(module, "load_prompts", lambda *key: loaded.append(key[0].path) or load(*key))
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+    for file in files:
+        file.write_text("\n".join(f"{file.stem}{number}" for number in range(9)))
+    a, b, c = (Dataset(name="custom", path=str(file), sample_size=3) for file in files)
     recent = RecentPrompts(size=2)
-    dataset = Dataset(name="sample", path="builtin:sample", sample_size=3)
-    first = recent(dataset, 1)
-    assert recent(dataset, 1) is first
-    recent(dataset, 2), recent(dataset, 3)
-    again = recent(dataset, 1)
-    assert again is not first
-    assert again.texts == first.texts != recent(dataset, 2).texts
+    first = recent(a, 1)
+    assert first.texts != recent(a, 2).texts
+    recent(b, 1), recent(a, 3), recent(c, 1), recent(a, 1)
+    assert loaded == [a.path, b.path, c.path], "a is still kept, because it was used more recently than b"
+    recent(b, 1)
+    assert recent(a, 1) == first
+    recent(c, 1)
+    assert loaded == [a.path, b.path, c.path, b.path, c.path]
 
 
 # ------------------------------------------------------------------ interrupts
