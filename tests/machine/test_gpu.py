@@ -15,6 +15,9 @@ from lem.machine import gpu
 from lem.results.peaks import peak_flops_per_s
 from tests.energy.test_rapl import USUAL_RANGE_UJ, counting
 
+# Each scenario of the stand-in driver needs a process of its own, which loads the driver.
+pytestmark = pytest.mark.processes
+
 VISIBLE = """
 import json
 from lem.machine import gpu
