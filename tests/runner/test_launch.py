@@ -16,6 +16,7 @@ import pytest
 
 from lem.machine.processes import without_launchers
 from lem.results.directory import ExperimentDir
+from lem.runner.stopping import signals_held
 from tests.conftest import SIMULATED, begin, command, kill_group, wait_for, workers_of
 
 pytestmark = pytest.mark.processes
@@ -168,6 +169,47 @@ def test_a_run_that_is_stopped_while_its_worker_starts_says_who_stopped_it(tmp_p
     assert workers
     (record,) = only(tmp_path / "results").records()
     assert record.error.message == f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}"
+
+
+SIGNALLED_WHILE_STARTING = """
+import os, runpy, signal, subprocess, sys
+number, *sys.argv[1:] = sys.argv[1:]
+start = subprocess.Popen
+
+def popen(command, **options):
+    process = start(command, **options)
+    if "lem.runner.worker" in command:
+        started.append(process)
+        os.kill(os.getpid(), int(number))
+    return process
+
+started = []
+subprocess.Popen = popen
+try:
+    runpy.run_module("lem", run_name="__main__", alter_sys=True)
+finally:
+    print([process.returncode is not None for process in started])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_moment_when_a_worker_starts_leaves_a_record_and_no_worker(tmp_path, number):
+    arguments = [str(int(number)), "experiment", *SIMULATED, "-n", "4"]
+    script = [sys.executable, "-c", SIGNALLED_WHILE_STARTING, *arguments]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert done.stdout.splitlines()[-1] == "[True]", "the worker has ended before the command does"
+    (record,) = only(tmp_path / "results").records()
+    assert record.error.message == f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}"
+
+
+def test_a_signal_that_is_ignored_stays_ignored_for_processes_that_start_meanwhile():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_held():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_is_immediate(tmp_path):

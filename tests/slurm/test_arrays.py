@@ -105,7 +105,7 @@ def test_a_limit_of_jobs_at_once_and_a_cancelled_array(cluster: Cluster, lem: Le
         return Counter(cluster.command("squeue", "-h", "--array", "--name=lem", "-o", "%T").split())
 
     wait_for("a running job", lambda: states()["RUNNING"] > 0)
-    time.sleep(3)
+    time.sleep(3)  # without the limit, the other node would have started a job within this time
     assert states() == {"RUNNING": 1, "PENDING": 5}
     (array,) = set(cluster.command("squeue", "-h", "--name=lem", "-o", "%F").split())
     cluster.command("scancel", array)
