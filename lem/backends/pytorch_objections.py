@@ -237,7 +237,7 @@ def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Object
     if method in QUANTIZERS_ON_GPU and not used:
         yield Objection("missing_quantizer", "model", f"weights quantized with {method} run only on a GPU.")
     folder = model.folder
-    if method == "None" and folder is not None and (integers := weights.of_integers(folder)):
+    if not config and folder is not None and (integers := weights.of_integers(folder)):
         fact = f"{model.name} has integers as weights ({summary(integers)}), but its config.json names no quantization."
         yield Objection("weights_unscaled", "model", fact)
 
