@@ -343,6 +343,58 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server that reports token ids or usage with each event (backend.dialect=vllm), or disregard percentiles "
         "of inter-token latency.",
     ),
+    "compare_board": WarningKind(
+        "The two sides of a comparison ran on different machines or devices, whose sensors may differ by several "
+        "percent.",
+        "Measure both sides on one machine and one GPU.",
+    ),
+    "compare_driver": WarningKind(
+        "The GPU driver differs between the two sides, and with it the clocks and the sensors' behaviour may differ.",
+        "Measure both sides with one driver, or accept the difference (--allow driver) if it is what you compare.",
+    ),
+    "compare_engine": WarningKind(
+        "The two sides ran on different engines, or on different versions of an engine.",
+        "Use one version, or accept the difference (--allow engine) if it is what you compare.",
+    ),
+    "compare_prompts": WarningKind(
+        "The two sides did not run the same prompts.", "Set the same dataset, sample size and seed for both."
+    ),
+    "compare_lengths": WarningKind(
+        "The mean number of output tokens of a request differs between the two sides by more than 1 %.",
+        "Compare the energy per request as well, or fix the output length (min_output_tokens = max_output_tokens).",
+    ),
+    "compare_window": WarningKind(
+        "The measured windows of the two sides are of different kinds: only one side's requests arrive over time, or "
+        "only one side's windows were cut or contain repeated work.",
+        "Measure both sides with the same traffic, without an interruption.",
+    ),
+    "compare_throttled": WarningKind(
+        "The driver held down a GPU's clocks on one side of a comparison only.",
+        "Cool the machine or lock the clocks, and measure that side again.",
+    ),
+    "compare_shared": WarningKind(
+        "On one side of a comparison only, other work used the GPU, the machine or the server.",
+        "Measure that side again on a machine without other work.",
+    ),
+    "compare_meter": WarningKind(
+        "The energies of the two sides differ in source, scope or components.", "Set one meter for both (energy=…)."
+    ),
+    "compare_estimate": WarningKind(
+        "The energy of one side is an estimate or simulated, and that of the other is measured.",
+        "Measure both sides with a sensor.",
+    ),
+    "compare_estimated": WarningKind(
+        "The energies of both sides are estimates or simulated, so their ratio is no measurement.",
+        "Measure on a machine with a GPU energy counter or readable RAPL counters.",
+    ),
+    "compare_within_run": WarningKind(
+        "Each side of a comparison is a single experiment. The cycles of an experiment share one loaded process, so an "
+        "interval over them is too narrow for a claim about other runs.",
+        "Repeat both sides (--fresh) and compare results directories, or measure a campaign.",
+    ),
+    "compare_warned": WarningKind(
+        "Some of the compared experiments have warnings.", "Read the warnings of these experiments (lem results show)."
+    ),
     "campaign_fixed_order": WarningKind(
         "The arms of a campaign were measured in the same order in each cycle (interleaved) or one after another "
         "(grouped). Machine drift can then look like a difference between arms, and confidence intervals contain the "

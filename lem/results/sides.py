@@ -1,0 +1,127 @@
+"""Reads what `lem results compare` compares: experiments, campaigns and results directories, each as cases."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lem.errors import LemError, ResultsError
+from lem.results import campaign
+from lem.results.aggregate import catch_up, is_fresh, read
+from lem.results.comparison import Case, Measured, Side, config_of
+from lem.results.directory import ExperimentDir
+from lem.results.schema import ExperimentRow
+from lem.results.store import ID, Store
+from lem.results.tables import Tables
+from lem.spec.paths import expanded
+
+
+def side(store: Store, text: str) -> Side:
+    """Return what a text names: an experiment's id, a campaign's name or directory, or a results directory.
+
+    Raises:
+        ResultsError: it names none of these, or nothing in it is completed.
+    """
+    folder = expanded(text)
+    if (folder / campaign.DEFINITION).is_file():
+        found = _of_campaign(folder.resolve(), text)
+    elif folder.is_dir() and any((folder / name).is_dir() for name in ("experiments", "raw")):
+        found = _of_directory(Store(folder), text)
+    elif not ID.fullmatch(text) and (campaign.folder_of(store, text) / campaign.DEFINITION).is_file():
+        found = _of_campaign(campaign.folder_of(store, text), text)
+    else:
+        found = _of_experiment(store, text)
+    if not found.cases:
+        raise ResultsError(f"{text}: it has no completed experiment to compare.")
+    return found
+
+
+def _of_experiment(store: Store, text: str) -> Side:
+    catch_up(store)
+    try:
+        directory = store.find(text)
+    except ResultsError:
+        names = [name for name in Tables(store).locations() if text and name.startswith(text)]
+        if len(names) != 1:
+            raise ResultsError(
+                f"'{text}' is not an experiment or a campaign in {store.root}, and not a results directory; "
+                "lem results list shows the ids."
+            ) from None
+        directory = store.directory(names[0])
+    found = _measured(store, directory)
+    if found.row.status != "completed":
+        raise ResultsError(f"{found.row.experiment_id} is {found.row.status}; only completed runs can be compared.")
+    return Side(text, [Case(_key(found.row), found.row.experiment_id, [found])])
+
+
+def _of_campaign(folder: Path, text: str) -> Side:
+    definition, store = campaign.read_definition(folder), campaign.store_of(folder)
+    cells = campaign.read_cells(store, folder)
+    cases = []
+    for arm in definition.arms:
+        rows = [cell.row for cell in cells if cell.arm == arm.name and cell.row is not None]
+        if rows:
+            measured = [Measured(row, (), _environment(store.directory(row.experiment_id))) for row in rows]
+            cases.append(Case(f"arm {arm.name}", arm.name, measured))
+    return Side(text, cases, sum(cell.row is None for cell in cells))
+
+
+def _of_directory(store: Store, text: str) -> Side:
+    catch_up(store)
+    rows, damaged = Tables(store).rows()
+    if damaged:
+        raise ResultsError(*damaged)
+    groups: dict[str, list[ExperimentRow]] = {}
+    for row in rows:
+        if row.status == "completed":
+            groups.setdefault(_key(row), []).append(row)
+    several = len({_label(own[0]) for own in groups.values()}) < len(groups)
+    cases = []
+    for number, (key, own) in enumerate(groups.items(), start=1):
+        label = _label(own[0]) + (f" ({own[0].experiment_id})" if several else "")
+        # The environment of one experiment is enough to show what differs; reading all would take long.
+        measured = [Measured(row, _cycles_of(store, row, len(own)), _first_environment(store, row, own)) for row in own]
+        cases.append(Case(key, label or f"case {number}", measured))
+    return Side(text, cases, sum(row.status != "completed" for row in rows))
+
+
+def _cycles_of(store: Store, row: ExperimentRow, together: int) -> Sequence[Any]:
+    """Return the rows of an experiment's cycles if they are needed, which is so if it is the only one of its case."""
+    tables = Tables(store)
+    at = tables.location(row.experiment_id) if together == 1 and row.cycles_completed > 1 else None
+    return tables.cycles(row.experiment_id, at) if at else ()
+
+
+def _first_environment(store: Store, row: ExperimentRow, own: Sequence[ExperimentRow]) -> Any:
+    return _environment(store.directory(row.experiment_id)) if row is own[0] else None
+
+
+def _measured(store: Store, directory: ExperimentDir) -> Measured:
+    tables = Tables(store)
+    at = tables.location(directory.id)
+    if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, directory.state())):
+        row, cycles = tables.row(directory.id, at), tables.cycles(directory.id, at)
+    else:
+        rows = read(directory, strict=False)
+        row, cycles = rows.row, rows.cycles
+    return Measured(row, cycles, _environment(directory))
+
+
+def _environment(directory: ExperimentDir) -> Any:
+    if not os.path.isdir(directory.path):
+        return None
+    try:
+        return next((record.environment for record in directory.records() if record.environment), None)
+    except LemError:
+        return None
+
+
+def _key(row: ExperimentRow) -> str:
+    return json.dumps(config_of(row), sort_keys=True)
+
+
+def _label(row: ExperimentRow) -> str:
+    return f"{row.model}, {row.backend}, batch {row.batch_size}, {row.dataset}, {row.requests_planned} requests"
