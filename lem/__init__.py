@@ -1,7 +1,7 @@
 """lem measures what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.
 
-In Python code, `run` runs an experiment as `lem experiment` does, but without Hydra, and `load` reads a results
-directory. Each public name is imported on first use, so that `import lem` stays fast.
+In Python code, `run` runs an experiment as `lem experiment` does, but without Hydra, `load` reads a results
+directory, and `compare` compares results. Each public name is imported on first use, so that `import lem` stays fast.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RunError,
     )
     from lem.results.frames import load
+    from lem.results.sides import compare
     from lem.runner.job import Outcome, run
     from lem.spec.experiment import Experiment
 
@@ -37,6 +38,7 @@ __all__ = [
     "ResultsError",
     "RunError",
     "__version__",
+    "compare",
     "load",
     "run",
 ]
@@ -44,6 +46,7 @@ __all__ = [
 _HOMES = {
     "Experiment": "lem.spec.experiment",
     "Outcome": "lem.runner.job",
+    "compare": "lem.results.sides",
     "load": "lem.results.frames",
     "run": "lem.runner.job",
 }

@@ -22,7 +22,7 @@ ERRORS = [
 
 
 def test_the_public_names():
-    assert sorted(lem.__all__) == sorted([*ERRORS, "Experiment", "Outcome", "__version__", "load", "run"])
+    assert sorted(lem.__all__) == sorted([*ERRORS, "Experiment", "Outcome", "__version__", "compare", "load", "run"])
     for name in lem.__all__:
         assert getattr(lem, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -45,7 +45,7 @@ def test_the_import_is_light():
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
-    for function in (lem.run, lem.load):
+    for function in (lem.run, lem.load, lem.compare):
         example = parser.get_doctest(function.__doc__ or "", {}, function.__name__, None, None)
         assert example.examples
         assert runner.run(example).failed == 0

@@ -11,12 +11,43 @@ from typing import Any
 from lem.errors import LemError, ResultsError
 from lem.results import campaign
 from lem.results.aggregate import catch_up, is_fresh, read
-from lem.results.comparison import Case, Measured, Side, config_of
+from lem.results.comparison import Case, Comparison, Measured, Side, comparisons, config_of, metric_named
 from lem.results.directory import ExperimentDir
 from lem.results.schema import ExperimentRow
 from lem.results.store import ID, Store
 from lem.results.tables import Tables
 from lem.spec.paths import expanded
+
+
+def compare(
+    baseline: str | Path, *others: str | Path, results_dir: str | Path = "results", metrics: Sequence[str] = ()
+) -> list[Comparison]:
+    """Compare results that were measured at different times, as `lem results compare` does.
+
+    This continues the example of `lem.run`:
+
+    >>> import lem
+    >>> comparison, = lem.compare("results", "results")
+    >>> comparison.ratio("output_tokens_per_s").ratio
+    1.0
+    >>> comparison.objections
+    []
+
+    Args:
+        baseline: the id of an experiment, the name or directory of a campaign, or a results directory.
+        others: what to compare with the baseline, at least one, each like `baseline`.
+        results_dir: the results directory of ids and names.
+        metrics: columns to compare in addition to those that a campaign reports.
+
+    Raises:
+        ResultsError: something cannot be found, has no completed experiment, or has nothing in common with the
+            baseline; or a metric is not a column that can be compared.
+    """
+    if not others:
+        raise ResultsError("A comparison needs at least two things to compare; give a baseline and another.")
+    store = Store(results_dir)
+    wanted = [metric_named(name, "metrics") for name in metrics]
+    return comparisons([side(store, str(each)) for each in (baseline, *others)], wanted)
 
 
 def side(store: Store, text: str) -> Side:
