@@ -82,7 +82,8 @@ class Side:
 class Ratio:
     """A side's value of a metric divided by the baseline's (geometric means), with an interval if there is one.
 
-    `basis` is None, and so is the interval, if a side has a single value; `reason` says what is missing.
+    `basis` is None, and so is the interval, if a side has a single value; `reason` says what is missing. `is_estimate`
+    means that the energy of at least one experiment is an estimate or simulated.
     """
 
     metric: str
@@ -95,6 +96,7 @@ class Ratio:
     basis: Basis | None
     baseline_count: int
     count: int
+    is_estimate: bool = False
     reason: str | None = None
 
 
@@ -317,8 +319,13 @@ def _ratio(metric: str, base: Case, other: Case, confidence: float) -> Ratio | N
         basis=None if low is None else basis,
         baseline_count=len(repeated[0]),
         count=len(repeated[1]),
+        is_estimate=is_of_energy(metric) and (_has_estimates(base) or _has_estimates(other)),
         reason=reason,
     )
+
+
+def _has_estimates(case: Case) -> bool:
+    return any(is_estimated(row.energy_source) for row in case.rows())
 
 
 def _repeated(
@@ -423,7 +430,7 @@ def _on_one_side(base: Case, other: Case, codes: Sequence[str], what: str) -> st
 
 
 def _meters_differ(base: Case, other: Case) -> Iterator[CodedWarning]:
-    estimated = [any(is_estimated(row.energy_source) for row in case.rows()) for case in (base, other)]
+    estimated = [_has_estimates(case) for case in (base, other)]
     if estimated[0] != estimated[1]:
         words = ["an estimate" if each else "a measurement" for each in estimated]
         yield warning("compare_estimate", _apart("the energy is an estimate on one side only", words))
@@ -448,7 +455,7 @@ def _notes(base: Case, other: Case) -> Iterator[CodedWarning]:
             "each side is a single experiment, so the intervals cover the variation between its cycles only, not the "
             "variation from run to run.",
         )
-    if all(any(is_estimated(row.energy_source) for row in case.rows()) for case in (base, other)):
+    if _has_estimates(base) and _has_estimates(other):
         yield warning("compare_estimated", "the energy of both sides is an estimate, so its ratios are estimates too.")
     codes = Counter(text.partition(":")[0] for case in (base, other) for row in case.rows() for text in row.warnings)
     if codes:

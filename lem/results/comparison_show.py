@@ -81,12 +81,12 @@ def _show_ratios(comparison: Comparison) -> None:
 
 
 def _cells(ratio: Ratio) -> list[str]:
-    unit = unit_of(ratio.metric)
+    unit, mark = unit_of(ratio.metric), show.ESTIMATE if ratio.is_estimate else ""
     counts = f"{ratio.baseline_count}, {ratio.count}" + ("" if ratio.basis is None else f" {ratio.basis}")
     return [
         ratio.metric,
-        *(_valued(value, unit) for value in (ratio.baseline_value, ratio.value)),
-        show.NOT_MEASURED if ratio.ratio is None else f"{ratio.ratio:.4g} ({change(ratio.ratio)})",
+        *(_valued(value, unit, mark) for value in (ratio.baseline_value, ratio.value)),
+        show.NOT_MEASURED if ratio.ratio is None else f"{mark}{ratio.ratio:.4g} ({change(ratio.ratio)})",
         _interval(ratio),
         counts,
     ]
@@ -98,10 +98,12 @@ def _interval(ratio: Ratio) -> str:
     return f"{ratio.ci_low:.4g} to {ratio.ci_high:.4g} ({percent(ratio.confidence)})"
 
 
-def _valued(value: float | None, unit: str) -> str:
+def _valued(value: float | None, unit: str, mark: str) -> str:
+    if value is None:
+        return show.NOT_MEASURED
     # Only these units take a prefix that people write.
-    scaled = unit in ("J", "W", "s", "B") or unit.startswith("J/")
-    return quantity(value, unit) if scaled else plain(value, unit)
+    is_scaled = unit in ("J", "W", "s", "B") or unit.startswith("J/")
+    return mark + (quantity(value, unit) if is_scaled else plain(value, unit))
 
 
 def unit_of(metric: str) -> str:

@@ -117,6 +117,15 @@ def test_only_cases_with_a_counterpart_are_compared(row):
         comparisons([first, Side("c", [case(row, [1.0], "k4"), case(row, [1.0], "k5")])])
 
 
+def test_estimates_are_marked(lem, tmp_path):
+    for name, source in (("a", "estimate"), ("b", "counter")):
+        finished(Store(tmp_path / name), energy=(reading(source=source),))
+        lem("aggregate", "--all", "-o", str(tmp_path / name))
+    lines = lem("results", "compare", str(tmp_path / "a"), str(tmp_path / "b")).out.splitlines()
+    marks = {line.split()[0]: line.count("≈") for line in lines if " J/" in line or "token/s" in line}
+    assert marks == {METRIC: 3, "energy_per_request_j": 3, "output_tokens_per_s": 0}
+
+
 # ------------------------------------------------------------------ objections
 @pytest.mark.parametrize(
     ("reason", "values"),
