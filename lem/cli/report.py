@@ -1,0 +1,71 @@
+"""The `lem results report` command, which writes a self-contained HTML page about results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lem.cli import complete
+from lem.cli.results import results_app
+from lem.spec.paths import literal
+
+
+@results_app.command("report")
+def results_report(
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ID…]",
+            help="Experiment ids, or the beginnings of ids. Default: all experiments of the results directory.",
+            show_default=False,
+            autocompletion=complete.experiment_ids,
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=literal, metavar="FILE", help="The page to write.")
+    ] = Path("report.html"),
+    campaign: Annotated[str | None, typer.Option("--campaign", help="Report on the campaign with this name.")] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option("--grid", parser=literal, metavar="DIR", help="Report on the experiments of this sweep or batch."),
+    ] = None,
+    results_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--results-dir",
+            parser=literal,
+            metavar="PATH",
+            help="Results directory (default: LLM_ENERGY_RESULTS_DIR, else results/).",
+        ),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Write a page with warnings, figures and charts that opens offline in any browser."""
+    from lem.errors import ResultsError
+    from lem.reports.content import of_campaign, of_experiments, of_grid
+    from lem.reports.page import page
+    from lem.results import browse
+    from lem.results.files import write_atomically
+    from lem.units import one_line, timestamp
+
+    if sum((bool(ids), campaign is not None, grid is not None)) > 1:
+        raise ResultsError("Experiment ids, --campaign and --grid are alternatives; use one of them.")
+    store = browse.store_at(results_dir)
+    if campaign is not None:
+        content = of_campaign(store, campaign)
+    elif grid is not None:
+        content = of_grid(grid)
+    else:
+        content = of_experiments(store, ids or ())
+    text = page(content, timestamp())
+    try:
+        write_atomically(output, text)
+    except OSError as error:
+        raise ResultsError(f"--output: {output} cannot be written: {error.strerror}.") from None
+    print(one_line(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB, {len(content.rows)} experiments)"))
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(output.resolve().as_uri())

@@ -1,0 +1,134 @@
+"use strict";
+(() => {
+  const content = JSON.parse(document.getElementById("content").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const MANY_MARKS = 5000, SCREENFUL = 200;
+
+  // ---------------------------------------------------------------- charts
+  const colours = () => {
+    const style = getComputedStyle(document.documentElement);
+    const of = (name) => style.getPropertyValue(name).trim();
+    return { text: of("--text"), quiet: of("--quiet"), line: of("--line") };
+  };
+
+  const configuration = () => {
+    const { text, quiet, line } = colours();
+    return {
+      background: null,
+      font: "system-ui, sans-serif",
+      axis: { labelColor: text, titleColor: text, domainColor: quiet, tickColor: quiet, gridColor: line },
+      legend: { labelColor: text, titleColor: text, labelLimit: 260, orient: "bottom", columns: 2 },
+      title: { color: text },
+      view: { stroke: line },
+      rule: { color: quiet },
+      range: {
+        // Distinguishable with all common kinds of colour blindness (Okabe and Ito 2008).
+        category: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900"],
+      },
+    };
+  };
+
+  const marksOf = (spec) =>
+    (spec.data && spec.data.values ? spec.data.values.length : 0) +
+    (spec.layer || []).reduce((sum, layer) => sum + marksOf(layer), 0);
+
+  const draw = (element) => {
+    const { spec } = content.charts[Number(element.dataset.chart)];
+    const categories = spec.encoding && spec.encoding.y && spec.encoding.y.type === "nominal";
+    const width = Math.max(240, element.clientWidth - 24);
+    const sized = {
+      $schema: "https://vega.github.io/schema/vega-lite/v6.json",
+      width: "container", height: categories ? { step: 22 } : Math.min(360, Math.max(220, width * 0.5)),
+      autosize: { type: "fit-x", contains: "padding" }, ...spec, config: configuration(),
+    };
+    sized.width = width;
+    const compiled = vegaLite.compile(sized).spec;
+    element.textContent = "";
+    const view = new vega.View(vega.parse(compiled), {
+      renderer: marksOf(spec) > MANY_MARKS ? "canvas" : "svg", container: element, hover: true,
+    });
+    view.runAsync().then(() => element.setAttribute("data-drawn", "yes"));
+  };
+
+  const drawAll = () => document.querySelectorAll(".plot").forEach(draw);
+
+  // ---------------------------------------------------------------- the table of experiments
+  const table = document.getElementById("table");
+  const body = table.tBodies[0];
+  const estimated = new Set(content.estimated), energy = new Set(content.energy);
+  let order = content.rows.map((_, i) => i), shownCount = SCREENFUL, sortedBy = null, isAscending = true;
+  const isStatic = body.rows.length > 0;
+  const staticRows = Array.from(body.rows);
+
+  const written = (value, row, column) => {
+    if (value === null || value === undefined) return "–";
+    if (typeof value !== "number") return String(value);
+    const text = Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5)));
+    return energy.has(column) && estimated.has(row) ? "≈" + text : text;
+  };
+
+  const rowOf = (number) => {
+    if (isStatic) return staticRows[number];
+    const row = document.createElement("tr");
+    content.rows[number].forEach((value, column) => {
+      const cell = row.insertCell();
+      cell.textContent = written(value, number, column);
+      if (typeof value === "number") cell.className = "number";
+      else if (cell.textContent.length <= 32) cell.className = "name";
+    });
+    return row;
+  };
+
+  const compare = (column) => (one, other) => {
+    const a = content.rows[one][column], b = content.rows[other][column];
+    if (a === null || b === null) return (a === null) - (b === null);
+    const by = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+    return isAscending ? by : -by;
+  };
+
+  const texts = content.rows.map((row) => row.join(" ").toLowerCase());
+  const refresh = () => {
+    const wanted = document.getElementById("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const fitting = order.filter((i) => wanted.every((word) => texts[i].includes(word)));
+    const shown = isStatic ? fitting : fitting.slice(0, shownCount);
+    body.replaceChildren(...shown.map(rowOf));
+    document.getElementById("shown").textContent = `${shown.length} of ${content.rows.length} shown`;
+    const more = document.getElementById("more");
+    if (more) more.hidden = shown.length === fitting.length;
+  };
+
+  Array.from(table.tHead.rows[0].cells).forEach((head, column) => {
+    head.querySelector("button").addEventListener("click", () => {
+      isAscending = sortedBy === column ? !isAscending : true;
+      sortedBy = column;
+      order.sort(compare(column));
+      Array.from(head.parentNode.cells).forEach((each) => each.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", isAscending ? "ascending" : "descending");
+      refresh();
+    });
+  });
+  document.getElementById("filter").addEventListener("input", refresh);
+  const more = document.getElementById("more");
+  if (more) more.addEventListener("click", () => { shownCount += SCREENFUL; refresh(); });
+
+  content.commands.forEach((command, i) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "copy";
+    button.textContent = "copy command";
+    button.title = command;
+    button.addEventListener("click", () => {
+      navigator.clipboard.writeText(command).then(
+        () => { button.textContent = "copied"; },
+        () => { window.prompt("Command", command); },
+      );
+    });
+    staticRows[i].cells[0].append(" ", button);
+  });
+
+  refresh();
+  drawAll();
+  dark.addEventListener("change", drawAll);
+  let pending = 0;
+  window.addEventListener("resize", () => { clearTimeout(pending); pending = setTimeout(drawAll, 150); });
+})();

@@ -1,0 +1,386 @@
+"""The charts of a report, as Vega-Lite specifications in plain data, each with its numbers as a table.
+
+A chart knows its values, but not how it is drawn or what the page looks like; `lem/reports/assets/page.js` sets sizes
+and colours. Field names never contain text from users, because Vega would read them as expressions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lem.results.campaign import MEASURES, Answer
+from lem.results.comparison import config_of
+from lem.results.merging import is_estimated
+from lem.results.schema import ExperimentRow
+
+Spec = dict[str, Any]
+# Above these numbers of experiments, a chart with a bar or a cell for each of them would be unreadable.
+MOST_BARS = 40
+MOST_CELLS = 2_500
+# A distribution is drawn through this many of its quantiles.
+QUANTILES = 200
+MOST_DISTRIBUTIONS = 12
+PRIMARY = "energy_per_output_token_j"
+COMPONENTS = {"gpu_energy_j": "GPU", "cpu_energy_j": "CPU", "dram_energy_j": "DRAM"}
+PHASES = {"load_energy_j": "loading", "warmup_energy_j": "warm-up", "energy_j": "window"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart: its heading, a sentence that describes it to readers who cannot see it, its specification and table.
+
+    `headers` and `lines` are the table with the values that the chart shows.
+    """
+
+    heading: str
+    alt: str
+    spec: Spec
+    headers: Sequence[str]
+    lines: Sequence[Sequence[object]]
+    note: str = ""
+
+
+def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list[Chart]:
+    """Return the charts of energy by component and by phase; none if no energy is known or there are too many rows."""
+    if len(rows) > MOST_BARS:
+        return []
+    found = []
+    for heading, columns in (("Energy of the window by component", COMPONENTS), ("Energy by phase", PHASES)):
+        values = [
+            {"name": names[row.experiment_id], "part": part, "joules": value, "kind": _kind(row)}
+            for row in rows
+            for column, part in columns.items()
+            if (value := getattr(row, column)) is not None
+        ]
+        if not values:
+            continue
+        spec = {
+            "data": {"values": values},
+            "mark": {"type": "bar", "tooltip": True},
+            "encoding": {
+                "y": _category("name", [names[row.experiment_id] for row in rows]),
+                "x": {"field": "joules", "type": "quantitative", "title": "energy (J)"},
+                "color": {"field": "part", "type": "nominal", "title": None, "sort": list(columns.values())},
+                "order": {"field": "part", "sort": "descending"},
+            },
+        }
+        total = sum(float(each["joules"]) for each in values)
+        found.append(
+            Chart(
+                heading,
+                f"Stacked bars, one for each of {len(rows)} experiments, {total:.4g} J in all.",
+                spec,
+                ("experiment", "part", "energy (J)", "source"),
+                [(each["name"], each["part"], each["joules"], each["kind"]) for each in values],
+                _about_bars(rows, columns),
+            )
+        )
+    return found
+
+
+def _about_bars(rows: Sequence[ExperimentRow], columns: Mapping[str, str]) -> str:
+    estimates = "The energies of some experiments are estimates. " if any(map(_is_estimate, rows)) else ""
+    if rows and all(map(_is_estimate, rows)):
+        estimates = "All of these energies are estimates. "
+    what = "The headline energy of each phase. " if columns is PHASES else ""
+    return f"{estimates}{what}With several cycles, the window's energy is the mean over them."
+
+
+def _is_estimate(row: ExperimentRow) -> bool:
+    return is_estimated(row.energy_source)
+
+
+def _kind(row: ExperimentRow) -> str:
+    return "estimate" if is_estimated(row.energy_source) else row.energy_source or "unknown"
+
+
+def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence[tuple[float, float, str]]) -> Chart:
+    """Return the chart of a power trace.
+
+    Args:
+        name: the experiment.
+        samples: the samples, each with `t_s`, `device` and `power_w`.
+        edges: the phases, each with the times of its ends and its name.
+    """
+    phases = [{"from_s": start, "to_s": end, "phase": phase} for start, end, phase in edges]
+    layers: list[Spec] = [
+        {
+            "data": {"values": phases},
+            "mark": {"type": "rect", "opacity": 0.12},
+            "encoding": {
+                "x": {"field": "from_s", "type": "quantitative"},
+                "x2": {"field": "to_s"},
+                "color": {"field": "phase", "type": "nominal", "title": "phase"},
+            },
+        },
+        {
+            "data": {"values": [dict(each) for each in samples]},
+            "mark": {"type": "line", "strokeWidth": 1},
+            "encoding": {
+                "x": {"field": "t_s", "type": "quantitative", "title": "time since the window opened (s)"},
+                "y": {"field": "power_w", "type": "quantitative", "title": "power (W)"},
+                "detail": {"field": "device"},
+            },
+        },
+    ]
+    powers = [float(each["power_w"]) for each in samples]
+    return Chart(
+        f"Power of {name}",
+        f"Line of {len(samples)} power samples, {min(powers):.4g} to {max(powers):.4g} W, with the phases behind it.",
+        {"layer": layers, "resolve": {"scale": {"color": "independent"}}},
+        ("time (s)", "device", "power (W)"),
+        [(each["t_s"], each["device"], each["power_w"]) for each in samples],
+    )
+
+
+def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
+    """Return a chart of cumulative distributions, one line for each name; None without values."""
+    known = {name: sorted(own) for name, own in values.items() if len(own) > 1}
+    if not known:
+        return None
+    points = [
+        {"name": name, "share": share, "value": value}
+        for name, own in known.items()
+        for share, value in _quantiles(own)
+    ]
+    spec = {
+        "data": {"values": points},
+        "mark": {"type": "line", "interpolate": "step-after", "tooltip": True},
+        "encoding": {
+            "x": {"field": "value", "type": "quantitative", "title": f"{heading.lower()} ({unit})"},
+            "y": {"field": "share", "type": "quantitative", "title": "share of values", "axis": {"format": "%"}},
+            "color": {"field": "name", "type": "nominal", "title": None},
+        },
+    }
+    lines = [
+        (name, len(own), *(own[min(len(own) - 1, math.ceil(p * len(own)) - 1)] for p in (0.5, 0.95, 0.99)))
+        for name, own in known.items()
+    ]
+    text = "; ".join(f"{name}: median {line[2]:.4g} {unit}" for name, line in zip(known, lines, strict=True))
+    headers = ("experiment", "values", f"p50 ({unit})", f"p95 ({unit})", f"p99 ({unit})")
+    return Chart(f"Distribution of {heading.lower()}", f"Cumulative distribution. {text}.", spec, headers, lines)
+
+
+def _quantiles(ordered: Sequence[float]) -> list[tuple[float, float]]:
+    count = len(ordered)
+    places = sorted({round(i * (count - 1) / (QUANTILES - 1)) for i in range(QUANTILES)})
+    return [((place + 1) / count, ordered[place]) for place in places]
+
+
+def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart | None:
+    """Return the chart of throughput against energy per token, with intervals and the Pareto front."""
+    known = [row for row in rows if row.output_tokens_per_s and row.energy_per_output_token_j]
+    if not known:
+        return None
+    front = {row.experiment_id for row in _pareto(known)}
+    values = [
+        {
+            "name": names[row.experiment_id],
+            "speed": row.output_tokens_per_s,
+            "speed_low": row.output_tokens_per_s_ci95_low,
+            "speed_high": row.output_tokens_per_s_ci95_high,
+            "cost": row.energy_per_output_token_j,
+            "cost_low": row.energy_per_output_token_ci95_low_j,
+            "cost_high": row.energy_per_output_token_ci95_high_j,
+            "model": row.model,
+            "kind": _kind(row),
+            "front": row.experiment_id in front,
+        }
+        for row in known
+    ]
+    x = {"field": "speed", "type": "quantitative", "title": "output tokens/s", "scale": {"zero": False}}
+    y = {"field": "cost", "type": "quantitative", "title": "energy per output token (J)", "scale": {"zero": False}}
+    bars: list[Spec] = []
+    if any(each["cost_low"] is not None for each in values):
+        bars = [
+            {"mark": "rule", "encoding": {"x": x, "y": {**y, "field": "cost_low"}, "y2": {"field": "cost_high"}}},
+            {"mark": "rule", "encoding": {"y": y, "x": {**x, "field": "speed_low"}, "x2": {"field": "speed_high"}}},
+        ]
+    spec = {
+        "data": {"values": values},
+        "layer": [
+            *bars,
+            {
+                "transform": [{"filter": {"field": "front", "equal": True}}],
+                "mark": {"type": "line", "strokeDash": [4, 3], "opacity": 0.6},
+                "encoding": {"x": x, "y": y, "order": {"field": "speed", "type": "quantitative"}},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 60, "tooltip": True},
+                "encoding": {
+                    "x": x,
+                    "y": y,
+                    "color": {"field": "model", "type": "nominal", "title": "model"},
+                    "shape": {"field": "kind", "type": "nominal", "title": "energy"},
+                },
+            },
+        ],
+    }
+    return Chart(
+        "Throughput and energy per token",
+        f"{len(known)} experiments as points; {len(front)} of them are on the Pareto front: no other experiment is "
+        "both faster and cheaper.",
+        spec,
+        ("experiment", "output tokens/s", "J/token", "95 % from", "95 % to", "energy", "on the Pareto front"),
+        [
+            (
+                each["name"], each["speed"], each["cost"], each["cost_low"], each["cost_high"], each["kind"],
+                "yes" if each["front"] else "no",
+            )
+            for each in values
+        ],
+        "The intervals, where there are any, are those over the cycles of an experiment.",
+    )  # fmt: skip
+
+
+def _pareto(rows: Iterable[ExperimentRow]) -> list[ExperimentRow]:
+    """Return the rows that no other row beats in both throughput and energy per token."""
+    best = math.inf
+    front = []
+    for row in sorted(rows, key=lambda each: (-(each.output_tokens_per_s or 0), each.energy_per_output_token_j or 0)):
+        if (row.energy_per_output_token_j or math.inf) < best:
+            best = row.energy_per_output_token_j or math.inf
+            front.append(row)
+    return front
+
+
+def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
+    """Return a heat map of the energy per token or, without it, of throughput, if exactly two settings vary."""
+    if not 4 <= len(rows) <= MOST_CELLS:
+        return None
+    configs = [flat_config(row) for row in rows]
+    varying = varying_keys(configs)
+    if len(varying) != 2:
+        return None
+    metric = PRIMARY if any(getattr(row, PRIMARY) is not None for row in rows) else "output_tokens_per_s"
+    unit, words = MEASURES[metric]
+    cells: dict[tuple[str, str], list[float]] = {}
+    for row, config in zip(rows, configs, strict=True):
+        if (value := getattr(row, metric)) is not None:
+            cells.setdefault((config.get(varying[0], "–"), config.get(varying[1], "–")), []).append(value)
+    if not cells:
+        return None
+    means = {key: sum(own) / len(own) for key, own in cells.items()}
+    values = [{"one": one, "two": two, "value": mean} for (one, two), mean in means.items()]
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "rect", "tooltip": True},
+        "encoding": {
+            "x": {**_category("one", _ordered(one for one, _ in means)), "title": varying[0]},
+            "y": {**_category("two", _ordered(two for _, two in means)), "title": varying[1]},
+            "color": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})"},
+        },
+    }
+    return Chart(
+        f"{words.capitalize()} by {varying[0]} and {varying[1]}",
+        f"Heat map with {len(values)} cells, from {min(means.values()):.4g} to {max(means.values()):.4g} {unit}.",
+        spec,
+        (varying[0], varying[1], f"{words} ({unit})"),
+        [(each["one"], each["two"], each["value"]) for each in values],
+    )
+
+
+def varying_keys(configs: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the keys whose values differ between configurations."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if len({config.get(key) for config in configs}) > 1]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return found
+
+
+def flat_config(row: ExperimentRow) -> dict[str, str]:
+    """Return an experiment's configuration by dotted keys."""
+    return _flat(config_of(row))
+
+
+def forest(answer: Answer) -> Chart | None:
+    """Return the forest plot of a campaign: each arm's ratio to the baseline, with its interval."""
+    pairs = [pair for pair in answer.pairs if pair.is_primary and pair.ratio is not None]
+    if not pairs:
+        return None
+    words = MEASURES[answer.definition.campaign.primary][1]
+    values = [{"arm": p.arm, "ratio": p.ratio, "low": p.ci_low, "high": p.ci_high, "verdict": p.verdict} for p in pairs]
+    y = _category("arm", [pair.arm for pair in pairs])
+    x = {"type": "quantitative", "title": f"{words}, relative to {answer.definition.baseline}",
+         "scale": {"type": "log", "zero": False}}  # fmt: skip
+    spec = {
+        "layer": [
+            {"data": {"values": [{"one": 1}]}, "mark": {"type": "rule", "strokeDash": [2, 2]},
+             "encoding": {"x": {"field": "one", **x}}},
+            {"data": {"values": values}, "mark": {"type": "rule", "strokeWidth": 3},
+             "encoding": {"y": y, "x": {"field": "low", **x}, "x2": {"field": "high"}}},
+            {"data": {"values": values}, "mark": {"type": "point", "filled": True, "size": 80, "tooltip": True},
+             "encoding": {"y": y, "x": {"field": "ratio", **x}}},
+        ]
+    }  # fmt: skip
+    return Chart(
+        f"{words.capitalize()} of each arm, relative to {answer.definition.baseline}",
+        "; ".join(f"{p.arm}: {p.ratio:.4g} times ({p.verdict})" for p in pairs) + ".",
+        spec,
+        ("arm", "ratio", "from", "to", "confidence", "cycles", "p (Holm)", "verdict"),
+        [(p.arm, p.ratio, p.ci_low, p.ci_high, p.confidence, p.cycles, p.p_adjusted, p.verdict) for p in pairs],
+    )
+
+
+def over_the_campaign(answer: Answer) -> list[Chart]:
+    """Return the charts of a campaign's cells by position in the cycle, and in the order of measurement."""
+    primary = answer.definition.campaign.primary
+    unit, words = MEASURES[primary]
+    known = [(c, getattr(c.row, primary)) for c in answer.cells if c.row is not None and getattr(c.row, primary)]
+    if not known:
+        return []
+    known.sort(key=lambda each: each[0].row.started_at if each[0].row else "")
+    values = [
+        {"arm": cell.arm, "cycle": cell.cycle, "position": cell.position, "order": order, "value": value}
+        for order, (cell, value) in enumerate(known, start=1)
+    ]
+    found = []
+    for heading, field, title in (
+        ("Position in the cycle", "position", "position in the cycle"),
+        ("Drift over the campaign", "order", "order of measurement"),
+    ):
+        spec = {
+            "data": {"values": values},
+            "mark": {"type": "point", "filled": True, "tooltip": True},
+            "encoding": {
+                "x": {"field": field, "type": "quantitative", "title": title, "axis": {"tickMinStep": 1}},
+                "y": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})", "scale": {"zero": False}},
+                "color": {"field": "arm", "type": "nominal", "title": "arm"},
+            },
+        }
+        found.append(
+            Chart(
+                heading,
+                f"{len(values)} cells as points, by {title}.",
+                spec,
+                ("arm", "cycle", "position", "order", f"{words} ({unit})"),
+                [(v["arm"], v["cycle"], v["position"], v["order"], v["value"]) for v in values],
+            )
+        )
+    return found
+
+
+def _category(field: str, order: Sequence[str]) -> Spec:
+    return {"field": field, "type": "nominal", "title": None, "sort": list(dict.fromkeys(order)),
+            "axis": {"labelLimit": 260}}  # fmt: skip
+
+
+def _ordered(texts: Iterable[str]) -> list[str]:
+    """Return distinct texts in the order of their numbers or, if they are not all numbers, of the alphabet."""
+    distinct = set(texts)
+    try:
+        return sorted(distinct, key=float)
+    except ValueError:
+        return sorted(distinct)

@@ -1,0 +1,283 @@
+"""Collects what a report shows: rows, warnings, traces, distributions, and what differs between experiments."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lem.errors import LemError, ResultsError
+from lem.record import PowerRecord, RequestRecord
+from lem.reports import charts
+from lem.reports.charts import Chart, flat_config
+from lem.results import campaign, parquet
+from lem.results.aggregate import catch_up, read
+from lem.results.campaign import Answer
+from lem.results.campaign_show import sentences
+from lem.results.directory import ExperimentDir
+from lem.results.schema import ExperimentRow
+from lem.results.store import Store
+from lem.results.tables import Tables, read_file
+from lem.warning_codes import WARNINGS
+
+# Of more experiments, the requests are not read, because their distributions could not be told apart.
+MOST_TRACES = 4
+# A trace with more samples is thinned out to this number; the table says how many there were.
+MOST_SAMPLES = 3_000
+# Columns of the table of experiments, with their headers and units.
+COLUMNS = {
+    "experiment_id": ("experiment", ""),
+    "status": ("status", ""),
+    "started_at": ("started", ""),
+    "model": ("model", ""),
+    "backend": ("backend", ""),
+    "batch_size": ("batch", ""),
+    "requests_completed": ("requests", ""),
+    "output_tokens": ("output tokens", ""),
+    "duration_s": ("duration", "s"),
+    "output_tokens_per_s": ("output tokens/s", "token/s"),
+    "latency_mean_s": ("mean latency", "s"),
+    "ttft_mean_s": ("mean TTFT", "s"),
+    "energy_j": ("energy", "J"),
+    "energy_per_output_token_j": ("energy per output token", "J/token"),
+    "average_power_w": ("average power", "W"),
+    "co2e_g": ("CO2e", "g"),
+    "energy_source": ("energy source", ""),
+    "device": ("device", ""),
+}
+ENVIRONMENT = ("hostname", "device", "engine_version", "lem_version", "dtype", "slurm_node")
+
+
+@dataclass(frozen=True)
+class Trust:
+    """A kind of warning in the report: how many experiments have it, what it means, and its remedy."""
+
+    code: str
+    count: int
+    meaning: str
+    remedy: str
+    example: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration or environment value: its key, and its values with the number of experiments that have them."""
+
+    key: str
+    values: Sequence[tuple[str, int]]
+
+    @property
+    def differs(self) -> bool:
+        """Whether experiments have different values."""
+        return len(self.values) > 1
+
+
+@dataclass(frozen=True)
+class Content:
+    """The content of a report."""
+
+    title: str
+    source: str
+    rows: Sequence[ExperimentRow]
+    trust: Sequence[Trust]
+    charts: Sequence[Chart]
+    settings: Sequence[Setting]
+    answer: Answer | None = None
+    sentences: Sequence[str] = ()
+    problems: Sequence[str] = field(default=())
+
+    @property
+    def failed(self) -> list[ExperimentRow]:
+        """The rows of experiments that did not complete."""
+        return [row for row in self.rows if row.status != "completed"]
+
+
+def of_experiments(store: Store, ids: Sequence[str]) -> Content:
+    """Return the content of a report on experiments, or on all of a results directory if none is named.
+
+    Raises:
+        ResultsError: an experiment does not exist, or there are none.
+    """
+    late = catch_up(store)
+    if ids:
+        rows = [_row(store, store.find(text)) for text in ids]
+        return _content(store, ", ".join(row.experiment_id for row in rows), rows, late)
+    rows, damaged = Tables(store).rows()
+    if not rows:
+        raise ResultsError(f"{store.root} has no experiments to report on; lem results list --all shows its content.")
+    return _content(store, f"{len(rows)} experiments", rows, [*late, *damaged])
+
+
+def of_campaign(store: Store, name: str) -> Content:
+    """Return the content of a report on a campaign, given its name or directory."""
+    folder = campaign.folder_named(name, store)
+    definition, store = campaign.read_definition(folder), campaign.store_of(folder)
+    cells = campaign.read_cells(store, folder)
+    found = campaign.answer(definition, cells)
+    ids = [cell.experiment_id for cell in cells if cell.experiment_id]
+    rows = [row for experiment_id in ids if (row := _known_row(store, experiment_id)) is not None]
+    return _content(store, f"Campaign {definition.name}", rows, [], found)
+
+
+def of_grid(folder: Path) -> Content:
+    """Return the content of a report on the experiments of a grid, batch or sweep, given its directory.
+
+    Raises:
+        ResultsError: the directory has no list of experiments.
+    """
+    file = folder / "experiments.json"
+    try:
+        entries = json.loads(file.read_bytes())
+        places = [Path(entry["directory"]) for entry in entries if entry["directory"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ResultsError(
+            f"--grid: {file} cannot be read; give the directory that lem batch or a sweep names at its end "
+            "(List of experiments: …)."
+        ) from None
+    rows = [row for place in places if (row := _known_row(Store(place.parent.parent), place.name)) is not None]
+    if not rows:
+        raise ResultsError(f"--grid: none of the experiments in {file} has results.")
+    return _content(Store(places[0].parent.parent), f"Sweep {folder.name}", rows, [])
+
+
+def _row(store: Store, directory: ExperimentDir) -> ExperimentRow:
+    tables = Tables(store)
+    at = tables.location(directory.id)
+    return tables.row(directory.id, at) if at else read(directory, strict=False).row
+
+
+def _known_row(store: Store, experiment_id: str) -> ExperimentRow | None:
+    try:
+        return _row(store, store.directory(experiment_id))
+    except LemError:
+        return None
+
+
+def _content(
+    store: Store, title: str, rows: Sequence[ExperimentRow], problems: Sequence[str], answer: Answer | None = None
+) -> Content:
+    completed = [row for row in rows if row.status == "completed"]
+    names = _names(rows)
+    return Content(
+        title=title,
+        source=str(store.root.resolve()),
+        rows=rows,
+        trust=list(_trust(rows, answer)),
+        charts=list(_charts(store, completed, names, answer)),
+        settings=_settings(rows),
+        answer=answer,
+        sentences=list(sentences(answer)) if answer else (),
+        problems=problems,
+    )
+
+
+def _names(rows: Sequence[ExperimentRow]) -> dict[str, str]:
+    """Return a short name for each experiment: its arm and cycle in a campaign, otherwise its id."""
+    return {
+        row.experiment_id: f"{row.campaign_arm}, cycle {row.campaign_cycle}" if row.campaign_arm else row.experiment_id
+        for row in rows
+    }
+
+
+def _trust(rows: Sequence[ExperimentRow], answer: Answer | None) -> Iterator[Trust]:
+    """Yield the warnings of the campaign, and then of the experiments, the most frequent first."""
+    for note in answer.warnings if answer else ():
+        yield Trust(note.code, 1, WARNINGS[note.code].meaning, WARNINGS[note.code].remedy, note.text)
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for row in rows:
+        for code, text in {text.partition(":")[0]: text for text in row.warnings}.items():
+            counts[code] += 1
+            examples.setdefault(code, f"{row.experiment_id}: {text.partition(':')[2].strip()}")
+    for code, count in counts.most_common():
+        kind = WARNINGS.get(code)
+        meaning, remedy = (kind.meaning, kind.remedy) if kind else ("Another version of lem gave this warning.", "")
+        yield Trust(code, count, meaning, remedy, examples[code])
+
+
+def _charts(
+    store: Store, rows: Sequence[ExperimentRow], names: Mapping[str, str], answer: Answer | None
+) -> Iterator[Chart]:
+    if answer is not None and (chart := charts.forest(answer)):
+        yield chart
+        yield from charts.over_the_campaign(answer)
+    yield from charts.energy_bars(rows, names)
+    if len(rows) <= MOST_TRACES:
+        for row in rows:
+            yield from _traces(store, row, names[row.experiment_id])
+    if len(rows) <= charts.MOST_DISTRIBUTIONS:
+        yield from _distributions(store, rows, names)
+    if chart := charts.trade_off(rows, names):
+        yield chart
+    if answer is None and (chart := charts.heat_map(rows)):
+        yield chart
+
+
+def _traces(store: Store, row: ExperimentRow, name: str) -> Iterator[Chart]:
+    """Yield the power traces of an experiment's last cycle, with its phases."""
+    directory = store.directory(row.experiment_id)
+    files = sorted(directory.path.glob("power_*.parquet"), key=lambda file: file.name)
+    if not files:
+        return
+    try:
+        found = parquet.records(read_file(files[-1]), PowerRecord)
+    except LemError:
+        return
+    step = max(1, len(found) // MOST_SAMPLES)
+    samples = [{"t_s": each.t_s, "device": each.device, "power_w": each.power_w} for each in found[::step]]
+    if samples:
+        yield charts.power_trace(name, samples, _edges(row, samples[0]["t_s"]))
+
+
+def _edges(row: ExperimentRow, first_s: float) -> list[tuple[float, float, str]]:
+    """Return the phases of a trace that begins at `first_s`; the window opens at 0."""
+    before = [(first_s, 0.0, "before the window")] if first_s < 0 else []
+    return [*before, *([(0.0, row.duration_s, "window")] if row.duration_s else [])]
+
+
+def _distributions(store: Store, rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Iterator[Chart]:
+    columns = {"latency_s": "Latency", "ttft_s": "Time to first token", "itl_s": "Inter-token latency"}
+    values: dict[str, dict[str, list[float]]] = {column: {} for column in columns}
+    for row in rows:
+        for request in _requests(store, row.experiment_id):
+            own = names[row.experiment_id]
+            for column in ("latency_s", "ttft_s"):
+                if (value := getattr(request, column)) is not None:
+                    values[column].setdefault(own, []).append(value)
+            if request.itl_s:
+                values["itl_s"].setdefault(own, []).extend(request.itl_s)
+    for column, heading in columns.items():
+        if chart := charts.distributions(heading, "s", values[column]):
+            yield chart
+
+
+def _requests(store: Store, experiment_id: str) -> list[Any]:
+    """Return an experiment's request rows; none if their table is missing."""
+    at = Tables(store).location(experiment_id)
+    if at is None:
+        return []
+    try:
+        found = parquet.records(read_file(store.requests_table / at.file), RequestRecord)
+    except LemError:
+        return []
+    return [each for each in found if each.experiment_id == experiment_id]
+
+
+def _settings(rows: Sequence[ExperimentRow]) -> list[Setting]:
+    """Return the environment and the configuration, first the values that differ between experiments."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ENVIRONMENT}
+    for name in ENVIRONMENT:
+        counts[name].update(str(getattr(row, name) or "–") for row in rows)
+    # Thousands of experiments may share a configuration, so each is read only once.
+    examples = {row.config_json: row for row in rows}
+    for text, number in Counter(row.config_json for row in rows).items():
+        for key, value in flat_config(examples[text]).items():
+            counts.setdefault(key, Counter())[value] += number
+    for values in counts.values():
+        if lacking := len(rows) - values.total():
+            values["–"] += lacking
+    found = [Setting(key, values.most_common()) for key, values in counts.items()]
+    return sorted(found, key=lambda setting: not setting.differs)
