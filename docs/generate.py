@@ -129,7 +129,8 @@ def results() -> str:
             "One row per cycle.\n",
             _columns_table(CycleRow),
             "## Table `requests`\n",
-            "One row per request of the measured window.\n",
+            "One row per request of the measured window. The times `start_s`, `end_s` and `arrived_s` are counted from "
+            "the opening of the window.\n",
             _columns_table(RequestRecord),
         ]
     )
@@ -288,6 +289,8 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 def _options_table(command: Any) -> str:
     rows = []
     for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
         if parameter.param_type_name == "argument":
             rows.append(f"| `{_cell(parameter.metavar or parameter.name)}` | {_cell(parameter.help or '')} |")
         else:
